@@ -1,0 +1,423 @@
+"""The model: one Transformer for every Llama-family checkpoint, dense or mixture of experts.
+
+    ModelConfig    what a checkpoint says of itself, read from Hugging Face's config.json field by field
+    Transformer    embedding, blocks, head; a static KV cache; forward(tokens, positions) -> logits
+    Linear         y = x W^T, with a matrix-vector path for the single row of a decode step
+
+Letters in the shape comments: B rows, T new tokens, S cache length, H query heads, G key/value heads, D head_dim,
+F feed-forward width, E experts, K experts a token uses. Nothing here runs from the command line; see generate.py.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UsageError(ValueError):
+    """What the user gave cannot work; str() is the one line that says what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretches RoPE's wavelengths beyond the trained context: all of them ("linear") or the long ones ("llama3")."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class MoE:
+    n_experts: int
+    n_active: int  # experts a token is sent to
+    normalize: bool = True  # make the chosen experts' weights sum to one
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int  # of one expert, in a MoE
+    vocab_size: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
+    tie_embeddings: bool = False
+    moe: MoE | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        """Raises UsageError for a size that no model can have."""
+        for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < 2**31:
+                raise UsageError(f"the model's {name} must be a positive integer, not {value!r}")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise UsageError(
+                f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}, head_dim {self.head_dim} even"
+            )
+        if self.moe and not 0 < self.moe.n_active <= self.moe.n_experts:
+            raise UsageError(f"a token cannot use {self.moe.n_active} of {self.moe.n_experts} experts")
+        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
+            raise UsageError(f"sliding_window must be a positive integer, not {self.sliding_window!r}")
+        numbers = [self.norm_eps, self.rope_theta] + ([self.rope_scaling.factor] if self.rope_scaling else [])
+        if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers):
+            raise UsageError(f"norm_eps, rope_theta and the rope factor must be positive numbers, not {numbers}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "ModelConfig":
+        """The inverse of to_dict, for the config stored in model.pth."""
+        try:
+            d = dict(d, eos_ids=tuple(d["eos_ids"]))
+            d["rope_scaling"] = RopeScaling(**d["rope_scaling"]) if d["rope_scaling"] else None
+            d["moe"] = MoE(**d["moe"]) if d["moe"] else None
+            return cls(**d)
+        except (TypeError, KeyError) as e:
+            raise UsageError(f"the checkpoint's config does not fit this version ({e}); convert it again") from None
+
+    @classmethod
+    def from_hf(cls, hf: dict, generation: dict | None = None) -> "ModelConfig":
+        """From Hugging Face's config.json, old spelling (rope_theta, rope_scaling) or new (rope_parameters), and
+        generation_config.json, whose end tokens are added. Raises UsageError naming what is not supported."""
+        return config_from_hf(hf, generation or {})
+
+
+ARCHITECTURES = "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe".split()
+# Fields that change the maths in ways this model does not follow, with the values under which they change nothing.
+NEUTRAL = {
+    "partial_rotary_factor": (1,),
+    "quantization_config": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "clip_qkv": (),
+    "alibi": (),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+}
+
+
+def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
+    if not isinstance(hf, dict) or not isinstance(generation, dict):
+        raise UsageError("config.json and generation_config.json must each hold one object")
+    names = [f"{a}ForCausalLM" for a in ARCHITECTURES]
+    arch = (hf.get("architectures") or [None])[0] or {
+        a.lower().replace("moe", "_moe"): n for a, n in zip(ARCHITECTURES, names, strict=True)
+    }.get(hf.get("model_type"))
+    if arch not in names:
+        raise UsageError(f"architecture {arch or hf.get('model_type')!r} is not supported; these are: {', '.join(names)}")
+    for field, allowed in NEUTRAL.items():
+        if hf.get(field) not in (None, False, *allowed):
+            raise UsageError(f"config.json: {field} = {hf[field]!r} is not supported")
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UsageError(f"config.json: hidden_act = {hf['hidden_act']!r} is not supported, only silu")
+
+    def need(*fields):
+        for field in fields:
+            if hf.get(field) is not None:
+                return hf[field]
+        raise UsageError(f"config.json: {' or '.join(fields)} is missing")
+
+    dim, n_layers, n_heads = need("hidden_size"), need("num_hidden_layers"), need("num_attention_heads")
+    head_dim = hf.get("head_dim") or (128 if arch == "Qwen3ForCausalLM" else None)
+    if head_dim is None:
+        if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
+            raise UsageError(f"config.json: hidden_size {dim!r} is not a multiple of num_attention_heads {n_heads!r}")
+        head_dim = dim // n_heads
+
+    # Sliding window: one rule for all layers, or none. Qwen has a switch for it and a first layer.
+    window = hf.get("sliding_window") if arch != "LlamaForCausalLM" else None
+    if arch.startswith("Qwen"):
+        window = window if hf.get("use_sliding_window") else None
+        kinds = set(hf.get("layer_types") or ["full_attention"])
+        if window and (len(kinds) > 1 or ("layer_types" not in hf and hf.get("max_window_layers", 28) > 0)):
+            raise UsageError("config.json: use_sliding_window on some of the layers is not supported (max_window_layers)")
+
+    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "linear":
+        scaling = RopeScaling("linear", rope.get("factor"))
+    elif kind == "llama3":
+        keys = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+        if any(not isinstance(rope.get(k), (int, float)) for k in keys):
+            raise UsageError(f"config.json: rope_scaling of type llama3 needs numbers for {', '.join(keys)}")
+        scaling = RopeScaling("llama3", *(rope[k] for k in keys))
+    elif kind == "default":
+        scaling = None
+    else:
+        raise UsageError(f"config.json: rope_scaling of type {kind!r} is not supported; default, linear and llama3 are")
+
+    moe, ffn_dim, bias = None, need("moe_intermediate_size", "intermediate_size"), bool(hf.get("attention_bias"))
+    if arch == "MixtralForCausalLM":
+        moe = MoE(need("num_local_experts"), need("num_experts_per_tok"))
+    elif arch == "Qwen3MoeForCausalLM":
+        moe = MoE(
+            need("num_experts", "num_local_experts"), need("num_experts_per_tok"), bool(hf.get("norm_topk_prob"))
+        )
+    ends = []
+    for source in (hf, generation):
+        ids = source.get("eos_token_id")
+        ends += [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i not in ends]
+    return ModelConfig(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=hf.get("num_key_value_heads") or n_heads,
+        head_dim=head_dim,
+        ffn_dim=ffn_dim,
+        vocab_size=need("vocab_size"),
+        max_seq_len=hf.get("max_position_embeddings") or 2048,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta", 10000.0),
+        rope_scaling=scaling,
+        sliding_window=window or None,
+        qkv_bias=bias or arch == "Qwen2ForCausalLM",
+        out_bias=bias and arch != "Qwen2ForCausalLM",
+        ffn_bias=bool(hf.get("mlp_bias")),
+        qk_norm=arch.startswith("Qwen3"),
+        tie_embeddings=bool(hf.get("tie_word_embeddings")),
+        moe=moe,
+        bos_id=hf.get("bos_token_id") if isinstance(hf.get("bos_token_id"), int) else None,
+        eos_ids=tuple(ends),
+    )
+
+
+class Transformer(nn.Module):
+    """tokens -> logits. Call setup_caches once before the first forward; weights are whatever state_dict was loaded."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.vocab_size)
+
+    def setup_caches(self, batch_size: int, length: int):
+        """Makes the KV cache for batch_size rows of length tokens, and the RoPE table, on the weights' device.
+        Raises UsageError if the model was not made for so many positions."""
+        if length > self.config.max_seq_len:
+            raise UsageError(f"{length} tokens do not fit the model's context of {self.config.max_seq_len}")
+        weight = self.tok_embeddings.weight
+        for layer in self.layers:
+            layer.attention.setup_cache(batch_size, length, weight)
+        self.rope = rope_table(self.config, length).to(weight.device)  # [S, D/2, 2] float32
+        self.cache_positions = torch.arange(length, device=weight.device)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B, T] at positions [T] (the same in every row, consecutive) -> float32 logits [B, T, vocab_size].
+        Their keys and values go into the cache; everything before them must be in it."""
+        return self.logits(self.hidden(tokens, positions))
+
+    def hidden(self, tokens: Tensor, positions: Tensor, kv_len: int | None = None, block=None) -> Tensor:
+        """forward without the head: [B, T, dim]. kv_len, where the caller knows it, is the number of cache entries
+        in use, the new tokens included: only they are looked at. block replaces TransformerBlock.forward (a compiled one)."""
+        block = block or TransformerBlock.forward
+        keys = self.cache_positions[:kv_len]
+        mask = keys <= positions[:, None]  # [T, S] True: may look
+        if self.config.sliding_window:
+            mask &= keys > positions[:, None] - self.config.sliding_window
+        x, rope = self.tok_embeddings(tokens), self.rope[positions]
+        for layer in self.layers:
+            x = block(layer, x, positions, rope, mask, kv_len)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The head: hidden [..., dim] -> float32 logits [..., vocab_size]."""
+        return self.output(self.norm(x)).float()
+
+    def step_bytes(self) -> int:
+        """Bytes of weights that one decode step reads: all but the embedding's other rows and the idle experts."""
+        total = sum(t.nbytes for name, t in self.state_dict().items() if not name.startswith("tok_embeddings"))
+        if moe := self.config.moe:
+            experts = sum(p.nbytes for layer in self.layers for p in layer.feed_forward.experts.parameters())
+            total -= experts * (moe.n_experts - moe.n_active) // moe.n_experts
+        return total
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = MoEFeedForward(config) if config.moe else FeedForward(config)
+
+    def forward(self, x: Tensor, positions: Tensor, rope: Tensor, mask: Tensor, kv_len: int | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, rope, mask, kv_len)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.wqkv = Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, config.qkv_bias)
+        self.wo = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def setup_cache(self, batch_size: int, length: int, like: Tensor):
+        shape = (batch_size, self.n_kv_heads, length, self.head_dim)
+        self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
+        self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
+
+    def forward(self, x: Tensor, positions: Tensor, rope: Tensor, mask: Tensor, kv_len: int | None) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)
+        q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)  # [B, T, H or G, D]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2), v.transpose(1, 2)
+        self.k_cache.index_copy_(2, positions, k)
+        self.v_cache.index_copy_(2, positions, v)
+        k, v = self.k_cache[:, :, :kv_len], self.v_cache[:, :, :kv_len]  # [B, G, S, D]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [B, H, T, D]
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * (w3 x)), with w1 and w3 stacked in one matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim, config.ffn_bias)
+        self.w2 = Linear(config.ffn_dim, config.dim, config.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class MoEFeedForward(nn.Module):
+    """Each token goes through its n_active best experts, weighted by the router's softmax. Sources: Mixtral
+    (arXiv:2401.04088) and Qwen3, which differ only in whether the chosen weights are made to sum to one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.moe = config.moe
+        self.gate = Linear(config.dim, config.moe.n_experts)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.view(-1, x.shape[-1])  # [N, dim]
+        probs = F.softmax(self.gate(tokens), dim=-1, dtype=torch.float32)  # [N, E]
+        weights, chosen = probs.topk(self.moe.n_active, dim=-1)  # [N, K]
+        if self.moe.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return self.experts(tokens, weights.to(x.dtype), chosen).view_as(x)
+
+
+class Experts(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        n, dim, ffn = config.moe.n_experts, config.dim, config.ffn_dim
+        self.w13 = nn.Parameter(torch.empty(n, 2 * ffn, dim))
+        self.w2 = nn.Parameter(torch.empty(n, dim, ffn))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [N, dim], weights and chosen [N, K] -> [N, dim]."""
+        if torch.compiler.is_compiling() and x.shape[0] == 1:  # a decode step, compiled
+            return self.one_token(x, weights, chosen)
+        return self.by_expert(x, weights, chosen)
+
+    def one_token(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """One row through its K experts. The compiler fuses look-up, product and sum: only those weights are read."""
+        gate, up = (self.w13[chosen[0]].float() * x.float()).sum(-1).chunk(2, dim=-1)  # [K, F] each
+        h = (F.silu(gate) * up).to(x.dtype)[:, None]  # [K, 1, F]
+        y = (self.w2[chosen[0]].float() * h.float()).sum(-1)  # [K, dim]
+        return (y * weights[0, :, None]).sum(0, keepdim=True).to(x.dtype)
+
+    @torch.compiler.disable
+    def by_expert(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Any number of rows: every expert takes its own rows in one go, so memory grows with the rows alone."""
+        out = torch.zeros_like(x)
+        for e in chosen.unique().tolist():
+            row, slot = torch.where(chosen == e)
+            gate, up = linear(x[row], self.w13[e]).chunk(2, dim=-1)
+            y = linear(F.silu(gate) * up, self.w2[e])
+            out.index_add_(0, row, y * weights[row, slot, None])
+        return out
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias by default. fast = False keeps to F.linear always (the slow reference)."""
+
+    fast = True
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, bias)
+
+    def reset_parameters(self):
+        """Nothing: weights are loaded, never trained here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.fast)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fast: bool = True) -> Tensor:
+    """x [..., in], weight [out, in], bias [out] -> [..., out]. A single row on a CPU is a matrix-vector product, which
+    reads a 16-bit weight at the speed of memory where F.linear's blocked matmul reaches a third of it."""
+    if fast and x.device.type == "cpu" and x.numel() == x.shape[-1]:
+        y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 up to the weight (arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = x.float()
+        return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rope_table(config: ModelConfig, length: int) -> Tensor:
+    """cos and sin of every position's angles: [length, head_dim / 2, 2], float32 (arXiv:2104.09864; llama3 scaling
+    as published with Llama 3.1)."""
+    D = config.head_dim
+    freqs = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    if s := config.rope_scaling:
+        stretched = freqs / s.factor
+        if s.kind == "linear":
+            freqs = stretched
+        else:  # keep what turns fast, stretch what turns less than once in the trained context, blend between
+            turns = s.original_max_seq_len * freqs / (2 * math.pi)
+            keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+            freqs = keep * freqs + (1 - keep) * stretched
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * freqs
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates x [B, T, H, D] by rope [T, D/2, 2], pairing element i with i + D/2 as Hugging Face does."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = rope[:, None].unbind(-1)  # [T, 1, D/2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
