@@ -1,0 +1,115 @@
+"""model.pth: one file that describes itself, and the way every script here reports a user's mistake.
+
+    {"format": "gpt-fast/1", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+
+It loads with torch.load(mmap=True, weights_only=True), so nothing in it can run code. It is written tensor by tensor
+to a temporary name and renamed at the end: whatever interrupts, the file under its real name is whole.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+from tqdm import tqdm
+
+from model import ModelConfig, UsageError
+
+FORMAT = "gpt-fast/1"
+
+
+def save_checkpoint(
+    path: Path,
+    config: ModelConfig,
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    quantization: dict | None = None,
+):
+    """Writes a checkpoint whose tensors, named in shapes as (shape, dtype), come one at a time and in any order from
+    tensors; one tensor is in memory at a time. Raises UsageError if they are not exactly those, leaving path alone."""
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    try:
+        # torch lays the file out without the tensors' bytes (untouched torch.empty takes no memory) ...
+        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        header = {"format": FORMAT, "config": config.to_dict(), "quantization": quantization}
+        with skip_data():
+            torch.save(header | {"tensors": empty}, temporary)
+        del empty
+        with FakeTensorMode():  # ... and tells where they go
+            fakes = torch.load(temporary, weights_only=True)["tensors"]
+        with open(temporary, "r+b") as f:
+            for name, tensor in tqdm(tensors, "write", len(shapes), disable=None, leave=False):
+                fake = fakes.pop(name)
+                if (tensor.shape, tensor.dtype) != (fake.shape, fake.dtype):
+                    raise UsageError(f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {list(fake.shape)} {fake.dtype}")
+                tensor = tensor.contiguous()
+                f.seek(fake.untyped_storage()._checkpoint_offset)
+                f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            f.flush()
+            os.fsync(f.fileno())
+        if fakes:
+            raise UsageError(f"no tensor for {', '.join(list(fakes)[:3])}")
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror or e}") from None
+    except RuntimeError as e:  # how torch.save says that the disk is full or the folder is missing
+        raise UsageError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, torch.Tensor]]:
+    """(config, quantization, tensors), the tensors memory-mapped on the CPU. Raises UsageError for anything else."""
+    data = load_pickle(path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UsageError(f"{path} is not a {FORMAT} checkpoint; make one with scripts/convert_hf_checkpoint.py")
+    tensors = data.get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UsageError(f"{path} holds no table of tensors; convert it again")
+    return ModelConfig.from_dict(data.get("config")), data.get("quantization"), tensors
+
+
+def load_pickle(path: Path) -> dict:
+    """torch.load of weights and nothing else, memory-mapped where the file allows. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file")
+    for mmap in (True, False):  # files from before PyTorch 1.6 cannot be mapped
+        try:
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        except Exception as e:  # torch.load raises a dozen types on broken input
+            if mmap and "mmap can only be used" in str(e):
+                continue
+            if "weights_only" in str(e) or "Weights only" in str(e):
+                raise UsageError(f"{path} holds more than weights, so it is not opened: pickles can run code") from None
+            raise UsageError(f"{path} is truncated or not a PyTorch file ({type(e).__name__})") from None
+
+
+def read_json(path: Path, default=None):
+    """The JSON in path; default, if given, where there is no such file. Raises UsageError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is None:
+            raise UsageError(f"{path} does not exist") from None
+        return default
+    except (OSError, ValueError, RecursionError) as e:
+        raise UsageError(f"{path} is not readable JSON: {str(e).splitlines()[0]}") from None
+
+
+def run(main: Callable[[], None]):
+    """Calls a script's main. A UsageError becomes one line on stderr and exit status 2, Ctrl-C exits with 130."""
+    try:
+        main()
+    except UsageError as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

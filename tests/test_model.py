@@ -1,0 +1,38 @@
+"""Every family gives Hugging Face transformers' logits, in float32, however the tokens are fed."""
+
+import pytest
+import torch
+import transformers as hf
+
+from model import ModelConfig, UsageError
+from tests.tiny import FAMILIES, make_hf, to_ours
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family):
+    theirs = make_hf(family)
+    ours = to_ours(theirs)
+    tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+        ours.setup_caches(2, 64)
+        whole = ours(tokens, torch.arange(40))
+        ours.setup_caches(2, 64)
+        ends = [0, 7, 24, *range(25, 41)]  # two chunks, then token by token
+        parts = [ours(tokens[:, a:b], torch.arange(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_unsupported_is_named():
+    good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    bad_fields = {
+        "architectures": ["GemmaForCausalLM"],
+        "hidden_act": "gelu",
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
+        "vocab_size": -1,
+        "partial_rotary_factor": 0.5,
+    }
+    for field, bad in bad_fields.items():
+        with pytest.raises(UsageError, match="Gemma|hidden_act|yarn|vocab_size|partial_rotary_factor"):
+            ModelConfig.from_hf(good | {field: bad})
