@@ -46,7 +46,8 @@ def save_checkpoint(
             for name, tensor in tqdm(tensors, "write", len(shapes), disable=None, leave=False):
                 fake = fakes.pop(name)
                 if (tensor.shape, tensor.dtype) != (fake.shape, fake.dtype):
-                    raise UsageError(f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {list(fake.shape)} {fake.dtype}")
+                    wrong = f"{name} is {list(tensor.shape)} {tensor.dtype}, not {list(fake.shape)} {fake.dtype}"
+                    raise UsageError(wrong)
                 tensor = tensor.contiguous()
                 f.seek(fake.untyped_storage()._checkpoint_offset)
                 f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))

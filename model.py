@@ -69,7 +69,7 @@ class ModelConfig:
                 raise UsageError(f"the model's {name} must be a positive integer, not {value!r}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise UsageError(
-                f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}, head_dim {self.head_dim} even"
+                f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}, or head_dim is odd"
             )
         if self.moe and not 0 < self.moe.n_active <= self.moe.n_experts:
             raise UsageError(f"a token cannot use {self.moe.n_active} of {self.moe.n_experts} experts")
@@ -127,7 +127,7 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
         a.lower().replace("moe", "_moe"): n for a, n in zip(ARCHITECTURES, names, strict=True)
     }.get(hf.get("model_type"))
     if arch not in names:
-        raise UsageError(f"architecture {arch or hf.get('model_type')!r} is not supported; these are: {', '.join(names)}")
+        raise UsageError(f"architecture {arch or hf.get('model_type')!r} is not one of {', '.join(names)}")
     for field, allowed in NEUTRAL.items():
         if hf.get(field) not in (None, False, *allowed):
             raise UsageError(f"config.json: {field} = {hf[field]!r} is not supported")
@@ -153,7 +153,7 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
         window = window if hf.get("use_sliding_window") else None
         kinds = set(hf.get("layer_types") or ["full_attention"])
         if window and (len(kinds) > 1 or ("layer_types" not in hf and hf.get("max_window_layers", 28) > 0)):
-            raise UsageError("config.json: use_sliding_window on some of the layers is not supported (max_window_layers)")
+            raise UsageError("config.json: a sliding window on some layers only (max_window_layers) is not supported")
 
     rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, kv_len: int | None = None, block=None) -> Tensor:
         """forward without the head: [B, T, dim]. kv_len, where the caller knows it, is the number of cache entries
-        in use, the new tokens included: only they are looked at. block replaces TransformerBlock.forward (a compiled one)."""
+        in use, the new tokens included: only they are looked at. block stands in for TransformerBlock.forward."""
         block = block or TransformerBlock.forward
         keys = self.cache_positions[:kv_len]
         mask = keys <= positions[:, None]  # [T, S] True: may look

@@ -50,7 +50,8 @@ class Tokenizer:
         own template. Raises UsageError if it has none or the template refuses."""
         if self.chat_template is None:
             raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+        env = ImmutableSandboxedEnvironment(**options)
         env.globals["raise_exception"] = raise_template_error
         try:
             text = env.from_string(self.chat_template).render(
@@ -96,7 +97,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return from_tokenizers(folder / "tokenizer.json", chat)
     if (folder / "tokenizer.model").is_file():
         return from_sentencepiece(folder / "tokenizer.model", chat, settings.get("add_bos_token"))
-    raise UsageError(f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it there from the model's repository")
+    raise UsageError(f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it from the model's repository")
 
 
 def from_tokenizers(path: Path, chat: dict) -> Tokenizer:
@@ -124,7 +125,7 @@ def from_sentencepiece(path: Path, chat: dict, add_bos: bool | None) -> Tokenize
 
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", data[:200]):
-        raise UsageError(f"{path} is a tiktoken file, as in Meta's original/ folder; use tokenizer.json of the same repository")
+        raise UsageError(f"{path} is a tiktoken file; use tokenizer.json of the same repository")
     try:
         tok = sentencepiece.SentencePieceProcessor(model_proto=data)
         size = tok.vocab_size()

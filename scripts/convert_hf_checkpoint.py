@@ -51,12 +51,13 @@ Source = tuple[torch.Size, torch.dtype, Callable[[], torch.Tensor]]  # of one te
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="folder of the checkpoint; model.pth goes there")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
     folder = parser.parse_args().checkpoint_dir
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     if (folder / "config.json").is_file():
-        config = ModelConfig.from_hf(read_json(folder / "config.json"), read_json(folder / "generation_config.json", {}))
+        generation = read_json(folder / "generation_config.json", {})
+        config = ModelConfig.from_hf(read_json(folder / "config.json"), generation)
         sources = read_sources(folder)
     else:
         config, sources = read_tinyllamas(folder)
