@@ -3,12 +3,15 @@
     {"format": "gpt-fast/1", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
 It loads with torch.load(mmap=True, weights_only=True), so nothing in it can run code. It is written tensor by tensor
-to a temporary name and renamed at the end: whatever interrupts, the file under its real name is whole.
+to a temporary name and renamed at the end: whatever interrupts, the file under its real name is whole. Of two runs that
+write the same file the one that started last wins, and the other fails.
 """
 
 import ctypes
 import json
 import os
+import pickle
+import secrets
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,34 +35,34 @@ def save_checkpoint(
 ):
     """Writes a checkpoint whose tensors, named in shapes as (shape, dtype), come one at a time and in any order from
     tensors; one tensor is in memory at a time. Raises UsageError if they are not exactly those, leaving path alone."""
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    header = {"format": FORMAT, "config": config.to_dict(), "quantization": quantization}
     try:
-        # torch lays the file out without the tensors' bytes (untouched torch.empty takes no memory) ...
-        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-        header = {"format": FORMAT, "config": config.to_dict(), "quantization": quantization}
-        with skip_data():
-            torch.save(header | {"tensors": empty}, temporary)
-        del empty
-        with FakeTensorMode():  # ... and tells where they go
-            fakes = torch.load(temporary, weights_only=True)["tensors"]
-        with open(temporary, "r+b") as f:
+        for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed
+            left.unlink(missing_ok=True)
+        with open(temporary, "w+b") as f:
+            with FakeTensorMode():
+                table = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+            with skip_data(materialize_fake_tensors=True):
+                torch.save(header | {"tensors": table}, f)  # lays the file out, without the tensors' bytes ...
+            f.seek(0)
+            with FakeTensorMode():
+                table = torch.load(f, weights_only=True)["tensors"]  # ... and this tells where they go
             for name, tensor in tqdm(tensors, "write", len(shapes), disable=None, leave=False):
-                fake = fakes.pop(name)
-                if (tensor.shape, tensor.dtype) != (fake.shape, fake.dtype):
-                    wrong = f"{name} is {list(tensor.shape)} {tensor.dtype}, not {list(fake.shape)} {fake.dtype}"
+                place = table.pop(name)
+                if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
+                    wrong = f"{name} is {list(tensor.shape)} {tensor.dtype}, not {list(place.shape)} {place.dtype}"
                     raise UsageError(wrong)
                 tensor = tensor.contiguous()
-                f.seek(fake.untyped_storage()._checkpoint_offset)
+                f.seek(place.untyped_storage()._checkpoint_offset)
                 f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            if table:
+                raise UsageError(f"no tensor for {', '.join(list(table)[:3])}")
             f.flush()
             os.fsync(f.fileno())
-        if fakes:
-            raise UsageError(f"no tensor for {', '.join(list(fakes)[:3])}")
         os.replace(temporary, path)
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}") from None
-    except RuntimeError as e:  # how torch.save says that the disk is full or the folder is missing
-        raise UsageError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,7 +88,7 @@ def load_pickle(path: Path) -> dict:
         except Exception as e:  # torch.load raises a dozen types on broken input
             if mmap and "mmap can only be used" in str(e):
                 continue
-            if "weights_only" in str(e) or "Weights only" in str(e):
+            if isinstance(e, pickle.UnpicklingError) and "Unsupported operand" not in str(e):
                 raise UsageError(f"{path} holds more than weights, so it is not opened: pickles can run code") from None
             raise UsageError(f"{path} is truncated or not a PyTorch file ({type(e).__name__})") from None
 

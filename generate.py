@@ -7,6 +7,7 @@ stdout, the summary to stderr; with --json stdout holds one JSON object per prom
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -20,31 +21,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import kernels
+import quantize
 from checkpoint import read_checkpoint, run
-from model import Linear, Transformer, TransformerBlock, UsageError
+from model import Transformer, TransformerBlock, UsageError
 from tokenizer import Tokenizer, load_tokenizer, stream
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 CHUNK = 512  # prompt tokens a prefill step takes; bounds its memory
 
 
-def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+def load_model(path: Path, device: torch.device, dtype: torch.dtype, fast: bool = True) -> Transformer:
     """The model in path, on device, in dtype, in inference mode. Memory-mapped where nothing needs to change."""
     config, quantization, tensors = read_checkpoint(path)
-    if quantization is not None:
-        raise UsageError(f"{path} is quantized as {quantization!r}, which this version does not read")
     with torch.device("meta"):
         model = Transformer(config)
+    quantize.prepare(model, quantization)
     wanted = model.state_dict()
     if config.tie_embeddings:
-        tensors["output.weight"] = tensors.get("tok_embeddings.weight")
+        tensors.setdefault("output.weight", tensors.get("tok_embeddings.weight"))
     for name in wanted.keys() | tensors.keys():
         ours, theirs = wanted.get(name), tensors.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
+        kinds = [t is not None and (t.shape, t.is_floating_point()) for t in (ours, theirs)]
+        if kinds[0] != kinds[1]:
             raise UsageError(f"{path}: tensor {name} is missing, left over or of the wrong shape; convert it again")
-    moved = {id(t): t.to(device, dtype) for t in tensors.values()}  # by identity: a tied head stays tied
+    moved = {}  # by identity: a tied head stays tied; what quantization stores keeps its type
+    for name, t in tensors.items():
+        moved[id(t)] = t.to(device, dtype if t.is_floating_point() and not name.endswith(".scales") else t.dtype)
     model.load_state_dict({name: moved[id(t)] for name, t in tensors.items()}, assign=True)
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    if fast and torch.device(device).type == "cpu":
+        kernels.enable(model)
+    return model
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -53,7 +61,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: 
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        scores = logits / temperature
+        scores = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # nothing overflows
         if top_k is not None and top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
         if top_p is not None and top_p < 1:
@@ -77,7 +85,8 @@ def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefi
         start = int(positions[0])
         for i in range(0, tokens.shape[1], CHUNK):
             part = tokens[:, i : i + CHUNK]
-            x = model.hidden(part, positions[i : i + CHUNK], start + i + part.shape[1], prefill_block)
+            block = prefill_block if part.shape[1] > kernels.MAX_ROWS else None  # fewer have kernels of their own
+            x = model.hidden(part, positions[i : i + CHUNK], start + i + part.shape[1], block)
         return head(x)
 
     prefill_block = torch.compile(TransformerBlock.forward, dynamic=True) if compile_prefill else None
@@ -162,7 +171,8 @@ def parse_args() -> argparse.Namespace:
     add("--kernels", choices=["auto", "off"], default="auto", help="off: PyTorch's plain linear everywhere")
     add("--json", action="store_true", help="one JSON object for each prompt on stdout instead of text")
     args = p.parse_args()
-    args.conversation = args.interactive or (args.chat and not any(a.split("=")[0] == "--prompt" for a in sys.argv))
+    given = args.prompt is not p.get_default("prompt") or args.prompt_file  # even if it equals the default
+    args.conversation = args.interactive or (args.chat and not given)
     if args.conversation and args.json:
         raise UsageError("--json needs --prompt: a conversation has no single result")
     for name in ("num_samples", "max_new_tokens", "batch_size", "top_k", "prompt_tokens"):
@@ -172,6 +182,12 @@ def parse_args() -> argparse.Namespace:
         raise UsageError(f"--temperature must be 0 or more, not {args.temperature}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UsageError(f"--top_p must be above 0 and at most 1, not {args.top_p}")
+    if args.conversation and args.batch_size > 1:
+        raise UsageError("a conversation has one row: leave --batch_size at 1")
+    if not -(2**63) <= args.seed < 2**64:
+        raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
+    if args.profile and not args.profile.absolute().parent.is_dir():
+        raise UsageError(f"--profile {args.profile}: there is no such folder")
     if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
         raise UsageError("--compile needs a C++ compiler ($CXX, g++ or clang++); install one or leave it out")
     if args.checkpoint_path == DEMO and not DEMO.is_file():
@@ -186,7 +202,7 @@ def pick_device(name: str | None) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # which a device without memory, like meta, cannot do
         return device
     except Exception:  # each backend has its own way to be absent
         have = ["cpu"] + ([accelerator.type] if accelerator else [])
@@ -197,15 +213,12 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     began = time.perf_counter()
+    model = load_model(args.checkpoint_path, device, getattr(torch, args.precision), args.kernels == "auto")
     tokenizer = load_tokenizer(args.checkpoint_path.parent)
-    model = load_model(args.checkpoint_path, device, getattr(torch, args.precision))
     load_seconds = time.perf_counter() - began
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's {config.vocab_size}")
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.fast = args.kernels == "auto"
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     prefill, decode = build_steps(model, sampling, args.compile, args.compile_prefill)
 
@@ -218,11 +231,12 @@ def main():
         )
     model.setup_caches(args.batch_size, room)
     began = time.perf_counter()
-    if args.compile:
-        with torch.inference_mode():  # what it leaves in the cache is overwritten by the prompt
-            for _ in range(2):
-                zeros = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
-                decode(zeros, torch.tensor([0], device=device))
+    with torch.inference_mode():  # what this leaves in the cache, the prompt overwrites
+        if args.compile_prefill:
+            prefill(torch.zeros(args.batch_size, len(prompts[0]) if prompts else 2, dtype=torch.long, device=device),
+                    torch.arange(len(prompts[0]) if prompts else 2, device=device))  # fmt: skip
+        for _ in range(2 if args.compile else 0):
+            decode(torch.zeros(args.batch_size, 1, dtype=torch.long, device=device), torch.tensor([0], device=device))
     stats = {"compile_seconds": time.perf_counter() - began, "load_seconds": load_seconds}
     torch.manual_seed(args.seed)
     if args.conversation:
@@ -243,50 +257,57 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
             texts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as e:
             raise UsageError(f"cannot read --prompt_file {args.prompt_file}: {e}") from None
-    if not texts or not all(texts):
+    for text in [*texts, args.system or ""]:
+        if any("\ud800" <= c <= "\udfff" for c in text):  # how an argument's bytes that are not text arrive
+            raise UsageError("the prompt is not valid UTF-8")
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompts = [tokenizer.encode_chat([*system, {"role": "user", "content": text}]) for text in texts]
+    else:
+        prompts = [tokenizer.encode(text) for text in texts]
+    if not all(texts) or not all(prompts) or not prompts:
         raise UsageError("the prompt is empty; give some text")
-    if not args.chat:
-        return [tokenizer.encode(text) for text in texts]
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    return [tokenizer.encode_chat([*system, {"role": "user", "content": text}]) for text in texts]
+    return prompts
 
 
 def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, decode: Step, prompt: list[int]) -> dict:
     """Generates num_samples times, streaming row 0, and returns DESIGN's JSON object as far as it is known here."""
     device = model.rope.device
-    tokens = torch.tensor([prompt] * args.batch_size, device=device)
+    tokens, after = torch.tensor([prompt] * args.batch_size, device=device), () if args.chat else prompt
     ends = set() if args.ignore_eos else set(model.config.eos_ids)
-    rates, step_seconds = [], 0.0
+    rates = []
     for sample_index in range(args.num_samples):
-        rows, times, began = [[] for _ in range(args.batch_size)], [], time.perf_counter()
+        rows, times = [[] for _ in range(args.batch_size)], []
 
-        def tick(rows=rows, times=times) -> Iterator[int]:
-            """Row 0's tokens, all rows' kept in rows; stops when every row has met an end token."""
+        def first_row(rows=rows, times=times) -> Iterator[int]:
+            """Row 0's tokens up to its end, while all rows fill up; done when every row has met an end token."""
+            live = [True] * len(rows)
             for ids in generate(prefill, decode, tokens, 0, args.max_new_tokens):
                 times.append(time.perf_counter())
-                live = [row for row in rows if not row or row[-1] not in ends]
-                for row, i in zip(rows, ids, strict=True):
-                    if any(row is r for r in live):
-                        row.append(i)
-                        if row is rows[0] and i not in ends:
+                for b, i in enumerate(ids):
+                    if live[b]:
+                        rows[b].append(i)
+                        live[b] = i not in ends
+                        if b == 0 and live[b]:
                             yield i
-                if all(row[-1] in ends for row in rows):
+                if not any(live):
                     return
 
-        with torch.profiler.profile() if args.profile and sample_index == args.num_samples - 1 else nothing() as prof:
-            for piece in stream(tokenizer, tick()):
+        profiled = args.profile and sample_index == args.num_samples - 1
+        with torch.profiler.profile() if profiled else contextlib.nullcontext() as profile:
+            began = time.perf_counter()
+            for piece in stream(tokenizer, first_row(), after):
                 if not args.json:
                     print(piece, end="", flush=True)
-        if prof:
-            prof.export_chrome_trace(str(args.profile))
-        texts = [tokenizer.decode([i for i in row if i not in ends]) for row in rows]
+        if profiled:
+            profile.export_chrome_trace(str(args.profile))
+        texts = [tokenizer.decode([i for i in row if i not in ends], after) for row in rows]
         if not args.json:
             print()
             for i, text in enumerate(texts[1:], 1):
                 print(f"--- row {i}\n{text}")
         if len(times) > 1:
-            step_seconds = (times[-1] - times[0]) / (len(times) - 1)
-            rates.append(1 / step_seconds)
+            rates.append((len(times) - 1) / (times[-1] - times[0]))
     rate = statistics.median(rates) if rates else 0.0
     cache = sum(b.nbytes for layer in model.layers for b in layer.attention.buffers())
     return {
@@ -307,14 +328,6 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, de
     }
 
 
-class nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *error):
-        return False
-
-
 def report(args: argparse.Namespace, device: torch.device, r: dict):
     if args.json:
         return print(json.dumps(r), flush=True)
@@ -333,16 +346,20 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     device, ends = model.rope.device, set(model.config.eos_ids)
     fresh = [{"role": "system", "content": args.system}] if args.system else []
     messages, cached = list(fresh), []  # cached: the tokens whose keys and values are in the cache
+    tokenizer.encode_chat([*fresh, {"role": "user", "content": "Hello"}])  # complains now if there is no template
     print("Type a message; /reset forgets, /exit ends.", file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UsageError("what came on standard input is not UTF-8 text") from None
         if line == "/exit":
             return
         if line == "/reset":
-            messages, cached = list(fresh), []
+            messages = list(fresh)
+            cached.clear()
         elif line:
             messages.append({"role": "user", "content": line})
             ids = tokenizer.encode_chat(messages)
@@ -354,24 +371,29 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
             same = 0
             while same < min(len(cached), len(ids) - 1) and cached[same] == ids[same]:
                 same += 1
-            cached, answer = ids, []
+            del cached[same:]
+            answer = []
 
             def answers(ids=ids, same=same, room=room, answer=answer) -> Iterator[int]:
                 tokens = torch.tensor([ids[same:]], device=device)
                 for (i,) in generate(prefill, decode, tokens, same, min(args.max_new_tokens, room)):
+                    cached.extend(answer[-1:] or ids[same:])
                     if i in ends:
                         return
                     answer.append(i)
                     yield i
 
+            interrupted = False
             try:
                 for piece in stream(tokenizer, answers()):
                     print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                pass  # stops the answer, not the conversation
+            except KeyboardInterrupt:  # stops the answer, not the conversation
+                interrupted = True
             print()
-            messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
-            cached = ids + answer[:-1]
+            if interrupted and not answer:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     ModelConfig    what a checkpoint says of itself, read from Hugging Face's config.json field by field
     Transformer    embedding, blocks, head; a static KV cache; forward(tokens, positions) -> logits
-    Linear         y = x W^T, with a matrix-vector path for the single row of a decode step
+    Linear         y = x W^T, W in 32, 16, 8 or 4 bits; kernels.py does the work
 
 Letters in the shape comments: B rows, T new tokens, S cache length, H query heads, G key/value heads, D head_dim,
 F feed-forward width, E experts, K experts a token uses. Nothing here runs from the command line; see generate.py.
@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import kernels
 
 
 class UsageError(ValueError):
@@ -67,6 +69,8 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**31:
                 raise UsageError(f"the model's {name} must be a positive integer, not {value!r}")
+        if self.n_layers > 2**16 or (self.moe and self.moe.n_experts > 2**16):  # each is an object in memory
+            raise UsageError(f"{self.n_layers} layers or {self.moe} are more than any model has")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise UsageError(
                 f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}, or head_dim is odd"
@@ -100,7 +104,19 @@ class ModelConfig:
         return config_from_hf(hf, generation or {})
 
 
-ARCHITECTURES = "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe".split()
+# What transformers takes for a field that config.json leaves out, where the architectures differ
+DEFAULTS = {
+    "Llama": dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
+    "Mistral": dict(max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8,
+                    sliding_window=4096),
+    "Mixtral": dict(max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8,
+                    rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
+    "Qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096),
+    "Qwen3": dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, head_dim=128),
+    "Qwen3Moe": dict(max_position_embeddings=32768, num_key_value_heads=4, sliding_window=4096,
+                     num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
+}  # fmt: skip
+ARCHITECTURES = list(DEFAULTS)
 # Fields that change the maths in ways this model does not follow, with the values under which they change nothing.
 NEUTRAL = {
     "partial_rotary_factor": (1,),
@@ -128,6 +144,7 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
     }.get(hf.get("model_type"))
     if arch not in names:
         raise UsageError(f"architecture {arch or hf.get('model_type')!r} is not one of {', '.join(names)}")
+    hf = DEFAULTS[arch.removesuffix("ForCausalLM")] | hf
     for field, allowed in NEUTRAL.items():
         if hf.get(field) not in (None, False, *allowed):
             raise UsageError(f"config.json: {field} = {hf[field]!r} is not supported")
@@ -141,7 +158,7 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
         raise UsageError(f"config.json: {' or '.join(fields)} is missing")
 
     dim, n_layers, n_heads = need("hidden_size"), need("num_hidden_layers"), need("num_attention_heads")
-    head_dim = hf.get("head_dim") or (128 if arch == "Qwen3ForCausalLM" else None)
+    head_dim = hf.get("head_dim")
     if head_dim is None:
         if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
             raise UsageError(f"config.json: hidden_size {dim!r} is not a multiple of num_attention_heads {n_heads!r}")
@@ -151,15 +168,21 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
     window = hf.get("sliding_window") if arch != "LlamaForCausalLM" else None
     if arch.startswith("Qwen"):
         window = window if hf.get("use_sliding_window") else None
-        kinds = set(hf.get("layer_types") or ["full_attention"])
-        if window and (len(kinds) > 1 or ("layer_types" not in hf and hf.get("max_window_layers", 28) > 0)):
-            raise UsageError("config.json: a sliding window on some layers only (max_window_layers) is not supported")
+        if window and arch != "Qwen3MoeForCausalLM":  # whose window is on all layers
+            full = min(hf.get("max_window_layers", 28), n_layers)  # layers before the first with a window
+            kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
+            if len(set(kinds)) > 1:
+                raise UsageError("config.json: a sliding window on some layers only (layer_types) is not supported")
+            window = window if kinds[0] == "sliding_attention" else None
 
-    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(value, dict) for value in rope.values()):
+        raise UsageError("config.json: rope_parameters with partial_rotary_factor or per layer type are not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "linear":
         scaling = RopeScaling("linear", rope.get("factor"))
     elif kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
         keys = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
         if any(not isinstance(rope.get(k), (int, float)) for k in keys):
             raise UsageError(f"config.json: rope_scaling of type llama3 needs numbers for {', '.join(keys)}")
@@ -169,7 +192,8 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
     else:
         raise UsageError(f"config.json: rope_scaling of type {kind!r} is not supported; default, linear and llama3 are")
 
-    moe, ffn_dim, bias = None, need("moe_intermediate_size", "intermediate_size"), bool(hf.get("attention_bias"))
+    ffn_dim = need("moe_intermediate_size" if arch == "Qwen3MoeForCausalLM" else "intermediate_size")
+    moe, bias = None, bool(hf.get("attention_bias"))
     if arch == "MixtralForCausalLM":
         moe = MoE(need("num_local_experts"), need("num_experts_per_tok"))
     elif arch == "Qwen3MoeForCausalLM":
@@ -188,9 +212,9 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
         head_dim=head_dim,
         ffn_dim=ffn_dim,
         vocab_size=need("vocab_size"),
-        max_seq_len=hf.get("max_position_embeddings") or 2048,
+        max_seq_len=need("max_position_embeddings"),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta", 10000.0),
+        rope_theta=rope["rope_theta"],
         rope_scaling=scaling,
         sliding_window=window or None,
         qkv_bias=bias or arch == "Qwen2ForCausalLM",
@@ -235,10 +259,12 @@ class Transformer(nn.Module):
         """forward without the head: [B, T, dim]. kv_len, where the caller knows it, is the number of cache entries
         in use, the new tokens included: only they are looked at. block stands in for TransformerBlock.forward."""
         block = block or TransformerBlock.forward
-        keys = self.cache_positions[:kv_len]
-        mask = keys <= positions[:, None]  # [T, S] True: may look
-        if self.config.sliding_window:
-            mask &= keys > positions[:, None] - self.config.sliding_window
+        mask = None  # [T, S] True: may look
+        if not self.layers[0].attention.is_fast(tokens):
+            keys = self.cache_positions[:kv_len]
+            mask = keys <= positions[:, None]
+            if self.config.sliding_window:
+                mask &= keys > positions[:, None] - self.config.sliding_window
         x, rope = self.tok_embeddings(tokens), self.rope[positions]
         for layer in self.layers:
             x = block(layer, x, positions, rope, mask, kv_len)
@@ -246,13 +272,13 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: hidden [..., dim] -> float32 logits [..., vocab_size]."""
-        return self.output(self.norm(x)).float()
+        return self.output(x, norm=self.norm, wide=True)
 
     def step_bytes(self) -> int:
         """Bytes of weights that one decode step reads: all but the embedding's other rows and the idle experts."""
         total = sum(t.nbytes for name, t in self.state_dict().items() if not name.startswith("tok_embeddings"))
         if moe := self.config.moe:
-            experts = sum(p.nbytes for layer in self.layers for p in layer.feed_forward.experts.parameters())
+            experts = sum(t.nbytes for name, t in self.state_dict().items() if ".experts." in name)
             total -= experts * (moe.n_experts - moe.n_active) // moe.n_experts
         return total
 
@@ -265,15 +291,19 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = MoEFeedForward(config) if config.moe else FeedForward(config)
 
-    def forward(self, x: Tensor, positions: Tensor, rope: Tensor, mask: Tensor, kv_len: int | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, rope, mask, kv_len)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x: Tensor, positions: Tensor, rope: Tensor, mask: Tensor | None, kv_len: int | None) -> Tensor:
+        """x [B, T, dim] -> the same; each half adds what it makes of the normed x to x."""
+        x = self.attention(x, self.attention_norm, positions, rope, mask, kv_len)
+        return self.feed_forward(x, self.ffn_norm)
 
 
 class Attention(nn.Module):
+    """x + wo(softmax(q k^T / sqrt(D)) v), the keys and values of earlier tokens kept in a cache."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.window = config.sliding_window or 0
         self.wqkv = Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, config.qkv_bias)
         self.wo = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
@@ -284,10 +314,26 @@ class Attention(nn.Module):
         self.register_buffer("k_cache", like.new_zeros(shape), persistent=False)
         self.register_buffer("v_cache", like.new_zeros(shape), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor, rope: Tensor, mask: Tensor, kv_len: int | None) -> Tensor:
-        B, T, _ = x.shape
-        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)
-        q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)  # [B, T, H or G, D]
+    def is_fast(self, tokens: Tensor) -> bool:
+        """Whether the fused kernel does tokens [B, T]: a decode step or a short run."""
+        return self.wqkv.fast and tokens.shape[1] <= kernels.MAX_ROWS
+
+    def forward(self, x: Tensor, norm: "RMSNorm", positions: Tensor, rope: Tensor, mask, kv_len) -> Tensor:
+        qkv = self.wqkv(x, norm=norm)  # [B, T, (H + 2 G) D]
+        if mask is None:
+            q_norm, k_norm = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
+            y = torch.ops.gptfast.attention(
+                qkv, self.k_cache, self.v_cache, positions, rope, q_norm, k_norm, norm.eps, self.window
+            )
+        else:
+            y = self.attend(qkv, positions, rope, mask, kv_len)
+        return self.wo(y, residual=x)
+
+    def attend(self, qkv: Tensor, positions: Tensor, rope: Tensor, mask: Tensor, kv_len: int | None) -> Tensor:
+        """Queries, keys and values [B, T, (H + 2 G) D] -> [B, T, H D]; the keys and values go into the cache."""
+        B, T, _ = qkv.shape
+        heads = qkv.view(B, T, -1, self.head_dim)
+        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)  # [B, T, H or G, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2), v.transpose(1, 2)
@@ -295,25 +341,24 @@ class Attention(nn.Module):
         self.v_cache.index_copy_(2, positions, v)
         k, v = self.k_cache[:, :, :kv_len], self.v_cache[:, :, :kv_len]  # [B, G, S, D]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [B, H, T, D]
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+        return y.transpose(1, 2).reshape(B, T, -1)
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) * (w3 x)), with w1 and w3 stacked in one matrix."""
+    """x + w2(silu(w1 x) * (w3 x)), with w1 and w3 stacked in one matrix."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.w13 = Linear(config.dim, 2 * config.ffn_dim, config.ffn_bias)
         self.w2 = Linear(config.ffn_dim, config.dim, config.ffn_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+    def forward(self, x: Tensor, norm: "RMSNorm") -> Tensor:
+        return self.w2(self.w13(x, norm=norm, swiglu=True), residual=x)
 
 
 class MoEFeedForward(nn.Module):
-    """Each token goes through its n_active best experts, weighted by the router's softmax. Sources: Mixtral
-    (arXiv:2401.04088) and Qwen3, which differ only in whether the chosen weights are made to sum to one."""
+    """x + the n_active best experts' outputs, weighted by the router's softmax. Sources: Mixtral (arXiv:2401.04088)
+    and Qwen3, which differ only in whether the chosen weights are made to sum to one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -321,82 +366,80 @@ class MoEFeedForward(nn.Module):
         self.gate = Linear(config.dim, config.moe.n_experts)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.view(-1, x.shape[-1])  # [N, dim]
-        probs = F.softmax(self.gate(tokens), dim=-1, dtype=torch.float32)  # [N, E]
-        weights, chosen = probs.topk(self.moe.n_active, dim=-1)  # [N, K]
+    def forward(self, x: Tensor, norm: "RMSNorm") -> Tensor:
+        probs = F.softmax(self.gate(x, norm=norm, wide=True), dim=-1)  # [B, T, E] float32
+        share, chosen = probs.topk(self.moe.n_active, dim=-1)  # [B, T, K]
         if self.moe.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return self.experts(tokens, weights.to(x.dtype), chosen).view_as(x)
+            share = share / share.sum(-1, keepdim=True)
+        return self.experts(x, norm, share, chosen)
 
 
 class Experts(nn.Module):
+    """Every expert's feed-forward, stacked."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        n, dim, ffn = config.moe.n_experts, config.dim, config.ffn_dim
-        self.w13 = nn.Parameter(torch.empty(n, 2 * ffn, dim))
-        self.w2 = nn.Parameter(torch.empty(n, dim, ffn))
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim, experts=config.moe.n_experts)
+        self.w2 = Linear(config.ffn_dim, config.dim, experts=config.moe.n_experts)
 
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x [N, dim], weights and chosen [N, K] -> [N, dim]."""
-        if torch.compiler.is_compiling() and x.shape[0] == 1:  # a decode step, compiled
-            return self.one_token(x, weights, chosen)
-        return self.by_expert(x, weights, chosen)
+    def forward(self, x: Tensor, norm: "RMSNorm", share: Tensor, chosen: Tensor) -> Tensor:
+        """x [B, T, dim] + the sum over each token's chosen [B, T, K] experts of share [B, T, K] times their output."""
+        if kernels.has_experts(x, self.w13):
+            return kernels.experts(x, self.w13, self.w2, norm, share, chosen)
+        rows = norm(x).flatten(0, 1)  # [N, dim]
+        share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
+        step = torch.compiler.is_compiling() and x.shape[1] == 1
+        return x + (self.gathered if step else self.grouped)(rows, share, chosen).view_as(x)
 
-    def one_token(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """One row through its K experts. The compiler fuses look-up, product and sum: only those weights are read."""
-        gate, up = (self.w13[chosen[0]].float() * x.float()).sum(-1).chunk(2, dim=-1)  # [K, F] each
-        h = (F.silu(gate) * up).to(x.dtype)[:, None]  # [K, 1, F]
-        y = (self.w2[chosen[0]].float() * h.float()).sum(-1)  # [K, dim]
-        return (y * weights[0, :, None]).sum(0, keepdim=True).to(x.dtype)
+    def gathered(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
+        """A decode step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
+        reads the chosen experts' weights and keeps no copy of them. Uncompiled it would keep one."""
+        gate, up = (self.w13.matrix(x.dtype, chosen).float() * x[:, None, None].float()).sum(-1).chunk(2, dim=-1)
+        h = (F.silu(gate) * up).to(x.dtype)[:, :, None]  # [N, K, 1, F]
+        y = (self.w2.matrix(x.dtype, chosen).float() * h.float()).sum(-1)  # [N, K, dim]
+        return (y * share[..., None]).sum(1).to(x.dtype)
 
     @torch.compiler.disable
-    def by_expert(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Any number of rows: every expert takes its own rows in one go, so memory grows with the rows alone."""
+    def grouped(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
+        """Any number of rows: every expert takes its own in one go, so memory grows with the rows alone."""
         out = torch.zeros_like(x)
         for e in chosen.unique().tolist():
             row, slot = torch.where(chosen == e)
-            gate, up = linear(x[row], self.w13[e]).chunk(2, dim=-1)
-            y = linear(F.silu(gate) * up, self.w2[e])
-            out.index_add_(0, row, y * weights[row, slot, None])
+            gate, up = F.linear(x[row], self.w13.matrix(x.dtype, e)).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, self.w2.matrix(x.dtype, e))
+            out.index_add_(0, row, y * share[row, slot, None])
         return out
 
 
-class Linear(nn.Linear):
-    """nn.Linear without bias by default. fast = False keeps to F.linear always (the slow reference)."""
+class Linear(nn.Module):
+    """y = x W^T [+ bias], or a stack of experts' matrices [experts, n_out, n_in]. kernels.py says how W may be stored;
+    scales and zeros are there if it is quantized, and fast is set once it is stored in the CPU kernels' order."""
 
-    fast = True
+    def __init__(self, n_in: int, n_out: int, bias: bool = False, experts: int | None = None):
+        super().__init__()
+        self.n_in, self.n_out, self.group, self.fast = n_in, n_out, n_in, False
+        self.weight = nn.Parameter(torch.empty(*([experts] if experts else []), n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.register_buffer("scales", None)
+        self.register_buffer("zeros", None)
 
-    def __init__(self, n_in: int, n_out: int, bias: bool = False):
-        super().__init__(n_in, n_out, bias)
+    def forward(self, x: Tensor, norm=None, residual: Tensor | None = None, swiglu=False, wide=False) -> Tensor:
+        return kernels.linear(x, self, norm, residual, swiglu, wide)
 
-    def reset_parameters(self):
-        """Nothing: weights are loaded, never trained here."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.fast)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fast: bool = True) -> Tensor:
-    """x [..., in], weight [out, in], bias [out] -> [..., out]. A single row on a CPU is a matrix-vector product, which
-    reads a 16-bit weight at the speed of memory where F.linear's blocked matmul reaches a third of it."""
-    if fast and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-    return F.linear(x, weight, bias)
+    def matrix(self, dtype: torch.dtype, expert=slice(None)) -> Tensor:
+        """W as numbers of dtype; of the experts in expert (an index, or a tensor of them) alone."""
+        parts = [t if t is None else t[expert] for t in (self.weight, self.scales, self.zeros)]
+        return kernels.dequantize(*parts, self.n_out, self.group, dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 up to the weight (arXiv:1910.07467)."""
-
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        f = x.float()
-        return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

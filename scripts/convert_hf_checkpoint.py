@@ -9,192 +9,210 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_pickle, read_json, run, save_checkpoint
 from model import ModelConfig, Transformer, UsageError
 
-# One line for each of our tensors: the names it is made of (concatenated along the rows; {e} once for each expert).
+# For each of our modules the ones it is made of, concatenated along the rows; {i} is the layer, {e} every expert.
 TABLE = {
-    "tok_embeddings.weight": ["model.embed_tokens.weight"],
-    "norm.weight": ["model.norm.weight"],
-    "output.weight": ["lm_head.weight"],
-    "layers.{i}.attention_norm.weight": ["model.layers.{i}.input_layernorm.weight"],
-    "layers.{i}.attention.wqkv.{p}": [f"model.layers.{{i}}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
-    "layers.{i}.attention.wo.{p}": ["model.layers.{i}.self_attn.o_proj.{p}"],
-    "layers.{i}.attention.q_norm.weight": ["model.layers.{i}.self_attn.q_norm.weight"],
-    "layers.{i}.attention.k_norm.weight": ["model.layers.{i}.self_attn.k_norm.weight"],
-    "layers.{i}.ffn_norm.weight": ["model.layers.{i}.post_attention_layernorm.weight"],
-    "layers.{i}.feed_forward.w13.{p}": [f"model.layers.{{i}}.mlp.{x}_proj.{{p}}" for x in ("gate", "up")],
-    "layers.{i}.feed_forward.w2.{p}": ["model.layers.{i}.mlp.down_proj.{p}"],
-    "layers.{i}.feed_forward.gate.weight": ["model.layers.{i}.mlp.gate.weight"],
-    "layers.{i}.feed_forward.experts.w13": [
-        f"model.layers.{{i}}.mlp.experts.{{e}}.{x}_proj.weight" for x in ("gate", "up")
-    ],
-    "layers.{i}.feed_forward.experts.w2": ["model.layers.{i}.mlp.experts.{e}.down_proj.weight"],
+    "tok_embeddings": ["model.embed_tokens"],
+    "norm": ["model.norm"],
+    "output": ["lm_head"],
+    "layers.{i}.attention_norm": ["model.layers.{i}.input_layernorm"],
+    "layers.{i}.attention.wqkv": [f"model.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"],
+    "layers.{i}.attention.wo": ["model.layers.{i}.self_attn.o_proj"],
+    "layers.{i}.attention.q_norm": ["model.layers.{i}.self_attn.q_norm"],
+    "layers.{i}.attention.k_norm": ["model.layers.{i}.self_attn.k_norm"],
+    "layers.{i}.ffn_norm": ["model.layers.{i}.post_attention_layernorm"],
+    "layers.{i}.feed_forward.w13": [f"model.layers.{{i}}.mlp.{x}_proj" for x in ("gate", "up")],
+    "layers.{i}.feed_forward.w2": ["model.layers.{i}.mlp.down_proj"],
+    "layers.{i}.feed_forward.gate": ["model.layers.{i}.mlp.gate"],
+    "layers.{i}.feed_forward.experts.w13": [f"model.layers.{{i}}.mlp.experts.{{e}}.{x}_proj" for x in ("gate", "up")],
+    "layers.{i}.feed_forward.experts.w2": ["model.layers.{i}.mlp.experts.{e}.down_proj"],
 }
 MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
-TINYLLAMAS = {  # Meta's names; order matters
-    "_orig_mod.": "", "tok_embeddings.": "model.embed_tokens.", "output.": "lm_head.", "layers.": "model.layers.",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention.w": "self_attn.w",
+META = {
+    "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
-    ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
 }  # fmt: skip
-UNUSED = re.compile(r"rotary_emb\.inv_freq$|^freqs_(cos|sin)$|^rope\.freqs$")
+UNUSED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")
 
-Source = tuple[torch.Size, torch.dtype, Callable[[], torch.Tensor]]  # of one tensor; the last reads it
+Tensors = dict[str, torch.Tensor]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
     folder = parser.parse_args().checkpoint_dir
+    convert_folder(folder)
+    print(f"wrote {folder / 'model.pth'}")
+
+
+def convert_folder(folder: Path):
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     if (folder / "config.json").is_file():
         generation = read_json(folder / "generation_config.json", {})
         config = ModelConfig.from_hf(read_json(folder / "config.json"), generation)
-        sources = read_sources(folder)
+        convert(folder / "model.pth", config, read_folder(folder))
     else:
-        config, sources = read_tinyllamas(folder)
-    convert(folder / "model.pth", config, sources)
-    print(f"wrote {folder / 'model.pth'}")
+        convert(folder / "model.pth", *read_tinyllamas(folder))
 
 
-def convert(path: Path, config: ModelConfig, sources: dict[str, Source]):
-    """Writes model.pth from tensors named as Hugging Face does. Raises UsageError naming a missing, left-over or
-    misshapen one."""
-    with torch.device("meta"):
-        wanted = {name: t.shape for name, t in Transformer(config).state_dict().items()}
-    left = {name for name in sources if not UNUSED.search(name)}
+def convert(path: Path, config: ModelConfig, tensors: Tensors, read: Callable[[str], torch.Tensor] | None = None):
+    """Writes model.pth from tensors named as Hugging Face does. With read, they are only looked at for shape and dtype,
+    and read(name) gives the data. One of ours is made at a time. Raises UsageError naming a tensor that is missing,
+    left over, of the wrong shape or of a foreign dtype."""
+    read = read or tensors.__getitem__
+    try:
+        with torch.device("meta"):
+            one_layer = Transformer(replace(config, n_layers=1)).state_dict()
+    except RuntimeError as e:
+        raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
+    parts, shapes = {}, {}  # of each of ours: the names it is made of; its shape and dtype
+    for i in range(config.n_layers):
+        for name, like in one_layer.items():
+            if (i and not name.startswith("layers.")) or (name == "output.weight" and config.tie_embeddings):
+                continue
+            name, names, dtype = name.replace("layers.0.", f"layers.{i}."), [], None
+            for part, shape in parts_of(name, like, config):
+                if part not in tensors:
+                    raise UsageError(f"the checkpoint has no tensor {part}")
+                found = tensors[part]
+                if list(found.shape) != shape:
+                    raise UsageError(f"tensor {part} is {list(found.shape)}; the config makes it {shape}")
+                if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                    raise UsageError(f"tensor {part} is {found.dtype}, not float32, float16 or bfloat16")
+                dtype = torch.promote_types(dtype or found.dtype, found.dtype)  # that loses nothing
+                names.append(part)
+            parts[name], shapes[name] = names, (like.shape, dtype)
+    left = {name for name in tensors if not UNUSED.search(name)}.difference(*parts.values())
     if config.tie_embeddings:
         left.discard("lm_head.weight")
-    groups, shapes = {}, {}
-    for name, shape in wanted.items():
-        if name == "output.weight" and config.tie_embeddings:
-            continue
-        i = re.search(r"\d+", name)
-        pattern = re.sub(r"\d+", "{i}", name, count=1)
-        if pattern not in TABLE:
-            pattern = re.sub(r"(weight|bias)$", "{p}", pattern)
-        experts = range(config.moe.n_experts if config.moe and "experts" in name else 1)
-        p = name.rsplit(".")[-1]
-        parts = [x.format(i=i and i[0], p=p, e=e) for e in experts for x in TABLE[pattern]]
-        for part in parts:
-            if part not in sources:
-                raise UsageError(f"the checkpoint has no tensor {part}")
-        columns = {tuple(sources[part][0][1:]) for part in parts}
-        rows = sum(sources[part][0][0] if sources[part][0] else 0 for part in parts)
-        if rows != shape.numel() // max(1, shape[1:].numel() if len(shape) < 3 else shape[-1]) or len(columns) != 1 or (
-            columns != {tuple(shape[-1:]) if len(shape) > 1 else ()}
-        ):
-            found = [list(sources[part][0]) for part in parts[:3]]
-            raise UsageError(f"{parts[0]} ... have shapes {found}, which do not make {name} {list(shape)}")
-        left -= set(parts)
-        groups[name], shapes[name] = parts, (tuple(shape), sources[parts[0]][1])
     if left:
         raise UsageError(f"the checkpoint's tensor {min(left)} has no place in this model ({len(left)} left over)")
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parts in groups.items():
-            shape, dtype = shapes[name]
+    def joined() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, (shape, dtype) in shapes.items():
             out = torch.empty(shape, dtype=dtype)
-            flat, row = out.view(-1, *shape[2:]) if len(shape) == 3 else out, 0
-            for part in parts:
-                tensor = sources[part][2]()
-                flat[row : row + tensor.shape[0]] = tensor
-                row += tensor.shape[0]
+            pieces = as_rows(out).split([tensors[part].shape[0] for part in parts[name]])
+            for piece, part in zip(pieces, parts[name], strict=True):
+                piece.copy_(read(part).detach())
             yield name, out
 
-    save_checkpoint(path, config, shapes, tensors())
+    save_checkpoint(path, config, shapes, joined())
 
 
-def read_sources(folder: Path) -> dict[str, Source]:
-    """The tensors of a folder, none of them read yet."""
-    for stem, read in (("model.safetensors", from_safetensors), ("pytorch_model.bin", from_pickle)):
-        files = [folder / stem] if (folder / stem).is_file() else []
-        if (folder / f"{stem}.index.json").is_file():
-            index = read_json(folder / f"{stem}.index.json")
-            table = index.get("weight_map") if isinstance(index, dict) else None
+def parts_of(name: str, ours: torch.Tensor, config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
+    """Name and shape of each of Hugging Face's tensors that ours is made of, in the order of its rows."""
+    stem, kind = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups()
+    layer = re.search(r"\d+", stem)
+    sources = TABLE[re.sub(r"\d+", "{i}", stem, count=1)]
+    n_experts = config.moe.n_experts if ".experts." in name else 1
+    total, *columns = as_rows(ours).shape
+    rows = [total // n_experts // len(sources)] * len(sources)
+    if ".wqkv" in name:
+        rows = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    for e in range(n_experts):
+        for source, n in zip(sources, rows, strict=True):
+            yield source.format(i=layer and layer[0], e=e) + (kind or ".weight"), [n, *columns]
+
+
+def as_rows(t: torch.Tensor) -> torch.Tensor:
+    """[..., rows, columns] as [rows, columns]; a vector as it is."""
+    return t.flatten(0, max(t.dim() - 2, 0))
+
+
+def read_folder(folder: Path) -> Tensors:
+    """The tensors of a folder by their current names, memory-mapped: none is read yet."""
+    for stem, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_bin)):
+        index = folder / f"{stem}.index.json"
+        if (folder / stem).is_file():
+            files = [stem]
+        elif index.is_file():
+            content = read_json(index)
+            table = content.get("weight_map") if isinstance(content, dict) else None
             if not isinstance(table, dict) or not all(isinstance(x, str) for x in table.values()):
-                raise UsageError(f"{folder / stem}.index.json has no weight_map of file names")
-            names = sorted(set(table.values()))
-            if bad := [name for name in names if Path(name).name != name]:
-                raise UsageError(f"{stem}.index.json names {bad[0]!r}, which is not a file of the folder itself")
-            files = [folder / name for name in names]
-        if files:
-            sources = {}
-            for file in files:
-                sources |= read(file)
-            return {rename(name, MIXTRAL) if ".block_sparse_moe." in name else name: s for name, s in sources.items()}
+                raise UsageError(f"{index} has no weight_map of file names")
+            files = sorted(set(table.values()))
+            if bad := [name for name in files if Path(name).name != name]:
+                raise UsageError(f"{index} names {bad[0]!r}, which is not a file of the folder itself")
+        else:
+            continue
+        tensors = {}
+        for file in files:
+            for name, tensor in load(folder / file).items():
+                tensors[rename(name, MIXTRAL) if ".block_sparse_moe." in name else name] = tensor
+        return split_experts(tensors)
     raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
 
 
-def from_safetensors(file: Path) -> dict[str, Source]:
+def load_safetensors(file: Path) -> Tensors:
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-    def reader(name):
-        def read():  # opened for each tensor, so that the pages of the others leave memory
-            with safe_open(file, "pt") as f:
-                return f.get_tensor(name)
-
-        return read
-
     try:
-        with safe_open(file, "pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}
-            for name, s in slices.items():
-                if s.get_dtype() not in dtypes:
-                    raise UsageError(f"{file}: {name} is {s.get_dtype()}; only F32, F16 and BF16 are supported")
-            return {n: (torch.Size(s.get_shape()), dtypes[s.get_dtype()], reader(n)) for n, s in slices.items()}
+        return load_file(file)
     except (SafetensorError, OSError) as e:
         raise UsageError(f"{file} is truncated or not safetensors: {e}") from None
 
 
-def from_pickle(file: Path) -> dict[str, Source]:
-    tensors = load_pickle(file)
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+def load_bin(file: Path) -> Tensors:
+    return check_tensors(file, load_pickle(file))
+
+
+def check_tensors(file: Path, table) -> Tensors:
+    if not isinstance(table, dict) or not all(isinstance(t, torch.Tensor) for t in table.values()):
         raise UsageError(f"{file} is not a table of tensors")
-    return {name: (t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()}
+    return {str(name): t for name, t in table.items()}
 
 
-def read_tinyllamas(folder: Path) -> tuple[ModelConfig, dict[str, Source]]:
+def split_experts(tensors: Tensors) -> Tensors:
+    """Fused experts, gate_up_proj [E, 2F, D] and down_proj [E, D, F], as views of one each."""
+    for name in [name for name, t in tensors.items() if re.search(r"\.experts\.\w+_proj$", name) and t.dim() == 3]:
+        stem, proj = name.rsplit(".", 1)
+        for e, t in enumerate(tensors.pop(name)):
+            new = {"gate_proj": t.tensor_split(2)[0], "up_proj": t.tensor_split(2)[1]} if "_up" in proj else {proj: t}
+            tensors |= {f"{stem}.{e}.{part}.weight": x for part, x in new.items()}
+    return tensors
+
+
+def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Callable[[str], torch.Tensor]]:
     """karpathy/tinyllamas: one .pt of {"model_args", "model"}, Meta's names and Meta's order of RoPE's rows."""
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
-    data = load_pickle(files[0])
-    if not isinstance(data, dict) or not {"model_args", "model"} <= set(data):
-        raise UsageError(f"{files[0]} has no model_args and model, so it is not one of tinyllamas")
-    args, tensors = data["model_args"], {rename(name, TINYLLAMAS): t for name, t in data["model"].items()}
     try:
-        n_heads = args["n_heads"]
+        data = dict(load_pickle(files[0]))
+        args, tensors = data["model_args"], {}
+        for name, t in check_tensors(files[0], data["model"]).items():
+            name = name.removeprefix("_orig_mod.")
+            tensors["lm_head.weight" if name == "output.weight" else "model." + rename(name, META)] = t
         config = ModelConfig(
             dim=args["dim"],
             n_layers=args["n_layers"],
-            n_heads=n_heads,
-            n_kv_heads=args.get("n_kv_heads") or n_heads,
-            head_dim=args["dim"] // n_heads,
+            n_heads=args["n_heads"],
+            n_kv_heads=args.get("n_kv_heads") or args["n_heads"],
+            head_dim=args["dim"] // args["n_heads"],
             ffn_dim=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
             vocab_size=args["vocab_size"],
             max_seq_len=args["max_seq_len"],
-            tie_embeddings="lm_head.weight" not in tensors
-            or torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]),
+            tie_embeddings=torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]),
             bos_id=1,
-            eos_ids=(1, 2),  # a story ends where the next would begin
+            eos_ids=(1,),  # a story ends where the next would begin
         )
-    except (KeyError, TypeError, ZeroDivisionError) as e:
-        raise UsageError(f"{files[0]}: {e} is missing from model_args or the tensors") from None
-    for name, t in tensors.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensors[name] = unpermute(t, config.head_dim)
-    return config, {name: (t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()}
+    except (LookupError, TypeError, ArithmeticError, RuntimeError) as e:
+        raise UsageError(f"{files[0]} is not one of tinyllamas: {type(e).__name__} {e}") from None
+    in_meta_order = re.compile(r"[qk]_proj\.weight$")
+    return config, tensors, lambda n: unpermute(tensors[n], config.head_dim) if in_meta_order.search(n) else tensors[n]
 
 
 def rename(name: str, table: dict[str, str]) -> str:

@@ -5,20 +5,19 @@ import torch
 import transformers as hf
 
 from model import ModelConfig, UsageError
-from tests.tiny import FAMILIES, make_hf, to_ours
+from tests.tiny import FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family):
-    theirs = make_hf(family)
-    ours = to_ours(theirs)
-    tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+def test_logits_equal_transformers(family, pair):
+    theirs, ours = pair(family)
+    tokens = torch.randint(0, 97, (2, 120), generator=torch.Generator().manual_seed(1))  # seven sliding windows
     with torch.inference_mode():
         expected = theirs(tokens).logits
-        ours.setup_caches(2, 64)
-        whole = ours(tokens, torch.arange(40))
-        ours.setup_caches(2, 64)
-        ends = [0, 7, 24, *range(25, 41)]  # two chunks, then token by token
+        ours.setup_caches(2, 128)
+        whole = ours(tokens, torch.arange(120))
+        ours.setup_caches(2, 128)
+        ends = [0, 7, 24, 80, *range(81, 121)]  # three chunks, then token by token
         parts = [ours(tokens[:, a:b], torch.arange(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,5 @@
 """Tiny random checkpoints of every family, made with transformers."""
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +8,9 @@ import torch
 import transformers as hf
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from convert_hf_checkpoint import convert_folder  # noqa: E402
+
 SIZES = dict(
     hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=97, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
@@ -42,8 +43,7 @@ def make_hf(family: str):
 
 
 def convert(folder: Path) -> Path:
-    command = [sys.executable, ROOT / "scripts/convert_hf_checkpoint.py", "--checkpoint_dir", folder]
-    subprocess.run(command, check=True)
+    convert_folder(folder)
     return folder / "model.pth"
 
 
@@ -52,5 +52,4 @@ def to_ours(theirs):
 
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        json.loads((Path(folder) / "config.json").read_text())
         return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32)

@@ -1,0 +1,659 @@
+// CPU kernels of a decode step, called through kernels.py, which holds the PyTorch reference of each and builds this file.
+//
+// A decode step multiplies every weight by one row (or a few), so it runs at the speed at which weights arrive from
+// memory. The loops below read each weight once, in order, and do everything else (norm, bias, SiLU, residual,
+// dequantization) in registers while waiting for the next one. Written with GCC's vector extensions; the two
+// instructions that matter, dot products of 8-bit and of 16-bit numbers, have x86 versions, chosen at compile time.
+
+#include <omp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using OptTensor = std::optional<Tensor>;
+
+constexpr int64_t ROWS = 16;      // output rows that one pass of a matrix-vector kernel makes
+constexpr int64_t MAX_M = 8;      // rows of activations the kernels take; kernels.py sends more to the matmul library
+constexpr int64_t ACT_GROUP = 128; // activations that share a scale where the weights have no groups of their own
+constexpr int64_t KV_CHUNK = 256; // cache entries that one attention task looks at
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+
+struct bf16 { uint16_t bits; };
+typedef _Float16 f16;
+
+inline float to_float(float x) { return x; }
+inline float to_float(f16 x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline void from_float(float f, float* out) { *out = f; }
+inline void from_float(float f, f16* out) { *out = f16(f); }
+inline void from_float(float f, bf16* out) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  out->bits = f != f ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// ---- The activations of a call, prepared by every thread for itself ---------------------------------------------
+
+// One row: as numbers of the weights' kind, or quantized to int8 in groups with a scale and a sum for each.
+struct Row {
+  const void* x;
+  const float* scale;    // of each group of activations
+  const int32_t* sum;    // of each group's int8 values
+};
+
+struct Weights {  // [n, k], or one expert of [experts, n, k]
+  enum Kind { F32, F16, BF16, INT8, INT4 } kind;
+  const char* data;
+  const float* row_scale;     // INT8: [n]
+  const uint16_t* scales;     // INT4: [n / 16, groups, 16] bfloat16
+  const uint8_t* zeros;       // INT4: [n / 16, groups, 16], in sixteenths of a step
+  int64_t n, k, group;        // group: of weights that share a scale (INT4), else of activations that do
+
+  int64_t blocks() const { return (n + ROWS - 1) / ROWS; }
+  int64_t groups() const { return (k + group - 1) / group; }
+  int64_t padded_k() const { return groups() * group; }
+  bool quantized() const { return kind >= INT8; }
+  Weights expert(int64_t e) const {
+    Weights w = *this;
+    const int64_t bytes = kind == F32 ? n * k * 4 : kind <= BF16 ? n * k * 2
+                          : blocks() * ROWS * (kind == INT8 ? k : k / 2);
+    w.data += e * bytes;
+    if (row_scale) w.row_scale += e * n;
+    if (scales) w.scales += e * blocks() * groups() * ROWS, w.zeros += e * blocks() * groups() * ROWS;
+    return w;
+  }
+};
+
+template <typename T> const T* ptr(const OptTensor& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t n, int64_t k, int64_t group) {
+  const ScalarType type = w.scalar_type();
+  Weights out{Weights::F32, static_cast<const char*>(w.data_ptr()), nullptr, nullptr, nullptr, n, k, group};
+  if (zeros) {
+    out.kind = Weights::INT4;
+    out.scales = ptr<uint16_t>(scales), out.zeros = ptr<uint8_t>(zeros);
+  } else if (scales) {
+    out.kind = Weights::INT8, out.group = ACT_GROUP;
+    out.row_scale = ptr<float>(scales);
+  } else {
+    out.kind = type == ScalarType::Float ? Weights::F32 : type == ScalarType::Half ? Weights::F16 : Weights::BF16;
+  }
+  return out;
+}
+
+// Room for the prepared rows of one thread; grows, and is kept from call to call.
+struct Scratch {
+  std::vector<char> bytes;
+  size_t used = 0;
+  void reserve(size_t n) { used = 0; if (bytes.size() < n) bytes.resize(n); }
+  template <typename T> T* take(size_t n) {
+    T* p = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.data()) + used + 63) / 64 * 64);
+    used = reinterpret_cast<char*>(p + n) - bytes.data();
+    return p;
+  }
+  static size_t row_bytes(int64_t k) { return (k + 512) * 16; }
+};
+thread_local Scratch scratch;
+
+// int8 groups: x = scale * q, |q| <= 127. Beyond k the row is zero. Not finite values make scale NaN, and so the output.
+void quantize_row(const float* f, int64_t k, int64_t group, Row& row, Scratch& room) {
+  const int64_t groups = (k + group - 1) / group;
+  int8_t* q = room.take<int8_t>(groups * group);
+  float* scale = room.take<float>(groups);
+  int32_t* sum = room.take<int32_t>(groups);
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t begin = g * group, end = std::min(k, begin + group);
+    float peak = 0, check = 0;
+#pragma omp simd reduction(max : peak) reduction(+ : check)
+    for (int64_t i = begin; i < end; i++) peak = std::max(peak, std::fabs(f[i])), check += f[i] * 0.0f;
+    scale[g] = peak / 127 + check;
+    const float inverse = peak > 0 ? 127 / peak : 0;
+    int32_t s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = begin; i < end; i++) {
+      const int32_t v = int32_t(std::nearbyintf(f[i] * inverse));
+      q[i] = int8_t(v), s += v;
+    }
+    for (int64_t i = end; i < begin + group; i++) q[i] = 0;
+    sum[g] = s;
+  }
+  row = Row{q, scale, sum};
+}
+
+template <typename T>
+void prepare(const T* x, int64_t m, const Weights& w, const T* norm, double eps, Row* rows, Scratch& room) {
+  const int64_t k = w.k;
+  room.reserve(Scratch::row_bytes(std::max(k, w.padded_k())) * (m + 1));
+  float* f = room.take<float>(k);
+  for (int64_t i = 0; i < m; i++, x += k) {
+    float scale = 1;
+    if (norm) {
+      float total = 0;
+#pragma omp simd reduction(+ : total)
+      for (int64_t j = 0; j < k; j++) total += to_float(x[j]) * to_float(x[j]);
+      scale = 1 / std::sqrt(total / k + float(eps));
+    }
+    // Without quantization the row is rounded to its own type where the reference's would be.
+    T* out = room.take<T>(k);
+    for (int64_t j = 0; j < k; j++) {
+      float v = to_float(x[j]) * scale;
+      if (norm) {
+        from_float(v, &out[j]);
+        v = to_float(out[j]) * to_float(norm[j]);
+      }
+      from_float(v, &out[j]);
+      f[j] = to_float(out[j]);
+    }
+    if (w.quantized() && !std::is_same_v<T, float>) quantize_row(f, k, w.group, rows[i], room);
+    else rows[i] = Row{out, nullptr, nullptr};
+  }
+}
+
+// ---- Sixteen outputs at a time ------------------------------------------------------------------------------------
+
+// acc[lane] += sum over j < 4 of w[lane][j] (unsigned) * x[j] (signed), exactly.
+inline void dot4(IntVec& acc, IntVec w, const int8_t* x) {
+#if defined(__AVX512VNNI__)
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  acc = (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const __m256i b = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+  __m256i* a = reinterpret_cast<__m256i*>(&acc);
+  const __m256i* v = reinterpret_cast<const __m256i*>(&w);
+  for (int h = 0; h < 2; h++) {  // halves of a byte, so that no 16-bit sum of two products saturates
+    const __m256i lo = _mm256_maddubs_epi16(_mm256_and_si256(v[h], low), b);
+    const __m256i hi = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v[h], 4), low), b);
+    a[h] = _mm256_add_epi32(a[h], _mm256_madd_epi16(lo, ones));
+    a[h] = _mm256_add_epi32(a[h], _mm256_slli_epi32(_mm256_madd_epi16(hi, ones), 4));
+  }
+#else
+  const uint8_t* v = reinterpret_cast<const uint8_t*>(&w);
+  for (int lane = 0; lane < ROWS; lane++)
+    for (int j = 0; j < 4; j++) acc[lane] += int32_t(v[4 * lane + j]) * x[j];
+#endif
+}
+
+inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
+
+template <typename T> inline T load(const void* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load_bf16(const uint16_t* p) {
+  typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef uint32_t Word __attribute__((vector_size(64)));
+  return (Vec)(__builtin_convertvector(load<Half>(p), Word) << 16);
+}
+
+inline Vec load_u8(const uint8_t* p) {
+  typedef uint8_t Byte __attribute__((vector_size(16)));
+  return __builtin_convertvector(load<Byte>(p), Vec);
+}
+
+// INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128.
+template <int M> void dot_int8(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+  const char* data = w.data + block * ROWS * w.k;
+  Vec total[M] = {};
+  for (int64_t g = 0, k = 0; k < w.k; g++) {
+    IntVec acc[M];
+    for (int m = 0; m < M; m++) acc[m] = IntVec{} - 128 * rows[m].sum[g];
+    for (const int64_t end = std::min(w.k, k + w.group); k < end; k += 4, data += 64) {
+      __builtin_prefetch(data + 2048);
+      const IntVec v = load<IntVec>(data);
+      for (int m = 0; m < M; m++) dot4(acc[m], v, static_cast<const int8_t*>(rows[m].x) + k);
+    }
+    for (int m = 0; m < M; m++) total[m] += as_float(acc[m]) * rows[m].scale[g];
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < std::min(ROWS, w.n - block * ROWS); r++) out[m][r] = total[m][r] * w.row_scale[block * ROWS + r];
+}
+
+// INT4 with quantized activations: [n / 16, k / 8, 16 rows, 4], byte j of 4 holds elements j (low half) and j + 4.
+template <int M> void dot_int4(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+  const char* data = w.data + block * ROWS * w.k / 2;
+  const uint16_t* scales = w.scales + block * w.groups() * ROWS;
+  const uint8_t* zeros = w.zeros + block * w.groups() * ROWS;
+  const IntVec low = IntVec{} + 0x0f0f0f0f;
+  Vec total[M] = {};
+  for (int64_t g = 0, k = 0; k < w.k; g++, scales += ROWS, zeros += ROWS) {
+    IntVec acc[M] = {};
+    for (const int64_t end = std::min(w.k, k + w.group); k < end; k += 8, data += 64) {
+      __builtin_prefetch(data + 2048);
+      const IntVec v = load<IntVec>(data);
+      const IntVec lo = v & low, hi = (v >> 4) & low;
+      for (int m = 0; m < M; m++) {
+        const int8_t* x = static_cast<const int8_t*>(rows[m].x) + k;
+        dot4(acc[m], lo, x);
+        dot4(acc[m], hi, x + 4);
+      }
+    }
+    const Vec scale = load_bf16(scales), zero = load_u8(zeros);
+    for (int m = 0; m < M; m++)
+      total[m] += (as_float(acc[m]) - zero * (rows[m].sum[g] * (1 / 16.0f))) * (scale * rows[m].scale[g]);
+  }
+  for (int m = 0; m < M; m++) std::memcpy(out[m], &total[m], sizeof total[m]);
+}
+
+// INT8 and INT4 with float32 activations: no rounding but float32's.
+template <int M> void dot_exact(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+  const bool int4 = w.kind == Weights::INT4;
+  const char* data = w.data + block * ROWS * w.k / (int4 ? 2 : 1);
+  Vec total[M] = {}, scale = Vec{} + 1, zero = Vec{} + 128;
+  for (int64_t k = 0, g = block * w.groups() * ROWS; k < w.k; data += 64) {
+    if (int4 && k % w.group == 0) {
+      scale = load_bf16(w.scales + g), zero = load_u8(w.zeros + g) * (1 / 16.0f);
+      g += ROWS;
+    }
+    const IntVec v = load<IntVec>(data);
+    for (int half = 0; half < (int4 ? 2 : 1); half++)
+      for (int j = 0; j < 4; j++, k++) {
+        const Vec weight = (as_float((v >> (8 * j + 4 * half)) & (int4 ? 15 : 255)) - zero) * scale;
+        for (int m = 0; m < M; m++) total[m] += weight * static_cast<const float*>(rows[m].x)[k];
+      }
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < std::min(ROWS, w.n - block * ROWS); r++)
+      out[m][r] = total[m][r] * (int4 ? 1 : w.row_scale[block * ROWS + r]);
+}
+
+// Weights as they are: [n, k], R rows of them at a time so that several sums are under way.
+template <int M, int R, typename T> void dot_plain(const T* w, int64_t k, const Row* rows, float (*out)[ROWS], int64_t at) {
+  float total[M][R] = {};
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    __m512 acc[M][R];
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) acc[m][r] = _mm512_setzero_ps();
+    for (; i < k; i += 32) {
+      const __mmask32 mask = i + 32 <= k ? 0xffffffffu : (1u << (k - i)) - 1;
+      __m512bh x[M];
+      for (int m = 0; m < M; m++) x[m] = (__m512bh)_mm512_maskz_loadu_epi16(mask, static_cast<const T*>(rows[m].x) + i);
+      for (int r = 0; r < R; r++) {
+        const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * k + i);
+        for (int m = 0; m < M; m++) acc[m][r] = _mm512_dpbf16_ps(acc[m][r], v, x[m]);
+      }
+    }
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) total[m][r] = _mm512_reduce_add_ps(acc[m][r]);
+  }
+#endif
+  Vec acc[M][R] = {};
+  for (; i + 16 <= k; i += 16)
+    for (int r = 0; r < R; r++) {
+      Vec v;
+      for (int j = 0; j < 16; j++) v[j] = to_float(w[r * k + i + j]);
+      for (int m = 0; m < M; m++) {
+        Vec x;
+        for (int j = 0; j < 16; j++) x[j] = to_float(static_cast<const T*>(rows[m].x)[i + j]);
+        acc[m][r] += v * x;
+      }
+    }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) {
+      for (int64_t j = i; j < k; j++) total[m][r] += to_float(w[r * k + j]) * to_float(static_cast<const T*>(rows[m].x)[j]);
+      for (int j = 0; j < 16; j++) total[m][r] += acc[m][r][j];
+      out[m][at + r] = total[m][r];
+    }
+}
+
+template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+  constexpr int R = M <= 5 ? 4 : 2;
+  const T* data = reinterpret_cast<const T*>(w.data) + block * ROWS * w.k;
+  const int64_t n = std::min(ROWS, w.n - block * ROWS);
+  int64_t r = 0;
+  for (; r + R <= n; r += R) dot_plain<M, R>(data + r * w.k, w.k, rows, out, r);
+  for (; r < n; r++) dot_plain<M, 1>(data + r * w.k, w.k, rows, out, r);
+}
+
+// out[m][r] = rows[m] . w[16 block + r], T the type of the activations
+template <int M, typename T> void dot(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+  if (!w.quantized()) return dot_native<M, T>(w, block, rows, out);
+  if (std::is_same_v<T, float>) return dot_exact<M>(w, block, rows, out);
+  if (w.kind == Weights::INT8) return dot_int8<M>(w, block, rows, out);
+  dot_int4<M>(w, block, rows, out);
+}
+
+using Dot = void (*)(const Weights&, int64_t, const Row*, float (*)[ROWS]);
+template <typename T> Dot pick_dot(int64_t m) {
+  static constexpr Dot table[] = {dot<1, T>, dot<2, T>, dot<3, T>, dot<4, T>, dot<5, T>, dot<6, T>, dot<7, T>, dot<8, T>};
+  return table[m - 1];
+}
+
+// This thread's part of n things.
+struct Part { int64_t begin, end; };
+Part my_part(int64_t n) {
+  const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
+  return {n * t / threads, n * (t + 1) / threads};
+}
+
+inline float silu(float x) { return x / (1 + std::exp(-x)); }
+
+// ---- linear: y = [residual +] [swiglu] ([rms_norm] x W^T [+ bias]) ----------------------------------------------------
+
+template <typename T>
+void linear_of(const T* x, int64_t m, const Weights& w, const T* bias, const T* norm, double eps, const T* residual,
+               bool swiglu, T* out, float* wide) {
+  const Dot dot = pick_dot<T>(m);
+  const int64_t half = swiglu ? w.n / 2 : 0, n = w.n - half;
+#pragma omp parallel
+  {
+    Row rows[MAX_M];
+    prepare(x, m, w, norm, eps, rows, scratch);
+    float y[MAX_M][ROWS], up[MAX_M][ROWS];
+    const Part part = my_part((n + ROWS - 1) / ROWS);
+    for (int64_t b = part.begin; b < part.end; b++) {
+      dot(w, b, rows, y);
+      if (swiglu) dot(w, b + half / ROWS, rows, up);
+      for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0, at = b * ROWS; r < ROWS && at < n; r++, at++) {
+          float v = y[i][r] + (bias ? to_float(bias[at]) : 0);
+          if (swiglu) v = silu(v) * (up[i][r] + (bias ? to_float(bias[at + half]) : 0));
+          if (residual) v += to_float(residual[i * n + at]);
+          if (wide) wide[i * n + at] = v;
+          else from_float(v, &out[i * n + at]);
+        }
+    }
+  }
+}
+
+template <typename F> void by_type(ScalarType type, F f) {
+  if (type == ScalarType::Float) f(float{});
+  else if (type == ScalarType::Half) f(f16{});
+  else f(bf16{});
+}
+
+Tensor linear(Tensor x, Tensor w, OptTensor scales, OptTensor zeros, int64_t n, int64_t group, OptTensor bias,
+              OptTensor norm, double eps, OptTensor residual, bool swiglu, bool wide) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const int64_t k = shape.back(), m = x.numel() / k;
+  shape.back() = swiglu ? n / 2 : n;
+  Tensor out = torch::stable::new_empty(x, shape, wide ? ScalarType::Float : x.scalar_type());
+  void* to = out.data_ptr();
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    linear_of<T>(static_cast<const T*>(x.data_ptr()), m, weights(w, scales, zeros, n, k, group), ptr<T>(bias),
+                 ptr<T>(norm), eps, ptr<T>(residual), swiglu, static_cast<T*>(to),
+                 wide ? static_cast<float*>(to) : nullptr);
+  });
+  return out;
+}
+
+// ---- dequantize: the matrix [n, k] that packed weights stand for -----------------------------------------------------
+
+template <typename T> void dequantize_to(const Weights& w, T* out) {
+  const bool int4 = w.kind == Weights::INT4;
+  const int64_t group = int4 ? w.group : w.k;
+#pragma omp parallel for
+  for (int64_t b = 0; b < w.blocks(); b++) {
+    const char* data = w.data + b * ROWS * w.k / (int4 ? 2 : 1);
+    const int64_t rows = std::min(ROWS, w.n - b * ROWS);
+    for (int64_t k = 0, g = b * w.groups() * ROWS; k < w.k; g += ROWS) {
+      float scale[ROWS], zero[ROWS];
+      for (int64_t r = 0; r < rows; r++) {
+        scale[r] = int4 ? to_float(bf16{w.scales[g + r]}) : w.row_scale[b * ROWS + r];
+        zero[r] = int4 ? w.zeros[g + r] / 16.0f : 128;
+      }
+      for (const int64_t end = std::min(w.k, k + group); k < end; data += 64, k += int4 ? 8 : 4)
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t j = 0; j < (int4 ? 8 : 4); j++) {
+            const uint8_t byte = data[4 * r + j % 4];
+            const int q = !int4 ? byte : j < 4 ? byte & 15 : byte >> 4;
+            from_float((q - zero[r]) * scale[r], &out[(b * ROWS + r) * w.k + k + j]);
+          }
+    }
+  }
+}
+
+Tensor dequantize(Tensor w, OptTensor scales, OptTensor zeros, int64_t n, int64_t group, ScalarType type) {
+  const int64_t k = w.size(1) * (zeros ? 8 : 4);
+  Tensor out = torch::stable::new_empty(w, std::vector<int64_t>{n, k}, type);
+  by_type(type, [&](auto t) {
+    using T = decltype(t);
+    dequantize_to<T>(weights(w, scales, zeros, n, k, group), static_cast<T*>(out.data_ptr()));
+  });
+  return out;
+}
+
+// ---- experts: [residual +] sum over each token's chosen experts of weight * w2(swiglu(w13 [rms_norm] x)) ---------------
+
+template <typename T>
+void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share, int64_t slots, const Weights& w13,
+                const Weights& w2, const T* norm, double eps, const T* residual, T* out) {
+  const int64_t f = w2.k, dim = w2.n;
+  struct Use { int64_t expert; std::vector<int64_t> at; };  // at: positions in chosen
+  std::vector<Use> uses;
+  for (int64_t i = 0; i < m * slots; i++) {
+    auto same = std::find_if(uses.begin(), uses.end(), [&](const Use& u) { return u.expert == chosen[i]; });
+    if (same == uses.end()) same = uses.insert(uses.end(), Use{chosen[i], {}});
+    same->at.push_back(i);
+  }
+  std::vector<T> hidden(m * slots * f);
+#pragma omp parallel
+  {
+    Row rows[MAX_M], mine[MAX_M];
+    float y[MAX_M][ROWS], up[MAX_M][ROWS];
+    prepare(x, m, w13, norm, eps, rows, scratch);
+    const int64_t blocks = (f + ROWS - 1) / ROWS;
+    const Part part = my_part(blocks * uses.size());
+    for (int64_t b = part.begin; b < part.end; b++) {
+      const Use& use = uses[b / blocks];
+      const int64_t count = use.at.size();
+      for (int64_t i = 0; i < count; i++) mine[i] = rows[use.at[i] / slots];
+      const Weights w = w13.expert(use.expert);
+      const Dot dot = pick_dot<T>(count);
+      dot(w, b % blocks, mine, y);
+      dot(w, b % blocks + f / ROWS, mine, up);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t r = 0, at = b % blocks * ROWS; r < ROWS && at < f; r++, at++)
+          from_float(silu(y[i][r]) * up[i][r], &hidden[use.at[i] * f + at]);
+    }
+#pragma omp barrier
+    std::vector<Row> inner(m * slots);
+    prepare(hidden.data(), m * slots, w2, static_cast<const T*>(nullptr), 0, inner.data(), scratch);
+    const Part part2 = my_part(w2.blocks());
+    for (int64_t b = part2.begin; b < part2.end; b++) {
+      float total[MAX_M][ROWS] = {};
+      for (const Use& use : uses) {
+        const int64_t count = use.at.size();
+        for (int64_t i = 0; i < count; i++) mine[i] = inner[use.at[i]];
+        pick_dot<T>(count)(w2.expert(use.expert), b, mine, y);
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t r = 0; r < ROWS; r++) total[use.at[i] / slots][r] += share[use.at[i]] * y[i][r];
+      }
+      for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0, at = b * ROWS; r < ROWS && at < dim; r++, at++)
+          from_float(total[i][r] + (residual ? to_float(residual[i * dim + at]) : 0), &out[i * dim + at]);
+    }
+  }
+}
+
+Tensor experts(Tensor x, Tensor chosen, Tensor share, Tensor w13, OptTensor s13, OptTensor z13, Tensor w2, OptTensor s2,
+               OptTensor z2, int64_t ffn, int64_t group, OptTensor norm, double eps, OptTensor residual) {
+  const int64_t dim = x.size(-1), m = x.numel() / dim;
+  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    experts_of<T>(static_cast<const T*>(x.data_ptr()), m, static_cast<const int64_t*>(chosen.data_ptr()),
+                  static_cast<const float*>(share.data_ptr()), chosen.size(-1),
+                  weights(w13, s13, z13, 2 * ffn, dim, group), weights(w2, s2, z2, dim, ffn, group), ptr<T>(norm), eps,
+                  ptr<T>(residual), static_cast<T*>(out.data_ptr()));
+  });
+  return out;
+}
+
+// ---- attention: RoPE, cache write, and softmax(q k^T) v over the filled part of the cache ------------------------------
+
+struct Attention {
+  int64_t batch, tokens, heads, kv_heads, head_dim, capacity, start, window;
+  float eps;
+};
+
+// One head's row: [norm], then rotated by rope [D/2, 2] (cos, sin), element i paired with i + D/2.
+template <typename T> void rope_row(const T* x, const T* norm, float eps, const float* rope, int64_t d, float* out) {
+  float total = 0;
+  for (int64_t i = 0; i < d; i++) out[i] = to_float(x[i]), total += out[i] * out[i];
+  if (norm) {
+    const float scale = 1 / std::sqrt(total / d + eps);
+    for (int64_t i = 0; i < d; i++) {
+      T rounded;
+      from_float(out[i] * scale, &rounded);
+      from_float(to_float(rounded) * to_float(norm[i]), &rounded);
+      out[i] = to_float(rounded);
+    }
+  }
+  for (int64_t i = 0; i < d / 2; i++) {
+    const float a = out[i], b = out[i + d / 2], cos = rope[2 * i], sin = rope[2 * i + 1];
+    out[i] = a * cos - b * sin, out[i + d / 2] = b * cos + a * sin;
+  }
+}
+
+// The queries of one key/value head against one chunk of the cache: unnormalized output, greatest score, sum of weights.
+template <typename T, int64_t STATIC_D>
+void attend(const Attention& a, const float* q, const T* k, const T* v, int64_t first, int64_t last, float* out,
+            float* peaks, float* sums) {
+  const int64_t d = STATIC_D ? STATIC_D : a.head_dim, shared = a.heads / a.kv_heads;
+  float scores[KV_CHUNK];
+  for (int64_t t = 0; t < a.tokens; t++) {
+    const int64_t position = a.start + t;
+    const int64_t from = a.window ? std::max(first, position - a.window + 1) : first, to = std::min(last, position + 1);
+    for (int64_t h = 0; h < shared; h++, q += d, out += d, peaks++, sums++) {
+      float peak = -std::numeric_limits<float>::infinity(), sum = 0;
+      for (int64_t s = from; s < to; s++) {
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < d; i++) dot += q[i] * to_float(k[s * d + i]);
+        scores[s - first] = dot;
+        peak = std::max(peak, dot);
+      }
+      for (int64_t i = 0; i < d; i++) out[i] = 0;
+      for (int64_t s = from; s < to; s++) {
+        const float weight = std::exp(scores[s - first] - peak);
+        sum += weight;
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) out[i] += weight * to_float(v[s * d + i]);
+      }
+      *peaks = peak, *sums = sum;
+    }
+  }
+}
+
+template <typename T>
+void attention_of(const Attention& a, const T* qkv, T* k_cache, T* v_cache, const float* rope, const T* q_norm,
+                  const T* k_norm, T* out) {
+  const int64_t d = a.head_dim, h = a.heads, g = a.kv_heads, shared = h / g, width = (h + 2 * g) * d;
+  const int64_t first = a.window ? std::max<int64_t>(0, a.start - a.window + 1) : 0, length = a.start + a.tokens;
+  const int64_t chunks = (length - first + KV_CHUNK - 1) / KV_CHUNK, per_group = a.tokens * shared;
+  const float scale = 1 / std::sqrt(float(d));
+  std::vector<float> q(a.batch * g * per_group * d);  // [B, G, T, H / G, D]
+  std::vector<float> parts(a.batch * g * chunks * per_group * d), peaks(parts.size() / d), sums(parts.size() / d);
+#pragma omp parallel
+  {
+    const Part rows = my_part(a.batch * a.tokens * (h + 2 * g));
+    std::vector<float> row(d);
+    for (int64_t i = rows.begin; i < rows.end; i++) {
+      const int64_t bt = i / (h + 2 * g), b = bt / a.tokens, t = bt % a.tokens, head = i % (h + 2 * g);
+      const T* x = qkv + bt * width + head * d;
+      if (head < h) {
+        float* to = &q[(((b * g + head / shared) * a.tokens + t) * shared + head % shared) * d];
+        rope_row(x, q_norm, a.eps, rope + t * d, d, row.data());
+        for (int64_t j = 0; j < d; j++) {
+          T rounded;
+          from_float(row[j], &rounded);
+          to[j] = to_float(rounded) * scale;
+        }
+      } else {
+        const int64_t kv = (head - h) % g;
+        T* to = (head < h + g ? k_cache : v_cache) + ((b * g + kv) * a.capacity + a.start + t) * d;
+        if (head < h + g) {
+          rope_row(x, k_norm, a.eps, rope + t * d, d, row.data());
+          for (int64_t j = 0; j < d; j++) from_float(row[j], &to[j]);
+        } else {
+          std::memcpy(to, x, d * sizeof(T));
+        }
+      }
+    }
+#pragma omp barrier
+    const auto attend_d = d == 64 ? attend<T, 64> : d == 128 ? attend<T, 128> : attend<T, 0>;
+    const Part tasks = my_part(a.batch * g * chunks);
+    for (int64_t i = tasks.begin; i < tasks.end; i++) {
+      const int64_t bg = i / chunks, from = first + i % chunks * KV_CHUNK;
+      attend_d(a, &q[bg * per_group * d], k_cache + bg * a.capacity * d, v_cache + bg * a.capacity * d, from,
+               std::min(length, from + KV_CHUNK), &parts[i * per_group * d], &peaks[i * per_group], &sums[i * per_group]);
+    }
+#pragma omp barrier
+    const Part outs = my_part(a.batch * a.tokens * h);
+    for (int64_t i = outs.begin; i < outs.end; i++) {
+      const int64_t head = i % h, bt = i / h, b = bt / a.tokens, t = bt % a.tokens;
+      const int64_t at = (b * g + head / shared) * chunks * per_group + t * shared + head % shared;
+      float peak = -std::numeric_limits<float>::infinity(), sum = 0;
+      for (int64_t c = 0; c < chunks; c++) peak = std::max(peak, peaks[at + c * per_group]);
+      std::fill(row.begin(), row.end(), 0.0f);
+      for (int64_t c = 0; c < chunks; c++) {
+        if (sums[at + c * per_group] == 0) continue;
+        const float weight = std::exp(peaks[at + c * per_group] - peak);
+        sum += weight * sums[at + c * per_group];
+        for (int64_t j = 0; j < d; j++) row[j] += weight * parts[(at + c * per_group) * d + j];
+      }
+      for (int64_t j = 0; j < d; j++) from_float(row[j] / sum, &out[bt * h * d + head * d + j]);
+    }
+  }
+}
+
+Tensor attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm,
+                 OptTensor k_norm, double eps, int64_t window) {
+  const int64_t d = k_cache.size(3), g = k_cache.size(1);
+  Attention a{qkv.size(0), qkv.size(1), qkv.size(2) / d - 2 * g, g, d, k_cache.size(2),
+              *static_cast<const int64_t*>(positions.data_ptr()), window, float(eps)};
+  Tensor out = torch::stable::new_empty(qkv, std::vector<int64_t>{a.batch, a.tokens, a.heads * d});
+  by_type(qkv.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    attention_of<T>(a, static_cast<const T*>(qkv.data_ptr()), static_cast<T*>(k_cache.data_ptr()),
+                    static_cast<T*>(v_cache.data_ptr()), static_cast<const float*>(rope.data_ptr()), ptr<T>(q_norm),
+                    ptr<T>(k_norm), static_cast<T*>(out.data_ptr()));
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY(gptfast, m) {
+  m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, int n, int group, Tensor? bias, Tensor? norm, "
+        "float eps, Tensor? residual, bool swiglu, bool wide) -> Tensor");
+  m.def("dequantize(Tensor w, Tensor? scales, Tensor? zeros, int n, int group, ScalarType dtype) -> Tensor");
+  m.def("experts(Tensor x, Tensor chosen, Tensor share, Tensor w13, Tensor? s13, Tensor? z13, Tensor w2, Tensor? s2, "
+        "Tensor? z2, int ffn, int group, Tensor? norm, float eps, Tensor? residual) -> Tensor");
+  m.def("attention(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm, "
+        "Tensor? k_norm, float eps, int window) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("experts", TORCH_BOX(&experts));
+  m.impl("attention", TORCH_BOX(&attention));
+}

@@ -1,0 +1,187 @@
+"""The operations that a decode step is made of, each as a few lines of PyTorch and, for CPUs, in C++ (kernels.cpp).
+
+    linear      [residual +] [swiglu] ([rms_norm] x W^T [+ bias]), W in 32, 16, 8 or 4 bits
+    experts     the same for the chosen experts of a mixture
+    attention   RoPE, cache write, softmax(q k^T) v over the filled part of the cache
+
+A weight is anything with the fields weight, scales, zeros, bias, n_out, group and fast (model.Linear). In a checkpoint:
+
+    16 bits   weight [N, K]
+    int8      weight [N, K] int8, scales [N] float32                          w = q * scale
+    int4      weight [N, K / 2] uint8, scales [N, G] bfloat16, zeros [N, G] uint8   w = (q - zero / 16) * scale
+              of 8 elements along K, byte j of 4 holds element j in its low half and element j + 4 in its high half
+
+enable() compiles kernels.cpp once for this machine, turns quantized weights into the order in which it reads them and
+sets fast. Without a C++ compiler everything runs on the PyTorch versions.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_ROWS = 8  # of activations; kernels.cpp's MAX_M. Beyond it a matrix product beats matrix-vector ones
+ROWS = 16  # of weights that kernels.cpp reads side by side
+
+
+def linear(x: Tensor, w, norm=None, residual: Tensor | None = None, swiglu: bool = False, wide: bool = False) -> Tensor:
+    """x [..., K] -> [..., N]. norm (weight and eps) is applied to x first; swiglu takes the upper half of the N outputs
+    times silu of the lower: [..., N / 2]; residual is added last. wide: a float32 result, whatever x is."""
+    if w.fast and 0 < x.numel() <= MAX_ROWS * x.shape[-1] and not (swiglu and w.n_out % (2 * ROWS)):
+        weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+        return torch.ops.gptfast.linear(
+            x.contiguous(), w.weight, w.scales, w.zeros, w.n_out, w.group, w.bias, weight, eps, residual, swiglu, wide
+        )
+    return linear_reference(x, w, norm, residual, swiglu, wide)
+
+
+def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps)
+    y = F.linear(x, dequantize(w.weight, w.scales, w.zeros, w.n_out, w.group, x.dtype), w.bias)
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    if residual is not None:
+        y = residual + y
+    return y.float() if wide else y
+
+
+def has_experts(x: Tensor, w13) -> bool:
+    """Whether experts() can do x [B, T, dim]: few tokens, fast weights, whole blocks of rows."""
+    return w13.fast and 0 < x.numel() <= MAX_ROWS * x.shape[-1] and w13.n_out % (2 * ROWS) == 0
+
+
+def experts(x: Tensor, w13, w2, norm, share: Tensor, chosen: Tensor) -> Tensor:
+    """x [B, T, dim] + the sum over each token's chosen [B, T, K] experts of share [B, T, K] times their output.
+    model.Experts has the reference."""
+    return torch.ops.gptfast.experts(
+        x, chosen, share, w13.weight, w13.scales, w13.zeros, w2.weight, w2.scales, w2.zeros, w2.n_in, w2.group,
+        norm.weight, norm.eps, x,
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in float32 up to the weight (arXiv:1910.07467)."""
+    f = x.float()
+    return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, n: int, group: int, dtype) -> Tensor:
+    """The matrix [..., N, K] of dtype that the stored numbers, packed or not, stand for."""
+    if scales is None:
+        return weight
+    if weight.dtype == torch.int32:
+        if weight.dim() == 3:
+            return torch.ops.gptfast.dequantize(weight, scales, zeros, n, group, dtype)
+        weight, scales, zeros = unpack(weight, scales, zeros, n)
+    if zeros is None:
+        return (weight * scales[..., None]).to(dtype)
+    halves = weight.unflatten(-1, (-1, 4))  # [..., N, K / 8, 4]
+    q = torch.cat([halves & 15, halves >> 4], dim=-1).flatten(-2)  # [..., N, K]
+    scales, zeros = (t.float().repeat_interleave(group, -1)[..., : q.shape[-1]] for t in (scales, zeros))
+    return ((q - zeros / 16) * scales).to(dtype)
+
+
+def pack(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int8 or int4 as in a checkpoint -> as kernels.cpp reads it: of 16 rows the first 4 bytes each, then the next ...
+    [N / 16, K in words, 16] int32, int8 shifted to 0..255; scales and zeros of int4 [N / 16, G, 16]."""
+    if zeros is None:
+        return side_by_side((weight.view(torch.uint8) ^ 128).view(torch.int32)), scales, None
+    return side_by_side(weight.view(torch.int32)), side_by_side(scales), side_by_side(zeros)
+
+
+def unpack(weight: Tensor, scales: Tensor, zeros: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of pack; n is the number of rows."""
+    below = lambda t: t.transpose(-1, -2).flatten(-3, -2)[..., :n, :].contiguous()  # noqa: E731
+    if zeros is None:
+        return (below(weight).view(torch.uint8) ^ 128).view(torch.int8), scales, None
+    return below(weight).view(torch.uint8), below(scales), below(zeros)
+
+
+def side_by_side(t: Tensor) -> Tensor:
+    """[..., N, X] -> [..., N / 16, X, 16], N filled up with zeros to a multiple of 16."""
+    t = F.pad(t, (0, 0, 0, -t.shape[-2] % ROWS))
+    return t.unflatten(-2, (-1, ROWS)).transpose(-1, -2).contiguous()
+
+
+def enable(model: torch.nn.Module):
+    """Puts model, which is on the CPU, on the C++ operations, if they can be had."""
+    if not build():
+        return
+    for w in model.modules():
+        if hasattr(w, "fast") and (w.scales is None or w.n_in % 8 == 0):
+            if w.scales is not None:
+                w.weight, w.scales, w.zeros = pack(w.weight, w.scales, w.zeros)
+            w.fast = True
+
+
+@cache
+def build() -> bool:
+    """Compiles kernels.cpp for this CPU, unless it has been before, and loads it. False, after one line on stderr, if
+    that is not possible. Any number of processes may do so at once. $CXX and $CXXFLAGS are heeded."""
+    source = Path(__file__).with_suffix(".cpp")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        print("no C++ compiler ($CXX, g++ or clang++): running on PyTorch's own, slower operations", file=sys.stderr)
+        return False
+    torch_dir = Path(torch.__file__).parent
+    flags = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+    flags += [f"-I{torch_dir / 'include'}", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+    flags += ["-shared", "-fPIC", *os.environ.get("CXXFLAGS", "").split()]
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    key = hashlib.sha256(source.read_bytes() + version + repr((flags, torch.__version__, cpu_features())).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast"
+    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    try:
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                out = f"{scratch}/kernels.so"
+                subprocess.run([compiler, str(source), "-o", out, *flags], check=True, capture_output=True, text=True)
+                os.replace(out, library)
+        torch.ops.load_library(library)
+    except (OSError, subprocess.CalledProcessError) as e:
+        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[0]
+        print(f"kernels.cpp does not build here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
+        return False
+    register_shapes()
+    return True
+
+
+def cpu_features() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return platform.processor() + platform.machine()
+
+
+def register_shapes():
+    """What torch.compile has to know of the C++ operations."""
+
+    @torch.library.register_fake("gptfast::linear")
+    def _(x, w, scales, zeros, n, group, bias, norm, eps, residual, swiglu, wide):
+        return x.new_empty(*x.shape[:-1], n // 2 if swiglu else n, dtype=torch.float32 if wide else x.dtype)
+
+    @torch.library.register_fake("gptfast::dequantize")
+    def _(w, scales, zeros, n, group, dtype):
+        return w.new_empty(n, w.shape[1] * (4 if zeros is None else 8), dtype=dtype)
+
+    @torch.library.register_fake("gptfast::experts")
+    def _(x, *args):
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("gptfast::attention")
+    def _(qkv, k_cache, v_cache, *args):
+        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1] * k_cache.shape[3])

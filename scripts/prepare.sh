@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A model of the Hugging Face hub, ready to run: download, convert, quantize to int8.
+#   ./scripts/prepare.sh OWNER/NAME      or      MODEL_REPO=OWNER/NAME ./scripts/prepare.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+repo=${1:-${MODEL_REPO:-}}
+if [ -z "$repo" ] || [ $# -gt 1 ]; then
+    echo "usage: scripts/prepare.sh OWNER/NAME   (a repository of the Hugging Face hub; or set MODEL_REPO)" >&2
+    exit 2
+fi
+python=python3
+if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+$python scripts/download.py --repo_id "$repo"
+$python scripts/convert_hf_checkpoint.py --checkpoint_dir "checkpoints/$repo"
+if [ -f quantize.py ]; then
+    $python quantize.py --checkpoint_path "checkpoints/$repo/model.pth" --mode int8
+fi

@@ -1,0 +1,22 @@
+"""What several test files share: each family's pair of models, made once."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.tiny import make_hf, to_ours
+
+torch.set_num_threads(1)  # models this small only wait for a second one
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """family -> (transformers' model, the same in ours), float32."""
+
+    @functools.cache
+    def make(family: str):
+        theirs = make_hf(family)
+        return theirs, to_ours(theirs)
+
+    return make
