@@ -115,5 +115,8 @@ def run(main: Callable[[], None]):
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no place to go
+        if not isinstance(e, BrokenPipeError):  # as in `| head`: the reader has gone, having seen enough
+            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+            sys.exit(2)

@@ -63,7 +63,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: 
     else:
         scores = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # nothing overflows
         if top_k is not None and top_k < scores.shape[-1]:
-            scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+            values, tokens = scores.topk(top_k)
+            scores = torch.full_like(scores, -torch.inf).scatter(-1, tokens, values)
         if top_p is not None and top_p < 1:
             probs, order = scores.softmax(-1).sort(-1, descending=True)
             drop = probs.cumsum(-1) - probs >= top_p  # the tokens before it are enough
@@ -173,6 +174,8 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     given = args.prompt is not p.get_default("prompt") or args.prompt_file  # even if it equals the default
     args.conversation = args.interactive or (args.chat and not given)
+    if args.prompt_tokens and (args.chat or args.interactive) or (args.interactive and given):
+        raise UsageError("a conversation takes its messages from standard input: leave the prompt out")
     if args.conversation and args.json:
         raise UsageError("--json needs --prompt: a conversation has no single result")
     for name in ("num_samples", "max_new_tokens", "batch_size", "top_k", "prompt_tokens"):
@@ -186,8 +189,8 @@ def parse_args() -> argparse.Namespace:
         raise UsageError("a conversation has one row: leave --batch_size at 1")
     if not -(2**63) <= args.seed < 2**64:
         raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
-    if args.profile and not args.profile.absolute().parent.is_dir():
-        raise UsageError(f"--profile {args.profile}: there is no such folder")
+    if args.profile and (args.profile.is_dir() or not args.profile.absolute().parent.is_dir()):
+        raise UsageError(f"--profile {args.profile} must be a file in a folder that exists")
     if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
         raise UsageError("--compile needs a C++ compiler ($CXX, g++ or clang++); install one or leave it out")
     if args.checkpoint_path == DEMO and not DEMO.is_file():
@@ -211,6 +214,8 @@ def pick_device(name: str | None) -> torch.device:
 
 def main():
     args = parse_args()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
     device = pick_device(args.device)
     began = time.perf_counter()
     model = load_model(args.checkpoint_path, device, getattr(torch, args.precision), args.kernels == "auto")
@@ -229,7 +234,11 @@ def main():
             f"{room - args.max_new_tokens} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
             f"context of {config.max_seq_len}; lower --max_new_tokens or shorten the prompt"
         )
-    model.setup_caches(args.batch_size, room)
+    try:
+        model.setup_caches(args.batch_size, room)
+    except (RuntimeError, MemoryError):  # the allocators' ways to say no
+        kv = 2 * args.batch_size * room * config.n_layers * config.n_kv_heads * config.head_dim / 1e9
+        raise UsageError(f"no memory for a KV cache of {kv:.1f}e9 numbers; lower --max_new_tokens or --batch_size") from None
     began = time.perf_counter()
     with torch.inference_mode():  # what this leaves in the cache, the prompt overwrites
         if args.compile_prefill:
@@ -241,9 +250,14 @@ def main():
     torch.manual_seed(args.seed)
     if args.conversation:
         return converse(args, model, tokenizer, prefill, decode)
+    bus = None
     for prompt in prompts:
         result = {**run_prompt(args, model, tokenizer, prefill, decode, prompt), **stats}
-        report(args, device, result)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        else:
+            bus = bus or read_bandwidth(device) / 1e9
+            report(result, bus)
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
@@ -328,10 +342,8 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, de
     }
 
 
-def report(args: argparse.Namespace, device: torch.device, r: dict):
-    if args.json:
-        return print(json.dumps(r), flush=True)
-    bus = read_bandwidth(device) / 1e9
+def report(r: dict, bus: float):
+    """One sentence on a run; bus is what the machine reads in GB/s."""
     print(
         f"{r['prompt_tokens']} prompt tokens in {r['prefill_seconds']:.2f} s, {r['generated_tokens']} generated at "
         f"{r['decode_tokens_per_sec']:.1f} tokens/s: {r['bandwidth_gb_per_sec']:.1f} GB/s, "

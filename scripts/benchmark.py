@@ -188,8 +188,8 @@ def prefill_flops(config: ModelConfig, n: int) -> int:
 
 
 def cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
-    """Seconds from starting generate.py --compile to the first byte of text on stdout, with empty caches of compiled
-    code and again with what this left in them. The checkpoint was just written, so both find it in the page cache."""
+    """Seconds from starting generate.py --compile to the first byte of text on stdout: with empty caches of compiled
+    code, then with what that left in them. The checkpoint was just written, so both find it in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder, "model.pth"), Path(folder, "cache")
         dtype = getattr(torch, args.precision)

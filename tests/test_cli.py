@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -249,20 +250,27 @@ def fed():
     handle.remove()
 
 
-@pytest.mark.parametrize("args", [["--chat"], ["--interactive"], ["--chat", "--system=Be brief"]])
-def test_conversation_is_a_fresh_prefill(chatty, cli, fed, args):
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | lower")])
+@pytest.mark.parametrize("args", [["--chat"], ["--interactive", "--system=Be brief"]])
+def test_conversation_is_a_fresh_prefill(chatty, cli, fed, tmp_path, args, template):
+    """And of what it heard before, all that the template says again is not fed again."""
+    for name in ("model.pth", "tokenizer.json"):
+        (tmp_path / name).symlink_to(chatty / name)
+    (tmp_path / "chat_template.jinja").write_text(template)
     lines = ["Hi", "how are you?", "bye"]
-    turns = expected_conversation(chatty, lines, "Be brief" if len(args) > 1 else None)
+    turns = expected_conversation(tmp_path, lines, "Be brief" if len(args) > 1 else None)
     fed.clear()
-    assert cli(chatty, *args, *GREEDY, stdin="\n".join(lines)).splitlines() == [text for _, _, text in turns]
-    in_cache = [0] + [len(ids) + len(answer) - 1 for ids, answer, _ in turns]
-    assert fed == [len(ids) - cached for (ids, _, _), cached in zip(turns, in_cache, strict=False)]
+    assert cli(tmp_path, *args, *GREEDY, stdin="\n".join(lines)).splitlines() == [text for _, _, text in turns]
+    in_cache = [[]] + [ids + answer[:-1] for ids, answer, _ in turns]
+    known = [len(os.path.commonprefix([ids, cached])) for (ids, _, _), cached in zip(turns, in_cache, strict=False)]
+    assert fed == [len(ids) - k for (ids, _, _), k in zip(turns, known, strict=True)]
 
 
 def test_compiled_is_eager(chatty, ask, cli):
     options = ["--prompt=Hello", "--max_new_tokens=155", "--num_samples=2", *GREEDY[:2]]
     (eager,), (compiled,) = ask(chatty, *options), ask(chatty, *options, "--compile", "--compile_prefill")
-    assert compiled["tokens"] == eager["tokens"]
+    (plain,) = ask(chatty, *options, "--kernels=off")
+    assert compiled["tokens"] == eager["tokens"] == plain["tokens"]
     assert compiled["compile_seconds"] > 10 * compiled["prefill_seconds"]
 
     torch._dynamo.reset()

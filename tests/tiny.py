@@ -1,9 +1,13 @@
-"""Tiny random checkpoints of every family, made with transformers."""
+"""Tiny random checkpoints of every family, made with transformers.
+
+    python -m tests.tiny mixtral checkpoints/tiny    # a whole Hugging Face folder, tokenizer included
+"""
 
 import sys
 import tempfile
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers as hf
 
@@ -32,10 +36,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make_hf(family: str):
+def make_hf(family: str, **sizes):
     torch.manual_seed(0)
     kind, extra = FAMILIES[family]
-    model = hf.AutoModelForCausalLM.from_config(kind(**SIZES | extra), attn_implementation="eager")
+    model = hf.AutoModelForCausalLM.from_config(kind(**SIZES | extra | sizes), attn_implementation="eager")
     for name, p in model.named_parameters():  # biases and norms that matter
         if "bias" in name or "norm" in name:
             torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
@@ -53,3 +57,22 @@ def to_ours(theirs):
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32)
+
+
+def write_folder(family: str, folder: Path):
+    """A checkpoint as the hub holds them, with a tokenizer of bytes, <s> and </s>, and a chat template."""
+    make_hf(family, vocab_size=320, hidden_size=64, intermediate_size=96, bos_token_id=256,
+            eos_token_id=257).save_pretrained(folder)  # fmt: skip
+    byte = {c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(byte, []))
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.add_special_tokens(["<s>", "</s>"])
+    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", chat_template=template
+    ).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    write_folder(sys.argv[1], Path(sys.argv[2]))
