@@ -238,7 +238,7 @@ def main():
         model.setup_caches(args.batch_size, room)
     except (RuntimeError, MemoryError):  # the allocators' ways to say no
         kv = 2 * args.batch_size * room * config.n_layers * config.n_kv_heads * config.head_dim / 1e9
-        raise UsageError(f"no memory for a KV cache of {kv:.1f}e9 numbers; lower --max_new_tokens or --batch_size") from None
+        raise UsageError(f"no memory for a cache of {kv:.1f}e9 numbers; lower --max_new_tokens, --batch_size") from None
     began = time.perf_counter()
     with torch.inference_mode():  # what this leaves in the cache, the prompt overwrites
         if args.compile_prefill:
