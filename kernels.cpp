@@ -84,9 +84,10 @@ struct Weights {  // [n, k], or one expert of [experts, n, k]
   }
 };
 
-template <typename T> const T* ptr(const OptTensor& t) {
-  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
-}
+template <typename T> T* mutable_ptr(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+template <typename T> const T* ptr(const Tensor& t) { return mutable_ptr<T>(t); }
+template <typename T> const T* ptr(const OptTensor& t) { return t ? ptr<T>(*t) : nullptr; }
+
 
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t n, int64_t k, int64_t group) {
   const ScalarType type = w.scalar_type();
@@ -103,7 +104,7 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
   return out;
 }
 
-// Room for the prepared rows of one thread; grows, and is kept from call to call.
+// Memory that grows and is kept from call to call.
 struct Scratch {
   std::vector<char> bytes;
   size_t used = 0;
@@ -113,9 +114,10 @@ struct Scratch {
     used = reinterpret_cast<char*>(p + n) - bytes.data();
     return p;
   }
-  static size_t row_bytes(int64_t k) { return (k + 512) * 16; }
+  static size_t bytes_for(size_t n) { return n * sizeof(float) + 64; }
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch;   // of each thread, for what it makes for itself
+thread_local Scratch together;  // of the thread that calls, for what all of them share
 
 // int8 groups: x = scale * q, |q| <= 127. Beyond k the row is zero. Not finite values make scale NaN, and so the output.
 void quantize_row(const float* f, int64_t k, int64_t group, Row& row, Scratch& room) {
@@ -145,7 +147,7 @@ void quantize_row(const float* f, int64_t k, int64_t group, Row& row, Scratch& r
 template <typename T>
 void prepare(const T* x, int64_t m, const Weights& w, const T* norm, double eps, Row* rows, Scratch& room) {
   const int64_t k = w.k;
-  room.reserve(Scratch::row_bytes(std::max(k, w.padded_k())) * (m + 1));
+  room.reserve((m + 1) * 4 * Scratch::bytes_for(w.padded_k()));
   float* f = room.take<float>(k);
   for (int64_t i = 0; i < m; i++, x += k) {
     float scale = 1;
@@ -210,6 +212,13 @@ inline Vec load_bf16(const uint16_t* p) {
   typedef uint16_t Half __attribute__((vector_size(32)));
   typedef uint32_t Word __attribute__((vector_size(64)));
   return (Vec)(__builtin_convertvector(load<Half>(p), Word) << 16);
+}
+
+inline Vec load_vec(const float* p) { return load<Vec>(p); }
+inline Vec load_vec(const bf16* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
+inline Vec load_vec(const f16* p) {
+  typedef f16 Half __attribute__((vector_size(32)));
+  return __builtin_convertvector(load<Half>(p), Vec);
 }
 
 inline Vec load_u8(const uint8_t* p) {
@@ -283,54 +292,52 @@ template <int M> void dot_exact(const Weights& w, int64_t block, const Row* rows
       out[m][r] = total[m][r] * (int4 ? 1 : w.row_scale[block * ROWS + r]);
 }
 
-// Weights as they are: [n, k], R rows of them at a time so that several sums are under way.
-template <int M, int R, typename T> void dot_plain(const T* w, int64_t k, const Row* rows, float (*out)[ROWS], int64_t at) {
-  float total[M][R] = {};
-  int64_t i = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    __m512 acc[M][R];
-    for (int m = 0; m < M; m++)
-      for (int r = 0; r < R; r++) acc[m][r] = _mm512_setzero_ps();
-    for (; i < k; i += 32) {
-      const __mmask32 mask = i + 32 <= k ? 0xffffffffu : (1u << (k - i)) - 1;
-      __m512bh x[M];
-      for (int m = 0; m < M; m++) x[m] = (__m512bh)_mm512_maskz_loadu_epi16(mask, static_cast<const T*>(rows[m].x) + i);
-      for (int r = 0; r < R; r++) {
-        const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * k + i);
-        for (int m = 0; m < M; m++) acc[m][r] = _mm512_dpbf16_ps(acc[m][r], v, x[m]);
-      }
-    }
-    for (int m = 0; m < M; m++)
-      for (int r = 0; r < R; r++) total[m][r] = _mm512_reduce_add_ps(acc[m][r]);
-  }
-#endif
-  Vec acc[M][R] = {};
-  for (; i + 16 <= k; i += 16)
-    for (int r = 0; r < R; r++) {
-      Vec v;
-      for (int j = 0; j < 16; j++) v[j] = to_float(w[r * k + i + j]);
-      for (int m = 0; m < M; m++) {
-        Vec x;
-        for (int j = 0; j < 16; j++) x[j] = to_float(static_cast<const T*>(rows[m].x)[i + j]);
-        acc[m][r] += v * x;
-      }
-    }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) {
-      for (int64_t j = i; j < k; j++) total[m][r] += to_float(w[r * k + j]) * to_float(static_cast<const T*>(rows[m].x)[j]);
-      for (int j = 0; j < 16; j++) total[m][r] += acc[m][r][j];
-      out[m][at + r] = total[m][r];
-    }
-}
-
+// Weights as they are: [n, k]. One row after the other, so that memory is read in order; U sums at a time along it.
 template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
-  constexpr int R = M <= 5 ? 4 : 2;
-  const T* data = reinterpret_cast<const T*>(w.data) + block * ROWS * w.k;
-  const int64_t n = std::min(ROWS, w.n - block * ROWS);
-  int64_t r = 0;
-  for (; r + R <= n; r += R) dot_plain<M, R>(data + r * w.k, w.k, rows, out, r);
-  for (; r < n; r++) dot_plain<M, 1>(data + r * w.k, w.k, rows, out, r);
+  constexpr int U = M <= 4 ? 4 : 2;
+  const int64_t k = w.k, n = std::min(ROWS, w.n - block * ROWS);
+  const T* row = reinterpret_cast<const T*>(w.data) + block * ROWS * k;
+  for (int64_t r = 0; r < n; r++, row += k) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+      __m512 acc[M][U] = {};
+      for (; i + 32 * U <= k; i += 32 * U)
+        for (int u = 0; u < U; u++) {
+          __builtin_prefetch(row + i + 32 * u + 1024);
+          const __m512bh v = load<__m512bh>(row + i + 32 * u);
+          for (int m = 0; m < M; m++)
+            acc[m][u] = _mm512_dpbf16_ps(acc[m][u], v, load<__m512bh>(static_cast<const T*>(rows[m].x) + i + 32 * u));
+        }
+      for (; i < k; i += 32) {
+        const __mmask32 mask = i + 32 <= k ? 0xffffffffu : (1u << (k - i)) - 1;
+        __builtin_prefetch(row + i + 1024);
+        const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, row + i);
+        for (int m = 0; m < M; m++)
+          acc[m][0] = _mm512_dpbf16_ps(acc[m][0], v, (__m512bh)_mm512_maskz_loadu_epi16(mask, static_cast<const T*>(rows[m].x) + i));
+      }
+      for (int m = 0; m < M; m++) {
+        for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];
+        out[m][r] = _mm512_reduce_add_ps(acc[m][0]);
+      }
+      continue;
+    }
+#endif
+    Vec acc[M][U] = {};
+    float rest[M] = {};
+    for (; i + 16 * U <= k; i += 16 * U)
+      for (int u = 0; u < U; u++) {
+        const Vec v = load_vec(row + i + 16 * u);
+        for (int m = 0; m < M; m++) acc[m][u] += v * load_vec(static_cast<const T*>(rows[m].x) + i + 16 * u);
+      }
+    for (; i < k; i++)
+      for (int m = 0; m < M; m++) rest[m] += to_float(row[i]) * to_float(static_cast<const T*>(rows[m].x)[i]);
+    for (int m = 0; m < M; m++) {
+      for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];
+      for (int j = 0; j < 16; j++) rest[m] += acc[m][0][j];
+      out[m][r] = rest[m];
+    }
+  }
 }
 
 // out[m][r] = rows[m] . w[16 block + r], T the type of the activations
@@ -356,38 +363,43 @@ Part my_part(int64_t n) {
 
 inline float silu(float x) { return x / (1 + std::exp(-x)); }
 
-// ---- linear: y = [residual +] [swiglu] ([rms_norm] x W^T [+ bias]) ----------------------------------------------------
-
-template <typename T>
-void linear_of(const T* x, int64_t m, const Weights& w, const T* bias, const T* norm, double eps, const T* residual,
-               bool swiglu, T* out, float* wide) {
-  const Dot dot = pick_dot<T>(m);
-  const int64_t half = swiglu ? w.n / 2 : 0, n = w.n - half;
-#pragma omp parallel
-  {
-    Row rows[MAX_M];
-    prepare(x, m, w, norm, eps, rows, scratch);
-    float y[MAX_M][ROWS], up[MAX_M][ROWS];
-    const Part part = my_part((n + ROWS - 1) / ROWS);
-    for (int64_t b = part.begin; b < part.end; b++) {
-      dot(w, b, rows, y);
-      if (swiglu) dot(w, b + half / ROWS, rows, up);
-      for (int64_t i = 0; i < m; i++)
-        for (int64_t r = 0, at = b * ROWS; r < ROWS && at < n; r++, at++) {
-          float v = y[i][r] + (bias ? to_float(bias[at]) : 0);
-          if (swiglu) v = silu(v) * (up[i][r] + (bias ? to_float(bias[at + half]) : 0));
-          if (residual) v += to_float(residual[i * n + at]);
-          if (wide) wide[i * n + at] = v;
-          else from_float(v, &out[i * n + at]);
-        }
-    }
-  }
-}
-
 template <typename F> void by_type(ScalarType type, F f) {
   if (type == ScalarType::Float) f(float{});
   else if (type == ScalarType::Half) f(f16{});
   else f(bf16{});
+}
+
+// ---- linear: y = [residual +] [swiglu] ([rms_norm] x W^T [+ bias]) ----------------------------------------------------
+
+template <typename T> struct Linear {
+  Weights w;
+  const T* bias;
+};
+
+// This thread's part of the outputs; every thread of a parallel region calls it.
+template <typename T>
+void linear_part(const T* x, int64_t m, const Linear<T>& layer, const T* norm, float eps, const T* residual, bool swiglu,
+                 T* out, float* wide = nullptr) {
+  const Weights& w = layer.w;
+  const T* bias = layer.bias;
+  const Dot dot = pick_dot<T>(m);
+  const int64_t half = swiglu ? w.n / 2 : 0, n = w.n - half;
+  Row rows[MAX_M];
+  prepare(x, m, w, norm, eps, rows, scratch);
+  float y[MAX_M][ROWS], up[MAX_M][ROWS];
+  const Part part = my_part((n + ROWS - 1) / ROWS);
+  for (int64_t b = part.begin; b < part.end; b++) {
+    dot(w, b, rows, y);
+    if (swiglu) dot(w, b + half / ROWS, rows, up);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t r = 0, at = b * ROWS; r < ROWS && at < n; r++, at++) {
+        float v = y[i][r] + (bias ? to_float(bias[at]) : 0);
+        if (swiglu) v = silu(v) * (up[i][r] + (bias ? to_float(bias[at + half]) : 0));
+        if (residual) v += to_float(residual[i * n + at]);
+        if (wide) wide[i * n + at] = v;
+        else from_float(v, &out[i * n + at]);
+      }
+  }
 }
 
 Tensor linear(Tensor x, Tensor w, OptTensor scales, OptTensor zeros, int64_t n, int64_t group, OptTensor bias,
@@ -396,12 +408,37 @@ Tensor linear(Tensor x, Tensor w, OptTensor scales, OptTensor zeros, int64_t n, 
   const int64_t k = shape.back(), m = x.numel() / k;
   shape.back() = swiglu ? n / 2 : n;
   Tensor out = torch::stable::new_empty(x, shape, wide ? ScalarType::Float : x.scalar_type());
-  void* to = out.data_ptr();
   by_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    linear_of<T>(static_cast<const T*>(x.data_ptr()), m, weights(w, scales, zeros, n, k, group), ptr<T>(bias),
-                 ptr<T>(norm), eps, ptr<T>(residual), swiglu, static_cast<T*>(to),
-                 wide ? static_cast<float*>(to) : nullptr);
+    const Linear<T> layer{weights(w, scales, zeros, n, k, group), ptr<T>(bias)};
+    void* to = out.data_ptr();
+#pragma omp parallel
+    linear_part(ptr<T>(x), m, layer, ptr<T>(norm), eps, ptr<T>(residual), swiglu, static_cast<T*>(to),
+                wide ? static_cast<float*>(to) : nullptr);
+  });
+  return out;
+}
+
+// ---- feed_forward: [x +] w2(swiglu(w13 rms_norm(x))) ---------------------------------------------------------------
+
+Tensor feed_forward(Tensor x, Tensor norm, double eps, Tensor w13, OptTensor s13, OptTensor z13, OptTensor b13, Tensor w2,
+                    OptTensor s2, OptTensor z2, OptTensor b2, int64_t ffn, int64_t group, bool residual) {
+  const int64_t dim = x.size(-1), m = x.numel() / dim;
+  Tensor out = torch::stable::empty_like(x);
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Linear<T> first{weights(w13, s13, z13, 2 * ffn, dim, group), ptr<T>(b13)};
+    const Linear<T> second{weights(w2, s2, z2, dim, ffn, group), ptr<T>(b2)};
+    const T* from = ptr<T>(x);
+    T* to = mutable_ptr<T>(out);
+    together.reserve(Scratch::bytes_for(m * ffn));
+    T* hidden = together.take<T>(m * ffn);
+#pragma omp parallel
+    {
+      linear_part<T>(from, m, first, ptr<T>(norm), eps, nullptr, true, hidden);
+#pragma omp barrier
+      linear_part<T>(hidden, m, second, nullptr, 0, residual ? from : nullptr, false, to);
+    }
   });
   return out;
 }
@@ -446,7 +483,7 @@ Tensor dequantize(Tensor w, OptTensor scales, OptTensor zeros, int64_t n, int64_
 
 template <typename T>
 void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share, int64_t slots, const Weights& w13,
-                const Weights& w2, const T* norm, double eps, const T* residual, T* out) {
+                const Weights& w2, const T* norm, float eps, const T* residual, T* out) {
   const int64_t f = w2.k, dim = w2.n;
   struct Use { int64_t expert; std::vector<int64_t> at; };  // at: positions in chosen
   std::vector<Use> uses;
@@ -455,7 +492,8 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
     if (same == uses.end()) same = uses.insert(uses.end(), Use{chosen[i], {}});
     same->at.push_back(i);
   }
-  std::vector<T> hidden(m * slots * f);
+  together.reserve(Scratch::bytes_for(m * slots * f));
+  T* hidden = together.take<T>(m * slots * f);
 #pragma omp parallel
   {
     Row rows[MAX_M], mine[MAX_M];
@@ -477,7 +515,7 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
     }
 #pragma omp barrier
     std::vector<Row> inner(m * slots);
-    prepare(hidden.data(), m * slots, w2, static_cast<const T*>(nullptr), 0, inner.data(), scratch);
+    prepare<T>(hidden, m * slots, w2, nullptr, 0, inner.data(), scratch);
     const Part part2 = my_part(w2.blocks());
     for (int64_t b = part2.begin; b < part2.end; b++) {
       float total[MAX_M][ROWS] = {};
@@ -495,25 +533,26 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
   }
 }
 
-Tensor experts(Tensor x, Tensor chosen, Tensor share, Tensor w13, OptTensor s13, OptTensor z13, Tensor w2, OptTensor s2,
-               OptTensor z2, int64_t ffn, int64_t group, OptTensor norm, double eps, OptTensor residual) {
+Tensor experts(Tensor x, Tensor norm, double eps, Tensor share, Tensor chosen, Tensor w13, OptTensor s13, OptTensor z13,
+               Tensor w2, OptTensor s2, OptTensor z2, int64_t ffn, int64_t group, bool residual) {
   const int64_t dim = x.size(-1), m = x.numel() / dim;
-  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
+  Tensor out = torch::stable::empty_like(x);
   by_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    experts_of<T>(static_cast<const T*>(x.data_ptr()), m, static_cast<const int64_t*>(chosen.data_ptr()),
-                  static_cast<const float*>(share.data_ptr()), chosen.size(-1),
+    experts_of<T>(ptr<T>(x), m, ptr<int64_t>(chosen), ptr<float>(share), chosen.size(-1),
                   weights(w13, s13, z13, 2 * ffn, dim, group), weights(w2, s2, z2, dim, ffn, group), ptr<T>(norm), eps,
-                  ptr<T>(residual), static_cast<T*>(out.data_ptr()));
+                  residual ? ptr<T>(x) : nullptr, mutable_ptr<T>(out));
   });
   return out;
 }
 
-// ---- attention: RoPE, cache write, and softmax(q k^T) v over the filled part of the cache ------------------------------
+// ---- attention: [x +] wo(softmax(q k^T) v), q, k, v = wqkv rms_norm(x); RoPE, and the cache's filled part alone ---------
 
 struct Attention {
   int64_t batch, tokens, heads, kv_heads, head_dim, capacity, start, window;
   float eps;
+  int64_t first() const { return window ? std::max<int64_t>(0, start - window + 1) : 0; }  // cache entry any token sees
+  int64_t chunks() const { return (start + tokens - first() + KV_CHUNK - 1) / KV_CHUNK; }
 };
 
 // One head's row: [norm], then rotated by rope [D/2, 2] (cos, sin), element i paired with i + D/2.
@@ -565,79 +604,88 @@ void attend(const Attention& a, const float* q, const T* k, const T* v, int64_t 
   }
 }
 
+// From qkv [B, T, (H + 2 G) D] to out [B, T, H D]; every thread of a parallel region calls it.
 template <typename T>
-void attention_of(const Attention& a, const T* qkv, T* k_cache, T* v_cache, const float* rope, const T* q_norm,
-                  const T* k_norm, T* out) {
+void attention_part(const Attention& a, const T* qkv, T* k_cache, T* v_cache, const float* rope, const T* q_norm,
+                    const T* k_norm, float* q, float* parts, float* peaks, float* sums, T* out) {
   const int64_t d = a.head_dim, h = a.heads, g = a.kv_heads, shared = h / g, width = (h + 2 * g) * d;
-  const int64_t first = a.window ? std::max<int64_t>(0, a.start - a.window + 1) : 0, length = a.start + a.tokens;
-  const int64_t chunks = (length - first + KV_CHUNK - 1) / KV_CHUNK, per_group = a.tokens * shared;
+  const int64_t first = a.first(), length = a.start + a.tokens, chunks = a.chunks(), per_group = a.tokens * shared;
   const float scale = 1 / std::sqrt(float(d));
-  std::vector<float> q(a.batch * g * per_group * d);  // [B, G, T, H / G, D]
-  std::vector<float> parts(a.batch * g * chunks * per_group * d), peaks(parts.size() / d), sums(parts.size() / d);
-#pragma omp parallel
-  {
-    const Part rows = my_part(a.batch * a.tokens * (h + 2 * g));
-    std::vector<float> row(d);
-    for (int64_t i = rows.begin; i < rows.end; i++) {
-      const int64_t bt = i / (h + 2 * g), b = bt / a.tokens, t = bt % a.tokens, head = i % (h + 2 * g);
-      const T* x = qkv + bt * width + head * d;
-      if (head < h) {
-        float* to = &q[(((b * g + head / shared) * a.tokens + t) * shared + head % shared) * d];
-        rope_row(x, q_norm, a.eps, rope + t * d, d, row.data());
-        for (int64_t j = 0; j < d; j++) {
-          T rounded;
-          from_float(row[j], &rounded);
-          to[j] = to_float(rounded) * scale;
-        }
+  const Part rows = my_part(a.batch * a.tokens * (h + 2 * g));
+  scratch.reserve(Scratch::bytes_for(d));
+  float* row = scratch.take<float>(d);
+  for (int64_t i = rows.begin; i < rows.end; i++) {
+    const int64_t bt = i / (h + 2 * g), b = bt / a.tokens, t = bt % a.tokens, head = i % (h + 2 * g);
+    const T* x = qkv + bt * width + head * d;
+    if (head < h) {  // a query: [B, G, T, H / G, D]
+      float* to = &q[(((b * g + head / shared) * a.tokens + t) * shared + head % shared) * d];
+      rope_row(x, q_norm, a.eps, rope + t * d, d, row);
+      for (int64_t j = 0; j < d; j++) {
+        T rounded;
+        from_float(row[j], &rounded);
+        to[j] = to_float(rounded) * scale;
+      }
+    } else {
+      const int64_t kv = (head - h) % g;
+      T* to = (head < h + g ? k_cache : v_cache) + ((b * g + kv) * a.capacity + a.start + t) * d;
+      if (head < h + g) {
+        rope_row(x, k_norm, a.eps, rope + t * d, d, row);
+        for (int64_t j = 0; j < d; j++) from_float(row[j], &to[j]);
       } else {
-        const int64_t kv = (head - h) % g;
-        T* to = (head < h + g ? k_cache : v_cache) + ((b * g + kv) * a.capacity + a.start + t) * d;
-        if (head < h + g) {
-          rope_row(x, k_norm, a.eps, rope + t * d, d, row.data());
-          for (int64_t j = 0; j < d; j++) from_float(row[j], &to[j]);
-        } else {
-          std::memcpy(to, x, d * sizeof(T));
-        }
+        std::memcpy(to, x, d * sizeof(T));
       }
     }
+  }
 #pragma omp barrier
-    const auto attend_d = d == 64 ? attend<T, 64> : d == 128 ? attend<T, 128> : attend<T, 0>;
-    const Part tasks = my_part(a.batch * g * chunks);
-    for (int64_t i = tasks.begin; i < tasks.end; i++) {
-      const int64_t bg = i / chunks, from = first + i % chunks * KV_CHUNK;
-      attend_d(a, &q[bg * per_group * d], k_cache + bg * a.capacity * d, v_cache + bg * a.capacity * d, from,
-               std::min(length, from + KV_CHUNK), &parts[i * per_group * d], &peaks[i * per_group], &sums[i * per_group]);
-    }
+  const auto attend_d = d == 64 ? attend<T, 64> : d == 128 ? attend<T, 128> : attend<T, 0>;
+  const Part tasks = my_part(a.batch * g * chunks);
+  for (int64_t i = tasks.begin; i < tasks.end; i++) {
+    const int64_t bg = i / chunks, from = first + i % chunks * KV_CHUNK;
+    attend_d(a, &q[bg * per_group * d], k_cache + bg * a.capacity * d, v_cache + bg * a.capacity * d, from,
+             std::min(length, from + KV_CHUNK), &parts[i * per_group * d], &peaks[i * per_group], &sums[i * per_group]);
+  }
 #pragma omp barrier
-    const Part outs = my_part(a.batch * a.tokens * h);
-    for (int64_t i = outs.begin; i < outs.end; i++) {
-      const int64_t head = i % h, bt = i / h, b = bt / a.tokens, t = bt % a.tokens;
-      const int64_t at = (b * g + head / shared) * chunks * per_group + t * shared + head % shared;
-      float peak = -std::numeric_limits<float>::infinity(), sum = 0;
-      for (int64_t c = 0; c < chunks; c++) peak = std::max(peak, peaks[at + c * per_group]);
-      std::fill(row.begin(), row.end(), 0.0f);
-      for (int64_t c = 0; c < chunks; c++) {
-        if (sums[at + c * per_group] == 0) continue;
-        const float weight = std::exp(peaks[at + c * per_group] - peak);
-        sum += weight * sums[at + c * per_group];
-        for (int64_t j = 0; j < d; j++) row[j] += weight * parts[(at + c * per_group) * d + j];
-      }
-      for (int64_t j = 0; j < d; j++) from_float(row[j] / sum, &out[bt * h * d + head * d + j]);
+  const Part outs = my_part(a.batch * a.tokens * h);
+  for (int64_t i = outs.begin; i < outs.end; i++) {
+    const int64_t head = i % h, bt = i / h, b = bt / a.tokens, t = bt % a.tokens;
+    const int64_t at = (b * g + head / shared) * chunks * per_group + t * shared + head % shared;
+    float peak = -std::numeric_limits<float>::infinity(), sum = 0;
+    for (int64_t c = 0; c < chunks; c++) peak = std::max(peak, peaks[at + c * per_group]);
+    std::fill_n(row, d, 0.0f);
+    for (int64_t c = 0; c < chunks; c++) {
+      if (sums[at + c * per_group] == 0) continue;
+      const float weight = std::exp(peaks[at + c * per_group] - peak);
+      sum += weight * sums[at + c * per_group];
+      for (int64_t j = 0; j < d; j++) row[j] += weight * parts[(at + c * per_group) * d + j];
     }
+    for (int64_t j = 0; j < d; j++) from_float(row[j] / sum, &out[bt * h * d + head * d + j]);
   }
 }
 
-Tensor attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm,
-                 OptTensor k_norm, double eps, int64_t window) {
-  const int64_t d = k_cache.size(3), g = k_cache.size(1);
-  Attention a{qkv.size(0), qkv.size(1), qkv.size(2) / d - 2 * g, g, d, k_cache.size(2),
-              *static_cast<const int64_t*>(positions.data_ptr()), window, float(eps)};
-  Tensor out = torch::stable::new_empty(qkv, std::vector<int64_t>{a.batch, a.tokens, a.heads * d});
-  by_type(qkv.scalar_type(), [&](auto type) {
+Tensor attention(Tensor x, Tensor norm, double eps, Tensor wqkv, OptTensor sqkv, OptTensor zqkv, OptTensor bqkv, Tensor wo,
+                 OptTensor so, OptTensor zo, OptTensor bo, int64_t heads, int64_t group, Tensor k_cache, Tensor v_cache,
+                 Tensor positions, Tensor rope, OptTensor q_norm, OptTensor k_norm, int64_t window, bool residual) {
+  const int64_t dim = x.size(-1), d = k_cache.size(3), g = k_cache.size(1), width = (heads + 2 * g) * d;
+  const Attention a{x.size(0), x.size(1), heads, g, d, k_cache.size(2), *ptr<int64_t>(positions), window, float(eps)};
+  const int64_t m = a.batch * a.tokens, n_parts = m * heads * a.chunks();
+  Tensor out = torch::stable::empty_like(x);
+  by_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    attention_of<T>(a, static_cast<const T*>(qkv.data_ptr()), static_cast<T*>(k_cache.data_ptr()),
-                    static_cast<T*>(v_cache.data_ptr()), static_cast<const float*>(rope.data_ptr()), ptr<T>(q_norm),
-                    ptr<T>(k_norm), static_cast<T*>(out.data_ptr()));
+    const Linear<T> first{weights(wqkv, sqkv, zqkv, width, dim, group), ptr<T>(bqkv)};
+    const Linear<T> last{weights(wo, so, zo, dim, heads * d, group), ptr<T>(bo)};
+    const int64_t n = m * heads * d;
+    together.reserve(Scratch::bytes_for(m * width) + 2 * Scratch::bytes_for(n) + Scratch::bytes_for(n_parts * (d + 2)));
+    T *qkv = together.take<T>(m * width), *y = together.take<T>(n);
+    float *q = together.take<float>(n), *parts = together.take<float>(n_parts * (d + 2));
+#pragma omp parallel
+    {
+      linear_part<T>(ptr<T>(x), m, first, ptr<T>(norm), eps, nullptr, false, qkv);
+#pragma omp barrier
+      attention_part<T>(a, qkv, mutable_ptr<T>(k_cache), mutable_ptr<T>(v_cache), ptr<float>(rope), ptr<T>(q_norm),
+                        ptr<T>(k_norm), q, parts, parts + n_parts * d, parts + n_parts * (d + 1), y);
+#pragma omp barrier
+      linear_part<T>(y, m, last, nullptr, 0, residual ? ptr<T>(x) : nullptr, false, mutable_ptr<T>(out));
+    }
   });
   return out;
 }
@@ -645,15 +693,19 @@ Tensor attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, T
 STABLE_TORCH_LIBRARY(gptfast, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, int n, int group, Tensor? bias, Tensor? norm, "
         "float eps, Tensor? residual, bool swiglu, bool wide) -> Tensor");
+  m.def("attention(Tensor x, Tensor norm, float eps, Tensor wqkv, Tensor? sqkv, Tensor? zqkv, Tensor? bqkv, Tensor wo, "
+        "Tensor? so, Tensor? zo, Tensor? bo, int heads, int group, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor positions, Tensor rope, Tensor? q_norm, Tensor? k_norm, int window, bool residual) -> Tensor");
+  m.def("feed_forward(Tensor x, Tensor norm, float eps, Tensor w13, Tensor? s13, Tensor? z13, Tensor? b13, Tensor w2, "
+        "Tensor? s2, Tensor? z2, Tensor? b2, int ffn, int group, bool residual) -> Tensor");
+  m.def("experts(Tensor x, Tensor norm, float eps, Tensor share, Tensor chosen, Tensor w13, Tensor? s13, Tensor? z13, "
+        "Tensor w2, Tensor? s2, Tensor? z2, int ffn, int group, bool residual) -> Tensor");
   m.def("dequantize(Tensor w, Tensor? scales, Tensor? zeros, int n, int group, ScalarType dtype) -> Tensor");
-  m.def("experts(Tensor x, Tensor chosen, Tensor share, Tensor w13, Tensor? s13, Tensor? z13, Tensor w2, Tensor? s2, "
-        "Tensor? z2, int ffn, int group, Tensor? norm, float eps, Tensor? residual) -> Tensor");
-  m.def("attention(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm, "
-        "Tensor? k_norm, float eps, int window) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("dequantize", TORCH_BOX(&dequantize));
-  m.impl("experts", TORCH_BOX(&experts));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("feed_forward", TORCH_BOX(&feed_forward));
+  m.impl("experts", TORCH_BOX(&experts));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
 }

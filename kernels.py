@@ -1,8 +1,11 @@
 """The operations that a decode step is made of, each as a few lines of PyTorch and, for CPUs, in C++ (kernels.cpp).
 
-    linear      [residual +] [swiglu] ([rms_norm] x W^T [+ bias]), W in 32, 16, 8 or 4 bits
-    experts     the same for the chosen experts of a mixture
-    attention   RoPE, cache write, softmax(q k^T) v over the filled part of the cache
+    linear         [residual +] [swiglu] ([rms_norm] x W^T [+ bias]), W in 32, 16, 8 or 4 bits
+    attention      a block's first half: norm, qkv, RoPE, cache write, softmax(q k^T) v over the filled cache, output
+    feed_forward   its second half: norm, gate and up, SiLU, down
+    experts        the same for the chosen experts of a mixture
+
+linear's reference is here; the others' are the forward methods of model.Attention, FeedForward and Experts.
 
 A weight is anything with the fields weight, scales, zeros, bias, n_out, group and fast (model.Linear). In a checkpoint:
 
@@ -33,15 +36,19 @@ MAX_ROWS = 8  # of activations; kernels.cpp's MAX_M. Beyond it a matrix product 
 ROWS = 16  # of weights that kernels.cpp reads side by side
 
 
+def fits(x: Tensor, w) -> bool:
+    """Whether the C++ operations take x [..., K] times w: few rows, and w in their order."""
+    return w.fast and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+
+
 def linear(x: Tensor, w, norm=None, residual: Tensor | None = None, swiglu: bool = False, wide: bool = False) -> Tensor:
     """x [..., K] -> [..., N]. norm (weight and eps) is applied to x first; swiglu takes the upper half of the N outputs
     times silu of the lower: [..., N / 2]; residual is added last. wide: a float32 result, whatever x is."""
-    if w.fast and 0 < x.numel() <= MAX_ROWS * x.shape[-1] and not (swiglu and w.n_out % (2 * ROWS)):
-        weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
-        return torch.ops.gptfast.linear(
-            x.contiguous(), w.weight, w.scales, w.zeros, w.n_out, w.group, w.bias, weight, eps, residual, swiglu, wide
-        )
-    return linear_reference(x, w, norm, residual, swiglu, wide)
+    if not fits(x, w) or (swiglu and w.n_out % (2 * ROWS)):
+        return linear_reference(x, w, norm, residual, swiglu, wide)
+    weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+    stored = (w.weight, w.scales, w.zeros, w.n_out, w.group, w.bias)
+    return torch.ops.gptfast.linear(x.contiguous(), *stored, weight, eps, residual, swiglu, wide)
 
 
 def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
@@ -56,18 +63,28 @@ def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
     return y.float() if wide else y
 
 
-def has_experts(x: Tensor, w13) -> bool:
-    """Whether experts() can do x [B, T, dim]: few tokens, fast weights, whole blocks of rows."""
-    return w13.fast and 0 < x.numel() <= MAX_ROWS * x.shape[-1] and w13.n_out % (2 * ROWS) == 0
-
-
-def experts(x: Tensor, w13, w2, norm, share: Tensor, chosen: Tensor) -> Tensor:
-    """x [B, T, dim] + the sum over each token's chosen [B, T, K] experts of share [B, T, K] times their output.
-    model.Experts has the reference."""
-    return torch.ops.gptfast.experts(
-        x, chosen, share, w13.weight, w13.scales, w13.zeros, w2.weight, w2.scales, w2.zeros, w2.n_in, w2.group,
-        norm.weight, norm.eps, x,
+def attention(x: Tensor, a, norm, positions: Tensor, rope: Tensor) -> Tensor:
+    """A model.Attention in one go, for x that fits: x [B, T, dim] at positions [T], rope [T, D/2, 2] -> [B, T, dim]."""
+    qkv, out = ((w.weight, w.scales, w.zeros, w.bias) for w in (a.wqkv, a.wo))
+    norms = (a.q_norm.weight, a.k_norm.weight) if a.q_norm is not None else (None, None)
+    return torch.ops.gptfast.attention(
+        x, norm.weight, norm.eps, *qkv, *out, a.n_heads, a.wqkv.group, a.k_cache, a.v_cache, positions, rope, *norms,
+        a.window, True,
     )  # fmt: skip
+
+
+def feed_forward(x: Tensor, f, norm) -> Tensor:
+    """A model.FeedForward in one go, for x that fits and a width that is a multiple of ROWS."""
+    first, second = ((w.weight, w.scales, w.zeros, w.bias) for w in (f.w13, f.w2))
+    return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *first, *second, f.w2.n_in, f.w13.group, True)
+
+
+def experts(x: Tensor, e, norm, share: Tensor, chosen: Tensor) -> Tensor:
+    """A model.Experts in one go, under the same conditions."""
+    first, second = ((w.weight, w.scales, w.zeros) for w in (e.w13, e.w2))
+    return torch.ops.gptfast.experts(
+        x, norm.weight, norm.eps, share, chosen, *first, *second, e.w2.n_in, e.w13.group, True
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -178,10 +195,5 @@ def register_shapes():
     def _(w, scales, zeros, n, group, dtype):
         return w.new_empty(n, w.shape[1] * (4 if zeros is None else 8), dtype=dtype)
 
-    @torch.library.register_fake("gptfast::experts")
-    def _(x, *args):
-        return torch.empty_like(x)
-
-    @torch.library.register_fake("gptfast::attention")
-    def _(qkv, k_cache, v_cache, *args):
-        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1] * k_cache.shape[3])
+    for name in ("attention", "feed_forward", "experts"):
+        torch.library.register_fake(f"gptfast::{name}", lambda x, *args: torch.empty_like(x))

@@ -316,18 +316,13 @@ class Attention(nn.Module):
 
     def is_fast(self, tokens: Tensor) -> bool:
         """Whether the fused kernel does tokens [B, T]: a decode step or a short run."""
-        return self.wqkv.fast and tokens.shape[1] <= kernels.MAX_ROWS
+        return self.wqkv.fast and self.wo.fast and tokens.numel() <= kernels.MAX_ROWS
 
     def forward(self, x: Tensor, norm: "RMSNorm", positions: Tensor, rope: Tensor, mask, kv_len) -> Tensor:
-        qkv = self.wqkv(x, norm=norm)  # [B, T, (H + 2 G) D]
         if mask is None:
-            q_norm, k_norm = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
-            y = torch.ops.gptfast.attention(
-                qkv, self.k_cache, self.v_cache, positions, rope, q_norm, k_norm, norm.eps, self.window
-            )
-        else:
-            y = self.attend(qkv, positions, rope, mask, kv_len)
-        return self.wo(y, residual=x)
+            return kernels.attention(x, self, norm, positions, rope)
+        qkv = self.wqkv(x, norm=norm)  # [B, T, (H + 2 G) D]
+        return self.wo(self.attend(qkv, positions, rope, mask, kv_len), residual=x)
 
     def attend(self, qkv: Tensor, positions: Tensor, rope: Tensor, mask: Tensor, kv_len: int | None) -> Tensor:
         """Queries, keys and values [B, T, (H + 2 G) D] -> [B, T, H D]; the keys and values go into the cache."""
@@ -353,6 +348,8 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.ffn_dim, config.dim, config.ffn_bias)
 
     def forward(self, x: Tensor, norm: "RMSNorm") -> Tensor:
+        if kernels.fits(x, self.w13) and self.w2.fast and self.w2.n_in % kernels.ROWS == 0:
+            return kernels.feed_forward(x, self, norm)
         return self.w2(self.w13(x, norm=norm, swiglu=True), residual=x)
 
 
@@ -384,8 +381,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, norm: "RMSNorm", share: Tensor, chosen: Tensor) -> Tensor:
         """x [B, T, dim] + the sum over each token's chosen [B, T, K] experts of share [B, T, K] times their output."""
-        if kernels.has_experts(x, self.w13):
-            return kernels.experts(x, self.w13, self.w2, norm, share, chosen)
+        if kernels.fits(x, self.w13) and self.w2.fast and self.w2.n_in % kernels.ROWS == 0:
+            return kernels.experts(x, self, norm, share, chosen)
         rows = norm(x).flatten(0, 1)  # [N, dim]
         share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
         step = torch.compiler.is_compiling() and x.shape[1] == 1
