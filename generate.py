@@ -48,10 +48,12 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, fast: bool 
     moved = {}  # by identity: a tied head stays tied; what quantization stores keeps its type
     for name, t in tensors.items():
         moved[id(t)] = t.to(device, dtype if t.is_floating_point() and not name.endswith(".scales") else t.dtype)
+        if moved[id(t)] is not t:
+            kernels.advise(t, kernels.DONTNEED)  # or the file's pages would count as well
     model.load_state_dict({name: moved[id(t)] for name, t in tensors.items()}, assign=True)
     model = model.eval().requires_grad_(False)
     if fast and torch.device(device).type == "cpu":
-        kernels.enable(model)
+        kernels.enable(model, mapped=True)
     return model
 
 
@@ -69,9 +71,12 @@ def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: 
             probs, order = scores.softmax(-1).sort(-1, descending=True)
             drop = probs.cumsum(-1) - probs >= top_p  # the tokens before it are enough
             scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-        # argmax of p / Exponential(1) is a draw from p, without a synchronisation
-        token = (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1)
-    return torch.where(logits.isfinite().all(-1), token, -1)
+        # The first token whose cumulative probability is above a random number, without a synchronisation
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        below = scores.softmax(-1).cumsum(-1, dtype=wide)
+        draw = torch.rand(len(scores), 1, dtype=wide, device=scores.device) * below[:, -1:]
+        token = (below <= draw).sum(-1).clamp(max=scores.shape[-1] - 1)
+    return torch.where(logits.sum(-1).isfinite(), token, -1)
 
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], positions [T]) -> the next token of every row [B]
@@ -79,7 +84,8 @@ Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], positions [T]) -> t
 
 def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefill: bool) -> tuple[Step, Step]:
     """(prefill, decode) as plain functions. On a CPU one compiled block serves all layers, which compiles in a third of
-    the time and runs as fast; elsewhere the whole step is compiled and captured in a graph of the device."""
+    the time of the whole step and runs as fast; kernels.cpp's operations leave nothing to fuse. Elsewhere the whole
+    step is compiled and captured in a graph of the device."""
     head = lambda x: sample(model.logits(x[:, -1]), **sampling)  # noqa: E731
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -101,7 +107,8 @@ def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefi
         return prefill, torch.compile(decode, mode="reduce-overhead", fullgraph=True)
     block = torch.compile(TransformerBlock.forward, fullgraph=True, dynamic=False)
     compiled_head = torch.compile(head, fullgraph=True, dynamic=False)
-    return prefill, lambda tokens, positions: decode(tokens, positions, block, compiled_head)
+    is_fast = model.layers[0].attention.is_fast
+    return prefill, lambda t, positions: decode(t, positions, None if is_fast(t) else block, compiled_head)
 
 
 @torch.inference_mode()

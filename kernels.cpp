@@ -38,6 +38,7 @@ typedef _Float16 f16;
 
 inline float to_float(float x) { return x; }
 inline float to_float(f16 x) { return x; }
+inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
   float f;
@@ -208,23 +209,24 @@ template <typename T> inline T load(const void* p) {
   return v;
 }
 
+#if defined(__AVX512F__)  // what GCC 12 does one by one
 inline Vec load_bf16(const uint16_t* p) {
-  typedef uint16_t Half __attribute__((vector_size(32)));
-  typedef uint32_t Word __attribute__((vector_size(64)));
-  return (Vec)(__builtin_convertvector(load<Half>(p), Word) << 16);
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
 }
-
+inline Vec load_u8(const uint8_t* p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
+inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
+#else
+template <typename T> inline Vec load_each(const T* p) {
+  Vec v;
+  for (int i = 0; i < 16; i++) v[i] = to_float(p[i]);
+  return v;
+}
+inline Vec load_bf16(const uint16_t* p) { return load_each(reinterpret_cast<const bf16*>(p)); }
+inline Vec load_u8(const uint8_t* p) { return load_each(p); }
+inline Vec load_vec(const f16* p) { return load_each(p); }
+#endif
 inline Vec load_vec(const float* p) { return load<Vec>(p); }
 inline Vec load_vec(const bf16* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
-inline Vec load_vec(const f16* p) {
-  typedef f16 Half __attribute__((vector_size(32)));
-  return __builtin_convertvector(load<Half>(p), Vec);
-}
-
-inline Vec load_u8(const uint8_t* p) {
-  typedef uint8_t Byte __attribute__((vector_size(16)));
-  return __builtin_convertvector(load<Byte>(p), Vec);
-}
 
 // INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128.
 template <int M> void dot_int8(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
@@ -402,7 +404,7 @@ void linear_part(const T* x, int64_t m, const Linear<T>& layer, const T* norm, f
   }
 }
 
-Tensor linear(Tensor x, Tensor w, OptTensor scales, OptTensor zeros, int64_t n, int64_t group, OptTensor bias,
+Tensor linear(Tensor x, Tensor w, OptTensor scales, OptTensor zeros, OptTensor bias, int64_t n, int64_t group,
               OptTensor norm, double eps, OptTensor residual, bool swiglu, bool wide) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const int64_t k = shape.back(), m = x.numel() / k;
@@ -691,7 +693,7 @@ Tensor attention(Tensor x, Tensor norm, double eps, Tensor wqkv, OptTensor sqkv,
 }
 
 STABLE_TORCH_LIBRARY(gptfast, m) {
-  m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, int n, int group, Tensor? bias, Tensor? norm, "
+  m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, Tensor? bias, int n, int group, Tensor? norm, "
         "float eps, Tensor? residual, bool swiglu, bool wide) -> Tensor");
   m.def("attention(Tensor x, Tensor norm, float eps, Tensor wqkv, Tensor? sqkv, Tensor? zqkv, Tensor? bqkv, Tensor wo, "
         "Tensor? so, Tensor? zo, Tensor? bo, int heads, int group, Tensor(a!) k_cache, Tensor(b!) v_cache, "

@@ -7,7 +7,7 @@
 
 linear's reference is here; the others' are the forward methods of model.Attention, FeedForward and Experts.
 
-A weight is anything with the fields weight, scales, zeros, bias, n_out, group and fast (model.Linear). In a checkpoint:
+A weight is a model.Linear or anything with its fields. In a checkpoint:
 
     16 bits   weight [N, K]
     int8      weight [N, K] int8, scales [N] float32                          w = q * scale
@@ -15,16 +15,19 @@ A weight is anything with the fields weight, scales, zeros, bias, n_out, group a
               of 8 elements along K, byte j of 4 holds element j in its low half and element j + 4 in its high half
 
 enable() compiles kernels.cpp once for this machine, turns quantized weights into the order in which it reads them and
-sets fast. Without a C++ compiler everything runs on the PyTorch versions.
+sets fast to what it takes. Without a C++ compiler everything runs on the PyTorch versions.
 """
 
+import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -33,12 +36,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ROWS = 8  # of activations; kernels.cpp's MAX_M. Beyond it a matrix product beats matrix-vector ones
+DONTNEED, HUGEPAGE = 4, 14  # madvise's
 ROWS = 16  # of weights that kernels.cpp reads side by side
 
 
 def fits(x: Tensor, w) -> bool:
     """Whether the C++ operations take x [..., K] times w: few rows, and w in their order."""
-    return w.fast and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+    return w.fast is not None and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
 
 
 def linear(x: Tensor, w, norm=None, residual: Tensor | None = None, swiglu: bool = False, wide: bool = False) -> Tensor:
@@ -47,8 +51,7 @@ def linear(x: Tensor, w, norm=None, residual: Tensor | None = None, swiglu: bool
     if not fits(x, w) or (swiglu and w.n_out % (2 * ROWS)):
         return linear_reference(x, w, norm, residual, swiglu, wide)
     weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
-    stored = (w.weight, w.scales, w.zeros, w.n_out, w.group, w.bias)
-    return torch.ops.gptfast.linear(x.contiguous(), *stored, weight, eps, residual, swiglu, wide)
+    return torch.ops.gptfast.linear(x.contiguous(), *w.fast, w.n_out, w.group, weight, eps, residual, swiglu, wide)
 
 
 def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
@@ -65,25 +68,24 @@ def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
 
 def attention(x: Tensor, a, norm, positions: Tensor, rope: Tensor) -> Tensor:
     """A model.Attention in one go, for x that fits: x [B, T, dim] at positions [T], rope [T, D/2, 2] -> [B, T, dim]."""
-    qkv, out = ((w.weight, w.scales, w.zeros, w.bias) for w in (a.wqkv, a.wo))
     norms = (a.q_norm.weight, a.k_norm.weight) if a.q_norm is not None else (None, None)
     return torch.ops.gptfast.attention(
-        x, norm.weight, norm.eps, *qkv, *out, a.n_heads, a.wqkv.group, a.k_cache, a.v_cache, positions, rope, *norms,
-        a.window, True,
+        x, norm.weight, norm.eps, *a.wqkv.fast, *a.wo.fast, a.n_heads, a.wqkv.group, a.k_cache, a.v_cache, positions,
+        rope, *norms, a.window, True,
     )  # fmt: skip
 
 
 def feed_forward(x: Tensor, f, norm) -> Tensor:
     """A model.FeedForward in one go, for x that fits and a width that is a multiple of ROWS."""
-    first, second = ((w.weight, w.scales, w.zeros, w.bias) for w in (f.w13, f.w2))
-    return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *first, *second, f.w2.n_in, f.w13.group, True)
+    w13, w2 = f.w13, f.w2
+    return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *w13.fast, *w2.fast, w2.n_in, w13.group, True)
 
 
 def experts(x: Tensor, e, norm, share: Tensor, chosen: Tensor) -> Tensor:
     """A model.Experts in one go, under the same conditions."""
-    first, second = ((w.weight, w.scales, w.zeros) for w in (e.w13, e.w2))
+    w13, w2 = e.w13, e.w2
     return torch.ops.gptfast.experts(
-        x, norm.weight, norm.eps, share, chosen, *first, *second, e.w2.n_in, e.w13.group, True
+        x, norm.weight, norm.eps, share, chosen, *w13.fast[:3], *w2.fast[:3], w2.n_in, w13.group, True
     )
 
 
@@ -131,15 +133,54 @@ def side_by_side(t: Tensor) -> Tensor:
     return t.unflatten(-2, (-1, ROWS)).transpose(-1, -2).contiguous()
 
 
-def enable(model: torch.nn.Module):
-    """Puts model, which is on the CPU, on the C++ operations, if they can be had."""
+def enable(model: torch.nn.Module, mapped: bool = False):
+    """Puts model, which is on the CPU, on the C++ operations, if they can be had: the weights of its linears move to
+    huge pages, in the order in which they are read. mapped: the weights lie in a memory-mapped file, of which they are
+    let go one by one, so that they are never in memory twice."""
     if not build():
         return
+    move, moved = mover(), {}
     for w in model.modules():
         if hasattr(w, "fast") and (w.scales is None or w.n_in % 8 == 0):
-            if w.scales is not None:
-                w.weight, w.scales, w.zeros = pack(w.weight, w.scales, w.zeros)
-            w.fast = True
+            old = (w.weight, w.scales, w.zeros)
+            new = old if w.scales is None else pack(*old)
+            for name, before, after in zip(("weight", "scales", "zeros"), old, new, strict=True):
+                if after is not None:
+                    after = moved[before.data_ptr()] = move(after)
+                    setattr(w, name, torch.nn.Parameter(after, False) if name in w._parameters else after)
+                    if mapped:
+                        advise(before, DONTNEED)
+            w.fast = (w.weight, w.scales, w.zeros, w.bias)
+    embedding = getattr(model, "tok_embeddings", None)
+    if embedding is not None and embedding.weight.data_ptr() in moved:  # tied to the head, which is not quantized
+        embedding.weight = torch.nn.Parameter(moved[embedding.weight.data_ptr()], False)
+
+
+def mover() -> Callable[[Tensor], Tensor]:
+    """A function that copies tensors one after the other into huge pages: at 4 KB a page, looking up where each one is
+    costs a fifth of the bandwidth."""
+    room, used = torch.empty(0, dtype=torch.uint8), 0
+
+    def move(t: Tensor) -> Tensor:
+        nonlocal room, used
+        if used + t.nbytes > room.numel():
+            room = torch.empty(max(t.nbytes, 2**26) + 2**22, dtype=torch.uint8)
+            used = -room.data_ptr() % 2**21
+            advise(room[used:], HUGEPAGE)
+        copy = room[used : used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        used += -(-t.nbytes // 64) * 64
+        return copy
+
+    return move
+
+
+def advise(t: Tensor, advice: int):
+    """Linux's madvise on the whole pages of t; elsewhere nothing."""
+    page = mmap.PAGESIZE
+    start = -(-t.data_ptr() // page) * page
+    length = (t.data_ptr() + t.nbytes) // page * page - start
+    if sys.platform == "linux" and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 @cache
@@ -188,7 +229,7 @@ def register_shapes():
     """What torch.compile has to know of the C++ operations."""
 
     @torch.library.register_fake("gptfast::linear")
-    def _(x, w, scales, zeros, n, group, bias, norm, eps, residual, swiglu, wide):
+    def _(x, w, scales, zeros, bias, n, group, norm, eps, residual, swiglu, wide):
         return x.new_empty(*x.shape[:-1], n // 2 if swiglu else n, dtype=torch.float32 if wide else x.dtype)
 
     @torch.library.register_fake("gptfast::dequantize")

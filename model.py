@@ -316,7 +316,7 @@ class Attention(nn.Module):
 
     def is_fast(self, tokens: Tensor) -> bool:
         """Whether the fused kernel does tokens [B, T]: a decode step or a short run."""
-        return self.wqkv.fast and self.wo.fast and tokens.numel() <= kernels.MAX_ROWS
+        return bool(self.wqkv.fast and self.wo.fast) and tokens.numel() <= kernels.MAX_ROWS
 
     def forward(self, x: Tensor, norm: "RMSNorm", positions: Tensor, rope: Tensor, mask, kv_len) -> Tensor:
         if mask is None:
@@ -410,11 +410,11 @@ class Experts(nn.Module):
 
 class Linear(nn.Module):
     """y = x W^T [+ bias], or a stack of experts' matrices [experts, n_out, n_in]. kernels.py says how W may be stored;
-    scales and zeros are there if it is quantized, and fast is set once it is stored in the CPU kernels' order."""
+    scales and zeros are there if it is quantized, and fast is what a CPU's kernels take, once enabled."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False, experts: int | None = None):
         super().__init__()
-        self.n_in, self.n_out, self.group, self.fast = n_in, n_out, n_in, False
+        self.n_in, self.n_out, self.group, self.fast = n_in, n_out, n_in, None
         self.weight = nn.Parameter(torch.empty(*([experts] if experts else []), n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.register_buffer("scales", None)

@@ -12,11 +12,11 @@ torch.set_num_threads(1)  # models this small only wait for a second one
 
 @pytest.fixture(scope="session")
 def pair():
-    """family -> (transformers' model, the same in ours), float32."""
+    """family -> (transformers' model, the same in ours, with kernels.cpp's operations or without), float32."""
 
     @functools.cache
-    def make(family: str):
+    def make(family: str, fast: bool = True):
         theirs = make_hf(family)
-        return theirs, to_ours(theirs)
+        return theirs, to_ours(theirs, fast)
 
     return make

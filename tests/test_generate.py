@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import generate
+import kernels
 from tests.tiny import FAMILIES
 
 GREEDY = {"temperature": 0, "top_k": None, "top_p": None}
@@ -114,12 +115,26 @@ def check_compiled(ours, rows: int, warm, lengths, **compile):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
-def test_compiled_decode(family, rows, pair):
+def test_compiled_decode(family, fast, rows, pair):
     lengths = [(0, 1, 2), (0, 9, 20), (29, 2, 9), (0, 40, 24)]
-    counters = check_compiled(pair(family)[1], rows, [(0, 3, 3)], lengths, compile=True, compile_prefill=False)
+    counters = check_compiled(pair(family, fast)[1], rows, [(0, 3, 3)], lengths, compile=True, compile_prefill=False)
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 2  # one block for all layers, and the head
+    # the head and, where kernels.cpp's operations do not take its place, one block for all layers
+    assert counters["stats"]["unique_graphs"] == (1 if fast and kernels.build() else 2)
+
+
+@pytest.mark.parametrize("family", ["llama3", "mixtral", "qwen3"])
+def test_kernels_compile(family, pair):
+    """torch.compile of a whole model whose blocks are kernels.cpp's operations: no graph break, the same logits."""
+    ours = pair(family)[1]
+    ours.setup_caches(1, 20)
+    step = torch.compile(ours, fullgraph=True)
+    for i in range(4):
+        token, position = torch.tensor([[i + 5]]), torch.tensor([i])
+        with torch.inference_mode():
+            torch.testing.assert_close(step(token, position), ours(token, position))
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])

@@ -51,12 +51,12 @@ def convert(folder: Path) -> Path:
     return folder / "model.pth"
 
 
-def to_ours(theirs):
+def to_ours(theirs, fast: bool = True):
     from generate import load_model
 
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32)
+        return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, fast)
 
 
 def write_folder(family: str, folder: Path):
