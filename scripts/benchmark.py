@@ -113,6 +113,8 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
         model = Transformer(config)
     tied = {"output.weight": weights["tok_embeddings.weight"]} if config.tie_embeddings else {}
     model.load_state_dict(weights | tied, assign=True)
+    weights_bytes = sum(t.nbytes for t in weights.values())
+    del weights, tied  # the kernels keep them in an order of their own
     model.eval().requires_grad_(False)
     if args.kernels == "auto" and device.type == "cpu":
         kernels.enable(model)
@@ -139,7 +141,7 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
         return [b - a for a, b in zip(times, times[1:], strict=False)]
 
     seconds(args.prompt_tokens, args.max_new_tokens)
-    peak, weights_bytes = peak_memory(device), sum(t.nbytes for t in weights.values())
+    peak = peak_memory(device)
     token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
     bus = [read_bandwidth(device)]
     last = args.prompt_tokens - 1  # the rest of the prompt is still in the cache
