@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import statistics
@@ -83,9 +84,9 @@ Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], positions [T]) -> t
 
 
 def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefill: bool) -> tuple[Step, Step]:
-    """(prefill, decode) as plain functions. On a CPU one compiled block serves all layers, which compiles in a third of
-    the time of the whole step and runs as fast; kernels.cpp's operations leave nothing to fuse. Elsewhere the whole
-    step is compiled and captured in a graph of the device."""
+    """(prefill, decode) as plain functions. compile: on a CPU one compiled block serves all layers, which compiles in a
+    third of the time of the whole step and runs as fast, and where kernels.cpp's operations do the work nothing is left
+    to compile; elsewhere the whole step is compiled and captured in a graph of the device."""
     head = lambda x: sample(model.logits(x[:, -1]), **sampling)  # noqa: E731
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefi
     block = torch.compile(TransformerBlock.forward, fullgraph=True, dynamic=False)
     compiled_head = torch.compile(head, fullgraph=True, dynamic=False)
     is_fast = model.layers[0].attention.is_fast
-    return prefill, lambda t, positions: decode(t, positions, None if is_fast(t) else block, compiled_head)
+    return prefill, lambda t, at: decode(t, at) if is_fast(t) else decode(t, at, block, compiled_head)
 
 
 @torch.inference_mode()
@@ -149,7 +150,10 @@ def synchronize(device: torch.device):
 def peak_memory(device: torch.device) -> int:
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:  # Linux's ru_maxrss is inherited from the parent
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def parse_args() -> argparse.Namespace:
@@ -330,7 +334,6 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, de
         if len(times) > 1:
             rates.append((len(times) - 1) / (times[-1] - times[0]))
     rate = statistics.median(rates) if rates else 0.0
-    cache = sum(b.nbytes for layer in model.layers for b in layer.attention.buffers())
     return {
         "text": texts,
         "tokens": rows,
@@ -340,7 +343,7 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, de
         "prefill_seconds": times[0] - began,
         "decode_tokens_per_sec": rate,
         "model_bytes": model.step_bytes(),
-        "bandwidth_gb_per_sec": (model.step_bytes() + cache) * rate / 1e9,
+        "bandwidth_gb_per_sec": (model.step_bytes() + model.cache_bytes(len(prompt) + len(times) // 2)) * rate / 1e9,
         "peak_memory_bytes": peak_memory(device),
         "device": str(device),
         "precision": args.precision,

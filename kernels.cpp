@@ -201,6 +201,24 @@ inline void dot4(IntVec& acc, IntVec w, const int8_t* x) {
 #endif
 }
 
+// e^x to float32's precision (Cephes' polynomial); beyond float32's range the nearest that it holds, NaN stays NaN.
+inline Vec exp_vec(Vec x) {
+  x = x < -87.0f ? Vec{} - 87.0f : x;
+  x = x > 88.0f ? Vec{} + 88.0f : x;
+  const Vec magic = Vec{} + 12582912.0f, t = x * 1.44269504f + magic, n = t - magic;  // n: x / ln 2, rounded
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return (Vec)((IntVec)p + (((IntVec)t - (IntVec)magic) << 23));
+}
+
+inline Vec silu(Vec x) { return x / (1 + exp_vec(-x)); }
+
 inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
 
 template <typename T> inline T load(const void* p) {
@@ -226,10 +244,26 @@ inline Vec load_u8(const uint8_t* p) { return load_each(p); }
 inline Vec load_vec(const f16* p) { return load_each(p); }
 #endif
 inline Vec load_vec(const float* p) { return load<Vec>(p); }
+template <typename T> inline void store_vec(Vec v, T* p) {
+  for (int i = 0; i < 16; i++) from_float(v[i], &p[i]);
+}
 inline Vec load_vec(const bf16* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
 
+// Elements at .. at + 15 of p, of which there are n.
+template <typename T> inline Vec load_some(const T* p, int64_t at, int64_t n) {
+  if (at + ROWS <= n) return load_vec(p + at);
+  Vec v = {};
+  for (int64_t r = 0; at + r < n; r++) v[r] = to_float(p[at + r]);
+  return v;
+}
+template <typename T> inline void store_some(Vec v, T* p, int64_t at, int64_t n) {
+  if (at + ROWS <= n) return store_vec(v, p + at);
+  for (int64_t r = 0; at + r < n; r++) from_float(v[r], &p[at + r]);
+}
+inline Vec row_scales(const Weights& w, int64_t block) { return load_some(w.row_scale, block * ROWS, w.n); }
+
 // INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128.
-template <int M> void dot_int8(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+template <int M> void dot_int8(const Weights& w, int64_t block, const Row* rows, Vec* out) {
   const char* data = w.data + block * ROWS * w.k;
   Vec total[M] = {};
   for (int64_t g = 0, k = 0; k < w.k; g++) {
@@ -242,12 +276,12 @@ template <int M> void dot_int8(const Weights& w, int64_t block, const Row* rows,
     }
     for (int m = 0; m < M; m++) total[m] += as_float(acc[m]) * rows[m].scale[g];
   }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < std::min(ROWS, w.n - block * ROWS); r++) out[m][r] = total[m][r] * w.row_scale[block * ROWS + r];
+  const Vec scale = row_scales(w, block);
+  for (int m = 0; m < M; m++) out[m] = total[m] * scale;
 }
 
 // INT4 with quantized activations: [n / 16, k / 8, 16 rows, 4], byte j of 4 holds elements j (low half) and j + 4.
-template <int M> void dot_int4(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+template <int M> void dot_int4(const Weights& w, int64_t block, const Row* rows, Vec* out) {
   const char* data = w.data + block * ROWS * w.k / 2;
   const uint16_t* scales = w.scales + block * w.groups() * ROWS;
   const uint8_t* zeros = w.zeros + block * w.groups() * ROWS;
@@ -269,11 +303,11 @@ template <int M> void dot_int4(const Weights& w, int64_t block, const Row* rows,
     for (int m = 0; m < M; m++)
       total[m] += (as_float(acc[m]) - zero * (rows[m].sum[g] * (1 / 16.0f))) * (scale * rows[m].scale[g]);
   }
-  for (int m = 0; m < M; m++) std::memcpy(out[m], &total[m], sizeof total[m]);
+  for (int m = 0; m < M; m++) out[m] = total[m];
 }
 
 // INT8 and INT4 with float32 activations: no rounding but float32's.
-template <int M> void dot_exact(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+template <int M> void dot_exact(const Weights& w, int64_t block, const Row* rows, Vec* out) {
   const bool int4 = w.kind == Weights::INT4;
   const char* data = w.data + block * ROWS * w.k / (int4 ? 2 : 1);
   Vec total[M] = {}, scale = Vec{} + 1, zero = Vec{} + 128;
@@ -289,13 +323,11 @@ template <int M> void dot_exact(const Weights& w, int64_t block, const Row* rows
         for (int m = 0; m < M; m++) total[m] += weight * static_cast<const float*>(rows[m].x)[k];
       }
   }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < std::min(ROWS, w.n - block * ROWS); r++)
-      out[m][r] = total[m][r] * (int4 ? 1 : w.row_scale[block * ROWS + r]);
+  for (int m = 0; m < M; m++) out[m] = int4 ? total[m] : total[m] * row_scales(w, block);
 }
 
 // Weights as they are: [n, k]. One row after the other, so that memory is read in order; U sums at a time along it.
-template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, Vec* out) {
   constexpr int U = M <= 4 ? 4 : 2;
   const int64_t k = w.k, n = std::min(ROWS, w.n - block * ROWS);
   const T* row = reinterpret_cast<const T*>(w.data) + block * ROWS * k;
@@ -343,14 +375,14 @@ template <int M, typename T> void dot_native(const Weights& w, int64_t block, co
 }
 
 // out[m][r] = rows[m] . w[16 block + r], T the type of the activations
-template <int M, typename T> void dot(const Weights& w, int64_t block, const Row* rows, float (*out)[ROWS]) {
+template <int M, typename T> void dot(const Weights& w, int64_t block, const Row* rows, Vec* out) {
   if (!w.quantized()) return dot_native<M, T>(w, block, rows, out);
   if (std::is_same_v<T, float>) return dot_exact<M>(w, block, rows, out);
   if (w.kind == Weights::INT8) return dot_int8<M>(w, block, rows, out);
   dot_int4<M>(w, block, rows, out);
 }
 
-using Dot = void (*)(const Weights&, int64_t, const Row*, float (*)[ROWS]);
+using Dot = void (*)(const Weights&, int64_t, const Row*, Vec*);
 template <typename T> Dot pick_dot(int64_t m) {
   static constexpr Dot table[] = {dot<1, T>, dot<2, T>, dot<3, T>, dot<4, T>, dot<5, T>, dot<6, T>, dot<7, T>, dot<8, T>};
   return table[m - 1];
@@ -362,8 +394,6 @@ Part my_part(int64_t n) {
   const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
   return {n * t / threads, n * (t + 1) / threads};
 }
-
-inline float silu(float x) { return x / (1 + std::exp(-x)); }
 
 template <typename F> void by_type(ScalarType type, F f) {
   if (type == ScalarType::Float) f(float{});
@@ -388,19 +418,18 @@ void linear_part(const T* x, int64_t m, const Linear<T>& layer, const T* norm, f
   const int64_t half = swiglu ? w.n / 2 : 0, n = w.n - half;
   Row rows[MAX_M];
   prepare(x, m, w, norm, eps, rows, scratch);
-  float y[MAX_M][ROWS], up[MAX_M][ROWS];
+  Vec y[MAX_M], up[MAX_M];
   const Part part = my_part((n + ROWS - 1) / ROWS);
-  for (int64_t b = part.begin; b < part.end; b++) {
+  for (int64_t b = part.begin, at = b * ROWS; b < part.end; b++, at += ROWS) {
     dot(w, b, rows, y);
     if (swiglu) dot(w, b + half / ROWS, rows, up);
-    for (int64_t i = 0; i < m; i++)
-      for (int64_t r = 0, at = b * ROWS; r < ROWS && at < n; r++, at++) {
-        float v = y[i][r] + (bias ? to_float(bias[at]) : 0);
-        if (swiglu) v = silu(v) * (up[i][r] + (bias ? to_float(bias[at + half]) : 0));
-        if (residual) v += to_float(residual[i * n + at]);
-        if (wide) wide[i * n + at] = v;
-        else from_float(v, &out[i * n + at]);
-      }
+    for (int64_t i = 0; i < m; i++) {
+      Vec v = bias ? y[i] + load_some(bias, at, w.n) : y[i];
+      if (swiglu) v = silu(v) * (bias ? up[i] + load_some(bias, at + half, w.n) : up[i]);
+      if (residual) v += load_some(residual + i * n, at, n);
+      if (wide) store_some(v, wide + i * n, at, n);
+      else store_some(v, out + i * n, at, n);
+    }
   }
 }
 
@@ -499,9 +528,9 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
 #pragma omp parallel
   {
     Row rows[MAX_M], mine[MAX_M];
-    float y[MAX_M][ROWS], up[MAX_M][ROWS];
+    Vec y[MAX_M], up[MAX_M];
     prepare(x, m, w13, norm, eps, rows, scratch);
-    const int64_t blocks = (f + ROWS - 1) / ROWS;
+    const int64_t blocks = f / ROWS;
     const Part part = my_part(blocks * uses.size());
     for (int64_t b = part.begin; b < part.end; b++) {
       const Use& use = uses[b / blocks];
@@ -512,25 +541,24 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
       dot(w, b % blocks, mine, y);
       dot(w, b % blocks + f / ROWS, mine, up);
       for (int64_t i = 0; i < count; i++)
-        for (int64_t r = 0, at = b % blocks * ROWS; r < ROWS && at < f; r++, at++)
-          from_float(silu(y[i][r]) * up[i][r], &hidden[use.at[i] * f + at]);
+        store_vec(silu(y[i]) * up[i], hidden + use.at[i] * f + b % blocks * ROWS);
     }
 #pragma omp barrier
     std::vector<Row> inner(m * slots);
     prepare<T>(hidden, m * slots, w2, nullptr, 0, inner.data(), scratch);
     const Part part2 = my_part(w2.blocks());
     for (int64_t b = part2.begin; b < part2.end; b++) {
-      float total[MAX_M][ROWS] = {};
+      Vec total[MAX_M] = {};
       for (const Use& use : uses) {
         const int64_t count = use.at.size();
         for (int64_t i = 0; i < count; i++) mine[i] = inner[use.at[i]];
         pick_dot<T>(count)(w2.expert(use.expert), b, mine, y);
-        for (int64_t i = 0; i < count; i++)
-          for (int64_t r = 0; r < ROWS; r++) total[use.at[i] / slots][r] += share[use.at[i]] * y[i][r];
+        for (int64_t i = 0; i < count; i++) total[use.at[i] / slots] += share[use.at[i]] * y[i];
       }
-      for (int64_t i = 0; i < m; i++)
-        for (int64_t r = 0, at = b * ROWS; r < ROWS && at < dim; r++, at++)
-          from_float(total[i][r] + (residual ? to_float(residual[i * dim + at]) : 0), &out[i * dim + at]);
+      for (int64_t i = 0, at = b * ROWS; i < m; i++) {
+        if (residual) total[i] += load_some(residual + i * dim, at, dim);
+        store_some(total[i], out + i * dim, at, dim);
+      }
     }
   }
 }
@@ -576,32 +604,72 @@ template <typename T> void rope_row(const T* x, const T* norm, float eps, const 
   }
 }
 
-// The queries of one key/value head against one chunk of the cache: unnormalized output, greatest score, sum of weights.
+inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float total = 0;
+  for (int i = 0; i < 16; i++) total += v[i];
+  return total;
+#endif
+}
+
+// q . k, both [d] and of one type
+template <typename T, int64_t STATIC_D> inline float dot_head(const T* q, const T* k, int64_t d) {
+  if constexpr (STATIC_D == 0) {
+    float total = 0;
+    for (int64_t i = 0; i < d; i++) total += to_float(q[i]) * to_float(k[i]);
+    return total;
+  } else {
+    Vec total = {};
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+      for (int64_t i = 0; i < STATIC_D; i += 32)
+        total = (Vec)_mm512_dpbf16_ps((__m512)total, load<__m512bh>(q + i), load<__m512bh>(k + i));
+      return sum(total);
+    }
+#endif
+    for (int64_t i = 0; i < STATIC_D; i += 16) total += load_vec(q + i) * load_vec(k + i);
+    return sum(total);
+  }
+}
+
+// The queries [T, H / G, D] of one key/value head against one chunk of the cache: unnormalized output, greatest score,
+// sum of weights.
 template <typename T, int64_t STATIC_D>
-void attend(const Attention& a, const float* q, const T* k, const T* v, int64_t first, int64_t last, float* out,
+void attend(const Attention& a, const T* q, const T* k, const T* v, int64_t first, int64_t last, float* out,
             float* peaks, float* sums) {
   const int64_t d = STATIC_D ? STATIC_D : a.head_dim, shared = a.heads / a.kv_heads;
-  float scores[KV_CHUNK];
+  const float scale = 1 / std::sqrt(float(d));
+  alignas(64) float weights[KV_CHUNK];
   for (int64_t t = 0; t < a.tokens; t++) {
     const int64_t position = a.start + t;
     const int64_t from = a.window ? std::max(first, position - a.window + 1) : first, to = std::min(last, position + 1);
     for (int64_t h = 0; h < shared; h++, q += d, out += d, peaks++, sums++) {
-      float peak = -std::numeric_limits<float>::infinity(), sum = 0;
-      for (int64_t s = from; s < to; s++) {
-        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < d; i++) dot += q[i] * to_float(k[s * d + i]);
-        scores[s - first] = dot;
-        peak = std::max(peak, dot);
+      const int64_t n = std::max<int64_t>(0, to - from);
+      float peak = -std::numeric_limits<float>::infinity();
+      for (int64_t s = 0; s < n; s++) {
+        weights[s] = dot_head<T, STATIC_D>(q, k + (from + s) * d, d) * scale;
+        peak = weights[s] > peak || weights[s] != weights[s] ? weights[s] : peak;
       }
-      for (int64_t i = 0; i < d; i++) out[i] = 0;
-      for (int64_t s = from; s < to; s++) {
-        const float weight = std::exp(scores[s - first] - peak);
-        sum += weight;
-#pragma omp simd
-        for (int64_t i = 0; i < d; i++) out[i] += weight * to_float(v[s * d + i]);
+      Vec total = {};
+      for (int64_t s = n; s % 16; s++) weights[s] = -std::numeric_limits<float>::infinity();
+      for (int64_t s = 0; s < n; s += 16) {
+        const Vec w = exp_vec(load_vec(weights + s) - peak);
+        for (int64_t r = 0; r < 16; r++) weights[s + r] = s + r < n ? w[r] : 0;
+        total += load_vec(weights + s);
       }
-      *peaks = peak, *sums = sum;
+      if constexpr (STATIC_D == 0) {
+        std::fill_n(out, d, 0.0f);
+        for (int64_t s = 0; s < n; s++)
+          for (int64_t i = 0; i < d; i++) out[i] += weights[s] * to_float(v[(from + s) * d + i]);
+      } else {
+        Vec sum[STATIC_D / 16] = {};
+        for (int64_t s = 0; s < n; s++)
+          for (int64_t i = 0; i < STATIC_D / 16; i++) sum[i] += weights[s] * load_vec(v + (from + s) * d + 16 * i);
+        std::memcpy(out, sum, sizeof sum);
+      }
+      *peaks = peak, *sums = sum(total);
     }
   }
 }
@@ -609,33 +677,23 @@ void attend(const Attention& a, const float* q, const T* k, const T* v, int64_t 
 // From qkv [B, T, (H + 2 G) D] to out [B, T, H D]; every thread of a parallel region calls it.
 template <typename T>
 void attention_part(const Attention& a, const T* qkv, T* k_cache, T* v_cache, const float* rope, const T* q_norm,
-                    const T* k_norm, float* q, float* parts, float* peaks, float* sums, T* out) {
+                    const T* k_norm, T* q, float* parts, float* peaks, float* sums, T* out) {
   const int64_t d = a.head_dim, h = a.heads, g = a.kv_heads, shared = h / g, width = (h + 2 * g) * d;
   const int64_t first = a.first(), length = a.start + a.tokens, chunks = a.chunks(), per_group = a.tokens * shared;
-  const float scale = 1 / std::sqrt(float(d));
   const Part rows = my_part(a.batch * a.tokens * (h + 2 * g));
   scratch.reserve(Scratch::bytes_for(d));
   float* row = scratch.take<float>(d);
   for (int64_t i = rows.begin; i < rows.end; i++) {
     const int64_t bt = i / (h + 2 * g), b = bt / a.tokens, t = bt % a.tokens, head = i % (h + 2 * g);
     const T* x = qkv + bt * width + head * d;
-    if (head < h) {  // a query: [B, G, T, H / G, D]
-      float* to = &q[(((b * g + head / shared) * a.tokens + t) * shared + head % shared) * d];
-      rope_row(x, q_norm, a.eps, rope + t * d, d, row);
-      for (int64_t j = 0; j < d; j++) {
-        T rounded;
-        from_float(row[j], &rounded);
-        to[j] = to_float(rounded) * scale;
-      }
+    T* to;
+    if (head < h) to = &q[(((b * g + head / shared) * a.tokens + t) * shared + head % shared) * d];  // [B, G, T, H/G, D]
+    else to = (head < h + g ? k_cache : v_cache) + ((b * g + (head - h) % g) * a.capacity + a.start + t) * d;
+    if (head < h + g) {
+      rope_row(x, head < h ? q_norm : k_norm, a.eps, rope + t * d, d, row);
+      for (int64_t j = 0; j < d; j++) from_float(row[j], &to[j]);
     } else {
-      const int64_t kv = (head - h) % g;
-      T* to = (head < h + g ? k_cache : v_cache) + ((b * g + kv) * a.capacity + a.start + t) * d;
-      if (head < h + g) {
-        rope_row(x, k_norm, a.eps, rope + t * d, d, row);
-        for (int64_t j = 0; j < d; j++) from_float(row[j], &to[j]);
-      } else {
-        std::memcpy(to, x, d * sizeof(T));
-      }
+      std::memcpy(to, x, d * sizeof(T));
     }
   }
 #pragma omp barrier
@@ -677,8 +735,8 @@ Tensor attention(Tensor x, Tensor norm, double eps, Tensor wqkv, OptTensor sqkv,
     const Linear<T> last{weights(wo, so, zo, dim, heads * d, group), ptr<T>(bo)};
     const int64_t n = m * heads * d;
     together.reserve(Scratch::bytes_for(m * width) + 2 * Scratch::bytes_for(n) + Scratch::bytes_for(n_parts * (d + 2)));
-    T *qkv = together.take<T>(m * width), *y = together.take<T>(n);
-    float *q = together.take<float>(n), *parts = together.take<float>(n_parts * (d + 2));
+    T *qkv = together.take<T>(m * width), *y = together.take<T>(n), *q = together.take<T>(n);
+    float* parts = together.take<float>(n_parts * (d + 2));
 #pragma omp parallel
     {
       linear_part<T>(ptr<T>(x), m, first, ptr<T>(norm), eps, nullptr, false, qkv);

@@ -282,6 +282,12 @@ class Transformer(nn.Module):
             total -= experts * (moe.n_experts - moe.n_active) // moe.n_experts
         return total
 
+    def cache_bytes(self, length: int) -> int:
+        """Bytes of keys and values that a decode step reads when length tokens are in the cache."""
+        k = self.layers[0].attention.k_cache
+        seen = min(length, self.config.sliding_window or length) if self.output.fast else k.shape[2]
+        return 2 * self.config.n_layers * k[:, :, :1].nbytes * seen
+
 
 class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig):
@@ -326,8 +332,8 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, positions: Tensor, rope: Tensor, mask: Tensor, kv_len: int | None) -> Tensor:
         """Queries, keys and values [B, T, (H + 2 G) D] -> [B, T, H D]; the keys and values go into the cache."""
-        B, T, _ = qkv.shape
-        heads = qkv.view(B, T, -1, self.head_dim)
+        (B, T, _), D = qkv.shape, self.head_dim
+        heads = qkv.view(B, T, -1, D)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)  # [B, T, H or G, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -335,6 +341,8 @@ class Attention(nn.Module):
         self.k_cache.index_copy_(2, positions, k)
         self.v_cache.index_copy_(2, positions, v)
         k, v = self.k_cache[:, :, :kv_len], self.v_cache[:, :, :kv_len]  # [B, G, S, D]
+        if T == 1:  # the heads that share keys and values as the rows of one product: several times faster
+            return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).view(B, 1, -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [B, H, T, D]
         return y.transpose(1, 2).reshape(B, T, -1)
 

@@ -272,15 +272,13 @@ def test_compiled_is_eager(chatty, ask, cli):
     (eager,), (compiled,) = ask(chatty, *options), ask(chatty, *options, "--compile", "--compile_prefill")
     (plain,) = ask(chatty, *options, "--kernels=off")
     assert compiled["tokens"] == eager["tokens"] == plain["tokens"]
-    assert compiled["compile_seconds"] > 10 * compiled["prefill_seconds"]
-
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     lines = ["Hi", "how are you?", "bye"]
     out = cli(chatty, "--chat", "--compile", "--compile_prefill", *GREEDY, stdin="\n".join(lines))
     assert out.splitlines() == [text for _, _, text in expected_conversation(chatty, lines)]
-    # a block for prefill, the head, and a block for decode without the C++ ones: nothing again in the second turn
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if kernels.build() else 3)
+    # a block for prefill and, without the C++ operations, one for decode and the head: nothing again in the second turn
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if kernels.build() else 3)
 
 
 def test_conversation_reset_and_exit(chatty, cli):
