@@ -750,6 +750,52 @@ Tensor attention(Tensor x, Tensor norm, double eps, Tensor wqkv, OptTensor sqkv,
   return out;
 }
 
+// ---- layers: all blocks of a dense model, one after the other, in one parallel region -----------------------------------
+
+struct Tensors {  // of one layer, in kernels.py's order; an empty one stands for none
+  const Tensor* t;
+  OptTensor operator[](int i) const { return t[i].numel() ? OptTensor(t[i]) : std::nullopt; }
+  template <typename T> Linear<T> linear(int i, int64_t n, int64_t k, int64_t group) const {
+    const auto& self = *this;
+    return {weights(t[i], self[i + 1], self[i + 2], n, k, group), ptr<T>(self[i + 3])};
+  }
+};
+constexpr int TENSORS = 20;
+
+Tensor layers(Tensor x, std::vector<Tensor> tensors, std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
+              double eps, int64_t heads, int64_t ffn, int64_t group, Tensor positions, Tensor rope, int64_t window) {
+  const int64_t dim = x.size(-1), d = k_caches[0].size(3), g = k_caches[0].size(1), width = (heads + 2 * g) * d;
+  const Attention a{x.size(0), x.size(1), heads, g, d, k_caches[0].size(2), *ptr<int64_t>(positions), window, float(eps)};
+  const int64_t m = a.batch * a.tokens, n_parts = m * heads * a.chunks(), n_layers = k_caches.size();
+  Tensor out = torch::stable::empty_like(x);
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const int64_t n = m * heads * d;
+    together.reserve(Scratch::bytes_for(m * width) + 2 * Scratch::bytes_for(n) + Scratch::bytes_for(n_parts * (d + 2)) +
+                     Scratch::bytes_for(m * ffn) + Scratch::bytes_for(m * dim));
+    T *qkv = together.take<T>(m * width), *y = together.take<T>(n), *q = together.take<T>(n);
+    T *hidden = together.take<T>(m * ffn), *middle = together.take<T>(m * dim), *to = mutable_ptr<T>(out);
+    float* parts = together.take<float>(n_parts * (d + 2));
+    std::memcpy(to, x.data_ptr(), m * dim * sizeof(T));
+#pragma omp parallel
+    for (int64_t i = 0; i < n_layers; i++) {
+      const Tensors t{&tensors[i * TENSORS]};
+      linear_part<T>(to, m, t.linear<T>(1, width, dim, group), ptr<T>(t[0]), eps, nullptr, false, qkv);
+#pragma omp barrier
+      attention_part<T>(a, qkv, mutable_ptr<T>(k_caches[i]), mutable_ptr<T>(v_caches[i]), ptr<float>(rope), ptr<T>(t[9]),
+                        ptr<T>(t[10]), q, parts, parts + n_parts * d, parts + n_parts * (d + 1), y);
+#pragma omp barrier
+      linear_part<T>(y, m, t.linear<T>(5, dim, heads * d, group), nullptr, 0, to, false, middle);
+#pragma omp barrier
+      linear_part<T>(middle, m, t.linear<T>(12, 2 * ffn, dim, group), ptr<T>(t[11]), eps, nullptr, true, hidden);
+#pragma omp barrier
+      linear_part<T>(hidden, m, t.linear<T>(16, dim, ffn, group), nullptr, 0, middle, false, to);
+#pragma omp barrier
+    }
+  });
+  return out;
+}
+
 STABLE_TORCH_LIBRARY(gptfast, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, Tensor? bias, int n, int group, Tensor? norm, "
         "float eps, Tensor? residual, bool swiglu, bool wide) -> Tensor");
@@ -760,6 +806,8 @@ STABLE_TORCH_LIBRARY(gptfast, m) {
         "Tensor? s2, Tensor? z2, Tensor? b2, int ffn, int group, bool residual) -> Tensor");
   m.def("experts(Tensor x, Tensor norm, float eps, Tensor share, Tensor chosen, Tensor w13, Tensor? s13, Tensor? z13, "
         "Tensor w2, Tensor? s2, Tensor? z2, int ffn, int group, bool residual) -> Tensor");
+  m.def("layers(Tensor x, Tensor[] tensors, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps, int heads, int ffn, "
+        "int group, Tensor positions, Tensor rope, int window) -> Tensor");
   m.def("dequantize(Tensor w, Tensor? scales, Tensor? zeros, int n, int group, ScalarType dtype) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
@@ -767,5 +815,6 @@ STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("feed_forward", TORCH_BOX(&feed_forward));
   m.impl("experts", TORCH_BOX(&experts));
+  m.impl("layers", TORCH_BOX(&layers));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }

@@ -81,6 +81,13 @@ def feed_forward(x: Tensor, f, norm) -> Tensor:
     return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *w13.fast, *w2.fast, w2.n_in, w13.group, True)
 
 
+def layers(x: Tensor, model, positions: Tensor, rope: Tensor) -> Tensor:
+    """All blocks of a dense model.Transformer in one go, under the same conditions."""
+    a, f = model.layers[0].attention, model.layers[0].feed_forward
+    sizes = (model.config.norm_eps, a.n_heads, f.w2.n_in, a.wqkv.group)
+    return torch.ops.gptfast.layers(x, model.stack, *model.caches, *sizes, positions, rope, a.window)
+
+
 def experts(x: Tensor, e, norm, share: Tensor, chosen: Tensor) -> Tensor:
     """A model.Experts in one go, under the same conditions."""
     w13, w2 = e.w13, e.w2
@@ -151,9 +158,26 @@ def enable(model: torch.nn.Module, mapped: bool = False):
                     if mapped:
                         advise(before, DONTNEED)
             w.fast = (w.weight, w.scales, w.zeros, w.bias)
+    if getattr(model, "layers", None) and all(map(is_whole, model.layers)):
+        model.stack = [t for layer in model.layers for t in layer_tensors(layer)]
     embedding = getattr(model, "tok_embeddings", None)
     if embedding is not None and embedding.weight.data_ptr() in moved:  # tied to the head, which is not quantized
         embedding.weight = torch.nn.Parameter(moved[embedding.weight.data_ptr()], False)
+
+
+def is_whole(layer) -> bool:
+    """Whether layers() can do a block: dense, every weight fast, whole blocks of rows."""
+    a, f = layer.attention, layer.feed_forward
+    return hasattr(f, "w13") and all(w.fast for w in (a.wqkv, a.wo, f.w13, f.w2)) and f.w2.n_in % ROWS == 0
+
+
+def layer_tensors(layer) -> list[Tensor]:
+    """What layers() takes of a block, in kernels.cpp's order."""
+    a, f, none = layer.attention, layer.feed_forward, torch.empty(0)
+    q_norm, k_norm = (a.q_norm.weight, a.k_norm.weight) if a.q_norm is not None else (none, none)
+    tensors = [layer.attention_norm.weight, *a.wqkv.fast, *a.wo.fast, q_norm, k_norm]
+    tensors += [layer.ffn_norm.weight, *f.w13.fast, *f.w2.fast]
+    return [none if t is None else t for t in tensors]
 
 
 def mover() -> Callable[[Tensor], Tensor]:
@@ -236,5 +260,5 @@ def register_shapes():
     def _(w, scales, zeros, n, group, dtype):
         return w.new_empty(n, w.shape[1] * (4 if zeros is None else 8), dtype=dtype)
 
-    for name in ("attention", "feed_forward", "experts"):
+    for name in ("layers", "attention", "feed_forward", "experts"):
         torch.library.register_fake(f"gptfast::{name}", lambda x, *args: torch.empty_like(x))

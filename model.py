@@ -238,6 +238,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
+        self.stack = None  # of the layers, what kernels.layers takes
 
     def setup_caches(self, batch_size: int, length: int):
         """Makes the KV cache for batch_size rows of length tokens, and the RoPE table, on the weights' device.
@@ -247,6 +248,7 @@ class Transformer(nn.Module):
         weight = self.tok_embeddings.weight
         for layer in self.layers:
             layer.attention.setup_cache(batch_size, length, weight)
+        self.caches = [[getattr(layer.attention, name) for layer in self.layers] for name in ("k_cache", "v_cache")]
         self.rope = rope_table(self.config, length).to(weight.device)  # [S, D/2, 2] float32
         self.cache_positions = torch.arange(length, device=weight.device)
 
@@ -258,16 +260,17 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, kv_len: int | None = None, block=None) -> Tensor:
         """forward without the head: [B, T, dim]. kv_len, where the caller knows it, is the number of cache entries
         in use, the new tokens included: only they are looked at. block stands in for TransformerBlock.forward."""
-        block = block or TransformerBlock.forward
-        mask = None  # [T, S] True: may look
-        if not self.layers[0].attention.is_fast(tokens):
+        x, rope, mask = self.tok_embeddings(tokens), self.rope[positions], None
+        if self.layers[0].attention.is_fast(tokens):
+            if self.stack and block is None:
+                return kernels.layers(x, self, positions, rope)
+        else:  # [T, S] True: may look
             keys = self.cache_positions[:kv_len]
             mask = keys <= positions[:, None]
             if self.config.sliding_window:
                 mask &= keys > positions[:, None] - self.config.sliding_window
-        x, rope = self.tok_embeddings(tokens), self.rope[positions]
         for layer in self.layers:
-            x = block(layer, x, positions, rope, mask, kv_len)
+            x = (block or TransformerBlock.forward)(layer, x, positions, rope, mask, kv_len)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
