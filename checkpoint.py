@@ -49,7 +49,9 @@ def save_checkpoint(
             with FakeTensorMode():
                 table = torch.load(f, weights_only=True)["tensors"]  # ... and this tells where they go
             for name, tensor in tqdm(tensors, "write", len(shapes), disable=None, leave=False):
-                place = table.pop(name)
+                place = table.pop(name, None)
+                if place is None:
+                    raise UsageError(f"{name} was not expected, or came twice")
                 if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
                     wrong = f"{name} is {list(tensor.shape)} {tensor.dtype}, not {list(place.shape)} {place.dtype}"
                     raise UsageError(wrong)

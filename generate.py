@@ -29,6 +29,7 @@ from model import Transformer, TransformerBlock, UsageError
 from tokenizer import Tokenizer, load_tokenizer, stream
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
+CONVERSATION = 8192  # tokens that one holds, if the model's context does
 CHUNK = 512  # prompt tokens a prefill step takes; bounds its memory
 
 
@@ -48,11 +49,14 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, fast: bool 
             raise UsageError(f"{path}: tensor {name} is missing, left over or of the wrong shape; convert it again")
     moved = {}  # by identity: a tied head stays tied; what quantization stores keeps its type
     for name, t in tensors.items():
+        if id(t) in moved:
+            continue
         moved[id(t)] = t.to(device, dtype if t.is_floating_point() and not name.endswith(".scales") else t.dtype)
         if moved[id(t)] is not t:
             kernels.advise(t, kernels.DONTNEED)  # or the file's pages would count as well
     model.load_state_dict({name: moved[id(t)] for name, t in tensors.items()}, assign=True)
     model = model.eval().requires_grad_(False)
+    model.quantization = quantization and ".g".join(map(str, quantization.values()))  # int8, int4.g32 ...
     if fast and torch.device(device).type == "cpu":
         kernels.enable(model, mapped=True)
     return model
@@ -73,7 +77,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: 
             drop = probs.cumsum(-1) - probs >= top_p  # the tokens before it are enough
             scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
         # The first token whose cumulative probability is above a random number, without a synchronisation
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        wide = torch.float64 if scores.device.type in ("cpu", "cuda") else torch.float32  # some devices have no float64
         below = scores.softmax(-1).cumsum(-1, dtype=wide)
         draw = torch.rand(len(scores), 1, dtype=wide, device=scores.device) * below[:, -1:]
         token = (below <= draw).sum(-1).clamp(max=scores.shape[-1] - 1)
@@ -196,8 +200,10 @@ def parse_args() -> argparse.Namespace:
         raise UsageError(f"--temperature must be 0 or more, not {args.temperature}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UsageError(f"--top_p must be above 0 and at most 1, not {args.top_p}")
-    if args.conversation and args.batch_size > 1:
-        raise UsageError("a conversation has one row: leave --batch_size at 1")
+    if args.conversation and (args.batch_size > 1 or args.num_samples > 1 or args.ignore_eos or args.profile):
+        raise UsageError("a conversation does without --batch_size, --num_samples, --ignore_eos and --profile")
+    if args.system and not (args.chat or args.interactive):
+        raise UsageError("--system belongs to a chat: add --chat")
     if not -(2**63) <= args.seed < 2**64:
         raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
     if args.profile and (args.profile.is_dir() or not args.profile.absolute().parent.is_dir()):
@@ -239,7 +245,7 @@ def main():
     prefill, decode = build_steps(model, sampling, args.compile, args.compile_prefill)
 
     prompts = [] if args.conversation else read_prompts(args, tokenizer, config.vocab_size)
-    room = config.max_seq_len if args.conversation else max(map(len, prompts)) + args.max_new_tokens
+    room = min(config.max_seq_len, CONVERSATION) if args.conversation else max(map(len, prompts)) + args.max_new_tokens
     if room > config.max_seq_len:
         raise UsageError(
             f"{room - args.max_new_tokens} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
@@ -347,7 +353,7 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, de
         "peak_memory_bytes": peak_memory(device),
         "device": str(device),
         "precision": args.precision,
-        "quantization": None,
+        "quantization": model.quantization,
         "accept_counts": None,
     }
 
@@ -385,7 +391,7 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         elif line:
             messages.append({"role": "user", "content": line})
             ids = tokenizer.encode_chat(messages)
-            room = model.config.max_seq_len - len(ids)
+            room = len(model.rope) - len(ids)
             if room < 1:
                 print("The context is full; /reset starts a new conversation.", file=sys.stderr)
                 messages.pop()

@@ -92,6 +92,7 @@ template <typename T> const T* ptr(const OptTensor& t) { return t ? ptr<T>(*t) :
 
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t n, int64_t k, int64_t group) {
   const ScalarType type = w.scalar_type();
+  STD_TORCH_CHECK(w.is_contiguous() && (type == ScalarType::Int) == scales.has_value(), "weights are not as enable() leaves them");
   Weights out{Weights::F32, static_cast<const char*>(w.data_ptr()), nullptr, nullptr, nullptr, n, k, group};
   if (zeros) {
     out.kind = Weights::INT4;
@@ -132,11 +133,12 @@ void quantize_row(const float* f, int64_t k, int64_t group, Row& row, Scratch& r
 #pragma omp simd reduction(max : peak) reduction(+ : check)
     for (int64_t i = begin; i < end; i++) peak = std::max(peak, std::fabs(f[i])), check += f[i] * 0.0f;
     scale[g] = peak / 127 + check;
-    const float inverse = peak > 0 ? 127 / peak : 0;
+    const float inverse = peak > 1e-30f ? 127 / peak : 0;
     int32_t s = 0;
 #pragma omp simd reduction(+ : s)
     for (int64_t i = begin; i < end; i++) {
-      const int32_t v = int32_t(std::nearbyintf(f[i] * inverse));
+      const float near = std::nearbyintf(f[i] * inverse);
+      const int32_t v = near > -128 && near < 128 ? int32_t(near) : 0;  // not finite: scale says so
       q[i] = int8_t(v), s += v;
     }
     for (int64_t i = end; i < begin + group; i++) q[i] = 0;
@@ -388,6 +390,8 @@ template <typename T> Dot pick_dot(int64_t m) {
   return table[m - 1];
 }
 
+int threads() { return torch::stable::get_num_threads(); }
+
 // This thread's part of n things.
 struct Part { int64_t begin, end; };
 Part my_part(int64_t n) {
@@ -398,7 +402,17 @@ Part my_part(int64_t n) {
 template <typename F> void by_type(ScalarType type, F f) {
   if (type == ScalarType::Float) f(float{});
   else if (type == ScalarType::Half) f(f16{});
-  else f(bf16{});
+  else if (type == ScalarType::BFloat16) f(bf16{});
+  else STD_TORCH_CHECK(false, "activations must be float32, float16 or bfloat16");
+}
+
+// Activations [..., k] that the loops below may take, with weights, norms and caches of their type.
+void check(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
+  const int64_t m = k ? x.numel() / k : 0;
+  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_M, "activations must be 1 to 8 whole rows");
+  for (const OptTensor& t : others)
+    STD_TORCH_CHECK(!t || t->scalar_type() == ScalarType::Int || t->scalar_type() == x.scalar_type(),
+                    "weights, norms and caches must be of the activations' type");
 }
 
 // ---- linear: y = [residual +] [swiglu] ([rms_norm] x W^T [+ bias]) ----------------------------------------------------
@@ -437,24 +451,26 @@ Tensor linear(Tensor x, Tensor w, OptTensor scales, OptTensor zeros, OptTensor b
               OptTensor norm, double eps, OptTensor residual, bool swiglu, bool wide) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const int64_t k = shape.back(), m = x.numel() / k;
+  check(x, k, {w, bias, norm, residual});
   shape.back() = swiglu ? n / 2 : n;
   Tensor out = torch::stable::new_empty(x, shape, wide ? ScalarType::Float : x.scalar_type());
   by_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const Linear<T> layer{weights(w, scales, zeros, n, k, group), ptr<T>(bias)};
     void* to = out.data_ptr();
-#pragma omp parallel
+#pragma omp parallel num_threads(threads())
     linear_part(ptr<T>(x), m, layer, ptr<T>(norm), eps, ptr<T>(residual), swiglu, static_cast<T*>(to),
                 wide ? static_cast<float*>(to) : nullptr);
   });
   return out;
 }
 
-// ---- feed_forward: [x +] w2(swiglu(w13 rms_norm(x))) ---------------------------------------------------------------
+// ---- feed_forward: x + w2(swiglu(w13 rms_norm(x))) ---------------------------------------------------------------
 
 Tensor feed_forward(Tensor x, Tensor norm, double eps, Tensor w13, OptTensor s13, OptTensor z13, OptTensor b13, Tensor w2,
-                    OptTensor s2, OptTensor z2, OptTensor b2, int64_t ffn, int64_t group, bool residual) {
+                    OptTensor s2, OptTensor z2, OptTensor b2, int64_t ffn, int64_t group) {
   const int64_t dim = x.size(-1), m = x.numel() / dim;
+  check(x, dim, {norm, w13, b13, w2, b2});
   Tensor out = torch::stable::empty_like(x);
   by_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -464,11 +480,11 @@ Tensor feed_forward(Tensor x, Tensor norm, double eps, Tensor w13, OptTensor s13
     T* to = mutable_ptr<T>(out);
     together.reserve(Scratch::bytes_for(m * ffn));
     T* hidden = together.take<T>(m * ffn);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads())
     {
       linear_part<T>(from, m, first, ptr<T>(norm), eps, nullptr, true, hidden);
 #pragma omp barrier
-      linear_part<T>(hidden, m, second, nullptr, 0, residual ? from : nullptr, false, to);
+      linear_part<T>(hidden, m, second, nullptr, 0, from, false, to);
     }
   });
   return out;
@@ -479,7 +495,7 @@ Tensor feed_forward(Tensor x, Tensor norm, double eps, Tensor w13, OptTensor s13
 template <typename T> void dequantize_to(const Weights& w, T* out) {
   const bool int4 = w.kind == Weights::INT4;
   const int64_t group = int4 ? w.group : w.k;
-#pragma omp parallel for
+#pragma omp parallel for num_threads(threads())
   for (int64_t b = 0; b < w.blocks(); b++) {
     const char* data = w.data + b * ROWS * w.k / (int4 ? 2 : 1);
     const int64_t rows = std::min(ROWS, w.n - b * ROWS);
@@ -510,11 +526,11 @@ Tensor dequantize(Tensor w, OptTensor scales, OptTensor zeros, int64_t n, int64_
   return out;
 }
 
-// ---- experts: [residual +] sum over each token's chosen experts of weight * w2(swiglu(w13 [rms_norm] x)) ---------------
+// ---- experts: x + sum over each token's chosen experts of weight * w2(swiglu(w13 [rms_norm] x)) ---------------
 
 template <typename T>
 void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share, int64_t slots, const Weights& w13,
-                const Weights& w2, const T* norm, float eps, const T* residual, T* out) {
+                const Weights& w2, const T* norm, float eps, T* out) {
   const int64_t f = w2.k, dim = w2.n;
   struct Use { int64_t expert; std::vector<int64_t> at; };  // at: positions in chosen
   std::vector<Use> uses;
@@ -525,7 +541,7 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
   }
   together.reserve(Scratch::bytes_for(m * slots * f));
   T* hidden = together.take<T>(m * slots * f);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads())
   {
     Row rows[MAX_M], mine[MAX_M];
     Vec y[MAX_M], up[MAX_M];
@@ -556,27 +572,29 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
         for (int64_t i = 0; i < count; i++) total[use.at[i] / slots] += share[use.at[i]] * y[i];
       }
       for (int64_t i = 0, at = b * ROWS; i < m; i++) {
-        if (residual) total[i] += load_some(residual + i * dim, at, dim);
-        store_some(total[i], out + i * dim, at, dim);
+        store_some(total[i] + load_some(x + i * dim, at, dim), out + i * dim, at, dim);
       }
     }
   }
 }
 
 Tensor experts(Tensor x, Tensor norm, double eps, Tensor share, Tensor chosen, Tensor w13, OptTensor s13, OptTensor z13,
-               Tensor w2, OptTensor s2, OptTensor z2, int64_t ffn, int64_t group, bool residual) {
+               Tensor w2, OptTensor s2, OptTensor z2, int64_t ffn, int64_t group) {
   const int64_t dim = x.size(-1), m = x.numel() / dim;
+  check(x, dim, {norm, w13, w2});
+  STD_TORCH_CHECK(chosen.scalar_type() == ScalarType::Long && share.scalar_type() == ScalarType::Float,
+                  "experts are chosen by int64 and weighted by float32");
   Tensor out = torch::stable::empty_like(x);
   by_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     experts_of<T>(ptr<T>(x), m, ptr<int64_t>(chosen), ptr<float>(share), chosen.size(-1),
                   weights(w13, s13, z13, 2 * ffn, dim, group), weights(w2, s2, z2, dim, ffn, group), ptr<T>(norm), eps,
-                  residual ? ptr<T>(x) : nullptr, mutable_ptr<T>(out));
+                  mutable_ptr<T>(out));
   });
   return out;
 }
 
-// ---- attention: [x +] wo(softmax(q k^T) v), q, k, v = wqkv rms_norm(x); RoPE, and the cache's filled part alone ---------
+// ---- attention: x + wo(softmax(q k^T) v), q, k, v = wqkv rms_norm(x); RoPE, and the cache's filled part alone ---------
 
 struct Attention {
   int64_t batch, tokens, heads, kv_heads, head_dim, capacity, start, window;
@@ -584,6 +602,17 @@ struct Attention {
   int64_t first() const { return window ? std::max<int64_t>(0, start - window + 1) : 0; }  // cache entry any token sees
   int64_t chunks() const { return (start + tokens - first() + KV_CHUNK - 1) / KV_CHUNK; }
 };
+
+// What attention needs to know, checked: tokens [start, start + T) of x [B, T, dim] fit the cache.
+Attention attention_of(const Tensor& x, int64_t heads, const Tensor& k_cache, const Tensor& positions, const Tensor& rope,
+                       int64_t window, double eps) {
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.numel() == x.size(1) && rope.is_contiguous() &&
+                  rope.scalar_type() == ScalarType::Float, "positions must be int64 [T], rope float32 [T, D / 2, 2]");
+  const int64_t start = *ptr<int64_t>(positions);
+  STD_TORCH_CHECK(x.size(0) == k_cache.size(0) && start >= 0 && start + x.size(1) <= k_cache.size(2) &&
+                  k_cache.is_contiguous(), "the cache has no room for these rows and positions");
+  return {x.size(0), x.size(1), heads, k_cache.size(1), k_cache.size(3), k_cache.size(2), start, window, float(eps)};
+}
 
 // One head's row: [norm], then rotated by rope [D/2, 2] (cos, sin), element i paired with i + D/2.
 template <typename T> void rope_row(const T* x, const T* norm, float eps, const float* rope, int64_t d, float* out) {
@@ -618,6 +647,7 @@ inline float sum(Vec v) {
 template <typename T, int64_t STATIC_D> inline float dot_head(const T* q, const T* k, int64_t d) {
   if constexpr (STATIC_D == 0) {
     float total = 0;
+#pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < d; i++) total += to_float(q[i]) * to_float(k[i]);
     return total;
   } else {
@@ -724,9 +754,10 @@ void attention_part(const Attention& a, const T* qkv, T* k_cache, T* v_cache, co
 
 Tensor attention(Tensor x, Tensor norm, double eps, Tensor wqkv, OptTensor sqkv, OptTensor zqkv, OptTensor bqkv, Tensor wo,
                  OptTensor so, OptTensor zo, OptTensor bo, int64_t heads, int64_t group, Tensor k_cache, Tensor v_cache,
-                 Tensor positions, Tensor rope, OptTensor q_norm, OptTensor k_norm, int64_t window, bool residual) {
+                 Tensor positions, Tensor rope, OptTensor q_norm, OptTensor k_norm, int64_t window) {
   const int64_t dim = x.size(-1), d = k_cache.size(3), g = k_cache.size(1), width = (heads + 2 * g) * d;
-  const Attention a{x.size(0), x.size(1), heads, g, d, k_cache.size(2), *ptr<int64_t>(positions), window, float(eps)};
+  check(x, dim, {norm, wqkv, bqkv, wo, bo, q_norm, k_norm, k_cache, v_cache});
+  const Attention a = attention_of(x, heads, k_cache, positions, rope, window, eps);
   const int64_t m = a.batch * a.tokens, n_parts = m * heads * a.chunks();
   Tensor out = torch::stable::empty_like(x);
   by_type(x.scalar_type(), [&](auto type) {
@@ -737,14 +768,14 @@ Tensor attention(Tensor x, Tensor norm, double eps, Tensor wqkv, OptTensor sqkv,
     together.reserve(Scratch::bytes_for(m * width) + 2 * Scratch::bytes_for(n) + Scratch::bytes_for(n_parts * (d + 2)));
     T *qkv = together.take<T>(m * width), *y = together.take<T>(n), *q = together.take<T>(n);
     float* parts = together.take<float>(n_parts * (d + 2));
-#pragma omp parallel
+#pragma omp parallel num_threads(threads())
     {
       linear_part<T>(ptr<T>(x), m, first, ptr<T>(norm), eps, nullptr, false, qkv);
 #pragma omp barrier
       attention_part<T>(a, qkv, mutable_ptr<T>(k_cache), mutable_ptr<T>(v_cache), ptr<float>(rope), ptr<T>(q_norm),
                         ptr<T>(k_norm), q, parts, parts + n_parts * d, parts + n_parts * (d + 1), y);
 #pragma omp barrier
-      linear_part<T>(y, m, last, nullptr, 0, residual ? ptr<T>(x) : nullptr, false, mutable_ptr<T>(out));
+      linear_part<T>(y, m, last, nullptr, 0, ptr<T>(x), false, mutable_ptr<T>(out));
     }
   });
   return out;
@@ -765,7 +796,8 @@ constexpr int TENSORS = 20;
 Tensor layers(Tensor x, std::vector<Tensor> tensors, std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
               double eps, int64_t heads, int64_t ffn, int64_t group, Tensor positions, Tensor rope, int64_t window) {
   const int64_t dim = x.size(-1), d = k_caches[0].size(3), g = k_caches[0].size(1), width = (heads + 2 * g) * d;
-  const Attention a{x.size(0), x.size(1), heads, g, d, k_caches[0].size(2), *ptr<int64_t>(positions), window, float(eps)};
+  check(x, dim, {tensors[0], tensors[1], k_caches[0], v_caches[0]});
+  const Attention a = attention_of(x, heads, k_caches[0], positions, rope, window, eps);
   const int64_t m = a.batch * a.tokens, n_parts = m * heads * a.chunks(), n_layers = k_caches.size();
   Tensor out = torch::stable::empty_like(x);
   by_type(x.scalar_type(), [&](auto type) {
@@ -777,7 +809,7 @@ Tensor layers(Tensor x, std::vector<Tensor> tensors, std::vector<Tensor> k_cache
     T *hidden = together.take<T>(m * ffn), *middle = together.take<T>(m * dim), *to = mutable_ptr<T>(out);
     float* parts = together.take<float>(n_parts * (d + 2));
     std::memcpy(to, x.data_ptr(), m * dim * sizeof(T));
-#pragma omp parallel
+#pragma omp parallel num_threads(threads())
     for (int64_t i = 0; i < n_layers; i++) {
       const Tensors t{&tensors[i * TENSORS]};
       linear_part<T>(to, m, t.linear<T>(1, width, dim, group), ptr<T>(t[0]), eps, nullptr, false, qkv);
@@ -801,11 +833,11 @@ STABLE_TORCH_LIBRARY(gptfast, m) {
         "float eps, Tensor? residual, bool swiglu, bool wide) -> Tensor");
   m.def("attention(Tensor x, Tensor norm, float eps, Tensor wqkv, Tensor? sqkv, Tensor? zqkv, Tensor? bqkv, Tensor wo, "
         "Tensor? so, Tensor? zo, Tensor? bo, int heads, int group, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor positions, Tensor rope, Tensor? q_norm, Tensor? k_norm, int window, bool residual) -> Tensor");
+        "Tensor positions, Tensor rope, Tensor? q_norm, Tensor? k_norm, int window) -> Tensor");
   m.def("feed_forward(Tensor x, Tensor norm, float eps, Tensor w13, Tensor? s13, Tensor? z13, Tensor? b13, Tensor w2, "
-        "Tensor? s2, Tensor? z2, Tensor? b2, int ffn, int group, bool residual) -> Tensor");
+        "Tensor? s2, Tensor? z2, Tensor? b2, int ffn, int group) -> Tensor");
   m.def("experts(Tensor x, Tensor norm, float eps, Tensor share, Tensor chosen, Tensor w13, Tensor? s13, Tensor? z13, "
-        "Tensor w2, Tensor? s2, Tensor? z2, int ffn, int group, bool residual) -> Tensor");
+        "Tensor w2, Tensor? s2, Tensor? z2, int ffn, int group) -> Tensor");
   m.def("layers(Tensor x, Tensor[] tensors, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps, int heads, int ffn, "
         "int group, Tensor positions, Tensor rope, int window) -> Tensor");
   m.def("dequantize(Tensor w, Tensor? scales, Tensor? zeros, int n, int group, ScalarType dtype) -> Tensor");

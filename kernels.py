@@ -71,14 +71,14 @@ def attention(x: Tensor, a, norm, positions: Tensor, rope: Tensor) -> Tensor:
     norms = (a.q_norm.weight, a.k_norm.weight) if a.q_norm is not None else (None, None)
     return torch.ops.gptfast.attention(
         x, norm.weight, norm.eps, *a.wqkv.fast, *a.wo.fast, a.n_heads, a.wqkv.group, a.k_cache, a.v_cache, positions,
-        rope, *norms, a.window, True,
+        rope, *norms, a.window,
     )  # fmt: skip
 
 
 def feed_forward(x: Tensor, f, norm) -> Tensor:
     """A model.FeedForward in one go, for x that fits and a width that is a multiple of ROWS."""
     w13, w2 = f.w13, f.w2
-    return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *w13.fast, *w2.fast, w2.n_in, w13.group, True)
+    return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *w13.fast, *w2.fast, w2.n_in, w13.group)
 
 
 def layers(x: Tensor, model, positions: Tensor, rope: Tensor) -> Tensor:
@@ -91,9 +91,8 @@ def layers(x: Tensor, model, positions: Tensor, rope: Tensor) -> Tensor:
 def experts(x: Tensor, e, norm, share: Tensor, chosen: Tensor) -> Tensor:
     """A model.Experts in one go, under the same conditions."""
     w13, w2 = e.w13, e.w2
-    return torch.ops.gptfast.experts(
-        x, norm.weight, norm.eps, share, chosen, *w13.fast[:3], *w2.fast[:3], w2.n_in, w13.group, True
-    )
+    stored = (*w13.fast[:3], *w2.fast[:3])
+    return torch.ops.gptfast.experts(x, norm.weight, norm.eps, share, chosen, *stored, w2.n_in, w13.group)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -148,7 +147,7 @@ def enable(model: torch.nn.Module, mapped: bool = False):
         return
     move, moved = mover(), {}
     for w in model.modules():
-        if hasattr(w, "fast") and (w.scales is None or w.n_in % 8 == 0):
+        if hasattr(w, "fast") and not w.fast and (w.scales is None or w.n_in % 8 == 0):
             old = (w.weight, w.scales, w.zeros)
             new = old if w.scales is None else pack(*old)
             for name, before, after in zip(("weight", "scales", "zeros"), old, new, strict=True):
@@ -222,9 +221,9 @@ def build() -> bool:
     flags += ["-shared", "-fPIC", *os.environ.get("CXXFLAGS", "").split()]
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
     key = hashlib.sha256(source.read_bytes() + version + repr((flags, torch.__version__, cpu_features())).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast"
-    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast"
+        library = folder / f"kernels-{key.hexdigest()[:16]}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -232,8 +231,9 @@ def build() -> bool:
                 subprocess.run([compiler, str(source), "-o", out, *flags], check=True, capture_output=True, text=True)
                 os.replace(out, library)
         torch.ops.load_library(library)
-    except (OSError, subprocess.CalledProcessError) as e:
-        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[0]
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home
+        lines = (getattr(e, "stderr", None) or str(e)).splitlines()
+        why = next((line for line in lines if "error" in line), str(e))
         print(f"kernels.cpp does not build here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
         return False
     register_shapes()

@@ -175,7 +175,8 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
                 raise UsageError("config.json: a sliding window on some layers only (layer_types) is not supported")
             window = window if kinds[0] == "sliding_attention" else None
 
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    rope = hf.get("rope_parameters") or {}
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | rope | (hf.get("rope_scaling") or {})
     if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(value, dict) for value in rope.values()):
         raise UsageError("config.json: rope_parameters with partial_rotary_factor or per layer type are not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -293,6 +294,9 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """What a layer computes. On a CPU, decode steps go through kernels.layers and its like instead, which compute the
+    same: who changes a block here changes kernels.cpp too, or runs with --kernels off."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -325,7 +329,7 @@ class Attention(nn.Module):
 
     def is_fast(self, tokens: Tensor) -> bool:
         """Whether the fused kernel does tokens [B, T]: a decode step or a short run."""
-        return bool(self.wqkv.fast and self.wo.fast) and tokens.numel() <= kernels.MAX_ROWS
+        return bool(self.wqkv.fast and self.wo.fast) and 0 < tokens.numel() <= kernels.MAX_ROWS
 
     def forward(self, x: Tensor, norm: "RMSNorm", positions: Tensor, rope: Tensor, mask, kv_len) -> Tensor:
         if mask is None:
@@ -345,7 +349,7 @@ class Attention(nn.Module):
         self.v_cache.index_copy_(2, positions, v)
         k, v = self.k_cache[:, :, :kv_len], self.v_cache[:, :, :kv_len]  # [B, G, S, D]
         if T == 1:  # the heads that share keys and values as the rows of one product: several times faster
-            return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).view(B, 1, -1)
+            return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).reshape(B, 1, -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [B, H, T, D]
         return y.transpose(1, 2).reshape(B, T, -1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from model import Attention, Experts, FeedForward, Linear, ModelConfig, MoE, RMSNorm, apply_rope, rope_table
+from model import Attention, Experts, FeedForward, Linear, ModelConfig, MoE, RMSNorm, Transformer, rope_table
 from quantize import quantize_int4, quantize_int8
 from tests.tiny import ROOT
 
@@ -57,14 +57,19 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float):
     assert (ours.double() - expected.double()).abs().max() <= tolerance * expected.double().abs().max().clamp(min=1e-30)
 
 
+@pytest.fixture(autouse=True, params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @built
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear(form, dtype, threads):
+def test_linear(form, dtype):
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     for n, k in SIZES:
         w = make(n, k, form, dtype, bias=n % 2 == 0)
         matrix = w.matrix(torch.float32 if form else dtype).double()
@@ -85,7 +90,6 @@ def test_linear(form, dtype, threads):
                 gate, up = y.chunk(2, -1)
                 both = torch.nn.functional.silu(gate) * up
                 close(kernels.linear(x, w, norm, swiglu=True), both, 2 * ROUNDING[dtype] + 2 * slack)
-    torch.set_num_threads(before)
 
 
 @built
@@ -224,6 +228,48 @@ def test_experts(form, dtype):
 
 
 @built
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [{}, {"qkv_bias": True, "sliding_window": 5}, {"qk_norm": True, "ffn_bias": True}])
+def test_layers(form, dtype, family):
+    """All blocks in one operation give what they give one by one, to the last bit."""
+    torch.manual_seed(0)
+    config = ModelConfig(64, 3, 4, 2, 16, 48, 64, 64, **family)
+    model = Transformer(config).requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.data = (torch.rand(p.shape) if "norm" in name else torch.randn(p.shape) * 0.2).to(dtype)
+    for layer in model.layers:
+        for half, name, n, k in [(layer.attention, "wqkv", 128, 64), (layer.attention, "wo", 64, 64),
+                                 (layer.feed_forward, "w13", 96, 64), (layer.feed_forward, "w2", 64, 48)]:  # fmt: skip
+            setattr(half, name, make(n, k, form, dtype, bias=getattr(half, name).bias is not None))
+    kernels.enable(model)
+    assert model.stack
+    outputs = []
+    for stack in (model.stack, None):
+        model.stack = stack
+        model.setup_caches(2, 16)
+        steps = [torch.arange(0, 4), torch.arange(4, 5), torch.arange(5, 8)]
+        outputs.append([model.hidden(torch.full((2, len(step)), 7), step) for step in steps])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@built
+def test_what_does_not_fit_is_refused():
+    """An error, not a write beyond the cache."""
+    model = Transformer(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64)).requires_grad_(False)
+    kernels.enable(model)
+    model.setup_caches(1, 8)
+    for rows, positions in [(2, [0]), (1, [8]), (1, [-1]), (1, [7, 8])]:
+        with pytest.raises(RuntimeError, match="no room"):
+            n = len(positions)
+            kernels.layers(torch.randn(rows, n, 64), model, torch.tensor(positions), model.rope[:n])
+    with pytest.raises(RuntimeError, match="int64"):
+        kernels.layers(torch.randn(1, 1, 64), model, torch.zeros(1, dtype=torch.int32), model.rope[:1])
+    with pytest.raises(RuntimeError, match="type"):
+        kernels.layers(torch.randn(1, 1, 64).half(), model, torch.zeros(1, dtype=torch.long), model.rope[:1])
+
+
+@built
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
 def test_without_this_cpus_instructions(march):
     """The same tests, on the code for CPUs with AVX2 alone and for those of any kind."""
@@ -233,14 +279,6 @@ def test_without_this_cpus_instructions(march):
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-def test_rope_is_a_rotation():
-    x = torch.randn(1, 5, 2, 8)
-    config = ModelConfig(16, 1, 2, 2, 8, 16, 16, 16)
-    y = apply_rope(x, rope_table(config, 5))
-    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(y[:, 0], x[:, 0])
 
 
 def test_builds_do_not_meet(tmp_path):
