@@ -1,9 +1,10 @@
-"""The operations that a decode step is made of, each as a few lines of PyTorch and, for CPUs, in C++ (kernels.cpp).
+"""The operations that a decode step is made of: which of them kernels.cpp does on a CPU, and how weights are stored.
 
     linear         [residual +] [swiglu] ([rms_norm] x W^T [+ bias]), W in 32, 16, 8 or 4 bits
     attention      a block's first half: norm, qkv, RoPE, cache write, softmax(q k^T) v over the filled cache, output
     feed_forward   its second half: norm, gate and up, SiLU, down
     experts        the same for the chosen experts of a mixture
+    layers         all blocks of a dense model
 
 linear's reference is here; the others' are the forward methods of model.Attention, FeedForward and Experts.
 
