@@ -34,12 +34,12 @@ def main():
     add = p.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, its tokenizer beside it")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm_eval's names of tasks or groups of tasks")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm_eval's tasks or groups by name, or their files")
     what.add_argument("--text_file", type=Path, help="measure the perplexity of this text")
     add("--limit", type=int, help="examples of each task (default: all)")
     add("--include_path", type=Path, help="folder of further task files")
     add("--apply_chat_template", action="store_true", help="ask as a user would, in the checkpoint's chat template")
-    add("--max_seq_length", type=int, help="tokens of a window (default: 1024 for a text, for tasks the model's context)")
+    add("--max_seq_length", type=int, help="tokens of a window (default: of a text 1024, of tasks all the model has)")
     add("--batch_size", type=int, default=1, help="sequences scored at a time (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model")
     add("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
@@ -139,7 +139,7 @@ def run_chunks(model: Transformer, tokens: Tensor, block: Callable | None) -> Te
     parts = []
     for i in range(0, tokens.shape[1], CHUNK):
         part = tokens[:, i : i + CHUNK]
-        chosen = block if part.shape[1] > kernels.MAX_ROWS else None  # fewer have kernels of their own
+        chosen = block if part.numel() > kernels.MAX_ROWS else None  # fewer have kernels of their own
         parts.append(model.hidden(part, positions[i : i + CHUNK], i + part.shape[1], chosen))
     return torch.cat(parts, dim=1)
 
@@ -147,6 +147,7 @@ def run_chunks(model: Transformer, tokens: Tensor, block: Callable | None) -> Te
 def harness():
     try:
         import lm_eval
+        import lm_eval.api.model
         import lm_eval.tasks
         import lm_eval.utils
     except ImportError as e:
@@ -159,7 +160,7 @@ def task_manager(tasks: list[str], include_path: Path | None):
     if include_path and not include_path.is_dir():
         raise UsageError(f"--include_path {include_path}: there is no such folder")
     manager = harness().tasks.TaskManager(include_path=str(include_path) if include_path else None)
-    unknown = [t for t in tasks if t not in manager.all_tasks]
+    unknown = [t for t in tasks if t not in manager.all_tasks and not Path(t).is_file()]
     if unknown:
         raise UsageError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
     return manager
@@ -200,7 +201,7 @@ def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, bat
         @property
         def prefix_token_id(self) -> int:
             if prefix is None:
-                raise UsageError("this task scores texts that nothing precedes, and the model has no token to begin with")
+                raise UsageError("this task scores whole texts, and the model has no token to begin one with")
             return prefix
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:

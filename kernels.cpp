@@ -27,7 +27,7 @@ using OptTensor = std::optional<Tensor>;
 
 constexpr int64_t ROWS = 16;      // output rows that one pass of a matrix-vector kernel makes
 constexpr int64_t MAX_M = 8;      // rows of activations the kernels take; kernels.py sends more to the matmul library
-constexpr int64_t ACT_GROUP = 128; // activations that share a scale where the weights have no groups of their own
+constexpr int64_t ACT_GROUP = 32; // activations that share a scale where the weights have no groups of their own
 constexpr int64_t KV_CHUNK = 256; // cache entries that one attention task looks at
 
 typedef float Vec __attribute__((vector_size(64)));

@@ -46,7 +46,7 @@ def packed(w: Linear) -> Linear:
 
 def rounded_activations(x: torch.Tensor, form) -> torch.Tensor:
     """What the kernels of 8- and 4-bit weights make of 16-bit activations: int8 in groups."""
-    group, k = 128 if form == "int8" else form, x.shape[-1]
+    group, k = 32 if form == "int8" else form, x.shape[-1]
     groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True) / 127
     return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :k]

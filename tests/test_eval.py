@@ -1,0 +1,172 @@
+"""eval.py: transformers' perplexity, and what lm_eval's own Hugging Face model class answers on the same weights."""
+
+import functools
+import json
+import sys
+
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+
+import eval
+from checkpoint import run
+from generate import load_model
+from model import UsageError
+from tests.tiny import convert, write_folder
+
+TEXT = "Ein Männlein steht im Walde ganz still und stumm, es hat von lauter Purpur ein Mäntlein um. " * 4
+QUESTIONS = [
+    {"question": "The sky is", "choices": [" blue", " made of stone", " é"], "answer": 0, "chat": "Colour?"},
+    {"question": "Two and two are ", "choices": ["four", "five"], "answer": 0, "chat": "Sum?"},
+    {"question": "", "choices": ["Yes, it is", "No"], "answer": 1, "chat": "<s> or not?"},
+    {"question": "x" * 300, "choices": [" y", " yyyyyyyyyyyyyyyy"], "answer": 1, "chat": "Long?"},
+    {"question": "<s>Once upon a", "choices": [" time", " hill"], "answer": 0, "chat": "Story?"},
+]
+TASKS = {
+    "local_choice": "multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
+    "doc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]",
+    "local_text": "loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: 'A{{question}}.'\n"
+    "metric_list: [{metric: word_perplexity}]",
+    "local_answer": "generate_until\ndoc_to_text: '{{chat}} {{question}}'\ndoc_to_target: '{{choices[0]}}'\n"
+    "generation_kwargs: {until: ['e', 'zz'], max_gen_toks: 20}\nmetric_list: [{metric: exact_match}]",
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["", "bos"])
+def folder(request, tmp_path_factory):
+    """A model with a context of 256, its tokenizer (with a beginning-of-sequence token or without) and local tasks."""
+    folder = tmp_path_factory.mktemp("model")
+    write_folder("llama3", folder)
+    if request.param:
+        tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tok.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+        tok.save(str(folder / "tokenizer.json"))
+    convert(folder)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    (folder / "tasks").mkdir()
+    for name, rest in TASKS.items():
+        data = f"{{data_files: {{test: {folder / 'q.jsonl'}}}, cache_dir: {folder / 'cache'}}}"
+        text = f"task: {name}\ndataset_path: json\ndataset_kwargs: {data}\ntest_split: test\noutput_type: {rest}\n"
+        (folder / "tasks" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def cli(monkeypatch, capsys, folder, *args: str) -> str:
+    command = ["eval.py", f"--checkpoint_path={folder / 'model.pth'}", "--device=cpu", "--precision=float32", *args]
+    monkeypatch.setattr(sys, "argv", command)
+    capsys.readouterr()
+    eval.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("length", [2, 50, 256])
+def test_perplexity_equals_transformers(length, batch_size, folder, monkeypatch, capsys):
+    args = [f"--text_file={folder / 'text.txt'}", f"--max_seq_length={length}", f"--batch_size={batch_size}", "--json"]
+    ours = json.loads(cli(monkeypatch, capsys, folder, *args))
+    model, tok = hf.AutoModelForCausalLM.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    ids, bos = tok(TEXT, add_special_tokens=False).input_ids, tok("").input_ids
+    nll = windows = tokens = 0
+    for i in range(0, len(ids), length - len(bos)):
+        window = torch.tensor([bos + ids[i : i + length - len(bos)]])
+        if window.shape[1] > 1:
+            with torch.inference_mode():
+                logprobs = model(window).logits.double().log_softmax(-1)
+            nll -= logprobs[0, :-1].gather(-1, window[0, 1:, None]).sum().item()
+            windows, tokens = windows + 1, tokens + window.shape[1] - 1
+    assert (ours["windows"], ours["tokens"]) == (windows, tokens)
+    assert ours["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert ours["perplexity"] == pytest.approx(torch.tensor(nll / tokens).exp().item(), rel=1e-4)
+
+
+def test_score_does_not_depend_on_the_batch(folder):
+    model = load_model(folder / "model.pth", "cpu", torch.float32)
+    rows = [(torch.randint(0, 256, (n,)).tolist(), m) for n, m in [(9, 1), (40, 39), (2, 1), (25, 3), (7, 6)]]
+    alone = {i: s for i, row in enumerate(rows) for _, *s in eval.score(model, [row], 1, False)}
+    for batch_size in (2, 9):
+        together = {i: s for i, *s in eval.score(model, rows, batch_size, False)}
+        for i, (logprobs, greedy) in alone.items():
+            assert len(logprobs) == rows[i][1] and torch.equal(together[i][1], greedy)
+            torch.testing.assert_close(together[i][0], logprobs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["", "chat"])
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_equal_lm_evals_own(task, chat, folder):
+    pytest.importorskip("lm_eval")
+    lm_eval = eval.harness()
+    HFLM = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError).HFLM
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), eval.load_tokenizer(folder)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    found = []
+    for lm in (theirs, *(eval.harness_model(model, tokenizer, 256, b, False) for b in (1, 4))):
+        options = dict(apply_chat_template=chat, bootstrap_iters=0, log_samples=True)
+        results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, **options)
+        samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
+        assert len(samples) == len(QUESTIONS)
+        found.append([s["resps"] for s in samples])
+    for ours in found[1:]:
+        for sample, expected in zip(ours, found[0], strict=True):
+            if task == "local_answer":
+                assert [a[0].strip() for a in sample] == [a[0].strip() for a in expected]
+            elif task == "local_text":
+                assert sample[0][0] == pytest.approx(expected[0][0], abs=1e-3)
+            else:
+                for (a,), (b,) in zip(sample, expected, strict=True):
+                    assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-3) and str(a[1]) == str(b[1])
+
+
+def test_generation_stops_where_it_should(folder):
+    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), eval.load_tokenizer(folder)
+    prompts = [tokenizer.encode(t) for t in ("a", "some longer prompt", "b", "and one that is longer still")]
+    greedy = {"temperature": 0, "top_k": None, "top_p": None}
+    whole = [next(eval.continue_prompts(model, tokenizer, [p], greedy, 30, [], 1, False)) for p in prompts]
+    assert list(eval.continue_prompts(model, tokenizer, prompts, greedy, 30, [], 3, False)) == whole
+    end = whole[0][5:7]
+    short = list(eval.continue_prompts(model, tokenizer, prompts, greedy, 30, ["no such", end], 4, False))
+    assert short == [text.split(end)[0] for text in whole] and short[0] != whole[0]
+
+
+def test_options_of_requests():
+    greedy = {"temperature": 0.0, "top_k": None, "top_p": None}
+    assert eval.options_of({}) == (greedy, 256, [])
+    cold = {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 1}
+    assert eval.options_of(cold) == (greedy, 5, ["\n"])
+    warm = {"temperature": 1.0, "top_k": 3, "top_p": None}
+    assert eval.options_of({"do_sample": True, "top_k": 3}) == (warm, 256, [])
+
+
+def test_tasks_on_the_command_line(folder, monkeypatch, capsys):
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))  # 13,000
+    args = ["--tasks", str(folder / "tasks" / "local_choice.yaml"), "--limit=2"]
+    results = json.loads(cli(monkeypatch, capsys, folder, *args, "--json").splitlines()[-1])
+    assert results["local_choice"]["sample_len"] == 2 and 0 <= results["local_choice"]["acc,none"] <= 1
+    with pytest.raises(UsageError, match="no task no_such_task"):
+        cli(monkeypatch, capsys, folder, "--tasks", "no_such_task")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--text_file=nowhere"], "nowhere"),
+        (["--text_file=TEXT", "--max_seq_length=257"], "256"),
+        (["--text_file=TEXT", "--max_seq_length=1"], "2 to 256"),
+        (["--text_file=TEXT", "--batch_size=0"], "--batch_size"),
+        (["--text_file=EMPTY"], "too short"),
+        (["--text_file=BINARY"], "UTF-8"),
+        (["--tasks=x", "--include_path=nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_arguments_are_named(args, message, folder, monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    paths = {"TEXT": folder / "text.txt", "EMPTY": tmp_path / "empty", "BINARY": tmp_path / "binary"}
+    args = [f"--text_file={paths[a[12:]]}" if a[12:] in paths else a for a in args]
+    with pytest.raises(SystemExit) as e:
+        run(lambda: cli(monkeypatch, capsys, folder, *args))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and message in err.splitlines()[-1]
