@@ -3,6 +3,7 @@
 # Arguments go to generate.py: ./scripts/demo.sh --prompt "The capital of France is" --temperature 0
 set -euo pipefail
 cd "$(dirname "$0")/.."
+needs="-r requirements.txt gguf>=0.17 protobuf>=5"
 source scripts/venv.sh
 model=checkpoints/SmolLM2-135M-Instruct
 if [ ! -f $model/model.pth ]; then

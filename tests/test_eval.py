@@ -95,9 +95,9 @@ def test_score_does_not_depend_on_the_batch(folder):
 @pytest.mark.parametrize("chat", [False, True], ids=["", "chat"])
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_equal_lm_evals_own(task, chat, folder):
-    pytest.importorskip("lm_eval")
     lm_eval = eval.harness()
-    HFLM = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError).HFLM
+    from lm_eval.models.huggingface import HFLM
+
     manager = lm_eval.tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), eval.load_tokenizer(folder)
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
@@ -140,7 +140,8 @@ def test_options_of_requests():
 
 
 def test_tasks_on_the_command_line(folder, monkeypatch, capsys):
-    tasks = pytest.importorskip("lm_eval.tasks")
+    from lm_eval import tasks
+
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))  # 13,000
     args = ["--tasks", str(folder / "tasks" / "local_choice.yaml"), "--limit=2"]
     results = json.loads(cli(monkeypatch, capsys, folder, *args, "--json").splitlines()[-1])
