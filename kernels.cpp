@@ -11,11 +11,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <thread>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -392,6 +394,28 @@ template <typename T> Dot pick_dot(int64_t m) {
 
 int threads() { return torch::stable::get_num_threads(); }
 
+// Where the threads of a parallel region wait for each other. Unlike OpenMP's it lets go of the processor soon: on a busy
+// machine the thread that it waits for may need it.
+class Barrier {
+  std::atomic<int> arrived{0}, round{0};
+
+ public:
+  void wait() {
+    const int now = round.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+      if (spins > 2000) std::this_thread::yield();
+#if defined(__x86_64__)
+      else _mm_pause();
+#endif
+    }
+  }
+};
+
 // This thread's part of n things.
 struct Part { int64_t begin, end; };
 Part my_part(int64_t n) {
@@ -480,10 +504,11 @@ Tensor feed_forward(Tensor x, Tensor norm, double eps, Tensor w13, OptTensor s13
     T* to = mutable_ptr<T>(out);
     together.reserve(Scratch::bytes_for(m * ffn));
     T* hidden = together.take<T>(m * ffn);
+    Barrier barrier;
 #pragma omp parallel num_threads(threads())
     {
       linear_part<T>(from, m, first, ptr<T>(norm), eps, nullptr, true, hidden);
-#pragma omp barrier
+      barrier.wait();
       linear_part<T>(hidden, m, second, nullptr, 0, from, false, to);
     }
   });
@@ -541,6 +566,7 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
   }
   together.reserve(Scratch::bytes_for(m * slots * f));
   T* hidden = together.take<T>(m * slots * f);
+  Barrier barrier;
 #pragma omp parallel num_threads(threads())
   {
     Row rows[MAX_M], mine[MAX_M];
@@ -559,7 +585,7 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
       for (int64_t i = 0; i < count; i++)
         store_vec(silu(y[i]) * up[i], hidden + use.at[i] * f + b % blocks * ROWS);
     }
-#pragma omp barrier
+    barrier.wait();
     std::vector<Row> inner(m * slots);
     prepare<T>(hidden, m * slots, w2, nullptr, 0, inner.data(), scratch);
     const Part part2 = my_part(w2.blocks());
@@ -707,7 +733,7 @@ void attend(const Attention& a, const T* q, const T* k, const T* v, int64_t firs
 // From qkv [B, T, (H + 2 G) D] to out [B, T, H D]; every thread of a parallel region calls it.
 template <typename T>
 void attention_part(const Attention& a, const T* qkv, T* k_cache, T* v_cache, const float* rope, const T* q_norm,
-                    const T* k_norm, T* q, float* parts, float* peaks, float* sums, T* out) {
+                    const T* k_norm, T* q, float* parts, float* peaks, float* sums, T* out, Barrier& barrier) {
   const int64_t d = a.head_dim, h = a.heads, g = a.kv_heads, shared = h / g, width = (h + 2 * g) * d;
   const int64_t first = a.first(), length = a.start + a.tokens, chunks = a.chunks(), per_group = a.tokens * shared;
   const Part rows = my_part(a.batch * a.tokens * (h + 2 * g));
@@ -726,7 +752,7 @@ void attention_part(const Attention& a, const T* qkv, T* k_cache, T* v_cache, co
       std::memcpy(to, x, d * sizeof(T));
     }
   }
-#pragma omp barrier
+  barrier.wait();
   const auto attend_d = d == 64 ? attend<T, 64> : d == 128 ? attend<T, 128> : attend<T, 0>;
   const Part tasks = my_part(a.batch * g * chunks);
   for (int64_t i = tasks.begin; i < tasks.end; i++) {
@@ -734,7 +760,7 @@ void attention_part(const Attention& a, const T* qkv, T* k_cache, T* v_cache, co
     attend_d(a, &q[bg * per_group * d], k_cache + bg * a.capacity * d, v_cache + bg * a.capacity * d, from,
              std::min(length, from + KV_CHUNK), &parts[i * per_group * d], &peaks[i * per_group], &sums[i * per_group]);
   }
-#pragma omp barrier
+  barrier.wait();
   const Part outs = my_part(a.batch * a.tokens * h);
   for (int64_t i = outs.begin; i < outs.end; i++) {
     const int64_t head = i % h, bt = i / h, b = bt / a.tokens, t = bt % a.tokens;
@@ -768,13 +794,14 @@ Tensor attention(Tensor x, Tensor norm, double eps, Tensor wqkv, OptTensor sqkv,
     together.reserve(Scratch::bytes_for(m * width) + 2 * Scratch::bytes_for(n) + Scratch::bytes_for(n_parts * (d + 2)));
     T *qkv = together.take<T>(m * width), *y = together.take<T>(n), *q = together.take<T>(n);
     float* parts = together.take<float>(n_parts * (d + 2));
+    Barrier barrier;
 #pragma omp parallel num_threads(threads())
     {
       linear_part<T>(ptr<T>(x), m, first, ptr<T>(norm), eps, nullptr, false, qkv);
-#pragma omp barrier
+      barrier.wait();
       attention_part<T>(a, qkv, mutable_ptr<T>(k_cache), mutable_ptr<T>(v_cache), ptr<float>(rope), ptr<T>(q_norm),
-                        ptr<T>(k_norm), q, parts, parts + n_parts * d, parts + n_parts * (d + 1), y);
-#pragma omp barrier
+                        ptr<T>(k_norm), q, parts, parts + n_parts * d, parts + n_parts * (d + 1), y, barrier);
+      barrier.wait();
       linear_part<T>(y, m, last, nullptr, 0, ptr<T>(x), false, mutable_ptr<T>(out));
     }
   });
@@ -809,20 +836,21 @@ Tensor layers(Tensor x, std::vector<Tensor> tensors, std::vector<Tensor> k_cache
     T *hidden = together.take<T>(m * ffn), *middle = together.take<T>(m * dim), *to = mutable_ptr<T>(out);
     float* parts = together.take<float>(n_parts * (d + 2));
     std::memcpy(to, x.data_ptr(), m * dim * sizeof(T));
+    Barrier barrier;
 #pragma omp parallel num_threads(threads())
     for (int64_t i = 0; i < n_layers; i++) {
       const Tensors t{&tensors[i * TENSORS]};
       linear_part<T>(to, m, t.linear<T>(1, width, dim, group), ptr<T>(t[0]), eps, nullptr, false, qkv);
-#pragma omp barrier
+      barrier.wait();
       attention_part<T>(a, qkv, mutable_ptr<T>(k_caches[i]), mutable_ptr<T>(v_caches[i]), ptr<float>(rope), ptr<T>(t[9]),
-                        ptr<T>(t[10]), q, parts, parts + n_parts * d, parts + n_parts * (d + 1), y);
-#pragma omp barrier
+                        ptr<T>(t[10]), q, parts, parts + n_parts * d, parts + n_parts * (d + 1), y, barrier);
+      barrier.wait();
       linear_part<T>(y, m, t.linear<T>(5, dim, heads * d, group), nullptr, 0, to, false, middle);
-#pragma omp barrier
+      barrier.wait();
       linear_part<T>(middle, m, t.linear<T>(12, 2 * ffn, dim, group), ptr<T>(t[11]), eps, nullptr, true, hidden);
-#pragma omp barrier
+      barrier.wait();
       linear_part<T>(hidden, m, t.linear<T>(16, dim, ffn, group), nullptr, 0, middle, false, to);
-#pragma omp barrier
+      barrier.wait();
     }
   });
   return out;
