@@ -69,6 +69,8 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**31:
                 raise UsageError(f"the model's {name} must be a positive integer, not {value!r}")
+        if self.moe and any(type(n) is not int for n in (self.moe.n_experts, self.moe.n_active)):
+            raise UsageError(f"the numbers of experts must be integers, not {self.moe}")
         if self.n_layers > 2**16 or (self.moe and self.moe.n_experts > 2**16):  # each is an object in memory
             raise UsageError(f"{self.n_layers} layers or {self.moe} are more than any model has")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
@@ -77,10 +79,12 @@ class ModelConfig:
             )
         if self.moe and not 0 < self.moe.n_active <= self.moe.n_experts:
             raise UsageError(f"a token cannot use {self.moe.n_active} of {self.moe.n_experts} experts")
-        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
+        if self.sliding_window is not None and (
+            type(self.sliding_window) is not int or not 0 < self.sliding_window < 2**31
+        ):
             raise UsageError(f"sliding_window must be a positive integer, not {self.sliding_window!r}")
         numbers = [self.norm_eps, self.rope_theta] + ([self.rope_scaling.factor] if self.rope_scaling else [])
-        if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers):
+        if not all(isinstance(x, (int, float)) and 0 < x < 1e15 for x in numbers):
             raise UsageError(f"norm_eps, rope_theta and the rope factor must be positive numbers, not {numbers}")
 
     def to_dict(self) -> dict:
@@ -169,11 +173,14 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
     if arch.startswith("Qwen"):
         window = window if hf.get("use_sliding_window") else None
         if window and arch != "Qwen3MoeForCausalLM":  # whose window is on all layers
-            full = min(hf.get("max_window_layers", 28), n_layers)  # layers before the first with a window
-            kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
+            first, types = hf.get("max_window_layers", 28), hf.get("layer_types") or []
+            if type(first) is not int or not isinstance(types, list) or type(n_layers) is not int or n_layers > 2**16:
+                raise UsageError(f"config.json: max_window_layers {first!r} or layer_types {types!r} makes no sense")
+            full = min(first, n_layers)  # layers before the first with a window
+            kinds = types or ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
             if len(set(kinds)) > 1:
                 raise UsageError("config.json: a sliding window on some layers only (layer_types) is not supported")
-            window = window if kinds[0] == "sliding_attention" else None
+            window = window if kinds[:1] and kinds[0] == "sliding_attention" else None
 
     rope = hf.get("rope_parameters") or {}
     rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | rope | (hf.get("rope_scaling") or {})

@@ -137,6 +137,8 @@ def prepare(model: Transformer, quantization: dict | None):
     """Gives model, on the meta device, the tensors of a quantized checkpoint. Raises UsageError for an unknown kind."""
     if quantization is None:
         return
+    if not isinstance(quantization, dict):
+        raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")
     mode, group = quantization.get("mode"), quantization.get("groupsize")
     if mode not in ("int8", "int4") or (mode == "int4" and group not in GROUPSIZES):
         raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")

@@ -105,6 +105,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokens = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, (str, dict))}
         names = {k: v if isinstance(v, str) else v["content"] for k, v in tokens.items()}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("a special token that is no text")
         template = settings.get("chat_template")
         if isinstance(template, list):  # several named ones
             template = {t["name"]: t["template"] for t in template}.get("default")
