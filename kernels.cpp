@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <atomic>
@@ -29,14 +30,18 @@ using OptTensor = std::optional<Tensor>;
 
 constexpr int64_t ROWS = 16;      // output rows that one pass of a matrix-vector kernel makes
 constexpr int64_t MAX_M = 8;      // rows of activations the kernels take; kernels.py sends more to the matmul library
-constexpr int64_t ACT_GROUP = 32; // activations that share a scale where the weights have no groups of their own
+constexpr int64_t ACT_GROUP = 8;  // activations that share a scale, where they are quantized
+constexpr int64_t AHEAD = 2048;   // bytes that weights are fetched before their use
 constexpr int64_t KV_CHUNK = 256; // cache entries that one attention task looks at
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint32_t UIntVec __attribute__((vector_size(64)));
+typedef uint16_t ShortVec __attribute__((vector_size(32)));
+typedef int8_t ByteVec __attribute__((vector_size(16)));
 
 struct bf16 { uint16_t bits; };
-typedef _Float16 f16;
+using f16 = torch::headeronly::Half;
 
 inline float to_float(float x) { return x; }
 inline float to_float(f16 x) { return x; }
@@ -55,13 +60,93 @@ inline void from_float(float f, bf16* out) {  // to nearest, ties to even; NaN s
   out->bits = f != f ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// ---- Sixteen numbers at a time -------------------------------------------------------------------------------------
+
+inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
+
+template <typename T> inline T load(const void* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+#if defined(__AVX512F__)  // what GCC 12 does one by one
+inline Vec load_bf16(const uint16_t* p) {
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+}
+inline Vec load_u8(const uint8_t* p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
+inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
+#else
+template <typename T> inline Vec load_each(const T* p) {
+  Vec v;
+  for (int i = 0; i < 16; i++) v[i] = to_float(p[i]);
+  return v;
+}
+inline Vec load_bf16(const uint16_t* p) { return load_each(reinterpret_cast<const bf16*>(p)); }
+inline Vec load_u8(const uint8_t* p) { return load_each(p); }
+inline Vec load_vec(const f16* p) { return load_each(p); }
+#endif
+inline Vec load_vec(const float* p) { return load<Vec>(p); }
+inline void store_vec(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
+inline void store_vec(Vec v, bf16* p) {  // as from_float
+  const UIntVec bits = (UIntVec)v;
+  const ShortVec s = __builtin_convertvector(v != v ? UIntVec{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, ShortVec);
+  std::memcpy(p, &s, sizeof s);
+}
+inline void store_vec(Vec v, f16* p) {
+  for (int i = 0; i < 16; i++) p[i] = f16(v[i]);
+}
+inline Vec load_vec(const bf16* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
+
+// Elements at .. at + 15 of p, of which there are n.
+template <typename T> inline Vec load_some(const T* p, int64_t at, int64_t n) {
+  if (at + ROWS <= n) return load_vec(p + at);
+  Vec v = {};
+  for (int64_t r = 0; at + r < n; r++) v[r] = to_float(p[at + r]);
+  return v;
+}
+template <typename T> inline void store_some(Vec v, T* p, int64_t at, int64_t n) {
+  if (at + ROWS <= n) return store_vec(v, p + at);
+  for (int64_t r = 0; at + r < n; r++) from_float(v[r], &p[at + r]);
+}
+
+#if defined(__AVX512F__)
+inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < 16; i++) total += v[i];
+  return total;
+}
+#endif
+
+#if !defined(__clang__) && __GNUC__ < 12
+#define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
+#endif
+
+// Every lane's neighbour at a distance of D lanes, within runs of 2 D
+template <int D> inline IntVec swap(IntVec v) {
+  return __builtin_shufflevector(v, v, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D, 8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D,
+                                 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
+}
+
+// The sums of 16 vectors, v's contents being lost: each step adds halves of two vectors, side by side.
+inline Vec sum_each(Vec* v) {
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++)
+      v[i] = __builtin_shufflevector(v[i], v[i + n], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
+             __builtin_shufflevector(v[i], v[i + n], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return v[0];
+}
+
 // ---- The activations of a call, prepared by every thread for itself ---------------------------------------------
 
-// One row: as numbers of the weights' kind, or quantized to int8 in groups with a scale and a sum for each.
-struct Row {
-  const void* x;
-  const float* scale;    // of each group of activations
-  const int32_t* sum;    // of each group's int8 values
+using Row = const void*;  // T[k], the activations' own type, or Block[]: quantized
+
+struct Block {  // int8: x = scale * q, |q| <= 127. Not finite values make scale NaN, and so the output
+  float scale;
+  float offset;  // INT8: -128 * the sum of q. INT4: the sum of x / 16 from the start of the weights' group up to here
+  int8_t q[ACT_GROUP];
 };
 
 struct Weights {  // [n, k], or one expert of [experts, n, k]
@@ -70,11 +155,11 @@ struct Weights {  // [n, k], or one expert of [experts, n, k]
   const float* row_scale;     // INT8: [n]
   const uint16_t* scales;     // INT4: [n / 16, groups, 16] bfloat16
   const uint8_t* zeros;       // INT4: [n / 16, groups, 16], in sixteenths of a step
-  int64_t n, k, group;        // group: of weights that share a scale (INT4), else of activations that do
+  int64_t n, k, group;        // group: of weights that share a scale (INT4)
 
   int64_t blocks() const { return (n + ROWS - 1) / ROWS; }
   int64_t groups() const { return (k + group - 1) / group; }
-  int64_t padded_k() const { return groups() * group; }
+  int64_t padded_k() const { return (k + 15) / 16 * 16; }
   bool quantized() const { return kind >= INT8; }
   Weights expert(int64_t e) const {
     Weights w = *this;
@@ -100,7 +185,7 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
     out.kind = Weights::INT4;
     out.scales = ptr<uint16_t>(scales), out.zeros = ptr<uint8_t>(zeros);
   } else if (scales) {
-    out.kind = Weights::INT8, out.group = ACT_GROUP;
+    out.kind = Weights::INT8;
     out.row_scale = ptr<float>(scales);
   } else {
     out.kind = type == ScalarType::Float ? Weights::F32 : type == ScalarType::Half ? Weights::F16 : Weights::BF16;
@@ -123,58 +208,64 @@ struct Scratch {
 thread_local Scratch scratch;   // of each thread, for what it makes for itself
 thread_local Scratch together;  // of the thread that calls, for what all of them share
 
-// int8 groups: x = scale * q, |q| <= 127. Beyond k the row is zero. Not finite values make scale NaN, and so the output.
-void quantize_row(const float* f, int64_t k, int64_t group, Row& row, Scratch& room) {
-  const int64_t groups = (k + group - 1) / group;
-  int8_t* q = room.take<int8_t>(groups * group);
-  float* scale = room.take<float>(groups);
-  int32_t* sum = room.take<int32_t>(groups);
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t begin = g * group, end = std::min(k, begin + group);
-    float peak = 0, check = 0;
-#pragma omp simd reduction(max : peak) reduction(+ : check)
-    for (int64_t i = begin; i < end; i++) peak = std::max(peak, std::fabs(f[i])), check += f[i] * 0.0f;
-    scale[g] = peak / 127 + check;
-    const float inverse = peak > 1e-30f ? 127 / peak : 0;
-    int32_t s = 0;
-#pragma omp simd reduction(+ : s)
-    for (int64_t i = begin; i < end; i++) {
-      const float near = std::nearbyintf(f[i] * inverse);
-      const int32_t v = near > -128 && near < 128 ? int32_t(near) : 0;  // not finite: scale says so
-      q[i] = int8_t(v), s += v;
+const Block* quantize_row(const float* f, const Weights& w, Scratch& room) {
+  Block* blocks = room.take<Block>(w.padded_k() / ACT_GROUP);
+  float offset = 0;
+  for (int64_t k = 0; k < w.k; k += 16) {  // two blocks, each in half of a vector
+    const Vec x = load_vec(f + k), magic = Vec{} + 12582912.0f;
+    IntVec size = (IntVec)x & 0x7fffffff, most = size;  // as integers these order floats, NaN being the greatest
+    most = most > (size = swap<4>(most)) ? most : size;
+    most = most > (size = swap<2>(most)) ? most : size;
+    most = most > (size = swap<1>(most)) ? most : size;
+    const Vec peak = (Vec)most, scale = peak * (1 / 127.0f) + peak * 0.0f;
+    const IntVec q = (IntVec)(x * (peak > 1e-30f ? 127 / peak : Vec{}) + magic) - (IntVec)magic;  // to nearest
+    const ByteVec bytes = __builtin_convertvector(q, ByteVec);
+    IntVec sums = q + swap<4>(q);
+    sums += swap<2>(sums);
+    sums += swap<1>(sums);
+    for (int i = 0; i < 16; i += ACT_GROUP) {
+      Block& block = blocks[(k + i) / ACT_GROUP];
+      if (w.kind == Weights::INT8) offset = -128 * sums[i];
+      else offset = ((k + i) % w.group ? offset : 0) + sums[i] * scale[i] / 16;
+      block.scale = scale[i], block.offset = offset;
+      std::memcpy(block.q, reinterpret_cast<const int8_t*>(&bytes) + i, ACT_GROUP);
     }
-    for (int64_t i = end; i < begin + group; i++) q[i] = 0;
-    sum[g] = s;
   }
-  row = Row{q, scale, sum};
+  return blocks;
 }
 
 template <typename T>
-void prepare(const T* x, int64_t m, const Weights& w, const T* norm, double eps, Row* rows, Scratch& room) {
-  const int64_t k = w.k;
-  room.reserve((m + 1) * 4 * Scratch::bytes_for(w.padded_k()));
-  float* f = room.take<float>(k);
+void prepare(const T* x, int64_t m, const Weights& w, const T* norm, float eps, Row* rows, Scratch& room) {
+  const int64_t k = w.k, padded = w.padded_k();
+  room.reserve((m + 1) * 4 * Scratch::bytes_for(padded));
+  float* f = room.take<float>(padded);
+  std::fill(f + k, f + padded, 0.0f);
   for (int64_t i = 0; i < m; i++, x += k) {
     float scale = 1;
     if (norm) {
-      float total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int64_t j = 0; j < k; j++) total += to_float(x[j]) * to_float(x[j]);
-      scale = 1 / std::sqrt(total / k + float(eps));
-    }
-    // Without quantization the row is rounded to its own type where the reference's would be.
-    T* out = room.take<T>(k);
-    for (int64_t j = 0; j < k; j++) {
-      float v = to_float(x[j]) * scale;
-      if (norm) {
-        from_float(v, &out[j]);
-        v = to_float(out[j]) * to_float(norm[j]);
+      Vec squares = {};
+      for (int64_t j = 0; j < k; j += 16) {
+        const Vec v = load_some(x, j, k);
+        squares += v * v;
       }
-      from_float(v, &out[j]);
-      f[j] = to_float(out[j]);
+      scale = 1 / std::sqrt(sum(squares) / k + eps);
     }
-    if (w.quantized() && !std::is_same_v<T, float>) quantize_row(f, k, w.group, rows[i], room);
-    else rows[i] = Row{out, nullptr, nullptr};
+    if (!norm && !w.quantized()) {
+      rows[i] = x;
+      continue;
+    }
+    // Every result is rounded to the activations' type, as the reference's.
+    T* out = room.take<T>(padded);
+    for (int64_t j = 0; j < k; j += 16) {
+      Vec v = load_some(x, j, k);
+      if (norm) {
+        store_vec(v * scale, out + j);
+        v = load_vec(out + j) * load_some(norm, j, k);
+      }
+      store_vec(v, out + j);
+      store_some(load_vec(out + j), f, j, k);
+    }
+    rows[i] = w.quantized() && !std::is_same_v<T, float> ? static_cast<Row>(quantize_row(f, w, room)) : out;
   }
 }
 
@@ -223,91 +314,65 @@ inline Vec exp_vec(Vec x) {
 
 inline Vec silu(Vec x) { return x / (1 + exp_vec(-x)); }
 
-inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
-
-template <typename T> inline T load(const void* p) {
-  T v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-#if defined(__AVX512F__)  // what GCC 12 does one by one
-inline Vec load_bf16(const uint16_t* p) {
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
-}
-inline Vec load_u8(const uint8_t* p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
-inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
-#else
-template <typename T> inline Vec load_each(const T* p) {
-  Vec v;
-  for (int i = 0; i < 16; i++) v[i] = to_float(p[i]);
-  return v;
-}
-inline Vec load_bf16(const uint16_t* p) { return load_each(reinterpret_cast<const bf16*>(p)); }
-inline Vec load_u8(const uint8_t* p) { return load_each(p); }
-inline Vec load_vec(const f16* p) { return load_each(p); }
-#endif
-inline Vec load_vec(const float* p) { return load<Vec>(p); }
-template <typename T> inline void store_vec(Vec v, T* p) {
-  for (int i = 0; i < 16; i++) from_float(v[i], &p[i]);
-}
-inline Vec load_vec(const bf16* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
-
-// Elements at .. at + 15 of p, of which there are n.
-template <typename T> inline Vec load_some(const T* p, int64_t at, int64_t n) {
-  if (at + ROWS <= n) return load_vec(p + at);
-  Vec v = {};
-  for (int64_t r = 0; at + r < n; r++) v[r] = to_float(p[at + r]);
-  return v;
-}
-template <typename T> inline void store_some(Vec v, T* p, int64_t at, int64_t n) {
-  if (at + ROWS <= n) return store_vec(v, p + at);
-  for (int64_t r = 0; at + r < n; r++) from_float(v[r], &p[at + r]);
-}
 inline Vec row_scales(const Weights& w, int64_t block) { return load_some(w.row_scale, block * ROWS, w.n); }
 
-// INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128.
-template <int M> void dot_int8(const Weights& w, int64_t block, const Row* rows, Vec* out) {
-  const char* data = w.data + block * ROWS * w.k;
-  Vec total[M] = {};
-  for (int64_t g = 0, k = 0; k < w.k; g++) {
-    IntVec acc[M];
-    for (int m = 0; m < M; m++) acc[m] = IntVec{} - 128 * rows[m].sum[g];
-    for (const int64_t end = std::min(w.k, k + w.group); k < end; k += 4, data += 64) {
-      __builtin_prefetch(data + 2048);
-      const IntVec v = load<IntVec>(data);
-      for (int m = 0; m < M; m++) dot4(acc[m], v, static_cast<const int8_t*>(rows[m].x) + k);
+// INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128. R blocks of outputs at a time
+// share what is loaded of the activations.
+template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, const Row* rows, Vec (*out)[MAX_M]) {
+  const char* data[R];
+  const Block* x[M];
+  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * ROWS * w.k;
+  for (int m = 0; m < M; m++) x[m] = static_cast<const Block*>(rows[m]);
+  Vec total[R][M] = {};
+  for (int64_t b = 0; b < w.k / ACT_GROUP; b++)
+    for (int r = 0; r < R; r++) {
+      const char* at = data[r] + b * 128;
+      __builtin_prefetch(at + AHEAD), __builtin_prefetch(at + AHEAD + 64);
+      const IntVec first = load<IntVec>(at), second = load<IntVec>(at + 64);
+      for (int m = 0; m < M; m++) {
+        IntVec acc = {};
+        dot4(acc, first, x[m][b].q);
+        dot4(acc, second, x[m][b].q + 4);
+        total[r][m] += (as_float(acc) + x[m][b].offset) * x[m][b].scale;
+      }
     }
-    for (int m = 0; m < M; m++) total[m] += as_float(acc[m]) * rows[m].scale[g];
+  for (int r = 0; r < R; r++) {
+    const Vec scale = row_scales(w, blocks[r]);
+    for (int m = 0; m < M; m++) out[r][m] = total[r][m] * scale;
   }
-  const Vec scale = row_scales(w, block);
-  for (int m = 0; m < M; m++) out[m] = total[m] * scale;
 }
 
 // INT4 with quantized activations: [n / 16, k / 8, 16 rows, 4], byte j of 4 holds elements j (low half) and j + 4.
-template <int M> void dot_int4(const Weights& w, int64_t block, const Row* rows, Vec* out) {
-  const char* data = w.data + block * ROWS * w.k / 2;
-  const uint16_t* scales = w.scales + block * w.groups() * ROWS;
-  const uint8_t* zeros = w.zeros + block * w.groups() * ROWS;
+template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, const Row* rows, Vec (*out)[MAX_M]) {
+  const char* data[R];
+  const Block* x[M];
+  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * ROWS * w.k / 2;
+  for (int m = 0; m < M; m++) x[m] = static_cast<const Block*>(rows[m]);
   const IntVec low = IntVec{} + 0x0f0f0f0f;
-  Vec total[M] = {};
-  for (int64_t g = 0, k = 0; k < w.k; g++, scales += ROWS, zeros += ROWS) {
-    IntVec acc[M] = {};
-    for (const int64_t end = std::min(w.k, k + w.group); k < end; k += 8, data += 64) {
-      __builtin_prefetch(data + 2048);
-      const IntVec v = load<IntVec>(data);
-      const IntVec lo = v & low, hi = (v >> 4) & low;
-      for (int m = 0; m < M; m++) {
-        const int8_t* x = static_cast<const int8_t*>(rows[m].x) + k;
-        dot4(acc[m], lo, x);
-        dot4(acc[m], hi, x + 4);
+  Vec total[R][M] = {};
+  for (int64_t b = 0, end, g = 0; b < w.k / ACT_GROUP; b = end, g++) {
+    end = std::min(w.k, b * ACT_GROUP + w.group) / ACT_GROUP;
+    Vec part[R][M] = {};
+    for (; b < end; b++)
+      for (int r = 0; r < R; r++) {
+        const char* at = data[r] + b * 64;
+        __builtin_prefetch(at + AHEAD);
+        const IntVec v = load<IntVec>(at), lo = v & low, hi = (v >> 4) & low;
+        for (int m = 0; m < M; m++) {
+          IntVec acc = {};
+          dot4(acc, lo, x[m][b].q);
+          dot4(acc, hi, x[m][b].q + 4);
+          part[r][m] += as_float(acc) * x[m][b].scale;
+        }
       }
+    for (int r = 0; r < R; r++) {
+      const int64_t at = (blocks[r] * w.groups() + g) * ROWS;
+      const Vec scale = load_bf16(w.scales + at), zero = load_u8(w.zeros + at);
+      for (int m = 0; m < M; m++) total[r][m] += (part[r][m] - zero * x[m][end - 1].offset) * scale;
     }
-    const Vec scale = load_bf16(scales), zero = load_u8(zeros);
-    for (int m = 0; m < M; m++)
-      total[m] += (as_float(acc[m]) - zero * (rows[m].sum[g] * (1 / 16.0f))) * (scale * rows[m].scale[g]);
   }
-  for (int m = 0; m < M; m++) out[m] = total[m];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) out[r][m] = total[r][m];
 }
 
 // INT8 and INT4 with float32 activations: no rounding but float32's.
@@ -324,69 +389,72 @@ template <int M> void dot_exact(const Weights& w, int64_t block, const Row* rows
     for (int half = 0; half < (int4 ? 2 : 1); half++)
       for (int j = 0; j < 4; j++, k++) {
         const Vec weight = (as_float((v >> (8 * j + 4 * half)) & (int4 ? 15 : 255)) - zero) * scale;
-        for (int m = 0; m < M; m++) total[m] += weight * static_cast<const float*>(rows[m].x)[k];
+        for (int m = 0; m < M; m++) total[m] += weight * static_cast<const float*>(rows[m])[k];
       }
   }
   for (int m = 0; m < M; m++) out[m] = int4 ? total[m] : total[m] * row_scales(w, block);
 }
 
-// Weights as they are: [n, k]. One row after the other, so that memory is read in order; U sums at a time along it.
-template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, Vec* out) {
-  constexpr int U = M <= 4 ? 4 : 2;
-  const int64_t k = w.k, n = std::min(ROWS, w.n - block * ROWS);
-  const T* row = reinterpret_cast<const T*>(w.data) + block * ROWS * k;
-  for (int64_t r = 0; r < n; r++, row += k) {
-    int64_t i = 0;
+// acc += 64 bytes of a times b, element by element
+template <typename T> inline void multiply(Vec& acc, const T* a, const T* b) {
+  for (size_t i = 0; i < 64 / sizeof(T); i += 16) acc += load_vec(a + i) * load_vec(b + i);
+}
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bf16>) {
-      __m512 acc[M][U] = {};
-      for (; i + 32 * U <= k; i += 32 * U)
-        for (int u = 0; u < U; u++) {
-          __builtin_prefetch(row + i + 32 * u + 1024);
-          const __m512bh v = load<__m512bh>(row + i + 32 * u);
-          for (int m = 0; m < M; m++)
-            acc[m][u] = _mm512_dpbf16_ps(acc[m][u], v, load<__m512bh>(static_cast<const T*>(rows[m].x) + i + 32 * u));
-        }
-      for (; i < k; i += 32) {
-        const __mmask32 mask = i + 32 <= k ? 0xffffffffu : (1u << (k - i)) - 1;
-        __builtin_prefetch(row + i + 1024);
-        const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, row + i);
-        for (int m = 0; m < M; m++)
-          acc[m][0] = _mm512_dpbf16_ps(acc[m][0], v, (__m512bh)_mm512_maskz_loadu_epi16(mask, static_cast<const T*>(rows[m].x) + i));
-      }
-      for (int m = 0; m < M; m++) {
-        for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];
-        out[m][r] = _mm512_reduce_add_ps(acc[m][0]);
-      }
-      continue;
-    }
+inline void multiply(Vec& acc, const bf16* a, const bf16* b) {
+  acc = (Vec)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
+}
 #endif
-    Vec acc[M][U] = {};
-    float rest[M] = {};
-    for (; i + 16 * U <= k; i += 16 * U)
-      for (int u = 0; u < U; u++) {
-        const Vec v = load_vec(row + i + 16 * u);
-        for (int m = 0; m < M; m++) acc[m][u] += v * load_vec(static_cast<const T*>(rows[m].x) + i + 16 * u);
+
+// Weights as they are: [n, k]. R rows at a time, so that they share what is loaded of the activations, U sums along each.
+template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, Vec* out) {
+  constexpr int R = M <= 2 ? 1 : 4, U = M <= 2 ? 4 : 1;
+  constexpr int64_t WIDTH = 64 / sizeof(T), AWAY = AHEAD / sizeof(T);
+  const int64_t k = w.k, n = std::min(ROWS, w.n - block * ROWS);
+  const T *base = reinterpret_cast<const T*>(w.data) + block * ROWS * k, *x[M];
+  for (int m = 0; m < M; m++) x[m] = static_cast<const T*>(rows[m]);
+  Vec sums[M][ROWS] = {};
+  for (int64_t r = 0; r < n; r += R) {
+    const T* row[R];
+    for (int j = 0; j < R; j++) row[j] = base + std::min(r + j, n - 1) * k;
+    Vec acc[M][R][U] = {};
+    const auto step = [&](int64_t at, int u) {
+      for (int j = 0; j < R; j++) {  // what is fetched ahead is beyond a row's end its next one's
+        __builtin_prefetch(row[j] + at + AWAY + (at + AWAY < k ? 0 : (R - 1) * k));
+        for (int m = 0; m < M; m++) multiply(acc[m][j][u], row[j] + at, x[m] + at);
       }
-    for (; i < k; i++)
-      for (int m = 0; m < M; m++) rest[m] += to_float(row[i]) * to_float(static_cast<const T*>(rows[m].x)[i]);
-    for (int m = 0; m < M; m++) {
-      for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];
-      for (int j = 0; j < 16; j++) rest[m] += acc[m][0][j];
-      out[m][r] = rest[m];
-    }
+    };
+    int64_t i = 0;
+    for (; i + WIDTH * U <= k; i += WIDTH * U)
+      for (int u = 0; u < U; u++) step(i + WIDTH * u, u);
+    for (; i + WIDTH <= k; i += WIDTH) step(i, 0);
+    for (; i < k; i += 16)
+      for (int j = 0; j < R; j++)
+        for (int m = 0; m < M; m++) acc[m][j][0] += load_some(row[j], i, k) * load_some(x[m], i, k);
+    for (int j = 0; j < R; j++)
+      for (int m = 0; m < M; m++) {
+        for (int u = 1; u < U; u++) acc[m][j][0] += acc[m][j][u];
+        if constexpr (R == 1) out[m][r] = sum(acc[m][0][0]);
+        else sums[m][r + j] = acc[m][j][0];
+      }
+  }
+  if constexpr (R > 1)
+    for (int m = 0; m < M; m++) out[m] = sum_each(sums[m]);
+}
+
+// out[i][m][r] = rows[m] . w[16 blocks[i] + r] for n, one or two, blocks; T: the type of the activations
+template <int M, typename T>
+void dot(const Weights& w, const int64_t* blocks, int64_t n, const Row* rows, Vec (*out)[MAX_M]) {
+  if (w.quantized() && !std::is_same_v<T, float> && M > 2 && n == 2)
+    return w.kind == Weights::INT8 ? dot_int8<M, 2>(w, blocks, rows, out) : dot_int4<M, 2>(w, blocks, rows, out);
+  for (; n > 0; n--, blocks++, out++) {
+    if (!w.quantized()) dot_native<M, T>(w, *blocks, rows, *out);
+    else if (std::is_same_v<T, float>) dot_exact<M>(w, *blocks, rows, *out);
+    else if (w.kind == Weights::INT8) dot_int8<M, 1>(w, blocks, rows, out);
+    else dot_int4<M, 1>(w, blocks, rows, out);
   }
 }
 
-// out[m][r] = rows[m] . w[16 block + r], T the type of the activations
-template <int M, typename T> void dot(const Weights& w, int64_t block, const Row* rows, Vec* out) {
-  if (!w.quantized()) return dot_native<M, T>(w, block, rows, out);
-  if (std::is_same_v<T, float>) return dot_exact<M>(w, block, rows, out);
-  if (w.kind == Weights::INT8) return dot_int8<M>(w, block, rows, out);
-  dot_int4<M>(w, block, rows, out);
-}
-
-using Dot = void (*)(const Weights&, int64_t, const Row*, Vec*);
+using Dot = void (*)(const Weights&, const int64_t*, int64_t, const Row*, Vec (*)[MAX_M]);
 template <typename T> Dot pick_dot(int64_t m) {
   static constexpr Dot table[] = {dot<1, T>, dot<2, T>, dot<3, T>, dot<4, T>, dot<5, T>, dot<6, T>, dot<7, T>, dot<8, T>};
   return table[m - 1];
@@ -456,18 +524,20 @@ void linear_part(const T* x, int64_t m, const Linear<T>& layer, const T* norm, f
   const int64_t half = swiglu ? w.n / 2 : 0, n = w.n - half;
   Row rows[MAX_M];
   prepare(x, m, w, norm, eps, rows, scratch);
-  Vec y[MAX_M], up[MAX_M];
+  Vec y[2][MAX_M];
   const Part part = my_part((n + ROWS - 1) / ROWS);
-  for (int64_t b = part.begin, at = b * ROWS; b < part.end; b++, at += ROWS) {
-    dot(w, b, rows, y);
-    if (swiglu) dot(w, b + half / ROWS, rows, up);
-    for (int64_t i = 0; i < m; i++) {
-      Vec v = bias ? y[i] + load_some(bias, at, w.n) : y[i];
-      if (swiglu) v = silu(v) * (bias ? up[i] + load_some(bias, at + half, w.n) : up[i]);
-      if (residual) v += load_some(residual + i * n, at, n);
-      if (wide) store_some(v, wide + i * n, at, n);
-      else store_some(v, out + i * n, at, n);
-    }
+  for (int64_t b = part.begin, step; b < part.end; b += step) {
+    step = swiglu ? 1 : std::min<int64_t>(2, part.end - b);
+    const int64_t blocks[] = {b, swiglu ? b + half / ROWS : b + 1};
+    dot(w, blocks, swiglu ? 2 : step, rows, y);
+    for (int64_t j = 0, at = b * ROWS; j < step; j++, at += ROWS)
+      for (int64_t i = 0; i < m; i++) {
+        Vec v = bias ? y[j][i] + load_some(bias, at, w.n) : y[j][i];
+        if (swiglu) v = silu(v) * (bias ? y[1][i] + load_some(bias, at + half, w.n) : y[1][i]);
+        if (residual) v += load_some(residual + i * n, at, n);
+        if (wide) store_some(v, wide + i * n, at, n);
+        else store_some(v, out + i * n, at, n);
+      }
   }
 }
 
@@ -570,7 +640,7 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
 #pragma omp parallel num_threads(threads())
   {
     Row rows[MAX_M], mine[MAX_M];
-    Vec y[MAX_M], up[MAX_M];
+    Vec y[2][MAX_M];
     prepare(x, m, w13, norm, eps, rows, scratch);
     const int64_t blocks = f / ROWS;
     const Part part = my_part(blocks * uses.size());
@@ -578,12 +648,10 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
       const Use& use = uses[b / blocks];
       const int64_t count = use.at.size();
       for (int64_t i = 0; i < count; i++) mine[i] = rows[use.at[i] / slots];
-      const Weights w = w13.expert(use.expert);
-      const Dot dot = pick_dot<T>(count);
-      dot(w, b % blocks, mine, y);
-      dot(w, b % blocks + f / ROWS, mine, up);
+      const int64_t pair[] = {b % blocks, b % blocks + f / ROWS};
+      pick_dot<T>(count)(w13.expert(use.expert), pair, 2, mine, y);
       for (int64_t i = 0; i < count; i++)
-        store_vec(silu(y[i]) * up[i], hidden + use.at[i] * f + b % blocks * ROWS);
+        store_vec(silu(y[0][i]) * y[1][i], hidden + use.at[i] * f + b % blocks * ROWS);
     }
     barrier.wait();
     std::vector<Row> inner(m * slots);
@@ -594,8 +662,8 @@ void experts_of(const T* x, int64_t m, const int64_t* chosen, const float* share
       for (const Use& use : uses) {
         const int64_t count = use.at.size();
         for (int64_t i = 0; i < count; i++) mine[i] = inner[use.at[i]];
-        pick_dot<T>(count)(w2.expert(use.expert), b, mine, y);
-        for (int64_t i = 0; i < count; i++) total[use.at[i] / slots] += share[use.at[i]] * y[i];
+        pick_dot<T>(count)(w2.expert(use.expert), &b, 1, mine, y);
+        for (int64_t i = 0; i < count; i++) total[use.at[i] / slots] += share[use.at[i]] * y[0][i];
       }
       for (int64_t i = 0, at = b * ROWS; i < m; i++) {
         store_some(total[i] + load_some(x + i * dim, at, dim), out + i * dim, at, dim);
@@ -657,16 +725,6 @@ template <typename T> void rope_row(const T* x, const T* norm, float eps, const 
     const float a = out[i], b = out[i + d / 2], cos = rope[2 * i], sin = rope[2 * i + 1];
     out[i] = a * cos - b * sin, out[i + d / 2] = b * cos + a * sin;
   }
-}
-
-inline float sum(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float total = 0;
-  for (int i = 0; i < 16; i++) total += v[i];
-  return total;
-#endif
 }
 
 // q . k, both [d] and of one type
