@@ -7,12 +7,18 @@ to a temporary name and renamed at the end: whatever interrupts, the file under 
 write the same file the one that started last wins, and the other fails.
 """
 
+import contextlib
 import ctypes
 import json
+import math
 import os
 import pickle
+import re
+import resource
 import secrets
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -86,10 +92,14 @@ def load_pickle(path: Path) -> dict:
         raise UsageError(f"{path} does not exist or is not a file")
     for mmap in (True, False):  # files from before PyTorch 1.6 cannot be mapped
         try:
-            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+            with warnings.catch_warnings():  # of odd tensors, which are refused
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         except Exception as e:  # torch.load raises a dozen types on broken input
             if mmap and "mmap can only be used" in str(e):
                 continue
+            if lacks_memory(e):
+                raise
             if isinstance(e, pickle.UnpicklingError) and "Unsupported operand" not in str(e):
                 raise UsageError(f"{path} holds more than weights, so it is not opened: pickles can run code") from None
             raise UsageError(f"{path} is truncated or not a PyTorch file ({type(e).__name__})") from None
@@ -107,18 +117,59 @@ def read_json(path: Path, default=None):
         raise UsageError(f"{path} is not readable JSON: {str(e).splitlines()[0]}") from None
 
 
-def run(main: Callable[[], None]):
-    """Calls a script's main. A UsageError becomes one line on stderr and exit status 2, Ctrl-C exits with 130."""
+def free_memory() -> float:
+    """Bytes that this process can still take: of the machine, of its control group and under `ulimit -v`; infinite
+    where the system does not tell (it is Linux that kills a process without a word)."""
+    read = lambda path: Path(path).read_text().split()  # noqa: E731
+    limits = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        meminfo = read("/proc/meminfo")
+        limits.append(sum(int(meminfo[meminfo.index(f"{x}:") + 1]) for x in ("MemAvailable", "SwapFree")) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(int(read("/sys/fs/cgroup/memory.max")[0]) - int(read("/sys/fs/cgroup/memory.current")[0]))
+    if (soft := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        limits.append(soft - int(read("/proc/self/statm")[0]) * resource.getpagesize())
+    return min(limits)
+
+
+def need_memory(n_bytes: int, what: str, less: str):
+    """Raises UsageError where the machine's memory cannot hold n_bytes more; less says what takes less."""
+    if n_bytes > (free := free_memory()):
+        raise UsageError(f"{what} takes {n_bytes / 1e9:.2f} GB of memory, of which {free / 1e9:.2f} are free; {less}")
+
+
+def lacks_memory(e: Exception) -> bool:
+    return isinstance(e, MemoryError) or (  # PyTorch's allocators raise RuntimeError
+        isinstance(e, RuntimeError) and bool(re.search("out of memory|allocate memory|bad_alloc", str(e)))
+    )
+
+
+def run(main: Callable[[], None], less: str = "end other programs, or take a smaller model"):
+    """Calls a script's main. A UsageError becomes one line on stderr and exit status 2, and so does a lack of memory,
+    with what helps against it (less); Ctrl-C exits with 130."""
+    name, why = Path(sys.argv[0]).name, None
+    if callable(signal.getsignal(signal.SIGINT)):  # the script's own, for as long as it was loading torch
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except UsageError as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # impatient ones need not wait for the end
         print(file=sys.stderr)
         sys.exit(130)
+    except UsageError as e:
+        why = str(e)
+    except (MemoryError, RuntimeError) as e:
+        if not lacks_memory(e):
+            raise
+        told = re.search(r"(?i)(tried|unable) to (allocate|mmap) [\d.]+ \w+(.*? is free)?", str(e))
+        told = told[0] if told else "there is no more"
+        free = "" if "is free" in told else f", {free_memory() / 1e9:.2f} GB free"
+        why = f"out of memory ({told}{free}): {less}"
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no place to go
-        if not isinstance(e, BrokenPipeError):  # as in `| head`: the reader has gone, having seen enough
-            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-            sys.exit(2)
+        if isinstance(e, BrokenPipeError):  # as in `| head`: the reader has gone, having seen enough
+            return
+        why = str(e)
+    if why is not None:
+        print(f"{name}: {' '.join(why.split())}", file=sys.stderr)
+        sys.exit(2)

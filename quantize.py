@@ -14,8 +14,13 @@ one layer) is in memory at a time; the file appears under its name when it is co
 """
 
 import argparse
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from torch import Tensor

@@ -23,6 +23,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from checkpoint import read_json
 from model import UsageError
 
+# Llama-2's form, which Mistral follows, for checkpoints of theirs that come without a template
+INST = """\
+{%- if messages[0].role == 'system' -%}
+{%- set begin, messages = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] -%}
+{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}
+{{ bos_token + '[INST] ' + (begin if loop.first and begin else '') + m.content + ' [/INST]' }}
+{%- else -%}
+{{ ' ' + m.content + ' ' + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+"""
 NONCE = str(secrets.randbits(128))  # occurs in nobody's text; digits, so that no template's filter changes it
 
 
@@ -52,12 +65,15 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}] in the checkpoint's
         own template. Raises UsageError if it has none or the template refuses."""
-        if self.chat_template is None:
+        template = self.chat_template
+        if template is None and (self.names.get("bos_token"), self.names.get("eos_token")) == ("<s>", "</s>"):
+            template = INST
+        if template is None:
             raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
         # In a message, NONCE after the first character of every special piece keeps it from being found in the end.
         firsts = "|".join(f"{re.escape(p[0])}(?={re.escape(p[1:])})" for p in self.special) or "(?!)"
         messages = [m | {"content": re.sub(firsts, rf"\g<0>{NONCE}", m["content"])} for m in messages]
-        text = render(self.chat_template, self.names, messages, add_generation_prompt)
+        text = render(template, self.names, messages, add_generation_prompt)
         pieces = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
         parts = re.split(f"({pieces})(?!{NONCE})", text)  # text, piece, text ... piece, text
         return self.encode_parts([self.special[p] if k % 2 else p.replace(NONCE, "") for k, p in enumerate(parts)])
@@ -87,15 +103,20 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.intercepted_binops = frozenset({"**"})  # which may take forever, deaf to Ctrl-C
+    env.binop_table["**"] = lambda a, b: raise_exception("it computes a power")
     env.filters["tojson"] = tojson
     env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         # {% generation %} tells training which words are the model's; to a reader it is a scope.
         template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
-        return env.from_string(template).render(names | values)
+        text = env.from_string(template).render(names | values)
+        text.encode()  # or it is no text
+        return text
     except Exception as e:  # a template is a program and fails like one
-        raise UsageError(f"the checkpoint's chat template failed: {' '.join(str(e).split())}") from None
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UsageError(f"the checkpoint's chat template failed: {why}") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -105,8 +126,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokens = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, (str, dict))}
         names = {k: v if isinstance(v, str) else v["content"] for k, v in tokens.items()}
-        if not all(isinstance(name, str) for name in names.values()):
-            raise ValueError("a special token that is no text")
+        for name in names.values():
+            name.encode()  # or it is no text
         template = settings.get("chat_template")
         if isinstance(template, list):  # several named ones
             template = {t["name"]: t["template"] for t in template}.get("default")
@@ -181,9 +202,15 @@ def from_sentencepiece(path: Path, settings: dict, template: str | None, names: 
         tok = sentencepiece.SentencePieceProcessor()
         tok.load_from_serialized_proto(data)
         size, bos, eos = tok.vocab_size(), tok.bos_id(), tok.eos_id()
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not a sentencepiece model ({str(e).splitlines()[0]})") from None
-    added = {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}
+    try:
+        added = {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}
+        if not all(piece.encode() and i >= 0 for piece, i in added.items()):
+            raise ValueError("a token without text or number")
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        config = path.with_name("tokenizer_config.json")
+        raise UsageError(f"{config}: added_tokens_decoder is broken ({type(e).__name__}: {e})") from None
     special = {tok.id_to_piece(i): i for i in range(size) if tok.is_control(i)} | added
     silent = {tok.unk_id(), *special.values()}
     names = {k: tok.id_to_piece(i) for k, i in (("bos_token", bos), ("eos_token", eos)) if i >= 0} | names

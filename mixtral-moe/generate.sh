@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=${MODEL_REPO:-mistralai/Mixtral-8x7B-Instruct-v0.1}
-[ -z "${TINY:-}" ] || repo=tiny/mixtral
+if [ -n "${TINY:-}" ]; then repo=tiny/mixtral; fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 exec $python generate.py --compile --checkpoint_path "checkpoints/$repo/${MODEL:-model_int8.pth}" "$@"

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Mixtral, ready to run: download (about 93 GB), convert, quantize to int8. TINY=1 makes a tiny random one instead.
-#   ./mixtral-moe/prepare.sh [OWNER/NAME]
+# Mixtral, ready to run: download (93 GB), convert, quantize to int8. MODES="int8 int4" quantizes to both. TINY=1 makes a
+# tiny random one instead.
+#   ./mixtral-moe/prepare.sh [OWNER/NAME]      or      MODEL_REPO=OWNER/NAME ./mixtral-moe/prepare.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-repo=${1:-mistralai/Mixtral-8x7B-Instruct-v0.1}
-[ -z "${TINY:-}" ] || repo=tiny/mixtral
+if [ -z "${TINY:-}" ]; then
+    exec ./scripts/prepare.sh "${1:-${MODEL_REPO:-mistralai/Mixtral-8x7B-Instruct-v0.1}}"
+fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-if [ -n "${TINY:-}" ]; then
-    $python -m tests.tiny mixtral checkpoints/$repo
-    $python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo
-    exec $python quantize.py --checkpoint_path checkpoints/$repo/model.pth --mode int8
-fi
-exec ./scripts/prepare.sh "$repo"
+$python -m tests.tiny mixtral checkpoints/tiny/mixtral
+$python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/tiny/mixtral
+for mode in ${MODES:-int8}; do
+    $python quantize.py --checkpoint_path checkpoints/tiny/mixtral/model.pth --mode "$mode"
+done

@@ -9,12 +9,17 @@ Reads F32, F16, BF16 and every quantized type that the gguf package dequantizes.
 import argparse
 import json
 import math
+import os
 import re
+import signal
 import struct
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import gguf
 import numpy as np
@@ -73,6 +78,8 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
         raise UsageError(f"{file} does not exist")
     try:
         meta, found = read_gguf(file)
+    except (MemoryError, OSError):
+        raise
     except Exception as e:  # struct, numpy and gguf raise many types on broken input
         raise UsageError(f"{file} is truncated or not GGUF ({type(e).__name__})") from None
     try:
@@ -84,16 +91,22 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
     except UsageError:
         raise
     except Exception as e:  # whatever odd metadata runs into; tokenizers raises bare Exception
-        raise UsageError(f"{file} lacks metadata or has it wrong: {type(e).__name__} {e}") from None
+        why = f"{type(e).__name__} {e}".splitlines()[0]
+        raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
+    part = folder / "model.pth.tmp"  # model.pth comes last: where it is, its tokenizer is too
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        convert(folder / "model.pth", config, tensors, read)
-        for old in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
-            (folder / old).unlink(missing_ok=True)
+        convert(part, config, tensors, read)
         for name, data in files.items():
-            (folder / name).write_bytes(data)
+            (folder / f"{name}.tmp").write_bytes(data)
+            os.replace(folder / f"{name}.tmp", folder / name)
+        for old in {"tokenizer.json", "tokenizer.model", "chat_template.jinja"} - files.keys():
+            (folder / old).unlink(missing_ok=True)
+        os.replace(part, folder / "model.pth")
     except OSError as e:
         raise UsageError(f"cannot write to {folder}: {e.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_gguf(file: Path) -> tuple[dict, dict[str, Stored]]:
@@ -229,8 +242,10 @@ def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], bos: int | N
     pre = meta.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
         raise UsageError(f"tokenizer.ggml.pre = {pre!r} is not supported; these are: {', '.join(SPLITS)}")
-    merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
-    tok = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, ignore_merges=pre in LIKE_LLAMA3))
+    ids, merges = {p: i for i, p in enumerate(pieces)}, [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
+    if not all(len(m) == 2 and ids.keys() >= {*m, "".join(m)} for m in merges):  # at which tokenizers would panic
+        raise ValueError("tokenizer.ggml.merges makes what is no token")
+    tok = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
     tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()

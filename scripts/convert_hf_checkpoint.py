@@ -6,11 +6,16 @@ The folder holds config.json and safetensors or pytorch_model.bin, in one file o
 """
 
 import argparse
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from safetensors import SafetensorError

@@ -7,9 +7,14 @@ What is there already is not fetched again. HF_ENDPOINT names another hub than t
 """
 
 import argparse
+import os
 import re
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -36,6 +41,7 @@ def main():
     logging.set_verbosity_error()  # what it warns of is an error here
     if not sys.stderr.isatty():
         disable_progress_bars()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # or Ctrl-C waits for the files under way
     download(args.repo_id, args.hf_token or None)
     print(f"wrote checkpoints/{args.repo_id}")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A model of the Hugging Face hub, ready to run: download, convert, quantize to int8.
+# A model of the Hugging Face hub, ready to run: download, convert, quantize to int8 (MODES="int8 int4": to both).
 #   ./scripts/prepare.sh OWNER/NAME      or      MODEL_REPO=OWNER/NAME ./scripts/prepare.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,6 @@ python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 $python scripts/download.py --repo_id "$repo"
 $python scripts/convert_hf_checkpoint.py --checkpoint_dir "checkpoints/$repo"
-if [ -f quantize.py ]; then
-    $python quantize.py --checkpoint_path "checkpoints/$repo/model.pth" --mode int8
-fi
+for mode in ${MODES:-int8}; do
+    $python quantize.py --checkpoint_path "checkpoints/$repo/model.pth" --mode "$mode"
+done

@@ -363,3 +363,26 @@ def test_template_sources(tmp_path):
     assert load_tokenizer(tmp_path).chat_template == "y"
     (tmp_path / "chat_template.jinja").write_text("z")
     assert load_tokenizer(tmp_path).chat_template == "z"
+
+
+LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
+{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}\
+{% set system_message = false %}{% endif %}{% for message in loop_messages %}\
+{% if loop.index0 == 0 and system_message %}\
+{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}\
+{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}\
+{{ bos_token + '[INST] ' + content + ' [/INST]' }}{% else %}{{ ' '  + content + ' ' + eos_token }}\
+{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be\nbrief."}]])
+def test_without_a_template_llama2s_form(system, tmp_path):
+    write(tmp_path, {}, "v1")
+    ours = load_tokenizer(tmp_path)
+    assert ours.chat_template is None
+    turns = [("user", "Hi [INST]"), ("assistant", "Yes?"), ("user", "</s>Bye\n")]
+    messages = [*system, *({"role": role, "content": text} for role, text in turns)]
+    for n in (len(system) + 1, len(messages)):
+        assert ours.encode_chat(messages[:n]) == replace(ours, chat_template=LLAMA2).encode_chat(messages[:n])
+    with pytest.raises(UsageError, match="no chat template"):
+        replace(ours, names={"bos_token": "<|begin_of_text|>"}).encode_chat(messages)

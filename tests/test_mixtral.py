@@ -1,0 +1,74 @@
+"""mixtral-moe/: its scripts on a tiny random Mixtral, its page's arithmetic, and the memory of long prompts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import quantize
+import tp
+from model import ModelConfig, MoE, Transformer
+from tests.tiny import ROOT, convert, make_hf, write_folder
+
+MIXTRAL = ModelConfig(
+    dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=32000, max_seq_len=32768,
+    moe=MoE(n_experts=8, n_active=2),
+)  # fmt: skip
+README = (ROOT / "mixtral-moe/README.md").read_text()
+
+
+def test_flow(tmp_path):
+    """Everything, as the page has it; two processes say what one says."""
+    for name in [p.name for p in ROOT.iterdir() if p.suffix in (".py", ".cpp")] + ["scripts", "mixtral-moe", "tests"]:
+        os.symlink(ROOT / name, tmp_path / name)
+    python = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    env = os.environ | {"TINY": "1", "OMP_NUM_THREADS": "1", "PATH": python}
+    command = [tmp_path / "mixtral-moe/test_flow.sh", "--precision=float32", "--device=cpu"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    parts = re.split(r"^== (.*)\n", done.stdout, flags=re.M)[1:]
+    texts = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert len(texts) == 4 and all(text.strip() for text in texts.values())
+    assert texts["tp.sh model_int8.pth"] == texts["generate.sh model_int8.pth"]
+
+
+ROWS = {
+    "bfloat16": None,
+    "int8": {"mode": "int8"},
+    "int4, groups of 32": {"mode": "int4", "groupsize": 32},
+    "int4, groups of 128": {"mode": "int4", "groupsize": 128},
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_arithmetic_of_the_page(row):
+    with torch.device("meta"):
+        model = Transformer(MIXTRAL).bfloat16()
+    quantize.prepare(model, ROWS[row])
+    cut = {kind: kind in tp.cuts(MIXTRAL) for kind in ("wqkv", "wo", "w13", "w2", "output")}
+    assert all(cut.values())
+    bytes_of = {name: t.nbytes for name, t in model.state_dict().items()}
+    shared = sum(n for name, n in bytes_of.items() if name.split(".")[-2] in cut)
+    whole = sum(bytes_of.values()) - shared
+    expected = [whole + shared, model.step_bytes()] + [whole + shared / n for n in (2, 4, 8)]
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| {row} |"))
+    assert [float(x) for x in line.split("|")[2:-1]] == [pytest.approx(n / 1e9, abs=0.051) for n in expected]
+
+
+def test_prefill_memory_grows_with_the_tokens(tmp_path):
+    """And not with tokens times experts times weights: to gather the two experts of a chunk's tokens takes 1.6 GB."""
+    write_folder("mixtral", tmp_path)
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=1, max_position_embeddings=4096)
+    make_hf("mixtral", vocab_size=320, bos_token_id=256, eos_token_id=257, **sizes).save_pretrained(tmp_path)
+    path, peaks = convert(tmp_path), []
+    for tokens in (512, 2560):
+        command = [sys.executable, ROOT / "generate.py", "--checkpoint_path", path, "--device=cpu", "--json",
+                   f"--prompt_tokens={tokens}", "--max_new_tokens=2"]  # fmt: skip
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, check=True, env=env)
+        peaks.append(json.loads(done.stdout)["peak_memory_bytes"])
+    assert peaks[1] - peaks[0] < 100e6 and peaks[0] < 800e6

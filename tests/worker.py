@@ -1,0 +1,49 @@
+"""Runs the commands of this project one after the other, for test_fuzz.py, which starts this as a process of its own.
+
+Reads lines of JSON (a command and its arguments) and answers each with a line: its exit status, or null after a
+traceback. What the commands print goes to stderr, or nowhere.
+"""
+
+import contextlib
+import io
+import json
+import resource
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import convert_gguf  # noqa: E402
+import convert_hf_checkpoint  # noqa: E402
+import torch  # noqa: E402
+
+import generate  # noqa: E402
+from checkpoint import run  # noqa: E402
+
+MAINS = {"convert": convert_hf_checkpoint.main, "gguf": convert_gguf.main, "generate": generate.main}
+MEMORY = 2 * 2**30  # that the commands may take
+
+
+def main():
+    torch.set_num_threads(1)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY,) * 2)
+    for line in sys.stdin:
+        command, *sys.argv[1:] = json.loads(line)
+        status = 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                run(MAINS[command])
+            except SystemExit as e:
+                status = e.code
+            except BaseException:  # a panic of tokenizers is no Exception
+                status = None
+                traceback.print_exc()
+        sys.stderr.flush()
+        print(json.dumps(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
