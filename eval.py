@@ -10,10 +10,15 @@ with nothing before it but the token that the tokenizer begins every text with, 
 import argparse
 import json
 import math
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
+import tp
 from checkpoint import run
 from generate import CHUNK, build_steps, load_model, pick_device
 from model import Transformer, TransformerBlock, UsageError
@@ -316,4 +322,5 @@ def continue_prompts(
 
 
 if __name__ == "__main__":
-    run(main)
+    with tp.ranks():
+        run(main, "take a quantized checkpoint, a smaller --batch_size or --max_seq_length")

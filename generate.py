@@ -13,28 +13,41 @@ import os
 import re
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
 import quantize
-from checkpoint import read_checkpoint, run
+import tp
+from checkpoint import need_memory, read_checkpoint, run
 from model import Transformer, TransformerBlock, UsageError
 from tokenizer import Tokenizer, load_tokenizer, stream
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 CONVERSATION = 8192  # tokens that one holds, if the model's context does
 CHUNK = 512  # prompt tokens a prefill step takes; bounds its memory
+LESS = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"  # for want of memory
+GPU_CHUNK = 4096  # the same, where every step turns all quantized weights into numbers
 
 
-def load_model(path: Path, device: torch.device, dtype: torch.dtype, fast: bool = True) -> Transformer:
-    """The model in path, on device, in dtype, in inference mode. Memory-mapped where nothing needs to change."""
+def load_model(
+    path: Path, device: torch.device, dtype: torch.dtype, fast: bool = True, shared: bool = True
+) -> Transformer:
+    """The model in path, on device, in dtype, in inference mode. Memory-mapped where nothing needs to change. shared:
+    if there are several ranks, each gets its part (tp.py), else each has a model of its own."""
     config, quantization, tensors = read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(config)
@@ -47,73 +60,129 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, fast: bool 
         kinds = [t is not None and (t.shape, t.is_floating_point()) for t in (ours, theirs)]
         if kinds[0] != kinds[1]:
             raise UsageError(f"{path}: tensor {name} is missing, left over or of the wrong shape; convert it again")
-    moved = {}  # by identity: a tied head stays tied; what quantization stores keeps its type
+    shared = shared and tp.world_size() > 1
+    if fast and torch.device(device).type == "cpu":
+        n = sum(t.numel() * dtype.itemsize if t.dtype.is_floating_point else t.nbytes for t in {*tensors.values()})
+        need_memory(n // (tp.world_size() if shared else 1), f"{path}, in {dtype},", LESS)
+    cut = tp.shard(model, quantization, torch.device(device)) if shared else lambda name, t: t
+    loaded, moved = {}, {}
     for name, t in tensors.items():
-        if id(t) in moved:
-            continue
-        moved[id(t)] = t.to(device, dtype if t.is_floating_point() and not name.endswith(".scales") else t.dtype)
-        if moved[id(t)] is not t:
-            kernels.advise(t, kernels.DONTNEED)  # or the file's pages would count as well
-    model.load_state_dict({name: moved[id(t)] for name, t in tensors.items()}, assign=True)
+        part = cut(name, t)
+        key = id(t) if part is t else name  # by identity: a tied head stays tied
+        if key not in moved:  # what quantization stores keeps its type
+            floats = t.is_floating_point() and not name.endswith(".scales")
+            moved[key] = part.to(device, dtype if floats else t.dtype)
+            if moved[key] is not t:
+                kernels.advise(t, kernels.DONTNEED)  # or the file's pages would count as well
+        loaded[name] = moved[key]
+    model.load_state_dict(loaded, assign=True)
     model = model.eval().requires_grad_(False)
     model.quantization = quantization and ".g".join(map(str, quantization.values()))  # int8, int4.g32 ...
-    if fast and torch.device(device).type == "cpu":
+    if fast:
         kernels.enable(model, mapped=True)
+    if shared:
+        tp.join(model)
     return model
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """float32 logits [B, vocab_size] -> token ids [B]; -1 for a row that is not finite. Temperature 0 is argmax; else
     temperature, top_k and top_p (arXiv:1904.09751) apply in this order, and what is left is sampled exactly."""
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        scores = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # nothing overflows
-        if top_k is not None and top_k < scores.shape[-1]:
-            values, tokens = scores.topk(top_k)
-            scores = torch.full_like(scores, -torch.inf).scatter(-1, tokens, values)
-        if top_p is not None and top_p < 1:
-            probs, order = scores.softmax(-1).sort(-1, descending=True)
-            drop = probs.cumsum(-1) - probs >= top_p  # the tokens before it are enough
-            scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-        # The first token whose cumulative probability is above a random number, without a synchronisation
-        wide = torch.float64 if scores.device.type in ("cpu", "cuda") else torch.float32  # some devices have no float64
-        below = scores.softmax(-1).cumsum(-1, dtype=wide)
-        draw = torch.rand(len(scores), 1, dtype=wide, device=scores.device) * below[:, -1:]
-        token = (below <= draw).sum(-1).clamp(max=scores.shape[-1] - 1)
+    token = draw(probabilities(logits, temperature, top_k, top_p)) if temperature else logits.argmax(-1)
     return torch.where(logits.sum(-1).isfinite(), token, -1)
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """The distribution [B, vocab_size] that sample draws from; temperature must be above 0."""
+    scores = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # nothing overflows
+    if top_k is not None and top_k < scores.shape[-1]:
+        values, tokens = scores.topk(top_k)
+        scores = torch.full_like(scores, -torch.inf).scatter(-1, tokens, values)
+    if top_p is not None and top_p < 1:
+        probs, order = scores.softmax(-1).sort(-1, descending=True)
+        drop = probs.cumsum(-1) - probs >= top_p  # the tokens before it are enough
+        scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return scores.softmax(-1)
+
+
+def draw(probs: Tensor) -> Tensor:
+    """A token [B] for every row of [B, vocab_size], which need not sum to one: the first whose cumulative probability
+    is above a random number. Never a token of probability 0, and no synchronisation."""
+    wide = torch.float64 if probs.device.type in ("cpu", "cuda") else torch.float32  # some devices have no float64
+    below = probs.cumsum(-1, dtype=wide)
+    number = torch.rand(len(probs), 1, dtype=wide, device=probs.device) * below[:, -1:]
+    return (below <= number).sum(-1).clamp(max=probs.shape[-1] - 1)
 
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], positions [T]) -> the next token of every row [B]
 
 
 def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefill: bool) -> tuple[Step, Step]:
-    """(prefill, decode) as plain functions. compile: on a CPU one compiled block serves all layers, which compiles in a
-    third of the time of the whole step and runs as fast, and where kernels.cpp's operations do the work nothing is left
-    to compile; elsewhere the whole step is compiled and captured in a graph of the device."""
-    head = lambda x: sample(model.logits(x[:, -1]), **sampling)  # noqa: E731
+    """(prefill, decode) as plain functions."""
+    head = lambda x: tp.agree(sample(model.logits(x[:, -1]), **sampling))  # noqa: E731
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
         start = int(positions[0])
-        for i in range(0, tokens.shape[1], CHUNK):
-            part = tokens[:, i : i + CHUNK]
+        size = CHUNK if tokens.device.type == "cpu" else GPU_CHUNK
+        for i in range(0, tokens.shape[1], size):
+            part = tokens[:, i : i + size]
             block = prefill_block if part.shape[1] > kernels.MAX_ROWS else None  # fewer have kernels of their own
-            x = model.hidden(part, positions[i : i + CHUNK], start + i + part.shape[1], block)
+            x = model.hidden(part, positions[i : i + size], start + i + part.shape[1], block)
         return head(x)
 
     prefill_block = torch.compile(TransformerBlock.forward, dynamic=True) if compile_prefill else None
+    return prefill, build_step(model, head, compile)
 
-    def decode(tokens: Tensor, positions: Tensor, block=None, head=head) -> Tensor:
-        return head(model.hidden(tokens, positions, None, block))
+
+def build_step(model: Transformer, head: Callable, compile: bool) -> Callable:
+    """head(hidden states [B, T, dim], *more) as a function of (tokens [B, T], positions [T], *more). compile: on a CPU
+    one compiled block serves all layers, which compiles in a third of the time of the whole step and runs as fast, and
+    where kernels.cpp's operations do the work nothing is left to compile; elsewhere the whole step becomes a graph of
+    the device, compiled first if it is not made of kernels_triton's operations."""
+
+    def step(tokens: Tensor, positions: Tensor, *more, block=None, head=head) -> Tensor:
+        return head(model.hidden(tokens, positions, None, block), *more)
 
     if not compile:
-        return prefill, decode
+        return step
     if model.tok_embeddings.weight.device.type != "cpu":
-        return prefill, torch.compile(decode, mode="reduce-overhead", fullgraph=True)
+        compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        if not model.layers[0].attention.wqkv.gpu or tp.world_size() > 1:
+            return compiled
+        graph, is_fast = captured(step, model), model.layers[0].attention.is_fast
+        return lambda tokens, *rest: (graph if is_fast(tokens) else compiled)(tokens, *rest)
     block = torch.compile(TransformerBlock.forward, fullgraph=True, dynamic=False)
-    compiled_head = torch.compile(head, fullgraph=True, dynamic=False)
+    compiled = {"block": block, "head": torch.compile(head, fullgraph=True, dynamic=False)}
     is_fast = model.layers[0].attention.is_fast
-    return prefill, lambda t, at: decode(t, at) if is_fast(t) else decode(t, at, block, compiled_head)
+    return lambda tokens, *rest: step(tokens, *rest, **({} if is_fast(tokens) else compiled))
+
+
+def captured(step: Callable, model: Transformer) -> Callable:
+    """step as a graph of the GPU for every combination of shapes: one launch in place of hundreds, with nothing to
+    compile. What it returns is overwritten when it is called again."""
+    graphs = {}
+
+    def run(*args: Tensor | None):
+        key = tuple(None if a is None else a.shape for a in args)
+        if key not in graphs or graphs[key][0] is not model.rope:  # which comes and goes with the caches
+            inputs = [None if a is None else a.clone() for a in args]
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # compiles and loads the kernels, which must not happen while capturing
+                step(*inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = step(*inputs)
+            graphs[key] = model.rope, inputs, graph, result
+        _, inputs, graph, result = graphs[key]
+        for own, a in zip(inputs, args, strict=True):
+            if a is not None:
+                own.copy_(a)
+        graph.replay()
+        return result
+
+    return run
 
 
 @torch.inference_mode()
@@ -125,12 +194,168 @@ def generate(prefill: Step, decode: Step, prompt: Tensor, start: int, max_new_to
     position = position[-1:] + 1
     for i in range(max_new_tokens):
         ids = token.tolist()  # the one synchronisation of a step
-        if min(ids) < 0:
-            raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")
+        check_finite(ids)
         yield ids
         if i + 1 < max_new_tokens:
             token = decode(token.view(-1, 1).clone(), position)
             position = position + 1
+
+
+def one_by_one(
+    prefill: Step, decode: Step, batch_size: int, device: torch.device, text: list[int], start: int, max_new_tokens: int
+) -> Iterator[list[list[int]]]:  # fmt: skip
+    """generate in the form of speculate: runs of one token, [1][B]. text goes into every row, of which the cache holds
+    start tokens."""
+    prompt = torch.tensor([text[start:]] * batch_size, device=device)
+    return ([ids] for ids in generate(prefill, decode, prompt, start, max_new_tokens))
+
+
+def check_finite(ids: list[int]):
+    if min(ids) < 0:
+        raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")
+
+
+# Of a text so far and a number k: k tokens [k] that may come next and the distributions [k, V] they were drawn from,
+# or None for these, or None at all if it knows nothing. It is asked before every step, before a plain one with k = 0.
+Proposer = Callable[[list[int], int], tuple[Tensor, Tensor | None] | None]
+PRIOR = 1.0, 0.5  # proposed tokens that were kept and steps that lost one, assumed before there are any
+FADE, FADE_IDLE = 0.9, 0.97  # what a step leaves of what is known of earlier ones; the second if it proposed nothing
+VERIFY = 0.15  # what one more token in a step of the model costs, in steps: 0.05 of large models, 0.2 of small ones
+
+
+@torch.inference_mode()
+def speculate(
+    steps: tuple[Step, Step, Callable], propose: Proposer, cost: float, k: int, device: torch.device,
+    history: list[int], start: int, max_new_tokens: int,
+) -> Iterator[list[list[int]]]:  # fmt: skip
+    """What generate does, for one row, several tokens a step: yields runs [n][1], max_new_tokens in all. Of up to k
+    proposed tokens the model keeps, in one step, those that it could have sampled itself, so that the output is
+    distributed as generate's (arXiv:2211.17192). steps: prefill, decode, verify. history: the text so far, of which the
+    cache holds start tokens. cost: of one proposed token, in steps of the model. k shrinks while too few are kept."""
+    prefill, decode, verify = steps
+    history, made, kept, lost = list(history), 0, *PRIOR
+    propose(history[: start + 1], 0)  # the rest may have changed since it was asked last
+    run = prefill(
+        torch.tensor([history[start:]], device=device), torch.arange(start, len(history), device=device)
+    ).tolist()
+    while True:
+        check_finite(run)
+        yield [[i] for i in run]
+        history += run
+        made += len(run)
+        if made == max_new_tokens:
+            return
+        n = best_size([n for n in sizes(k) if n < max_new_tokens - made], kept / (kept + lost), cost)
+        at, last = len(history) - 1, torch.tensor([history[-1:]], device=device)
+        proposal, fade = propose(history, n), FADE_IDLE
+        if proposal is None:
+            run = decode(last, torch.tensor([at], device=device)).tolist()
+        else:
+            drafted, probs = proposal
+            tokens = torch.cat([last, drafted[None]], dim=1)
+            count, *run = verify(tokens, torch.arange(at, at + n + 1, device=device), drafted, probs).tolist()
+            run, fade = run[: count + 1], FADE
+            kept, lost = kept + count, lost + (count < n)
+        kept, lost = (prior + fade * (x - prior) for prior, x in zip(PRIOR, (kept, lost), strict=True))
+
+
+def sizes(k: int) -> list[int]:
+    """The numbers of tokens that are proposed at a time: k and a third of it, no more, since each is compiled."""
+    return sorted({k, max(1, k // 3)})
+
+
+def best_size(sizes: list[int], chance: float, cost: float) -> int:
+    """Which of sizes, or 0, promises most tokens for the time, if each token is kept with this chance."""
+    return max([0, *sizes], key=lambda n: sum(chance**i for i in range(n + 1)) / (1 + n * (cost + VERIFY)))
+
+
+def verified(logits: Tensor, drafted: Tensor, probs: Tensor | None, sampling: dict) -> Tensor:
+    """The model's logits [k + 1, V] after each of the k + 1 last tokens, of which drafted [k] were proposed, drawn from
+    probs [k, V] or smaller V -> [k + 2]: how many are kept, then the tokens to go on with, one more than are kept."""
+    if probs is None:  # what the model samples is what it says, and the proposal is right as long as it says the same
+        tokens = sample(logits, **sampling)
+        return torch.cat([(tokens[:-1] == drafted).cumprod(0).sum()[None], tokens])
+    ours = probabilities(logits, **sampling)
+    chance = lambda p: p.gather(1, drafted[:, None])[:, 0]  # noqa: E731
+    keep = torch.rand(len(drafted), device=logits.device) * chance(probs) < chance(ours)
+    count = keep.cumprod(0).sum()[None]
+    # In place of the first token not kept, one of those that the draft proposes too seldom; after all, any
+    missing = (ours - F.pad(probs, (0, ours.shape[1] - probs.shape[1], 0, 1))).clamp(min=0)[count]
+    missing = torch.where(missing.sum() > 0, missing, ours[count])
+    tokens = torch.cat([drafted, drafted[:1]]).scatter(0, count, draw(missing))
+    finite = logits.sum().isfinite()
+    return torch.where(finite, torch.cat([count, tokens]), torch.cat([count * 0, tokens * 0 - 1]))
+
+
+def prompt_lookup(longest: int, device: torch.device) -> Proposer:
+    """Proposes what followed when the last few tokens, longest or fewer down to 2, were last in the text."""
+    follows, known = {}, 0  # n-gram -> where what followed it begins
+
+    def propose(history: list[int], k: int):
+        nonlocal known
+        if known >= len(history):
+            follows.clear()
+            known = 0
+        for at in range(max(known, 2), len(history)):
+            for n in range(2, longest + 1):
+                follows[tuple(history[max(0, at - n) : at])] = at
+        known = len(history)
+        for n in range(longest, 1, -1) if k else ():
+            if at := follows.get(tuple(history[-n:])):  # beyond the text's end, it repeats itself
+                return torch.tensor([history[at + i % (known - at)] for i in range(k)], device=device), None
+        return None
+
+    return propose
+
+
+def draft_model(prefill: Step, step: Callable, vocab: int, device: torch.device) -> Proposer:
+    """Proposes what a smaller model, of tokens below vocab, samples. step: as decode, but gives (token [1], the
+    distribution [1, vocab] or None)."""
+    ready = 0  # tokens of the text that are in the draft's cache
+
+    def propose(history: list[int], k: int):
+        nonlocal ready
+        ready = min(ready, len(history) - 1)  # of its own tokens those that were kept
+        if not k:
+            return None
+        begin = len(history) - 2  # always two tokens, since one is missing when all were kept
+        ready = min(ready, begin)
+        tokens = torch.tensor([history[ready:]], device=device).clamp(max=vocab - 1)
+        positions = torch.arange(ready, len(history), device=device)
+        if ready < begin:
+            prefill(tokens[:, :-2], positions[:-2])
+        tokens, positions = tokens[:, -2:], positions[-2:]
+        drafted, probs = [], []
+        for _ in range(k):
+            token, p = step(tokens, positions)
+            drafted.append(token.clone())  # the next step may reuse their memory
+            probs += [p.clone()] if p is not None else []
+            tokens, positions = drafted[-1][None], positions[-1:] + 1
+        ready = len(history) + k - 1
+        return torch.cat(drafted), torch.cat(probs) if probs else None
+
+    return propose
+
+
+def build_speculation(args, model: Transformer, draft: Transformer | None, sampling: dict):
+    """What speculate needs beside the model's own steps: verify, propose and the cost of a proposed token."""
+    device, vocab = model.tok_embeddings.weight.device, model.config.vocab_size
+    head = lambda x, *proposal: tp.agree(verified(model.logits(x[0]), *proposal, sampling))  # noqa: E731
+    verify = build_step(model, head, args.compile)
+    if draft is None:
+        return verify, prompt_lookup(args.prompt_lookup, device), 0.0
+
+    def draft_head(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = draft.logits(x[:, -1])[:, :vocab]  # heads of one family are filled up to different sizes
+        if not sampling["temperature"]:
+            return tp.agree(logits.argmax(-1)), None
+        probs = probabilities(logits, **sampling)
+        return tp.agree(draw(probs)), probs
+
+    prefill, _ = build_steps(draft, {"temperature": 0}, compile=False, compile_prefill=False)
+    step = build_step(draft, draft_head, args.compile)
+    propose = draft_model(prefill, step, draft.config.vocab_size, device)
+    return verify, propose, draft.step_bytes() / model.step_bytes()
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -178,10 +403,15 @@ def parse_args() -> argparse.Namespace:
     add("--top_k", type=int, help="sample among the k likeliest tokens only")
     add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
     add("--seed", type=int, default=1234, help="default: %(default)s")
+    add("--draft_checkpoint_path", type=Path, help="a smaller model of the same vocabulary, to speculate")
+    add("--draft_tp", choices=["on", "off"], help="off: of several ranks, each has all of the draft (default: on)")
+    add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N",
+        help="speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)")
+    add("--speculate_k", type=int, metavar="K", help="tokens to propose at a time, at most (default: 5, looked up: 7)")
     add("--ignore_eos", action="store_true", help="go on after an end token, for benchmarks")
     add("--compile", action="store_true", help="compile the decode step")
     add("--compile_prefill", action="store_true", help="compile prefill too")
-    add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample")
+    add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")
     add("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
     add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default: %(default)s")
     add("--kernels", choices=["auto", "off"], default="auto", help="off: PyTorch's plain linear everywhere")
@@ -193,9 +423,21 @@ def parse_args() -> argparse.Namespace:
         raise UsageError("a conversation takes its messages from standard input: leave the prompt out")
     if args.conversation and args.json:
         raise UsageError("--json needs --prompt: a conversation has no single result")
-    for name in ("num_samples", "max_new_tokens", "batch_size", "top_k", "prompt_tokens"):
+    args.speculative = args.draft_checkpoint_path is not None or args.prompt_lookup is not None
+    if args.draft_checkpoint_path and args.prompt_lookup:
+        raise UsageError("--draft_checkpoint_path and --prompt_lookup are two ways to speculate; choose one")
+    if args.draft_tp and not args.draft_checkpoint_path:
+        raise UsageError("--draft_tp belongs to --draft_checkpoint_path")
+    if args.speculate_k and not args.speculative:
+        raise UsageError("--speculate_k belongs to --draft_checkpoint_path or --prompt_lookup")
+    if args.speculative and args.batch_size > 1:
+        raise UsageError("speculation is for one row: leave out --batch_size")
+    if args.prompt_lookup is not None and args.prompt_lookup < 2:
+        raise UsageError(f"--prompt_lookup looks for at least 2 tokens, not {args.prompt_lookup}")
+    for name in ("num_samples", "max_new_tokens", "batch_size", "top_k", "prompt_tokens", "speculate_k"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")
+    args.speculate_k = args.speculate_k or (7 if args.prompt_lookup else 5)  # a lookup costs nothing
     if not 0 <= args.temperature < float("inf"):
         raise UsageError(f"--temperature must be 0 or more, not {args.temperature}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
@@ -241,40 +483,73 @@ def main():
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's {config.vocab_size}")
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    prefill, decode = build_steps(model, sampling, args.compile, args.compile_prefill)
+    draft = load_draft(args, tokenizer, device) if args.draft_checkpoint_path else None
+    models = [model, draft] if draft else [model]
 
     prompts = [] if args.conversation else read_prompts(args, tokenizer, config.vocab_size)
-    room = min(config.max_seq_len, CONVERSATION) if args.conversation else max(map(len, prompts)) + args.max_new_tokens
-    if room > config.max_seq_len:
+    context = min(m.config.max_seq_len for m in models)
+    room = min(context, CONVERSATION) if args.conversation else max(map(len, prompts)) + args.max_new_tokens
+    if room > context:
         raise UsageError(
             f"{room - args.max_new_tokens} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
-            f"context of {config.max_seq_len}; lower --max_new_tokens or shorten the prompt"
+            f"context of {context}; lower --max_new_tokens or shorten the prompt"
         )
-    try:
-        model.setup_caches(args.batch_size, room)
-    except (RuntimeError, MemoryError):  # the allocators' ways to say no
-        kv = 2 * args.batch_size * room * config.n_layers * config.n_kv_heads * config.head_dim / 1e9
-        raise UsageError(f"no memory for a cache of {kv:.1f}e9 numbers; lower --max_new_tokens, --batch_size") from None
+    for m in models:
+        c = m.config
+        if device.type == "cpu":
+            numbers = 2 * args.batch_size * room * c.n_layers * c.n_kv_heads * c.head_dim // tp.world_size()
+            need_memory(numbers * getattr(torch, args.precision).itemsize, "the KV cache", LESS)
+        m.setup_caches(args.batch_size, room)
     began = time.perf_counter()
+    zeros = lambda n: (  # noqa: E731
+        torch.zeros(args.batch_size, n, dtype=torch.long, device=device), torch.arange(n, device=device),
+    )  # fmt: skip
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    prefill, decode = build_steps(model, sampling, args.compile, args.compile_prefill)
     with torch.inference_mode():  # what this leaves in the cache, the prompt overwrites
         if args.compile_prefill:
-            prefill(torch.zeros(args.batch_size, len(prompts[0]) if prompts else 2, dtype=torch.long, device=device),
-                    torch.arange(len(prompts[0]) if prompts else 2, device=device))  # fmt: skip
+            prefill(*zeros(len(prompts[0]) if prompts else 2))
         for _ in range(2 if args.compile else 0):
-            decode(torch.zeros(args.batch_size, 1, dtype=torch.long, device=device), torch.tensor([0], device=device))
+            decode(*zeros(1))
+        if args.speculative:
+            verify, propose, cost = build_speculation(args, model, draft, sampling)
+            for n in 2 * sizes(args.speculate_k) if args.compile else ():
+                if n < args.max_new_tokens:
+                    verify(*zeros(n + 1), *propose([0, 0, 0], n))
+            run = partial(speculate, (prefill, decode, verify), propose, cost, args.speculate_k, device)
+        else:
+            run = partial(one_by_one, prefill, decode, args.batch_size, device)
     stats = {"compile_seconds": time.perf_counter() - began, "load_seconds": load_seconds}
+    if args.json and tp.world_size() > 1:
+        stats["world_size"] = tp.world_size()
+        stats["communication_share"] = tp.communication_share(lambda: decode(*zeros(1)))
     torch.manual_seed(args.seed)
     if args.conversation:
-        return converse(args, model, tokenizer, prefill, decode)
+        return converse(args, model, tokenizer, run)
     bus = None
     for prompt in prompts:
-        result = {**run_prompt(args, model, tokenizer, prefill, decode, prompt), **stats}
+        result = {**run_prompt(args, model, tokenizer, run, prompt), **stats}
+        if tp.world_size() > 1:
+            result["rank_peak_memory_bytes"] = tp.everywhere(result["peak_memory_bytes"])
         if args.json:
             print(json.dumps(result), flush=True)
         else:
             bus = bus or read_bandwidth(device) / 1e9
             report(result, bus)
+
+
+def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.device) -> Transformer:
+    """The draft model. Raises UsageError if its tokens are not those of tokenizer."""
+    path = args.draft_checkpoint_path
+    theirs = load_tokenizer(path.parent)
+    sample = range(0, tokenizer.vocab_size, max(1, tokenizer.vocab_size // 1000))
+    if theirs.vocab_size != tokenizer.vocab_size:
+        raise UsageError(f"the draft's vocabulary has {theirs.vocab_size} tokens, the model's {tokenizer.vocab_size}")
+    for i in sample:
+        if theirs.token_bytes(i) != tokenizer.token_bytes(i):
+            raise UsageError(f"the draft's vocabulary is another: token {i} is {theirs.token_bytes(i)!r} there, and in "
+                             f"the model {tokenizer.token_bytes(i)!r}")  # fmt: skip
+    return load_model(path, device, getattr(torch, args.precision), args.kernels == "auto", args.draft_tp != "off")
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
@@ -301,26 +576,32 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
     return prompts
 
 
-def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, decode: Step, prompt: list[int]) -> dict:
+Run = Callable[[list[int], int, int], Iterator[list[list[int]]]]  # as one_by_one, its last three arguments
+
+
+def run_prompt(args, model: Transformer, tokenizer: Tokenizer, run: Run, prompt: list[int]) -> dict:
     """Generates num_samples times, streaming row 0, and returns DESIGN's JSON object as far as it is known here."""
     device = model.rope.device
-    tokens, after = torch.tensor([prompt] * args.batch_size, device=device), () if args.chat else prompt
+    after = () if args.chat else prompt
     ends = set() if args.ignore_eos else set(model.config.eos_ids)
     rates = []
     for sample_index in range(args.num_samples):
-        rows, times = [[] for _ in range(args.batch_size)], []
+        rows, times, lengths = [[] for _ in range(args.batch_size)], [], []
 
-        def first_row(rows=rows, times=times) -> Iterator[int]:
+        def first_row(rows=rows, times=times, lengths=lengths) -> Iterator[int]:
             """Row 0's tokens up to its end, while all rows fill up; done when every row has met an end token."""
             live = [True] * len(rows)
-            for ids in generate(prefill, decode, tokens, 0, args.max_new_tokens):
+            for step in run(prompt, 0, args.max_new_tokens):
                 times.append(time.perf_counter())
-                for b, i in enumerate(ids):
-                    if live[b]:
-                        rows[b].append(i)
-                        live[b] = i not in ends
-                        if b == 0 and live[b]:
-                            yield i
+                lengths.append(0)
+                for ids in step:
+                    lengths[-1] += any(live)
+                    for b, i in enumerate(ids):
+                        if live[b]:
+                            rows[b].append(i)
+                            live[b] = i not in ends
+                            if b == 0 and live[b]:
+                                yield i
                 if not any(live):
                     return
 
@@ -331,15 +612,17 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, de
                 if not args.json:
                     print(piece, end="", flush=True)
         if profiled:
-            profile.export_chrome_trace(str(args.profile))
+            profile.export_chrome_trace(str(tp.own(args.profile)))
         texts = [tokenizer.decode([i for i in row if i not in ends], after) for row in rows]
         if not args.json:
             print()
             for i, text in enumerate(texts[1:], 1):
                 print(f"--- row {i}\n{text}")
         if len(times) > 1:
-            rates.append((len(times) - 1) / (times[-1] - times[0]))
-    rate = statistics.median(rates) if rates else 0.0
+            seconds = times[-1] - times[0]
+            rates.append((sum(lengths[1:]) / seconds, (len(times) - 1) / seconds))
+    rate, steps_per_second = map(statistics.median, zip(*rates, strict=True)) if rates else (0.0, 0.0)
+    seen = model.step_bytes() + model.cache_bytes(len(prompt) + sum(lengths) // 2)
     return {
         "text": texts,
         "tokens": rows,
@@ -349,62 +632,75 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, prefill: Step, de
         "prefill_seconds": times[0] - began,
         "decode_tokens_per_sec": rate,
         "model_bytes": model.step_bytes(),
-        "bandwidth_gb_per_sec": (model.step_bytes() + model.cache_bytes(len(prompt) + len(times) // 2)) * rate / 1e9,
+        "bandwidth_gb_per_sec": seen * steps_per_second / 1e9,
         "peak_memory_bytes": peak_memory(device),
         "device": str(device),
         "precision": args.precision,
         "quantization": model.quantization,
-        "accept_counts": None,
+        "accept_counts": [lengths[1:].count(n + 1) for n in range(args.speculate_k + 1)] if args.speculative else None,
     }
 
 
 def report(r: dict, bus: float):
-    """One sentence on a run; bus is what the machine reads in GB/s."""
+    """One sentence on a run; bus is what the machine reads in GB/s. What a draft reads is not counted."""
+    if counts := r["accept_counts"]:
+        tokens, steps = sum(n * count for n, count in enumerate(counts, 1)), sum(counts)
+        per_step = f", {tokens / max(steps, 1):.2f} tokens a step"
+    else:
+        per_step = ""
     print(
         f"{r['prompt_tokens']} prompt tokens in {r['prefill_seconds']:.2f} s, {r['generated_tokens']} generated at "
-        f"{r['decode_tokens_per_sec']:.1f} tokens/s: {r['bandwidth_gb_per_sec']:.1f} GB/s, "
+        f"{r['decode_tokens_per_sec']:.1f} tokens/s{per_step}: {r['bandwidth_gb_per_sec']:.1f} GB/s, "
         f"{100 * r['bandwidth_gb_per_sec'] / bus:.0f} % of the {bus:.1f} GB/s this machine reads "
         f"(load {r['load_seconds']:.1f} s, compile {r['compile_seconds']:.1f} s)",
         file=sys.stderr,
     )
 
 
-def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prefill: Step, decode: Step):
+def read_line() -> str | None:
+    """The next line of standard input, without white space around it; None behind the last."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except UnicodeDecodeError:
+        raise UsageError("what came on standard input is not UTF-8 text") from None
+
+
+def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, run: Run):
     """A conversation on stdin and stdout. What the cache already holds of the rendered conversation stays there."""
-    device, ends = model.rope.device, set(model.config.eos_ids)
+    ends = set(model.config.eos_ids)
     fresh = [{"role": "system", "content": args.system}] if args.system else []
     messages, cached = list(fresh), []  # cached: the tokens whose keys and values are in the cache
     tokenizer.encode_chat([*fresh, {"role": "user", "content": "Hello"}])  # complains now if there is no template
-    print("Type a message; /reset forgets, /exit ends.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            raise UsageError("what came on standard input is not UTF-8 text") from None
+    dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    say = lambda text: print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)  # noqa: E731
+    full = "The context is full: /drop forgets the oldest message and its answer, /reset all of them."
+    say("Type a message; /drop forgets the oldest, /reset all of them, /exit ends.")
+    for line in tp.lines(read_line):
         if line == "/exit":
             return
         if line == "/reset":
             messages = list(fresh)
-            cached.clear()
+        elif line == "/drop":
+            del messages[len(fresh) : len(fresh) + 2]
         elif line:
             messages.append({"role": "user", "content": line})
             ids = tokenizer.encode_chat(messages)
             room = len(model.rope) - len(ids)
             if room < 1:
-                print("The context is full; /reset starts a new conversation.", file=sys.stderr)
+                say(full)
                 messages.pop()
                 continue
             same = 0
             while same < min(len(cached), len(ids) - 1) and cached[same] == ids[same]:
                 same += 1
             del cached[same:]
-            answer = []
+            answer, times = [], []
 
-            def answers(ids=ids, same=same, room=room, answer=answer) -> Iterator[int]:
-                tokens = torch.tensor([ids[same:]], device=device)
-                for (i,) in generate(prefill, decode, tokens, same, min(args.max_new_tokens, room)):
+            def answers(ids=ids, same=same, room=room, answer=answer, times=times) -> Iterator[int]:
+                for (i,) in chain.from_iterable(run(ids, same, min(args.max_new_tokens, room))):
+                    times.append(time.perf_counter())
                     cached.extend(answer[-1:] or ids[same:])
                     if i in ends:
                         return
@@ -417,7 +713,11 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
                     print(piece, end="", flush=True)
             except KeyboardInterrupt:  # stops the answer, not the conversation
                 interrupted = True
-            print()
+            print(flush=True)
+            if len(times) > 1:
+                say(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
+            if len(answer) == room:
+                say(full)
             if interrupted and not answer:
                 messages.pop()
             else:
@@ -425,4 +725,5 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
 
 
 if __name__ == "__main__":
-    run(main)
+    with tp.ranks():
+        run(main, LESS)

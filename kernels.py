@@ -16,9 +16,11 @@ A weight is a model.Linear or anything with its fields. In a checkpoint:
               of 8 elements along K, byte j of 4 holds element j in its low half and element j + 4 in its high half
 
 enable() compiles kernels.cpp once for this machine, turns quantized weights into the order in which it reads them and
-sets fast to what it takes. Without a C++ compiler everything runs on the PyTorch versions.
+sets fast to what it takes. On a GPU kernels_triton.py does the same operations, all layers' but one by one. Without a
+C++ compiler, or without Triton, everything runs on the PyTorch versions.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import mmap
@@ -49,16 +51,19 @@ def fits(x: Tensor, w) -> bool:
 def linear(x: Tensor, w, norm=None, residual: Tensor | None = None, swiglu: bool = False, wide: bool = False) -> Tensor:
     """x [..., K] -> [..., N]. norm (weight and eps) is applied to x first; swiglu takes the upper half of the N outputs
     times silu of the lower: [..., N / 2]; residual is added last. wide: a float32 result, whatever x is."""
+    weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+    if w.gpu and fits(x, w):
+        residual = residual if residual is None else residual.contiguous()
+        return torch.ops.gptfast_triton.linear(x.contiguous(), *w.fast, w.group, weight, eps, residual, swiglu, wide)
     if not fits(x, w) or (swiglu and w.n_out % (2 * ROWS)):
         return linear_reference(x, w, norm, residual, swiglu, wide)
-    weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
     return torch.ops.gptfast.linear(x.contiguous(), *w.fast, w.n_out, w.group, weight, eps, residual, swiglu, wide)
 
 
 def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
-    y = F.linear(x, dequantize(w.weight, w.scales, w.zeros, w.n_out, w.group, x.dtype), w.bias)
+    y = F.linear(x, matrix(w, x.dtype), w.bias)
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
@@ -70,6 +75,11 @@ def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
 def attention(x: Tensor, a, norm, positions: Tensor, rope: Tensor) -> Tensor:
     """A model.Attention in one go, for x that fits: x [B, T, dim] at positions [T], rope [T, D/2, 2] -> [B, T, dim]."""
     norms = (a.q_norm.weight, a.k_norm.weight) if a.q_norm is not None else (None, None)
+    if a.wqkv.gpu:
+        y = torch.ops.gptfast_triton.attend(
+            linear(x, a.wqkv, norm), a.k_cache, a.v_cache, positions, rope, *norms, norm.eps, a.n_heads, a.window
+        )
+        return a.wo(y, residual=x)
     return torch.ops.gptfast.attention(
         x, norm.weight, norm.eps, *a.wqkv.fast, *a.wo.fast, a.n_heads, a.wqkv.group, a.k_cache, a.v_cache, positions,
         rope, *norms, a.window,
@@ -79,6 +89,8 @@ def attention(x: Tensor, a, norm, positions: Tensor, rope: Tensor) -> Tensor:
 def feed_forward(x: Tensor, f, norm) -> Tensor:
     """A model.FeedForward in one go, for x that fits and a width that is a multiple of ROWS."""
     w13, w2 = f.w13, f.w2
+    if w13.gpu:
+        return linear(linear(x, w13, norm, swiglu=True), w2, residual=x)
     return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *w13.fast, *w2.fast, w2.n_in, w13.group)
 
 
@@ -93,13 +105,33 @@ def experts(x: Tensor, e, norm, share: Tensor, chosen: Tensor) -> Tensor:
     """A model.Experts in one go, under the same conditions."""
     w13, w2 = e.w13, e.w2
     stored = (*w13.fast[:3], *w2.fast[:3])
+    if w13.gpu:
+        args = (x.contiguous(), norm.weight, norm.eps, share, chosen, *stored, w2.n_in, w13.group)
+        return torch.ops.gptfast_triton.experts(*args)
     return torch.ops.gptfast.experts(x, norm.weight, norm.eps, share, chosen, *stored, w2.n_in, w13.group)
+
+
+def route(logits: Tensor, slots: int, normalize: bool, on_gpu: bool) -> tuple[Tensor, Tensor]:
+    """The router's choice for float32 logits [..., E]: of the slots likeliest experts the softmax's shares, made to sum
+    to one if normalize, and the indices, both [..., slots]. on_gpu: by kernels_triton, which takes few rows."""
+    if on_gpu:
+        return torch.ops.gptfast_triton.route(logits, slots, normalize)
+    share, chosen = F.softmax(logits, dim=-1).topk(slots, dim=-1)
+    return share / share.sum(-1, keepdim=True) if normalize else share, chosen
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, in float32 up to the weight (arXiv:1910.07467)."""
     f = x.float()
     return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def matrix(w, dtype: torch.dtype, expert=slice(None)) -> Tensor:
+    """W as numbers of dtype; of the experts in expert (an index, or a tensor of them) alone."""
+    weight, scales, zeros = (t if t is None else t[expert] for t in (w.weight, w.scales, w.zeros))
+    if w.gpu and scales is not None and weight.dim() == 2:
+        return torch.ops.gptfast_triton.dequantize(weight, scales, zeros, w.group, dtype)
+    return dequantize(weight, scales, zeros, w.n_out, w.group, dtype)
 
 
 def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None, n: int, group: int, dtype) -> Tensor:
@@ -141,10 +173,17 @@ def side_by_side(t: Tensor) -> Tensor:
 
 
 def enable(model: torch.nn.Module, mapped: bool = False):
-    """Puts model, which is on the CPU, on the C++ operations, if they can be had: the weights of its linears move to
-    huge pages, in the order in which they are read. mapped: the weights lie in a memory-mapped file, of which they are
-    let go one by one, so that they are never in memory twice."""
-    if not build():
+    """Puts model on the operations for its device, if they can be had: Triton's for an NVIDIA or AMD GPU, C++ for a
+    CPU. For these the weights of its linears move to huge pages, in the order in which they are read. mapped: they lie
+    in a memory-mapped file, of which they are let go one by one, so that they are never in memory twice."""
+    device = next(iter(model.state_dict().values())).device
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):  # of triton
+            import kernels_triton
+
+            torch.cuda.set_device(device)  # it launches on the current one
+            kernels_triton.enable(model)
+    if device.type != "cpu" or not build():
         return
     move, moved = mover(), {}
     for w in model.modules():

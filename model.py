@@ -83,9 +83,12 @@ class ModelConfig:
             type(self.sliding_window) is not int or not 0 < self.sliding_window < 2**31
         ):
             raise UsageError(f"sliding_window must be a positive integer, not {self.sliding_window!r}")
-        numbers = [self.norm_eps, self.rope_theta] + ([self.rope_scaling.factor] if self.rope_scaling else [])
-        if not all(isinstance(x, (int, float)) and 0 < x < 1e15 for x in numbers):
-            raise UsageError(f"norm_eps, rope_theta and the rope factor must be positive numbers, not {numbers}")
+        kind, *numbers = asdict(self.rope_scaling).values() if self.rope_scaling else ("linear",)
+        numbers += [self.norm_eps, self.rope_theta]
+        if kind not in ("linear", "llama3") or not all(isinstance(x, (int, float)) and 0 < x < 1e15 for x in numbers):
+            raise UsageError(f"norm_eps, rope_theta and {self.rope_scaling} must be of positive numbers, not {numbers}")
+        if not all(isinstance(i, int) for i in self.eos_ids):
+            raise UsageError(f"eos_ids must be token ids, not {self.eos_ids}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -105,7 +108,10 @@ class ModelConfig:
     def from_hf(cls, hf: dict, generation: dict | None = None) -> "ModelConfig":
         """From Hugging Face's config.json, old spelling (rope_theta, rope_scaling) or new (rope_parameters), and
         generation_config.json, whose end tokens are added. Raises UsageError naming what is not supported."""
-        return config_from_hf(hf, generation or {})
+        try:
+            return config_from_hf(hf, generation or {})
+        except (AttributeError, LookupError, TypeError) as e:
+            raise UsageError(f"config.json holds something of the wrong kind ({e})") from None
 
 
 # What transformers takes for a field that config.json leaves out, where the architectures differ
@@ -336,7 +342,7 @@ class Attention(nn.Module):
 
     def is_fast(self, tokens: Tensor) -> bool:
         """Whether the fused kernel does tokens [B, T]: a decode step or a short run."""
-        return bool(self.wqkv.fast and self.wo.fast) and 0 < tokens.numel() <= kernels.MAX_ROWS
+        return bool(self.wqkv.fast and (self.wo.fast or self.wqkv.gpu)) and 0 < tokens.numel() <= kernels.MAX_ROWS
 
     def forward(self, x: Tensor, norm: "RMSNorm", positions: Tensor, rope: Tensor, mask, kv_len) -> Tensor:
         if mask is None:
@@ -357,7 +363,13 @@ class Attention(nn.Module):
         k, v = self.k_cache[:, :, :kv_len], self.v_cache[:, :, :kv_len]  # [B, G, S, D]
         if T == 1:  # the heads that share keys and values as the rows of one product: several times faster
             return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).reshape(B, 1, -1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [B, H, T, D]
+        # All there is: the fastest kernels take no mask. One compiled block is for every length, so it does with one
+        if not torch.compiler.is_compiling() and kv_len == T <= (self.window or T):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [B, H, T, D]
+        else:
+            if q.is_cuda:  # where only the slowest kernel takes both a mask and fewer keys
+                k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return y.transpose(1, 2).reshape(B, T, -1)
 
 
@@ -386,10 +398,9 @@ class MoEFeedForward(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: Tensor, norm: "RMSNorm") -> Tensor:
-        probs = F.softmax(self.gate(x, norm=norm, wide=True), dim=-1)  # [B, T, E] float32
-        share, chosen = probs.topk(self.moe.n_active, dim=-1)  # [B, T, K]
-        if self.moe.normalize:
-            share = share / share.sum(-1, keepdim=True)
+        logits = self.gate(x, norm=norm, wide=True)  # [B, T, E] float32
+        on_gpu = self.gate.gpu and kernels.fits(x, self.gate)
+        share, chosen = kernels.route(logits, self.moe.n_active, self.moe.normalize, on_gpu)  # [B, T, K]
         return self.experts(x, norm, share, chosen)
 
 
@@ -405,10 +416,13 @@ class Experts(nn.Module):
         """x [B, T, dim] + the sum over each token's chosen [B, T, K] experts of share [B, T, K] times their output."""
         if kernels.fits(x, self.w13) and self.w2.fast and self.w2.n_in % kernels.ROWS == 0:
             return kernels.experts(x, self, norm, share, chosen)
-        rows = norm(x).flatten(0, 1)  # [N, dim]
+        return x + self.mixture(norm(x), share, chosen)
+
+    def mixture(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
+        """forward without the norm before and the addition after it."""
         share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
         step = torch.compiler.is_compiling() and x.shape[1] == 1
-        return x + (self.gathered if step else self.grouped)(rows, share, chosen).view_as(x)
+        return (self.gathered if step else self.grouped)(x.flatten(0, 1), share, chosen).view_as(x)
 
     def gathered(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
         """A decode step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
@@ -432,11 +446,13 @@ class Experts(nn.Module):
 
 class Linear(nn.Module):
     """y = x W^T [+ bias], or a stack of experts' matrices [experts, n_out, n_in]. kernels.py says how W may be stored;
-    scales and zeros are there if it is quantized, and fast is what a CPU's kernels take, once enabled."""
+    scales and zeros are there if it is quantized; fast is what the device's kernels take, once enabled, and gpu whether
+    these are kernels_triton's."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False, experts: int | None = None):
         super().__init__()
         self.n_in, self.n_out, self.group, self.fast = n_in, n_out, n_in, None
+        self.gpu = False
         self.weight = nn.Parameter(torch.empty(*([experts] if experts else []), n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.register_buffer("scales", None)
@@ -447,8 +463,7 @@ class Linear(nn.Module):
 
     def matrix(self, dtype: torch.dtype, expert=slice(None)) -> Tensor:
         """W as numbers of dtype; of the experts in expert (an index, or a tensor of them) alone."""
-        parts = [t if t is None else t[expert] for t in (self.weight, self.scales, self.zeros)]
-        return kernels.dequantize(*parts, self.n_out, self.group, dtype)
+        return kernels.matrix(self, dtype, expert)
 
 
 class RMSNorm(nn.Module):

@@ -1,6 +1,9 @@
 """What several test files share: each family's pair of models, made once."""
 
 import functools
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch and transformers do
 
 import pytest
 import torch

@@ -303,6 +303,13 @@ def test_conversation_fills_the_context(chatty, cli, capsys):
     assert len(out) == 2 and len(out[0]) <= 2 and out[1] == expected_conversation(chatty, ["Hi"])[0][2]
 
 
+def test_a_full_conversation_drops_its_oldest_message(chatty, cli, capsys):
+    hi, ho = (answer for _, _, answer in expected_conversation(chatty, ["Hi", "Ho"]))
+    said = f"{'x' * 155}\nHi\n/drop\nHi\nHo\n/drop\n/drop\n/drop\nHi\n"
+    out = cli(chatty, "--chat", *GREEDY, stdin=said).splitlines()
+    assert out[1:] == [hi, ho, hi]
+
+
 def test_chat_applies_the_template(chatty, ask, tmp_path):
     expected = expected_conversation(chatty, ["Hi"], "Be brief")[0]
     (tmp_path / "prompts").write_text("Hi\n")

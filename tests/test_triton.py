@@ -1,0 +1,241 @@
+"""kernels_triton.py against the PyTorch references, in Triton's interpreter (conftest.py); and compiled for GPUs."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+import kernels_triton
+from model import Attention, Experts, ModelConfig, MoE, RMSNorm, rope_table
+from quantize import linears, quantize_int4, quantize_int8
+from tests.test_kernels import DTYPES, FORMATS, ROUNDING, close, make
+from tests.tiny import ROOT, make_hf, to_ours
+
+SIZES = [(16, 32), (70, 72), (6, 4424)]  # N, K: beyond one program's rows, beyond one step of its loop
+
+
+def enabled(module):
+    kernels_triton.enable(module)
+    return module
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(form, dtype):
+    torch.manual_seed(0)
+    for n, k in SIZES:
+        w = make(n, k, form, dtype, bias=n != 16)
+        matrix = w.matrix(torch.float32).double()
+        assert enabled(w).gpu
+        norm = SimpleNamespace(weight=torch.rand(k).to(dtype), eps=1e-5)
+        for rows in (1,) if k > 72 else (1, 3):
+            x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
+            bias = w.bias.double() if w.bias is not None else 0
+            y = x.double() @ matrix.T + bias
+            close(kernels.linear(x, w, residual=residual), y + residual.double(), ROUNDING[dtype])
+            seen = x.double() * norm.weight.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+            y = seen @ matrix.T + bias
+            close(kernels.linear(x, w, norm, wide=True), y, 2e-6)
+            gate, up = y.chunk(2, -1)
+            close(kernels.linear(x, w, norm, swiglu=True), torch.nn.functional.silu(gate) * up, ROUNDING[dtype] + 2e-6)
+
+
+@pytest.mark.parametrize("form", [None, "int8", 32])
+@pytest.mark.parametrize("rows", range(9))
+def test_rows(form, rows):
+    """0 to 8, and a 9th that goes to the matrix product."""
+    torch.manual_seed(0)
+    w = make(12, 64, form, torch.float32)
+    for x in (torch.randn(rows, 64), torch.randn(9, 64)):
+        expected = kernels.linear_reference(x, w)
+        close(kernels.linear(x, enabled(w)), expected, 2e-6) if len(x) else None
+
+
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_extremes(form):
+    """Weights, scales and zeros at the ends of their ranges; activations that are huge, tiny or not finite."""
+    w = make(32, 64, form, torch.float32)
+    w.weight[:8], w.weight[8:16], w.scales[16:20] = (-128, 127, 0) if form == "int8" else (255, 0, 0)
+    if form != "int8":
+        w.zeros[20:24], w.zeros[24:28] = 255, 0
+    x = torch.randn(2, 64)
+    expected = kernels.linear_reference(x, w)
+    enabled(w)
+    for scale in (1.0, 1e10, 1e-15):
+        close(kernels.linear(x * scale, w), expected * scale, 2e-6)
+    assert not kernels.linear(torch.zeros(1, 64), w).any()
+    for bad in (torch.nan, torch.inf):
+        x[1, 3] = bad
+        y = kernels.linear(x, w)
+        assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+@pytest.mark.parametrize("form", FORMATS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize(form, dtype):
+    """To the last bit (of bfloat16 the interpreter cuts the rest off), and the weights' layout changes nothing."""
+    for n, k in [(5, 8), (33, 1544)]:
+        w = make(n, k, form, dtype)
+        before = [t if t is None else t.clone() for t in (w.weight, w.scales, w.zeros)]
+        expected = w.matrix(dtype)
+        close(enabled(w).matrix(dtype), expected, ROUNDING[dtype] if dtype == torch.bfloat16 else 0)
+        after = (w.weight, w.scales, w.zeros)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 8), (6, 2, 64), (8, 1, 40)])
+@pytest.mark.parametrize("window, dtype", [(None, DTYPES[0]), (200, DTYPES[0]), (7, DTYPES[1]), (None, DTYPES[2])])
+def test_attention(heads, kv_heads, d, window, dtype):
+    torch.manual_seed(0)
+    for qk_norm in {d == 40, window == 7}:
+        config = ModelConfig(64, 1, heads, kv_heads, d, 64, 64, 1024, sliding_window=window, qk_norm=qk_norm)
+        a, norm = Attention(config).requires_grad_(False), RMSNorm(64, 1e-5)
+        for n in (norm, a.q_norm, a.k_norm):
+            if n is not None:
+                n.weight.data = torch.rand(n.weight.shape).to(dtype)
+        a.wqkv, a.wo = make((heads + 2 * kv_heads) * d, 64, None, dtype), make(64, heads * d, None, dtype)
+        enabled(a)
+        for batch, tokens, start, length in [(1, 1, 0, 96), (2, 4, 3, 160), (1, 8, 200, 260)]:
+            a.setup_cache(batch, length, torch.empty(0, dtype=dtype))
+            a.k_cache.normal_()
+            a.v_cache.normal_()
+            a.k_cache[:, :, start:], a.v_cache[:, :, start:] = torch.nan, torch.nan  # must not be looked at
+            x, positions = torch.randn(batch, tokens, 64).to(dtype), torch.arange(start, start + tokens)
+            rope, k, v = rope_table(config, length)[positions], a.k_cache.clone(), a.v_cache.clone()
+            ours = a(x, norm, positions, rope, None, None)
+            a.k_cache, k, a.v_cache, v = k, a.k_cache, v, a.v_cache
+            keys = torch.arange(start + tokens)
+            mask = (keys <= positions[:, None]) & (keys > positions[:, None] - (window or 10**9))
+            expected = a(x, norm, positions, rope, mask, start + tokens)
+            close(ours, expected, 3 * ROUNDING[dtype])
+            filled = slice(0, start + tokens)
+            close(k[:, :, filled], a.k_cache[:, :, filled], 2 * ROUNDING[dtype])
+            close(v[:, :, filled], a.v_cache[:, :, filled], 2 * ROUNDING[dtype])
+            assert k[:, :, start + tokens :].isnan().all() and v[:, :, start + tokens :].isnan().all()
+
+
+@pytest.mark.parametrize("form", [None, "int8", 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts(form, dtype):
+    torch.manual_seed(0)
+    e, norm = Experts(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64, moe=MoE(6, 3))).requires_grad_(False), RMSNorm(64, 1e-5)
+    norm.weight.data = torch.rand(64).to(dtype)
+    e.w13, e.w2 = make(96, 64, form, dtype, experts=6), make(64, 48, form, dtype, experts=6)
+    for rows in (1, 4):
+        x, scores = torch.randn(1, rows, 64).to(dtype), torch.randn(1, rows, 6) * 3
+        for w in (e.w13, e.w2):
+            w.fast = None
+        routes = [[kernels.route(scores, 3, normalize, gpu) for gpu in (False, True)] for normalize in (False, True)]
+        for (share, chosen), (ours, ours_chosen) in routes:
+            assert torch.equal(chosen, ours_chosen)
+            close(ours, share, 1e-6)
+        expected = e(x, norm, share, chosen)
+        ours = enabled(e)(x, norm, share, chosen)
+        assert (ours.double() - expected.double()).norm() / expected.double().norm() < 2 * ROUNDING[dtype]
+
+
+def test_router_of_nan():
+    """Some experts, none beyond the last."""
+    _, chosen = kernels.route(torch.full((1, 6), torch.nan), 3, True, True)
+    assert ((chosen >= 0) & (chosen < 6)).all()
+
+
+def logits(model, prompt, step=None):
+    """Of a prompt's many tokens at once, of two one by one, and of four at once."""
+    model.setup_caches(1, 200)
+    parts, step = torch.arange(len(prompt)).split([len(prompt) - 6, 1, 1, 4]), step or model.forward
+    with torch.inference_mode():
+        return torch.cat([step(prompt[None, part], part) for part in parts], dim=1)
+
+
+@pytest.mark.parametrize(
+    "family, form",
+    [("llama3", None), ("llama-bias", 32), ("mistral-window", "int8"), ("qwen3", 32), ("mixtral", "int8"),
+     ("mixtral", 32), ("qwen3-moe", None)],
+)  # fmt: skip
+def test_model(family, form):
+    """The whole model: float32 logits as without kernels, so the same greedy tokens."""
+    model, prompt = to_ours(make_hf(family, num_hidden_layers=2), fast=False), torch.arange(3, 27)
+    for _, w in linears(model) if form else ():
+        w.group = w.n_in if form == "int8" else form
+        rows = w.weight.flatten(0, -2)
+        parts = quantize_int8(rows) if form == "int8" else quantize_int4(rows, form)
+        shape = w.weight.shape[:-1]
+        del w.weight
+        for name, t in zip(("weight", "scales", "zeros"), parts, strict=False):
+            w.register_buffer(name, t.unflatten(0, shape))
+    expected = logits(model, prompt)
+    ours = logits(enabled(model), prompt)
+    close(ours, expected, 1e-5)
+    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+
+
+def test_torch_compile():
+    """A step in one graph, whose calls write into the caches that it is given."""
+    model, prompt = enabled(to_ours(make_hf("qwen3-moe", num_hidden_layers=1), fast=False)), torch.arange(3, 27)
+    expected = logits(model, prompt)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    ours = logits(model, prompt, lambda t, at: step(t, at) if t.numel() <= 8 else model(t, at))
+    assert torch.equal(ours, expected)
+
+
+GPUS = """
+import os, sys
+import torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+import kernels, kernels_triton
+from tests.test_kernels import make
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32",
+         torch.int64: "i64"}
+sources = []
+
+def record(fn, *args, grid, warmup, num_warps=4, **kwargs):
+    values = dict(zip(fn.arg_names, args)) | kwargs
+    if "T" in values:  # what a GPU would be given
+        values |= {"BN": min(values["BN"], 4), "T": 128}
+    constants = {p.name: values[p.name] for p in fn.params
+                 if p.is_constexpr or values[p.name] is None or type(values[p.name]) is int and values[p.name] == 1}
+    signature, attributes = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        v = values[name]
+        signature[name] = ("constexpr" if name in constants else "*" + TYPES[v.dtype] if isinstance(v, torch.Tensor)
+                           else "fp32" if isinstance(v, float) else "i32")
+        if name not in constants and (isinstance(v, torch.Tensor) or isinstance(v, int) and v % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    sources.append(ASTSource(fn, signature, constants, attributes))
+
+JITFunction.run = record
+x = torch.randn(1, 1, 256).bfloat16()
+ops = torch.ops.gptfast_triton
+for form in (None, "int8", 64):
+    w = make(64, 256, form, torch.bfloat16)
+    kernels_triton.enable(w)
+    ops.linear(x, *w.fast, w.group, x[0, 0], 1e-5, None, False, True)
+    ops.linear(x.expand(1, 3, 256).contiguous(), *w.fast, w.group, None, 0.0, None, True, False)
+    if form:
+        ops.dequantize(*w.fast[:3], w.group, torch.bfloat16)
+w13, w2 = make(128, 256, 64, torch.bfloat16, 4), make(256, 64, 64, torch.bfloat16, 4)
+share, chosen = ops.route(torch.randn(1, 1, 4), 2, True)
+ops.experts(x, x[0, 0], 1e-5, share, chosen, w13.weight, w13.scales, w13.zeros, w2.weight, w2.scales, w2.zeros, 64, 64)
+cache = torch.zeros(1, 2, 1024, 64).bfloat16()
+ops.attend(torch.zeros(1, 2, 12 * 64).bfloat16(), cache, cache.clone(), torch.arange(2), torch.randn(2, 32, 2),
+           None, None, 1e-5, 8, 0)
+assert len(sources) == 13, len(sources)
+for target in [GPUTarget("cuda", 75, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]:
+    for source in sources:
+        triton.compile(source, target=target, options={"num_stages": 2})
+"""
+
+
+def test_compiles_for_gpus():
+    """Every kernel, for NVIDIA's Turing and Hopper and for AMD's CDNA3, down to machine code."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", GPUS], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
