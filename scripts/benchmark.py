@@ -12,6 +12,7 @@ must read and the keys and values of the tokens in the cache.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,12 +21,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import tokenizers
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
+import quantize
 from checkpoint import read_json, run, save_checkpoint
 from generate import build_steps, generate, peak_memory, pick_device, read_bandwidth
 from model import ModelConfig, MoE, RopeScaling, Transformer, UsageError
@@ -57,6 +62,8 @@ def main():
     p.add_argument("--compile", action="store_true", help="compile the decode step; a cold start always does")
     p.add_argument("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
     p.add_argument("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    p.add_argument("--mode", choices=["int8", "int4"], help="quantize the weights")
+    p.add_argument("--groupsize", type=int, choices=quantize.GROUPSIZES, default=32, help="default: %(default)s")
     p.add_argument("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     p.add_argument("--kernels", choices=["auto", "off"], default="auto", help="off: PyTorch alone")
@@ -69,6 +76,8 @@ def main():
         config = ModelConfig.from_hf(read_json(Path(args.config)))
     else:
         raise UsageError(f"--config {args.config!r} is neither a config.json nor one of {', '.join(CONFIGS)}")
+    if args.cold_start and args.mode:
+        raise UsageError("--cold_start is measured without --mode")
     if args.cold_start:
         args.compile, args.max_new_tokens = True, 2
     if args.prompt_tokens < 1 or args.max_new_tokens < 2:
@@ -96,6 +105,20 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
             yield name, tensor.fill_(name.endswith("norm.weight"))
 
 
+def quantized_weights(weights: Iterator[tuple[str, Tensor]], config: ModelConfig, quantization: dict | None):
+    """weights as a checkpoint of that quantization holds them; what yields them has one in memory at a time."""
+    with torch.device("meta"):
+        linears = {f"{name}.weight" for name, _ in quantize.linears(Transformer(config))} if quantization else ()
+    for name, w in weights:
+        names = [name, "output.weight"] if config.tie_embeddings and name == "tok_embeddings.weight" else [name]
+        for each in names:
+            if each in linears:
+                parts = quantize.quantize_plain(each, w, quantization["mode"], quantization.get("groupsize"))
+                yield from quantize.named(each, parts)
+            else:
+                yield each, w
+
+
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a checkpoint; a tied head is none of its own."""
     with torch.device("meta"):
@@ -108,13 +131,15 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
     device, dtype = torch.device(args.device), getattr(torch, args.precision)
     before = peak_memory(device)
     began = time.perf_counter()
-    weights = dict(random_weights(config, device, dtype))
+    quantization = {"mode": args.mode} | ({"groupsize": args.groupsize} if args.mode == "int4" else {})
+    quantization = quantization if args.mode else None
+    weights = dict(quantized_weights(random_weights(config, device, dtype), config, quantization))
     with torch.device("meta"):
         model = Transformer(config)
-    tied = {"output.weight": weights["tok_embeddings.weight"]} if config.tie_embeddings else {}
-    model.load_state_dict(weights | tied, assign=True)
-    weights_bytes = sum(t.nbytes for t in weights.values())
-    del weights, tied  # the kernels keep them in an order of their own
+    quantize.prepare(model, quantization)
+    model.load_state_dict(weights, assign=True)
+    weights_bytes = sum({t.data_ptr(): t.nbytes for t in weights.values()}.values())  # a tied head counts once
+    del weights  # the kernels keep them in an order of their own
     model.eval().requires_grad_(False)
     if args.kernels == "auto" and device.type == "cpu":
         kernels.enable(model)
@@ -170,6 +195,16 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
             took = statistics.median(seconds(n, 1)[0] for _ in range(SAMPLES))
             result[f"prefill_{n}_tokens_per_sec"] = n / took
             result[f"prefill_{n}_tflop_per_sec"] = prefill_flops(config, n) / took / 1e12
+    model.setup_caches(1, 5)
+    times = {1: [], 5: []}  # of steps of so many rows, in turns; the first of each does not count
+    rows = torch.zeros(1, 5, dtype=torch.long, device=device)
+    with torch.inference_mode():
+        for _ in range(1 + 3 * SAMPLES):
+            for n, took in times.items():
+                began = time.perf_counter()
+                model(rows[:, :n], torch.arange(n, device=device))[0, -1, 0].item()
+                took.append(time.perf_counter() - began)
+    result["verify_5_over_1"] = statistics.median(times[5][1:]) / statistics.median(times[1][1:])
     return result
 
 

@@ -58,4 +58,5 @@ def test_report_is_consistent(config, active, stored, tmp_path, monkeypatch, cap
     assert r["decode_share_of_read"] == pytest.approx(r["decode_gb_per_sec"] / best)
     flops = 2 * 512 * 2 * (layer + active * expert) + 2 * table + 2 * 4 * 32 * 512 * 513 // 2
     assert r["prefill_512_tflop_per_sec"] == pytest.approx(r["prefill_512_tokens_per_sec"] / 512 * flops / 1e12)
+    assert r["verify_5_over_1"] > 0
     assert "prefill_2048_tokens_per_sec" not in r  # beyond this model's context

@@ -1,4 +1,5 @@
-"""Every command in the READMEs runs, on tiny random checkpoints; what needs the network is left out."""
+"""Every command in the READMEs runs, on tiny random checkpoints; what needs the network or a real model is left out.
+The README's tables are what scripts/tables.py makes of benchmarks/*.json."""
 
 import os
 import re
@@ -8,13 +9,15 @@ import pytest
 
 from tests.tiny import ROOT, convert, write_folder
 
+import tables  # isort: skip  (tests.tiny put scripts/ on the path)
+
 COMMANDS = [
     re.sub(r"\s+#.*", "", line.strip())
     for readme in (ROOT / "README.md", ROOT / "mixtral-moe/README.md")
     for line in readme.read_text().splitlines()
-    if re.match(r"    (\w+=\S+ )?(python|\./)", line)
+    if re.match(r"    (\w+=\S+ )?(python|torchrun|\./)", line)
 ]
-ONLINE = ("scripts/demo.sh", "scripts/test.sh", "scripts/download.py", "scripts/prepare.sh", "convert_gguf")
+ELSEWHERE = ("demo.sh", "test.sh", "download.py", "scripts/prepare.sh", "convert_gguf", "measure_speculation")
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +32,16 @@ def tree(tmp_path_factory):
     return tree
 
 
+def test_tables():
+    text = (ROOT / "README.md").read_text()
+    assert tables.with_tables(text) == text and text.count("| --: |") >= len(tables.TABLES)
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 10
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ONLINE)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ELSEWHERE)])
 def test_command(tree, command):
     command = command.replace("meta-llama/Llama-3.2-1B", "M").replace("TinyLlama-1.1B", "checkpoints/M/config.json")
     if "generate" in command:
