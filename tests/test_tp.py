@@ -208,7 +208,7 @@ def test_ranks_compute_the_same(jobs, name, n):
     r = jobs[n][name]
     assert r["same"] and r["agreed"] and r["error"] < 1e-4
     alone, ours = r["error in bfloat16"]
-    assert ours < 1.5 * alone
+    assert ours < 2 * alone
     assert r["kv heads"] == (4 if name == "one kv head" else max(1, n / 2))
 
 
