@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 MAX_ROWS = 8  # of activations; kernels.cpp's MAX_M. Beyond it a matrix product beats matrix-vector ones
 DONTNEED, HUGEPAGE = 4, 14  # madvise's
@@ -186,7 +187,7 @@ def enable(model: torch.nn.Module, mapped: bool = False):
     if device.type != "cpu" or not build():
         return
     move, moved = mover(), {}
-    for w in model.modules():
+    for w in tqdm(list(model.modules()), "load", disable=None, leave=False):
         if hasattr(w, "fast") and not w.fast and (w.scales is None or w.n_in % 8 == 0):
             old = (w.weight, w.scales, w.zeros)
             new = old if w.scales is None else pack(*old)
