@@ -141,13 +141,13 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
     weights_bytes = sum({t.data_ptr(): t.nbytes for t in weights.values()}.values())  # a tied head counts once
     del weights  # the kernels keep them in an order of their own
     model.eval().requires_grad_(False)
-    if args.kernels == "auto" and device.type == "cpu":
+    if args.kernels == "auto":
         kernels.enable(model)
     make_seconds = time.perf_counter() - began
 
     room = args.prompt_tokens + args.max_new_tokens
     began = time.perf_counter()
-    if args.kernels == "auto" and device.type == "cpu":
+    if args.kernels == "auto":
         kernels.enable(model)
     model.setup_caches(1, room)
     prefill, decode = build_steps(model, {"temperature": 0.8}, args.compile, False)
