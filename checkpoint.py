@@ -148,12 +148,12 @@ def run(main: Callable[[], None], less: str = "end other programs, or take a sma
     """Calls a script's main. A UsageError becomes one line on stderr and exit status 2, and so does a lack of memory,
     with what helps against it (less); Ctrl-C exits with 130."""
     name, why = Path(sys.argv[0]).name, None
-    if callable(signal.getsignal(signal.SIGINT)):  # the script's own, for as long as it was loading torch
+    before = signal.getsignal(signal.SIGINT)  # the script's own: for loading torch, and for the end
+    if callable(before):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # impatient ones need not wait for the end
         print(file=sys.stderr)
         sys.exit(130)
     except UsageError as e:
@@ -170,6 +170,9 @@ def run(main: Callable[[], None], less: str = "end other programs, or take a sma
         if isinstance(e, BrokenPipeError):  # as in `| head`: the reader has gone, having seen enough
             return
         why = str(e)
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGINT, before)
     if why is not None:
         print(f"{name}: {' '.join(why.split())}", file=sys.stderr)
         sys.exit(2)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from tqdm import tqdm
 
 import eval
 import generate
@@ -70,7 +71,7 @@ def start(command: str, args: list, err: Path, memory: int | None = None) -> mul
 
     def child():
         os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the tests run in the background
+        tqdm.set_lock(threading.RLock())  # its own is shared with forks, of which one may be killed while holding it
         for fd, path in ((1, os.devnull), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -81,7 +82,9 @@ def start(command: str, args: list, err: Path, memory: int | None = None) -> mul
         run(MAINS[command])
 
     process = multiprocessing.get_context("fork").Process(target=child)
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # as the scripts have it before run() and after
     process.start()
+    signal.signal(signal.SIGINT, before)
     return process
 
 
