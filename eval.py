@@ -13,7 +13,7 @@ import math
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import kernels
 import tp
 from checkpoint import run
-from generate import CHUNK, build_steps, load_model, pick_device
+from generate import build_steps, hidden_by_chunks, load_model, pick_device
 from model import Transformer, TransformerBlock, UsageError
 from tokenizer import Tokenizer, load_tokenizer, render
 
@@ -128,7 +127,8 @@ def score(model: Transformer, rows: list[tuple[list[int], int]], batch_size: int
         tokens = torch.zeros(batch_size, longest, dtype=torch.long)
         for b, (ids, _) in enumerate(batch):
             tokens[b, : len(ids) - 1] = torch.tensor(ids[:-1])
-        hidden = run_chunks(model, tokens.to(device), block)
+        positions = torch.arange(longest, device=device)
+        hidden = torch.cat([*hidden_by_chunks(model, tokens.to(device), positions, block)], dim=1)
         for k, x, (ids, n) in zip(order[i:], hidden, batch, strict=False):
             targets = torch.tensor(ids[-n:], device=device)
             logprobs, greedy = [], []
@@ -137,17 +137,6 @@ def score(model: Transformer, rows: list[tuple[list[int], int]], batch_size: int
                 logprobs.append(-F.cross_entropy(logits, t, reduction="none"))
                 greedy.append(logits.argmax(-1) == t)
             yield k, torch.cat(logprobs), torch.cat(greedy)
-
-
-def run_chunks(model: Transformer, tokens: Tensor, block: Callable | None) -> Tensor:
-    """tokens [B, T] from position 0 on -> hidden states [B, T, dim], computed CHUNK tokens at a time."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    parts = []
-    for i in range(0, tokens.shape[1], CHUNK):
-        part = tokens[:, i : i + CHUNK]
-        chosen = block if part.numel() > kernels.MAX_ROWS else None  # fewer have kernels of their own
-        parts.append(model.hidden(part, positions[i : i + CHUNK], i + part.shape[1], chosen))
-    return torch.cat(parts, dim=1)
 
 
 def harness():

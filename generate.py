@@ -41,6 +41,8 @@ CONVERSATION = 8192  # tokens that one holds, if the model's context does
 CHUNK = 512  # prompt tokens a prefill step takes; bounds its memory
 LESS = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"  # for want of memory
 GPU_CHUNK = 4096  # the same, where every step turns all quantized weights into numbers
+# How many 16-bit products oneDNN and PyTorch's layer above it keep compiled, one for every number of rows, 0.3 MB each
+PRODUCTS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
 
 
 def load_model(
@@ -48,6 +50,8 @@ def load_model(
 ) -> Transformer:
     """The model in path, on device, in dtype, in inference mode. Memory-mapped where nothing needs to change. shared:
     if there are several ranks, each gets its part (tp.py), else each has a model of its own."""
+    for name in PRODUCTS:  # read at the first product
+        os.environ.setdefault(name, "128")
     config, quantization, tensors = read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(config)
@@ -122,16 +126,23 @@ def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefi
     head = lambda x: tp.agree(sample(model.logits(x[:, -1]), **sampling))  # noqa: E731
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
-        start = int(positions[0])
-        size = CHUNK if tokens.device.type == "cpu" else GPU_CHUNK
-        for i in range(0, tokens.shape[1], size):
-            part = tokens[:, i : i + size]
-            block = prefill_block if part.shape[1] > kernels.MAX_ROWS else None  # fewer have kernels of their own
-            x = model.hidden(part, positions[i : i + size], start + i + part.shape[1], block)
-        return head(x)
+        for x in hidden_by_chunks(model, tokens, positions, block):
+            last = x  # one chunk is in memory at a time
+        return head(last)
 
-    prefill_block = torch.compile(TransformerBlock.forward, dynamic=True) if compile_prefill else None
+    block = torch.compile(TransformerBlock.forward, dynamic=True) if compile_prefill else None
     return prefill, build_step(model, head, compile)
+
+
+def hidden_by_chunks(model: Transformer, tokens: Tensor, positions: Tensor, block: Callable | None) -> Iterator[Tensor]:
+    """model.hidden of tokens [B, T], as many at a time as memory allows: [B, part of T, dim]. block stands in for
+    TransformerBlock.forward, except for few rows, which have kernels of their own."""
+    start = int(positions[0])
+    size = CHUNK if tokens.device.type == "cpu" else GPU_CHUNK
+    for i in range(0, tokens.shape[1], size):
+        part = tokens[:, i : i + size]
+        chosen = block if part.numel() > kernels.MAX_ROWS else None
+        yield model.hidden(part, positions[i : i + size], start + i + part.shape[1], chosen)
 
 
 def build_step(model: Transformer, head: Callable, compile: bool) -> Callable:
@@ -337,13 +348,14 @@ def draft_model(prefill: Step, step: Callable, vocab: int, device: torch.device)
     return propose
 
 
-def build_speculation(args, model: Transformer, draft: Transformer | None, sampling: dict):
-    """What speculate needs beside the model's own steps: verify, propose and the cost of a proposed token."""
+def build_speculation(model: Transformer, draft: Transformer | None, lookup: int | None, sampling: dict, compile: bool):
+    """What speculate needs beside the model's own steps: verify, propose and the cost of a proposed token. Proposals
+    are draft's, or without one those of prompt_lookup with lookup tokens."""
     device, vocab = model.tok_embeddings.weight.device, model.config.vocab_size
     head = lambda x, *proposal: tp.agree(verified(model.logits(x[0]), *proposal, sampling))  # noqa: E731
-    verify = build_step(model, head, args.compile)
+    verify = build_step(model, head, compile)
     if draft is None:
-        return verify, prompt_lookup(args.prompt_lookup, device), 0.0
+        return verify, prompt_lookup(lookup, device), 0.0
 
     def draft_head(x: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = draft.logits(x[:, -1])[:, :vocab]  # heads of one family are filled up to different sizes
@@ -353,7 +365,7 @@ def build_speculation(args, model: Transformer, draft: Transformer | None, sampl
         return tp.agree(draw(probs)), probs
 
     prefill, _ = build_steps(draft, {"temperature": 0}, compile=False, compile_prefill=False)
-    step = build_step(draft, draft_head, args.compile)
+    step = build_step(draft, draft_head, compile)
     propose = draft_model(prefill, step, draft.config.vocab_size, device)
     return verify, propose, draft.step_bytes() / model.step_bytes()
 
@@ -483,7 +495,11 @@ def main():
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's {config.vocab_size}")
-    draft = load_draft(args, tokenizer, device) if args.draft_checkpoint_path else None
+    draft = None
+    if args.draft_checkpoint_path:
+        check_vocabulary(args.draft_checkpoint_path, tokenizer)
+        how = getattr(torch, args.precision), args.kernels == "auto", args.draft_tp != "off"
+        draft = load_model(args.draft_checkpoint_path, device, *how)
     models = [model, draft] if draft else [model]
 
     prompts = [] if args.conversation else read_prompts(args, tokenizer, config.vocab_size)
@@ -512,7 +528,7 @@ def main():
         for _ in range(2 if args.compile else 0):
             decode(*zeros(1))
         if args.speculative:
-            verify, propose, cost = build_speculation(args, model, draft, sampling)
+            verify, propose, cost = build_speculation(model, draft, args.prompt_lookup, sampling, args.compile)
             for n in 2 * sizes(args.speculate_k) if args.compile else ():
                 if n < args.max_new_tokens:
                     verify(*zeros(n + 1), *propose([0, 0, 0], n))
@@ -538,10 +554,9 @@ def main():
             report(result, bus)
 
 
-def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.device) -> Transformer:
-    """The draft model. Raises UsageError if its tokens are not those of tokenizer."""
-    path = args.draft_checkpoint_path
-    theirs = load_tokenizer(path.parent)
+def check_vocabulary(draft: Path, tokenizer: Tokenizer):
+    """Raises UsageError if the tokens of the model in draft are not those of tokenizer."""
+    theirs = load_tokenizer(draft.parent)
     sample = range(0, tokenizer.vocab_size, max(1, tokenizer.vocab_size // 1000))
     if theirs.vocab_size != tokenizer.vocab_size:
         raise UsageError(f"the draft's vocabulary has {theirs.vocab_size} tokens, the model's {tokenizer.vocab_size}")
@@ -549,7 +564,6 @@ def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.dev
         if theirs.token_bytes(i) != tokenizer.token_bytes(i):
             raise UsageError(f"the draft's vocabulary is another: token {i} is {theirs.token_bytes(i)!r} there, and in "
                              f"the model {tokenizer.token_bytes(i)!r}")  # fmt: skip
-    return load_model(path, device, getattr(torch, args.precision), args.kernels == "auto", args.draft_tp != "off")
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:

@@ -230,14 +230,15 @@ def route_kernel(
     row, e = tl.program_id(0), tl.arange(0, WIDTH)
     logits = tl.load(logits_ptr + row * E + e, mask=e < E, other=-float("inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
-    left, slots = p, tl.arange(0, WIDTH)
+    left, slots = tl.where(p == p, p, 0.0), tl.arange(0, WIDTH)  # NaN has no order
     shares, chosen = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.int32)
     for i in tl.static_range(SLOTS):
-        best = tl.minimum(tl.argmax(left, axis=0), E - 1)  # even of NaN
+        best = tl.argmax(left, axis=0)
         shares = tl.where(slots == i, tl.max(left, axis=0), shares)
         chosen = tl.where(slots == i, best, chosen)
         left = tl.where(e == best, -1.0, left)
-    total = tl.sum(shares, axis=0) if NORMALIZE else tl.sum(p, axis=0)
+    total = tl.sum(p, axis=0)
+    total = total * 0 + tl.sum(shares, axis=0) if NORMALIZE else total  # NaN all the same
     tl.store(share_ptr + row * SLOTS + slots, shares / total, mask=slots < SLOTS)
     tl.store(chosen_ptr + row * SLOTS + slots, chosen.to(tl.int64), mask=slots < SLOTS)
 

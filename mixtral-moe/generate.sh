@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Text from the Mixtral that prepare.sh made, in int8 (MODEL=model.pth: 16 bits). Arguments go to generate.py.
+# Text from the Mixtral that prepare.sh made, in int8 (MODEL=model.pth: 16 bits). Arguments go to generate.py, which tp.sh
+# starts in another way (run).
 #   ./mixtral-moe/generate.sh --prompt "Hello, my name is"
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,4 +8,4 @@ repo=${MODEL_REPO:-mistralai/Mixtral-8x7B-Instruct-v0.1}
 if [ -n "${TINY:-}" ]; then repo=tiny/mixtral; fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-exec $python generate.py --compile --checkpoint_path "checkpoints/$repo/${MODEL:-model_int8.pth}" "$@"
+exec $python ${run:-} generate.py --compile --checkpoint_path "checkpoints/$repo/${MODEL:-model_int8.pth}" "$@"

@@ -70,12 +70,7 @@ def main():
     p.add_argument("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     p.add_argument("--json", action="store_true", help="one JSON object too, as the last line")
     args = p.parse_args()
-    if args.config in CONFIGS:
-        config = CONFIGS[args.config]
-    elif args.config.endswith(".json"):
-        config = ModelConfig.from_hf(read_json(Path(args.config)))
-    else:
-        raise UsageError(f"--config {args.config!r} is neither a config.json nor one of {', '.join(CONFIGS)}")
+    config = named_config(args.config)
     if args.cold_start and args.mode:
         raise UsageError("--cold_start is measured without --mode")
     if args.cold_start:
@@ -92,6 +87,15 @@ def main():
         print(f"{key:32}{f'{value:,.3f}' if isinstance(value, float) else value}")
     if args.json:
         print(json.dumps(result))
+
+
+def named_config(name: str) -> ModelConfig:
+    """The shape that --config means: one of CONFIGS, or a config.json's."""
+    if name in CONFIGS:
+        return CONFIGS[name]
+    if name.endswith(".json"):
+        return ModelConfig.from_hf(read_json(Path(name)))
+    raise UsageError(f"--config {name!r} is neither a config.json nor one of {', '.join(CONFIGS)}")
 
 
 def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -147,8 +151,6 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
 
     room = args.prompt_tokens + args.max_new_tokens
     began = time.perf_counter()
-    if args.kernels == "auto":
-        kernels.enable(model)
     model.setup_caches(1, room)
     prefill, decode = build_steps(model, {"temperature": 0.8}, args.compile, False)
     if args.compile:

@@ -32,13 +32,13 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark import CONFIGS, ROOT, random_weights, shapes
+from benchmark import CONFIGS, ROOT, named_config, random_weights, shapes
 from convert_hf_checkpoint import parts_of
 
 import kernels
-from checkpoint import read_checkpoint, read_json, run, save_checkpoint
+from checkpoint import read_checkpoint, run, save_checkpoint
 from generate import load_model, read_bandwidth
-from model import ModelConfig, UsageError, rope_frequencies
+from model import UsageError, rope_frequencies
 from quantize import linear_weights, quantize_plain, write
 
 OURS = {"int8": {"mode": "int8"}, "int4.g32": {"mode": "int4", "groupsize": 32}}  # besides bf16
@@ -98,12 +98,8 @@ def make_model(args: argparse.Namespace, path: Path):
 
         convert_gguf(args.gguf, path.parent, torch.bfloat16)
         config = read_checkpoint(path.with_name("model.pth").rename(path))[0]
-    elif args.config in CONFIGS:
-        config = CONFIGS[args.config]
-    elif args.config.endswith(".json"):
-        config = ModelConfig.from_hf(read_json(Path(args.config)))
     else:
-        raise UsageError(f"--config {args.config!r} is neither a config.json nor one of {', '.join(CONFIGS)}")
+        config = named_config(args.config)
     widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
     if config.moe or config.qk_norm or any(n % 32 for n in widths):
         raise UsageError("only dense models without q/k norm, of widths that are multiples of 32, can be compared")

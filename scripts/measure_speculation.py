@@ -23,7 +23,7 @@ from checkpoint import run
 from generate import (
     build_speculation,
     build_steps,
-    load_draft,
+    check_vocabulary,
     load_model,
     one_by_one,
     pick_device,
@@ -57,11 +57,13 @@ def main():
     p.add_argument("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
     p.add_argument("--json_file", type=Path, help="where the result goes too")
     args = p.parse_args()
-    args.prompt_lookup, args.kernels = 3, "auto"
     args.speculate_k = args.speculate_k or (5 if args.draft_checkpoint_path else 7)
     device, tokenizer = pick_device(args.device), load_tokenizer(args.checkpoint_path.parent)
     model = load_model(args.checkpoint_path, device, getattr(torch, args.precision))
-    draft = load_draft(args, tokenizer, device) if args.draft_checkpoint_path else None
+    draft = None
+    if args.draft_checkpoint_path:
+        check_vocabulary(args.draft_checkpoint_path, tokenizer)
+        draft = load_model(args.draft_checkpoint_path, device, getattr(torch, args.precision))
     prompts = {name: (tokenizer.encode_chat([{"role": "user", "content": x}]), t) for name, (x, t) in PROMPTS.items()}
     for m in (model, draft) if draft else (model,):
         m.setup_caches(1, max(len(ids) for ids, _ in prompts.values()) + NEW)
@@ -72,7 +74,7 @@ def main():
     for name, (ids, temperature) in prompts.items():
         sampling = {"temperature": temperature}
         prefill, decode = build_steps(model, sampling, args.compile, False)
-        verify, propose, cost = build_speculation(args, model, draft, sampling)
+        verify, propose, cost = build_speculation(model, draft, 3, sampling, args.compile)
         ways = {
             "plain": partial(one_by_one, prefill, decode, 1, device),
             "speculative": partial(speculate, (prefill, decode, verify), propose, cost, args.speculate_k, device),

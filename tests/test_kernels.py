@@ -56,6 +56,17 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float):
     assert (ours.double() - expected.double()).abs().max() <= tolerance * expected.double().abs().max().clamp(min=1e-30)
 
 
+def both_attentions(a: Attention, x, norm, positions, rope) -> tuple[torch.Tensor, ...]:
+    """What the kernels make of x at positions and of the cache, and what the reference makes of the same: the results,
+    and the kernels' keys and values; the reference's are left in a."""
+    k, v, end = a.k_cache.clone(), a.v_cache.clone(), int(positions[-1]) + 1
+    ours = a(x, norm, positions, rope, None, None)
+    a.k_cache, k, a.v_cache, v = k, a.k_cache, v, a.v_cache
+    keys = torch.arange(end)
+    mask = (keys <= positions[:, None]) & (keys > positions[:, None] - (a.window or 10**9))
+    return ours, a(x, norm, positions, rope, mask, end), k, v
+
+
 @pytest.fixture(autouse=True, params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
@@ -173,12 +184,7 @@ def test_attention(heads, kv_heads, d, window, dtype):
             a.v_cache.normal_()
             a.v_cache[:, :, start + tokens :] = torch.nan  # what is not there yet must not be looked at
             x, positions = torch.randn(batch, tokens, 64).to(dtype), torch.arange(start, start + tokens)
-            rope, k, v = rope_table(config, 640)[positions], a.k_cache.clone(), a.v_cache.clone()
-            ours = a(x, norm, positions, rope, None, None)
-            a.k_cache, k, a.v_cache, v = k, a.k_cache, v, a.v_cache
-            keys = torch.arange(start + tokens)
-            mask = (keys <= positions[:, None]) & (keys > positions[:, None] - (window or 10**9))
-            expected = a(x, norm, positions, rope, mask, start + tokens)
+            ours, expected, k, v = both_attentions(a, x, norm, positions, rope_table(config, 640)[positions])
             close(ours, expected, 3 * ROUNDING[dtype])
             close(k, a.k_cache, 2 * ROUNDING[dtype])
             close(v[:, :, : start + tokens], a.v_cache[:, :, : start + tokens], 2 * ROUNDING[dtype])

@@ -1,8 +1,9 @@
 """Speculative decoding says what the model alone would say: the same tokens, or tokens of the same distribution."""
 
-import argparse
 import itertools
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 
@@ -12,18 +13,17 @@ import torch
 import generate
 import quantize
 from model import UsageError
-from tests.test_cli import random_folder
-from tests.tiny import FAMILIES, make_hf, to_ours
+from tests.test_cli import random_folder, set_up
+from tests.tiny import FAMILIES, ROOT, convert, make_hf, to_ours
 
 CPU = torch.device("cpu")
 GREEDY = {"temperature": 0, "top_k": None, "top_p": None}
 
 
-def run_of(model, draft, k: int, sampling=GREEDY, **args):
+def run_of(model, draft, k: int, compile: bool = False):
     """generate's speculate(), made as its main does, as a function of (text, start, max_new_tokens)."""
-    args = argparse.Namespace(**{"compile": False, "prompt_lookup": 3} | args)
-    verify, propose, _ = generate.build_speculation(args, model, draft, sampling)
-    steps = generate.build_steps(model, sampling, args.compile, False)
+    verify, propose, _ = generate.build_speculation(model, draft, 3, GREEDY, compile)
+    steps = generate.build_steps(model, GREEDY, compile, False)
     return partial(generate.speculate, (*steps, verify), propose, 0.0, k, CPU)  # at no cost, so that it always tries
 
 
@@ -54,8 +54,6 @@ def drafts(pair, tmp_path_factory):
             return to_ours(draft)
         folder = tmp_path_factory.mktemp(family)
         pair(family)[0].save_pretrained(folder)
-        from tests.tiny import convert
-
         path = convert(folder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["quantize.py", "--checkpoint_path", str(path), "--mode", "int4"])
@@ -225,12 +223,8 @@ def folders(tmp_path_factory):
     return model, other
 
 
-def call(capsys, monkeypatch, folder, *arguments, stdin: str | None = None):
-    import io
-
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint_path", str(folder / "model.pth"), *arguments])
-    if stdin is not None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+def call(capsys, monkeypatch, folder, *arguments, stdin: str = ""):
+    set_up(monkeypatch, folder / "model.pth", arguments, stdin)
     generate.main()
     return capsys.readouterr()
 
@@ -309,3 +303,17 @@ def test_mistakes(folders, capsys, monkeypatch):
     ]:
         with pytest.raises(UsageError, match=said):
             call(capsys, monkeypatch, model, *flags)
+
+
+@pytest.mark.parametrize("script", ["7B_int4", "34B_bf16", "70B_int4", "tp_70B_bf16"])
+def test_scripts(script, tmp_path):
+    """Each on tiny random models, which it makes."""
+    for path in [p for p in ROOT.iterdir() if p.suffix in (".py", ".cpp")] + [ROOT / "scripts", ROOT / "tests"]:
+        (tmp_path / path.name).symlink_to(path)
+    environment = os.environ | {"TINY": "1", "RANKS": "2", "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
+    command = [f"scripts/speculate_{script}.sh", "--max_new_tokens", "8", "--device", "cpu", "--json", "--ignore_eos"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["generated_tokens"] == 8 and len(result["accept_counts"]) == 6
+    assert result["quantization"] == ("int4.g32" if script == "70B_int4" else None)

@@ -12,7 +12,7 @@ import kernels
 import kernels_triton
 from model import Attention, Experts, ModelConfig, MoE, RMSNorm, rope_table
 from quantize import linears, quantize_int4, quantize_int8
-from tests.test_kernels import DTYPES, FORMATS, ROUNDING, close, make
+from tests.test_kernels import DTYPES, FORMATS, ROUNDING, both_attentions, close, make
 from tests.tiny import ROOT, make_hf, to_ours
 
 SIZES = [(16, 32), (70, 72), (6, 4424)]  # N, K: beyond one program's rows, beyond one step of its loop
@@ -105,12 +105,7 @@ def test_attention(heads, kv_heads, d, window, dtype):
             a.v_cache.normal_()
             a.k_cache[:, :, start:], a.v_cache[:, :, start:] = torch.nan, torch.nan  # must not be looked at
             x, positions = torch.randn(batch, tokens, 64).to(dtype), torch.arange(start, start + tokens)
-            rope, k, v = rope_table(config, length)[positions], a.k_cache.clone(), a.v_cache.clone()
-            ours = a(x, norm, positions, rope, None, None)
-            a.k_cache, k, a.v_cache, v = k, a.k_cache, v, a.v_cache
-            keys = torch.arange(start + tokens)
-            mask = (keys <= positions[:, None]) & (keys > positions[:, None] - (window or 10**9))
-            expected = a(x, norm, positions, rope, mask, start + tokens)
+            ours, expected, k, v = both_attentions(a, x, norm, positions, rope_table(config, length)[positions])
             close(ours, expected, 3 * ROUNDING[dtype])
             filled = slice(0, start + tokens)
             close(k[:, :, filled], a.k_cache[:, :, filled], 2 * ROUNDING[dtype])
@@ -138,10 +133,12 @@ def test_experts(form, dtype):
         assert (ours.double() - expected.double()).norm() / expected.double().norm() < 2 * ROUNDING[dtype]
 
 
-def test_router_of_nan():
-    """Some experts, none beyond the last."""
-    _, chosen = kernels.route(torch.full((1, 6), torch.nan), 3, True, True)
-    assert ((chosen >= 0) & (chosen < 6)).all()
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
+def test_router_of_nan(logits, normalize):
+    """Some experts, none beyond the last and none twice; their shares say that something is wrong."""
+    share, chosen = kernels.route(torch.tensor([logits]), 3, normalize, True)
+    assert len({*chosen[0].tolist()} & {*range(6)}) == 3 and share.isnan().all()
 
 
 def logits(model, prompt, step=None):
