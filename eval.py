@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 import tp
 from checkpoint import run
-from generate import build_steps, hidden_by_chunks, load_model, pick_device
+from generate import build_steps, hidden_by_chunks, load_model, make_caches, pick_device
 from model import Transformer, TransformerBlock, UsageError
 from tokenizer import Tokenizer, load_tokenizer, render
 
+LESS = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"  # for want of memory
 HEAD_ROWS = 256  # positions whose logits are in memory at a time
 
 
@@ -118,7 +119,7 @@ def score(model: Transformer, rows: list[tuple[list[int], int]], batch_size: int
     does not see."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     batch_size = min(batch_size, len(rows))
-    model.setup_caches(batch_size, len(rows[order[0]][0]) - 1)
+    make_caches(model, batch_size, len(rows[order[0]][0]) - 1, LESS)
     device = model.rope.device
     block = torch.compile(TransformerBlock.forward, dynamic=True) if compile else None
     for i in range(0, len(order), batch_size):
@@ -282,7 +283,7 @@ def continue_prompts(
     Rows of a batch share their positions: from the end of the shortest prompt on, the others are fed theirs."""
     prefill, decode = build_steps(model, sampling, compile, compile_prefill=False)
     batch_size = min(batch_size, len(prompts))
-    model.setup_caches(batch_size, max(map(len, prompts)) + new)
+    make_caches(model, batch_size, max(map(len, prompts)) + new, LESS)
     device, ends = model.rope.device, set(model.config.eos_ids)
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i : i + batch_size]
@@ -312,4 +313,4 @@ def continue_prompts(
 
 if __name__ == "__main__":
     with tp.ranks():
-        run(main, "take a quantized checkpoint, a smaller --batch_size or --max_seq_length")
+        run(main, LESS)

@@ -89,6 +89,15 @@ def load_model(
     return model
 
 
+def make_caches(model: Transformer, batch_size: int, length: int, less: str = LESS):
+    """model.setup_caches, unless a CPU's memory is too small for it: then UsageError, and less says what helps."""
+    weight, a = model.tok_embeddings.weight, model.layers[0].attention
+    if weight.device.type == "cpu":
+        numbers = 2 * len(model.layers) * batch_size * a.n_kv_heads * length * a.head_dim
+        need_memory(numbers * weight.itemsize, f"the KV cache of {batch_size} x {length} tokens", less)
+    model.setup_caches(batch_size, length)
+
+
 def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """float32 logits [B, vocab_size] -> token ids [B]; -1 for a row that is not finite. Temperature 0 is argmax; else
     temperature, top_k and top_p (arXiv:1904.09751) apply in this order, and what is left is sampled exactly."""
@@ -511,11 +520,7 @@ def main():
             f"context of {context}; lower --max_new_tokens or shorten the prompt"
         )
     for m in models:
-        c = m.config
-        if device.type == "cpu":
-            numbers = 2 * args.batch_size * room * c.n_layers * c.n_kv_heads * c.head_dim // tp.world_size()
-            need_memory(numbers * getattr(torch, args.precision).itemsize, "the KV cache", LESS)
-        m.setup_caches(args.batch_size, room)
+        make_caches(m, args.batch_size, room)
     began = time.perf_counter()
     zeros = lambda n: (  # noqa: E731
         torch.zeros(args.batch_size, n, dtype=torch.long, device=device), torch.arange(n, device=device),
