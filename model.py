@@ -248,7 +248,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # Not made of random numbers, for which PyTorch would import its compiler: a second and 150 MB
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
@@ -421,18 +422,19 @@ class Experts(nn.Module):
     def mixture(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
         """forward without the norm before and the addition after it."""
         share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
-        step = torch.compiler.is_compiling() and x.shape[1] == 1
-        return (self.gathered if step else self.grouped)(x.flatten(0, 1), share, chosen).view_as(x)
+        compute = self.grouped
+        if torch.compiler.is_compiling():
+            compute = self.gathered if x.shape[1] <= kernels.MAX_ROWS else torch.compiler.disable(self.grouped)
+        return compute(x.flatten(0, 1), share, chosen).view_as(x)
 
     def gathered(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
-        """A decode step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
+        """A step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
         reads the chosen experts' weights and keeps no copy of them. Uncompiled it would keep one."""
         gate, up = (self.w13.matrix(x.dtype, chosen).float() * x[:, None, None].float()).sum(-1).chunk(2, dim=-1)
         h = (F.silu(gate) * up).to(x.dtype)[:, :, None]  # [N, K, 1, F]
         y = (self.w2.matrix(x.dtype, chosen).float() * h.float()).sum(-1)  # [N, K, dim]
         return (y * share[..., None]).sum(1).to(x.dtype)
 
-    @torch.compiler.disable
     def grouped(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
         """Any number of rows: every expert takes its own in one go, so memory grows with the rows alone."""
         out = torch.zeros_like(x)

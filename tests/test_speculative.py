@@ -92,12 +92,12 @@ def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
         flat(run(TEXT, len(TEXT) - 1, 21))
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_compiled(fast, pair):
-    model = pair("qwen3", fast)[1]
+@pytest.mark.parametrize("family, fast, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", False, 10)])
+def test_compiled(family, fast, k, pair):
+    model = pair(family, fast)[1]
     model.setup_caches(1, len(TEXT) + 20)
     expected = plain(model, TEXT, 20)
-    assert flat(run_of(model, None, 3, compile=True)(TEXT, 0, 20)) == expected
+    assert flat(run_of(model, None, k, compile=True)(TEXT, 0, 20)) == expected
 
 
 V = 5
