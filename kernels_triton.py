@@ -34,7 +34,7 @@ def add_plain(
     acc, squares, k, w_ptr, x_ptr, norm_ptr, rows, ok, N, K: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
     HALVES: tl.constexpr, BN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """A step of dots for numbers of 16 or 32 bits, T times V of each row."""
+    """A step of linear_kernel's loop for numbers of 16 or 32 bits, T times V of each row."""
     V: tl.constexpr = 128 // BITS
     at = k + tl.arange(0, T * V)
     weights, new, new_squares = (), (), ()
@@ -135,29 +135,32 @@ def octet(a, b, BITS: tl.constexpr, BN: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def dots(
-    w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, eps, expert, row, N, K: tl.constexpr, GROUP: tl.constexpr,
-    M: tl.constexpr, BITS: tl.constexpr, HALVES: tl.constexpr, BN: tl.constexpr, T: tl.constexpr,
+def linear_kernel(
+    w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, chosen_ptr, y_ptr, eps, N, K: tl.constexpr,
+    GROUP: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, HALVES: tl.constexpr,
+    BN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """[rms_norm] x [M, K] times the BN rows from row on (of each half) of an expert's W [N, K], [+ bias]:
-    M * HALVES float32 [BN], the halves of an x side by side."""
+    """linear; with chosen [rows, SLOTS] of experts W, for one x and one of its experts a program of the second axis."""
     E: tl.constexpr = 32 // BITS if BITS < 16 else 1
-    STEP: tl.constexpr = 128 // BITS * T
-    rows = row + tl.arange(0, BN)
-    ok = rows < N // HALVES
-    w_ptr += expert * N * (K // E)
-    if BITS == 8:
-        scales_ptr += expert * N
-    if BITS == 4:
-        scales_ptr += expert * N * tl.cdiv(K, GROUP)
-        zeros_ptr += expert * N * tl.cdiv(K, GROUP)
-    acc, squares, out = (), (), ()
+    slot, rows, OUT = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN), N // HALVES
+    ok = rows < OUT
+    if chosen_ptr is not None:
+        expert = tl.load(chosen_ptr + slot)
+        x_ptr += slot // SLOTS * K
+        y_ptr += slot * OUT
+        w_ptr += expert * N * (K // E)
+        if BITS == 8:
+            scales_ptr += expert * N
+        if BITS == 4:
+            scales_ptr += expert * N * tl.cdiv(K, GROUP)
+            zeros_ptr += expert * N * tl.cdiv(K, GROUP)
+    acc, squares = (), ()
     for _ in tl.static_range(M * HALVES):
         acc = acc + (tl.zeros([BN, T], tl.float32),)
     if norm_ptr is not None:
         for _ in tl.static_range(M):
             squares = squares + (tl.zeros([T], tl.float32),)
-    for k in range(0, K, STEP):
+    for k in range(0, K, 128 // BITS * T):
         if BITS >= 16:
             acc, squares = add_plain(
                 acc, squares, k, w_ptr, x_ptr, norm_ptr, rows, ok, N, K, M, BITS, HALVES, BN, T
@@ -168,57 +171,22 @@ def dots(
                 BN, T,
             )  # fmt: skip
     for m in tl.static_range(M):
+        out = ()
         for h in tl.static_range(HALVES):
             y = tl.sum(acc[m * HALVES + h], axis=1)
             if BITS == 8:
-                y *= tl.load(scales_ptr + rows + h * (N // HALVES), mask=ok, other=0.0)
+                y *= tl.load(scales_ptr + rows + h * OUT, mask=ok, other=0.0)
             if norm_ptr is not None:
                 y *= tl.rsqrt(tl.sum(squares[m], axis=0) / K + eps)
             if bias_ptr is not None:
-                y += tl.load(bias_ptr + rows + h * (N // HALVES), mask=ok, other=0.0).to(tl.float32)
+                y += tl.load(bias_ptr + rows + h * OUT, mask=ok, other=0.0).to(tl.float32)
             out = out + (y,)
-    return out
-
-
-@triton.jit
-def linear_kernel(
-    w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, chosen_ptr, y_ptr, eps, N, K: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, HALVES: tl.constexpr,
-    BN: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """linear; with chosen [rows, SLOTS] of experts W, for one x and one of its experts a program of the second axis."""
-    row, slot = tl.program_id(0) * BN, tl.program_id(1)
-    rows, OUT = row + tl.arange(0, BN), N // HALVES
-    expert = 0
-    if chosen_ptr is not None:
-        expert = tl.load(chosen_ptr + slot)
-        x_ptr += slot // SLOTS * K
-        y_ptr += slot * OUT
-    y = dots(w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, eps, expert, row, N, K, GROUP, M, BITS, HALVES,
-             BN, T)  # fmt: skip
-    for m in tl.static_range(M):
-        one = y[m * HALVES]
+        one = out[0]
         if HALVES == 2:  # silu(gate) * up
-            one = one * tl.sigmoid(one) * y[m * HALVES + 1]
+            one = one * tl.sigmoid(one) * out[1]
         if residual_ptr is not None:
-            one += tl.load(residual_ptr + m * OUT + rows, mask=rows < OUT, other=0.0).to(tl.float32)
-        tl.store(y_ptr + m * OUT + rows, one, mask=rows < OUT)
-
-
-@triton.jit
-def down_kernel(
-    w_ptr, scales_ptr, zeros_ptr, h_ptr, residual_ptr, share_ptr, chosen_ptr, y_ptr, N, K: tl.constexpr,
-    GROUP: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """residual [rows, N] + the sum over an x's SLOTS experts of share [rows, SLOTS] times h [rows, SLOTS, K] W^T."""
-    row, x = tl.program_id(0) * BN, tl.program_id(1)
-    rows, total = row + tl.arange(0, BN), tl.zeros([BN], tl.float32)
-    for slot in range(x * SLOTS, (x + 1) * SLOTS):
-        y = dots(w_ptr, scales_ptr, zeros_ptr, None, h_ptr + slot * K, None, 0.0, tl.load(chosen_ptr + slot), row, N, K,
-                 GROUP, 1, BITS, 1, BN, T)  # fmt: skip
-        total += tl.load(share_ptr + slot) * y[0]
-    total += tl.load(residual_ptr + x * N + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + x * N + rows, total, mask=rows < N)
+            one += tl.load(residual_ptr + m * OUT + rows, mask=ok, other=0.0).to(tl.float32)
+        tl.store(y_ptr + m * OUT + rows, one, mask=ok)
 
 
 @triton.jit
@@ -452,17 +420,16 @@ def experts(
     (*_, slots), k = chosen.shape, x.shape[-1]
     w13, bits = layout(w13, zeros13)
     w2, _ = layout(w2, zeros2)
-    h = x.new_empty(chosen.numel(), width)
-    y = torch.empty_like(x)
+    h, y = x.new_empty(chosen.numel(), width), x.new_empty(*chosen.shape, k, dtype=torch.float32)
     sizes = launch(x.device, bits, 2 * width, k, 1, 2)
     linear_kernel[(triton.cdiv(width, sizes["BN"]), chosen.numel())](
         w13, scales13, zeros13, None, x, norm, None, chosen, h, eps, 2 * width, k, group, 1, slots, bits, 2, **sizes
     )
     sizes = launch(x.device, bits, k, width, 1, 1)
-    down_kernel[(triton.cdiv(k, sizes["BN"]), x.numel() // k)](
-        w2, scales2, zeros2, h, x, share, chosen, y, k, width, group, slots, bits, **sizes
+    linear_kernel[(triton.cdiv(k, sizes["BN"]), chosen.numel())](
+        w2, scales2, zeros2, None, h, None, None, chosen, y, 0.0, k, width, group, 1, 1, bits, 1, **sizes
     )
-    return y
+    return (x + (share[..., None] * y).sum(-2)).to(x.dtype)
 
 
 @experts.register_fake
