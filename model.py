@@ -424,11 +424,11 @@ class Experts(nn.Module):
         share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
         compute = self.grouped
         if torch.compiler.is_compiling():
-            compute = self.gathered if x.shape[1] <= kernels.MAX_ROWS else torch.compiler.disable(self.grouped)
+            compute = self.gathered if x.shape[1] == 1 else torch.compiler.disable(self.grouped)
         return compute(x.flatten(0, 1), share, chosen).view_as(x)
 
     def gathered(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
-        """A step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
+        """A decode step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
         reads the chosen experts' weights and keeps no copy of them. Uncompiled it would keep one."""
         gate, up = (self.w13.matrix(x.dtype, chosen).float() * x[:, None, None].float()).sum(-1).chunk(2, dim=-1)
         h = (F.silu(gate) * up).to(x.dtype)[:, :, None]  # [N, K, 1, F]
