@@ -9,6 +9,7 @@ write the same file the one that started last wins, and the other fails.
 
 import contextlib
 import ctypes
+import glob
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -42,9 +44,9 @@ def save_checkpoint(
     """Writes a checkpoint whose tensors, named in shapes as (shape, dtype), come one at a time and in any order from
     tensors; one tensor is in memory at a time. Raises UsageError if they are not exactly those, leaving path alone."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    header = {"format": FORMAT, "config": config.to_dict(), "quantization": quantization}
+    header = {"format": FORMAT, "config": asdict(config), "quantization": quantization}
     try:
-        for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a run that was killed
             left.unlink(missing_ok=True)
         with open(temporary, "w+b") as f:
             with FakeTensorMode():
@@ -86,23 +88,34 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, tor
     return ModelConfig.from_dict(data.get("config")), data.get("quantization"), tensors
 
 
-def load_pickle(path: Path) -> dict:
-    """torch.load of weights and nothing else, memory-mapped where the file allows. Raises UsageError."""
+def load_pickle(path: Path, legacy: bool = False) -> dict:
+    """torch.load of weights and nothing else, memory-mapped; legacy: except for files from before PyTorch 1.6, which
+    cannot be. Raises UsageError."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
-    for mmap in (True, False):  # files from before PyTorch 1.6 cannot be mapped
+    for mmap in (True, False):
         try:
             with warnings.catch_warnings():  # of odd tensors, which are refused
                 warnings.simplefilter("ignore")
                 return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         except Exception as e:  # torch.load raises a dozen types on broken input
-            if mmap and "mmap can only be used" in str(e):
+            if legacy and mmap and "mmap can only be used" in str(e):
                 continue
             if lacks_memory(e):
                 raise
+            if isinstance(e, UnicodeEncodeError):
+                raise UsageError(f"{path} has a name that this locale cannot write; set PYTHONUTF8=1") from None
             if isinstance(e, pickle.UnpicklingError) and "Unsupported operand" not in str(e):
                 raise UsageError(f"{path} holds more than weights, so it is not opened: pickles can run code") from None
             raise UsageError(f"{path} is truncated or not a PyTorch file ({type(e).__name__})") from None
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text in path. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # which drops the mark that Windows puts before a text
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read {path} as UTF-8 text: {e}") from None
 
 
 def read_json(path: Path, default=None):
@@ -148,6 +161,9 @@ def run(main: Callable[[], None], less: str = "end other programs, or take a sma
     """Calls a script's main. A UsageError becomes one line on stderr and exit status 2, and so does a lack of memory,
     with what helps against it (less); Ctrl-C exits with 130."""
     name, why = Path(sys.argv[0]).name, None
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # closed: >&-
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
     before = signal.getsignal(signal.SIGINT)  # the script's own: for loading torch, and for the end
     if callable(before):
         signal.signal(signal.SIGINT, signal.default_int_handler)

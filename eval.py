@@ -14,6 +14,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tp
-from checkpoint import run
-from generate import build_steps, hidden_by_chunks, load_model, make_caches, pick_device
+from checkpoint import read_text, run
+from generate import Step, build_steps, check_finite, hidden_by_chunks, load, make_caches, pick_device
 from model import Transformer, TransformerBlock, UsageError
-from tokenizer import Tokenizer, load_tokenizer, render
+from tokenizer import Tokenizer, render
 
 LESS = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"  # for want of memory
 HEAD_ROWS = 256  # positions whose logits are in memory at a time
@@ -56,15 +57,16 @@ def main():
     for name in ("limit", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")
+    if args.text_file and (args.limit or args.include_path or args.apply_chat_template):
+        raise UsageError("--limit, --include_path and --apply_chat_template belong to --tasks")
     text = read_text(args.text_file) if args.text_file else None
     manager = None if args.text_file else task_manager(args.tasks, args.include_path)
-    model = load_model(
+    model, tokenizer = load(
         args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision), args.kernels == "auto"
     )
-    tokenizer = load_tokenizer(args.checkpoint_path.parent)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's {model.config.vocab_size}")
-    length = args.max_seq_length or min(1024 if text else 2**31, model.config.max_seq_len)
+    length = args.max_seq_length
+    if length is None:
+        length = min(1024 if text else 2**31, model.config.max_seq_len)
     if not 2 <= length <= model.config.max_seq_len:
         raise UsageError(f"--max_seq_length must be 2 to {model.config.max_seq_len}, the model's context, not {length}")
     if text is not None:
@@ -74,13 +76,6 @@ def main():
         lm = harness_model(model, tokenizer, length, args.batch_size, args.compile)
         results, table = evaluate(lm, args.tasks, manager, args.limit, args.apply_chat_template)
     print(json.dumps(results) if args.json else table)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} as UTF-8 text: {e}") from None
 
 
 def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
@@ -131,7 +126,7 @@ def score(model: Transformer, rows: list[tuple[list[int], int]], batch_size: int
         positions = torch.arange(longest, device=device)
         hidden = torch.cat([*hidden_by_chunks(model, tokens.to(device), positions, block)], dim=1)
         for k, x, (ids, n) in zip(order[i:], hidden, batch, strict=False):
-            targets = torch.tensor(ids[-n:], device=device)
+            targets = torch.tensor(ids[len(ids) - n :], device=device)
             logprobs, greedy = [], []
             for y, t in zip(x[len(ids) - 1 - n : len(ids) - 1].split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
                 logits = model.logits(y)
@@ -243,17 +238,20 @@ def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, bat
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             results = [""] * len(requests)
-            prompts = [self.tok_encode(r.args[0]) for r in requests]
             options = [options_of(r.args[1]) for r in requests]
+            if (new := max((new for _, new, _ in options), default=0)) >= max_length:
+                raise UsageError(f"a task asks for {new} tokens, and --max_seq_length is {max_length}")
+            prompts = [self.tok_encode(r.args[0])[o[1] - max_length :] for r, o in zip(requests, options, strict=True)]
+            room = max((len(ids) + new for ids, (_, new, _) in zip(prompts, options, strict=True)), default=1)
+            make_caches(model, min(batch_size, max(len(requests), 1)), room, LESS)  # once, or steps are compiled anew
+            steps = cache(lambda **sampling: build_steps(model, sampling, compile, False))
             order = sorted(range(len(requests)), key=lambda i: (repr(options[i]), len(prompts[i])))
             with tqdm(total=len(requests), desc="generations", disable=disable_tqdm or None) as bar:
                 for _, same in groupby(order, key=lambda i: options[i]):
                     same = list(same)
                     sampling, new, until = options[same[0]]
-                    if new >= max_length:
-                        raise UsageError(f"a task asks for {new} tokens, and --max_seq_length is {max_length}")
-                    kept = [prompts[i][new - max_length :] for i in same]
-                    texts = continue_prompts(model, tokenizer, kept, sampling, new, until, batch_size, compile)
+                    kept = [prompts[i] for i in same]
+                    texts = continue_prompts(model, steps(**sampling), tokenizer, kept, new, until)
                     for i, text in zip(same, texts, strict=True):
                         results[i] = text
                         bar.update()
@@ -268,7 +266,7 @@ def options_of(kwargs: dict) -> tuple[dict, int, list[str]]:
     temperature = float(kwargs.get("temperature") or 0) if kwargs.get("do_sample") is not False else 0.0
     if kwargs.get("do_sample") and "temperature" not in kwargs:
         temperature = 1.0
-    sampling = {"temperature": temperature, "top_k": kwargs.get("top_k"), "top_p": kwargs.get("top_p")}
+    sampling = {"temperature": temperature, "top_k": kwargs.get("top_k") or None, "top_p": kwargs.get("top_p")}
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     new = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     return sampling, new, [u for u in ([until] if isinstance(until, str) else until) if u]
@@ -276,14 +274,12 @@ def options_of(kwargs: dict) -> tuple[dict, int, list[str]]:
 
 @torch.inference_mode()
 def continue_prompts(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], sampling: dict, new: int, until: list[str],
-    batch_size: int, compile: bool,
+    model: Transformer, steps: tuple[Step, Step], tokenizer: Tokenizer, prompts: list[list[int]], new: int,
+    until: list[str],
 ) -> Iterator[str]:  # fmt: skip
     """What the model makes of each prompt in at most new tokens, up to an end token or one of the texts in until.
     Rows of a batch share their positions: from the end of the shortest prompt on, the others are fed theirs."""
-    prefill, decode = build_steps(model, sampling, compile, compile_prefill=False)
-    batch_size = min(batch_size, len(prompts))
-    make_caches(model, batch_size, max(map(len, prompts)) + new, LESS)
+    (prefill, decode), batch_size = steps, len(model.layers[0].attention.k_cache)
     device, ends = model.rope.device, set(model.config.eos_ids)
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i : i + batch_size]
@@ -294,8 +290,7 @@ def continue_prompts(
         token = prefill(tokens, torch.arange(shortest, device=device))
         for position in range(shortest, max(map(len, rows)) + new):
             ids = token.tolist()
-            if min(ids) < 0:
-                raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")
+            check_finite(ids)
             for b, row in enumerate(batch):
                 if position < len(row):
                     continue

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -32,17 +33,25 @@ from torch import Tensor
 import kernels
 import quantize
 import tp
-from checkpoint import need_memory, read_checkpoint, run
+from checkpoint import need_memory, read_checkpoint, read_text, run
 from model import Transformer, TransformerBlock, UsageError
 from tokenizer import Tokenizer, load_tokenizer, stream
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 CONVERSATION = 8192  # tokens that one holds, if the model's context does
-CHUNK = 512  # prompt tokens a prefill step takes; bounds its memory
 LESS = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"  # for want of memory
-GPU_CHUNK = 4096  # the same, where every step turns all quantized weights into numbers
+CHUNK = 512  # prompt tokens a prefill step takes; bounds its memory
+GPU_CHUNK = 4096  # the same on a GPU, where every step turns all quantized weights into numbers
 # How many 16-bit products oneDNN and PyTorch's layer above it keep compiled, one for every number of rows, 0.3 MB each
 PRODUCTS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+
+
+def load(path: Path, *how, **more) -> tuple[Transformer, Tokenizer]:
+    """load_model, and the tokenizer beside the model. Raises UsageError if the one does not fit the other."""
+    model, tokenizer = load_model(path, *how, **more), load_tokenizer(path.parent)
+    if tokenizer.vocab_size > (size := model.config.vocab_size):
+        raise UsageError(f"{path}: the tokenizer's {tokenizer.vocab_size} tokens exceed the model's {size}")
+    return model, tokenizer
 
 
 def load_model(
@@ -144,7 +153,7 @@ def build_steps(model: Transformer, sampling: dict, compile: bool, compile_prefi
 
 
 def hidden_by_chunks(model: Transformer, tokens: Tensor, positions: Tensor, block: Callable | None) -> Iterator[Tensor]:
-    """model.hidden of tokens [B, T], as many at a time as memory allows: [B, part of T, dim]. block stands in for
+    """model.hidden of tokens [B, T], chunk by chunk: [B, part of T, dim]. block stands in for
     TransformerBlock.forward, except for few rows, which have kernels of their own."""
     start = int(positions[0])
     size = CHUNK if tokens.device.type == "cpu" else GPU_CHUNK
@@ -244,6 +253,7 @@ def check_finite(ids: list[int]):
 Proposer = Callable[[list[int], int], tuple[Tensor, Tensor | None] | None]
 PRIOR = 1.0, 0.5  # proposed tokens that were kept and steps that lost one, assumed before there are any
 FADE, FADE_IDLE = 0.9, 0.97  # what a step leaves of what is known of earlier ones; the second if it proposed nothing
+LONGEST = 32  # run of tokens to propose or to look up
 VERIFY = 0.15  # what one more token in a step of the model costs, in steps: 0.05 of large models, 0.2 of small ones
 
 
@@ -459,6 +469,9 @@ def parse_args() -> argparse.Namespace:
         raise UsageError("speculation is for one row: leave out --batch_size")
     if args.prompt_lookup is not None and args.prompt_lookup < 2:
         raise UsageError(f"--prompt_lookup looks for at least 2 tokens, not {args.prompt_lookup}")
+    for name in ("speculate_k", "prompt_lookup"):
+        if (getattr(args, name) or 0) > LONGEST:
+            raise UsageError(f"--{name} must be at most {LONGEST}, not {getattr(args, name)}")
     for name in ("num_samples", "max_new_tokens", "batch_size", "top_k", "prompt_tokens", "speculate_k"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")
@@ -473,9 +486,9 @@ def parse_args() -> argparse.Namespace:
         raise UsageError("--system belongs to a chat: add --chat")
     if not -(2**63) <= args.seed < 2**64:
         raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
-    if args.profile and (args.profile.is_dir() or not args.profile.absolute().parent.is_dir()):
+    if (f := args.profile) and (f.exists() and not f.is_file() or not f.absolute().parent.is_dir()):
         raise UsageError(f"--profile {args.profile} must be a file in a folder that exists")
-    if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+    if args.compile and not any(map(shutil.which, (*shlex.split(os.environ.get("CXX") or "g++")[:1], "clang++"))):
         raise UsageError("--compile needs a C++ compiler ($CXX, g++ or clang++); install one or leave it out")
     if args.checkpoint_path == DEMO and not DEMO.is_file():
         raise UsageError("no --checkpoint_path given and no demo model here; run ./scripts/demo.sh, which gets one")
@@ -490,6 +503,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # which a device without memory, like meta, cannot do
+        if device.type != "cpu" and device.index is not None:  # what PyTorch measures is the current one
+            torch.accelerator.set_device_index(device.index)
         return device
     except Exception:  # each backend has its own way to be absent
         have = ["cpu"] + ([accelerator.type] if accelerator else [])
@@ -498,32 +513,25 @@ def pick_device(name: str | None) -> torch.device:
 
 def main():
     args = parse_args()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
     device = pick_device(args.device)
     began = time.perf_counter()
-    model = load_model(args.checkpoint_path, device, getattr(torch, args.precision), args.kernels == "auto")
-    tokenizer = load_tokenizer(args.checkpoint_path.parent)
+    how = device, getattr(torch, args.precision), args.kernels == "auto"
+    model, tokenizer = load(args.checkpoint_path, *how)
     load_seconds = time.perf_counter() - began
-    config = model.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(f"the tokenizer's {tokenizer.vocab_size} tokens exceed the model's {config.vocab_size}")
-    draft = None
+    models, draft = {"model": model}, None
     if args.draft_checkpoint_path:
-        check_vocabulary(args.draft_checkpoint_path, tokenizer)
-        how = getattr(torch, args.precision), args.kernels == "auto", args.draft_tp != "off"
-        draft = load_model(args.draft_checkpoint_path, device, *how)
-    models = [model, draft] if draft else [model]
+        draft = load_draft(args.draft_checkpoint_path, tokenizer, *how, shared=args.draft_tp != "off")
+        models["draft"] = draft
 
-    prompts = [] if args.conversation else read_prompts(args, tokenizer, config.vocab_size)
-    context = min(m.config.max_seq_len for m in models)
+    prompts = [] if args.conversation else read_prompts(args, tokenizer, model.config.vocab_size)
+    name, context = min(((name, m.config.max_seq_len) for name, m in models.items()), key=lambda pair: pair[1])
     room = min(context, CONVERSATION) if args.conversation else max(map(len, prompts)) + args.max_new_tokens
     if room > context:
         raise UsageError(
-            f"{room - args.max_new_tokens} prompt tokens and {args.max_new_tokens} new ones exceed the model's "
+            f"{room - args.max_new_tokens} prompt tokens and {args.max_new_tokens} new ones exceed the {name}'s "
             f"context of {context}; lower --max_new_tokens or shorten the prompt"
         )
-    for m in models:
+    for m in models.values():
         make_caches(m, args.batch_size, room)
     began = time.perf_counter()
     zeros = lambda n: (  # noqa: E731
@@ -563,9 +571,9 @@ def main():
             report(result, bus)
 
 
-def check_vocabulary(draft: Path, tokenizer: Tokenizer):
-    """Raises UsageError if the tokens of the model in draft are not those of tokenizer."""
-    theirs = load_tokenizer(draft.parent)
+def load_draft(path: Path, tokenizer: Tokenizer, *how, **more) -> Transformer:
+    """load_model. Raises UsageError if the draft's tokens are not those of tokenizer."""
+    draft, theirs = load(path, *how, **more)
     sample = range(0, tokenizer.vocab_size, max(1, tokenizer.vocab_size // 1000))
     if theirs.vocab_size != tokenizer.vocab_size:
         raise UsageError(f"the draft's vocabulary has {theirs.vocab_size} tokens, the model's {tokenizer.vocab_size}")
@@ -573,6 +581,7 @@ def check_vocabulary(draft: Path, tokenizer: Tokenizer):
         if theirs.token_bytes(i) != tokenizer.token_bytes(i):
             raise UsageError(f"the draft's vocabulary is another: token {i} is {theirs.token_bytes(i)!r} there, and in "
                              f"the model {tokenizer.token_bytes(i)!r}")  # fmt: skip
+    return draft
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
@@ -582,10 +591,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
         return [torch.randint(vocab_size, (args.prompt_tokens,), generator=generator).tolist()]
     texts = [args.prompt]
     if args.prompt_file:
-        try:
-            texts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UsageError(f"cannot read --prompt_file {args.prompt_file}: {e}") from None
+        texts = [line for line in read_text(args.prompt_file).split("\n") if line.strip()]
     for text in [*texts, args.system or ""]:
         if any("\ud800" <= c <= "\udfff" for c in text):  # how an argument's bytes that are not text arrive
             raise UsageError("the prompt is not valid UTF-8")
@@ -635,7 +641,12 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, run: Run, prompt:
                 if not args.json:
                     print(piece, end="", flush=True)
         if profiled:
-            profile.export_chrome_trace(str(tp.own(args.profile)))
+            path = tp.own(args.profile)
+            path.unlink(missing_ok=True)
+            profile.export_chrome_trace(str(path))  # which is silent about what it cannot do
+            if not path.is_file():
+                path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+                raise UsageError(f"cannot write --profile {path}")
         texts = [tokenizer.decode([i for i in row if i not in ends], after) for row in rows]
         if not args.json:
             print()
@@ -645,7 +656,7 @@ def run_prompt(args, model: Transformer, tokenizer: Tokenizer, run: Run, prompt:
             seconds = times[-1] - times[0]
             rates.append((sum(lengths[1:]) / seconds, (len(times) - 1) / seconds))
     rate, steps_per_second = map(statistics.median, zip(*rates, strict=True)) if rates else (0.0, 0.0)
-    seen = model.step_bytes() + model.cache_bytes(len(prompt) + sum(lengths) // 2)
+    seen = model.step_bytes() + model.cache_bytes(len(prompt) + sum(lengths) // 2, args.compile)
     return {
         "text": texts,
         "tokens": rows,
@@ -682,6 +693,8 @@ def report(r: dict, bus: float):
 
 def read_line() -> str | None:
     """The next line of standard input, without white space around it; None behind the last."""
+    if sys.stdin is None:  # closed: <&-
+        return None
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -699,7 +712,8 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
     say = lambda text: print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)  # noqa: E731
     full = "The context is full: /drop forgets the oldest message and its answer, /reset all of them."
-    say("Type a message; /drop forgets the oldest, /reset all of them, /exit ends.")
+    commands = "Type a message; /drop forgets the oldest, /reset all of them, /exit ends."
+    say(commands)
     for line in tp.lines(read_line):
         if line == "/exit":
             return
@@ -707,12 +721,15 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
             messages = list(fresh)
         elif line == "/drop":
             del messages[len(fresh) : len(fresh) + 2]
+        elif re.fullmatch(r"/\w+", line):
+            say(commands)
         elif line:
             messages.append({"role": "user", "content": line})
             ids = tokenizer.encode_chat(messages)
             room = len(model.rope) - len(ids)
             if room < 1:
-                say(full)
+                alone = f"That takes {len(ids)} tokens, and the context has {len(model.rope)}: shorten it."
+                say(full if len(messages) > len(fresh) + 1 else alone)
                 messages.pop()
                 continue
             same = 0

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from eval import evaluate, harness, read_text, task_manager, windows_of
-from generate import load_model, pick_device
+from checkpoint import read_text
+from eval import evaluate, harness, task_manager, windows_of
+from generate import load, pick_device
 from model import Experts, Transformer, TransformerBlock, UsageError
 from quantize import finite, linears, pack_int4, range_of, split_groups, to_zeros
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 SLAB = 2**24  # weights rounded at a time; bounds the memory of float32 copies
 Parts = tuple[Tensor, Tensor, Tensor]  # weight, scales and zeros of the int4 format (kernels.py)
@@ -29,17 +30,17 @@ Parts = tuple[Tensor, Tensor, Tensor]  # weight, scales and zeros of the int4 fo
 
 def quantized(args, dtype: torch.dtype) -> Iterator[tuple[str, Parts]]:
     """Every linear, by name, of the checkpoint that quantize.py's arguments name."""
-    if bool(args.calibration_text) == bool(args.calibration_tasks):
+    if not args.calibration_text and not args.calibration_tasks:
         raise UsageError("int4-gptq needs something to calibrate on: --calibration_text or --calibration_tasks")
-    device, tokenizer = pick_device(args.device), load_tokenizer(args.checkpoint_path.parent)
+    device = pick_device(args.device)
     if args.calibration_text:
         text = read_text(args.calibration_text)
     else:
         text = task_text(args.calibration_tasks, args.calibration_limit)
+    model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, fast=False)
+    if args.calibration_seq_length > (limit := model.config.max_seq_len):
+        raise UsageError(f"--calibration_seq_length must be at most the model's context, {limit}")
     windows = calibration_windows(tokenizer, text, args.calibration_seq_length, args.calibration_limit)
-    model = load_model(args.checkpoint_path, torch.device("cpu"), dtype, fast=False)
-    if windows.max() >= model.config.vocab_size:
-        raise UsageError(f"the tokenizer's tokens exceed the model's {model.config.vocab_size}")
     settings = {"group": args.groupsize, "damp": args.percdamp, "block": args.blocksize, "act_order": args.act_order}
     return quantize_model(model, windows, device, **settings)
 

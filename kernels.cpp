@@ -559,32 +559,6 @@ Tensor linear(Tensor x, Tensor w, OptTensor scales, OptTensor zeros, OptTensor b
   return out;
 }
 
-// ---- feed_forward: x + w2(swiglu(w13 rms_norm(x))) ---------------------------------------------------------------
-
-Tensor feed_forward(Tensor x, Tensor norm, double eps, Tensor w13, OptTensor s13, OptTensor z13, OptTensor b13, Tensor w2,
-                    OptTensor s2, OptTensor z2, OptTensor b2, int64_t ffn, int64_t group) {
-  const int64_t dim = x.size(-1), m = x.numel() / dim;
-  check(x, dim, {norm, w13, b13, w2, b2});
-  Tensor out = torch::stable::empty_like(x);
-  by_type(x.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const Linear<T> first{weights(w13, s13, z13, 2 * ffn, dim, group), ptr<T>(b13)};
-    const Linear<T> second{weights(w2, s2, z2, dim, ffn, group), ptr<T>(b2)};
-    const T* from = ptr<T>(x);
-    T* to = mutable_ptr<T>(out);
-    together.reserve(Scratch::bytes_for(m * ffn));
-    T* hidden = together.take<T>(m * ffn);
-    Barrier barrier;
-#pragma omp parallel num_threads(threads())
-    {
-      linear_part<T>(from, m, first, ptr<T>(norm), eps, nullptr, true, hidden);
-      barrier.wait();
-      linear_part<T>(hidden, m, second, nullptr, 0, from, false, to);
-    }
-  });
-  return out;
-}
-
 // ---- dequantize: the matrix [n, k] that packed weights stand for -----------------------------------------------------
 
 template <typename T> void dequantize_to(const Weights& w, T* out) {
@@ -920,8 +894,6 @@ STABLE_TORCH_LIBRARY(gptfast, m) {
   m.def("attention(Tensor x, Tensor norm, float eps, Tensor wqkv, Tensor? sqkv, Tensor? zqkv, Tensor? bqkv, Tensor wo, "
         "Tensor? so, Tensor? zo, Tensor? bo, int heads, int group, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor positions, Tensor rope, Tensor? q_norm, Tensor? k_norm, int window) -> Tensor");
-  m.def("feed_forward(Tensor x, Tensor norm, float eps, Tensor w13, Tensor? s13, Tensor? z13, Tensor? b13, Tensor w2, "
-        "Tensor? s2, Tensor? z2, Tensor? b2, int ffn, int group) -> Tensor");
   m.def("experts(Tensor x, Tensor norm, float eps, Tensor share, Tensor chosen, Tensor w13, Tensor? s13, Tensor? z13, "
         "Tensor w2, Tensor? s2, Tensor? z2, int ffn, int group) -> Tensor");
   m.def("layers(Tensor x, Tensor[] tensors, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps, int heads, int ffn, "
@@ -931,7 +903,6 @@ STABLE_TORCH_LIBRARY(gptfast, m) {
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("attention", TORCH_BOX(&attention));
-  m.impl("feed_forward", TORCH_BOX(&feed_forward));
   m.impl("experts", TORCH_BOX(&experts));
   m.impl("layers", TORCH_BOX(&layers));
   m.impl("dequantize", TORCH_BOX(&dequantize));

@@ -20,12 +20,11 @@ sets fast to what it takes. On a GPU kernels_triton.py does the same operations,
 C++ compiler, or without Triton, everything runs on the PyTorch versions.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import mmap
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,7 +44,7 @@ ROWS = 16  # of weights that kernels.cpp reads side by side
 
 
 def fits(x: Tensor, w) -> bool:
-    """Whether the C++ operations take x [..., K] times w: few rows, and w in their order."""
+    """Whether the device's operations take x [..., K] times w: few rows, and w in their order."""
     return w.fast is not None and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
 
 
@@ -85,14 +84,6 @@ def attention(x: Tensor, a, norm, positions: Tensor, rope: Tensor) -> Tensor:
         x, norm.weight, norm.eps, *a.wqkv.fast, *a.wo.fast, a.n_heads, a.wqkv.group, a.k_cache, a.v_cache, positions,
         rope, *norms, a.window,
     )  # fmt: skip
-
-
-def feed_forward(x: Tensor, f, norm) -> Tensor:
-    """A model.FeedForward in one go, for x that fits and a width that is a multiple of ROWS."""
-    w13, w2 = f.w13, f.w2
-    if w13.gpu:
-        return linear(linear(x, w13, norm, swiglu=True), w2, residual=x)
-    return torch.ops.gptfast.feed_forward(x, norm.weight, norm.eps, *w13.fast, *w2.fast, w2.n_in, w13.group)
 
 
 def layers(x: Tensor, model, positions: Tensor, rope: Tensor) -> Tensor:
@@ -179,10 +170,14 @@ def enable(model: torch.nn.Module, mapped: bool = False):
     in a memory-mapped file, of which they are let go one by one, so that they are never in memory twice."""
     device = next(iter(model.state_dict().values())).device
     if device.type == "cuda":
-        with contextlib.suppress(ImportError):  # of triton
+        try:
             import kernels_triton
 
-            torch.cuda.set_device(device)  # it launches on the current one
+            if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
+                raise ImportError("it needs a C compiler: $CC, gcc or clang")
+        except ImportError as e:
+            print(f"no Triton ({e}): running on PyTorch's own, slower operations", file=sys.stderr)
+        else:
             kernels_triton.enable(model)
     if device.type != "cpu" or not build():
         return
@@ -252,7 +247,7 @@ def build() -> bool:
     """Compiles kernels.cpp for this CPU, unless it has been before, and loads it. False, after one line on stderr, if
     that is not possible. Any number of processes may do so at once. $CXX and $CXXFLAGS are heeded."""
     source = Path(__file__).with_suffix(".cpp")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    compiler = next((c for c in (shlex.split(os.environ.get("CXX") or "g++"), ["clang++"]) if shutil.which(c[0])), None)
     if compiler is None:
         print("no C++ compiler ($CXX, g++ or clang++): running on PyTorch's own, slower operations", file=sys.stderr)
         return False
@@ -260,16 +255,17 @@ def build() -> bool:
     flags = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
     flags += [f"-I{torch_dir / 'include'}", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
     flags += ["-shared", "-fPIC", *os.environ.get("CXXFLAGS", "").split()]
-    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    key = hashlib.sha256(source.read_bytes() + version + repr((flags, torch.__version__, cpu_features())).encode())
+    macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]  # its version and what the CPU can do
     try:
+        setting = subprocess.run(macros, capture_output=True).stdout + repr((flags, torch.__version__)).encode()
+        key = hashlib.sha256(source.read_bytes() + setting)
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast"
         library = folder / f"kernels-{key.hexdigest()[:16]}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 out = f"{scratch}/kernels.so"
-                subprocess.run([compiler, str(source), "-o", out, *flags], check=True, capture_output=True, text=True)
+                subprocess.run([*compiler, str(source), "-o", out, *flags], check=True, capture_output=True, text=True)
                 os.replace(out, library)
         torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home
@@ -279,15 +275,6 @@ def build() -> bool:
         return False
     register_shapes()
     return True
-
-
-def cpu_features() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        return platform.processor() + platform.machine()
 
 
 def register_shapes():
@@ -301,5 +288,5 @@ def register_shapes():
     def _(w, scales, zeros, n, group, dtype):
         return w.new_empty(n, w.shape[1] * (4 if zeros is None else 8), dtype=dtype)
 
-    for name in ("layers", "attention", "feed_forward", "experts"):
+    for name in ("layers", "attention", "experts"):
         torch.library.register_fake(f"gptfast::{name}", lambda x, *args: torch.empty_like(x))

@@ -90,12 +90,9 @@ class ModelConfig:
         if not all(isinstance(i, int) for i in self.eos_ids):
             raise UsageError(f"eos_ids must be token ids, not {self.eos_ids}")
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, d: dict) -> "ModelConfig":
-        """The inverse of to_dict, for the config stored in model.pth."""
+        """The inverse of dataclasses.asdict, for the config stored in model.pth."""
         try:
             d = dict(d, eos_ids=tuple(d["eos_ids"]))
             d["rope_scaling"] = RopeScaling(**d["rope_scaling"]) if d["rope_scaling"] else None
@@ -149,7 +146,8 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
     if not isinstance(hf, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
     names = [f"{a}ForCausalLM" for a in ARCHITECTURES]
-    arch = (hf.get("architectures") or [None])[0] or {
+    arch = hf.get("architectures")
+    arch = (arch if isinstance(arch, str) else (arch or [None])[0]) or {
         a.lower().replace("moe", "_moe"): n for a, n in zip(ARCHITECTURES, names, strict=True)
     }.get(hf.get("model_type"))
     if arch not in names:
@@ -175,24 +173,25 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
         head_dim = dim // n_heads
 
     # Sliding window: one rule for all layers, or none. Qwen has a switch for it and a first layer.
-    window = hf.get("sliding_window") if arch != "LlamaForCausalLM" else None
-    if arch.startswith("Qwen"):
-        window = window if hf.get("use_sliding_window") else None
-        if window and arch != "Qwen3MoeForCausalLM":  # whose window is on all layers
-            first, types = hf.get("max_window_layers", 28), hf.get("layer_types") or []
-            if type(first) is not int or not isinstance(types, list) or type(n_layers) is not int or n_layers > 2**16:
-                raise UsageError(f"config.json: max_window_layers {first!r} or layer_types {types!r} makes no sense")
-            full = min(first, n_layers)  # layers before the first with a window
-            kinds = types or ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
-            if len(set(kinds)) > 1:
-                raise UsageError("config.json: a sliding window on some layers only (layer_types) is not supported")
-            window = window if kinds[:1] and kinds[0] == "sliding_attention" else None
+    window, qwen = hf.get("sliding_window") if arch != "LlamaForCausalLM" else None, arch.startswith("Qwen")
+    if qwen and not hf.get("use_sliding_window"):
+        window = None
+    if window and arch not in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"):  # whose windows are on all layers
+        first, types = hf.get("max_window_layers", 28) if qwen else 0, hf.get("layer_types") or []
+        if type(first) is not int or not isinstance(types, list) or type(n_layers) is not int or n_layers > 2**16:
+            raise UsageError(f"config.json: max_window_layers {first!r} or layer_types {types!r} makes no sense")
+        full = min(first, n_layers)  # layers before the first with a window
+        kinds = types or ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
+        if len(set(kinds)) > 1:
+            raise UsageError("config.json: a sliding window on some layers only (layer_types) is not supported")
+        window = window if kinds[:1] and kinds[0] == "sliding_attention" else None
 
-    rope = hf.get("rope_parameters") or {}
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | rope | (hf.get("rope_scaling") or {})
+    rope, kind = {"rope_theta": hf.get("rope_theta", 10000.0)}, "default"
+    for field in ("rope_parameters", "rope_scaling"):
+        rope |= (new := hf.get(field) or {})
+        kind = new.get("rope_type", new.get("type", kind))
     if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(value, dict) for value in rope.values()):
         raise UsageError("config.json: rope_parameters with partial_rotary_factor or per layer type are not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "linear":
         scaling = RopeScaling("linear", rope.get("factor"))
     elif kind == "llama3":
@@ -280,6 +279,8 @@ class Transformer(nn.Module):
             if self.stack and block is None:
                 return kernels.layers(x, self, positions, rope)
         else:  # [T, S] True: may look
+            if kv_len is None and block is None and tokens.device.type == "cpu":  # where to ask costs nothing
+                kv_len = int(positions[-1]) + 1
             keys = self.cache_positions[:kv_len]
             mask = keys <= positions[:, None]
             if self.config.sliding_window:
@@ -300,10 +301,14 @@ class Transformer(nn.Module):
             total -= experts * (moe.n_experts - moe.n_active) // moe.n_experts
         return total
 
-    def cache_bytes(self, length: int) -> int:
-        """Bytes of keys and values that a decode step reads when length tokens are in the cache."""
-        k = self.layers[0].attention.k_cache
-        seen = min(length, self.config.sliding_window or length) if self.output.fast else k.shape[2]
+    def cache_bytes(self, length: int, compiled: bool) -> int:
+        """Bytes of keys and values that a decode step, compiled or not, reads when length tokens are in the cache."""
+        attention = self.layers[0].attention
+        k = attention.k_cache
+        if attention.is_fast(k[:, 0, :1, 0]):
+            seen = min(length, self.config.sliding_window or length)
+        else:
+            seen = length if k.device.type == "cpu" and not compiled else k.shape[2]
         return 2 * self.config.n_layers * k[:, :, :1].nbytes * seen
 
 
@@ -343,7 +348,11 @@ class Attention(nn.Module):
 
     def is_fast(self, tokens: Tensor) -> bool:
         """Whether the fused kernel does tokens [B, T]: a decode step or a short run."""
-        return bool(self.wqkv.fast and (self.wo.fast or self.wqkv.gpu)) and 0 < tokens.numel() <= kernels.MAX_ROWS
+        if not self.wqkv.fast or not 0 < tokens.numel() <= kernels.MAX_ROWS:
+            return False
+        if self.wqkv.gpu:  # the queries of a key head are in one program's memory
+            return tokens.shape[1] * self.n_heads // self.n_kv_heads <= 64
+        return bool(self.wo.fast)
 
     def forward(self, x: Tensor, norm: "RMSNorm", positions: Tensor, rope: Tensor, mask, kv_len) -> Tensor:
         if mask is None:
@@ -383,8 +392,6 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.ffn_dim, config.dim, config.ffn_bias)
 
     def forward(self, x: Tensor, norm: "RMSNorm") -> Tensor:
-        if kernels.fits(x, self.w13) and self.w2.fast and self.w2.n_in % kernels.ROWS == 0:
-            return kernels.feed_forward(x, self, norm)
         return self.w2(self.w13(x, norm=norm, swiglu=True), residual=x)
 
 
@@ -415,7 +422,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, norm: "RMSNorm", share: Tensor, chosen: Tensor) -> Tensor:
         """x [B, T, dim] + the sum over each token's chosen [B, T, K] experts of share [B, T, K] times their output."""
-        if kernels.fits(x, self.w13) and self.w2.fast and self.w2.n_in % kernels.ROWS == 0:
+        if kernels.fits(x, self.w13) and (self.w13.gpu or (self.w2.fast and self.w2.n_in % kernels.ROWS == 0)):
             return kernels.experts(x, self, norm, share, chosen)
         return x + self.mixture(norm(x), share, chosen)
 

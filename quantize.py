@@ -43,9 +43,10 @@ def main():
     add("--groupsize", type=int, default=32, help="of int4: 32, 64, 128 or 256 (default: %(default)s)")
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
     g = p.add_argument_group("int4-gptq")
+    what = g.add_mutually_exclusive_group()
+    what.add_argument("--calibration_text", type=Path, help="text file to calibrate on")
     add = g.add_argument
-    add("--calibration_text", type=Path, help="text file to calibrate on")
-    add("--calibration_tasks", nargs="+", metavar="TASK", help="calibrate on the questions of these lm_eval tasks")
+    what.add_argument("--calibration_tasks", nargs="+", metavar="TASK", help="or the questions of these lm_eval tasks")
     add("--calibration_limit", type=int, default=64, help="windows of text, examples of a task (default: %(default)s)")
     add("--calibration_seq_length", type=int, default=512, help="tokens of a window (default: %(default)s)")
     add("--percdamp", type=float, default=0.1, help="part of the Hessian's mean added to it (default: %(default)s)")
@@ -61,9 +62,11 @@ def main():
         raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0, --calibration_seq_length 1")
     if Path(f"x{args.label}").name != f"x{args.label}":
         raise UsageError(f"--label {args.label!r} must be a part of a file's name")
+    if args.mode != "int4-gptq" and (args.calibration_text or args.calibration_tasks):
+        raise UsageError(f"--mode {args.mode} needs no calibration: leave it out, or take --mode int4-gptq")
     path, int8 = args.checkpoint_path, args.mode == "int8"
-    out = path.with_name(f"{path.stem}{args.label}{args.mode}{'' if int8 else f'.g{args.groupsize}'}.pth")
     config, quantization, tensors = read_checkpoint(path)
+    out = path.with_name(f"{path.stem}{args.label}{args.mode}{'' if int8 else f'.g{args.groupsize}'}.pth")
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
     weights = linear_weights(path, config, tensors)

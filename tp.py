@@ -230,7 +230,8 @@ def ranks() -> Iterator[None]:
     """Makes this process one of those that torchrun started, for as long as the context lasts; does nothing in one that
     is alone. Rank 0 alone prints. It also prints the line with which a script exits that cannot go on; the others wait
     for that, since torchrun ends all when one has ended. Ctrl-C ends a rank at once."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    needed = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set some of them
+    if not needed <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     local = int(os.environ["LOCAL_RANK"])

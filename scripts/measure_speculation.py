@@ -23,14 +23,13 @@ from checkpoint import run
 from generate import (
     build_speculation,
     build_steps,
-    check_vocabulary,
-    load_model,
+    load,
+    load_draft,
     one_by_one,
     pick_device,
     read_bandwidth,
     speculate,
 )
-from tokenizer import load_tokenizer
 
 ROUNDS, NEW = 7, 160
 TEXT = (
@@ -58,12 +57,9 @@ def main():
     p.add_argument("--json_file", type=Path, help="where the result goes too")
     args = p.parse_args()
     args.speculate_k = args.speculate_k or (5 if args.draft_checkpoint_path else 7)
-    device, tokenizer = pick_device(args.device), load_tokenizer(args.checkpoint_path.parent)
-    model = load_model(args.checkpoint_path, device, getattr(torch, args.precision))
-    draft = None
-    if args.draft_checkpoint_path:
-        check_vocabulary(args.draft_checkpoint_path, tokenizer)
-        draft = load_model(args.draft_checkpoint_path, device, getattr(torch, args.precision))
+    how = device, _ = pick_device(args.device), getattr(torch, args.precision)
+    model, tokenizer = load(args.checkpoint_path, *how)
+    draft = load_draft(args.draft_checkpoint_path, tokenizer, *how) if args.draft_checkpoint_path else None
     prompts = {name: (tokenizer.encode_chat([{"role": "user", "content": x}]), t) for name, (x, t) in PROMPTS.items()}
     for m in (model, draft) if draft else (model,):
         m.setup_caches(1, max(len(ids) for ids, _ in prompts.values()) + NEW)

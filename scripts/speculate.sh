@@ -1,7 +1,9 @@
 # Sourced by speculate_*.sh with target and draft, two files below checkpoints/, and run, what starts generate.py.
 # TINY=1 makes two tiny random models and takes their files of the same names.
-python=python3
-if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+from=$PWD python=python3
+cd "$(dirname "$0")/.."
+root=$PWD
+if [ -x .venv/bin/python ]; then python=$root/.venv/bin/python; fi
 if [ -n "${TINY:-}" ]; then
     target=tiny/target/$(basename "$target") draft=tiny/draft/$(basename "$draft")
     for made in "llama2 $target" "qwen3 $draft"; do
@@ -12,5 +14,6 @@ if [ -n "${TINY:-}" ]; then
         case $file in *int4*) $python quantize.py --checkpoint_path "$folder/model.pth" --mode int4 ;; esac
     done
 fi
-exec $python ${run:-} generate.py --compile --speculate_k 5 --max_new_tokens 200 --temperature 0 \
-    --checkpoint_path "checkpoints/$target" --draft_checkpoint_path "checkpoints/$draft" "$@"
+cd "$from" # where the paths in the arguments begin
+exec $python ${run:-} "$root/generate.py" --compile --speculate_k 5 --max_new_tokens 200 --temperature 0 \
+    --checkpoint_path "$root/checkpoints/$target" --draft_checkpoint_path "$root/checkpoints/$draft" "$@"

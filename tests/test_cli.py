@@ -155,9 +155,9 @@ def test_rows_are_samples_and_seeds_repeat(chain, ask, cli):
 
 
 def test_prompt_file_runs_each_line(chain, ask, tmp_path):
-    (tmp_path / "prompts").write_text("S\n\n  \nabP\r\né0", encoding="utf-8")
+    (tmp_path / "prompts").write_text("S\n\n  \nab\u2028P\r\né0", encoding="utf-8-sig")  # a mark first
     results = ask(chain, f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12")
-    assert [r["prompt_tokens"] for r in results] == [1, 3, 3]
+    assert [r["prompt_tokens"] for r in results] == [1, 6, 3]
     assert [r["text"] for r in results] == [["🙂E"], [""], ["123456789012"]]
     assert [r["finish_reason"] for r in results] == [["stop"], ["stop"], ["length"]]
 
@@ -341,11 +341,11 @@ def refused(monkeypatch, capsys):
         ("--device=meta", "meta"),
         ("--prompt=", "empty"),
         ("--prompt=\udcff", "prompt"),
-        (f"--prompt_file={__file__}.missing", "prompt_file"),
-        (f"--prompt_file={ROOT}", "prompt_file"),
+        (f"--prompt_file={__file__}.missing", "cannot read"),
+        (f"--prompt_file={ROOT}", "cannot read"),
         ("--prompt_file={tmp}/empty", "empty"),
         ("--prompt_file={tmp}/blank", "empty"),
-        ("--prompt_file={tmp}/latin1", "prompt_file"),
+        ("--prompt_file={tmp}/latin1", "cannot read"),
         ("--prompt_tokens=0", "prompt_tokens"),
         ("--prompt_tokens=256", "context"),
         ("--max_new_tokens=0", "max_new_tokens"),
@@ -361,6 +361,9 @@ def refused(monkeypatch, capsys):
         ("--top_p=nan", "top_p"),
         ("--seed=18446744073709551616", "seed"),
         ("--profile={tmp}/missing/trace.json", "trace.json"),
+        ("--profile=/dev/full", "/dev/full"),
+        ("--prompt_lookup --speculate_k=1000000000000", "speculate_k"),
+        ("--prompt_lookup=33", "prompt_lookup"),
         ("--chat --json", "json"),
         ("--chat --batch_size=2", "batch_size"),
         ("--chat --prompt=Hi", "template"),
@@ -401,7 +404,7 @@ WRONG_FILES = {  # what is in place of model.pth, and a word of what is said of 
     "truncated": (lambda path, data: path.write_bytes(data[: len(data) // 2]), "truncated"),
     "tensor": (lambda path, data: torch.save(torch.ones(3), path), "not a gpt-fast/1 checkpoint"),
     "pickle": (lambda path, data: torch.save({"format": "gpt-fast/1", "tensors": Evil()}, path), "more than weights"),
-    "old pickle": (lambda path, data: torch.save(Evil(), path, _use_new_zipfile_serialization=False), "more than"),
+    "old pickle": (lambda path, data: torch.save(Evil(), path, _use_new_zipfile_serialization=False), "not a PyTorch"),
 }
 
 

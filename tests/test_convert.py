@@ -144,6 +144,17 @@ def test_wrong_tensors_are_named(llama):
     assert read_checkpoint(convert(folder))[2]["layers.1.attention.wqkv.weight"].dtype == torch.float32
 
 
+def test_a_head_that_differs_from_the_embedding_is_kept(llama):
+    """As transformers does, though config.json calls it tied."""
+    folder, tensors = llama
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    head = read_checkpoint(convert(folder))[2]["output.weight"]
+    assert torch.equal(head, tensors["lm_head.weight"])
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    assert "output.weight" not in read_checkpoint(convert(folder))[2]
+
+
 class Bomb:
     def __init__(self, path: Path):
         self.path = path

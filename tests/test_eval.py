@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -11,9 +12,10 @@ import transformers as hf
 
 import eval
 from checkpoint import run
-from generate import load_model
+from generate import build_steps, load_model
 from model import UsageError
 from tests.tiny import convert, write_folder
+from tokenizer import load_tokenizer
 
 TEXT = "Ein Männlein steht im Walde ganz still und stumm, es hat von lauter Purpur ein Mäntlein um. " * 4
 QUESTIONS = [
@@ -99,7 +101,7 @@ def test_answers_equal_lm_evals_own(task, chat, folder):
     from lm_eval.models.huggingface import HFLM
 
     manager = lm_eval.tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), eval.load_tokenizer(folder)
+    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), load_tokenizer(folder)
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
     found = []
     for lm in (theirs, *(eval.harness_model(model, tokenizer, 256, b, False) for b in (1, 4))):
@@ -120,14 +122,27 @@ def test_answers_equal_lm_evals_own(task, chat, folder):
 
 
 def test_generation_stops_where_it_should(folder):
-    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), eval.load_tokenizer(folder)
+    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), load_tokenizer(folder)
     prompts = [tokenizer.encode(t) for t in ("a", "some longer prompt", "b", "and one that is longer still")]
-    greedy = {"temperature": 0, "top_k": None, "top_p": None}
-    whole = [next(eval.continue_prompts(model, tokenizer, [p], greedy, 30, [], 1, False)) for p in prompts]
-    assert list(eval.continue_prompts(model, tokenizer, prompts, greedy, 30, [], 3, False)) == whole
+    steps = build_steps(model, {"temperature": 0}, False, False)
+
+    def texts(batch_size, prompts, until=()):
+        model.setup_caches(batch_size, 80)
+        return list(eval.continue_prompts(model, steps, tokenizer, prompts, 30, until))
+
+    whole = [texts(1, [p])[0] for p in prompts]
+    assert texts(3, prompts) == whole
     end = whole[0][5:7]
-    short = list(eval.continue_prompts(model, tokenizer, prompts, greedy, 30, ["no such", end], 4, False))
+    short = texts(4, prompts, ["no such", end])
     assert short == [text.split(end)[0] for text in whole] and short[0] != whole[0]
+
+
+def test_requests_of_many_kinds_are_compiled_once(folder):
+    """PyTorch gives up after eight times."""
+    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32, fast=False), load_tokenizer(folder)
+    requests = [SimpleNamespace(args=("a" * n, {"max_gen_toks": n})) for n in range(3, 13)]
+    plain, compiled = (eval.harness_model(model, tokenizer, 60, 2, c).generate_until(requests) for c in (False, True))
+    assert plain == compiled and len(set(plain)) > 5
 
 
 def test_options_of_requests():
@@ -156,6 +171,8 @@ def test_tasks_on_the_command_line(folder, monkeypatch, capsys):
         (["--text_file=nowhere"], "nowhere"),
         (["--text_file=TEXT", "--max_seq_length=257"], "256"),
         (["--text_file=TEXT", "--max_seq_length=1"], "2 to 256"),
+        (["--text_file=TEXT", "--max_seq_length=0"], "2 to 256"),
+        (["--text_file=TEXT", "--limit=3"], "belong to --tasks"),
         (["--text_file=TEXT", "--batch_size=0"], "--batch_size"),
         (["--text_file=EMPTY"], "too short"),
         (["--text_file=BINARY"], "UTF-8"),

@@ -289,15 +289,20 @@ def test_without_this_cpus_instructions(march):
 def test_builds_do_not_meet(tmp_path):
     """Several processes that build at once, into one empty cache, all get the library."""
     command = [sys.executable, "-c", "import kernels; assert kernels.build()"]
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": "-O0"}
+    cxx = f"{os.environ.get('CXX', 'g++')} -O0"  # a command with an argument
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0"}
     runs = [subprocess.Popen(command, env=env, cwd=ROOT) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert len(list((tmp_path / "gpt-fast").iterdir())) == 1
 
 
-def test_no_compiler(tmp_path):
+@pytest.mark.parametrize("compiler", ["false", "script"])
+def test_no_compiler(compiler, tmp_path):
     """One line, and everything runs on PyTorch."""
     command = [sys.executable, "-c", "import kernels; assert not kernels.build()"]
-    env = os.environ | {"CXX": "false", "XDG_CACHE_HOME": str(tmp_path)}
+    (tmp_path / "script").write_text("no program")
+    (tmp_path / "script").chmod(0o755)
+    cxx = "false" if compiler == "false" else str(tmp_path / "script")
+    env = os.environ | {"CXX": cxx, "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("\n") == 1 and "slower" in done.stderr

@@ -23,6 +23,23 @@ def test_logits_equal_transformers(family, pair):
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [hf.MistralConfig, hf.Qwen2Config, hf.Qwen3Config])
+def test_windows_of_layers(kind):
+    sizes = {"architectures": [kind.__name__.replace("Config", "ForCausalLM")], "num_hidden_layers": 3}
+    good = kind().to_dict() | sizes | {"sliding_window": 9, "use_sliding_window": True}
+    windows = [ModelConfig.from_hf(good | {"layer_types": [f"{x}_attention"] * 3}).sliding_window
+               for x in ("full", "sliding")]  # fmt: skip
+    assert windows == [None, 9]
+    with pytest.raises(UsageError, match="layer_types"):
+        ModelConfig.from_hf(good | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]})
+
+
+def test_old_and_new_spelling_together():
+    both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    config = ModelConfig.from_hf(hf.LlamaConfig().to_dict() | both | {"architectures": "LlamaForCausalLM"})
+    assert config.rope_scaling.factor == 2
+
+
 def test_unsupported_is_named():
     good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     bad_fields = {

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-import eval
 import gptq
 import kernels
 import quantize
@@ -15,6 +14,7 @@ from checkpoint import read_checkpoint, run
 from generate import load_model
 from model import UsageError
 from tests.tiny import ROOT, convert, write_folder
+from tokenizer import load_tokenizer
 
 MODES = [("int8", None), ("int4", 32), ("int4", 64), ("int4-hqq", 32)]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
@@ -148,7 +148,7 @@ def test_gptq_from_the_command_line(family, folder, monkeypatch, tmp_path, capsy
     assert path.with_name("model.int4-gptq.g32.pth").is_file()
     cli(monkeypatch, path, "--mode=int4")
     names = ["model.pth", "model_int4.g32.pth", "model_int4-gptq.g32.pth"]
-    tokens = torch.tensor([eval.load_tokenizer(path.parent).encode("the age of foolishness, the epoch of belief")])
+    tokens = torch.tensor([load_tokenizer(path.parent).encode("the age of foolishness, the epoch of belief")])
     logits = []
     for model in (load_model(path.with_name(n), "cpu", torch.float32, fast=False) for n in names):
         model.setup_caches(1, 64)
@@ -159,7 +159,7 @@ def test_gptq_from_the_command_line(family, folder, monkeypatch, tmp_path, capsy
 
 
 def test_calibration_windows_come_from_all_over(folder):
-    tokenizer = eval.load_tokenizer(folder("llama3"))
+    tokenizer = load_tokenizer(folder("llama3"))
     text = "".join(chr(ord("A") + i % 26) for i in range(859))  # 21 windows and a rest
     windows = gptq.calibration_windows(tokenizer, text, 40, 4)
     assert [tokenizer.decode(w.tolist()) for w in windows] == [text[40 * i : 40 * i + 40] for i in (0, 5, 10, 15)]
@@ -176,6 +176,8 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--mode=int4-gptq"], "--calibration_text"),
         (["--mode=int4-gptq", "--calibration_text=nowhere"], "nowhere"),
         (["--label=a/b"], "--label"),
+        (["--calibration_text=TEXT"], "needs no calibration"),
+        (["--checkpoint_path=."], "not a file"),
         (["--percdamp=0"], "--percdamp"),
     ],
 )
@@ -188,6 +190,7 @@ def test_wrong_arguments_are_named(args, message, folder, monkeypatch):
 
 def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
     path = folder("llama2") / "model.pth"
+    cli(monkeypatch, path, "--mode=int8", "--label=**")
     cli(monkeypatch, path, "--mode=int8", "--label=.")
     with pytest.raises(UsageError, match="quantized already"):
         cli(monkeypatch, path.with_name("model.int8.pth"))

@@ -192,6 +192,13 @@ def test_pytorchs_compiler_is_imported_only_where_it_is_needed(small, options):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-"])
+def test_what_the_shell_has_closed(small, closed):
+    command = f"{sys.executable} generate.py --checkpoint_path {small / 'model.pth'} --device cpu --max_new_tokens 3"
+    done = subprocess.run([f"WORLD_SIZE=2 {command} {closed}"], shell=True, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and (done.stdout or closed == ">&-"), done.stderr
+
+
 def test_same_seed_same_text_however_it_is_shown(small):
     """Streamed to a terminal or a pipe, or whole as JSON; to the very end of the context."""
     args = ["--prompt=Hello", "--max_new_tokens=251", "--ignore_eos", "--seed=7"]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import generate
 import quantize
+from checkpoint import read_checkpoint, save_checkpoint
 from model import UsageError
 from tests.test_cli import random_folder, set_up
 from tests.tiny import FAMILIES, ROOT, convert, make_hf, to_ours
@@ -261,8 +263,8 @@ def test_an_end_token_in_a_run_ends_it(folders, capsys, monkeypatch):
     load = generate.load_model
 
     def with_end(end: int):
-        def loaded(*args):
-            model = load(*args)
+        def loaded(*args, **more):
+            model = load(*args, **more)
             object.__setattr__(model.config, "eos_ids", (end,))
             return model
 
@@ -292,6 +294,10 @@ def test_conversation(way, folders, capsys, monkeypatch):
 def test_mistakes(folders, capsys, monkeypatch):
     model, other = folders
     draft = ["--draft_checkpoint_path", str(model / "model.pth")]
+    config, _, tensors = read_checkpoint(model / "model.pth")
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    save_checkpoint(model / "short.pth", replace(config, max_seq_len=32), shapes, tensors.items())
+    short = ["--draft_checkpoint_path", str(model / "short.pth"), "--max_new_tokens=20"]
     for flags, said in [
         ([*draft, "--prompt_lookup"], "choose one"),
         (["--speculate_k=3"], "belongs to"),
@@ -299,7 +305,9 @@ def test_mistakes(folders, capsys, monkeypatch):
         (["--prompt_lookup=1"], "at least 2"),
         ([*draft, "--speculate_k=0"], "at least 1"),
         (["--draft_checkpoint_path", str(other / "model.pth")], "vocabulary"),
-        (["--draft_checkpoint_path", str(model / "none.pth")], "none.pth"),
+        (["--draft_checkpoint_path", str(model / "none.pth")], "none.pth does not exist"),
+        (["--draft_checkpoint_path", str(model.parent / "none" / "model.pth")], "none/model.pth does not exist"),
+        ([*short, "--prompt", "a" * 20], "draft's context of 32"),
     ]:
         with pytest.raises(UsageError, match=said):
             call(capsys, monkeypatch, model, *flags)
