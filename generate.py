@@ -174,19 +174,19 @@ def build_step(model: Transformer, head: Callable, compile: bool) -> Callable:
 
     if not compile:
         return step
+    is_fast = model.layers[0].attention.is_fast
     whole = {"fullgraph": not model.config.moe, "dynamic": False}  # experts of many tokens are not to be compiled
     if model.tok_embeddings.weight.device.type != "cpu":
         compiled = torch.compile(step, mode="reduce-overhead", **whole)
         if not model.layers[0].attention.wqkv.gpu or tp.world_size() > 1:
             return compiled
-        graph, is_fast = captured(step, model), model.layers[0].attention.is_fast
+        graph = captured(step, model)
         return lambda tokens, *rest: (graph if is_fast(tokens) else compiled)(tokens, *rest)
 
     @cache
     def compiled() -> dict:  # when it is needed: the compiler's import alone takes a second and 150 MB
         return {"block": torch.compile(TransformerBlock.forward, **whole), "head": torch.compile(head, **whole)}
 
-    is_fast = model.layers[0].attention.is_fast
     return lambda tokens, *rest: step(tokens, *rest, **({} if is_fast(tokens) else compiled()))
 
 
