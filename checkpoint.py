@@ -165,16 +165,23 @@ def run(main: Callable[[], None], less: str = "end other programs, or take a sma
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
     before = signal.getsignal(signal.SIGINT)  # the script's own: for loading torch, and for the end
-    if callable(before):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        try:
+            if callable(before):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            main()
+        finally:  # inside, for it may be interrupted too
+            if callable(before):
+                signal.signal(signal.SIGINT, before)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
     except UsageError as e:
         why = str(e)
     except (MemoryError, RuntimeError) as e:
+        if isinstance(e.__context__, KeyboardInterrupt):  # in torch.save, which closes its file and finds it short
+            print(file=sys.stderr)
+            sys.exit(130)
         if not lacks_memory(e):
             raise
         told = re.search(r"(?i)(tried|unable) to (allocate|mmap) [\d.]+ \w+(.*? is free)?", str(e))
@@ -186,9 +193,6 @@ def run(main: Callable[[], None], less: str = "end other programs, or take a sma
         if isinstance(e, BrokenPipeError):  # as in `| head`: the reader has gone, having seen enough
             return
         why = str(e)
-    finally:
-        if callable(before):
-            signal.signal(signal.SIGINT, before)
     if why is not None:
         print(f"{name}: {' '.join(why.split())}", file=sys.stderr)
         sys.exit(2)
