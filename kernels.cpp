@@ -31,7 +31,9 @@ using OptTensor = std::optional<Tensor>;
 constexpr int64_t ROWS = 16;      // output rows that one pass of a matrix-vector kernel makes
 constexpr int64_t MAX_M = 8;      // rows of activations the kernels take; kernels.py sends more to the matmul library
 constexpr int64_t ACT_GROUP = 8;  // activations that share a scale, where they are quantized
-constexpr int64_t AHEAD = 2048;   // bytes that weights are fetched before their use
+constexpr int64_t AHEAD = 2048;   // bytes that weights are fetched before their use, into the second-level cache;
+constexpr int64_t FAR = 8192;     // where each of them takes longer, or several streams run side by side, so many, and
+constexpr int64_t NEAR = 512;     // shortly before their use into the first-level cache
 constexpr int64_t KV_CHUNK = 256; // cache entries that one attention task looks at
 
 typedef float Vec __attribute__((vector_size(64)));
@@ -316,6 +318,11 @@ inline Vec silu(Vec x) { return x / (1 + exp_vec(-x)); }
 
 inline Vec row_scales(const Weights& w, int64_t block) { return load_some(w.row_scale, block * ROWS, w.n); }
 
+template <bool SLOW> inline void fetch(const char* at) {
+  __builtin_prefetch(at + (SLOW ? FAR : AHEAD), 0, 2);
+  if (SLOW) __builtin_prefetch(at + NEAR);
+}
+
 // INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128. R blocks of outputs at a time
 // share what is loaded of the activations.
 template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, const Row* rows, Vec (*out)[MAX_M]) {
@@ -327,7 +334,7 @@ template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, c
   for (int64_t b = 0; b < w.k / ACT_GROUP; b++)
     for (int r = 0; r < R; r++) {
       const char* at = data[r] + b * 128;
-      __builtin_prefetch(at + AHEAD), __builtin_prefetch(at + AHEAD + 64);
+      fetch<(M > 1)>(at), fetch<(M > 1)>(at + 64);
       const IntVec first = load<IntVec>(at), second = load<IntVec>(at + 64);
       for (int m = 0; m < M; m++) {
         IntVec acc = {};
@@ -356,7 +363,7 @@ template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, c
     for (; b < end; b++)
       for (int r = 0; r < R; r++) {
         const char* at = data[r] + b * 64;
-        __builtin_prefetch(at + AHEAD);
+        fetch<(M > 1)>(at);
         const IntVec v = load<IntVec>(at), lo = v & low, hi = (v >> 4) & low;
         for (int m = 0; m < M; m++) {
           IntVec acc = {};
@@ -408,7 +415,7 @@ inline void multiply(Vec& acc, const bf16* a, const bf16* b) {
 // Weights as they are: [n, k]. R rows at a time, so that they share what is loaded of the activations, U sums along each.
 template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, Vec* out) {
   constexpr int R = M <= 2 ? 1 : 4, U = M <= 2 ? 4 : 1;
-  constexpr int64_t WIDTH = 64 / sizeof(T), AWAY = AHEAD / sizeof(T);
+  constexpr int64_t WIDTH = 64 / sizeof(T);
   const int64_t k = w.k, n = std::min(ROWS, w.n - block * ROWS);
   const T *base = reinterpret_cast<const T*>(w.data) + block * ROWS * k, *x[M];
   for (int m = 0; m < M; m++) x[m] = static_cast<const T*>(rows[m]);
@@ -418,8 +425,13 @@ template <int M, typename T> void dot_native(const Weights& w, int64_t block, co
     for (int j = 0; j < R; j++) row[j] = base + std::min(r + j, n - 1) * k;
     Vec acc[M][R][U] = {};
     const auto step = [&](int64_t at, int u) {
-      for (int j = 0; j < R; j++) {  // what is fetched ahead is beyond a row's end its next one's
-        __builtin_prefetch(row[j] + at + AWAY + (at + AWAY < k ? 0 : (R - 1) * k));
+      for (int j = 0; j < R; j++) {
+        const auto ahead = [&](int64_t bytes) {  // beyond the row's end that is in the row after these R
+          const int64_t to = at + bytes / int64_t(sizeof(T));
+          return row[j] + to + (to < k ? 0 : (R - 1) * k);
+        };
+        __builtin_prefetch(ahead(R == 1 ? AHEAD : FAR), 0, 2);
+        if (R > 1) __builtin_prefetch(ahead(NEAR));
         for (int m = 0; m < M; m++) multiply(acc[m][j][u], row[j] + at, x[m] + at);
       }
     };
@@ -427,9 +439,6 @@ template <int M, typename T> void dot_native(const Weights& w, int64_t block, co
     for (; i + WIDTH * U <= k; i += WIDTH * U)
       for (int u = 0; u < U; u++) step(i + WIDTH * u, u);
     for (; i + WIDTH <= k; i += WIDTH) step(i, 0);
-    for (; i < k; i += 16)
-      for (int j = 0; j < R; j++)
-        for (int m = 0; m < M; m++) acc[m][j][0] += load_some(row[j], i, k) * load_some(x[m], i, k);
     for (int j = 0; j < R; j++)
       for (int m = 0; m < M; m++) {
         for (int u = 1; u < U; u++) acc[m][j][0] += acc[m][j][u];
@@ -439,6 +448,10 @@ template <int M, typename T> void dot_native(const Weights& w, int64_t block, co
   }
   if constexpr (R > 1)
     for (int m = 0; m < M; m++) out[m] = sum_each(sums[m]);
+  // What is left of rows that are no multiple of WIDTH; inside the loop above it would cost registers.
+  for (int64_t i = k / WIDTH * WIDTH; i < k; i++)
+    for (int64_t r = 0; r < n; r++)
+      for (int m = 0; m < M; m++) out[m][r] += to_float(base[r * k + i]) * to_float(x[m][i]);
 }
 
 // out[i][m][r] = rows[m] . w[16 blocks[i] + r] for n, one or two, blocks; T: the type of the activations
