@@ -134,7 +134,9 @@ template <int D> inline IntVec swap(IntVec v) {
 
 // The sums of 16 vectors, v's contents being lost: each step adds halves of two vectors, side by side.
 inline Vec sum_each(Vec* v) {
+#pragma GCC unroll 4  // into registers
   for (int n = 8; n; n /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < n; i++)
       v[i] = __builtin_shufflevector(v[i], v[i + n], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
              __builtin_shufflevector(v[i], v[i + n], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -714,63 +716,108 @@ template <typename T> void rope_row(const T* x, const T* norm, float eps, const 
   }
 }
 
-// q . k, both [d] and of one type
-template <typename T, int64_t STATIC_D> inline float dot_head(const T* q, const T* k, int64_t d) {
-  if constexpr (STATIC_D == 0) {
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < d; i++) total += to_float(q[i]) * to_float(k[i]);
-    return total;
-  } else {
-    Vec total = {};
+// q . k in sixteen parts, both [D] and of one type
+template <int64_t D> inline Vec dot_head(const auto* q, const auto* k) {
+  Vec total = {};
+  for (int64_t i = 0; i < D; i += 16) total += load_vec(q + i) * load_vec(k + i);
+  return total;
+}
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bf16>) {
-      for (int64_t i = 0; i < STATIC_D; i += 32)
-        total = (Vec)_mm512_dpbf16_ps((__m512)total, load<__m512bh>(q + i), load<__m512bh>(k + i));
-      return sum(total);
-    }
+template <int64_t D> inline Vec dot_head(const bf16* q, const bf16* k) {
+  Vec total = {};
+  for (int64_t i = 0; i < D; i += 32)
+    total = (Vec)_mm512_dpbf16_ps((__m512)total, load<__m512bh>(q + i), load<__m512bh>(k + i));
+  return total;
+}
 #endif
-    for (int64_t i = 0; i < STATIC_D; i += 16) total += load_vec(q + i) * load_vec(k + i);
-    return sum(total);
+
+// Fetches a row [d], which will be used soon, into the second-level cache.
+template <typename T> inline void fetch_row(const T* row, int64_t d) {
+  for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
+struct Softmax { float peak, sum; };
+
+// exp(q . k / sqrt(d) - peak) for n keys [n, d] of the cache. D: d where it is known when this is compiled, or 0.
+// Fetches next [n / share, d], unless it is null.
+template <int64_t D, typename T>
+Softmax weigh_keys(const T* q, const T* k, int64_t n, int64_t d, float* weights, const T* next, int64_t share) {
+  const float none = -std::numeric_limits<float>::infinity(), scale = 1 / std::sqrt(float(d));
+  const Vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Vec most = Vec{} + none, total = {};
+  for (int64_t s = 0; s < n; s += 16) {
+    for (int64_t r = (s + share - 1) / share; next && r * share < std::min(s + 16, n); r++) fetch_row(next + r * d, d);
+    Vec w = {};
+    if constexpr (D > 0) {
+      Vec parts[16];
+      for (int64_t r = 0; r < 16; r++) parts[r] = dot_head<D>(q, k + std::min(s + r, n - 1) * D);
+      w = sum_each(parts) * scale;
+    } else {
+      for (int64_t r = 0; r < std::min<int64_t>(16, n - s); r++) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < d; i++) sum += to_float(q[i]) * to_float(k[(s + r) * d + i]);
+        w[r] = sum * scale;
+      }
+    }
+    w = lane < float(n - s) ? w : Vec{} + none;
+    most = (w > most) | (w != w) ? w : most;  // NaN stays
+    store_vec(w, weights + s);
   }
+  float peak = none;
+  for (int r = 0; r < 16; r++) peak = most[r] > peak || most[r] != most[r] ? most[r] : peak;
+  for (int64_t s = 0; s < n; s += 16) {
+    const Vec w = lane < float(n - s) ? exp_vec(load_vec(weights + s) - peak) : Vec{};
+    store_vec(w, weights + s);
+    total += w;
+  }
+  return {peak, sum(total)};
+}
+
+using KeyWeights = float[KV_CHUNK];
+
+// out [Q, D] = weights [Q, n] . v [n, D]; next as above
+template <int64_t D, int Q, typename T>
+void add_values(const KeyWeights* weights, const T* v, int64_t n, float* out, const T* next) {
+  Vec sums[Q][D / 16] = {};
+  for (int64_t s = 0; s < n; s++) {
+    if (next) fetch_row(next + s * D, D);
+    for (int64_t i = 0; i < D / 16; i++) {
+      const Vec x = load_vec(v + s * D + 16 * i);
+      for (int h = 0; h < Q; h++) sums[h][i] += weights[h][s] * x;
+    }
+  }
+  std::memcpy(out, sums, sizeof sums);
 }
 
 // The queries [T, H / G, D] of one key/value head against one chunk of the cache: unnormalized output, greatest score,
-// sum of weights.
-template <typename T, int64_t STATIC_D>
+// sum of weights. Two or four heads at a time share what is loaded of the values.
+template <typename T, int64_t D>
 void attend(const Attention& a, const T* q, const T* k, const T* v, int64_t first, int64_t last, float* out,
             float* peaks, float* sums) {
-  const int64_t d = STATIC_D ? STATIC_D : a.head_dim, shared = a.heads / a.kv_heads;
-  const float scale = 1 / std::sqrt(float(d));
-  alignas(64) float weights[KV_CHUNK];
+  const int64_t d = D ? D : a.head_dim, shared = a.heads / a.kv_heads;
+  constexpr int TILE = D ? 256 / D : 1;
+  alignas(64) KeyWeights weights[TILE];
   for (int64_t t = 0; t < a.tokens; t++) {
     const int64_t position = a.start + t;
     const int64_t from = a.window ? std::max(first, position - a.window + 1) : first, to = std::min(last, position + 1);
-    for (int64_t h = 0; h < shared; h++, q += d, out += d, peaks++, sums++) {
-      const int64_t n = std::max<int64_t>(0, to - from);
-      float peak = -std::numeric_limits<float>::infinity();
-      for (int64_t s = 0; s < n; s++) {
-        weights[s] = dot_head<T, STATIC_D>(q, k + (from + s) * d, d) * scale;
-        peak = weights[s] > peak || weights[s] != weights[s] ? weights[s] : peak;
+    const int64_t n = std::max<int64_t>(0, to - from);
+    for (int64_t h = 0, count; h < shared; h += count, q += count * d, out += count * d) {
+      count = std::min<int64_t>(TILE, shared - h);
+      for (int64_t i = 0; i < count; i++) {
+        const T* next = t + h ? nullptr : v + (from + n * i / count) * d;
+        const Softmax softmax = weigh_keys<D>(q + i * d, k + from * d, n, d, weights[i], next, count);
+        *peaks++ = softmax.peak, *sums++ = softmax.sum;
       }
-      Vec total = {};
-      for (int64_t s = n; s % 16; s++) weights[s] = -std::numeric_limits<float>::infinity();
-      for (int64_t s = 0; s < n; s += 16) {
-        const Vec w = exp_vec(load_vec(weights + s) - peak);
-        for (int64_t r = 0; r < 16; r++) weights[s + r] = s + r < n ? w[r] : 0;
-        total += load_vec(weights + s);
-      }
-      if constexpr (STATIC_D == 0) {
+      if constexpr (D > 0) {
+        static constexpr decltype(&add_values<D, 1, T>) add[] = {add_values<D, 1, T>, add_values<D, 2, T>,
+                                                                 add_values<D, std::min(3, TILE), T>, add_values<D, TILE, T>};
+        add[count - 1](weights, v + from * d, n, out, t + h ? nullptr : k + (from + KV_CHUNK) * d);  // its next chunk
+      } else {
         std::fill_n(out, d, 0.0f);
         for (int64_t s = 0; s < n; s++)
-          for (int64_t i = 0; i < d; i++) out[i] += weights[s] * to_float(v[(from + s) * d + i]);
-      } else {
-        Vec sum[STATIC_D / 16] = {};
-        for (int64_t s = 0; s < n; s++)
-          for (int64_t i = 0; i < STATIC_D / 16; i++) sum[i] += weights[s] * load_vec(v + (from + s) * d + 16 * i);
-        std::memcpy(out, sum, sizeof sum);
+          for (int64_t i = 0; i < d; i++) out[i] += weights[0][s] * to_float(v[(from + s) * d + i]);
       }
-      *peaks = peak, *sums = sum(total);
     }
   }
 }
