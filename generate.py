@@ -558,6 +558,8 @@ def main():
         stats["communication_share"] = tp.communication_share(lambda: decode(*zeros(1)))
     torch.manual_seed(args.seed)
     if args.conversation:
+        if name == "draft" and room == context:
+            print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return converse(args, model, tokenizer, run)
     bus = None
     for prompt in prompts:

@@ -31,9 +31,9 @@ using OptTensor = std::optional<Tensor>;
 constexpr int64_t ROWS = 16;      // output rows that one pass of a matrix-vector kernel makes
 constexpr int64_t MAX_M = 8;      // rows of activations the kernels take; kernels.py sends more to the matmul library
 constexpr int64_t ACT_GROUP = 8;  // activations that share a scale, where they are quantized
-constexpr int64_t AHEAD = 2048;   // bytes that weights are fetched before their use, into the second-level cache;
-constexpr int64_t FAR = 8192;     // where each of them takes longer, or several streams run side by side, so many, and
-constexpr int64_t NEAR = 512;     // shortly before their use into the first-level cache
+constexpr int64_t AHEAD = 1024;   // bytes that weights are fetched before their use, into the second-level cache, or FAR
+constexpr int64_t FAR = 8192;     // where the work on each takes longer or several streams run side by side; then again
+constexpr int64_t NEAR = 512;     // shortly before their use, into the first-level cache
 constexpr int64_t KV_CHUNK = 256; // cache entries that one attention task looks at
 
 typedef float Vec __attribute__((vector_size(64)));
@@ -275,16 +275,19 @@ void prepare(const T* x, int64_t m, const Weights& w, const T* norm, float eps, 
 
 // ---- Sixteen outputs at a time ------------------------------------------------------------------------------------
 
-// acc[lane] += sum over j < 4 of w[lane][j] (unsigned) * x[j] (signed), exactly.
-inline void dot4(IntVec& acc, IntVec w, const int8_t* x) {
+// Four of the activations' bytes in every lane.
+inline IntVec spread(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return IntVec{} + four;
+}
+
+// acc[lane] += sum over j < 4 of w[lane][j] (unsigned) * x[lane][j] (signed), exactly.
+inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #if defined(__AVX512VNNI__)
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  acc = (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(four));
+  acc = (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #elif defined(__AVX2__)
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  const __m256i b = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), b = *reinterpret_cast<const __m256i*>(&x);
   __m256i* a = reinterpret_cast<__m256i*>(&acc);
   const __m256i* v = reinterpret_cast<const __m256i*>(&w);
   for (int h = 0; h < 2; h++) {  // halves of a byte, so that no 16-bit sum of two products saturates
@@ -295,8 +298,8 @@ inline void dot4(IntVec& acc, IntVec w, const int8_t* x) {
   }
 #else
   const uint8_t* v = reinterpret_cast<const uint8_t*>(&w);
-  for (int lane = 0; lane < ROWS; lane++)
-    for (int j = 0; j < 4; j++) acc[lane] += int32_t(v[4 * lane + j]) * x[j];
+  const int8_t* y = reinterpret_cast<const int8_t*>(&x);
+  for (int i = 0; i < 4 * ROWS; i++) acc[i / 4] += int32_t(v[i]) * y[i];
 #endif
 }
 
@@ -320,9 +323,9 @@ inline Vec silu(Vec x) { return x / (1 + exp_vec(-x)); }
 
 inline Vec row_scales(const Weights& w, int64_t block) { return load_some(w.row_scale, block * ROWS, w.n); }
 
-template <bool SLOW> inline void fetch(const char* at) {
-  __builtin_prefetch(at + (SLOW ? FAR : AHEAD), 0, 2);
-  if (SLOW) __builtin_prefetch(at + NEAR);
+inline void fetch(const char* at, int64_t away, bool twice) {
+  __builtin_prefetch(at + away, 0, 2);
+  if (twice) __builtin_prefetch(at + NEAR);
 }
 
 // INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128. R blocks of outputs at a time
@@ -333,18 +336,22 @@ template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, c
   for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * ROWS * w.k;
   for (int m = 0; m < M; m++) x[m] = static_cast<const Block*>(rows[m]);
   Vec total[R][M] = {};
-  for (int64_t b = 0; b < w.k / ACT_GROUP; b++)
+  for (int64_t b = 0; b < w.k / ACT_GROUP; b++) {
+    IntVec first[R], second[R];
     for (int r = 0; r < R; r++) {
       const char* at = data[r] + b * 128;
-      fetch<(M > 1)>(at), fetch<(M > 1)>(at + 64);
-      const IntVec first = load<IntVec>(at), second = load<IntVec>(at + 64);
-      for (int m = 0; m < M; m++) {
+      for (int line = 0; line < 128; line += 64) fetch(at + line, M > 1 ? FAR : AHEAD, M > 1);
+      first[r] = load<IntVec>(at), second[r] = load<IntVec>(at + 64);
+    }
+    for (int m = 0; m < M; m++) {
+      const IntVec q = spread(x[m][b].q), q4 = spread(x[m][b].q + 4);
+      for (int r = 0; r < R; r++) {
         IntVec acc = {};
-        dot4(acc, first, x[m][b].q);
-        dot4(acc, second, x[m][b].q + 4);
+        dot4(acc, first[r], q), dot4(acc, second[r], q4);
         total[r][m] += (as_float(acc) + x[m][b].offset) * x[m][b].scale;
       }
     }
+  }
   for (int r = 0; r < R; r++) {
     const Vec scale = row_scales(w, blocks[r]);
     for (int m = 0; m < M; m++) out[r][m] = total[r][m] * scale;
@@ -362,18 +369,23 @@ template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, c
   for (int64_t b = 0, end, g = 0; b < w.k / ACT_GROUP; b = end, g++) {
     end = std::min(w.k, b * ACT_GROUP + w.group) / ACT_GROUP;
     Vec part[R][M] = {};
-    for (; b < end; b++)
+    for (; b < end; b++) {
+      IntVec lo[R], hi[R];
       for (int r = 0; r < R; r++) {
         const char* at = data[r] + b * 64;
-        fetch<(M > 1)>(at);
-        const IntVec v = load<IntVec>(at), lo = v & low, hi = (v >> 4) & low;
-        for (int m = 0; m < M; m++) {
+        fetch(at, FAR, M > 1);
+        const IntVec v = load<IntVec>(at);
+        lo[r] = v & low, hi[r] = (v >> 4) & low;
+      }
+      for (int m = 0; m < M; m++) {
+        const IntVec q = spread(x[m][b].q), q4 = spread(x[m][b].q + 4);
+        for (int r = 0; r < R; r++) {
           IntVec acc = {};
-          dot4(acc, lo, x[m][b].q);
-          dot4(acc, hi, x[m][b].q + 4);
+          dot4(acc, lo[r], q), dot4(acc, hi[r], q4);
           part[r][m] += as_float(acc) * x[m][b].scale;
         }
       }
+    }
     for (int r = 0; r < R; r++) {
       const int64_t at = (blocks[r] * w.groups() + g) * ROWS;
       const Vec scale = load_bf16(w.scales + at), zero = load_u8(w.zeros + at);

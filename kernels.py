@@ -261,13 +261,15 @@ def build() -> bool:
         key = hashlib.sha256(source.read_bytes() + setting)
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast"
         library = folder / f"kernels-{key.hexdigest()[:16]}.so"
-        if not library.exists():
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # it has not been built yet, or the file is broken
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 out = f"{scratch}/kernels.so"
                 subprocess.run([*compiler, str(source), "-o", out, *flags], check=True, capture_output=True, text=True)
                 os.replace(out, library)
-        torch.ops.load_library(library)
+            torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home
         lines = (getattr(e, "stderr", None) or str(e)).splitlines()
         why = next((line for line in lines if "error" in line), str(e))

@@ -12,6 +12,7 @@ import codecs
 import json
 import re
 import secrets
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,6 +38,7 @@ INST = """\
 {%- endfor -%}
 """
 NONCE = str(secrets.randbits(128))  # occurs in nobody's text; digits, so that no template's filter changes it
+PATIENCE = 10  # seconds that a chat template, which is a program, may run
 
 
 @dataclass
@@ -99,15 +101,23 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
     def raise_exception(message):
         raise TemplateError(message)
 
+    def times(a, b):
+        size = [x if isinstance(x, (int, float)) else len(x) for x in (a, b)]  # of a text or a list, how often
+        if size != [a, b] and size[0] * size[1] > 10**6:
+            raise_exception("it makes a text of millions of characters")
+        return a * b
+
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja2's own escapes HTML
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.intercepted_binops = frozenset({"**"})  # which may take forever, deaf to Ctrl-C
-    env.binop_table["**"] = lambda a, b: raise_exception("it computes a power")
+    env.intercepted_binops = frozenset({"**", "*"})  # of which the first may take forever, deaf to signals
+    env.binop_table |= {"**": lambda a, b: raise_exception("it computes a power"), "*": times}
     env.filters["tojson"] = tojson
     env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    before = signal.signal(signal.SIGALRM, lambda *_: raise_exception(f"it takes more than {PATIENCE} s"))
+    signal.alarm(PATIENCE)
     try:
         # {% generation %} tells training which words are the model's; to a reader it is a scope.
         template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
@@ -117,6 +127,9 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
     except Exception as e:  # a template is a program and fails like one
         why = " ".join(str(e).split()) or type(e).__name__
         raise UsageError(f"the checkpoint's chat template failed: {why}") from None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -5,14 +5,16 @@
     python scripts/compare_llama_cpp.py --gguf model.gguf --json result.json --plot result.png
 
 The weights become a bfloat16 model.pth and both sides' files are made from it: ours as quantize.py does, theirs by
-llama.cpp's quantizer with its usual mixtures of types. All take five times the space of model.pth, in $TMPDIR. Every
-run is a process of its own, llama.cpp's without PyTorch. For every pair a round measures memory's read bandwidth and,
-one right after the other, both sides, in every second round theirs first. Both decode greedily, after a warm-up;
+llama.cpp's quantizer with its usual mixtures of types. All take five times the space of model.pth, in $TMPDIR. The two
+sides of a pair are a process each, llama.cpp's without PyTorch, which load their files, warm up and then wait for their
+turns: a round measures memory's read bandwidth, then how both decode and how both read a prompt, one right after the
+other, since bandwidth may change from second to second; in every second round theirs come first. Both decode greedily;
 llama.cpp's settings are its defaults. Bytes per token: the weights that a decode step reads, and the keys and values of
 the tokens in the cache.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -44,7 +46,7 @@ from quantize import linear_weights, quantize_plain, write
 OURS = {"int8": {"mode": "int8"}, "int4.g32": {"mode": "int4", "groupsize": 32}}  # besides bf16
 THEIRS = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # besides BF16; llama.cpp's numbers of file types
 PAIRS = [("bf16", "BF16"), ("int8", "Q8_0"), ("int4.g32", "Q4_0"), ("int4.g32", "Q4_1"), ("int4.g32", "Q4_K_M")]
-PROMPT, STEPS, PREFILL = 5, 128, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
+PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
 CPU = torch.device("cpu")
 
 
@@ -53,7 +55,7 @@ def main():
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a llama-architecture GGUF file")
-    p.add_argument("--rounds", type=int, default=5, help="medians are taken over them (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=9, help="medians are taken over them (default: %(default)s)")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw decoding speeds against the limit of the bus")
@@ -73,16 +75,18 @@ def main():
         make_model(args, folder / "bf16.pth")
         make_ours(folder)
         write_gguf(folder / "bf16.pth", folder / "BF16.gguf")
-        system_info = apart("llama_cpp_quantize", str(folder), THEIRS, args.threads)
+        with apart("quantize", str(folder), THEIRS, args.threads) as quantizer:
+            system_info = answer(quantizer)
         sizes = bytes_per_token(folder)
         os.sync()  # or what is still on its way to the disk would take its share of the bandwidth
-        rounds = [measure(folder, sizes, args.threads, i, args.rounds) for i in range(args.rounds)]
+        bar = tqdm(total=len(PAIRS) * args.rounds, desc="measure", disable=None, leave=False)
+        pairs = [measure(folder, names, sizes, args, bar) for names in PAIRS]
     result = {
         "model": args.config or args.gguf.name,
         "cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "date": str(datetime.date.today()),
         "torch": torch.__version__, "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
         "llama_cpp_system_info": system_info, "prompt_decode_prefill_tokens": (PROMPT, STEPS, PREFILL),
-        "pairs": summarize(rounds, sizes), "rounds": rounds,
+        "pairs": [summarize(*both, sizes) for both in zip(PAIRS, pairs, strict=True)], "rounds": pairs,
     }  # fmt: skip
     print(table(result))
     if args.json:
@@ -171,18 +175,35 @@ def bytes_per_token(folder: Path) -> dict[str, int]:
     return {name: size + cache for name, size in sizes.items()}
 
 
-def apart(function: str, *args):
-    """What one of CHILD's functions returns in a new process, which knows nothing else of this file."""
-    code = f"{CHILD}\nimport json\nprint(json.dumps({function}(*{args!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        print(*done.stderr.splitlines()[-10:], sep="\n", file=sys.stderr)
-        raise UsageError(f"{function}{args} failed; the last that it said is above")
-    return json.loads(done.stdout.splitlines()[-1])
+def apart(function: str, *args) -> subprocess.Popen:
+    """A new process that calls one of CHILD's functions, knowing nothing else of this file. Leaving it as a context
+    closes its standard input and waits for its end."""
+    code, log = f"{CHILD}\n{function}(*{args!r})", tempfile.TemporaryFile("w+")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=log, text=True, bufsize=1, cwd=ROOT
+    )
+    process.stderr = log
+    return process
 
 
-def speeds(file: str, threads: int, n_prompt: int, n_steps: int, n_prefill: int) -> dict[str, float]:
-    """Tokens per second of either side's file."""
+def answer(process: subprocess.Popen, question: str | None = None):
+    """The next thing that process prints, after question if there is one."""
+    with contextlib.suppress(BrokenPipeError):
+        if question:
+            print(question, file=process.stdin)
+        if line := process.stdout.readline():
+            return json.loads(line)
+    status = process.wait()
+    process.stderr.seek(0)
+    print(*process.stderr.read().splitlines()[-10:], sep="\n", file=sys.stderr)
+    raise UsageError(f"{process.args[-1].splitlines()[-1]} failed with status {status}; the last that it said is above")
+
+
+def serve(file: str, threads: int, n_prompt: int, n_steps: int, n_prefill: int):
+    """Says "ready", then for every "prefill" or "decode" on standard input tokens per second, of either side's file."""
+    import json
+    import sys
     import time
 
     generate = (our_generate if file.endswith(".pth") else llama_cpp_generate)(file, threads, n_prefill)
@@ -194,7 +215,12 @@ def speeds(file: str, threads: int, n_prompt: int, n_steps: int, n_prefill: int)
         return times[1] - times[0], times[-1] - times[1]
 
     seconds(n_prefill, 1), seconds(n_prompt, 9)  # warm-up
-    return {"prefill": n_prefill / seconds(n_prefill, 1)[0], "decode": n_steps / seconds(n_prompt, n_steps + 1)[1]}
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        time.sleep(0.1)  # until the other side's threads, which wait for more work, have given up
+        prefill = line.strip() == "prefill"
+        rate = n_prefill / seconds(n_prefill, 1)[0] if prefill else n_steps / seconds(n_prompt, n_steps + 1)[1]
+        print(json.dumps(rate), flush=True)
 
 
 def our_generate(file: str, threads: int, room: int):
@@ -237,8 +263,10 @@ def llama_cpp_generate(file: str, threads: int, room: int):
     return generate
 
 
-def llama_cpp_quantize(folder: str, kinds: dict[str, int], threads: int) -> str:
-    """Makes files of kinds from BF16.gguf; llama.cpp's description of its build."""
+def quantize(folder: str, kinds: dict[str, int], threads: int):
+    """Makes files of kinds from BF16.gguf; prints llama.cpp's description of its build."""
+    import json
+
     import llama_cpp as lib
 
     params = lib.llama_model_quantize_default_params()
@@ -246,43 +274,50 @@ def llama_cpp_quantize(folder: str, kinds: dict[str, int], threads: int) -> str:
     for name, params.ftype in kinds.items():
         files = f"{folder}/BF16.gguf".encode(), f"{folder}/{name}.gguf".encode()
         assert lib.llama_model_quantize(*files, params) == 0
-    return lib.llama_print_system_info().decode()
+    print(json.dumps(lib.llama_print_system_info().decode()), flush=True)
 
 
-CHILD = "\n".join(map(inspect.getsource, (speeds, our_generate, llama_cpp_generate, llama_cpp_quantize)))
+CHILD = "\n".join(map(inspect.getsource, (serve, our_generate, llama_cpp_generate, quantize)))
 
 
-def measure(folder: Path, sizes: dict[str, int], threads: int, i: int, n: int) -> list[dict]:
-    """Round i of n: of each of PAIRS, memory's read bandwidth and then what ours and theirs do."""
-    pairs = []
-    for ours, theirs in tqdm(PAIRS, f"round {i + 1} of {n}", disable=None, leave=False):
-        sides, pair = [("ours", ours, "pth"), ("theirs", theirs, "gguf")], {"read_bytes_per_sec": read_bandwidth(CPU)}
-        for side, name, kind in sides if i % 2 == 0 else sides[::-1]:
-            pair[side] = apart("speeds", str(folder / f"{name}.{kind}"), threads, PROMPT, STEPS, PREFILL)
-            pair[side]["share_of_read"] = pair[side]["decode"] * sizes[name] / pair["read_bytes_per_sec"]
-        pairs.append(pair)
-    return pairs
+def measure(folder: Path, names: tuple[str, str], sizes: dict[str, int], args: argparse.Namespace, bar: tqdm):
+    """Of every round with the two files called names, memory's read bandwidth and what ours and theirs do."""
+    files = dict(zip(("ours", "theirs"), (f"{names[0]}.pth", f"{names[1]}.gguf"), strict=True))
+    settings = args.threads, PROMPT, STEPS, PREFILL
+    rounds = []
+    with contextlib.ExitStack() as stack:
+        sides = {side: stack.enter_context(apart("serve", str(folder / f), *settings)) for side, f in files.items()}
+        for process in sides.values():
+            answer(process)
+        for i in range(args.rounds):
+            result = {"read_bytes_per_sec": read_bandwidth(CPU), "ours": {}, "theirs": {}}
+            for what in ("decode", "prefill"):
+                for side in list(sides)[:: 1 if i % 2 == 0 else -1]:
+                    result[side][what] = answer(sides[side], what)
+            for side, name in zip(sides, names, strict=True):
+                result[side]["share_of_read"] = result[side]["decode"] * sizes[name] / result["read_bytes_per_sec"]
+            rounds.append(result)
+            bar.update()
+    return rounds
 
 
-def summarize(rounds: list[list[dict]], sizes: dict[str, int]) -> list[dict]:
-    """Of each of PAIRS, medians over the rounds: of what measure() has, and of the ratios of ours to theirs."""
-    rows = []
-    for names, *pairs in zip(PAIRS, *rounds, strict=True):
-        row = {"read_bytes_per_sec": median(pair["read_bytes_per_sec"] for pair in pairs)}
-        for side, name in zip(("ours", "theirs"), names, strict=True):
-            row[side] = {what: median(pair[side][what] for pair in pairs) for what in pairs[0][side]}
-            row[side] |= {"file": name, "bytes_per_token": sizes[name]}
-        for what in ("decode", "prefill"):
-            row[f"{what}_ratio"] = median(pair["ours"][what] / pair["theirs"][what] for pair in pairs)
-        rows.append(row)
-    return rows
+def summarize(names: tuple[str, str], rounds: list[dict], sizes: dict[str, int]) -> dict:
+    """Of what measure() gave for the files called names, medians, and those of the rounds' ratios of ours to theirs."""
+    row = {"read_bytes_per_sec": median(r["read_bytes_per_sec"] for r in rounds)}
+    for side, name in zip(("ours", "theirs"), names, strict=True):
+        row[side] = {what: median(r[side][what] for r in rounds) for what in rounds[0][side]}
+        row[side] |= {"file": name, "bytes_per_token": sizes[name]}
+    for what in ("decode", "prefill"):
+        row[f"{what}_ratio"] = median(r["ours"][what] / r["theirs"][what] for r in rounds)
+    return row
 
 
 def table(result: dict) -> str:
-    reads = [pair["read_bytes_per_sec"] / 1e9 for pairs in result["rounds"] for pair in pairs]
+    n_rounds = len(result["rounds"][0])
+    reads = [r["read_bytes_per_sec"] / 1e9 for rounds in result["rounds"] for r in rounds]
     lines = [
         f"{result['model']}, {result['threads']} of {result['cores']} cores of {result['cpu']}, {result['date']}",
-        f"torch {result['torch']}, llama-cpp-python {result['llama_cpp_python']}; medians of {len(result['rounds'])} "
+        f"torch {result['torch']}, llama-cpp-python {result['llama_cpp_python']}; medians of {n_rounds} "
         f"rounds; memory reads {min(reads):.1f} to {max(reads):.1f} GB/s",
         "                     decode, tokens/s   MB per token   share of read  prefill, tokens/s",
         "ours     theirs    ours  theirs  ratio   ours theirs   ours  theirs    ours  theirs  ratio",

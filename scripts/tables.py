@@ -55,10 +55,23 @@ def speculation(r: dict) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def llama_cpp(r: dict) -> list[list[str]]:
+    both = lambda row, key, form: " / ".join(format(row[side][key], form) for side in ("ours", "theirs"))  # noqa: E731
+    model = r["model"].removesuffix(".gguf").removesuffix(".Q4_1")
+    return [
+        [f"{model}, {both(row, 'file', '')}", both(row, "decode", ".1f"), f"**{row['decode_ratio']:.2f}**",
+         both(row, "share_of_read", ".0%"), both(row, "prefill", ".0f"), f"**{row['prefill_ratio']:.2f}**"]
+        for row in r["pairs"]
+    ]  # fmt: skip
+
+
 SPEED = ["shape", "decode, tokens/s", "GB/s", "memory reads GB/s, before and after", "5-token / 1-token step"]
 SPEED += ["prefill 512, tokens/s", "MB over weights and cache"]
+LLAMA_CPP = ["ours / theirs", "decode, tokens/s", "ratio", "share of memory's read bandwidth"]
+LLAMA_CPP += ["prefill 512, tokens/s", "ratio"]
 TABLES = {
     "speed": (SPEED, speed),
+    "llama_cpp": (LLAMA_CPP, llama_cpp),
     "quantization": (["", "file, MB", "bits/weight", "perplexity", "change", "decode, tokens/s"], quantization),
     "speculation": (["proposed by", "plain, tokens/s", "speculative", "ratio", "tokens a step"], speculation),
 }

@@ -291,13 +291,22 @@ def test_conversation(way, folders, capsys, monkeypatch):
     assert call(capsys, monkeypatch, folder, *flags, *way, stdin=said).out == expected and len(expected) > 40
 
 
+def short_draft(folder) -> list[str]:
+    """The flags for a draft of a context of 32."""
+    config, _, tensors = read_checkpoint(folder / "model.pth")
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    save_checkpoint(folder / "short.pth", replace(config, max_seq_len=32), shapes, tensors.items())
+    return ["--draft_checkpoint_path", str(folder / "short.pth"), "--max_new_tokens=20"]
+
+
+def test_a_conversation_as_long_as_the_drafts_context(folders, capsys, monkeypatch):
+    said = call(capsys, monkeypatch, folders[0], "--chat", *short_draft(folders[0]), stdin="Hello\nWho?\n" * 3).err
+    assert said.startswith("The draft's context of 32") and "context is full" in said
+
+
 def test_mistakes(folders, capsys, monkeypatch):
     model, other = folders
-    draft = ["--draft_checkpoint_path", str(model / "model.pth")]
-    config, _, tensors = read_checkpoint(model / "model.pth")
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(model / "short.pth", replace(config, max_seq_len=32), shapes, tensors.items())
-    short = ["--draft_checkpoint_path", str(model / "short.pth"), "--max_new_tokens=20"]
+    draft, short = ["--draft_checkpoint_path", str(model / "model.pth")], short_draft(model)
     for flags, said in [
         ([*draft, "--prompt_lookup"], "choose one"),
         (["--speculate_k=3"], "belongs to"),

@@ -348,13 +348,24 @@ def test_broken_files(tmp_path, name, data, says):
         ("{% for i in range(10 ** 9) %}{% endfor %}", "failed"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed"),
         ("{{ messages[0].content.missing.missing }}", "failed"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+        ("{{ 'a' * 9 * 10000000000 }}", "millions"),
+        ("{{ 10000000000 * [1] }}", "millions"),
+        ("{{ 'a' * 'a' }}", "failed"),
         (5, "failed"),
     ],
 )
-def test_template_refuses(byte_level, template, says):
+def test_template_refuses(byte_level, template, says, monkeypatch):
+    monkeypatch.setattr("tokenizer.PATIENCE", 1)
     with pytest.raises(UsageError, match=says) as error:
         replace(byte_level, chat_template=template).encode_chat([{"role": "user", "content": "a"}])
     assert "\n" not in str(error.value)
+
+
+def test_template_multiplies(byte_level):
+    template = "{{ 'ab' * 2 + 2 * 'c' }}{{ 3 * 1000 * 1000 * 1.5 }}"
+    ours = replace(byte_level, chat_template=template)
+    assert ours.decode(ours.encode_chat([{"role": "user", "content": "a"}])) == "ababcc4500000.0"
 
 
 def test_template_sources(tmp_path):
