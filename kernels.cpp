@@ -365,6 +365,7 @@ template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, c
   for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * ROWS * w.k / 2;
   for (int m = 0; m < M; m++) x[m] = static_cast<const Block*>(rows[m]);
   const IntVec low = IntVec{} + 0x0f0f0f0f;
+  const int64_t groups = w.groups();  // a division
   Vec total[R][M] = {};
   for (int64_t b = 0, end, g = 0; b < w.k / ACT_GROUP; b = end, g++) {
     end = std::min(w.k, b * ACT_GROUP + w.group) / ACT_GROUP;
@@ -387,7 +388,7 @@ template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, c
       }
     }
     for (int r = 0; r < R; r++) {
-      const int64_t at = (blocks[r] * w.groups() + g) * ROWS;
+      const int64_t at = (blocks[r] * groups + g) * ROWS;
       const Vec scale = load_bf16(w.scales + at), zero = load_u8(w.zeros + at);
       for (int m = 0; m < M; m++) total[r][m] += (part[r][m] - zero * x[m][end - 1].offset) * scale;
     }
