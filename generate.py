@@ -698,10 +698,12 @@ def read_line() -> str | None:
     if sys.stdin is None:  # closed: <&-
         return None
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        line.encode()  # which fails for what some locales let pass
+        return line
     except EOFError:
         return None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise UsageError("what came on standard input is not UTF-8 text") from None
 
 

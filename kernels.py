@@ -265,6 +265,8 @@ def build() -> bool:
             torch.ops.load_library(library)
         except OSError:  # it has not been built yet, or the file is broken
             folder.mkdir(parents=True, exist_ok=True)
+            if sys.stderr and sys.stderr.isatty():
+                print("compiling kernels.cpp for this machine, once", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 out = f"{scratch}/kernels.so"
                 subprocess.run([*compiler, str(source), "-o", out, *flags], check=True, capture_output=True, text=True)

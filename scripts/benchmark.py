@@ -4,9 +4,9 @@
     python scripts/benchmark.py --config SmolLM2-135M --prompt_tokens 8000 --max_new_tokens 20     # its memory
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start     # a new process until its first token
 
---config takes a name (--help lists them) or the path of a Hugging Face config.json. Memory's read bandwidth is
-measured before and after decoding; the better of both is what decoding is held against. Bytes of a step: the weights it
-must read and the keys and values of the tokens in the cache.
+--config takes a name (--help lists them), or the path of a Hugging Face config.json or of a model.pth. Memory's read
+bandwidth is measured before and after decoding; the better of both is what decoding is held against. Bytes of a step:
+the weights it must read and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
 import quantize
-from checkpoint import read_json, run, save_checkpoint
+from checkpoint import read_checkpoint, read_json, run, save_checkpoint
 from generate import build_steps, generate, peak_memory, pick_device, read_bandwidth
 from model import ModelConfig, MoE, RopeScaling, Transformer, UsageError
 
@@ -58,7 +58,7 @@ CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_d
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", required=True, help=f"a config.json, or one of {', '.join(CONFIGS)}")
+    p.add_argument("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
     p.add_argument("--compile", action="store_true", help="compile the decode step; a cold start always does")
     p.add_argument("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
     p.add_argument("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -95,7 +95,9 @@ def named_config(name: str) -> ModelConfig:
         return CONFIGS[name]
     if name.endswith(".json"):
         return ModelConfig.from_hf(read_json(Path(name)))
-    raise UsageError(f"--config {name!r} is neither a config.json nor one of {', '.join(CONFIGS)}")
+    if name.endswith(".pth"):
+        return read_checkpoint(Path(name))[0]
+    raise UsageError(f"--config {name!r} is neither a config.json, a model.pth nor one of {', '.join(CONFIGS)}")
 
 
 def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -471,8 +471,10 @@ def test_prompt_of_no_tokens(chain, refused, tmp_path):
     refused(tmp_path / "model.pth", ["--prompt= "], "empty")
 
 
-def test_stdin_that_is_not_text(chatty, monkeypatch, capsys):
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is Python's in the C locale
+def test_stdin_that_is_not_text(chatty, monkeypatch, capsys, errors):
     set_up(monkeypatch, chatty / "model.pth", ["--chat"], b"H\xe4user\n")
+    sys.stdin.reconfigure(errors=errors)
     with pytest.raises(SystemExit) as stopped:
         checkpoint.run(generate.main)
     assert stopped.value.code == 2 and "UTF-8" in capsys.readouterr().err.splitlines()[-1]
