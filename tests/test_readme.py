@@ -17,7 +17,7 @@ COMMANDS = [
     for line in readme.read_text().splitlines()
     if re.match(r"    (\w+=\S+ )?(python|torchrun|\./)", line)
 ]
-ELSEWHERE = ["demo.sh", "test.sh", "download.py", "prepare.sh", "convert_gguf", "measure_spec", "compare_llama_cpp"]
+ELSEWHERE = "demo.sh test.sh download.py scripts/prepare.sh convert_gguf measure_speculation compare_llama_cpp".split()
 
 
 @pytest.fixture(scope="module")
