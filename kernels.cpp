@@ -31,9 +31,9 @@ using OptTensor = std::optional<Tensor>;
 constexpr int64_t ROWS = 16;      // output rows that one pass of a matrix-vector kernel makes
 constexpr int64_t MAX_M = 8;      // rows of activations the kernels take; kernels.py sends more to the matmul library
 constexpr int64_t ACT_GROUP = 8;  // activations that share a scale, where they are quantized
-constexpr int64_t AHEAD = 1024;   // bytes that weights are fetched before their use, into the second-level cache, or FAR
-constexpr int64_t FAR = 8192;     // where the work on each takes longer or several streams run side by side; then again
-constexpr int64_t NEAR = 512;     // shortly before their use, into the first-level cache
+constexpr int64_t AHEAD = 1024;   // bytes before their use at which weights are fetched into the second-level cache
+constexpr int64_t FAR = 8192;     // the same where more is done with each, or several streams run side by side
+constexpr int64_t NEAR = 512;     // the same into the first-level cache, after FAR
 constexpr int64_t KV_CHUNK = 256; // cache entries that one attention task looks at
 
 typedef float Vec __attribute__((vector_size(64)));
@@ -323,9 +323,10 @@ inline Vec silu(Vec x) { return x / (1 + exp_vec(-x)); }
 
 inline Vec row_scales(const Weights& w, int64_t block) { return load_some(w.row_scale, block * ROWS, w.n); }
 
-inline void fetch(const char* at, int64_t away, bool twice) {
+// Fetches weights away bytes behind at for the second-level cache and, if near too, those that come soon for the first.
+inline void fetch(const char* at, int64_t away, bool near_too) {
   __builtin_prefetch(at + away, 0, 2);
-  if (twice) __builtin_prefetch(at + NEAR);
+  if (near_too) __builtin_prefetch(at + NEAR);
 }
 
 // INT8 with quantized activations: [n / 16, k / 4, 16 rows, 4], each weight as w + 128. R blocks of outputs at a time

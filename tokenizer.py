@@ -9,10 +9,12 @@ special tokens.
 """
 
 import codecs
+import contextlib
 import json
 import re
 import secrets
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -116,17 +118,32 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
     env.filters["tojson"] = tojson
     env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    before = signal.signal(signal.SIGALRM, lambda *_: raise_exception(f"it takes more than {PATIENCE} s"))
-    signal.alarm(PATIENCE)
     try:
         # {% generation %} tells training which words are the model's; to a reader it is a scope.
         template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
-        text = env.from_string(template).render(names | values)
+        with at_most(PATIENCE):
+            text = env.from_string(template).render(names | values)
         text.encode()  # or it is no text
         return text
     except Exception as e:  # a template is a program and fails like one
         why = " ".join(str(e).split()) or type(e).__name__
         raise UsageError(f"the checkpoint's chat template failed: {why}") from None
+
+
+@contextlib.contextmanager
+def at_most(seconds: int):
+    """Raises TemplateError in what takes longer; not outside the main thread, which alone hears signals."""
+
+    def stop(*_):
+        raise TemplateError(f"it takes more than {seconds} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

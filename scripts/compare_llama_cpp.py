@@ -178,12 +178,10 @@ def bytes_per_token(folder: Path) -> dict[str, int]:
 def apart(function: str, *args) -> subprocess.Popen:
     """A new process that calls one of CHILD's functions, knowing nothing else of this file. Leaving it as a context
     closes its standard input and waits for its end."""
-    code, log = f"{CHILD}\n{function}(*{args!r})", tempfile.TemporaryFile("w+")
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=log, text=True, bufsize=1, cwd=ROOT
-    )
-    process.stderr = log
+    command, log = [sys.executable, "-c", f"{CHILD}\n{function}(*{args!r})"], tempfile.TemporaryFile("w+")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+    process = subprocess.Popen(command, **pipes, text=True, bufsize=1, cwd=ROOT)
+    process.stderr = log  # for answer, when something goes wrong
     return process
 
 
@@ -282,9 +280,8 @@ CHILD = "\n".join(map(inspect.getsource, (serve, our_generate, llama_cpp_generat
 
 def measure(folder: Path, names: tuple[str, str], sizes: dict[str, int], args: argparse.Namespace, bar: tqdm):
     """Of every round with the two files called names, memory's read bandwidth and what ours and theirs do."""
-    files = dict(zip(("ours", "theirs"), (f"{names[0]}.pth", f"{names[1]}.gguf"), strict=True))
+    files, rounds = {"ours": f"{names[0]}.pth", "theirs": f"{names[1]}.gguf"}, []
     settings = args.threads, PROMPT, STEPS, PREFILL
-    rounds = []
     with contextlib.ExitStack() as stack:
         sides = {side: stack.enter_context(apart("serve", str(folder / f), *settings)) for side, f in files.items()}
         for process in sides.values():

@@ -47,7 +47,9 @@ def test_both_sides_hold_the_same_weights(variant, tmp_path, monkeypatch):
         (tmp_path / "bf16.gguf").symlink_to(tmp_path / "bf16.pth")
         settings, bar = argparse.Namespace(threads=1, rounds=2), compare.tqdm(disable=True)
         rounds = compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, settings, bar)
-        assert len(rounds) == 2 and all(min(r[side].values()) > 0 for r in rounds for side in ("ours", "theirs"))
+        assert len(rounds) == 2
+        for done in (r[side] for r in rounds for side in ("ours", "theirs")):
+            assert done.keys() == {"decode", "prefill", "share_of_read"} and min(done.values()) > 0
         (tmp_path / "bf16.gguf").unlink()
         with pytest.raises(UsageError, match="bf16.gguf.* failed with status 1"):
             compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, settings, bar)
@@ -55,18 +57,20 @@ def test_both_sides_hold_the_same_weights(variant, tmp_path, monkeypatch):
 
 def test_medians_over_rounds():
     """The ratio is the median of the rounds' ratios, 2, 1 and 3, and not that of the medians, which are equal."""
-    rounds, names = [], ("bf16", "BF16")
+    sizes = {name: 10**6 for pair in compare.PAIRS for name in pair}
+    rounds = []
     for ours, theirs in ((10, 5), (20, 20), (60, 20)):
         sides = {"ours": ours, "theirs": theirs}
         pair = {side: {"decode": x, "prefill": 10 * x, "share_of_read": x / 100} for side, x in sides.items()}
         rounds.append(pair | {"read_bytes_per_sec": 1e8})
-    row = compare.summarize(names, rounds, {"bf16": 10**6, "BF16": 10**6})
-    assert (row["ours"]["file"], row["theirs"]["file"]) == names
-    assert (row["decode_ratio"], row["prefill_ratio"]) == (2, 2)
-    assert row["ours"]["decode"] == row["theirs"]["decode"] == 20 and row["ours"]["share_of_read"] == 0.2
+    rows = [compare.summarize(names, rounds, sizes) for names in compare.PAIRS]
+    assert [(row["ours"]["file"], row["theirs"]["file"]) for row in rows] == compare.PAIRS
+    for row in rows:
+        assert (row["decode_ratio"], row["prefill_ratio"]) == (2, 2)
+        assert row["ours"]["decode"] == row["theirs"]["decode"] == 20 and row["ours"]["share_of_read"] == 0.2
     keys = "model threads cores cpu date torch llama_cpp_python".split()
-    lines = compare.table(dict.fromkeys(keys, 1) | {"pairs": [row], "rounds": [rounds]}).splitlines()
-    assert len(lines[-1]) == len(lines[-2]) and lines[-1].split()[:5] == ["bf16", "BF16", "20.0", "20.0", "2.00"]
+    lines = compare.table(dict.fromkeys(keys, 1) | {"pairs": rows, "rounds": [rounds] * len(rows)}).splitlines()
+    assert len({map(len, lines[-6:])}) == 1 and lines[-1].split()[:5] == ["int4.g32", "Q4_K_M", "20.0", "20.0", "2.00"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ streaming. The tokenizers are trained here, or come with mistral_common.  pytest
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -362,10 +363,12 @@ def test_template_refuses(byte_level, template, says, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_template_multiplies(byte_level):
+def test_template_multiplies_anywhere(byte_level):
     template = "{{ 'ab' * 2 + 2 * 'c' }}{{ 3 * 1000 * 1000 * 1.5 }}"
     ours = replace(byte_level, chat_template=template)
-    assert ours.decode(ours.encode_chat([{"role": "user", "content": "a"}])) == "ababcc4500000.0"
+    with ThreadPoolExecutor() as threads:  # and outside the main thread, too
+        for ids in (ours.encode_chat([]), threads.submit(ours.encode_chat, []).result()):
+            assert ours.decode(ids) == "ababcc4500000.0"
 
 
 def test_template_sources(tmp_path):
