@@ -223,15 +223,37 @@ def generate(prefill: Step, decode: Step, prompt: Tensor, start: int, max_new_to
     """prompt [B, T], the first of it at position start -> max_new_tokens times the next token of every row. The
     cache must have start + T + max_new_tokens - 1 places. Raises UsageError when the model's output is not finite."""
     position = torch.arange(start, start + prompt.shape[1], device=prompt.device)
-    token = prefill(prompt, position)
-    position = position[-1:] + 1
-    for i in range(max_new_tokens):
-        ids = token.tolist()  # the one synchronisation of a step
+    token, position = prefill(prompt, position), position[-1:]
+
+    def step():
+        nonlocal token, position
+        position = position + 1
+        token = decode(token.view(-1, 1).clone(), position)
+
+    for left in reversed(range(max_new_tokens)):
+        read = fetched(token)
+        if left and token.is_cuda:  # the GPU has its next step before the host reads this one's token
+            step()
+        ids = read()
         check_finite(ids)
         yield ids
-        if i + 1 < max_new_tokens:
-            token = decode(token.view(-1, 1).clone(), position)
-            position = position + 1
+        if left and not token.is_cuda:
+            step()
+
+
+def fetched(token: Tensor) -> Callable[[], list[int]]:
+    """Begins to copy tokens [B] to the host. The function returned waits for them, and for nothing that a GPU was given
+    to do after them."""
+    if not token.is_cuda:
+        return token.tolist
+    copy, done = token.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read() -> list[int]:
+        done.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 def one_by_one(

@@ -52,12 +52,11 @@ def linear(x: Tensor, w, norm=None, residual: Tensor | None = None, swiglu: bool
     """x [..., K] -> [..., N]. norm (weight and eps) is applied to x first; swiglu takes the upper half of the N outputs
     times silu of the lower: [..., N / 2]; residual is added last. wide: a float32 result, whatever x is."""
     weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
-    if w.gpu and fits(x, w):
-        residual = residual if residual is None else residual.contiguous()
-        return torch.ops.gptfast_triton.linear(x.contiguous(), *w.fast, w.group, weight, eps, residual, swiglu, wide)
     if not fits(x, w) or (swiglu and w.n_out % (2 * ROWS)):
         return linear_reference(x, w, norm, residual, swiglu, wide)
-    return torch.ops.gptfast.linear(x.contiguous(), *w.fast, w.n_out, w.group, weight, eps, residual, swiglu, wide)
+    ops = torch.ops.gptfast_triton if w.gpu else torch.ops.gptfast
+    residual = residual if residual is None else residual.contiguous()
+    return ops.linear(x.contiguous(), *w.fast, w.n_out, w.group, weight, eps, residual, swiglu, wide)
 
 
 def linear_reference(x, w, norm=None, residual=None, swiglu=False, wide=False):
@@ -121,8 +120,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def matrix(w, dtype: torch.dtype, expert=slice(None)) -> Tensor:
     """W as numbers of dtype; of the experts in expert (an index, or a tensor of them) alone."""
     weight, scales, zeros = (t if t is None else t[expert] for t in (w.weight, w.scales, w.zeros))
-    if w.gpu and scales is not None and weight.dim() == 2:
-        return torch.ops.gptfast_triton.dequantize(weight, scales, zeros, w.group, dtype)
+    if w.gpu and scales is not None and not isinstance(expert, Tensor):
+        return torch.ops.gptfast_triton.dequantize(weight, scales, zeros, w.n_out, w.n_in, w.group, dtype)
     return dequantize(weight, scales, zeros, w.n_out, w.group, dtype)
 
 

@@ -23,170 +23,119 @@ from torch.library import custom_op
 
 # ---- Products -------------------------------------------------------------------------------------------------------
 #
-# y = x W^T for M rows of x. A program makes BN outputs, or with HALVES = 2 BN of the first N / 2 and the BN that belong
-# to them of the rest. Its T threads lie along K: in a step of the loop each takes 16 bytes of every row of W, and the
-# same elements of x. All that threads exchange is their sums, at the end. Plain multiplications and additions: there
-# are too few rows for matrix units, and memory is what one waits for.
+# y = x W^T for M rows of x, by matrix units: they take 16 rows of W and P >= M columns at a time, so M costs nothing. A
+# program makes the outputs of 16 R rows of W; with HALVES = 2 these are as many of W's second half as of its first. Its
+# warps share K out: of every B blocks of BK elements each warp takes some, in products of its own, whose sums are added
+# at the end.
 
 
 @triton.jit
-def add_plain(
-    acc, squares, k, w_ptr, x_ptr, norm_ptr, rows, ok, N, K: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
-    HALVES: tl.constexpr, BN: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """A step of linear_kernel's loop for numbers of 16 or 32 bits, T times V of each row."""
-    V: tl.constexpr = 128 // BITS
-    at = k + tl.arange(0, T * V)
-    weights, new, new_squares = (), (), ()
-    for h in tl.static_range(HALVES):
-        row = (rows + h * (N // HALVES)).to(tl.int64) * K
-        w = tl.load(w_ptr + row[:, None] + at[None, :], mask=ok[:, None] & (at < K)[None, :], other=0.0)
-        weights = weights + (w.to(tl.float32),)
-    for m in tl.static_range(M):
-        x = tl.load(x_ptr + m * K + at, mask=at < K, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            new_squares = new_squares + (squares[m] + tl.sum(tl.reshape(x * x, [T, V]), axis=1),)
-            x *= tl.load(norm_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-        for h in tl.static_range(HALVES):
-            xw = tl.reshape(weights[h] * x[None, :], [BN, T, V])
-            new = new + (acc[m * HALVES + h] + tl.sum(xw, axis=2),)
-    return new, new_squares
-
-
-@triton.jit
-def add_packed(
-    acc, squares, k, w_ptr, scales_ptr, zeros_ptr, x_ptr, norm_ptr, rows, ok, N, K: tl.constexpr, GROUP: tl.constexpr,
-    M: tl.constexpr, BITS: tl.constexpr, HALVES: tl.constexpr, BN: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """The same for int8 and int4, as words of E elements, 4 words a thread, which of int4 belong to one group."""
-    E: tl.constexpr = 32 // BITS
-    word = k // E + tl.arange(0, 4 * T)
-    first = k + tl.arange(0, T) * (4 * E)  # a thread's first element
-    words, scales, zeros, new, new_squares = (), (), (), (), ()
-    for h in tl.static_range(HALVES):
-        row = rows + h * (N // HALVES)
-        at = row.to(tl.int64)[:, None] * (K // E) + word[None, :]
-        w = tl.load(w_ptr + at, mask=ok[:, None] & (word < K // E)[None, :], other=0)
-        if BITS == 4:  # scales and zeros lie column by column, [G, N]: one load has those of BN rows
-            at = (first // GROUP).to(tl.int64)[None, :] * N + row[:, None]
-            inside = ok[:, None] & (first < K)[None, :]
-            scales = scales + (tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32),)
-            zeros = zeros + (tl.load(zeros_ptr + at, mask=inside, other=0).to(tl.float32) * 0.0625,)
-        else:
-            w ^= -0x7F7F7F80  # every byte's sign: from -128..127 to 0..255
-        a, b = tl.split(tl.reshape(w, [BN, 2 * T, 2]))
-        w0, w2 = tl.split(tl.reshape(a, [BN, T, 2]))
-        w1, w3 = tl.split(tl.reshape(b, [BN, T, 2]))
-        words = words + (w0, w1, w2, w3)
-    e = tl.arange(0, 8)
-    bit = 8 * (e % 4) + (e // 4 * 4 if BITS == 4 else 0)
-    down = tl.where(bit + BITS > 23, 12 if BITS == 4 else 16, 0)
-    power = ((217 + down - bit) << 23).to(tl.float32, bitcast=True)  # 2 ** (90 + down - bit)
-    numbers = ()
-    for h in tl.static_range(HALVES):
-        for u in tl.static_range(E // 2):  # 8 elements at a time: a word of int4, two of int8
-            if BITS == 4:
-                numbers = numbers + (octet(words[4 * h + u], words[4 * h + u], BITS, BN, T),)
-            else:
-                numbers = numbers + (octet(words[4 * h + 2 * u], words[4 * h + 2 * u + 1], BITS, BN, T),)
-    for m in tl.static_range(M):
-        parts, sum_x, sum_squares = (), tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
-        for _ in tl.static_range(HALVES):
-            parts = parts + (tl.zeros([BN, T], tl.float32),)
-        for u in tl.static_range(E // 2):
-            at = first[:, None] + u * 8 + e[None, :]
-            x = tl.load(x_ptr + m * K + at, mask=at < K, other=0.0).to(tl.float32)
-            if norm_ptr is not None:
-                sum_squares += tl.sum(x * x, axis=1)
-                x *= tl.load(norm_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-            sum_x += tl.sum(x, axis=1)
-            x, added = (x * power[None, :])[None, :, :], ()
-            for h in tl.static_range(HALVES):
-                added = added + (parts[h] + tl.sum(numbers[E // 2 * h + u] * x, axis=2),)
-            parts = added
-        if norm_ptr is not None:
-            new_squares = new_squares + (squares[m] + sum_squares,)
-        for h in tl.static_range(HALVES):
-            if BITS == 4:
-                part = scales[h] * (parts[h] * 2.0**59 - zeros[h] * sum_x[None, :])
-            else:
-                part = parts[h] * 2.0**59 - 128 * sum_x[None, :]
-            new = new + (acc[m * HALVES + h] + part,)
-    return new, new_squares
-
-
-@triton.jit
-def octet(a, b, BITS: tl.constexpr, BN: tl.constexpr, T: tl.constexpr):
-    """8 unsigned numbers q of BITS bits out of words a and b [BN, T]: float32 [BN, T, 8]. Where its bits stand in a
-    float's mantissa, from bit BIT on, q already is one, q 2^(BIT - 149), and multiplications take it as it is: no
-    conversion, and one shift for several. What x is multiplied by makes the products q x 2^-59: nothing is lost for x
-    between 1e-18 and 1e11. The 8 stay in one thread, so joining them moves nothing."""
-    if BITS == 4:
-        c = a >> 12
-        a0, a1, a2, a3 = a & 0xF, a & 0xF00, a & 0xF0000, c & 0xF000  # bits 0, 8, 16, 24 - 12
-        b0, b1, b2, b3 = a & 0xF0, a & 0xF000, c & 0xF00, c & 0xF0000  # 4, 12, 20 - 12, 28 - 12
+def pair(w, magic, TYPE: tl.constexpr):
+    """The two numbers in bits 0-3 and 16-19 of words: [..., 2], too large by OFFSET. They are the last bits of a 16-bit
+    float's mantissa, if its exponent is right, so that two take one and-or. magic, which has both exponents, is no
+    constant: an instruction has room for one, which is the mask."""
+    w &= 0xF000F
+    if TYPE == tl.float32:
+        a, b = (w & 15).to(TYPE), (w >> 16).to(TYPE)
     else:
-        c, d = a >> 16, b >> 16
-        a0, a1, a2, a3 = a & 0xFF, a & 0xFF00, c & 0xFF, c & 0xFF00
-        b0, b1, b2, b3 = b & 0xFF, b & 0xFF00, d & 0xFF, d & 0xFF00
-    even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
-    odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
-    return tl.reshape(tl.join(even, odd), [BN, T, 8]).to(tl.float32, bitcast=True)
+        w |= magic
+        a, b = w.to(tl.int16).to(TYPE, bitcast=True), (w >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    return tl.join(a, b)
+
+
+@triton.jit
+def numbers(w, magic, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
+    """Words [R B, 128] of what tiles() makes -> [B 64 / BK, 16 R, BK], too large by OFFSET. Matrix units want each
+    number from the thread that loaded it, so nothing moves."""
+    w = tl.reshape(w, [R, B, 8, 4, 4])
+    even = tl.join(pair(w, magic, TYPE), pair(w >> 8, magic, TYPE))
+    q = tl.join(even, tl.join(pair(w >> 4, magic, TYPE), pair(w >> 12, magic, TYPE)))
+    q = tl.reshape(q, [R, B, 8, 4, 2, 2, 2, 2, 2])  # row % 8, k / 4 % 4, row / 8, k / 32, k % 2, k / 16, k / 2
+    q = tl.permute(q, [1, 0, 4, 2, 5, 7, 3, 8, 6] if BK == 64 else [5, 1, 0, 4, 2, 7, 3, 8, 6])
+    return tl.reshape(q, [B * 64 // BK, 16 * R, BK])
 
 
 @triton.jit
 def linear_kernel(
-    w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, chosen_ptr, y_ptr, eps, N, K: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, HALVES: tl.constexpr,
-    BN: tl.constexpr, T: tl.constexpr,
+    w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, chosen_ptr, y_ptr, eps, magic, N,
+    K: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr,
+    HALVES: tl.constexpr, TYPE: tl.constexpr, P: tl.constexpr, R: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """linear; with chosen [rows, SLOTS] of experts W, for one x and one of its experts a program of the second axis."""
-    E: tl.constexpr = 32 // BITS if BITS < 16 else 1
-    slot, rows, OUT = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN), N // HALVES
-    ok = rows < OUT
+    """linear; with chosen [rows, SLOTS] of experts W, for one x and one of its experts a program of the second axis.
+    eps is that of the norm, and TYPE that of the products' factors."""
+    SIDE: tl.constexpr = 16 * R // HALVES
+    WIDE: tl.constexpr = 64 if BITS == 4 else BK
+    OFFSET: tl.constexpr = 0 if TYPE == tl.float32 else 128 if TYPE == tl.bfloat16 else 1024
+    OUT = N // HALVES
+    i, p, blocks = tl.arange(0, 16 * R), tl.arange(0, P), tl.arange(0, B * WIDE // BK)
+    out = tl.program_id(0) * SIDE + i % SIDE
+    rows, ok = out + i // SIDE * OUT, out < OUT
     if chosen_ptr is not None:
+        slot = tl.program_id(1)
         expert = tl.load(chosen_ptr + slot)
         x_ptr += slot // SLOTS * K
         y_ptr += slot * OUT
-        w_ptr += expert * N * (K // E)
-        if BITS == 8:
-            scales_ptr += expert * N
+        w_ptr += expert * N * (tl.cdiv(K, 64) * 8 if BITS == 4 else K)
+        if BITS <= 8:
+            scales_ptr += expert * N * (tl.cdiv(K, GROUP) if BITS == 4 else 1)
         if BITS == 4:
-            scales_ptr += expert * N * tl.cdiv(K, GROUP)
             zeros_ptr += expert * N * tl.cdiv(K, GROUP)
-    acc, squares = (), ()
-    for _ in tl.static_range(M * HALVES):
-        acc = acc + (tl.zeros([BN, T], tl.float32),)
-    if norm_ptr is not None:
-        for _ in tl.static_range(M):
-            squares = squares + (tl.zeros([T], tl.float32),)
-    for k in range(0, K, 128 // BITS * T):
-        if BITS >= 16:
-            acc, squares = add_plain(
-                acc, squares, k, w_ptr, x_ptr, norm_ptr, rows, ok, N, K, M, BITS, HALVES, BN, T
-            )  # fmt: skip
+    acc, squares = tl.zeros([B * WIDE // BK, 16 * R, P], tl.float32), ()
+    for _ in tl.static_range(M):
+        squares = squares + (tl.zeros([B * WIDE // BK, BK], tl.float32),)
+    for k in tl.range(0, K, B * WIDE, num_stages=STAGES):
+        first = k + blocks % B * WIDE + blocks // B * BK  # of each block
+        at = first[:, None] + tl.arange(0, BK)[None, :]
+        if M == 1:  # in every column the same
+            x = tl.load(x_ptr + at, mask=at < K, other=0.0)[:, :, None]
         else:
-            acc, squares = add_packed(
-                acc, squares, k, w_ptr, scales_ptr, zeros_ptr, x_ptr, norm_ptr, rows, ok, N, K, GROUP, M, BITS, HALVES,
-                BN, T,
-            )  # fmt: skip
-    for m in tl.static_range(M):
-        out = ()
-        for h in tl.static_range(HALVES):
-            y = tl.sum(acc[m * HALVES + h], axis=1)
-            if BITS == 8:
-                y *= tl.load(scales_ptr + rows + h * OUT, mask=ok, other=0.0)
-            if norm_ptr is not None:
-                y *= tl.rsqrt(tl.sum(squares[m], axis=0) / K + eps)
-            if bias_ptr is not None:
-                y += tl.load(bias_ptr + rows + h * OUT, mask=ok, other=0.0).to(tl.float32)
-            out = out + (y,)
-        one = out[0]
-        if HALVES == 2:  # silu(gate) * up
-            one = one * tl.sigmoid(one) * out[1]
-        if residual_ptr is not None:
-            one += tl.load(residual_ptr + m * OUT + rows, mask=ok, other=0.0).to(tl.float32)
-        tl.store(y_ptr + m * OUT + rows, one, mask=ok)
+            x = tl.load(x_ptr + at[:, :, None] + p * K, mask=(at < K)[:, :, None] & (p < M), other=0.0)
+        x = x.to(TYPE)
+        if norm_ptr is not None:  # what every column has in common follows at the end
+            x *= (tl.load(norm_ptr + at, mask=at < K, other=0.0).to(TYPE) * 0.0625)[:, :, None]  # far from fp16's limit
+            new = ()
+            for m in tl.static_range(M):
+                one = tl.load(x_ptr + at + m * K, mask=at < K, other=0.0).to(tl.float32)
+                new = new + (squares[m] + one * one,)
+            squares = new
+        x = tl.broadcast_to(x, [B * WIDE // BK, BK, P])
+        if BITS == 4:
+            block, tile = k // 64 + tl.arange(0, R * B) % B, tl.arange(0, R * B) // B
+            tile = tl.program_id(0) * (SIDE // 16) + tile % (SIDE // 16) + tile // (SIDE // 16) * (OUT // 16)
+            inside = (tile < tl.cdiv(N, 16)) & (block < tl.cdiv(K, 64))
+            at = (tile.to(tl.int64) * tl.cdiv(K, 64) + block)[:, None] * 128 + tl.arange(0, 128)[None, :]
+            w = tl.load(w_ptr + at, mask=inside[:, None], other=0)
+            at = (first // GROUP)[:, None] * N + rows[None, :]
+            inside = (first < K)[:, None] & ok[None, :]
+            scale = tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+            zero = tl.load(zeros_ptr + at, mask=inside, other=0).to(tl.float32)[:, :, None] * 0.0625 + OFFSET
+            w = numbers(w, magic, B, R, BK, TYPE)
+            half = tl.full([B * 64 // BK, 16 * R, BK // 2], 1.0, TYPE)
+            ones = tl.reshape(tl.join(half, half), w.shape)
+            sums = tl.dot(ones, x, input_precision="ieee")  # of x, for every row the same
+            acc += scale * (tl.dot(w, x, input_precision="ieee") - zero * sums)
+        else:
+            w = rows.to(tl.int64)[None, :, None] * K + at[:, None, :]
+            w = tl.load(w_ptr + w, mask=ok[None, :, None] & (at < K)[:, None, :], other=0).to(TYPE)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+    y = tl.sum(acc, axis=0)  # [16 R, P]
+    if BITS == 8:
+        y *= tl.load(scales_ptr + rows, mask=ok, other=0.0)[:, None]
+    if norm_ptr is not None:
+        total = tl.zeros([P], tl.float32)
+        for m in tl.static_range(M):
+            total = tl.where(p == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
+        y *= 16 * tl.rsqrt(total / K + eps)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows, mask=ok, other=0.0).to(tl.float32)[:, None]
+    if HALVES == 2:  # silu(gate) * up
+        gate, up = tl.split(tl.permute(tl.reshape(y, [2, SIDE, P]), [1, 2, 0]))
+        y, out = gate * tl.sigmoid(gate) * up, tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    at, inside = p[None, :] * OUT + out[:, None], (p < M)[None, :] & (out < OUT)[:, None]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y, mask=inside)
 
 
 @triton.jit
@@ -213,23 +162,24 @@ def route_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP, BITS: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
-    """W [N, K] as numbers, a tile [BN, BK] a program."""
-    rows, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BK + tl.arange(0, BK)
-    inside = (rows < N)[:, None] & (k < K)[None, :]
-    at = rows.to(tl.int64)[:, None]
+    """W [N, K] as numbers, 16 rows and B times 64 columns a program."""
+    block = tl.program_id(1) * B + tl.arange(0, B)
+    rows, k = tl.program_id(0) * 16 + tl.arange(0, 16), block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    inside = (rows < N)[None, :, None] & (k < K)[:, None, :]
+    at = rows.to(tl.int64)[None, :, None] * K + k[:, None, :]
     if BITS == 8:
-        q = tl.load(w_ptr + at * K + k[None, :], mask=inside, other=0).to(tl.float32)
-        scale = tl.load(scales_ptr + rows, mask=rows < N, other=0.0)[:, None]
+        y = tl.load(w_ptr + at, mask=inside, other=0).to(tl.float32)
+        y *= tl.load(scales_ptr + rows, mask=rows < N, other=0.0)[None, :, None]
     else:
-        byte = k // 8 * 4 + k % 4  # element j of 8 is in the low half of byte j of 4, j + 4 in its high half
-        q = tl.load(w_ptr + at * (K // 2) + byte[None, :], mask=inside, other=0)
-        q = ((q >> (k % 8 // 4 * 4).to(tl.uint8)[None, :]) & 15).to(tl.float32)
-        group = (k // GROUP).to(tl.int64)[None, :] * N + rows[:, None]
-        q -= tl.load(zeros_ptr + group, mask=inside, other=0).to(tl.float32) * 0.0625
-        scale = tl.load(scales_ptr + group, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at * K + k[None, :], q * scale, mask=inside)
+        w = (tl.program_id(0).to(tl.int64) * tl.cdiv(K, 64) + block)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        w = tl.load(w_ptr + w, mask=(block < tl.cdiv(K, 64))[:, None], other=0)
+        group = (k // GROUP).to(tl.int64)[:, None, :] * N + rows[None, :, None]
+        y = numbers(w, 0, B, 1, 64, tl.float32)
+        y -= tl.load(zeros_ptr + group, mask=inside, other=0).to(tl.float32) * 0.0625
+        y *= tl.load(scales_ptr + group, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y, mask=inside)
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -353,52 +303,64 @@ def combine_kernel(
 
 
 @cache
-def gpu(device: torch.device) -> tuple[int, int, dict[str, list[int]]]:
-    """(multiprocessors, threads of a warp, what kernels_triton.json says of this kind of GPU)."""
+def gpu(device: torch.device) -> tuple[int, int, bool, dict[str, list[int]]]:
+    """(multiprocessors, threads of a warp, whether Triton uses its matrix units and asynchronous copies, what
+    kernels_triton.json says of this kind of GPU)."""
     if device.type == "cpu":
-        return 16, 32, {}  # the interpreter
+        return 16, 32, True, {}  # the interpreter
     properties, path = torch.cuda.get_device_properties(device), Path(__file__).with_suffix(".json")
     table = json.loads(path.read_text()) if path.exists() else {}
-    return properties.multi_processor_count, properties.warp_size, table.get(properties.name, {})
+    modern = properties.warp_size == 32 and properties.major >= 8
+    return properties.multi_processor_count, properties.warp_size, modern, table.get(properties.name, {})
 
 
-def launch(device: torch.device, bits: int, n: int, k: int, m: int, halves: int) -> dict[str, int]:
-    """Rows of W [n, k] for a program and its warps: as many rows as leave every multiprocessor two programs and their
-    sums in registers, as many warps as K has work for."""
-    processors, lanes, table = gpu(device)
-    if known := table.get(f"{bits} {n} {k} {m} {halves}"):
-        bn, warps = known
-    elif device.type == "cpu":
-        bn, warps = 64, 2  # the interpreter takes long for every program
+def launch(x: Tensor, bits: int, n: int, halves: int) -> dict[str, int]:
+    """How linear_kernel is to be run for x [..., K] and W [n, K]: a program's tiles of 16 rows and warps, and of a warp
+    the blocks of K that it takes at a time and the stages of its loads. The guess gives every multiprocessor two
+    programs, if there are so many, and none more than 99 KB of shared memory, or 64 on other than modern GPUs."""
+    processors, lanes, modern, table = gpu(x.device)
+    if known := table.get(f"{bits} {n} {x.shape[-1]} {halves}"):
+        tiles, warps, depth, stages = known
+    elif modern and x.element_size() == 2:
+        tiles = 2 if halves == 2 or triton.cdiv(n, 32) >= 4 * processors else 1
+        warps = 4 if triton.cdiv(n, 16 * tiles) >= 2 * processors else 8
+        depth, stages = 1 if warps == 8 and (bits > 4 or tiles == 2) else 2, 3
     else:
-        warps = min(4, triton.next_power_of_2(triton.cdiv(k, lanes * 128 // bits)))
-        bn = (4 if bits > 8 or m > 1 else 8) // halves // (2 if m > 4 else 1)
-        while bn > 1 and triton.cdiv(n // halves, bn) < 2 * processors:
-            bn //= 2
-    return {"BN": bn, "T": lanes * warps, "num_warps": warps}
+        tiles, warps, depth, stages = halves, 8 // x.element_size(), 1, 2
+    return {"R": tiles, "B": warps * depth, "P": 8 if lanes == 32 else 16, "STAGES": stages, "num_warps": warps}
 
 
-def layout(weight: Tensor, zeros: Tensor | None) -> tuple[Tensor, int]:
-    """The weight as the kernels take it, and its bits."""
-    if weight.is_floating_point():
-        return weight, 8 * weight.element_size()
-    return weight.view(torch.int32), 8 if zeros is None else 4
+def product(
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, n: int, group: int,
+    norm: Tensor | None, eps: float, residual: Tensor | None, chosen: Tensor | None, y: Tensor, m: int, slots: int,
+    halves: int,
+):  # fmt: skip
+    """Runs linear_kernel: y from m rows of x; with chosen [..., slots], one row of x and y for every expert chosen."""
+    bits, k = 4 if zeros is not None else 8 * weight.element_size(), x.shape[-1]
+    block = {4: min(group, 64), 8: 64, 16: 64, 32: 32}[bits]
+    sizes = launch(x, bits, n, halves)
+    grid = triton.cdiv(n // halves, 16 * sizes["R"] // halves), 1 if chosen is None else chosen.numel()
+    magic = 0x43004300 if x.dtype == torch.bfloat16 else 0x64006400
+    linear_kernel[grid](
+        weight, scales, zeros, bias, x, norm, residual, chosen, y, eps, magic, n, k, group, m, slots, bits, halves,
+        BK=block, TYPE=factors(x), **sizes,
+    )  # fmt: skip
+
+
+def factors(x: Tensor) -> tl.dtype:
+    """The type in which matrix units take x; the interpreter has no arithmetic of bfloat16."""
+    return tl.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else getattr(tl, str(x.dtype)[6:])
 
 
 @custom_op("gptfast_triton::linear", mutates_args=())
 def linear(
-    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, group: int,
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, n: int, group: int,
     norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool, wide: bool,
 ) -> Tensor:  # fmt: skip
     """kernels.linear for up to MAX_ROWS rows, with its arguments' tensors."""
-    n, k = weight.shape[0], x.shape[-1]
-    weight, bits = layout(weight, zeros)
-    halves, m = 1 + swiglu, x.numel() // k
     y = linear_shape(x, n, swiglu, wide)
-    sizes = launch(x.device, bits, n, k, m, halves)
-    linear_kernel[(triton.cdiv(n // halves, sizes["BN"]), 1)](
-        weight, scales, zeros, bias, x, norm, residual, None, y, eps, n, k, group, m, 1, bits, halves, **sizes
-    )
+    rows = x.numel() // x.shape[-1]
+    product(x, weight, scales, zeros, bias, n, group, norm, eps, residual, None, y, rows, 1, 1 + swiglu)
     return y
 
 
@@ -407,8 +369,8 @@ def linear_shape(x: Tensor, n: int, swiglu: bool, wide: bool) -> Tensor:
 
 
 @linear.register_fake
-def _(x, weight, scales, zeros, bias, group, norm, eps, residual, swiglu, wide):
-    return linear_shape(x, weight.shape[0], swiglu, wide)
+def _(x, weight, scales, zeros, bias, n, group, norm, eps, residual, swiglu, wide):
+    return linear_shape(x, n, swiglu, wide)
 
 
 @custom_op("gptfast_triton::experts", mutates_args=())
@@ -417,18 +379,10 @@ def experts(
     zeros13: Tensor | None, w2: Tensor, scales2: Tensor | None, zeros2: Tensor | None, width: int, group: int,
 ) -> Tensor:  # fmt: skip
     """kernels.experts: of every row of x only the chosen experts, in no order, since each is read by one row."""
-    (*_, slots), k = chosen.shape, x.shape[-1]
-    w13, bits = layout(w13, zeros13)
-    w2, _ = layout(w2, zeros2)
+    slots, k = chosen.shape[-1], x.shape[-1]
     h, y = x.new_empty(chosen.numel(), width), x.new_empty(*chosen.shape, k, dtype=torch.float32)
-    sizes = launch(x.device, bits, 2 * width, k, 1, 2)
-    linear_kernel[(triton.cdiv(width, sizes["BN"]), chosen.numel())](
-        w13, scales13, zeros13, None, x, norm, None, chosen, h, eps, 2 * width, k, group, 1, slots, bits, 2, **sizes
-    )
-    sizes = launch(x.device, bits, k, width, 1, 1)
-    linear_kernel[(triton.cdiv(k, sizes["BN"]), chosen.numel())](
-        w2, scales2, zeros2, None, h, None, None, chosen, y, 0.0, k, width, group, 1, 1, bits, 1, **sizes
-    )
+    product(x, w13, scales13, zeros13, None, 2 * width, group, norm, eps, None, chosen, h, 1, slots, 2)
+    product(h, w2, scales2, zeros2, None, k, group, None, 0.0, None, chosen, y, 1, 1, 1)
     return (x + (share[..., None] * y).sum(-2)).to(x.dtype)
 
 
@@ -444,7 +398,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """What model.Attention.attend does: qkv [B, T, (H + 2 G) D] at positions [T], rope [T, D/2, 2] -> [B, T, H D]."""
     (b, t, _), (_, groups, length, d) = qkv.shape, k_cache.shape
-    processors, *_ = gpu(qkv.device)
+    processors = gpu(qkv.device)[0]
     span = min(length, window) if window else length
     # Parts of at least 64 tokens, until every multiprocessor has two; putting them together is a kernel more
     splits = min(triton.cdiv(2 * processors, b * groups), triton.cdiv(span, 64)) if span > 128 else 1
@@ -459,7 +413,7 @@ def attend(
         HALF=max(16, triton.next_power_of_2(d // 2)),
         DV=dv,
         BLOCK=max(16, 8192 // (dv * qkv.element_size())),  # 8 KB of keys and of values, twice: any GPU has room for it
-        TYPE=tl.float32 if qkv.device.type == "cpu" else getattr(tl, str(qkv.dtype).removeprefix("torch.")),
+        TYPE=factors(qkv),
         num_stages=2,
     )  # fmt: skip
     if splits > 1:
@@ -488,27 +442,42 @@ def route_shapes(logits, slots, normalize):
 
 
 @custom_op("gptfast_triton::dequantize", mutates_args=())
-def dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
-    """kernels.dequantize for one matrix, its scales and zeros laid out by enable."""
-    y = dequantized_shape(weight, scales, zeros, group, dtype)
-    n, k = y.shape
-    grid = (triton.cdiv(n, 4), triton.cdiv(k, 1024))
-    dequantize_kernel[grid](weight, scales, zeros, y, n, k, group, 8 if zeros is None else 4, 4, 1024)
+def dequantize(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    """kernels.dequantize for one matrix [n, k] as enable lays it out."""
+    y = weight.new_empty(n, k, dtype=dtype)
+    grid = triton.cdiv(n, 16), triton.cdiv(k, 64)
+    dequantize_kernel[grid](weight, scales, zeros, y, n, k, group, 8 if zeros is None else 4, 1)
     return y
 
 
 @dequantize.register_fake
-def dequantized_shape(weight, scales, zeros, group, dtype):
-    return weight.new_empty(weight.shape[0], weight.shape[1] * (1 if zeros is None else 2), dtype=dtype)
+def _(weight, scales, zeros, n, k, group, dtype):
+    return weight.new_empty(n, k, dtype=dtype)
+
+
+def tiles(weight: Tensor) -> Tensor:
+    """int4 [..., N, K / 2] as in a checkpoint -> [..., N / 16, K / 64, 128] int32, filled up with zeros: of 16 rows and
+    64 columns four words for each thread of a warp, those that a matrix unit wants it to have: row % 8 = thread / 4 and
+    k / 4 % 4 = thread % 4."""
+    halves = weight.unflatten(-1, (-1, 4))
+    q = torch.cat([halves & 15, halves >> 4], dim=-1).flatten(-2)  # [..., N, K]
+    q = torch.nn.functional.pad(q, (0, -q.shape[-1] % 64, 0, -q.shape[-2] % 16))
+    q = q.unflatten(-1, (-1, 2, 2, 4, 2, 2)).unflatten(-7, (-1, 2, 8))
+    q = q[..., 0, :] | q[..., 1, :] << 4  # [..., N / 16, row / 8, row % 8, K / 64, k / 32, k / 16, k / 4, k % 2]
+    lead = range(q.dim() - 8)
+    q = q.permute(*lead, *(len(lead) + i for i in (0, 3, 2, 6, 1, 4, 7, 5)))
+    return q.flatten(-6).contiguous().view(torch.int32)
 
 
 def enable(model: torch.nn.Module):
-    """Puts model on these operations. Weights stay as they are; of int4 the scales and zeros are laid out by columns,
-    which only their strides tell."""
+    """Puts model on these operations. Of int4 the weights are laid out as tiles, their scales and zeros by columns."""
     for w in model.modules():
         if not hasattr(w, "fast") or w.fast:
             continue
-        if w.scales is None or (w.n_in % 8 == 0 and (w.zeros is None or w.group % 32 == 0)):
+        whole = w.weight.dim() == 2 or w.n_out % 16 == 0  # experts lie one behind the other
+        if w.scales is None or (w.n_in % 8 == 0 and (w.zeros is None or w.group % 32 == 0 and whole)):
             if w.zeros is not None:
-                w.scales, w.zeros = (t.mT.contiguous().mT for t in (w.scales, w.zeros))
+                w.weight, w.scales, w.zeros = tiles(w.weight), *(t.mT.contiguous().mT for t in (w.scales, w.zeros))
             w.fast, w.gpu = (w.weight, w.scales, w.zeros, w.bias), True

@@ -431,7 +431,8 @@ class Experts(nn.Module):
         share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
         compute = self.grouped
         if torch.compiler.is_compiling():
-            compute = self.gathered if x.shape[1] == 1 else torch.compiler.disable(self.grouped)
+            few = x.shape[1] == 1 and not self.w13.gpu
+            compute = self.gathered if few else torch.compiler.disable(self.grouped)
         return compute(x.flatten(0, 1), share, chosen).view_as(x)
 
     def gathered(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
