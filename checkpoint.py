@@ -79,6 +79,11 @@ def save_checkpoint(
 
 def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, torch.Tensor]]:
     """(config, quantization, tensors), the tensors memory-mapped on the CPU. Raises UsageError for anything else."""
+    scripts = {".gguf": "convert_gguf.py", ".safetensors": "convert_hf_checkpoint.py"}
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
+    if path.suffix in scripts and path.is_file():
+        raise UsageError(f"{path} is not a {FORMAT} checkpoint; scripts/{scripts[path.suffix]} makes one of it")
     data = load_pickle(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UsageError(f"{path} is not a {FORMAT} checkpoint; make one with scripts/convert_hf_checkpoint.py")

@@ -625,7 +625,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
     else:
         prompts = [tokenizer.encode(text) for text in texts]
     if not all(texts) or not all(prompts) or not prompts:
-        raise UsageError("the prompt is empty; give some text")
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
     return prompts
 
 
@@ -743,10 +743,9 @@ def converse(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     for line in tp.lines(read_line):
         if line == "/exit":
             return
-        if line == "/reset":
-            messages = list(fresh)
-        elif line == "/drop":
-            del messages[len(fresh) : len(fresh) + 2]
+        if line in ("/reset", "/drop"):
+            del messages[len(fresh) : len(fresh) + 2 if line == "/drop" else None]
+            say(f"{len(messages) - len(fresh)} messages left.")
         elif re.fullmatch(r"/\w+", line):
             say(commands)
         elif line:
