@@ -161,6 +161,17 @@ def route_kernel(
 
 
 @triton.jit
+def mix_kernel(x_ptr, share_ptr, y_ptr, out_ptr, K, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [rows, K] = x + the sum over the slots of share [rows, SLOTS] times y [rows, SLOTS, K]."""
+    row, k = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    for slot in tl.static_range(SLOTS):
+        at = row * SLOTS + slot
+        total += tl.load(share_ptr + at) * tl.load(y_ptr + at * K + k, mask=k < K, other=0.0)
+    tl.store(out_ptr + row * K + k, total, mask=k < K)
+
+
+@triton.jit
 def dequantize_kernel(
     w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP, BITS: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
@@ -383,7 +394,9 @@ def experts(
     h, y = x.new_empty(chosen.numel(), width), x.new_empty(*chosen.shape, k, dtype=torch.float32)
     product(x, w13, scales13, zeros13, None, 2 * width, group, norm, eps, None, chosen, h, 1, slots, 2)
     product(h, w2, scales2, zeros2, None, k, group, None, 0.0, None, chosen, y, 1, 1, 1)
-    return (x + (share[..., None] * y).sum(-2)).to(x.dtype)
+    out = torch.empty_like(x)
+    mix_kernel[triton.cdiv(k, 512), x.numel() // k](x, share, y, out, k, slots, 512)
+    return out
 
 
 @experts.register_fake

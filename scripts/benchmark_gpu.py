@@ -36,7 +36,7 @@ from benchmark import CONFIGS, prefill_flops, visible
 import kernels
 import quantize
 from checkpoint import run
-from generate import build_step, build_steps, generate
+from generate import build_step, build_steps, draw, generate
 from model import Attention, Experts, Linear, ModelConfig, MoE, RMSNorm, Transformer, UsageError, rope_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,6 +208,10 @@ def check(precision: str) -> dict:
         compare(f"experts {bits}", lambda: e(x, norm, share, chosen), lambda: expected, 2 * limit)  # noqa: B023
         compare(f"route {bits}", lambda: kernels.route(scores, 2, True, True)[0], lambda: share, 1e-5)  # noqa: B023
         compare(f"chosen {bits}", lambda: kernels.route(scores, 2, True, True)[1], lambda: chosen, 0)  # noqa: B023
+
+    chances = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2], device="cuda")
+    often = lambda: draw(chances.expand(100_000, 5)).bincount(minlength=5) / 100_000  # noqa: E731
+    compare("draw", often, lambda: chances, 0.02)
 
     def tokens(fast: bool) -> Tensor:
         model = random_model(small, FORMS["int8"], fast, torch.float32)
