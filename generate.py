@@ -89,6 +89,7 @@ def load_model(
                 kernels.advise(t, kernels.DONTNEED)  # or the file's pages would count as well
         loaded[name] = moved[key]
     model.load_state_dict(loaded, assign=True)
+    del loaded, moved  # kernels.enable lays weights out anew, one by one
     model = model.eval().requires_grad_(False)
     model.quantization = quantization and ".g".join(map(str, quantization.values()))  # int8, int4.g32 ...
     if fast:
@@ -131,7 +132,7 @@ def draw(probs: Tensor) -> Tensor:
     """A token [B] for every row of [B, vocab_size], which need not sum to one. Never a token of probability 0, and no
     synchronisation."""
     if probs.is_cuda:  # the winner of a race at these speeds; there a single row's cumsum is slow
-        return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+        return (probs / torch.empty_like(probs, dtype=torch.float64).exponential_()).argmax(-1)
     wide = torch.float64 if probs.device.type == "cpu" else torch.float32  # some devices have no float64
     below = probs.cumsum(-1, dtype=wide)  # the first that exceeds a random number
     number = torch.rand(len(probs), 1, dtype=wide, device=probs.device) * below[:, -1:]
@@ -158,7 +159,7 @@ def hidden_by_chunks(model: Transformer, tokens: Tensor, positions: Tensor, bloc
     """model.hidden of tokens [B, T], chunk by chunk: [B, part of T, dim]. block stands in for
     TransformerBlock.forward, except for few rows, which have kernels of their own."""
     start = int(positions[0])
-    size = CHUNK if tokens.device.type == "cpu" else GPU_CHUNK
+    size = CHUNK if tokens.device.type == "cpu" else max(1, GPU_CHUNK // tokens.shape[0])
     for i in range(0, tokens.shape[1], size):
         part = tokens[:, i : i + size]
         chosen = block if part.numel() > kernels.MAX_ROWS else None
@@ -180,7 +181,8 @@ def build_step(model: Transformer, head: Callable, compile: bool) -> Callable:
     whole = {"fullgraph": not model.config.moe, "dynamic": False}  # experts of many tokens are not to be compiled
     if model.tok_embeddings.weight.device.type != "cpu":
         compiled = torch.compile(step, mode="reduce-overhead", **whole)
-        if not model.layers[0].attention.wqkv.gpu or tp.world_size() > 1:
+        first, moe = model.layers[0], model.config.moe
+        if not first.attention.wqkv.gpu or (moe and not first.feed_forward.experts.whole()) or tp.world_size() > 1:
             return compiled
         graph = captured(step, model)
         return lambda tokens, *rest: (graph if is_fast(tokens) else compiled)(tokens, *rest)
@@ -230,7 +232,7 @@ def generate(prefill: Step, decode: Step, prompt: Tensor, start: int, max_new_to
     def step():
         nonlocal token, position
         position = position + 1
-        token = decode(token.view(-1, 1).clone(), position)
+        token = decode(token.view(-1, 1).clamp(min=0), position)  # -1 is found out too late
 
     for left in reversed(range(max_new_tokens)):
         read = fetched(token)

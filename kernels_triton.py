@@ -93,7 +93,7 @@ def linear_kernel(
             x = tl.load(x_ptr + at[:, :, None] + p * K, mask=(at < K)[:, :, None] & (p < M), other=0.0)
         x = x.to(TYPE)
         if norm_ptr is not None:  # what every column has in common follows at the end
-            x *= (tl.load(norm_ptr + at, mask=at < K, other=0.0).to(TYPE) * 0.0625)[:, :, None]  # far from fp16's limit
+            x *= tl.load(norm_ptr + at, mask=at < K, other=0.0).to(TYPE)[:, :, None]
             new = ()
             for m in tl.static_range(M):
                 one = tl.load(x_ptr + at + m * K, mask=at < K, other=0.0).to(tl.float32)
@@ -126,7 +126,7 @@ def linear_kernel(
         total = tl.zeros([P], tl.float32)
         for m in tl.static_range(M):
             total = tl.where(p == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
-        y *= 16 * tl.rsqrt(total / K + eps)[None, :]
+        y *= tl.rsqrt(total / K + eps)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows, mask=ok, other=0.0).to(tl.float32)[:, None]
     if HALVES == 2:  # silu(gate) * up
@@ -314,31 +314,32 @@ def combine_kernel(
 
 
 @cache
-def gpu(device: torch.device) -> tuple[int, int, bool, dict[str, list[int]]]:
-    """(multiprocessors, threads of a warp, whether Triton uses its matrix units and asynchronous copies, what
-    kernels_triton.json says of this kind of GPU)."""
+def gpu(device: torch.device) -> tuple[int, int, dict[str, list[int]]]:
+    """(multiprocessors, the fewest columns that matrix units take, what kernels_triton.json says of this GPU)."""
     if device.type == "cpu":
-        return 16, 32, True, {}  # the interpreter
+        return 16, 8, {}  # the interpreter
     properties, path = torch.cuda.get_device_properties(device), Path(__file__).with_suffix(".json")
     table = json.loads(path.read_text()) if path.exists() else {}
-    modern = properties.warp_size == 32 and properties.major >= 8
-    return properties.multi_processor_count, properties.warp_size, modern, table.get(properties.name, {})
+    columns = 16 if torch.version.hip else 8 if properties.major >= 8 else 1  # Triton uses none of Turing's
+    return properties.multi_processor_count, columns, table.get(properties.name, {})
 
 
-def launch(x: Tensor, bits: int, n: int, halves: int) -> dict[str, int]:
-    """How linear_kernel is to be run for x [..., K] and W [n, K]: a program's tiles of 16 rows and warps, and of a warp
-    the blocks of K that it takes at a time and the stages of its loads. The guess gives every multiprocessor two
-    programs, if there are so many, and none more than 99 KB of shared memory, or 64 on other than modern GPUs."""
-    processors, lanes, modern, table = gpu(x.device)
-    if known := table.get(f"{bits} {n} {x.shape[-1]} {halves}"):
+def launch(x: Tensor, bits: int, n: int, m: int, halves: int) -> dict[str, int]:
+    """How linear_kernel is to be run for m rows of x [..., K] and W [n, K]: a program's tiles of 16 rows and warps, and
+    of a warp the blocks of K that it takes at a time and the stages of its loads. The guess gives every multiprocessor
+    two programs, if there are so many, and none more than 99 KB of shared memory, or 64 unless units take 8 columns."""
+    processors, columns, table = gpu(x.device)
+    columns = columns if x.element_size() == 2 else 1  # of float32 they would cut something off
+    if columns > 1 and (known := table.get(f"{bits} {n} {x.shape[-1]} {halves}")):
         tiles, warps, depth, stages = known
-    elif modern and x.element_size() == 2:
+    elif columns == 8:
         tiles = 2 if halves == 2 or triton.cdiv(n, 32) >= 4 * processors else 1
         warps = 4 if triton.cdiv(n, 16 * tiles) >= 2 * processors else 8
         depth, stages = 1 if warps == 8 and (bits > 4 or tiles == 2) else 2, 3
     else:
         tiles, warps, depth, stages = halves, 8 // x.element_size(), 1, 2
-    return {"R": tiles, "B": warps * depth, "P": 8 if lanes == 32 else 16, "STAGES": stages, "num_warps": warps}
+    columns = max(columns, triton.next_power_of_2(m))
+    return {"R": tiles, "B": warps * depth, "P": columns, "STAGES": stages, "num_warps": warps}
 
 
 def product(
@@ -349,7 +350,7 @@ def product(
     """Runs linear_kernel: y from m rows of x; with chosen [..., slots], one row of x and y for every expert chosen."""
     bits, k = 4 if zeros is not None else 8 * weight.element_size(), x.shape[-1]
     block = {4: min(group, 64), 8: 64, 16: 64, 32: 32}[bits]
-    sizes = launch(x, bits, n, halves)
+    sizes = launch(x, bits, n, m, halves)
     grid = triton.cdiv(n // halves, 16 * sizes["R"] // halves), 1 if chosen is None else chosen.numel()
     magic = 0x43004300 if x.dtype == torch.bfloat16 else 0x64006400
     linear_kernel[grid](

@@ -373,12 +373,12 @@ class Attention(nn.Module):
         k, v = self.k_cache[:, :, :kv_len], self.v_cache[:, :, :kv_len]  # [B, G, S, D]
         if T == 1:  # the heads that share keys and values as the rows of one product: several times faster
             return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).reshape(B, 1, -1)
+        if q.is_cuda:  # where only the slowest kernel takes fewer keys in float32 or with a mask
+            k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for t in (k, v))
         # All there is: the fastest kernels take no mask. One compiled block is for every length, so it does with one
         if not torch.compiler.is_compiling() and kv_len == T <= (self.window or T):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [B, H, T, D]
         else:
-            if q.is_cuda:  # where only the slowest kernel takes both a mask and fewer keys
-                k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return y.transpose(1, 2).reshape(B, T, -1)
 
@@ -422,16 +422,20 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, norm: "RMSNorm", share: Tensor, chosen: Tensor) -> Tensor:
         """x [B, T, dim] + the sum over each token's chosen [B, T, K] experts of share [B, T, K] times their output."""
-        if kernels.fits(x, self.w13) and (self.w13.gpu or (self.w2.fast and self.w2.n_in % kernels.ROWS == 0)):
+        if kernels.fits(x, self.w13) and self.whole():
             return kernels.experts(x, self, norm, share, chosen)
         return x + self.mixture(norm(x), share, chosen)
+
+    def whole(self) -> bool:
+        """Whether kernels.experts does few rows: every weight fast, whole blocks of them."""
+        return bool(self.w13.fast and self.w2.fast) and self.w2.n_in % kernels.ROWS == 0
 
     def mixture(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
         """forward without the norm before and the addition after it."""
         share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
         compute = self.grouped
         if torch.compiler.is_compiling():
-            few = x.shape[1] == 1 and not self.w13.gpu
+            few = x.shape[1] == 1 and not (self.w13.gpu and self.w13.zeros is not None)
             compute = self.gathered if few else torch.compiler.disable(self.grouped)
         return compute(x.flatten(0, 1), share, chosen).view_as(x)
 
