@@ -334,8 +334,10 @@ def launch(x: Tensor, bits: int, n: int, m: int, halves: int) -> dict[str, int]:
         tiles, warps, depth, stages = known
     elif columns == 8:
         tiles = 2 if halves == 2 or triton.cdiv(n, 32) >= 4 * processors else 1
+        tiles = 4 if bits <= 8 and triton.cdiv(n, 64) >= 3 * processors else tiles
         warps = 4 if triton.cdiv(n, 16 * tiles) >= 2 * processors else 8
-        depth, stages = 1 if warps == 8 and (bits > 4 or tiles == 2) else 2, 3
+        full = (bits == 8 and tiles == 4) or (warps == 8 and (bits > 4 or tiles == 2))
+        depth, stages = 1 if full else 2, 3
     else:
         tiles, warps, depth, stages = halves, 8 // x.element_size(), 1, 2
     columns = max(columns, triton.next_power_of_2(m))

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
 import quantize
 from checkpoint import read_checkpoint, read_json, run, save_checkpoint
-from generate import build_steps, generate, peak_memory, pick_device, read_bandwidth
+from generate import build_step, build_steps, generate, peak_memory, pick_device, read_bandwidth
 from model import ModelConfig, MoE, RopeScaling, Transformer, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +67,7 @@ def main():
     p.add_argument("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     p.add_argument("--kernels", choices=["auto", "off"], default="auto", help="off: PyTorch alone")
+    p.add_argument("--tune", action="store_true", help="find the kernels' best launches for this shape first (GPUs)")
     p.add_argument("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     p.add_argument("--json", action="store_true", help="one JSON object too, as the last line")
     args = p.parse_args()
@@ -80,8 +81,14 @@ def main():
     if (room := args.prompt_tokens + args.max_new_tokens) > config.max_seq_len:
         raise UsageError(f"{room} prompt and new tokens exceed the model's context of {config.max_seq_len}")
     args.device = str(pick_device(args.device))
+    if args.tune:
+        from benchmark_gpu import tune
+
+        if args.device.split(":")[0] != "cuda":
+            raise UsageError("--tune is for GPUs that kernels_triton.py runs on")
+        tune([config])
     torch.manual_seed(1234)
-    result = {k: v for k, v in vars(args).items() if k not in ("json", "cold_start")}
+    result = {k: v for k, v in vars(args).items() if k not in ("json", "cold_start", "tune")}
     result |= cold_start(args, config) if args.cold_start else measure(args, config)
     for key, value in result.items():
         print(f"{key:32}{f'{value:,.3f}' if isinstance(value, float) else value}")
@@ -201,12 +208,12 @@ def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
             result[f"prefill_{n}_tflop_per_sec"] = prefill_flops(config, n) / took / 1e12
     model.setup_caches(1, 5)
     times = {1: [], 5: []}  # of steps of so many rows, in turns; the first of each does not count
-    rows = torch.zeros(1, 5, dtype=torch.long, device=device)
+    rows, step = torch.zeros(1, 5, dtype=torch.long, device=device), build_step(model, model.logits, args.compile)
     with torch.inference_mode():
         for _ in range(1 + 3 * SAMPLES):
             for n, took in times.items():
                 began = time.perf_counter()
-                model(rows[:, :n], torch.arange(n, device=device))[0, -1, 0].item()
+                step(rows[:, :n], torch.arange(n, device=device))[0, -1, 0].item()
                 took.append(time.perf_counter() - began)
     result["verify_5_over_1"] = statistics.median(times[5][1:]) / statistics.median(times[1][1:])
     return result

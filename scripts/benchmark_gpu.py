@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -424,14 +425,15 @@ def measure_transformers(config: ModelConfig) -> dict:
     return {"tokens_per_sec": 1 / step, "share": step_bytes / step / bus, "transformers": transformers.__version__}
 
 
-def tune() -> dict:
-    """Fills kernels_triton.json's entry for this GPU: of a few configurations for every product of the shapes above the
-    fastest, on weights that are not in the cache."""
+def tune(configs: Iterable[ModelConfig] | None = None) -> dict:
+    """Fills kernels_triton.json's entry for this GPU: of a few configurations for every product of the shapes in
+    configs, or of four known ones, the fastest, on weights that are not in the cache. Four minutes at most."""
     import kernels_triton
 
-    device, best, began = torch.device("cuda", 0), {}, time.monotonic()
-    sizes = []
-    for config in (CONFIGS[name] for name in ("Llama-3.1-8B", "Llama-3.2-1B", "Llama-2-7B", "Llama-3-70B")):
+    device, best, began, sizes = torch.device("cuda", 0), {}, time.monotonic(), []
+    table = kernels_triton.gpu(device)[2]  # which launch() looks into
+    shapes = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-2-7B", "Llama-3-70B"
+    for config in configs or map(CONFIGS.get, shapes):
         width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
         sizes += [(width, config.dim, 1, True), (config.dim, config.n_heads * config.head_dim, 1, False)]
         sizes += [(2 * config.ffn_dim, config.dim, 2, True), (config.dim, config.ffn_dim, 1, False)]
@@ -446,16 +448,20 @@ def tune() -> dict:
         times, key = {}, f"{bits} {n} {k} {halves}"
 
         def seconds(choice: tuple[int, ...], rows: int) -> float:
-            kernels_triton.gpu(device)[3][key] = list(choice)  # noqa: B023
+            table[key] = list(choice)  # noqa: B023
+            before = norm if normed else None  # noqa: B023
             try:
-                return products_seconds(x.expand(1, rows, k).contiguous(), ws, norm if normed else None, halves == 2)  # noqa: B023
+                return products_seconds(x.expand(1, rows, k).contiguous(), ws, before, halves == 2)  # noqa: B023
             except Exception as e:  # a GPU with less shared memory
                 print(key, choice, e, file=sys.stderr)  # noqa: B023
                 return float("inf")
 
         times = {choice: seconds(choice, 1) for choice in CHOICES if choice[0] % halves == 0}
         fit = (c for c in sorted(times, key=times.get) if seconds(c, kernels.MAX_ROWS) < float("inf"))
-        best[key] = next(fit, min(times))
+        best[key] = table[key] = next(fit, None)
+        if best[key] is None:
+            del best[key], table[key]
+            continue
         whole = json.loads(TABLE.read_text()) if TABLE.exists() else {}
         whole.setdefault(torch.cuda.get_device_name(), {})[key] = best[key]
         TABLE.write_text(json.dumps(whole, indent=1) + "\n")

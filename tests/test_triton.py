@@ -15,7 +15,7 @@ from quantize import linears, quantize_int4, quantize_int8
 from tests.test_kernels import DTYPES, FORMATS, ROUNDING, both_attentions, close, make
 from tests.tiny import ROOT, make_hf, to_ours
 
-SIZES = [(32, 32), (70, 72), (6, 4424), (96, 1160)]  # N, K: beyond one program's rows, beyond one step of its loop
+SIZES = [(32, 32), (70, 72), (6, 4424), (96, 1160), (3104, 32)]  # N, K: beyond a program's rows, a step of its loop
 
 
 def enabled(module):
@@ -27,8 +27,8 @@ def enabled(module):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(form, dtype):
     torch.manual_seed(0)
-    for n, k in SIZES:
-        w = make(n, k, form, dtype, bias=n != 16)
+    for n, k in SIZES[: None if dtype == torch.float16 else -1]:  # the last takes long
+        w = make(n, k, form, dtype, bias=n != 32)
         matrix = w.matrix(torch.float32).double()
         assert enabled(w).gpu
         norm = SimpleNamespace(weight=torch.rand(k).to(dtype), eps=1e-5)
@@ -215,19 +215,19 @@ def compiled(fn, *args, grid, warmup, **kwargs):
     code = triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options)
     products = re.search("v_mfma|v_wmma|mma.sync", code.asm["amdgcn" if target.backend == "hip" else "ptx"])
     what = fn.__name__, {name: v for name, v in values.items() if not isinstance(v, torch.Tensor)}
-    assert code.metadata.shared <= room, (code.metadata.shared, what)
+    assert code.metadata.shared <= room * 2**10, (code.metadata.shared, what)
     assert products or dtype == torch.float32 or target.arch == 75 or "TYPE" not in values, what
     seen.append(fn.__name__)
 
 def compile_all(dtype):
     x, ops = torch.randn(1, 1, 2048).to(dtype), torch.ops.gptfast_triton
     for form in (None, "int8", 32, 64):
-        w = make(64, 2048, form, dtype)
+        w = make(256, 2048, form, dtype)
         kernels_triton.enable(w)
-        ops.linear(x, *w.fast, 64, w.group, x[0, 0], 1e-5, None, False, True)
-        ops.linear(x.expand(1, 8, 2048).contiguous(), *w.fast, 64, w.group, x[0, 0], 0.0, None, True, False)
+        ops.linear(x, *w.fast, 256, w.group, x[0, 0], 1e-5, None, False, True)
+        ops.linear(x.expand(1, 8, 2048).contiguous(), *w.fast, 256, w.group, x[0, 0], 0.0, None, True, False)
         if form:
-            ops.dequantize(*w.fast[:3], 64, 2048, w.group, dtype)
+            ops.dequantize(*w.fast[:3], 256, 2048, w.group, dtype)
     w13, w2 = make(128, 2048, 64, dtype, 4), make(2048, 64, 64, dtype, 4)
     kernels_triton.enable(w13)
     kernels_triton.enable(w2)
@@ -240,13 +240,15 @@ def compile_all(dtype):
 JITFunction.run = compiled
 kernels_triton.factors = lambda x: getattr(tl, str(x.dtype)[6:])
 NVIDIA, AMD = [GPUTarget("cuda", arch, 32) for arch in (75, 86, 90)], GPUTarget("hip", "gfx942", 64)
-for target, dtype, room in ((NVIDIA[0], torch.float16, 2**16), (NVIDIA[1], torch.bfloat16, 99 * 2**10),
-                            (NVIDIA[2], torch.float32, 2**16), (AMD, torch.bfloat16, 2**16),
-                            (GPUTarget("hip", "gfx1100", 32), torch.float16, 2**16)):
+BF16, FP16 = torch.bfloat16, torch.float16
+for target, dtype, room, processors in (
+    (NVIDIA[0], FP16, 64, 100), (NVIDIA[1], BF16, 99, 100), (NVIDIA[1], BF16, 99, 1),  # one has larger tiles
+    (NVIDIA[2], torch.float32, 64, 100), (AMD, BF16, 64, 100), (GPUTarget("hip", "gfx1100", 32), FP16, 64, 100),
+):
     columns = 16 if target.backend == "hip" else 8 if target.arch >= 80 else 1
-    kernels_triton.gpu, seen = lambda device: (100, columns, {}), []
+    kernels_triton.gpu, seen = lambda device: (processors, columns, {}), []
     compile_all(dtype)
-    assert len(seen) == 17, seen
+    assert len(seen) == 17 - (processors == 1), seen  # whose attention has one part
 """
 
 
