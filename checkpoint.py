@@ -79,11 +79,8 @@ def save_checkpoint(
 
 def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, torch.Tensor]]:
     """(config, quantization, tensors), the tensors memory-mapped on the CPU. Raises UsageError for anything else."""
-    scripts = {".gguf": "convert_gguf.py", ".safetensors": "convert_hf_checkpoint.py"}
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
-    if path.suffix in scripts and path.is_file():
-        raise UsageError(f"{path} is not a {FORMAT} checkpoint; scripts/{scripts[path.suffix]} makes one of it")
     data = load_pickle(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UsageError(f"{path} is not a {FORMAT} checkpoint; make one with scripts/convert_hf_checkpoint.py")
@@ -112,6 +109,9 @@ def load_pickle(path: Path, legacy: bool = False) -> dict:
                 raise UsageError(f"{path} has a name that this locale cannot write; set PYTHONUTF8=1") from None
             if isinstance(e, pickle.UnpicklingError) and "Unsupported operand" not in str(e):
                 raise UsageError(f"{path} holds more than weights, so it is not opened: pickles can run code") from None
+            scripts = {".gguf": "convert_gguf.py", ".safetensors": "convert_hf_checkpoint.py"}
+            if script := scripts.get(path.suffix):
+                raise UsageError(f"{path} is not a {FORMAT} checkpoint; scripts/{script} makes one of it") from None
             raise UsageError(f"{path} is truncated or not a PyTorch file ({type(e).__name__})") from None
 
 

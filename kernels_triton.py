@@ -7,8 +7,8 @@ stored, holds the references and calls this file, which it imports only where th
     dequantize    a whole matrix, for the products of prefill
 
 Nothing here is one vendor's. TRITON_INTERPRET=1 runs it on CPU tensors, which is how tests/test_triton.py checks it.
-kernels_triton.json, which scripts/benchmark_gpu.py --tune writes, says for the GPUs it was run on how many rows and
-warps a program of linear takes; for others launch() guesses.
+kernels_triton.json, which --tune of scripts/benchmark.py and benchmark_gpu.py writes, says for the GPUs it was run on
+how the products are launched; for others launch() guesses.
 """
 
 import json
@@ -25,8 +25,8 @@ from torch.library import custom_op
 #
 # y = x W^T for M rows of x, by matrix units: they take 16 rows of W and P >= M columns at a time, so M costs nothing. A
 # program makes the outputs of 16 R rows of W; with HALVES = 2 these are as many of W's second half as of its first. Its
-# warps share K out: of every B blocks of BK elements each warp takes some, in products of its own, whose sums are added
-# at the end.
+# warps share K out: of every B WIDE elements each warp takes some, in products of its own of BK each, whose sums are
+# added at the end.
 
 
 @triton.jit
@@ -324,13 +324,18 @@ def gpu(device: torch.device) -> tuple[int, int, dict[str, list[int]]]:
     return properties.multi_processor_count, columns, table.get(properties.name, {})
 
 
-def launch(x: Tensor, bits: int, n: int, m: int, halves: int) -> dict[str, int]:
+def product_key(bits: int, n: int, k: int, halves: int, group: int) -> str:
+    """What kernels_triton.json calls a product with W [n, k]."""
+    return f"{bits} {n} {k} {halves}" + (" g32" if bits == 4 and group == 32 else "")
+
+
+def launch(x: Tensor, bits: int, n: int, m: int, halves: int, group: int) -> dict[str, int]:
     """How linear_kernel is to be run for m rows of x [..., K] and W [n, K]: a program's tiles of 16 rows and warps, and
     of a warp the blocks of K that it takes at a time and the stages of its loads. The guess gives every multiprocessor
     two programs, if there are so many, and none more than 99 KB of shared memory, or 64 unless units take 8 columns."""
     processors, columns, table = gpu(x.device)
     columns = columns if x.element_size() == 2 else 1  # of float32 they would cut something off
-    if columns > 1 and (known := table.get(f"{bits} {n} {x.shape[-1]} {halves}")):
+    if columns > 1 and (known := table.get(product_key(bits, n, x.shape[-1], halves, group))):
         tiles, warps, depth, stages = known
     elif columns == 8:
         tiles = 2 if halves == 2 or triton.cdiv(n, 32) >= 4 * processors else 1
@@ -352,7 +357,7 @@ def product(
     """Runs linear_kernel: y from m rows of x; with chosen [..., slots], one row of x and y for every expert chosen."""
     bits, k = 4 if zeros is not None else 8 * weight.element_size(), x.shape[-1]
     block = {4: min(group, 64), 8: 64, 16: 64, 32: 32}[bits]
-    sizes = launch(x, bits, n, m, halves)
+    sizes = launch(x, bits, n, m, halves, group)
     grid = triton.cdiv(n // halves, 16 * sizes["R"] // halves), 1 if chosen is None else chosen.numel()
     magic = 0x43004300 if x.dtype == torch.bfloat16 else 0x64006400
     linear_kernel[grid](
@@ -428,7 +433,7 @@ def attend(
         R=max(16, triton.next_power_of_2(t * heads // groups)),
         HALF=max(16, triton.next_power_of_2(d // 2)),
         DV=dv,
-        BLOCK=max(16, 8192 // (dv * qkv.element_size())),  # 8 KB of keys and of values, twice: any GPU has room for it
+        BLOCK=max(16, 8192 // (dv * qkv.element_size())),  # some 8 KB of keys and of values, twice: any GPU has room
         TYPE=factors(qkv),
         num_stages=2,
     )  # fmt: skip

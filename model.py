@@ -313,8 +313,8 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """What a layer computes. On a CPU, decode steps go through kernels.layers and its like instead, which compute the
-    same: who changes a block here changes kernels.cpp too, or runs with --kernels off."""
+    """What a layer computes. Decode steps go through kernels.layers and its like instead, which compute the same: who
+    changes a block here changes kernels.cpp and kernels_triton.py too, or runs with --kernels off."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -373,7 +373,7 @@ class Attention(nn.Module):
         k, v = self.k_cache[:, :, :kv_len], self.v_cache[:, :, :kv_len]  # [B, G, S, D]
         if T == 1:  # the heads that share keys and values as the rows of one product: several times faster
             return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask).reshape(B, 1, -1)
-        if q.is_cuda:  # where only the slowest kernel takes fewer keys in float32 or with a mask
+        if q.is_cuda:  # where only the slowest kernel takes fewer key heads, if in float32 or with a mask
             k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for t in (k, v))
         # All there is: the fastest kernels take no mask. One compiled block is for every length, so it does with one
         if not torch.compiler.is_compiling() and kv_len == T <= (self.window or T):

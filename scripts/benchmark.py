@@ -67,7 +67,8 @@ def main():
     p.add_argument("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     p.add_argument("--kernels", choices=["auto", "off"], default="auto", help="off: PyTorch alone")
-    p.add_argument("--tune", action="store_true", help="find the kernels' best launches for this shape first (GPUs)")
+    p.add_argument("--tune", action="store_true", help="first find the best launches of a GPU's kernels for the shape, "
+        "for later runs too: writes kernels_triton.json, takes minutes")
     p.add_argument("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     p.add_argument("--json", action="store_true", help="one JSON object too, as the last line")
     args = p.parse_args()
@@ -86,7 +87,9 @@ def main():
 
         if args.device.split(":")[0] != "cuda":
             raise UsageError("--tune is for GPUs that kernels_triton.py runs on")
-        tune([config])
+        tune([config], args.groupsize)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(1234)
     result = {k: v for k, v in vars(args).items() if k not in ("json", "cold_start", "tune")}
     result |= cold_start(args, config) if args.cold_start else measure(args, config)

@@ -6,8 +6,8 @@ reference does, then tokens per second and the share of the copy bandwidth, for
     transformers   Hugging Face's, static cache, compiled; if installed
 
     python scripts/benchmark_gpu.py                 # checks, then as much of the table as fits
-    python scripts/benchmark_gpu.py --tune          # first writes kernels_triton.json for this GPU
     python scripts/benchmark_gpu.py --only 8B       # jobs whose name has 8B in it
+    python scripts/benchmark_gpu.py --tune --only 8B       # first, for four minutes, kernels_triton.json for this GPU
 
 Weights are random and made on the GPU. Every job is a process of its own, so that one that fails takes nothing with it.
 The result is written to benchmarks/ and printed, as JSON, last.
@@ -234,6 +234,8 @@ def check(precision: str) -> dict:
 
 def enabled(module: torch.nn.Module) -> torch.nn.Module:
     kernels.enable(module)
+    if not any(getattr(w, "gpu", False) for w in module.modules()):
+        raise UsageError("Triton does not run here, so there is nothing to measure")
     return module
 
 
@@ -425,9 +427,10 @@ def measure_transformers(config: ModelConfig) -> dict:
     return {"tokens_per_sec": 1 / step, "share": step_bytes / step / bus, "transformers": transformers.__version__}
 
 
-def tune(configs: Iterable[ModelConfig] | None = None) -> dict:
-    """Fills kernels_triton.json's entry for this GPU: of a few configurations for every product of the shapes in
-    configs, or of four known ones, the fastest, on weights that are not in the cache. Four minutes at most."""
+def tune(configs: Iterable[ModelConfig] | None = None, groupsize: int = 64) -> dict:
+    """Fills kernels_triton.json's entry for this GPU: of launch()'s guess and a few other configurations for every
+    product of the shapes in configs, or of four known ones, the fastest, on weights that are not in the cache. Takes
+    about four minutes at most."""
     import kernels_triton
 
     device, best, began, sizes = torch.device("cuda", 0), {}, time.monotonic(), []
@@ -442,10 +445,14 @@ def tune(configs: Iterable[ModelConfig] | None = None) -> dict:
         if time.monotonic() - began > 240:
             break
         copies = max(2, 4 * torch.cuda.get_device_properties(device).L2_cache_size // (n * k * bits // 8) + 1)
-        ws = [enabled(random_linear(n, k, {4: 64, 8: 8, 16: None}[bits], torch.bfloat16)) for _ in range(copies)]
+        form = {4: groupsize, 8: 8, 16: None}[bits]
+        ws = [enabled(random_linear(n, k, form, torch.bfloat16)) for _ in range(copies)]
         x, norm = torch.randn(1, 1, k, device="cuda", dtype=torch.bfloat16), RMSNorm(k, 1e-5).to("cuda", torch.bfloat16)
         norm.requires_grad_(False).weight.fill_(1)
-        times, key = {}, f"{bits} {n} {k} {halves}"
+        key = kernels_triton.product_key(bits, n, k, halves, groupsize)
+        table.pop(key, None)
+        guess = kernels_triton.launch(x, bits, n, 1, halves, groupsize)
+        guess = guess["R"], guess["num_warps"], guess["B"] // guess["num_warps"], guess["STAGES"]
 
         def seconds(choice: tuple[int, ...], rows: int) -> float:
             table[key] = list(choice)  # noqa: B023
@@ -456,15 +463,18 @@ def tune(configs: Iterable[ModelConfig] | None = None) -> dict:
                 print(key, choice, e, file=sys.stderr)  # noqa: B023
                 return float("inf")
 
-        times = {choice: seconds(choice, 1) for choice in CHOICES if choice[0] % halves == 0}
+        times = {choice: seconds(choice, 1) for choice in {guess, *CHOICES} if choice[0] % halves == 0}
         fit = (c for c in sorted(times, key=times.get) if seconds(c, kernels.MAX_ROWS) < float("inf"))
         best[key] = table[key] = next(fit, None)
         if best[key] is None:
             del best[key], table[key]
             continue
+        best_us, guess_us = (times[choice] / len(ws) * 1e6 for choice in (best[key], guess))
+        print(f"{key}: {best[key]} takes {best_us:.1f} us, {guess} {guess_us:.1f}", file=sys.stderr)
         whole = json.loads(TABLE.read_text()) if TABLE.exists() else {}
         whole.setdefault(torch.cuda.get_device_name(), {})[key] = best[key]
-        TABLE.write_text(json.dumps(whole, indent=1) + "\n")
+        TABLE.with_suffix(".tmp").write_text(json.dumps(whole, indent=1) + "\n")
+        TABLE.with_suffix(".tmp").replace(TABLE)
     return {"best": best}
 
 

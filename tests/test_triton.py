@@ -213,7 +213,7 @@ def compiled(fn, *args, grid, warmup, **kwargs):
         if name not in constants and (isinstance(v, torch.Tensor) or isinstance(v, int) and v % 16 == 0):
             attributes[i,] = [["tt.divisibility", 16]]
     code = triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options)
-    products = re.search("v_mfma|v_wmma|mma.sync", code.asm["amdgcn" if target.backend == "hip" else "ptx"])
+    products = re.search("v_mfma|v_wmma|mma.sync|wgmma", code.asm["amdgcn" if target.backend == "hip" else "ptx"])
     what = fn.__name__, {name: v for name, v in values.items() if not isinstance(v, torch.Tensor)}
     assert code.metadata.shared <= room * 2**10, (code.metadata.shared, what)
     assert products or dtype == torch.float32 or target.arch == 75 or "TYPE" not in values, what
@@ -236,24 +236,27 @@ def compile_all(dtype):
     cache = torch.zeros(1, 2, 1024, 64, dtype=dtype)
     positions, rope = torch.arange(2), torch.randn(2, 32, 2)
     ops.attend(torch.zeros(1, 2, 12 * 64, dtype=dtype), cache, cache.clone(), positions, rope, None, None, 1e-5, 8, 0)
+    rope = torch.randn(8, 32, 2)  # and the most queries that a key head may have
+    ops.attend(torch.zeros(1, 8, 20 * 64, dtype=dtype), cache, cache.clone(), positions, rope, None, None, 1e-5, 16, 0)
 
 JITFunction.run = compiled
 kernels_triton.factors = lambda x: getattr(tl, str(x.dtype)[6:])
-NVIDIA, AMD = [GPUTarget("cuda", arch, 32) for arch in (75, 86, 90)], GPUTarget("hip", "gfx942", 64)
+NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (75, 86, 90)]
+AMD = [GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32)]
 BF16, FP16 = torch.bfloat16, torch.float16
 for target, dtype, room, processors in (
     (NVIDIA[0], FP16, 64, 100), (NVIDIA[1], BF16, 99, 100), (NVIDIA[1], BF16, 99, 1),  # one has larger tiles
-    (NVIDIA[2], torch.float32, 64, 100), (AMD, BF16, 64, 100), (GPUTarget("hip", "gfx1100", 32), FP16, 64, 100),
+    (NVIDIA[2], BF16, 99, 100), (NVIDIA[2], torch.float32, 64, 100), (AMD[0], BF16, 64, 100), (AMD[1], FP16, 64, 100),
 ):
     columns = 16 if target.backend == "hip" else 8 if target.arch >= 80 else 1
     kernels_triton.gpu, seen = lambda device: (processors, columns, {}), []
     compile_all(dtype)
-    assert len(seen) == 17 - (processors == 1), seen  # whose attention has one part
+    assert len(seen) == 19 - 2 * (processors == 1), seen  # whose attention has one part
 """
 
 
 def test_compiles_for_gpus():
-    """Every kernel, for NVIDIA's Turing and Hopper and for AMD's CDNA3, down to machine code."""
+    """Every kernel, for NVIDIA's Turing, Ampere and Hopper and for AMD's CDNA3 and RDNA3, down to machine code."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", GPUS], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
