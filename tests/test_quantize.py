@@ -177,7 +177,7 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--mode=int4-gptq", "--calibration_text=nowhere"], "nowhere"),
         (["--label=a/b"], "--label"),
         (["--calibration_text=TEXT"], "needs no calibration"),
-        (["--checkpoint_path=."], "not a file"),
+        (["--checkpoint_path=."], "is a folder"),
         (["--percdamp=0"], "--percdamp"),
     ],
 )
