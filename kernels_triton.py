@@ -172,22 +172,19 @@ def mix_kernel(x_ptr, share_ptr, y_ptr, out_ptr, K, SLOTS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def dequantize_kernel(
-    w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP, BITS: tl.constexpr, B: tl.constexpr
-):  # fmt: skip
-    """W [N, K] as numbers, 16 rows and B times 64 columns a program."""
-    block = tl.program_id(1) * B + tl.arange(0, B)
-    rows, k = tl.program_id(0) * 16 + tl.arange(0, 16), block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    inside = (rows < N)[None, :, None] & (k < K)[:, None, :]
-    at = rows.to(tl.int64)[None, :, None] * K + k[:, None, :]
+def dequantize_kernel(w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP, BITS: tl.constexpr):
+    """W [N, K] as numbers, 16 rows and 64 columns a program."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    rows, k = tile * 16 + tl.arange(0, 16), block * 64 + tl.arange(0, 64)
+    inside = (rows < N)[:, None] & (k < K)[None, :]
+    at = rows.to(tl.int64)[:, None] * K + k[None, :]
     if BITS == 8:
         y = tl.load(w_ptr + at, mask=inside, other=0).to(tl.float32)
-        y *= tl.load(scales_ptr + rows, mask=rows < N, other=0.0)[None, :, None]
+        y *= tl.load(scales_ptr + rows, mask=rows < N, other=0.0)[:, None]
     else:
-        w = (tl.program_id(0).to(tl.int64) * tl.cdiv(K, 64) + block)[:, None] * 128 + tl.arange(0, 128)[None, :]
-        w = tl.load(w_ptr + w, mask=(block < tl.cdiv(K, 64))[:, None], other=0)
-        group = (k // GROUP).to(tl.int64)[:, None, :] * N + rows[None, :, None]
-        y = numbers(w, 0, B, 1, 64, tl.float32)
+        w = tl.load(w_ptr + (tile.to(tl.int64) * tl.cdiv(K, 64) + block) * 128 + tl.arange(0, 128))
+        y = tl.reshape(numbers(w[None, :], 0, 1, 1, 64, tl.float32), [16, 64])
+        group = (k // GROUP).to(tl.int64)[None, :] * N + rows[:, None]
         y -= tl.load(zeros_ptr + group, mask=inside, other=0).to(tl.float32) * 0.0625
         y *= tl.load(scales_ptr + group, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y, mask=inside)
@@ -469,7 +466,7 @@ def dequantize(
     """kernels.dequantize for one matrix [n, k] as enable lays it out."""
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, 16), triton.cdiv(k, 64)
-    dequantize_kernel[grid](weight, scales, zeros, y, n, k, group, 8 if zeros is None else 4, 1)
+    dequantize_kernel[grid](weight, scales, zeros, y, n, k, group, 8 if zeros is None else 4)
     return y
 
 

@@ -435,8 +435,8 @@ class Experts(nn.Module):
         share, chosen = share.to(x.dtype).flatten(0, 1), chosen.flatten(0, 1)  # [N, K]
         compute = self.grouped
         if torch.compiler.is_compiling():
-            few = x.shape[1] == 1 and not (self.w13.gpu and self.w13.zeros is not None)
-            compute = self.gathered if few else torch.compiler.disable(self.grouped)
+            tiled = self.w13.gpu and self.w13.zeros is not None  # which dequantizes one expert at a time
+            compute = self.gathered if x.shape[1] == 1 and not tiled else torch.compiler.disable(self.grouped)
         return compute(x.flatten(0, 1), share, chosen).view_as(x)
 
     def gathered(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:

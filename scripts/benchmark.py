@@ -83,10 +83,10 @@ def main():
         raise UsageError(f"{room} prompt and new tokens exceed the model's context of {config.max_seq_len}")
     args.device = str(pick_device(args.device))
     if args.tune:
-        from benchmark_gpu import tune
-
-        if args.device.split(":")[0] != "cuda":
+        if torch.device(args.device).type != "cuda":
             raise UsageError("--tune is for GPUs that kernels_triton.py runs on")
+        from benchmark_gpu import tune  # which imports this file
+
         tune([config], args.groupsize)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

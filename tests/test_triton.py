@@ -43,8 +43,8 @@ def test_linear(form, dtype):
             y = seen @ matrix.T + bias  # of 16-bit x, factors are rounded after the norm
             close(kernels.linear(x, w, norm, wide=True), y, ROUNDING[dtype])
             gate, up = y.chunk(2, -1)
-            expected = torch.nn.functional.silu(gate) * up
-            close(kernels.linear(x, w, norm, swiglu=True), expected, 3 * ROUNDING[dtype]) if n % 32 == 0 else None
+            rounding = (2 if dtype == torch.float32 else 3) * ROUNDING[dtype]  # 16 bits: before it too
+            close(kernels.linear(x, w, norm, swiglu=True), torch.nn.functional.silu(gate) * up, rounding)
 
 
 @pytest.mark.parametrize("form", [None, "int8", 32])
@@ -80,14 +80,14 @@ def test_extremes(form):
 @pytest.mark.parametrize("form", FORMATS[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize(form, dtype):
-    """To the last bit (of bfloat16 the interpreter cuts the rest off), and how scales lie changes nothing."""
+    """To the last bit (of bfloat16 the interpreter cuts the rest off), and how they lie changes nothing."""
     for n, k in [(5, 8), (33, 1544)]:
         w = make(n, k, form, dtype)
         before = [t if t is None else t.clone() for t in (w.weight, w.scales, w.zeros)]
         expected = w.matrix(dtype)
         close(enabled(w).matrix(dtype), expected, ROUNDING[dtype] if dtype == torch.bfloat16 else 0)
-        after = (w.weight, w.scales, w.zeros)
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+        after, same = (w.weight, w.scales, w.zeros), slice(form != "int8", None)  # int4's weights are laid out anew
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(before[same], after[same], strict=True))
 
 
 @pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 8), (6, 2, 64), (8, 1, 40)])
