@@ -10,37 +10,44 @@ with nothing before it but the token that the tokenizer begins every text with, 
 import argparse
 import json
 import math
-import os
-import re
-import signal
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import cli
+
+if __name__ == "__main__":
+    cli.exit_on_interrupt()
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import tp
-from checkpoint import read_text, run
-from generate import Step, build_steps, check_finite, hidden_by_chunks, load, make_caches, pick_device
-from model import Transformer, TransformerBlock, UsageError
-from tokenizer import Tokenizer, render
+from chat_template import render
+from checkpoint import read_text
+from config import UsageError
+from loading import load
+from machine import pick_device
+from model import Transformer
+from sampling import Sampling
+from steps import Steps, build_steps, check_finite, compile_blocks, hidden_in_chunks, make_kv_cache
+from tokenizer import Tokenizer
 
-LESS = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"  # for want of memory
+OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
+TEXT_WINDOW = 1024  # tokens of a window of text, if the model's context has so many
 HEAD_ROWS = 256  # positions whose logits are in memory at a time
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="model.pth, its tokenizer beside it")
-    what = p.add_mutually_exclusive_group(required=True)
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    cli.add_checkpoint_path(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm_eval's tasks or groups by name, or their files")
     what.add_argument("--text_file", type=Path, help="measure the perplexity of this text")
     add("--limit", type=int, help="examples of each task (default: all)")
@@ -49,26 +56,33 @@ def main():
     add("--max_seq_length", type=int, help="tokens of a window (default: of a text 1024, of tasks all the model has)")
     add("--batch_size", type=int, default=1, help="sequences scored at a time (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model")
-    add("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
-    add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default: %(default)s")
-    add("--kernels", choices=["auto", "off"], default="auto", help="off: PyTorch's plain linear everywhere")
+    cli.add_device(parser)
+    cli.add_precision(parser)
+    cli.add_kernels(parser)
     add("--json", action="store_true", help="the results as one line of JSON")
-    args = p.parse_args()
+    args = parser.parse_args()
     for name in ("limit", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")
     if args.text_file and (args.limit or args.include_path or args.apply_chat_template):
         raise UsageError("--limit, --include_path and --apply_chat_template belong to --tasks")
+    return args
+
+
+def main():
+    args = parse_args()
+    # What can be wrong is found before the model is loaded, which takes long.
     text = read_text(args.text_file) if args.text_file else None
-    manager = None if args.text_file else task_manager(args.tasks, args.include_path)
-    model, tokenizer = load(
-        args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision), args.kernels == "auto"
-    )
-    length = args.max_seq_length
-    if length is None:
-        length = min(1024 if text else 2**31, model.config.max_seq_len)
-    if not 2 <= length <= model.config.max_seq_len:
-        raise UsageError(f"--max_seq_length must be 2 to {model.config.max_seq_len}, the model's context, not {length}")
+    manager = task_manager(args.tasks, args.include_path) if args.tasks else None
+    device, dtype = pick_device(args.device), getattr(torch, args.precision)
+    model, tokenizer = load(args.checkpoint_path, device, dtype, kernels=args.kernels == "auto")
+    length = context = model.config.max_seq_len
+    if args.max_seq_length is not None:
+        length = args.max_seq_length
+    elif text is not None:
+        length = min(TEXT_WINDOW, context)
+    if not 2 <= length <= context:
+        raise UsageError(f"--max_seq_length must be 2 to {context}, the model's context, not {length}")
     if text is not None:
         results = perplexity(model, tokenizer, text, length, args.batch_size, args.compile)
         table = "\n".join(f"{name:15}{value:.6g}" for name, value in results.items())
@@ -78,6 +92,9 @@ def main():
     print(json.dumps(results) if args.json else table)
 
 
+# ---- How likely a model finds given tokens: T of a row, n of them scored --------------------------------------------
+
+
 def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
     """The whole text in windows of length tokens, the last one shorter; each begins as the tokenizer begins a text."""
     ids, bos = tokenizer.encode(text, bos=False), tokenizer.bos_ids
@@ -85,57 +102,85 @@ def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
     return [bos + ids[i : i + step] for i in range(0, len(ids), step)]
 
 
-def perplexity(model, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False) -> dict:
+def perplexity(
+    model: Transformer, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False
+) -> dict:
     """exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. A window's first token is
     given, the others are predicted."""
-    windows = [w for w in windows_of(tokenizer, text, length) if len(w) > 1]
-    if not windows:
+    windows = windows_of(tokenizer, text, length)
+    rows = [Row(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
+    if not rows:
         raise UsageError("the text is too short: there must be a token to predict")
-    nll = tokens = 0
-    with tqdm(total=len(windows), desc="windows", disable=None, leave=False) as bar:
-        for _, logprobs, _ in score(model, [(w, len(w) - 1) for w in windows], batch_size, compile):
-            nll -= logprobs.double().sum().item()
-            tokens += len(logprobs)
-            bar.update()
+    scores = scores_of(model, rows, batch_size, compile)
+    nll, n_tokens = 0.0, 0
+    for score in tqdm(scores, "windows", len(rows), disable=None, leave=False):
+        nll -= score.logprobs.double().sum().item()
+        n_tokens += len(score.logprobs)
     if not math.isfinite(nll):
         raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")
-    mean = nll / tokens
-    result = math.exp(mean) if mean < 700 else math.inf
-    return {"perplexity": result, "tokens": tokens, "windows": len(windows), "nll_per_token": mean}
+    mean = nll / n_tokens
+    result = math.exp(mean) if mean < 700 else math.inf  # beyond, exp overflows
+    return {"perplexity": result, "tokens": n_tokens, "windows": len(rows), "nll_per_token": mean}
 
 
-Scored = tuple[int, Tensor, Tensor]  # index of the row, log-probabilities [n], which of them are the likeliest [n]
+class Row(NamedTuple):
+    """Tokens, of which the last n_scored are scored. There must be one before these. Row([5, 8, 2], 1) asks how likely
+    2 is after 5 and 8."""
+
+    ids: list[int]
+    n_scored: int
+
+
+class Score(NamedTuple):
+    """What the model thinks of a row's last n tokens, each after those before it."""
+
+    row: int  # which of the rows
+    logprobs: Tensor  # [n]
+    is_greedy: Tensor  # [n], whether the model finds no token likelier
 
 
 @torch.inference_mode()
-def score(model: Transformer, rows: list[tuple[list[int], int]], batch_size: int, compile: bool) -> Iterator[Scored]:
-    """For every (tokens, n) how likely the model finds the last n tokens, each after those before it; n is less than
-    the number of tokens. Longest rows first; shorter ones in a batch are padded on the right, which causal attention
-    does not see."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+def scores_of(model: Transformer, rows: list[Row], batch_size: int = 1, compile: bool = False) -> Iterator[Score]:
+    """The score of every row, longest rows first. Shorter ones in a batch are padded on the right, which causal
+    attention does not see."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     batch_size = min(batch_size, len(rows))
-    make_caches(model, batch_size, len(rows[order[0]][0]) - 1, LESS)
-    device = model.rope.device
-    block = torch.compile(TransformerBlock.forward, dynamic=True) if compile else None
-    for i in range(0, len(order), batch_size):
-        batch = [rows[k] for k in order[i : i + batch_size]]
-        longest = len(batch[0][0]) - 1
-        tokens = torch.zeros(batch_size, longest, dtype=torch.long)
-        for b, (ids, _) in enumerate(batch):
-            tokens[b, : len(ids) - 1] = torch.tensor(ids[:-1])
-        positions = torch.arange(longest, device=device)
-        hidden = torch.cat([*hidden_by_chunks(model, tokens.to(device), positions, block)], dim=1)
-        for k, x, (ids, n) in zip(order[i:], hidden, batch, strict=False):
-            targets = torch.tensor(ids[len(ids) - n :], device=device)
-            logprobs, greedy = [], []
-            for y, t in zip(x[len(ids) - 1 - n : len(ids) - 1].split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-                logits = model.logits(y)
-                logprobs.append(-F.cross_entropy(logits, t, reduction="none"))
-                greedy.append(logits.argmax(-1) == t)
-            yield k, torch.cat(logprobs), torch.cat(greedy)
+    device = model.tok_embeddings.weight.device
+    kv_cache = make_kv_cache(model, batch_size, len(rows[order[0]].ids) - 1, OOM_HINT)
+    positions = torch.zeros(batch_size, dtype=torch.long, device=device)
+    compiled_model = compile_blocks(model, dynamic=True) if compile else None
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        inputs = [rows[i].ids[:-1] for i in indices]
+        inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may have to be filled up
+        tokens = pad(inputs).to(device)
+        hidden = torch.cat(list(hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model)), dim=1)
+        for i, x in zip(indices, hidden, strict=False):
+            yield score_row(model, i, rows[i], x)
 
 
-def harness():
+def pad(rows: list[list[int]]) -> Tensor:
+    """rows, filled up with zeros on the right: [B, length of the longest]."""
+    return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in rows], batch_first=True)
+
+
+def score_row(model: Transformer, index: int, row: Row, hidden: Tensor) -> Score:
+    """The score of a row from the hidden states [T, dim] of all its tokens but the last."""
+    n, last = row.n_scored, len(row.ids) - 1
+    targets = torch.tensor(row.ids[-n:], device=hidden.device)
+    logprobs, is_greedy = [], []
+    for x, target in zip(hidden[last - n : last].split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+        logits = model.logits(x)
+        logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
+        is_greedy.append(logits.argmax(-1) == target)
+    return Score(index, torch.cat(logprobs), torch.cat(is_greedy))
+
+
+# ---- The tasks of lm_eval -------------------------------------------------------------------------------------------
+
+
+def import_lm_eval():
+    """The package lm_eval, which need not be installed. Raises UsageError where it is not."""
     try:
         import lm_eval
         import lm_eval.api.model
@@ -150,7 +195,7 @@ def task_manager(tasks: list[str], include_path: Path | None):
     """lm_eval's index of tasks, which knows all of tasks."""
     if include_path and not include_path.is_dir():
         raise UsageError(f"--include_path {include_path}: there is no such folder")
-    manager = harness().tasks.TaskManager(include_path=str(include_path) if include_path else None)
+    manager = import_lm_eval().tasks.TaskManager(include_path=str(include_path) if include_path else None)
     unknown = [t for t in tasks if t not in manager.all_tasks and not Path(t).is_file()]
     if unknown:
         raise UsageError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
@@ -159,153 +204,185 @@ def task_manager(tasks: list[str], include_path: Path | None):
 
 def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = False) -> tuple[dict, str]:
     """(lm_eval's results by task and metric, the same as a table)."""
-    lm_eval = harness()
+    lm_eval = import_lm_eval()
+    load_tasks = getattr(manager, "load", None) or manager.load_task_or_group  # versions differ
     try:
-        manager.load(tasks) if hasattr(manager, "load") else manager.load_task_or_group(tasks)
+        load_tasks(tasks)
     except Exception as e:  # a task is a program that fetches data; each fails in its own way
         raise UsageError(f"lm_eval cannot load {', '.join(tasks)}: {' '.join(str(e).split())[:300]}") from None
     results = lm_eval.simple_evaluate(
         lm, tasks=tasks, task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False
     )
-    numbers = {t: {k: v for k, v in r.items() if k != "alias"} for t, r in results["results"].items()}
     table = lm_eval.utils.make_table(results)
-    return numbers, table + ("\n" + lm_eval.utils.make_table(results, "groups") if results.get("groups") else "")
+    if results.get("groups"):
+        table += "\n" + lm_eval.utils.make_table(results, "groups")
+    for metrics in results["results"].values():
+        metrics.pop("alias", None)  # how the table calls the task
+    return results["results"], table
 
 
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
-    """An lm_eval.api.model.LM that tokenizes, truncates and scores as lm_eval's own Hugging Face class does."""
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    """A HarnessModel that lm_eval takes. Its class is made here, as this file is imported where lm_eval is missing."""
 
-    pieces = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"
-    bos = tokenizer.names.get("bos_token")
-    prefix = [tokenizer.special.get(bos, model.config.bos_id), *model.config.eos_ids, *tokenizer.bos_ids]
-    prefix = next((i for i in prefix if i is not None), None)
+    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):
+        """lm_eval's template, filled in."""
 
-    class Model(TemplateLM):
-        tokenizer_name = "gpt-fast"
+    return Model(model, tokenizer, max_length, batch_size, compile)
 
-        @property
-        def eot_token_id(self) -> int:
-            return next(iter(model.config.eos_ids), self.prefix_token_id)
 
-        @property
-        def prefix_token_id(self) -> int:
-            if prefix is None:
-                raise UsageError("this task scores whole texts, and the model has no token to begin one with")
-            return prefix
+class HarnessModel:
+    """What lm_eval's TemplateLM leaves open: to tokenize, truncate and score as lm_eval's Hugging Face class does."""
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-            """Special tokens written in the text count as such: the chat template's come this way."""
-            parts = [tokenizer.special.get(part, part) for part in re.split(f"({pieces})", string)]
-            begun = bos is not None and string.startswith(bos)
-            first = add_special_tokens or (add_special_tokens is None and not begun)
-            return tokenizer.bos_ids * first + tokenizer.encode_parts(parts)
+    tokenizer_name = "gpt-fast"
 
-        def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-            if tokenizer.chat_template is None:
-                raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
-            text = render(tokenizer.chat_template, tokenizer.names, chat_history, add_generation_prompt)
-            if not add_generation_prompt:  # the model is to go on with the last message
-                last = chat_history[-1]["content"].strip()
-                text = text[: text.rindex(last) + len(last)]
-            return text
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.max_batch_size, self.compile = max_length, batch_size, compile
+        self.bos = tokenizer.names.get("bos_token")
 
-        def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-            rows = [((context + answer)[-max_length - 1 :], len(answer)) for _, context, answer in requests]
-            if any(n >= len(ids) for ids, n in rows):
-                raise UsageError(f"an answer to score is longer than --max_seq_length {max_length}")
-            results = [(0.0, True)] * len(rows)
-            if not rows:
-                return results
-            with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
-                for i, logprobs, greedy in score(model, rows, batch_size, compile):
-                    results[i] = logprobs.double().sum().item(), bool(greedy.all())
-                    bar.update()
-            return results
+    @property
+    def eot_token_id(self) -> int:
+        return next(iter(self.model.config.eos_ids), self.prefix_token_id)
 
-        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            windows = []
-            for i, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0])
-                for window in get_rolling_token_windows(ids, self.prefix_token_id, max_length, context_len=1):
-                    windows.append((i, *make_disjoint_window(window)))
-            sums = [0.0] * len(requests)
-            scores = self._loglikelihood_tokens(windows, disable_tqdm)
-            for (i, _, _), (logprob, _) in zip(windows, scores, strict=True):
-                sums[i] += logprob
-            return sums
+    @property
+    def prefix_token_id(self) -> int:
+        config, tokenizer = self.model.config, self.tokenizer
+        for token in (tokenizer.special.get(self.bos, config.bos_id), *config.eos_ids, *tokenizer.bos_ids):
+            if token is not None:
+                return token
+        raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
-        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-            results = [""] * len(requests)
-            options = [options_of(r.args[1]) for r in requests]
-            if (new := max((new for _, new, _ in options), default=0)) >= max_length:
-                raise UsageError(f"a task asks for {new} tokens, and --max_seq_length is {max_length}")
-            prompts = [self.tok_encode(r.args[0])[o[1] - max_length :] for r, o in zip(requests, options, strict=True)]
-            room = max((len(ids) + new for ids, (_, new, _) in zip(prompts, options, strict=True)), default=1)
-            make_caches(model, min(batch_size, max(len(requests), 1)), room, LESS)  # once, or steps are compiled anew
-            steps = cache(lambda **sampling: build_steps(model, sampling, compile, False))
-            order = sorted(range(len(requests)), key=lambda i: (repr(options[i]), len(prompts[i])))
-            with tqdm(total=len(requests), desc="generations", disable=disable_tqdm or None) as bar:
-                for _, same in groupby(order, key=lambda i: options[i]):
-                    same = list(same)
-                    sampling, new, until = options[same[0]]
-                    kept = [prompts[i] for i in same]
-                    texts = continue_prompts(model, steps(**sampling), tokenizer, kept, new, until)
-                    for i, text in zip(same, texts, strict=True):
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Special tokens written in the text count as such: the chat template's come this way."""
+        ids = self.tokenizer.encode_parts(self.tokenizer.split_special(string))
+        if add_special_tokens is None:
+            add_special_tokens = self.bos is None or not string.startswith(self.bos)
+        return self.tokenizer.bos_ids + ids if add_special_tokens else ids
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
+        text = render(template, self.tokenizer.names, chat_history, add_generation_prompt)
+        if not add_generation_prompt:  # the model is to go on with the last message
+            last = chat_history[-1]["content"].strip()
+            text = text[: text.rindex(last) + len(last)]
+        return text
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        """For requests (anything, context ids, answer ids): the answer's log-likelihood, and whether it is greedy."""
+        rows = [Row((context + answer)[-self.max_length - 1 :], len(answer)) for _, context, answer in requests]
+        if any(row.n_scored >= len(row.ids) for row in rows):
+            raise UsageError(f"an answer to score is longer than --max_seq_length {self.max_length}")
+        results = [(0.0, True)] * len(rows)
+        scores = scores_of(self.model, rows, self.max_batch_size, self.compile) if rows else []
+        for score in tqdm(scores, "log-likelihoods", len(rows), disable=disable_tqdm or None):
+            results[score.row] = score.logprobs.double().sum().item(), bool(score.is_greedy.all())
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows = []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((i, *make_disjoint_window(window)))
+        sums = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for (i, _, _), (logprob, _) in zip(windows, scores, strict=True):
+            sums[i] += logprob
+        return sums
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The model's answers. Requests with the same options are answered together."""
+        options = [options_of(request.args[1]) for request in requests]
+        prompts = [self.prompt_ids(r.args[0], o) for r, o in zip(requests, options, strict=True)]
+        length = max((len(ids) + o.max_new_tokens for ids, o in zip(prompts, options, strict=True)), default=1)
+        batch_size = min(self.max_batch_size, max(len(requests), 1))
+        kv_cache = make_kv_cache(self.model, batch_size, length, OOM_HINT)  # one, or every step is compiled anew
+        steps_of = cache(partial(build_steps, self.model, kv_cache, compile=self.compile))
+        results = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (repr(options[i]), len(prompts[i])))
+        with tqdm(total=len(requests), desc="generations", disable=disable_tqdm or None) as bar:
+            for same_options, group in groupby(order, key=lambda i: options[i]):
+                indices, steps = list(group), steps_of(same_options.sampling)
+                for start in range(0, len(indices), batch_size):
+                    batch = indices[start : start + batch_size]
+                    filler = batch[:1] * (batch_size - len(batch))
+                    texts = self.complete([prompts[i] for i in batch + filler], steps, same_options)
+                    for i, text in zip(batch, texts, strict=False):
                         results[i] = text
-                        bar.update()
-            return results
+                    bar.update(len(batch))
+        return results
 
-    return Model()
+    @torch.inference_mode()
+    def complete(self, prompts: list[list[int]], steps: Steps, options: "Options") -> list[str]:
+        """What the model makes of each prompt, up to an end token or one of the texts in options.until. There must be
+        as many prompts as steps has rows.
 
-
-def options_of(kwargs: dict) -> tuple[dict, int, list[str]]:
-    """(sampling, new tokens, texts that end the answer) of an lm_eval request."""
-    until = kwargs.get("until") or []
-    temperature = float(kwargs.get("temperature") or 0) if kwargs.get("do_sample") is not False else 0.0
-    if kwargs.get("do_sample") and "temperature" not in kwargs:
-        temperature = 1.0
-    sampling = {"temperature": temperature, "top_k": kwargs.get("top_k") or None, "top_p": kwargs.get("top_p")}
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    new = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
-    return sampling, new, [u for u in ([until] if isinstance(until, str) else until) if u]
-
-
-@torch.inference_mode()
-def continue_prompts(
-    model: Transformer, steps: tuple[Step, Step], tokenizer: Tokenizer, prompts: list[list[int]], new: int,
-    until: list[str],
-) -> Iterator[str]:  # fmt: skip
-    """What the model makes of each prompt in at most new tokens, up to an end token or one of the texts in until.
-    Rows of a batch share their positions: from the end of the shortest prompt on, the others are fed theirs."""
-    (prefill, decode), batch_size = steps, len(model.layers[0].attention.k_cache)
-    device, ends = model.rope.device, set(model.config.eos_ids)
-    for i in range(0, len(prompts), batch_size):
-        batch = prompts[i : i + batch_size]
-        rows = batch + batch[:1] * (batch_size - len(batch))
-        shortest = min(map(len, rows))
-        answers, live = [b""] * len(batch), [True] * len(batch)
-        tokens = torch.tensor([row[:shortest] for row in rows], device=device)
-        token = prefill(tokens, torch.arange(shortest, device=device))
-        for position in range(shortest, max(map(len, rows)) + new):
-            ids = token.tolist()
+        Every row has its own position. Prefill takes all prompts but their last tokens, padded on the right; what
+        padding leaves in the cache is overwritten before a token may look at it. Decode begins with the last tokens."""
+        device, eos_ids = self.model.tok_embeddings.weight.device, set(self.model.config.eos_ids)
+        if max(map(len, prompts)) > 1:
+            beginnings = pad([ids[:-1] for ids in prompts]).to(device)
+            steps.prefill(beginnings, torch.zeros(len(prompts), dtype=torch.long, device=device))
+        tokens = torch.tensor([ids[-1] for ids in prompts], device=device)
+        positions = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
+        until = [end.encode() for end in options.until]
+        answers, is_live = [b""] * len(prompts), [True] * len(prompts)
+        for _ in range(options.max_new_tokens):
+            tokens = steps.decode(tokens[:, None], positions)
+            positions = positions + 1
+            ids = tokens.tolist()
             check_finite(ids)
-            for b, row in enumerate(batch):
-                if position < len(row):
-                    continue
-                answers[b] += tokenizer.token_bytes(ids[b]) if live[b] else b""
-                stopped = ids[b] in ends or any(u.encode() in answers[b] for u in until)
-                live[b] = live[b] and not stopped and position + 1 < len(row) + new
-            if not any(live):
+            for b in range(len(prompts)):
+                if is_live[b]:
+                    answers[b] += self.tokenizer.token_bytes(ids[b])
+                    is_live[b] = ids[b] not in eos_ids and not any(end in answers[b] for end in until)
+            if not any(is_live):
                 break
-            ids = [row[position] if position < len(row) else t for row, t in zip(rows, ids, strict=True)]
-            token = decode(torch.tensor(ids, device=device)[:, None], torch.tensor([position], device=device))
+        texts = []
         for answer in answers:
             text = answer.decode("utf-8", "replace")
-            yield text[: min((text.find(u) for u in until if u in text), default=len(text))]
+            ends = [text.find(end) for end in options.until if end in text]
+            texts.append(text[: min(ends, default=len(text))])
+        return texts
+
+    def prompt_ids(self, text: str, options: "Options") -> list[int]:
+        """The end of the text that leaves room for an answer."""
+        asked = options.max_new_tokens
+        n = self.max_length - asked
+        if n < 1:
+            raise UsageError(f"a task asks for {asked} tokens, and --max_seq_length is {self.max_length}")
+        return self.tok_encode(text)[-n:] or [self.prefix_token_id]
+
+
+class Options(NamedTuple):
+    """How a request wants to be answered."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    until: tuple[str, ...]  # texts that end the answer
+
+
+def options_of(kwargs: dict) -> Options:
+    """From what lm_eval gives with a request."""
+    temperature = float(kwargs.get("temperature") or 0)
+    if kwargs.get("do_sample") is False:
+        temperature = 0.0
+    elif kwargs.get("do_sample") and "temperature" not in kwargs:
+        temperature = 1.0
+    sampling = Sampling(temperature, kwargs.get("top_k") or None, kwargs.get("top_p"))
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
+    until = kwargs.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    return Options(sampling, max_new_tokens, tuple(text for text in until if text))
 
 
 if __name__ == "__main__":
     with tp.ranks():
-        run(main, LESS)
+        cli.run(main, OOM_HINT)

@@ -1,69 +1,61 @@
-"""Text to token ids and back, for tokenizer.json (tokenizers) and tokenizer.model (sentencepiece), and chat templates.
+"""Text and conversations to token ids and back, by tokenizer.json or, without one, tokenizer.model (sentencepiece).
 
-    tok = load_tokenizer(Path("checkpoints/SmolLM2-135M-Instruct"))
-    tok.decode(tok.encode("Hello"))
-    tok.encode_chat([{"role": "user", "content": "Hello"}])
+    tokenizer = load_tokenizer(Path("checkpoints/SmolLM2-135M-Instruct"))
+    tokenizer.decode(tokenizer.encode("Hello"))
+    tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
 
-What looks like a special token ("</s>") is text, in a prompt and in a message; only a chat template's own words make
-special tokens.
+What looks like a special token ("</s>") is text, in a prompt and in a message. Only a chat template makes special ones.
 """
 
 import codecs
-import contextlib
-import json
 import re
 import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import sentencepiece
+import tokenizers
 
+from chat_template import LLAMA2_TEMPLATE, render
 from checkpoint import read_json
-from model import UsageError
+from config import UsageError
 
-# Llama-2's form, which Mistral follows, for checkpoints of theirs that come without a template
-INST = """\
-{%- if messages[0].role == 'system' -%}
-{%- set begin, messages = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] -%}
-{%- endif -%}
-{%- for m in messages -%}
-{%- if m.role == 'user' -%}
-{{ bos_token + '[INST] ' + (begin if loop.first and begin else '') + m.content + ' [/INST]' }}
-{%- else -%}
-{{ ' ' + m.content + ' ' + eos_token }}
-{%- endif -%}
-{%- endfor -%}
-"""
-NONCE = str(secrets.randbits(128))  # occurs in nobody's text; digits, so that no template's filter changes it
-PATIENCE = 10  # seconds that a chat template, which is a program, may run
+NONCE = str(secrets.randbits(128))  # occurs in nobody's text; of digits, so that no template's filter changes it
+NOTHING = "(?!)"  # a regular expression that matches nowhere
+
+Part = str | int  # of a text: some of its characters, or the id of a special token that stands there
 
 
-@dataclass
+@dataclass(frozen=True)
+class Settings:
+    """What tokenizer_config.json and chat_template.jinja say; both may be missing."""
+
+    config: dict  # tokenizer_config.json
+    names: dict[str, str]  # what chat templates call special tokens: bos_token, eos_token ...
+    chat_template: str | None
+
+
 class Tokenizer:
-    """One tokenizer, whatever its library: encode_parts and token_bytes do the library's work."""
+    """What the rest of the project uses. A subclass for each library sets these fields and the last two methods."""
 
-    encode_parts: Callable[[list[str | int]], list[int]]  # one text in which ids stand for special tokens
-    token_bytes: Callable[[int], bytes]  # a token's UTF-8, maybe a part of a character; of a special token nothing
-    drops_space: bool  # a text's first token begins with a space that is not the text's
     vocab_size: int  # one more than the largest id
     bos_ids: list[int]  # what a text begins with
-    special: dict[str, int]
-    chat_template: str | None
-    names: dict[str, str]  # what chat templates call special tokens: bos_token, eos_token ...
+    special: dict[str, int]  # id of each special token
+    drops_space: bool  # whether the library begins a text's first token with a space that is not the text's
+
+    def __init__(self, settings: Settings):
+        self.names, self.chat_template = settings.names, settings.chat_template
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """The ids of a text to continue: first the beginning-of-sequence token, if the checkpoint uses one (bos False:
+        """The ids of a text to continue. First the beginning-of-sequence token, if the checkpoint uses one (bos False:
         never); no end-of-sequence token, even if the tokenizer's settings append one."""
-        return self.bos_ids * bos + self.encode_parts([text])
+        ids = self.encode_parts([text])
+        return self.bos_ids + ids if bos else ids
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
-        """The text of ids. A special token has none; a torn character is U+FFFD. After other ids, a first token's
-        space counts."""
+        """The text of ids. A special token has none, and bytes that are no character are U+FFFD. after: the ids before
+        them; if there are any, a first token's space belongs to the text."""
         return "".join(stream(self, ids, after))
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
@@ -71,201 +63,236 @@ class Tokenizer:
         own template. Raises UsageError if it has none or the template refuses."""
         template = self.chat_template
         if template is None and (self.names.get("bos_token"), self.names.get("eos_token")) == ("<s>", "</s>"):
-            template = INST
+            template = LLAMA2_TEMPLATE
         if template is None:
             raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
-        # In a message, NONCE after the first character of every special piece keeps it from being found in the end.
-        firsts = "|".join(f"{re.escape(p[0])}(?={re.escape(p[1:])})" for p in self.special) or "(?!)"
-        messages = [m | {"content": re.sub(firsts, rf"\g<0>{NONCE}", m["content"])} for m in messages]
-        text = render(template, self.names, messages, add_generation_prompt)
-        pieces = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
-        parts = re.split(f"({pieces})(?!{NONCE})", text)  # text, piece, text ... piece, text
-        return self.encode_parts([self.special[p] if k % 2 else p.replace(NONCE, "") for k, p in enumerate(parts)])
+        guarded = [message | {"content": self.guard(message["content"])} for message in messages]
+        return self.encode_parts(self.split_special(render(template, self.names, guarded, add_generation_prompt)))
+
+    def guard(self, text: str) -> str:
+        """text with NONCE after the first character of everything that looks like a special token, so that
+        split_special does not find it."""
+        starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special)
+        return re.sub(starts or NOTHING, rf"\g<0>{NONCE}", text)
+
+    def split_special(self, text: str) -> list[Part]:
+        """text cut at the special tokens written in it, which become their ids; without any NONCE."""
+        pieces = "|".join(re.escape(piece) for piece in sorted(self.special, key=len, reverse=True))  # longest first
+        parts: list[Part] = []
+        for k, fragment in enumerate(re.split(f"({pieces or NOTHING})(?!{NONCE})", text)):
+            is_text = k % 2 == 0  # text, token, text, token ... text
+            parts.append(fragment.replace(NONCE, "") if is_text else self.special[fragment])
+        return parts
+
+    def encode_parts(self, parts: list[Part]) -> list[int]:
+        """The ids of one text that is given in parts. In them, what looks like a special token is text."""
+        raise NotImplementedError
+
+    def token_bytes(self, i: int) -> bytes:
+        """A token's UTF-8, which may be an incomplete character; of a special token, or one that is none, nothing."""
+        raise NotImplementedError
+
+
+class TextStream:
+    """Decodes ids as they arrive, whole characters only. All pieces together are tokenizer.decode(ids, after)."""
+
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in after)
+
+    def push(self, i: int) -> str:
+        """The text that one more id completes, which may be none."""
+        data = self.tokenizer.token_bytes(i)
+        if self.at_start and data:
+            data = data.removeprefix(b" ")
+            self.at_start = False
+        return self.utf8.decode(data)
+
+    def end(self) -> str:
+        """What is left after the last id: U+FFFD if it was not the end of a character."""
+        return self.utf8.decode(b"", final=True)
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
-    """The pieces of tokenizer.decode(ids, after) as the ids arrive, whole characters only."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    at_start = tokenizer.drops_space and not any(map(tokenizer.token_bytes, after))
+    """The pieces of tokenizer.decode(ids, after) as the ids arrive."""
+    text = TextStream(tokenizer, after)
     for i in ids:
-        data = tokenizer.token_bytes(i)
-        if at_start and data:
-            data, at_start = data.removeprefix(b" "), False
-        if text := utf8.decode(data):
-            yield text
-    if text := utf8.decode(b"", final=True):
-        yield text
-
-
-def render(template: str, names: dict[str, str], messages: list[dict], add_generation_prompt: bool) -> str:
-    """A chat template's text, with the variables and functions that transformers offers. Raises UsageError."""
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def times(a, b):
-        size = [x if isinstance(x, (int, float)) else len(x) for x in (a, b)]  # of a text or a list, how often
-        if size != [a, b] and size[0] * size[1] > 10**6:
-            raise_exception("it makes a text of millions of characters")
-        return a * b
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja2's own escapes HTML
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.intercepted_binops = frozenset({"**", "*"})  # of which the first may take forever, deaf to signals
-    env.binop_table |= {"**": lambda a, b: raise_exception("it computes a power"), "*": times}
-    env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    try:
-        # {% generation %} tells training which words are the model's; to a reader it is a scope.
-        template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
-        with at_most(PATIENCE):
-            text = env.from_string(template).render(names | values)
-        text.encode()  # or it is no text
-        return text
-    except Exception as e:  # a template is a program and fails like one
-        why = " ".join(str(e).split()) or type(e).__name__
-        raise UsageError(f"the checkpoint's chat template failed: {why}") from None
-
-
-@contextlib.contextmanager
-def at_most(seconds: int):
-    """Raises TemplateError in what takes longer; not outside the main thread, which alone hears signals."""
-
-    def stop(*_):
-        raise TemplateError(f"it takes more than {seconds} s")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        piece = text.push(i)
+        if piece:
+            yield piece
+    rest = text.end()
+    if rest:
+        yield rest
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder: tokenizer.json if there is one, else tokenizer.model."""
+    """The tokenizer of a checkpoint's folder. Raises UsageError."""
+    settings = read_settings(folder)
+    if (folder / "tokenizer.json").is_file():
+        return JsonTokenizer(folder / "tokenizer.json", settings)
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(folder / "tokenizer.model", settings)
+    raise UsageError(f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it from the model's repository")
+
+
+def read_settings(folder: Path) -> Settings:
     path = folder / "tokenizer_config.json"
-    settings = read_json(path, {})
+    config = read_json(path, {})
     try:
-        tokens = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, (str, dict))}
-        names = {k: v if isinstance(v, str) else v["content"] for k, v in tokens.items()}
-        for name in names.values():
-            name.encode()  # or it is no text
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            template = {t["name"]: t["template"] for t in template}.get("default")
+        names = {}
+        for key, value in config.items():
+            if key.endswith("_token") and isinstance(value, (str, dict)):
+                names[key] = value if isinstance(value, str) else value["content"]
+                names[key].encode()  # raises ValueError for what is no text, like half of a surrogate pair
+        template = config.get("chat_template")
+        if isinstance(template, list):  # of several, each with a name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         path = folder / "chat_template.jinja"
         if path.is_file():
             template = path.read_text(encoding="utf-8")
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
         raise UsageError(f"{path} is broken ({type(e).__name__}: {e})") from None
-    if (folder / "tokenizer.json").is_file():
-        return from_tokenizers(folder / "tokenizer.json", template, names)
-    if (folder / "tokenizer.model").is_file():
-        return from_sentencepiece(folder / "tokenizer.model", settings, template, names)
-    raise UsageError(f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it from the model's repository")
+    return Settings(config, names, template)
 
 
-def from_tokenizers(path: Path, template: str | None, names: dict[str, str]) -> Tokenizer:
-    import tokenizers
+# ---- tokenizer.json -------------------------------------------------------------------------------------------------
 
+
+class JsonTokenizer(Tokenizer):
+    def __init__(self, path: Path, settings: Settings):
+        super().__init__(settings)
+        self.library = read_tokenizer_json(path)
+        self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
+        self.make_special(settings.names)
+        self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
+        self.special = {token.content: i for i, token in self.special_tokens.items()}
+        self.add_aliases()
+        example = self.library.encode("a")  # shows what the file's post-processor puts before a text
+        n_before = (example.special_tokens_mask + [0]).index(0)
+        self.bos_ids = example.ids[:n_before]
+        self.drops_space = self.library.decoder.decode(["▁a"]) == "a"
+        self.byte_level = self.library.decoder.decode(["Ċ"]) == "\n"
+        self.byte_of = byte_level_alphabet()
+
+    def make_special(self, names: dict[str, str]):
+        """Makes those tokens special that tokenizer_config.json names, whatever tokenizer.json says of them."""
+        known = {t.content for t in self.library.get_added_tokens_decoder().values() if t.special}
+        named = [name for name in names.values() if self.library.token_to_id(name) is not None]
+        self.library.add_special_tokens([name for name in named if name not in known])
+
+    def add_aliases(self):
+        """Makes the library take special tokens in a text as text, and gives each an alias that it still finds. With
+        these encode_parts writes a text of parts in one string, so that the library sees the text as a whole."""
+        self.library.encode_special_tokens = True
+        self.alias = {i: f"<{NONCE}:{i}>" for i in self.special_tokens}
+        aliases = []
+        for i, t in self.special_tokens.items():
+            aliases.append(tokenizers.AddedToken(self.alias[i], lstrip=t.lstrip, rstrip=t.rstrip, normalized=False))
+        self.library.add_tokens(aliases)
+        self.real_id = {self.library.token_to_id(alias): i for i, alias in self.alias.items()}
+
+    def encode_parts(self, parts: list[Part]) -> list[int]:
+        text = "".join(self.alias[part] if isinstance(part, int) else part for part in parts)
+        ids = self.library.encode(text, add_special_tokens=False).ids
+        return [self.real_id.get(i, i) for i in ids]
+
+    def token_bytes(self, i: int) -> bytes:
+        piece = self.library.id_to_token(i)
+        if piece is None or i >= self.vocab_size or i in self.special_tokens:
+            return b""
+        if self.byte_level and self.byte_of.keys() >= set(piece):
+            return bytes(self.byte_of[character] for character in piece)
+        if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        # The decoder may take a space from the first piece of a text; so this one is made the second.
+        return self.library.decoder.decode(["a", piece])[1:].encode()
+
+
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
-        tok = tokenizers.Tokenizer.from_file(str(path))
+        library = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises bare Exception
         raise UsageError(f"{path} is not a tokenizer that tokenizers {tokenizers.__version__} reads: {e}") from None
-    if tok.decoder is None:
+    if library.decoder is None:
         raise UsageError(f"{path} has no decoder, so its tokens have no text")
-    tok.no_truncation()
-    tok.no_padding()
-    size, decode = max(tok.get_vocab().values(), default=-1) + 1, tok.decoder.decode
-    # What the settings name is special, whatever the file says.
-    known = [t.content for t in tok.get_added_tokens_decoder().values() if t.special]
-    tok.add_special_tokens([n for n in names.values() if n not in known and tok.token_to_id(n) is not None])
-    added = {i: t for i, t in tok.get_added_tokens_decoder().items() if t.special}
-    # From here on special tokens are text, and encode_parts writes aliases for them, which nobody's text holds.
-    tok.encode_special_tokens = True
-    alias = {i: f"<{NONCE}:{i}>" for i in added}
-    flags = {i: {"lstrip": t.lstrip, "rstrip": t.rstrip, "normalized": False} for i, t in added.items()}
-    tok.add_tokens([tokenizers.AddedToken(a, **flags[i]) for i, a in alias.items()])
-    real = {tok.token_to_id(a): i for i, a in alias.items()}
+    library.no_truncation()
+    library.no_padding()
+    return library
 
-    def encode_parts(parts):
-        text = "".join(alias[p] if isinstance(p, int) else p for p in parts)
-        return [real.get(i, i) for i in tok.encode(text, add_special_tokens=False).ids]
 
-    sample = tok.encode("a")  # shows what the file's post-processor puts before a text
-    bos_ids = sample.ids[: (sample.special_tokens_mask + [0]).index(0)]
+def byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level piece stands for, as GPT-2 has it: a byte that is a printing
+    character stands for itself, and the others are written, in order, as U+0100, U+0101 ..."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    printing = [byte for byte in range(256) if chr(byte) in alphabet]
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    return {chr(byte): byte for byte in printing} | {chr(0x100 + k): byte for k, byte in enumerate(others)}
 
-    # Byte-level pieces are written in 256 characters: a byte that prints is itself, the others follow in order.
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    byte_of = dict(zip(alphabet, sorted(range(256), key=lambda b: chr(b) not in alphabet), strict=True))
-    byte_level = decode(["Ċ"]) == "\n"
 
-    def token_bytes(i):
-        piece = tok.id_to_token(i)
-        if piece is None or i >= size or i in alias:
+# ---- tokenizer.model ------------------------------------------------------------------------------------------------
+
+
+class SentencePieceTokenizer(Tokenizer):
+    ANCHOR = "\ue000"  # a character that is in no piece, so that it is encoded by itself
+
+    def __init__(self, path: Path, settings: Settings):
+        super().__init__(settings)
+        self.library = library = read_tokenizer_model(path)
+        self.n_pieces = library.vocab_size()
+        control = {library.id_to_piece(i): i for i in range(self.n_pieces) if library.is_control(i)}
+        self.special = control | read_added_tokens(path.with_name("tokenizer_config.json"), settings.config)
+        self.silent = {library.unk_id(), *self.special.values()}
+        self.vocab_size = max(self.n_pieces - 1, *self.special.values(), 0) + 1
+        for name, i in {"bos_token": library.bos_id(), "eos_token": library.eos_id()}.items():
+            if i >= 0:
+                self.names = {name: library.id_to_piece(i)} | self.names
+        adds_bos = library.bos_id() >= 0 and settings.config.get("add_bos_token") is not False
+        self.bos_ids = [library.bos_id()] if adds_bos else []
+        self.drops_space = library.encode("a", out_type=str)[0].startswith("▁")
+        self.legacy = settings.config.get("legacy", True)
+
+    def encode_parts(self, parts: list[Part]) -> list[int]:
+        """Sentencepiece puts a space before every text. Of our parts only the first is to have one, and, if the
+        checkpoint was made so (legacy), the others that do not begin with one themselves. Where there is to be none,
+        it goes before the anchor, whose ids are then cut off."""
+        n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
+        for k, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+            elif k == 0 or (self.legacy and not part.startswith(" ")):
+                ids += self.library.encode(part)
+            else:
+                ids += self.library.encode(self.ANCHOR + part)[n_anchor:]
+        return ids
+
+    def token_bytes(self, i: int) -> bytes:
+        if i >= self.n_pieces or i in self.silent:
             return b""
-        if byte_level and byte_of.keys() >= set(piece):
-            return bytes(byte_of[c] for c in piece)
-        if not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        piece = self.library.id_to_piece(i)
+        if self.library.is_byte(i):  # <0x0A>
             return bytes.fromhex(piece[3:5])
-        return decode(["a", piece])[1:].encode()  # "a", for the first piece may lose its space
-
-    drops_space, special = decode(["▁a"]) == "a", {t.content: i for i, t in added.items()}
-    return Tokenizer(encode_parts, token_bytes, drops_space, size, bos_ids, special, template, names)
+        return piece.replace("▁", " ").encode()
 
 
-def from_sentencepiece(path: Path, settings: dict, template: str | None, names: dict[str, str]) -> Tokenizer:
-    import sentencepiece
-
+def read_tokenizer_model(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         data = path.read_bytes()
         if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", data[:200]):
             raise UsageError(f"{path} is a tiktoken file; use tokenizer.json of the same repository")
-        tok = sentencepiece.SentencePieceProcessor()
-        tok.load_from_serialized_proto(data)
-        size, bos, eos = tok.vocab_size(), tok.bos_id(), tok.eos_id()
+        library = sentencepiece.SentencePieceProcessor()
+        library.load_from_serialized_proto(data)
+        return library
     except (OSError, RuntimeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not a sentencepiece model ({str(e).splitlines()[0]})") from None
+
+
+def read_added_tokens(path: Path, config: dict) -> dict[str, int]:
+    """The special tokens that only tokenizer_config.json (config, in path) has."""
     try:
-        added = {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}
+        added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
         if not all(piece.encode() and i >= 0 for piece, i in added.items()):
             raise ValueError("a token without text or number")
+        return added
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        config = path.with_name("tokenizer_config.json")
-        raise UsageError(f"{config}: added_tokens_decoder is broken ({type(e).__name__}: {e})") from None
-    special = {tok.id_to_piece(i): i for i in range(size) if tok.is_control(i)} | added
-    silent = {tok.unk_id(), *special.values()}
-    names = {k: tok.id_to_piece(i) for k, i in (("bos_token", bos), ("eos_token", eos)) if i >= 0} | names
-    legacy, anchor = settings.get("legacy", True), "\ue000"  # a character of no piece
-
-    def encode_parts(parts):
-        """Sentencepiece puts a space before a text, and before one after a special token if the checkpoint was made
-        so (legacy) and it has none; otherwise the anchor takes it."""
-        ids = []
-        for k, part in enumerate(parts):
-            if isinstance(part, int):
-                ids.append(part)
-            elif k and (not legacy or part.startswith(" ")):
-                ids += tok.encode(anchor + part)[len(tok.encode(anchor)) :]
-            else:
-                ids += tok.encode(part)
-        return ids
-
-    def token_bytes(i):
-        if i >= size or i in silent:
-            return b""
-        piece = tok.id_to_piece(i)
-        return bytes.fromhex(piece[3:5]) if tok.is_byte(i) else piece.replace("▁", " ").encode()
-
-    bos_ids = [bos] if bos >= 0 and settings.get("add_bos_token") is not False else []
-    drops_space = tok.encode("a", out_type=str)[0].startswith("▁")
-    vocab_size = max(size - 1, *special.values(), 0) + 1
-    return Tokenizer(encode_parts, token_bytes, drops_space, vocab_size, bos_ids, special, template, names)
+        raise UsageError(f"{path}: added_tokens_decoder is broken ({type(e).__name__}: {e})") from None

@@ -1,24 +1,29 @@
-"""Tensor parallelism: one model on several devices or machines, a process (rank) for each, started by torchrun.
+"""Tensor parallelism: one model on several devices or machines, one process (rank) for each, started by torchrun.
 
     torchrun --standalone --nproc_per_node=2 generate.py --checkpoint_path checkpoints/M/model.pth --prompt "Hello"
 
-Every rank has some heads of each attention, a part of the width of each feed-forward and expert, and a part of the
-output head's vocabulary; embedding, norms and routers it has whole. Twice a layer the ranks' results are added up, and
-behind the head they are gathered. model.py knows nothing of it: shard makes its layers smaller, join puts the sums in.
-gloo carries them between CPUs, NCCL between GPUs; GPUs that read each other's memory add a decode step's few numbers
-up through that.
+The layout is Megatron's (arXiv:1909.08053). A rank has some heads of every attention, a part of the width of every
+feed-forward and expert, and a part of the output head's vocabulary. Embedding, norms and routers it has whole.
+
+    qkv_proj, gate_up_proj    cut along their outputs: a rank computes some outputs in full
+    o_proj, down_proj         cut along their inputs: a rank computes a part of every sum; an all-reduce adds them up
+    output                    cut along its outputs; an all-gather puts the logits side by side
+
+tp_plan is this table, shard applies it to a model and its checkpoint, join puts the collectives in. model.py knows
+nothing of them. gloo carries them between CPUs, NCCL between GPUs. GPUs that read each other's memory add up the few
+numbers of a decode step through that instead.
 """
 
 import contextlib
 import io
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from itertools import count
@@ -29,136 +34,172 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Attention, Experts, Linear, ModelConfig, Transformer, UsageError
+import kernels
+from config import ModelConfig, UsageError
+from kernels.formats import Format
+from kernels.record import outside
+from model import Attention, Transformer
 
-OUT, IN = "outputs", "inputs"  # rows and columns of a weight
-TIMEOUT = timedelta(minutes=10)  # for ranks that hang; of one that dies the others know at once
-ONE_SHOT = 2**18  # bytes up to which every GPU reading from all the others is faster than NCCL
+TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; when one dies, torchrun ends the others at once
+ONE_SHOT_BYTES = 2**18  # up to here it is faster that every GPU reads from all the others than what NCCL does
 
 
-def cuts(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """The linears that are cut, by the end of their name: along what, its sections, each of which is cut for itself,
-    and how many elements stay together. All other tensors every rank has whole."""
-    d = config.head_dim
-    q, kv, width = config.n_heads * d, config.n_kv_heads * d, config.ffn_dim
+@dataclass(frozen=True)
+class Cut:
+    """How a linear layer is cut: along its outputs (rows of its weight) or its inputs (columns)."""
+
+    along: str  # "outputs" or "inputs"
+    sections: tuple[int, ...]  # stacked in one weight, as q, k and v are; each is cut for itself
+    unit: int = 1  # elements that stay together, as those of a head do
+
+
+def tp_plan(config: ModelConfig) -> dict[str, Cut]:
+    """The linear layers that are cut, by the last component of their name. All other tensors every rank has whole."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     return {
-        "wqkv": (OUT, (q, kv, kv), d),
-        "wo": (IN, (q,), d),
-        "w13": (OUT, (width, width), 1),
-        "w2": (IN, (width,), 1),
-        "output": (OUT, (config.vocab_size,), 1),
+        "qkv_proj": Cut("outputs", (q, kv, kv), unit=config.head_dim),
+        "o_proj": Cut("inputs", (q,), unit=config.head_dim),
+        "gate_up_proj": Cut("outputs", (config.ffn_dim, config.ffn_dim)),
+        "down_proj": Cut("inputs", (config.ffn_dim,)),
+        "output": Cut("outputs", (config.vocab_size,)),
     }
 
 
-def span(section: int, unit: int, rank: int, ranks: int) -> tuple[int, int]:
-    """(start, length) of a rank's part of a section; the length is the same on all ranks, so the last parts may reach
-    beyond the end. Of fewer units than ranks (key/value heads), several ranks have the same one."""
-    units = section // unit
-    n = -(-units // ranks)
-    return (rank * units // ranks if units < ranks else rank * n) * unit, n * unit
+def span(size: int, unit: int, rank: int, n_ranks: int) -> tuple[int, int]:
+    """(start, length) of what a rank has of size elements. The length is the same on all ranks, so where it does not
+    divide, the last ranks' spans reach beyond the end. Of fewer units than ranks (key/value heads), several ranks have
+    the same one."""
+    n_units = size // unit
+    if n_units < n_ranks:
+        return rank * n_units // n_ranks * unit, unit
+    length = -(-n_units // n_ranks) * unit  # rounded up
+    return rank * length, length
 
 
-def part(config: ModelConfig, group: int | None, rank: int, ranks: int, name: str, t: Tensor) -> Tensor:
-    """What a rank gets of the tensor called name: a copy of its part, so that no more than that is read from a file,
-    or t itself if it is not cut. group: of int4."""
-    *module, linear, kind = name.split(".")
-    along, sections, unit = cuts(config).get(linear, (None, (), 0))
-    if along == OUT:  # the first dimension behind the experts', whatever follows it
-        dim, parts = int("experts" in module), []
-        for size, section in zip(sections, t.split(sections, dim), strict=True):
-            start, n = span(size, unit, rank, ranks)
-            piece = section.narrow(dim, min(start, size), min(n, max(size - start, 0)))
-            parts.append(F.pad(piece, (0, 0) * (t.dim() - 1 - dim) + (0, n - piece.shape[dim])))
-        return torch.cat(parts, dim)
-    if along == IN:  # the last dimension; a bias is added once, and int8's scales belong to the rows
-        start, n = span(*sections, unit, rank, ranks)
-        if kind == "weight":
-            packed = sections[0] // t.shape[-1]  # numbers in one of its elements
-            return t[..., start // packed : (start + n) // packed].clone()
-        if kind == "bias":
-            return t.clone() if rank == 0 else torch.zeros_like(t)
-        if group:
-            return t[..., torch.arange(start, start + n, math.gcd(n, group), device=t.device) // group]
-    return t
-
-
-def shard(model: Transformer, quantization: dict | None, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    """Makes model, which is on the meta device, as small as this rank's part, and returns the function (name, tensor of
-    the checkpoint) -> this rank's part of it. Raises UsageError for sizes that don't divide and devices that lack."""
-    config, ranks, group = model.config, world_size(), (quantization or {}).get("groupsize")
-    local = int(os.environ["LOCAL_RANK"])
-    if device.type != "cpu" and (local >= torch.accelerator.device_count() or device.index not in (None, local)):
-        raise UsageError(f"every process needs a device of its own, and here are {torch.accelerator.device_count()}; "
-                         f"start fewer, or give no number in --device")  # fmt: skip
-    if not divides(config, group, ranks):
-        fit = [str(n) for n in range(2, config.n_heads + 1) if divides(config, group, n)]
-        raise UsageError(
-            f"{config.n_heads} heads, {config.n_kv_heads} key/value heads and a feed-forward of width {config.ffn_dim}"
-            f"{', which 4 bits keep in eights,' if group else ''} cannot be cut into {ranks} equal parts, but into "
-            f"{' or '.join(fit) or 'none'}"
-        )
-    cut = partial(part, config, group, dist.get_rank(), ranks)
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            module.n_heads //= ranks
-            module.n_kv_heads = -(-module.n_kv_heads // ranks)
-        along, sections, unit = cuts(config).get(name.split(".")[-1], (None, (), 0))
-        if along:
-            for kind, t in [*module.named_parameters(), *module.named_buffers()]:
-                t = cut(f"{name}.{kind}", t)
-                setattr(module, kind, nn.Parameter(t, False) if kind in module._parameters else t)
-            n = sum(span(size, unit, 0, ranks)[1] for size in sections)
-            if along == OUT:
-                module.n_out = n
-            else:
-                module.n_in, module.group = n, math.gcd(n, module.group)  # groups that no cut goes through
-    return cut
-
-
-def divides(config: ModelConfig, group: int | None, ranks: int) -> bool:
-    """Whether every rank can have its part. The vocabulary need not divide; int4's eights stay together."""
-    heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
-    return (
-        heads % ranks == width % ranks == 0
-        and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-        and config.vocab_size >= ranks
-        and not (group and (heads // ranks * config.head_dim % 8 or width // ranks % 8))
+def check_divides(config: ModelConfig, format: Format, n_ranks: int):
+    """Raises UsageError, with what would be possible, if the model cannot be cut into n_ranks equal parts."""
+    if divides(config, format, n_ranks):
+        return
+    possible = [str(n) for n in range(2, config.n_heads + 1) if divides(config, format, n)]
+    unit = f", of which {format.name} keeps {format.unit} together," if format.unit > 1 else ""
+    raise UsageError(
+        f"{config.n_heads} heads, {config.n_kv_heads} key/value heads and a feed-forward of width {config.ffn_dim}"
+        f"{unit} cannot be cut into {n_ranks} equal parts, but into {' or '.join(possible) or 'none'}"
     )
 
 
-def join(model: Transformer):
-    """The last step of making a model that shard has cut: puts what the ranks compute together."""
-    model.stack, add_up = None, adder(model.tok_embeddings.weight)
-    for layer in model.layers:
-        layer.attention.wo = Joined(layer.attention.wo, add_up)
-        if model.config.moe:
-            layer.feed_forward.experts = JoinedExperts(layer.feed_forward.experts, add_up)
+def divides(config: ModelConfig, format: Format, n_ranks: int) -> bool:
+    """Whether n_ranks ranks can have equal parts. Key/value heads may be shared, and the vocabulary need not divide."""
+    heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
+    if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
+        return False
+    if kv_heads % n_ranks and n_ranks % kv_heads:
+        return False
+    return heads // n_ranks * config.head_dim % format.unit == 0 and width // n_ranks % format.unit == 0
+
+
+def check_device(device: torch.device):
+    """Raises UsageError unless this rank has an accelerator of its own, or runs on the CPU."""
+    local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    if device.type != "cpu" and (local_rank >= n_devices or device.index not in (None, local_rank)):
+        raise UsageError(f"every process needs a device of its own, and here are {n_devices}; "
+                         "start fewer, or give no number in --device")  # fmt: skip
+
+
+def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:
+    """Makes model, which is on the meta device in its checkpoint's format, as small as this rank's part, and returns
+    the function (name, tensor of the checkpoint) -> this rank's part of it. Raises UsageError for sizes that cannot be
+    cut and for devices that are missing."""
+    plan, format, n_ranks = tp_plan(model.config), model.format, world_size()
+    check_device(device)
+    check_divides(model.config, format, n_ranks)
+    linears = dict(model.linears())
+
+    def shard_tensor(name: str, tensor: Tensor) -> Tensor:
+        """A copy, so that nothing else is read of a memory-mapped tensor; tensor itself if every rank has it whole."""
+        module_name, _, kind = name.rpartition(".")
+        cut = plan.get(module_name.rpartition(".")[2])
+        if cut is None:
+            return tensor
+        if cut.along == "inputs":
+            return shard_inputs(tensor, kind, cut, format)
+        return shard_outputs(tensor, cut, dim=0 if linears[module_name].n_experts is None else 1)
+
+    for name, linear in linears.items():
+        cut = plan.get(name.rpartition(".")[2])
+        if cut is None:
+            continue
+        for kind, tensor in linear.state_dict().items():
+            linear.set_tensor(kind, shard_tensor(f"{name}.{kind}", tensor))
+        n = sum(span(size, cut.unit, 0, n_ranks)[1] for size in cut.sections)  # the same on every rank
+        if cut.along == "inputs":
+            linear.n_in, linear.format = n, format.for_inputs(n)
         else:
-            layer.feed_forward.w2 = Joined(layer.feed_forward.w2, add_up)
-    model.output = Joined(model.output, partial(gather, model.config.vocab_size))
+            linear.n_out = n
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.n_heads //= n_ranks
+            module.n_kv_heads = -(-module.n_kv_heads // n_ranks)  # at least one
+    return shard_tensor
 
 
-class Joined(nn.Module):
-    """A linear that every rank has a part of."""
+def shard_inputs(tensor: Tensor, kind: str, cut: Cut, format: Format) -> Tensor:
+    """What this rank keeps of a layer's weight, scales, zeros or bias (kind), whose weight it has some columns of."""
+    if kind == "bias":  # every rank's goes into the sum, so that all but one are 0
+        return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
+    (size,) = cut.sections
+    return format.slice_inputs(kind, tensor, *span(size, cut.unit, dist.get_rank(), world_size()))
 
-    fast = None  # kernels.cpp must not fuse it with what is before it: every rank would add the residual
 
-    def __init__(self, linear: Linear, put_together: Callable[[Tensor], Tensor]):
+def shard_outputs(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+    """Some of every section's outputs, which lie along dim, filled up with zeros where the span reaches beyond it."""
+    parts = []
+    for size, section in zip(cut.sections, tensor.split(cut.sections, dim), strict=True):
+        start, length = span(size, cut.unit, dist.get_rank(), world_size())
+        available = max(0, min(length, size - start))
+        part = section.narrow(dim, min(start, size), available)
+        pad_after_dim = (0, 0) * (tensor.dim() - 1 - dim)  # F.pad names the last dimension first
+        parts.append(F.pad(part, (*pad_after_dim, 0, length - available)))
+    return torch.cat(parts, dim)
+
+
+def join(model: Transformer):
+    """The last step of making a model that shard has cut: puts the collectives behind the layers that need them."""
+    reduce = choose_all_reduce(model.tok_embeddings.weight)
+    for layer in model.layers:
+        layer.attention.o_proj = RowParallelLinear(layer.attention.o_proj, reduce)
+        layer.feed_forward.down_proj = RowParallelLinear(layer.feed_forward.down_proj, reduce)
+    model.output = ParallelHead(model.output, model.config.vocab_size)
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer cut along its inputs: what the ranks make of theirs is added up. For o_proj and down_proj, of
+    experts too. The residual is added after that, or every rank would add it."""
+
+    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.linear, self.put_together = linear, put_together
+        self.linear, self.all_reduce, self.backend = linear, all_reduce, linear.backend
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, **how) -> Tensor:
-        y = self.put_together(self.linear(x, **how))
-        return y if residual is None else residual + y
+    def forward(self, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
+        y = self.all_reduce(self.linear(*args, **kwargs))
+        return y if residual is None else kernels.add(residual, y, self.backend)
 
 
-class JoinedExperts(nn.Module):
-    def __init__(self, experts: Experts, put_together: Callable[[Tensor], Tensor]):
+class ParallelHead(nn.Module):
+    """The output head cut along the vocabulary: the ranks' logits are put side by side."""
+
+    def __init__(self, linear: nn.Module, vocab_size: int):
         super().__init__()
-        self.experts, self.put_together = experts, put_together
+        self.linear, self.vocab_size, self.backend = linear, vocab_size, linear.backend
 
-    def forward(self, x: Tensor, norm: nn.Module, share: Tensor, chosen: Tensor) -> Tensor:
-        return x + self.put_together(self.experts.mixture(norm(x), share, chosen))
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        return outside(self.all_gather, self.linear(x, **kwargs))
+
+    def all_gather(self, logits: Tensor) -> Tensor:
+        """[..., X] of every rank, the last of which may be filled up -> [..., V]."""
+        gathered = collective("all_gather_into_tensor", world_size(), logits)  # [ranks * ..., X]
+        by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
+        return by_rank.movedim(0, -2).flatten(-2)[..., : self.vocab_size]
 
 
 def world_size() -> int:
@@ -166,115 +207,136 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def collective(name: str, x: Tensor, *how) -> Tensor:
+# On a GPU the collectives become part of the recorded graph. A CPU's tape knows leaf operations alone: there they
+# happen outside it, between two tapes, at every replay.
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of all ranks' x."""
+    return outside(partial(collective, "all_reduce", "sum"), x)
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Rank 0's x on every rank: what the ranks sample, each with its own random numbers, becomes the same."""
+    return x if world_size() == 1 else outside(partial(collective, "broadcast", 0), x)
+
+
+def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
     """One of PyTorch's functional collectives, which torch.compile takes into its graphs."""
-    pending = getattr(torch.ops._c10d_functional, name)(x, *how, dist.group.WORLD.group_name)
+    operation = getattr(torch.ops._c10d_functional, name)
+    pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
-def gather(n: int, x: Tensor) -> Tensor:
-    """Every rank's x [..., X] side by side, the first n of them: [..., n]."""
-    every = collective("all_gather_into_tensor", x.contiguous(), world_size())  # [ranks * ..., X]
-    return every.unflatten(0, (world_size(), -1)).movedim(0, -2).flatten(-2)[..., :n]
+def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """The fastest all-reduce that all ranks have, for tensors of the device and dtype of like."""
+    if not all(gather_objects(can_one_shot(like))):
+        return all_reduce
+    one_shot = one_shot_all_reduce(like.device, like.dtype)
 
+    def by_size(x: Tensor) -> Tensor:
+        return one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else all_reduce(x)
 
-def agree(t: Tensor) -> Tensor:
-    """Rank 0's t, for all: what the ranks sample, each with its own random numbers, becomes the same."""
-    return collective("broadcast", t, 0) if world_size() > 1 else t
-
-
-def adder(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function of x that returns the sum of all ranks' x, of the device and dtype of like."""
-    one_shot = one_shot_adder(like.device, like.dtype) if all(everywhere(can_one_shot(like))) else None
-
-    def add_up(x: Tensor) -> Tensor:
-        if one_shot is not None and x.numel() * x.element_size() <= ONE_SHOT:
-            return one_shot(x)
-        return collective("all_reduce", x, "sum")
-
-    return add_up
+    return by_size
 
 
 def can_one_shot(like: Tensor) -> bool:
-    """Whether this rank's GPU reads the memory of all the others. The operation exists for these types, and with these
-    numbers of ranks it adds in the same order on all of them."""
-    ranks, cuda = world_size(), torch.cuda
-    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or ranks not in (2, 4, 8):
+    """Whether this rank's GPU reads the memory of all the others. PyTorch has the operation for these dtypes, and with
+    these numbers of ranks it adds in the same order on all of them."""
+    n_ranks = world_size()
+    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
         return False
-    if os.environ["LOCAL_WORLD_SIZE"] != str(ranks):
+    if os.environ["LOCAL_WORLD_SIZE"] != str(n_ranks):  # some are on another machine
         return False
-    return all(cuda.can_device_access_peer(like.device, i) for i in range(ranks) if i != like.device.index)
+    this = like.device
+    return all(torch.cuda.can_device_access_peer(this, i) for i in range(n_ranks) if i != this.index)
 
 
 @cache
-def one_shot_adder(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """All-reduce in one kernel, over PyTorch's symmetric memory. It is made an operation of its own, with the buffer
-    inside, so that graphs of the device are captured with the buffer where it is."""
-    import torch.distributed._symmetric_memory as symmetric_memory
+def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """All-reduce in one kernel, over PyTorch's symmetric memory. A custom op with the buffer inside, so that CUDA
+    graphs see a fixed buffer address."""
+    import torch.distributed._symmetric_memory as symmetric_memory  # needed with several GPUs alone
 
-    name = dist.group.WORLD.group_name
-    buffer = symmetric_memory.empty(ONE_SHOT // dtype.itemsize, dtype=dtype, device=device)
-    symmetric_memory.rendezvous(buffer, name)
+    group_name = dist.group.WORLD.group_name
+    buffer = symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
+    symmetric_memory.rendezvous(buffer, group_name)
+    dtype_name = str(dtype).removeprefix("torch.")
 
-    @torch.library.custom_op(f"gptfast::add_up_{str(dtype).split('.')[1]}", mutates_args=())
-    def add_up(x: Tensor) -> Tensor:
-        room = buffer[: x.numel()].view(x.shape)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x.contiguous(), "sum", name)
+    @torch.library.custom_op(f"gptfast_tp::one_shot_all_reduce_{dtype_name}", mutates_args=())
+    def one_shot(x: Tensor) -> Tensor:
+        shared = buffer[: x.numel()].view(x.shape)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", group_name)
 
-    add_up.register_fake(torch.empty_like)
-    return add_up
+    one_shot.register_fake(torch.empty_like)
+    return one_shot
 
 
 @contextlib.contextmanager
 def ranks() -> Iterator[None]:
-    """Makes this process one of those that torchrun started, for as long as the context lasts; does nothing in one that
-    is alone. Rank 0 alone prints. It also prints the line with which a script exits that cannot go on; the others wait
-    for that, since torchrun ends all when one has ended. Ctrl-C ends a rank at once."""
-    needed = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set some of them
-    if not needed <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+    """Makes this process one of those that torchrun started, for as long as the context lasts. Does nothing in a
+    process that is alone. Rank 0 alone prints, also the line that says why a script cannot go on. The others wait for
+    that, since torchrun ends all when one has ended. Ctrl-C ends a rank at once."""
+    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set some of them
+    if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.accelerator.is_available() and local < torch.accelerator.device_count():
-        torch.accelerator.set_device_index(local)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.accelerator.is_available() and local_rank < torch.accelerator.device_count():
+        torch.accelerator.set_device_index(local_rank)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     dist.init_process_group(timeout=TIMEOUT)
-    store, first, errors = dist.distributed_c10d._get_default_store(), dist.get_rank() == 0, io.StringIO()
-    if first:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends all
+    if dist.get_rank() == 0:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the whole job
+    errors = io.StringIO()  # what ranks other than 0 would print on stderr
     try:
-        with contextlib.ExitStack() as quiet:
-            if not first:
-                quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
-                quiet.enter_context(contextlib.redirect_stderr(errors))
+        with contextlib.nullcontext() if dist.get_rank() == 0 else silence(errors):
             yield
     except SystemExit:
-        try:
-            store.set("told", "") if first else store.wait(["told"], timedelta(seconds=5))
-        except dist.DistStoreError:  # rank 0 has no reason to exit
-            print(errors.getvalue(), end="", file=sys.stderr)
+        wait_for_rank_0(errors.getvalue())
         raise
     dist.destroy_process_group()
 
 
-def lines(read: Callable[[], str | None]) -> Iterator[str]:
-    """What read returns on rank 0, call by call until it is None, on every rank. However long that takes: this waits
-    without a time-out, and without work."""
+@contextlib.contextmanager
+def silence(errors: io.StringIO) -> Iterator[None]:
+    """Throws away what is printed on stdout and keeps in errors what is printed on stderr."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(errors):
+        yield
+
+
+def wait_for_rank_0(errors: str):
+    """Before a rank exits with an error: rank 0, which has printed it, lets the others go. If rank 0 has no reason to
+    exit, this rank prints its own errors after all."""
+    store = dist.distributed_c10d._get_default_store()  # through which the ranks found each other
+    if dist.get_rank() == 0:
+        store.set("rank 0 has printed", "")
+        return
+    try:
+        store.wait(["rank 0 has printed"], timedelta(seconds=5))
+    except dist.DistStoreError:
+        print(errors, end="", file=sys.stderr)
+
+
+def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
+    """What read returns on rank 0, call by call until it is None, on every rank. Typing takes as long as it takes: this
+    waits without a time-out, and without using the processor."""
+    if world_size() == 1:
+        yield from iter(read, None)
+        return
+    store = dist.distributed_c10d._get_default_store()
     for i in count():
-        if world_size() == 1:
-            line = read()
-        else:
-            store = dist.distributed_c10d._get_default_store()
-            if dist.get_rank() == 0:
-                store.set(f"line {i}", json.dumps(read()))
-            store.wait([f"line {i}"], timedelta(days=1000))
-            line = json.loads(store.get(f"line {i}"))
+        key = f"line {i}"
+        if dist.get_rank() == 0:
+            store.set(key, json.dumps(read()))
+        store.wait([key], timedelta(days=1000))
+        line = json.loads(store.get(key))
         if line is None:
             return
         yield line
 
 
-def everywhere(value) -> list:
+def gather_objects(value) -> list:
     """Every rank's value, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
@@ -282,25 +344,26 @@ def everywhere(value) -> list:
     return values
 
 
-def own(path: Path) -> Path:
+def rank_path(path: Path) -> Path:
     """path, with the rank in its name if there are several."""
     return path if world_size() == 1 else path.with_stem(f"{path.stem}.rank{dist.get_rank()}")
 
 
 @torch.inference_mode()
-def communication_share(step: Callable[[], Tensor]) -> float:
-    """Which part of a step's time this rank spends in collectives, waiting for the others included. By the profiler,
-    which also sees them in compiled steps; on the CPU by the old one, which prints nothing."""
-    device = step().device.type
-    gpu = device != "cpu"
-    with torch.autograd.profiler.profile(use_device=device if gpu else None, use_kineto=gpu) as profile:
-        began = time.perf_counter()
-        for _ in range(8):
+def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
+    """The fraction of a step's time that this rank spends in collectives, waiting for the other ranks included. The
+    profiler tells, which sees them in compiled steps too. On a CPU that is the old one, which costs less."""
+    device_type = step().device.type  # the first call may record or compile
+    on_cpu = device_type == "cpu"
+    with torch.autograd.profiler.profile(use_device=None if on_cpu else device_type, use_kineto=not on_cpu) as profile:
+        start = time.perf_counter()
+        for _ in range(n_steps):
             step().tolist()
-        seconds = time.perf_counter() - began
-    events = [e for e in profile.key_averages() if re.search("c10d|nccl|one_shot", e.key)]
-    if gpu:
-        spent = sum(e.self_device_time_total for e in events if e.device_type != torch.autograd.DeviceType.CPU)
+        seconds = time.perf_counter() - start
+    collectives = [e for e in profile.key_averages() if re.search("c10d|nccl|one_shot", e.key)]
+    if on_cpu:
+        microseconds = sum(e.self_cpu_time_total for e in collectives)
     else:
-        spent = sum(e.self_cpu_time_total for e in events)
-    return spent / 1e6 / seconds
+        cpu = torch.autograd.DeviceType.CPU
+        microseconds = sum(e.self_device_time_total for e in collectives if e.device_type != cpu)
+    return microseconds / 1e6 / seconds

@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODES="int8 int4" ./mixtral-moe/prepare.sh
-for run in "generate.sh model.pth" "generate.sh model_int8.pth" "generate.sh model_int4.g32.pth" "tp.sh model_int8.pth"; do
-    read -r script model <<<"$run"
-    echo "== $run"
+for call in "generate.sh model.pth" "generate.sh model_int8.pth" "generate.sh model_int4.g32.pth" "tp.sh model_int8.pth"; do
+    read -r script model <<<"$call"
+    echo "== $call"
     MODEL=$model ./mixtral-moe/$script --prompt "Hello, my name is" --max_new_tokens 8 --temperature 0 "$@"
 done

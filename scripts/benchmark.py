@@ -1,271 +1,326 @@
-"""Speed, memory and cold start of a model's shape, with random weights: nothing is downloaded.
+"""How fast, how large and how right: of any model's shape, with random weights and nothing to download.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --compile
-    python scripts/benchmark.py --config SmolLM2-135M --prompt_tokens 8000 --max_new_tokens 20     # its memory
-    python scripts/benchmark.py --config TinyLlama-1.1B --cold_start     # a new process until its first token
+    python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
+    python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
+    python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
 
---config takes a name (--help lists them), or the path of a Hugging Face config.json or of a model.pth. Memory's read
-bandwidth is measured before and after decoding; the better of both is what decoding is held against. Bytes of a step:
-the weights it must read and the keys and values of the tokens in the cache.
+Those are of the command "speed", which need not be named. Two commands are for GPUs (benchmark_gpu.py):
+
+    python scripts/benchmark.py check --precision bfloat16      # every kernel against its reference
+    python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
+
+Two need a real model:
+
+    python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
+    python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
+
+Decoding is held against the better of memory's read bandwidth before and after it, as that changes meanwhile. What a
+decode step reads: the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
-import argparse
-import json
-import os
-import signal
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cli
 
+if __name__ == "__main__":
+    cli.exit_on_interrupt()
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import benchmark_gpu
+import tables
 import tokenizers
 import torch
-from torch import Tensor
+from benchmark_speed import CONFIGS, measure_speed, named_config, save_random_checkpoint
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import kernels
-import quantize
-from checkpoint import read_checkpoint, read_json, run, save_checkpoint
-from generate import build_step, build_steps, generate, peak_memory, pick_device, read_bandwidth
-from model import ModelConfig, MoE, RopeScaling, Transformer, UsageError
+from arguments import DEFAULT_K
+from checkpoint import read_checkpoint
+from config import ModelConfig, UsageError
+from kernels.formats import GROUP_SIZES, format_of
+from loading import empty_model
+from machine import pick_device, read_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = 3  # of every timing; their median counts
-QWEN = {"rope_theta": 1e6, "norm_eps": 1e-6}
-LLAMA31 = {"rope_theta": 5e5, "rope_scaling": RopeScaling("llama3", 8.0)}
-LLAMA32 = {"rope_theta": 5e5, "rope_scaling": RopeScaling("llama3", 32.0), "tie_embeddings": True}
-CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size, max_seq_len
-    "SmolLM2-135M": ModelConfig(576, 30, 9, 3, 64, 1536, 49152, 8192, rope_theta=1e5, tie_embeddings=True),
-    "Qwen2.5-0.5B": ModelConfig(896, 24, 14, 2, 64, 4864, 151936, 32768, qkv_bias=True, tie_embeddings=True, **QWEN),
-    "TinyLlama-1.1B": ModelConfig(2048, 22, 32, 4, 64, 5632, 32000, 2048),
-    "Llama-3.2-1B": ModelConfig(2048, 16, 32, 8, 64, 8192, 128256, 131072, **LLAMA32),
-    "Llama-2-7B": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096),
-    "Mistral-7B": ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, 32768, sliding_window=4096),  # v0.1
-    "Llama-3.1-8B": ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, 131072, **LLAMA31),
-    "Qwen3-8B": ModelConfig(4096, 36, 32, 8, 128, 12288, 151936, 40960, qk_norm=True, **QWEN),
-    "Qwen3-30B-A3B": ModelConfig(2048, 48, 32, 4, 128, 768, 151936, 40960, qk_norm=True, moe=MoE(128, 8), **QWEN),
-    "Mixtral-8x7B": ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, 32768, rope_theta=1e6, moe=MoE(8, 2)),
-    "Llama-3-70B": ModelConfig(8192, 80, 64, 8, 128, 28672, 128256, 8192, rope_theta=5e5),
-    "Llama-3.1-405B": ModelConfig(16384, 126, 128, 8, 128, 53248, 128256, 131072, **LLAMA31),
-}
+OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
+        arguments = ["speed", *arguments]
+    args = make_parser().parse_args(arguments)
+    args.command(args)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    p = add_command(subparsers, speed)
     p.add_argument("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
-    p.add_argument("--compile", action="store_true", help="compile the decode step; a cold start always does")
-    p.add_argument("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
-    p.add_argument("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    p.add_argument("--mode", choices=["int8", "int4"], help="quantize the weights")
-    p.add_argument("--groupsize", type=int, choices=quantize.GROUPSIZES, default=32, help="default: %(default)s")
+    p.add_argument("--mode", choices=["int8", "int4"], help="weights in this format (default: in --precision)")
+    p.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4 (default: %(default)s)")
+    p.add_argument("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
+    cli.add_device(p)
+    cli.add_precision(p)
+    cli.add_kernels(p)
     p.add_argument("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
-    p.add_argument("--kernels", choices=["auto", "off"], default="auto", help="off: PyTorch alone")
-    p.add_argument("--tune", action="store_true", help="first find the best launches of a GPU's kernels for the shape, "
-        "for later runs too: writes kernels_triton.json, takes minutes")
+    p.add_argument("--decode_only", action="store_true", help="no prefill, no verification")
+    p.add_argument("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
     p.add_argument("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     p.add_argument("--json", action="store_true", help="one JSON object too, as the last line")
-    args = p.parse_args()
+
+    p = add_command(subparsers, benchmark_gpu.check)
+    p.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter (default: %(default)s)")
+    cli.add_precision(p)
+
+    p = add_command(subparsers, benchmark_gpu.gpu)
+    p.add_argument("--tune", action="store_true", help="tune the launches of our kernels for each model first")
+    p.add_argument("--only", default="", metavar="TEXT", help="only jobs whose name contains it")
+    p.add_argument("--minutes", type=float, default=9, help="no job goes on beyond these (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
+
+    p = add_command(subparsers, benchmark_gpu.transformers)
+    p.add_argument("--config", required=True, help="as of speed, of a Llama")
+
+    p = add_command(subparsers, quantization)
+    cli.add_checkpoint_path(p, help="a model.pth, not quantized")
+    p.add_argument("--text_file", type=Path, required=True, help="the text to predict")
+    p.add_argument("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
+    p.add_argument("--json_file", type=Path, help="where the result goes too")
+
+    p = add_command(subparsers, speculation)
+    cli.add_checkpoint_path(p, help="a chat model")
+    p.add_argument("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
+    p.add_argument("--speculate_k", type=int, metavar="K", help="tokens to propose at a time (default: generate.py's)")
+    p.add_argument("--compile", action="store_true", help="compile the steps")
+    cli.add_device(p)
+    cli.add_precision(p)
+    p.add_argument("--json_file", type=Path, help="where the result goes too")
+    return parser
+
+
+def add_command(subparsers, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    p = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+    p.set_defaults(command=command)
+    return p
+
+
+def speed(args: argparse.Namespace):
+    """Speed and memory of one shape: the default."""
     config = named_config(args.config)
-    if args.cold_start and args.mode:
-        raise UsageError("--cold_start is measured without --mode")
     if args.cold_start:
         args.compile, args.max_new_tokens = True, 2
+        if args.mode:
+            raise UsageError("--cold_start is measured without --mode")
     if args.prompt_tokens < 1 or args.max_new_tokens < 2:
         raise UsageError("--prompt_tokens must be at least 1, and --max_new_tokens 2: the first is prefill's")
-    if (room := args.prompt_tokens + args.max_new_tokens) > config.max_seq_len:
-        raise UsageError(f"{room} prompt and new tokens exceed the model's context of {config.max_seq_len}")
-    args.device = str(pick_device(args.device))
+    length = args.prompt_tokens + args.max_new_tokens
+    if length > config.max_seq_len:
+        raise UsageError(f"{length} prompt and new tokens exceed the model's context of {config.max_seq_len}")
+    device = pick_device(args.device)
+    args.device = str(device)
+    format = format_of({"mode": args.mode, "groupsize": args.groupsize} if args.mode else None)
     if args.tune:
-        if torch.device(args.device).type != "cuda":
-            raise UsageError("--tune is for GPUs that kernels_triton.py runs on")
-        from benchmark_gpu import tune  # which imports this file
-
-        tune([config], args.groupsize)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        benchmark_gpu.tune(config, format, device)
     torch.manual_seed(1234)
-    result = {k: v for k, v in vars(args).items() if k not in ("json", "cold_start", "tune")}
-    result |= cold_start(args, config) if args.cold_start else measure(args, config)
+    given = "config compile device precision mode groupsize prompt_tokens max_new_tokens kernels"
+    result = {name: getattr(args, name) for name in given.split()}
+    result |= measure_cold_start(args, config) if args.cold_start else measure_speed(args, config, format, device)
     for key, value in result.items():
-        print(f"{key:32}{f'{value:,.3f}' if isinstance(value, float) else value}")
+        print(f"{key:32}{value:,.3f}" if isinstance(value, float) else f"{key:32}{value}")
     if args.json:
         print(json.dumps(result))
 
 
-def named_config(name: str) -> ModelConfig:
-    """The shape that --config means: one of CONFIGS, or a config.json's."""
-    if name in CONFIGS:
-        return CONFIGS[name]
-    if name.endswith(".json"):
-        return ModelConfig.from_hf(read_json(Path(name)))
-    if name.endswith(".pth"):
-        return read_checkpoint(Path(name))[0]
-    raise UsageError(f"--config {name!r} is neither a config.json, a model.pth nor one of {', '.join(CONFIGS)}")
+# ---- Cold start ------------------------------------------------------------------------------------------------------
 
 
-def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight in a checkpoint, one at a time: normal, scaled by 1 / sqrt(inputs) so that a layer
-    neither grows nor shrinks what goes through it; norms are one and biases zero."""
-    for name, shape in shapes(config).items():
-        tensor = torch.empty(shape, device=device, dtype=dtype)
-        if len(shape) > 1:
-            yield name, tensor.normal_(std=shape[-1] ** -0.5)
-        else:
-            yield name, tensor.fill_(name.endswith("norm.weight"))
-
-
-def quantized_weights(weights: Iterator[tuple[str, Tensor]], config: ModelConfig, quantization: dict | None):
-    """weights as a checkpoint of that quantization holds them; what yields them has one in memory at a time."""
-    with torch.device("meta"):
-        linears = {f"{name}.weight" for name, _ in quantize.linears(Transformer(config))} if quantization else ()
-    for name, w in weights:
-        names = [name, "output.weight"] if config.tie_embeddings and name == "tok_embeddings.weight" else [name]
-        for each in names:
-            if each in linears:
-                parts = quantize.quantize_plain(each, w, quantization["mode"], quantization.get("groupsize"))
-                yield from quantize.named(each, parts)
-            else:
-                yield each, w
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a checkpoint; a tied head is none of its own."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
-    return {n: tuple(t.shape) for n, t in state.items() if not (config.tie_embeddings and n == "output.weight")}
-
-
-def measure(args: argparse.Namespace, config: ModelConfig) -> dict:
-    """All but the cold start. The first run, compilation included, is the one whose peak memory is reported."""
-    device, dtype = torch.device(args.device), getattr(torch, args.precision)
-    before = peak_memory(device)
-    began = time.perf_counter()
-    quantization = {"mode": args.mode} | ({"groupsize": args.groupsize} if args.mode == "int4" else {})
-    quantization = quantization if args.mode else None
-    weights = dict(quantized_weights(random_weights(config, device, dtype), config, quantization))
-    with torch.device("meta"):
-        model = Transformer(config)
-    quantize.prepare(model, quantization)
-    model.load_state_dict(weights, assign=True)
-    weights_bytes = sum({t.data_ptr(): t.nbytes for t in weights.values()}.values())  # a tied head counts once
-    del weights  # the kernels keep them in an order of their own
-    model.eval().requires_grad_(False)
-    if args.kernels == "auto":
-        kernels.enable(model)
-    make_seconds = time.perf_counter() - began
-
-    room = args.prompt_tokens + args.max_new_tokens
-    began = time.perf_counter()
-    model.setup_caches(1, room)
-    prefill, decode = build_steps(model, {"temperature": 0.8}, args.compile, False)
-    if args.compile:
-        with torch.inference_mode():
-            for _ in range(2):
-                decode(torch.zeros(1, 1, dtype=torch.long, device=device), torch.tensor([0], device=device))
-    compile_seconds = time.perf_counter() - began
-
-    def seconds(prompt_tokens: int, new_tokens: int, start: int = 0) -> list[float]:
-        """Of a run: prefill and first token, then every decode step. The cache holds the start tokens before it."""
-        prompt = torch.randint(config.vocab_size, (1, prompt_tokens), device=device)
-        times = [time.perf_counter()]
-        for _ in generate(prefill, decode, prompt, start, new_tokens):
-            times.append(time.perf_counter())
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
-
-    seconds(args.prompt_tokens, args.max_new_tokens)
-    peak = peak_memory(device)
-    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
-    bus = [read_bandwidth(device)]
-    last = args.prompt_tokens - 1  # the rest of the prompt is still in the cache
-    step = statistics.median(statistics.mean(seconds(1, args.max_new_tokens, last)[1:]) for _ in range(SAMPLES))
-    bus.append(read_bandwidth(device))
-    seen = [visible(config, position) for position in range(args.prompt_tokens, room - 1)]
-    bytes_per_second = (model.step_bytes() + token_bytes * statistics.mean(seen)) / step
-    result = {
-        "make_weights_seconds": make_seconds,
-        "compile_seconds": compile_seconds,
-        "weights_bytes": weights_bytes,
-        "kv_bytes": token_bytes * room,
-        "peak_memory_bytes": peak,
-        "peak_memory_before_model_bytes": before,  # Python and PyTorch; part of what is over weights and cache
-        "peak_over_weights_and_kv_bytes": peak - weights_bytes - token_bytes * room,
-        "model_bytes": model.step_bytes(),
-        "decode_tokens_per_sec": 1 / step,
-        "decode_gb_per_sec": bytes_per_second / 1e9,
-        "read_gb_per_sec_before": bus[0] / 1e9,
-        "read_gb_per_sec_after": bus[1] / 1e9,
-        "decode_share_of_read": bytes_per_second / max(bus),
-    }
-    for n in (512, 2048):
-        if n <= config.max_seq_len:
-            model.setup_caches(1, n)
-            took = statistics.median(seconds(n, 1)[0] for _ in range(SAMPLES))
-            result[f"prefill_{n}_tokens_per_sec"] = n / took
-            result[f"prefill_{n}_tflop_per_sec"] = prefill_flops(config, n) / took / 1e12
-    model.setup_caches(1, 5)
-    times = {1: [], 5: []}  # of steps of so many rows, in turns; the first of each does not count
-    rows, step = torch.zeros(1, 5, dtype=torch.long, device=device), build_step(model, model.logits, args.compile)
-    with torch.inference_mode():
-        for _ in range(1 + 3 * SAMPLES):
-            for n, took in times.items():
-                began = time.perf_counter()
-                step(rows[:, :n], torch.arange(n, device=device))[0, -1, 0].item()
-                took.append(time.perf_counter() - began)
-    result["verify_5_over_1"] = statistics.median(times[5][1:]) / statistics.median(times[1][1:])
-    return result
-
-
-def visible(config: ModelConfig, position: int) -> int:
-    """Tokens that the one at position looks at."""
-    return min(position + 1, config.sliding_window or position + 1)
-
-
-def prefill_flops(config: ModelConfig, n: int) -> int:
-    """Floating-point operations that n prompt tokens need: every layer's matrices (of a MoE, the active experts), both
-    products of attention over what each token sees, and the head once."""
-    width = config.n_heads * config.head_dim
-    matrices = config.dim * (2 * width + 2 * config.n_kv_heads * config.head_dim)
-    matrices += 3 * config.dim * config.ffn_dim * (config.moe.n_active if config.moe else 1)
-    matrices += config.dim * config.moe.n_experts if config.moe else 0
-    attention = 2 * width * sum(visible(config, position) for position in range(n))
-    return 2 * (config.n_layers * (n * matrices + attention) + config.dim * config.vocab_size)
-
-
-def cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
+def measure_cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
     """Seconds from starting generate.py --compile to the first byte of text on stdout: with empty caches of compiled
     code, then with what that left in them. The checkpoint was just written, so both find it in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder, "model.pth"), Path(folder, "cache")
-        dtype = getattr(torch, args.precision)
-        weights = random_weights(config, torch.device("cpu"), dtype)
-        save_checkpoint(path, config, {name: (shape, dtype) for name, shape in shapes(config).items()}, weights)
-        words = tokenizers.models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0")
-        tokenizer = tokenizers.Tokenizer(words)
+        save_random_checkpoint(path, config, getattr(torch, args.precision))
+        words = {f"w{i}": i for i in range(config.vocab_size)}  # every token can be printed
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
         tokenizer.decoder = tokenizers.decoders.Fuse()
         tokenizer.save(str(path.with_name("tokenizer.json")))
-        flags = ["--checkpoint_path", path, "--precision", args.precision, "--kernels", args.kernels]
-        flags += ["--prompt_tokens", str(args.prompt_tokens), "--max_new_tokens", str(args.max_new_tokens)]
-        flags += ["--device", args.device, "--compile", "--ignore_eos"]
-        command = [sys.executable, ROOT / "generate.py", *flags]
+        command = [sys.executable, ROOT / "generate.py", "--checkpoint_path", path, "--compile", "--ignore_eos"]
+        for name in ("device", "precision", "kernels", "prompt_tokens", "max_new_tokens"):
+            command += [f"--{name}", str(getattr(args, name))]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(cache)}
         result = {"checkpoint": "in the page cache"}
         for state in ("empty", "warm"):
+            result[f"cold_start_{state}_seconds"] = time_first_byte(command, environment)
+        return result
+
+
+def time_first_byte(command: list, environment: dict[str, str]) -> float:
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, env=environment) as process:
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - began
+        process.stdout.read()
+    if not first or process.returncode:
+        raise UsageError("generate.py failed; what it said is above")
+    return seconds
+
+
+# ---- Quantization and speculation, by other scripts of ours ----------------------------------------------------------
+
+# Every way that is compared has its turn in each round, in a process of its own, and medians over the rounds count.
+# Perplexities are those of the stored weights, as prefill multiplies them; a decode step on a CPU also rounds
+# activations to 8 bits.
+ROUNDS = 5
+UNQUANTIZED = "16 bits"
+MODES = {UNQUANTIZED: [], "int8": ["--mode", "int8"]} | {  # a row's name -> flags of quantize.py
+    f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
+    for mode in ("int4", "int4-hqq", "int4-gptq")
+    for size in (32, 64, 128)
+}
+# An edit repeats most of what it was given; a story little, and drawn at temperature 1 less still
+STORY = "Tell me a story about a clockmaker who finds a letter."
+EDIT = (
+    "Repeat this text word for word, but write 'sailors' instead of 'fishermen':\n\nThe harbour of the old town was "
+    "built by fishermen who came from the northern islands. They carried stones from the hills on flat boats, and laid "
+    "them in two long curved walls that still keep out the winter storms. On the eastern wall stands a lamp that was "
+    "once lit with oil; today it runs on electricity, but the keeper still climbs the ninety steps each evening to "
+    "look at the sea. Ships that pass at night count its flashes: two short ones, a pause, and a long one."
+)
+PROMPTS = {"edit": (EDIT, 0.0), "story": (STORY, 0.0), "story, drawn": (STORY, 1.0)}  # message, temperature
+
+
+def quantization(args: argparse.Namespace):
+    """Size, perplexity and speed of a checkpoint, quantized in each way."""
+    if read_checkpoint(args.checkpoint_path)[1]:
+        raise UsageError(f"{args.checkpoint_path} is quantized already; start from the model.pth it came from")
+    texts = {}
+    for name in ("text_file", "calibration_text"):
+        file = getattr(args, name)
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        texts[name] = {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256}
+    rows, ways, reads = {}, {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        source = link_checkpoint(args.checkpoint_path, Path(folder))
+        for mode in MODES:
             began = time.perf_counter()
-            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(cache)}
-            with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, env=environment) as process:
-                first = process.stdout.read(1)
-                result[f"cold_start_{state}_seconds"] = time.perf_counter() - began
-                process.stdout.read()
-            if not first or process.returncode:
-                raise UsageError("generate.py failed; what it said is above")
-    return result
+            file = quantized_file(source, mode, args.calibration_text)
+            rows[mode] = {
+                "quantize_seconds": time.perf_counter() - began,
+                "file_bytes": file.stat().st_size,
+                "bits_per_weight": bits_per_weight(file),
+            }
+            ways[mode] = ["--checkpoint_path", file, "--prompt_tokens", 5, "--max_new_tokens", 128, "--ignore_eos"]
+            flags = ["--checkpoint_path", file, "--text_file", args.text_file, "--json"]
+            rows[mode] |= json.loads(call("eval.py", *flags))
+            rows[mode]["perplexity_change"] = rows[mode]["perplexity"] / rows[UNQUANTIZED]["perplexity"] - 1
+        rounds = []
+        for results in by_turns(ways):
+            rounds.append(results)
+            reads.append(read_bandwidth(pick_device(None)) / 1e9)
+    for mode in MODES:
+        rows[mode]["decode_tokens_per_sec"] = median(results[mode]["decode_tokens_per_sec"] for results in rounds)
+    result = {"checkpoint": args.checkpoint_path.parent.name, **texts, "read_gb_per_sec": reads, "modes": rows}
+    write_result("quantization", result, args.json_file)
+
+
+def link_checkpoint(path: Path, folder: Path) -> Path:
+    """Makes folder one like path's, so that what is made of the checkpoint lies beside its tokenizer, but not there."""
+    for file in path.absolute().parent.iterdir():
+        if file.suffix != ".pth":
+            (folder / file.name).symlink_to(file)
+    (folder / "model.pth").symlink_to(path.absolute())
+    return folder / "model.pth"
+
+
+def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
+    """source quantized in one of MODES."""
+    if mode == UNQUANTIZED:
+        return source
+    calibration = ["--calibration_text", calibration_text] if "gptq" in mode else []
+    output = call("quantize.py", "--checkpoint_path", source, *MODES[mode], *calibration)
+    return Path(output.removeprefix("wrote ").strip())
+
+
+def bits_per_weight(file: Path) -> float:
+    """Bits that file holds for a weight of its linears, scales and zero points included."""
+    config, _, tensors = read_checkpoint(file)
+    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])  # a tied head that is not quantized
+    linears = dict(empty_model(config, None).linears())
+    stored = [t.nbytes for name, t in tensors.items() if name.rpartition(".")[0] in linears and ".bias" not in name]
+    return 8 * sum(stored) / sum(w.weight.numel() for w in linears.values())
+
+
+def speculation(args: argparse.Namespace):
+    """Tokens/s of a chat model with speculation over those without it."""
+    draft, device = args.draft_checkpoint_path, pick_device(args.device)
+    k = DEFAULT_K["draft" if draft else "lookup"] if args.speculate_k is None else args.speculate_k
+    flags = ["--checkpoint_path", args.checkpoint_path, "--device", device, "--precision", args.precision]
+    flags += ["--chat", "--max_new_tokens", 160, "--num_samples", 3]
+    if args.compile:
+        flags.append("--compile")
+    proposer = ["--draft_checkpoint_path", draft] if draft else ["--prompt_lookup"]
+    rows = {}
+    for name, (message, temperature) in PROMPTS.items():
+        plain = [*flags, "--prompt", message, "--temperature", temperature]
+        rounds = list(by_turns({"plain": plain, "speculative": [*plain, *proposer, "--speculate_k", k]}))
+        speeds = {way: [results[way]["decode_tokens_per_sec"] for results in rounds] for way in rounds[0]}
+        rows[name] = {
+            "plain": median(speeds["plain"]),
+            "speculative": median(speeds["speculative"]),
+            "ratio": median(b / a for a, b in zip(speeds["plain"], speeds["speculative"], strict=True)),
+            "tokens_per_step": median(tokens_per_step(results["speculative"]["accept_counts"]) for results in rounds),
+        }
+    result = {"checkpoint": str(args.checkpoint_path), "draft": str(draft or "prompt lookup"), "k": k}
+    result |= {"read_gb_per_sec": read_bandwidth(device) / 1e9, "prompts": rows}
+    write_result("speculation", result, args.json_file)
+
+
+def tokens_per_step(accept_counts: list[int]) -> float:
+    """From the numbers of steps that accepted 0, 1 ... proposed tokens: each gives one token more."""
+    return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
+
+
+def by_turns(ways: dict[str, list]) -> Iterator[dict[str, dict]]:
+    """Of each round, what generate.py says of every way, whose flags these are."""
+    for seed in range(ROUNDS):
+        results = {}
+        for way, flags in ways.items():
+            results[way] = json.loads(call("generate.py", *flags, "--seed", seed, "--json"))
+        yield results
+
+
+def call(script: str, *arguments) -> str:
+    """What a script of ours prints. Raises UsageError if it fails."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UsageError(f"{script} failed; what it said is above")
+    return done.stdout
+
+
+def write_result(table: str, result: dict, json_file: Path | None):
+    """Prints the result as a table of tables.py; json_file gets it whole, with what it was measured with."""
+    print(tables.table(table, result))
+    software = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if json_file:
+        json_file.write_text(json.dumps(result | software, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main, OOM_HINT)

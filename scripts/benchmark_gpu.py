@@ -1,419 +1,148 @@
-"""All about a GPU that is at hand, in one call of less than ten minutes: whether every Triton kernel computes what its
-reference does, then tokens per second and the share of the copy bandwidth, for
+"""What benchmark.py does on a GPU alone: the commands "check", "gpu" and "transformers", and --tune.
 
-    ours           kernels_triton.py, a step as one graph
+    python scripts/benchmark.py check --precision bfloat16   # every Triton kernel against plain PyTorch
+    python scripts/benchmark.py gpu                          # checks, then as much of the table as there is time for
+    python scripts/benchmark.py gpu --only check             # jobs whose name has "check" in it
+    python scripts/benchmark.py gpu --tune --only 8B         # the kernels' launches are tuned first, for later use too
+
+The table compares, by tokens per second and the share of the device's copy bandwidth, for several models and formats,
+
+    ours           the Triton kernels, a step recorded as one graph
     plain          --kernels off: torch.compile of F.linear and PyTorch's attention, gpt-fast's technique
     transformers   Hugging Face's, static cache, compiled; if installed
-
-    python scripts/benchmark_gpu.py                 # checks, then as much of the table as fits
-    python scripts/benchmark_gpu.py --only 8B       # jobs whose name has 8B in it
-    python scripts/benchmark_gpu.py --tune --only 8B       # first, for four minutes, kernels_triton.json for this GPU
-
-Weights are random and made on the GPU. Every job is a process of its own, so that one that fails takes nothing with it.
-The result is written to benchmarks/ and printed, as JSON, last.
 """
 
 import argparse
-import itertools
 import json
+import math
+import os
 import re
-import statistics
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
+from benchmark_speed import copy_bandwidth, named_config, random_linear, random_model
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import CONFIGS, prefill_flops, visible
-
 import kernels
-import quantize
-from checkpoint import run
-from generate import build_step, build_steps, draw, generate
-from model import Attention, Experts, Linear, ModelConfig, MoE, RMSNorm, Transformer, UsageError, rope_table
+from config import ModelConfig, MoEConfig, UsageError
+from generate import generate
+from kernels import reference
+from kernels.formats import Dense, Format, Int4, Int8
+from loading import empty_model
+from machine import pick_device
+from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Linear, RMSNorm, rope_table
+from sampling import Sampling, multinomial
+from steps import build_steps
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMS = {"bf16": None, "int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 64}}
-PROMPT, NEW = 5, 200
-TABLE = ROOT / "kernels_triton.json"
-# For --tune, of kernels_triton.launch: tiles, warps, depth, stages
-CHOICES = [(1, 4, 2, 3), (2, 4, 2, 3), (1, 8, 1, 3), (1, 8, 2, 3), (2, 8, 1, 3), (2, 2, 4, 3), (2, 4, 1, 4)]
-# engine, shape, weights; what matters most comes first
-JOBS = [
-    "check bfloat16",
-    "check float16",
-    "check float32",
-    *(f"ours Llama-3.1-8B {form}" for form in FORMS),
-    "ours Mixtral-8x7B int8",
-    "ours Llama-3-70B int4",
-    "plain Llama-3.1-8B bf16",
-    "plain Llama-3.1-8B int8",
-    *(f"ours {shape} {form}" for shape in ("Llama-3.2-1B", "Llama-2-7B") for form in FORMS),
-    "plain Llama-3.1-8B int4",
-    "transformers Llama-3.1-8B bf16",
-    "transformers Llama-3.2-1B bf16",
-    *(f"plain Llama-3.2-1B {form}" for form in FORMS),
-    "plain Mixtral-8x7B int8",
-    *(f"plain Llama-2-7B {form}" for form in FORMS),
-    "plain Llama-3-70B int4",
-]
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+FORMATS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}
+MODELS = [f"Llama-3.1-8B {format}" for format in FORMATS] + ["Mixtral-8x7B int8", "Llama-3-70B int4"]
+MODELS += [f"{shape} {format}" for shape in ("Llama-3.2-1B", "Llama-2-7B") for format in FORMATS]
+LEAST_SECONDS = 20  # with less time left, no job is started
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tune", action="store_true", help="time launch configurations first; write the best")
-    p.add_argument("--only", default="", metavar="TEXT", help="only jobs whose name contains it")
-    p.add_argument("--minutes", type=float, default=9, help="no job runs beyond these (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
-    p.add_argument("--job", help=argparse.SUPPRESS)  # what the processes are started with
-    args = p.parse_args()
+def gpu(args: argparse.Namespace):
+    """Checks of all kernels, then a table of models, formats and engines, on a GPU."""
     if not torch.cuda.is_available():
-        raise UsageError("no CUDA or ROCm device here")
-    if args.job:
-        name, *rest = args.job.split()
-        print(json.dumps({"check": check, "tune": tune}.get(name, partial(measure, name))(*rest)))
-        return
-    began, jobs = time.monotonic(), [job for job in JOBS if args.only in job]
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    result |= {"cuda": torch.version.cuda or torch.version.hip, "driver": driver(), "jobs": {}}
-    slug = re.sub(r"\W+", "-", result["device"])
+        raise UsageError("no CUDA or ROCm device here; the table is of GPUs")
+    end = time.monotonic() + args.minutes * 60
+    device, results = torch.cuda.get_device_name(), {}
+    report = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "jobs": results}
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"gpu-{slug}-{time.strftime('%Y%m%d-%H%M')}.json"
-    checks = [job for job in jobs if job.startswith("check")]  # which mostly compile, so all at a time
-    for batch in filter(None, [["tune"] if args.tune else [], checks, *([job] for job in jobs if job not in checks)]):
-        left = args.minutes * 60 - (time.monotonic() - began)
+    path = args.out / f"gpu-{re.sub('[^A-Za-z0-9]+', '-', device)}-{time.strftime('%Y%m%d-%H%M')}.json"
+    jobs = {job: arguments for job, arguments in all_jobs(args.tune).items() if args.only in job}
+    checks = [job for job in jobs if job.startswith("check")]  # at the same time, for they mostly compile
+    for batch in [checks, *([job] for job in jobs if job not in checks)]:
         with ThreadPoolExecutor() as pool:
-            limit = min(left, 200) if batch == checks else left
-            timed_start = lambda job: start(job, limit) if limit > 20 else {"error": "no time left"}  # noqa: B023, E731
-            ended = list(pool.map(timed_start, batch))
-        for job, r in zip(batch, ended, strict=True):
-            result["jobs"][job] = r
-            print(f"[{time.monotonic() - began:4.0f} s] {job}: {json.dumps(r)[:1500]}", flush=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    table(result["jobs"])
-    print(json.dumps(result))
+            outcomes = pool.map(partial(start, end=end), [jobs[job] for job in batch])
+        for job, outcome in zip(batch, outcomes, strict=True):
+            results[job] = outcome
+            print(f"[{end - time.monotonic():4.0f} s left] {job}: {json.dumps(outcome)[:1500]}", flush=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{table(results)}")
+    print(json.dumps(report))
 
 
-def start(job: str, seconds: float) -> dict:
-    """What a job's process prints last, or how it failed."""
-    command = [sys.executable, __file__, "--job", job]
+def all_jobs(tune: bool) -> dict[str, list[str]]:
+    """What benchmark.py is to be called with, by the jobs' names; what matters most comes first."""
+    jobs = {f"check {dtype}": ["check", "--precision", dtype] for dtype in ("bfloat16", "float16", "float32")}
+    engines = {"ours": ["--tune"] if tune else [], "plain": ["--kernels", "off", "--decode_only"]}
+    for engine, flags in engines.items():
+        for model in MODELS:
+            shape, format = model.split()
+            arguments = ["speed", "--config", shape, "--compile", "--json", *FORMATS[format], *flags]
+            jobs[f"{engine} {model}"] = arguments
+    for shape in ("Llama-3.1-8B", "Llama-3.2-1B"):
+        jobs[f"transformers {shape} bf16"] = ["transformers", "--config", shape]
+    return jobs
+
+
+def start(arguments: list[str], end: float) -> dict:
+    """What benchmark.py prints last, in a process of its own: one that fails takes nothing with it."""
+    seconds = end - time.monotonic()
+    if seconds < LEAST_SECONDS:
+        return {"error": "no time left"}
+    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {"error": "out of time"}
-    except (IndexError, ValueError):
+    except (IndexError, ValueError):  # it printed nothing, or something else
         return {"error": f"exit {done.returncode}: {done.stderr[-600:]}"}
 
 
-def driver() -> str | None:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def table(jobs: dict[str, dict]) -> str:
+    """Tokens per second and share of the copy bandwidth, a line for each shape and format."""
+    lines = [f"{'':22}{'ours':>16}{'plain':>16}{'transformers':>16}{'verify 5':>10}{'prefill 2048':>14}"]
+    for job, ours in jobs.items():
+        engine, _, model = job.partition(" ")
+        if engine == "ours":
+            cells = [speed_cell(jobs.get(f"{engine} {model}", {})) for engine in ("ours", "plain", "transformers")]
+            verify, prefill = ours.get("verify_5_over_1", 0), ours.get("prefill_2048_tokens_per_sec", 0)
+            lines.append(f"{model:22}{''.join(cells)}{verify:10.2f}{prefill:14.0f}")
+    return "\n".join(lines)
 
 
-def table(jobs: dict):
-    """Tokens per second and share of the copy bandwidth, a line for each shape and weights."""
-    print(f"\n{'':22}{'ours':>16}{'plain':>16}{'transformers':>16}{'at 8k':>12}{'verify 5':>10}{'prefill 2048':>14}")
-    for job in [job for job in jobs if job.startswith("ours")]:
-        _, shape, form = job.split()
-        line = f"{shape + ' ' + form:22}"
-        for engine in ("ours", "plain", "transformers"):
-            r = jobs.get(f"{engine} {shape} {form}", {})
-            line += f"{r['tokens_per_sec']:9.1f} {r['share']:5.0%} " if "share" in r else f"{'-':>15} "
-        r = jobs[job]
-        line += f"{r.get('share_8k', 0):12.0%}{r.get('verify_5', 0):10.2f}{r.get('prefill_2048', 0):14.0f}"
-        print(line)
+def speed_cell(outcome: dict) -> str:
+    if "decode_share_of_copy" not in outcome:
+        return f"{'-':>16}"
+    return f"{outcome['decode_tokens_per_sec']:10.1f} {outcome['decode_share_of_copy']:5.0%}"
 
 
-# ---- Right? ---------------------------------------------------------------------------------------------------------
+def transformers(args: argparse.Namespace):
+    """Decoding by Hugging Face transformers on a GPU, in bfloat16, with its static cache, which compiles the step."""
+    import transformers as hf
 
-
-def check(precision: str) -> dict:
-    """The largest error of every kernel over odd and real sizes, relative to the largest value, and what failed: an
-    error above what its type's rounding explains, or an exception."""
-    errors, failed, dtype = {}, {}, getattr(torch, precision)
-    limit = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
-
-    def compare(name: str, ours, expected, limit: float):
-        """Both are functions; a failing one is written down."""
-        try:
-            a, b = ours().double(), expected().double()
-            error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
-            if not error <= limit:
-                failed[name] = f"error {error:.1e}"
-            kind = name.split(" ")[0]
-            errors[kind] = max(errors.get(kind, 0.0), error)
-        except Exception as e:
-            failed[name] = f"{type(e).__name__}: {str(e)[:200]} {traceback.format_exc()[-300:]}"
-
-    torch.manual_seed(0)
-    sizes = [(1056, 1544, (1, 2, 5, 8)), (6, 72, (1, 3))]  # swiglu's kernel wants n in 32s
-    sizes += [(4096, 4096, (1, 5))] if dtype == torch.bfloat16 else []
-    for bits, (n, k, rows) in itertools.product((None, 8, 32, 64, 128, 256), sizes):
-        w, norm = random_linear(n, k, bits, dtype), RMSNorm(k, 1e-5).to("cuda", dtype).requires_grad_(False)
-        norm.weight.uniform_()
-        name = f"{bits} {n}x{k}"
-        wide = w.matrix(torch.float32 if bits else dtype).double()
-        close = 1e-5 if bits in (None, 8) or dtype == torch.float32 else 1e-4  # int4's offset is subtracted at the end
-        if bits:
-            compare(f"dequantize {name}", lambda: enabled(w).matrix(dtype), lambda: wide.to(dtype), limit)  # noqa: B023
-        for m in rows:
-            x, residual = (torch.randn(1, m, i, device="cuda", dtype=dtype) for i in (k, n))
-            plain = F.linear(x.double(), wide)
-            exact = F.linear(kernels.rms_norm(x.double(), norm.weight.double(), 1e-5), wide)
-            ours = lambda *a, **b: kernels.linear(x, enabled(w), *a, **b)  # noqa: B023, E731
-            compare(f"wide {name} m{m}", lambda: ours(wide=True), lambda: plain, close)  # noqa: B023
-            compare(f"linear {name} m{m}", lambda: ours(norm, residual), lambda: exact + residual.double(), limit)  # noqa: B023
-            gate, up = exact.chunk(2, -1)
-            compare(f"swiglu {name} m{m}", lambda: ours(norm, swiglu=True), lambda: F.silu(gate) * up, 2 * limit)  # noqa: B023
-    for (heads, kv, d), window in itertools.product(((32, 8, 128), (9, 3, 64), (8, 1, 40), (4, 4, 256)), (None, 1000)):
-        config = ModelConfig(256, 1, heads, kv, d, 64, 64, 9000, sliding_window=window, qk_norm=d == 40)
-        a, norm = Attention(config).to("cuda", dtype).requires_grad_(False), RMSNorm(256, 1e-5).to("cuda", dtype)
-        for t in a.parameters():
-            t.normal_(std=t.shape[-1] ** -0.5)
-        norm.weight.data.fill_(1)
-        for batch, tokens, start, length in [(1, 1, 0, 100), (1, 1, 8000, 9000), (3, 1, 255, 2000), (1, 8, 1020, 2000)]:
-            at = torch.arange(start, start + tokens, device="cuda")
-            x, rope = torch.randn(batch, tokens, 256, device="cuda", dtype=dtype), rope_table(config, length).cuda()[at]
-            keys = torch.arange(start + tokens, device="cuda")
-            mask = (keys <= at[:, None]) & (keys > at[:, None] - (window or 10**9))
-
-            def attend(mask, a=a, args=(x, norm, at, rope), size=(batch, length), end=start + tokens):
-                a.setup_cache(*size, args[0])
-                torch.manual_seed(1)
-                for cache in (a.k_cache, a.v_cache):
-                    cache.normal_()
-                out = a(*args, mask, end)
-                return torch.cat([t.flatten() for t in (out, a.k_cache[:, :, :end], a.v_cache[:, :, :end])])
-
-            expected = attend(mask)
-            enabled(a)
-            name = f"attend {heads}/{kv}/{d} window {window} {batch}x{tokens} at {start}"
-            compare(name, lambda: attend(None), lambda: expected, 2 * limit)  # noqa: B023
-            a.wqkv.fast = a.wo.fast = None
-            a.wqkv.gpu = a.wo.gpu = False
-    for bits in (None, 8, 64):
-        e = Experts(ModelConfig(256, 1, 4, 2, 64, 512, 64, 64, moe=MoE(8, 2))).cuda()
-        e.w13, e.w2 = random_linear(1024, 256, bits, dtype, 8), random_linear(256, 512, bits, dtype, 8)
-        norm, x = RMSNorm(256, 1e-5).to("cuda", dtype), torch.randn(1, 3, 256, device="cuda", dtype=dtype)
-        norm.weight.data.fill_(1)
-        scores = torch.randn(1, 3, 8, device="cuda")
-        share, chosen = kernels.route(scores, 2, True, False)
-        expected = e(x, norm, share, chosen)
-        enabled(e)
-        compare(f"experts {bits}", lambda: e(x, norm, share, chosen), lambda: expected, 2 * limit)  # noqa: B023
-        compare(f"route {bits}", lambda: kernels.route(scores, 2, True, True)[0], lambda: share, 1e-5)  # noqa: B023
-        compare(f"chosen {bits}", lambda: kernels.route(scores, 2, True, True)[1], lambda: chosen, 0)  # noqa: B023
-
-    chances = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2], device="cuda")
-    often = lambda: draw(chances.expand(100_000, 5)).bincount(minlength=5) / 100_000  # noqa: E731
-    compare("draw", often, lambda: chances, 0.02)
-
-    def tokens(fast: bool) -> Tensor:
-        model = random_model(small, FORMS["int8"], fast, torch.float32)
-        model.setup_caches(1, 64)
-        steps = build_steps(model, {"temperature": 0}, fast, False)
-        prompt = torch.arange(1, 12, device="cuda")[None]
-        return torch.tensor(list(generate(*steps, prompt, 0, 40)))
-
-    for moe in (None, MoE(8, 2)) if dtype == torch.float32 else ():
-        small = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, moe=moe)
-        compare(f"graph {moe}", lambda: tokens(True), lambda: tokens(False), 0)
-    return {"failed": failed, "largest_errors": errors}
-
-
-def enabled(module: torch.nn.Module) -> torch.nn.Module:
-    kernels.enable(module)
-    if not any(getattr(w, "gpu", False) for w in module.modules()):
-        raise UsageError("Triton does not run here, so there is nothing to measure")
-    return module
-
-
-def random_linear(n: int, k: int, bits: int | None, dtype: torch.dtype, experts: int | None = None) -> Linear:
-    """bits: None, 8, or the group of int4."""
-    with torch.device("meta"):
-        w = Linear(k, n, experts=experts)
-    quantization = bits and ({"mode": "int8"} if bits == 8 else {"mode": "int4", "groupsize": bits})
-    return fill(w, quantization, dtype)
-
-
-def fill(w: Linear, quantization: dict | None, dtype: torch.dtype) -> Linear:
-    """Random weights of variance 1 / inputs for w, which is on the meta device, made on the GPU as they are stored."""
-    w.requires_grad_(False)
-    shape, std = w.weight.shape, w.n_in**-0.5
-    if quantization is None:
-        w.weight = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="cuda").normal_(std=std), False)
-        return w
-    parts = [torch.empty_like(t, device="cuda") for t in quantize.quantize_like(w.weight, **quantization)]
-    del w.weight
-    if quantization["mode"] == "int8":
-        parts[0].random_(-127, 128)
-        parts[1].fill_(std / 73)
-    else:
-        parts[0].random_(0, 256)
-        parts[1].uniform_(std / 5, std / 4)
-        parts[2].random_(100, 141)
-    for name, t in zip(quantize.KINDS, parts, strict=False):
-        w.register_buffer(name, t)
-    w.group = quantization.get("groupsize", w.n_in)
-    return w
-
-
-def random_model(config: ModelConfig, quantization: dict | None, fast: bool, dtype=torch.bfloat16) -> Transformer:
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Transformer(config)
-    quantized = {name for name, _ in quantize.linears(model)}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            fill(module, quantization if name in quantized else None, dtype)
-        for kind, t in module.named_parameters(recurse=False):
-            if t.is_meta:  # norms and biases, and the embedding
-                new = torch.ones(t.shape, dtype=dtype, device="cuda") * (kind == "weight")
-                setattr(module, kind, torch.nn.Parameter(new if t.dim() == 1 else new.normal_(), False))
-    if config.tie_embeddings and quantization is None:
-        model.output.weight = model.tok_embeddings.weight
-        model.tok_embeddings.weight.mul_(config.dim**-0.5)
-    return enabled(model.eval()) if fast else model.eval()
-
-
-# ---- Fast? ----------------------------------------------------------------------------------------------------------
-
-
-def measure(engine: str, shape: str, form: str) -> dict:
-    config = CONFIGS[shape]
-    if engine == "transformers":
-        return measure_transformers(config)
-    bus = copy_bandwidth()
-    result = {"copy_gb_per_sec": bus / 1e9}
-    began = time.perf_counter()
-    model = random_model(config, FORMS[form], engine == "ours")
-    torch.cuda.synchronize()
-    result["make_seconds"] = time.perf_counter() - began
-    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 2
-
-    def decode(start: int, new: int, room: int) -> tuple[float, float]:
-        """(seconds a step, share of the copy bandwidth) of new tokens from position start on."""
-        model.setup_caches(1, room)
-        steps = build_steps(model, {"temperature": 0.8}, True, False)
-        prompt, took = torch.ones(1, PROMPT, dtype=torch.long, device="cuda"), []
-        for i in range(4):
-            times = []
-            for _ in generate(*steps, prompt[:, : 1 if start else PROMPT], start, 8 if i == 0 else new):
-                times.append(time.perf_counter())
-            if i:  # the first compiles
-                took.append((times[-1] - times[0]) / (len(times) - 1))
-        first = start + (1 if start else PROMPT)
-        seen = statistics.mean(visible(config, p) for p in range(first, first + new - 1))
-        step = statistics.median(took)
-        return step, (model.step_bytes() + token_bytes * seen) / step / bus
-
-    began = time.perf_counter()
-    step, share = decode(0, NEW, PROMPT + NEW)
-    result |= {"tokens_per_sec": 1 / step, "share": share, "model_bytes": model.step_bytes()}
-    result["decode_and_compile_seconds"] = time.perf_counter() - began
-    if engine != "ours":
-        return result
-    parts = {
-        "profile_us": lambda: profile(model),
-        "verify_5": lambda: seconds_of(model, 5) / seconds_of(model, 1),
-        "prefill_2048": lambda: prefill(model, 2048),
-        "share_8k": lambda: decode(8000, 100, 8192)[1],
-    }
-    for name, part in parts.items():
-        try:
-            if name != "share_8k" or config.max_seq_len >= 8192:
-                result[name] = part()
-        except Exception as e:
-            result[f"{name}_error"] = f"{type(e).__name__}: {str(e)[:300]}"
-    if "prefill_2048" in result:
-        rate = result["prefill_2048"] * prefill_flops(config, 2048) / 2048
-        result |= {"prefill_tflops": rate / 1e12, "matmul_tflops": matmul_rate() / 1e12}
-    result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return result
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 2 GiB: the best of ten."""
-    a = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / min(timed(lambda: b.copy_(a)) for _ in range(10))
-
-
-def matmul_rate() -> float:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / min(timed(lambda: a @ b) for _ in range(5))
-
-
-def timed(call) -> float:
-    """Seconds of the device's time."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-@torch.inference_mode()
-def seconds_of(model: Transformer, rows: int) -> float:
-    """Seconds of a step with so many tokens: the median of 50."""
-    model.setup_caches(1, 256)
-    step = build_step(model, lambda x: model.logits(x).argmax(-1), True)
-    tokens, at = torch.ones(1, rows, dtype=torch.long, device="cuda"), torch.arange(100, 100 + rows, device="cuda")
-    return statistics.median([timed(lambda: step(tokens, at)) for _ in range(55)][5:])
-
-
-@torch.inference_mode()
-def prefill(model: Transformer, n: int) -> float:
-    """Prompt tokens per second."""
-    model.setup_caches(1, n)
-    step, _ = build_steps(model, {"temperature": 0}, False, False)
-    tokens, at = torch.ones(1, n, dtype=torch.long, device="cuda"), torch.arange(n, device="cuda")
-    step(tokens, at)
-    return n / statistics.median(timed(lambda: step(tokens, at)) for _ in range(3))
-
-
-@torch.inference_mode()
-def profile(model: Transformer) -> dict[str, float]:
-    """Microseconds of a decode step's kernels, by name: what remains up to its time is between them."""
-    model.setup_caches(1, 256)
-    tokens, at = torch.ones(1, 1, dtype=torch.long, device="cuda"), torch.full((1,), 100, device="cuda")
-    step, _ = build_steps(model, {"temperature": 0.8}, False, False)
-    step(tokens, at)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
-        for _ in range(5):
-            step(tokens, at)
-        torch.cuda.synchronize()
-    events = sorted(p.key_averages(), key=lambda e: -e.device_time_total)[:12]
-    return {f"{e.key[:60]} x{e.count // 5}": round(e.device_time_total / 5, 1) for e in events}
-
-
-def measure_transformers(config: ModelConfig) -> dict:
-    import transformers
-
-    bus = copy_bandwidth()
-    hf = transformers.LlamaConfig(
-        hidden_size=config.dim, intermediate_size=config.ffn_dim, num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim,
-        vocab_size=config.vocab_size, max_position_embeddings=config.max_seq_len, eos_token_id=None,
+    config = named_config(args.config)
+    hf_config = hf.LlamaConfig(
+        hidden_size=config.dim,
+        intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_seq_len,
         tie_word_embeddings=config.tie_embeddings,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
+        eos_token_id=None,
+    )
     with torch.device("cuda"):
-        model = transformers.AutoModelForCausalLM.from_config(hf).eval()
-    prompt = torch.ones(1, PROMPT, dtype=torch.long, device="cuda")
+        model = hf.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
+    prompt = torch.ones(1, 5, dtype=torch.long, device="cuda")
 
     def seconds(n: int) -> float:
         began = time.perf_counter()
@@ -421,77 +150,247 @@ def measure_transformers(config: ModelConfig) -> dict:
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    for _ in range(2):
-        seconds(NEW)
-    step = (statistics.median(seconds(NEW) for _ in range(3)) - seconds(1)) / (NEW - 1)
-    step_bytes = sum(p.nbytes for p in model.parameters()) - (not config.tie_embeddings) * model.lm_head.weight.nbytes
-    return {"tokens_per_sec": 1 / step, "share": step_bytes / step / bus, "transformers": transformers.__version__}
+    for _ in range(2):  # compiles
+        seconds(200)
+    step = (median(seconds(200) for _ in range(3)) - seconds(1)) / 199
+    step_bytes = sum(p.nbytes for p in model.parameters())  # of a tied head and embedding one
+    if not config.tie_embeddings:
+        step_bytes -= model.get_input_embeddings().weight.nbytes  # of which a step reads one row
+    share = step_bytes / step / copy_bandwidth()
+    print(json.dumps({"decode_tokens_per_sec": 1 / step, "decode_share_of_copy": share, "version": hf.__version__}))
 
 
-def tune(configs: Iterable[ModelConfig] | None = None, groupsize: int = 64) -> dict:
-    """Fills kernels_triton.json's entry for this GPU: of launch()'s guess and a few other configurations for every
-    product of the shapes in configs, or of four known ones, the fastest, on weights that are not in the cache. Takes
-    about four minutes at most."""
-    import kernels_triton
+# ---- Checks ----------------------------------------------------------------------------------------------------------
 
-    device, best, began, sizes = torch.device("cuda", 0), {}, time.monotonic(), []
-    table = kernels_triton.gpu(device)[2]  # which launch() looks into
-    shapes = "Llama-3.1-8B", "Llama-3.2-1B", "Llama-2-7B", "Llama-3-70B"
-    for config in configs or map(CONFIGS.get, shapes):
-        width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-        sizes += [(width, config.dim, 1, True), (config.dim, config.n_heads * config.head_dim, 1, False)]
-        sizes += [(2 * config.ffn_dim, config.dim, 2, True), (config.dim, config.ffn_dim, 1, False)]
-        sizes += [(config.vocab_size, config.dim, 1, True)]
-    for (n, k, halves, normed), bits in itertools.product(dict.fromkeys(sizes), (4, 8, 16)):
-        if time.monotonic() - began > 240:
-            break
-        copies = max(2, 4 * torch.cuda.get_device_properties(device).L2_cache_size // (n * k * bits // 8) + 1)
-        form = {4: groupsize, 8: 8, 16: None}[bits]
-        ws = [enabled(random_linear(n, k, form, torch.bfloat16)) for _ in range(copies)]
-        x, norm = torch.randn(1, 1, k, device="cuda", dtype=torch.bfloat16), RMSNorm(k, 1e-5).to("cuda", torch.bfloat16)
-        norm.requires_grad_(False).weight.fill_(1)
-        key = kernels_triton.product_key(bits, n, k, halves, groupsize)
-        table.pop(key, None)
-        guess = kernels_triton.launch(x, bits, n, 1, halves, groupsize)
-        guess = guess["R"], guess["num_warps"], guess["B"] // guess["num_warps"], guess["STAGES"]
+# The largest error that rounding explains, relative to the largest number of a result
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+CHECKED_FORMATS = [Dense(), Int8(), Int4(32), Int4(64), Int4(128), Int4(256)]
+LINEARS = [(1056, 1544, (1, 2, 5, 8)), (6, 72, (1, 3))]  # n_out, n_in, rows; only the first's activation is fused
+REAL_LINEARS = [(4096, 4096, (1, 5))]  # in bfloat16 alone, which saves time
+HEADS = [(32, 8, 128), (9, 3, 64), (8, 1, 40), (4, 4, 256)]  # n_heads, n_kv_heads, head_dim
+WINDOWS = [0, 1000]
+CACHES = [(1, 1, 0, 100), (1, 1, 8000, 9000), (3, 1, 255, 2000), (1, 8, 1020, 2000)]  # rows, tokens, position, length
+MOE, EXPERTS_SIZES = MoEConfig(8, 2), (256, 512)  # dim, ffn_dim
 
-        def seconds(choice: tuple[int, ...], rows: int) -> float:
-            table[key] = list(choice)  # noqa: B023
-            before = norm if normed else None  # noqa: B023
-            try:
-                return products_seconds(x.expand(1, rows, k).contiguous(), ws, before, halves == 2)  # noqa: B023
-            except Exception as e:  # a GPU with less shared memory
-                print(key, choice, e, file=sys.stderr)  # noqa: B023
-                return float("inf")
 
-        times = {choice: seconds(choice, 1) for choice in {guess, *CHOICES} if choice[0] % halves == 0}
-        fit = (c for c in sorted(times, key=times.get) if seconds(c, kernels.MAX_ROWS) < float("inf"))
-        found = next(fit, None)
-        if found is None:
-            del table[key]
-            continue
-        best[key] = table[key] = found
-        best_us, guess_us = (times[choice] / len(ws) * 1e6 for choice in (found, guess))
-        print(f"{key}: {found} takes {best_us:.1f} us, {guess} {guess_us:.1f}", file=sys.stderr)
-        whole = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-        whole.setdefault(torch.cuda.get_device_name(), {})[key] = found
-        TABLE.with_suffix(".tmp").write_text(json.dumps(whole, indent=1) + "\n")
-        TABLE.with_suffix(".tmp").replace(TABLE)
-    return {"best": best}
+def check(args: argparse.Namespace):
+    """Every Triton kernel against plain PyTorch, over odd and real sizes, in one type."""
+    device = pick_device(args.device)
+    if not kernels.triton_runs(device):
+        raise UsageError("Triton does not run here, so there is nothing to check")
+    checker = Checker(device, getattr(torch, args.precision))
+    checker.check_all()
+    print(json.dumps({"failed": checker.failed, "largest_errors": checker.largest_errors}))
+    if checker.failed:
+        sys.exit(1)
+
+
+class Checker:
+    """Compares the kernels with plain PyTorch on one device and in one type."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype, self.limit = device, dtype, LIMITS[dtype]
+        self.failed: dict[str, str] = {}  # what has an error above the limit, or raised an exception
+        self.largest_errors: dict[str, float] = {}  # of each operation
+
+    def check_all(self):
+        torch.manual_seed(0)
+        linears = LINEARS + REAL_LINEARS if self.dtype == torch.bfloat16 else LINEARS
+        for format, linear in product(CHECKED_FORMATS, linears):
+            self.attempt(self.check_linear, format, *linear)
+        for heads, window, cache in product(HEADS, WINDOWS, CACHES):
+            self.attempt(self.check_attend, heads, window, cache)
+        for format in CHECKED_FORMATS:
+            self.attempt(self.check_experts, format)
+        self.attempt(self.check_route)
+        self.attempt(self.check_multinomial)
+        if self.dtype == torch.float32 and self.device.type == "cuda":  # elsewhere Triton's steps are not recorded
+            self.attempt(self.check_recorded_steps, None)
+            self.attempt(self.check_recorded_steps, MOE)
+
+    def attempt(self, check: Callable, *args):
+        """After an exception the other checks go on."""
+        try:
+            check(*args)
+        except Exception as e:
+            self.failed[f"{check.__name__}{args}"] = f"{type(e).__name__}: {str(e)[:400]}"
+
+    def compare(self, case: str, ours: Tensor, expected: Tensor, limit: float):
+        """case begins with the operation's name."""
+        error = (ours.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+        if not error <= limit:  # NaN is not
+            self.failed[case] = f"error {error:.1e}"
+        operation = case.split()[0]
+        self.largest_errors[operation] = max(self.largest_errors.get(operation, 0.0), error.item())
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def check_linear(self, format: Format, n_out: int, n_in: int, row_counts: tuple[int, ...]):
+        w = random_linear((n_out, n_in), format, self.device, self.dtype)
+        matrix, expected = w.matrix(torch.float32).double(), w.matrix(self.dtype)
+        kernels.pack_for_triton([w])
+        size = f"{format.name or 'dense'} {n_out}x{n_in}"
+        self.compare(f"dequantize {size}", w.matrix(self.dtype), expected, self.limit)
+        # Into float32 nothing is rounded; but 16-bit kernels take int4's offset off the sum at the end
+        exact_limit = 1e-4 if isinstance(format, Int4) and self.dtype != torch.float32 else 1e-5
+        norm = random_norm(n_in, self.device, self.dtype)
+        for n_rows in row_counts:
+            details = f"{size} of {n_rows} rows"
+            x, residual = self.randn(1, n_rows, n_in), self.randn(1, n_rows, n_out)
+            y = F.linear(x.double(), matrix)
+            self.compare(f"float32_linear {details}", kernels.linear(x, w, out_dtype=torch.float32), y, exact_limit)
+            y = F.linear(reference.rms_norm(x.double(), norm.weight.double(), norm.eps), matrix)
+            self.compare(f"linear {details}", kernels.linear(x, w, norm, residual), y + residual.double(), self.limit)
+            y = reference.glu(y, "silu")
+            self.compare(f"silu_linear {details}", kernels.linear(x, w, norm, activation="silu"), y, 2 * self.limit)
+
+    def check_attend(self, heads: tuple[int, int, int], window: int, cache: tuple[int, int, int, int]):
+        """The output, and both caches whole, in which nothing may have changed but the new tokens' places."""
+        (n_heads, n_kv_heads, head_dim), (batch, n_tokens, position, length) = heads, cache
+        rope = rope_table(ModelConfig(256, 1, n_heads, n_kv_heads, head_dim, 64, 64, length), length).to(self.device)
+        qkv = self.randn(batch, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
+        k, v = self.randn(2, batch, n_kv_heads, length, head_dim)
+        positions = position - 7 * torch.arange(batch, device=self.device)  # each row has its own
+        norms = [None, None]
+        if head_dim == 40:
+            norms = [random_norm(head_dim, self.device, self.dtype) for _ in range(2)]
+
+        def attend(backend: str, dtype: torch.dtype) -> Tensor:
+            layer_cache = LayerCache(k.to(dtype, copy=True), v.to(dtype, copy=True), rope)
+            y = kernels.attend(qkv.to(dtype), layer_cache, positions, n_heads, backend, window, *norms)
+            return torch.cat([t.flatten() for t in (y, layer_cache.k, layer_cache.v)])
+
+        case = f"attend {n_heads}/{n_kv_heads}/{head_dim} window {window}, {batch}x{n_tokens} tokens from {position} on"
+        self.compare(case, attend("triton", self.dtype), attend("torch", torch.float64), 2 * self.limit)
+
+    def check_experts(self, format: Format):
+        E, (dim, ffn_dim) = MOE.n_experts, EXPERTS_SIZES
+        gate_up = random_linear((E, 2 * ffn_dim, dim), format, self.device, self.dtype, ExpertsGateUp)
+        down = random_linear((E, dim, ffn_dim), format, self.device, self.dtype, ExpertsDown)
+        x, residual, norm = self.randn(1, 3, dim), self.randn(1, 3, dim), random_norm(dim, self.device, self.dtype)
+        topk_weights, topk_ids = reference.route(torch.randn(1, 3, E, device=self.device), MOE.top_k, True)
+        hidden = gate_up(x, topk_ids, norm, "silu")
+        y = down(hidden, topk_ids, topk_weights, residual)
+        kernels.pack_for_triton([gate_up, down])
+        name, limit = format.name or "dense", 2 * self.limit
+        self.compare(f"experts_gate_up {name}", gate_up(x, topk_ids, norm, "silu"), hidden, limit)
+        self.compare(f"experts_down {name}", down(hidden, topk_ids, topk_weights, residual), y, limit)
+
+    def check_route(self):
+        logits = torch.randn(1, 3, MOE.n_experts, device=self.device)
+        for normalize in (False, True):
+            weights, ids = reference.route(logits, MOE.top_k, normalize)
+            our_weights, our_ids = kernels.route(logits, MOE.top_k, normalize, "triton")
+            self.compare(f"topk_weights normalized: {normalize}", our_weights, weights, 1e-5)
+            self.compare(f"topk_ids normalized: {normalize}", our_ids, ids, 0)
+
+    def check_multinomial(self):
+        """How often each token is drawn. Not one of our kernels, but on a GPU it takes a way of its own."""
+        chances = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2], device=self.device)
+        counts = multinomial(chances.expand(100_000, 5)).bincount(minlength=5)
+        self.compare("multinomial", counts / 100_000, chances, 0.02)
+
+    def check_recorded_steps(self, moe: MoEConfig | None):
+        """A whole model's greedy tokens, with kernels and recorded steps, and without both."""
+        config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, moe=moe)
+        tokens = []
+        for use_kernels in (True, False):
+            torch.manual_seed(0)
+            model = random_model(config, Int8(), self.device, self.dtype)
+            if use_kernels:
+                kernels.enable(model)
+            steps = build_steps(model, KVCache(model, 1, 64), Sampling(), compile=use_kernels)
+            prompt = torch.arange(1, 12, device=self.device)[None]
+            tokens.append(torch.tensor(list(generate(steps, prompt, 0, 40))))
+        self.compare(f"recorded_steps moe: {moe}", *tokens, limit=0)
+
+
+def random_norm(dim: int, device: torch.device, dtype: torch.dtype) -> RMSNorm:
+    norm = RMSNorm(dim, eps=1e-5).to(device, dtype)
+    norm.weight.uniform_()
+    return norm
+
+
+# ---- Tuning ----------------------------------------------------------------------------------------------------------
+
+# Besides the guess: tiles, num_warps, depth, num_stages of a TileConfig
+LAUNCHES = [(1, 4, 2, 3), (2, 4, 2, 3), (1, 8, 1, 3), (1, 8, 2, 3), (2, 8, 1, 3), (2, 2, 4, 3), (2, 4, 1, 4)]
+
+
+def tune(config: ModelConfig, format: Format, device: torch.device):
+    """Finds the fastest launches of the kernels' products for a model whose linears are in format, in some minutes.
+    They go into kernels/triton.json, where the kernels find them from then on."""
+    if device.type != "cuda" or not kernels.triton_runs(device):
+        raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
+    tune_products(config, format, device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def tune_products(config: ModelConfig, format: Format, device: torch.device):
+    linears = empty_model(replace(config, n_layers=1), None).linears()
+    for n, k, gated in {(w.n_out, w.n_in, name.endswith("gate_up_proj")) for name, w in linears}:
+        tune_product(n, k, gated, format, device)
+
+
+def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.device):
+    """Of the guess and LAUNCHES, writes down the fastest for W [n, k] that also works with the most rows of x. gated: W
+    is a gate and an up projection, with the activation."""
+    from kernels.triton_linear import choose_tiles, gpu_of, table_key  # Triton is installed only where there is a GPU
+
+    weights = [random_linear((n, k), format, device, torch.bfloat16)]
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):  # so that none is in the cache when it is needed
+        weights.append(random_linear((n, k), format, device, torch.bfloat16))
+    kernels.pack_for_triton(weights)
+    bits, group_size = 8 * weights[0].weight.element_size(), k
+    if isinstance(format, Int4):
+        bits, group_size = 4, format.group_size
+    x = torch.randn(1, kernels.MAX_ROWS, k, device=device, dtype=torch.bfloat16)
+    tuned = gpu_of(x.device).tuned  # choose_tiles looks into it
+    key = table_key(bits, n, k, gated, group_size)
+    tuned.pop(key, None)
+    guess = tuple(choose_tiles(x, bits, n, gated, group_size))
+
+    def microseconds(launch: tuple[int, ...], n_rows: int) -> float:
+        tuned[key] = list(launch)
+        try:
+            return time_products(x[:, :n_rows], weights, gated)
+        except Exception as e:  # a GPU with less shared memory than it takes
+            print(f"{key}: {launch} does not run: {e}", file=sys.stderr)
+            return math.inf
+
+    possible = [launch for launch in dict.fromkeys([guess, *LAUNCHES]) if launch[0] % 2 == 0 or not gated]
+    times = {launch: microseconds(launch, n_rows=1) for launch in possible}
+    for launch in sorted(times, key=times.get):
+        if times[launch] < math.inf and microseconds(launch, n_rows=kernels.MAX_ROWS) < math.inf:
+            print(f"{key}: {launch} takes {times[launch]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
+            write_launch(key, launch)
+            return
+    del tuned[key]
 
 
 @torch.inference_mode()
-def products_seconds(x: Tensor, ws: list[Linear], norm: RMSNorm | None, swiglu: bool) -> float:
-    """The device's seconds for the products of x with all of ws, as a graph: the median of five."""
-    for w in ws[:1] + ws:  # the first compiles
-        kernels.linear(x, w, norm, swiglu=swiglu)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for w in ws:
-            kernels.linear(x, w, norm, swiglu=swiglu)
-    return statistics.median(timed(graph.replay) for _ in range(5))
+def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
+    """The device's microseconds for the product of x with one of the weights."""
+    from triton.testing import do_bench_cudagraph
+
+    norm = random_norm(x.shape[-1], x.device, x.dtype)
+
+    def multiply():
+        for w in weights:
+            kernels.linear(x, w, norm, activation="silu" if gated else None)
+
+    return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
 
 
-if __name__ == "__main__":
-    run(main)
+def write_launch(key: str, launch: tuple[int, ...]):
+    """Puts one launch for this GPU into triton.json, which is whole at any time."""
+    from kernels.triton_linear import TUNED
+
+    table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    table.setdefault(torch.cuda.get_device_name(), {})[key] = launch
+    temporary = Path(f"{TUNED}.tmp")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    os.replace(temporary, TUNED)

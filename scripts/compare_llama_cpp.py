@@ -4,54 +4,108 @@
     python scripts/compare_llama_cpp.py --config TinyLlama-1.1B     # or a config.json: random weights, no download
     python scripts/compare_llama_cpp.py --gguf model.gguf --json result.json --plot result.png
 
-The weights become a bfloat16 model.pth and both sides' files are made from it: ours as quantize.py does, theirs by
-llama.cpp's quantizer with its usual mixtures of types. All take five times the space of model.pth, in $TMPDIR. The two
-sides of a pair are a process each, llama.cpp's without PyTorch, which load their files, warm up and then wait for their
-turns: a round measures memory's read bandwidth, then how both decode and how both read a prompt, one right after the
-other, since bandwidth may change from second to second; in every second round theirs come first. Both decode greedily;
-llama.cpp's settings are its defaults. Bytes per token: the weights that a decode step reads, and the keys and values of
-the tokens in the cache.
+The weights become a bfloat16 model.pth, and both sides' files are made from it: ours as quantize.py does, theirs by
+llama.cpp's quantizer with its usual mixtures of types. All take five times the space of model.pth, in $TMPDIR.
+
+The two sides of a pair are a process each, which waits for its turns. A round measures memory's read bandwidth, then
+how both decode and how both read a prompt, one right after the other, since bandwidth may change from second to second;
+in every second round theirs come first. Both decode greedily; llama.cpp's settings are its defaults. Bytes per token:
+the weights that a decode step reads, and the keys and values of the tokens in the cache.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cli
+
+if __name__ == "__main__":
+    cli.exit_on_interrupt()
+
 import argparse
-import contextlib
-import datetime
 import importlib.metadata
 import importlib.util
-import inspect
 import json
+import logging
+import multiprocessing
 import os
 import platform
 import re
-import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 from statistics import median
 
+import tables
 import torch
+from benchmark_speed import CONFIGS, named_config, save_random_checkpoint
+from convert_hf_checkpoint import sources_of
+from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark import CONFIGS, ROOT, named_config, random_weights, shapes
-from convert_hf_checkpoint import parts_of
+from checkpoint import read_checkpoint
+from config import ModelConfig, UsageError
+from generate import generate
+from kernels import cpu
+from kernels.formats import Int4, Int8, Tensors
+from loading import load_model
+from machine import read_bandwidth
+from model import KVCache, rope_frequencies
+from quantize import linear_weights, quantize_each, write
+from sampling import Sampling
+from steps import build_steps
 
-import kernels
-from checkpoint import read_checkpoint, run, save_checkpoint
-from generate import load_model, read_bandwidth
-from model import UsageError, rope_frequencies
-from quantize import linear_weights, quantize_plain, write
-
-OURS = {"int8": {"mode": "int8"}, "int4.g32": {"mode": "int4", "groupsize": 32}}  # besides bf16
+OOM_HINT = "end other programs, or compare a smaller model"
+OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
 THEIRS = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # besides BF16; llama.cpp's numbers of file types
 PAIRS = [("bf16", "BF16"), ("int8", "Q8_0"), ("int4.g32", "Q4_0"), ("int4.g32", "Q4_1"), ("int4.g32", "Q4_K_M")]
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
+PAUSE = 0.1  # seconds until the other side's threads, which wait for more work, have given up
 CPU = torch.device("cpu")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    cpu.build()  # now, or the first round would; says so if it cannot
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(args.config, args.gguf, folder / "bf16.pth")
+        make_ours(folder)
+        write_gguf(folder / "bf16.pth", folder / "BF16.gguf")
+        with new_process() as process:
+            system_info = answer(process.submit(make_theirs, str(folder), args.threads))
+        sizes = bytes_per_token(folder, ["BF16", *THEIRS])
+        os.sync()  # or what is still on its way to the disk would take its share of the bandwidth
+        with tqdm(total=len(PAIRS) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:
+            rounds = [measure(folder, pair, sizes, args.rounds, args.threads, bar) for pair in PAIRS]
+    result = {
+        "model": args.config or args.gguf.name,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
+        "llama_cpp_system_info": system_info,
+        "prompt_decode_prefill_tokens": (PROMPT, STEPS, PREFILL),
+        "pairs": [summarize(pair, of_pair, sizes) for pair, of_pair in zip(PAIRS, rounds, strict=True)],
+        "rounds": rounds,
+    }
+    print(f"{args.threads} of {os.cpu_count()} cores of {result['cpu']}; medians of {args.rounds} rounds")
+    print(tables.table("llama_cpp", result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        plot(result, args.plot)
+
+
+def parse_args() -> argparse.Namespace:
+    p = cli.make_parser(__doc__)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a llama-architecture GGUF file")
@@ -62,271 +116,254 @@ def main():
     args = p.parse_args()
     if args.rounds < 1 or args.threads < 1:
         raise UsageError("--rounds and --threads must be at least 1")
-    for out in filter(None, (args.json, args.plot)):
-        if out.is_dir() or not out.absolute().parent.is_dir():
+    for out in (args.json, args.plot):
+        if out and (out.is_dir() or not out.absolute().parent.is_dir()):
             raise UsageError(f"{out} must be a file in a folder that exists")
-    for package in ["llama_cpp", "gguf"] + ["matplotlib"] * bool(args.plot):
+    for package in ("llama_cpp", "gguf", "matplotlib"):
+        if package == "matplotlib" and not args.plot:
+            continue
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"{package} is missing; pip install llama-cpp-python gguf matplotlib")
-    torch.set_num_threads(args.threads)
-    kernels.build()  # now, or the first run would; says so if it cannot
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        make_model(args, folder / "bf16.pth")
-        make_ours(folder)
-        write_gguf(folder / "bf16.pth", folder / "BF16.gguf")
-        with apart("quantize", str(folder), THEIRS, args.threads) as quantizer:
-            system_info = answer(quantizer)
-        sizes = bytes_per_token(folder)
-        os.sync()  # or what is still on its way to the disk would take its share of the bandwidth
-        bar = tqdm(total=len(PAIRS) * args.rounds, desc="measure", disable=None, leave=False)
-        pairs = [measure(folder, names, sizes, args, bar) for names in PAIRS]
-    result = {
-        "model": args.config or args.gguf.name,
-        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "date": str(datetime.date.today()),
-        "torch": torch.__version__, "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
-        "llama_cpp_system_info": system_info, "prompt_decode_prefill_tokens": (PROMPT, STEPS, PREFILL),
-        "pairs": [summarize(*both, sizes) for both in zip(PAIRS, pairs, strict=True)], "rounds": pairs,
-    }  # fmt: skip
-    print(table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.plot:
-        plot(result, args.plot)
+    return args
 
 
-def make_model(args: argparse.Namespace, path: Path):
-    """Writes the weights to compare with to path. Raises UsageError if llama.cpp could not do the same with them."""
-    if args.gguf:
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+# ---- Both sides' files -----------------------------------------------------------------------------------------------
+
+
+def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
+    """Writes the weights to compare with to path: random ones for config_name, or those of gguf_file. Raises UsageError
+    if llama.cpp could not do the same with them."""
+    if gguf_file:
         from convert_gguf import convert_gguf
 
-        convert_gguf(args.gguf, path.parent, torch.bfloat16)
+        convert_gguf(gguf_file, path.parent, torch.bfloat16)
         config = read_checkpoint(path.with_name("model.pth").rename(path))[0]
+        check_comparable(config)
     else:
-        config = named_config(args.config)
+        config = named_config(config_name)
+        check_comparable(config)
+        save_random_checkpoint(path, config, torch.bfloat16)
+
+
+def check_comparable(config: ModelConfig):
     widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
-    if config.moe or config.qk_norm or any(n % 32 for n in widths):
+    if config.moe or config.qk_norm or any(width % 32 for width in widths):
         raise UsageError("only dense models without q/k norm, of widths that are multiples of 32, can be compared")
     if min(config.max_seq_len, config.sliding_window or PREFILL) < PREFILL:
         raise UsageError(f"the model's context, or its sliding window, is below the {PREFILL} tokens of a prefill")
-    if args.config:
-        torch.manual_seed(1234)
-        table = {name: (shape, torch.bfloat16) for name, shape in shapes(config).items()}
-        save_checkpoint(path, config, table, random_weights(config, CPU, torch.bfloat16))
 
 
 def make_ours(folder: Path):
-    config, _, tensors = read_checkpoint(folder / "bf16.pth")
-    weights = linear_weights(folder / "bf16.pth", config, tensors)
-    for name, kind in OURS.items():
-        parts = ((n, quantize_plain(n, w, kind["mode"], kind.get("groupsize"))) for n, w in weights.items())
-        write(folder / f"{name}.pth", config, tensors, weights, parts, kind)
+    """bf16.pth in our other formats, as quantize.py makes them."""
+    source = folder / "bf16.pth"
+    config, _, tensors = read_checkpoint(source)
+    weights = linear_weights(source, config, tensors)
+    for name, format in OURS.items():
+        quantized = quantize_each(weights, format.quantize)
+        write(folder / f"{name}.pth", config, tensors, weights, quantized, format)
 
 
 def write_gguf(source: Path, target: Path):
-    """A checkpoint of bfloat16 weights as a GGUF file without a tokenizer. As llama.cpp wants it, vectors are float32
-    and the rows of q and k in Meta's RoPE order, pairs side by side; a tied head is the embedding."""
-    import gguf
-    from convert_gguf import NAMES
+    """A checkpoint of bfloat16 weights as a GGUF file without a tokenizer. A tied head is the embedding there, too."""
+    import gguf  # which parse_args has found
 
     config, _, tensors = read_checkpoint(source)
-    theirs = {hf: name for name, hf in NAMES.items()}
     out = gguf.GGUFWriter(target, "llama")
-    fields = {
-        "tokenizer_model": "no_vocab", "vocab_size": config.vocab_size,
-        "context_length": config.max_seq_len, "embedding_length": config.dim, "block_count": config.n_layers,
-        "feed_forward_length": config.ffn_dim, "head_count": config.n_heads, "head_count_kv": config.n_kv_heads,
-        "key_length": config.head_dim, "value_length": config.head_dim, "rope_dimension_count": config.head_dim,
-        "rope_freq_base": config.rope_theta, "layer_norm_rms_eps": config.norm_eps,
-    }  # fmt: skip
-    for field, value in fields.items():
-        getattr(out, f"add_{field}")(value)
+    out.add_tokenizer_model("no_vocab")
+    out.add_vocab_size(config.vocab_size)
+    out.add_context_length(config.max_seq_len)
+    out.add_embedding_length(config.dim)
+    out.add_block_count(config.n_layers)
+    out.add_feed_forward_length(config.ffn_dim)
+    out.add_head_count(config.n_heads)
+    out.add_head_count_kv(config.n_kv_heads)
+    out.add_key_length(config.head_dim)
+    out.add_value_length(config.head_dim)
+    out.add_rope_dimension_count(config.head_dim)
+    out.add_rope_freq_base(config.rope_theta)
+    out.add_layer_norm_rms_eps(config.norm_eps)
     if config.rope_scaling:  # as what each frequency is divided by
         divisors = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
         out.add_tensor("rope_freqs.weight", divisors.numpy())
-    for ours, tensor in tensors.items():
-        parts = list(parts_of(ours, tensor, config))
-        for (name, _), t in zip(parts, tensor.split([rows for _, (rows, *_) in parts]), strict=True):
-            layer, stem, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-            if stem in ("self_attn.q_proj", "self_attn.k_proj"):
-                t = t.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).reshape(t.shape)
-            name = (f"blk.{layer}." if layer else "") + f"{theirs[stem]}.{kind}"
-            if t.dim() == 1:
-                out.add_tensor(name, t.float().numpy())
-            else:
-                out.add_tensor(name, t.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    for name, tensor in their_tensors(tensors, config):
+        if tensor.dim() == 1:
+            out.add_tensor(name, tensor.float().numpy())
+        else:
+            bfloat16 = tensor.contiguous().view(torch.uint8).numpy()
+            out.add_tensor(name, bfloat16, raw_dtype=gguf.GGMLQuantizationType.BF16)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
 
 
-def bytes_per_token(folder: Path) -> dict[str, int]:
-    """Of each file, what a decode step reads, on average. The cache holds 16-bit numbers on both sides."""
+def their_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """llama.cpp's tensors, of which ours are made. Their rows of q and k are in the order of Meta's RoPE: i and i + D/2
+    side by side."""
+    from convert_gguf import HF_NAMES
+
+    gguf_names = {hf_name: gguf_name for gguf_name, hf_name in HF_NAMES.items()}
+    for name, tensor in tensors.items():
+        sources = sources_of(name, tensor.shape, config)
+        pieces = tensor.split([shape[0] for shape in sources.values()])
+        for source, piece in zip(sources, pieces, strict=True):
+            layer, module, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", source).groups()
+            if module in ("self_attn.q_proj", "self_attn.k_proj"):
+                halves = piece.unflatten(0, (-1, 2, config.head_dim // 2))  # [heads, 2, D/2, ...]
+                piece = halves.transpose(1, 2).reshape(piece.shape)
+            prefix = f"blk.{layer}." if layer else ""
+            yield f"{prefix}{gguf_names[module]}.{kind}", piece
+
+
+def bytes_per_token(folder: Path, theirs: list[str]) -> dict[str, int]:
+    """What a decode step reads on average, for each file by name. The cache holds 16-bit numbers on both sides."""
     from convert_gguf import read_gguf
 
-    config, sizes = read_checkpoint(folder / "bf16.pth")[0], {}
+    config = read_checkpoint(folder / "bf16.pth")[0]
+    sizes = {}
     for name in ("bf16", *OURS):
-        sizes[name] = load_model(folder / f"{name}.pth", CPU, torch.bfloat16, fast=False).step_bytes()
-    for name in ("BF16", *THEIRS):
-        tensors = {key: data.nbytes for key, (_, data) in read_gguf(folder / f"{name}.gguf")[1].items()}
-        sizes[name] = sum(tensors.values()) - ("output.weight" in tensors) * tensors["token_embd.weight"]
-    cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * (2 * PROMPT + STEPS + 1) // 2
+        sizes[name] = load_model(folder / f"{name}.pth", CPU, torch.bfloat16, kernels=False).step_bytes()
+    for name in theirs:
+        _, tensors = read_gguf(folder / f"{name}.gguf")
+        sizes[name] = sum(tensor.data.nbytes for tensor in tensors.values())
+        if "output.weight" in tensors:  # then of the embedding a step reads one row
+            sizes[name] -= tensors["token_embd.weight"].data.nbytes
+    tokens_in_cache = PROMPT + (STEPS + 1) / 2
+    cache = round(4 * config.n_layers * config.n_kv_heads * config.head_dim * tokens_in_cache)
     return {name: size + cache for name, size in sizes.items()}
 
 
-def apart(function: str, *args) -> subprocess.Popen:
-    """A new process that calls one of CHILD's functions, knowing nothing else of this file. Leaving it as a context
-    closes its standard input and waits for its end."""
-    command, log = [sys.executable, "-c", f"{CHILD}\n{function}(*{args!r})"], tempfile.TemporaryFile("w+")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-    process = subprocess.Popen(command, **pipes, text=True, bufsize=1, cwd=ROOT)
-    process.stderr = log  # for answer, when something goes wrong
-    return process
+def make_theirs(folder: str, threads: int) -> str:
+    """BF16.gguf in llama.cpp's other formats. Returns llama.cpp's description of its build."""
+    import llama_cpp
 
-
-def answer(process: subprocess.Popen, question: str | None = None):
-    """The next thing that process prints, after question if there is one."""
-    with contextlib.suppress(BrokenPipeError):
-        if question:
-            print(question, file=process.stdin)
-        if line := process.stdout.readline():
-            return json.loads(line)
-    status = process.wait()
-    process.stderr.seek(0)
-    print(*process.stderr.read().splitlines()[-10:], sep="\n", file=sys.stderr)
-    raise UsageError(f"{process.args[-1].splitlines()[-1]} failed with status {status}; the last that it said is above")
-
-
-def serve(file: str, threads: int, n_prompt: int, n_steps: int, n_prefill: int):
-    """Says "ready", then for every "prefill" or "decode" on standard input tokens per second, of either side's file."""
-    import json
-    import sys
-    import time
-
-    generate = (our_generate if file.endswith(".pth") else llama_cpp_generate)(file, threads, n_prefill)
-
-    def seconds(n_tokens: int, n_new: int) -> tuple[float, float]:  # of the prompt and of the steps after it
-        times = [time.perf_counter()]
-        for _ in generate([i % 64 for i in range(n_tokens)], n_new):
-            times.append(time.perf_counter())
-        return times[1] - times[0], times[-1] - times[1]
-
-    seconds(n_prefill, 1), seconds(n_prompt, 9)  # warm-up
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        time.sleep(0.1)  # until the other side's threads, which wait for more work, have given up
-        prefill = line.strip() == "prefill"
-        rate = n_prefill / seconds(n_prefill, 1)[0] if prefill else n_steps / seconds(n_prompt, n_steps + 1)[1]
-        print(json.dumps(rate), flush=True)
-
-
-def our_generate(file: str, threads: int, room: int):
-    from pathlib import Path
-
-    import torch
-
-    from generate import build_steps, generate, load_model
-
-    torch.set_num_threads(threads)
-    model = load_model(Path(file), torch.device("cpu"), torch.bfloat16)
-    model.setup_caches(1, room)
-    steps = build_steps(model, {"temperature": 0}, False, False)
-    return lambda tokens, n: generate(*steps, torch.tensor([tokens]), 0, n)
-
-
-def llama_cpp_generate(file: str, threads: int, room: int):
-    import llama_cpp as lib
-    import numpy as np
-
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0  # a build for a GPU leaves it alone
-    model = lib.llama_model_load_from_file(file.encode(), params)
-    assert model
-    params = lib.llama_context_default_params()
-    params.n_ctx = params.n_batch = room
-    params.n_threads = params.n_threads_batch = threads
-    params.offload_kqv = params.op_offload = False
-    context = lib.llama_init_from_model(model, params)
-    n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-
-    def generate(tokens: list[int], n: int):
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        for _ in range(n):
-            array = (lib.llama_token * len(tokens))(*tokens)
-            assert lib.llama_decode(context, lib.llama_batch_get_one(array, len(tokens))) == 0
-            tokens = [int(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (n_vocab,)).argmax())]
-            yield tokens
-
-    return generate
-
-
-def quantize(folder: str, kinds: dict[str, int], threads: int):
-    """Makes files of kinds from BF16.gguf; prints llama.cpp's description of its build."""
-    import json
-
-    import llama_cpp as lib
-
-    params = lib.llama_model_quantize_default_params()
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = threads
-    for name, params.ftype in kinds.items():
-        files = f"{folder}/BF16.gguf".encode(), f"{folder}/{name}.gguf".encode()
-        assert lib.llama_model_quantize(*files, params) == 0
-    print(json.dumps(lib.llama_print_system_info().decode()), flush=True)
+    for name, number in THEIRS.items():
+        params.ftype = number
+        source, target = f"{folder}/BF16.gguf", f"{folder}/{name}.gguf"
+        if llama_cpp.llama_model_quantize(source.encode(), target.encode(), params) != 0:
+            raise UsageError(f"llama.cpp cannot make {target}")
+    return llama_cpp.llama_print_system_info().decode()
 
 
-CHILD = "\n".join(map(inspect.getsource, (serve, our_generate, llama_cpp_generate, quantize)))
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, names: tuple[str, str], sizes: dict[str, int], args: argparse.Namespace, bar: tqdm):
-    """Of every round with the two files called names, memory's read bandwidth and what ours and theirs do."""
-    files, rounds = {"ours": f"{names[0]}.pth", "theirs": f"{names[1]}.gguf"}, []
-    settings = args.threads, PROMPT, STEPS, PREFILL
-    with contextlib.ExitStack() as stack:
-        sides = {side: stack.enter_context(apart("serve", str(folder / f), *settings)) for side, f in files.items()}
-        for process in sides.values():
-            answer(process)
-        for i in range(args.rounds):
+def measure(
+    folder: Path, pair: tuple[str, str], sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm
+) -> list[dict]:
+    """Of every round with the two files of a pair, memory's read bandwidth and what ours and theirs do."""
+    names = dict(zip(("ours", "theirs"), pair, strict=True))
+    files = {"ours": folder / f"{pair[0]}.pth", "theirs": folder / f"{pair[1]}.gguf"}
+    order, rounds = ["ours", "theirs"], []
+    with new_process() as our_process, new_process() as their_process:
+        processes = {"ours": our_process, "theirs": their_process}
+        for _ in range(n_rounds + 1):
             result = {"read_bytes_per_sec": read_bandwidth(CPU), "ours": {}, "theirs": {}}
-            for what in ("decode", "prefill"):
-                for side in list(sides)[:: 1 if i % 2 == 0 else -1]:
-                    result[side][what] = answer(sides[side], what)
-            for side, name in zip(sides, names, strict=True):
+            for task in ("decode", "prefill"):
+                for side in order:
+                    arguments = LOADERS[side], str(files[side]), threads, task
+                    result[side][task] = answer(processes[side].submit(tokens_per_second, *arguments))
+            for side, name in names.items():
                 result[side]["share_of_read"] = result[side]["decode"] * sizes[name] / result["read_bytes_per_sec"]
             rounds.append(result)
+            order.reverse()
             bar.update()
-    return rounds
+    return rounds[1:]  # the first loads the files and warms up
 
 
-def summarize(names: tuple[str, str], rounds: list[dict], sizes: dict[str, int]) -> dict:
-    """Of what measure() gave for the files called names, medians, and those of the rounds' ratios of ours to theirs."""
+def new_process() -> ProcessPoolExecutor:
+    """A process that does one thing after the other. It imports PyTorch; but llama.cpp's calls nothing of it, so that
+    PyTorch starts no threads there."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=cli.exit_on_interrupt)
+
+
+def answer(future: Future):
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise UsageError(f"a process was killed; {OOM_HINT}") from None
+
+
+def tokens_per_second(load: Callable, file: str, threads: int, task: str) -> float:
+    """Of "prefill", which takes PREFILL tokens, or of "decode", which takes STEPS after PROMPT tokens. load is one of
+    LOADERS, which reads the file when it is called first."""
+    generate_greedily = load(file, threads)
+    time.sleep(PAUSE)
+    n_prompt, n_new = (PREFILL, 1) if task == "prefill" else (PROMPT, 1 + STEPS)
+    times = [time.perf_counter()]
+    for _ in generate_greedily([i % 64 for i in range(n_prompt)], n_new):
+        times.append(time.perf_counter())
+    return PREFILL / (times[1] - times[0]) if task == "prefill" else STEPS / (times[-1] - times[1])
+
+
+@cache
+def our_generate(file: str, threads: int) -> Callable[[list[int], int], Iterator]:
+    """The function (prompt, n) -> an iterator that takes a step for each of n new tokens."""
+    torch.set_num_threads(threads)
+    model = load_model(Path(file), CPU, torch.bfloat16)
+    steps = build_steps(model, KVCache(model, 1, PREFILL), Sampling())
+
+    def generate_greedily(prompt: list[int], n: int) -> Iterator:
+        return generate(steps, torch.tensor([prompt]), 0, n)
+
+    return generate_greedily
+
+
+@cache
+def llama_cpp_generate(file: str, threads: int) -> Callable[[list[int], int], Iterator]:
+    """The same by llama.cpp."""
+    import llama_cpp
+    import numpy as np
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.n_gpu_layers = 0  # a build for a GPU leaves it alone
+    model = llama_cpp.llama_model_load_from_file(file.encode(), model_params)
+    if not model:
+        raise UsageError(f"llama.cpp does not load {file}")
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = PREFILL
+    params.n_threads = params.n_threads_batch = threads
+    params.offload_kqv = params.op_offload = False
+    context = llama_cpp.llama_init_from_model(model, params)
+    vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def generate_greedily(prompt: list[int], n: int) -> Iterator:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        tokens = prompt
+        for _ in range(n):
+            array = (llama_cpp.llama_token * len(tokens))(*tokens)
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) != 0:
+                raise UsageError("llama.cpp cannot decode")
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocab_size,))
+            tokens = [int(logits.argmax())]
+            yield tokens
+
+    return generate_greedily
+
+
+LOADERS = {"ours": our_generate, "theirs": llama_cpp_generate}
+
+
+def summarize(pair: tuple[str, str], rounds: list[dict], sizes: dict[str, float]) -> dict:
+    """Of the rounds with the two files of a pair, medians, and those of the rounds' ratios of ours to theirs."""
     row = {"read_bytes_per_sec": median(r["read_bytes_per_sec"] for r in rounds)}
-    for side, name in zip(("ours", "theirs"), names, strict=True):
-        row[side] = {what: median(r[side][what] for r in rounds) for what in rounds[0][side]}
+    for side, name in zip(("ours", "theirs"), pair, strict=True):
+        row[side] = {key: median(r[side][key] for r in rounds) for key in rounds[0][side]}
         row[side] |= {"file": name, "bytes_per_token": sizes[name]}
-    for what in ("decode", "prefill"):
-        row[f"{what}_ratio"] = median(r["ours"][what] / r["theirs"][what] for r in rounds)
+    for key in ("decode", "prefill"):
+        row[f"{key}_ratio"] = median(r["ours"][key] / r["theirs"][key] for r in rounds)
     return row
-
-
-def table(result: dict) -> str:
-    n_rounds = len(result["rounds"][0])
-    reads = [r["read_bytes_per_sec"] / 1e9 for rounds in result["rounds"] for r in rounds]
-    lines = [
-        f"{result['model']}, {result['threads']} of {result['cores']} cores of {result['cpu']}, {result['date']}",
-        f"torch {result['torch']}, llama-cpp-python {result['llama_cpp_python']}; medians of {n_rounds} "
-        f"rounds; memory reads {min(reads):.1f} to {max(reads):.1f} GB/s",
-        "                     decode, tokens/s   MB per token   share of read  prefill, tokens/s",
-        "ours     theirs    ours  theirs  ratio   ours theirs   ours  theirs    ours  theirs  ratio",
-    ]
-    for row in result["pairs"]:
-        a, b = row["ours"], row["theirs"]
-        lines.append(
-            f"{a['file']:9}{b['file']:7}{a['decode']:7.1f}{b['decode']:8.1f}{row['decode_ratio']:7.2f}"
-            f"{a['bytes_per_token'] / 1e6:7.0f}{b['bytes_per_token'] / 1e6:7.0f}{a['share_of_read']:7.0%}"
-            f"{b['share_of_read']:8.0%}{a['prefill']:8.0f}{b['prefill']:8.0f}{row['prefill_ratio']:7.2f}"
-        )
-    return "\n".join(lines)
 
 
 def plot(result: dict, path: Path):
@@ -334,25 +371,20 @@ def plot(result: dict, path: Path):
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
+    rows = result["pairs"]
     for side, label, shift in (("ours", "this project", -0.2), ("theirs", "llama.cpp", 0.2)):
-        rows, at = result["pairs"], [i + shift for i in range(len(PAIRS))]
-        axes.bar_label(axes.bar(at, [row[side]["decode"] for row in rows], 0.38, label=label), fmt="%.0f")
+        x = [i + shift for i in range(len(rows))]
+        bars = axes.bar(x, [row[side]["decode"] for row in rows], 0.38, label=label)
+        axes.bar_label(bars, fmt="%.0f")
         limits = [row["read_bytes_per_sec"] / row[side]["bytes_per_token"] for row in rows]
-        bus = axes.bar(at, limits, 0.38, fill=False, edgecolor="gray", linestyle="--")
-    bus.set_label("bus limit: read bandwidth / bytes per token")
-    axes.set_xticks(range(len(PAIRS)), ["\n".join(files) for files in PAIRS])
+        limit_bars = axes.bar(x, limits, 0.38, fill=False, edgecolor="gray", linestyle="--")
+    limit_bars.set_label("bus limit: read bandwidth / bytes per token")
+    axes.set_xticks(range(len(rows)), [f"{row['ours']['file']}\n{row['theirs']['file']}" for row in rows])
     axes.set_ylabel("decode, tokens/s")
     axes.set_title(f"{result['model']}, {result['threads']} threads of {result['cpu']}, {result['date']}")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
 
 
-def cpu_name() -> str:
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 if __name__ == "__main__":
-    run(main)
+    cli.run(main, OOM_HINT)

@@ -1,61 +1,70 @@
-"""Hugging Face checkpoint folder, or karpathy's tinyllamas, to model.pth.
+"""A Hugging Face checkpoint's folder, or karpathy's tinyllamas, to model.pth.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B
 
 The folder holds config.json and safetensors or pytorch_model.bin, in one file or many; or one .pt of tinyllamas.
 """
 
-import argparse
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cli
+
+if __name__ == "__main__":
+    cli.exit_on_interrupt()
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import load_pickle, read_json, run, save_checkpoint
-from model import ModelConfig, Transformer, UsageError
+from checkpoint import is_table, load_pickle, read_json, save_checkpoint
+from config import ModelConfig, UsageError
+from model import Transformer
 
-# For each of our modules the ones it is made of, concatenated along the rows; {i} is the layer, {e} every expert.
+# For each of our modules those of Hugging Face's whose rows it is made of, one below the other
 TABLE = {
     "tok_embeddings": ["model.embed_tokens"],
     "norm": ["model.norm"],
     "output": ["lm_head"],
-    "layers.{i}.attention_norm": ["model.layers.{i}.input_layernorm"],
-    "layers.{i}.attention.wqkv": [f"model.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"],
-    "layers.{i}.attention.wo": ["model.layers.{i}.self_attn.o_proj"],
-    "layers.{i}.attention.q_norm": ["model.layers.{i}.self_attn.q_norm"],
-    "layers.{i}.attention.k_norm": ["model.layers.{i}.self_attn.k_norm"],
-    "layers.{i}.ffn_norm": ["model.layers.{i}.post_attention_layernorm"],
-    "layers.{i}.feed_forward.w13": [f"model.layers.{{i}}.mlp.{x}_proj" for x in ("gate", "up")],
-    "layers.{i}.feed_forward.w2": ["model.layers.{i}.mlp.down_proj"],
-    "layers.{i}.feed_forward.gate": ["model.layers.{i}.mlp.gate"],
-    "layers.{i}.feed_forward.experts.w13": [f"model.layers.{{i}}.mlp.experts.{{e}}.{x}_proj" for x in ("gate", "up")],
-    "layers.{i}.feed_forward.experts.w2": ["model.layers.{i}.mlp.experts.{e}.down_proj"],
+    # of a layer, after "layers.3." and "model.layers.3."
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.o_proj": ["self_attn.o_proj"],
+    "attention.q_norm": ["self_attn.q_norm"],
+    "attention.k_norm": ["self_attn.k_norm"],
+    "ffn_norm": ["post_attention_layernorm"],
+    "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    "feed_forward.down_proj": ["mlp.down_proj"],
 }
-MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
-META = {
-    "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
-}  # fmt: skip
-UNUSED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")
+# The same where the feed-forward is a mixture of experts. {e} is the expert: ours holds all of them.
+MOE_TABLE = TABLE | {
+    "feed_forward.router": ["mlp.gate"],
+    "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
+    "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
+}
 
-Tensors = dict[str, torch.Tensor]
+# Other names of the same modules, in pieces, each with the one that stands in the tables
+FEED_FORWARD_NAMES = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+MIXTRAL_NAMES = FEED_FORWARD_NAMES | {".block_sparse_moe.": ".mlp."}
+META_NAMES = FEED_FORWARD_NAMES | {
+    "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
+    ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
+}  # fmt: skip
+UNUSED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables that some checkpoints hold, and we compute
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Tensors = dict[str, Tensor]
+Reader = Callable[[str], Tensor]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
     folder = parser.parse_args().checkpoint_dir
     convert_folder(folder)
@@ -70,97 +79,143 @@ def convert_folder(folder: Path):
         config = ModelConfig.from_hf(read_json(folder / "config.json"), generation)
         convert(folder / "model.pth", config, read_folder(folder))
     else:
-        convert(folder / "model.pth", *read_tinyllamas(folder))
+        config, tensors, read = read_tinyllamas(folder)
+        convert(folder / "model.pth", config, tensors, read)
 
 
-def convert(path: Path, config: ModelConfig, tensors: Tensors, read: Callable[[str], torch.Tensor] | None = None):
-    """Writes model.pth from tensors named as Hugging Face does. With read, they are only looked at for shape and dtype,
-    and read(name) gives the data. One of ours is made at a time. Raises UsageError naming a tensor that is missing,
-    left over, of the wrong shape or of a foreign dtype."""
-    read, tied = read or tensors.__getitem__, ("lm_head.weight", "model.embed_tokens.weight")
-    if config.tie_embeddings and all(name in tensors for name in tied) and not torch.equal(*map(read, tied)):
-        config = replace(config, tie_embeddings=False)  # whatever config.json says: transformers takes what is there
+# ---- From Hugging Face's tensors to ours ----------------------------------------------------------------------------
+
+
+@dataclass
+class Recipe:
+    """What one of our tensors is, and Hugging Face's whose rows it is made of, from top to bottom."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    sources: list[str]
+
+
+def convert(path: Path, config: ModelConfig, tensors: Tensors, read: Reader | None = None):
+    """Writes model.pth from tensors named as Hugging Face does. With read, these are looked at for their shapes and
+    dtypes alone, and read(name) gives the data. One of ours is in memory at a time. Raises UsageError naming a tensor
+    that is missing, left over, of the wrong shape or of a foreign dtype."""
+    read = read or tensors.__getitem__
+    if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
+        if not torch.equal(read(HEAD), read(EMBEDDING)):  # whatever config.json says; transformers takes the head, too
+            config = replace(config, tie_embeddings=False)
+    recipes = plan(config, tensors)
+    used = {source for recipe in recipes.values() for source in recipe.sources}
+    if config.tie_embeddings:
+        used.add(HEAD)
+    left_over = [name for name in tensors if name not in used and not UNUSED.search(name)]
+    if left_over:
+        what = f"the checkpoint's tensor {min(left_over)} has no place in this model"
+        raise UsageError(f"{what} ({len(left_over)} left over)")
+    shapes = {name: (recipe.shape, recipe.dtype) for name, recipe in recipes.items()}
+    save_checkpoint(path, config, shapes, concatenated(recipes, read))
+
+
+def plan(config: ModelConfig, tensors: Tensors) -> dict[str, Recipe]:
+    """A recipe for every tensor of our checkpoint. Raises UsageError if tensors lack what it needs."""
     try:
         with torch.device("meta"):
             one_layer = Transformer(replace(config, n_layers=1)).state_dict()
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
-    parts, shapes = {}, {}  # of each of ours: the names it is made of; its shape and dtype
-    for i in range(config.n_layers):
-        for name, like in one_layer.items():
-            if (i and not name.startswith("layers.")) or (name == "output.weight" and config.tie_embeddings):
-                continue
-            name, names, dtype = name.replace("layers.0.", f"layers.{i}."), [], None
-            for part, shape in parts_of(name, like, config):
-                if part not in tensors:
-                    raise UsageError(f"the checkpoint has no tensor {part}")
-                found = tensors[part]
-                if list(found.shape) != shape:
-                    raise UsageError(f"tensor {part} is {list(found.shape)}; the config makes it {shape}")
-                if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise UsageError(f"tensor {part} is {found.dtype}, not float32, float16 or bfloat16")
-                dtype = torch.promote_types(dtype or found.dtype, found.dtype)  # that loses nothing
-                names.append(part)
-            parts[name], shapes[name] = names, (like.shape, dtype)
-    left = {name for name in tensors if not UNUSED.search(name)}.difference(*parts.values())
     if config.tie_embeddings:
-        left.discard("lm_head.weight")
-    if left:
-        raise UsageError(f"the checkpoint's tensor {min(left)} has no place in this model ({len(left)} left over)")
-
-    def joined() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, (shape, dtype) in shapes.items():
-            out = torch.empty(shape, dtype=dtype)
-            pieces = as_rows(out).split([tensors[part].shape[0] for part in parts[name]])
-            for piece, part in zip(pieces, parts[name], strict=True):
-                piece.copy_(read(part).detach())
-            yield name, out
-
-    save_checkpoint(path, config, shapes, joined())
+        del one_layer["output.weight"]
+    recipes = {}
+    for i in range(config.n_layers):
+        for name, ours in one_layer.items():
+            name = name.replace("layers.0.", f"layers.{i}.")
+            if name not in recipes:
+                sources = sources_of(name, ours.shape, config)
+                recipes[name] = Recipe(ours.shape, common_dtype(sources, tensors), list(sources))
+    return recipes
 
 
-def parts_of(name: str, ours: torch.Tensor, config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of each of Hugging Face's tensors that ours is made of, in the order of its rows."""
-    stem, kind = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups()
-    layer = re.search(r"\d+", stem)
-    sources = TABLE[re.sub(r"\d+", "{i}", stem, count=1)]
-    n_experts = config.moe.n_experts if ".experts." in name else 1
-    total, *columns = as_rows(ours).shape
-    rows = [total // n_experts // len(sources)] * len(sources)
-    if ".wqkv" in name:
-        rows = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+def sources_of(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
+    """The names and shapes of Hugging Face's tensors that ours of this name is made of, from top to bottom. Ours is a
+    vector [N], a matrix [N, K] or all experts' matrices [E, N, K]."""
+    layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias)", name).groups()
+    prefix = f"model.{layer}" if layer else ""
+    templates = (MOE_TABLE if config.moe else TABLE)[module]
+    n_experts = shape[0] if len(shape) == 3 else 1
+    n_rows, *n_columns = shape[-2:]
+    rows = [n_rows // len(templates)] * len(templates)
+    if module == "attention.qkv_proj":
+        rows = [n_heads * config.head_dim for n_heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    sources = {}
     for e in range(n_experts):
-        for source, n in zip(sources, rows, strict=True):
-            yield source.format(i=layer and layer[0], e=e) + (kind or ".weight"), [n, *columns]
+        for template, n in zip(templates, rows, strict=True):
+            sources[f"{prefix}{template.format(e=e)}.{kind}"] = [n, *n_columns]
+    return sources
 
 
-def as_rows(t: torch.Tensor) -> torch.Tensor:
-    """[..., rows, columns] as [rows, columns]; a vector as it is."""
-    return t.flatten(0, max(t.dim() - 2, 0))
+def common_dtype(sources: dict[str, list[int]], tensors: Tensors) -> torch.dtype:
+    """The narrowest dtype in which no source loses anything. Raises UsageError for one that is missing or wrong."""
+    dtype = None
+    for name, shape in sources.items():
+        if name not in tensors:
+            raise UsageError(f"the checkpoint has no tensor {name}")
+        found = tensors[name]
+        if list(found.shape) != shape:
+            raise UsageError(f"tensor {name} is {list(found.shape)}; the config makes it {shape}")
+        if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UsageError(f"tensor {name} is {found.dtype}, not float32, float16 or bfloat16")
+        dtype = torch.promote_types(dtype or found.dtype, found.dtype)
+    return dtype
+
+
+def concatenated(recipes: dict[str, Recipe], read: Reader) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, one at a time."""
+    for name, recipe in recipes.items():
+        ours = torch.empty(recipe.shape, dtype=recipe.dtype)
+        rows = ours.flatten(0, 1) if ours.dim() == 3 else ours  # of all experts one below the other
+        start = 0
+        for source in recipe.sources:
+            theirs = read(source).detach()
+            rows[start : start + len(theirs)].copy_(theirs)
+            start += len(theirs)
+        yield name, ours
+
+
+# ---- Reading Hugging Face's folders ---------------------------------------------------------------------------------
 
 
 def read_folder(folder: Path) -> Tensors:
-    """The tensors of a folder by their current names, memory-mapped: none is read yet."""
-    for stem, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_bin)):
-        index = folder / f"{stem}.index.json"
-        if (folder / stem).is_file():
-            files = [stem]
-        elif index.is_file():
-            content = read_json(index)
-            table = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(table, dict) or not all(isinstance(x, str) for x in table.values()):
-                raise UsageError(f"{index} has no weight_map of file names")
-            files = sorted(set(table.values()))
-            if bad := [name for name in files if Path(name).name != name]:
-                raise UsageError(f"{index} names {bad[0]!r}, which is not a file of the folder itself")
-        else:
-            continue
-        tensors = {}
-        for file in files:
-            for name, tensor in load(folder / file).items():
-                tensors[rename(name, MIXTRAL) if ".block_sparse_moe." in name else name] = tensor
-        return split_experts(tensors)
-    raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
+    """The tensors of a folder by the names in our tables, memory-mapped: none is read yet."""
+    load, files = load_safetensors, list_files(folder, "model.safetensors")
+    if files is None:
+        load, files = load_bin, list_files(folder, "pytorch_model.bin")
+    if files is None:
+        raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
+    tensors = {}
+    for file in files:
+        for name, tensor in load(folder / file).items():
+            if ".block_sparse_moe." in name:
+                name = rename(name, MIXTRAL_NAMES)
+            tensors[name] = tensor
+    split_experts(tensors)
+    return tensors
+
+
+def list_files(folder: Path, stem: str) -> list[str] | None:
+    """The names of a checkpoint's files: stem itself, or those that its index names. None if there is neither."""
+    index = folder / f"{stem}.index.json"
+    if (folder / stem).is_file():
+        return [stem]
+    if not index.is_file():
+        return None
+    content = read_json(index)
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise UsageError(f"{index} has no weight_map of file names")
+    files = sorted(set(file_of.values()))
+    for file in files:
+        if Path(file).name != file:
+            raise UsageError(f"{index} names {file!r}, which is not a file of the folder itself")
+    return files
 
 
 def load_safetensors(file: Path) -> Tensors:
@@ -173,65 +228,83 @@ def load_safetensors(file: Path) -> Tensors:
 
 
 def load_bin(file: Path) -> Tensors:
-    return check_tensors(file, load_pickle(file, legacy=True))
-
-
-def check_tensors(file: Path, table) -> Tensors:
-    if not isinstance(table, dict) or not all(isinstance(t, torch.Tensor) for t in table.values()):
+    tensors = load_pickle(file, legacy=True)
+    if not is_table(tensors):
         raise UsageError(f"{file} is not a table of tensors")
-    return {str(name): t for name, t in table.items()}
-
-
-def split_experts(tensors: Tensors) -> Tensors:
-    """Fused experts, gate_up_proj [E, 2F, D] and down_proj [E, D, F], as views of one each."""
-    for name in [name for name, t in tensors.items() if re.search(r"\.experts\.\w+_proj$", name) and t.dim() == 3]:
-        stem, proj = name.rsplit(".", 1)
-        for e, t in enumerate(tensors.pop(name)):
-            new = {"gate_proj": t.tensor_split(2)[0], "up_proj": t.tensor_split(2)[1]} if "_up" in proj else {proj: t}
-            tensors |= {f"{stem}.{e}.{part}.weight": x for part, x in new.items()}
     return tensors
 
 
-def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Callable[[str], torch.Tensor]]:
-    """karpathy/tinyllamas: one .pt of {"model_args", "model"}, Meta's names and Meta's order of RoPE's rows."""
-    files = sorted(folder.glob("*.pt"))
-    if len(files) != 1:
-        raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
-    try:
-        data = dict(load_pickle(files[0], legacy=True))
-        args, tensors = data["model_args"], {}
-        for name, t in check_tensors(files[0], data["model"]).items():
-            name = name.removeprefix("_orig_mod.")
-            tensors["lm_head.weight" if name == "output.weight" else "model." + rename(name, META)] = t
-        config = ModelConfig(
-            dim=args["dim"],
-            n_layers=args["n_layers"],
-            n_heads=args["n_heads"],
-            n_kv_heads=args.get("n_kv_heads") or args["n_heads"],
-            head_dim=args["dim"] // args["n_heads"],
-            ffn_dim=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
-            vocab_size=args["vocab_size"],
-            max_seq_len=args["max_seq_len"],
-            tie_embeddings=torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]),
-            bos_id=1,
-            eos_ids=(1,),  # a story ends where the next would begin
-        )
-    except (LookupError, TypeError, ArithmeticError, RuntimeError) as e:
-        raise UsageError(f"{files[0]} is not one of tinyllamas: {type(e).__name__} {e}") from None
-    in_meta_order = re.compile(r"[qk]_proj\.weight$")
-    return config, tensors, lambda n: unpermute(tensors[n], config.head_dim) if in_meta_order.search(n) else tensors[n]
+def split_experts(tensors: Tensors):
+    """Replaces what holds all experts of a layer, gate_up_proj [E, 2F, dim] and down_proj [E, dim, F] as transformers 5
+    writes them, by views of one expert's matrix each."""
+    for name in list(tensors):
+        match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
+        if match is None or tensors[name].dim() != 3:
+            continue
+        prefix, kind = match.groups()
+        for e, matrix in enumerate(tensors.pop(name)):
+            if kind == "down_proj":
+                tensors[f"{prefix}.{e}.down_proj.weight"] = matrix
+            else:
+                gate, up = matrix.tensor_split(2)
+                tensors[f"{prefix}.{e}.gate_proj.weight"] = gate
+                tensors[f"{prefix}.{e}.up_proj.weight"] = up
 
 
-def rename(name: str, table: dict[str, str]) -> str:
-    for old, new in table.items():
+def rename(name: str, new_names: dict[str, str]) -> str:
+    for old, new in new_names.items():
         name = name.replace(old, new)
     return name
 
 
-def unpermute(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of Q or K from Meta's RoPE order (pairs side by side) to Hugging Face's (pairs half a head apart)."""
-    return weight.view(-1, head_dim // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+# ---- Reading tinyllamas ---------------------------------------------------------------------------------------------
+
+
+def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Reader]:
+    """karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names and Meta's order of RoPE's rows, which
+    the Reader changes to Hugging Face's."""
+    files = sorted(folder.glob("*.pt"))
+    if len(files) != 1:
+        raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
+    (file,) = files
+    try:
+        data = dict(load_pickle(file, legacy=True))
+        if not is_table(data["model"]):
+            raise UsageError(f"{file} is not a table of tensors")
+        tensors = {}
+        for name, tensor in data["model"].items():
+            name = name.removeprefix("_orig_mod.")  # torch.compile's
+            tensors[HEAD if name == "output.weight" else "model." + rename(name, META_NAMES)] = tensor
+        config = tinyllamas_config(data["model_args"], tensors)
+    except UsageError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        raise UsageError(f"{file} is not one of tinyllamas: {type(e).__name__} {e}") from None
+
+    def read(name: str) -> Tensor:
+        is_qk = re.search(r"[qk]_proj\.weight$", name)
+        return unpermute(tensors[name], config.head_dim) if is_qk else tensors[name]
+
+    return config, tensors, read
+
+
+def tinyllamas_config(args: dict, tensors: Tensors) -> ModelConfig:
+    return ModelConfig(
+        dim=args["dim"], n_layers=args["n_layers"], n_heads=args["n_heads"],
+        n_kv_heads=args.get("n_kv_heads") or args["n_heads"], head_dim=args["dim"] // args["n_heads"],
+        ffn_dim=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        vocab_size=args["vocab_size"], max_seq_len=args["max_seq_len"],
+        tie_embeddings=torch.equal(tensors[HEAD], tensors[EMBEDDING]),
+        bos_id=1, eos_ids=(1,),  # a story ends where the next would begin
+    )  # fmt: skip
+
+
+def unpermute(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of Q or K from Meta's RoPE order, pairs side by side, to Hugging Face's, pairs half a head apart:
+    of each head rows 0 1 2 3 4 5 become 0 2 4 1 3 5."""
+    pairs = weight.unflatten(0, (-1, head_dim // 2, 2))  # [H, D/2, 2, ...]
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

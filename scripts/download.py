@@ -6,42 +6,43 @@
 What is there already is not fetched again. HF_ENDPOINT names another hub than the public one.
 """
 
-import argparse
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is being loaded; run() sees to the rest
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cli
+
+if __name__ == "__main__":
+    cli.exit_on_interrupt()
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import run
-from model import UsageError
+from config import UsageError
 
 TOKENIZERS = {"tokenizer.json", "tokenizer.model"}
-SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-            "chat_template.jinja"}  # fmt: skip
-WEIGHTS = {  # by preference; consolidated*.safetensors holds the same again under other names
+SETTINGS = {
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+}  # fmt: skip
+# The first of these that is there, or its index.json, makes a model of all files that match the pattern beside it.
+# consolidated*.safetensors holds the same weights again under other names.
+WEIGHTS = {
     "model.safetensors": r"(?!consolidated)[^/]+\.safetensors",
     "pytorch_model.bin": r"pytorch_model[^/]*\.bin",
 }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--repo_id", required=True, help="OWNER/NAME, or OWNER/NAME/STEM for its STEM.pt")
     parser.add_argument("--hf_token", help="for private and gated repositories (default: HF_TOKEN, or `hf auth login`)")
     args = parser.parse_args()
     logging.set_verbosity_error()  # what it warns of is an error here
     if not sys.stderr.isatty():
         disable_progress_bars()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # or Ctrl-C waits for the files under way
+    cli.exit_on_interrupt()  # or Ctrl-C would wait for the files that are under way
     download(args.repo_id, args.hf_token or None)
     print(f"wrote checkpoints/{args.repo_id}")
 
@@ -49,45 +50,56 @@ def main():
 def download(repo_id: str, token: str | None):
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", repo_id) or ".." in repo_id:
         raise UsageError(f"--repo_id must be OWNER/NAME, as in meta-llama/Llama-3.2-1B, not {repo_id!r}")
-    repo, stem = "/".join(repo_id.split("/")[:2]), "".join(repo_id.split("/")[2:])
-    hub, folder = constants.ENDPOINT, Path("checkpoints", repo_id)
+    owner, name, *stem = repo_id.split("/")
+    repo, folder = f"{owner}/{name}", Path("checkpoints", repo_id)
     try:
         info = HfApi(token=token).model_info(repo)
-        files = choose(repo, {file.rfilename for file in info.siblings}, stem)
+        files = choose_files(repo, {file.rfilename for file in info.siblings}, *stem)
         snapshot_download(repo, revision=info.sha, allow_patterns=files, local_dir=folder, token=token)
     except UsageError:
         raise
-    except GatedRepoError:
-        raise UsageError(f"{repo} is gated: accept its terms at {hub}/{repo} and give your --hf_token") from None
-    except RepositoryNotFoundError:
-        raise UsageError(f"{hub} has no {repo}, or it is private: check the spelling, or give --hf_token") from None
-    except HfHubHTTPError as e:
-        status = e.response.status_code
-        what = "check the token (--hf_token or HF_TOKEN)" if status in (401, 403) else "try again later"
-        raise UsageError(f"{hub} answers {status} for {repo}: {what}") from None
     except Exception as e:  # the network's errors, whose types change with huggingface_hub, and the disk's
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise UsageError(f"cannot download {repo} from {hub}: {why}") from None
-    if missing := [name for name in files if not (folder / name).is_file()]:  # snapshot_download may only warn
-        raise UsageError(f"the download of {repo} stopped before {missing[0]}; run it again to go on")
+        raise UsageError(explain_error(repo, e)) from None
+    for file in files:
+        if not (folder / file).is_file():  # snapshot_download may only warn
+            raise UsageError(f"the download of {repo} stopped before {file}; run it again to go on")
     if not TOKENIZERS & set(files):
         print(f"{repo} has no tokenizer; put its tokenizer.model or tokenizer.json into {folder}", file=sys.stderr)
 
 
-def choose(repo: str, names: set[str], stem: str) -> list[str]:
-    """The files to get. Raises UsageError where they make no model that the converter reads."""
-    for file, pattern in WEIGHTS.items():
-        if not stem and "config.json" in names and {file, f"{file}.index.json"} & names:
-            weights = {name for name in names if re.fullmatch(pattern, name)}
-            return sorted((SETTINGS | TOKENIZERS | weights | {f"{file}.index.json"}) & names)
-    models = sorted(name for name in names if re.fullmatch(r"[^/]+\.pt", name) and stem in ("", name[:-3]))
+def choose_files(repo: str, names: set[str], stem: str | None = None) -> list[str]:
+    """Which files of a repository to get, for stem.pt or, without a stem, for the model in it. Raises UsageError."""
+    if stem is None and "config.json" in names:
+        for file, pattern in WEIGHTS.items():
+            index = f"{file}.index.json"
+            if file in names or index in names:
+                weights = {name for name in names if re.fullmatch(pattern, name)}
+                return sorted((SETTINGS | TOKENIZERS | weights | {index}) & names)
+    wanted = r"[^/]+\.pt" if stem is None else re.escape(f"{stem}.pt")
+    models = sorted(name for name in names if re.fullmatch(wanted, name))
     if len(models) == 1:
         return models + sorted(TOKENIZERS & names)
     if models:
-        raise UsageError(f"{repo} holds {', '.join(models)}: choose one, as in --repo_id {repo}/{models[0][:-3]}")
-    wanted = f"{stem}.pt" if stem else "config.json with model.safetensors or pytorch_model.bin, nor a .pt"
-    raise UsageError(f"{repo} holds no {wanted}")
+        example = models[0].removesuffix(".pt")
+        raise UsageError(f"{repo} holds {', '.join(models)}: choose one, as in --repo_id {repo}/{example}")
+    if stem is not None:
+        raise UsageError(f"{repo} holds no {stem}.pt")
+    raise UsageError(f"{repo} holds no config.json with model.safetensors or pytorch_model.bin, nor a .pt")
+
+
+def explain_error(repo: str, e: Exception) -> str:
+    hub = constants.ENDPOINT
+    if isinstance(e, GatedRepoError):
+        return f"{repo} is gated: accept its terms at {hub}/{repo} and give your --hf_token"
+    if isinstance(e, RepositoryNotFoundError):
+        return f"{hub} has no {repo}, or it is private: check the spelling, or give --hf_token"
+    if isinstance(e, HfHubHTTPError):
+        status = e.response.status_code
+        remedy = "check the token (--hf_token or HF_TOKEN)" if status in (401, 403) else "try again later"
+        return f"{hub} answers {status} for {repo}: {remedy}"
+    why = (str(e) or type(e).__name__).splitlines()[0]
+    return f"cannot download {repo} from {hub}: {why}"
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

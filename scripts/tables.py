@@ -1,6 +1,6 @@
-"""Writes the README's tables anew from benchmarks/*.json, which the measuring scripts made.
+"""Writes the tables of the pages anew from benchmarks/*.json, which benchmark.py and compare_llama_cpp.py made.
 
-    python scripts/tables.py            # a test fails while the README is not what this makes of it
+    python scripts/tables.py            # a test fails while a page is not what this makes of it
 
 A table stands between <!-- NAME --> and <!-- /NAME -->; it has a row or more for every benchmarks/*_NAME.json.
 """
@@ -9,72 +9,105 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs/measurements.md"]
+
+TABLES = {  # of each table: a head, and what is under it made of a row's values
+    "speed": [
+        ("shape", "{config}, {weights}"),
+        ("decode, tokens/s", "{decode_tokens_per_sec:.1f}"),
+        ("GB/s", "{decode_gb_per_sec:.1f}"),
+        ("memory reads GB/s, before and after", "{read_gb_per_sec_before:.1f}, {read_gb_per_sec_after:.1f}"),
+        ("5-token / 1-token step", "{verify_5_over_1:.2f}"),
+        ("prefill 512, tokens/s", "{prefill_512_tokens_per_sec:.0f}"),
+        ("MB over weights and cache", "{overhead_mb}"),
+    ],
+    "llama_cpp": [
+        ("ours / theirs", "{name}, {ours[file]} / {theirs[file]}"),
+        ("decode, tokens/s", "{ours[decode]:.1f} / {theirs[decode]:.1f}"),
+        ("ratio", "**{decode_ratio:.2f}**"),
+        ("share of memory's read bandwidth", "{ours[share_of_read]:.0%} / {theirs[share_of_read]:.0%}"),
+        ("prefill 512, tokens/s", "{ours[prefill]:.0f} / {theirs[prefill]:.0f}"),
+        ("ratio", "**{prefill_ratio:.2f}**"),
+    ],
+    "quantization": [
+        ("", "{mode}"),
+        ("file, MB", "{file_mb:.0f}"),
+        ("bits/weight", "{bits_per_weight:.2f}"),
+        ("perplexity", "{perplexity:.2f}"),
+        ("change", "{percent:+.1f} %"),
+        ("decode, tokens/s", "{decode_tokens_per_sec:.0f}"),
+    ],
+    "steps": [
+        ("", "{model}, {weights}"),
+        ("decode, tokens/s", "{tokens_per_sec:.0f}"),
+        ("share of the card's copy bandwidth", "{share_of_copy:.0%}"),
+        ("prefill 2048, tokens/s", "{prefill_2048_tokens_per_sec:,.0f}"),
+        ("5-token / 1-token step", "{verify_5_over_1:.2f}"),
+        ("gpt-fast, tokens/s", "{gpt_fast}"),
+    ],
+    "speculation": [
+        ("proposed by", "{proposer}: {prompt}"),
+        ("plain, tokens/s", "{plain:.0f}"),
+        ("speculative", "{speculative:.0f}"),
+        ("ratio", "**{ratio:.2f}**"),
+        ("tokens a step", "{tokens_per_step:.2f}"),
+    ],
+}
 
 
 def main():
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_tables(text: str) -> str:
-    for name, (head, rows) in TABLES.items():
-        files = sorted((ROOT / "benchmarks").glob(f"*_{name}.json"))
-        cells = [row for path in files for row in rows(json.loads(path.read_text()))]
-        lines = [head, [":--" if i == 0 else "--:" for i in range(len(head))], *cells]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """text with each table in it replaced by what benchmarks/*.json say now."""
+    for name in TABLES:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + table + "\n" + end + rest.split(end)[1]
+        if begin in text:
+            paths = sorted((ROOT / "benchmarks").glob(f"*_{name}.json"))
+            before, rest = text.split(begin)
+            _, after = rest.split(end)
+            text = f"{before}{begin}{table(name, *(json.loads(path.read_text()) for path in paths))}\n{end}{after}"
     return text
 
 
-def speed(r: dict) -> list[list[str]]:
-    kind = {"int8": "int8", "int4": f"int4 g{r['groupsize']}"}.get(r["mode"], r["precision"])
-    return [[
-        f"{r['config']}, {kind}", f"{r['decode_tokens_per_sec']:.1f}",
-        f"{r['decode_gb_per_sec']:.1f}", f"{r['read_gb_per_sec_before']:.1f}, {r['read_gb_per_sec_after']:.1f}",
-        f"{r['verify_5_over_1']:.2f}", f"{r['prefill_512_tokens_per_sec']:.0f}",
-        "" if r["mode"] else f"{r['peak_over_weights_and_kv_bytes'] / 1e6:.0f}",  # quantizing takes some too
-    ]]  # fmt: skip
+def table(name: str, *results: dict) -> str:
+    """One of TABLES, in Markdown, of what the JSON files hold."""
+    heads, templates = zip(*TABLES[name], strict=True)
+    lines = [heads, [":--"] + ["--:"] * (len(heads) - 1)]
+    for result in results:
+        for values in rows(name, result):
+            lines.append([template.format(**values) for template in templates])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def quantization(r: dict) -> list[list[str]]:
-    return [
-        [mode, f"{row['file_bytes'] / 1e6:.0f}", f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}",
-         f"{100 * row['perplexity_change']:+.1f} %", f"{row['decode_tokens_per_sec']:.0f}"]
-        for mode, row in r["modes"].items()
-    ]  # fmt: skip
+def rows(name: str, result: dict) -> list[dict]:
+    """The values of each row of a table's columns."""
+    match name:
+        case "speed":
+            quantized = {None: result["precision"], "int8": "int8", "int4": f"int4 g{result['groupsize']}"}
+            # When the quantized ones were measured, quantizing random weights took memory, too
+            overhead = "" if result["mode"] else f"{result['peak_over_weights_and_kv_bytes'] / 1e6:.0f}"
+            return [result | {"weights": quantized[result["mode"]], "overhead_mb": overhead}]
+        case "llama_cpp":
+            model = result["model"].removesuffix(".Q4_1.gguf")  # the demo's
+            return [pair | {"name": model} for pair in result["pairs"]]
+        case "quantization":
+            return [
+                row | {"mode": mode, "file_mb": row["file_bytes"] / 1e6, "percent": 100 * row["perplexity_change"]}
+                for mode, row in result["modes"].items()
+            ]
+        case "steps":
+            return [row | {"gpt_fast": number_or_nothing(row["gpt_fast_tokens_per_sec"])} for row in result["rows"]]
+        case "speculation":
+            proposer = Path(result["draft"]).stem
+            return [row | {"proposer": proposer, "prompt": prompt} for prompt, row in result["prompts"].items()]
 
 
-def speculation(r: dict) -> list[list[str]]:
-    draft = Path(r["draft"]).stem
-    return [
-        [f"{draft}: {name}", f"{row['plain']:.0f}", f"{row['speculative']:.0f}", f"**{row['ratio']:.2f}**",
-         f"{row['tokens_per_step']:.2f}"]
-        for name, row in r["prompts"].items()
-    ]  # fmt: skip
+def number_or_nothing(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
-
-def llama_cpp(r: dict) -> list[list[str]]:
-    both = lambda row, key, form: " / ".join(format(row[side][key], form) for side in ("ours", "theirs"))  # noqa: E731
-    model = r["model"].removesuffix(".Q4_1.gguf")  # the demo's
-    return [
-        [f"{model}, {both(row, 'file', '')}", both(row, "decode", ".1f"), f"**{row['decode_ratio']:.2f}**",
-         both(row, "share_of_read", ".0%"), both(row, "prefill", ".0f"), f"**{row['prefill_ratio']:.2f}**"]
-        for row in r["pairs"]
-    ]  # fmt: skip
-
-
-SPEED = ["shape", "decode, tokens/s", "GB/s", "memory reads GB/s, before and after", "5-token / 1-token step"]
-SPEED += ["prefill 512, tokens/s", "MB over weights and cache"]
-LLAMA_CPP = ["ours / theirs", "decode, tokens/s", "ratio", "share of memory's read bandwidth"]
-LLAMA_CPP += ["prefill 512, tokens/s", "ratio"]
-TABLES = {
-    "speed": (SPEED, speed),
-    "llama_cpp": (LLAMA_CPP, llama_cpp),
-    "quantization": (["", "file, MB", "bits/weight", "perplexity", "change", "decode, tokens/s"], quantization),
-    "speculation": (["proposed by", "plain, tokens/s", "speculative", "ratio", "tokens a step"], speculation),
-}
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torc
 import pytest
 import torch
 
+from tests.byte_models import ask, call_cli, chain, chatty, refused  # noqa: F401  (fixtures)
 from tests.tiny import make_hf, to_ours
 
 torch.set_num_threads(1)  # models this small only wait for a second one
@@ -15,11 +16,11 @@ torch.set_num_threads(1)  # models this small only wait for a second one
 
 @pytest.fixture(scope="session")
 def pair():
-    """family -> (transformers' model, the same in ours, with kernels.cpp's operations or without), float32."""
+    """family -> (transformers' model, the same in ours, with kernels or in plain PyTorch), float32."""
 
     @functools.cache
-    def make(family: str, fast: bool = True):
+    def make(family: str, kernels: bool = True):
         theirs = make_hf(family)
-        return theirs, to_ours(theirs, fast)
+        return theirs, to_ours(theirs, kernels)
 
     return make

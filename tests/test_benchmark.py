@@ -1,12 +1,26 @@
-"""The benchmark's shapes are the published ones, and what it says of bytes agrees with the config alone."""
+"""The benchmark's shapes are the published ones, what it says of bytes agrees with the config alone, and its commands
+do what they say, as far as a CPU can tell."""
 
+import contextlib
+import importlib
+import io
 import json
-import math
-import sys
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from scripts import benchmark
+from config import ModelConfig, UsageError
+from kernels.formats import Dense, Int4, Int8
+from loading import dtype_of, empty_model, load_model
+from tests.tiny import ROOT, call, convert, write_folder
+
+import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
+import benchmark_gpu  # isort: skip
+import benchmark_speed  # isort: skip
 
 PUBLISHED = {  # parameters; a tied head counts once
     "SmolLM2-135M": 134515008,
@@ -22,13 +36,6 @@ PUBLISHED = {  # parameters; a tied head counts once
     "Llama-3-70B": 70553706496,
     "Llama-3.1-405B": 405853388800,
 }
-
-
-def test_shapes_have_the_published_number_of_parameters():
-    counts = {name: sum(map(math.prod, benchmark.shapes(c).values())) for name, c in benchmark.CONFIGS.items()}
-    assert counts == PUBLISHED
-
-
 DENSE = dict(
     architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=600, tie_word_embeddings=True,
@@ -36,21 +43,72 @@ DENSE = dict(
 MOE = dict(architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize(["config", "active", "stored"], [(DENSE, 1, 1), (DENSE | MOE, 2, 8)], ids=["dense", "moe"])
-def test_report_is_consistent(config, active, stored, tmp_path, monkeypatch, capsys):
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config_json(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(DENSE))
+    return path
+
+
+def report(capsys, *arguments) -> dict:
+    """The JSON that benchmark.py prints last."""
+    call(benchmark.main, *arguments)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# ---- Random weights -------------------------------------------------------------------------------------------------
+
+
+def test_shapes_have_the_published_number_of_parameters():
+    counts = {}
+    for name, config in benchmark_speed.CONFIGS.items():
+        model = benchmark_speed.random_model(config, Dense(), torch.device("meta"), torch.bfloat16)
+        counts[name] = sum(t.numel() for t in benchmark_speed.checkpoint_tensors(model).values())
+    assert counts == PUBLISHED
+
+
+@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)])
+def test_random_weights_keep_the_size_of_activations(format):
+    """Mean 0 and variance 1 / inputs, whatever they are stored as."""
+    w = benchmark_speed.random_linear((200, 600), format, CPU, torch.bfloat16).matrix(torch.float32).float()
+    assert w.shape == (200, 600)
+    assert abs(w.mean().item()) < 0.05 * 600**-0.5
+    assert w.std().item() == pytest.approx(600**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)])
+@pytest.mark.parametrize("moe", [False, True])
+def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
+    config = ModelConfig.from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
+    model = benchmark_speed.random_model(config, format, CPU, torch.float16)
+    needed = empty_model(config, format.quantization).state_dict()
+    held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+    assert held == {name: (t.shape, dtype_of(name, t, torch.float16)) for name, t in needed.items()}
+    is_tied = model.output.weight is model.tok_embeddings.weight
+    assert is_tied == (not moe and format == Dense())
+    assert needed.keys() - benchmark_speed.checkpoint_tensors(model).keys() == ({"output.weight"} if is_tied else set())
+    benchmark_speed.save_random_checkpoint(tmp_path / "model.pth", config, torch.float16)
+    assert load_model(tmp_path / "model.pth", kernels=False).config == config
+
+
+# ---- Speed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(["config", "active", "stored"], [(DENSE, 1, 1), (DENSE | MOE, 2, 8)], ids=["dense", "moe"])
+def test_report_is_consistent(config, active, stored, config_json, capsys):
+    config_json.write_text(json.dumps(config))
     flags = "--json --device cpu --prompt_tokens 4 --max_new_tokens 3".split()
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--config", str(path), *flags])
-    benchmark.main()
-    r = json.loads(capsys.readouterr().out.splitlines()[-1])
+    r = report(capsys, "--config", config_json, *flags)
 
     attention, router = 32 * (32 + 16 + 16 + 32), 32 * stored * (stored > 1)
     layer, expert, table, norms = attention + router, 3 * 32 * 48, 64 * 32, 5 * 32
     tables = 1 if config["tie_word_embeddings"] else 2
     assert r["model_bytes"] == 2 * (2 * (layer + active * expert) + table + norms)  # bfloat16; of two tables the head
     assert r["weights_bytes"] == 2 * (2 * (layer + stored * expert) + tables * table + norms)
-    assert r["kv_bytes"] == 2 * 2 * 2 * 2 * 8 * 7  # k and v, bytes, layers, heads, head_dim, places
+    assert r["kv_bytes"] == 2 * 2 * 2 * 2 * 8 * 7  # k and v, bytes, layers, heads, head_dim, positions
     assert r["peak_over_weights_and_kv_bytes"] == r["peak_memory_bytes"] - r["weights_bytes"] - r["kv_bytes"]
     step_bytes = r["model_bytes"] + r["kv_bytes"] / 7 * 5.5  # 5 tokens to look at in the first step, 6 in the second
     assert r["decode_gb_per_sec"] == pytest.approx(step_bytes * r["decode_tokens_per_sec"] / 1e9)
@@ -60,3 +118,218 @@ def test_report_is_consistent(config, active, stored, tmp_path, monkeypatch, cap
     assert r["prefill_512_tflop_per_sec"] == pytest.approx(r["prefill_512_tokens_per_sec"] / 512 * flops / 1e12)
     assert r["verify_5_over_1"] > 0
     assert "prefill_2048_tokens_per_sec" not in r  # beyond this model's context
+    committed = json.loads((ROOT / "benchmarks/cpu_2_cores_zen4_SmolLM2-135M_speed.json").read_text())
+    assert {key for key in committed if "2048" not in key} <= r.keys()  # tables.py reads old files and new ones
+
+
+def test_quantized_and_compiled_speed(config_json, capsys):
+    flags = "--json --device cpu --max_new_tokens 3 --mode int4 --groupsize 64 --compile --decode_only".split()
+    r = report(capsys, "speed", "--config", config_json, *flags)
+    weights = {"qkv": (64, 32), "o": (32, 32), "gate_up": (96, 32), "down": (32, 48)}
+    linears = 2 * sum(n * k // 2 + n * 3 for n, k in weights.values())  # one group of 64 a row: scale and zero point
+    head, norms, embedding = 64 * 32 // 2 + 64 * 3, 5 * 32 * 2, 64 * 32 * 2
+    assert r["weights_bytes"] == linears + head + norms + embedding
+    assert r["mode"] == "int4" and r["groupsize"] == 64 and r["compile"] is True
+    assert r["decode_tokens_per_sec"] > 0 and "verify_5_over_1" not in r
+
+
+@pytest.mark.parametrize(
+    ["flags", "words"],
+    [
+        ("--config nothing", "neither a config.json, a model.pth nor one of SmolLM2-135M"),
+        ("--config TinyLlama-1.1B --cold_start --mode int8", "without --mode"),
+        ("--config TinyLlama-1.1B --max_new_tokens 1", "--max_new_tokens 2"),
+        ("--config TinyLlama-1.1B --prompt_tokens 2000", "exceed the model's context of 2048"),
+        ("--config TinyLlama-1.1B --device cpu --tune", "--tune is for GPUs"),
+    ],
+)
+def test_mistakes(flags, words):
+    with pytest.raises(UsageError, match=words):
+        call(benchmark.main, *flags.split())
+
+
+def test_commands(capsys):
+    """Help lists them all; what is no command is not taken for one."""
+    for arguments, status in (("--help", 0), ("quantisation", 2), ("gpu --config x", 2)):
+        with pytest.raises(SystemExit) as exit:
+            call(benchmark.main, *arguments.split())
+        assert exit.value.code == status
+    printed = capsys.readouterr().out
+    for command in ("speed", "check", "gpu", "transformers", "quantization", "speculation"):
+        assert re.search(rf"^    {command}\s", printed, re.MULTILINE)
+
+
+# ---- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_have_commands():
+    """Every job's arguments parse, for a shape that there is."""
+    jobs = benchmark_gpu.all_jobs(tune=True)
+    for arguments in jobs.values():
+        args = benchmark.make_parser().parse_args(arguments)
+        if args.command is not benchmark_gpu.check:
+            benchmark_speed.named_config(args.config)
+    assert "--tune" in jobs["ours Llama-2-7B int4"] and "--tune" not in jobs["plain Llama-2-7B int4"]
+
+
+def test_jobs_are_processes(config_json, monkeypatch):
+    speed = f"speed --config {config_json} --device cpu --max_new_tokens 3 --decode_only --json".split()
+    end = time.monotonic() + 300
+    assert benchmark_gpu.start(speed, end)["decode_tokens_per_sec"] > 0
+    error = benchmark_gpu.start(["speed", "--config", "nothing"], end)["error"]
+    assert "exit 2" in error and "neither a config.json" in error
+    assert benchmark_gpu.start(speed, time.monotonic() + 5) == {"error": "no time left"}
+    monkeypatch.setattr(benchmark_gpu, "LEAST_SECONDS", 0)
+    assert benchmark_gpu.start(speed, time.monotonic() + 0.1) == {"error": "out of time"}
+
+
+def test_table_of_jobs():
+    ours = {"decode_tokens_per_sec": 150.0, "decode_share_of_copy": 0.9, "verify_5_over_1": 1.05}
+    jobs = {"check float16": {}, "ours Llama-3.1-8B bf16": ours, "plain Llama-3.1-8B bf16": {"error": "out of time"}}
+    head, line = benchmark_gpu.table(jobs).splitlines()
+    assert len(head) == len(line)
+    assert line.split() == ["Llama-3.1-8B", "bf16", "150.0", "90%", "-", "-", "1.05", "0"]
+
+
+def test_tune(tmp_path, monkeypatch):
+    """The fastest launch that also works with 8 rows is written down and used; times are made up here."""
+    from kernels import triton_linear
+
+    def time_products(x, weights, gated):
+        assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
+        n = weights[0].n_out
+        launch = triton_linear.choose_tiles(x, 4, n, gated, 64)
+        times = {(2, 8, 1, 3): 1.0, (2, 4, 2, 3): 2.0, (1, 4, 2, 3): 0.5 if gated else 1.5}
+        if launch == (2, 8, 1, 3) and x.shape[1] == 8:
+            raise RuntimeError("out of resource: shared memory")
+        return times.get(tuple(launch), 3.0)
+
+    monkeypatch.setattr(benchmark_gpu, "time_products", time_products)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(triton_linear, "TUNED", tmp_path / "triton.json")
+    (tmp_path / "triton.json").write_text('{"Another GPU": {"4 1 1 1": [1, 4, 2, 3]}}')
+    try:
+        benchmark_gpu.tune_products(ModelConfig.from_hf(DENSE), Int4(64), CPU)
+        table = json.loads((tmp_path / "triton.json").read_text())
+        assert table.keys() == {"Another GPU", "Some GPU"}
+        products = ["4 64 32 1", "4 32 32 1", "4 96 32 2", "4 32 48 1"]  # qkv and head are of one shape
+        gated, other = [2, 4, 2, 3], [1, 4, 2, 3]
+        assert table["Some GPU"] == dict(zip(products, [other, other, gated, other], strict=True))
+        x = torch.zeros(1, 32, dtype=torch.bfloat16)
+        assert list(triton_linear.choose_tiles(x, 4, 96, True, 64)) == gated
+    finally:
+        triton_linear.gpu_of(CPU).tuned.clear()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_check(precision, monkeypatch, capsys):
+    """In Triton's interpreter, on small sizes: all is right."""
+    small = {
+        "CHECKED_FORMATS": [Dense(), Int8(), Int4(32)],
+        "LINEARS": [(64, 72, (1, 3))],
+        "REAL_LINEARS": [],
+        "HEADS": [(4, 2, 16), (4, 1, 40)],
+        "WINDOWS": [0, 20],
+        "CACHES": [(1, 1, 0, 40), (2, 3, 30, 40)],
+        "EXPERTS_SIZES": (64, 32),
+    }
+    for name, sizes in small.items():
+        monkeypatch.setattr(benchmark_gpu, name, sizes)
+    result = report(capsys, "check", "--device", "cpu", "--precision", precision)
+    assert result["failed"] == {}
+    operations = {"float32_linear", "linear", "silu_linear", "dequantize", "attend", "experts_gate_up", "experts_down"}
+    assert result["largest_errors"].keys() == operations | {"topk_weights", "topk_ids", "multinomial"}
+
+
+def test_check_finds_errors():
+    checker = benchmark_gpu.Checker(CPU, torch.float32)
+    right = torch.ones(3)
+    checker.compare("wrong by a tenth", right * 1.1, right, 0.05)
+    checker.compare("wrong NaN", right * torch.nan, right, 0.05)
+    checker.attempt(checker.compare, "wrong shape", torch.ones(4), right, 0.05)
+    a_tenth, nan, shape = checker.failed.values()
+    assert (a_tenth, nan) == ("error 1.0e-01", "error nan") and "RuntimeError: The size of tensor" in shape
+
+
+# ---- Of checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("M")
+    write_folder("llama3", folder)
+    return convert(folder)
+
+
+@pytest.fixture
+def calls_here(monkeypatch):
+    """benchmark.call in this process, which is faster, and one round."""
+
+    def call_here(script: str, *arguments) -> str:
+        main = importlib.import_module(Path(script).stem).main
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            call(main, *arguments)
+        return printed.getvalue()
+
+    monkeypatch.setattr(benchmark, "call", call_here)
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+
+
+def committed(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/cpu_2_cores_zen4_SmolLM2-135M_{name}.json").read_text())
+
+
+def test_calls_are_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    (tmp_path / "echo.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit('fail' in sys.argv)\n")
+    assert benchmark.call("echo.py", "--limit", 3) == "--limit 3\n"
+    with pytest.raises(UsageError, match="echo.py failed; what it said is above"):
+        benchmark.call("echo.py", "fail")
+
+
+def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
+    """Of three modes; the result has what the committed ones have."""
+    modes = {name: benchmark.MODES[name] for name in ("16 bits", "int8", "int4 g32")}
+    monkeypatch.setattr(benchmark, "MODES", modes)
+    text, out = tmp_path / "text", tmp_path / "out.json"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    flags = ["--text_file", text, "--calibration_text", text, "--json_file", out]
+    call(benchmark.main, "quantization", "--checkpoint_path", checkpoint, *flags)
+    r = json.loads(out.read_text())
+    assert r.keys() == committed("quantization").keys() and r["modes"].keys() == modes.keys()
+    for row in r["modes"].values():
+        assert row.keys() == committed("quantization")["modes"]["int8"].keys() and row["decode_tokens_per_sec"] > 0
+    bits = [row["bits_per_weight"] for row in r["modes"].values()]
+    # float32 checkpoint; of 64 inputs and 96: 32 bits of scale a row, 24 a group
+    assert bits[0] == 32 and 8.3 < bits[1] < 8.5 and bits[2] == 4.75
+    assert r["modes"]["16 bits"]["perplexity_change"] == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 3
+    assert list(checkpoint.parent.glob("*.pth")) == [checkpoint]  # what was made is elsewhere
+
+
+def test_quantized_checkpoints_are_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(benchmark, "read_checkpoint", lambda path: (None, {"mode": "int8"}, {}))
+    flags = ["--checkpoint_path", checkpoint, "--text_file", "a", "--calibration_text", "b"]
+    with pytest.raises(UsageError, match="is quantized already"):
+        call(benchmark.main, "quantization", *flags)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_speculation(draft, checkpoint, tmp_path, monkeypatch, calls_here, capsys):
+    monkeypatch.setattr(benchmark, "PROMPTS", {"greedy": ("abcabcabc", 0.0), "drawn": ("Hello", 1.0)})
+    out = tmp_path / "out.json"
+    flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--precision", "float32", "--json_file", out]
+    flags += ["--draft_checkpoint_path", checkpoint] if draft else []
+    call(benchmark.main, "speculation", *flags)
+    r = json.loads(out.read_text())
+    assert r.keys() == committed("speculation").keys() and r["k"] == (5 if draft else 7)
+    assert r["draft"] == (str(checkpoint) if draft else "prompt lookup")
+    for row in r["prompts"].values():
+        assert row.keys() == committed("speculation")["prompts"]["edit"].keys() and min(row.values()) > 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2
+
+
+def test_tokens_per_step():
+    assert benchmark.tokens_per_step([3, 0, 1]) == (3 * 1 + 1 * 3) / 4
+    assert benchmark.tokens_per_step([0, 0]) == 0  # it ended with prefill's token

@@ -1,16 +1,22 @@
 """compare_llama_cpp.py gives both sides the same weights and judges its rounds as it says; without llama.cpp here."""
 
-import argparse
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from checkpoint import read_checkpoint, run, save_checkpoint
-from model import ModelConfig, RopeScaling, UsageError
-from scripts import compare_llama_cpp as compare
-from scripts.convert_gguf import convert, read_config, read_gguf, read_tensors
+import cli
+from checkpoint import read_checkpoint, save_checkpoint
+from config import ModelConfig, RopeScaling, UsageError
+from kernels.formats import Dense
+
+import tests.tiny  # noqa: F401  # isort: skip  (puts scripts/ on the path)
+import compare_llama_cpp as compare  # isort: skip
+import tables  # isort: skip
+from benchmark_speed import checkpoint_tensors, random_model  # isort: skip
+from convert_gguf import convert, read_config, read_gguf, read_tensors  # isort: skip
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512, norm_eps=2**-16, rope_theta=5e5)  # an eps that is the same in float32
 VARIANTS = {
@@ -20,39 +26,55 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_both_sides_hold_the_same_weights(variant, tmp_path, monkeypatch):
-    config = replace(TINY, **VARIANTS[variant])
-    weights = {name: torch.randn(shape).bfloat16() for name, shape in compare.shapes(config).items()}
-    table = {name: (tuple(t.shape), t.dtype) for name, t in weights.items()}
-    save_checkpoint(tmp_path / "bf16.pth", config, table, weights.items())
+@pytest.fixture(params=VARIANTS)
+def model(request, tmp_path):
+    """(config, weights) of a checkpoint bf16.pth in tmp_path, and BF16.gguf made of it."""
+    config = replace(TINY, **VARIANTS[request.param])
+    meta = checkpoint_tensors(random_model(config, Dense(), torch.device("meta"), torch.bfloat16))
+    weights = {name: torch.randn(t.shape).bfloat16() for name, t in meta.items()}
+    shapes = {name: (t.shape, t.dtype) for name, t in meta.items()}
+    save_checkpoint(tmp_path / "bf16.pth", config, shapes, weights.items())
     compare.write_gguf(tmp_path / "bf16.pth", tmp_path / "BF16.gguf")
-    meta, found = read_gguf(tmp_path / "BF16.gguf")
-    back = read_config(meta, found)
-    convert(tmp_path / "back.pth", back, *read_tensors(found, back, torch.bfloat16))
+    return config, weights
+
+
+def test_both_sides_hold_the_same_weights(model, tmp_path):
+    config, weights = model
+    meta, stored = read_gguf(tmp_path / "BF16.gguf")
+    back = read_config(meta, stored)
+    convert(tmp_path / "back.pth", back, *read_tensors(stored, back, torch.bfloat16))
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
     assert back == config
     assert tensors.keys() == weights.keys() and all(torch.equal(t, weights[name]) for name, t in tensors.items())
 
     compare.make_ours(tmp_path)
-    for name, kind in compare.OURS.items():
-        assert read_checkpoint(tmp_path / f"{name}.pth")[1] == kind
-    monkeypatch.setattr(compare, "THEIRS", {})  # which llama.cpp would have to make
-    sizes = compare.bytes_per_token(tmp_path)
+    for name, format in compare.OURS.items():
+        assert read_checkpoint(tmp_path / f"{name}.pth")[1] == format.quantization
+    sizes = compare.bytes_per_token(tmp_path, ["BF16"])
     wider = 2 * sum(t.numel() for t in weights.values() if t.dim() == 1)  # theirs are float32
     assert sizes["BF16"] == sizes["bf16"] + wider + (4 * 8 if config.rope_scaling else 0)
     assert sizes["bf16"] > sizes["int8"] > sizes["int4.g32"]
-    if variant == "plain":
-        monkeypatch.setattr(compare, "CHILD", compare.CHILD + "\nllama_cpp_generate = our_generate")
-        (tmp_path / "bf16.gguf").symlink_to(tmp_path / "bf16.pth")
-        settings, bar = argparse.Namespace(threads=1, rounds=2), compare.tqdm(disable=True)
-        rounds = compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, settings, bar)
-        assert len(rounds) == 2
-        for done in (r[side] for r in rounds for side in ("ours", "theirs")):
-            assert done.keys() == {"decode", "prefill", "share_of_read"} and min(done.values()) > 0
-        (tmp_path / "bf16.gguf").unlink()
-        with pytest.raises(UsageError, match="bf16.gguf.* failed with status 1"):
-            compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, settings, bar)
+    step = sum(t.nbytes for name, t in weights.items() if config.tie_embeddings or "tok_embeddings" not in name)
+    assert sizes["bf16"] == step + 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * (5 + 32.5)
+
+
+@pytest.mark.parametrize("model", ["plain"], indirect=True)
+def test_rounds(model, tmp_path, monkeypatch):
+    """With our own side in both places: llama.cpp is not here."""
+    monkeypatch.setitem(compare.LOADERS, "theirs", compare.our_generate)
+    compare.make_ours(tmp_path)
+    (tmp_path / "bf16.gguf").symlink_to(tmp_path / "bf16.pth")
+    sizes = {"int4.g32": 1000, "bf16": 2000}
+    bar = tqdm(disable=True)
+    rounds = compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, 2, 1, bar)
+    assert len(rounds) == 2
+    for side in (r[side] for r in rounds for side in ("ours", "theirs")):
+        assert side.keys() == {"decode", "prefill", "share_of_read"} and min(side.values()) > 0
+    for r in rounds:
+        assert r["theirs"]["share_of_read"] == r["theirs"]["decode"] * 2000 / r["read_bytes_per_sec"]
+    (tmp_path / "bf16.gguf").unlink()
+    with pytest.raises(UsageError, match="bf16.gguf does not exist"):
+        compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, 2, 1, bar)
 
 
 def test_medians_over_rounds():
@@ -68,9 +90,8 @@ def test_medians_over_rounds():
     for row in rows:
         assert (row["decode_ratio"], row["prefill_ratio"]) == (2, 2)
         assert row["ours"]["decode"] == row["theirs"]["decode"] == 20 and row["ours"]["share_of_read"] == 0.2
-    keys = "model threads cores cpu date torch llama_cpp_python".split()
-    lines = compare.table(dict.fromkeys(keys, 1) | {"pairs": rows, "rounds": [rounds] * len(rows)}).splitlines()
-    assert len({map(len, lines[-6:])}) == 1 and lines[-1].split()[:5] == ["int4.g32", "Q4_K_M", "20.0", "20.0", "2.00"]
+    last_line = tables.table("llama_cpp", {"model": "M", "pairs": rows}).splitlines()[-1]
+    assert last_line == "| M, int4.g32 / Q4_K_M | 20.0 / 20.0 | **2.00** | 20% / 20% | 200 / 200 | **2.00** |"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +112,7 @@ def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(sys, "argv", f"compare_llama_cpp.py --config TinyLlama-1.1B {flags}".split())
     with pytest.raises(SystemExit) as exit:
-        run(compare.main)
+        cli.run(compare.main)
     assert exit.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -102,5 +123,5 @@ def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
 )  # fmt: skip
 def test_models_that_cannot_be_compared(name, words, tmp_path):
     with pytest.raises(UsageError, match=words):
-        compare.make_model(argparse.Namespace(config=name, gguf=None), tmp_path / "bf16.pth")
+        compare.make_model(name, None, tmp_path / "bf16.pth")
     assert not any(tmp_path.iterdir())

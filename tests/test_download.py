@@ -1,25 +1,19 @@
 """download.py and prepare.sh against a small server that plays the hub's API."""
 
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from checkpoint import run
+import cli
+from tests.hub import Hub, serve, url_of, use_hub
 from tests.tiny import ROOT, make_hf
 
 from download import main  # isort: skip  (tests.tiny put scripts/ on the path)
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
-NOT_FOUND = (401, {"X-Error-Code": "RepoNotFound"})
-GATED = (403, {"X-Error-Code": "GatedRepo"})
-BAD_TOKEN = (401, {"X-Error-Message": "Invalid credentials in Authorization header"})
 REPOS = {
     "me/safetensors": "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json "
     "README.md special_tokens_map.json chat_template.jinja model-00001-of-00002.safetensors "
@@ -29,78 +23,31 @@ REPOS = {
     "me/tinyllamas": "stories15M.pt stories42M.pt stories15M.bin stories260K/stories260K.pt",
     "me/gguf": "model.gguf README.md",
     "me/consolidated": "params.json config.json consolidated.safetensors",
-}  # fmt: skip
-
-
-class Hub(BaseHTTPRequestHandler):
-    """files: repository -> {name: content}. token "good" is known; "me/gated" wants it for its files."""
-
-    files: dict[str, dict[str, bytes]]
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        token, path = self.headers.get("Authorization"), self.path.split("?")[0].strip("/").split("/")
-        api = path[:2] == ["api", "models"]
-        repo, rest = "/".join(path[2:4] if api else path[:2]), path[4:] if api else path[2:]
-        if token not in (None, "Bearer good"):
-            return self.answer(*BAD_TOKEN)
-        if repo == "me/broken":
-            return self.answer(503, {})
-        if repo not in self.files:
-            return self.answer(*NOT_FOUND)
-        files = self.files[repo]
-        if api and rest[:1] == ["tree"]:
-            entries = [{"type": "file", "path": name, "size": len(x), "oid": "0"} for name, x in files.items()]
-            return self.answer(200, {}, json.dumps(entries).encode())
-        if api:
-            info = {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in files]}
-            return self.answer(200, {}, json.dumps(info).encode())
-        if repo == "me/gated" and token is None:
-            return self.answer(*GATED)
-        content = files["/".join(rest[2:])]
-        self.answer(200, {"ETag": f'"{len(content)}"', "X-Repo-Commit": SHA}, content)
-
-    do_HEAD = do_GET
-
-    def answer(self, status, headers, content=b""):
-        self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
+}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def url(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     make_hf("llama2").save_pretrained(folder)
     Hub.files = {repo: {name: name.encode() for name in names.split()} for repo, names in REPOS.items()}
     Hub.files["me/gated"] = Hub.files["full/disk"] = Hub.files["me/bin"]
     Hub.files["me/model"] = {file.name: file.read_bytes() for file in folder.iterdir()}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    server = serve(Hub)
+    yield url_of(server)
     server.shutdown()
 
 
 @pytest.fixture
-def call(server, tmp_path, monkeypatch, capsys):
+def call(url, tmp_path, monkeypatch, capsys):
     """Runs download.py against the server, in tmp_path: (exit status, stderr's lines)."""
-    monkeypatch.setattr(constants, "ENDPOINT", server)  # what HF_ENDPOINT sets at import
-    template = server + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    monkeypatch.setenv("no_proxy", "*")
+    use_hub(monkeypatch, url)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["download.py", "--repo_id", *arguments])
         try:
-            run(main)
+            cli.run(main)
             status = 0
         except SystemExit as e:
             status = e.code
@@ -126,15 +73,15 @@ def test_only_the_files_that_are_needed(call, tmp_path):
     assert len(lines) == 1 and "me/tinyllamas has no tokenizer; put its tokenizer.model" in lines[0]
 
 
-def test_mistakes_are_one_line_and_exit_2(call, tmp_path, server, monkeypatch):
+def test_mistakes_are_one_line_and_exit_2(call, tmp_path, url, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/full").write_text("not a folder")
     no_model = "holds no config.json with model.safetensors or pytorch_model.bin, nor a .pt"
     for arguments, line in {
-        ("me/mispelt",): f"{server} has no me/mispelt, or it is private: check the spelling, or give --hf_token",
-        ("me/bin", "--hf_token", "bad"): f"{server} answers 401 for me/bin: check the token (--hf_token or HF_TOKEN)",
-        ("me/gated",): f"me/gated is gated: accept its terms at {server}/me/gated and give your --hf_token",
-        ("me/broken",): f"{server} answers 503 for me/broken: try again later",
+        ("me/mispelt",): f"{url} has no me/mispelt, or it is private: check the spelling, or give --hf_token",
+        ("me/bin", "--hf_token", "bad"): f"{url} answers 401 for me/bin: check the token (--hf_token or HF_TOKEN)",
+        ("me/gated",): f"me/gated is gated: accept its terms at {url}/me/gated and give your --hf_token",
+        ("me/broken",): f"{url} answers 503 for me/broken: try again later",
         ("me/tinyllamas",): "me/tinyllamas holds stories15M.pt, stories42M.pt: choose one, as in --repo_id "
         "me/tinyllamas/stories15M",
         ("me/tinyllamas/stories1M",): "me/tinyllamas holds no stories1M.pt",
@@ -152,11 +99,11 @@ def test_mistakes_are_one_line_and_exit_2(call, tmp_path, server, monkeypatch):
     assert status == 2 and len(lines) == 1 and "cannot download me/bin from http://127.0.0.1:9: " in lines[0]
 
 
-def test_prepare(server, tmp_path):
+def test_prepare(url, tmp_path):
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "quantize.py").write_text("import sys; print(*sys.argv)")
     prepare, path = tmp_path / "scripts/prepare.sh", f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "HF_ENDPOINT": server, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "no_proxy": "*"}
+    env = os.environ | {"PATH": path, "HF_ENDPOINT": url, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "no_proxy": "*"}
     usage = subprocess.run([prepare], env=env, capture_output=True, text=True)
     assert usage.returncode == 2 and usage.stderr.startswith("usage: ") and usage.stderr.count("\n") == 1
     done = subprocess.run([prepare], env=env | {"MODEL_REPO": "me/model"}, capture_output=True, text=True, check=True)

@@ -10,10 +10,13 @@ import tokenizers
 import torch
 import transformers as hf
 
+import cli
 import eval
-from checkpoint import run
-from generate import build_steps, load_model
-from model import UsageError
+import gptq
+from config import UsageError
+from eval import Options, Row, harness_model, scores_of
+from loading import load_model
+from sampling import Sampling
 from tests.tiny import convert, write_folder
 from tokenizer import load_tokenizer
 
@@ -45,6 +48,11 @@ def folder(request, tmp_path_factory):
         tok.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
         tok.save(str(folder / "tokenizer.json"))
     convert(folder)
+    write_tasks(folder)
+    return folder
+
+
+def write_tasks(folder):
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     (folder / "tasks").mkdir()
@@ -52,10 +60,21 @@ def folder(request, tmp_path_factory):
         data = f"{{data_files: {{test: {folder / 'q.jsonl'}}}, cache_dir: {folder / 'cache'}}}"
         text = f"task: {name}\ndataset_path: json\ndataset_kwargs: {data}\ntest_split: test\noutput_type: {rest}\n"
         (folder / "tasks" / f"{name}.yaml").write_text(text)
-    return folder
 
 
-def cli(monkeypatch, capsys, folder, *args: str) -> str:
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    """lm_eval writes down every package that is installed, which takes longer than its tasks here."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    """(model, tokenizer)"""
+    return load_model(folder / "model.pth", "cpu", torch.float32), load_tokenizer(folder)
+
+
+def run_eval(monkeypatch, capsys, folder, *args: str) -> str:
     command = ["eval.py", f"--checkpoint_path={folder / 'model.pth'}", "--device=cpu", "--precision=float32", *args]
     monkeypatch.setattr(sys, "argv", command)
     capsys.readouterr()
@@ -63,12 +82,18 @@ def cli(monkeypatch, capsys, folder, *args: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def theirs(folder):
+    """transformers' (model, tokenizer)"""
+    return hf.AutoModelForCausalLM.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("length", [2, 50, 256])
-def test_perplexity_equals_transformers(length, batch_size, folder, monkeypatch, capsys):
+def test_perplexity_equals_transformers(length, batch_size, folder, theirs, monkeypatch, capsys):
     args = [f"--text_file={folder / 'text.txt'}", f"--max_seq_length={length}", f"--batch_size={batch_size}", "--json"]
-    ours = json.loads(cli(monkeypatch, capsys, folder, *args))
-    model, tok = hf.AutoModelForCausalLM.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    ours = json.loads(run_eval(monkeypatch, capsys, folder, *args))
+    model, tok = theirs
     ids, bos = tok(TEXT, add_special_tokens=False).input_ids, tok("").input_ids
     nll = windows = tokens = 0
     for i in range(0, len(ids), length - len(bos)):
@@ -83,35 +108,42 @@ def test_perplexity_equals_transformers(length, batch_size, folder, monkeypatch,
     assert ours["perplexity"] == pytest.approx(torch.tensor(nll / tokens).exp().item(), rel=1e-4)
 
 
-def test_score_does_not_depend_on_the_batch(folder):
-    model = load_model(folder / "model.pth", "cpu", torch.float32)
-    rows = [(torch.randint(0, 256, (n,)).tolist(), m) for n, m in [(9, 1), (40, 39), (2, 1), (25, 3), (7, 6)]]
-    alone = {i: s for i, row in enumerate(rows) for _, *s in eval.score(model, [row], 1, False)}
+def test_score_does_not_depend_on_the_batch(ours):
+    model, _ = ours
+    lengths = [(9, 1), (40, 39), (2, 1), (25, 3), (7, 6)]
+    rows = [Row(torch.randint(0, 256, (n,)).tolist(), n_scored) for n, n_scored in lengths]
+    alone = [next(scores_of(model, [row], batch_size=1)) for row in rows]
     for batch_size in (2, 9):
-        together = {i: s for i, *s in eval.score(model, rows, batch_size, False)}
-        for i, (logprobs, greedy) in alone.items():
-            assert len(logprobs) == rows[i][1] and torch.equal(together[i][1], greedy)
-            torch.testing.assert_close(together[i][0], logprobs, atol=1e-4, rtol=1e-4)
+        together = {score.row: score for score in scores_of(model, rows, batch_size)}
+        assert together.keys() == set(range(len(rows)))
+        for i, expected in enumerate(alone):
+            assert len(expected.logprobs) == rows[i].n_scored
+            assert torch.equal(together[i].is_greedy, expected.is_greedy)
+            torch.testing.assert_close(together[i].logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def lm_evals_own(folder):
+    """lm_eval's class for transformers' models."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["", "chat"])
 @pytest.mark.parametrize("task", TASKS)
-def test_answers_equal_lm_evals_own(task, chat, folder):
-    lm_eval = eval.harness()
-    from lm_eval.models.huggingface import HFLM
-
+def test_answers_equal_lm_evals_own(task, chat, folder, ours, lm_evals_own):
+    lm_eval = eval.import_lm_eval()
     manager = lm_eval.tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), load_tokenizer(folder)
-    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
     found = []
-    for lm in (theirs, *(eval.harness_model(model, tokenizer, 256, b, False) for b in (1, 4))):
-        options = dict(apply_chat_template=chat, bootstrap_iters=0, log_samples=True)
+    for lm in (lm_evals_own, *(harness_model(*ours, 256, batch_size, False) for batch_size in (1, 4))):
+        options = {"apply_chat_template": chat, "bootstrap_iters": 0, "log_samples": True}
         results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, **options)
         samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
         assert len(samples) == len(QUESTIONS)
         found.append([s["resps"] for s in samples])
-    for ours in found[1:]:
-        for sample, expected in zip(ours, found[0], strict=True):
+    for answers in found[1:]:
+        for sample, expected in zip(answers, found[0], strict=True):
             if task == "local_answer":
                 assert [a[0].strip() for a in sample] == [a[0].strip() for a in expected]
             elif task == "local_text":
@@ -121,48 +153,60 @@ def test_answers_equal_lm_evals_own(task, chat, folder):
                     assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-3) and str(a[1]) == str(b[1])
 
 
-def test_generation_stops_where_it_should(folder):
-    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32), load_tokenizer(folder)
-    prompts = [tokenizer.encode(t) for t in ("a", "some longer prompt", "b", "and one that is longer still")]
-    steps = build_steps(model, {"temperature": 0}, False, False)
+def test_generation_stops_where_it_should(ours):
+    prompts = ["a", "some longer prompt", "b", "and one that is longer still"]
 
     def texts(batch_size, prompts, until=()):
-        model.setup_caches(batch_size, 80)
-        return list(eval.continue_prompts(model, steps, tokenizer, prompts, 30, until))
+        requests = [SimpleNamespace(args=(prompt, {"max_gen_toks": 30, "until": until})) for prompt in prompts]
+        return harness_model(*ours, 80, batch_size, False).generate_until(requests)
 
     whole = [texts(1, [p])[0] for p in prompts]
     assert texts(3, prompts) == whole
     end = whole[0][5:7]
-    short = texts(4, prompts, ["no such", end])
+    short = texts(4, prompts, ("no such", end))
     assert short == [text.split(end)[0] for text in whole] and short[0] != whole[0]
 
 
-def test_requests_of_many_kinds_are_compiled_once(folder):
+def test_requests_of_many_kinds_are_compiled_once(tmp_path):
     """PyTorch gives up after eight times."""
-    model, tokenizer = load_model(folder / "model.pth", "cpu", torch.float32, fast=False), load_tokenizer(folder)
+    write_folder("llama3", tmp_path)
+    model, tokenizer = load_model(convert(tmp_path), "cpu", torch.float32, kernels=False), load_tokenizer(tmp_path)
     requests = [SimpleNamespace(args=("a" * n, {"max_gen_toks": n})) for n in range(3, 13)]
-    plain, compiled = (eval.harness_model(model, tokenizer, 60, 2, c).generate_until(requests) for c in (False, True))
+    plain, compiled = (
+        harness_model(model, tokenizer, 60, 2, compile).generate_until(requests) for compile in (False, True)
+    )
     assert plain == compiled and len(set(plain)) > 5
 
 
 def test_options_of_requests():
-    greedy = {"temperature": 0.0, "top_k": None, "top_p": None}
-    assert eval.options_of({}) == (greedy, 256, [])
+    greedy, options_of = Sampling(temperature=0.0), eval.options_of
+    assert options_of({}) == Options(greedy, 256, ())
     cold = {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 1}
-    assert eval.options_of(cold) == (greedy, 5, ["\n"])
-    warm = {"temperature": 1.0, "top_k": 3, "top_p": None}
-    assert eval.options_of({"do_sample": True, "top_k": 3}) == (warm, 256, [])
+    assert options_of(cold) == Options(greedy, 5, ("\n",))
+    assert options_of({"do_sample": True, "top_k": 3}) == Options(Sampling(1.0, top_k=3), 256, ())
 
 
-def test_tasks_on_the_command_line(folder, monkeypatch, capsys):
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Without lm_eval's own 13,000."""
     from lm_eval import tasks
 
-    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))  # 13,000
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+
+
+def test_calibration_text_of_tasks(folder, few_tasks):
+    text = gptq.task_text([str(folder / "tasks" / f"{name}.yaml") for name in TASKS], limit=2)
+    for expected in ("The sky is  made of stone", "Two and two are  four", "AThe sky is.", "Colour? The sky is"):
+        assert expected in text
+    assert "Once upon a" not in text
+
+
+def test_tasks_on_the_command_line(folder, few_tasks, monkeypatch, capsys):
     args = ["--tasks", str(folder / "tasks" / "local_choice.yaml"), "--limit=2"]
-    results = json.loads(cli(monkeypatch, capsys, folder, *args, "--json").splitlines()[-1])
+    results = json.loads(run_eval(monkeypatch, capsys, folder, *args, "--json").splitlines()[-1])
     assert results["local_choice"]["sample_len"] == 2 and 0 <= results["local_choice"]["acc,none"] <= 1
     with pytest.raises(UsageError, match="no task no_such_task"):
-        cli(monkeypatch, capsys, folder, "--tasks", "no_such_task")
+        run_eval(monkeypatch, capsys, folder, "--tasks", "no_such_task")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +229,6 @@ def test_wrong_arguments_are_named(args, message, folder, monkeypatch, capsys, t
     paths = {"TEXT": folder / "text.txt", "EMPTY": tmp_path / "empty", "BINARY": tmp_path / "binary"}
     args = [f"--text_file={paths[a[12:]]}" if a[12:] in paths else a for a in args]
     with pytest.raises(SystemExit) as e:
-        run(lambda: cli(monkeypatch, capsys, folder, *args))
+        cli.run(lambda: run_eval(monkeypatch, capsys, folder, *args))
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err.splitlines()[-1]

@@ -9,13 +9,11 @@ import io
 import json
 import select
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import gguf
 import pytest
 import sentencepiece
 import torch
@@ -24,10 +22,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import quantize
-from checkpoint import read_checkpoint
-from tests.test_convert import BPE, make_llama, shard, write_gguf
-from tests.test_tokenizer import TEMPLATES, train
-from tests.tiny import ROOT, convert, make_hf
+from tests.test_convert import write_shards
+from tests.tiny import ROOT, call, convert, make_hf, write_format_1
+from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
+from tests.tiny_tokenizers import TEMPLATES, train
 
 from convert_gguf import read_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
 
@@ -35,6 +33,10 @@ SECONDS = 60  # after which a command hangs
 SETTINGS = settings(
     derandomize=True, database=None, deadline=None, max_examples=100, suppress_health_check=list(HealthCheck)
 )
+FAMILY = st.sampled_from(["llama3", "mixtral"])
+
+
+# ---- Running commands -----------------------------------------------------------------------------------------------
 
 
 class Commands:
@@ -45,11 +47,7 @@ class Commands:
     def __call__(self, *args) -> int:
         """Runs a command; it must work or fail in one line. Returns its exit status."""
         if self.process is None:
-            self.stderr = tempfile.NamedTemporaryFile("r", errors="replace")
-            self.process = subprocess.Popen(
-                [sys.executable, ROOT / "tests/worker.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=open(self.stderr.name, "w"), text=True,
-            )  # fmt: skip
+            self.start()
         self.process.stdin.write(json.dumps([str(a) for a in args]) + "\n")
         self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], SECONDS)
@@ -58,9 +56,20 @@ class Commands:
         if not answer:
             self.process.kill()
             code, self.process = self.process.wait(), None
-            pytest.fail("\n".join([f"{args}: " + (f"died ({code})" if ready else "hangs"), *lines]))
+            how = f"died ({code})" if ready else "hangs"
+            pytest.fail("\n".join([f"{args}: {how}", *lines]))
         assert answer == "0\n" or (answer == "2\n" and len(lines) == 1), "\n".join([f"{args}: {answer}", *lines])
         return int(answer)
+
+    def start(self):
+        self.stderr = tempfile.NamedTemporaryFile("r", errors="replace")
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests/worker.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(self.stderr.name, "w"),
+            text=True,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +81,20 @@ def commands():
         commands.process.wait()
 
 
-def sentencepiece_model() -> bytes:
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEMPLATES.values()), model_writer=out, vocab_size=400, byte_fallback=True,
-        model_type="bpe", minloglevel=2, character_coverage=1.0,
-    )  # fmt: skip
-    return out.getvalue()
+def converts(commands, folder: Path) -> int:
+    """Converts folder; what comes of it must run."""
+    status = commands("convert", "--checkpoint_dir", folder)
+    if status == 0:
+        generates(commands, folder / "model.pth")
+    return status
+
+
+def generates(commands, path: Path, *args) -> int:
+    args = args or ("--prompt=Hello, my name is",)
+    return commands("generate", "--checkpoint_path", path, "--json", "--max_new_tokens=4", "--device=cpu", *args)
+
+
+# ---- Files that work ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -86,86 +102,53 @@ def good(tmp_path_factory):
     """A folder of folders that work, and of files to break."""
     root = tmp_path_factory.mktemp("good")
     for family in ("llama3", "mixtral"):
-        folder = root / family
-        make_hf(family, vocab_size=1000, hidden_size=64, intermediate_size=96).save_pretrained(folder)
-        train("llama3").save(str(folder / "tokenizer.json"))
-        settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATES["chatml"]}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        path = convert(folder)
-        for mode in ("int8", "int4"):
-            config, _, tensors = read_checkpoint(path)
-            weights = quantize.linear_weights(path, config, tensors)
-            parts = ((n, quantize.quantize_plain(n, w, mode, 32)) for n, w in weights.items())
-            quantization = {"mode": mode} | ({"groupsize": 32} if mode == "int4" else {})
-            quantize.write(folder / f"model_{mode}.pth", config, tensors, weights, parts, quantization)
+        make_folder(family, root / family)
     theirs = make_llama(hidden_size=64, intermediate_size=64)
     write_gguf(root / "m.gguf", theirs, "Q8_0", BPE | {"general.x": [1.5, 2.0]})
-    pieces = ["<unk>", "<s>", "</s>", "<0x61>", "▁", "b", "a", "ab"]
-    sp = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces,
-          "tokenizer.ggml.scores": [0.0] * 8, "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 1, 1],
-          "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}  # fmt: skip
-    write_gguf(root / "sp.gguf", theirs, "Q4_1", sp)
+    sentencepiece_vocabulary = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<0x61>", "▁", "b", "a", "ab"],
+        "tokenizer.ggml.scores": [0.0] * 8,
+        "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 1, 1],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    write_gguf(root / "sp.gguf", theirs, "Q4_1", sentencepiece_vocabulary)
     for kind in ("llama2", "llama2-prepend", "qwen2"):
         train(kind).save(str(root / f"{kind}.json"))
     (root / "tokenizer.model").write_bytes(sentencepiece_model())
     return root
 
 
-ODD = st.sampled_from(
-    [None, True, False, 0, 1, 2, 3, -1, 7, 64, 255, 2**16, 2**31 - 1, 2**31, 2**40, 2**63, -(2**63), 2**64, 10**400,
-     0.5, -0.5, 1e-300, 1e300, float("nan"), float("inf"), "", " ", "x", "0", "../x", "\ud800", "\0", "é" * 9,
-     [], [1], [None], ["a", "b"], {}, {"a": 1}, [[[]]], {"": {"": []}}]
-)  # fmt: skip
+MODEL_FILES = ["model.pth", "model_int8.pth", "model_int4.g32.pth", "model_format_1.pth"]
 
 
-@st.composite
-def mutated(draw, document):
-    """document (JSON) with a few values replaced, removed, renamed, swapped or doubled."""
-    document = copy.deepcopy(document)
-    for _ in range(draw(st.integers(1, 3))):
-        places, todo = [], [document]
-        while todo:
-            node = todo.pop()
-            inside = list(node.items() if isinstance(node, dict) else enumerate(node))[:200]
-            places += [(node, key) for key, _ in inside]
-            todo += [value for _, value in inside if isinstance(value, (dict, list))]
-        if not places:
-            break
-        node, key = draw(st.sampled_from(places))
-        other, other_key = draw(st.sampled_from(places))
-        what = draw(st.integers(0, 5))
-        if what <= 2:
-            node[key] = copy.deepcopy(draw(ODD))
-        elif what == 3:
-            del node[key]
-        elif what == 4:
-            node[key] = copy.deepcopy(other[other_key])
-        elif isinstance(node, dict):
-            node[draw(st.sampled_from(["x", "", "weight", str(other_key)]))] = node.pop(key)
-    return document
+def make_folder(family: str, folder: Path):
+    """A Hugging Face folder, with MODEL_FILES made of it."""
+    make_hf(family, vocab_size=1000, hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    train("llama3").save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATES["chatml"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = convert(folder)
+    for mode in ("int8", "int4"):
+        call(quantize.main, "--checkpoint_path", path, "--mode", mode)
+    shutil.copy(path, folder / "model_format_1.pth")
+    write_format_1(folder / "model_format_1.pth")
+    assert all((folder / name).is_file() for name in MODEL_FILES)
 
 
-def dumps(document) -> bytes:
-    return json.dumps(document).encode("utf-8", "surrogatepass")
-
-
-@st.composite
-def corrupted(draw, data: bytes, start: int = 0, stop: int | None = None):
-    """data with a few bytes between start and stop (from the end if negative) overwritten, removed or put in."""
-    stop = len(data) if stop is None else stop
-    for _ in range(draw(st.integers(1, 3))):
-        i = draw(st.integers(start, stop) if start >= 0 else st.integers(len(data) + start, len(data)))
-        n = draw(st.sampled_from([1, 1, 1, 2, 4, 8, 100]))
-        new = draw(st.sampled_from([b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b" ", b"9", b"[", b'"'])) * n
-        new = draw(st.sampled_from([new, bytes([data[i % len(data)] ^ 1 << draw(st.integers(0, 7))]) if data else b""]))
-        what = draw(st.integers(0, 6))
-        if what <= 4:
-            data = data[:i] + new + data[i + len(new) :]
-        elif what == 5:
-            data = data[:i] + new + data[i:]
-        else:
-            data = data[:i] + data[i + n :] if draw(st.booleans()) else data[:i]
-    return data
+def sentencepiece_model() -> bytes:
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEMPLATES.values()),
+        model_writer=out,
+        vocab_size=400,
+        byte_fallback=True,
+        model_type="bpe",
+        minloglevel=2,
+        character_coverage=1.0,
+    )
+    return out.getvalue()
 
 
 @pytest.fixture
@@ -186,20 +169,98 @@ def broken(good, tmp_path):
     return make
 
 
-def converts(commands, folder: Path) -> int:
-    """Converts folder; what comes of it must run."""
-    status = commands("convert", "--checkpoint_dir", folder)
-    if status == 0:
-        generates(commands, folder / "model.pth")
-    return status
+# ---- Ways to break them ---------------------------------------------------------------------------------------------
+
+ODD = st.sampled_from(
+    [None, True, False, 0, 1, 2, 3, -1, 7, 64, 255, 2**16, 2**31 - 1, 2**31, 2**40, 2**63, -(2**63), 2**64, 10**400,
+     0.5, -0.5, 1e-300, 1e300, float("nan"), float("inf"), "", " ", "x", "0", "../x", "\ud800", "\0", "é" * 9,
+     [], [1], [None], ["a", "b"], {}, {"a": 1}, [[[]]], {"": {"": []}}]
+)  # fmt: skip
+ODD_TENSORS = st.sampled_from(
+    [
+        torch.tensor(1.0),
+        torch.ones(0),
+        torch.ones(1).expand(64, 64),
+        torch.ones(64, 64).T,
+        torch.ones(64, 64) > 0,
+        torch.ones(64, 64, dtype=torch.complex64),
+        torch.ones(64, dtype=torch.int64),
+        torch.ones(64, 64).to_sparse(),
+        torch.ones(64, 64, device="meta"),
+        torch.nn.Parameter(torch.ones(64)),
+        torch.ones(64, 64, dtype=torch.float64),
+        torch.full((64,), torch.nan),
+        torch.ones(64, 64).to(torch.float8_e4m3fn),
+        torch.ones(64, 32).T,
+    ]
+)
 
 
-def generates(commands, path: Path, *args) -> int:
-    args = args or ("--prompt=Hello, my name is",)
-    return commands("generate", "--checkpoint_path", path, "--json", "--max_new_tokens=4", "--device=cpu", *args)
+def places_in(document) -> list[tuple]:
+    """(container, key) of every value in a JSON document; of a container's no more than 200."""
+    places, to_do = [], [document]
+    while to_do:
+        node = to_do.pop()
+        inside = list(node.items() if isinstance(node, dict) else enumerate(node))[:200]
+        places += [(node, key) for key, _ in inside]
+        to_do += [value for _, value in inside if isinstance(value, (dict, list))]
+    return places
 
 
-FAMILY = st.sampled_from(["llama3", "mixtral"])
+@st.composite
+def mutated(draw, document):
+    """document (JSON) with a few values replaced, removed, renamed, swapped or doubled."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        places = places_in(document)
+        if not places:
+            break
+        node, key = draw(st.sampled_from(places))
+        other, other_key = draw(st.sampled_from(places))
+        what = draw(st.integers(0, 5))
+        if what <= 2:
+            node[key] = copy.deepcopy(draw(ODD))
+        elif what == 3:
+            del node[key]
+        elif what == 4:
+            node[key] = copy.deepcopy(other[other_key])
+        elif isinstance(node, dict):
+            node[draw(st.sampled_from(["x", "", "weight", str(other_key)]))] = node.pop(key)
+    return document
+
+
+@st.composite
+def corrupted(draw, data: bytes, start: int = 0, stop: int | None = None):
+    """data with a few bytes between start and stop (from the end if negative) overwritten, removed or put in."""
+    stop = len(data) if stop is None else stop
+    for _ in range(draw(st.integers(1, 3))):
+        i = draw(st.integers(start, stop) if start >= 0 else st.integers(len(data) + start, len(data)))
+        n = draw(st.sampled_from([1, 1, 1, 2, 4, 8, 100]))
+        new = draw(st.sampled_from([b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b" ", b"9", b"[", b'"'])) * n
+        bit_flipped = bytes([data[i % len(data)] ^ 1 << draw(st.integers(0, 7))]) if data else b""
+        new = draw(st.sampled_from([new, bit_flipped]))
+        what = draw(st.integers(0, 6))
+        if what <= 4:
+            data = data[:i] + new + data[i + len(new) :]
+        elif what == 5:
+            data = data[:i] + new + data[i:]
+        elif draw(st.booleans()):
+            data = data[:i] + data[i + n :]
+        else:
+            data = data[:i]
+    return data
+
+
+def dumps(document) -> bytes:
+    return json.dumps(document).encode("utf-8", "surrogatepass")
+
+
+def broken_json(text: bytes):
+    """A JSON file with other values in it, or with other bytes."""
+    return mutated(json.loads(text)).map(dumps) | corrupted(text)
+
+
+# ---- Hugging Face's files -------------------------------------------------------------------------------------------
 
 
 @given(st.data())
@@ -207,8 +268,7 @@ FAMILY = st.sampled_from(["llama3", "mixtral"])
 def test_config(good, broken, commands, data):
     family = data.draw(FAMILY)
     name = data.draw(st.sampled_from(["config.json"] * 4 + ["generation_config.json"]))
-    text = (good / family / name).read_bytes()
-    change = data.draw(mutated(json.loads(text)).map(dumps) | corrupted(text))
+    change = data.draw(broken_json((good / family / name).read_bytes()))
     converts(commands, broken(family, {name: change, "model.pth": None}))
 
 
@@ -218,59 +278,60 @@ def test_weights_and_their_index(good, broken, commands, data):
     tensors = load_file(good / "llama3/model.safetensors")
     kind = data.draw(st.sampled_from(["model.safetensors", "pytorch_model.bin"]))
     folder = broken("llama3", {"model.safetensors": None, "model.pth": None})
-    shard(folder, kind, tensors, save_file if kind == "model.safetensors" else torch.save)
-    file = folder / f"{kind}.index.json"
+    write_shards(folder, kind, tensors, save_file if kind == "model.safetensors" else torch.save)
+    index, shard = folder / f"{kind}.index.json", folder / kind.replace(".", "-00001-of-00002.")
     if data.draw(st.booleans()):
-        file.write_bytes(data.draw(mutated(json.loads(file.read_bytes())).map(dumps) | corrupted(file.read_bytes())))
+        index.write_bytes(data.draw(broken_json(index.read_bytes())))
+    elif kind == "model.safetensors":
+        shard.write_bytes(data.draw(broken_safetensors(shard.read_bytes())))
     else:
-        file = folder / f"{kind.replace('.', '-00001-of-00002.')}"
-        content = file.read_bytes()
-        if kind == "model.safetensors":
-            n = int.from_bytes(content[:8], "little")
-            header = data.draw(mutated(json.loads(content[8 : 8 + n])).map(dumps))
-            header = len(header).to_bytes(8, "little") + header + content[8 + n :]
-            content = data.draw(st.just(header) | corrupted(content, 0, n + 8))
-        else:
-            content = data.draw(corrupted(content) | corrupted(content, 0, 2000) | corrupted(content, -3000))
-        file.write_bytes(content)
+        content = shard.read_bytes()
+        shard.write_bytes(data.draw(corrupted(content) | corrupted(content, 0, 2000) | corrupted(content, -3000)))
     converts(commands, folder)
 
 
-ODD_TENSORS = st.sampled_from(
-    [torch.tensor(1.0), torch.ones(0), torch.ones(1).expand(64, 64), torch.ones(64, 64).T, torch.ones(64, 64) > 0,
-     torch.ones(64, 64, dtype=torch.complex64), torch.ones(64, dtype=torch.int64), torch.ones(64, 64).to_sparse(),
-     torch.ones(64, 64, device="meta"), torch.nn.Parameter(torch.ones(64)),
-     torch.ones(64, 64, dtype=torch.float64), torch.full((64,), torch.nan), torch.ones(64, 64).to(torch.float8_e4m3fn),
-     torch.ones(64, 32).T]
-)  # fmt: skip
+@st.composite
+def broken_safetensors(draw, content: bytes):
+    n = int.from_bytes(content[:8], "little")
+    header = draw(mutated(json.loads(content[8 : 8 + n])).map(dumps))
+    mutated_content = len(header).to_bytes(8, "little") + header + content[8 + n :]
+    return draw(st.just(mutated_content) | corrupted(content, 0, n + 8))
+
+
+# ---- model.pth ------------------------------------------------------------------------------------------------------
 
 
 @given(st.data())
 @SETTINGS
 def test_model_pth(good, broken, commands, data):
-    family = data.draw(FAMILY)
-    name = data.draw(st.sampled_from(["model.pth", "model_int8.pth", "model_int4.pth"]))
+    family, name = data.draw(FAMILY), data.draw(st.sampled_from(MODEL_FILES))
     content = (good / family / name).read_bytes()
     if data.draw(st.booleans()):
         content = data.draw(corrupted(content, 0, 9000) | corrupted(content, -9000))
         folder = broken(family, {name: content})
     else:
-        model = torch.load(good / family / name, weights_only=True)
-        what = data.draw(st.sampled_from(["config", "quantization", "tensors", "all"]))
-        if what == "tensors":
-            names = st.sampled_from(list(model["tensors"]))
-            for tensor in data.draw(st.lists(names, min_size=1, max_size=3, unique=True)):
-                like = model["tensors"][tensor]
-                odd = [like[:-1], like.double(), like.half(), like[:1].expand_as(like), like.int(), like * 1e30]
-                model["tensors"][tensor] = data.draw(ODD_TENSORS | st.sampled_from(odd) | ODD)
-        elif what == "all":
-            model = data.draw(mutated({k: None if k == "tensors" else v for k, v in model.items()}))
-        elif model[what]:
-            model[what] = data.draw(mutated(model[what]))
+        model = data.draw(mutated_model(torch.load(good / family / name, weights_only=True)))
         folder = broken(family, {name: None})
         torch.save(model, folder / name)
     generates(commands, folder / name)
 
+
+@st.composite
+def mutated_model(draw, model: dict):
+    what = draw(st.sampled_from(["config", "quantization", "tensors", "all"]))
+    if what == "all":
+        return draw(mutated(model | {"tensors": None}))
+    if what == "tensors":
+        for name in draw(st.lists(st.sampled_from(list(model["tensors"])), min_size=1, max_size=3, unique=True)):
+            like = model["tensors"][name]
+            alike = [like[:-1], like.double(), like.half(), like[:1].expand_as(like), like.int(), like * 1e30]
+            model["tensors"][name] = draw(ODD_TENSORS | st.sampled_from(alike) | ODD)
+    elif model[what]:
+        model[what] = draw(mutated(model[what]))
+    return model
+
+
+# ---- Tokenizers -----------------------------------------------------------------------------------------------------
 
 CHAT = st.sampled_from([["--prompt=Hello\u2003w<s>\r\n \u0300 1"], ["--chat", "--prompt=Hi </s>", "--system= a"]])
 
@@ -278,14 +339,13 @@ CHAT = st.sampled_from([["--prompt=Hello\u2003w<s>\r\n \u0300 1"], ["--chat", "-
 @given(st.data())
 @SETTINGS
 def test_tokenizer_json(good, broken, commands, data):
-    files = [good / "llama3/tokenizer.json", *good.glob("*.json")]
     change = {}
     if data.draw(st.booleans()):
-        text = data.draw(st.sampled_from(files)).read_bytes()
-        change["tokenizer.json"] = data.draw(mutated(json.loads(text)).map(dumps) | corrupted(text))
+        file = data.draw(st.sampled_from([good / "llama3/tokenizer.json", *good.glob("*.json")]))
+        change["tokenizer.json"] = data.draw(broken_json(file.read_bytes()))
     if not change or data.draw(st.booleans()):
         text = (good / "llama3/tokenizer_config.json").read_bytes()
-        change["tokenizer_config.json"] = data.draw(mutated(json.loads(text)).map(dumps) | corrupted(text))
+        change["tokenizer_config.json"] = data.draw(broken_json(text))
     generates(commands, broken("llama3", change) / "model.pth", *data.draw(CHAT))
 
 
@@ -300,35 +360,7 @@ def test_tokenizer_model(good, broken, commands, data):
     generates(commands, broken("llama3", change) / "model.pth", *data.draw(CHAT))
 
 
-def gguf_bytes(meta: dict, tensors: dict) -> bytes:
-    """A GGUF file; of a value that it cannot hold, nothing."""
-
-    def text(s: str) -> bytes:
-        return struct.pack("<Q", len(s.encode("utf-8", "surrogatepass"))) + s.encode("utf-8", "surrogatepass")
-
-    def typed(v) -> tuple[int, bytes]:
-        if isinstance(v, list):
-            inside = [typed(x) for x in v]
-            kind = inside[0][0] if inside else 4
-            return 9, struct.pack("<IQ", kind, len(v)) + b"".join(x for k, x in inside if k == kind)
-        if isinstance(v, str):
-            return 8, text(v)
-        for kind, form in ((7, "?"), (4, "I"), (11, "q"), (10, "Q"), (6, "f"), (12, "d")):
-            try:
-                if type(v) is {"?": bool, "f": float, "d": float}.get(form, int):
-                    return kind, struct.pack("<" + form, v)
-            except (OverflowError, struct.error):
-                pass
-        return 7, b"\0"
-
-    fields = [text(k) + struct.pack("<I", typed(v)[0]) + typed(v)[1] for k, v in meta.items()]
-    infos, body = [], b""
-    for name, (kind, data) in tensors.items():
-        shape = gguf.quant_shape_from_byte_shape(data.shape, kind)[::-1]
-        infos.append(text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, len(body)))
-        body += data.tobytes() + bytes(-data.nbytes % 32)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(fields)) + b"".join(fields + infos)
-    return head + bytes(-len(head) % 32) + body
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
 
 
 @given(st.data())

@@ -9,21 +9,23 @@ import sys
 import pytest
 import torch
 
-import quantize
 import tp
-from model import ModelConfig, MoE, Transformer
+from config import ModelConfig, MoEConfig
+from kernels.formats import Dense, Int4, Int8
+from model import Transformer
 from tests.tiny import ROOT, convert, make_hf, write_folder
 
 MIXTRAL = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=32000, max_seq_len=32768,
-    moe=MoE(n_experts=8, n_active=2),
+    moe=MoEConfig(n_experts=8, top_k=2),
 )  # fmt: skip
 README = (ROOT / "mixtral-moe/README.md").read_text()
 
 
 def test_flow(tmp_path):
     """Everything, as the page has it; two processes say what one says."""
-    for name in [p.name for p in ROOT.iterdir() if p.suffix in (".py", ".cpp")] + ["scripts", "mixtral-moe", "tests"]:
+    files = [path.name for path in ROOT.iterdir() if path.suffix == ".py"]
+    for name in [*files, "kernels", "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tmp_path / name)
     python = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     env = os.environ | {"TINY": "1", "OMP_NUM_THREADS": "1", "PATH": python}
@@ -36,23 +38,24 @@ def test_flow(tmp_path):
     assert texts["tp.sh model_int8.pth"] == texts["generate.sh model_int8.pth"]
 
 
-ROWS = {
-    "bfloat16": None,
-    "int8": {"mode": "int8"},
-    "int4, groups of 32": {"mode": "int4", "groupsize": 32},
-    "int4, groups of 128": {"mode": "int4", "groupsize": 128},
+FORMATS = {
+    "bfloat16": Dense(),
+    "int8": Int8(),
+    "int4, groups of 32": Int4(32),
+    "int4, groups of 128": Int4(128),
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", FORMATS)
 def test_arithmetic_of_the_page(row):
     with torch.device("meta"):
         model = Transformer(MIXTRAL).bfloat16()
-    quantize.prepare(model, ROWS[row])
-    cut = {kind: kind in tp.cuts(MIXTRAL) for kind in ("wqkv", "wo", "w13", "w2", "output")}
-    assert all(cut.values())
+    for _, linear in model.linears():
+        linear.set_format(FORMATS[row])
+    sharded = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "output"}
+    assert sharded == tp.tp_plan(MIXTRAL).keys()
     bytes_of = {name: t.nbytes for name, t in model.state_dict().items()}
-    shared = sum(n for name, n in bytes_of.items() if name.split(".")[-2] in cut)
+    shared = sum(n for name, n in bytes_of.items() if name.split(".")[-2] in sharded)
     whole = sum(bytes_of.values()) - shared
     expected = [whole + shared, model.step_bytes()] + [whole + shared / n for n in (2, 4, 8)]
     (line,) = (line for line in README.splitlines() if line.startswith(f"| {row} |"))

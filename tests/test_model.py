@@ -1,26 +1,47 @@
-"""Every family gives Hugging Face transformers' logits, in float32, however the tokens are fed."""
+"""Every family gives Hugging Face transformers' logits, in float32, however the tokens are fed; config.json is read."""
 
 import pytest
 import torch
 import transformers as hf
 
-from model import ModelConfig, UsageError
+from config import ModelConfig, UsageError
+from model import KVCache
 from tests.tiny import FAMILIES
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, pair):
-    theirs, ours = pair(family)
+def test_logits_equal_transformers(family, kernels, pair):
+    theirs, ours = pair(family, kernels)
     tokens = torch.randint(0, 97, (2, 120), generator=torch.Generator().manual_seed(1))  # seven sliding windows
+    start, kv_cache = torch.zeros(2, dtype=torch.long), KVCache(ours, 2, 128)
     with torch.inference_mode():
         expected = theirs(tokens).logits
-        ours.setup_caches(2, 128)
-        whole = ours(tokens, torch.arange(120))
-        ours.setup_caches(2, 128)
+        whole = ours(tokens, start, KVCache(ours, 2, 128))
         ends = [0, 7, 24, 80, *range(81, 121)]  # three chunks, then token by token
-        parts = [ours(tokens[:, a:b], torch.arange(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [ours(tokens[:, a:b], start + a, kv_cache) for a, b in zip(ends, ends[1:], strict=False)]
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_have_positions_of_their_own(family, kernels, pair):
+    """Rows that begin at different positions give what each gives alone; a chunk beyond the kernels' rows, too."""
+    _, ours = pair(family, kernels)
+    tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
+    together, starts = KVCache(ours, 2, 64), torch.tensor([30, 7])
+    with torch.inference_mode():
+        ours(tokens[:, :30], torch.zeros(2, dtype=torch.long), together)
+        logits = []
+        for n in (1, 3, 20):
+            rows = torch.stack([tokens[b, start : start + n] for b, start in enumerate(starts.tolist())])
+            logits.append(ours(rows, starts, together))
+            starts = starts + n
+        for b, first in enumerate((30, 7)):
+            alone = KVCache(ours, 1, 64)
+            expected = ours(tokens[b : b + 1, : first + 24], torch.zeros(1, dtype=torch.long), alone)[0, first:]
+            torch.testing.assert_close(torch.cat(logits, 1)[b], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [hf.MistralConfig, hf.Qwen2Config, hf.Qwen3Config])

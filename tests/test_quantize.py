@@ -7,17 +7,21 @@ import sys
 import pytest
 import torch
 
+import cli
 import gptq
-import kernels
 import quantize
-from checkpoint import read_checkpoint, run
-from generate import load_model
-from model import UsageError
+from checkpoint import read_checkpoint, save_checkpoint
+from config import UsageError
+from kernels.formats import Int4, Int8, split_groups
+from loading import load_model
+from model import KVCache
+from quantize import Int4HQQ
 from tests.tiny import ROOT, convert, write_folder
 from tokenizer import load_tokenizer
 
-MODES = [("int8", None), ("int4", 32), ("int4", 64), ("int4-hqq", 32)]
+FORMATS = {"int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
+FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
 
 @pytest.fixture(scope="module")
@@ -35,106 +39,162 @@ def folder(tmp_path_factory):
     return make
 
 
-def cli(monkeypatch, path, *args: str):
+def run_quantize(monkeypatch, path, *args: str):
     monkeypatch.setattr(sys, "argv", ["quantize.py", f"--checkpoint_path={path}", "--device=cpu", *args])
     quantize.main()
 
 
-def weights(n: int, k: int, seed: int = 0) -> torch.Tensor:
+def random_matrix(n: int, k: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
 
-def dequantize(parts, n: int, group: int) -> torch.Tensor:
-    return kernels.dequantize(*(*parts, None)[:3], n, group, torch.float32)
+def rounded(format, w: torch.Tensor) -> torch.Tensor:
+    """What w becomes in format."""
+    return format.dequantize(format.quantize(w), torch.float32)
+
+
+def shapes_of(tensors: dict) -> dict:
+    return {name: (t.shape, t.dtype) for name, t in tensors.items()}
+
+
+@torch.inference_mode()
+def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Of tokens [B, T]: [B, T, V]."""
+    positions = torch.zeros(len(tokens), dtype=torch.long)
+    return model(tokens, positions, KVCache(model, *tokens.shape))
 
 
 @pytest.mark.parametrize("k", [8, 24, 64, 72, 200])
-@pytest.mark.parametrize("mode, group", MODES)
-def test_every_weight_is_rounded_to_the_nearest_the_format_has(mode, group, k):
-    w = weights(50, k)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
+    w = random_matrix(50, k)
     w[7] = 0
     w[8] = w[8].abs() + 5  # all on one side of zero
-    parts = quantize.quantize_plain("w", w, mode, group)
-    for part, like in zip(parts, quantize.quantize_like(w, mode[:4], group), strict=True):
-        assert (part.shape, part.dtype) == (like.shape, like.dtype)
-    error = (dequantize(parts, 50, group) - w).abs()
-    steps = parts[1].float()[:, None] if mode == "int8" else parts[1].float().repeat_interleave(group, -1)[:, :k]
-    reach = 0.5 if mode == "int8" else 0.56 if mode == "int4" else 2.0  # a zero's sixteenths; hqq may leave some out
-    assert (error <= reach * steps).all() and not error[7].any()
+    tensors = format.quantize(w)
+    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    error = (format.dequantize(tensors, torch.float32) - w).abs()
+    assert not error[7].any()
+    if isinstance(format, Int8):
+        steps = tensors["scales"][:, None]
+        levels = torch.arange(-127, 128) * steps[..., None]  # [N, 1, 255]
+    else:
+        steps, zeros = (tensors[n].float().repeat_interleave(format.group_size, -1)[:, :k] for n in ("scales", "zeros"))
+        levels = (torch.arange(16) - zeros[..., None] / 16) * steps[..., None]  # [N, K, 16]
+    nearest = (levels - w[..., None]).abs().amin(-1)
+    tolerance = FLOAT_ERROR * w.abs().amax(-1, keepdim=True)
+    assert (error <= nearest + tolerance).all()
+    # A range that spans a group leaves no weight farther than half a step; hqq's may leave some out.
+    reach = 2.0 if isinstance(format, Int4HQQ) else 0.5
+    assert (error <= reach * steps + tolerance).all()
 
 
-@pytest.mark.parametrize("mode, group", MODES)
-def test_stored_weights_quantize_to_themselves(mode, group):
-    w = dequantize(quantize.quantize_plain("w", weights(20, 72), mode, group), 20, group)
-    again = dequantize(quantize.quantize_plain("w", w, mode, group), 20, group)
-    torch.testing.assert_close(again, w, atol=0.03, rtol=0)  # int4's scale is a bfloat16
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_stored_weights_quantize_to_themselves(format):
+    """Exactly: the largest and smallest of them give the same range again."""
+    w = rounded(format, random_matrix(20, 72))
+    assert torch.equal(rounded(format, w), w)
 
 
 def test_hqq_and_fit_range_beat_the_plain_range():
-    w = weights(256, 128) ** 3  # heavy tails
-    plain, hqq = (dequantize(quantize.quantize_int4(w, 64, refine), 256, 64) for refine in (False, True))
+    w = random_matrix(256, 128) ** 3  # heavy tails
+    plain, hqq = rounded(Int4(64), w), rounded(Int4HQQ(64), w)
     assert (hqq - w).abs().sqrt().sum() < 0.97 * (plain - w).abs().sqrt().sum()
-    groups = quantize.split_groups(w, 64)
-    scales, zeros = gptq.fit_range(groups, torch.ones(1, 2, 64))
-    q = (groups / scales.float()[..., None] + zeros[..., None] / 16).round().clamp(0, 15)
-    fitted = ((q - zeros[..., None] / 16) * scales.float()[..., None]).flatten(-2)
+    groups = split_groups(w, 64)
+    fitted_range = gptq.fit_range(groups, torch.ones(1, 2, 64))
+    fitted = Int4(64).dequantize(Int4(64).round_to(groups, *fitted_range, 128), torch.float32)
     assert (fitted - w).square().sum() < 0.9 * (plain - w).square().sum()
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3", "llama-bias", "qwen3-moe"])
-@pytest.mark.parametrize("mode, group", MODES)
-def test_file_loads_as_the_model_it_describes(family, mode, group, folder, monkeypatch, tmp_path):
-    path = folder(family) / "model.pth"
-    cli(monkeypatch, path, f"--mode={mode}", *([f"--groupsize={group}"] if group else []))
-    name = f"model_{mode}.pth" if mode == "int8" else f"model_{mode}.g{group}.pth"
-    (folder(family) / name).rename(tmp_path / "any name")
+@pytest.mark.parametrize("name", FORMATS)
+def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch, tmp_path):
+    format, path = FORMATS[name], folder(family) / "model.pth"
+    mode, _, group_size = name.partition(".g")
+    options = [f"--groupsize={group_size}"] if group_size else []
+    run_quantize(monkeypatch, path, f"--mode={mode}", *options)
+    (folder(family) / f"model_{name}.pth").rename(tmp_path / "any name")
     config, quantization, tensors = read_checkpoint(tmp_path / "any name")
-    assert quantization == ({"mode": "int8"} if mode == "int8" else {"mode": "int4", "groupsize": group})
-    ours, plain = (load_model(p, "cpu", torch.float32, fast=False) for p in (tmp_path / "any name", path))
-    for name, linear in quantize.linears(plain):
-        module = ours.get_submodule(name)
-        assert module.weight.dtype in (torch.int8, torch.uint8) and not name.endswith("gate")
-        parts = quantize.quantize_plain(name, linear.weight.data, mode, group)
-        for kind, part in zip(quantize.KINDS, parts, strict=False):
-            assert torch.equal(getattr(module, kind), part)
-        linear.weight.data = module.matrix(torch.float32)
+    assert quantization == ({"mode": "int4", "groupsize": int(group_size)} if group_size else {"mode": "int8"})
+
+    ours, plain = (load_model(p, "cpu", torch.float32, kernels=False) for p in (tmp_path / "any name", path))
+    quantized = dict(plain.linears())
+    for linear_name, linear in quantized.items():
+        module = ours.get_submodule(linear_name)
+        assert module.weight.dtype in (torch.int8, torch.uint8) and not linear_name.endswith("router")
+        expected = format.quantize(linear.weight.data)
+        assert module.tensors().keys() == expected.keys()
+        for kind, tensor in expected.items():
+            assert torch.equal(module.tensors()[kind], tensor)
+        linear.set_tensor("weight", module.matrix(torch.float32))
+
     _, _, before = read_checkpoint(path)
-    for name in before.keys() - {f"{name}.weight" for name, _ in quantize.linears(plain)}:
-        assert torch.equal(tensors[name], before[name])  # norms, biases, routers and the embedding, tied or not
+    for other in before.keys() - {f"{linear_name}.weight" for linear_name in quantized}:
+        assert torch.equal(tensors[other], before[other])  # norms, biases, routers and the embedding, tied or not
     tokens = torch.randint(0, config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
-    for model in (ours, plain):
-        model.setup_caches(2, 20)
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(tokens, torch.arange(20)), plain(tokens, torch.arange(20)))
+    torch.testing.assert_close(logits_of(ours, tokens), logits_of(plain, tokens))
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("k, group", [(128, 32), (200, 64)])
-def test_gptq_keeps_a_layers_outputs_closer_than_rounding(k, group, act_order):
-    x = weights(1000, 24, 1) @ weights(24, k, 2) + 0.1 * weights(1000, k, 3)  # correlated inputs
-    w = weights(96, k)
-    parts = gptq.solve(w, x.T @ x, group, damp=0.01, block=48, act_order=act_order)
-    for part, like in zip(parts, quantize.quantize_like(w, "int4", group), strict=True):
-        assert (part.shape, part.dtype) == (like.shape, like.dtype)
-    fresh = weights(1000, 24, 4) @ weights(24, k, 2) + 0.1 * weights(1000, k, 5)
+@pytest.mark.parametrize("k, group_size", [(128, 32), (200, 64)])
+def test_gptq_keeps_a_layers_outputs_closer_than_rounding(k, group_size, act_order):
+    def inputs(seed: int) -> torch.Tensor:
+        """Correlated: all lie near the same 24 directions."""
+        return random_matrix(1000, 24, seed) @ random_matrix(24, k, 2) + 0.1 * random_matrix(1000, k, seed + 1)
+
+    x, w, format = inputs(3), random_matrix(96, k), Int4(group_size)
+    tensors = gptq.solve(w, x.T @ x, gptq.Settings(group_size, damp=0.01, block_size=48, act_order=act_order))
+    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    fresh = inputs(5)
     ours, plain = (
-        (fresh @ (dequantize(p, 96, group) - w).T).square().sum() for p in (parts, quantize.quantize_int4(w, group))
+        (fresh @ (matrix - w).T).square().sum() for matrix in (format.dequantize(tensors, w.dtype), rounded(format, w))
     )
     assert ours < 0.25 * plain
 
 
 def test_gptq_of_experts_is_gptq_of_each_and_rounds_the_unseen():
-    x, w = weights(300, 64, 1) @ weights(64, 64, 2), weights(90, 64).view(3, 30, 64)
+    x = random_matrix(300, 64, 1) @ random_matrix(64, 64, 2)
+    w = random_matrix(90, 64).view(3, 30, 64)
     hessian = torch.stack([x.T @ x, torch.zeros(64, 64), x[:40].T @ x[:40]])
-    options = dict(group=32, damp=0.1, block=16, act_order=True)
-    together = gptq.solve(w, hessian, **options)
+    settings, format = gptq.Settings(group_size=32, damp=0.1, block_size=16, act_order=True), Int4(32)
+    tensors = gptq.solve(w, hessian, settings)
+    together = format.dequantize(tensors, torch.float32)
     for e in range(3):
-        alone = gptq.solve(w[e], hessian[e], **options)
-        difference = dequantize([p[e] for p in together], 30, 32) - dequantize(alone, 30, 32)
-        assert (difference == 0).float().mean() > 0.95  # the inverse is rounded otherwise in a batch
-    scales, zeros = (t.float().repeat_interleave(32, -1) for t in (together[1][1], together[2][1] / 16))
-    nearest = ((w[1] / scales + zeros).round().clamp(0, 15) - zeros) * scales
-    torch.testing.assert_close(dequantize([p[1] for p in together], 30, 32), nearest)
+        alone = format.dequantize(gptq.solve(w[e], hessian[e], settings), torch.float32)
+        assert (together[e] == alone).float().mean() > 0.95  # the inverse is rounded otherwise in a batch
+    scales, zeros = (tensors[name][1].float().repeat_interleave(32, -1) for name in ("scales", "zeros"))
+    nearest = ((w[1] / scales + zeros / 16).round().clamp(0, 15) - zeros / 16) * scales
+    torch.testing.assert_close(together[1], nearest)
+
+
+def test_hessians_are_of_what_each_linear_gets(folder):
+    """Of experts, of the tokens that are sent to them."""
+    model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, kernels=False)
+    tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
+    layer, cache = model.layers[0], KVCache(model, 1, 12).layers[0]
+    feed_forward, seen = layer.feed_forward, {}
+
+    def keep(name, hook_input):
+        def hook(module, args, kwargs):
+            seen[name] = hook_input(args, kwargs)
+
+        return hook
+
+    feed_forward.router.register_forward_pre_hook(
+        keep("normed", lambda args, kwargs: kwargs["norm"](args[0])[0]), with_kwargs=True
+    )
+    feed_forward.down_proj.register_forward_pre_hook(
+        keep("down", lambda args, kwargs: (args[0][0], args[1][0])), with_kwargs=True
+    )
+    with torch.inference_mode():
+        hessians = gptq.hessians_of(model, 0, [model.embed(tokens)], torch.zeros(1, dtype=torch.long), cache)
+    hidden, topk_ids = seen["down"]  # [T, K, F], [T, K]
+    names = ("attention.qkv_proj", "attention.o_proj", "feed_forward.gate_up_proj", "feed_forward.down_proj")
+    assert hessians.keys() == {f"layers.0.{name}" for name in names}
+    for e in range(model.config.moe.n_experts):
+        x = seen["normed"][(topk_ids == e).any(-1)]
+        torch.testing.assert_close(hessians["layers.0.feed_forward.gate_up_proj"][e], x.T @ x)
+        h = hidden[topk_ids == e]
+        torch.testing.assert_close(hessians["layers.0.feed_forward.down_proj"][e], h.T @ h)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
@@ -142,20 +202,17 @@ def test_gptq_from_the_command_line(family, folder, monkeypatch, tmp_path, capsy
     text, path = tmp_path / "text.txt", folder(family) / "model.pth"
     text.write_text(TEXT)
     calibration = ["--mode=int4-gptq", f"--calibration_text={text}"]
-    cli(monkeypatch, path, *calibration, "--calibration_seq_length=2", "--calibration_limit=1", "--label=.")
+    run_quantize(monkeypatch, path, *calibration, "--calibration_seq_length=2", "--calibration_limit=1", "--label=.")
     assert ("of the experts got no token" in capsys.readouterr().err) == (family == "mixtral")
-    cli(monkeypatch, path, *calibration, "--calibration_seq_length=64")
+    run_quantize(monkeypatch, path, *calibration, "--calibration_seq_length=64")
     assert path.with_name("model.int4-gptq.g32.pth").is_file()
-    cli(monkeypatch, path, "--mode=int4")
-    names = ["model.pth", "model_int4.g32.pth", "model_int4-gptq.g32.pth"]
+    run_quantize(monkeypatch, path, "--mode=int4")
     tokens = torch.tensor([load_tokenizer(path.parent).encode("the age of foolishness, the epoch of belief")])
-    logits = []
-    for model in (load_model(path.with_name(n), "cpu", torch.float32, fast=False) for n in names):
-        model.setup_caches(1, 64)
-        with torch.inference_mode():
-            logits.append(model(tokens, torch.arange(tokens.shape[1])))
-    plain, calibrated = ((x - logits[0]).square().mean() for x in logits[1:])
-    assert calibrated < 0.8 * plain
+    exact, plain, calibrated = (
+        logits_of(load_model(path.with_name(name), "cpu", torch.float32, kernels=False), tokens)
+        for name in ("model.pth", "model_int4.g32.pth", "model_int4-gptq.g32.pth")
+    )
+    assert (calibrated - exact).square().mean() < 0.8 * (plain - exact).square().mean()
 
 
 def test_calibration_windows_come_from_all_over(folder):
@@ -184,26 +241,33 @@ def test_calibration_windows_come_from_all_over(folder):
 def test_wrong_arguments_are_named(args, message, folder, monkeypatch):
     before = sorted(folder("llama3").iterdir())
     with pytest.raises(UsageError, match=message) as e:
-        cli(monkeypatch, folder("llama3") / "model.pth", *args)
+        run_quantize(monkeypatch, folder("llama3") / "model.pth", *args)
     assert "\n" not in str(e.value) and sorted(folder("llama3").iterdir()) == before
 
 
 def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
     path = folder("llama2") / "model.pth"
-    cli(monkeypatch, path, "--mode=int8", "--label=**")
-    cli(monkeypatch, path, "--mode=int8", "--label=.")
+    run_quantize(monkeypatch, path, "--mode=int8", "--label=**")
+    run_quantize(monkeypatch, path, "--mode=int8", "--label=.")
     with pytest.raises(UsageError, match="quantized already"):
-        cli(monkeypatch, path.with_name("model.int8.pth"))
+        run_quantize(monkeypatch, path.with_name("model.int8.pth"))
     config, _, tensors = read_checkpoint(path)
-    tensors["layers.1.attention.wo.weight"] = tensors["layers.1.attention.wo.weight"].clone()
-    tensors["layers.1.attention.wo.weight"][3, 4] = torch.nan
-    shapes = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
-    quantize.save_checkpoint(tmp_path / "model.pth", config, shapes, tensors.items())
+    name = "layers.1.attention.o_proj.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][3, 4] = torch.nan
+    save_checkpoint(tmp_path / "model.pth", config, shapes_of(tensors), tensors.items())
     for mode in ("int8", "int4"):
         with pytest.raises(SystemExit) as e:
-            run(lambda mode=mode: cli(monkeypatch, tmp_path / "model.pth", f"--mode={mode}"))
-        assert e.value.code == 2 and "layers.1.attention.wo.weight holds NaN" in capsys.readouterr().err
+            cli.run(lambda mode=mode: run_quantize(monkeypatch, tmp_path / "model.pth", f"--mode={mode}"))
+        assert e.value.code == 2 and f"{name} holds NaN" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_int4_takes_inputs_in_eights():
+    weights = {"output": torch.zeros(3, 12)}
+    quantize.check_sizes(weights, Int8())
+    with pytest.raises(UsageError, match="output.weight has 12 inputs; int4 needs a multiple of 8: use --mode int8"):
+        quantize.check_sizes(weights, Int4(32))
 
 
 def test_a_full_disk_leaves_the_old_file(folder, tmp_path):

@@ -1,54 +1,180 @@
-"""Every command in the READMEs runs, on tiny random checkpoints; what needs the network or a real model is left out.
-The README's tables are what scripts/tables.py makes of benchmarks/*.json."""
+"""What the pages say is so: their commands and the Python example run on tiny random checkpoints, their tables are what
+scripts/tables.py makes of benchmarks/*.json, and the files, functions and messages that they name exist.
 
+The commands' mains are called in this process, for torch takes seconds to load; only torchrun starts others. A shell
+script runs with a python3 that writes down how it was called, and these calls are made here too.
+"""
+
+import io
 import os
 import re
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.tiny import ROOT, convert, write_folder
+import eval
+import generate
+import quantize
+import tests.tiny
+from tests.tiny import ROOT, call, convert, write_folder
 
-import tables  # isort: skip  (tests.tiny put scripts/ on the path)
+import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
+import convert_hf_checkpoint  # isort: skip
+import tables  # isort: skip
 
+README, MIXTRAL, MEASUREMENTS = ROOT / "README.md", ROOT / "mixtral-moe/README.md", ROOT / "docs/measurements.md"
+PAGES = [README, MIXTRAL, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     re.sub(r"\s+#.*", "", line.strip())
-    for readme in (ROOT / "README.md", ROOT / "mixtral-moe/README.md")
-    for line in readme.read_text().splitlines()
-    if re.match(r"    (\w+=\S+ )?(python|torchrun|\./)", line)
+    for page in (README, MEASUREMENTS, MIXTRAL)
+    for line in page.read_text().splitlines()
+    if re.match(r"    (\w+=\S+ )*(python|torchrun|\./)", line)
 ]
-ELSEWHERE = "demo.sh test.sh download.py scripts/prepare.sh convert_gguf measure_speculation compare_llama_cpp".split()
+ELSEWHERE = ["demo.sh", "download.py", "convert_gguf.py", "compare_llama_cpp.py"]  # each has a test file of its own,
+ELSEWHERE += ["benchmark.py quantization", "benchmark.py speculation"]  # these test_benchmark.py
+MAINS = {
+    "convert_hf_checkpoint.py": convert_hf_checkpoint.main,
+    "quantize.py": quantize.main,
+    "generate.py": generate.main,
+    "eval.py": eval.main,
+    "benchmark.py": benchmark.main,
+}
+LESS = {  # what is added to the commands, for a model with a context of 256 tokens and for a short test
+    "generate.py": ["--max_new_tokens", "4"],
+    "benchmark.py": ["--max_new_tokens", "4"],
+    "quantize.py": ["--calibration_seq_length", "16"],
+}
+PYTHON = """#!/bin/sh
+printf '%s\\0' "$@" >>"$CALLS"
+echo >>"$CALLS"
+"""
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of the scripts with a tiny model as checkpoints/M."""
+def tree(tmp_path_factory) -> Path:
+    """A copy of the scripts with a tiny model as checkpoints/M, and a python3 in bin/ that only takes notes."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in [p.name for p in ROOT.iterdir() if p.suffix in (".py", ".cpp")] + ["scripts", "mixtral-moe", "tests"]:
+    for name in [*(path.name for path in ROOT.glob("*.py")), "kernels", "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tree / name)
     write_folder("llama3", tree / "checkpoints/M")
     convert(tree / "checkpoints/M")
-    (tree / "prompts.txt").write_text("Hello\nOnce\n")
+    (tree / "prompts.txt").write_text("Hello, is there anybody in there?\nOnce upon a time there was a mouse.\n")
+    (tree / "bin").mkdir()
+    (tree / "bin/python3").write_text(PYTHON)
+    (tree / "bin/python3").chmod(0o755)
     return tree
 
 
-def test_tables():
-    text = (ROOT / "README.md").read_text()
-    assert tables.with_tables(text) == text and text.count("| --: |") >= len(tables.TABLES)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ELSEWHERE)])
+def test_command(command, tree, monkeypatch, capsys):
+    monkeypatch.chdir(tree)
+    if "--cold_start" in command:
+        monkeypatch.setenv("CXXFLAGS", "-O0")  # it compiles the kernels anew, which takes less time so
+    command = command.replace("meta-llama/Llama-3.2-1B", "M").replace("TinyLlama-1.1B", "checkpoints/M/config.json")
+    if command.startswith("torchrun"):
+        run_torchrun(f"{command} --max_new_tokens 4")
+        return
+    calls = calls_of_script(command, tree) if "./" in command else [shlex.split(command)[1:]]
+    assert calls
+    for arguments in calls:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        run_python(arguments)
+        assert capsys.readouterr().out
+
+
+def run_torchrun(command: str):
+    command = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run", 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout
+
+
+def calls_of_script(command: str, tree: Path) -> list[list[str]]:
+    """The arguments with which a shell script calls Python."""
+    log = tree / "calls"
+    log.write_text("")
+    env = os.environ | {"TINY": "1", "CALLS": str(log), "PATH": f"{tree}/bin:{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, env=env, check=True)
+    calls = [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+    return [arguments for arguments in calls if "scripts/download.py" not in arguments]
+
+
+def run_python(arguments: list[str]):
+    """What python with these arguments does."""
+    if arguments[:2] == ["-m", "tests.tiny"]:
+        family, folder = arguments[2:]
+        tests.tiny.write_folder(family, Path(folder))
+        print(folder)
+        return
+    names = [Path(word).name for word in arguments]
+    name = next(name for name in names if name in MAINS)  # a launcher may stand before it
+    call(MAINS[name], *arguments[names.index(name) + 1 :], *LESS.get(name, []))
 
 
 def test_there_are_commands():
     assert len(COMMANDS) > 10
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ELSEWHERE)])
-def test_command(tree, command):
-    command = command.replace("meta-llama/Llama-3.2-1B", "M").replace("TinyLlama-1.1B", "checkpoints/M/config.json")
-    if "generate" in command:
-        command += " --max_new_tokens 4"
-    elif "benchmark" in command:
-        command += " --max_new_tokens 4"
-    done = subprocess.run(command, shell=True, cwd=tree, input="Hi\n", capture_output=True, text=True,
-                          env=os.environ | {"TINY": "1", "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"})  # fmt: skip
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout
+def test_python_example(tree, monkeypatch, capsys):
+    monkeypatch.chdir(tree)
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    torch.manual_seed(0)
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 50  # 50 tokens, and an answer
+
+
+def test_tables():
+    texts = {page: page.read_text() for page in tables.PAGES}
+    for page, text in texts.items():
+        assert tables.with_tables(text) == text, f"{page} is not what scripts/tables.py makes"
+    for name in tables.TABLES:
+        assert sum(text.count(f"<!-- {name} -->") for text in texts.values()) == 1, name
+
+
+def test_messages():
+    """Each message of the README's last table stands in the code, where it may be cut by a value."""
+    code = " ".join(path.read_text() for path in sources())
+    rows = README.read_text().partition("## When it says")[2].splitlines()
+    messages = re.findall(r"`([^`]+)`", "\n".join(row.split("|")[1] for row in rows if row.startswith("| `")))
+    assert len(messages) > 5
+    for message in messages:
+        pattern = ".+".join(re.escape(piece) for piece in message.split("..."))
+        assert re.search(pattern, code), message
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page):
+    """Links; files; and `FILE: NAME ...`, names that stand in that file."""
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (page.parent / target).exists(), target
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    for quoted in re.findall(r"`([^`]+)`", prose):
+        file, _, names = " ".join(quoted.split()).partition(": ")
+        if re.fullmatch(r"[\w/-]+\.(py|sh|h|cpp)", file):
+            assert (ROOT / file).is_file(), file
+            code = (ROOT / file).read_text()
+            for name in names.split(", ") if names else []:
+                assert all(re.search(rf"\b{part}\b", code) for part in name.split(".")), quoted
+
+
+def test_imports_go_one_way():
+    """Each file of how_it_works.md's list imports from those above it alone."""
+    text = (ROOT / "docs/how_it_works.md").read_text()
+    names = [Path(name).stem for name in re.findall(r"^    (\w+(?:\.py|/)) ", text, re.M)]
+    assert names[0] == "config" and names[-1] == "generate"
+    everything = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
+    outside = {"cli", "arguments", "report", "chat_template"}  # parts of files of the list
+    for i, name in enumerate(names):
+        paths = [ROOT / f"{name}.py"] if name != "kernels" else (ROOT / "kernels").glob("*.py")
+        for path in paths:
+            imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & everything
+            assert imported <= {*names[:i], name, *outside}, path
+
+
+def sources() -> list[Path]:
+    return [path for folder in (ROOT, ROOT / "kernels", ROOT / "scripts") for path in folder.glob("*.py")]

@@ -4,62 +4,79 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 
 import generate
 import quantize
+import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
-from model import UsageError
-from tests.test_cli import random_folder, set_up
-from tests.tiny import FAMILIES, ROOT, convert, make_hf, to_ours
+from config import UsageError
+from model import KVCache
+from sampling import Sampling, multinomial, probabilities, sample
+from speculate import (
+    DraftModel,
+    PromptLookup,
+    Speculation,
+    best_size,
+    build_draft_model,
+    build_speculation,
+    proposal_sizes,
+    rejection_sample,
+    speculate,
+)
+from steps import Steps, build_steps
+from tests.byte_models import random_folder, set_up
+from tests.tiny import FAMILIES, ROOT, call, convert, make_hf, to_ours, write_folder
 
 CPU = torch.device("cpu")
-GREEDY = {"temperature": 0, "top_k": None, "top_p": None}
-
-
-def run_of(model, draft, k: int, compile: bool = False):
-    """generate's speculate(), made as its main does, as a function of (text, start, max_new_tokens)."""
-    verify, propose, _ = generate.build_speculation(model, draft, 3, GREEDY, compile)
-    steps = generate.build_steps(model, GREEDY, compile, False)
-    return partial(generate.speculate, (*steps, verify), propose, 0.0, k, CPU)  # at no cost, so that it always tries
-
-
-def plain(model, text: list[int], n: int) -> list[int]:
-    steps = generate.build_steps(model, GREEDY, False, False)
-    return [i for (i,) in generate.generate(*steps, torch.tensor([text]), 0, n)]
-
-
-def flat(runs) -> list[int]:
-    return [i for run in runs for (i,) in run]
-
+GREEDY = Sampling()
 
 TEXT = torch.randint(3, 97, (20,), generator=torch.Generator().manual_seed(1)).tolist()
 TEXT = TEXT + TEXT[:12]  # something to look up
 
 
+def speculation_of(model, draft, length: int, k: int, compile: bool = False) -> Speculation:
+    """As generate.py makes it, with caches of this length; but proposals cost nothing, so that there always is one."""
+    kv_cache = KVCache(model, 1, length)
+    steps = build_steps(model, kv_cache, GREEDY, compile)
+    if draft is None:
+        proposer = PromptLookup(3, CPU)
+    else:
+        proposer = build_draft_model(draft, KVCache(draft, 1, length), model, GREEDY, compile)
+        proposer.cost = 0.0
+    return build_speculation(model, kv_cache, steps, GREEDY, proposer, k, compile)
+
+
+def plain(model, text: list[int], n: int) -> list[int]:
+    """What the model says alone."""
+    steps = build_steps(model, KVCache(model, 1, len(text) + n), GREEDY)
+    return [i for (i,) in generate.generate(steps, torch.tensor([text]), 0, n)]
+
+
+def flat(steps_tokens) -> list[int]:
+    return [i for step_tokens in steps_tokens for (i,) in step_tokens]
+
+
 @pytest.fixture(scope="module")
 def drafts(pair, tmp_path_factory):
-    """family -> name -> draft."""
+    """(family, name) -> draft."""
 
+    @cache
     def make(family: str, name: str):
         if name == "lookup":
             return None
         if name == "itself":
             return to_ours(pair(family)[0])
         if name == "random":  # another family, and less deep
-            draft = make_hf("llama2" if family != "llama2" else "qwen3", num_hidden_layers=1)
-            return to_ours(draft)
+            return to_ours(make_hf("llama2" if family != "llama2" else "qwen3", num_hidden_layers=1))
         folder = tmp_path_factory.mktemp(family)
         pair(family)[0].save_pretrained(folder)
-        path = convert(folder)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["quantize.py", "--checkpoint_path", str(path), "--mode", "int4"])
-            quantize.main()
+        call(quantize.main, "--checkpoint_path", convert(folder), "--mode", "int4")
         return generate.load_model(folder / "model_int4.g32.pth", CPU, torch.float32)
 
     return make
@@ -69,149 +86,183 @@ def drafts(pair, tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     model, draft = pair(family)[1], drafts(family, name)
-    for m in (model, draft) if draft else (model,):
-        m.setup_caches(1, len(TEXT) + 39)  # not one place more than plain decoding takes
     expected = plain(model, TEXT, 40)
     for k in range(1, 9):
-        runs = list(run_of(model, draft, k)(TEXT, 0, 40))
-        assert flat(runs) == expected
-        assert max(map(len, runs)) <= k + 1
+        speculation = speculation_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
+        steps_tokens = list(speculate(speculation, TEXT, 0, 40))
+        assert flat(steps_tokens) == expected
+        sizes = [len(tokens) for tokens in steps_tokens]
+        assert max(sizes) <= k + 1
         if name == "itself":
-            assert [len(run) for run in runs][1:-1].count(k + 1) >= (39 // (k + 1)) - 1
+            assert sizes[1:-1].count(k + 1) >= (39 // (k + 1)) - 1
 
 
 @pytest.mark.parametrize("name", ["lookup", "int4"])
 def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
     """As in a conversation: the second text shares a beginning with the first one and its answer."""
     model, draft = pair("llama3")[1], drafts("llama3", name)
-    for m in (model, draft) if draft else (model,):
-        m.setup_caches(1, 160)
-    run = run_of(model, draft, 4)
-    answer = flat(run(TEXT, 0, 21))
+    continuation = partial(speculate, speculation_of(model, draft, 160, 4))
+    answer = flat(continuation(TEXT, 0, 21))
     for kept in (20, 7, 0):
         text = TEXT + answer[:kept] + TEXT[5:15]
-        assert flat(run(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
-        flat(run(TEXT, len(TEXT) - 1, 21))
+        assert flat(continuation(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
+        flat(continuation(TEXT, len(TEXT) - 1, 21))
 
 
-@pytest.mark.parametrize("family, fast, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", False, 10)])
-def test_compiled(family, fast, k, pair):
-    model = pair(family, fast)[1]
-    model.setup_caches(1, len(TEXT) + 20)
-    expected = plain(model, TEXT, 20)
-    assert flat(run_of(model, None, k, compile=True)(TEXT, 0, 20)) == expected
+@pytest.mark.parametrize("family, kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
+def test_compiled(family, kernels, k, pair):
+    """With kernels nothing is, except a verification of 11 tokens, which are too many for them."""
+    model = pair(family, kernels)[1]
+    speculation = speculation_of(model, None, len(TEXT) + 20, k, compile=True)
+    assert flat(speculate(speculation, TEXT, 0, 20)) == plain(model, TEXT, 20)
 
+
+# ---- Sampling -------------------------------------------------------------------------------------------------------
 
 V = 5
 
 
-def toy(seed: int, never: int | None = None):
-    """A model as a function: float32 logits that depend on the last two tokens, as [2 or more] -> [T - 1, V]."""
+def toy_logits(seed: int, never: int | None = None) -> torch.Tensor:
+    """A model as a table: float32 logits that depend on the last two tokens, [V, V, V]."""
     table = torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed))
     if never is not None:
         table[..., never] = -1e4  # with probability 0, in float32
-    return lambda tokens: table[tokens[:-1], tokens[1:]]
+    return table
+
+
+def toy_probs(table: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    return probabilities(table.flatten(0, 1), sampling).view_as(table)
+
+
+class ToyCache:
+    """The tokens that a cache would hold the keys and values of, and what the model says after them."""
+
+    def __init__(self, table: torch.Tensor, text: list[int]):
+        self.table, self.tokens = table, list(text)
+
+    def prefill(self, tokens, positions):
+        self.tokens[int(positions) :] = tokens[0].tolist()
+
+    def feed(self, tokens, positions) -> torch.Tensor:
+        """What the table has after each of tokens [1, T]: [T, V]."""
+        self.prefill(tokens, positions)
+        start = int(positions)
+        return self.table[self.tokens[start - 1 : -1], self.tokens[start:]]
+
+
+def toy_draft(table: torch.Tensor, sampling: Sampling, text: list[int]) -> DraftModel:
+    cache = ToyCache(toy_probs(table, sampling), text)
+
+    def step(tokens, positions):
+        probs = cache.feed(tokens, positions)[-1:]
+        return multinomial(probs), probs
+
+    return DraftModel(prefill=cache.prefill, step=step, vocab_size=V, device=CPU)
 
 
 @pytest.mark.parametrize(
     ("draft", "sampling", "samples"),
     [
-        ("random", {"temperature": 0.8}, 20000),
-        ("random", {"temperature": 1.3, "top_k": 3}, 4000),
-        ("random", {"temperature": 1.0, "top_p": 0.7}, 4000),
-        ("never", {"temperature": 1.0}, 4000),  # q = 0 where p > 0
-        ("lookup", {"temperature": 0.8}, 4000),
+        ("random", Sampling(0.8), 20000),
+        ("random", Sampling(1.3, top_k=3), 4000),
+        ("random", Sampling(1.0, top_p=0.7), 4000),
+        ("never", Sampling(1.0), 4000),  # q = 0 where p > 0
+        ("lookup", Sampling(0.8), 4000),
     ],
+    ids=str,
 )
 def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
-    """The first three tokens after the first, against the chain rule, by a chi-square test."""
-    model, text = toy(1), [*torch.randint(V, (60,), generator=torch.Generator().manual_seed(0)).tolist(), 0, 1]
-    history = list(text)
-
-    def logits(model, tokens, positions):  # what a cache would know: the token before
-        del history[int(positions[0]) :]
-        history.extend(tokens[0].tolist())
-        return model(torch.tensor(history[int(positions[0]) - 1 :]))
+    """The first three tokens, against the chain rule, by a chi-square test."""
+    text = [*torch.randint(V, (60,), generator=torch.Generator().manual_seed(0)).tolist(), 0, 1]
+    table = toy_logits(1)
+    cache = ToyCache(table, text)
 
     def prefill(tokens, positions):
-        history[:] = text
-        return generate.sample(model(torch.tensor(text[-2:])), **sampling)
+        cache.tokens[:] = text
+        return sample(table[text[-2], text[-1]][None], sampling)
 
     def decode(tokens, positions):
-        return generate.sample(logits(model, tokens, positions), **sampling)
+        return sample(cache.feed(tokens, positions), sampling)
 
-    def verify(tokens, positions, drafted, probs):
-        return generate.verified(logits(model, tokens, positions), drafted, probs, sampling)
-
-    other, seen = toy(2, never=3 if draft == "never" else None), list(text)
-
-    def draft_step(tokens, positions):
-        del seen[int(positions[0]) :]
-        seen.extend(tokens[0].tolist())
-        probs = generate.probabilities(other(torch.tensor(seen[-2:])), **sampling)
-        return generate.draw(probs), probs
-
-    def draft_prefill(tokens, positions):
-        del seen[int(positions[0]) :]
-        seen.extend(tokens[0].tolist())
+    def verify(tokens, positions, draft_tokens, draft_probs=None):
+        return rejection_sample(cache.feed(tokens, positions), draft_tokens, draft_probs, sampling)
 
     if draft == "lookup":
-        propose = generate.prompt_lookup(3, CPU)
+        proposer = PromptLookup(3, CPU)
     else:
-        propose = generate.draft_model(draft_prefill, draft_step, V, CPU)
+        proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
+    speculation = Speculation(Steps(prefill, decode), verify, proposer, k=2, device=CPU)
+
     torch.manual_seed(0)
-    counts, drafted = torch.zeros(V, V, V), 0
+    counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
-        runs = list(generate.speculate((prefill, decode, verify), propose, 0.0, 2, CPU, text, 0, 3))
-        drafted += len(runs) < 3
-        counts[tuple(flat(runs))] += 1
-    assert drafted > samples // 20  # speculation took part
+        steps_tokens = list(speculate(speculation, text, 0, 3))
+        n_speculated += len(steps_tokens) < 3
+        counts[tuple(flat(steps_tokens))] += 1
+    assert n_speculated > samples // 20  # speculation took part
+
+    probs = toy_probs(table, sampling)
     p = torch.zeros(V, V, V)
-    step = lambda *last: generate.probabilities(model(torch.tensor(last)), **sampling)[0]  # noqa: E731
     for a, b in itertools.product(range(V), repeat=2):
-        p[a, b] = step(0, 1)[a] * step(1, a)[b] * step(a, b)
+        p[a, b] = probs[0, 1, a] * probs[1, a, b] * probs[a, b]
     assert counts[p == 0].sum() == 0
     expected = p[p > 0] * samples
-    chi = ((counts[p > 0] - expected) ** 2 / expected).sum().item()
+    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum().item()
     freedom = expected.numel() - 1
-    assert chi < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
 
 
-def test_verified_keeps_what_both_agree_on():
+def test_rejection_sampling_keeps_what_both_agree_on():
     logits = torch.full((3, V), -30.0)
     logits[[0, 1, 2], [4, 2, 1]] = 30.0
-    probs = logits[:2].softmax(-1)
-    for sampling in (GREEDY, {"temperature": 1.0}):
-        q = None if sampling is GREEDY else probs
+    draft_probs = logits[:2].softmax(-1)
+    for sampling in (GREEDY, Sampling(1.0)):
+        q = None if sampling is GREEDY else draft_probs
         swapped = None if q is None else q[:, [0, 1, 3, 2, 4]]
-        assert generate.verified(logits, torch.tensor([4, 2]), q, sampling).tolist() == [2, 4, 2, 1]
-        assert generate.verified(logits, torch.tensor([4, 3]), swapped, sampling).tolist()[:3] == [1, 4, 2]
-        bad = generate.verified(logits * torch.nan, torch.tensor([4, 2]), q, sampling)
+        assert rejection_sample(logits, torch.tensor([4, 2]), q, sampling).tolist() == [2, 4, 2, 1]
+        assert rejection_sample(logits, torch.tensor([4, 3]), swapped, sampling).tolist()[:3] == [1, 4, 2]
+        bad = rejection_sample(logits * torch.nan, torch.tensor([4, 2]), q, sampling)
         assert bad[0] == 0 and bad[1] == -1
 
 
+# ---- Proposals ------------------------------------------------------------------------------------------------------
+
+
 def test_lookup_proposes_what_came_after():
-    propose = generate.prompt_lookup(3, CPU)
-    ask = lambda text, k: (found := propose(list(text), k)) and "".join(map(chr, found[0].tolist()))  # noqa: E731
-    as_ids = lambda text: list(map(ord, text))  # noqa: E731
-    assert ask(as_ids("abcdxbcd"), 2) == "xb"
-    assert ask(as_ids("abcdxbcdyxb"), 3) == "cdy"  # two tokens will do
-    assert ask(as_ids("abcdxbcdyxbq"), 3) is None
-    assert ask(as_ids("ababab"), 5) == "ababa"  # and so on
-    assert ask(as_ids("b"), 0) is None  # from here on another text: nothing of the first is left
-    assert ask(as_ids("babcbabdab"), 2) == "da"
-    assert ask(as_ids("zz"), 0) is None
+    lookup = PromptLookup(3, CPU)
+
+    def propose(text: str, k: int) -> str | None:
+        proposal = lookup.propose(list(map(ord, text)), k)
+        return proposal and "".join(map(chr, proposal.tokens.tolist()))
+
+    assert propose("abcdxbcd", 2) == "xb"
+    assert propose("abcdxbcdyxb", 3) == "cdy"  # two tokens will do
+    assert propose("abcdxbcdyxbq", 3) is None
+    lookup.rewind(0)
+    assert propose("ababab", 5) == "ababa"  # and so on
+    lookup.rewind(1)  # from here on another text: nothing of the first is left
+    assert propose("babcbabdab", 2) == "da"
+    lookup.rewind(10)  # the same text goes on: all of it is
+    assert propose("babcbabdabd", 2) == "ab"
 
 
-def test_the_number_of_tokens_follows_what_is_kept():
-    assert generate.sizes(5) == [1, 5] and generate.sizes(1) == [1]
-    assert generate.best_size([5, 2, 1], 1.0, 0.2) == 5
-    assert generate.best_size([5, 2, 1], 0.3, 0.1) == 1
-    assert generate.best_size([5, 2, 1], 0.05, 0.2) == 0
-    assert generate.best_size([], 1.0, 0.0) == 0
+def test_the_number_of_tokens_follows_what_is_accepted():
+    assert proposal_sizes(5) == [1, 5] and proposal_sizes(1) == [1]
+    assert best_size([5, 2, 1], 1.0, 0.2) == 5
+    assert best_size([5, 2, 1], 0.3, 0.1) == 1
+    assert best_size([5, 2, 1], 0.05, 0.2) == 0
+    assert best_size([], 1.0, 0.0) == 0
+    rate = speculate_module.AcceptanceRate()
+    first = rate.rate
+    for _ in range(20):
+        rate.update(n_accepted=0, is_rejected=True)
+    assert rate.rate < 0.2
+    for _ in range(200):
+        rate.decay(speculate_module.IDLE_DECAY)  # is worth another try
+    assert abs(rate.rate - first) < 0.01
 
 
-# ---- The command line
+# ---- The command line -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +276,7 @@ def folders(tmp_path_factory):
     return model, other
 
 
-def call(capsys, monkeypatch, folder, *arguments, stdin: str = ""):
+def run_main(capsys, monkeypatch, folder, *arguments, stdin: str = ""):
     set_up(monkeypatch, folder / "model.pth", arguments, stdin)
     generate.main()
     return capsys.readouterr()
@@ -240,13 +291,13 @@ def test_json(way, temperature, folders, capsys, monkeypatch):
     folder = folders[0]
     if way[0].startswith("--draft"):
         way = [*way, str(folder / "model.pth")]
-        monkeypatch.setattr(generate, "VERIFY", -1.0)  # or a draft as large as the model would not pay
+        monkeypatch.setattr(speculate_module, "VERIFY_COST", -1.0)  # or a draft as large as the model would not pay
     flags = ["--prompt=ABCABCABC", f"--temperature={temperature}", "--precision=float32", "--json"]
     flags += ["--max_new_tokens=119"]  # to the end of the context
-    ours = json.loads(call(capsys, monkeypatch, folder, *flags, *way).out)
-    again = json.loads(call(capsys, monkeypatch, folder, *flags, *way).out)
+    ours = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
+    again = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
     assert ours["tokens"] == again["tokens"]
-    theirs = json.loads(call(capsys, monkeypatch, folder, *flags).out)
+    theirs = json.loads(run_main(capsys, monkeypatch, folder, *flags).out)
     if temperature == "0":
         for key in ("text", "tokens", "generated_tokens", "finish_reason"):
             assert ours[key] == theirs[key]
@@ -256,26 +307,26 @@ def test_json(way, temperature, folders, capsys, monkeypatch):
     assert sum(counts[1:]) > 0
 
 
-def test_an_end_token_in_a_run_ends_it(folders, capsys, monkeypatch):
+def test_an_end_token_in_a_step_ends_it(folders, capsys, monkeypatch):
     folder = folders[0]
     flags = ["--prompt=AB", "--temperature=0", "--precision=float32", "--max_new_tokens=100", "--json"]
-    tokens = json.loads(call(capsys, monkeypatch, folder, *flags).out)["tokens"][0]
-    load = generate.load_model
+    tokens = json.loads(run_main(capsys, monkeypatch, folder, *flags).out)["tokens"][0]
+    load = generate.load
 
     def with_end(end: int):
-        def loaded(*args, **more):
-            model = load(*args, **more)
+        def loaded(*args, **options):
+            model, tokenizer = load(*args, **options)
             object.__setattr__(model.config, "eos_ids", (end,))
-            return model
+            return model, tokenizer
 
         return loaded
 
     ends = sorted(set(tokens), key=tokens.index)[1:8]
     for end in ends:
-        monkeypatch.setattr(generate, "load_model", with_end(end))
-        monkeypatch.setattr(generate, "VERIFY", -1.0)
+        monkeypatch.setattr(generate, "load", with_end(end))
+        monkeypatch.setattr(speculate_module, "VERIFY_COST", -1.0)
         way = ["--draft_checkpoint_path", str(folder / "model.pth"), "--speculate_k=7"]
-        result = json.loads(call(capsys, monkeypatch, folder, *flags, *way).out)
+        result = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
         assert result["tokens"][0] == tokens[: tokens.index(end) + 1]
         assert result["finish_reason"] == ["stop"]
         assert 1 + sum(n * count for n, count in enumerate(result["accept_counts"], 1)) == result["generated_tokens"]
@@ -287,8 +338,8 @@ def test_conversation(way, folders, capsys, monkeypatch):
     way = ["--prompt_lookup"] if way == "lookup" else ["--draft_checkpoint_path", str(folder / "model.pth")]
     flags = ["--chat", "--temperature=0", "--precision=float32", "--max_new_tokens=20"]
     said = "Hello\nWho?\n/reset\nHello\nAnd so on and so on\n"
-    expected = call(capsys, monkeypatch, folder, *flags, stdin=said).out
-    assert call(capsys, monkeypatch, folder, *flags, *way, stdin=said).out == expected and len(expected) > 40
+    expected = run_main(capsys, monkeypatch, folder, *flags, stdin=said).out
+    assert run_main(capsys, monkeypatch, folder, *flags, *way, stdin=said).out == expected and len(expected) > 40
 
 
 def short_draft(folder) -> list[str]:
@@ -300,7 +351,8 @@ def short_draft(folder) -> list[str]:
 
 
 def test_a_conversation_as_long_as_the_drafts_context(folders, capsys, monkeypatch):
-    said = call(capsys, monkeypatch, folders[0], "--chat", *short_draft(folders[0]), stdin="Hello\nWho?\n" * 3).err
+    flags = ["--chat", *short_draft(folders[0])]
+    said = run_main(capsys, monkeypatch, folders[0], *flags, stdin="Hello\nWho?\n" * 3).err
     assert said.startswith("The draft's context of 32") and "context is full" in said
 
 
@@ -319,17 +371,27 @@ def test_mistakes(folders, capsys, monkeypatch):
         ([*short, "--prompt", "a" * 20], "draft's context of 32"),
     ]:
         with pytest.raises(UsageError, match=said):
-            call(capsys, monkeypatch, model, *flags)
+            run_main(capsys, monkeypatch, model, *flags)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """The project, with one of the two tiny models that the scripts take with TINY=1. They make the one that is not
+    there."""
+    tree = tmp_path_factory.mktemp("tree")
+    target = tree / "checkpoints/tiny/target"
+    write_folder("llama2", target)
+    call(quantize.main, "--checkpoint_path", convert(target), "--mode", "int4")
+    for path in [p for p in ROOT.iterdir() if p.suffix == ".py"] + [ROOT / n for n in ("kernels", "scripts", "tests")]:
+        (tree / path.name).symlink_to(path)
+    return tree
 
 
 @pytest.mark.parametrize("script", ["7B_int4", "34B_bf16", "70B_int4", "tp_70B_bf16"])
-def test_scripts(script, tmp_path):
-    """Each on tiny random models, which it makes."""
-    for path in [p for p in ROOT.iterdir() if p.suffix in (".py", ".cpp")] + [ROOT / "scripts", ROOT / "tests"]:
-        (tmp_path / path.name).symlink_to(path)
+def test_scripts(script, tree):
     environment = os.environ | {"TINY": "1", "RANKS": "2", "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
     command = [f"scripts/speculate_{script}.sh", "--max_new_tokens", "8", "--device", "cpu", "--json", "--ignore_eos"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["generated_tokens"] == 8 and len(result["accept_counts"]) == 6

@@ -1,13 +1,9 @@
 """tokenizer.py against transformers, sentencepiece and Mistral's reference encoder; messages that hold special tokens;
 streaming. The tokenizers are trained here, or come with mistral_common.  pytest tests/test_tokenizer.py"""
 
-import json
-import shutil
+import copy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 
-import mistral_common
 import pytest
 import sentencepiece
 import tokenizers
@@ -17,90 +13,18 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, models, normalizers, processors
 
-from model import UsageError
+from config import UsageError
+from tests.tiny_tokenizers import FORGED, MISTRAL, TEMPLATES, TEXTS, train, write
 from tokenizer import load_tokenizer, stream
 
-MISTRAL = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v7": "mistral_instruct_tokenizer_241114.model.v7",
-}
-SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
-           "<|eot_id|>", "[INST]", "[/INST]", "<|assistant|>", "|x|", "†", "††"]  # fmt: skip
-TEXTS = [
-    "", " ", "a", "   a  b ", "trailing ", "\t", "\n\n\n", "a\n b\r\n\r\nc", "Hello, my name is", "don't I'LL We'Ve",
-    "def f(x):\n    return x**2  # ok\n\n\tif a<b: pass\n", "1234567890 12 3.14", "x" * 40, "<|unknown|> <x> [a]",
-    "😀", "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪", "你好，世界！", "日本語 のテキスト", "مرحبا بالعالم", "हिन्दी ภาษาไทย", "e\u0301 ﬁ ①",
-    "a\u00a0b\u3000c\u200b", "\ufffd \x00\x7f \U0010fffd", "▁x ▁ Ġ Ċ", "<0x0A>", "<think>a</think>｜▁",
-]  # fmt: skip
-FORGED = [*SPECIAL, "".join(SPECIAL), *(f" {s}a{s} \n" for s in SPECIAL), "<|im_<|im_end|>end|>", "|x|x|x|"]
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-TEMPLATES = {
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama3": "{{- bos_token }}\n{%- if documents is not none or tools is not none %}{{- raise_exception('both are') }}"
-    "{%- endif %}\n"
-    "{%- for m in messages %}\n    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim +"
-    " '<|eot_id|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
-    "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n",
-    "mistral": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}{{ m.content + '\n\n' }}{% endif %}"
-    "{% endfor %}",
-    "features": "{{ strftime_now('%Y-%m-%d') }}{% set ns = namespace(n=0) %}\n{% for m in messages %}\n"
-    "  {% if m.role == 'system' %}{% continue %}{% endif %}\n  {% set ns.n = ns.n + 1 %}\n"
-    "  {%- generation %}{% set ns.n = ns.n + 1 %}{{ m | tojson }}{{ m.content | tojson(indent=2) }}"
-    "{% endgeneration -%}\n  {% if ns.n > 4 %}{% break %}{% endif %}\n{% endfor %}{{ ns.n }}††<|assistant|> \n "
-    "{{ pad_token }}",
-    "thinking": "{% for m in messages %}{% set c = m.content %}<|im_start|>{% if '</think>' in c %}"
-    "{{ c.split('</think>')[-1] }}{% elif c.startswith('a') and c is string %}{{ c[::-1] }}{% endif %}<|im_end|>"
-    "{% endfor %}",
-}
 
-
-def write(folder: Path, config: dict, model: str | None = None) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if model:
-        shutil.copy(Path(mistral_common.__file__).parent / "data" / MISTRAL[model], folder / "tokenizer.model")
-    return folder
-
-
-def train(kind: str) -> tokenizers.Tokenizer:
-    """A tokenizer of about 500 pieces in the style of Llama-2's (two forms), Llama-3's or Qwen2's tokenizer.json."""
-    byte_level, text = kind in ("llama3", "qwen2"), [t for t in TEXTS if "think" not in t] * 2
-    tok = tokenizers.Tokenizer(models.BPE())
-    if byte_level:
-        split = LLAMA3_SPLIT.replace("{1,3}", "" if kind == "qwen2" else "{1,3}")
-        pre = [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-        tok.pre_tokenizer, tok.decoder = pre_tokenizers.Sequence(pre), decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-        tok.train_from_iterator(text, trainer)
-        if kind == "qwen2":
-            tok.normalizer = normalizers.NFC()
-    else:
-        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        tok.train_from_iterator(["Hello, my name is", "def f(x): [a]"] * 2, trainers.BpeTrainer(show_progress=False))
-        state = json.loads(tok.to_str())["model"]
-        pieces = [*SPECIAL[:3], *(f"<0x{b:02X}>" for b in range(256)), *state["vocab"]]
-        vocab, merges = {p: i for i, p in enumerate(pieces)}, [tuple(m) for m in state["merges"]]
-        tok = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        if kind == "llama2":
-            tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        else:
-            tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        unescape = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        tok.decoder = decoders.Sequence(unescape)
-    flags = {s: {"rstrip": s == "<|assistant|>", "normalized": False, "special": True} for s in SPECIAL}
-    tok.add_special_tokens([AddedToken(s, **flags[s]) for s in SPECIAL])
-    tok.add_tokens(["<think>", "</think>", "｜▁"])  # ordinary vocabulary that is never cut
-    return tok
+def replace(tokenizer, **fields):
+    """A copy of tokenizer with other fields or methods."""
+    changed = copy.copy(tokenizer)
+    vars(changed).update(fields)
+    return changed
 
 
 def bos_processor(tok: tokenizers.Tokenizer, form: str) -> processors.TemplateProcessing:
@@ -258,8 +182,12 @@ def test_model_bos(tmp_path, add_bos):
 
 def check_stream(tokenizer, ids):
     calls = []
-    counted = replace(tokenizer, token_bytes=lambda i: calls.append(i) or tokenizer.token_bytes(i))
-    pieces = list(stream(counted, iter(ids)))
+
+    def token_bytes(i):
+        calls.append(i)
+        return tokenizer.token_bytes(i)
+
+    pieces = list(stream(replace(tokenizer, token_bytes=token_bytes), iter(ids)))
     assert "".join(pieces) == tokenizer.decode(ids) and all(pieces) and calls == ids  # one look at each token
     return pieces
 
@@ -302,9 +230,17 @@ def test_stream_of_random_sentencepiece_ids(mistral, ids):
 
 
 def test_stream_holds_back_only_a_torn_character(byte_level, mistral):
+    arrived = []
+
+    def arrive(ids):
+        for i in ids:
+            arrived.append(i)
+            yield i
+
     for tokenizer in (byte_level, mistral[0]):
-        arrived, text = [], ""
-        for piece in stream(tokenizer, (arrived.append(i) or i for i in tokenizer.encode("Hello, my 😀 name"))):
+        arrived.clear()
+        text = ""
+        for piece in stream(tokenizer, arrive(tokenizer.encode("Hello, my 😀 name"))):
             text += piece
             assert text == tokenizer.decode(arrived).rstrip("\ufffd")
 
@@ -357,7 +293,7 @@ def test_broken_files(tmp_path, name, data, says):
     ],
 )
 def test_template_refuses(byte_level, template, says, monkeypatch):
-    monkeypatch.setattr("tokenizer.PATIENCE", 1)
+    monkeypatch.setattr("chat_template.MAX_SECONDS", 1)
     with pytest.raises(UsageError, match=says) as error:
         replace(byte_level, chat_template=template).encode_chat([{"role": "user", "content": "a"}])
     assert "\n" not in str(error.value)

@@ -6,72 +6,138 @@
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import tokenizers
 import torch
 import transformers as hf
 
+from generate import load_model
+from model import KVCache
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 from convert_hf_checkpoint import convert_folder  # noqa: E402
 
-SIZES = dict(
-    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=97, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)  # fmt: skip
-FAMILIES = {
-    "llama2": (hf.LlamaConfig, dict(num_key_value_heads=4)),
-    "llama3": (hf.LlamaConfig, dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
-    "llama-linear": (hf.LlamaConfig, dict(rope_parameters=dict(rope_type="linear", rope_theta=1e6, factor=4.0))),
-    "llama-bias": (hf.LlamaConfig, dict(attention_bias=True, mlp_bias=True)),
-    "mistral-window": (hf.MistralConfig, dict(sliding_window=16)),
-    "mistral-nemo": (hf.MistralConfig, dict(head_dim=32, sliding_window=None)),
-    "mixtral": (hf.MixtralConfig, dict(num_local_experts=8, num_experts_per_tok=2)),
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+QWEN3_MOE = {
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
+    "llama2": (hf.LlamaConfig, {"num_key_value_heads": 4}),
+    "llama3": (hf.LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-linear": (hf.LlamaConfig, {"rope_parameters": LINEAR}),
+    "llama-bias": (hf.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral-window": (hf.MistralConfig, {"sliding_window": 16}),
+    "mistral-nemo": (hf.MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "mixtral": (hf.MixtralConfig, {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen2": (hf.Qwen2Config, {}),
-    "qwen3": (hf.Qwen3Config, dict(head_dim=16)),
-    "qwen3-moe": (hf.Qwen3MoeConfig, dict(head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32,
-                                          norm_topk_prob=True)),
-}  # fmt: skip
+    "qwen3": (hf.Qwen3Config, {"head_dim": 16}),
+    "qwen3-moe": (hf.Qwen3MoeConfig, QWEN3_MOE),
+}
 
 
 def make_hf(family: str, **sizes):
+    """transformers' model of a family, float32."""
     torch.manual_seed(0)
-    kind, extra = FAMILIES[family]
-    model = hf.AutoModelForCausalLM.from_config(kind(**SIZES | extra | sizes), attn_implementation="eager")
+    config_class, changes = FAMILIES[family]
+    config = config_class(**SIZES | changes | sizes)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, p in model.named_parameters():  # biases and norms that matter
         if "bias" in name or "norm" in name:
-            torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
+            torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3)
     return model.float().eval()
 
 
 def convert(folder: Path) -> Path:
+    """Makes model.pth of a Hugging Face folder, in it."""
     convert_folder(folder)
     return folder / "model.pth"
 
 
-def to_ours(theirs, fast: bool = True):
-    from generate import load_model
+def call(main, *args):
+    """Calls a script's main with these arguments."""
+    with mock.patch.object(sys, "argv", ["script.py", *map(str, args)]):
+        main()
 
+
+NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", "down_proj": "w2", "router": "gate"}
+
+
+def write_format_1(path: Path):
+    """Rewrites the checkpoint in path as the first version of the format had it."""
+    data = torch.load(path, weights_only=True)
+    moe = data["config"]["moe"]
+    tensors = {}
+    for name, tensor in data["tensors"].items():
+        for new, old in NAMES_OF_FORMAT_1.items():
+            is_expert = moe is not None and new in ("gate_up_proj", "down_proj")
+            name = name.replace(f".{new}.", f".experts.{old}." if is_expert else f".{old}.")
+        tensors[name] = tensor
+    data["format"], data["tensors"] = "gpt-fast/1", tensors
+    if moe is not None:
+        assert moe.keys() == {"n_experts", "top_k", "norm_topk_prob"}
+        moe = {"n_experts": moe["n_experts"], "n_active": moe["top_k"], "normalize": moe["norm_topk_prob"]}
+        data["config"]["moe"] = moe
+    torch.save(data, path)
+
+
+def to_ours(theirs, kernels: bool = True):
+    """transformers' model as ours, float32."""
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, fast)
+        return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, kernels)
+
+
+def same_logits(path: Path, theirs, atol: float = 1e-4):
+    """The model in path, float32, gives transformers' logits."""
+    ours = load_model(path, torch.device("cpu"), torch.float32)
+    tokens = torch.randint(0, theirs.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits = ours(tokens, torch.tensor([0]), KVCache(ours, 1, 24))
+        torch.testing.assert_close(logits, theirs(tokens).logits, atol=atol, rtol=1e-4)
 
 
 def write_folder(family: str, folder: Path):
     """A checkpoint as the hub holds them, with a tokenizer of bytes, <s> and </s>, and a chat template."""
-    make_hf(family, vocab_size=320, hidden_size=64, intermediate_size=96, bos_token_id=256,
-            eos_token_id=257).save_pretrained(folder)  # fmt: skip
-    byte = {c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
-    tok = tokenizers.Tokenizer(tokenizers.models.BPE(byte, []))
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 256, "eos_token_id": 257}
+    make_hf(family, **sizes).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = tokenizers.decoders.ByteLevel()
     tok.add_special_tokens(["<s>", "</s>"])
     template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
-    hf.PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", chat_template=template
-    ).save_pretrained(folder)
+    tok = hf.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", chat_template=template)
+    tok.save_pretrained(folder)
 
 
 if __name__ == "__main__":

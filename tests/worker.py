@@ -1,6 +1,6 @@
 """Runs the commands of this project one after the other, for test_fuzz.py, which starts this as a process of its own.
 
-Reads lines of JSON (a command and its arguments) and answers each with a line: its exit status, or null after a
+Reads lines of JSON, each a command and its arguments, and answers each with a line: its exit status, or null after a
 traceback. What the commands print goes to stderr, or nowhere.
 """
 
@@ -19,8 +19,8 @@ import convert_gguf  # noqa: E402
 import convert_hf_checkpoint  # noqa: E402
 import torch  # noqa: E402
 
+import cli  # noqa: E402
 import generate  # noqa: E402
-from checkpoint import run  # noqa: E402
 
 MAINS = {"convert": convert_hf_checkpoint.main, "gguf": convert_gguf.main, "generate": generate.main}
 MEMORY = 2 * 2**30  # that the commands may take
@@ -29,20 +29,25 @@ MEMORY = 2 * 2**30  # that the commands may take
 def main():
     torch.set_num_threads(1)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY, in_use + MEMORY))
     for line in sys.stdin:
-        command, *sys.argv[1:] = json.loads(line)
-        status = 0
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                run(MAINS[command])
-            except SystemExit as e:
-                status = e.code
-            except BaseException:  # a panic of tokenizers is no Exception
-                status = None
-                traceback.print_exc()
+        command, *arguments = json.loads(line)
+        status = status_of(command, arguments)
         sys.stderr.flush()
         print(json.dumps(status), flush=True)
+
+
+def status_of(command: str, arguments: list[str]) -> int | None:
+    sys.argv = [f"{command}.py", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            cli.run(MAINS[command])
+            return 0
+        except SystemExit as e:
+            return e.code
+        except BaseException:  # a panic of tokenizers is no Exception
+            traceback.print_exc()
+            return None
 
 
 if __name__ == "__main__":

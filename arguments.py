@@ -1,0 +1,134 @@
+"""The command line of generate.py: its options, and what is wrong with those that were given."""
+
+import argparse
+from pathlib import Path
+
+import cli
+from config import UsageError
+from kernels.cpu import find_compiler
+from sampling import Sampling
+from speculate import MAX_PROPOSED
+
+DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
+DEFAULT_K = {"draft": 5, "lookup": 7}  # looking up costs nothing
+
+
+def parse_args(doc: str) -> argparse.Namespace:
+    """What the user wants. Beside the options it has
+
+        conversation    whether prompts come from standard input, one after the other
+        speculative     whether steps verify proposed tokens
+        sampling        temperature, top_k and top_p as a Sampling
+
+    Raises UsageError for options that do not go together or have no meaning."""
+    parser = make_parser(doc)
+    args = parser.parse_args()
+    # "is not": a prompt may be given that equals the default
+    has_prompt = args.prompt is not parser.get_default("prompt") or args.prompt_file is not None
+    args.conversation = args.interactive or (args.chat and not has_prompt)
+    args.speculative = args.draft_checkpoint_path is not None or args.prompt_lookup is not None
+    check_counts(args)
+    check_prompt(args, has_prompt)
+    check_speculation(args)
+    check_environment(args)
+    args.sampling = make_sampling(args)
+    if args.speculate_k is None:
+        args.speculate_k = DEFAULT_K["lookup" if args.prompt_lookup else "draft"]
+    return args
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    parser = cli.make_parser(doc)
+    add = parser.add_argument
+    cli.add_checkpoint_path(parser, DEMO, "model.pth, its tokenizer beside it (default: the demo's)")
+    # the prompt
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="Hello, my name is", help="text to continue (default: %(default)r)")
+    prompt.add_argument("--prompt_file", type=Path, help="text file, one prompt a line, each in turn")
+    prompt.add_argument("--prompt_tokens", type=int, metavar="N", help="N random tokens, for benchmarks")
+    add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
+    add("--interactive", action="store_true", help="a conversation: the same as --chat without --prompt")
+    add("--system", help="system message of a chat")
+    # sampling
+    add("--num_samples", type=int, default=1, help="how often each prompt is continued (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=200, help="default: %(default)s")
+    add("--batch_size", type=int, default=1, help="independent samples at a time; the first streams (default: 1)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top_k", type=int, help="sample among the k likeliest tokens only")
+    add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
+    add("--seed", type=int, default=1234, help="default: %(default)s")
+    add("--ignore_eos", action="store_true", help="go on after an end token, for benchmarks")
+    # speculation
+    add("--draft_checkpoint_path", type=Path, help="a smaller model of the same vocabulary, to speculate")
+    add("--draft_tp", choices=["on", "off"], help="off: of several ranks, each has all of the draft (default: on)")
+    lookup = "speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)"
+    add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N", help=lookup)
+    k = "tokens to propose at a time, at most (default: {draft}, looked up: {lookup})".format(**DEFAULT_K)
+    add("--speculate_k", type=int, metavar="K", help=k)
+    # how it runs
+    add("--compile", action="store_true", help="compile the decode step")
+    add("--compile_prefill", action="store_true", help="compile prefill too")
+    add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")
+    cli.add_device(parser)
+    cli.add_precision(parser)
+    cli.add_kernels(parser)
+    add("--json", action="store_true", help="one JSON object for each prompt on stdout instead of text")
+    return parser
+
+
+def check_counts(args: argparse.Namespace):
+    for name in ("num_samples", "max_new_tokens", "batch_size", "prompt_tokens", "speculate_k"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, not {value}")
+    if not -(2**63) <= args.seed < 2**64:
+        raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
+
+
+def check_prompt(args: argparse.Namespace, has_prompt: bool):
+    is_chat = args.chat or args.interactive
+    if (is_chat and args.prompt_tokens) or (args.interactive and has_prompt):
+        raise UsageError("a conversation takes its messages from standard input: leave the prompt out")
+    if args.system and not is_chat:
+        raise UsageError("--system belongs to a chat: add --chat")
+    if args.conversation and args.json:
+        raise UsageError("--json needs --prompt: a conversation has no single result")
+    if args.conversation and (args.batch_size > 1 or args.num_samples > 1 or args.ignore_eos or args.profile):
+        raise UsageError("a conversation does without --batch_size, --num_samples, --ignore_eos and --profile")
+
+
+def check_speculation(args: argparse.Namespace):
+    if args.draft_checkpoint_path and args.prompt_lookup:
+        raise UsageError("--draft_checkpoint_path and --prompt_lookup are two ways to speculate; choose one")
+    if args.draft_tp and not args.draft_checkpoint_path:
+        raise UsageError("--draft_tp belongs to --draft_checkpoint_path")
+    if args.speculate_k and not args.speculative:
+        raise UsageError("--speculate_k belongs to --draft_checkpoint_path or --prompt_lookup")
+    if args.speculative and args.batch_size > 1:
+        raise UsageError("speculation is for one row: leave out --batch_size")
+    if args.prompt_lookup is not None and args.prompt_lookup < 2:
+        raise UsageError(f"--prompt_lookup looks for at least 2 tokens, not {args.prompt_lookup}")
+    for name in ("speculate_k", "prompt_lookup"):
+        value = getattr(args, name)
+        if value is not None and value > MAX_PROPOSED:
+            raise UsageError(f"--{name} must be at most {MAX_PROPOSED}, not {value}")
+
+
+def check_environment(args: argparse.Namespace):
+    if args.profile and not can_be_written(args.profile):
+        raise UsageError(f"--profile {args.profile} must be a file in a folder that exists")
+    if args.compile and find_compiler() is None:
+        raise UsageError("--compile needs a C++ compiler ($CXX, g++ or clang++); install one or leave it out")
+    if args.checkpoint_path == DEMO and not DEMO.is_file():
+        raise UsageError("no --checkpoint_path given and no demo model here; run ./scripts/demo.sh, which gets one")
+
+
+def can_be_written(path: Path) -> bool:
+    return path.absolute().parent.is_dir() and (path.is_file() or not path.exists())
+
+
+def make_sampling(args: argparse.Namespace) -> Sampling:
+    try:
+        return Sampling(args.temperature, args.top_k, args.top_p)
+    except UsageError as e:
+        raise UsageError(f"--{e}") from None  # the sentence begins with the field's name, which is the option's

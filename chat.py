@@ -1,0 +1,158 @@
+"""A conversation with a chat model: its messages, and a terminal for it.
+
+    conversation = Conversation(tokenizer, continue_text, context_length=kv_cache.length, eos_ids=config.eos_ids)
+    for piece in conversation.answer("Hello!", max_new_tokens=100):
+        print(piece, end="", flush=True)
+
+Every turn renders the whole conversation in the checkpoint's template. Of these tokens the KV cache still holds the
+first ones, from the turns before, and only the others are fed to the model. On a terminal:
+
+    python generate.py --checkpoint_path checkpoints/M/model.pth --chat
+"""
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import tp
+from config import UsageError
+from tokenizer import Tokenizer, stream
+
+# (ids of a text, how many of them are in the KV cache, max_new_tokens) -> the tokens of each step: [n][B]
+ContinueText = Callable[[list[int], int, int], Iterator[list[list[int]]]]
+
+COMMANDS = "Type a message; /drop forgets the oldest, /reset all of them, /exit ends."
+FULL = "The context is full: /drop forgets the oldest message and its answer, /reset all of them."
+
+
+class ContextFull(UsageError):
+    """The conversation leaves no room for an answer."""
+
+
+class Conversation:
+    def __init__(
+        self, tokenizer: Tokenizer, continue_text: ContinueText, context_length: int, eos_ids: Sequence[int],
+        system: str | None = None,
+    ):  # fmt: skip
+        """context_length: tokens that the KV cache has room for. system: a message that stands before all others.
+        Raises UsageError if the checkpoint has no chat template."""
+        self.tokenizer, self.continue_text = tokenizer, continue_text
+        self.context_length, self.eos_ids = context_length, set(eos_ids)
+        self.system = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict] = []  # the user's and the model's, in turn
+        self.cached: list[int] = []  # the tokens whose keys and values are in the KV cache
+        self.answer_ids: list[int] = []  # of the last answer
+        self.token_times: list[float] = []  # when each token of the last answer came, its end token included
+        self.is_full = False  # whether the last answer ended because there was no more room
+        self.encode("Hello")
+
+    def encode(self, message: str) -> list[int]:
+        """The ids of the conversation with one more message."""
+        return self.tokenizer.encode_chat([*self.system, *self.messages, {"role": "user", "content": message}])
+
+    def answer(self, message: str, max_new_tokens: int) -> Iterator[str]:
+        """Says message, and yields the answer's text piece by piece. An answer that is interrupted stays as far as it
+        has come; if nothing has come, the message is forgotten too. Raises ContextFull if there is no room for it."""
+        self.answer_ids, self.token_times, self.is_full = [], [], False
+        ids = self.encode(message)
+        n_free = self.context_length - len(ids)
+        if n_free < 1:
+            raise ContextFull(f"That takes {len(ids)} tokens, and the context has {self.context_length}: shorten it.")
+        is_complete = False
+        try:
+            yield from stream(self.tokenizer, self.new_tokens(ids, min(max_new_tokens, n_free)))
+            is_complete = True
+        finally:
+            self.is_full = len(self.answer_ids) == n_free
+            if is_complete or self.answer_ids:
+                answer = self.tokenizer.decode(self.answer_ids)
+                self.messages.append({"role": "user", "content": message})
+                self.messages.append({"role": "assistant", "content": answer})
+
+    def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
+        """The tokens of an answer, without its end token. Keeps account of what is in the KV cache: all tokens but the
+        last one, which has not been fed to the model yet."""
+        n_cached = 0
+        n_most = min(len(self.cached), len(ids) - 1)  # the model needs a token to go on from
+        while n_cached < n_most and self.cached[n_cached] == ids[n_cached]:
+            n_cached += 1
+        del self.cached[n_cached:]
+        not_cached = ids[n_cached:]
+        for step_tokens in self.continue_text(ids, n_cached, max_new_tokens):
+            for (token,) in step_tokens:
+                self.token_times.append(time.perf_counter())
+                self.cached += not_cached
+                not_cached = [token]
+                if token in self.eos_ids:
+                    return
+                self.answer_ids.append(token)
+                yield token
+
+    def forget_oldest(self):
+        del self.messages[:2]  # a message and its answer
+
+    def forget_all(self):
+        self.messages.clear()
+
+
+# ---- On a terminal --------------------------------------------------------------------------------------------------
+
+
+def converse(conversation: Conversation, max_new_tokens: int):
+    """Messages from standard input, answers to standard output, everything else to standard error."""
+    note(COMMANDS)
+    for line in tp.input_lines(read_line):
+        if line == "/exit":
+            return
+        if line == "/reset":
+            conversation.forget_all()
+            note("0 messages left.")
+        elif line == "/drop":
+            conversation.forget_oldest()
+            note(f"{len(conversation.messages)} messages left.")
+        elif re.fullmatch(r"/\w+", line):
+            note(COMMANDS)
+        elif line:
+            take_turn(conversation, line, max_new_tokens)
+
+
+def take_turn(conversation: Conversation, message: str, max_new_tokens: int):
+    """Prints the answer to message. Ctrl-C stops the answer, not the conversation."""
+    try:
+        with contextlib.closing(conversation.answer(message, max_new_tokens)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except ContextFull as e:
+        note(FULL if conversation.messages else str(e))
+        return
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    times = conversation.token_times
+    if len(times) > 1:
+        note(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
+    if conversation.is_full:
+        note(FULL)
+
+
+def note(text: str):
+    """Prints what is not the model's."""
+    if sys.stderr.isatty():
+        text = f"\033[2m{text}\033[0m"  # dim
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_line() -> str | None:
+    """The next line of standard input, without white space around it; None after the last."""
+    if sys.stdin is None:  # the shell has closed it: <&-
+        return None
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        line.encode()  # fails for what some locales let pass
+        return line
+    except EOFError:
+        return None
+    except UnicodeError:
+        raise UsageError("what came on standard input is not UTF-8 text") from None

@@ -1,0 +1,108 @@
+"""Chat templates: the text that a model was trained to see for a conversation, by its checkpoint's own program.
+
+    render(template, {"eos_token": "</s>"}, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+
+A template is a program in jinja2's language, and comes from whoever made the checkpoint. So it runs in a sandbox, and
+what it may take of time and memory is bounded.
+"""
+
+import contextlib
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from functools import cache
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from config import UsageError
+
+# The form of Llama 2, which Mistral follows, for checkpoints of theirs that come without a template
+LLAMA2_TEMPLATE = """
+{%- if messages[0].role == 'system' -%}
+{%- set begin, messages = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] -%}
+{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}
+{{ bos_token + '[INST] ' + (begin if loop.first and begin else '') + m.content + ' [/INST]' }}
+{%- else -%}
+{{ ' ' + m.content + ' ' + eos_token }}
+{%- endif -%}
+{%- endfor -%}"""
+MAX_SECONDS = 10  # that a template may take
+MAX_REPEATED = 10**6  # characters that it may make by one multiplication
+
+
+def render(template: str, names: dict[str, str], messages: list[dict], add_generation_prompt: bool) -> str:
+    """A chat template's text, with the variables and functions that transformers offers. Raises UsageError."""
+    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    try:
+        with time_limit(MAX_SECONDS):
+            text = compile_template(template).render(names | values)
+        text.encode()  # raises for what is no text, like half of a surrogate pair
+        return text
+    except Exception as e:  # a template is a program and fails like one
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UsageError(f"the checkpoint's chat template failed: {why}") from None
+
+
+@cache
+def compile_template(template: str) -> Template:
+    # {% generation %} tells training which words are the model's; to a reader it is a scope.
+    template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    # One power or product can take forever or all memory, and no signal stops it.
+    env.intercepted_binops = frozenset({"**", "*"})
+    env.binop_table |= {"**": refuse_power, "*": multiply}
+    env.filters["tojson"] = to_json
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return env.from_string(template)
+
+
+def raise_exception(message):
+    raise TemplateError(message)
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own filter of this name escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def refuse_power(a, b):
+    raise TemplateError("it computes a power")
+
+
+def multiply(a, b):
+    """a * b, unless that repeats a text or a list into the millions."""
+    is_number = [isinstance(x, (int, float)) for x in (a, b)]
+    if not all(is_number):
+        sizes = [x if number else len(x) for x, number in zip((a, b), is_number, strict=True)]
+        if sizes[0] * sizes[1] > MAX_REPEATED:
+            raise TemplateError("it makes a text of millions of characters")
+    return a * b
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raises TemplateError in what takes longer. Only in the main thread, which alone hears signals."""
+
+    def stop(signum, frame):
+        raise TemplateError(f"it takes more than {seconds} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,150 @@
+"""Builds and loads the C++ kernels in kernels/cpu/, and lays weights out for them.
+
+They are compiled once for this machine, at first use, which takes some twenty seconds, and kept in ~/.cache/gpt-fast.
+$CXX and $CXXFLAGS are heeded. Without a C++ compiler everything runs on PyTorch's own, slower operations.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from machine import use_huge_pages
+
+SOURCES = Path(__file__).parent / "cpu"
+FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+
+
+@cache
+def build() -> bool:
+    """Compiles the kernels, unless that has been done before, and loads them. False, after one line on stderr, if that
+    is not possible. Any number of processes may do so at once."""
+    compiler = find_compiler()
+    if compiler is None:
+        print("no C++ compiler ($CXX, g++ or clang++): running on PyTorch's own, slower operations", file=sys.stderr)
+        return False
+    try:
+        load(library_path(compiler), compiler)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home folder
+        lines = (getattr(e, "stderr", None) or str(e)).splitlines()
+        why = next((line for line in lines if "error" in line), str(e))
+        print(f"kernels/cpu does not build here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
+        return False
+    register_shapes()
+    return True
+
+
+def find_compiler() -> list[str] | None:
+    for command in (shlex.split(os.environ.get("CXX", "")) or ["g++"], ["clang++"]):
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def compiler_flags() -> list[str]:
+    torch_dir = Path(torch.__file__).parent
+    ours = [*FLAGS, f"-I{torch_dir / 'include'}", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+    return ours + os.environ.get("CXXFLAGS", "").split()
+
+
+def library_path(compiler: list[str]) -> Path:
+    """Where the library for these sources, this compiler, this CPU and this PyTorch is, or will be."""
+    # Its predefined macros say which compiler it is and what the CPU can do.
+    macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    key = hashlib.sha256(subprocess.run(macros, capture_output=True).stdout)
+    key.update(repr((compiler_flags(), torch.__version__)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        key.update(source.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast"
+    return folder / f"kernels-{key.hexdigest()[:16]}.so"
+
+
+def load(library: Path, compiler: list[str]):
+    try:
+        torch.ops.load_library(library)
+    except OSError:  # it has not been built yet, or the file is broken
+        if sys.stderr and sys.stderr.isatty():
+            print("compiling kernels/cpu for this machine, once", file=sys.stderr)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            out = f"{scratch}/kernels.so"
+            command = [*compiler, str(SOURCES / "ops.cpp"), "-o", out, *compiler_flags()]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(out, library)
+        torch.ops.load_library(library)
+    tape_functions.library = ctypes.CDLL(str(library))
+
+
+def tape_functions() -> ctypes.CDLL:
+    """The functions with which record.py makes and replays tapes; kernels/cpu/tape.h describes them."""
+    library = tape_functions.library
+    library.tape_begin.restype = ctypes.c_void_p
+    library.tape_replay.argtypes = [ctypes.c_void_p]
+    library.tape_replay.restype = ctypes.c_char_p
+    library.tape_free.argtypes = [ctypes.c_void_p]
+    return library
+
+
+def register_shapes():
+    """What torch.compile has to know of the operations: the shapes and types of what they return."""
+
+    def linear(x, weight, scales, zeros, bias, kind, n, group_size, norm, eps, residual, activation, float32_out):
+        dtype = torch.float32 if float32_out else x.dtype
+        return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
+
+    def glu(gate_up, activation):
+        return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+    def add(x, y):
+        return torch.empty_like(x)
+
+    def embed(tokens, weight):
+        return weight.new_empty(*tokens.shape, weight.shape[1])
+
+    def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, n_heads, window):
+        return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
+
+    def route(logits, top_k, normalize):
+        shape = (*logits.shape[:-1], top_k)
+        return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+    def experts_gate_up(x, weight, scales, zeros, kind, n, group_size, topk_ids, norm, eps, activation):
+        return x.new_empty(*topk_ids.shape, n // 2 if activation else n)
+
+    def experts_down(hidden, weight, scales, zeros, kind, n, group_size, topk_ids, topk_weights, residual):
+        return hidden.new_empty(*topk_ids.shape[:-1], n)
+
+    def dequantize(weight, scales, zeros, kind, n, k, group_size, dtype):
+        return weight.new_empty(n, k, dtype=dtype)
+
+    for shape_of in (linear, glu, add, embed, attend, route, experts_gate_up, experts_down, dequantize):
+        torch.library.register_fake(f"gptfast::{shape_of.__name__}", shape_of)
+
+
+class HugePages:
+    """Copies tensors one behind the other into huge pages."""
+
+    CHUNK = 2**26
+    PAGE = 2**21
+    ALIGNMENT = 64
+
+    def __init__(self):
+        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def copy(self, t: Tensor) -> Tensor:
+        if self.used + t.nbytes > self.memory.numel():
+            self.memory = torch.empty(max(t.nbytes, self.CHUNK) + 2 * self.PAGE, dtype=torch.uint8)
+            self.used = -self.memory.data_ptr() % self.PAGE
+            use_huge_pages(self.memory[self.used :])
+        copy = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        return copy

@@ -1,0 +1,121 @@
+// The operations around a matrix: linear, what it fuses on its own (glu, add), embed and dequantize.
+#pragma once
+
+#include "dot.h"
+
+// out [m, n] = [residual +] [activation] ([rms_norm] x [m, k] W^T [+ bias])
+template <typename T> struct LinearOp {
+  const T* x;
+  int64_t m;
+  Weights w;
+  const T *bias, *norm;
+  float eps;
+  const T* residual;
+  int64_t activation;  // with one, W is gate over up, each of n / 2 rows, a multiple of 16
+  T* out;
+  float* wide_out;  // in place of out
+
+  void execute(char*, Barrier&) const {
+    const int64_t n_out = activation ? w.n / 2 : w.n;
+    Row rows[MAX_ROWS];
+    prepare_rows(x, m, w, norm, eps, rows);
+    const Share share = my_share((n_out + ROWS - 1) / ROWS);
+    Vec y[2][MAX_ROWS];
+    for (int64_t block = share.begin, step; block < share.end; block += step) {
+      step = activation ? 1 : std::min<int64_t>(2, share.end - block);
+      const int64_t blocks[] = {block, activation ? block + n_out / ROWS : block + 1};
+      dot<T>(m, w, blocks, activation ? 2 : step, rows, y);
+      for (int64_t i = 0; i < m; i++) {
+        if (activation) {
+          const Vec gate = with_bias(y[0][i], blocks[0]), up = with_bias(y[1][i], blocks[1]);
+          store(activate(gate, activation) * up, i, block, n_out);
+        } else {
+          for (int64_t j = 0; j < step; j++) store(with_bias(y[j][i], blocks[j]), i, blocks[j], n_out);
+        }
+      }
+    }
+  }
+
+  Vec with_bias(Vec v, int64_t block) const { return bias ? v + load_some(bias, block * ROWS, w.n) : v; }
+
+  void store(Vec v, int64_t row, int64_t block, int64_t n_out) const {
+    if (residual) v += load_some(residual + row * n_out, block * ROWS, n_out);
+    if (wide_out) store_some(v, wide_out + row * n_out, block * ROWS, n_out);
+    else store_some(v, out + row * n_out, block * ROWS, n_out);
+  }
+};
+
+// out [m, f] = activation(gate) * up of gate_up [m, 2 f]
+template <typename T> struct GluOp {
+  const T* gate_up;
+  int64_t m, f, activation;
+  T* out;
+
+  void execute(char*, Barrier&) const {
+    const int64_t n_blocks = (f + LANES - 1) / LANES;
+    const Share share = my_share(m * n_blocks);
+    for (int64_t i = share.begin; i < share.end; i++) {
+      const int64_t row = i / n_blocks, first = i % n_blocks * LANES;
+      const T* gate = gate_up + row * 2 * f;
+      store_some(activate(load_some(gate, first, f), activation) * load_some(gate + f, first, f), out + row * f, first, f);
+    }
+  }
+};
+
+// out [n] = x + y
+template <typename T> struct AddOp {
+  const T *x, *y;
+  int64_t n;
+  T* out;
+
+  void execute(char*, Barrier&) const {
+    const Share share = my_share((n + LANES - 1) / LANES);
+    for (int64_t i = share.begin * LANES; i < std::min(n, share.end * LANES); i += LANES)
+      store_some(load_some(x, i, n) + load_some(y, i, n), out, i, n);
+  }
+};
+
+// out [m, dim] = the rows of weight [n_rows, dim] that tokens [m] name
+template <typename T> struct EmbedOp {
+  const int64_t* tokens;
+  int64_t m;
+  const T* weight;
+  int64_t n_rows, dim;
+  T* out;
+
+  const char* error() const {
+    for (int64_t i = 0; i < m; i++)
+      if (tokens[i] < 0 || tokens[i] >= n_rows) return "a token is not in the vocabulary";
+    return nullptr;
+  }
+  void execute(char*, Barrier&) const {
+    const Share share = my_share(m);
+    for (int64_t i = share.begin; i < share.end; i++) std::memcpy(out + i * dim, weight + tokens[i] * dim, dim * sizeof(T));
+  }
+};
+
+// out [n, k] = the matrix that packed weights stand for. For prefill, so it is no Op.
+template <typename T> void dequantize_to(const Weights& w, T* out) {
+  const bool int4 = w.kind == Weights::INT4;
+  const int64_t word = int4 ? 8 : 4, group_size = int4 ? w.group_size : w.k;
+#pragma omp parallel for num_threads(threads())
+  for (int64_t b = 0; b < w.n_blocks(); b++) {
+    const char* data = w.data + b * ROWS * w.k / (int4 ? 2 : 1);
+    const int64_t n_rows = std::min(ROWS, w.n - b * ROWS);
+    int64_t index = b * w.n_groups() * ROWS;  // of the group's scales and zeros
+    for (int64_t k = 0; k < w.k; index += ROWS) {
+      float scale[ROWS], zero[ROWS];
+      for (int64_t r = 0; r < n_rows; r++) {
+        scale[r] = int4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * ROWS + r];
+        zero[r] = int4 ? w.zeros[index + r] / 16.0f : 128;
+      }
+      for (const int64_t end = std::min(w.k, k + group_size); k < end; data += 64, k += word)
+        for (int64_t r = 0; r < n_rows; r++)
+          for (int64_t j = 0; j < word; j++) {
+            const uint8_t byte = data[4 * r + j % 4];
+            const int q = !int4 ? byte : j < 4 ? byte & 15 : byte >> 4;
+            from_float((q - zero[r]) * scale[r], &out[(b * ROWS + r) * w.k + k + j]);
+          }
+    }
+  }
+}

@@ -1,0 +1,122 @@
+// A mixture of experts: route, and the products with the chosen experts' weights.
+#pragma once
+
+#include "dot.h"
+
+// The slots of topk_ids [n_slots] that name one expert, at most MAX_ROWS of them.
+struct ExpertUse {
+  int64_t expert;
+  std::vector<int64_t> slots;
+};
+
+// Slots of the same expert together, so that its weights are read once.
+inline std::vector<ExpertUse> group_by_expert(const int64_t* topk_ids, int64_t n_slots) {
+  std::vector<ExpertUse> uses;
+  for (int64_t slot = 0; slot < n_slots; slot++) {
+    auto use = std::find_if(uses.begin(), uses.end(), [&](const ExpertUse& u) {
+      return u.expert == topk_ids[slot] && u.slots.size() < size_t(MAX_ROWS);
+    });
+    if (use == uses.end()) use = uses.insert(uses.end(), ExpertUse{topk_ids[slot], {}});
+    use->slots.push_back(slot);
+  }
+  return uses;
+}
+
+// hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] times the matrix of each expert in topk_ids [m, top_k])
+template <typename T> struct ExpertsGateUpOp {
+  const T* x;
+  int64_t m, top_k;
+  const int64_t* topk_ids;
+  Weights w;
+  const T* norm;
+  float eps;
+  int64_t activation;  // as in LinearOp
+  T* hidden;
+
+  void execute(char*, Barrier&) const {
+    const int64_t n_out = activation ? w.n / 2 : w.n, n_blocks = (n_out + ROWS - 1) / ROWS;
+    const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
+    Row rows[MAX_ROWS], rows_of_expert[MAX_ROWS];
+    prepare_rows(x, m, w, norm, eps, rows);
+    Vec y[2][MAX_ROWS];
+    const Share share = my_share(n_blocks * uses.size());
+    for (int64_t i = share.begin; i < share.end; i++) {
+      const ExpertUse& use = uses[i / n_blocks];
+      const int64_t block = i % n_blocks, count = use.slots.size();
+      const int64_t blocks[] = {block, block + n_blocks};
+      for (int64_t j = 0; j < count; j++) rows_of_expert[j] = rows[use.slots[j] / top_k];
+      dot<T>(count, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
+      for (int64_t j = 0; j < count; j++) {
+        const Vec v = activation ? activate(y[0][j], activation) * y[1][j] : y[0][j];
+        store_some(v, hidden + use.slots[j] * n_out, block * ROWS, n_out);
+      }
+    }
+  }
+};
+
+// out [m, n] = [residual +] the sum over each token's experts of topk_weights [m, top_k] times hidden [m, top_k, k] W^T
+template <typename T> struct ExpertsDownOp {
+  const T* hidden;
+  int64_t m, top_k;
+  const int64_t* topk_ids;
+  const float* topk_weights;
+  Weights w;
+  const T* residual;
+  T* out;
+
+  void execute(char*, Barrier&) const {
+    const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
+    std::vector<Row> rows(m * top_k);
+    prepare_rows<T>(hidden, m * top_k, w, nullptr, 0, rows.data());
+    Row rows_of_expert[MAX_ROWS];
+    Vec y[1][MAX_ROWS];
+    const Share share = my_share(w.n_blocks());
+    for (int64_t block = share.begin; block < share.end; block++) {
+      Vec total[MAX_ROWS] = {};
+      for (const ExpertUse& use : uses) {
+        const int64_t count = use.slots.size();
+        for (int64_t j = 0; j < count; j++) rows_of_expert[j] = rows[use.slots[j]];
+        dot<T>(count, w.expert(use.expert), &block, 1, rows_of_expert, y);
+        for (int64_t j = 0; j < count; j++) total[use.slots[j] / top_k] += topk_weights[use.slots[j]] * y[0][j];
+      }
+      for (int64_t i = 0; i < m; i++) {
+        if (residual) total[i] += load_some(residual + i * w.n, block * ROWS, w.n);
+        store_some(total[i], out + i * w.n, block * ROWS, w.n);
+      }
+    }
+  }
+};
+
+// topk_weights and topk_ids [m, top_k] = the softmax of logits [m, n_experts] at its greatest entries. If a logit is NaN,
+// the experts are still top_k different ones, and their weights are NaN.
+struct RouteOp {
+  const float* logits;
+  int64_t m, n_experts, top_k;
+  bool normalize;
+  float* topk_weights;
+  int64_t* topk_ids;
+
+  void execute(char*, Barrier&) const {
+    const Share share = my_share(m);
+    for (int64_t i = share.begin; i < share.end; i++)
+      route_row(logits + i * n_experts, topk_weights + i * top_k, topk_ids + i * top_k);
+  }
+
+  void route_row(const float* row, float* weights, int64_t* ids) const {
+    const float greatest = *std::max_element(row, row + n_experts);
+    float total = 0, chosen = 0;
+    for (int64_t e = 0; e < n_experts; e++) total += std::exp(row[e] - greatest);
+    for (int64_t i = 0; i < top_k; i++) {
+      int64_t best = -1;
+      for (int64_t e = 0; e < n_experts; e++) {
+        const bool taken = std::find(ids, ids + i, e) != ids + i;
+        if (!taken && (best < 0 || row[e] > row[best])) best = e;
+      }
+      ids[i] = best;
+      weights[i] = std::exp(row[best] - greatest);
+      chosen += weights[i];
+    }
+    const float sum = normalize ? chosen + 0 * total : total;  // total is NaN if any logit is
+    for (int64_t i = 0; i < top_k; i++) weights[i] /= sum;
+  }
+};

@@ -1,0 +1,236 @@
+// The CPU kernels of a decode step as PyTorch operations: torch.ops.gptfast. kernels/__init__.py describes them and
+// kernels/reference.py holds the PyTorch version of each; kernels/cpu.py builds this file.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "attention.h"
+#include "linear.h"
+#include "moe.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+template <typename T> T* mutable_ptr(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+template <typename T> const T* ptr(const Tensor& t) { return mutable_ptr<T>(t); }
+template <typename T> const T* ptr(const OptTensor& t) { return t ? ptr<T>(*t) : nullptr; }
+
+Sizes sizes(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
+
+// Calls f with a value of the C++ type of the activations.
+template <typename F> void by_type(ScalarType type, F f) {
+  if (type == ScalarType::Float) f(float{});
+  else if (type == ScalarType::Half) f(f16{});
+  else if (type == ScalarType::BFloat16) f(bf16{});
+  else STD_TORCH_CHECK(false, "activations must be float32, float16 or bfloat16");
+}
+
+// Checks activations [..., k] and that what goes with them is of their type; returns the number of rows.
+int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
+  const int64_t m = k ? x.numel() / k : 0;
+  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_ROWS, "activations must be 1 to 8 whole rows");
+  for (const OptTensor& t : others)
+    STD_TORCH_CHECK(!t || t->scalar_type() == x.scalar_type(), "weights, norms and caches must be of the activations' type");
+  return m;
+}
+
+void check_ids(const Tensor& topk_ids, int64_t m) {
+  STD_TORCH_CHECK(topk_ids.scalar_type() == ScalarType::Long && topk_ids.is_contiguous() && topk_ids.size(-1) > 0 &&
+                  topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
+}
+
+// kind: Format.kind in kernels/formats.py
+Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t kind, int64_t n, int64_t k,
+                int64_t group_size, ScalarType activations) {
+  const ScalarType type = w.scalar_type();
+  STD_TORCH_CHECK(w.is_contiguous() && type == (kind == 0 ? activations : ScalarType::Int) && (kind < 1 || scales) &&
+                  (kind < 2 || zeros), "weights must be packed for the CPU, or of the activations' type");
+  Weights out{Weights::F32, static_cast<const char*>(w.data_ptr()), nullptr, nullptr, nullptr, n, k, group_size};
+  if (kind == 0) {
+    out.kind = type == ScalarType::Float ? Weights::F32 : type == ScalarType::Half ? Weights::F16 : Weights::BF16;
+  } else if (kind == 1) {
+    out.kind = Weights::INT8;
+    out.row_scales = ptr<float>(scales);
+  } else {
+    out.kind = Weights::INT4;
+    out.scales = ptr<uint16_t>(scales), out.zeros = ptr<uint8_t>(zeros);
+  }
+  return out;
+}
+
+Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, OptTensor bias, int64_t kind, int64_t n,
+              int64_t group_size, OptTensor norm, double eps, OptTensor residual, int64_t activation, bool float32_out) {
+  const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm, residual});
+  Sizes shape = sizes(x);
+  shape.back() = activation ? n / 2 : n;
+  Tensor out = torch::stable::new_empty(x, shape, float32_out ? ScalarType::Float : x.scalar_type());
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    submit(LinearOp<T>{
+        .x = ptr<T>(x), .m = m,
+        .w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type()),
+        .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps), .residual = ptr<T>(residual),
+        .activation = activation,
+        .out = mutable_ptr<T>(out), .wide_out = float32_out ? mutable_ptr<float>(out) : nullptr});
+  });
+  return out;
+}
+
+Tensor glu(Tensor gate_up, int64_t activation) {
+  STD_TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0, "gate and up must be contiguous halves");
+  Sizes shape = sizes(gate_up);
+  const int64_t f = shape.back() /= 2;
+  Tensor out = torch::stable::new_empty(gate_up, shape);
+  by_type(gate_up.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    submit(GluOp<T>{.gate_up = ptr<T>(gate_up), .m = gate_up.numel() / (2 * f), .f = f, .activation = activation,
+                    .out = mutable_ptr<T>(out)});
+  });
+  return out;
+}
+
+Tensor add(Tensor x, Tensor y) {
+  STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && sizes(x) == sizes(y) && x.scalar_type() == y.scalar_type(),
+                  "what is added must be of one shape and type");
+  Tensor out = torch::stable::empty_like(x);
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    submit(AddOp<T>{.x = ptr<T>(x), .y = ptr<T>(y), .n = x.numel(), .out = mutable_ptr<T>(out)});
+  });
+  return out;
+}
+
+Tensor embed(Tensor tokens, Tensor weight) {
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() && weight.is_contiguous(),
+                  "tokens must be int64");
+  Sizes shape = sizes(tokens);
+  shape.push_back(weight.size(1));
+  Tensor out = torch::stable::new_empty(weight, shape);
+  by_type(weight.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .weight = ptr<T>(weight),
+                      .n_rows = weight.size(0), .dim = weight.size(1), .out = mutable_ptr<T>(out)});
+  });
+  return out;
+}
+
+Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm, OptTensor k_norm,
+              double eps, int64_t n_heads, int64_t window) {
+  const int64_t b = k_cache.size(0), g = k_cache.size(1), s = k_cache.size(2), d = k_cache.size(3);
+  const int64_t m = check_rows(qkv, (n_heads + 2 * g) * d, {k_cache, v_cache, q_norm, k_norm});
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous(), "positions must be int64 [B]");
+  STD_TORCH_CHECK(positions.numel() == b && qkv.size(0) == b, "the cache has no room for so many rows");
+  STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= s && rope.size(1) == d / 2,
+                  "rope must be float32 [S, D / 2, 2]");
+  for (const Tensor& cache : {k_cache, v_cache})
+    STD_TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == d && cache.stride(1) == k_cache.stride(1) &&
+                    cache.stride(0) == k_cache.stride(0), "the caches' heads must be contiguous");
+  Tensor out = torch::stable::new_empty(qkv, Sizes{b, m / b, n_heads * d});
+  by_type(qkv.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    submit(AttendOp<T>{
+        .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
+        .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1),
+        .positions = ptr<int64_t>(positions), .rope = ptr<float>(rope),
+        .q_norm = ptr<T>(q_norm), .k_norm = ptr<T>(k_norm), .eps = float(eps),
+        .n_rows = b, .n_tokens = m / b, .n_heads = n_heads, .n_kv_heads = g, .head_dim = d, .capacity = s, .window = window,
+        .out = mutable_ptr<T>(out)});
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize) {
+  const int64_t n_experts = logits.size(-1);
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && 0 < top_k && top_k <= n_experts,
+                  "a router's logits must be float32, and top_k at most their number");
+  Sizes shape = sizes(logits);
+  shape.back() = top_k;
+  Tensor topk_weights = torch::stable::new_empty(logits, shape);
+  Tensor topk_ids = torch::stable::new_empty(logits, shape, ScalarType::Long);
+  submit(RouteOp{.logits = ptr<float>(logits), .m = logits.numel() / n_experts, .n_experts = n_experts, .top_k = top_k,
+                 .normalize = normalize, .topk_weights = mutable_ptr<float>(topk_weights),
+                 .topk_ids = mutable_ptr<int64_t>(topk_ids)});
+  return {topk_weights, topk_ids};
+}
+
+Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n,
+                       int64_t group_size, Tensor topk_ids, OptTensor norm, double eps, int64_t activation) {
+  const int64_t k = x.size(-1), m = check_rows(x, k, {norm});
+  check_ids(topk_ids, m);
+  Sizes shape = sizes(topk_ids);
+  shape.push_back(activation ? n / 2 : n);
+  Tensor hidden = torch::stable::new_empty(x, shape);
+  by_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    submit(ExpertsGateUpOp<T>{
+        .x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
+        .w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type()),
+        .norm = ptr<T>(norm), .eps = float(eps), .activation = activation, .hidden = mutable_ptr<T>(hidden)});
+  });
+  return hidden;
+}
+
+Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n,
+                    int64_t group_size, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
+  const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
+  check_ids(topk_ids, m);
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_ROWS &&
+                  topk_weights.scalar_type() == ScalarType::Float && topk_weights.is_contiguous() &&
+                  (!residual || residual->scalar_type() == hidden.scalar_type()),
+                  "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], residual of the same type");
+  Sizes shape = sizes(topk_ids);
+  shape.back() = n;
+  Tensor out = torch::stable::new_empty(hidden, shape);
+  by_type(hidden.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    submit(ExpertsDownOp<T>{
+        .hidden = ptr<T>(hidden), .m = m, .top_k = top_k,
+        .topk_ids = ptr<int64_t>(topk_ids), .topk_weights = ptr<float>(topk_weights),
+        .w = weights(weight, scales, zeros, kind, n, k, group_size, hidden.scalar_type()),
+        .residual = ptr<T>(residual), .out = mutable_ptr<T>(out)});
+  });
+  return out;
+}
+
+Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t k, int64_t group_size,
+                  ScalarType type) {
+  Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
+  by_type(type, [&](auto t) {
+    using T = decltype(t);
+    dequantize_to<T>(weights(weight, scales, zeros, kind, n, k, group_size, type), mutable_ptr<T>(out));
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY(gptfast, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, int kind, int n, int group_size, "
+        "Tensor? norm, float eps, Tensor? residual, int activation, bool float32_out) -> Tensor");
+  m.def("glu(Tensor gate_up, int activation) -> Tensor");
+  m.def("add(Tensor x, Tensor y) -> Tensor");
+  m.def("embed(Tensor tokens, Tensor weight) -> Tensor");
+  m.def("attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm, "
+        "Tensor? k_norm, float eps, int n_heads, int window) -> Tensor");
+  m.def("route(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)");
+  m.def("experts_gate_up(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int group_size, "
+        "Tensor topk_ids, Tensor? norm, float eps, int activation) -> Tensor");
+  m.def("experts_down(Tensor hidden, Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int group_size, "
+        "Tensor topk_ids, Tensor topk_weights, Tensor? residual) -> Tensor");
+  m.def("dequantize(Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int k, int group_size, "
+        "ScalarType dtype) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("glu", TORCH_BOX(&glu));
+  m.impl("add", TORCH_BOX(&add));
+  m.impl("embed", TORCH_BOX(&embed));
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("route", TORCH_BOX(&route));
+  m.impl("experts_gate_up", TORCH_BOX(&experts_gate_up));
+  m.impl("experts_down", TORCH_BOX(&experts_down));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+}

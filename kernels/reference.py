@@ -1,0 +1,138 @@
+"""The leaf operations in plain PyTorch: for any device and any number of rows, and what the kernels are tested against.
+
+kernels/__init__.py describes each. Here weights are read through w.matrix(dtype), whatever their format.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {"silu": F.silu}
+
+
+def linear(x, w, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps)
+    y = F.linear(x, w.matrix(x.dtype), w.bias)
+    if activation:
+        y = glu(y, activation)
+    if residual is not None:
+        y = residual + y
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In float32 up to the weight (arXiv:1910.07467)."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def glu(gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def embed(tokens: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding(tokens, weight)
+
+
+# ---- Attention ------------------------------------------------------------------------------------------------------
+
+
+def attend(qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0, q_norm=None, k_norm=None) -> Tensor:
+    (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
+    q, k, v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
+    if q_norm is not None:
+        q, k = q_norm(q), k_norm(k)
+    token_positions = positions[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
+    rope = cache.rope[token_positions]  # [B, T, D/2, 2]
+    q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D]
+    # Are the new tokens all that the cache has room for? When compiled, one dynamic graph must serve both cases.
+    fills_cache = not torch.compiler.is_compiling() and S == T
+    if fills_cache:
+        cache.k.copy_(k.transpose(1, 2))
+        cache.v.copy_(v.transpose(1, 2))
+    else:
+        rows = torch.arange(B, device=qkv.device)[:, None]
+        cache.k[rows, :, token_positions] = k
+        cache.v[rows, :, token_positions] = v
+    k, v = cache.k, cache.v  # [B, G, S, D]
+    if T == 1:  # fold the query heads that share a key head into SDPA's query dimension: several times faster
+        mask = causal_mask(token_positions, S, window)
+        return F.scaled_dot_product_attention(q.view(B, G, -1, D), k, v, attn_mask=mask).reshape(B, 1, -1)
+    if q.is_cuda:  # with grouped heads and a mask, or in float32, only SDPA's slowest kernel runs there
+        k, v = (t.repeat_interleave(n_heads // G, dim=1) for t in (k, v))
+    if fills_cache and not 0 < window < T:  # without a mask, SDPA can choose flash attention
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        mask = causal_mask(token_positions, S, window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return y.transpose(1, 2).reshape(B, T, -1)
+
+
+def causal_mask(token_positions: Tensor, S: int, window: int) -> Tensor:
+    """Which of S keys the tokens at [B, T] see, for all heads: [B, 1, T, S], True: may look."""
+    queries, keys = token_positions[..., None], torch.arange(S, device=token_positions.device)
+    mask = keys <= queries  # [B, T, S]
+    if window:
+        mask &= keys > queries - window
+    return mask[:, None]
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates x [B, T, H, D] by rope [B, T, D/2, 2], pairing element i with i + D/2 as Hugging Face does."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = rope[:, :, None].unbind(-1)  # [B, T, 1, D/2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+# ---- Mixture of experts ---------------------------------------------------------------------------------------------
+
+
+def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    topk_weights, topk_ids = F.softmax(logits, dim=-1).topk(top_k, dim=-1)
+    if normalize:
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+    return topk_weights, topk_ids
+
+
+def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation=None) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps)
+    K = topk_ids.shape[-1]
+    rows = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, K, dim]
+    y = expert_products(rows.reshape(-1, x.shape[-1]), w, topk_ids.flatten(), n_tokens=x.shape[-2])
+    y = y.view(*x.shape[:-1], K, w.n_out)
+    return glu(y, activation) if activation else y
+
+
+def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
+    y = expert_products(hidden.flatten(0, -2), w, topk_ids.flatten(), n_tokens=hidden.shape[-3])
+    y = y.view(*topk_ids.shape, w.n_out) * topk_weights[..., None].to(y.dtype)
+    y = y.sum(-2)
+    return y if residual is None else residual + y
+
+
+def expert_products(x: Tensor, w, expert_ids: Tensor, n_tokens: int) -> Tensor:
+    """Row i of x [N, n_in] times the matrix of expert expert_ids[i]: [N, n_out]."""
+    if not torch.compiler.is_compiling():
+        return by_expert(x, w, expert_ids)
+    if n_tokens == 1:
+        return by_row(x, w, expert_ids)
+    return torch.compiler.disable(by_expert)(x, w, expert_ids)
+
+
+def by_expert(x: Tensor, w, expert_ids: Tensor) -> Tensor:
+    """Every expert takes its rows in one product. Reads on the host which experts are in use."""
+    y = x.new_empty(len(x), w.n_out)
+    for e in expert_ids.unique().tolist():
+        rows = torch.where(expert_ids == e)[0]
+        y[rows] = F.linear(x[rows], w.matrix(x.dtype, e))
+    return y
+
+
+def by_row(x: Tensor, w, expert_ids: Tensor) -> Tensor:
+    """For a decode step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
+    reads the chosen experts' weights and keeps no copy of them. Uncompiled it would keep one."""
+    return (w.matrix(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1).to(x.dtype)

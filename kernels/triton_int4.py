@@ -1,0 +1,110 @@
+"""The order in which the Triton kernels read int4 weights, and how they turn them into floats.
+
+    pack_int4_tiles, unpack_int4_tiles    from elements to this order and back, in PyTorch
+    tiles_to_floats                       in a kernel: from this order to a matrix unit's factor
+
+Weights are stored in tiles of 16 rows and 64 columns: 128 words of 8 elements. A warp loads a tile with one
+instruction: lane l gets words 4 l to 4 l + 3. They hold just those elements that the matrix unit wants from this lane,
+so nothing has to move between lanes. This is the unit's left factor, operand A of mma.m16n8k16, by the lane that holds
+it. (A lane has four neighbouring columns: kWidth = 4 in Triton, which orders the rows of the other factor alike.)
+
+                     columns 0-3    4-7     8-11    12-15
+    rows 0 and 8        lane 0       1       2       3
+    rows 1 and 9        lane 4       5       6       7
+    ...
+    rows 7 and 15       lane 28      29      30      31
+
+A tile is four of these, side by side. The elements of lane l start at row r = l / 4 and column c = 4 (l % 4):
+
+    word 0    row r        columns c + (0 1 2 3  16 17 18 19)
+    word 1    row r        columns c + (0 1 2 3  16 17 18 19) + 32
+    word 2    row r + 8    as word 0
+    word 3    row r + 8    as word 1
+
+    bits of a word      31-28   27-24   23-20   19-16   15-12   11-8    7-4     3-0
+    column, c +          19      17       3       1      18      16      2       0
+
+Bits 0-3 and 16-19 are neighbours in a row, as are bits 4-7 and 20-23, and so on. Such a pair, as two 16-bit floats, is
+one of the registers that the instruction reads.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def pack_int4_tiles(q: Tensor) -> Tensor:
+    """Elements q [..., N, K] uint8 in 0..15 -> tiles [..., N / 16, K / 64, 128] int32, filled up with zeros."""
+    q = F.pad(q, (0, -q.shape[-1] % 64, 0, -q.shape[-2] % 16))
+    q = q.unflatten(-1, (-1, 2, 2, 4, 2, 2))  # a column's digits: tile, 32, 16, lane % 4, 2, 1
+    q = q.unflatten(-7, (-1, 2, 8))  # and a row's: tile, 8, lane / 4
+    low, high = q.unbind(-2)  # columns + 0 and + 2 share a byte
+    tiles = low | high << 4
+    tile_n, row_8, lane_row, tile_k, column_32, column_16, lane_column, column_1 = range(-8, 0)
+    lane, word, byte = (lane_row, lane_column), (row_8, column_32), (column_1, column_16)
+    tiles = order_last(tiles, (tile_n, tile_k, *lane, *word, *byte))
+    return tiles.flatten(-6).contiguous().view(torch.int32)
+
+
+def unpack_int4_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
+    """The inverse: q [..., n, k]."""
+    tiles = tiles.view(torch.uint8).unflatten(-1, (8, 4, 2, 2, 2, 2))
+    tile_n, tile_k, lane_row, lane_column, row_8, column_32, column_1, column_16 = range(-8, 0)
+    row, column = (tile_n, row_8, lane_row), (tile_k, column_32, column_16, lane_column, column_1)
+    tiles = order_last(tiles, (*row, *column))
+    q = torch.stack([tiles & 15, tiles >> 4], dim=-2)
+    return q.flatten(-6).flatten(-4, -2)[..., :n, :k].contiguous()
+
+
+def order_last(t: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """t with its last axes, all that axes names, in the order of axes."""
+    first = range(t.dim() - len(axes))
+    return t.permute(*first, *axes)
+
+
+def magic_word(dtype: torch.dtype) -> int:
+    """OFFSET (see nibble_pair) as a float of dtype, in both halves of a word."""
+    return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
+
+
+@triton.jit
+def offset_of(DTYPE: tl.constexpr):
+    """OFFSET (see nibble_pair)."""
+    OFFSET: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
+    return OFFSET
+
+
+@triton.jit
+def nibble_pair(w, magic, DTYPE: tl.constexpr):
+    """The elements q in bits 0-3 and 16-19 of words w, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts OFFSET.
+
+    OR the nibble into the mantissa of 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q. magic is this
+    float in both halves of a word, so two elements take one and-or instruction (lop3). magic is a runtime argument
+    because the mask already takes lop3's immediate. For float32 OFFSET is 0, and elements are converted."""
+    w &= 0x000F000F
+    if DTYPE == tl.float32:
+        low, high = (w & 15).to(DTYPE), (w >> 16).to(DTYPE)
+    else:
+        w |= magic
+        low, high = w.to(tl.int16).to(DTYPE, bitcast=True), (w >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def tiles_to_floats(w, magic, TILES_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """The words of tiles [TILES_N * TILES_K, 128] -> OFFSET + q of DTYPE, in slices of BLOCK_K columns, which are whole
+    tiles (64), or first the left and then the right halves (32): [64 TILES_K / BLOCK_K, 16 TILES_N, BLOCK_K]."""
+    TILES_K: tl.constexpr = w.shape[0] // TILES_N
+    w = tl.reshape(w, [TILES_N, TILES_K, 8, 4, 4])
+    low = tl.join(nibble_pair(w, magic, DTYPE), nibble_pair(w >> 8, magic, DTYPE))
+    high = tl.join(nibble_pair(w >> 4, magic, DTYPE), nibble_pair(w >> 12, magic, DTYPE))
+    q = tl.reshape(tl.join(low, high), [TILES_N, TILES_K, 8, 4, 2, 2, 2, 2, 2])
+    # The digits of an element's place (see pack_int4_tiles) are now axes:
+    #     0 tile_n, 1 tile_k, 2 lane_row, 3 lane_column, 4 row_8, 5 column_32, 6 column_1, 7 column_16, 8 column_2
+    if BLOCK_K == 64:  # slice: 1    row: 0 4 2    column: 5 7 3 8 6
+        q = tl.permute(q, 1, 0, 4, 2, 5, 7, 3, 8, 6)
+    else:  # slice: 5 1    row: 0 4 2    column: 7 3 8 6
+        q = tl.permute(q, 5, 1, 0, 4, 2, 7, 3, 8, 6)
+    return tl.reshape(q, [64 * TILES_K // BLOCK_K, 16 * TILES_N, BLOCK_K])

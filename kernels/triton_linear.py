@@ -1,0 +1,400 @@
+"""The products of a decode step on a GPU, in Triton: a few rows of x times a weight in any format.
+
+    linear        y = x W^T; before it a norm, after it bias, activation and residual
+    dequantize    a whole matrix, for prefill, whose products are PyTorch's
+
+They are registered as torch.ops.gptfast_triton.*, which kernels/__init__.py calls. kernels/reference.py says in plain
+PyTorch what each computes. Nothing here is one vendor's. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
+tests/test_triton.py checks it.
+
+triton.json beside this file, if there is one, says how the products are best launched on the GPUs that it names; the
+benchmark's --tune writes it. For other GPUs choose_tiles guesses.
+
+In shape comments M is rows of x, N rows of W, which are outputs, and K columns of both, which are inputs.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from kernels.triton_int4 import magic_word, offset_of, tiles_to_floats
+
+DENSE, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # Format.kind of kernels/formats.py
+SILU = tl.constexpr(1)  # as in ACTIVATIONS of kernels/__init__.py
+TUNED = Path(__file__).with_name("triton.json")
+
+# ---- linear ---------------------------------------------------------------------------------------------------------
+#
+# The matrix unit takes 16 rows of W at a time and, as the columns of its other factor, 8 or more rows of x. So up to 8
+# rows of x cost what one costs. A program has BLOCK_N rows of W and all of K. Its warps share K out (CUTLASS's
+# sliced-K): of the K_SLICES * BLOCK_K columns of a step of the loop each warp takes some slices. Each slice has a sum
+# of its own; the K_SLICES sums are added up after the loop.
+#
+# The norm costs no pass of its own. The loop multiplies x with the norm's weight and sums x's squares. 1 / rms, one
+# factor for a whole row of x, follows after the loop.
+#
+# With an activation W is a gate and an up projection, one above the other. The first half of a program's rows are of
+# the gate, the second half are the same rows of the up projection: so it has both factors of its outputs.
+
+
+@triton.jit
+def linear_kernel(
+    w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, topk_ids_ptr, y_ptr,
+    eps, magic, N,
+    M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [M, N_OUT] = epilogue(x [M, K] W [N, K]^T). A pointer is None where there is no such tensor. DTYPE is the type
+    of the products' factors.
+
+    With topk_ids W is a stack of experts [E, N, K] and M is 1. The second axis of programs is then pairs of a token and
+    one of its TOP_K experts. A pair's row of y is the token's row of x times the expert."""
+    N_OUT = N // 2 if ACTIVATION else N  # outputs of a row of x
+    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION else BLOCK_N
+    offs_n = block_rows(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
+    mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
+    if topk_ids_ptr is not None:
+        pair = tl.program_id(1)
+        x_ptr += pair // TOP_K * K
+        y_ptr += pair * N_OUT
+        first_row = tl.load(topk_ids_ptr + pair) * N  # of the expert, in all experts' rows
+        w_ptr, scales_ptr, zeros_ptr = skip_rows(w_ptr, scales_ptr, zeros_ptr, first_row, K, GROUP_SIZE, KIND)
+
+    acc = tl.zeros([K_SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    squares = ()  # of each row of x
+    for _ in tl.static_range(M):
+        squares = squares + (tl.zeros([K_SLICES, BLOCK_K], tl.float32),)
+    slices = slice_offsets(KIND, BLOCK_K, K_SLICES)
+    for k in tl.range(0, K, K_SLICES * BLOCK_K, num_stages=NUM_STAGES):
+        offs_k = (k + slices)[:, None] + tl.arange(0, BLOCK_K)[None, :]  # [K_SLICES, BLOCK_K]
+        x = load_x(x_ptr, norm_ptr, offs_k, M, K, BLOCK_M, DTYPE)  # [K_SLICES, BLOCK_K, BLOCK_M]
+        if norm_ptr is not None:
+            squares = add_squares(squares, x_ptr, offs_k, M, K)
+        if KIND == INT4:
+            words = load_tiles(w_ptr, k, N, K, BLOCK_N, BLOCK_OUT, K_SLICES * BLOCK_K)
+            scale, zero = load_scales(scales_ptr, zeros_ptr, offs_n, mask_n, k + slices, N, K, GROUP_SIZE)
+            w = tiles_to_floats(words, magic, BLOCK_N // 16, BLOCK_K, DTYPE)
+            acc += int4_product(w, x, scale, zero + offset_of(DTYPE))
+        else:
+            w = load_w(w_ptr, offs_n, mask_n, offs_k, K)  # [K_SLICES, BLOCK_N, BLOCK_K]
+            acc = tl.dot(w.to(DTYPE), x, acc, input_precision="ieee")
+
+    y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
+    if KIND == INT8:
+        y *= tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    if norm_ptr is not None:
+        y *= inverse_rms(squares, eps, M, K, BLOCK_M)[None, :]
+    epilogue(y, bias_ptr, residual_ptr, y_ptr, offs_n, mask_n, M, N_OUT, ACTIVATION)
+
+
+@triton.jit
+def skip_rows(w_ptr, scales_ptr, zeros_ptr, n, K: tl.constexpr, GROUP_SIZE: tl.constexpr, KIND: tl.constexpr):
+    """The pointers, moved on by n rows of W: of int4 by whole tiles."""
+    w_ptr += n * (tl.cdiv(K, 64) * 8 if KIND == INT4 else K)
+    if KIND == INT8:
+        scales_ptr += n
+    elif KIND == INT4:
+        scales_ptr += n * tl.cdiv(K, GROUP_SIZE)
+        zeros_ptr += n * tl.cdiv(K, GROUP_SIZE)
+    return w_ptr, scales_ptr, zeros_ptr
+
+
+@triton.jit
+def block_rows(i, BLOCK_OUT: tl.constexpr, N_OUT):
+    """Which row of W is a program's i-th; or which tile of 16 rows, if all arguments count tiles."""
+    return tl.program_id(0) * BLOCK_OUT + i % BLOCK_OUT + i // BLOCK_OUT * N_OUT
+
+
+@triton.jit
+def slice_offsets(KIND: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr):
+    """Where the slices of a step's columns begin: [K_SLICES]. int4's are in tiles_to_floats' order."""
+    i = tl.arange(0, K_SLICES)
+    if KIND == INT4:
+        TILES_K: tl.constexpr = K_SLICES * BLOCK_K // 64
+        return i % TILES_K * 64 + i // TILES_K * BLOCK_K
+    return i * BLOCK_K
+
+
+@triton.jit
+def load_x(x_ptr, norm_ptr, offs_k, M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns offs_k of x, times the norm's weight: [K_SLICES, BLOCK_K, BLOCK_M]."""
+    mask_k = offs_k < K
+    if M == 1:  # the same in every column
+        x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[:, :, None]
+    else:
+        offs_m = tl.arange(0, BLOCK_M)
+        x = tl.load(x_ptr + offs_k[:, :, None] + offs_m * K, mask=mask_k[:, :, None] & (offs_m < M), other=0.0)
+    x = x.to(DTYPE)
+    if norm_ptr is not None:
+        x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(DTYPE)[:, :, None]
+    return tl.broadcast_to(x, [offs_k.shape[0], offs_k.shape[1], BLOCK_M])
+
+
+@triton.jit
+def add_squares(squares, x_ptr, offs_k, M: tl.constexpr, K: tl.constexpr):
+    """squares, a tuple of M, plus those of columns offs_k of x."""
+    new = ()
+    for m in tl.static_range(M):
+        x = tl.load(x_ptr + offs_k + m * K, mask=offs_k < K, other=0.0).to(tl.float32)
+        new = new + (squares[m] + x * x,)
+    return new
+
+
+@triton.jit
+def inverse_rms(squares, eps, M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """1 / rms of every row of x: [BLOCK_M]."""
+    offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
+    for m in tl.static_range(M):
+        total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
+    return tl.rsqrt(total / K + eps)
+
+
+@triton.jit
+def load_w(w_ptr, offs_n, mask_n, offs_k, K: tl.constexpr):
+    """Rows offs_n [BLOCK_N] of W, its columns in slices: [K_SLICES, BLOCK_N, BLOCK_K]."""
+    offsets = offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
+    return tl.load(w_ptr + offsets, mask=mask_n[None, :, None] & (offs_k < K)[:, None, :], other=0)
+
+
+@triton.jit
+def load_tiles(w_ptr, k, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, STEP_K: tl.constexpr):
+    """int4's tiles of a program's rows and of columns [k, k + STEP_K): words [BLOCK_N / 16 * STEP_K / 64, 128]."""
+    TILES_K: tl.constexpr = STEP_K // 64
+    i = tl.arange(0, BLOCK_N // 16 * TILES_K)
+    N_OUT = N // (BLOCK_N // BLOCK_OUT)
+    tile_n = block_rows(i // TILES_K, BLOCK_OUT // 16, N_OUT // 16)
+    tile_k = k // 64 + i % TILES_K
+    mask = (tile_n < tl.cdiv(N, 16)) & (tile_k < tl.cdiv(K, 64))
+    offsets = (tile_n.to(tl.int64) * tl.cdiv(K, 64) + tile_k)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    return tl.load(w_ptr + offsets, mask=mask[:, None], other=0)
+
+
+@triton.jit
+def load_scales(scales_ptr, zeros_ptr, offs_n, mask_n, slice_k, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """int4's scales and zeros of rows offs_n and of the slices that begin at slice_k: both [K_SLICES, BLOCK_N, 1]. A
+    slice lies in one group. Scales and zeros are stored column by column."""
+    offsets = (slice_k // GROUP_SIZE)[:, None] * N + offs_n[None, :]
+    mask = (slice_k < K)[:, None] & mask_n[None, :]
+    scale = tl.load(scales_ptr + offsets, mask=mask, other=0.0).to(tl.float32)[:, :, None]
+    zero = tl.load(zeros_ptr + offsets, mask=mask, other=0).to(tl.float32)[:, :, None] * 0.0625
+    return scale, zero
+
+
+@triton.jit
+def int4_product(w, x, scale, zero):
+    """Of every slice W x: [K_SLICES, BLOCK_N, BLOCK_M]. scale and zero are the same for all of a slice's columns, so
+
+        sum of (w - zero) * scale * x  =  scale * (sum of w * x  -  zero * sum of x)
+
+    The sum of x is a product with ones: the matrix unit has time to spare, and its result lies where it is needed. The
+    ones come out of a join as w does, so that Triton gives both one layout and loads x once for the two products."""
+    half = tl.full([w.shape[0], w.shape[1], w.shape[2] // 2], 1.0, w.dtype)
+    ones = tl.reshape(tl.join(half, half), w.shape)
+    sum_x = tl.dot(ones, x, input_precision="ieee")  # the same for every row
+    return scale * (tl.dot(w, x, input_precision="ieee") - zero * sum_x)
+
+
+@triton.jit
+def glu(y, ACTIVATION: tl.constexpr):
+    """y [2 F, M], gate above up -> activation(gate) * up [F, M]. Another activation is another branch."""
+    y = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])
+    gate, up = tl.split(tl.permute(y, [1, 2, 0]))
+    if ACTIVATION == SILU:
+        gate *= tl.sigmoid(gate)
+    return gate * up
+
+
+@triton.jit
+def epilogue(y, bias_ptr, residual_ptr, y_ptr, offs_n, mask_n, M: tl.constexpr, N_OUT, ACTIVATION: tl.constexpr):
+    """Adds a bias to the sums y [BLOCK_N, BLOCK_M] of rows offs_n of W, takes the activation, adds a residual and
+    writes all that into the matrix [M, N_OUT] at y_ptr."""
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION:
+        y = glu(y, ACTIVATION)
+    BLOCK_OUT: tl.constexpr = y.shape[0]
+    offs_m = tl.arange(0, y.shape[1])[None, :]
+    offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
+    offsets, mask = offs_m * N_OUT + offs_out, (offs_m < M) & (offs_out < N_OUT)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, y, mask=mask)
+
+
+# ---- dequantize -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dequantize_kernel(w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP_SIZE, KIND: tl.constexpr):
+    """W [N, K], 16 rows and 64 columns a program."""
+    tile_n, tile_k = tl.program_id(0), tl.program_id(1)
+    offs_n, offs_k = tile_n * 16 + tl.arange(0, 16), tile_k * 64 + tl.arange(0, 64)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    offsets = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    if KIND == INT8:
+        y = tl.load(w_ptr + offsets, mask=mask, other=0).to(tl.float32)
+        y *= tl.load(scales_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
+    else:
+        w = tl.load(w_ptr + (tile_n.to(tl.int64) * tl.cdiv(K, 64) + tile_k) * 128 + tl.arange(0, 128))
+        y = tl.reshape(tiles_to_floats(w[None, :], 0, 1, 64, tl.float32), [16, 64])
+        group = (offs_k // GROUP_SIZE).to(tl.int64)[None, :] * N + offs_n[:, None]
+        y -= tl.load(zeros_ptr + group, mask=mask, other=0).to(tl.float32) * 0.0625
+        y *= tl.load(scales_ptr + group, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, y, mask=mask)
+
+
+# ---- How a product is launched --------------------------------------------------------------------------------------
+
+
+class TileConfig(NamedTuple):
+    """What an entry of triton.json holds."""
+
+    tiles: int  # of 16 rows of W in a program
+    num_warps: int
+    depth: int  # slices of K (of int4: tiles) that a warp takes in a step of the loop
+    num_stages: int  # steps whose loads are under way at a time
+
+
+class Gpu(NamedTuple):
+    n_processors: int
+    min_block_m: int  # the fewest columns that its matrix units take; 1: they are not used
+    tuned: dict[str, list[int]]  # table_key -> TileConfig
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """What is to be known of a device to launch a kernel well."""
+    if device.type == "cpu":  # Triton's interpreter
+        return Gpu(16, 8, {})
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        min_block_m = 16
+    else:
+        min_block_m = 8 if properties.major >= 8 else 1  # Triton does not use Turing's
+    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    return Gpu(properties.multi_processor_count, min_block_m, tuned.get(properties.name, {}))
+
+
+def table_key(bits: int, n: int, k: int, gated: bool, group_size: int) -> str:
+    """What triton.json calls a product with W [n, k]."""
+    key = f"{bits} {n} {k} {2 if gated else 1}"
+    return f"{key} g32" if bits == 4 and group_size == 32 else key
+
+
+def choose_tiles(x: Tensor, bits: int, n: int, gated: bool, group_size: int) -> TileConfig:
+    """For x [..., K] and W [n, K]: what triton.json says, or a guess. The guess gives every multiprocessor two programs
+    if it can, and no program more than 99 KB of shared memory (64 KB unless matrix units take 8 columns)."""
+    gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
+    key = table_key(bits, n, x.shape[-1], gated, group_size)
+    if key in gpu.tuned and min_block_m > 1:
+        return TileConfig(*gpu.tuned[key])
+    if min_block_m != 8:
+        return TileConfig(tiles=2 if gated else 1, num_warps=8 // x.element_size(), depth=1, num_stages=2)
+    tiles = 2 if gated or triton.cdiv(n, 32) >= 4 * gpu.n_processors else 1
+    if bits <= 8 and triton.cdiv(n, 64) >= 3 * gpu.n_processors:
+        tiles = 4
+    num_warps = 4 if triton.cdiv(n, 16 * tiles) >= 2 * gpu.n_processors else 8
+    is_full = (bits == 8 and tiles == 4) or (num_warps == 8 and (bits > 4 or tiles == 2))
+    return TileConfig(tiles, num_warps, depth=1 if is_full else 2, num_stages=3)
+
+
+def min_block_m_of(x: Tensor) -> int:
+    """The fewest columns of a product with x. Float32 does without matrix units, which would cut bits off."""
+    return 1 if x.dtype == torch.float32 else gpu_of(x.device).min_block_m
+
+
+def dot_dtype(x: Tensor) -> tl.dtype:
+    """The type of the factors of products with x. The interpreter has no arithmetic of bfloat16."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return tl.float32
+    return getattr(tl, str(x.dtype).removeprefix("torch."))
+
+
+def launch_linear(
+    y: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int,
+    group_size: int, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, activation: int = 0, topk_ids: Tensor | None = None,
+):  # fmt: skip
+    """Fills y with linear_kernel: for all rows of x or, with topk_ids, for every id and the row of x that it is for."""
+    k = x.shape[-1]
+    n_rows, is_int4 = x.numel() // k, kind == INT4.value
+    m, n_pairs, top_k = n_rows, 1, 1
+    if topk_ids is not None:
+        m, n_pairs, top_k = 1, topk_ids.numel(), topk_ids.numel() // n_rows
+    bits = 4 if is_int4 else 8 * weight.element_size()
+    config = choose_tiles(x, bits, n, activation > 0, group_size)
+    block_n = 16 * config.tiles
+    block_k = 32 if bits == 32 or is_int4 and group_size == 32 else 64
+    slices_per_unit = 64 // block_k if is_int4 else 1  # of config.depth
+    linear_kernel[triton.cdiv(n, block_n), n_pairs](
+        weight, scales, zeros, bias, x, norm, residual, topk_ids, y,
+        eps, magic_word(x.dtype), n,
+        m, k, group_size, top_k,
+        kind, activation, dot_dtype(x),
+        BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(m)),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        K_SLICES=config.num_warps * config.depth * slices_per_unit,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+# ---- Operations -----------------------------------------------------------------------------------------------------
+
+
+def supports(w) -> bool:
+    """Whether these kernels can read a model.Linear w."""
+    if w.format.kind == DENSE.value:
+        return True
+    if w.format.kind == INT8.value:
+        return w.n_in % 8 == 0
+    whole_tiles = w.n_experts is None or w.n_out % 16 == 0  # experts lie one behind the other
+    return w.n_in % 8 == 0 and w.format.group_size % 32 == 0 and whole_tiles
+
+
+@custom_op("gptfast_triton::linear", mutates_args=())
+def linear(
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, kind: int, n: int,
+    group_size: int, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, float32_out: bool,
+) -> Tensor:  # fmt: skip
+    """[residual +] [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows and W [n, K]."""
+    y = linear_shape(x, n, activation, float32_out)
+    launch_linear(y, x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation)
+    return y
+
+
+def linear_shape(x: Tensor, n: int, activation: int, float32_out: bool) -> Tensor:
+    dtype = torch.float32 if float32_out else x.dtype
+    return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
+
+
+@linear.register_fake
+def _(x, weight, scales, zeros, bias, kind, n, group_size, norm, eps, residual, activation, float32_out):
+    return linear_shape(x, n, activation, float32_out)
+
+
+@custom_op("gptfast_triton::dequantize", mutates_args=())
+def dequantize(
+    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, k: int, group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The matrix W [n, k] of an int8 or int4 weight."""
+    y = weight.new_empty(n, k, dtype=dtype)
+    grid = triton.cdiv(n, 16), triton.cdiv(k, 64)
+    dequantize_kernel[grid](weight, scales, zeros, y, n, k, group_size, kind)
+    return y
+
+
+@dequantize.register_fake
+def _(weight, scales, zeros, kind, n, k, group_size, dtype):
+    return weight.new_empty(n, k, dtype=dtype)

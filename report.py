@@ -1,0 +1,94 @@
+"""What generate.py says of a prompt that it has continued: --json's object, and the sentence on stderr."""
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass, field
+
+from machine import peak_memory
+from model import KVCache, Transformer
+from steps import device_of
+
+
+@dataclass
+class Sample:
+    """A prompt's continuation, and when it came."""
+
+    rows: list[list[int]]  # the new tokens of each row, its end token included
+    start_time: float
+    step_times: list[float] = field(default_factory=list)  # when each step's tokens came; the first step is prefill
+    step_sizes: list[int] = field(default_factory=list)  # tokens that each step gave to a row that had not ended
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.step_times[-1] - self.step_times[0]
+
+
+def describe(
+    args: argparse.Namespace, model: Transformer, kv_cache: KVCache,
+    prompt: list[int], samples: list[Sample], texts: list[str],
+) -> dict:  # fmt: skip
+    """The object that --json prints, as far as it is about this prompt. texts are those of the last sample's rows; what
+    a draft reads is not counted."""
+    last = samples[-1]
+    ends = end_tokens(args, model)
+    decoded = [s for s in samples if len(s.step_times) > 1]  # took more steps than prefill
+    tokens_per_second = median([sum(s.step_sizes[1:]) / s.decode_seconds for s in decoded])
+    steps_per_second = median([(len(s.step_times) - 1) / s.decode_seconds for s in decoded])
+    halfway = len(prompt) + sum(last.step_sizes) // 2  # tokens in the cache, on average over the steps
+    bytes_per_step = model.step_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
+    accept_counts = None
+    if args.speculative:  # in how many steps 0, 1 ... k proposed tokens were accepted; a step gives one token more
+        accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
+    return {
+        "text": texts,
+        "tokens": last.rows,
+        "prompt_tokens": len(prompt),
+        "generated_tokens": sum(len(row) for row in last.rows),
+        "finish_reason": ["stop" if row[-1] in ends else "length" for row in last.rows],
+        "prefill_seconds": last.step_times[0] - last.start_time,
+        "decode_tokens_per_sec": tokens_per_second,
+        "model_bytes": model.step_bytes(),
+        "bandwidth_gb_per_sec": bytes_per_step * steps_per_second / 1e9,
+        "peak_memory_bytes": peak_memory(device_of(model)),
+        "device": str(device_of(model)),
+        "precision": args.precision,
+        "quantization": model.format.name,
+        "accept_counts": accept_counts,
+    }
+
+
+def end_tokens(args: argparse.Namespace, model: Transformer) -> set[int]:
+    """The tokens after which a row is at its end."""
+    return set() if args.ignore_eos else set(model.config.eos_ids)
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values) if values else 0.0
+
+
+def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> int:
+    """Bytes of keys and values that a decode step reads when n_tokens tokens are in the cache."""
+    if model.uses_kernels(kv_cache.batch_size, 1):
+        n_read = min(n_tokens, model.config.sliding_window or n_tokens)
+    else:  # a compiled step looks at everything that the cache has room for
+        n_read = kv_cache.length if compile else n_tokens
+    return n_read * kv_cache.bytes_per_token()
+
+
+def print_report(result: dict, read_bandwidth: float):
+    """One sentence on stderr. read_bandwidth: bytes per second that this machine reads."""
+    counts, speculation = result["accept_counts"], ""
+    if counts is not None:
+        n_tokens = sum(n * count for n, count in enumerate(counts, start=1))
+        speculation = f", {n_tokens / max(sum(counts), 1):.2f} tokens a step"
+    machine = read_bandwidth / 1e9
+    share = 100 * result["bandwidth_gb_per_sec"] / machine
+    print(
+        f"{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.2f} s, "
+        f"{result['generated_tokens']} generated at {result['decode_tokens_per_sec']:.1f} tokens/s"
+        f"{speculation}: {result['bandwidth_gb_per_sec']:.1f} GB/s, "
+        f"{share:.0f} % of the {machine:.1f} GB/s this machine reads "
+        f"(load {result['load_seconds']:.1f} s, compile {result['compile_seconds']:.1f} s)",
+        file=sys.stderr,
+    )

@@ -1,0 +1,267 @@
+"""A shape's speed and memory with random weights: what the command "speed" of benchmark.py measures.
+
+    config = named_config("Llama-3.1-8B")                       # or the path of a config.json or of a model.pth
+    model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
+
+Weights have mean 0 and variance 1 / inputs, so that a layer neither grows nor shrinks what goes through it. They are
+made as they are stored, on the device that needs them: a model in int4 never exists in 16 bits.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import kernels
+from checkpoint import read_checkpoint, read_json, save_checkpoint
+from config import ModelConfig, MoEConfig, RopeScaling, UsageError
+from generate import generate
+from kernels.formats import Dense, Format, Int4, Int8, Tensors
+from machine import peak_memory, read_bandwidth, synchronize
+from model import KVCache, Linear, RMSNorm, Transformer
+from sampling import Sampling
+from steps import Steps, build_step, build_steps, device_of
+
+SAMPLES = 3  # of every timing; their median counts
+PREFILLS = (512, 2048)  # prompt tokens
+SAMPLING = Sampling(temperature=0.8)
+
+# ---- Shapes and random weights ---------------------------------------------------------------------------------------
+
+QWEN = {"rope_theta": 1e6, "norm_eps": 1e-6}
+LLAMA31 = {"rope_theta": 5e5, "rope_scaling": RopeScaling("llama3", 8.0)}
+LLAMA32 = {"rope_theta": 5e5, "rope_scaling": RopeScaling("llama3", 32.0), "tie_embeddings": True}
+QWEN_MOE, MIXTRAL_MOE = MoEConfig(128, 8), MoEConfig(8, 2)
+CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size, max_seq_len
+    "SmolLM2-135M": ModelConfig(576, 30, 9, 3, 64, 1536, 49152, 8192, rope_theta=1e5, tie_embeddings=True),
+    "Qwen2.5-0.5B": ModelConfig(896, 24, 14, 2, 64, 4864, 151936, 32768, qkv_bias=True, tie_embeddings=True, **QWEN),
+    "TinyLlama-1.1B": ModelConfig(2048, 22, 32, 4, 64, 5632, 32000, 2048),
+    "Llama-3.2-1B": ModelConfig(2048, 16, 32, 8, 64, 8192, 128256, 131072, **LLAMA32),
+    "Llama-2-7B": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096),
+    "Mistral-7B": ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, 32768, sliding_window=4096),  # v0.1
+    "Llama-3.1-8B": ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, 131072, **LLAMA31),
+    "Qwen3-8B": ModelConfig(4096, 36, 32, 8, 128, 12288, 151936, 40960, qk_norm=True, **QWEN),
+    "Qwen3-30B-A3B": ModelConfig(2048, 48, 32, 4, 128, 768, 151936, 40960, qk_norm=True, moe=QWEN_MOE, **QWEN),
+    "Mixtral-8x7B": ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, 32768, rope_theta=1e6, moe=MIXTRAL_MOE),
+    "Llama-3-70B": ModelConfig(8192, 80, 64, 8, 128, 28672, 128256, 8192, rope_theta=5e5),
+    "Llama-3.1-405B": ModelConfig(16384, 126, 128, 8, 128, 53248, 128256, 131072, **LLAMA31),
+}
+
+
+def named_config(name: str) -> ModelConfig:
+    """The shape that --config means. Raises UsageError."""
+    if name in CONFIGS:
+        return CONFIGS[name]
+    if name.endswith(".json"):
+        return ModelConfig.from_hf(read_json(Path(name)))
+    if name.endswith(".pth"):
+        return read_checkpoint(Path(name))[0]
+    raise UsageError(f"--config {name!r} is neither a config.json, a model.pth nor one of {', '.join(CONFIGS)}")
+
+
+def random_model(config: ModelConfig, format: Format, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A model whose linears are in format, as a checkpoint has it: not yet on the kernels."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    for _, linear in model.linears():
+        linear.set_format(format)
+    is_tied = config.tie_embeddings and format == Dense()
+    if is_tied:
+        model.output.weight = None  # or it would take memory for a moment
+    model.to_empty(device=device)
+    if is_tied:
+        model.output.weight = model.tok_embeddings.weight
+    for module in model.modules():
+        randomize(module)
+    return model.eval().requires_grad_(False)
+
+
+def random_linear(
+    shape: tuple[int, ...], format: Format, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
+) -> Linear:
+    """One layer with W [N, K], or experts' [E, N, K]."""
+    *experts, n_out, n_in = shape
+    with torch.device("meta"):
+        linear = kind(n_in, n_out, n_experts=experts[0] if experts else None).to(dtype)
+    linear.set_format(format)
+    linear.to_empty(device=device)
+    randomize(linear)
+    return linear
+
+
+@torch.no_grad()
+def randomize(module: nn.Module):
+    """Fills the tensors of a single module. Norms become one and biases zero."""
+    if isinstance(module, RMSNorm):
+        module.weight.fill_(1)
+    elif isinstance(module, nn.Embedding):
+        module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
+    elif isinstance(module, Linear):
+        std = module.n_in**-0.5
+        if isinstance(module.format, Int8):
+            module.weight.random_(-127, 128)  # whose standard deviation is 73
+            module.scales.fill_(std / 73)
+        elif isinstance(module.format, Int4):
+            module.weight.random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
+            module.scales.uniform_(std / 5, std / 4)
+            module.zeros.random_(100, 141)  # sixteenths, so about 7.5
+        else:
+            module.weight.normal_(std=std)
+        if module.bias is not None:
+            module.bias.zero_()
+
+
+def checkpoint_tensors(model: Transformer) -> Tensors:
+    """What a checkpoint of model holds: a tied head is there once, as the embedding."""
+    tensors = model.state_dict()
+    if model.output.weight is model.tok_embeddings.weight:
+        del tensors["output.weight"]
+    return tensors
+
+
+def save_random_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype):
+    torch.manual_seed(1234)
+    tensors = checkpoint_tensors(random_model(config, Dense(), torch.device("cpu"), dtype))
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    save_checkpoint(path, config, shapes, tensors.items())
+
+
+# ---- Speed and memory ------------------------------------------------------------------------------------------------
+
+
+def measure_speed(args: argparse.Namespace, config: ModelConfig, format: Format, device: torch.device) -> dict:
+    """args: the options of benchmark.py."""
+    memory_before = peak_memory(device)
+    began = time.perf_counter()
+    model = random_model(config, format, device, getattr(torch, args.precision))
+    weights_bytes = sum(t.nbytes for t in checkpoint_tensors(model).values())
+    if args.kernels == "auto":
+        kernels.enable(model)
+    synchronize(device)
+    result = {
+        "make_weights_seconds": time.perf_counter() - began,
+        "weights_bytes": weights_bytes,
+        "peak_memory_before_model_bytes": memory_before,  # Python and PyTorch; part of what is over weights and cache
+    }
+    result |= measure_decode(model, args.prompt_tokens, args.max_new_tokens, args.compile)
+    result["peak_over_weights_and_kv_bytes"] = result["peak_memory_bytes"] - weights_bytes - result["kv_bytes"]
+    if not args.decode_only:
+        for n in PREFILLS:
+            if n <= config.max_seq_len:
+                result |= measure_prefill(model, n)
+        result["verify_5_over_1"] = measure_verify(model, args.compile)
+    if device.type == "cuda":
+        copy = copy_bandwidth()
+        result |= {"copy_gb_per_sec": copy / 1e9, "decode_share_of_copy": result["decode_gb_per_sec"] * 1e9 / copy}
+        result["profile_us"] = profile_step(model)
+    return result
+
+
+def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool) -> dict:
+    """Decoding, and the peak of memory up to the first text."""
+    device, kv_cache = device_of(model), KVCache(model, 1, n_prompt + n_new)
+    began = time.perf_counter()
+    steps = build_steps(model, kv_cache, SAMPLING, compile)
+    if compile:
+        time_tokens(model, steps, 0, 1, 3)  # a GPU's graph is made at the second step
+    compile_seconds = time.perf_counter() - began
+    time_tokens(model, steps, 0, n_prompt, n_new)
+    peak = peak_memory(device)
+
+    read_before = read_bandwidth(device)
+    start = n_prompt - 1  # the prompt is still in the cache
+    seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
+    read_after = read_bandwidth(device)
+    positions = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
+    tokens_read = mean(n_visible(model.config, position) for position in positions)
+    bytes_per_second = (model.step_bytes() + kv_cache.bytes_per_token() * tokens_read) / seconds
+    return {
+        "compile_seconds": compile_seconds,
+        "kv_bytes": kv_cache.bytes_per_token() * kv_cache.length,
+        "peak_memory_bytes": peak,
+        "model_bytes": model.step_bytes(),
+        "decode_tokens_per_sec": 1 / seconds,
+        "decode_gb_per_sec": bytes_per_second / 1e9,
+        "read_gb_per_sec_before": read_before / 1e9,
+        "read_gb_per_sec_after": read_after / 1e9,
+        "decode_share_of_read": bytes_per_second / max(read_before, read_after),
+    }
+
+
+def time_tokens(model: Transformer, steps: Steps, start: int, n_prompt: int, n_new: int) -> list[float]:
+    """Seconds of prefill and the first token, then of every decode step, for a random prompt at position start."""
+    prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=device_of(model))
+    times = [time.perf_counter()]
+    for _ in generate(steps, prompt, start, n_new):
+        times.append(time.perf_counter())
+    return [b - a for a, b in zip(times, times[1:], strict=False)]
+
+
+def measure_prefill(model: Transformer, n: int) -> dict:
+    steps = build_steps(model, KVCache(model, 1, n), SAMPLING)
+    seconds = median(time_tokens(model, steps, 0, n, 1)[0] for _ in range(SAMPLES))
+    return {
+        f"prefill_{n}_tokens_per_sec": n / seconds,
+        f"prefill_{n}_tflop_per_sec": prefill_flops(model.config, n) / seconds / 1e12,
+    }
+
+
+@torch.inference_mode()
+def measure_verify(model: Transformer, compile: bool) -> float:
+    """What a step of 5 tokens, as speculation verifies them, costs over a step of one. They take turns."""
+    step = build_step(model, KVCache(model, 1, 5), partial(torch.argmax, dim=-1), compile)
+    tokens = torch.zeros(1, 5, dtype=torch.long, device=device_of(model))
+    position = torch.zeros(1, dtype=torch.long, device=device_of(model))
+    seconds = {1: [], 5: []}
+    for _ in range(1 + 3 * SAMPLES):
+        for n in seconds:
+            began = time.perf_counter()
+            step(tokens[:, :n], position)[0, -1].item()
+            seconds[n].append(time.perf_counter() - began)
+    return median(seconds[5][1:]) / median(seconds[1][1:])  # the first of each compiles or records
+
+
+def n_visible(config: ModelConfig, position: int) -> int:
+    """Tokens that the one at position looks at, itself included."""
+    return min(position + 1, config.sliding_window or position + 1)
+
+
+def prefill_flops(config: ModelConfig, n: int) -> int:
+    """Floating-point operations that n prompt tokens need: every layer's matrices (of a mixture the active experts),
+    both products of attention over what each token sees, and the head once."""
+    q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
+    matrices = config.dim * (2 * q_width + 2 * kv_width + n_experts + 3 * config.ffn_dim * top_k)
+    attention = 2 * q_width * sum(n_visible(config, position) for position in range(n))
+    return 2 * (config.n_layers * (n * matrices + attention) + config.dim * config.vocab_size)
+
+
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 2 GiB."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    timer = Timer("target.copy_(source)", globals={"source": source, "target": torch.empty_like(source)})
+    return 2 * source.nbytes / timer.blocked_autorange().median
+
+
+@torch.inference_mode()
+def profile_step(model: Transformer) -> dict[str, float]:
+    """Microseconds of the kernels that take longest in a decode step, by name and number. What remains of a step's time
+    is between them. The step is not compiled, or a graph's name would be all there is."""
+    steps = build_steps(model, KVCache(model, 1, 256), SAMPLING)
+    token, position = torch.ones(1, 1, dtype=torch.long, device="cuda"), torch.tensor([100], device="cuda")
+    steps.decode(token, position)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps.decode(token, position)
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: e.device_time_total, reverse=True)
+    return {f"{e.key[:60]} x{e.count}": round(e.device_time_total, 1) for e in events[:12]}

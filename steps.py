@@ -1,0 +1,191 @@
+"""The steps of generation: functions from token ids to the next token ids, through the model.
+
+    kv_cache = make_kv_cache(model, batch_size=1, length=300)
+    steps = build_steps(model, kv_cache, Sampling(temperature=0.8))
+    next_ids = steps.prefill(prompt, positions)  # [B, T] -> [B]
+    next_ids = steps.decode(next_ids[:, None], positions + prompt.shape[1])
+
+prefill takes a prompt of any length, in chunks. decode takes one token of every row. A third kind of step verifies
+several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
+
+    recorded    by kernels alone, replayed in one go (kernels/record.py): few rows, on a CPU; on a GPU with compile
+    compiled    by torch.compile, if compile or compile_prefill says so
+    eager       operation by operation
+
+Shapes: B rows, T new tokens, V vocabulary. positions [B] are those of each row's first new token.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import tp
+from config import UsageError
+from kernels import MAX_ROWS
+from kernels.record import record
+from machine import need_memory
+from model import KVCache, Transformer
+from sampling import Sampling, sample
+
+PREFILL_CHUNK = 512  # tokens of each row that prefill takes at a time, which bounds its memory
+GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all rows together: every chunk dequantizes all weights again
+OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
+
+Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], positions [B]) -> next token ids [B]
+
+
+class Steps(NamedTuple):
+    prefill: Step
+    decode: Step
+
+
+def make_kv_cache(model: Transformer, batch_size: int, length: int, oom_hint: str = OOM_HINT) -> KVCache:
+    """A KVCache for model. Raises UsageError if a CPU's memory is too small for it; oom_hint says what helps."""
+    if device_of(model).type == "cpu":
+        n_bytes = batch_size * length * KVCache(model, 1, 1).bytes_per_token()
+        need_memory(n_bytes, f"the KV cache of {batch_size} x {length} tokens", oom_hint)
+    return KVCache(model, batch_size, length)
+
+
+def device_of(model: Transformer) -> torch.device:
+    return model.tok_embeddings.weight.device
+
+
+def build_steps(
+    model: Transformer, kv_cache: KVCache, sampling: Sampling, compile: bool = False, compile_prefill: bool = False
+) -> Steps:
+    """The steps of plain generation with model, for the rows of kv_cache."""
+    compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
+
+    def next_ids(logits: Tensor) -> Tensor:
+        """[B, T, V] -> the token after the last one of each row: [B], the same on all ranks."""
+        return tp.broadcast(sample(logits[:, -1], sampling))
+
+    def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
+        for hidden in hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model):
+            last_hidden = hidden[:, -1:]
+        return next_ids(model.logits(last_hidden))
+
+    return Steps(prefill, build_step(model, kv_cache, next_ids, compile))
+
+
+# ---- Prefill --------------------------------------------------------------------------------------------------------
+
+
+def hidden_in_chunks(
+    model: Transformer, tokens: Tensor, positions: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
+) -> Iterator[Tensor]:
+    """model.hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees the used part of the cache alone.
+    compiled_model, made by compile_blocks, does the chunks that have too many rows for the kernels."""
+    batch_size, n_tokens = tokens.shape
+    chunk_size = PREFILL_CHUNK if tokens.device.type == "cpu" else max(1, GPU_PREFILL_CHUNK // batch_size)
+    start = int(positions.max())
+    for offset in range(0, n_tokens, chunk_size):
+        chunk = tokens[:, offset : offset + chunk_size]
+        use_compiled = compiled_model is not None and chunk.numel() > MAX_ROWS
+        chunk_model = compiled_model if use_compiled else model
+        end = start + offset + chunk.shape[1]
+        yield chunk_model.hidden(chunk, positions + offset, kv_cache.first(end))
+
+
+# ---- Decoding and verification --------------------------------------------------------------------------------------
+
+
+def build_step(model: Transformer, kv_cache: KVCache, head: Callable, compile: bool = False) -> Callable:
+    """The function (tokens [B, T], positions [B], *more) -> head(logits [B, T, V], *more), where more are tensors. The
+    next call may overwrite the logits, and with compile also what head returns."""
+    if device_of(model).type == "cpu":
+        return build_cpu_step(model, kv_cache, head, compile)
+    return build_gpu_step(model, kv_cache, head, compile)
+
+
+def build_cpu_step(model: Transformer, kv_cache: KVCache, head: Callable, compile: bool) -> Callable:
+    """compile is for steps that the kernels do not take. It makes two pieces: one block, which serves all layers, and
+    the head. That takes a third of the time that compiling the whole step takes, and runs as fast."""
+
+    def forward(tokens: Tensor, positions: Tensor) -> Tensor:
+        return model(tokens, positions, kv_cache)
+
+    def head_of_hidden(hidden: Tensor, *more: Tensor):
+        return head(model.logits(hidden), *more)
+
+    @cache
+    def compiled() -> tuple[Transformer, Callable]:
+        """Made when it is needed: importing the compiler alone takes a second and 150 MB."""
+        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
+        return compile_blocks(model, **options), torch.compile(head_of_hidden, **options)
+
+    recorded_forward = record(forward)
+    uses_kernels = cache(model.uses_kernels)  # it goes through all modules
+
+    def step(tokens: Tensor, positions: Tensor, *more: Tensor):
+        if uses_kernels(*tokens.shape):
+            return head(recorded_forward(tokens, positions), *more)
+        if compile:
+            compiled_model, compiled_head = compiled()
+            return compiled_head(compiled_model.hidden(tokens, positions, kv_cache), *more)
+        return head(model(tokens, positions, used_part(kv_cache, tokens, positions)), *more)
+
+    return step
+
+
+def build_gpu_step(model: Transformer, kv_cache: KVCache, head: Callable, compile: bool) -> Callable:
+    """compile makes one graph of the device of the whole step, head and sampling included. Kernels alone are recorded;
+    torch.compile does the rest, and the collectives of several ranks."""
+
+    def whole_step(tokens: Tensor, positions: Tensor, *more: Tensor):
+        return head(model(tokens, positions, kv_cache), *more)
+
+    @cache
+    def compiled_step() -> Callable:
+        for layer in kv_cache.layers:  # a graph of the device writes only to what stays at its address
+            torch._dynamo.mark_static_address(layer.k)
+            torch._dynamo.mark_static_address(layer.v)
+        return torch.compile(whole_step, mode="reduce-overhead", fullgraph=can_be_one_graph(model), dynamic=False)
+
+    recorded_step = record(whole_step)
+    uses_kernels = cache(model.uses_kernels)  # it goes through all modules
+
+    def step(tokens: Tensor, positions: Tensor, *more: Tensor):
+        kernels_alone = uses_kernels(*tokens.shape)
+        if compile and kernels_alone and tp.world_size() == 1:
+            return recorded_step(tokens, positions, *more)
+        if compile:
+            return compiled_step()(tokens, positions, *more)
+        if kernels_alone:  # they find the used part of the cache themselves, without waiting for the device
+            return whole_step(tokens, positions, *more)
+        return head(model(tokens, positions, used_part(kv_cache, tokens, positions)), *more)
+
+    return step
+
+
+def used_part(kv_cache: KVCache, tokens: Tensor, positions: Tensor) -> KVCache:
+    """kv_cache up to the last of tokens: attention in plain PyTorch looks at every position there is."""
+    return kv_cache.first(int(positions.max()) + tokens.shape[1])
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def compile_blocks(model: Transformer, **options) -> Transformer:
+    """A copy of model, with the same weights, whose blocks are compiled with these options of torch.compile. One
+    compilation serves all blocks, since the weights are inputs of its graph."""
+    compiled = copy.copy(model)
+    compiled._modules = dict(model._modules)  # or the copy would share its children with model
+    compiled.layers = nn.ModuleList(torch.compile(layer, **options) for layer in model.layers)
+    return compiled
+
+
+def can_be_one_graph(model: Transformer) -> bool:
+    """Not so of a mixture of experts: which of them many tokens need is read on the host."""
+    return model.config.moe is None
+
+
+def check_finite(ids: list[int]):
+    """Raises UsageError if sampling found logits that are not finite."""
+    if min(ids) < 0:
+        raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")

@@ -1,0 +1,55 @@
+"""How far a result may be from the exact one: bounds from the arithmetic, for sums in any order. None of them is what
+some machine printed.
+
+u is half the distance between 1 and the next number of a type. A float32 sum of K products is off by at most (K + 8)
+u32 times the sum of the products' magnitudes, the 8 being for what comes before and after the sum. A result that is
+stored in 16 bits is off by another u16 of itself. Where a value is rounded on the way (a normed or quantized
+activation), two ways of computing it may round to neighbours if it lies next to the border between them; that is rare
+enough (the borders are thousands of float32 steps apart) for no more than FLIPS such in one sum.
+"""
+
+import torch
+from torch import Tensor
+
+U = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest step
+FLIPS = 8
+
+
+def magnitudes(w) -> Tensor:
+    """[N, K]: for a model.Linear as in a checkpoint, the magnitude of what is added up and taken off again for each
+    weight: of quantized ones the offset of an unsigned number and the zero point count for themselves."""
+    weight, scales = w.weight.double(), w.scales
+    if w.format.name is None:
+        return weight.abs()
+    if w.format.name == "int8":
+        return (weight.abs() + 256) * scales.double()[..., None]
+    ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}
+    zeros = w.zeros.double().repeat_interleave(w.format.group_size, -1)[..., : w.n_in]
+    wide = w.scales.abs().double().repeat_interleave(w.format.group_size, -1)[..., : w.n_in]
+    return w.format.dequantize(ones, torch.float64) + zeros / 16 * wide
+
+
+def of_product(x: Tensor, magnitude: Tensor, y: Tensor, dtype: torch.dtype, step: float = 0.0) -> Tensor:
+    """For y = x W^T, with magnitude [N, K] of W, stored in dtype. step: how much one flip changes an element of x."""
+    k = x.shape[-1]
+    total = x.double().abs() @ magnitude.mT
+    flips = FLIPS * step * magnitude.max()
+    return (k + 8) * U[torch.float32] * total + flips + of_rounding(y, dtype)
+
+
+def of_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return U[dtype] * y.double().abs() + SMALLEST[dtype]
+
+
+def step_of(x: Tensor, quantized: bool) -> float:
+    """The largest distance between an element of x and its neighbour: of its type, or of 8 bits in groups of 8."""
+    largest = x.double().abs().max().item()
+    return largest / 127 if quantized else 2 * U[x.dtype] * largest
+
+
+def check(ours: Tensor, exact: Tensor, bound: Tensor):
+    assert ours.shape == exact.shape
+    error = (ours.double() - exact.double()).abs()
+    worst = (error - bound).argmax()
+    assert (error <= bound).all(), (error.flatten()[worst].item(), bound.expand_as(error).flatten()[worst].item())

@@ -1,0 +1,148 @@
+"""Compiles every Triton kernel for GPUs that need not be at hand, down to machine code.
+
+    python -m tests.compile_triton
+
+A kernel must fit the GPU's shared memory and use its matrix units, if Triton can use them there.
+"""
+
+import multiprocessing
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+import kernels
+from kernels import triton_attention, triton_linear, triton_moe  # noqa: F401  (registers its operations)
+from kernels.formats import Dense, Int4, Int8
+from model import ExpertsDown, ExpertsGateUp, LayerCache
+from tests.test_kernels import make, make_norm
+
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
+PRODUCTS = Counter(linear_kernel=8, dequantize_kernel=3)  # launches of launch_products
+OTHERS = Counter(linear_kernel=2, route_kernel=1, moe_combine=1, attend_kernel=2, combine_splits_kernel=2)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    target: GPUTarget
+    dtype: torch.dtype
+    shared_kb: int  # shared memory that a program may have
+    min_block_m: int  # triton_linear.Gpu's
+    n_processors: int = 100
+
+
+GPUS = [
+    Gpu("Turing", GPUTarget("cuda", 75, 32), torch.float16, 64, 1),
+    Gpu("Ampere", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8),
+    Gpu("Ampere, larger tiles", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, n_processors=1),
+    Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, 8),
+    Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, 8),
+    Gpu("CDNA 3", GPUTarget("hip", "gfx942", 64), torch.bfloat16, 64, 16),
+    Gpu("RDNA 3", GPUTarget("hip", "gfx1100", 32), torch.float16, 64, 16),
+]
+
+
+class Compiler:
+    """Stands in for JITFunction.run: compiles for gpu what would have been launched."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+        self.compiled = Counter()  # by the kernel's name
+
+    def run(self, kernel: JITFunction, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        source = ASTSource(kernel, *specialize(kernel, values))
+        code = triton.compile(source, target=self.gpu.target, options=options)
+        self.check(kernel.__name__, code, values)
+        self.compiled[kernel.__name__] += 1
+
+    def check(self, name: str, code, values: dict):
+        sizes = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        assert code.metadata.shared <= self.gpu.shared_kb * 2**10, (name, code.metadata.shared, sizes)
+        has_products = "DTYPE" in values
+        if has_products and self.gpu.dtype != torch.float32 and self.gpu.min_block_m > 1:
+            ((kind, pattern),) = [item for item in MATRIX_INSTRUCTIONS.items() if item[0] in code.asm]
+            assert re.search(pattern, code.asm[kind]), (name, sizes)
+
+
+def specialize(kernel: JITFunction, values: dict) -> tuple[dict, dict, dict]:
+    """The types, constants and divisibility by 16 that Triton takes arguments for when it launches a kernel."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        is_aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
+        if is_aligned and name not in constants:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def launch_products(dtype: torch.dtype):
+    """As decode steps of one token and of eight do."""
+    x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
+    for format in (Dense(), Int8(), Int4(32), Int4(64)):
+        w = make(256, 2048, format, dtype)
+        kernels.pack_for_triton([w])
+        kernels.linear(x, w, norm, out_dtype=torch.float32)
+        kernels.linear(x.expand(1, 8, 2048), w, norm, activation="silu")
+        if not isinstance(format, Dense):
+            w.matrix(dtype)
+
+
+def launch_others(dtype: torch.dtype):
+    x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
+    gate_up = make(128, 2048, Int4(64), dtype, n_experts=4, kind=ExpertsGateUp)
+    down = make(2048, 64, Int4(64), dtype, n_experts=4, kind=ExpertsDown)
+    kernels.pack_for_triton([gate_up, down])
+    topk_weights, topk_ids = kernels.route(torch.randn(1, 1, 4), 2, True, "triton")
+    down(gate_up(x, topk_ids, norm, "silu"), topk_ids, topk_weights, x)
+    for n_tokens, n_heads in [(2, 8), (8, 16)]:  # the last: 64 queries of a key/value head, which is the most
+        k, v = torch.zeros(2, 1, 2, 1024, 64, dtype=dtype).unbind()
+        cache, positions = LayerCache(k, v, torch.randn(1024, 32, 2)), torch.zeros(1, dtype=torch.int64)
+        qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
+        kernels.attend(qkv, cache, positions, n_heads, "triton")
+
+
+def compile_for(gpu: Gpu):
+    compiler = Compiler(gpu)
+    JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
+    known = triton_linear.Gpu(gpu.n_processors, gpu.min_block_m, {})
+    triton_linear.gpu_of = triton_attention.gpu_of = lambda device: known
+    triton_linear.dot_dtype = triton_attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
+    launch_products(gpu.dtype)
+    assert compiler.compiled == PRODUCTS
+    if gpu.n_processors > 1:  # tiles are a matter of products alone
+        launch_others(gpu.dtype)
+        assert compiler.compiled == PRODUCTS + OTHERS
+
+
+def main():
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        pool.map(compile_for, GPUS, chunksize=1)
+
+
+if __name__ == "__main__":
+    main()

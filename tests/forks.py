@@ -1,0 +1,87 @@
+"""Runs the commands of this project in forks of the test's process, for torch takes seconds to load. For the tests that
+stop them at any moment, or give them little memory."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+import cli
+import eval
+import generate
+import quantize
+import tests.tiny  # noqa: F401  (puts scripts/ on the path)
+
+import convert_gguf  # isort: skip
+import convert_hf_checkpoint  # isort: skip
+import download  # isort: skip
+
+MAINS = {
+    "convert": convert_hf_checkpoint.main,
+    "gguf": convert_gguf.main,
+    "quantize": quantize.main,
+    "generate": generate.main,
+    "eval": eval.main,
+    "download": download.main,
+}
+
+
+def start(command: str, args: list, err: Path, out: Path = Path(os.devnull), memory: int | None = None):
+    """Runs a command in a fork, its output in files, with only so much more memory. Returns the process."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=(command, args, out, err, memory))
+    before = signal.getsignal(signal.SIGINT)
+    cli.exit_on_interrupt()  # as the scripts have it before cli.run and after
+    process.start()
+    signal.signal(signal.SIGINT, before)
+    return process
+
+
+def run(command: str, args: list, out: Path, err: Path, memory: int | None):
+    os.setpgid(0, 0)
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks, of which one may be killed while holding it
+    for fd, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.argv = [f"{command}.py", *map(str, args)]
+    if memory is not None:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + memory, in_use + memory))
+    cli.run(MAINS[command])
+
+
+def finish(process: multiprocessing.Process) -> int:
+    """Waits for the process: its exit status."""
+    process.join(300)
+    assert not process.is_alive(), process.kill()
+    return process.exitcode
+
+
+def stop(sig: int, command: str, args: list, err: Path) -> Iterator[int]:
+    """Runs the command twice, then again and again, sending it sig every time a little later on its way until it is
+    through before. Yields exit statuses, all but the first, for which the machine may have been slower."""
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        status = finish(start(command, args, err))
+        seconds.append(time.perf_counter() - began)
+    yield status
+    step, i = min(seconds) / 12, 0
+    while i < 50:
+        i += 1
+        process = start(command, args, err)
+        time.sleep(i * step)
+        os.kill(process.pid, sig)
+        status = finish(process)
+        if status == 0 and i < 4 and step > 0.01:  # the machine had been slower still
+            step, i = step / 4, 0
+            continue
+        yield status
+        if status == 0:
+            return

@@ -1,0 +1,172 @@
+"""Conversations: every answer is what a model says that has heard nothing before, though much is left in the cache."""
+
+import os
+import sys
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli as shell
+import generate
+from generate import continue_text, load
+from kernels import cpu
+from model import KVCache, Transformer
+from sampling import Sampling
+from steps import build_steps
+from tests.byte_models import END, TEMPLATE, set_up
+from tokenizer import load_tokenizer
+
+GREEDY = ["--temperature=0", "--precision=float32", "--max_new_tokens=12"]
+CONTEXT = 160  # of chatty
+
+
+@cache
+def model_of(path: Path) -> Transformer:
+    return generate.load_model(path, dtype=torch.float32)
+
+
+def fresh_answer(folder: Path, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """(the prompt's ids, the answer's ids) with an empty cache."""
+    model = model_of((folder / "model.pth").resolve())
+    ids = load_tokenizer(folder).encode_chat(messages)
+    steps = build_steps(model, KVCache(model, 1, CONTEXT), Sampling())
+    new = [i for (i,) in generate.generate(steps, torch.tensor([ids]), 0, 12)]
+    return ids, new[: new.index(END)] if END in new else new
+
+
+def expected_conversation(folder: Path, lines: list[str], system: str | None = None):
+    """For each line (ids of the whole prompt, ids of the answer, its text)."""
+    messages, turns = [{"role": "system", "content": system}] if system else [], []
+    for line in lines:
+        messages.append({"role": "user", "content": line})
+        ids, answer = fresh_answer(folder, messages)
+        text = bytes(answer).decode()
+        turns.append((ids, answer, text))
+        messages.append({"role": "assistant", "content": text})
+    return turns
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """How many tokens each prefill feeds; set fed.interrupt to have Ctrl-C come at that prefill."""
+
+    class Fed(list):
+        interrupt = None
+
+    fed, hidden = Fed(), Transformer.hidden
+
+    def listen(self, tokens, positions, kv_cache):
+        if tokens.shape[1] > 1:
+            fed.append(tokens.shape[1])
+            if len(fed) == fed.interrupt:
+                raise KeyboardInterrupt
+        return hidden(self, tokens, positions, kv_cache)
+
+    monkeypatch.setattr(Transformer, "hidden", listen)
+    return fed
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | lower")])
+@pytest.mark.parametrize("args", [["--chat"], ["--interactive", "--system=Be brief"]])
+def test_conversation_is_a_fresh_prefill(chatty, cli, fed, tmp_path, args, template):
+    """And of what it heard before, all that the template says again is not fed again."""
+    for name in ("model.pth", "tokenizer.json"):
+        (tmp_path / name).symlink_to(chatty / name)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    lines = ["Hi", "how are you?", "bye"]
+    turns = expected_conversation(tmp_path, lines, "Be brief" if len(args) > 1 else None)
+    fed.clear()
+    assert cli(tmp_path, *args, *GREEDY, stdin="\n".join(lines)).splitlines() == [text for _, _, text in turns]
+    in_cache = [[]] + [ids + answer[:-1] for ids, answer, _ in turns]
+    known = [len(os.path.commonprefix([ids, cached])) for (ids, _, _), cached in zip(turns, in_cache, strict=False)]
+    assert fed == [len(ids) - k for (ids, _, _), k in zip(turns, known, strict=True)]
+
+
+def test_compiled_conversation(chatty, cli, monkeypatch):
+    """Everything is compiled once. What is made of it is tested in test_generate.py, so this does without Inductor."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    lines = ["Hi", "how are you?", "bye"]
+    out = cli(chatty, "--chat", "--compile", "--compile_prefill", *GREEDY, stdin="\n".join(lines))
+    assert out.splitlines() == [text for _, _, text in expected_conversation(chatty, lines)]
+    # a block for prefill and, without kernels, one for decode and the head: nothing again in any turn
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if cpu.build() else 3)
+
+
+def test_conversation_reset_and_exit(chatty, cli):
+    hi, bye = (expected_conversation(chatty, [line])[0][2] for line in ("Hi", "bye"))
+    out = cli(chatty, "--chat", *GREEDY, stdin="Hi\n\n/reset\nbye\n/reset\n  Hi \n/exit\nHi\n")
+    assert out.splitlines() == [hi, bye, hi]
+
+
+def test_conversation_survives_an_interrupt(chatty, cli, fed):
+    fed.interrupt = 2
+    printed = cli(chatty, "--chat", *GREEDY, stdin="Hi\nhow are you?\nbye\n").splitlines()
+    hi = expected_conversation(chatty, ["Hi"])[0][2]
+    rest = [(), ({"role": "user", "content": "how are you?"}, {"role": "assistant", "content": ""})]
+    first = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": hi})
+    last = {"role": "user", "content": "bye"}  # with or without the unanswered turn
+    assert printed[0] == hi
+    assert printed[-1] in [bytes(fresh_answer(chatty, [*first, *r, last])[1]).decode() for r in rest]
+
+
+def test_an_interrupted_answer_stays(chatty):
+    """As far as it has come; and the next answer is what a model says that knows no more than that."""
+    model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
+    steps = build_steps(model, KVCache(model, 1, CONTEXT), Sampling())
+    conversation = generate.Conversation(
+        tokenizer, lambda *text: continue_text(steps, 1, torch.device("cpu"), *text), CONTEXT, model.config.eos_ids
+    )
+    pieces = conversation.answer("Hi", 12)
+    heard = next(pieces) + next(pieces)
+    pieces.close()
+    hi = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": heard}]
+    assert conversation.messages == hi and len(heard) == 2
+    answer = "".join(conversation.answer("bye", 12))
+    assert answer == bytes(fresh_answer(chatty, [*hi, {"role": "user", "content": "bye"}])[1]).decode()
+    conversation.forget_oldest()
+    assert [m["content"] for m in conversation.messages] == ["bye", answer]
+
+
+def test_conversation_fills_the_context(chatty, cli):
+    out = cli(chatty, "--chat", *GREEDY, stdin=f"{'x' * 155}\n{'x' * 200}\nHi\n/reset\nHi\n").splitlines()
+    assert len(out) == 2 and len(out[0]) <= 2 and out[1] == expected_conversation(chatty, ["Hi"])[0][2]
+
+
+def test_a_full_conversation_drops_its_oldest_message(chatty, cli):
+    hi, ho = (answer for _, _, answer in expected_conversation(chatty, ["Hi", "Ho"]))
+    said = f"{'x' * 155}\nHi\n/drop\nHi\nHo\n/drop\n/drop\n/drop\nHi\n"
+    out = cli(chatty, "--chat", *GREEDY, stdin=said).splitlines()
+    assert out[1:] == [hi, ho, hi]
+
+
+def test_notes(chatty, monkeypatch, capsys):
+    """What is said beside the answers."""
+    said = f"/what\nHi\n/drop\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
+    set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], said)
+    shell.run(generate.main)
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split(";")[0].split(":")[0] for note in notes if not note.endswith("tokens/s")] == [
+        "Type a message", "Type a message", "0 messages left.", "That takes 203 tokens, and the context has 160",
+        "The context is full", "The context is full", "0 messages left.",
+    ]  # fmt: skip
+
+
+def test_chat_applies_the_template(chatty, ask, tmp_path):
+    expected = expected_conversation(chatty, ["Hi"], "Be brief")[0]
+    (tmp_path / "prompts").write_text("Hi\n")
+    for prompt in ("--prompt=Hi", f"--prompt_file={tmp_path / 'prompts'}"):
+        (r,) = ask(chatty, "--chat", prompt, "--system=Be brief", *GREEDY)
+        assert (r["prompt_tokens"], r["text"]) == (len(expected[0]), [expected[2]])
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is Python's in the C locale
+def test_stdin_that_is_not_text(chatty, monkeypatch, capsys, errors):
+    set_up(monkeypatch, chatty / "model.pth", ["--chat"], b"H\xe4user\n")
+    sys.stdin.reconfigure(errors=errors)
+    with pytest.raises(SystemExit) as stopped:
+        shell.run(generate.main)
+    assert stopped.value.code == 2 and "UTF-8" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,150 @@
+"""checkpoint.py: files are whole or not there, and those of earlier versions load."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantize
+from checkpoint import FORMAT, read_checkpoint, save_checkpoint
+from config import ModelConfig, UsageError
+from generate import load_model
+from model import KVCache
+from tests.tiny import call, convert, make_hf, write_format_1
+
+CONFIG, SHAPES = ModelConfig(*[2] * 8), {"a": ((9,), torch.float32)}
+
+
+def save(path: Path, tensors):
+    save_checkpoint(path, CONFIG, SHAPES, tensors)
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_read(tmp_path):
+    """Of every dtype and layout."""
+    path, quantization = tmp_path / "model.pth", {"mode": "int4", "groupsize": 32}
+    tensors = {
+        "int": torch.arange(6, dtype=torch.uint8).view(2, 3),
+        "half": torch.randn(3, 4).bfloat16(),
+        "transposed": torch.randn(4, 3).T,
+        "empty": torch.ones(0, 3),
+        "scalar": torch.tensor(1.5),
+    }
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    save_checkpoint(path, CONFIG, shapes, reversed(tensors.items()), quantization)
+    config, read_quantization, read = read_checkpoint(path)
+    assert (config, read_quantization, read.keys()) == (CONFIG, quantization, tensors.keys())
+    assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in tensors.items())
+
+
+def test_wrong_tensors_leave_the_old_file(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_text("old")
+    a = torch.ones(9)
+    for tensors, match in [
+        ([], "no tensor for a"),
+        ([("a", a), ("a", a)], "a was not expected, or came twice"),
+        ([("b", a)], "b was not expected, or came twice"),
+        ([("a", a[:8])], r"a is \[8\] torch.float32, not \[9\] torch.float32"),
+        ([("a", a.half())], r"a is \[9\] torch.float16, not \[9\] torch.float32"),
+    ]:
+        with pytest.raises(UsageError, match=match):
+            save(path, tensors)
+        assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_killed_process_leaves_the_old_file(tmp_path):
+    """And the next one clears up after it."""
+    path = tmp_path / "model.pth"
+    path.write_text("old")
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    child = os.fork()
+    if child == 0:
+        save(path, killed())
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert path.read_text() == "old" and len(list(tmp_path.glob("*.tmp"))) == 1
+    save(path, [("a", torch.ones(9))])
+    assert torch.equal(read_checkpoint(path)[2]["a"], torch.ones(9))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_last_writer_wins(tmp_path):
+    path = tmp_path / "model.pth"
+
+    def overtaken():  # by another that writes the same file
+        save(path, [("a", torch.ones(9))])
+        yield "a", torch.zeros(9)
+
+    with pytest.raises(UsageError, match="cannot write"):
+        save(path, overtaken())
+    assert torch.equal(read_checkpoint(path)[2]["a"], torch.ones(9))
+
+
+def test_no_place_to_write(tmp_path):
+    (tmp_path / "model.pth").mkdir()
+    with pytest.raises(UsageError, match="cannot write .*model.pth: Is a directory"):
+        save(tmp_path / "model.pth", [("a", torch.ones(9))])
+    with pytest.raises(UsageError, match="cannot write .*No such file or directory"):
+        save(tmp_path / "gone" / "model.pth", [])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    path = tmp_path / "model.pth"
+    good = {"format": FORMAT, "config": {}, "quantization": None, "tensors": {}}
+    for content, match in [
+        ([1], "is not a gpt-fast/2 checkpoint"),
+        (good | {"format": "gpt-fast/3"}, "is not a gpt-fast/2 checkpoint"),
+        (good | {"tensors": [1]}, "holds no table of tensors"),
+        (good | {"tensors": {"a": 1}}, "holds no table of tensors"),
+        (good | {"tensors": {1: torch.ones(1)}, "format": "gpt-fast/1"}, "holds no table of tensors"),
+        (good, "config does not fit this version"),
+        (good | {"config": None, "format": "gpt-fast/1"}, "config does not fit this version"),
+        (good | {"config": {"moe": 1}, "format": "gpt-fast/1"}, "config does not fit this version"),
+    ]:
+        torch.save(content, path)
+        with pytest.raises(UsageError, match=match):
+            read_checkpoint(path)
+    for name, match in [("x.gguf", "convert_gguf.py"), ("x.safetensors", "convert_hf_checkpoint.py")]:
+        (tmp_path / name).write_bytes(b"odd")
+        with pytest.raises(UsageError, match=f"is not a gpt-fast/2 checkpoint; scripts/{match} makes one of it"):
+            read_checkpoint(tmp_path / name)
+    for path, match in [(tmp_path, "is a folder"), (tmp_path / "gone.pth", "does not exist or is not a file")]:
+        with pytest.raises(UsageError, match=match):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama-bias", "qwen3-moe"])
+def test_files_of_earlier_versions_are_the_same_model(family, tmp_path):
+    theirs = make_hf(family, norm_topk_prob=False) if family == "qwen3-moe" else make_hf(family)
+    theirs.save_pretrained(tmp_path)
+    path = convert(tmp_path)
+    for mode in ("int8", "int4"):
+        call(quantize.main, "--checkpoint_path", path, "--mode", mode)
+    tokens = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(0))
+    files = sorted(tmp_path.glob("*.pth"))
+    assert len(files) == 3
+    for file in files:
+        expected = logits(file, tokens)
+        config, quantization, tensors = read_checkpoint(file)
+        write_format_1(file)
+        read_config, read_quantization, read = read_checkpoint(file)
+        assert (read_config, read_quantization, read.keys()) == (config, quantization, tensors.keys())
+        assert torch.equal(logits(file, tokens), expected)
+
+
+def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = load_model(path, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        return model(tokens, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 9))

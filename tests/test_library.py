@@ -1,0 +1,82 @@
+"""The project as a library: it gives what the commands give, and importing it leaves the process as it was."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import torch
+
+from chat import Conversation
+from generate import build_steps, continue_text, generate, load, make_kv_cache
+from sampling import Sampling
+from tests.tiny import ROOT
+from tokenizer import stream
+
+
+def test_text(chatty, ask):
+    """As generate.py --prompt generates it."""
+    model, tokenizer = load(chatty / "model.pth", device="cpu", dtype=torch.bfloat16)
+    kv_cache = make_kv_cache(model, batch_size=1, length=100)
+    steps = build_steps(model, kv_cache, Sampling(temperature=0.8, top_p=0.9))
+    prompt = tokenizer.encode("Hello, my name is")
+    torch.manual_seed(1234)
+    tokens = [ids[0] for ids in generate(steps, torch.tensor([prompt]), start=0, max_new_tokens=20)]
+    text = "".join(stream(tokenizer, tokens, after=prompt))
+
+    (result,) = ask(chatty, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")
+    assert result["tokens"] == [tokens] and result["text"] == [text] and len(text) > 10
+
+
+def test_conversation(chatty, cli):
+    """As generate.py --chat leads it. Another cache of the same model does not notice."""
+    model, tokenizer = load(chatty / "model.pth")
+    steps, other_steps = (build_steps(model, make_kv_cache(model, 1, 160), Sampling()) for _ in range(2))
+    other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
+    conversation = Conversation(tokenizer, partial(continue_text, steps, 1, "cpu"), 160, model.config.eos_ids)
+    answers, other_ids = [], []
+    for message in ("Hi", "how are you?"):
+        other_ids += next(other) + next(other)
+        answers.append("".join(conversation.answer(message, max_new_tokens=12)))
+
+    flags = ["--temperature=0", "--max_new_tokens=12"]
+    assert cli(chatty, "--chat", *flags, stdin="Hi\nhow are you?\n").splitlines() == answers
+    assert cli(chatty, "--prompt=Hello", *flags, "--max_new_tokens=4") == bytes(other_ids).decode() + "\n"
+
+
+IMPORTS = """
+import importlib, json, os, signal, sys, warnings
+import jinja2, numpy, sentencepiece, tokenizers, torch, tqdm, triton  # whose own doings do not count
+
+def state():
+    return {
+        "signal handlers": [str(signal.getsignal(s)) for s in signal.valid_signals()],
+        "environment": dict(os.environ),
+        "default dtype": [str(torch.get_default_dtype()), str(torch.get_default_device())],
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "warning filters": [str(f) for f in warnings.filters],
+        "modes": [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision()],
+        "module path": list(sys.path),
+        "streams": [id(sys.stdout), id(sys.stderr), id(sys.excepthook)],
+        "compiler": "torch._dynamo" in sys.modules,
+    }
+
+changes = {}
+for name in sys.argv[1:]:
+    before = state()
+    importlib.import_module(name)
+    changed = [what for what, value in state().items() if value != before[what]]
+    if changed:
+        changes[name] = changed
+print(json.dumps(changes))
+"""
+
+
+def test_imports_change_nothing():
+    names = [path.stem for path in ROOT.glob("*.py")]
+    names += [f"kernels.{path.stem}" for path in ROOT.glob("kernels/*.py") if path.stem != "__init__"]
+    assert len(names) > 20
+    command = [sys.executable, "-c", IMPORTS, *sorted(names)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {}

@@ -1,0 +1,59 @@
+"""load_model: which tensors a checkpoint must have, and which parameters are one."""
+
+import pytest
+import torch
+
+import quantize
+from checkpoint import read_checkpoint, save_checkpoint
+from config import UsageError
+from generate import load_model
+from tests.byte_models import random_folder
+from tests.tiny import call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose embedding is its head too, in 32 and in 8 bits."""
+    folder = random_folder(tmp_path_factory.mktemp("tied"), max_seq_len=64, tie_embeddings=True)
+    call(quantize.main, "--checkpoint_path", folder / "model.pth", "--mode", "int8")
+    return folder
+
+
+def rewrite(path, to, change):
+    config, quantization, tensors = read_checkpoint(path)
+    change(tensors)
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    save_checkpoint(to, config, shapes, tensors.items(), quantization)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_tied_embeddings_are_one_parameter(folder, kernels, dtype):
+    model = load_model(folder / "model.pth", dtype=dtype, kernels=kernels)
+    assert model.output.weight is model.tok_embeddings.weight and model.output.weight.dtype == dtype
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_quantized_head_is_not_tied(folder):
+    model = load_model(folder / "model_int8.pth")
+    assert model.output.weight.data_ptr() != model.tok_embeddings.weight.data_ptr()
+    assert model.format.name == "int8" and model.tok_embeddings.weight.dtype == torch.bfloat16
+    assert model.output.scales.dtype == torch.float32
+
+
+def test_a_head_of_its_own_counts(folder, tmp_path):
+    head = torch.randn(260, 32)
+    rewrite(folder / "model.pth", tmp_path / "model.pth", lambda tensors: tensors.update({"output.weight": head}))
+    model = load_model(tmp_path / "model.pth", dtype=torch.float32, kernels=False)
+    assert torch.equal(model.output.weight, head) and not torch.equal(model.tok_embeddings.weight, head)
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("output.scales", torch.float64), ("output.weight", torch.int32), ("norm.weight", torch.int8)],
+)
+def test_types_of_a_quantized_checkpoint(folder, tmp_path, name, dtype):
+    path = tmp_path / "model.pth"
+    rewrite(folder / "model_int8.pth", path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(UsageError, match=f"tensor {name} is missing, left over or of the wrong shape"):
+        load_model(path)

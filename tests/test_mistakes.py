@@ -1,0 +1,152 @@
+"""Every way to call generate.py wrongly ends with exit status 2 and one line that says what is wrong."""
+
+import pytest
+import tokenizers
+import torch
+
+import cli as shell
+import generate
+from tests.byte_models import VOCAB_SIZE, set_up
+from tests.tiny import ROOT
+
+
+@pytest.mark.parametrize(
+    "args, word",
+    [
+        ("--device=nonsense", "nonsense"),
+        ("--device=cuda:99", "cuda:99"),
+        ("--device=meta", "meta"),
+        ("--prompt=", "empty"),
+        ("--prompt=\udcff", "prompt"),
+        (f"--prompt_file={__file__}.missing", "cannot read"),
+        (f"--prompt_file={ROOT}", "cannot read"),
+        ("--prompt_file={tmp}/empty", "empty"),
+        ("--prompt_file={tmp}/blank", "empty"),
+        ("--prompt_file={tmp}/latin1", "cannot read"),
+        ("--prompt_tokens=0", "prompt_tokens"),
+        ("--prompt_tokens=256", "context"),
+        ("--max_new_tokens=0", "max_new_tokens"),
+        ("--max_new_tokens=256", "context"),
+        ("--max_new_tokens=10000000000000000000000", "context"),
+        ("--num_samples=0", "num_samples"),
+        ("--batch_size=0", "batch_size"),
+        ("--temperature=-1", "--temperature must be 0 or more, not -1.0"),
+        ("--temperature=nan", "temperature"),
+        ("--top_k=0", "--top_k must be at least 1, not 0"),
+        ("--top_p=0", "--top_p must be above 0 and at most 1, not 0.0"),
+        ("--top_p=2", "top_p"),
+        ("--top_p=nan", "top_p"),
+        ("--seed=18446744073709551616", "seed"),
+        ("--profile={tmp}/missing/trace.json", "trace.json"),
+        ("--profile=/dev/full", "/dev/full"),
+        ("--prompt_lookup --speculate_k=1000000000000", "speculate_k"),
+        ("--prompt_lookup=33", "prompt_lookup"),
+        ("--chat --json", "json"),
+        ("--chat --batch_size=2", "batch_size"),
+        ("--chat --prompt=Hi", "template"),
+        ("--chat", "template"),
+    ],
+)
+def test_wrong_argument(chain, refused, tmp_path, args, word):
+    (tmp_path / "empty").touch()
+    (tmp_path / "blank").write_text(" \n\n")
+    (tmp_path / "latin1").write_bytes("Häuser\n".encode("latin-1"))
+    prompt = [] if "prompt" in args or "chat" in args else ["--prompt=0"]
+    refused(chain / "model.pth", [*args.format(tmp=tmp_path).split(" "), *prompt], word, stdin="Hi\n")
+
+
+@pytest.mark.parametrize(
+    "args", ["--nonsense", "--max_new_tokens=x", "--precision=int8", "--prompt=a --prompt_tokens=3", "stray"]
+)
+def test_argparse_refuses(chain, monkeypatch, capsys, args):
+    """argparse's own form: how to use it, then the one line."""
+    set_up(monkeypatch, chain / "model.pth", args.split())
+    with pytest.raises(SystemExit) as stopped:
+        shell.run(generate.main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.startswith("usage: generate.py")
+    assert err.splitlines()[-1].startswith("generate.py: error: ")
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a pickle ran code')",)
+
+
+WRONG_FILES = {  # what is in place of model.pth, and a word of what is said of it
+    "missing": (lambda path, data: None, "does not exist"),
+    "directory": (lambda path, data: path.mkdir(), "is a folder"),
+    "empty": (lambda path, data: path.touch(), "truncated or not a PyTorch file"),
+    "text": (lambda path, data: path.write_text("Hello\n"), "not"),
+    "truncated": (lambda path, data: path.write_bytes(data[: len(data) // 2]), "truncated"),
+    "tensor": (lambda path, data: torch.save(torch.ones(3), path), "not a gpt-fast/2 checkpoint"),
+    "pickle": (lambda path, data: torch.save({"format": "gpt-fast/2", "tensors": Evil()}, path), "more than weights"),
+    "old pickle": (lambda path, data: torch.save(Evil(), path, _use_new_zipfile_serialization=False), "not a PyTorch"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FILES)
+def test_wrong_checkpoint_file(chain, refused, tmp_path, kind):
+    make, word = WRONG_FILES[kind]
+    (tmp_path / "tokenizer.json").symlink_to(chain / "tokenizer.json")
+    make(tmp_path / "model.pth", (chain / "model.pth").read_bytes())
+    refused(tmp_path / "model.pth", ["--prompt=0"], word)
+
+
+def test_wrong_checkpoint_path(refused, tmp_path):
+    refused(tmp_path / "nowhere" / "model.pth", ["--prompt=0"], "nowhere/model.pth does not exist")
+    for name, script in (("a.gguf", "convert_gguf.py"), ("a.safetensors", "convert_hf_checkpoint.py")):
+        (tmp_path / name).touch()
+        refused(tmp_path / name, ["--prompt=0"], f"scripts/{script} makes one of it")
+
+
+def small_embedding(data):
+    data["config"]["vocab_size"] = 100
+    for name in ("tok_embeddings.weight", "output.weight"):
+        data["tensors"][name] = data["tensors"][name][:100].clone()
+
+
+INTEGERS = torch.ones(VOCAB_SIZE, dtype=torch.int64)
+WRONG_CONTENTS = {
+    "missing": (lambda d: d["tensors"].pop("norm.weight"), "norm.weight"),
+    "left over": (lambda d: d["tensors"].update(extra=torch.zeros(1)), "extra"),
+    "shape": (lambda d: d["tensors"].update({"norm.weight": torch.ones(3)}), "norm.weight"),
+    "integers": (lambda d: d["tensors"].update({"norm.weight": INTEGERS}), "norm.weight"),
+    "no tensor": (lambda d: d["tensors"].update({"norm.weight": 5}), "table of tensors"),
+    "NaN": (lambda d: d["tensors"]["norm.weight"].fill_(torch.nan), "not finite"),
+    "infinite": (lambda d: d["tensors"]["output.weight"].fill_(torch.inf), "not finite"),
+    "vocabulary": (small_embedding, "tokens"),
+    "format": (lambda d: d.update(format="gpt-fast/9"), "gpt-fast/2"),
+    "no config": (lambda d: d.update(config=None), "config"),
+    "config lacks": (lambda d: d["config"].pop("dim"), "dim"),
+    "config wrong": (lambda d: d["config"].update(dim=-1), "dim"),
+    "config unknown": (lambda d: d["config"].update(alibi=True), "alibi"),
+    "layers": (lambda d: d["config"].update(n_layers=2), "layers.1"),
+    "quantization": (lambda d: d.update(quantization={"bits": 3}), "quantiz"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_CONTENTS)
+def test_wrong_checkpoint_content(chain, refused, tmp_path, kind):
+    change, word = WRONG_CONTENTS[kind]
+    data = torch.load(chain / "model.pth", weights_only=True)
+    change(data)
+    torch.save(data, tmp_path / "model.pth")
+    (tmp_path / "tokenizer.json").symlink_to(chain / "tokenizer.json")
+    refused(tmp_path / "model.pth", ["--prompt=0"], word)
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b"not JSON", b"\xff"])
+def test_wrong_tokenizer(chain, refused, tmp_path, content):
+    (tmp_path / "model.pth").symlink_to(chain / "model.pth")
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    refused(tmp_path / "model.pth", ["--prompt=0"], "tokenizer")
+
+
+def test_prompt_of_no_tokens(chain, refused, tmp_path):
+    (tmp_path / "model.pth").symlink_to(chain / "model.pth")
+    tok = tokenizers.Tokenizer.from_file(str(chain / "tokenizer.json"))
+    tok.normalizer = tokenizers.normalizers.Strip()
+    tok.save(str(tmp_path / "tokenizer.json"))
+    refused(tmp_path / "model.pth", ["--prompt= "], "empty")

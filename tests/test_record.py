@@ -1,0 +1,123 @@
+"""kernels/record.py: a recorded step gives what the step gives, to the last bit, and nothing is frozen silently."""
+
+import pytest
+import torch
+
+import kernels
+from config import ModelConfig, MoEConfig
+from kernels.formats import Dense, Int4, Int8
+from kernels.record import outside, record
+from model import KVCache, Transformer
+
+built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
+FAMILIES = {
+    "plain": {},
+    "window and biases": {"qkv_bias": True, "out_bias": True, "ffn_bias": True, "sliding_window": 5},
+    "q and k norms": {"qk_norm": True, "tie_embeddings": True},
+    "experts": {"moe": MoEConfig(6, 3)},
+    "odd width": {"ffn_dim": 40},
+    "experts of odd width": {"moe": MoEConfig(6, 3, norm_topk_prob=False), "ffn_dim": 40},
+}
+
+
+def make_model(format, dtype: torch.dtype, **config) -> Transformer:
+    torch.manual_seed(0)
+    sizes = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=97, max_seq_len=64)
+    model = Transformer(ModelConfig(**sizes | config))
+    for name, p in model.named_parameters():
+        p.data = (torch.rand(p.shape) if "norm" in name else torch.randn(p.shape) * 0.2).to(dtype)
+    for _, w in model.linears():
+        stored = format.quantize(w.weight.data)
+        w.set_format(format)
+        for name, tensor in stored.items():
+            w.set_tensor(name, tensor)
+    kernels.enable(model)
+    return model
+
+
+@built
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=["dense", "int8", "int4"])
+def test_replayed_is_computed(format, dtype, family):
+    """With one thread or two, for steps of one token and of several, at any positions, one shape after the other."""
+    model = make_model(format, dtype, **FAMILIES[family])
+    caches = [KVCache(model, 2, 40) for _ in range(2)]
+    recorded = record(lambda tokens, positions: model(tokens, positions, caches[1]))
+    generator = torch.Generator().manual_seed(1)
+    steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37])]
+    with torch.inference_mode():
+        for threads, n_tokens, positions in steps:
+            assert model.uses_kernels(2, n_tokens)
+            torch.set_num_threads(threads)
+            tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
+            expected = model(tokens, torch.tensor(positions), caches[0])
+            assert torch.equal(recorded(tokens, torch.tensor(positions)), expected)
+    torch.set_num_threads(1)
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(ours.k, theirs.k) and torch.equal(ours.v, theirs.v)
+
+
+@built
+def test_recording_computes_nothing_and_results_are_overwritten():
+    model = make_model(Dense(), torch.float32)
+    kv_cache = KVCache(model, 1, 8)
+    calls = []
+
+    def step(tokens, positions):
+        calls.append(1)
+        return model(tokens, positions, kv_cache)
+
+    recorded, position = record(step), torch.zeros(1, dtype=torch.long)
+    first = recorded(torch.tensor([[5]]), position)
+    before = first.clone()
+    assert recorded(torch.tensor([[6]]), position) is first and not torch.equal(first, before)
+    assert torch.equal(recorded(torch.tensor([[5]]), position), before) and len(calls) == 1
+
+
+@built
+@pytest.mark.parametrize("operation", [lambda x: x * 2, lambda x: x.clone(), torch.softmax, lambda x: x.sum().item()])
+def test_what_is_no_leaf_raises(operation):
+    """And leaves nothing behind: the next recording works."""
+    model = make_model(Dense(), torch.float32)
+    kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
+
+    def step(tokens, positions):
+        logits = model(tokens, positions, kv_cache)
+        return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
+
+    with pytest.raises(RuntimeError, match="is no leaf operation"):
+        record(step)(token, position)
+    with torch.inference_mode():
+        recorded = record(lambda tokens, positions: model(tokens, positions, kv_cache)[:, -1].view(-1))  # views may
+        assert torch.equal(recorded(token, position), model(token, position, kv_cache).flatten())
+
+
+@built
+def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
+    model = make_model(Dense(), torch.float32)
+    kv_cache = KVCache(model, 1, 4)
+    recorded = record(lambda tokens, positions: model(tokens, positions, kv_cache))
+    recorded(torch.tensor([[5]]), torch.tensor([3]))
+    for token, position, said in [(5, 4, "no room"), (5, -1, "no room"), (97, 0, "vocabulary"), (-1, 0, "vocabulary")]:
+        before = kv_cache.layers[0].k.clone()
+        with pytest.raises(RuntimeError, match=said):
+            recorded(torch.tensor([[token]]), torch.tensor([position]))
+        assert torch.equal(kv_cache.layers[0].k, before)
+
+
+@built
+def test_outside_happens_between_two_tapes():
+    x, total = torch.zeros(2, 37), []
+
+    def double(t):
+        total.append(float(t.sum()))
+        return t * 2
+
+    step = record(lambda t: kernels.add(outside(double, kernels.add(t, t, "cpu")), t, "cpu"))
+    for value in (1.0, 3.0):
+        assert torch.equal(step(x + value), x + 5 * value)
+    assert total[-2:] == [148.0, 444.0]  # of what the first tape had just computed
+    assert torch.equal(outside(double, x + 1), x + 2)
+
+

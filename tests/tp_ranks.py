@@ -1,0 +1,235 @@
+"""What torchrun starts in test_tp.py: a rank of a job that compares and then dies, or waits for Ctrl-C.
+
+    torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py compare FOLDER RESULTS.json
+    torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py wait
+
+FOLDER holds a checkpoint for each of CASES and one with a tokenizer, "whole". It also has what the tests run alone, for
+comparison.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import eval as evaluation  # noqa: E402
+import generate  # noqa: E402
+import loading  # noqa: E402
+import tp  # noqa: E402
+from checkpoint import read_checkpoint  # noqa: E402
+from kernels.formats import format_of  # noqa: E402
+from model import KVCache, Transformer  # noqa: E402
+from sampling import Sampling  # noqa: E402
+from steps import build_steps  # noqa: E402
+
+# name: (family, changed sizes, quantize.py's mode, numbers of ranks)
+CASES = {
+    "dense": ("llama3", {}, [], (2, 4)),
+    "biases": ("llama-bias", {}, [], (2, 4)),
+    "qwen2": ("qwen2", {}, [], (2,)),
+    "q and k norms": ("qwen3", {}, [], (4,)),
+    "window": ("mistral-window", {}, [], (2,)),
+    "mixtral": ("mixtral", {}, [], (2, 4)),
+    "qwen3-moe": ("qwen3-moe", {}, [], (2,)),
+    "one kv head": ("qwen2", {"num_key_value_heads": 1}, [], (4,)),
+    "int8": ("llama3", {}, ["int8"], (2, 4)),
+    "int4 g32": ("llama-bias", {}, ["int4", "--groupsize", "32"], (4,)),
+    "int4 g64": ("llama3", {}, ["int4-hqq", "--groupsize", "64"], (2, 4)),
+    "int4 g128": ("qwen3", {}, ["int4", "--groupsize", "128"], (2, 4)),
+    "int8 mixtral": ("mixtral", {}, ["int8"], (2,)),
+    "int4 qwen3-moe": ("qwen3-moe", {}, ["int4", "--groupsize", "32"], (4,)),
+}
+COMPILED = "mixtral"  # the case that 2 ranks also run with torch.compile, without kernels
+GREEDY, SPECULATE = ["--temperature", "0"], ["--ignore_eos", "--prompt", "ab ab ab", "--temperature", "0"]
+COMMANDS = {  # name: (what generate.py gets beside the checkpoint, its standard input)
+    "rows": (["--json", "--batch_size", "3", "--ignore_eos", *GREEDY], None),
+    "sampling": (["--json", "--num_samples", "3", "--top_p", "0.9"], None),
+    "lookup": (["--json", "--prompt_lookup", *SPECULATE], None),
+    "draft": (["--json", "--draft_checkpoint_path", "DRAFT", *SPECULATE], None),
+    "whole draft": (["--json", "--draft_checkpoint_path", "DRAFT", "--draft_tp", "off", "--ignore_eos"], None),
+    "conversation": (["--interactive", *GREEDY], "Hello\n/reset\nHow are you?\n"),
+    "text": (["--batch_size", "2", "--profile", "PROFILE"], None),
+}
+N_ROWS, N_PROMPT, N_NEW = 3, 12, 20
+CPU = torch.device("cpu")
+
+
+def run_command(main, arguments: list, stdin: str | None = None) -> str:
+    """What main prints."""
+    out = io.StringIO()
+    sys.argv[1:], sys.stdin = map(str, arguments), io.StringIO(stdin)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        main()
+    return out.getvalue()
+
+
+def run_commands(folder: Path) -> dict[str, str]:
+    """What COMMANDS print, and a perplexity."""
+    path, results = folder / "whole/model.pth", {}
+    files = {"PROFILE": folder / "trace.json", "DRAFT": path}
+    common = ["--checkpoint_path", path, "--precision", "float32", "--device", "cpu"]
+    for name, (arguments, stdin) in COMMANDS.items():
+        arguments = [files.get(argument, argument) for argument in arguments]
+        results[name] = run_command(generate.main, [*common, "--max_new_tokens", 24, *arguments], stdin)
+    text = ["--text_file", path.parent / "config.json", "--max_seq_length", 128]
+    results["perplexity"] = run_command(evaluation.main, [*common, *text])
+    return results
+
+
+def compare(folder: Path) -> dict:
+    """For every case how far the logits of all ranks are from one process's, whether the tokens are the same, ..."""
+    results = {}
+    for name, (_, _, _, sizes) in CASES.items():
+        if tp.world_size() in sizes:
+            results[name] = compare_case(folder / name / "model.pth")
+            if name == COMPILED and tp.world_size() == 2:
+                results[name]["same"] &= compiled_tokens_are_the_same(folder / name / "model.pth")
+    if tp.world_size() == 2:
+        results["commands"] = run_commands(folder)
+    return results
+
+
+@torch.inference_mode()
+def compare_case(path: Path) -> dict:
+    one, ours = load(path, torch.float32, sharded=False), load(path, torch.float32)
+    prompt = make_prompt()
+    expected, logits = logits_of(one, prompt), logits_of(ours, prompt)
+    torch.manual_seed(tp.dist.get_rank())
+    sampled = tokens_of(ours, prompt, Sampling(temperature=1.0))
+    errors = errors_in_bfloat16(path, one, prompt[:, :8])
+    n_kv_heads = [KVCache(model, 1, 1).layers[0].k.shape[1] for model in (one, ours)]
+    return {
+        "error": max(tp.gather_objects(relative_error(logits, expected))),
+        "errors in bfloat16": errors,
+        "same": tokens_of(ours, prompt) == tokens_of(one, prompt),
+        "agreed": len(set(map(str, tp.gather_objects(sampled)))) == 1,
+        "kv heads": n_kv_heads[1] * tp.world_size() / n_kv_heads[0],
+        **bytes_read(path),
+    }
+
+
+def compiled_tokens_are_the_same(path: Path) -> bool:
+    """Whether ranks that run without kernels, through torch.compile, say what one process says."""
+    prompt = make_prompt()
+    ours = tokens_of(load(path, torch.float32, kernels=False), prompt, compile=True)
+    return ours == tokens_of(load(path, torch.float32, sharded=False), prompt)
+
+
+def make_prompt() -> Tensor:
+    return torch.randint(3, 97, (N_ROWS, N_PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def load(path: Path, dtype: torch.dtype, kernels: bool = True, sharded: bool = True) -> Transformer:
+    return loading.load_model(path, CPU, dtype, kernels=kernels, sharded=sharded)
+
+
+def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
+    positions = torch.zeros(len(tokens), dtype=torch.long)
+    return model(tokens, positions, KVCache(model, *tokens.shape))
+
+
+def tokens_of(model: Transformer, prompt: Tensor, sampling=Sampling(), compile=False) -> list[list[int]]:  # noqa: B008
+    steps = build_steps(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), sampling, compile)
+    return list(generate.generate(steps, prompt, 0, N_NEW))
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    return ((x - exact).norm() / exact.norm()).item()
+
+
+def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor) -> dict[str, float]:
+    """How far the logits of a decode step are from exact's: one process's with kernels and without, and the ranks'. The
+    median over tokens, since a rounding error can send a few tokens to another expert."""
+    ways = {
+        "kernels": {"sharded": False},
+        "PyTorch": {"sharded": False, "kernels": False},
+        "ranks": {},
+    }
+    expected = decoded_logits(exact, tokens)
+    errors = {}
+    for name, options in ways.items():
+        model = load(path, torch.bfloat16, **options)
+        differences = (decoded_logits(model, tokens) - expected).norm(dim=-1)  # [B, T]
+        errors[name] = (differences / expected.norm(dim=-1)).median().item()
+    errors["ranks"] = max(tp.gather_objects(errors["ranks"]))
+    return errors
+
+
+def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:
+    """Those of tokens [B, T] that come one by one."""
+    kv_cache, logits = KVCache(model, *tokens.shape), []
+    for i, token in enumerate(tokens.split(1, dim=1)):
+        logits.append(model(token, torch.full((len(tokens),), i), kv_cache))
+    return torch.cat(logits, dim=1)
+
+
+class BytesRead(TorchDispatchMode):
+    """Counts the bytes that operations copy out of some tensors."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages, self.total = {t.untyped_storage().data_ptr() for t in tensors}, 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: PyTorch would import its compiler to see to it, which takes longer than a case."""
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if args and self.is_watched(args[0]) and isinstance(out, Tensor) and not self.is_watched(out):
+            self.total += out.nbytes
+        return out
+
+    def is_watched(self, t) -> bool:
+        return isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self.storages
+
+
+def bytes_read(path: Path) -> dict:
+    """What is read of the file for this rank's part, how much that must be, and the size of all that is cut."""
+    config, quantization, tensors = read_checkpoint(path)
+    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+    with torch.device("meta"):
+        model = Transformer(config)
+    for _, linear in model.linears():
+        linear.set_format(format_of(quantization))
+    shard_tensor = tp.shard(model, CPU)
+    with BytesRead(tensors.values()) as read:
+        parts = {name: shard_tensor(name, t) for name, t in tensors.items()}
+    cut = [name for name, part in parts.items() if part is not tensors[name]]
+    held = sum(parts[name].nbytes for name in cut)
+    return {"read": read.total, "held": held, "cut": sum(tensors[name].nbytes for name in cut)}
+
+
+def wait():
+    print("pid", tp.gather_objects(os.getpid()), flush=True)
+    while True:
+        tp.gather_objects(0)
+
+
+def main():
+    job, *arguments = sys.argv[1:]
+    with tp.ranks():
+        torch.set_num_threads(1)
+        if job == "compare":
+            folder, out = map(Path, arguments)
+            results = compare(folder)
+            if tp.dist.get_rank() == 0:
+                out.write_text(json.dumps(results))
+            tp.gather_objects("done")
+            if tp.dist.get_rank() == 1:
+                raise RuntimeError("this rank dies")
+        wait()
+
+
+if __name__ == "__main__":
+    main()
