@@ -1,16 +1,18 @@
 """The command line of generate.py: its options, and what is wrong with those that were given."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import cli
 from config import UsageError
-from kernels.cpu import find_compiler
+from kernels import MAX_ROWS
 from sampling import Sampling
 from speculate import MAX_PROPOSED
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
-DEFAULT_K = {"draft": 5, "lookup": 7}  # looking up costs nothing
+DEFAULT_PROMPT = "Hello, my name is"
+DEFAULT_K = {"draft": 5, "lookup": MAX_ROWS - 1}  # looking up costs nothing
 
 
 def parse_args(doc: str) -> argparse.Namespace:
@@ -21,10 +23,10 @@ def parse_args(doc: str) -> argparse.Namespace:
         sampling        temperature, top_k and top_p as a Sampling
 
     Raises UsageError for options that do not go together or have no meaning."""
-    parser = make_parser(doc)
-    args = parser.parse_args()
-    # "is not": a prompt may be given that equals the default
-    has_prompt = args.prompt is not parser.get_default("prompt") or args.prompt_file is not None
+    args = make_parser(doc).parse_args()
+    has_prompt = args.prompt is not None or args.prompt_file is not None
+    if args.prompt is None:
+        args.prompt = DEFAULT_PROMPT
     args.conversation = args.interactive or (args.chat and not has_prompt)
     args.speculative = args.draft_checkpoint_path is not None or args.prompt_lookup is not None
     check_counts(args)
@@ -43,7 +45,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     cli.add_checkpoint_path(parser, DEMO, "model.pth, its tokenizer beside it (default: the demo's)")
     # the prompt
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="Hello, my name is", help="text to continue (default: %(default)r)")
+    prompt.add_argument("--prompt", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
     prompt.add_argument("--prompt_file", type=Path, help="text file, one prompt a line, each in turn")
     prompt.add_argument("--prompt_tokens", type=int, metavar="N", help="N random tokens, for benchmarks")
     add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
@@ -64,6 +66,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     lookup = "speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)"
     add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N", help=lookup)
     k = "tokens to propose at a time, at most (default: {draft}, looked up: {lookup})".format(**DEFAULT_K)
+    k += f"; above {MAX_ROWS - 1} they are verified without the kernels, with quantized weights several times slower"
     add("--speculate_k", type=int, metavar="K", help=k)
     # how it runs
     add("--compile", action="store_true", help="compile the decode step")
@@ -112,13 +115,13 @@ def check_speculation(args: argparse.Namespace):
         value = getattr(args, name)
         if value is not None and value > MAX_PROPOSED:
             raise UsageError(f"--{name} must be at most {MAX_PROPOSED}, not {value}")
+    if args.speculate_k and args.speculate_k >= MAX_ROWS:
+        print(f"More than {MAX_ROWS - 1} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
 def check_environment(args: argparse.Namespace):
     if args.profile and not can_be_written(args.profile):
         raise UsageError(f"--profile {args.profile} must be a file in a folder that exists")
-    if args.compile and find_compiler() is None:
-        raise UsageError("--compile needs a C++ compiler ($CXX, g++ or clang++); install one or leave it out")
     if args.checkpoint_path == DEMO and not DEMO.is_file():
         raise UsageError("no --checkpoint_path given and no demo model here; run ./scripts/demo.sh, which gets one")
 

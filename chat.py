@@ -1,6 +1,6 @@
 """A conversation with a chat model: its messages, and a terminal for it.
 
-    conversation = Conversation(tokenizer, continue_text, context_length=kv_cache.length, eos_ids=config.eos_ids)
+    conversation = Conversation(tokenizer, stream_tokens, context_length=kv_cache.length, eos_ids=config.eos_ids)
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
@@ -21,7 +21,7 @@ from config import UsageError
 from tokenizer import Tokenizer, stream
 
 # (ids of a text, how many of them are in the KV cache, max_new_tokens) -> the tokens of each step: [n][B]
-ContinueText = Callable[[list[int], int, int], Iterator[list[list[int]]]]
+StreamTokens = Callable[[list[int], int, int], Iterator[list[list[int]]]]
 
 COMMANDS = "Type a message; /drop forgets the oldest, /reset all of them, /exit ends."
 FULL = "The context is full: /drop forgets the oldest message and its answer, /reset all of them."
@@ -33,12 +33,12 @@ class ContextFull(UsageError):
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, continue_text: ContinueText, context_length: int, eos_ids: Sequence[int],
+        self, tokenizer: Tokenizer, stream_tokens: StreamTokens, context_length: int, eos_ids: Sequence[int],
         system: str | None = None,
     ):  # fmt: skip
         """context_length: tokens that the KV cache has room for. system: a message that stands before all others.
         Raises UsageError if the checkpoint has no chat template."""
-        self.tokenizer, self.continue_text = tokenizer, continue_text
+        self.tokenizer, self.stream_tokens = tokenizer, stream_tokens
         self.context_length, self.eos_ids = context_length, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
@@ -80,7 +80,7 @@ class Conversation:
             n_cached += 1
         del self.cached[n_cached:]
         not_cached = ids[n_cached:]
-        for step_tokens in self.continue_text(ids, n_cached, max_new_tokens):
+        for step_tokens in self.stream_tokens(ids, n_cached, max_new_tokens):
             for (token,) in step_tokens:
                 self.token_times.append(time.perf_counter())
                 self.cached += not_cached

@@ -132,9 +132,10 @@ def check_positive_number(what: str, value):
 class Family:
     """How the config.json of one architecture is read."""
 
+    model_type: str  # what config.json calls it beside, or in place of, "architectures"
     defaults: dict  # what transformers assumes for a field that config.json leaves out
-    window: str = "none"  # which layers have sliding_window: "none", "all" or those that "layer_types" names
-    window_switch: bool = False  # and only if use_sliding_window is true
+    window: str = "none"  # 'none' | 'all' | 'layer_types': which layers have sliding_window
+    window_switch: bool = False  # the family has a use_sliding_window flag that must also be true
     ffn_dim: str = "intermediate_size"  # the field that holds it
     n_experts: tuple[str, ...] = ()  # the fields that may hold it; none: the feed-forward is dense
     norm_topk_prob: bool | None = True  # None: config.json says it
@@ -145,16 +146,20 @@ class Family:
 MISTRAL = dict(max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8)
 QWEN = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096)
 FAMILIES = {
-    "LlamaForCausalLM": Family(dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
-    "MistralForCausalLM": Family(MISTRAL | dict(sliding_window=4096), window="layer_types"),
+    "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
+    "MistralForCausalLM": Family("mistral", MISTRAL | dict(sliding_window=4096), window="layer_types"),
     "MixtralForCausalLM": Family(
+        "mixtral",
         MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
         window="all",
         n_experts=("num_local_experts",),
     ),
-    "Qwen2ForCausalLM": Family(QWEN, window="layer_types", window_switch=True, always_qkv_bias=True),
-    "Qwen3ForCausalLM": Family(QWEN | dict(head_dim=128), window="layer_types", window_switch=True, qk_norm=True),
+    "Qwen2ForCausalLM": Family("qwen2", QWEN, window="layer_types", window_switch=True, always_qkv_bias=True),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", QWEN | dict(head_dim=128), window="layer_types", window_switch=True, qk_norm=True
+    ),
     "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
         QWEN
         | dict(num_key_value_heads=4, num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
         window="all",
@@ -165,14 +170,7 @@ FAMILIES = {
         qk_norm=True,
     ),
 }
-MODEL_TYPES = {  # of a config.json without "architectures"
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}  # if there is no "architectures"
 # Fields that change the maths in ways the model does not follow, and the values under which they change nothing
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
@@ -281,6 +279,8 @@ def read_rope(hf: dict) -> dict:
     rope = {"rope_theta": hf.get("rope_theta", 10000.0), "rope_type": "default"}
     for field in ("rope_parameters", "rope_scaling"):
         fields = hf.get(field) or {}
+        if not isinstance(fields, dict):
+            raise UsageError(f"config.json: {field} must be an object, not {fields!r}")
         rope |= fields
         if "rope_type" not in fields and "type" in fields:  # the older spelling
             rope["rope_type"] = fields["type"]

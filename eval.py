@@ -239,7 +239,7 @@ class HarnessModel:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.max_batch_size, self.compile = max_length, batch_size, compile
-        self.bos = tokenizer.names.get("bos_token")
+        self.bos = tokenizer.special_names.get("bos_token")
 
     @property
     def eot_token_id(self) -> int:
@@ -264,7 +264,7 @@ class HarnessModel:
         template = self.tokenizer.chat_template
         if template is None:
             raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
-        text = render(template, self.tokenizer.names, chat_history, add_generation_prompt)
+        text = render(template, self.tokenizer.special_names, chat_history, add_generation_prompt)
         if not add_generation_prompt:  # the model is to go on with the last message
             last = chat_history[-1]["content"].strip()
             text = text[: text.rindex(last) + len(last)]

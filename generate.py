@@ -32,12 +32,12 @@ from torch import Tensor
 
 import tp
 from arguments import parse_args
-from chat import ContinueText, Conversation, converse
+from chat import Conversation, StreamTokens, converse
 from checkpoint import read_text
 from config import UsageError
 from kernels import MAX_ROWS
 from loading import load, load_model
-from machine import pick_device, read_bandwidth
+from machine import pick_device
 from model import KVCache, Transformer
 from report import Sample, describe, end_tokens, print_report
 from speculate import (
@@ -49,11 +49,11 @@ from speculate import (
     proposal_sizes,
     speculate,
 )
-from steps import OOM_HINT, Steps, build_steps, check_finite, make_kv_cache
+from steps import OOM_HINT, Steps, build_steps, check_finite, device_of, make_kv_cache
 from tokenizer import TextStream, Tokenizer
 
 # What a program that generates text needs
-__all__ = ["load", "load_model", "make_kv_cache", "build_steps", "generate", "continue_text"]
+__all__ = ["load", "load_model", "make_kv_cache", "build_steps", "generate", "stream_tokens"]
 
 CONVERSATION_LENGTH = 8192  # tokens that a conversation has room for, if the model's context is so long
 
@@ -101,7 +101,7 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def continue_text(
+def stream_tokens(
     steps: Steps, batch_size: int, device: torch.device, history: list[int], start: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
     """generate in the form of speculate: every row continues history, a text's ids, of which the cache holds the first
@@ -134,10 +134,10 @@ def main():
         speculation = build_speculation(
             model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile
         )
-        continuation = partial(speculate, speculation)
+        stream = partial(speculate, speculation)
     else:
         speculation = None
-        continuation = partial(continue_text, steps, args.batch_size, device)
+        stream = partial(stream_tokens, steps, args.batch_size, device)
     start = time.perf_counter()
     warm_up(args, steps, speculation, len(prompts[0]) if prompts else MAX_ROWS + 1, device)
     stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
@@ -146,9 +146,9 @@ def main():
 
     torch.manual_seed(args.seed)
     if args.conversation:
-        converse(Conversation(tokenizer, continuation, length, model.config.eos_ids, args.system), args.max_new_tokens)
+        converse(Conversation(tokenizer, stream, length, model.config.eos_ids, args.system), args.max_new_tokens)
     else:
-        continue_prompts(args, model, kv_cache, tokenizer, continuation, prompts, stats)
+        complete_prompts(args, model, kv_cache, tokenizer, stream, prompts, stats)
 
 
 # ---- Before the first token -----------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def warm_up(
         return torch.zeros(shape, dtype=torch.long, device=device)
 
     if args.compile_prefill:
-        # From position 1 on: else the tokens are as many as the positions in use, and the compiler counts on that.
+        # At position 0, T == S and dynamo would specialize on it; starting at 1 keeps them distinct symbols.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
     if not args.compile:
         return
@@ -251,34 +251,31 @@ def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device)
 # ---- Prompts --------------------------------------------------------------------------------------------------------
 
 
-def continue_prompts(
+def complete_prompts(
     args: argparse.Namespace,
     model: Transformer,
     kv_cache: KVCache,
     tokenizer: Tokenizer,
-    continuation: ContinueText,
+    stream: StreamTokens,
     prompts: list[list[int]],
     stats: dict,
 ):
-    """Continues each prompt and prints the result. stats: what is the same for all."""
-    bandwidth = None
+    """Completes each prompt and prints the result. stats: what is the same for all."""
     for prompt in prompts:
-        samples, texts = continue_prompt(args, model, tokenizer, continuation, prompt)
+        samples, texts = complete_prompt(args, model, tokenizer, stream, prompt)
         result = describe(args, model, kv_cache, prompt, samples, texts) | stats
         if tp.world_size() > 1:
             result["rank_peak_memory_bytes"] = tp.gather_objects(result["peak_memory_bytes"])
         if args.json:
             print(json.dumps(result), flush=True)
         else:
-            if bandwidth is None:
-                bandwidth = read_bandwidth(kv_cache.layers[0].k.device)
-            print_report(result, bandwidth)
+            print_report(result, device_of(model))
 
 
-def continue_prompt(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, continuation: ContinueText, prompt: list[int]
+def complete_prompt(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, stream: StreamTokens, prompt: list[int]
 ) -> tuple[list[Sample], list[str]]:
-    """Continues prompt num_samples times, and prints that unless --json is given. Returns the samples, and the texts of
+    """Completes prompt num_samples times, and prints that unless --json is given. Returns the samples, and the texts of
     the last one's rows."""
     ends = end_tokens(args, model)
     before = [] if args.chat else prompt  # a chat's answer begins a text
@@ -287,7 +284,7 @@ def continue_prompt(
         is_last = i == args.num_samples - 1
         text = None if args.json else TextStream(tokenizer, before)
         with profiled(args.profile if is_last else None):
-            sample = take_sample(args, continuation, prompt, ends, text)
+            sample = complete_once(args, stream, prompt, ends, text)
         samples.append(sample)
         texts = [tokenizer.decode([token for token in row if token not in ends], before) for row in sample.rows]
         if not args.json:
@@ -297,13 +294,13 @@ def continue_prompt(
     return samples, texts
 
 
-def take_sample(
-    args: argparse.Namespace, continuation: ContinueText, prompt: list[int], ends: set[int], text: TextStream | None
+def complete_once(
+    args: argparse.Namespace, stream: StreamTokens, prompt: list[int], ends: set[int], text: TextStream | None
 ) -> Sample:
-    """Continues prompt until every row has met an end token. text prints the first row as it comes."""
+    """Completes prompt, until every row has met an end token. text prints the first row as it comes."""
     sample = Sample([[] for _ in range(args.batch_size)], start_time=time.perf_counter())
     has_ended = [False] * args.batch_size
-    for step_tokens in continuation(prompt, 0, args.max_new_tokens):
+    for step_tokens in stream(prompt, 0, args.max_new_tokens):
         sample.step_times.append(time.perf_counter())
         n_used = 0
         for ids in step_tokens:

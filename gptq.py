@@ -25,11 +25,11 @@ from kernels.formats import Int4, Tensors, pack_int4, range_of, split_groups, to
 from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
 from tokenizer import Tokenizer
 
-SLAB = 2**24  # weights rounded at a time; bounds the memory of float32 copies
+CHUNK_WEIGHTS = 2**24  # weights rounded at a time; bounds the memory of float32 copies
 
 
 @dataclass(frozen=True)
-class Settings:
+class GPTQConfig:
     group_size: int
     damp: float  # part of the Hessian's mean diagonal that is added to it, so that it has an inverse
     block_size: int  # columns rounded before their errors reach the columns behind the block
@@ -38,7 +38,7 @@ class Settings:
 
 @torch.inference_mode()
 def quantize_model(
-    model: Transformer, windows: Tensor, device: torch.device, settings: Settings
+    model: Transformer, windows: Tensor, device: torch.device, config: GPTQConfig
 ) -> Iterator[tuple[str, Tensors]]:
     """Quantizes the linears of model, which is on the CPU, on device, calibrated on windows [n, T] of tokens. Yields
     (name, tensors). A layer that is done leaves the memory."""
@@ -51,16 +51,16 @@ def quantize_model(
         hessians = hessians_of(model, i, xs, positions, cache)
         for name in list(hessians):
             linear, hessian = model.get_submodule(name), hessians.pop(name)  # each leaves the memory in turn
-            yield name, quantize_linear(name, linear, hessian, settings)
+            yield name, quantize_linear(name, linear, hessian, config)
         xs = [layer(x, positions, cache) for x in xs]
         layer.to("meta")
     model.norm.to(device)
     model.output.to(device)
     hessian = sum(outer(model.norm(x)) for x in xs)
-    yield "output", quantize_linear("output", model.output, hessian, settings)
+    yield "output", quantize_linear("output", model.output, hessian, config)
 
 
-def quantize_linear(name: str, linear: Linear, hessian: Tensor, settings: Settings) -> Tensors:
+def quantize_linear(name: str, linear: Linear, hessian: Tensor, config: GPTQConfig) -> Tensors:
     """The tensors of linear in int4, on the CPU. Its weight becomes what they stand for, so that the layers to come see
     the error."""
     check_finite_weight(name, linear.weight)
@@ -68,8 +68,8 @@ def quantize_linear(name: str, linear: Linear, hessian: Tensor, settings: Settin
     unseen = is_zero.all(-1).sum().item()
     if unseen:
         print(f"{name}: {unseen} of the experts got no token and are rounded to nearest", file=sys.stderr)
-    tensors = solve(linear.weight, hessian, settings)
-    linear.set_tensor("weight", Int4(settings.group_size).dequantize(tensors, linear.weight.dtype))
+    tensors = gptq_quantize(linear.weight, hessian, config)
+    linear.set_tensor("weight", Int4(config.group_size).dequantize(tensors, linear.weight.dtype))
     return {kind: t.cpu() for kind, t in tensors.items()}
 
 
@@ -101,7 +101,7 @@ def hessians_of(
         if not name.startswith(f"layers.{i}."):
             continue
         experts = () if linear.n_experts is None else (linear.n_experts,)
-        sums[name] = torch.zeros(*experts, linear.n_in, linear.n_in, device=linear.weight.device)
+        sums[name] = torch.zeros(*experts, linear.in_features, linear.in_features, device=linear.weight.device)
         hooks.append(linear.register_forward_pre_hook(partial(add_inputs, name), with_kwargs=True))
     for x in xs:
         model.layers[i](x, positions, cache)
@@ -156,13 +156,13 @@ def task_text(tasks: list[str], limit: int) -> str:
 # ---- Rounding. N and K: a weight's outputs and inputs, its rows and columns -----------------------------------------
 
 
-def solve(w: Tensor, hessian: Tensor, settings: Settings) -> Tensors:
+def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
     """w [..., N, K] rounded so that (w - rounded) x is small for the x that hessian [..., K, K] was made of."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()  # [..., K]
     mean = diagonal.mean(-1, keepdim=True)
     mean[mean == 0] = 1  # an expert without tokens: then all columns matter the same
-    damping = (settings.damp * mean).expand_as(diagonal)
-    if settings.act_order:
+    damping = (config.damp * mean).expand_as(diagonal)
+    if config.act_order:
         order = diagonal.argsort(-1, descending=True)
     else:
         order = torch.arange(w.shape[-1], device=w.device).expand_as(diagonal)
@@ -173,14 +173,14 @@ def solve(w: Tensor, hessian: Tensor, settings: Settings) -> Tensors:
         upper = torch.linalg.cholesky(inverse).mT.contiguous()
     except torch.linalg.LinAlgError:
         raise UsageError("a Hessian has no inverse: raise --percdamp, unless the model overflows") from None
-    slabs = w.split(max(1, SLAB * w.shape[-2] // w.numel()), dim=-2)
-    done = [solve_rows(rows.float(), diagonal + damping, order, upper, settings) for rows in slabs]
+    chunks = w.split(max(1, CHUNK_WEIGHTS * w.shape[-2] // w.numel()), dim=-2)  # of rows
+    done = [gptq_quantize_rows(rows.float(), diagonal + damping, order, upper, config) for rows in chunks]
     return {kind: torch.cat([tensors[kind] for tensors in done], dim=-2) for kind in done[0]}
 
 
-def solve_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor, settings: Settings) -> Tensors:
-    """solve for some rows of w. order is that of the columns, upper the Cholesky factor of the inverted Hessian."""
-    group_size, k = settings.group_size, w.shape[-1]
+def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor, config: GPTQConfig) -> Tensors:
+    """gptq_quantize for some rows of w. order: the columns'. upper: the Cholesky factor of the inverted Hessian."""
+    group_size, k = config.group_size, w.shape[-1]
     importance = split_groups(diagonal[..., None, :], group_size)
     scales, zeros = fit_range(split_groups(w, group_size), importance)  # [..., N, G]
 
@@ -190,8 +190,8 @@ def solve_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor, settin
     column_zeros = (zeros.float() / 16).take_along_dim(group_ids, -1).mT.contiguous()
     columns = w.take_along_dim(order[..., None, :], -1).mT.contiguous()
 
-    for start in range(0, k, settings.block_size):
-        stop = min(start + settings.block_size, k)
+    for start in range(0, k, config.block_size):
+        stop = min(start + config.block_size, k)
         errors = torch.empty_like(columns[..., start:stop, :])
         for i in range(start, stop):
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]

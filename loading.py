@@ -70,7 +70,7 @@ def load_model(
     if kernels:
         enable_kernels(model, mapped=True)
     if n_ranks > 1:
-        tp.join(model)
+        tp.insert_collectives(model)
     return model
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from config import UsageError
 
+READ_BYTES = 2**29  # that read_bandwidth reads at a time: more than any cache holds
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # Linux's numbers for madvise
 
 
@@ -47,8 +48,11 @@ def synchronize(device: torch.device):
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a sum over 512 MiB reads, the best of five: no step can read its weights faster."""
-    x = torch.ones(2**27, device=device)
+    """Bytes per second that a sum over 512 MiB reads, the best of five: no step can read its weights faster. Raises
+    what lacks_memory knows if there is no room for so much."""
+    if device.type == "cpu" and free_memory() < READ_BYTES:
+        raise MemoryError
+    x = torch.ones(READ_BYTES // 4, device=device)
     seconds = []
     for _ in range(5):
         synchronize(device)
@@ -67,15 +71,23 @@ def free_memory() -> float:
         words = Path("/proc/meminfo").read_text().split()  # MemAvailable: 123 kB SwapFree: 456 kB ...
         kilobytes = [int(words[words.index(name) + 1]) for name in ("MemAvailable:", "SwapFree:")]
         free.append(sum(kilobytes) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # what a container's limit leaves; the file says "max" for none
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError):  # a ValueError is what the word "max" gives: there is no limit
+        free.append(free_in_container(Path("/sys/fs/cgroup")))
     with contextlib.suppress(OSError, ValueError):  # what `ulimit -v` leaves
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         pages_in_use = int(Path("/proc/self/statm").read_text().split()[0])
         if soft_limit != resource.RLIM_INFINITY:
             free.append(soft_limit - pages_in_use * mmap.PAGESIZE)
     return min(free)
+
+
+def free_in_container(cgroup: Path) -> int:
+    """Bytes that a container's limit leaves. Copies of files, such as a checkpoint just read, count as memory in use;
+    those that have not been asked for lately, inactive_file, make room when it is needed."""
+    limit = int((cgroup / "memory.max").read_text())
+    in_use = int((cgroup / "memory.current").read_text())
+    words = (cgroup / "memory.stat").read_text().split()  # anon 123 file 456 ...
+    return limit - in_use + int(words[words.index("inactive_file") + 1])
 
 
 def need_memory(n_bytes: int, what: str, oom_hint: str):

@@ -10,6 +10,7 @@ F feed-forward width, E experts, K experts a token uses, V vocabulary. Nothing h
 generate.py.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -47,6 +48,7 @@ class Transformer(nn.Module):
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, dim], by the kernels of the head's backend, which is that of the whole model."""
         return kernels.embed(tokens, self.tok_embeddings.weight, self.output.backend)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -94,9 +96,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, cache: "LayerCache") -> Tensor:
         """x [B, T, dim] -> the same."""
-        # x = x + attention(norm(x)). The norm becomes a part of attention's first product, the sum of its last.
+        # x = x + attention(norm(x))
+        # x = x + feed_forward(norm(x))
+        # The norm and the residual x are passed in: the first product of each half fuses the one, the last the other.
         x = self.attention(x, positions, cache, norm=self.attention_norm, residual=x)
-        # x = x + feed_forward(norm(x)), likewise
         return self.feed_forward(x, norm=self.ffn_norm, residual=x)
 
 
@@ -154,17 +157,19 @@ class MoE(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T [+ bias], or a stack of experts' matrices [E, N, K]. format says how W is stored, backend whose kernels
-    read it, and in their order ("torch": in the checkpoint's)."""
+    """y = x W^T [+ bias], or a stack of experts' matrices [E, N, K].
 
-    def __init__(self, n_in: int, n_out: int, bias: bool = False, n_experts: int | None = None):
+    format: how W is stored (kernels/formats.py). backend: whose kernels read it, in whose layout its tensors are
+    packed; "torch" is plain PyTorch and the checkpoint's layout."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
         super().__init__()
-        self.n_in, self.n_out, self.n_experts = n_in, n_out, n_experts
+        self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
         self.format: Format = Dense()
         self.backend = "torch"
-        shape = (n_out, n_in) if n_experts is None else (n_experts, n_out, n_in)
+        shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(n_out), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.register_buffer("scales", None)
         self.register_buffer("zeros", None)
 
@@ -248,10 +253,10 @@ class KVCache:
             shape = (batch_size, layer.attention.n_kv_heads, length, layer.attention.head_dim)
             self.layers.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), rope))
 
-    def first(self, n: int) -> "KVCache":
+    def prefix(self, n: int) -> "KVCache":
         """The same cache as if it had n positions: attention in plain PyTorch looks at every position that there is."""
-        view = object.__new__(KVCache)
-        view.batch_size, view.length = self.batch_size, n
+        view = copy.copy(self)
+        view.length = n
         view.layers = [LayerCache(c.k[:, :, :n], c.v[:, :, :n], c.rope[:n]) for c in self.layers]
         return view
 

@@ -133,8 +133,8 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
     if length > context:
         raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
     windows = gptq.calibration_windows(tokenizer, text, length, limit)
-    settings = gptq.Settings(args.groupsize, args.percdamp, args.blocksize, args.act_order)
-    return gptq.quantize_model(model, windows, device, settings)
+    config = gptq.GPTQConfig(args.groupsize, args.percdamp, args.blocksize, args.act_order)
+    return gptq.quantize_model(model, windows, device, config)
 
 
 def write(

@@ -4,15 +4,18 @@ import argparse
 import statistics
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 
-from machine import peak_memory
+import torch
+
+from machine import lacks_memory, peak_memory, read_bandwidth
 from model import KVCache, Transformer
 from steps import device_of
 
 
 @dataclass
 class Sample:
-    """A prompt's continuation, and when it came."""
+    """What a prompt was continued with, and when it came."""
 
     rows: list[list[int]]  # the new tokens of each row, its end token included
     start_time: float
@@ -76,19 +79,33 @@ def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, comp
     return n_read * kv_cache.bytes_per_token()
 
 
-def print_report(result: dict, read_bandwidth: float):
-    """One sentence on stderr. read_bandwidth: bytes per second that this machine reads."""
+@cache
+def measured_bandwidth(device: torch.device) -> float | None:
+    """read_bandwidth of device, measured once; None if the model has left too little memory to measure it."""
+    try:
+        return read_bandwidth(device)
+    except (MemoryError, RuntimeError) as e:
+        if lacks_memory(e):
+            return None
+        raise
+
+
+def print_report(result: dict, device: torch.device):
+    """One sentence on stderr. The model is on device."""
     counts, speculation = result["accept_counts"], ""
     if counts is not None:
         n_tokens = sum(n * count for n, count in enumerate(counts, start=1))
         speculation = f", {n_tokens / max(sum(counts), 1):.2f} tokens a step"
-    machine = read_bandwidth / 1e9
-    share = 100 * result["bandwidth_gb_per_sec"] / machine
+    used, share, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(device)
+    if readable is not None:
+        share = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
+    # In a batch all rows take every step together, so each of them has this speed.
+    n_rows = len(result["tokens"])
+    rows, each = (f" in {n_rows} rows,", " each") if n_rows > 1 else ("", "")
     print(
         f"{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.2f} s, "
-        f"{result['generated_tokens']} generated at {result['decode_tokens_per_sec']:.1f} tokens/s"
-        f"{speculation}: {result['bandwidth_gb_per_sec']:.1f} GB/s, "
-        f"{share:.0f} % of the {machine:.1f} GB/s this machine reads "
+        f"{result['generated_tokens']} generated{rows} at {result['decode_tokens_per_sec']:.1f} tokens/s"
+        f"{each}{speculation}: {used:.1f} GB/s{share} "
         f"(load {result['load_seconds']:.1f} s, compile {result['compile_seconds']:.1f} s)",
         file=sys.stderr,
     )

@@ -1,6 +1,6 @@
 """Speculative decoding: something cheap proposes a few tokens, and the model verifies all of them in one step.
 
-    proposer = PromptLookup(longest=3, device=device)
+    proposer = PromptLookup(max_ngram=3, device=device)
     speculation = build_speculation(model, kv_cache, steps, sampling, proposer, k=5)
     for tokens in speculate(speculation, history, start=0, max_new_tokens=100): ...
 
@@ -28,7 +28,9 @@ from sampling import Sampling, multinomial, probabilities, sample
 from steps import Step, Steps, build_step, build_steps, check_finite, device_of
 
 MAX_PROPOSED = 32  # tokens to propose at a time, or to look up
-VERIFY_COST = 0.1  # of one more token in a step, in steps: 0.01 in 16 bits, 0.02 in 8, 0.15 in 4
+# What one more token costs in a step, in steps
+VERIFY_COST = 0.1  # 0.01 in 16 bits, 0.02 in 8, 0.15 in 4
+MOE_VERIFY_COST = 0.65  # on a GPU, where every token reads its own experts: a step of five tokens costs 3.58
 EMA_DECAY = 0.9  # what one step leaves of the counts of accepted and rejected tokens
 IDLE_DECAY = 0.97  # the same for a step that verified nothing: after a while it is worth another try
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # these counts before there are any
@@ -59,6 +61,7 @@ class Speculation:
     proposer: Proposer
     k: int  # tokens to propose at a time, at most
     device: torch.device
+    verify_cost: float = VERIFY_COST  # of one proposed token, in steps
 
     def verify(self, last_token: Tensor, positions: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
         """How many of the tokens proposed after last_token [1, 1] are accepted, and the tokens to go on with: these and
@@ -80,10 +83,11 @@ def build_speculation(
 ) -> Speculation:
     """What speculate needs for model. steps are its plain ones, for the same kv_cache and sampling."""
 
-    def head(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
+    def select_tokens(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
-    return Speculation(steps, build_step(model, kv_cache, head, compile), proposer, k, device_of(model))
+    verify_step = build_step(model, kv_cache, select_tokens, compile)
+    return Speculation(steps, verify_step, proposer, k, device_of(model), verify_cost(model))
 
 
 @torch.inference_mode()
@@ -107,7 +111,7 @@ def speculate(
             return
         proposer.rewind(len(history) - 1)  # the last token is the model's own
         possible_sizes = [size for size in proposal_sizes(speculation.k) if size < n_left]
-        k = best_size(possible_sizes, acceptance.rate, proposer.cost)
+        k = best_size(possible_sizes, acceptance.rate, proposer.cost + speculation.verify_cost)
         proposal = proposer.propose(history, k) if k > 0 else None
         last_token = torch.tensor([history[-1:]], device=device)
         positions = torch.tensor([len(history) - 1], device=device)
@@ -177,12 +181,18 @@ def proposal_sizes(k: int) -> list[int]:
     return sorted({k, max(1, k // 3)})
 
 
+def verify_cost(model: Transformer) -> float:
+    """What it costs to verify one proposed token, in steps of model."""
+    on_gpu = device_of(model).type != "cpu"
+    return MOE_VERIFY_COST if model.config.moe is not None and on_gpu else VERIFY_COST
+
+
 def best_size(sizes: list[int], acceptance_rate: float, cost: float) -> int:
-    """Which of sizes, or 0, promises most tokens for the time."""
+    """Which of sizes, or 0, promises most tokens for the time. cost: of proposing and verifying a token, in steps."""
 
     def tokens_per_time(k: int) -> float:
         expected_tokens = sum(acceptance_rate**i for i in range(k + 1))  # token i comes if the i before are accepted
-        return expected_tokens / (1 + k * (cost + VERIFY_COST))
+        return expected_tokens / (1 + k * cost)
 
     return max([0, *sizes], key=tokens_per_time)
 
@@ -195,32 +205,32 @@ class PromptLookup:
 
     cost = 0.0
 
-    def __init__(self, longest: int, device: torch.device):
-        """longest: tokens to look for. If so many are not found, fewer are, but at least two."""
-        self.longest, self.device = longest, device
-        self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> position of what followed it last
-        self.n_known = 0  # tokens of the text whose n-grams are in follows
+    def __init__(self, max_ngram: int, device: torch.device):
+        """max_ngram: tokens to look for. If so many are not found, fewer are, but at least two."""
+        self.max_ngram, self.device = max_ngram, device
+        self.next_index: dict[tuple[int, ...], int] = {}  # n-gram -> index in the text of what followed it last
+        self.n_known = 0  # tokens of the text whose n-grams are in next_index
 
     def propose(self, history: list[int], k: int) -> Proposal | None:
         self.learn(history)
-        for n in range(self.longest, 1, -1):
-            position = self.follows.get(tuple(history[-n:]))
-            if position is not None:
-                found = history[position:]
+        for n in range(self.max_ngram, 1, -1):
+            index = self.next_index.get(tuple(history[-n:]))
+            if index is not None:
+                found = history[index:]
                 tokens = [found[i % len(found)] for i in range(k)]  # at the text's end it begins again
                 return Proposal(torch.tensor(tokens, device=self.device), None)
         return None
 
     def learn(self, history: list[int]):
         """Notes what followed each n-gram of the new tokens; not yet of the last, which nothing follows."""
-        for position in range(max(self.n_known, 2), len(history)):
-            for n in range(2, self.longest + 1):
-                self.follows[tuple(history[max(0, position - n) : position])] = position
+        for index in range(max(self.n_known, 2), len(history)):
+            for n in range(2, self.max_ngram + 1):
+                self.next_index[tuple(history[max(0, index - n) : index])] = index
         self.n_known = len(history)
 
     def rewind(self, n: int):
         if n < self.n_known:
-            self.follows.clear()
+            self.next_index.clear()
             self.n_known = 0
 
 
@@ -264,7 +274,7 @@ def build_draft_model(
     """draft, with kv_cache, as the proposer for model."""
     vocab_size = model.config.vocab_size
 
-    def head(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def select_tokens(logits: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, :vocab_size]  # models of one family fill their vocabularies up to different sizes
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None
@@ -272,6 +282,6 @@ def build_draft_model(
         return tp.broadcast(multinomial(probs)), probs
 
     prefill = build_steps(draft, kv_cache, Sampling()).prefill
-    step = build_step(draft, kv_cache, head, compile)
+    step = build_step(draft, kv_cache, select_tokens, compile)
     cost = draft.step_bytes() / model.step_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, device_of(model), cost)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import tp
 from config import UsageError
 from kernels import MAX_ROWS
+from kernels.cpu import find_compiler
 from kernels.record import record
 from machine import need_memory
 from model import KVCache, Transformer
@@ -89,59 +90,60 @@ def hidden_in_chunks(
         use_compiled = compiled_model is not None and chunk.numel() > MAX_ROWS
         chunk_model = compiled_model if use_compiled else model
         end = start + offset + chunk.shape[1]
-        yield chunk_model.hidden(chunk, positions + offset, kv_cache.first(end))
+        yield chunk_model.hidden(chunk, positions + offset, kv_cache.prefix(end))
 
 
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
-def build_step(model: Transformer, kv_cache: KVCache, head: Callable, compile: bool = False) -> Callable:
-    """The function (tokens [B, T], positions [B], *more) -> head(logits [B, T, V], *more), where more are tensors. The
-    next call may overwrite the logits, and with compile also what head returns."""
+def build_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool = False) -> Callable:
+    """The function (tokens [B, T], positions [B], *extra_inputs) -> select_tokens(logits [B, T, V], *extra_inputs), all
+    of tensors. The next call may overwrite the logits, and with compile also what select_tokens returns."""
     if device_of(model).type == "cpu":
-        return build_cpu_step(model, kv_cache, head, compile)
-    return build_gpu_step(model, kv_cache, head, compile)
+        return build_cpu_step(model, kv_cache, select_tokens, compile)
+    return build_gpu_step(model, kv_cache, select_tokens, compile)
 
 
-def build_cpu_step(model: Transformer, kv_cache: KVCache, head: Callable, compile: bool) -> Callable:
+def build_cpu_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool) -> Callable:
     """compile is for steps that the kernels do not take. It makes two pieces: one block, which serves all layers, and
-    the head. That takes a third of the time that compiling the whole step takes, and runs as fast."""
+    the output head with select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
 
     def forward(tokens: Tensor, positions: Tensor) -> Tensor:
         return model(tokens, positions, kv_cache)
 
-    def head_of_hidden(hidden: Tensor, *more: Tensor):
-        return head(model.logits(hidden), *more)
+    def select_from_hidden(hidden: Tensor, *extra_inputs: Tensor):
+        return select_tokens(model.logits(hidden), *extra_inputs)
 
     @cache
     def compiled() -> tuple[Transformer, Callable]:
         """Made when it is needed: importing the compiler alone takes a second and 150 MB."""
         options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
-        return compile_blocks(model, **options), torch.compile(head_of_hidden, **options)
+        return compile_blocks(model, **options), torch.compile(select_from_hidden, **options)
 
     recorded_forward = record(forward)
     uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
-    def step(tokens: Tensor, positions: Tensor, *more: Tensor):
+    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
         if uses_kernels(*tokens.shape):
-            return head(recorded_forward(tokens, positions), *more)
+            return select_tokens(recorded_forward(tokens, positions), *extra_inputs)
         if compile:
-            compiled_model, compiled_head = compiled()
-            return compiled_head(compiled_model.hidden(tokens, positions, kv_cache), *more)
-        return head(model(tokens, positions, used_part(kv_cache, tokens, positions)), *more)
+            compiled_model, compiled_select = compiled()
+            return compiled_select(compiled_model.hidden(tokens, positions, kv_cache), *extra_inputs)
+        return select_tokens(model(tokens, positions, used_part(kv_cache, tokens, positions)), *extra_inputs)
 
     return step
 
 
-def build_gpu_step(model: Transformer, kv_cache: KVCache, head: Callable, compile: bool) -> Callable:
-    """compile makes one graph of the device of the whole step, head and sampling included. Kernels alone are recorded;
+def build_gpu_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool) -> Callable:
+    """compile makes one graph of the device of the whole step, select_tokens included. Kernels alone are recorded;
     torch.compile does the rest, and the collectives of several ranks."""
 
-    def whole_step(tokens: Tensor, positions: Tensor, *more: Tensor):
-        return head(model(tokens, positions, kv_cache), *more)
+    def whole_step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
+        return select_tokens(model(tokens, positions, kv_cache), *extra_inputs)
 
     @cache
     def compiled_step() -> Callable:
+        check_compiler()
         for layer in kv_cache.layers:  # a graph of the device writes only to what stays at its address
             torch._dynamo.mark_static_address(layer.k)
             torch._dynamo.mark_static_address(layer.v)
@@ -150,22 +152,22 @@ def build_gpu_step(model: Transformer, kv_cache: KVCache, head: Callable, compil
     recorded_step = record(whole_step)
     uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
-    def step(tokens: Tensor, positions: Tensor, *more: Tensor):
+    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
         kernels_alone = uses_kernels(*tokens.shape)
         if compile and kernels_alone and tp.world_size() == 1:
-            return recorded_step(tokens, positions, *more)
+            return recorded_step(tokens, positions, *extra_inputs)
         if compile:
-            return compiled_step()(tokens, positions, *more)
+            return compiled_step()(tokens, positions, *extra_inputs)
         if kernels_alone:  # they find the used part of the cache themselves, without waiting for the device
-            return whole_step(tokens, positions, *more)
-        return head(model(tokens, positions, used_part(kv_cache, tokens, positions)), *more)
+            return whole_step(tokens, positions, *extra_inputs)
+        return select_tokens(model(tokens, positions, used_part(kv_cache, tokens, positions)), *extra_inputs)
 
     return step
 
 
 def used_part(kv_cache: KVCache, tokens: Tensor, positions: Tensor) -> KVCache:
     """kv_cache up to the last of tokens: attention in plain PyTorch looks at every position there is."""
-    return kv_cache.first(int(positions.max()) + tokens.shape[1])
+    return kv_cache.prefix(int(positions.max()) + tokens.shape[1])
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
@@ -174,10 +176,17 @@ def used_part(kv_cache: KVCache, tokens: Tensor, positions: Tensor) -> KVCache:
 def compile_blocks(model: Transformer, **options) -> Transformer:
     """A copy of model, with the same weights, whose blocks are compiled with these options of torch.compile. One
     compilation serves all blocks, since the weights are inputs of its graph."""
+    check_compiler()
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)  # or the copy would share its children with model
     compiled.layers = nn.ModuleList(torch.compile(layer, **options) for layer in model.layers)
     return compiled
+
+
+def check_compiler():
+    """Raises UsageError if torch.compile cannot work here."""
+    if find_compiler() is None:
+        raise UsageError("--compile needs a C++ compiler ($CXX, g++ or clang++); install one or leave it out")
 
 
 def can_be_one_graph(model: Transformer) -> bool:

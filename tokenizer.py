@@ -21,18 +21,18 @@ from chat_template import LLAMA2_TEMPLATE, render
 from checkpoint import read_json
 from config import UsageError
 
-NONCE = str(secrets.randbits(128))  # occurs in nobody's text; of digits, so that no template's filter changes it
+SENTINEL = str(secrets.randbits(128))  # occurs in nobody's text; of digits, so that no template's filter changes it
 NOTHING = "(?!)"  # a regular expression that matches nowhere
 
 Part = str | int  # of a text: some of its characters, or the id of a special token that stands there
 
 
 @dataclass(frozen=True)
-class Settings:
+class TokenizerConfig:
     """What tokenizer_config.json and chat_template.jinja say; both may be missing."""
 
-    config: dict  # tokenizer_config.json
-    names: dict[str, str]  # what chat templates call special tokens: bos_token, eos_token ...
+    fields: dict  # of tokenizer_config.json
+    special_names: dict[str, str]  # what chat templates call special tokens: bos_token, eos_token ...
     chat_template: str | None
 
 
@@ -44,8 +44,8 @@ class Tokenizer:
     special: dict[str, int]  # id of each special token
     drops_space: bool  # whether the library begins a text's first token with a space that is not the text's
 
-    def __init__(self, settings: Settings):
-        self.names, self.chat_template = settings.names, settings.chat_template
+    def __init__(self, config: TokenizerConfig):
+        self.special_names, self.chat_template = config.special_names, config.chat_template
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text to continue. First the beginning-of-sequence token, if the checkpoint uses one (bos False:
@@ -61,27 +61,27 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}] in the checkpoint's
         own template. Raises UsageError if it has none or the template refuses."""
-        template = self.chat_template
-        if template is None and (self.names.get("bos_token"), self.names.get("eos_token")) == ("<s>", "</s>"):
+        template, names = self.chat_template, self.special_names
+        if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
         if template is None:
             raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
-        guarded = [message | {"content": self.guard(message["content"])} for message in messages]
-        return self.encode_parts(self.split_special(render(template, self.names, guarded, add_generation_prompt)))
+        marked = [message | {"content": self.mark_as_text(message["content"])} for message in messages]
+        return self.encode_parts(self.split_special(render(template, names, marked, add_generation_prompt)))
 
-    def guard(self, text: str) -> str:
-        """text with NONCE after the first character of everything that looks like a special token, so that
+    def mark_as_text(self, text: str) -> str:
+        """text with SENTINEL after the first character of everything that looks like a special token, so that
         split_special does not find it."""
         starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special)
-        return re.sub(starts or NOTHING, rf"\g<0>{NONCE}", text)
+        return re.sub(starts or NOTHING, rf"\g<0>{SENTINEL}", text)
 
     def split_special(self, text: str) -> list[Part]:
-        """text cut at the special tokens written in it, which become their ids; without any NONCE."""
+        """text cut at the special tokens written in it, which become their ids; without any SENTINEL."""
         pieces = "|".join(re.escape(piece) for piece in sorted(self.special, key=len, reverse=True))  # longest first
         parts: list[Part] = []
-        for k, fragment in enumerate(re.split(f"({pieces or NOTHING})(?!{NONCE})", text)):
+        for k, fragment in enumerate(re.split(f"({pieces or NOTHING})(?!{SENTINEL})", text)):
             is_text = k % 2 == 0  # text, token, text, token ... text
-            parts.append(fragment.replace(NONCE, "") if is_text else self.special[fragment])
+            parts.append(fragment.replace(SENTINEL, "") if is_text else self.special[fragment])
         return parts
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
@@ -128,24 +128,24 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder. Raises UsageError."""
-    settings = read_settings(folder)
+    config = read_tokenizer_config(folder)
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder / "tokenizer.json", settings)
+        return JsonTokenizer(folder / "tokenizer.json", config)
     if (folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(folder / "tokenizer.model", settings)
+        return SentencePieceTokenizer(folder / "tokenizer.model", config)
     raise UsageError(f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it from the model's repository")
 
 
-def read_settings(folder: Path) -> Settings:
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     path = folder / "tokenizer_config.json"
-    config = read_json(path, {})
+    fields = read_json(path, {})
     try:
-        names = {}
-        for key, value in config.items():
+        special_names = {}
+        for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
-                names[key] = value if isinstance(value, str) else value["content"]
-                names[key].encode()  # raises ValueError for what is no text, like half of a surrogate pair
-        template = config.get("chat_template")
+                special_names[key] = value if isinstance(value, str) else value["content"]
+                special_names[key].encode()  # raises ValueError for what is no text, like half of a surrogate pair
+        template = fields.get("chat_template")
         if isinstance(template, list):  # of several, each with a name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         path = folder / "chat_template.jinja"
@@ -153,21 +153,21 @@ def read_settings(folder: Path) -> Settings:
             template = path.read_text(encoding="utf-8")
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
         raise UsageError(f"{path} is broken ({type(e).__name__}: {e})") from None
-    return Settings(config, names, template)
+    return TokenizerConfig(fields, special_names, template)
 
 
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
 
 
 class JsonTokenizer(Tokenizer):
-    def __init__(self, path: Path, settings: Settings):
-        super().__init__(settings)
+    def __init__(self, path: Path, config: TokenizerConfig):
+        super().__init__(config)
         self.library = read_tokenizer_json(path)
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
-        self.make_special(settings.names)
+        self.make_special(config.special_names)
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special = {token.content: i for i, token in self.special_tokens.items()}
-        self.add_aliases()
+        self.add_placeholders()
         example = self.library.encode("a")  # shows what the file's post-processor puts before a text
         n_before = (example.special_tokens_mask + [0]).index(0)
         self.bos_ids = example.ids[:n_before]
@@ -175,25 +175,26 @@ class JsonTokenizer(Tokenizer):
         self.byte_level = self.library.decoder.decode(["Ċ"]) == "\n"
         self.byte_of = byte_level_alphabet()
 
-    def make_special(self, names: dict[str, str]):
+    def make_special(self, special_names: dict[str, str]):
         """Makes those tokens special that tokenizer_config.json names, whatever tokenizer.json says of them."""
         known = {t.content for t in self.library.get_added_tokens_decoder().values() if t.special}
-        named = [name for name in names.values() if self.library.token_to_id(name) is not None]
+        named = [name for name in special_names.values() if self.library.token_to_id(name) is not None]
         self.library.add_special_tokens([name for name in named if name not in known])
 
-    def add_aliases(self):
-        """Makes the library take special tokens in a text as text, and gives each an alias that it still finds. With
-        these encode_parts writes a text of parts in one string, so that the library sees the text as a whole."""
+    def add_placeholders(self):
+        """Makes the library take special tokens in a text as text, and gives each a placeholder that it still finds.
+        With these encode_parts writes a text of parts in one string, so that the library sees the text as a whole."""
         self.library.encode_special_tokens = True
-        self.alias = {i: f"<{NONCE}:{i}>" for i in self.special_tokens}
-        aliases = []
+        self.placeholder = {i: f"<{SENTINEL}:{i}>" for i in self.special_tokens}
+        placeholders = []
         for i, t in self.special_tokens.items():
-            aliases.append(tokenizers.AddedToken(self.alias[i], lstrip=t.lstrip, rstrip=t.rstrip, normalized=False))
-        self.library.add_tokens(aliases)
-        self.real_id = {self.library.token_to_id(alias): i for i, alias in self.alias.items()}
+            token = tokenizers.AddedToken(self.placeholder[i], lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
+            placeholders.append(token)
+        self.library.add_tokens(placeholders)
+        self.real_id = {self.library.token_to_id(piece): i for i, piece in self.placeholder.items()}
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
-        text = "".join(self.alias[part] if isinstance(part, int) else part for part in parts)
+        text = "".join(self.placeholder[part] if isinstance(part, int) else part for part in parts)
         ids = self.library.encode(text, add_special_tokens=False).ids
         return [self.real_id.get(i, i) for i in ids]
 
@@ -236,21 +237,21 @@ def byte_level_alphabet() -> dict[str, int]:
 class SentencePieceTokenizer(Tokenizer):
     ANCHOR = "\ue000"  # a character that is in no piece, so that it is encoded by itself
 
-    def __init__(self, path: Path, settings: Settings):
-        super().__init__(settings)
+    def __init__(self, path: Path, config: TokenizerConfig):
+        super().__init__(config)
         self.library = library = read_tokenizer_model(path)
         self.n_pieces = library.vocab_size()
         control = {library.id_to_piece(i): i for i in range(self.n_pieces) if library.is_control(i)}
-        self.special = control | read_added_tokens(path.with_name("tokenizer_config.json"), settings.config)
+        self.special = control | read_added_tokens(path.with_name("tokenizer_config.json"), config.fields)
         self.silent = {library.unk_id(), *self.special.values()}
         self.vocab_size = max(self.n_pieces - 1, *self.special.values(), 0) + 1
         for name, i in {"bos_token": library.bos_id(), "eos_token": library.eos_id()}.items():
             if i >= 0:
-                self.names = {name: library.id_to_piece(i)} | self.names
-        adds_bos = library.bos_id() >= 0 and settings.config.get("add_bos_token") is not False
+                self.special_names = {name: library.id_to_piece(i)} | self.special_names
+        adds_bos = library.bos_id() >= 0 and config.fields.get("add_bos_token") is not False
         self.bos_ids = [library.bos_id()] if adds_bos else []
         self.drops_space = library.encode("a", out_type=str)[0].startswith("▁")
-        self.legacy = settings.config.get("legacy", True)
+        self.legacy = config.fields.get("legacy", True)
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
         """Sentencepiece puts a space before every text. Of our parts only the first is to have one, and, if the
@@ -287,10 +288,10 @@ def read_tokenizer_model(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise UsageError(f"{path} is not a sentencepiece model ({str(e).splitlines()[0]})") from None
 
 
-def read_added_tokens(path: Path, config: dict) -> dict[str, int]:
-    """The special tokens that only tokenizer_config.json (config, in path) has."""
+def read_added_tokens(path: Path, fields: dict) -> dict[str, int]:
+    """The special tokens that only tokenizer_config.json (fields, in path) has."""
     try:
-        added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+        added = {token["content"]: int(i) for i, token in fields.get("added_tokens_decoder", {}).items()}
         if not all(piece.encode() and i >= 0 for piece, i in added.items()):
             raise ValueError("a token without text or number")
         return added

@@ -9,9 +9,9 @@ feed-forward and expert, and a part of the output head's vocabulary. Embedding, 
     o_proj, down_proj         cut along their inputs: a rank computes a part of every sum; an all-reduce adds them up
     output                    cut along its outputs; an all-gather puts the logits side by side
 
-tp_plan is this table, shard applies it to a model and its checkpoint, join puts the collectives in. model.py knows
-nothing of them. gloo carries them between CPUs, NCCL between GPUs. GPUs that read each other's memory add up the few
-numbers of a decode step through that instead.
+tp_plan is this table, shard applies it to a model and its checkpoint, insert_collectives makes the ranks work
+together. model.py knows nothing of it. gloo carries the collectives between CPUs, NCCL between GPUs. GPUs that read
+each other's memory add up the few numbers of a decode step through that instead.
 """
 
 import contextlib
@@ -41,38 +41,38 @@ from kernels.record import outside
 from model import Attention, Transformer
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; when one dies, torchrun ends the others at once
-ONE_SHOT_BYTES = 2**18  # up to here it is faster that every GPU reads from all the others than what NCCL does
+ONE_SHOT_BYTES = 2**18  # Below this size one-shot all-reduce over peer memory beats NCCL.
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """How a linear layer is cut: along its outputs (rows of its weight) or its inputs (columns)."""
 
     along: str  # "outputs" or "inputs"
     sections: tuple[int, ...]  # stacked in one weight, as q, k and v are; each is cut for itself
-    unit: int = 1  # elements that stay together, as those of a head do
+    granularity: int = 1  # elements that stay together, as those of a head do
 
 
-def tp_plan(config: ModelConfig) -> dict[str, Cut]:
+def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
     """The linear layers that are cut, by the last component of their name. All other tensors every rank has whole."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     return {
-        "qkv_proj": Cut("outputs", (q, kv, kv), unit=config.head_dim),
-        "o_proj": Cut("inputs", (q,), unit=config.head_dim),
-        "gate_up_proj": Cut("outputs", (config.ffn_dim, config.ffn_dim)),
-        "down_proj": Cut("inputs", (config.ffn_dim,)),
-        "output": Cut("outputs", (config.vocab_size,)),
+        "qkv_proj": ShardSpec("outputs", (q, kv, kv), granularity=config.head_dim),
+        "o_proj": ShardSpec("inputs", (q,), granularity=config.head_dim),
+        "gate_up_proj": ShardSpec("outputs", (config.ffn_dim, config.ffn_dim)),
+        "down_proj": ShardSpec("inputs", (config.ffn_dim,)),
+        "output": ShardSpec("outputs", (config.vocab_size,)),
     }
 
 
-def span(size: int, unit: int, rank: int, n_ranks: int) -> tuple[int, int]:
+def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[int, int]:
     """(start, length) of what a rank has of size elements. The length is the same on all ranks, so where it does not
-    divide, the last ranks' spans reach beyond the end. Of fewer units than ranks (key/value heads), several ranks have
-    the same one."""
-    n_units = size // unit
-    if n_units < n_ranks:
-        return rank * n_units // n_ranks * unit, unit
-    length = -(-n_units // n_ranks) * unit  # rounded up
+    divide, the last ranks' ranges reach beyond the end. Of fewer pieces (of granularity elements) than ranks, as of
+    key/value heads, several ranks have the same one."""
+    n_pieces = size // granularity
+    if n_pieces < n_ranks:
+        return rank * n_pieces // n_ranks * granularity, granularity
+    length = -(-n_pieces // n_ranks) * granularity  # rounded up
     return rank * length, length
 
 
@@ -118,24 +118,24 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
         """A copy, so that nothing else is read of a memory-mapped tensor; tensor itself if every rank has it whole."""
         module_name, _, kind = name.rpartition(".")
-        cut = plan.get(module_name.rpartition(".")[2])
-        if cut is None:
+        spec = plan.get(module_name.rpartition(".")[2])
+        if spec is None:
             return tensor
-        if cut.along == "inputs":
-            return shard_inputs(tensor, kind, cut, format)
-        return shard_outputs(tensor, cut, dim=0 if linears[module_name].n_experts is None else 1)
+        if spec.along == "inputs":
+            return shard_inputs(tensor, kind, spec, format)
+        return shard_outputs(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
 
     for name, linear in linears.items():
-        cut = plan.get(name.rpartition(".")[2])
-        if cut is None:
+        spec = plan.get(name.rpartition(".")[2])
+        if spec is None:
             continue
         for kind, tensor in linear.state_dict().items():
             linear.set_tensor(kind, shard_tensor(f"{name}.{kind}", tensor))
-        n = sum(span(size, cut.unit, 0, n_ranks)[1] for size in cut.sections)  # the same on every rank
-        if cut.along == "inputs":
-            linear.n_in, linear.format = n, format.for_inputs(n)
+        n = sum(shard_range(size, spec.granularity, 0, n_ranks)[1] for size in spec.sections)  # the same on every rank
+        if spec.along == "inputs":
+            linear.in_features, linear.format = n, format.for_inputs(n)
         else:
-            linear.n_out = n
+            linear.out_features = n
     for module in model.modules():
         if isinstance(module, Attention):
             module.n_heads //= n_ranks
@@ -143,19 +143,19 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     return shard_tensor
 
 
-def shard_inputs(tensor: Tensor, kind: str, cut: Cut, format: Format) -> Tensor:
+def shard_inputs(tensor: Tensor, kind: str, spec: ShardSpec, format: Format) -> Tensor:
     """What this rank keeps of a layer's weight, scales, zeros or bias (kind), whose weight it has some columns of."""
     if kind == "bias":  # every rank's goes into the sum, so that all but one are 0
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
-    (size,) = cut.sections
-    return format.slice_inputs(kind, tensor, *span(size, cut.unit, dist.get_rank(), world_size()))
+    (size,) = spec.sections
+    return format.slice_inputs(kind, tensor, *shard_range(size, spec.granularity, dist.get_rank(), world_size()))
 
 
-def shard_outputs(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
-    """Some of every section's outputs, which lie along dim, filled up with zeros where the span reaches beyond it."""
+def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
+    """Some of every section's outputs, which lie along dim, filled up with zeros where the range reaches beyond it."""
     parts = []
-    for size, section in zip(cut.sections, tensor.split(cut.sections, dim), strict=True):
-        start, length = span(size, cut.unit, dist.get_rank(), world_size())
+    for size, section in zip(spec.sections, tensor.split(spec.sections, dim), strict=True):
+        start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
         available = max(0, min(length, size - start))
         part = section.narrow(dim, min(start, size), available)
         pad_after_dim = (0, 0) * (tensor.dim() - 1 - dim)  # F.pad names the last dimension first
@@ -163,7 +163,7 @@ def shard_outputs(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def join(model: Transformer):
+def insert_collectives(model: Transformer):
     """The last step of making a model that shard has cut: puts the collectives behind the layers that need them."""
     reduce = choose_all_reduce(model.tok_embeddings.weight)
     for layer in model.layers:

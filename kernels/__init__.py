@@ -1,13 +1,13 @@
 """The leaf operations that a model is made of. Each picks the kernel of the weights' backend, or plain PyTorch.
 
     linear             [residual +] [activation] ([rms_norm] x W^T [+ bias])
-    rms_norm, glu, add     what linear fuses, alone
+    glu, add           what linear fuses, alone
     embed              rows of the embedding
     attend             q/k norm, RoPE, cache write, attention over the cache
     route              a router's choice of experts
     experts_gate_up, experts_down      the products with the chosen experts' weights
 
-A backend is "cpu" (C++, kernels/cpu/), "triton" (NVIDIA and AMD GPUs) or "torch" (anything, kernels/reference.py). The
+A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (anything, kernels/reference.py). The
 kernels are for decode steps: they take up to MAX_ROWS rows, and more go to PyTorch's matrix products. enable(model)
 chooses the backend for the model's device and packs the weights in the order that it reads.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import cpu, reference
+from kernels.schema import ACTIVATIONS
 from machine import drop_pages
 
-MAX_ROWS = 8  # of activations that the kernels take; cpu/weights.h has it too
-GLU_ROWS = 32  # linear fuses an activation whose gate and up are whole blocks of 16 rows each
-ACTIVATIONS = {None: 0, "silu": 1}  # what the kernels are told
+MAX_ROWS = 8  # of activations that the kernels take; csrc/weights.h has it too
+GLU_ROWS = 32  # linear fuses an activation if gate and up each have a multiple of 16 rows, so if N % 32 == 0
 
 
 def kernels_of(backend: str, n_rows: int):
@@ -40,13 +40,15 @@ def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None
     ops = kernels_of(w.backend, n_rows(x))
     if ops is None:
         return reference.linear(x, w, norm, residual, activation, out_dtype)
-    if activation and w.n_out % GLU_ROWS:
-        return glu(linear(x, w, norm), activation, w.backend)
+    if activation and w.out_features % GLU_ROWS:
+        y = glu(linear(x, w, norm), activation, w.backend)
+        return y if residual is None else add(y, residual, w.backend)
     weight, eps = norm_arguments(norm)
-    residual = None if residual is None else residual.contiguous()
     return ops.linear(
-        x.contiguous(), *stored(w), w.bias, *sizes(w), weight, eps, residual, ACTIVATIONS[activation],
-        out_dtype == torch.float32,
+        x.contiguous(), *weight_arguments(w), w.bias, weight, eps,
+        residual=None if residual is None else residual.contiguous(),
+        activation=ACTIVATIONS[activation],
+        float32_out=out_dtype == torch.float32,
     )  # fmt: skip
 
 
@@ -106,10 +108,12 @@ def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation: str |
     ops = kernels_of(w.backend, n_rows(x))
     if ops is None:
         return reference.experts_gate_up(x, w, topk_ids, norm, activation)
-    if activation and w.n_out % GLU_ROWS:
+    if activation and w.out_features % GLU_ROWS:
         return glu(experts_gate_up(x, w, topk_ids, norm), activation, w.backend)
     weight, eps = norm_arguments(norm)
-    return ops.experts_gate_up(x.contiguous(), *stored(w), *sizes(w), topk_ids, weight, eps, ACTIVATIONS[activation])
+    return ops.experts_gate_up(
+        x.contiguous(), *weight_arguments(w), topk_ids, weight, eps, activation=ACTIVATIONS[activation]
+    )
 
 
 def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
@@ -118,7 +122,7 @@ def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, resi
     ops = kernels_of(w.backend, n_rows(topk_ids))
     if ops is None:
         return reference.experts_down(hidden, w, topk_ids, topk_weights, residual)
-    return ops.experts_down(hidden, *stored(w), *sizes(w), topk_ids, topk_weights, residual)
+    return ops.experts_down(hidden, *weight_arguments(w), topk_ids, topk_weights, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -138,9 +142,8 @@ def dequantize(w, dtype: torch.dtype, experts=slice(None)) -> Tensor:
     if is_matrix:
         ops = torch.ops.gptfast if w.backend == "cpu" else torch.ops.gptfast_triton
         weight, scales, zeros = (tensors.get(name) for name in ("weight", "scales", "zeros"))
-        kind, n_out, group_size = sizes(w)
-        return ops.dequantize(weight, scales, zeros, kind, n_out, w.n_in, group_size, dtype)
-    return w.format.dequantize(w.format.unpack(tensors, w.backend, w.n_out, w.n_in), dtype)
+        return ops.dequantize(weight, scales, zeros, *weight_arguments(w)[3:], w.in_features, dtype)
+    return w.format.dequantize(w.format.unpack(tensors, w.backend, w.out_features, w.in_features), dtype)
 
 
 def n_rows(x: Tensor) -> int:
@@ -151,13 +154,9 @@ def norm_arguments(norm) -> tuple[Tensor | None, float]:
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
 
-def stored(w) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return w.weight, w.scales, w.zeros
-
-
-def sizes(w) -> tuple[int, int, int]:
-    """What the kernels are told of a weight: its format, its outputs, and how many inputs share a scale."""
-    return w.format.kind, w.n_out, getattr(w.format, "group_size", w.n_in)
+def weight_arguments(w) -> tuple:
+    """What the kernels are told of a weight: its tensors, its format, its outputs, how many inputs share a scale."""
+    return w.weight, w.scales, w.zeros, w.format.kind, w.out_features, getattr(w.format, "group_size", w.in_features)
 
 
 # ---- Choosing a backend ---------------------------------------------------------------------------------------------
@@ -179,7 +178,7 @@ def pack_for_cpu(model: torch.nn.Module, linears: list, mapped: bool):
     memory = cpu.HugePages()
     moved = {}  # address of a weight before -> the weight after, for an embedding that is tied to the head
     for w in tqdm(linears, "load", disable=None, leave=False):
-        if not w.format.fits_kernels(w.n_in):
+        if not w.format.fits_kernels(w.in_features):
             continue
         before = w.tensors()
         for name, packed in w.format.pack(before, "cpu").items():

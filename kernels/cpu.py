@@ -1,4 +1,4 @@
-"""Builds and loads the C++ kernels in kernels/cpu/, and lays weights out for them.
+"""Builds and loads the C++ kernels in kernels/csrc/, and lays weights out for them.
 
 They are compiled once for this machine, at first use, which takes some twenty seconds, and kept in ~/.cache/gpt-fast.
 $CXX and $CXXFLAGS are heeded. Without a C++ compiler everything runs on PyTorch's own, slower operations.
@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels import schema  # noqa: F401  (defines the operations that the library implements)
 from machine import use_huge_pages
 
-SOURCES = Path(__file__).parent / "cpu"
+SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -37,9 +38,8 @@ def build() -> bool:
     except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home folder
         lines = (getattr(e, "stderr", None) or str(e)).splitlines()
         why = next((line for line in lines if "error" in line), str(e))
-        print(f"kernels/cpu does not build here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
+        print(f"kernels/csrc does not build here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
         return False
-    register_shapes()
     return True
 
 
@@ -73,7 +73,7 @@ def load(library: Path, compiler: list[str]):
         torch.ops.load_library(library)
     except OSError:  # it has not been built yet, or the file is broken
         if sys.stderr and sys.stderr.isatty():
-            print("compiling kernels/cpu for this machine, once", file=sys.stderr)
+            print("compiling kernels/csrc for this machine, once", file=sys.stderr)
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             out = f"{scratch}/kernels.so"
@@ -85,49 +85,13 @@ def load(library: Path, compiler: list[str]):
 
 
 def tape_functions() -> ctypes.CDLL:
-    """The functions with which record.py makes and replays tapes; kernels/cpu/tape.h describes them."""
+    """The functions with which record.py makes and replays tapes; kernels/csrc/tape.h describes them."""
     library = tape_functions.library
     library.tape_begin.restype = ctypes.c_void_p
     library.tape_replay.argtypes = [ctypes.c_void_p]
     library.tape_replay.restype = ctypes.c_char_p
     library.tape_free.argtypes = [ctypes.c_void_p]
     return library
-
-
-def register_shapes():
-    """What torch.compile has to know of the operations: the shapes and types of what they return."""
-
-    def linear(x, weight, scales, zeros, bias, kind, n, group_size, norm, eps, residual, activation, float32_out):
-        dtype = torch.float32 if float32_out else x.dtype
-        return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
-
-    def glu(gate_up, activation):
-        return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-
-    def add(x, y):
-        return torch.empty_like(x)
-
-    def embed(tokens, weight):
-        return weight.new_empty(*tokens.shape, weight.shape[1])
-
-    def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, n_heads, window):
-        return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
-
-    def route(logits, top_k, normalize):
-        shape = (*logits.shape[:-1], top_k)
-        return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
-
-    def experts_gate_up(x, weight, scales, zeros, kind, n, group_size, topk_ids, norm, eps, activation):
-        return x.new_empty(*topk_ids.shape, n // 2 if activation else n)
-
-    def experts_down(hidden, weight, scales, zeros, kind, n, group_size, topk_ids, topk_weights, residual):
-        return hidden.new_empty(*topk_ids.shape[:-1], n)
-
-    def dequantize(weight, scales, zeros, kind, n, k, group_size, dtype):
-        return weight.new_empty(n, k, dtype=dtype)
-
-    for shape_of in (linear, glu, add, embed, attend, route, experts_gate_up, experts_down, dequantize):
-        torch.library.register_fake(f"gptfast::{shape_of.__name__}", shape_of)
 
 
 class HugePages:

@@ -24,7 +24,7 @@ from torch import Tensor
 from config import UsageError
 
 Tensors = dict[str, Tensor]  # "weight" and, if quantized, "scales" and "zeros"
-CPU_ROWS = 16  # rows of W that the CPU kernels read side by side
+CPU_BLOCK_N = 16  # rows of W that the CPU kernels read side by side
 GROUP_SIZES = (32, 64, 128, 256)
 SLAB = 2**18  # elements quantized at a time: their float32 copies stay in the processor's cache
 
@@ -57,16 +57,16 @@ class Format:
         """The format of such a slice."""
         return self
 
-    def fits_kernels(self, n_in: int) -> bool:
-        """Whether the kernels take W with n_in inputs."""
+    def fits_kernels(self, in_features: int) -> bool:
+        """Whether the kernels take W with in_features inputs."""
         return True
 
     def pack(self, tensors: Tensors, backend: str) -> Tensors:
         """Tensors as in a checkpoint, in the order in which the kernels of backend ("cpu" or "triton") read them."""
         return tensors
 
-    def unpack(self, tensors: Tensors, backend: str, n_out: int, n_in: int) -> Tensors:
-        """The inverse of pack, for W [..., n_out, n_in]."""
+    def unpack(self, tensors: Tensors, backend: str, out_features: int, in_features: int) -> Tensors:
+        """The inverse of pack, for W [..., out_features, in_features]."""
         return tensors
 
 
@@ -101,21 +101,21 @@ class Int8(Format):
     def dequantize(self, tensors, dtype):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
 
-    def fits_kernels(self, n_in):
-        return n_in % 8 == 0
+    def fits_kernels(self, in_features):
+        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """cpu: four bytes, each q + 128, of 16 rows side by side, then the next four: int32 [N / 16, K / 4, 16]."""
         if backend != "cpu":
             return tensors
-        # No name for q + 128: the largest weight's peak of memory would be one copy higher.
+        # One expression, so that the temporary q + 128 is freed before the next copy
         words = interleave_rows((tensors["weight"].view(torch.uint8) ^ 128).view(torch.int32))
         return {"weight": words, "scales": tensors["scales"]}
 
-    def unpack(self, tensors, backend, n_out, n_in):
+    def unpack(self, tensors, backend, out_features, in_features):
         if backend != "cpu":
             return tensors
-        unsigned = separate_rows(tensors["weight"], n_out).view(torch.uint8)
+        unsigned = separate_rows(tensors["weight"], out_features).view(torch.uint8)
         return {"weight": (unsigned ^ 128).view(torch.int8), "scales": tensors["scales"]}
 
 
@@ -177,8 +177,8 @@ class Int4(Format):
     def for_inputs(self, n):
         return Int4(math.gcd(n, self.group_size))  # no group of the slice lies in two of W's
 
-    def fits_kernels(self, n_in):
-        return n_in % 8 == 0
+    def fits_kernels(self, in_features):
+        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """cpu: words of 8 elements, of 16 rows side by side, then the next: int32 [N / 16, K / 8, 16]; scales and zeros
@@ -191,12 +191,12 @@ class Int4(Format):
         by_columns = {name: tensors[name].mT.contiguous().mT for name in ("scales", "zeros")}
         return {"weight": pack_int4_tiles(unpack_int4(tensors["weight"]))} | by_columns
 
-    def unpack(self, tensors, backend, n_out, n_in):
+    def unpack(self, tensors, backend, out_features, in_features):
         if backend != "cpu":
             from kernels.triton_int4 import unpack_int4_tiles
 
-            return tensors | {"weight": pack_int4(unpack_int4_tiles(tensors["weight"], n_out, n_in))}
-        rows = {name: separate_rows(t, n_out) for name, t in tensors.items()}
+            return tensors | {"weight": pack_int4(unpack_int4_tiles(tensors["weight"], out_features, in_features))}
+        rows = {name: separate_rows(t, out_features) for name, t in tensors.items()}
         return rows | {"weight": rows["weight"].view(torch.uint8)}
 
 
@@ -263,8 +263,8 @@ def unpack_int4(weight: Tensor) -> Tensor:
 
 def interleave_rows(t: Tensor) -> Tensor:
     """[..., N, X] -> [..., N / 16, X, 16], N filled up with zeros to a multiple of 16."""
-    t = F.pad(t, (0, 0, 0, -t.shape[-2] % CPU_ROWS))
-    return t.unflatten(-2, (-1, CPU_ROWS)).mT.contiguous()
+    t = F.pad(t, (0, 0, 0, -t.shape[-2] % CPU_BLOCK_N))
+    return t.unflatten(-2, (-1, CPU_BLOCK_N)).mT.contiguous()
 
 
 def separate_rows(t: Tensor, n: int) -> Tensor:

@@ -7,13 +7,14 @@ One contract on both devices: a call copies its arguments into the buffers of th
 overwritten by the next call. Only what the arguments hold may change from call to call.
 
     CUDA, ROCm    a CUDA graph of everything that step does
-    CPU           a tape of the leaf operations of kernels/cpu/, replayed in one parallel region (kernels/cpu/tape.h).
+    CPU           a tape of the leaf operations of kernels/csrc/, replayed in one parallel region (kernels/csrc/tape.h).
                   Anything else that step computes raises, since it would happen once, while recording, and never again:
 
         embed  linear  attend  linear  linear  linear  ...  linear | all_reduce | add  linear  attend ...
         [------------------------- tape -------------------------]   outside()   [-------- tape --------
 """
 
+import ctypes
 import weakref
 from collections.abc import Callable
 
@@ -22,9 +23,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu
+from kernels.schema import SCHEMAS
 
-LEAVES = {"embed", "linear", "glu", "add", "attend", "route", "experts_gate_up", "experts_down"}
-current: "Tape | None" = None  # the tape that is being recorded
+current: "Recorder | None" = None  # whose tape is being recorded
 
 
 def record(step: Callable) -> Callable:
@@ -70,21 +71,15 @@ class Graph:
         return self.outputs
 
 
-class Tape(TorchDispatchMode):
-    """Tapes of leaf operations, and what happens between them. As a dispatch mode, it sees every operation of step."""
+class Tape:
+    """The leaf operations of a step in order, and what happens between them."""
 
     def __init__(self, step: Callable, args: tuple):
-        super().__init__()
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
-        self.stages: list[Callable[[], None]] = []
-        self.kept = []  # every tensor whose address is on a tape
-        self.functions = cpu.tape_functions()
-        self.begin()
-        try:
-            with self:
-                self.outputs = step(*self.inputs)
-        finally:
-            self.end()
+        recorder = Recorder()
+        with recorder:
+            self.outputs = step(*self.inputs)
+        self.stages, self.keepalive = recorder.stages, recorder.keepalive
 
     def __call__(self, args: tuple):
         copy_all(args, self.inputs)
@@ -92,47 +87,73 @@ class Tape(TorchDispatchMode):
             stage()
         return self.outputs
 
+
+class Recorder(TorchDispatchMode):
+    """Inside `with`, sees every operation that PyTorch is asked for, and lets leaf operations and views pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages: list[Callable[[], None]] = []
+        self.keepalive = []  # every tensor whose address is on a tape
+
+    def __enter__(self):
+        self.begin_tape()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.end_tape()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_leaf = func.namespace == "gptfast" and func._schema.name.removeprefix("gptfast::") in SCHEMAS
+        if not is_leaf and not func.is_view:
+            raise RuntimeError(f"{func} is no leaf operation: it cannot be recorded (see kernels/record.py)")
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.keepalive += [args, kwargs, result]
+        return result
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """No: PyTorch would import its compiler to see to it, which takes a second and 150 MB."""
         return False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_leaf = func.namespace == "gptfast" and func._schema.name.removeprefix("gptfast::") in LEAVES
-        if not is_leaf and not func.is_view:
-            raise RuntimeError(f"{func} is no leaf operation: it cannot be recorded (see kernels/record.py)")
-        result = func(*args, **kwargs or {})
-        self.kept += [args, result]
-        return result
-
-    def begin(self):
+    def begin_tape(self):
         global current
         current = self
-        self.address = self.functions.tape_begin()
+        self.stages.append(TapeReplay(cpu.tape_functions()))
 
-    def end(self):
+    def end_tape(self):
         global current
         current = None
-        self.functions.tape_end()
-        address, functions = self.address, self.functions
-        weakref.finalize(self, functions.tape_free, address)
-
-        def replay():
-            error = functions.tape_replay(address)
-            if error:
-                raise RuntimeError(error.decode())
-
-        self.stages.append(replay)
+        cpu.tape_functions().tape_end()
 
     def pause(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """See outside()."""
-        self.end()
+        self.end_tape()
         with torch.utils._python_dispatch._disable_current_modes():
             result = fn(*inputs).clone()  # of inputs that have not been computed: only its shape counts
-        self.kept += [inputs, result]
-        self.stages.append(lambda: result.copy_(fn(*inputs)))
-        self.begin()
+
+        def stage():
+            result.copy_(fn(*inputs))
+
+        self.keepalive += [inputs, result]
+        self.stages.append(stage)
+        self.begin_tape()
         return result
+
+
+class TapeReplay:
+    """One tape of kernels/csrc/tape.h, recorded until tape_end."""
+
+    def __init__(self, functions: ctypes.CDLL):
+        self.functions, self.address = functions, functions.tape_begin()
+        weakref.finalize(self, functions.tape_free, self.address)
+
+    def __call__(self):
+        error = self.functions.tape_replay(self.address)
+        if error:
+            raise RuntimeError(error.decode())
 
 
 def copy_all(args: tuple, inputs: list):

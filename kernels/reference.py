@@ -48,7 +48,8 @@ def attend(qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0,
     token_positions = positions[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
     rope = cache.rope[token_positions]  # [B, T, D/2, 2]
     q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D]
-    # Are the new tokens all that the cache has room for? When compiled, one dynamic graph must serve both cases.
+    # S == T: the first chunk, from position 0, so the mask is plainly causal and SDPA can choose flash attention. Not
+    # under torch.compile, where it would specialize the graph.
     fills_cache = not torch.compiler.is_compiling() and S == T
     if fills_cache:
         cache.k.copy_(k.transpose(1, 2))
@@ -103,19 +104,19 @@ def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation=None) 
     K = topk_ids.shape[-1]
     rows = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, K, dim]
     y = expert_products(rows.reshape(-1, x.shape[-1]), w, topk_ids.flatten(), n_tokens=x.shape[-2])
-    y = y.view(*x.shape[:-1], K, w.n_out)
+    y = y.view(*x.shape[:-1], K, w.out_features)
     return glu(y, activation) if activation else y
 
 
 def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
     y = expert_products(hidden.flatten(0, -2), w, topk_ids.flatten(), n_tokens=hidden.shape[-3])
-    y = y.view(*topk_ids.shape, w.n_out) * topk_weights[..., None].to(y.dtype)
+    y = y.view(*topk_ids.shape, w.out_features) * topk_weights[..., None].to(y.dtype)
     y = y.sum(-2)
     return y if residual is None else residual + y
 
 
 def expert_products(x: Tensor, w, expert_ids: Tensor, n_tokens: int) -> Tensor:
-    """Row i of x [N, n_in] times the matrix of expert expert_ids[i]: [N, n_out]."""
+    """Row i of x [N, in_features] times the matrix of expert expert_ids[i]: [N, out_features]."""
     if not torch.compiler.is_compiling():
         return by_expert(x, w, expert_ids)
     if n_tokens == 1:
@@ -125,7 +126,7 @@ def expert_products(x: Tensor, w, expert_ids: Tensor, n_tokens: int) -> Tensor:
 
 def by_expert(x: Tensor, w, expert_ids: Tensor) -> Tensor:
     """Every expert takes its rows in one product. Reads on the host which experts are in use."""
-    y = x.new_empty(len(x), w.n_out)
+    y = x.new_empty(len(x), w.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
         y[rows] = F.linear(x[rows], w.matrix(x.dtype, e))

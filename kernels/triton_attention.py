@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
+from kernels.schema import implement_in_triton
 from kernels.triton_linear import dot_dtype, gpu_of
 
 MAX_TOKENS = tl.constexpr(16)  # new tokens in a row
@@ -192,7 +192,7 @@ def combine_splits_kernel(
     tl.store(out_ptr + query * D + d, out, mask=d < D)
 
 
-@custom_op("gptfast_triton::attend", mutates_args=("k_cache", "v_cache"))
+@implement_in_triton
 def attend(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, eps: float, n_heads: int, window: int,
@@ -241,6 +241,3 @@ def choose_splits(n_processors: int, n_programs: int, cache_len: int, window: in
     return min(triton.cdiv(2 * n_processors, n_programs), triton.cdiv(visible, 64))
 
 
-@attend.register_fake
-def _(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, n_heads, window):
-    return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])

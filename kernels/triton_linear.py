@@ -3,8 +3,8 @@
     linear        y = x W^T; before it a norm, after it bias, activation and residual
     dequantize    a whole matrix, for prefill, whose products are PyTorch's
 
-They are registered as torch.ops.gptfast_triton.*, which kernels/__init__.py calls. kernels/reference.py says in plain
-PyTorch what each computes. Nothing here is one vendor's. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
+computes. Nothing here is one vendor's. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
 tests/test_triton.py checks it.
 
 triton.json beside this file, if there is one, says how the products are best launched on the GPUs that it names; the
@@ -22,12 +22,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
+from kernels.schema import implement_in_triton
 from kernels.triton_int4 import magic_word, offset_of, tiles_to_floats
 
 DENSE, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # Format.kind of kernels/formats.py
-SILU = tl.constexpr(1)  # as in ACTIVATIONS of kernels/__init__.py
+SILU = tl.constexpr(1)  # as in ACTIVATIONS of kernels/schema.py
 TUNED = Path(__file__).with_name("triton.json")
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
@@ -357,35 +357,26 @@ def supports(w) -> bool:
     if w.format.kind == DENSE.value:
         return True
     if w.format.kind == INT8.value:
-        return w.n_in % 8 == 0
-    whole_tiles = w.n_experts is None or w.n_out % 16 == 0  # experts lie one behind the other
-    return w.n_in % 8 == 0 and w.format.group_size % 32 == 0 and whole_tiles
+        return w.in_features % 8 == 0
+    whole_tiles = w.n_experts is None or w.out_features % 16 == 0  # experts lie one behind the other
+    return w.in_features % 8 == 0 and w.format.group_size % 32 == 0 and whole_tiles
 
 
-@custom_op("gptfast_triton::linear", mutates_args=())
+@implement_in_triton
 def linear(
-    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, kind: int, n: int,
-    group_size: int, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, float32_out: bool,
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
+    bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, float32_out: bool,
 ) -> Tensor:  # fmt: skip
     """[residual +] [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows and W [n, K]."""
-    y = linear_shape(x, n, activation, float32_out)
+    dtype = torch.float32 if float32_out else x.dtype
+    y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
     launch_linear(y, x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation)
     return y
 
 
-def linear_shape(x: Tensor, n: int, activation: int, float32_out: bool) -> Tensor:
-    dtype = torch.float32 if float32_out else x.dtype
-    return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
-
-
-@linear.register_fake
-def _(x, weight, scales, zeros, bias, kind, n, group_size, norm, eps, residual, activation, float32_out):
-    return linear_shape(x, n, activation, float32_out)
-
-
-@custom_op("gptfast_triton::dequantize", mutates_args=())
+@implement_in_triton
 def dequantize(
-    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, k: int, group_size: int,
+    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int, k: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The matrix W [n, k] of an int8 or int4 weight."""
@@ -395,6 +386,3 @@ def dequantize(
     return y
 
 
-@dequantize.register_fake
-def _(weight, scales, zeros, kind, n, k, group_size, dtype):
-    return weight.new_empty(n, k, dtype=dtype)

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
+from kernels.schema import Shapes, implement_in_triton
 from kernels.triton_linear import launch_linear
 
 
@@ -54,30 +54,21 @@ def moe_combine(y_ptr, topk_weights_ptr, residual_ptr, out_ptr, N, TOP_K: tl.con
     tl.store(out_ptr + row * N + n, total, mask=n < N)
 
 
-@custom_op("gptfast_triton::experts_gate_up", mutates_args=())
+@implement_in_triton
 def experts_gate_up(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
     topk_ids: Tensor, norm: Tensor | None, eps: float, activation: int,
 ) -> Tensor:  # fmt: skip
     """x [..., dim] times the experts topk_ids [..., K] of W [E, n, dim], with norm and activation as in linear:
     [..., K, n or n / 2]. Every expert is read once for each of its tokens."""
-    y = gate_up_shape(x, n, topk_ids, activation)
+    y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
     launch_linear(
         y, x, weight, scales, zeros, kind, n, group_size, norm=norm, eps=eps, activation=activation, topk_ids=topk_ids
     )
     return y
 
 
-def gate_up_shape(x: Tensor, n: int, topk_ids: Tensor, activation: int) -> Tensor:
-    return x.new_empty(*topk_ids.shape, n // 2 if activation else n)
-
-
-@experts_gate_up.register_fake
-def _(x, weight, scales, zeros, kind, n, group_size, topk_ids, norm, eps, activation):
-    return gate_up_shape(x, n, topk_ids, activation)
-
-
-@custom_op("gptfast_triton::experts_down", mutates_args=())
+@implement_in_triton
 def experts_down(
     hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
     topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
@@ -86,37 +77,20 @@ def experts_down(
     [residual +] [..., n]."""
     y = hidden.new_empty(*topk_ids.shape, n, dtype=torch.float32)
     launch_linear(y, hidden, weight, scales, zeros, kind, n, group_size, topk_ids=topk_ids)
-    out = down_shape(hidden, n)
+    out = hidden.new_empty(*topk_ids.shape[:-1], n)
     moe_combine[triton.cdiv(n, 512), out.numel() // n](
         y, topk_weights, residual, out, n, TOP_K=topk_ids.shape[-1], BLOCK=512
     )
     return out
 
 
-def down_shape(hidden: Tensor, n: int) -> Tensor:
-    return hidden.new_empty(*hidden.shape[:-2], n)
-
-
-@experts_down.register_fake
-def _(hidden, weight, scales, zeros, kind, n, group_size, topk_ids, topk_weights, residual):
-    return down_shape(hidden, n)
-
-
-@custom_op("gptfast_triton::route", mutates_args=())
+@implement_in_triton
 def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """Of float32 logits [..., E] the top_k largest: their softmax weights, made to sum to one if normalize, and their
     indices, both [..., top_k]."""
-    topk_weights, topk_ids = route_shapes(logits, top_k, normalize)
+    topk_weights, topk_ids = Shapes.route(logits, top_k, normalize)
     n_experts = logits.shape[-1]
     route_kernel[(logits.numel() // n_experts,)](
         logits, topk_weights, topk_ids, n_experts, top_k, normalize, BLOCK=triton.next_power_of_2(n_experts)
     )
     return topk_weights, topk_ids
-
-
-@route.register_fake
-def route_shapes(logits, top_k, normalize):
-    shape = (*logits.shape[:-1], top_k)
-    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
-
-

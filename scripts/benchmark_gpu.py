@@ -165,7 +165,7 @@ def transformers(args: argparse.Namespace):
 # The largest error that rounding explains, relative to the largest number of a result
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 CHECKED_FORMATS = [Dense(), Int8(), Int4(32), Int4(64), Int4(128), Int4(256)]
-LINEARS = [(1056, 1544, (1, 2, 5, 8)), (6, 72, (1, 3))]  # n_out, n_in, rows; only the first's activation is fused
+LINEARS = [(1056, 1544, (1, 2, 5, 8)), (6, 72, (1, 3))]  # N, K, rows; only the first's activation is fused
 REAL_LINEARS = [(4096, 4096, (1, 5))]  # in bfloat16 alone, which saves time
 HEADS = [(32, 8, 128), (9, 3, 64), (8, 1, 40), (4, 4, 256)]  # n_heads, n_kv_heads, head_dim
 WINDOWS = [0, 1000]
@@ -226,18 +226,18 @@ class Checker:
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
-    def check_linear(self, format: Format, n_out: int, n_in: int, row_counts: tuple[int, ...]):
-        w = random_linear((n_out, n_in), format, self.device, self.dtype)
+    def check_linear(self, format: Format, out_features: int, in_features: int, row_counts: tuple[int, ...]):
+        w = random_linear((out_features, in_features), format, self.device, self.dtype)
         matrix, expected = w.matrix(torch.float32).double(), w.matrix(self.dtype)
         kernels.pack_for_triton([w])
-        size = f"{format.name or 'dense'} {n_out}x{n_in}"
+        size = f"{format.name or 'dense'} {out_features}x{in_features}"
         self.compare(f"dequantize {size}", w.matrix(self.dtype), expected, self.limit)
         # Into float32 nothing is rounded; but 16-bit kernels take int4's offset off the sum at the end
         exact_limit = 1e-4 if isinstance(format, Int4) and self.dtype != torch.float32 else 1e-5
-        norm = random_norm(n_in, self.device, self.dtype)
+        norm = random_norm(in_features, self.device, self.dtype)
         for n_rows in row_counts:
             details = f"{size} of {n_rows} rows"
-            x, residual = self.randn(1, n_rows, n_in), self.randn(1, n_rows, n_out)
+            x, residual = self.randn(1, n_rows, in_features), self.randn(1, n_rows, out_features)
             y = F.linear(x.double(), matrix)
             self.compare(f"float32_linear {details}", kernels.linear(x, w, out_dtype=torch.float32), y, exact_limit)
             y = F.linear(reference.rms_norm(x.double(), norm.weight.double(), norm.eps), matrix)
@@ -330,7 +330,7 @@ def tune(config: ModelConfig, format: Format, device: torch.device):
 
 def tune_products(config: ModelConfig, format: Format, device: torch.device):
     linears = empty_model(replace(config, n_layers=1), None).linears()
-    for n, k, gated in {(w.n_out, w.n_in, name.endswith("gate_up_proj")) for name, w in linears}:
+    for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
 
 

@@ -87,9 +87,9 @@ def random_linear(
     shape: tuple[int, ...], format: Format, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
 ) -> Linear:
     """One layer with W [N, K], or experts' [E, N, K]."""
-    *experts, n_out, n_in = shape
+    *experts, out_features, in_features = shape
     with torch.device("meta"):
-        linear = kind(n_in, n_out, n_experts=experts[0] if experts else None).to(dtype)
+        linear = kind(in_features, out_features, n_experts=experts[0] if experts else None).to(dtype)
     linear.set_format(format)
     linear.to_empty(device=device)
     randomize(linear)
@@ -104,7 +104,7 @@ def randomize(module: nn.Module):
     elif isinstance(module, nn.Embedding):
         module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
     elif isinstance(module, Linear):
-        std = module.n_in**-0.5
+        std = module.in_features**-0.5
         if isinstance(module.format, Int8):
             module.weight.random_(-127, 128)  # whose standard deviation is 73
             module.scales.fill_(std / 73)

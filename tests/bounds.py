@@ -25,8 +25,8 @@ def magnitudes(w) -> Tensor:
     if w.format.name == "int8":
         return (weight.abs() + 256) * scales.double()[..., None]
     ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}
-    zeros = w.zeros.double().repeat_interleave(w.format.group_size, -1)[..., : w.n_in]
-    wide = w.scales.abs().double().repeat_interleave(w.format.group_size, -1)[..., : w.n_in]
+    zeros = w.zeros.double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
+    wide = w.scales.abs().double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
     return w.format.dequantize(ones, torch.float64) + zeros / 16 * wide
 
 

@@ -197,7 +197,7 @@ def test_tune(tmp_path, monkeypatch):
 
     def time_products(x, weights, gated):
         assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
-        n = weights[0].n_out
+        n = weights[0].out_features
         launch = triton_linear.choose_tiles(x, 4, n, gated, 64)
         times = {(2, 8, 1, 3): 1.0, (2, 4, 2, 3): 2.0, (1, 4, 2, 3): 0.5 if gated else 1.5}
         if launch == (2, 8, 1, 3) and x.shape[1] == 8:

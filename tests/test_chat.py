@@ -10,7 +10,7 @@ import torch
 
 import cli as shell
 import generate
-from generate import continue_text, load
+from generate import load, stream_tokens
 from kernels import cpu
 from model import KVCache, Transformer
 from sampling import Sampling
@@ -118,7 +118,7 @@ def test_an_interrupted_answer_stays(chatty):
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     steps = build_steps(model, KVCache(model, 1, CONTEXT), Sampling())
     conversation = generate.Conversation(
-        tokenizer, lambda *text: continue_text(steps, 1, torch.device("cpu"), *text), CONTEXT, model.config.eos_ids
+        tokenizer, lambda *text: stream_tokens(steps, 1, torch.device("cpu"), *text), CONTEXT, model.config.eos_ids
     )
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)

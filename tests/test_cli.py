@@ -3,13 +3,17 @@ is asked for. Mistakes are in test_mistakes.py, conversations in test_chat.py.""
 
 import io
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+import cli as shell
+import generate
+import report
 from config import MoEConfig
-from tests.byte_models import END, VOCAB_SIZE, random_folder
+from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
 from tests.tiny import ROOT
 from tokenizer import load_tokenizer
 
@@ -136,3 +140,27 @@ def test_process(chain, prompt, status):
     done = subprocess.run([*command, f"--prompt={prompt}", "--json"], capture_output=True, text=True)
     assert done.returncode == status and (done.stdout + done.stderr).count("\n") == 1
     assert json.loads(done.stdout)["text"] == ["🙂E"] if status == 0 else done.stderr.startswith("generate.py: ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 512.00 MiB")])
+def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain, tmp_path, monkeypatch, capsys, error):
+    def refuse(device):
+        raise error
+
+    (tmp_path / "prompts").write_text("a\nb\nc\n")
+    options = [f"--prompt_file={tmp_path}/prompts", "--max_new_tokens=4", "--batch_size=3", "--ignore_eos"]
+    set_up(monkeypatch, chain / "model.pth", options)
+    monkeypatch.setattr(report, "read_bandwidth", refuse)
+    report.measured_bandwidth.cache_clear()
+    shell.run(generate.main)
+    report.measured_bandwidth.cache_clear()
+    out, err = capsys.readouterr()
+    assert out.count("--- row 2") == 3 and "%" not in err
+    assert len(re.findall(r"12 generated in 3 rows, at [\d.]+ tokens/s each: [\d.]+ GB/s \(load", err)) == 3
+
+
+def test_the_summary_names_the_share_of_what_memory_gives(chain, monkeypatch, capsys):
+    set_up(monkeypatch, chain / "model.pth", ["--prompt=a", "--max_new_tokens=4", "--ignore_eos"])
+    shell.run(generate.main)
+    sentence = r"4 generated at [\d.]+ tokens/s: [\d.]+ GB/s, \d+ % of the [\d.]+ GB/s this machine reads \(load"
+    assert re.search(sentence, capsys.readouterr().err)

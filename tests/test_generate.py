@@ -178,12 +178,12 @@ def test_a_gpus_step(family, compile, pair, without_inductor):
     ours, prompt = pair(family, kernels=False)[1], prompt_of(2, 9)
     expected = new_tokens(fresh_steps(ours, 2, 40), prompt, 9)
 
-    def head(logits):
+    def select_tokens(logits):
         return logits[:, -1].argmax(-1)
 
     kv_cache = KVCache(ours, 2, 40)
     prefill = build_steps(ours, kv_cache, GREEDY).prefill
-    decode = steps_module.build_gpu_step(ours, kv_cache, head, compile)
+    decode = steps_module.build_gpu_step(ours, kv_cache, select_tokens, compile)
     assert torch.equal(new_tokens(steps_module.Steps(prefill, decode), prompt, 9), expected)
 
 

@@ -1,4 +1,4 @@
-"""kernels/cpu/ against its PyTorch references: odd shapes, every format, on what this CPU has and without it."""
+"""kernels/csrc/ against its PyTorch references: odd shapes, every format, on what this CPU has and without it."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def as_seen(x: torch.Tensor, format) -> torch.Tensor:
     return x if isinstance(format, Dense) or x.dtype == torch.float32 else rounded_activations(x)
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one_thread", "two_threads"])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -378,17 +378,20 @@ def test_router_of_nan(logits, normalize):
 
 
 @built
+@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
 def test_without_this_cpus_instructions(march):
-    """The same tests, on the code for CPUs with AVX2 alone and for those of any kind."""
+    """The same tests, on the code for CPUs with AVX2 alone and for those of any kind. How the threads share the work is
+    the same code everywhere."""
     if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
         return
-    env = os.environ | {"CXXFLAGS": f"-march={march}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
+    env = os.environ | {"CXXFLAGS": f"-march={march}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "one_thread", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 def test_builds_do_not_meet(tmp_path):
     """Several processes that build at once, into one empty cache, all get the library. A broken one is built again."""
     command = [sys.executable, "-c", "import kernels; assert kernels.cpu.build()"]
@@ -401,6 +404,7 @@ def test_builds_do_not_meet(tmp_path):
     assert subprocess.run(command, env=env, cwd=ROOT).returncode == 0 and library.stat().st_size > 0
 
 
+@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 @pytest.mark.parametrize("compiler", ["false", "script"])
 def test_no_compiler(compiler, tmp_path):
     """One line, and everything runs on PyTorch."""

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from chat import Conversation
-from generate import build_steps, continue_text, generate, load, make_kv_cache
+from generate import build_steps, generate, load, make_kv_cache, stream_tokens
 from sampling import Sampling
 from tests.tiny import ROOT
 from tokenizer import stream
@@ -33,7 +33,7 @@ def test_conversation(chatty, cli):
     model, tokenizer = load(chatty / "model.pth")
     steps, other_steps = (build_steps(model, make_kv_cache(model, 1, 160), Sampling()) for _ in range(2))
     other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    conversation = Conversation(tokenizer, partial(continue_text, steps, 1, "cpu"), 160, model.config.eos_ids)
+    conversation = Conversation(tokenizer, partial(stream_tokens, steps, 1, "cpu"), 160, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)

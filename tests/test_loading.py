@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import machine
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
@@ -57,3 +58,13 @@ def test_types_of_a_quantized_checkpoint(folder, tmp_path, name, dtype):
     rewrite(folder / "model_int8.pth", path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     with pytest.raises(UsageError, match=f"tensor {name} is missing, left over or of the wrong shape"):
         load_model(path)
+
+
+def test_a_file_just_read_takes_no_room_in_a_container(tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_anon 20\ninactive_file 500\nactive_file 100\n")
+    assert machine.free_in_container(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    with pytest.raises(ValueError):  # there is no limit
+        machine.free_in_container(tmp_path)

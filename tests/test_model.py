@@ -73,3 +73,11 @@ def test_unsupported_is_named():
     for field, bad in bad_fields.items():
         with pytest.raises(UsageError, match="Gemma|hidden_act|yarn|vocab_size|partial_rotary_factor"):
             ModelConfig.from_hf(good | {field: bad})
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("wrong", ["x", ["a", "b"]])
+def test_rope_of_the_wrong_kind_is_refused(field, wrong):
+    good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(UsageError, match=f"{field} must be an object"):
+        ModelConfig.from_hf(good | {field: wrong})

@@ -142,7 +142,7 @@ def test_gptq_keeps_a_layers_outputs_closer_than_rounding(k, group_size, act_ord
         return random_matrix(1000, 24, seed) @ random_matrix(24, k, 2) + 0.1 * random_matrix(1000, k, seed + 1)
 
     x, w, format = inputs(3), random_matrix(96, k), Int4(group_size)
-    tensors = gptq.solve(w, x.T @ x, gptq.Settings(group_size, damp=0.01, block_size=48, act_order=act_order))
+    tensors = gptq.gptq_quantize(w, x.T @ x, gptq.GPTQConfig(group_size, damp=0.01, block_size=48, act_order=act_order))
     assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
     fresh = inputs(5)
     ours, plain = (
@@ -155,11 +155,11 @@ def test_gptq_of_experts_is_gptq_of_each_and_rounds_the_unseen():
     x = random_matrix(300, 64, 1) @ random_matrix(64, 64, 2)
     w = random_matrix(90, 64).view(3, 30, 64)
     hessian = torch.stack([x.T @ x, torch.zeros(64, 64), x[:40].T @ x[:40]])
-    settings, format = gptq.Settings(group_size=32, damp=0.1, block_size=16, act_order=True), Int4(32)
-    tensors = gptq.solve(w, hessian, settings)
+    config, format = gptq.GPTQConfig(group_size=32, damp=0.1, block_size=16, act_order=True), Int4(32)
+    tensors = gptq.gptq_quantize(w, hessian, config)
     together = format.dequantize(tensors, torch.float32)
     for e in range(3):
-        alone = format.dequantize(gptq.solve(w[e], hessian[e], settings), torch.float32)
+        alone = format.dequantize(gptq.gptq_quantize(w[e], hessian[e], config), torch.float32)
         assert (together[e] == alone).float().mean() > 0.95  # the inverse is rounded otherwise in a batch
     scales, zeros = (tensors[name][1].float().repeat_interleave(32, -1) for name in ("scales", "zeros"))
     nearest = ((w[1] / scales + zeros / 16).round().clamp(0, 15) - zeros / 16) * scales

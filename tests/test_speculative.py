@@ -16,7 +16,7 @@ import quantize
 import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
-from model import KVCache
+from model import KVCache, Transformer
 from sampling import Sampling, multinomial, probabilities, sample
 from speculate import (
     DraftModel,
@@ -28,6 +28,7 @@ from speculate import (
     proposal_sizes,
     rejection_sample,
     speculate,
+    verify_cost,
 )
 from steps import Steps, build_steps
 from tests.byte_models import random_folder, set_up
@@ -248,10 +249,10 @@ def test_lookup_proposes_what_came_after():
 
 def test_the_number_of_tokens_follows_what_is_accepted():
     assert proposal_sizes(5) == [1, 5] and proposal_sizes(1) == [1]
-    assert best_size([5, 2, 1], 1.0, 0.2) == 5
-    assert best_size([5, 2, 1], 0.3, 0.1) == 1
-    assert best_size([5, 2, 1], 0.05, 0.2) == 0
-    assert best_size([], 1.0, 0.0) == 0
+    assert best_size([5, 2, 1], 1.0, 0.3) == 5
+    assert best_size([5, 2, 1], 0.3, 0.2) == 1
+    assert best_size([5, 2, 1], 0.05, 0.3) == 0
+    assert best_size([], 1.0, 0.1) == 0
     rate = speculate_module.AcceptanceRate()
     first = rate.rate
     for _ in range(20):
@@ -260,6 +261,14 @@ def test_the_number_of_tokens_follows_what_is_accepted():
     for _ in range(200):
         rate.decay(speculate_module.IDLE_DECAY)  # is worth another try
     assert abs(rate.rate - first) < 0.01
+
+
+def test_experts_cost_more_to_verify_on_a_gpu(pair):
+    dense, moe = pair("llama3")[1], pair("mixtral")[1]
+    with torch.device("meta"):  # as any device that is no CPU
+        elsewhere = Transformer(moe.config)
+    assert verify_cost(dense) == verify_cost(moe) < 0.2 and 0.5 < verify_cost(elsewhere) < 1
+    assert best_size([1, 2, 5], 0.6, verify_cost(dense)) == 2 and best_size([1, 2, 5], 0.6, verify_cost(elsewhere)) == 0
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------

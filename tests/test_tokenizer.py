@@ -335,4 +335,4 @@ def test_without_a_template_llama2s_form(system, tmp_path):
     for n in (len(system) + 1, len(messages)):
         assert ours.encode_chat(messages[:n]) == replace(ours, chat_template=LLAMA2).encode_chat(messages[:n])
     with pytest.raises(UsageError, match="no chat template"):
-        replace(ours, names={"bos_token": "<|begin_of_text|>"}).encode_chat(messages)
+        replace(ours, special_names={"bos_token": "<|begin_of_text|>"}).encode_chat(messages)

@@ -173,10 +173,10 @@ def test_what_can_be_cut():
         tp.check_divides(CONFIG, Int4(32), 2)
 
 
-@pytest.mark.parametrize("size, unit, n", [(12, 1, 4), (97, 1, 4), (96, 16, 3), (32, 16, 4), (5, 1, 4)])
-def test_spans_cover_everything(size, unit, n):
-    spans = [tp.span(size, unit, rank, n) for rank in range(n)]
-    assert len({length for _, length in spans}) == 1
-    assert all(start % unit == length % unit == 0 for start, length in spans)
-    covered = {i for start, length in spans for i in range(start, start + length)}
+@pytest.mark.parametrize("size, granularity, n", [(12, 1, 4), (97, 1, 4), (96, 16, 3), (32, 16, 4), (5, 1, 4)])
+def test_shard_ranges_cover_everything(size, granularity, n):
+    ranges = [tp.shard_range(size, granularity, rank, n) for rank in range(n)]
+    assert len({length for _, length in ranges}) == 1
+    assert all(start % granularity == length % granularity == 0 for start, length in ranges)
+    covered = {i for start, length in ranges for i in range(start, start + length)}
     assert covered >= set(range(size))

@@ -23,7 +23,7 @@ template <typename T> const T* ptr(const OptTensor& t) { return t ? ptr<T>(*t) :
 Sizes sizes(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
 // Calls f with a value of the C++ type of the activations.
-template <typename F> void by_type(ScalarType type, F f) {
+template <typename F> void dispatch_type(ScalarType type, F f) {
   if (type == ScalarType::Float) f(float{});
   else if (type == ScalarType::Half) f(f16{});
   else if (type == ScalarType::BFloat16) f(bf16{});
@@ -63,13 +63,13 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
   return out;
 }
 
-Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, OptTensor bias, int64_t kind, int64_t n,
-              int64_t group_size, OptTensor norm, double eps, OptTensor residual, int64_t activation, bool float32_out) {
+Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size,
+              OptTensor bias, OptTensor norm, double eps, OptTensor residual, int64_t activation, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm, residual});
   Sizes shape = sizes(x);
   shape.back() = activation ? n / 2 : n;
   Tensor out = torch::stable::new_empty(x, shape, float32_out ? ScalarType::Float : x.scalar_type());
-  by_type(x.scalar_type(), [&](auto type) {
+  dispatch_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     submit(LinearOp<T>{
         .x = ptr<T>(x), .m = m,
@@ -86,7 +86,7 @@ Tensor glu(Tensor gate_up, int64_t activation) {
   Sizes shape = sizes(gate_up);
   const int64_t f = shape.back() /= 2;
   Tensor out = torch::stable::new_empty(gate_up, shape);
-  by_type(gate_up.scalar_type(), [&](auto type) {
+  dispatch_type(gate_up.scalar_type(), [&](auto type) {
     using T = decltype(type);
     submit(GluOp<T>{.gate_up = ptr<T>(gate_up), .m = gate_up.numel() / (2 * f), .f = f, .activation = activation,
                     .out = mutable_ptr<T>(out)});
@@ -98,7 +98,7 @@ Tensor add(Tensor x, Tensor y) {
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && sizes(x) == sizes(y) && x.scalar_type() == y.scalar_type(),
                   "what is added must be of one shape and type");
   Tensor out = torch::stable::empty_like(x);
-  by_type(x.scalar_type(), [&](auto type) {
+  dispatch_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     submit(AddOp<T>{.x = ptr<T>(x), .y = ptr<T>(y), .n = x.numel(), .out = mutable_ptr<T>(out)});
   });
@@ -111,7 +111,7 @@ Tensor embed(Tensor tokens, Tensor weight) {
   Sizes shape = sizes(tokens);
   shape.push_back(weight.size(1));
   Tensor out = torch::stable::new_empty(weight, shape);
-  by_type(weight.scalar_type(), [&](auto type) {
+  dispatch_type(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .weight = ptr<T>(weight),
                       .n_rows = weight.size(0), .dim = weight.size(1), .out = mutable_ptr<T>(out)});
@@ -131,7 +131,7 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
     STD_TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == d && cache.stride(1) == k_cache.stride(1) &&
                     cache.stride(0) == k_cache.stride(0), "the caches' heads must be contiguous");
   Tensor out = torch::stable::new_empty(qkv, Sizes{b, m / b, n_heads * d});
-  by_type(qkv.scalar_type(), [&](auto type) {
+  dispatch_type(qkv.scalar_type(), [&](auto type) {
     using T = decltype(type);
     submit(AttendOp<T>{
         .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
@@ -165,7 +165,7 @@ Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zero
   Sizes shape = sizes(topk_ids);
   shape.push_back(activation ? n / 2 : n);
   Tensor hidden = torch::stable::new_empty(x, shape);
-  by_type(x.scalar_type(), [&](auto type) {
+  dispatch_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     submit(ExpertsGateUpOp<T>{
         .x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
@@ -186,7 +186,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   Sizes shape = sizes(topk_ids);
   shape.back() = n;
   Tensor out = torch::stable::new_empty(hidden, shape);
-  by_type(hidden.scalar_type(), [&](auto type) {
+  dispatch_type(hidden.scalar_type(), [&](auto type) {
     using T = decltype(type);
     submit(ExpertsDownOp<T>{
         .hidden = ptr<T>(hidden), .m = m, .top_k = top_k,
@@ -197,32 +197,17 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
-Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t k, int64_t group_size,
+Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size, int64_t k,
                   ScalarType type) {
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
-  by_type(type, [&](auto t) {
+  dispatch_type(type, [&](auto t) {
     using T = decltype(t);
     dequantize_to<T>(weights(weight, scales, zeros, kind, n, k, group_size, type), mutable_ptr<T>(out));
   });
   return out;
 }
 
-STABLE_TORCH_LIBRARY(gptfast, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, int kind, int n, int group_size, "
-        "Tensor? norm, float eps, Tensor? residual, int activation, bool float32_out) -> Tensor");
-  m.def("glu(Tensor gate_up, int activation) -> Tensor");
-  m.def("add(Tensor x, Tensor y) -> Tensor");
-  m.def("embed(Tensor tokens, Tensor weight) -> Tensor");
-  m.def("attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm, "
-        "Tensor? k_norm, float eps, int n_heads, int window) -> Tensor");
-  m.def("route(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)");
-  m.def("experts_gate_up(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int group_size, "
-        "Tensor topk_ids, Tensor? norm, float eps, int activation) -> Tensor");
-  m.def("experts_down(Tensor hidden, Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int group_size, "
-        "Tensor topk_ids, Tensor topk_weights, Tensor? residual) -> Tensor");
-  m.def("dequantize(Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int k, int group_size, "
-        "ScalarType dtype) -> Tensor");
-}
+// kernels/schema.py has the schemas.
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("glu", TORCH_BOX(&glu));

@@ -82,13 +82,13 @@ inline void store_vec(Vec v, f16* p) {
 }
 
 // Elements first .. first + 15 of p, of which there are n; those beyond the end are zero, or not stored.
-template <typename T> inline Vec load_some(const T* p, int64_t first, int64_t n) {
+template <typename T> inline Vec load_partial(const T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return load_vec(p + first);
   Vec v = {};
   for (int64_t i = 0; first + i < n; i++) v[i] = to_float(p[first + i]);
   return v;
 }
-template <typename T> inline void store_some(Vec v, T* p, int64_t first, int64_t n) {
+template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return store_vec(v, p + first);
   for (int64_t i = 0; first + i < n; i++) from_float(v[i], &p[first + i]);
 }

@@ -6,7 +6,7 @@
 #include "tape.h"
 
 constexpr int64_t MAX_ROWS = 8;    // of activations that an operation takes; kernels/__init__.py sends more to PyTorch
-constexpr int64_t ROWS = 16;       // of weights that are read side by side: a block, whose outputs are one Vec
+constexpr int64_t BLOCK_N = 16;       // of weights that are read side by side: a block, whose outputs are one Vec
 constexpr int64_t ACT_GROUP = 8;   // activations that share a scale, where they are quantized
 
 // A matrix [n, k], or the first of [experts, n, k]. Quantized ones are packed in words of four bytes, block by block:
@@ -22,7 +22,7 @@ struct Weights {
   const uint8_t* zeros;       // INT4: [n / 16, n_groups, 16], in sixteenths of a step
   int64_t n, k, group_size;   // group_size: inputs that share a scale (INT4)
 
-  int64_t n_blocks() const { return (n + ROWS - 1) / ROWS; }
+  int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
   int64_t n_groups() const { return (k + group_size - 1) / group_size; }
   int64_t padded_k() const { return (k + LANES - 1) / LANES * LANES; }
   bool quantized() const { return kind >= INT8; }
@@ -30,23 +30,23 @@ struct Weights {
     switch (kind) {
       case F32: return n * k * 4;
       case F16: case BF16: return n * k * 2;
-      case INT8: return n_blocks() * ROWS * k;
-      default: return n_blocks() * ROWS * k / 2;
+      case INT8: return n_blocks() * BLOCK_N * k;
+      default: return n_blocks() * BLOCK_N * k / 2;
     }
   }
   Weights expert(int64_t e) const {
     Weights w = *this;
     w.data += e * bytes();
     if (row_scales) w.row_scales += e * n;
-    if (scales) w.scales += e * n_blocks() * n_groups() * ROWS;
-    if (zeros) w.zeros += e * n_blocks() * n_groups() * ROWS;
+    if (scales) w.scales += e * n_blocks() * n_groups() * BLOCK_N;
+    if (zeros) w.zeros += e * n_blocks() * n_groups() * BLOCK_N;
     return w;
   }
 };
 
 // ---- Activations, which every thread prepares for itself -------------------------------------------------------------
 
-using Row = const void*;  // T[k], the activations' own type, or QuantizedGroup[k / 8]
+using PreparedRow = const void*;  // T[k], the activations' own type, or QuantizedGroup[k / 8]
 
 struct QuantizedGroup {  // x = scale * q, |q| <= 127. If one of x is not finite, scale is NaN, and so is the output
   float scale;
@@ -55,7 +55,7 @@ struct QuantizedGroup {  // x = scale * q, |q| <= 127. If one of x is not finite
 };
 
 // x [k] as int8, in groups of 8; two groups at a time, each in half of a Vec. x is padded with zeros to whole Vecs.
-inline const QuantizedGroup* quantize_row(const float* x, const Weights& w, Dealer& memory) {
+inline const QuantizedGroup* quantize_row(const float* x, const Weights& w, Allocator& memory) {
   QuantizedGroup* groups = memory.take<QuantizedGroup>(w.padded_k() / ACT_GROUP);
   float offset = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
@@ -87,7 +87,7 @@ inline const QuantizedGroup* quantize_row(const float* x, const Weights& w, Deal
 template <typename T> float inverse_rms(const T* x, int64_t k, float eps) {
   Vec squares = {};
   for (int64_t i = 0; i < k; i += LANES) {
-    const Vec v = load_some(x, i, k);
+    const Vec v = load_partial(x, i, k);
     squares += v * v;
   }
   return 1 / std::sqrt(sum(squares) / k + eps);
@@ -95,10 +95,10 @@ template <typename T> float inverse_rms(const T* x, int64_t k, float eps) {
 
 // Makes rows [m] from x [m, k]: normed if norm is not null, and quantized if w is and T is a 16-bit type.
 template <typename T>
-void prepare_rows(const T* x, int64_t m, const Weights& w, const T* norm, float eps, Row* rows) {
+void prepare_rows(const T* x, int64_t m, const Weights& w, const T* norm, float eps, PreparedRow* rows) {
   const int64_t k = w.k, padded = w.padded_k();
-  const size_t bytes = Dealer::bytes_for<T>(padded) + Dealer::bytes_for<QuantizedGroup>(padded / ACT_GROUP);
-  Dealer memory(private_memory.at_least(Dealer::bytes_for<float>(padded) + m * bytes));
+  const size_t bytes = Allocator::bytes_for<T>(padded) + Allocator::bytes_for<QuantizedGroup>(padded / ACT_GROUP);
+  Allocator memory(private_memory.at_least(Allocator::bytes_for<float>(padded) + m * bytes));
   float* wide = memory.take<float>(padded);
   std::fill(wide + k, wide + padded, 0.0f);
   for (int64_t i = 0; i < m; i++, x += k) {
@@ -109,14 +109,14 @@ void prepare_rows(const T* x, int64_t m, const Weights& w, const T* norm, float 
     const float scale = norm ? inverse_rms(x, k, eps) : 1;
     T* out = memory.take<T>(padded);
     for (int64_t j = 0; j < k; j += LANES) {
-      Vec v = load_some(x, j, k);
+      Vec v = load_partial(x, j, k);
       if (norm) {
         store_vec(v * scale, out + j);  // rounds to T in the same places as the reference
-        v = load_vec(out + j) * load_some(norm, j, k);
+        v = load_vec(out + j) * load_partial(norm, j, k);
       }
       store_vec(v, out + j);
-      store_some(load_vec(out + j), wide, j, k);
+      store_partial(load_vec(out + j), wide, j, k);
     }
-    rows[i] = w.quantized() && !std::is_same_v<T, float> ? static_cast<Row>(quantize_row(wide, w, memory)) : out;
+    rows[i] = w.quantized() && !std::is_same_v<T, float> ? static_cast<PreparedRow>(quantize_row(wide, w, memory)) : out;
   }
 }

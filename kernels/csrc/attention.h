@@ -156,14 +156,14 @@ template <typename T> struct AttendOp {
   };
   int64_t n_partial() const { return n_rows * n_kv_heads * max_chunks() * queries(); }
   size_t shared_bytes() const {
-    return Dealer::bytes_for<T>(n_rows * n_tokens * n_heads * head_dim) + Dealer::bytes_for<Softmax>(n_partial()) +
-           Dealer::bytes_for<float>(n_partial() * head_dim);
+    return Allocator::bytes_for<T>(n_rows * n_tokens * n_heads * head_dim) + Allocator::bytes_for<Softmax>(n_partial()) +
+           Allocator::bytes_for<float>(n_partial() * head_dim);
   }
-  Shared deal(char* memory) const {
-    Dealer dealer(memory);
-    T* q = dealer.take<T>(n_rows * n_tokens * n_heads * head_dim);
-    float* partial = dealer.take<float>(n_partial() * head_dim);
-    return {q, partial, dealer.take<Softmax>(n_partial())};
+  Shared allocate(char* memory) const {
+    Allocator allocator(memory);
+    T* q = allocator.take<T>(n_rows * n_tokens * n_heads * head_dim);
+    float* partial = allocator.take<float>(n_partial() * head_dim);
+    return {q, partial, allocator.take<Softmax>(n_partial())};
   }
 
   const char* error() const {
@@ -173,7 +173,7 @@ template <typename T> struct AttendOp {
   }
 
   void execute(char* memory, Barrier& barrier) const {
-    const Shared shared = deal(memory);
+    const Shared shared = allocate(memory);
     rotate_heads(shared);
     barrier.wait();
     attend_to_chunks(shared);
@@ -187,7 +187,7 @@ template <typename T> struct AttendOp {
 
   void rotate_heads(const Shared& shared) const {
     const int64_t d = head_dim, heads = n_heads + 2 * n_kv_heads;
-    float* rotated = Dealer(private_memory.at_least(Dealer::bytes_for<float>(d))).template take<float>(d);
+    float* rotated = Allocator(private_memory.at_least(Allocator::bytes_for<float>(d))).template take<float>(d);
     const Share share = my_share(n_rows * n_tokens * heads);
     for (int64_t i = share.begin; i < share.end; i++) {
       const int64_t head = i % heads, t = i / heads % n_tokens, b = i / heads / n_tokens;
@@ -257,7 +257,7 @@ template <typename T> struct AttendOp {
 
   void combine_chunks(const Shared& shared) const {
     const int64_t d = head_dim;
-    float* acc = Dealer(private_memory.at_least(Dealer::bytes_for<float>(d))).template take<float>(d);
+    float* acc = Allocator(private_memory.at_least(Allocator::bytes_for<float>(d))).template take<float>(d);
     const Share share = my_share(n_rows * n_tokens * n_heads);
     for (int64_t i = share.begin; i < share.end; i++) {
       const int64_t head = i % n_heads, t = i / n_heads % n_tokens, b = i / n_heads / n_tokens;

@@ -17,13 +17,13 @@ template <typename T> struct LinearOp {
 
   void execute(char*, Barrier&) const {
     const int64_t n_out = activation ? w.n / 2 : w.n;
-    Row rows[MAX_ROWS];
+    PreparedRow rows[MAX_ROWS];
     prepare_rows(x, m, w, norm, eps, rows);
-    const Share share = my_share((n_out + ROWS - 1) / ROWS);
+    const Share share = my_share((n_out + BLOCK_N - 1) / BLOCK_N);
     Vec y[2][MAX_ROWS];
     for (int64_t block = share.begin, step; block < share.end; block += step) {
       step = activation ? 1 : std::min<int64_t>(2, share.end - block);
-      const int64_t blocks[] = {block, activation ? block + n_out / ROWS : block + 1};
+      const int64_t blocks[] = {block, activation ? block + n_out / BLOCK_N : block + 1};
       dot<T>(m, w, blocks, activation ? 2 : step, rows, y);
       for (int64_t i = 0; i < m; i++) {
         if (activation) {
@@ -36,12 +36,12 @@ template <typename T> struct LinearOp {
     }
   }
 
-  Vec with_bias(Vec v, int64_t block) const { return bias ? v + load_some(bias, block * ROWS, w.n) : v; }
+  Vec with_bias(Vec v, int64_t block) const { return bias ? v + load_partial(bias, block * BLOCK_N, w.n) : v; }
 
   void store(Vec v, int64_t row, int64_t block, int64_t n_out) const {
-    if (residual) v += load_some(residual + row * n_out, block * ROWS, n_out);
-    if (wide_out) store_some(v, wide_out + row * n_out, block * ROWS, n_out);
-    else store_some(v, out + row * n_out, block * ROWS, n_out);
+    if (residual) v += load_partial(residual + row * n_out, block * BLOCK_N, n_out);
+    if (wide_out) store_partial(v, wide_out + row * n_out, block * BLOCK_N, n_out);
+    else store_partial(v, out + row * n_out, block * BLOCK_N, n_out);
   }
 };
 
@@ -57,7 +57,7 @@ template <typename T> struct GluOp {
     for (int64_t i = share.begin; i < share.end; i++) {
       const int64_t row = i / n_blocks, first = i % n_blocks * LANES;
       const T* gate = gate_up + row * 2 * f;
-      store_some(activate(load_some(gate, first, f), activation) * load_some(gate + f, first, f), out + row * f, first, f);
+      store_partial(activate(load_partial(gate, first, f), activation) * load_partial(gate + f, first, f), out + row * f, first, f);
     }
   }
 };
@@ -71,7 +71,7 @@ template <typename T> struct AddOp {
   void execute(char*, Barrier&) const {
     const Share share = my_share((n + LANES - 1) / LANES);
     for (int64_t i = share.begin * LANES; i < std::min(n, share.end * LANES); i += LANES)
-      store_some(load_some(x, i, n) + load_some(y, i, n), out, i, n);
+      store_partial(load_partial(x, i, n) + load_partial(y, i, n), out, i, n);
   }
 };
 
@@ -100,13 +100,13 @@ template <typename T> void dequantize_to(const Weights& w, T* out) {
   const int64_t word = int4 ? 8 : 4, group_size = int4 ? w.group_size : w.k;
 #pragma omp parallel for num_threads(threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
-    const char* data = w.data + b * ROWS * w.k / (int4 ? 2 : 1);
-    const int64_t n_rows = std::min(ROWS, w.n - b * ROWS);
-    int64_t index = b * w.n_groups() * ROWS;  // of the group's scales and zeros
-    for (int64_t k = 0; k < w.k; index += ROWS) {
-      float scale[ROWS], zero[ROWS];
+    const char* data = w.data + b * BLOCK_N * w.k / (int4 ? 2 : 1);
+    const int64_t n_rows = std::min(BLOCK_N, w.n - b * BLOCK_N);
+    int64_t index = b * w.n_groups() * BLOCK_N;  // of the group's scales and zeros
+    for (int64_t k = 0; k < w.k; index += BLOCK_N) {
+      float scale[BLOCK_N], zero[BLOCK_N];
       for (int64_t r = 0; r < n_rows; r++) {
-        scale[r] = int4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * ROWS + r];
+        scale[r] = int4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * BLOCK_N + r];
         zero[r] = int4 ? w.zeros[index + r] / 16.0f : 128;
       }
       for (const int64_t end = std::min(w.k, k + group_size); k < end; data += 64, k += word)
@@ -114,7 +114,7 @@ template <typename T> void dequantize_to(const Weights& w, T* out) {
           for (int64_t j = 0; j < word; j++) {
             const uint8_t byte = data[4 * r + j % 4];
             const int q = !int4 ? byte : j < 4 ? byte & 15 : byte >> 4;
-            from_float((q - zero[r]) * scale[r], &out[(b * ROWS + r) * w.k + k + j]);
+            from_float((q - zero[r]) * scale[r], &out[(b * BLOCK_N + r) * w.k + k + j]);
           }
     }
   }

@@ -67,15 +67,15 @@ class Memory {
 };
 inline thread_local Memory private_memory;  // each thread's own
 
-// Deals memory out piece by piece, each on a cache line of its own.
-class Dealer {
+// Hands memory out piece by piece, each on a cache line of its own.
+class Allocator {
   char* next;
 
  public:
   static constexpr size_t LINE = 64;
   template <typename T> static size_t bytes_for(size_t n) { return n * sizeof(T) + LINE; }
 
-  explicit Dealer(char* memory) : next(memory) {}
+  explicit Allocator(char* memory) : next(memory) {}
   template <typename T> T* take(size_t n) {
     T* piece = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(next) + LINE - 1) / LINE * LINE);
     next = reinterpret_cast<char*>(piece + n);

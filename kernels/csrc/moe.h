@@ -34,9 +34,9 @@ template <typename T> struct ExpertsGateUpOp {
   T* hidden;
 
   void execute(char*, Barrier&) const {
-    const int64_t n_out = activation ? w.n / 2 : w.n, n_blocks = (n_out + ROWS - 1) / ROWS;
+    const int64_t n_out = activation ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
-    Row rows[MAX_ROWS], rows_of_expert[MAX_ROWS];
+    PreparedRow rows[MAX_ROWS], rows_of_expert[MAX_ROWS];
     prepare_rows(x, m, w, norm, eps, rows);
     Vec y[2][MAX_ROWS];
     const Share share = my_share(n_blocks * uses.size());
@@ -48,7 +48,7 @@ template <typename T> struct ExpertsGateUpOp {
       dot<T>(count, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
       for (int64_t j = 0; j < count; j++) {
         const Vec v = activation ? activate(y[0][j], activation) * y[1][j] : y[0][j];
-        store_some(v, hidden + use.slots[j] * n_out, block * ROWS, n_out);
+        store_partial(v, hidden + use.slots[j] * n_out, block * BLOCK_N, n_out);
       }
     }
   }
@@ -66,9 +66,9 @@ template <typename T> struct ExpertsDownOp {
 
   void execute(char*, Barrier&) const {
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
-    std::vector<Row> rows(m * top_k);
+    std::vector<PreparedRow> rows(m * top_k);
     prepare_rows<T>(hidden, m * top_k, w, nullptr, 0, rows.data());
-    Row rows_of_expert[MAX_ROWS];
+    PreparedRow rows_of_expert[MAX_ROWS];
     Vec y[1][MAX_ROWS];
     const Share share = my_share(w.n_blocks());
     for (int64_t block = share.begin; block < share.end; block++) {
@@ -80,8 +80,8 @@ template <typename T> struct ExpertsDownOp {
         for (int64_t j = 0; j < count; j++) total[use.slots[j] / top_k] += topk_weights[use.slots[j]] * y[0][j];
       }
       for (int64_t i = 0; i < m; i++) {
-        if (residual) total[i] += load_some(residual + i * w.n, block * ROWS, w.n);
-        store_some(total[i], out + i * w.n, block * ROWS, w.n);
+        if (residual) total[i] += load_partial(residual + i * w.n, block * BLOCK_N, w.n);
+        store_partial(total[i], out + i * w.n, block * BLOCK_N, w.n);
       }
     }
   }

@@ -38,17 +38,17 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #else
   const uint8_t* v = reinterpret_cast<const uint8_t*>(&w);
   const int8_t* y = reinterpret_cast<const int8_t*>(&x);
-  for (int i = 0; i < 4 * ROWS; i++) acc[i / 4] += int32_t(v[i]) * y[i];
+  for (int i = 0; i < 4 * BLOCK_N; i++) acc[i / 4] += int32_t(v[i]) * y[i];
 #endif
 }
 
-inline Vec row_scales(const Weights& w, int64_t block) { return load_some(w.row_scales, block * ROWS, w.n); }
+inline Vec row_scales(const Weights& w, int64_t block) { return load_partial(w.row_scales, block * BLOCK_N, w.n); }
 
 // INT8 weights, quantized activations. R blocks at a time share what is loaded of the activations.
-template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, const Row* rows, Vec (*out)[MAX_ROWS]) {
+template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
   const char* data[R];
   const QuantizedGroup* x[M];
-  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * ROWS * w.k;
+  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * BLOCK_N * w.k;
   for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(rows[m]);
   Vec total[R][M] = {};
   for (int64_t g = 0; g < w.k / ACT_GROUP; g++) {  // two words of each of the 16 rows: 128 bytes
@@ -77,10 +77,10 @@ template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, c
 }
 
 // INT4 weights, quantized activations
-template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, const Row* rows, Vec (*out)[MAX_ROWS]) {
+template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
   const char* data[R];
   const QuantizedGroup* x[M];
-  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * ROWS * w.k / 2;
+  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * BLOCK_N * w.k / 2;
   for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(rows[m]);
   const IntVec low = IntVec{} + 0x0f0f0f0f;
   const int64_t n_groups = w.n_groups();  // a division, so not in the loop
@@ -107,7 +107,7 @@ template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, c
       }
     }
     for (int r = 0; r < R; r++) {
-      const int64_t index = (blocks[r] * n_groups + group) * ROWS;
+      const int64_t index = (blocks[r] * n_groups + group) * BLOCK_N;
       const Vec scale = load_bf16(w.scales + index), zero = load_u8(w.zeros + index);
       for (int m = 0; m < M; m++) total[r][m] += (partial[r][m] - zero * x[m][end - 1].offset) * scale;
     }
@@ -117,15 +117,15 @@ template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, c
 }
 
 // INT8 and INT4 weights, float32 activations: no rounding but float32's.
-template <int M> void dot_exact(const Weights& w, int64_t block, const Row* rows, Vec* out) {
+template <int M> void dot_exact(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
   const bool int4 = w.kind == Weights::INT4;
-  const char* data = w.data + block * ROWS * w.k / (int4 ? 2 : 1);
+  const char* data = w.data + block * BLOCK_N * w.k / (int4 ? 2 : 1);
   Vec total[M] = {}, scale = Vec{} + 1, zero = Vec{} + 128;
-  int64_t index = block * w.n_groups() * ROWS;  // of the group's scales and zeros
+  int64_t index = block * w.n_groups() * BLOCK_N;  // of the group's scales and zeros
   for (int64_t k = 0; k < w.k; data += 64) {
     if (int4 && k % w.group_size == 0) {
       scale = load_bf16(w.scales + index), zero = load_u8(w.zeros + index) * (1 / 16.0f);
-      index += ROWS;
+      index += BLOCK_N;
     }
     const IntVec v = load<IntVec>(data);
     for (int half = 0; half < (int4 ? 2 : 1); half++)
@@ -149,20 +149,20 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 
 // Weights of the activations' own type, as they are: [n, k]. R rows at a time share what is loaded of the activations; U
 // sums run side by side along each.
-template <int M, typename T> void dot_native(const Weights& w, int64_t block, const Row* rows, Vec* out) {
+template <int M, typename T> void dot_native(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
   constexpr int R = M <= 2 ? 1 : 4, U = M <= 2 ? 4 : 1;
   constexpr int64_t WIDTH = 64 / sizeof(T);
-  const int64_t k = w.k, n = std::min(ROWS, w.n - block * ROWS);
-  const T *first = reinterpret_cast<const T*>(w.data) + block * ROWS * k, *x[M];
+  const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
+  const T *first = reinterpret_cast<const T*>(w.data) + block * BLOCK_N * k, *x[M];
   for (int m = 0; m < M; m++) x[m] = static_cast<const T*>(rows[m]);
-  Vec sums[M][ROWS] = {};
+  Vec sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* row[R];
     for (int j = 0; j < R; j++) row[j] = first + std::min(r + j, n - 1) * k;
     Vec acc[M][R][U] = {};
     const auto step = [&](int64_t i, int u) {
       for (int j = 0; j < R; j++) {
-        const auto ahead = [&](int64_t bytes) {  // what lies beyond the row's end is in the row after these R
+        const auto ahead = [&](int64_t bytes) {  // past the end of this row: the row that comes R rows later
           const int64_t to = i + bytes / int64_t(sizeof(T));
           return row[j] + to + (to < k ? 0 : (R - 1) * k);
         };
@@ -192,7 +192,7 @@ template <int M, typename T> void dot_native(const Weights& w, int64_t block, co
 
 // out[i][m] = rows[m] . block blocks[i] of w, for one or two blocks. T: the activations' type
 template <int M, typename T>
-void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const Row* rows, Vec (*out)[MAX_ROWS]) {
+void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
   const bool quantized_rows = w.quantized() && !std::is_same_v<T, float>;
   if (quantized_rows && M > 2 && n_blocks == 2)
     return w.kind == Weights::INT8 ? dot_int8<M, 2>(w, blocks, rows, out) : dot_int4<M, 2>(w, blocks, rows, out);
@@ -206,8 +206,8 @@ void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const R
 
 // dot_rows for m rows, a number that is known when it runs
 template <typename T>
-void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const Row* rows, Vec (*out)[MAX_ROWS]) {
-  using Dot = void (*)(const Weights&, const int64_t*, int64_t, const Row*, Vec(*)[MAX_ROWS]);
+void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
+  using Dot = void (*)(const Weights&, const int64_t*, int64_t, const PreparedRow*, Vec(*)[MAX_ROWS]);
   static constexpr Dot by_rows[] = {dot_rows<1, T>, dot_rows<2, T>, dot_rows<3, T>, dot_rows<4, T>,
                                     dot_rows<5, T>, dot_rows<6, T>, dot_rows<7, T>, dot_rows<8, T>};
   by_rows[m - 1](w, blocks, n_blocks, rows, out);
