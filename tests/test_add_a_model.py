@@ -23,7 +23,6 @@ import kernels
 from arguments import parse_args
 from config import ModelConfig, UsageError
 from generate import generate
-from kernels.formats import Int4
 from model import KVCache, Linear
 from sampling import Sampling, probabilities
 from steps import build_steps

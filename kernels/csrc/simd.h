@@ -149,7 +149,7 @@ inline Vec exp_vec(Vec x) {
   return (Vec)((IntVec)p + (((IntVec)t - (IntVec)magic) << 23));  // times 2^n
 }
 
-// The functions that a gated feed-forward may have; kernels/__init__.py has the same numbers.
+// The functions that a gated feed-forward may have; kernels/schema.py has the same numbers.
 enum Activation : int64_t { NONE = 0, SILU = 1 };
 
 inline Vec activate(Vec gate, int64_t activation) {

@@ -5,8 +5,8 @@
 
 #include "tape.h"
 
-constexpr int64_t MAX_ROWS = 8;    // of activations that an operation takes; kernels/__init__.py sends more to PyTorch
-constexpr int64_t BLOCK_N = 16;       // of weights that are read side by side: a block, whose outputs are one Vec
+constexpr int64_t MAX_ROWS = 8;    // rows of activations that an operation takes; kernels/__init__.py sends more to PyTorch
+constexpr int64_t BLOCK_N = 16;    // rows of weights that are read side by side: a block, whose outputs are one Vec
 constexpr int64_t ACT_GROUP = 8;   // activations that share a scale, where they are quantized
 
 // A matrix [n, k], or the first of [experts, n, k]. Quantized ones are packed in words of four bytes, block by block:
