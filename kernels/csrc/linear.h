@@ -94,26 +94,26 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// out [n, k] = the matrix that packed weights stand for. For prefill, so it is no Op.
-template <typename T> void dequantize_to(const Weights& w, T* out) {
-  const bool int4 = w.kind == Weights::INT4;
-  const int64_t word = int4 ? 8 : 4, group_size = int4 ? w.group_size : w.k;
+// out [n, k] = the matrix that packed weights stand for. For prefill, so it is no operation of a tape.
+template <typename T, bool INT4> void dequantize_to(const Weights& w, T* out) {
+  constexpr int64_t WORD = INT4 ? 8 : 4;  // elements of four bytes
+  const int64_t group_size = INT4 ? w.group_size : w.k;
 #pragma omp parallel for num_threads(threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
-    const char* data = w.data + b * BLOCK_N * w.k / (int4 ? 2 : 1);
+    const char* data = w.data + b * BLOCK_N * w.k / (INT4 ? 2 : 1);
     const int64_t n_rows = std::min(BLOCK_N, w.n - b * BLOCK_N);
     int64_t index = b * w.n_groups() * BLOCK_N;  // of the group's scales and zeros
     for (int64_t k = 0; k < w.k; index += BLOCK_N) {
       float scale[BLOCK_N], zero[BLOCK_N];
       for (int64_t r = 0; r < n_rows; r++) {
-        scale[r] = int4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * BLOCK_N + r];
-        zero[r] = int4 ? w.zeros[index + r] / 16.0f : 128;
+        scale[r] = INT4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * BLOCK_N + r];
+        zero[r] = INT4 ? w.zeros[index + r] / 16.0f : 128;
       }
-      for (const int64_t end = std::min(w.k, k + group_size); k < end; data += 64, k += word)
+      for (const int64_t end = std::min(w.k, k + group_size); k < end; data += 64, k += WORD)
         for (int64_t r = 0; r < n_rows; r++)
-          for (int64_t j = 0; j < word; j++) {
+          for (int64_t j = 0; j < WORD; j++) {
             const uint8_t byte = data[4 * r + j % 4];
-            const int q = !int4 ? byte : j < 4 ? byte & 15 : byte >> 4;
+            const int q = !INT4 ? byte : j < 4 ? byte & 15 : byte >> 4;
             from_float((q - zero[r]) * scale[r], &out[(b * BLOCK_N + r) * w.k + k + j]);
           }
     }
