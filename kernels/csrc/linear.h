@@ -96,7 +96,7 @@ template <typename T> struct EmbedOp {
 
 // out [n, k] = the matrix that packed weights stand for. For prefill, so it is no operation of a tape.
 template <typename T, bool INT4> void dequantize_to(const Weights& w, T* out) {
-  constexpr int64_t WORD = INT4 ? 8 : 4;  // elements of four bytes
+  constexpr int64_t WORD = INT4 ? 8 : 4, LINE = 64 / sizeof(T);  // elements of four bytes, and of a cache line of out
   const int64_t group_size = INT4 ? w.group_size : w.k;
 #pragma omp parallel for num_threads(threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
@@ -109,13 +109,19 @@ template <typename T, bool INT4> void dequantize_to(const Weights& w, T* out) {
         scale[r] = INT4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * BLOCK_N + r];
         zero[r] = INT4 ? w.zeros[index + r] / 16.0f : 128;
       }
-      for (const int64_t end = std::min(w.k, k + group_size); k < end; data += 64, k += WORD)
-        for (int64_t r = 0; r < n_rows; r++)
-          for (int64_t j = 0; j < WORD; j++) {
-            const uint8_t byte = data[4 * r + j % 4];
-            const int q = !INT4 ? byte : j < 4 ? byte & 15 : byte >> 4;
-            from_float((q - zero[r]) * scale[r], &out[(b * BLOCK_N + r) * w.k + k + j]);
-          }
+      for (const int64_t end = std::min(w.k, k + group_size); k < end;) {
+        const int64_t n_words = std::min(LINE, end - k) / WORD;  // of each row: a cache line of out at a time
+        for (int64_t r = 0; r < n_rows; r++) {
+          T* row = out + (b * BLOCK_N + r) * w.k + k;
+          for (int64_t word = 0; word < n_words; word++)
+            for (int64_t j = 0; j < WORD; j++) {
+              const uint8_t byte = data[64 * word + 4 * r + j % 4];
+              const int q = !INT4 ? byte : j < 4 ? byte & 15 : byte >> 4;
+              from_float((q - zero[r]) * scale[r], &row[word * WORD + j]);
+            }
+        }
+        data += 64 * n_words, k += WORD * n_words;
+      }
     }
   }
 }
