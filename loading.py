@@ -101,7 +101,8 @@ def fits(name: str, tensor: Tensor, needed: Tensor) -> bool:
 
 
 def is_quantized(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a quantized weight, and so keeps its type whatever the model's is."""
+    """Whether a tensor belongs to a quantized weight, and so keeps its type whatever the model's is. A format whose
+    weights are of a floating type, as fp8's, must be named here."""
     return not tensor.is_floating_point() or name.endswith(".scales")
 
 

@@ -67,7 +67,8 @@ class Transformer(nn.Module):
         return self.layers[0].attention.qkv_proj.format
 
     def uses_kernels(self, batch: int, n_tokens: int) -> bool:
-        """Whether a step of n_tokens in each of batch rows is made of kernels alone, so that it can be recorded."""
+        """Whether linears and attention of a step of n_tokens in each of batch rows are kernels, so that it can be
+        recorded."""
         backends = {module.backend for module in self.modules() if isinstance(module, Linear)}
         if len(backends) > 1:
             return False

@@ -21,7 +21,7 @@ SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
 class Sampling:
     """How a token is chosen. temperature, top_k and top_p (arXiv:1904.09751) apply in this order."""
 
-    temperature: float = 0.0  # 0: the likeliest token
+    temperature: float = 0.0  # 0: the likeliest token, whatever the other fields say
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together have this probability
 

@@ -207,8 +207,8 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# On a GPU the collectives become part of the recorded graph. A CPU's tape knows leaf operations alone: there they
-# happen outside it, between two tapes, at every replay.
+# On a GPU torch.compile takes the collectives into its graph. A CPU's tape knows only leaf operations: there they
+# happen between two tapes, at every replay.
 
 
 def all_reduce(x: Tensor) -> Tensor:

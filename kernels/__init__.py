@@ -1,6 +1,6 @@
 """The leaf operations that a model is made of. Each picks the kernel of the weights' backend, or plain PyTorch.
 
-    linear             [residual +] [activation] ([rms_norm] x W^T [+ bias])
+    linear             [residual +] [glu] ([rms_norm] x W^T [+ bias])
     glu, add           what linear fuses, alone
     embed              rows of the embedding
     attend             q/k norm, RoPE, cache write, attention over the cache
@@ -126,7 +126,8 @@ def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, resi
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension."""
+    """x / rms(x) * weight over the last dimension. In plain PyTorch: no leaf operation, so a recorded CPU step cannot call
+    it; there the norm is fused into linear."""
     return reference.rms_norm(x, weight, eps)
 
 

@@ -354,12 +354,12 @@ def launch_linear(
 
 def supports(w) -> bool:
     """Whether these kernels can read a model.Linear w."""
-    if w.format.kind == DENSE.value:
+    if not w.format.fits_kernels(w.in_features):
+        return False
+    if w.format.kind != INT4.value:
         return True
-    if w.format.kind == INT8.value:
-        return w.in_features % 8 == 0
     whole_tiles = w.n_experts is None or w.out_features % 16 == 0  # experts lie one behind the other
-    return w.in_features % 8 == 0 and w.format.group_size % 32 == 0 and whole_tiles
+    return w.format.group_size % 32 == 0 and whole_tiles
 
 
 @implement_in_triton

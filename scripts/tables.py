@@ -43,7 +43,7 @@ TABLES = {  # of each table: a head, and what is under it made of a row's values
         ("share of the card's copy bandwidth", "{share_of_copy:.0%}"),
         ("prefill 2048, tokens/s", "{prefill_2048_tokens_per_sec:,.0f}"),
         ("5-token / 1-token step", "{verify_5_over_1:.2f}"),
-        ("gpt-fast, tokens/s", "{gpt_fast}"),
+        ("original gpt-fast, tokens/s", "{gpt_fast}"),
     ],
     "speculation": [
         ("proposed by", "{proposer}: {prompt}"),

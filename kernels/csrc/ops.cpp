@@ -48,6 +48,7 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t kind, int64_t n, int64_t k,
                 int64_t group_size, ScalarType activations) {
   const ScalarType type = w.scalar_type();
+  STD_TORCH_CHECK(0 <= kind && kind <= 2, "these kernels know dense, int8 and int4 weights");
   STD_TORCH_CHECK(w.is_contiguous() && type == (kind == 0 ? activations : ScalarType::Int) && (kind < 1 || scales) &&
                   (kind < 2 || zeros), "weights must be packed for the CPU, or of the activations' type");
   Weights out{Weights::F32, static_cast<const char*>(w.data_ptr()), nullptr, nullptr, nullptr, n, k, group_size};
