@@ -69,7 +69,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     k += f"; above {MAX_ROWS - 1} they are verified without the kernels, with quantized weights several times slower"
     add("--speculate_k", type=int, metavar="K", help=k)
     # how it runs
-    add("--compile", action="store_true", help="compile the decode step, or record it on a GPU; no effect where a CPU's kernels do it")
+    add("--compile", action="store_true", help="compile or, on a GPU, record the decode step")
     add("--compile_prefill", action="store_true", help="compile prefill too")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")
     cli.add_device(parser)

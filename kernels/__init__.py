@@ -126,8 +126,8 @@ def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, resi
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension. In plain PyTorch: no leaf operation, so a recorded CPU step cannot call
-    it; there the norm is fused into linear."""
+    """x / rms(x) * weight over the last dimension. In plain PyTorch, so it is no leaf operation: a recorded CPU step
+    has its norms in linear."""
     return reference.rms_norm(x, weight, eps)
 
 
