@@ -8,7 +8,7 @@ scale. activation is a number of ACTIVATIONS. A change here is a change of both 
 import torch
 
 NAMESPACES = ("gptfast", "gptfast_triton")
-ACTIVATIONS = {None: 0, "silu": 1}  # also in reference.py, csrc/simd.h (activate) and triton_linear.py (glu)
+ACTIVATIONS = {None: 0, "silu": 1}  # also in reference.py, csrc/simd.h, triton_linear.py
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int group_size"
 SCHEMAS = {  # the leaf operations
     "linear": f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm, float eps, Tensor? residual, int activation, "
