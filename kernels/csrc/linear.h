@@ -94,33 +94,46 @@ template <typename T> struct EmbedOp {
   }
 };
 
+// out = (q - zero) * scale for the elements of one row in n_words of a block's words
+template <bool INT4> void dequantize_words(const char* words, int64_t n_words, float scale, float zero, float* out) {
+  for (int64_t word = 0; word < n_words; word++)
+#pragma GCC unroll 1  // compiles in a third of the time
+    for (int64_t j = 0; j < 4; j++) {
+      const uint8_t byte = words[64 * word + j];
+      if constexpr (INT4) {
+        out[8 * word + j] = ((byte & 15) - zero) * scale;
+        out[8 * word + j + 4] = ((byte >> 4) - zero) * scale;
+      } else {
+        out[4 * word + j] = (byte - zero) * scale;
+      }
+    }
+}
+
 // out [n, k] = the matrix that packed weights stand for. For prefill, so it is no operation of a tape.
-template <typename T, bool INT4> void dequantize_to(const Weights& w, T* out) {
-  constexpr int64_t WORD = INT4 ? 8 : 4, LINE = 64 / sizeof(T);  // elements of four bytes, and of a cache line of out
-  const int64_t group_size = INT4 ? w.group_size : w.k;
+template <typename T> void dequantize_to(const Weights& w, T* out) {
+  const bool int4 = w.kind == Weights::INT4;
+  const auto dequantize_row = int4 ? dequantize_words<true> : dequantize_words<false>;
+  const int64_t word = int4 ? 8 : 4, group_size = int4 ? w.group_size : w.k;  // in elements
+  constexpr int64_t LINE = 64 / sizeof(T);
 #pragma omp parallel for num_threads(threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
-    const char* data = w.data + b * BLOCK_N * w.k / (INT4 ? 2 : 1);
+    const char* data = w.data + b * BLOCK_N * w.k / (int4 ? 2 : 1);
     const int64_t n_rows = std::min(BLOCK_N, w.n - b * BLOCK_N);
     int64_t index = b * w.n_groups() * BLOCK_N;  // of the group's scales and zeros
     for (int64_t k = 0; k < w.k; index += BLOCK_N) {
-      float scale[BLOCK_N], zero[BLOCK_N];
+      float scale[BLOCK_N], zero[BLOCK_N], values[LINE];
       for (int64_t r = 0; r < n_rows; r++) {
-        scale[r] = INT4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * BLOCK_N + r];
-        zero[r] = INT4 ? w.zeros[index + r] / 16.0f : 128;
+        scale[r] = int4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * BLOCK_N + r];
+        zero[r] = int4 ? w.zeros[index + r] / 16.0f : 128;
       }
       for (const int64_t end = std::min(w.k, k + group_size); k < end;) {
-        const int64_t n_words = std::min(LINE, end - k) / WORD;  // of each row: a cache line of out at a time
+        const int64_t n = std::min(LINE, end - k);  // a cache line of out at a time
         for (int64_t r = 0; r < n_rows; r++) {
+          dequantize_row(data + 4 * r, n / word, scale[r], zero[r], values);
           T* row = out + (b * BLOCK_N + r) * w.k + k;
-          for (int64_t word = 0; word < n_words; word++)
-            for (int64_t j = 0; j < WORD; j++) {
-              const uint8_t byte = data[64 * word + 4 * r + j % 4];
-              const int q = !INT4 ? byte : j < 4 ? byte & 15 : byte >> 4;
-              from_float((q - zero[r]) * scale[r], &row[word * WORD + j]);
-            }
+          for (int64_t i = 0; i < n; i += LANES) store_partial(load_vec(values + i), row, i, n);
         }
-        data += 64 * n_words, k += WORD * n_words;
+        data += 64 * (n / word), k += n;
       }
     }
   }

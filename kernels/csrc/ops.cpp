@@ -203,9 +203,7 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
   dispatch_type(type, [&](auto t) {
     using T = decltype(t);
-    const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, type);
-    if (w.kind == Weights::INT4) dequantize_to<T, true>(w, mutable_ptr<T>(out));
-    else dequantize_to<T, false>(w, mutable_ptr<T>(out));
+    dequantize_to<T>(weights(weight, scales, zeros, kind, n, k, group_size, type), mutable_ptr<T>(out));
   });
   return out;
 }
