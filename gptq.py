@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import UsageError
@@ -181,7 +182,8 @@ def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
 def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor, config: GPTQConfig) -> Tensors:
     """gptq_quantize for some rows of w. order: the columns'. upper: the Cholesky factor of the inverted Hessian."""
     group_size, k = config.group_size, w.shape[-1]
-    importance = split_groups(diagonal[..., None, :], group_size)
+    padded = F.pad(diagonal[..., None, :], (0, -k % group_size))  # what fills up a short last group does not count
+    importance = padded.unflatten(-1, (-1, group_size))
     scales, zeros = fit_range(split_groups(w, group_size), importance)  # [..., N, G]
 
     # Columns in the order in which they are rounded, as rows, which lie together in memory: [..., K, N]
