@@ -35,7 +35,7 @@ from loading import load
 from machine import pick_device
 from model import Transformer
 from sampling import Sampling
-from steps import Steps, build_steps, check_finite, compile_blocks, hidden_in_chunks, make_kv_cache
+from steps import Steps, build_steps, check_finite, compile_blocks, device_of, hidden_in_chunks, make_kv_cache
 from tokenizer import Tokenizer
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
@@ -145,7 +145,7 @@ def scores_of(model: Transformer, rows: list[Row], batch_size: int = 1, compile:
     attention does not see."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     batch_size = min(batch_size, len(rows))
-    device = model.tok_embeddings.weight.device
+    device = device_of(model)
     kv_cache = make_kv_cache(model, batch_size, len(rows[order[0]].ids) - 1, OOM_HINT)
     positions = torch.zeros(batch_size, dtype=torch.long, device=device)
     compiled_model = compile_blocks(model, dynamic=True) if compile else None
@@ -325,7 +325,7 @@ class HarnessModel:
 
         Every row has its own position. Prefill takes all prompts but their last tokens, padded on the right; what
         padding leaves in the cache is overwritten before a token may look at it. Decode begins with the last tokens."""
-        device, eos_ids = self.model.tok_embeddings.weight.device, set(self.model.config.eos_ids)
+        device, eos_ids = device_of(self.model), set(self.model.config.eos_ids)
         if max(map(len, prompts)) > 1:
             beginnings = pad([ids[:-1] for ids in prompts]).to(device)
             steps.prefill(beginnings, torch.zeros(len(prompts), dtype=torch.long, device=device))

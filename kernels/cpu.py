@@ -26,21 +26,21 @@ FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping
 
 
 @cache
-def build() -> bool:
-    """Compiles the kernels, unless that has been done before, and loads them. False, after one line on stderr, if that
-    is not possible. Any number of processes may do so at once."""
+def build() -> ctypes.CDLL | None:
+    """Compiles the kernels, unless that has been done before, and loads them. None, after one line on stderr, if that
+    is not possible. Any number of processes may do so at once. The library's own functions are those with which
+    record.py makes and replays tapes (kernels/csrc/tape.h)."""
     compiler = find_compiler()
     if compiler is None:
         print("no C++ compiler ($CXX, g++ or clang++): running on PyTorch's own, slower operations", file=sys.stderr)
-        return False
+        return None
     try:
-        load(library_path(compiler), compiler)
+        return load(library_path(compiler), compiler)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home folder
         lines = (getattr(e, "stderr", None) or str(e)).splitlines()
         why = next((line for line in lines if "error" in line), str(e))
         print(f"kernels/csrc does not build here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
-        return False
-    return True
+        return None
 
 
 def find_compiler() -> list[str] | None:
@@ -68,7 +68,7 @@ def library_path(compiler: list[str]) -> Path:
     return folder / f"kernels-{key.hexdigest()[:16]}.so"
 
 
-def load(library: Path, compiler: list[str]):
+def load(library: Path, compiler: list[str]) -> ctypes.CDLL:
     try:
         torch.ops.load_library(library)
     except OSError:  # it has not been built yet, or the file is broken
@@ -81,17 +81,12 @@ def load(library: Path, compiler: list[str]):
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(out, library)
         torch.ops.load_library(library)
-    tape_functions.library = ctypes.CDLL(str(library))
-
-
-def tape_functions() -> ctypes.CDLL:
-    """The functions with which record.py makes and replays tapes; kernels/csrc/tape.h describes them."""
-    library = tape_functions.library
-    library.tape_begin.restype = ctypes.c_void_p
-    library.tape_replay.argtypes = [ctypes.c_void_p]
-    library.tape_replay.restype = ctypes.c_char_p
-    library.tape_free.argtypes = [ctypes.c_void_p]
-    return library
+    functions = ctypes.CDLL(str(library))
+    functions.tape_begin.restype = ctypes.c_void_p
+    functions.tape_replay.argtypes = [ctypes.c_void_p]
+    functions.tape_replay.restype = ctypes.c_char_p
+    functions.tape_free.argtypes = [ctypes.c_void_p]
+    return functions
 
 
 class HugePages:

@@ -121,12 +121,12 @@ class Recorder(TorchDispatchMode):
     def begin_tape(self):
         global current
         current = self
-        self.stages.append(TapeReplay(cpu.tape_functions()))
+        self.stages.append(TapeReplay(cpu.build()))
 
     def end_tape(self):
         global current
         current = None
-        cpu.tape_functions().tape_end()
+        cpu.build().tape_end()
 
     def pause(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """See outside()."""
