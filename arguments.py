@@ -1,4 +1,4 @@
-"""The command line of generate.py: its options, and what is wrong with those that were given."""
+"""The command line of generate.py: its options, and the checks of those that were given."""
 
 import argparse
 import sys
@@ -12,17 +12,17 @@ from speculate import MAX_PROPOSED
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
-DEFAULT_K = {"draft": 5, "lookup": MAX_ROWS - 1}  # looking up costs nothing
+DEFAULT_K = {"draft": 5, "lookup": MAX_ROWS - 1}  # --speculate_k; looking up costs nothing, so as many as kernels take
 
 
 def parse_args(doc: str) -> argparse.Namespace:
-    """What the user wants. Beside the options it has
+    """The options of the command line, and these fields:
 
-        conversation    whether prompts come from standard input, one after the other
+        conversation    whether messages are read from standard input
         speculative     whether steps verify proposed tokens
         sampling        temperature, top_k and top_p as a Sampling
 
-    Raises UsageError for options that do not go together or have no meaning."""
+    Raises UsageError for invalid values and for options that exclude each other. doc: the script's docstring."""
     args = make_parser(doc).parse_args()
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
@@ -134,4 +134,4 @@ def make_sampling(args: argparse.Namespace) -> Sampling:
     try:
         return Sampling(args.temperature, args.top_k, args.top_p)
     except UsageError as e:
-        raise UsageError(f"--{e}") from None  # the sentence begins with the field's name, which is the option's
+        raise UsageError(f"--{e}") from None  # the message begins with the field's name, which is the option's name

@@ -1,11 +1,12 @@
-"""A conversation with a chat model: its messages, and a terminal for it.
+"""A conversation with a chat model, from Python or on a terminal.
 
-    conversation = Conversation(tokenizer, stream_tokens, context_length=kv_cache.length, eos_ids=config.eos_ids)
+    stream = build_stream(steps, kv_cache)  # of generate.py
+    conversation = Conversation(tokenizer, stream, kv_cache.length, model.config.eos_ids)
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
-Every turn renders the whole conversation in the checkpoint's template. Of these tokens the KV cache still holds the
-first ones, from the turns before, and only the others are fed to the model. On a terminal:
+Every turn writes out the whole conversation with the checkpoint's chat template. The KV cache still holds the tokens of
+earlier turns, so the model only gets those behind the common beginning. On a terminal:
 
     python generate.py --checkpoint_path checkpoints/M/model.pth --chat
 """
@@ -20,7 +21,7 @@ import tp
 from config import UsageError
 from tokenizer import Tokenizer, stream
 
-# (ids of a text, how many of them are in the KV cache, max_new_tokens) -> the tokens of each step: [n][B]
+# (token ids of a text, how many of them are in the KV cache, max_new_tokens) -> the new tokens of each step: [n][B]
 StreamTokens = Callable[[list[int], int, int], Iterator[list[list[int]]]]
 
 COMMANDS = "Type a message; /drop forgets the oldest, /reset all of them, /exit ends."
@@ -28,7 +29,7 @@ FULL = "The context is full: /drop forgets the oldest message and its answer, /r
 
 
 class ContextFull(UsageError):
-    """The conversation leaves no room for an answer."""
+    """The conversation and the new message leave no room for an answer."""
 
 
 class Conversation:
@@ -36,25 +37,27 @@ class Conversation:
         self, tokenizer: Tokenizer, stream_tokens: StreamTokens, context_length: int, eos_ids: Sequence[int],
         system: str | None = None,
     ):  # fmt: skip
-        """context_length: tokens that the KV cache has room for. system: a message that stands before all others.
-        Raises UsageError if the checkpoint has no chat template."""
+        """stream_tokens: made by generate.build_stream, or partial(speculate, speculation) of speculate.py.
+        context_length: the length of its KV cache. system: the system message. Raises UsageError if the checkpoint has
+        no chat template."""
         self.tokenizer, self.stream_tokens = tokenizer, stream_tokens
         self.context_length, self.eos_ids = context_length, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
         self.cached: list[int] = []  # the tokens whose keys and values are in the KV cache
-        self.answer_ids: list[int] = []  # of the last answer
-        self.token_times: list[float] = []  # when each token of the last answer came, its end token included
-        self.is_full = False  # whether the last answer ended because there was no more room
-        self.encode("Hello")
+        self.answer_ids: list[int] = []  # the last answer's tokens
+        self.token_times: list[float] = []  # when each token of the last answer arrived, its end token included
+        self.is_full = False  # whether the last answer ended because the KV cache was full
+        self.encode("Hello")  # raises if there is no chat template
 
     def encode(self, message: str) -> list[int]:
-        """The ids of the conversation with one more message."""
+        """The token ids of the conversation with one more message."""
         return self.tokenizer.encode_chat([*self.system, *self.messages, {"role": "user", "content": message}])
 
     def answer(self, message: str, max_new_tokens: int) -> Iterator[str]:
-        """Says message, and yields the answer's text piece by piece. An answer that is interrupted stays as far as it
-        has come; if nothing has come, the message is forgotten too. Raises ContextFull if there is no room for it."""
+        """Yields the answer to message, piece by piece. If the caller stops early, the conversation keeps the part of
+        the answer that was generated; if there is none, it drops the message too. Raises ContextFull if there is no
+        room for the message."""
         self.answer_ids, self.token_times, self.is_full = [], [], False
         ids = self.encode(message)
         n_free = self.context_length - len(ids)
@@ -72,11 +75,11 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": answer})
 
     def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """The tokens of an answer, without its end token. Keeps account of what is in the KV cache: all tokens but the
-        last one, which has not been fed to the model yet."""
+        """Yields the tokens of an answer, without its end token. Updates self.cached, which is all tokens but the
+        newest: that one is fed to the model only in the next step."""
         n_cached = 0
-        n_most = min(len(self.cached), len(ids) - 1)  # the model needs a token to go on from
-        while n_cached < n_most and self.cached[n_cached] == ids[n_cached]:
+        limit = min(len(self.cached), len(ids) - 1)  # the model needs at least one token to continue from
+        while n_cached < limit and self.cached[n_cached] == ids[n_cached]:
             n_cached += 1
         del self.cached[n_cached:]
         not_cached = ids[n_cached:]
@@ -101,7 +104,7 @@ class Conversation:
 
 
 def converse(conversation: Conversation, max_new_tokens: int):
-    """Messages from standard input, answers to standard output, everything else to standard error."""
+    """Reads messages from standard input, prints answers to standard output and everything else to standard error."""
     note(COMMANDS)
     for line in tp.input_lines(read_line):
         if line == "/exit":
@@ -138,19 +141,19 @@ def take_turn(conversation: Conversation, message: str, max_new_tokens: int):
 
 
 def note(text: str):
-    """Prints what is not the model's."""
+    """Prints a message of the program, not of the model."""
     if sys.stderr.isatty():
         text = f"\033[2m{text}\033[0m"  # dim
     print(text, file=sys.stderr, flush=True)
 
 
 def read_line() -> str | None:
-    """The next line of standard input, without white space around it; None after the last."""
-    if sys.stdin is None:  # the shell has closed it: <&-
+    """The next line of standard input, stripped; None after the last."""
+    if sys.stdin is None:  # the shell has closed it (<&-)
         return None
     try:
         line = input("> " if sys.stdin.isatty() else "").strip()
-        line.encode()  # fails for what some locales let pass
+        line.encode()  # raises for bytes that are not UTF-8, which some locales let pass
         return line
     except EOFError:
         return None

@@ -1,9 +1,8 @@
-"""Chat templates: the text that a model was trained to see for a conversation, by its checkpoint's own program.
+"""Chat templates: programs, part of a checkpoint, that write a conversation as the text that the model was trained on.
 
     render(template, {"eos_token": "</s>"}, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-A template is a program in jinja2's language, and comes from whoever made the checkpoint. So it runs in a sandbox, and
-what it may take of time and memory is bounded.
+A template is in jinja2's language and may come from anyone. So it runs in a sandbox with limited time and memory.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from config import UsageError
 
-# The form of Llama 2, which Mistral follows, for checkpoints of theirs that come without a template
+# For checkpoints of Llama 2 and Mistral that have no template
 LLAMA2_TEMPLATE = """
 {%- if messages[0].role == 'system' -%}
 {%- set begin, messages = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] -%}
@@ -32,17 +31,18 @@ LLAMA2_TEMPLATE = """
 {{ ' ' + m.content + ' ' + eos_token }}
 {%- endif -%}
 {%- endfor -%}"""
-MAX_SECONDS = 10  # that a template may take
-MAX_REPEATED = 10**6  # characters that it may make by one multiplication
+MAX_SECONDS = 10  # time for one template
+MAX_REPEATED = 10**6  # characters or list items that one multiplication may make
 
 
 def render(template: str, names: dict[str, str], messages: list[dict], add_generation_prompt: bool) -> str:
-    """A chat template's text, with the variables and functions that transformers offers. Raises UsageError."""
+    """The text of messages in template, which gets the variables and functions that transformers provides. names:
+    special tokens by name, such as bos_token. Raises UsageError."""
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         with time_limit(MAX_SECONDS):
             text = compile_template(template).render(names | values)
-        text.encode()  # raises for what is no text, like half of a surrogate pair
+        text.encode()  # raises for half of a surrogate pair, which is not text
         return text
     except Exception as e:  # a template is a program and fails like one
         why = " ".join(str(e).split()) or type(e).__name__
@@ -51,10 +51,10 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
 
 @cache
 def compile_template(template: str) -> Template:
-    # {% generation %} tells training which words are the model's; to a reader it is a scope.
+    # {% generation %} marks the model's words for training. Here it only needs to be a scope, like {% with %}.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # One power or product can take forever or all memory, and no signal stops it.
+    # A single power or product can take all time or memory, and the time limit cannot interrupt it.
     env.intercepted_binops = frozenset({"**", "*"})
     env.binop_table |= {"**": refuse_power, "*": multiply}
     env.filters["tojson"] = to_json
@@ -71,7 +71,7 @@ def strftime_now(form: str) -> str:
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own filter of this name escapes HTML."""
+    """Replaces jinja's own filter, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -80,7 +80,7 @@ def refuse_power(a, b):
 
 
 def multiply(a, b):
-    """a * b, unless that repeats a text or a list into the millions."""
+    """a * b. Refuses to repeat a text or a list to more than MAX_REPEATED items."""
     is_number = [isinstance(x, (int, float)) for x in (a, b)]
     if not all(is_number):
         sizes = [x if number else len(x) for x, number in zip((a, b), is_number, strict=True)]
@@ -91,7 +91,7 @@ def multiply(a, b):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TemplateError in what takes longer. Only in the main thread, which alone hears signals."""
+    """Raises TemplateError if the context takes longer. Only in the main thread, since only it receives signals."""
 
     def stop(signum, frame):
         raise TemplateError(f"it takes more than {seconds} s")

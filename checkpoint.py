@@ -1,14 +1,14 @@
-"""model.pth: one file that holds a model and describes it.
+"""model.pth: one file with a model's config and weights.
 
     config, quantization, tensors = read_checkpoint(Path("checkpoints/M/model.pth"))
 
-It is what torch.save makes of
+It is a file of torch.save with this dict:
 
-    {"format": "gpt-fast/2", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/3", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
-and torch.load(mmap=True, weights_only=True) opens it, so nothing in it can run code. It is written tensor by tensor
-under a temporary name and renamed at the end: whatever interrupts, the file under its real name is whole. Of two
-processes that write the same file, the one that started last wins, and the other fails.
+It is read with torch.load(mmap=True, weights_only=True), so it cannot run code. It is written tensor by tensor under a
+temporary name and renamed at the end, so a file with its real name is always complete. If two processes write the same
+file, the one that started later wins, and the other fails.
 """
 
 import ctypes
@@ -33,17 +33,18 @@ from tqdm import tqdm
 from config import ModelConfig, UsageError
 from machine import lacks_memory
 
-FORMAT = "gpt-fast/2"
+FORMAT = "gpt-fast/3"
 
-# The format of earlier versions differs in some names: parts of tensors' names, and the fields of config["moe"].
-FORMAT_1 = "gpt-fast/1"
-TENSORS_OF_FORMAT_1 = {
+# Earlier versions of the format differ in names only: parts of the tensors' names, and fields of the config's objects.
+EARLIER_FORMATS = ("gpt-fast/1", "gpt-fast/2")
+RENAMED_TENSORS = {
+    "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
     ".w13.": ".gate_up_proj.", ".w2.": ".down_proj.",
 }  # fmt: skip
-MOE_OF_FORMAT_1 = {"n_active": "top_k", "normalize": "norm_topk_prob"}
+RENAMED_FIELDS = {"n_active": "top_k", "normalize": "norm_topk_prob", "kind": "rope_type"}
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 NamedTensor = tuple[str, Tensor]
 
 
@@ -53,17 +54,17 @@ NamedTensor = tuple[str, Tensor]
 def save_checkpoint(
     path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[NamedTensor], quantization: dict | None = None
 ):
-    """Writes a checkpoint of the tensors that shapes names, each with its (shape, dtype). They come from an iterator,
-    in any order, so that only one of them need be in memory at a time. Raises UsageError if they are not exactly those;
-    then, as after any other failure, the file that was at path is still there."""
+    """Writes a checkpoint of the tensors that shapes lists. tensors yields them in any order, so that only one needs to
+    be in memory at a time. Raises UsageError if tensors are not exactly those of shapes. After any error, a file that
+    was at path before is unchanged."""
     header = {"format": FORMAT, "config": asdict(config), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
+        for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
         with open(temporary, "w+b") as file:
-            places = lay_out(file, header, shapes)
-            write_tensors(file, places, tensors)
+            placeholders = lay_out(file, header, shapes)
+            write_tensors(file, placeholders, tensors)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -74,30 +75,30 @@ def save_checkpoint(
 
 
 def lay_out(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
-    """Writes a checkpoint with holes where the tensors' bytes go. Returns fake tensors: they have no bytes, but they
-    have the shape, the dtype and the offset in the file of the tensors to come."""
+    """Writes the checkpoint without the tensors' bytes, but with room for them. Returns a fake tensor for each of
+    shapes: it has no data, but it knows the tensor's offset in the file."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with skip_data(materialize_fake_tensors=True):
         torch.save(header | {"tensors": fakes}, file)
     file.seek(0)
-    with FakeTensorMode():  # in which torch.load notes the offsets
+    with FakeTensorMode():  # in this mode torch.load records the offsets
         return torch.load(file, weights_only=True)["tensors"]
 
 
-def write_tensors(file: BinaryIO, places: dict[str, Tensor], tensors: Iterable[NamedTensor]):
-    """Fills the holes that lay_out has left."""
-    missing = dict(places)
-    for name, tensor in tqdm(tensors, "write", len(places), disable=None, leave=False):
-        place = missing.pop(name, None)
-        if place is None:
+def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[NamedTensor]):
+    """Writes the tensors' bytes where lay_out has left room for them."""
+    missing = dict(placeholders)
+    for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
+        placeholder = missing.pop(name, None)
+        if placeholder is None:
             raise UsageError(f"{name} was not expected, or came twice")
-        if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
-            expected = f"{list(place.shape)} {place.dtype}"
+        if (tensor.shape, tensor.dtype) != (placeholder.shape, placeholder.dtype):
+            expected = f"{list(placeholder.shape)} {placeholder.dtype}"
             raise UsageError(f"{name} is {list(tensor.shape)} {tensor.dtype}, not {expected}")
         tensor = tensor.contiguous()
-        file.seek(place.untyped_storage()._checkpoint_offset)
-        file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))  # of any dtype, without a copy
+        file.seek(placeholder.untyped_storage()._checkpoint_offset)
+        file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))  # any dtype, without a copy
     if missing:
         raise UsageError(f"no tensor for {', '.join(list(missing)[:3])}")
 
@@ -106,48 +107,51 @@ def write_tensors(file: BinaryIO, places: dict[str, Tensor], tensors: Iterable[N
 
 
 def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, Tensor]]:
-    """(config, quantization, tensors), the tensors memory-mapped on the CPU. Raises UsageError for anything else."""
+    """(config, quantization, tensors) of a checkpoint. The tensors are memory-mapped, on the CPU. Raises UsageError if
+    path is not a checkpoint."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_pickle(path)
-    if not isinstance(data, dict) or data.get("format") not in (FORMAT, FORMAT_1):
+    if not isinstance(data, dict) or data.get("format") not in (FORMAT, *EARLIER_FORMATS):
         raise UsageError(f"{path} is not a {FORMAT} checkpoint; make one with scripts/convert_hf_checkpoint.py")
     config, tensors = data.get("config"), data.get("tensors")
     if not is_table(tensors):
         raise UsageError(f"{path} holds no table of tensors; convert it again")
-    if data["format"] == FORMAT_1:
-        config, tensors = from_format_1(config, tensors)
+    if data["format"] in EARLIER_FORMATS:
+        config, tensors = rename(config, tensors)
     return ModelConfig.from_dict(config), data.get("quantization"), tensors
 
 
 def is_table(tensors) -> bool:
-    """Whether tensors is a dict of them by name."""
+    """Whether tensors is a dict from names to tensors."""
     if not isinstance(tensors, dict):
         return False
     return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())
 
 
-def from_format_1(config, tensors: dict[str, Tensor]):
-    """Both with today's names. Whether config is one at all, ModelConfig.from_dict finds out."""
-    if isinstance(config, dict) and isinstance(config.get("moe"), dict):
-        moe = {MOE_OF_FORMAT_1.get(field, field): value for field, value in config["moe"].items()}
-        config = config | {"moe": moe}
+def rename(config, tensors: dict[str, Tensor]) -> tuple:
+    """The config and tensors of an earlier format with today's names. ModelConfig.from_dict checks the config later."""
+    if isinstance(config, dict):
+        config = dict(config)
+        for name in ("moe", "rope_scaling"):
+            if isinstance(config.get(name), dict):
+                config[name] = {RENAMED_FIELDS.get(field, field): value for field, value in config[name].items()}
     renamed = {}
     for name, tensor in tensors.items():
-        for old, new in TENSORS_OF_FORMAT_1.items():
+        for old, new in RENAMED_TENSORS.items():
             name = name.replace(old, new)
         renamed[name] = tensor
     return config, renamed
 
 
 def load_pickle(path: Path, legacy: bool = False):
-    """What torch.save has written to a file, as long as it is weights and nothing that could run code. Its tensors are
-    memory-mapped. legacy: files from before PyTorch 1.6, which cannot be mapped, are read too. Raises UsageError."""
+    """Reads what torch.save has written to path, memory-mapped. Raises UsageError for anything but weights, since other
+    pickles can run code. legacy: also read files from before PyTorch 1.6, which cannot be mapped."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     mmap = not legacy or zipfile.is_zipfile(path)
     try:
-        with warnings.catch_warnings():  # of odd tensors, which are refused later
+        with warnings.catch_warnings():  # about unusual kinds of tensors; the callers refuse these
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on broken input
@@ -170,13 +174,13 @@ def explain_load_error(path: Path, e: Exception) -> str:
 def read_text(path: Path) -> str:
     """The UTF-8 text in path. Raises UsageError."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # which drops the mark that Windows puts before a text
+        return path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that Windows writes
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"cannot read {path} as UTF-8 text: {e}") from None
 
 
 def read_json(path: Path, default=None):
-    """The JSON in path; default, if given, where there is no such file. Raises UsageError."""
+    """The JSON in path, or default, if that is given and path does not exist. Raises UsageError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The shell around every script: Ctrl-C, one-line errors, and the options that several scripts share.
+"""What every script shares: how it handles Ctrl-C and errors, and command-line options.
 
 A script begins and ends like this:
 
@@ -6,12 +6,12 @@ A script begins and ends like this:
     if __name__ == "__main__":
         cli.exit_on_interrupt()
 
-    import torch  # and everything else that takes long to load
+    import torch  # and everything else that is slow to import
     ...
     if __name__ == "__main__":
         cli.run(main)
 
-Importing this file does not import torch, which takes seconds: until exit_on_interrupt(), Ctrl-C prints a traceback.
+This file does not import torch, which takes seconds, since Ctrl-C prints a traceback until exit_on_interrupt() ran.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from typing import NoReturn
 
 from config import UsageError
 
-INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as shells have it
-MISTAKE = 2  # exit status after the user's mistake, as argparse has it
+EXIT_INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
+EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 PRECISIONS = ["bfloat16", "float16", "float32"]
 
-# oneDNN, and PyTorch's layer above it, keep a compiled matrix product, of 0.3 to 1 MB, for every number of rows that
-# they have met: 1024 of them, unless these variables say otherwise before the first product.
+# oneDNN, and PyTorch's layer above it, cache a compiled matrix product for every number of rows that occurs, 0.3 to 1
+# MB each. These variables limit how many are cached, 1024 by default, if they are set before the first product.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
 
@@ -40,20 +40,20 @@ MATMUL_CACHE_SIZE = "128"
 
 
 def exit_on_interrupt():
-    """Makes Ctrl-C end this process at once and without a word. For the time in which imports run; see run()."""
+    """From now on Ctrl-C ends the process at once, without a message. For the time of the imports; then see run()."""
 
-    def leave(signum, frame):
-        os._exit(INTERRUPTED)
+    def exit_now(signum, frame):
+        os._exit(EXIT_INTERRUPTED)
 
-    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGINT, exit_now)
 
 
 def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a smaller model"):
-    """Calls a script's main. What can go wrong ends in one line on stderr at most, and in an exit status:
+    """Calls a script's main and turns these errors into an exit status and at most one line on stderr:
 
-    - a UsageError, an error of the file system, or a lack of memory, where oom_hint says what takes less: status 2.
-    - Ctrl-C: status 130.
-    - a reader of stdout that has gone, as in `| head`: status 0, for it has seen enough.
+    - UsageError, an error of the file system, or out of memory (oom_hint says what needs less): status 2
+    - Ctrl-C: status 130
+    - the reader of stdout has closed it, as in `| head`: status 0
 
     Anything else is a bug, and keeps its traceback."""
     replace_closed_streams()
@@ -67,7 +67,7 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
     except UsageError as e:
         exit_with(str(e))
     except (MemoryError, RuntimeError) as e:
-        # Ctrl-C in torch.save: as it closes its file, it finds that too short and raises RuntimeError.
+        # Ctrl-C within torch.save becomes a RuntimeError: on closing its file, it finds that the file is too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
         why = explain_lack_of_memory(e, oom_hint)
@@ -75,24 +75,24 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
             raise
         exit_with(why)
     except OSError as e:
-        # What is still to be flushed to stdout may have no place to go; to /dev/null it does not fail again at exit.
+        # Python flushes stdout at exit. If that is what failed, it would fail again, so send the rest to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(e, BrokenPipeError):
             exit_with(str(e))
 
 
 def replace_closed_streams():
-    """Makes print work where the shell has closed stdout or stderr (`>&-`), or stdout cannot show a character."""
+    """Makes print work if the shell has closed stdout or stderr (`>&-`), or if stdout cannot encode a character."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):  # which a test's replacement lacks
+    if hasattr(sys.stdout, "reconfigure"):  # pytest's replacement of stdout does not have it
         sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt; before and after, it does what the script has set. A process in which it
-    does nothing (nohup), or in which the system handles it (torchrun's ranks), is left so."""
+    """Within this context Ctrl-C raises KeyboardInterrupt. Not in a process that ignores SIGINT (nohup) or leaves it to
+    the system (torchrun's ranks)."""
     before = signal.getsignal(signal.SIGINT)
     if not callable(before):
         yield
@@ -105,22 +105,22 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def exit_interrupted() -> NoReturn:
-    print(file=sys.stderr)  # ends the line on which the terminal shows ^C
-    sys.exit(INTERRUPTED)
+    print(file=sys.stderr)  # a new line after the ^C that the terminal shows
+    sys.exit(EXIT_INTERRUPTED)
 
 
 def exit_with(error: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {' '.join(error.split())}", file=sys.stderr)  # on one line
-    sys.exit(MISTAKE)
+    sys.exit(EXIT_USAGE_ERROR)
 
 
 def explain_lack_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
-    """The error's one line; None if it is about anything else."""
-    from machine import free_memory, lacks_memory  # here, for it imports torch; where memory runs out, that is loaded
+    """The one line that explains e; None if e does not mean that memory ran out."""
+    from machine import free_memory, lacks_memory  # here, since machine imports torch (see above)
 
     if not lacks_memory(e):
         return None
-    # PyTorch's allocators say how much they tried to get, on a GPU also how much is free.
+    # PyTorch's allocators report how much they tried to get; on a GPU also how much is free.
     match = re.search(r"(?i)(tried|unable) to (allocate|mmap) [\d.]+ \w+(.*? is free)?", str(e))
     details = match[0] if match else "there is no more"
     if "is free" not in details:
@@ -132,7 +132,7 @@ def explain_lack_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str 
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose --help begins with the script's own docstring."""
+    """A parser whose --help begins with doc, the script's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -1,31 +1,31 @@
-"""What a model is: ModelConfig, read from the checkpoint's own config.json, and the table of families.
+"""ModelConfig: a model's sizes and options, read from its config.json by a table of the supported families.
 
     config = ModelConfig.from_hf(json.load(open("config.json")))
 
-To add a family, give it a row in FAMILIES; docs/add_a_model.md has an example. Nothing here is run from a command
-line.
+To add a family, add an entry to FAMILIES; docs/add_a_model.md has an example. This file has no command line.
 """
 
 from dataclasses import dataclass
 
 
 class UsageError(ValueError):
-    """What the user gave cannot work. str() is one sentence: what is wrong and what would be right."""
+    """The user's input cannot work. The message is one sentence: what is wrong and what would be right."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretches RoPE's wavelengths beyond the trained context: all of them ("linear") or the long ones ("llama3")."""
+    """Stretches RoPE's wavelengths for contexts longer than the trained one: all of them ("linear") or only the long
+    ones ("llama3")."""
 
-    kind: str
+    rope_type: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
-            raise UsageError(f"rope_scaling of type {self.kind!r} is not supported; linear and llama3 are")
+        if self.rope_type not in ("linear", "llama3"):
+            raise UsageError(f"rope_scaling of type {self.rope_type!r} is not supported; linear and llama3 are")
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"):
             check_positive_number(f"rope_scaling's {name}", getattr(self, name))
 
@@ -33,8 +33,8 @@ class RopeScaling:
 @dataclass(frozen=True)
 class MoEConfig:
     n_experts: int
-    top_k: int  # experts that each token is sent to
-    norm_topk_prob: bool = True  # make the chosen experts' weights sum to one
+    top_k: int  # experts that each token uses
+    norm_topk_prob: bool = True  # scale the weights of a token's experts so that they sum to one
 
     def __post_init__(self):
         if type(self.n_experts) is not int or type(self.top_k) is not int:
@@ -45,7 +45,7 @@ class MoEConfig:
             raise UsageError(f"{self.n_experts} experts are more than any model has")
 
 
-MAX_OBJECTS = 2**16  # layers or experts: each becomes an object in memory
+MAX_OBJECTS = 2**16  # layers, or experts; a broken config must not create millions of modules
 MAX_SIZE = 2**31
 
 
@@ -56,7 +56,7 @@ class ModelConfig:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    ffn_dim: int  # of one expert, in a mixture of experts
+    ffn_dim: int  # width of the feed-forward; with experts, of one expert
     vocab_size: int
     max_seq_len: int
     norm_eps: float = 1e-5
@@ -73,7 +73,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        """Raises UsageError for a size that no model can have."""
+        """Raises UsageError for sizes that no model can have."""
         for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
             check_size(f"the model's {name}", getattr(self, name))
         if self.sliding_window is not None:
@@ -104,8 +104,9 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict, generation: dict | None = None) -> "ModelConfig":
-        """From Hugging Face's config.json, old spelling (rope_theta, rope_scaling) or new (rope_parameters), and
-        generation_config.json, whose end tokens are added. Raises UsageError naming what is not supported."""
+        """Reads Hugging Face's config.json (hf), in its old spelling (rope_theta, rope_scaling) or its new one
+        (rope_parameters). generation, if given, is generation_config.json, which may name more end tokens. Raises
+        UsageError for what is not supported."""
         generation = generation or {}
         if not isinstance(hf, dict) or not isinstance(generation, dict):
             raise UsageError("config.json and generation_config.json must each hold one object")
@@ -132,14 +133,14 @@ def check_positive_number(what: str, value):
 class Family:
     """How the config.json of one architecture is read."""
 
-    model_type: str  # what config.json calls it beside, or in place of, "architectures"
+    model_type: str  # the value of config.json's "model_type"
     defaults: dict  # what transformers assumes for a field that config.json leaves out
-    window: str = "none"  # 'none' | 'all' | 'layer_types': which layers have sliding_window
-    window_switch: bool = False  # the family has a use_sliding_window flag that must also be true
-    ffn_dim: str = "intermediate_size"  # the field that holds it
-    n_experts: tuple[str, ...] = ()  # the fields that may hold it; none: the feed-forward is dense
-    norm_topk_prob: bool | None = True  # None: config.json says it
-    always_qkv_bias: bool = False  # and never an output bias; else attention_bias means both
+    window: str = "none"  # which layers have the sliding window: "none", "all", or as "layer_types" lists them
+    window_switch: bool = False  # whether the window needs use_sliding_window to be true
+    ffn_dim_field: str = "intermediate_size"
+    n_experts_fields: tuple[str, ...] = ()  # the first one that is there counts; (): the feed-forward is dense
+    norm_topk_prob: bool | None = True  # None: as config.json's norm_topk_prob
+    always_qkv_bias: bool = False  # q, k and v have a bias, and the output has none; if False, attention_bias decides
     qk_norm: bool = False
 
 
@@ -152,7 +153,7 @@ FAMILIES = {
         "mixtral",
         MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
         window="all",
-        n_experts=("num_local_experts",),
+        n_experts_fields=("num_local_experts",),
     ),
     "Qwen2ForCausalLM": Family("qwen2", QWEN, window="layer_types", window_switch=True, always_qkv_bias=True),
     "Qwen3ForCausalLM": Family(
@@ -164,15 +165,15 @@ FAMILIES = {
         | dict(num_key_value_heads=4, num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
         window="all",
         window_switch=True,
-        ffn_dim="moe_intermediate_size",
-        n_experts=("num_experts", "num_local_experts"),
+        ffn_dim_field="moe_intermediate_size",
+        n_experts_fields=("num_experts", "num_local_experts"),
         norm_topk_prob=None,
         qk_norm=True,
     ),
 }
-MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}  # if there is no "architectures"
-# Fields that change the maths in ways the model does not follow, and the values under which they change nothing
-NEUTRAL = {
+MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}  # for a config without "architectures"
+# Fields that change the maths in a way that model.py does not implement -> the values with which they change nothing
+UNSUPPORTED_FIELDS = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1,),
     "quantization_config": (),
@@ -193,22 +194,22 @@ NEUTRAL = {
 def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
     family = find_family(hf)
     hf = family.defaults | hf
-    for field, allowed in NEUTRAL.items():
+    for field, allowed in UNSUPPORTED_FIELDS.items():
         if hf.get(field) not in (None, False, *allowed):
             raise UsageError(f"config.json: {field} = {hf[field]!r} is not supported")
     rope = read_rope(hf)
     attention_bias = bool(hf.get("attention_bias"))
-    n_heads = need(hf, "num_attention_heads")
+    n_heads = required(hf, "num_attention_heads")
     bos_id = hf.get("bos_token_id")
     return ModelConfig(
-        dim=need(hf, "hidden_size"),
-        n_layers=need(hf, "num_hidden_layers"),
+        dim=required(hf, "hidden_size"),
+        n_layers=required(hf, "num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=hf.get("num_key_value_heads") or n_heads,
         head_dim=read_head_dim(hf),
-        ffn_dim=need(hf, family.ffn_dim),
-        vocab_size=need(hf, "vocab_size"),
-        max_seq_len=need(hf, "max_position_embeddings"),
+        ffn_dim=required(hf, family.ffn_dim_field),
+        vocab_size=required(hf, "vocab_size"),
+        max_seq_len=required(hf, "max_position_embeddings"),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope_theta=rope["rope_theta"],
         rope_scaling=read_rope_scaling(rope, hf),
@@ -224,8 +225,8 @@ def config_from_hf(hf: dict, generation: dict) -> ModelConfig:
     )
 
 
-def need(hf: dict, *fields: str):
-    """The first of fields that config.json holds."""
+def required(hf: dict, *fields: str):
+    """The value of the first of fields that config.json has. Raises UsageError if it has none of them."""
     for field in fields:
         if hf.get(field) is not None:
             return hf[field]
@@ -243,14 +244,14 @@ def find_family(hf: dict) -> Family:
 def read_head_dim(hf: dict) -> int:
     if hf.get("head_dim") is not None:
         return hf["head_dim"]
-    dim, n_heads = need(hf, "hidden_size"), need(hf, "num_attention_heads")
+    dim, n_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
         raise UsageError(f"config.json: hidden_size {dim!r} is not a multiple of num_attention_heads {n_heads!r}")
     return dim // n_heads
 
 
 def read_window(hf: dict, family: Family) -> int | None:
-    """The sliding window, which all layers must have or none."""
+    """The sliding window, if all layers have it, or None. Raises UsageError if only some layers have it."""
     window = hf.get("sliding_window")
     if not window or family.window == "none":
         return None
@@ -265,8 +266,9 @@ def read_window(hf: dict, family: Family) -> int | None:
 
 
 def read_layer_types(hf: dict, family: Family) -> list[str]:
-    """What attention each layer has. Without a list, Qwen's layers have windows from max_window_layers on."""
-    n_layers, types = need(hf, "num_hidden_layers"), hf.get("layer_types") or []
+    """The kind of attention of each layer. Without a list in config.json, all layers have the window; Qwen's only from
+    max_window_layers on."""
+    n_layers, types = required(hf, "num_hidden_layers"), hf.get("layer_types") or []
     first = hf.get("max_window_layers", 28) if family.window_switch else 0
     if type(first) is not int or not isinstance(types, list) or type(n_layers) is not int or n_layers > MAX_OBJECTS:
         raise UsageError(f"config.json: max_window_layers {first!r} or layer_types {types!r} makes no sense")
@@ -275,7 +277,7 @@ def read_layer_types(hf: dict, family: Family) -> list[str]:
 
 
 def read_rope(hf: dict) -> dict:
-    """RoPE's fields from all places where they may stand: rope_theta, "rope_type", "factor" ..."""
+    """RoPE's fields (rope_theta, rope_type, factor ...), collected from where a config.json may have them."""
     rope = {"rope_theta": hf.get("rope_theta", 10000.0), "rope_type": "default"}
     for field in ("rope_parameters", "rope_scaling"):
         fields = hf.get(field) or {}
@@ -290,31 +292,32 @@ def read_rope(hf: dict) -> dict:
 
 
 def read_rope_scaling(rope: dict, hf: dict) -> RopeScaling | None:
-    kind = rope["rope_type"]
-    if kind == "default":
+    rope_type = rope["rope_type"]
+    if rope_type == "default":
         return None
-    if kind == "linear":
+    if rope_type == "linear":
         return RopeScaling("linear", rope.get("factor"))
-    if kind == "llama3":
+    if rope_type == "llama3":
         rope = {"original_max_position_embeddings": hf.get("max_position_embeddings")} | rope
         keys = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
         if any(not isinstance(rope.get(key), (int, float)) for key in keys):
             raise UsageError(f"config.json: rope_scaling of type llama3 needs numbers for {', '.join(keys)}")
         return RopeScaling("llama3", *(rope[key] for key in keys))
-    raise UsageError(f"config.json: rope_scaling of type {kind!r} is not supported; default, linear and llama3 are")
+    what = f"rope_scaling of type {rope_type!r} is not supported"
+    raise UsageError(f"config.json: {what}; default, linear and llama3 are")
 
 
 def read_moe(hf: dict, family: Family) -> MoEConfig | None:
-    if not family.n_experts:
+    if not family.n_experts_fields:
         return None
     normalize = family.norm_topk_prob
     if normalize is None:
         normalize = bool(hf.get("norm_topk_prob"))
-    return MoEConfig(need(hf, *family.n_experts), need(hf, "num_experts_per_tok"), normalize)
+    return MoEConfig(required(hf, *family.n_experts_fields), required(hf, "num_experts_per_tok"), normalize)
 
 
 def read_eos_ids(hf: dict, generation: dict) -> tuple[int, ...]:
-    """The end tokens of both files, each once."""
+    """The end tokens of config.json and generation_config.json, without duplicates."""
     eos_ids = []
     for source in (hf, generation):
         ids = source.get("eos_token_id")

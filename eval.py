@@ -1,10 +1,10 @@
-"""Measure a checkpoint: tasks of the lm-evaluation-harness, or the perplexity of a text.
+"""Measure a model's quality: tasks of the lm-evaluation-harness, or the perplexity of a text.
 
     python eval.py --checkpoint_path checkpoints/M/model.pth --tasks hellaswag winogrande --limit 100
     python eval.py --checkpoint_path checkpoints/M/model_int8.pth --text_file book.txt
 
-Tasks need `pip install lm_eval`, version 0.4. The perplexity is per token, over windows that don't overlap, each scored
-with nothing before it but the token that the tokenizer begins every text with, if it has such a token.
+Tasks need `pip install lm_eval`, version 0.4. The perplexity is per token. The text is cut into windows that do not
+overlap, and each is scored by itself. It begins with the token with which the tokenizer begins every text, if any.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from steps import Steps, build_steps, check_finite, compile_blocks, device_of, h
 from tokenizer import Tokenizer
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
-TEXT_WINDOW = 1024  # tokens of a window of text, if the model's context has so many
-HEAD_ROWS = 256  # positions whose logits are in memory at a time
+TEXT_WINDOW = 1024  # tokens of a window of text, unless the model's context is shorter
+LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,11 +71,11 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    # What can be wrong is found before the model is loaded, which takes long.
+    # Check everything else before loading the model, which takes long.
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
     device, dtype = pick_device(args.device), getattr(torch, args.precision)
-    model, tokenizer = load(args.checkpoint_path, device, dtype, kernels=args.kernels == "auto")
+    model, tokenizer = load(args.checkpoint_path, device, dtype, use_kernels=args.kernels == "auto")
     length = context = model.config.max_seq_len
     if args.max_seq_length is not None:
         length = args.max_seq_length
@@ -92,11 +92,11 @@ def main():
     print(json.dumps(results) if args.json else table)
 
 
-# ---- How likely a model finds given tokens: T of a row, n of them scored --------------------------------------------
+# ---- Log-likelihoods of given tokens --------------------------------------------------------------------------------
 
 
 def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
-    """The whole text in windows of length tokens, the last one shorter; each begins as the tokenizer begins a text."""
+    """text as windows of length token ids, the last one maybe shorter. Each begins with the tokenizer's bos_ids."""
     ids, bos = tokenizer.encode(text, bos=False), tokenizer.bos_ids
     step = length - len(bos)
     return [bos + ids[i : i + step] for i in range(0, len(ids), step)]
@@ -108,68 +108,70 @@ def perplexity(
     """exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. A window's first token is
     given, the others are predicted."""
     windows = windows_of(tokenizer, text, length)
-    rows = [Row(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
-    if not rows:
+    sequences = [Sequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
+    if not sequences:
         raise UsageError("the text is too short: there must be a token to predict")
-    scores = scores_of(model, rows, batch_size, compile)
+    scores = scores_of(model, sequences, batch_size, compile)
     nll, n_tokens = 0.0, 0
-    for score in tqdm(scores, "windows", len(rows), disable=None, leave=False):
+    for score in tqdm(scores, "windows", len(sequences), disable=None, leave=False):
         nll -= score.logprobs.double().sum().item()
         n_tokens += len(score.logprobs)
     if not math.isfinite(nll):
         raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")
     mean = nll / n_tokens
-    result = math.exp(mean) if mean < 700 else math.inf  # beyond, exp overflows
-    return {"perplexity": result, "tokens": n_tokens, "windows": len(rows), "nll_per_token": mean}
+    result = math.exp(mean) if mean < 700 else math.inf  # beyond that, exp overflows
+    return {"perplexity": result, "tokens": n_tokens, "windows": len(sequences), "nll_per_token": mean}
 
 
-class Row(NamedTuple):
-    """Tokens, of which the last n_scored are scored. There must be one before these. Row([5, 8, 2], 1) asks how likely
-    2 is after 5 and 8."""
+class Sequence(NamedTuple):
+    """Tokens, the last n_scored of which are scored. At least one token must come before these. For example,
+    Sequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
 
     ids: list[int]
     n_scored: int
 
 
 class Score(NamedTuple):
-    """What the model thinks of a row's last n tokens, each after those before it."""
+    """The model's judgement of a sequence's last n tokens, each given the tokens before it."""
 
-    row: int  # which of the rows
+    index: int  # of the sequence
     logprobs: Tensor  # [n]
-    is_greedy: Tensor  # [n], whether the model finds no token likelier
+    is_greedy: Tensor  # [n], whether the token is the model's likeliest
 
 
 @torch.inference_mode()
-def scores_of(model: Transformer, rows: list[Row], batch_size: int = 1, compile: bool = False) -> Iterator[Score]:
-    """The score of every row, longest rows first. Shorter ones in a batch are padded on the right, which causal
-    attention does not see."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    batch_size = min(batch_size, len(rows))
+def scores_of(
+    model: Transformer, sequences: list[Sequence], batch_size: int = 1, compile: bool = False
+) -> Iterator[Score]:
+    """Yields the score of every sequence, the longest first. In a batch, shorter ones are padded on the right, which
+    causal attention ignores."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+    batch_size = min(batch_size, len(sequences))
     device = device_of(model)
-    kv_cache = make_kv_cache(model, batch_size, len(rows[order[0]].ids) - 1, OOM_HINT)
+    kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1, OOM_HINT)
     positions = torch.zeros(batch_size, dtype=torch.long, device=device)
     compiled_model = compile_blocks(model, dynamic=True) if compile else None
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        inputs = [rows[i].ids[:-1] for i in indices]
-        inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may have to be filled up
+        inputs = [sequences[i].ids[:-1] for i in indices]
+        inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may be smaller; repeat its first sequence
         tokens = pad(inputs).to(device)
         hidden = torch.cat(list(hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model)), dim=1)
         for i, x in zip(indices, hidden, strict=False):
-            yield score_row(model, i, rows[i], x)
+            yield score_sequence(model, i, sequences[i], x)
 
 
-def pad(rows: list[list[int]]) -> Tensor:
-    """rows, filled up with zeros on the right: [B, length of the longest]."""
-    return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in rows], batch_first=True)
+def pad(id_lists: list[list[int]]) -> Tensor:
+    """Pads with zeros on the right: [B, length of the longest]."""
+    return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in id_lists], batch_first=True)
 
 
-def score_row(model: Transformer, index: int, row: Row, hidden: Tensor) -> Score:
-    """The score of a row from the hidden states [T, dim] of all its tokens but the last."""
-    n, last = row.n_scored, len(row.ids) - 1
-    targets = torch.tensor(row.ids[-n:], device=hidden.device)
+def score_sequence(model: Transformer, index: int, sequence: Sequence, hidden: Tensor) -> Score:
+    """The score of a sequence. hidden [T, dim]: the hidden states of all its tokens but the last."""
+    n, last = sequence.n_scored, len(sequence.ids) - 1
+    targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
     logprobs, is_greedy = [], []
-    for x, target in zip(hidden[last - n : last].split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+    for x, target in zip(hidden[last - n : last].split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
         logits = model.logits(x)
         logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
         is_greedy.append(logits.argmax(-1) == target)
@@ -180,7 +182,7 @@ def score_row(model: Transformer, index: int, row: Row, hidden: Tensor) -> Score
 
 
 def import_lm_eval():
-    """The package lm_eval, which need not be installed. Raises UsageError where it is not."""
+    """The package lm_eval. Raises UsageError if it is not installed."""
     try:
         import lm_eval
         import lm_eval.api.model
@@ -192,7 +194,7 @@ def import_lm_eval():
 
 
 def task_manager(tasks: list[str], include_path: Path | None):
-    """lm_eval's index of tasks, which knows all of tasks."""
+    """lm_eval's index of tasks. Raises UsageError if it lacks one of tasks."""
     if include_path and not include_path.is_dir():
         raise UsageError(f"--include_path {include_path}: there is no such folder")
     manager = import_lm_eval().tasks.TaskManager(include_path=str(include_path) if include_path else None)
@@ -208,7 +210,7 @@ def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = Fals
     load_tasks = getattr(manager, "load", None) or manager.load_task_or_group  # versions differ
     try:
         load_tasks(tasks)
-    except Exception as e:  # a task is a program that fetches data; each fails in its own way
+    except Exception as e:  # a task is a program that downloads data, and may raise anything
         raise UsageError(f"lm_eval cannot load {', '.join(tasks)}: {' '.join(str(e).split())[:300]}") from None
     results = lm_eval.simple_evaluate(
         lm, tasks=tasks, task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False
@@ -217,21 +219,21 @@ def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = Fals
     if results.get("groups"):
         table += "\n" + lm_eval.utils.make_table(results, "groups")
     for metrics in results["results"].values():
-        metrics.pop("alias", None)  # how the table calls the task
+        metrics.pop("alias", None)  # the task's name in the table
     return results["results"], table
 
 
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
-    """A HarnessModel that lm_eval takes. Its class is made here, as this file is imported where lm_eval is missing."""
+    """The model as lm_eval's TemplateLM. The class is defined here, so that this file imports without lm_eval."""
 
     class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):
-        """lm_eval's template, filled in."""
+        """HarnessModel implements the abstract methods of TemplateLM."""
 
     return Model(model, tokenizer, max_length, batch_size, compile)
 
 
 class HarnessModel:
-    """What lm_eval's TemplateLM leaves open: to tokenize, truncate and score as lm_eval's Hugging Face class does."""
+    """The abstract methods of lm_eval's TemplateLM. Tokenizes, truncates and scores as lm_eval's Hugging Face class."""
 
     tokenizer_name = "gpt-fast"
 
@@ -254,7 +256,7 @@ class HarnessModel:
         raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Special tokens written in the text count as such: the chat template's come this way."""
+        """Special tokens written in the text become special tokens, since a chat template's arrive as text."""
         ids = self.tokenizer.encode_parts(self.tokenizer.split_special(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
@@ -265,20 +267,21 @@ class HarnessModel:
         if template is None:
             raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
         text = render(template, self.tokenizer.special_names, chat_history, add_generation_prompt)
-        if not add_generation_prompt:  # the model is to go on with the last message
+        if not add_generation_prompt:  # the model shall continue the last message
             last = chat_history[-1]["content"].strip()
             text = text[: text.rindex(last) + len(last)]
         return text
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """For requests (anything, context ids, answer ids): the answer's log-likelihood, and whether it is greedy."""
-        rows = [Row((context + answer)[-self.max_length - 1 :], len(answer)) for _, context, answer in requests]
-        if any(row.n_scored >= len(row.ids) for row in rows):
+        """For requests (_, context ids, answer ids): the answer's log-likelihood, and whether it is the greedy one."""
+        longest = self.max_length + 1
+        sequences = [Sequence((context + answer)[-longest:], len(answer)) for _, context, answer in requests]
+        if any(sequence.n_scored >= len(sequence.ids) for sequence in sequences):
             raise UsageError(f"an answer to score is longer than --max_seq_length {self.max_length}")
-        results = [(0.0, True)] * len(rows)
-        scores = scores_of(self.model, rows, self.max_batch_size, self.compile) if rows else []
-        for score in tqdm(scores, "log-likelihoods", len(rows), disable=disable_tqdm or None):
-            results[score.row] = score.logprobs.double().sum().item(), bool(score.is_greedy.all())
+        results = [(0.0, True)] * len(sequences)
+        scores = scores_of(self.model, sequences, self.max_batch_size, self.compile) if sequences else []
+        for score in tqdm(scores, "log-likelihoods", len(sequences), disable=disable_tqdm or None):
+            results[score.index] = score.logprobs.double().sum().item(), bool(score.is_greedy.all())
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -297,12 +300,12 @@ class HarnessModel:
         return sums
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The model's answers. Requests with the same options are answered together."""
+        """The model's answers. Requests with the same options form batches."""
         options = [options_of(request.args[1]) for request in requests]
         prompts = [self.prompt_ids(r.args[0], o) for r, o in zip(requests, options, strict=True)]
         length = max((len(ids) + o.max_new_tokens for ids, o in zip(prompts, options, strict=True)), default=1)
         batch_size = min(self.max_batch_size, max(len(requests), 1))
-        kv_cache = make_kv_cache(self.model, batch_size, length, OOM_HINT)  # one, or every step is compiled anew
+        kv_cache = make_kv_cache(self.model, batch_size, length, OOM_HINT)  # one, since steps are compiled for it
         steps_of = cache(partial(build_steps, self.model, kv_cache, compile=self.compile))
         results = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (repr(options[i]), len(prompts[i])))
@@ -311,7 +314,7 @@ class HarnessModel:
                 indices, steps = list(group), steps_of(same_options.sampling)
                 for start in range(0, len(indices), batch_size):
                     batch = indices[start : start + batch_size]
-                    filler = batch[:1] * (batch_size - len(batch))
+                    filler = batch[:1] * (batch_size - len(batch))  # the last batch may be smaller
                     texts = self.complete([prompts[i] for i in batch + filler], steps, same_options)
                     for i, text in zip(batch, texts, strict=False):
                         results[i] = text
@@ -320,15 +323,16 @@ class HarnessModel:
 
     @torch.inference_mode()
     def complete(self, prompts: list[list[int]], steps: Steps, options: "Options") -> list[str]:
-        """What the model makes of each prompt, up to an end token or one of the texts in options.until. There must be
-        as many prompts as steps has rows.
+        """The model's continuation of each prompt, up to an end token or one of the texts in options.until. The number
+        of prompts must be the batch size of steps.
 
-        Every row has its own position. Prefill takes all prompts but their last tokens, padded on the right; what
-        padding leaves in the cache is overwritten before a token may look at it. Decode begins with the last tokens."""
+        Prompts of different lengths are decoded together, each at its own position. Prefill takes each prompt without
+        its last token, padded on the right, and decoding begins with the last token. Padding leaves keys and values in
+        the cache, but these are overwritten before a token sees them."""
         device, eos_ids = device_of(self.model), set(self.model.config.eos_ids)
         if max(map(len, prompts)) > 1:
-            beginnings = pad([ids[:-1] for ids in prompts]).to(device)
-            steps.prefill(beginnings, torch.zeros(len(prompts), dtype=torch.long, device=device))
+            padded = pad([ids[:-1] for ids in prompts]).to(device)
+            steps.prefill(padded, torch.zeros(len(prompts), dtype=torch.long, device=device))
         tokens = torch.tensor([ids[-1] for ids in prompts], device=device)
         positions = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
         until = [end.encode() for end in options.until]
@@ -352,7 +356,7 @@ class HarnessModel:
         return texts
 
     def prompt_ids(self, text: str, options: "Options") -> list[int]:
-        """The end of the text that leaves room for an answer."""
+        """The token ids of text. If they leave no room for an answer, the first ones are dropped."""
         asked = options.max_new_tokens
         n = self.max_length - asked
         if n < 1:
@@ -361,7 +365,7 @@ class HarnessModel:
 
 
 class Options(NamedTuple):
-    """How a request wants to be answered."""
+    """The options of a generation request."""
 
     sampling: Sampling
     max_new_tokens: int
@@ -369,7 +373,7 @@ class Options(NamedTuple):
 
 
 def options_of(kwargs: dict) -> Options:
-    """From what lm_eval gives with a request."""
+    """Reads the keyword arguments of a generation request of lm_eval."""
     temperature = float(kwargs.get("temperature") or 0)
     if kwargs.get("do_sample") is False:
         temperature = 0.0

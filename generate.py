@@ -2,7 +2,7 @@
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
-Text goes to stdout, a summary to stderr; with --json stdout holds one JSON object for each prompt and nothing else.
+Text goes to stdout, a summary to stderr. With --json, stdout has one JSON object for each prompt and nothing else.
 From Python:
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from kernels import MAX_ROWS
 from loading import load, load_model
 from machine import pick_device
 from model import KVCache, Transformer
-from report import Sample, describe, end_tokens, print_report
+from report import Sample, end_tokens, print_result, result_of
 from speculate import (
     PromptLookup,
     Proposer,
@@ -49,26 +48,26 @@ from speculate import (
     proposal_sizes,
     speculate,
 )
-from steps import OOM_HINT, Steps, build_steps, check_finite, device_of, make_kv_cache
+from steps import OOM_HINT, Steps, build_steps, check_finite, make_kv_cache
 from tokenizer import TextStream, Tokenizer
 
-# What a program that generates text needs
-__all__ = ["load", "load_model", "make_kv_cache", "build_steps", "generate", "stream_tokens"]
+# For programs that import this file
+__all__ = ["load", "load_model", "make_kv_cache", "build_steps", "generate", "build_stream"]
 
-CONVERSATION_LENGTH = 8192  # tokens that a conversation has room for, if the model's context is so long
+CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
 
 
 @torch.inference_mode()
 def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Yields the next token of every row, max_new_tokens times. prompt [B, T] begins at position start. The KV cache
-    must have room for start + T + max_new_tokens - 1 tokens. Raises UsageError if the logits are not finite."""
+    """Yields the next token of each sequence, max_new_tokens times. prompt [B, T] begins at position start. The KV
+    cache must have room for start + T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite."""
     positions = torch.full(prompt.shape[:1], start, device=prompt.device)
     tokens = steps.prefill(prompt, positions)
     positions = positions + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
-        # A GPU gets its next step before the host waits for this step's tokens. A CPU does one thing after the other,
-        # and whoever reads the tokens may not want any more.
+        # Give a GPU its next step before the host waits for this step's tokens. Not a CPU, which would compute that
+        # step right away, although the caller may stop after these tokens.
         next_is_queued = tokens.is_cuda and n_left > 0
         if next_is_queued:
             tokens, positions = decode(steps, tokens, positions)
@@ -80,14 +79,15 @@ def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> I
 
 
 def decode(steps: Steps, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens [B] after tokens [B] at positions [B], and the positions after those."""
-    fed = tokens[:, None].clamp(min=0)  # -1, of logits that are not finite, is found only when the host reads it
-    return steps.decode(fed, positions), positions + 1
+    """One decode step: tokens [B], positions [B] -> the next tokens [B] and their positions [B]."""
+    # Logits that are not finite give token -1. The host may not have read it yet, and the embedding has no row for it.
+    inputs = tokens[:, None].clamp(min=0)
+    return steps.decode(inputs, positions), positions + 1
 
 
 def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
-    """Begins to copy tokens [B] to the host. The function returned waits for the copy alone, not for what the GPU is
-    given to do after it."""
+    """Starts to copy tokens [B] to the host, and returns a function that waits for the copy and returns the tokens. It
+    does not wait for steps that are queued on the GPU after the copy."""
     if not tokens.is_cuda:
         return tokens.tolist
     copy = tokens.to("cpu", non_blocking=True)
@@ -101,14 +101,17 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def stream_tokens(
-    steps: Steps, batch_size: int, device: torch.device, history: list[int], start: int, max_new_tokens: int
-) -> Iterator[list[list[int]]]:
-    """generate in the form of speculate: every row continues history, a text's ids, of which the cache holds the first
-    start. Yields the tokens of each step: [1][B]."""
-    prompt = torch.tensor([history[start:]] * batch_size, device=device)
-    for ids in generate(steps, prompt, start, max_new_tokens):
-        yield [ids]
+def build_stream(steps: Steps, kv_cache: KVCache) -> StreamTokens:
+    """The function (history, start, max_new_tokens) -> the new tokens of each step: [1][B]. It continues history, the
+    token ids of a text, in every sequence of kv_cache, which already holds the first start tokens. speculate.speculate
+    does the same with several tokens a step."""
+
+    def stream_tokens(history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        prompt = torch.tensor([history[start:]] * kv_cache.batch_size, device=kv_cache.device)
+        for ids in generate(steps, prompt, start, max_new_tokens):
+            yield [ids]
+
+    return stream_tokens
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ def stream_tokens(
 def main():
     args = parse_args(__doc__)
     device = pick_device(args.device)
-    options = {"device": device, "dtype": getattr(torch, args.precision), "kernels": args.kernels == "auto"}
+    options = {"device": device, "dtype": getattr(torch, args.precision), "use_kernels": args.kernels == "auto"}
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **options)
     load_seconds = time.perf_counter() - start
@@ -137,7 +140,7 @@ def main():
         stream = partial(speculate, speculation)
     else:
         speculation = None
-        stream = partial(stream_tokens, steps, args.batch_size, device)
+        stream = build_stream(steps, kv_cache)
     start = time.perf_counter()
     warm_up(args, steps, speculation, len(prompts[0]) if prompts else MAX_ROWS + 1, device)
     stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
@@ -147,15 +150,16 @@ def main():
     torch.manual_seed(args.seed)
     if args.conversation:
         converse(Conversation(tokenizer, stream, length, model.config.eos_ids, args.system), args.max_new_tokens)
-    else:
-        complete_prompts(args, model, kv_cache, tokenizer, stream, prompts, stats)
+    for prompt in prompts:  # none in a conversation
+        samples, texts = complete_prompt(args, model, tokenizer, stream, prompt)
+        print_result(args, result_of(args, model, kv_cache, prompt, samples, texts) | stats, device)
 
 
 # ---- Before the first token -----------------------------------------------------------------------------------------
 
 
 def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
-    """load_model for a draft. Raises UsageError if its tokens are not those of tokenizer, by a sample of a thousand."""
+    """Loads the draft model. Raises UsageError if its tokens differ from tokenizer's, in a sample of 1000."""
     draft, draft_tokenizer = load(path, **options)
     n_tokens = tokenizer.vocab_size
     if draft_tokenizer.vocab_size != n_tokens:
@@ -170,7 +174,7 @@ def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
-    """The prompts asked for, as token ids."""
+    """The prompts of the command line, as token ids."""
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         return [torch.randint(vocab_size, (args.prompt_tokens,), generator=generator).tolist()]
@@ -178,7 +182,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
     if args.prompt_file:
         texts = [line for line in read_text(args.prompt_file).split("\n") if line.strip()]
     for text in [*texts, args.system or ""]:
-        if any("\ud800" <= c <= "\udfff" for c in text):  # how an argument's bytes that are not text arrive
+        if any("\ud800" <= c <= "\udfff" for c in text):  # what Python makes of an argument's bytes that are not UTF-8
             raise UsageError("the prompt is not valid UTF-8")
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
@@ -193,7 +197,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int
 def cache_length(
     args: argparse.Namespace, prompts: list[list[int]], model: Transformer, draft: Transformer | None
 ) -> int:
-    """How many tokens the KV caches must hold. Raises UsageError for more than the models' contexts."""
+    """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
     name, context = "model", model.config.max_seq_len
     if draft is not None and draft.config.max_seq_len < context:
         name, context = "draft", draft.config.max_seq_len
@@ -223,17 +227,17 @@ def build_proposer(
 def warm_up(
     args: argparse.Namespace, steps: Steps, speculation: Speculation | None, n_prompt_tokens: int, device: torch.device
 ):
-    """Has everything compiled that the options ask for. What this leaves in the caches, the prompt overwrites."""
+    """Compiles and records all steps that will be used. The prompt overwrites what this writes to the KV caches."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=device)
 
     if args.compile_prefill:
-        # At position 0, T == S and dynamo would specialize on it; starting at 1 keeps them distinct symbols.
+        # At position 0, T would equal S, and torch.compile would specialize on that. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
     if not args.compile:
         return
-    for _ in range(2):  # torch.compile's graphs of the device are made at the second call
+    for _ in range(2):  # torch.compile captures its CUDA graphs at the second call
         steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
         if speculation is not None:
             for k in proposal_sizes(args.speculate_k):
@@ -251,34 +255,13 @@ def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device)
 # ---- Prompts --------------------------------------------------------------------------------------------------------
 
 
-def complete_prompts(
-    args: argparse.Namespace,
-    model: Transformer,
-    kv_cache: KVCache,
-    tokenizer: Tokenizer,
-    stream: StreamTokens,
-    prompts: list[list[int]],
-    stats: dict,
-):
-    """Completes each prompt and prints the result. stats: what is the same for all."""
-    for prompt in prompts:
-        samples, texts = complete_prompt(args, model, tokenizer, stream, prompt)
-        result = describe(args, model, kv_cache, prompt, samples, texts) | stats
-        if tp.world_size() > 1:
-            result["rank_peak_memory_bytes"] = tp.gather_objects(result["peak_memory_bytes"])
-        if args.json:
-            print(json.dumps(result), flush=True)
-        else:
-            print_report(result, device_of(model))
-
-
 def complete_prompt(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, stream: StreamTokens, prompt: list[int]
 ) -> tuple[list[Sample], list[str]]:
-    """Completes prompt num_samples times, and prints that unless --json is given. Returns the samples, and the texts of
-    the last one's rows."""
+    """Completes prompt num_samples times, and prints the texts unless --json is given. Returns all samples, and the
+    texts of the last one."""
     ends = end_tokens(args, model)
-    before = [] if args.chat else prompt  # a chat's answer begins a text
+    before = [] if args.chat else prompt  # the answer in a chat is a text of its own
     samples = []
     for i in range(args.num_samples):
         is_last = i == args.num_samples - 1
@@ -297,7 +280,7 @@ def complete_prompt(
 def complete_once(
     args: argparse.Namespace, stream: StreamTokens, prompt: list[int], ends: set[int], text: TextStream | None
 ) -> Sample:
-    """Completes prompt, until every row has met an end token. text prints the first row as it comes."""
+    """Completes prompt until every row has an end token. text, if given, prints the first row as it is generated."""
     sample = Sample([[] for _ in range(args.batch_size)], start_time=time.perf_counter())
     has_ended = [False] * args.batch_size
     for step_tokens in stream(prompt, 0, args.max_new_tokens):
@@ -323,7 +306,7 @@ def complete_once(
 
 @contextlib.contextmanager
 def profiled(path: Path | None) -> Iterator[None]:
-    """Writes a Chrome trace of what happens inside to path, of several ranks to a file each. None: does nothing."""
+    """Writes a Chrome trace of the context to path; several ranks write a file each. None: does nothing."""
     if path is None:
         yield
         return
@@ -331,7 +314,7 @@ def profiled(path: Path | None) -> Iterator[None]:
         yield
     path = tp.rank_path(path)
     path.unlink(missing_ok=True)
-    profile.export_chrome_trace(str(path))  # says nothing when it fails
+    profile.export_chrome_trace(str(path))  # does not raise if it cannot write
     if not path.is_file():
         path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         raise UsageError(f"cannot write --profile {path}")

@@ -1,13 +1,17 @@
-"""The model: one Transformer for every supported family, dense or mixture of experts, made of kernels' leaf operations.
+"""The model: one Transformer for every supported family, dense or mixture of experts.
 
     Transformer       embedding, blocks, head: forward(tokens, positions, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
-    KVCache           the keys and values of earlier tokens; made for so many rows and positions, and passed in
-    Linear            y = x W^T, W in whatever format the checkpoint has (kernels/formats.py)
+    KVCache           the keys and values of earlier tokens; allocated once and passed in
+    Linear            y = x W^T, W in the checkpoint's format (kernels/formats.py)
 
-Letters in the shape comments: B rows, T new tokens, S cache length, H query heads, G key/value heads, D head_dim,
-F feed-forward width, E experts, K experts a token uses, V vocabulary. Nothing here is run from the command line; see
-generate.py.
+It computes only by the operations of kernels/__init__.py, so one forward runs everywhere: in plain PyTorch, and on the
+kernels of a CPU or a GPU.
+
+Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
+heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.
+
+This file has no command line; see generate.py.
 """
 
 import copy
@@ -24,51 +28,55 @@ from kernels.formats import Dense, Format, Tensors
 
 
 class Transformer(nn.Module):
-    """tokens -> logits. Its weights are whatever state_dict is loaded."""
+    """tokens -> logits. The weights are uninitialized until a state_dict is loaded."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # from_pretrained, since nn.Embedding's own random numbers import PyTorch's compiler: a second and 150 MB
-        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
+        # from_pretrained skips nn.Embedding's initialization, which imports PyTorch's compiler: 1 s and 150 MB.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size)
+        self.lm_head = Linear(config.dim, config.vocab_size)
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
-        """tokens [B, T], the first of each row at positions [B] and the others right after it -> float32 logits
-        [B, T, V]. Their keys and values go into kv_cache, which must hold those of everything before them."""
+        """tokens [B, T] -> float32 logits [B, T, V]. positions [B] is where each sequence's first new token stands.
+        kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it."""
         return self.logits(self.hidden(tokens, positions, kv_cache))
 
     def hidden(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
-        """forward without the head: [B, T, dim]."""
+        """forward without the final norm and the head: [B, T, dim]."""
         x = self.embed(tokens)
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
             x = layer(x, positions, cache)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, dim], by the kernels of the head's backend, which is that of the whole model."""
-        return kernels.embed(tokens, self.tok_embeddings.weight, self.output.backend)
+        """[B, T] -> [B, T, dim]. The embedding has no backend of its own; the head's is the whole model's."""
+        return kernels.embed(tokens, self.embed_tokens.weight, self.lm_head.backend)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The head: hidden [..., dim] -> float32 logits [..., V]."""
-        return self.output(x, norm=self.norm, out_dtype=torch.float32)
+        """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
+        return self.lm_head(x, norm=self.norm, out_dtype=torch.float32)
+
+    def tie_embeddings(self):
+        """Makes the head's weight the embedding too: one parameter, once in memory."""
+        self.embed_tokens.weight = self.lm_head.weight
 
     def linears(self) -> Iterator[tuple[str, "Linear"]]:
-        """The layers that quantization rewrites, by name: all but the routers."""
+        """(name, layer) of every linear layer that quantization rewrites: all but the routers."""
         for name, module in self.named_modules():
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
     @property
     def format(self) -> Format:
-        """The format of the linears."""
+        """The format of the layers in linears()."""
         return self.layers[0].attention.qkv_proj.format
 
     def uses_kernels(self, batch: int, n_tokens: int) -> bool:
-        """Whether linears and attention of a step of n_tokens in each of batch rows are kernels, so that it can be
-        recorded."""
+        """Whether kernels compute every operation of a step of n_tokens in each of batch sequences. If so, the step can
+        be recorded."""
         backends = {module.backend for module in self.modules() if isinstance(module, Linear)}
         if len(backends) > 1:
             return False
@@ -76,14 +84,14 @@ class Transformer(nn.Module):
         return kernels.attend_fits(*backends, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
 
     def step_bytes(self) -> int:
-        """Bytes of weights that one decode step reads: all but the embedding's other rows and the idle experts."""
+        """Bytes of weights that a decode step of one token reads: all but the embedding and the idle experts."""
         total = 0
         for name, tensor in self.state_dict().items():
-            if name.startswith("tok_embeddings"):
+            if name.startswith("embed_tokens"):
                 continue
-            of_experts = self.config.moe and ".feed_forward." in name and ".router." not in name
-            used = self.config.moe.top_k / self.config.moe.n_experts if of_experts else 1
-            total += tensor.nbytes * used
+            is_experts = self.config.moe and ".feed_forward." in name and ".router." not in name
+            fraction_read = self.config.moe.top_k / self.config.moe.n_experts if is_experts else 1
+            total += tensor.nbytes * fraction_read
         return round(total)
 
 
@@ -96,10 +104,11 @@ class TransformerBlock(nn.Module):
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
 
     def forward(self, x: Tensor, positions: Tensor, cache: "LayerCache") -> Tensor:
-        """x [B, T, dim] -> the same."""
+        """x [B, T, dim] -> [B, T, dim]."""
         # x = x + attention(norm(x))
         # x = x + feed_forward(norm(x))
-        # The norm and the residual x are passed in: the first product of each half fuses the one, the last the other.
+        # The norm and the residual are arguments, since a kernel fuses them: each half's first matrix product applies
+        # the norm, and its last one adds the residual.
         x = self.attention(x, positions, cache, norm=self.attention_norm, residual=x)
         return self.feed_forward(x, norm=self.ffn_norm, residual=x)
 
@@ -125,7 +134,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate x) * up x), with gate and up one above the other in one matrix."""
+    """down(silu(gate x) * up x). One matrix holds gate's rows and, below them, up's."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -138,8 +147,8 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """The top_k best experts' feed-forwards, weighted by the router's softmax. Sources: Mixtral (arXiv:2401.04088) and
-    Qwen3, which differ only in whether the weights of the chosen are made to sum to one."""
+    """The feed-forwards of each token's top_k experts, summed with the router's softmax as weights. Mixtral
+    (arXiv:2401.04088) and Qwen3 differ only in norm_topk_prob: whether the top_k weights are made to sum to one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -152,16 +161,17 @@ class MoE(nn.Module):
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.router.backend
-        )  # [B, T, K]
-        hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation="silu")  # [B, T, K, F]
+        )  # [B, T, top_k]
+        hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation="silu")  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
 
 
 class Linear(nn.Module):
-    """y = x W^T [+ bias], or a stack of experts' matrices [E, N, K].
+    """y = x W^T [+ bias], with W [N, K], or [E, N, K] for a layer of experts.
 
-    format: how W is stored (kernels/formats.py). backend: whose kernels read it, in whose layout its tensors are
-    packed; "torch" is plain PyTorch and the checkpoint's layout."""
+    format: how W is stored (kernels/formats.py).
+    backend: whose kernels compute it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
+    checkpoint."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
         super().__init__()
@@ -178,25 +188,26 @@ class Linear(nn.Module):
         return kernels.linear(x, self, norm, residual, activation, out_dtype)
 
     def tensors(self) -> Tensors:
-        """What W is stored as, by name."""
+        """The tensors that W is stored as, by name."""
         named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def set_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """Puts tensor in place of the one called name; returns it as it is kept."""
+        """Replaces the tensor called name. Returns the new one, a Parameter if it is the weight or the bias."""
         if name in ("weight", "bias"):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(self, name, tensor)
         return tensor
 
     def set_format(self, format: Format):
-        """Makes room for W in another format; what it was is lost."""
+        """Replaces W by empty tensors of another format."""
         for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
             self.set_tensor(name, tensor)
         self.format = format
 
     def matrix(self, dtype: torch.dtype, experts=slice(None)) -> Tensor:
-        """W in dtype; of the experts in experts (an index, or a tensor of them) alone."""
+        """W [N, K], dequantized to dtype. For experts: those that experts selects, an index, a slice or a tensor of
+        indices."""
         return kernels.dequantize(self, dtype, experts)
 
 
@@ -204,7 +215,7 @@ class ExpertsGateUp(Linear):
     """The gate and up projections of all experts."""
 
     def forward(self, x: Tensor, topk_ids: Tensor, norm=None, activation=None) -> Tensor:
-        """x [B, T, dim] -> what each token's experts make of it: [B, T, K, F]."""
+        """x [B, T, dim], topk_ids [B, T, top_k] -> every token times each of its experts: [B, T, top_k, F]."""
         return kernels.experts_gate_up(x, self, topk_ids, norm, activation)
 
 
@@ -212,7 +223,7 @@ class ExpertsDown(Linear):
     """The down projections of all experts."""
 
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
-        """hidden [B, T, K, F] -> the weighted sum over each token's experts: [B, T, dim]."""
+        """hidden [B, T, top_k, F] -> the weighted sum over each token's experts: [B, T, dim]."""
         return kernels.experts_down(hidden, self, topk_ids, topk_weights, residual)
 
 
@@ -230,7 +241,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerCache(NamedTuple):
-    """What one layer's attention needs besides its weights."""
+    """The tensors that one layer's attention reads besides its weights."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
@@ -238,50 +249,53 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values for batch_size rows of up to length tokens. It does not know how many it holds: every step says
-    at which position of each row its tokens go."""
+    """Keys and values of batch_size sequences of up to length tokens. It does not track how many tokens it holds: every
+    step passes the positions at which its tokens are written."""
 
     def __init__(self, model: Transformer, batch_size: int, length: int):
-        """On the device and in the dtype of model's weights. Raises UsageError if model was not made for so many
-        positions."""
+        """Allocates it on the device and in the dtype of model's weights. Raises UsageError if length exceeds the
+        model's context."""
         if length > model.config.max_seq_len:
             raise UsageError(f"{length} tokens do not fit the model's context of {model.config.max_seq_len}")
         self.batch_size, self.length = batch_size, length
-        weight = model.tok_embeddings.weight
-        rope = rope_table(model.config, length).to(weight.device)
+        weight = model.embed_tokens.weight
+        self.device = weight.device
+        rope = rope_table(model.config, length).to(self.device)
         self.layers = []
         for layer in model.layers:
             shape = (batch_size, layer.attention.n_kv_heads, length, layer.attention.head_dim)
             self.layers.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), rope))
 
     def prefix(self, n: int) -> "KVCache":
-        """The same cache as if it had n positions: attention in plain PyTorch looks at every position that there is."""
+        """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache
+        that it gets, so a shorter one costs less."""
         view = copy.copy(self)
         view.length = n
         view.layers = [LayerCache(c.k[:, :, :n], c.v[:, :, :n], c.rope[:n]) for c in self.layers]
         return view
 
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token of every row takes."""
+        """Bytes of keys and values for one token of every sequence."""
         return sum(c.k[:, :, :1].nbytes + c.v[:, :, :1].nbytes for c in self.layers)
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
-    """cos and sin of every position's angles: [length, D/2, 2], float32."""
+    """cos and sin of each position's rotation angles: [length, D/2, 2], float32."""
     angles = torch.arange(length, dtype=torch.float32)[:, None] * rope_frequencies(config)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair of elements: [D/2], float32 (arXiv:2104.09864; llama3's scaling as published
-    with Llama 3.1)."""
+    """Radians by which each pair of elements turns per position: [D/2], float32 (arXiv:2104.09864; llama3's scaling as
+    published with Llama 3.1)."""
     freqs = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return freqs
-    if scaling.kind == "linear":
+    if scaling.rope_type == "linear":
         return freqs / scaling.factor
-    # llama3: keep what turns fast, stretch what turns less than once in the trained context, blend in between
+    # llama3: keep the high frequencies, divide by factor those that turn less than low_freq_factor times within the
+    # trained context, and blend in between.
     turns = scaling.original_max_seq_len * freqs / (2 * math.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)

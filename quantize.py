@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint's linear layers, output head included, in 8 or 4 bits.
+"""Quantize the linear layers of a checkpoint, output head included, to 8 or 4 bits.
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int8                 -> model_int8.pth
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4 --groupsize 64  -> model_int4.g64.pth
@@ -7,10 +7,10 @@
 int8        symmetric, one scale per output channel
 int4        asymmetric, a scale and a zero point per group along the input
 int4-hqq    the same format; zero points refined without data (half-quadratic quantization, Badri & Shaji 2023)
-int4-gptq   the same format; rounded so that the outputs on a calibration text stay close (gptq.py)
+int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 
-Norms, biases, routers and the embedding stay as they are. kernels/formats.py describes the formats. One tensor (of
-int4-gptq, one layer) is in memory at a time; the file appears under its name when it is complete.
+Norms, biases, routers and the embedding are not quantized. kernels/formats.py describes the formats. One tensor at a
+time is in memory (for int4-gptq: one layer). The file appears under its name when it is complete.
 """
 
 import argparse
@@ -28,13 +28,24 @@ from torch import Tensor
 import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
 from config import ModelConfig, UsageError
-from kernels.formats import GROUP_SIZES, Format, Int4, Int8, Tensors, range_of, split_groups, to_zeros
+from kernels.formats import (
+    GROUP_SIZES,
+    Format,
+    Int4,
+    Int8,
+    Tensors,
+    decode_zeros,
+    encode_zeros,
+    round_int4,
+    scales_and_zeros,
+    split_groups,
+)
 from loading import load
 from machine import drop_pages, pick_device
 from model import Transformer
 
 MODES = ("int8", "int4", "int4-hqq", "int4-gptq")
-Weights = dict[str, Tensor]  # linear's name -> weight
+Weights = dict[str, Tensor]  # name of a linear layer -> its weight
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,7 +98,7 @@ def main():
     weights = linear_weights(path, config, tensors)
     check_sizes(weights, format)
     if args.mode == "int4-gptq":
-        quantized = quantize_calibrated(args, weights["output"].dtype)
+        quantized = quantize_calibrated(args, weights["lm_head"].dtype)
     else:
         quantized = quantize_each(weights, format.quantize)
     suffix = "int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}"
@@ -97,12 +108,12 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> Weights:
-    """The weights to quantize, by the names of their linears: of tensors, which path holds, or for a tied head the
-    embedding's. Raises UsageError if one is missing."""
+    """The weights to quantize. tensors are those that path holds; a tied head's weight is the embedding's. Raises
+    UsageError if one is missing or of the wrong shape."""
     with torch.device("meta"):
         shapes = {name: linear.weight.shape for name, linear in Transformer(config).linears()}
     if config.tie_embeddings:
-        tensors = {"output.weight": tensors.get("tok_embeddings.weight")} | tensors
+        tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
     for name, shape in shapes.items():
         if weights[name] is None or weights[name].shape != shape:
@@ -112,23 +123,24 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
 
 def check_sizes(weights: Weights, format: Format):
     for name, w in weights.items():
-        k, unit = w.shape[-1], format.unit
-        if k % unit:
-            raise UsageError(f"{name}.weight has {k} inputs; int4 needs a multiple of {unit}: use --mode int8")
+        k, factor = w.shape[-1], format.pack_factor
+        if k % factor:
+            raise UsageError(f"{name}.weight has {k} inputs; int4 needs a multiple of {factor}: use --mode int8")
 
 
 def quantize_each(weights: Weights, quantize: Callable[[Tensor], Tensors]) -> Iterator[tuple[str, Tensors]]:
-    """(name, quantize(weight)) of the weights one by one."""
+    """Yields (name, quantize(weight)) for every weight."""
     for name, w in weights.items():
         gptq.check_finite_weight(name, w)
         yield name, quantize(w)
 
 
 def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, Tensors]]:
-    """The same by GPTQ, of the checkpoint that args names, whose weights are of dtype."""
+    """Yields (name, tensors) for every linear layer of the checkpoint that args names, quantized by GPTQ. dtype: the
+    dtype of its weights."""
     device, limit, length = pick_device(args.device), args.calibration_limit, args.calibration_seq_length
     text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
-    model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, kernels=False)
+    model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, use_kernels=False)
     context = model.config.max_seq_len
     if length > context:
         raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
@@ -141,47 +153,48 @@ def write(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: Weights,
     quantized: Iterable[tuple[str, Tensors]], format: Format,
 ):  # fmt: skip
-    """Writes a checkpoint of tensors in which what quantized yields, (name, tensors in format) for every one of weights
-    in any order, stands for these. Raises UsageError if it cannot."""
+    """Writes a checkpoint of tensors with each of weights replaced by its quantized tensors. quantized yields (name,
+    tensors in format) for each of weights, in any order. Raises UsageError if the file cannot be written."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():
-        for kind, t in format.empty(w.shape, w.dtype, "meta").items():
-            shapes[f"{name}.{kind}"] = (tuple(t.shape), t.dtype)
+        for tensor_name, t in format.empty(w.shape, w.dtype, "meta").items():
+            shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
 
     def results() -> Iterator[tuple[str, Tensor]]:
         yield from kept.items()
-        for name, parts in quantized:
-            for kind, t in parts.items():
-                yield f"{name}.{kind}", t
-            drop_pages(weights[name])  # or the file's pages would count as memory in use
+        for name, quantized_tensors in quantized:
+            for tensor_name, t in quantized_tensors.items():
+                yield f"{name}.{tensor_name}", t
+            drop_pages(weights[name])  # otherwise the file's pages would count as memory in use
 
     save_checkpoint(path, config, shapes, results(), format.quantization)
 
 
 class Int4HQQ(Int4):
-    """Int4 whose zero points are refined by half-quadratic quantization, without data."""
+    """Int4 with zero points refined by half-quadratic quantization, without data."""
 
     def quantize_rows(self, w: Tensor) -> Tensors:
-        groups = split_groups(w.float(), self.group_size)  # [N, G, group_size]
-        scales, zeros = range_of(groups)
-        return self.round_to(groups, scales, hqq_zeros(groups, scales, zeros), w.shape[-1])
+        groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
+        scales, zeros = scales_and_zeros(groups)
+        return self.round_groups(groups, scales, hqq_zeros(groups, scales, zeros), w.shape[-1])
 
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
-    """Zero points under which the sum over each group of |w - dequantized|^0.5 is small, by half-quadratic splitting:
-    what shrinking leaves of the errors is taken out of the weights, and the zero points are fitted to the rest."""
-    w, zero = groups / scales.float()[..., None], zeros.float()[..., None] / 16  # both in steps of the scale
+    """Refines zeros so that each group's sum of |w - dequantized|^0.5 gets small, by half-quadratic splitting. Each
+    step shrinks the rounding errors towards 0, subtracts what remains of them (the outliers) from the weights, and fits
+    the zero points to the difference."""
+    w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # both in steps of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
-        q = (w + zero).round_().clamp_(0, 15)
+        q = round_int4(w, 1.0, zero)
         error = w - (q - zero)
         root = error.abs().clamp_(min=1e-8).sqrt_()
         loss = root.sum(-1, keepdim=True)
         best, best_loss = torch.where(loss < best_loss, zero, best), torch.minimum(loss, best_loss)
         outliers = error.sign() * (root.square() - 1 / (beta * root)).clamp_(min=0)
-        zero = (q - (w - outliers)).mean(-1, keepdim=True).mul_(16).round_().clamp_(0, 255) / 16
-    return to_zeros(best[..., 0])
+        zero = decode_zeros(encode_zeros((q - (w - outliers)).mean(-1, keepdim=True)))  # as it can be stored
+    return encode_zeros(best[..., 0])
 
 
 if __name__ == "__main__":

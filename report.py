@@ -1,6 +1,7 @@
-"""What generate.py says of a prompt that it has continued: --json's object, and the sentence on stderr."""
+"""What generate.py reports about a prompt: the object that --json prints, and the summary on stderr."""
 
 import argparse
+import json
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from functools import cache
 
 import torch
 
+import tp
 from machine import lacks_memory, peak_memory, read_bandwidth
 from model import KVCache, Transformer
 from steps import device_of
@@ -15,33 +17,33 @@ from steps import device_of
 
 @dataclass
 class Sample:
-    """What a prompt was continued with, and when it came."""
+    """The continuation of a prompt, and the time of each step."""
 
-    rows: list[list[int]]  # the new tokens of each row, its end token included
+    rows: list[list[int]]  # the new tokens of each sequence of the batch, its end token included
     start_time: float
-    step_times: list[float] = field(default_factory=list)  # when each step's tokens came; the first step is prefill
-    step_sizes: list[int] = field(default_factory=list)  # tokens that each step gave to a row that had not ended
+    step_times: list[float] = field(default_factory=list)  # when each step's tokens arrived; the first step is prefill
+    step_sizes: list[int] = field(default_factory=list)  # tokens per row that each step gave, up to the last end token
 
     @property
     def decode_seconds(self) -> float:
         return self.step_times[-1] - self.step_times[0]
 
 
-def describe(
+def result_of(
     args: argparse.Namespace, model: Transformer, kv_cache: KVCache,
     prompt: list[int], samples: list[Sample], texts: list[str],
 ) -> dict:  # fmt: skip
-    """The object that --json prints, as far as it is about this prompt. texts are those of the last sample's rows; what
-    a draft reads is not counted."""
+    """The part of --json's object that differs from prompt to prompt. texts: those of the last sample. The bytes that a
+    draft model reads are not counted."""
     last = samples[-1]
     ends = end_tokens(args, model)
-    decoded = [s for s in samples if len(s.step_times) > 1]  # took more steps than prefill
+    decoded = [s for s in samples if len(s.step_times) > 1]  # with decode steps after prefill
     tokens_per_second = median([sum(s.step_sizes[1:]) / s.decode_seconds for s in decoded])
     steps_per_second = median([(len(s.step_times) - 1) / s.decode_seconds for s in decoded])
     halfway = len(prompt) + sum(last.step_sizes) // 2  # tokens in the cache, on average over the steps
     bytes_per_step = model.step_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
-    if args.speculative:  # in how many steps 0, 1 ... k proposed tokens were accepted; a step gives one token more
+    if args.speculative:  # in how many steps 0, 1 ... k proposed tokens were accepted; a step yields one token more
         accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
     return {
         "text": texts,
@@ -62,7 +64,7 @@ def describe(
 
 
 def end_tokens(args: argparse.Namespace, model: Transformer) -> set[int]:
-    """The tokens after which a row is at its end."""
+    """The tokens that end a row."""
     return set() if args.ignore_eos else set(model.config.eos_ids)
 
 
@@ -74,14 +76,14 @@ def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, comp
     """Bytes of keys and values that a decode step reads when n_tokens tokens are in the cache."""
     if model.uses_kernels(kv_cache.batch_size, 1):
         n_read = min(n_tokens, model.config.sliding_window or n_tokens)
-    else:  # a compiled step looks at everything that the cache has room for
+    else:  # a compiled step reads the whole cache, used or not
         n_read = kv_cache.length if compile else n_tokens
     return n_read * kv_cache.bytes_per_token()
 
 
 @cache
 def measured_bandwidth(device: torch.device) -> float | None:
-    """read_bandwidth of device, measured once; None if the model has left too little memory to measure it."""
+    """read_bandwidth of device, measured once. None if there is too little free memory to measure it."""
     try:
         return read_bandwidth(device)
     except (MemoryError, RuntimeError) as e:
@@ -90,8 +92,17 @@ def measured_bandwidth(device: torch.device) -> float | None:
         raise
 
 
-def print_report(result: dict, device: torch.device):
-    """One sentence on stderr. The model is on device."""
+def print_result(args: argparse.Namespace, result: dict, device: torch.device):
+    """Prints result as JSON to stdout if --json is given, else a summary to stderr. device: the model's."""
+    if tp.world_size() > 1:
+        result = result | {"rank_peak_memory_bytes": tp.gather_objects(result["peak_memory_bytes"])}
+    if args.json:
+        print(json.dumps(result), flush=True)
+    else:
+        print_summary(result, device)
+
+
+def print_summary(result: dict, device: torch.device):
     counts, speculation = result["accept_counts"], ""
     if counts is not None:
         n_tokens = sum(n * count for n, count in enumerate(counts, start=1))
@@ -99,7 +110,7 @@ def print_report(result: dict, device: torch.device):
     used, share, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(device)
     if readable is not None:
         share = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
-    # In a batch all rows take every step together, so each of them has this speed.
+    # All rows of a batch take every step together, so this is the speed of each of them.
     n_rows = len(result["tokens"])
     rows, each = (f" in {n_rows} rows,", " each") if n_rows > 1 else ("", "")
     print(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import kernels
 from config import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
@@ -39,8 +40,11 @@ class Sampling:
         return self.temperature == 0
 
 
-def sample(logits: Tensor, sampling: Sampling) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite."""
+def sample(logits: Tensor, sampling: Sampling, backend: str = "torch") -> Tensor:
+    """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite. backend: see kernels."""
+    only_temperature = sampling == Sampling(sampling.temperature)
+    if backend == "triton" and (sampling.is_greedy or only_temperature):
+        return kernels.sample(logits, sampling.temperature)
     tokens = logits.argmax(-1) if sampling.is_greedy else multinomial(probabilities(logits, sampling))
     is_finite = logits.sum(-1).isfinite()
     return torch.where(is_finite, tokens, -1)

@@ -1,17 +1,17 @@
-"""Speculative decoding: something cheap proposes a few tokens, and the model verifies all of them in one step.
+"""Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies them all in one step.
 
     proposer = PromptLookup(max_ngram=3, device=device)
     speculation = build_speculation(model, kv_cache, steps, sampling, proposer, k=5)
     for tokens in speculate(speculation, history, start=0, max_new_tokens=100): ...
 
-A step reads all weights, whether it takes one token or five; so it costs hardly more to verify than to decode. Of the
-proposed tokens the model accepts those that it could have sampled itself, and adds one of its own. The output has
-exactly the distribution of plain decoding (arXiv:2211.17192).
+A step reads all weights, whether it takes one token or five, so verifying costs hardly more than decoding. The model
+accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling gives the output exactly the
+distribution of plain decoding (arXiv:2211.17192).
 
     PromptLookup    proposes what followed the last few tokens where they occurred before
     DraftModel      proposes what a smaller model samples
 
-Shapes: k proposed tokens, V vocabulary. Everything is for one row.
+Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,45 +27,44 @@ from model import KVCache, Transformer
 from sampling import Sampling, multinomial, probabilities, sample
 from steps import Step, Steps, build_step, build_steps, check_finite, device_of
 
-MAX_PROPOSED = 32  # tokens to propose at a time, or to look up
-# What one more token costs in a step, in steps
-VERIFY_COST = 0.1  # 0.01 in 16 bits, 0.02 in 8, 0.15 in 4
-MOE_VERIFY_COST = 0.65  # on a GPU, where every token reads its own experts: a step of five tokens costs 3.58
-EMA_DECAY = 0.9  # what one step leaves of the counts of accepted and rejected tokens
-IDLE_DECAY = 0.97  # the same for a step that verified nothing: after a while it is worth another try
-PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # these counts before there are any
+MAX_PROPOSED = 32  # limit of --speculate_k and --prompt_lookup
+# Time to verify one more token, as a fraction of a step's time
+VERIFY_COST = 0.1  # measured: 0.01 with 16-bit weights, 0.02 with 8, 0.15 with 4
+EMA_DECAY = 0.9  # each step multiplies the counts of accepted and rejected tokens by this
+IDLE_DECAY = 0.97  # the same in a step without a proposal, so that after a while another one is tried
+PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # what the counts start from
 
 
 class Proposal(NamedTuple):
     tokens: Tensor  # [k]
-    probs: Tensor | None  # [k, V]: the distributions they were drawn from; None if they are the proposer's only choice
+    probs: Tensor | None  # [k, V]: the distributions that they were sampled from; None if they were not sampled
 
 
 class Proposer(Protocol):
-    cost: float  # of one proposed token, in steps of the model
+    cost: float  # time to propose one token, as a fraction of the model's step
 
     def propose(self, history: list[int], k: int) -> Proposal | None:
-        """k tokens that may follow history, or None if it knows nothing. From one call to the next history only grows,
-        unless rewind says otherwise."""
+        """k tokens that may follow history, or None if it has no guess. Between two calls history only grows, unless
+        rewind is called."""
 
     def rewind(self, n: int):
-        """The text is another one from its token number n on."""
+        """Tells it that only the first n tokens of history are still the same."""
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """A model's steps and who proposes tokens to it; made by build_speculation."""
+    """A model's steps, and the proposer whose tokens they verify. Made by build_speculation."""
 
     steps: Steps
-    verify_step: Callable[..., Tensor]  # (tokens [1, k + 1], positions [1], *proposal) -> as rejection_sample
+    verify_step: Callable[..., Tensor]  # (tokens [1, k + 1], positions [1], *proposal) -> rejection_sample's result
     proposer: Proposer
-    k: int  # tokens to propose at a time, at most
+    k: int  # most tokens to propose at a time
     device: torch.device
-    verify_cost: float = VERIFY_COST  # of one proposed token, in steps
+    verify_cost: float = VERIFY_COST  # time to verify one proposed token, as a fraction of a step
 
     def verify(self, last_token: Tensor, positions: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
-        """How many of the tokens proposed after last_token [1, 1] are accepted, and the tokens to go on with: these and
-        one more."""
+        """Verifies a proposal for what follows last_token [1, 1]. Returns how many tokens are accepted, and the
+        accepted tokens plus one more."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
         given = [tensor for tensor in proposal if tensor is not None]
         n_accepted, *next_tokens = self.verify_step(tokens, positions, *given).tolist()
@@ -81,7 +80,7 @@ def build_speculation(
     k: int,
     compile: bool = False,
 ) -> Speculation:
-    """What speculate needs for model. steps are its plain ones, for the same kv_cache and sampling."""
+    """Builds the step that verifies proposals. steps: those of build_steps, for the same kv_cache and sampling."""
 
     def select_tokens(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
@@ -94,8 +93,8 @@ def build_speculation(
 def speculate(
     speculation: Speculation, history: list[int], start: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
-    """Continues history, of which the cache holds start tokens, by max_new_tokens. Yields the tokens of each step, one
-    or several, each in a list as if it were one of several rows: [n][1]."""
+    """Continues history, whose first start tokens are in the KV cache, by max_new_tokens. Yields the tokens of each
+    step, [n][1]: one or several tokens for a batch of one."""
     proposer, device = speculation.proposer, speculation.device
     history, n_left = list(history), max_new_tokens
     acceptance = AcceptanceRate()
@@ -109,7 +108,7 @@ def speculate(
         n_left -= len(tokens)
         if n_left == 0:
             return
-        proposer.rewind(len(history) - 1)  # the last token is the model's own
+        proposer.rewind(len(history) - 1)  # the last token is the model's own, not a proposed one
         possible_sizes = [size for size in proposal_sizes(speculation.k) if size < n_left]
         k = best_size(possible_sizes, acceptance.rate, proposer.cost + speculation.verify_cost)
         proposal = proposer.propose(history, k) if k > 0 else None
@@ -124,12 +123,12 @@ def speculate(
 
 
 def rejection_sample(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: Sampling) -> Tensor:
-    """Returns [n_accepted, tokens ...]: [k + 2]; the first n_accepted + 1 tokens are valid.
+    """Returns one tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid.
 
     logits [k + 1, V]: the model's, after the last token and after each of the draft_tokens [k].
-    draft_probs [k, V or less]: the distributions from which these were drawn."""
+    draft_probs [k, V or fewer]: the distributions from which the draft_tokens were sampled."""
     if draft_probs is None:
-        # The model samples a token at each position; the draft is right as long as it has proposed the same.
+        # The model samples a token at each position. A proposed token is accepted if it is the same.
         tokens = sample(logits, sampling)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
@@ -140,12 +139,12 @@ def rejection_sample(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor |
     q = draft_probs[:-1].gather(1, draft_tokens[:, None])[:, 0]
     is_accepted = torch.rand(len(draft_tokens), device=logits.device) * q < p
     n_accepted = is_accepted.cumprod(0).sum()[None]
-    # In its place comes a token that the draft proposes too seldom. After the last of the draft q is 0: any token.
+    # The token after the accepted ones is sampled from max(0, p - q). After all k were accepted, q is 0 (the padding).
     residual = (probs - draft_probs).clamp(min=0)[n_accepted]
     residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may leave nothing
     tokens = torch.cat([draft_tokens, draft_tokens[:1]]).scatter(0, n_accepted, multinomial(residual))
     result = torch.cat([n_accepted, tokens])
-    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # none accepted, and a token that check_finite finds
+    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # none accepted, then -1, for which check_finite raises
     return torch.where(logits.sum().isfinite(), result, not_finite)
 
 
@@ -154,8 +153,8 @@ def rejection_sample(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor |
 
 @dataclass
 class AcceptanceRate:
-    """How often the model accepts a proposed token, in an exponential moving average: older steps count less. A step
-    rejects one token at most, since those behind it are not judged."""
+    """How often the model accepts a proposed token, as an exponential moving average. A step rejects at most one token,
+    since the ones behind it are not verified."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -165,33 +164,38 @@ class AcceptanceRate:
         return self.n_accepted / (self.n_accepted + self.n_rejected)
 
     def update(self, n_accepted: int, is_rejected: bool):
-        """After a step that accepted n_accepted tokens and may have rejected the next."""
+        """Counts a step that accepted n_accepted tokens. is_rejected: whether it rejected the next one."""
         self.n_accepted += n_accepted
         self.n_rejected += int(is_rejected)
         self.decay(EMA_DECAY)
 
     def decay(self, factor: float):
-        """Both counts go back towards those of the beginning."""
+        """Moves both counts towards their start values."""
         self.n_accepted = PRIOR_ACCEPTED + factor * (self.n_accepted - PRIOR_ACCEPTED)
         self.n_rejected = PRIOR_REJECTED + factor * (self.n_rejected - PRIOR_REJECTED)
 
 
 def proposal_sizes(k: int) -> list[int]:
-    """How many tokens may be proposed: k or a third of it. No other numbers, since a step is compiled for each."""
+    """The numbers of tokens that may be proposed: k and a third of it. Only two, since each needs a step of its own."""
     return sorted({k, max(1, k // 3)})
 
 
 def verify_cost(model: Transformer) -> float:
-    """What it costs to verify one proposed token, in steps of model."""
-    on_gpu = device_of(model).type != "cpu"
-    return MOE_VERIFY_COST if model.config.moe is not None and on_gpu else VERIFY_COST
+    """Time to verify one proposed token, as a fraction of model's step. In a mixture of experts it brings experts of
+    its own: if 5 tokens choose independently, they use 6.1 of Mixtral's 8 experts, where one token uses 2."""
+    moe = model.config.moe
+    if moe is None:
+        return VERIFY_COST
+    used_by_5 = moe.n_experts * (1 - (1 - moe.top_k / moe.n_experts) ** 5)
+    return max(VERIFY_COST, (used_by_5 / moe.top_k - 1) / 4)
 
 
 def best_size(sizes: list[int], acceptance_rate: float, cost: float) -> int:
-    """Which of sizes, or 0, promises most tokens for the time. cost: of proposing and verifying a token, in steps."""
+    """The number of tokens to propose, one of sizes or 0, with the most expected tokens per time. cost: time to propose
+    and verify one token, as a fraction of a step."""
 
     def tokens_per_time(k: int) -> float:
-        expected_tokens = sum(acceptance_rate**i for i in range(k + 1))  # token i comes if the i before are accepted
+        expected_tokens = sum(acceptance_rate**i for i in range(k + 1))  # token i needs i accepted tokens before it
         return expected_tokens / (1 + k * cost)
 
     return max([0, *sizes], key=tokens_per_time)
@@ -201,14 +205,14 @@ def best_size(sizes: list[int], acceptance_rate: float, cost: float) -> int:
 
 
 class PromptLookup:
-    """Looks for the last few tokens of the text earlier in the text and proposes what followed them there."""
+    """Looks for an earlier occurrence of the text's last few tokens, and proposes what followed it."""
 
     cost = 0.0
 
     def __init__(self, max_ngram: int, device: torch.device):
-        """max_ngram: tokens to look for. If so many are not found, fewer are, but at least two."""
+        """max_ngram: how many tokens to look for. If these do not occur, it looks for fewer, down to two."""
         self.max_ngram, self.device = max_ngram, device
-        self.next_index: dict[tuple[int, ...], int] = {}  # n-gram -> index in the text of what followed it last
+        self.next_index: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
         self.n_known = 0  # tokens of the text whose n-grams are in next_index
 
     def propose(self, history: list[int], k: int) -> Proposal | None:
@@ -217,12 +221,12 @@ class PromptLookup:
             index = self.next_index.get(tuple(history[-n:]))
             if index is not None:
                 found = history[index:]
-                tokens = [found[i % len(found)] for i in range(k)]  # at the text's end it begins again
+                tokens = [found[i % len(found)] for i in range(k)]  # at the end of the text, repeat
                 return Proposal(torch.tensor(tokens, device=self.device), None)
         return None
 
     def learn(self, history: list[int]):
-        """Notes what followed each n-gram of the new tokens; not yet of the last, which nothing follows."""
+        """Adds the n-grams of the new tokens to next_index. Not the last n-gram, which no token follows yet."""
         for index in range(max(self.n_known, 2), len(history)):
             for n in range(2, self.max_ngram + 1):
                 self.next_index[tuple(history[max(0, index - n) : index])] = index
@@ -235,17 +239,17 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Proposes what a smaller model samples, token by token, in a KV cache of its own."""
+    """Proposes what a smaller model samples, token by token. It has a KV cache of its own."""
 
     def __init__(self, prefill: Step, step: Callable, vocab_size: int, device: torch.device, cost: float = 0.0):
-        """step: (tokens [1, T], positions [1]) -> (token [1], its distribution [1, V] or None). The draft knows the
-        tokens below vocab_size."""
+        """step: (tokens [1, T], positions [1]) -> (token [1], its distribution [1, V] or None). vocab_size: the
+        draft's, which may be smaller than the model's."""
         self.prefill, self.step, self.vocab_size, self.device, self.cost = prefill, step, vocab_size, device, cost
         self.n_cached = 0  # tokens of the text that are in the draft's cache
 
     def propose(self, history: list[int], k: int) -> Proposal:
-        # The first step takes two tokens: if all of the last proposal was accepted, its last token is not in the cache
-        # either. Always two, for a step is recorded or compiled for each number.
+        # The first step takes two tokens: the newest one, and the last one of the previous proposal, which is not in
+        # the cache yet if it was accepted. It always takes two, since a step is recorded or compiled for each number.
         n_before = len(history) - 2
         start = min(self.n_cached, n_before)
         tokens = torch.tensor([history[start:]], device=self.device).clamp(max=self.vocab_size - 1)
@@ -256,12 +260,12 @@ class DraftModel:
         draft_tokens, draft_probs = [], []
         for _ in range(k):
             token, probs = self.step(tokens, positions)
-            draft_tokens.append(token.clone())  # the next step may overwrite it
+            draft_tokens.append(token.clone())  # since the next step may overwrite it
             if probs is not None:
                 draft_probs.append(probs.clone())
             positions = positions + tokens.shape[1]
             tokens = draft_tokens[-1][None]
-        self.n_cached = len(history) + k - 1  # all but the last proposed
+        self.n_cached = len(history) + k - 1  # all but the last proposed token
         return Proposal(torch.cat(draft_tokens), torch.cat(draft_probs) if draft_probs else None)
 
     def rewind(self, n: int):
@@ -271,11 +275,11 @@ class DraftModel:
 def build_draft_model(
     draft: Transformer, kv_cache: KVCache, model: Transformer, sampling: Sampling, compile: bool = False
 ) -> DraftModel:
-    """draft, with kv_cache, as the proposer for model."""
+    """A proposer for model that samples from draft. kv_cache: the draft's."""
     vocab_size = model.config.vocab_size
 
     def select_tokens(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = logits[:, -1, :vocab_size]  # models of one family fill their vocabularies up to different sizes
+        logits = logits[:, -1, :vocab_size]  # models of one family may pad the same vocabulary to different sizes
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None
         probs = probabilities(logits, sampling)

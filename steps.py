@@ -8,8 +8,8 @@
 prefill takes a prompt of any length, in chunks. decode takes one token of every row. A third kind of step verifies
 several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
 
-    recorded    by kernels alone, replayed in one go (kernels/record.py): few rows, on a CPU; on a GPU with compile
-    compiled    by torch.compile, if compile or compile_prefill says so
+    recorded    as kernels, replayed in one go (kernels/record.py): few rows, on a CPU; on a GPU with compile
+    compiled    by torch.compile, if compile or compile_prefill says so; on a GPU what it makes is recorded, too
     eager       operation by operation
 
 Shapes: B rows, T new tokens, V vocabulary. positions [B] are those of each row's first new token.
@@ -28,7 +28,7 @@ from config import UsageError
 from kernels import MAX_ROWS
 from kernels.cpu import find_compiler
 from kernels.record import record
-from machine import need_memory
+from machine import check_memory
 from model import KVCache, Transformer
 from sampling import Sampling, sample
 
@@ -48,12 +48,12 @@ def make_kv_cache(model: Transformer, batch_size: int, length: int, oom_hint: st
     """A KVCache for model. Raises UsageError if a CPU's memory is too small for it; oom_hint says what helps."""
     if device_of(model).type == "cpu":
         n_bytes = batch_size * length * KVCache(model, 1, 1).bytes_per_token()
-        need_memory(n_bytes, f"the KV cache of {batch_size} x {length} tokens", oom_hint)
+        check_memory(n_bytes, f"the KV cache of {batch_size} x {length} tokens", oom_hint)
     return KVCache(model, batch_size, length)
 
 
 def device_of(model: Transformer) -> torch.device:
-    return model.tok_embeddings.weight.device
+    return model.embed_tokens.weight.device
 
 
 def build_steps(
@@ -64,7 +64,7 @@ def build_steps(
 
     def next_ids(logits: Tensor) -> Tensor:
         """[B, T, V] -> the token after the last one of each row: [B], the same on all ranks."""
-        return tp.broadcast(sample(logits[:, -1], sampling))
+        return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
         for hidden in hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model):
@@ -80,7 +80,7 @@ def build_steps(
 def hidden_in_chunks(
     model: Transformer, tokens: Tensor, positions: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
 ) -> Iterator[Tensor]:
-    """model.hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees the used part of the cache alone.
+    """model.hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the cache.
     compiled_model, made by compile_blocks, does the chunks that have too many rows for the kernels."""
     batch_size, n_tokens = tokens.shape
     chunk_size = PREFILL_CHUNK if tokens.device.type == "cpu" else max(1, GPU_PREFILL_CHUNK // batch_size)
@@ -98,69 +98,51 @@ def hidden_in_chunks(
 
 def build_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool = False) -> Callable:
     """The function (tokens [B, T], positions [B], *extra_inputs) -> select_tokens(logits [B, T, V], *extra_inputs), all
-    of tensors. The next call may overwrite the logits, and with compile also what select_tokens returns."""
-    if device_of(model).type == "cpu":
-        return build_cpu_step(model, kv_cache, select_tokens, compile)
-    return build_gpu_step(model, kv_cache, select_tokens, compile)
-
-
-def build_cpu_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool) -> Callable:
-    """compile is for steps that the kernels do not take. It makes two pieces: one block, which serves all layers, and
-    the output head with select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
+    of tensors. The next call may overwrite the logits, and on a GPU with compile also what select_tokens returns."""
+    device = device_of(model)
+    uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
     def forward(tokens: Tensor, positions: Tensor) -> Tensor:
         return model(tokens, positions, kv_cache)
+
+    def kernels_step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
+        return select_tokens(forward(tokens, positions), *extra_inputs)
+
+    def eager_step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
+        return select_tokens(model(tokens, positions, used_part(kv_cache, tokens, positions)), *extra_inputs)
+
+    compiled_step = build_compiled_step(model, kv_cache, select_tokens)
+    if device.type == "cpu":  # a tape has only the kernels' operations
+        forward = record(forward)
+    elif device.type == "cuda" and compile:
+        kernels_step = record(kernels_step)
+        if can_be_one_graph(model):
+            compiled_step = record(compiled_step)
+
+    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
+        if uses_kernels(*tokens.shape):
+            return kernels_step(tokens, positions, *extra_inputs)
+        return (compiled_step if compile else eager_step)(tokens, positions, *extra_inputs)
+
+    return step
+
+
+def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable) -> Callable:
+    """The same by torch.compile, in two pieces: one block, which serves all layers, and the output head with
+    select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
 
     def select_from_hidden(hidden: Tensor, *extra_inputs: Tensor):
         return select_tokens(model.logits(hidden), *extra_inputs)
 
     @cache
     def compiled() -> tuple[Transformer, Callable]:
-        """Made when it is needed: importing the compiler alone takes a second and 150 MB."""
+        """Made when it is needed: importing the compiler takes a second and 150 MB."""
         options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
         return compile_blocks(model, **options), torch.compile(select_from_hidden, **options)
 
-    recorded_forward = record(forward)
-    uses_kernels = cache(model.uses_kernels)  # it goes through all modules
-
     def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        if uses_kernels(*tokens.shape):
-            return select_tokens(recorded_forward(tokens, positions), *extra_inputs)
-        if compile:
-            compiled_model, compiled_select = compiled()
-            return compiled_select(compiled_model.hidden(tokens, positions, kv_cache), *extra_inputs)
-        return select_tokens(model(tokens, positions, used_part(kv_cache, tokens, positions)), *extra_inputs)
-
-    return step
-
-
-def build_gpu_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool) -> Callable:
-    """compile makes one graph of the device of the whole step, select_tokens included. Kernels alone are recorded;
-    torch.compile does the rest, and the collectives of several ranks."""
-
-    def whole_step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        return select_tokens(model(tokens, positions, kv_cache), *extra_inputs)
-
-    @cache
-    def compiled_step() -> Callable:
-        check_compiler()
-        for layer in kv_cache.layers:  # a graph of the device writes only to what stays at its address
-            torch._dynamo.mark_static_address(layer.k)
-            torch._dynamo.mark_static_address(layer.v)
-        return torch.compile(whole_step, mode="reduce-overhead", fullgraph=can_be_one_graph(model), dynamic=False)
-
-    recorded_step = record(whole_step)
-    uses_kernels = cache(model.uses_kernels)  # it goes through all modules
-
-    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        kernels_alone = uses_kernels(*tokens.shape)
-        if compile and kernels_alone and tp.world_size() == 1:
-            return recorded_step(tokens, positions, *extra_inputs)
-        if compile:
-            return compiled_step()(tokens, positions, *extra_inputs)
-        if kernels_alone:  # they find the used part of the cache themselves, without waiting for the device
-            return whole_step(tokens, positions, *extra_inputs)
-        return select_tokens(model(tokens, positions, used_part(kv_cache, tokens, positions)), *extra_inputs)
+        compiled_model, compiled_select = compiled()
+        return compiled_select(compiled_model.hidden(tokens, positions, kv_cache), *extra_inputs)
 
     return step
 

@@ -1,10 +1,11 @@
-"""Text and conversations to token ids and back, by tokenizer.json or, without one, tokenizer.model (sentencepiece).
+"""Text and conversations to token ids and back, by tokenizer.json or else by tokenizer.model (sentencepiece).
 
     tokenizer = load_tokenizer(Path("checkpoints/SmolLM2-135M-Instruct"))
     tokenizer.decode(tokenizer.encode("Hello"))
     tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
 
-What looks like a special token ("</s>") is text, in a prompt and in a message. Only a chat template makes special ones.
+In a prompt and in a message, text that looks like a special token ("</s>") stays text. Only a chat template writes
+special tokens.
 """
 
 import codecs
@@ -21,46 +22,46 @@ from chat_template import LLAMA2_TEMPLATE, render
 from checkpoint import read_json
 from config import UsageError
 
-SENTINEL = str(secrets.randbits(128))  # occurs in nobody's text; of digits, so that no template's filter changes it
-NOTHING = "(?!)"  # a regular expression that matches nowhere
+SENTINEL = str(secrets.randbits(128))  # occurs in no text; only digits, so that no filter of a template changes it
+MATCHES_NOTHING = "(?!)"  # a regular expression
 
-Part = str | int  # of a text: some of its characters, or the id of a special token that stands there
+Part = str | int  # a piece of a prompt: text, or the id of a special token
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What tokenizer_config.json and chat_template.jinja say; both may be missing."""
+    """The contents of tokenizer_config.json and chat_template.jinja. Both files may be missing."""
 
-    fields: dict  # of tokenizer_config.json
-    special_names: dict[str, str]  # what chat templates call special tokens: bos_token, eos_token ...
+    fields: dict  # all fields of tokenizer_config.json
+    special_names: dict[str, str]  # bos_token, eos_token ..., as chat templates call them -> the special token's text
     chat_template: str | None
 
 
 class Tokenizer:
-    """What the rest of the project uses. A subclass for each library sets these fields and the last two methods."""
+    """The interface to both libraries. A subclass sets these fields and implements the last two methods."""
 
     vocab_size: int  # one more than the largest id
-    bos_ids: list[int]  # what a text begins with
-    special: dict[str, int]  # id of each special token
-    drops_space: bool  # whether the library begins a text's first token with a space that is not the text's
+    bos_ids: list[int]  # the ids that every text begins with: bos, or none
+    special: dict[str, int]  # text of each special token -> its id
+    drops_space: bool  # whether the first token of a text begins with a space that the library has added
 
     def __init__(self, config: TokenizerConfig):
         self.special_names, self.chat_template = config.special_names, config.chat_template
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """The ids of a text to continue. First the beginning-of-sequence token, if the checkpoint uses one (bos False:
-        never); no end-of-sequence token, even if the tokenizer's settings append one."""
+        """The ids of a text to continue. They begin with the checkpoint's beginning-of-sequence token, if it has one
+        and bos is True. There is no end-of-sequence token, even if the tokenizer's settings append one."""
         ids = self.encode_parts([text])
         return self.bos_ids + ids if bos else ids
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
-        """The text of ids. A special token has none, and bytes that are no character are U+FFFD. after: the ids before
-        them; if there are any, a first token's space belongs to the text."""
+        """The text of ids. Special tokens have no text; bytes that are not valid UTF-8 become U+FFFD. after: the ids
+        that come before. If they have text, the space of the first id belongs to the text and is kept."""
         return "".join(stream(self, ids, after))
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}] in the checkpoint's
-        own template. Raises UsageError if it has none or the template refuses."""
+        """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}], written out by the
+        checkpoint's chat template. Raises UsageError if it has no template, or if the template fails."""
         template, names = self.chat_template, self.special_names
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
@@ -70,31 +71,31 @@ class Tokenizer:
         return self.encode_parts(self.split_special(render(template, names, marked, add_generation_prompt)))
 
     def mark_as_text(self, text: str) -> str:
-        """text with SENTINEL after the first character of everything that looks like a special token, so that
-        split_special does not find it."""
+        """Inserts SENTINEL after the first character of everything that looks like a special token, so that
+        split_special leaves it as text."""
         starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special)
-        return re.sub(starts or NOTHING, rf"\g<0>{SENTINEL}", text)
+        return re.sub(starts or MATCHES_NOTHING, rf"\g<0>{SENTINEL}", text)
 
     def split_special(self, text: str) -> list[Part]:
-        """text cut at the special tokens written in it, which become their ids; without any SENTINEL."""
+        """Splits text at the special tokens in it, which become ids, and removes every SENTINEL."""
         pieces = "|".join(re.escape(piece) for piece in sorted(self.special, key=len, reverse=True))  # longest first
         parts: list[Part] = []
-        for k, fragment in enumerate(re.split(f"({pieces or NOTHING})(?!{SENTINEL})", text)):
+        for k, fragment in enumerate(re.split(f"({pieces or MATCHES_NOTHING})(?!{SENTINEL})", text)):
             is_text = k % 2 == 0  # text, token, text, token ... text
             parts.append(fragment.replace(SENTINEL, "") if is_text else self.special[fragment])
         return parts
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
-        """The ids of one text that is given in parts. In them, what looks like a special token is text."""
+        """The ids of one prompt, given in parts. A part that is text stays text, whatever it looks like."""
         raise NotImplementedError
 
     def token_bytes(self, i: int) -> bytes:
-        """A token's UTF-8, which may be an incomplete character; of a special token, or one that is none, nothing."""
+        """The UTF-8 of token i, which may end within a character. b"" for a special token and for an unknown id."""
         raise NotImplementedError
 
 
 class TextStream:
-    """Decodes ids as they arrive, whole characters only. All pieces together are tokenizer.decode(ids, after)."""
+    """Decodes ids as they arrive, whole characters only. The pieces join to tokenizer.decode(ids, after)."""
 
     def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
         self.tokenizer = tokenizer
@@ -102,7 +103,7 @@ class TextStream:
         self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in after)
 
     def push(self, i: int) -> str:
-        """The text that one more id completes, which may be none."""
+        """The text that one more id completes: "" if it ends within a character."""
         data = self.tokenizer.token_bytes(i)
         if self.at_start and data:
             data = data.removeprefix(b" ")
@@ -110,12 +111,12 @@ class TextStream:
         return self.utf8.decode(data)
 
     def end(self) -> str:
-        """What is left after the last id: U+FFFD if it was not the end of a character."""
+        """Call it after the last id. U+FFFD if that id ended within a character, else ""."""
         return self.utf8.decode(b"", final=True)
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
-    """The pieces of tokenizer.decode(ids, after) as the ids arrive."""
+    """Yields tokenizer.decode(ids, after) in pieces, as the ids arrive."""
     text = TextStream(tokenizer, after)
     for i in ids:
         piece = text.push(i)
@@ -127,7 +128,7 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) 
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder. Raises UsageError."""
+    """The tokenizer in a checkpoint's folder. Raises UsageError."""
     config = read_tokenizer_config(folder)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder / "tokenizer.json", config)
@@ -144,9 +145,9 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
                 special_names[key] = value if isinstance(value, str) else value["content"]
-                special_names[key].encode()  # raises ValueError for what is no text, like half of a surrogate pair
+                special_names[key].encode()  # raises ValueError for half of a surrogate pair, which is not text
         template = fields.get("chat_template")
-        if isinstance(template, list):  # of several, each with a name
+        if isinstance(template, list):  # several templates, each with a name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         path = folder / "chat_template.jinja"
         if path.is_file():
@@ -168,22 +169,22 @@ class JsonTokenizer(Tokenizer):
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special = {token.content: i for i, token in self.special_tokens.items()}
         self.add_placeholders()
-        example = self.library.encode("a")  # shows what the file's post-processor puts before a text
-        n_before = (example.special_tokens_mask + [0]).index(0)
-        self.bos_ids = example.ids[:n_before]
+        example = self.library.encode("a")  # with the special tokens that the post-processor puts before a text
+        n_bos = (example.special_tokens_mask + [0]).index(0)
+        self.bos_ids = example.ids[:n_bos]
         self.drops_space = self.library.decoder.decode(["▁a"]) == "a"
         self.byte_level = self.library.decoder.decode(["Ċ"]) == "\n"
         self.byte_of = byte_level_alphabet()
 
     def make_special(self, special_names: dict[str, str]):
-        """Makes those tokens special that tokenizer_config.json names, whatever tokenizer.json says of them."""
+        """Makes the tokens special that tokenizer_config.json names, even if tokenizer.json does not mark them so."""
         known = {t.content for t in self.library.get_added_tokens_decoder().values() if t.special}
         named = [name for name in special_names.values() if self.library.token_to_id(name) is not None]
         self.library.add_special_tokens([name for name in named if name not in known])
 
     def add_placeholders(self):
-        """Makes the library take special tokens in a text as text, and gives each a placeholder that it still finds.
-        With these encode_parts writes a text of parts in one string, so that the library sees the text as a whole."""
+        """Makes the library treat special tokens in a text as text, and adds a placeholder token for each of them. So
+        encode_parts can join text and special tokens to one string, which the library then encodes as a whole."""
         self.library.encode_special_tokens = True
         self.placeholder = {i: f"<{SENTINEL}:{i}>" for i in self.special_tokens}
         placeholders = []
@@ -206,7 +207,7 @@ class JsonTokenizer(Tokenizer):
             return bytes(self.byte_of[character] for character in piece)
         if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
-        # The decoder may take a space from the first piece of a text; so this one is made the second.
+        # The decoder may drop a space at the start of a text, so decode this piece after another one.
         return self.library.decoder.decode(["a", piece])[1:].encode()
 
 
@@ -223,8 +224,8 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level piece stands for, as GPT-2 has it: a byte that is a printing
-    character stands for itself, and the others are written, in order, as U+0100, U+0101 ..."""
+    """The byte that each character of a byte-level piece stands for, as in GPT-2. A byte that is a printable character
+    stands for itself. The others are written, in order, as U+0100, U+0101 ..."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     printing = [byte for byte in range(256) if chr(byte) in alphabet]
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
@@ -235,7 +236,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    ANCHOR = "\ue000"  # a character that is in no piece, so that it is encoded by itself
+    ANCHOR = "\ue000"  # a character that is in no piece, so its ids do not depend on what follows it
 
     def __init__(self, path: Path, config: TokenizerConfig):
         super().__init__(config)
@@ -243,7 +244,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.n_pieces = library.vocab_size()
         control = {library.id_to_piece(i): i for i in range(self.n_pieces) if library.is_control(i)}
         self.special = control | read_added_tokens(path.with_name("tokenizer_config.json"), config.fields)
-        self.silent = {library.unk_id(), *self.special.values()}
+        self.ids_without_text = {library.unk_id(), *self.special.values()}
         self.vocab_size = max(self.n_pieces - 1, *self.special.values(), 0) + 1
         for name, i in {"bos_token": library.bos_id(), "eos_token": library.eos_id()}.items():
             if i >= 0:
@@ -254,9 +255,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.legacy = config.fields.get("legacy", True)
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
-        """Sentencepiece puts a space before every text. Of our parts only the first is to have one, and, if the
-        checkpoint was made so (legacy), the others that do not begin with one themselves. Where there is to be none,
-        it goes before the anchor, whose ids are then cut off."""
+        """Encodes the parts one by one. Sentencepiece puts a space before every text that it encodes. That is right for
+        the first part, and in tokenizers with the setting "legacy" also for other parts that do not begin with a space.
+        For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and both are cut off."""
         n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
         for k, part in enumerate(parts):
             if isinstance(part, int):
@@ -268,7 +269,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def token_bytes(self, i: int) -> bytes:
-        if i >= self.n_pieces or i in self.silent:
+        if i >= self.n_pieces or i in self.ids_without_text:
             return b""
         piece = self.library.id_to_piece(i)
         if self.library.is_byte(i):  # <0x0A>
@@ -289,7 +290,7 @@ def read_tokenizer_model(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def read_added_tokens(path: Path, fields: dict) -> dict[str, int]:
-    """The special tokens that only tokenizer_config.json (fields, in path) has."""
+    """The special tokens in added_tokens_decoder of tokenizer_config.json (path), whose fields are given."""
     try:
         added = {token["content"]: int(i) for i, token in fields.get("added_tokens_decoder", {}).items()}
         if not all(piece.encode() and i >= 0 for piece, i in added.items()):

@@ -1,17 +1,18 @@
-"""Tensor parallelism: one model on several devices or machines, one process (rank) for each, started by torchrun.
+"""Tensor parallelism: one model on several devices or machines, with one process (rank) per device, by torchrun.
 
     torchrun --standalone --nproc_per_node=2 generate.py --checkpoint_path checkpoints/M/model.pth --prompt "Hello"
 
-The layout is Megatron's (arXiv:1909.08053). A rank has some heads of every attention, a part of the width of every
-feed-forward and expert, and a part of the output head's vocabulary. Embedding, norms and routers it has whole.
+The layout is Megatron's (arXiv:1909.08053). A rank has some heads of every attention layer, a part of the width of
+every feed-forward and expert, and a part of the output head's vocabulary. Every rank has the whole embedding, norms and
+routers.
 
     qkv_proj, gate_up_proj    cut along their outputs: a rank computes some outputs in full
-    o_proj, down_proj         cut along their inputs: a rank computes a part of every sum; an all-reduce adds them up
-    output                    cut along its outputs; an all-gather puts the logits side by side
+    o_proj, down_proj         cut along their inputs: a rank computes partial sums, which an all-reduce adds up
+    lm_head                   cut along its outputs: an all-gather concatenates the logits
 
-tp_plan is this table, shard applies it to a model and its checkpoint, insert_collectives makes the ranks work
-together. model.py knows nothing of it. gloo carries the collectives between CPUs, NCCL between GPUs. GPUs that read
-each other's memory add up the few numbers of a decode step through that instead.
+tp_plan is this table, shard applies it to a model and its checkpoint, insert_collectives adds the communication.
+model.py does not know about ranks. The collectives run on gloo between CPUs and on NCCL between GPUs. Where GPUs can
+read each other's memory, small tensors, such as a decode step's, are summed through that memory instead of NCCL.
 """
 
 import contextlib
@@ -37,11 +38,11 @@ from torch import Tensor, nn
 import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import Format
-from kernels.record import outside
+from kernels.record import between_tapes
 from model import Attention, Transformer
 
-TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; when one dies, torchrun ends the others at once
-ONE_SHOT_BYTES = 2**18  # Below this size one-shot all-reduce over peer memory beats NCCL.
+TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun ends the others at once
+ONE_SHOT_BYTES = 2**18  # up to this size, one-shot all-reduce over peer memory is faster than NCCL
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,27 @@ class ShardSpec:
     """How a linear layer is cut: along its outputs (rows of its weight) or its inputs (columns)."""
 
     along: str  # "outputs" or "inputs"
-    sections: tuple[int, ...]  # stacked in one weight, as q, k and v are; each is cut for itself
-    granularity: int = 1  # elements that stay together, as those of a head do
+    sections: tuple[int, ...]  # sizes of what one weight stacks, such as q, k and v; each section is cut separately
+    granularity: int = 1  # elements that stay together, such as those of a head
 
 
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
-    """The linear layers that are cut, by the last component of their name. All other tensors every rank has whole."""
+    """The linear layers that are cut, by the last component of their name. Every rank has all other tensors whole."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     return {
         "qkv_proj": ShardSpec("outputs", (q, kv, kv), granularity=config.head_dim),
         "o_proj": ShardSpec("inputs", (q,), granularity=config.head_dim),
         "gate_up_proj": ShardSpec("outputs", (config.ffn_dim, config.ffn_dim)),
         "down_proj": ShardSpec("inputs", (config.ffn_dim,)),
-        "output": ShardSpec("outputs", (config.vocab_size,)),
+        "lm_head": ShardSpec("outputs", (config.vocab_size,)),
     }
 
 
 def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[int, int]:
-    """(start, length) of what a rank has of size elements. The length is the same on all ranks, so where it does not
-    divide, the last ranks' ranges reach beyond the end. Of fewer pieces (of granularity elements) than ranks, as of
-    key/value heads, several ranks have the same one."""
+    """(start, length) of a rank's part of size elements, which are cut into pieces of granularity elements.
+
+    The length is the same on all ranks. If it does not divide size, the last ranks' ranges reach beyond the end. If
+    there are fewer pieces than ranks, as there may be of key/value heads, several ranks have the same piece."""
     n_pieces = size // granularity
     if n_pieces < n_ranks:
         return rank * n_pieces // n_ranks * granularity, granularity
@@ -77,29 +79,30 @@ def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[i
 
 
 def check_divides(config: ModelConfig, format: Format, n_ranks: int):
-    """Raises UsageError, with what would be possible, if the model cannot be cut into n_ranks equal parts."""
+    """Raises UsageError, which names the possible numbers, if the model cannot be cut into n_ranks equal parts."""
     if divides(config, format, n_ranks):
         return
     possible = [str(n) for n in range(2, config.n_heads + 1) if divides(config, format, n)]
-    unit = f", of which {format.name} keeps {format.unit} together," if format.unit > 1 else ""
+    packed = f", of which {format.name} keeps {format.pack_factor} together," if format.pack_factor > 1 else ""
     raise UsageError(
         f"{config.n_heads} heads, {config.n_kv_heads} key/value heads and a feed-forward of width {config.ffn_dim}"
-        f"{unit} cannot be cut into {n_ranks} equal parts, but into {' or '.join(possible) or 'none'}"
+        f"{packed} cannot be cut into {n_ranks} equal parts, but into {' or '.join(possible) or 'none'}"
     )
 
 
 def divides(config: ModelConfig, format: Format, n_ranks: int) -> bool:
-    """Whether n_ranks ranks can have equal parts. Key/value heads may be shared, and the vocabulary need not divide."""
+    """Whether n_ranks ranks can have equal parts. They may share key/value heads; the vocabulary need not divide."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
     if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
         return False
     if kv_heads % n_ranks and n_ranks % kv_heads:
         return False
-    return heads // n_ranks * config.head_dim % format.unit == 0 and width // n_ranks % format.unit == 0
+    inputs_per_rank = heads // n_ranks * config.head_dim, width // n_ranks  # of o_proj and down_proj
+    return all(n % format.pack_factor == 0 for n in inputs_per_rank)
 
 
 def check_device(device: torch.device):
-    """Raises UsageError unless this rank has an accelerator of its own, or runs on the CPU."""
+    """Raises UsageError unless this rank has an accelerator to itself or runs on the CPU."""
     local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
     if device.type != "cpu" and (local_rank >= n_devices or device.index not in (None, local_rank)):
         raise UsageError(f"every process needs a device of its own, and here are {n_devices}; "
@@ -107,33 +110,34 @@ def check_device(device: torch.device):
 
 
 def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    """Makes model, which is on the meta device in its checkpoint's format, as small as this rank's part, and returns
-    the function (name, tensor of the checkpoint) -> this rank's part of it. Raises UsageError for sizes that cannot be
-    cut and for devices that are missing."""
+    """Shrinks model, which is on the meta device in its checkpoint's format, to this rank's part. Returns the function
+    (name, tensor of the checkpoint) -> this rank's part of the tensor. Raises UsageError for sizes that cannot be cut
+    and for missing devices."""
     plan, format, n_ranks = tp_plan(model.config), model.format, world_size()
     check_device(device)
     check_divides(model.config, format, n_ranks)
     linears = dict(model.linears())
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
-        """A copy, so that nothing else is read of a memory-mapped tensor; tensor itself if every rank has it whole."""
-        module_name, _, kind = name.rpartition(".")
+        """A copy of the part, so that only that much of a memory-mapped tensor is read. tensor itself if every rank has
+        it whole."""
+        module_name, _, tensor_name = name.rpartition(".")
         spec = plan.get(module_name.rpartition(".")[2])
         if spec is None:
             return tensor
         if spec.along == "inputs":
-            return shard_inputs(tensor, kind, spec, format)
+            return shard_inputs(tensor, tensor_name, spec, format)
         return shard_outputs(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
 
     for name, linear in linears.items():
         spec = plan.get(name.rpartition(".")[2])
         if spec is None:
             continue
-        for kind, tensor in linear.state_dict().items():
-            linear.set_tensor(kind, shard_tensor(f"{name}.{kind}", tensor))
+        for tensor_name, tensor in linear.state_dict().items():
+            linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.granularity, 0, n_ranks)[1] for size in spec.sections)  # the same on every rank
         if spec.along == "inputs":
-            linear.in_features, linear.format = n, format.for_inputs(n)
+            linear.in_features, linear.format = n, format.shard_format(n)
         else:
             linear.out_features = n
     for module in model.modules():
@@ -143,16 +147,18 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     return shard_tensor
 
 
-def shard_inputs(tensor: Tensor, kind: str, spec: ShardSpec, format: Format) -> Tensor:
-    """What this rank keeps of a layer's weight, scales, zeros or bias (kind), whose weight it has some columns of."""
-    if kind == "bias":  # every rank's goes into the sum, so that all but one are 0
+def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: Format) -> Tensor:
+    """This rank's part of the weight, scales, zeros or bias (tensor_name) of a layer that is cut along its inputs."""
+    if tensor_name == "bias":  # the all-reduce sums the ranks' biases, so only rank 0 has one that is not 0
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
     (size,) = spec.sections
-    return format.slice_inputs(kind, tensor, *shard_range(size, spec.granularity, dist.get_rank(), world_size()))
+    start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
+    return format.shard_inputs(tensor_name, tensor, start, length)
 
 
 def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
-    """Some of every section's outputs, which lie along dim, filled up with zeros where the range reaches beyond it."""
+    """This rank's outputs of every section, along dim. Padded with zeros where the rank's range reaches beyond the
+    section."""
     parts = []
     for size, section in zip(spec.sections, tensor.split(spec.sections, dim), strict=True):
         start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
@@ -164,17 +170,17 @@ def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
 
 
 def insert_collectives(model: Transformer):
-    """The last step of making a model that shard has cut: puts the collectives behind the layers that need them."""
-    reduce = choose_all_reduce(model.tok_embeddings.weight)
+    """Adds the collectives to a model that shard has cut. The last step of loading it."""
+    reduce = choose_all_reduce(model.embed_tokens.weight)
     for layer in model.layers:
         layer.attention.o_proj = RowParallelLinear(layer.attention.o_proj, reduce)
         layer.feed_forward.down_proj = RowParallelLinear(layer.feed_forward.down_proj, reduce)
-    model.output = ParallelHead(model.output, model.config.vocab_size)
+    model.lm_head = ParallelHead(model.lm_head, model.config.vocab_size)
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer cut along its inputs: what the ranks make of theirs is added up. For o_proj and down_proj, of
-    experts too. The residual is added after that, or every rank would add it."""
+    """A linear layer cut along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the ranks' partial
+    results. The residual is added after it, since otherwise every rank would add it."""
 
     def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -186,17 +192,17 @@ class RowParallelLinear(nn.Module):
 
 
 class ParallelHead(nn.Module):
-    """The output head cut along the vocabulary: the ranks' logits are put side by side."""
+    """The output head cut along the vocabulary. The all-gather concatenates the ranks' logits."""
 
     def __init__(self, linear: nn.Module, vocab_size: int):
         super().__init__()
         self.linear, self.vocab_size, self.backend = linear, vocab_size, linear.backend
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        return outside(self.all_gather, self.linear(x, **kwargs))
+        return between_tapes(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
-        """[..., X] of every rank, the last of which may be filled up -> [..., V]."""
+        """[..., X] of every rank, the last of which may be padded -> [..., V]."""
         gathered = collective("all_gather_into_tensor", world_size(), logits)  # [ranks * ..., X]
         by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
         return by_rank.movedim(0, -2).flatten(-2)[..., : self.vocab_size]
@@ -207,29 +213,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# On a GPU torch.compile takes the collectives into its graph. A CPU's tape knows only leaf operations: there they
-# happen between two tapes, at every replay.
+# A step recorded on a GPU includes the collectives. One recorded on a CPU cannot, so they run between two of its tapes
+# (kernels/record.py).
 
 
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of all ranks' x."""
-    return outside(partial(collective, "all_reduce", "sum"), x)
+    return between_tapes(partial(collective, "all_reduce", "sum"), x)
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Rank 0's x on every rank: what the ranks sample, each with its own random numbers, becomes the same."""
-    return x if world_size() == 1 else outside(partial(collective, "broadcast", 0), x)
+    """Rank 0's x on every rank. Ranks that sample with different random numbers so continue with the same token."""
+    return x if world_size() == 1 else between_tapes(partial(collective, "broadcast", 0), x)
 
 
 def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
-    """One of PyTorch's functional collectives, which torch.compile takes into its graphs."""
+    """One of PyTorch's functional collectives, which torch.compile can include in its graphs."""
     operation = getattr(torch.ops._c10d_functional, name)
     pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
 def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """The fastest all-reduce that all ranks have, for tensors of the device and dtype of like."""
+    """The fastest all-reduce that all ranks support, for tensors with the device and dtype of like."""
     if not all(gather_objects(can_one_shot(like))):
         return all_reduce
     one_shot = one_shot_all_reduce(like.device, like.dtype)
@@ -241,12 +247,12 @@ def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def can_one_shot(like: Tensor) -> bool:
-    """Whether this rank's GPU reads the memory of all the others. PyTorch has the operation for these dtypes, and with
-    these numbers of ranks it adds in the same order on all of them."""
+    """Whether this rank's GPU can read the memory of all the others, and PyTorch has the operation: it exists for these
+    dtypes, and with these numbers of ranks it adds in the same order on every rank."""
     n_ranks = world_size()
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
         return False
-    if os.environ["LOCAL_WORLD_SIZE"] != str(n_ranks):  # some are on another machine
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(n_ranks):  # some ranks may be on another machine
         return False
     this = like.device
     return all(torch.cuda.can_device_access_peer(this, i) for i in range(n_ranks) if i != this.index)
@@ -254,9 +260,9 @@ def can_one_shot(like: Tensor) -> bool:
 
 @cache
 def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """All-reduce in one kernel, over PyTorch's symmetric memory. A custom op with the buffer inside, so that CUDA
-    graphs see a fixed buffer address."""
-    import torch.distributed._symmetric_memory as symmetric_memory  # needed with several GPUs alone
+    """All-reduce in one kernel, over PyTorch's symmetric memory. A custom op that owns the buffer, so that CUDA graphs
+    see a fixed address."""
+    import torch.distributed._symmetric_memory as symmetric_memory  # here, since only several GPUs need it
 
     group_name = dist.group.WORLD.group_name
     buffer = symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
@@ -274,10 +280,11 @@ def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[T
 
 @contextlib.contextmanager
 def ranks() -> Iterator[None]:
-    """Makes this process one of those that torchrun started, for as long as the context lasts. Does nothing in a
-    process that is alone. Rank 0 alone prints, also the line that says why a script cannot go on. The others wait for
-    that, since torchrun ends all when one has ended. Ctrl-C ends a rank at once."""
-    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set some of them
+    """Joins the process group that torchrun set up, for as long as the context lasts. Without torchrun, does nothing.
+
+    Only rank 0 prints, also the one-line error that ends a script. The other ranks exit after it, since torchrun kills
+    all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
+    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some of them
     if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
@@ -300,15 +307,15 @@ def ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence(errors: io.StringIO) -> Iterator[None]:
-    """Throws away what is printed on stdout and keeps in errors what is printed on stderr."""
+    """Discards what is printed to stdout. Writes what is printed to stderr to errors."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(errors):
         yield
 
 
 def wait_for_rank_0(errors: str):
-    """Before a rank exits with an error: rank 0, which has printed it, lets the others go. If rank 0 has no reason to
-    exit, this rank prints its own errors after all."""
-    store = dist.distributed_c10d._get_default_store()  # through which the ranks found each other
+    """Called before a rank exits with an error. Rank 0 has printed its error and tells the others; they wait for that.
+    If rank 0 does not exit, this rank prints its own errors."""
+    store = dist.distributed_c10d._get_default_store()  # a key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")
         return
@@ -319,8 +326,8 @@ def wait_for_rank_0(errors: str):
 
 
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
-    """What read returns on rank 0, call by call until it is None, on every rank. Typing takes as long as it takes: this
-    waits without a time-out, and without using the processor."""
+    """Yields on every rank what read returns on rank 0, until it returns None. It waits for as long as the user types,
+    without a time-out and without using the processor."""
     if world_size() == 1:
         yield from iter(read, None)
         return
@@ -345,14 +352,15 @@ def gather_objects(value) -> list:
 
 
 def rank_path(path: Path) -> Path:
-    """path, with the rank in its name if there are several."""
+    """path, with this rank's number in its name if there are several ranks."""
     return path if world_size() == 1 else path.with_stem(f"{path.stem}.rank{dist.get_rank()}")
 
 
 @torch.inference_mode()
 def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
-    """The fraction of a step's time that this rank spends in collectives, waiting for the other ranks included. The
-    profiler tells, which sees them in compiled steps too. On a CPU that is the old one, which costs less."""
+    """The fraction of a step's time that this rank spends in collectives, including the wait for other ranks. It is
+    measured with the profiler, which sees collectives in compiled steps too. On a CPU with the older profiler
+    (use_kineto=False), which has less overhead."""
     device_type = step().device.type  # the first call may record or compile
     on_cpu = device_type == "cpu"
     with torch.autograd.profiler.profile(use_device=None if on_cpu else device_type, use_kineto=not on_cpu) as profile:

@@ -1,15 +1,17 @@
-"""The leaf operations that a model is made of. Each picks the kernel of the weights' backend, or plain PyTorch.
+"""The operations that a model is made of. Each calls the kernel of its backend, or does the same in plain PyTorch.
 
     linear             [residual +] [glu] ([rms_norm] x W^T [+ bias])
-    glu, add           what linear fuses, alone
-    embed              rows of the embedding
+    glu, add           an activation or a residual that linear cannot fuse
+    embed              looks tokens up in the embedding
     attend             q/k norm, RoPE, cache write, attention over the cache
     route              a router's choice of experts
-    experts_gate_up, experts_down      the products with the chosen experts' weights
+    experts_gate_up, experts_down      the matrix products with the chosen experts' weights
 
-A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (anything, kernels/reference.py). The
-kernels are for decode steps: they take up to MAX_ROWS rows, and more go to PyTorch's matrix products. enable(model)
-chooses the backend for the model's device and packs the weights in the order that it reads.
+They are called leaf operations. A step that is recorded on a CPU (record.py) calls these and nothing else.
+
+A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
+Kernels are made for decode steps: they take up to MAX_ROWS rows of activations, one for each token. A step with more
+tokens runs in plain PyTorch. enable(model) chooses the backend for the model's device and packs the weights for it.
 """
 
 import sys
@@ -22,25 +24,30 @@ from kernels import cpu, reference
 from kernels.schema import ACTIVATIONS
 from machine import drop_pages
 
-MAX_ROWS = 8  # of activations that the kernels take; csrc/weights.h has it too
-GLU_ROWS = 32  # linear fuses an activation if gate and up each have a multiple of 16 rows, so if N % 32 == 0
+MAX_ROWS = 8  # rows of activations that the kernels take; also in csrc/weights.h
+# Kernels compute 16 outputs at a time. To fuse an activation, gate and up must each have a multiple of 16.
+FUSED_GLU_MULTIPLE = 32
 
 
 def kernels_of(backend: str, n_rows: int):
-    """The namespace of backend's operations for n_rows rows of activations, or None: PyTorch's."""
+    """The torch.ops namespace of backend's kernels; None if n_rows rows of activations run in plain PyTorch."""
     if backend == "torch" or not 0 < n_rows <= MAX_ROWS:
         return None
     return torch.ops.gptfast if backend == "cpu" else torch.ops.gptfast_triton
 
 
 def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None, out_dtype=None) -> Tensor:
-    """x [..., K] -> [..., N] for a model.Linear w. norm (a model.RMSNorm) is applied to x first. activation: W is a
-    gate and an up projection, one above the other, and the result is activation(gate) * up [..., N / 2]. residual is
-    added last. out_dtype: x.dtype, or torch.float32."""
+    """x [..., K] -> [..., N], by a model.Linear w.
+
+    norm: a model.RMSNorm that is applied to x first.
+    activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
+    [..., N / 2].
+    residual: added last.
+    out_dtype: x.dtype (None) or torch.float32."""
     ops = kernels_of(w.backend, n_rows(x))
     if ops is None:
         return reference.linear(x, w, norm, residual, activation, out_dtype)
-    if activation and w.out_features % GLU_ROWS:
+    if activation and w.out_features % FUSED_GLU_MULTIPLE:
         y = glu(linear(x, w, norm), activation, w.backend)
         return y if residual is None else add(y, residual, w.backend)
     weight, eps = norm_arguments(norm)
@@ -67,7 +74,7 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
 
 
 def embed(tokens: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """Rows of weight [V, dim] for tokens [B, T]: [B, T, dim]."""
+    """tokens [B, T] -> their rows of weight [V, dim]: [B, T, dim]."""
     if backend == "cpu" and kernels_of(backend, tokens.numel()):
         return torch.ops.gptfast.embed(tokens.contiguous(), weight)
     return reference.embed(tokens, weight)
@@ -76,9 +83,11 @@ def embed(tokens: Tensor, weight: Tensor, backend: str) -> Tensor:
 def attend(
     qkv: Tensor, cache, positions: Tensor, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None
 ) -> Tensor:
-    """Attention of T new tokens in each row: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Their keys and values go into
-    cache, a model.LayerCache, at positions [B] and after. Each token sees itself and what is before it; with a window,
-    no more than so many tokens. q_norm, k_norm: a model.RMSNorm for every head."""
+    """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D].
+
+    cache: a model.LayerCache. The new keys and values are written to it, the first at positions [B].
+    window: how many tokens a token sees, itself included; 0: all.
+    q_norm, k_norm: model.RMSNorms over head_dim, applied to every head before RoPE."""
     batch, n_tokens, _ = qkv.shape
     if not attend_fits(backend, batch, n_tokens, n_heads // cache.k.shape[1]):
         return reference.attend(qkv, cache, positions, n_heads, window, q_norm, k_norm)
@@ -89,26 +98,27 @@ def attend(
 
 
 def attend_fits(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
-    """Whether backend's kernel takes so many tokens."""
+    """Whether backend has a kernel for n_tokens new tokens in each of batch sequences."""
     if kernels_of(backend, batch * n_tokens) is None:
         return False
-    return backend == "cpu" or n_tokens * heads_per_kv_head <= 64  # Triton: one program holds all queries of a key head
+    # In Triton one program holds all queries of a key/value head in registers.
+    return backend == "cpu" or n_tokens * heads_per_kv_head <= 64
 
 
 def route(logits: Tensor, top_k: int, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """The top_k likeliest experts of router logits [..., E] float32: their softmax weights, made to sum to one if
-    normalize, and their ids, both [..., K]."""
+    """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k]. normalize: scale
+    the weights so that they sum to one."""
     ops = kernels_of(backend, n_rows(logits))
     return (ops or reference).route(logits, top_k, normalize)
 
 
 def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation: str | None = None) -> Tensor:
-    """The first product of every token with its experts: x [B, T, dim], topk_ids [B, T, K] -> [B, T, K, F], with norm
-    and activation as in linear."""
+    """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
+    [B, T, top_k, F]. norm and activation are as in linear."""
     ops = kernels_of(w.backend, n_rows(x))
     if ops is None:
         return reference.experts_gate_up(x, w, topk_ids, norm, activation)
-    if activation and w.out_features % GLU_ROWS:
+    if activation and w.out_features % FUSED_GLU_MULTIPLE:
         return glu(experts_gate_up(x, w, topk_ids, norm), activation, w.backend)
     weight, eps = norm_arguments(norm)
     return ops.experts_gate_up(
@@ -117,23 +127,32 @@ def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation: str |
 
 
 def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
-    """The second: hidden [B, T, K, F] -> [B, T, dim], each token's sum over its experts, weighted by topk_weights
-    [B, T, K], plus residual."""
+    """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
+    [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
     ops = kernels_of(w.backend, n_rows(topk_ids))
     if ops is None:
         return reference.experts_down(hidden, w, topk_ids, topk_weights, residual)
     return ops.experts_down(hidden, *weight_arguments(w), topk_ids, topk_weights, residual)
 
 
+def sample(logits: Tensor, temperature: float) -> Tensor:
+    """A token [B] for every row of float32 logits [B, V], drawn with probabilities softmax(logits / temperature), at
+    temperature 0 the likeliest; -1 for a row that is not finite. In Triton only."""
+    noise = None
+    if temperature > 0:
+        noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    return torch.ops.gptfast_triton.sample(logits.contiguous(), noise, temperature)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension. In plain PyTorch, so it is no leaf operation: a recorded CPU step
-    has its norms in linear."""
+    """x / rms(x) * weight over the last dimension. Plain PyTorch on every backend: where kernels run, linear fuses the
+    norm."""
     return reference.rms_norm(x, weight, eps)
 
 
 def dequantize(w, dtype: torch.dtype, experts=slice(None)) -> Tensor:
-    """The matrix of a model.Linear w in dtype: [N, K]. Of a stack of experts those in experts, an index or a tensor of
-    indices."""
+    """The weight of a model.Linear w as a matrix [N, K] in dtype. For a layer of experts: the matrices that experts
+    selects, an index, a slice or a tensor of indices."""
     tensors = w.tensors()
     if w.n_experts is not None:
         tensors = {name: t[experts] for name, t in tensors.items()}
@@ -156,7 +175,7 @@ def norm_arguments(norm) -> tuple[Tensor | None, float]:
 
 
 def weight_arguments(w) -> tuple:
-    """What the kernels are told of a weight: its tensors, its format, its outputs, how many inputs share a scale."""
+    """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
     return w.weight, w.scales, w.zeros, w.format.kind, w.out_features, getattr(w.format, "group_size", w.in_features)
 
 
@@ -164,32 +183,31 @@ def weight_arguments(w) -> tuple:
 
 
 def enable(model: torch.nn.Module, mapped: bool = False):
-    """Puts the linears of model on the kernels for its device, if they can be had. mapped: the weights lie in a
-    memory-mapped file, whose pages are let go one by one, so that no weight is in memory twice."""
+    """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
+    copies, so an embedding that was tied to the head must be tied again (Transformer.tie_embeddings).
+
+    mapped: the weights lie in a memory-mapped file. Its pages are released as soon as a weight is packed, so that no
+    weight is in memory twice."""
     device = next(iter(model.state_dict().values())).device
     linears = [m for m in model.modules() if hasattr(m, "backend") and m.backend == "torch"]
     if device.type == "cpu" and cpu.build():
-        pack_for_cpu(model, linears, mapped)
+        pack_for_cpu(linears, mapped)
     elif device.type == "cuda" and triton_runs(device):
         pack_for_triton(linears)
 
 
-def pack_for_cpu(model: torch.nn.Module, linears: list, mapped: bool):
-    """Packs the linears' weights, one after the other, into huge pages."""
+def pack_for_cpu(linears: list, mapped: bool):
+    """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
-    moved = {}  # address of a weight before -> the weight after, for an embedding that is tied to the head
     for w in tqdm(linears, "load", disable=None, leave=False):
         if not w.format.fits_kernels(w.in_features):
             continue
-        before = w.tensors()
-        for name, packed in w.format.pack(before, "cpu").items():
-            moved[before[name].data_ptr()] = w.set_tensor(name, memory.copy(packed))
+        unpacked = w.tensors()
+        for name, packed in w.format.pack(unpacked, "cpu").items():
+            w.set_tensor(name, memory.copy(packed))
             if mapped:
-                drop_pages(before[name])
+                drop_pages(unpacked[name])
         w.backend = "cpu"
-    embedding = getattr(model, "tok_embeddings", None)
-    if embedding is not None and embedding.weight.data_ptr() in moved:
-        embedding.weight = moved[embedding.weight.data_ptr()]
 
 
 def pack_for_triton(linears: list):
@@ -203,13 +221,13 @@ def pack_for_triton(linears: list):
 
 
 def triton_runs(device: torch.device) -> bool:
-    """Whether Triton works here, which needs a C compiler and Python.h. If not, says so."""
+    """Whether Triton works here. It needs a C compiler and Python.h. If it does not work, prints why."""
     try:
-        from kernels import triton_attention, triton_linear, triton_moe  # noqa: F401  (they register the operations)
+        from kernels import triton_attention, triton_linear, triton_moe, triton_sampling  # noqa: F401  (they register the operations)
 
         torch.ops.gptfast_triton.route(torch.zeros(1, 2, device=device), 1, True)
         return True
-    except Exception as e:  # whatever keeps it from running
+    except Exception as e:  # the driver, the compiler and Triton each raise errors of their own
         why = str(e).partition("\n")[0]
         print(f"Triton does not run here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
         return False

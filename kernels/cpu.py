@@ -1,7 +1,8 @@
-"""Builds and loads the C++ kernels in kernels/csrc/, and lays weights out for them.
+"""Compiles and loads the C++ kernels in kernels/csrc/, and puts weights into huge pages for them.
 
-They are compiled once for this machine, at first use, which takes some twenty seconds, and kept in ~/.cache/gpt-fast.
-$CXX and $CXXFLAGS are heeded. Without a C++ compiler everything runs on PyTorch's own, slower operations.
+The kernels are compiled for this machine at first use, which takes some fifteen seconds, and cached in
+~/.cache/gpt-fast. The environment variables CXX and CXXFLAGS choose the compiler and add to its flags. Without a C++
+compiler, everything runs on PyTorch's own, slower operations.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import schema  # noqa: F401  (defines the operations that the library implements)
+from kernels import schema  # noqa: F401  (defines the schemas of the operations in the library)
 from machine import use_huge_pages
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -27,9 +28,11 @@ FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping
 
 @cache
 def build() -> ctypes.CDLL | None:
-    """Compiles the kernels, unless that has been done before, and loads them. None, after one line on stderr, if that
-    is not possible. Any number of processes may do so at once. The library's own functions are those with which
-    record.py makes and replays tapes (kernels/csrc/tape.h)."""
+    """Loads the kernels, which then are torch.ops.gptfast. Compiles them first if they are not in the cache; several
+    processes may do so at once. If it fails, prints one line to stderr and returns None.
+
+    The library that is returned has the functions by which record.py records and replays tapes (kernels/csrc/tape.h).
+    """
     compiler = find_compiler()
     if compiler is None:
         print("no C++ compiler ($CXX, g++ or clang++): running on PyTorch's own, slower operations", file=sys.stderr)
@@ -57,8 +60,9 @@ def compiler_flags() -> list[str]:
 
 
 def library_path(compiler: list[str]) -> Path:
-    """Where the library for these sources, this compiler, this CPU and this PyTorch is, or will be."""
-    # Its predefined macros say which compiler it is and what the CPU can do.
+    """Where the compiled library is, or will be. Its name is a hash of all that it depends on: the sources, the flags,
+    the PyTorch version, the compiler and the CPU."""
+    # The predefined macros name the compiler's version and the CPU's instruction sets.
     macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     key = hashlib.sha256(subprocess.run(macros, capture_output=True).stdout)
     key.update(repr((compiler_flags(), torch.__version__)).encode())
@@ -69,9 +73,10 @@ def library_path(compiler: list[str]) -> Path:
 
 
 def load(library: Path, compiler: list[str]) -> ctypes.CDLL:
+    """Loads the library, compiled first if the file is missing or broken."""
     try:
         torch.ops.load_library(library)
-    except OSError:  # it has not been built yet, or the file is broken
+    except OSError:
         if sys.stderr and sys.stderr.isatty():
             print("compiling kernels/csrc for this machine, once", file=sys.stderr)
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,7 @@ def load(library: Path, compiler: list[str]) -> ctypes.CDLL:
             out = f"{scratch}/kernels.so"
             command = [*compiler, str(SOURCES / "ops.cpp"), "-o", out, *compiler_flags()]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(out, library)
+            os.replace(out, library)  # atomic, so that other processes see a whole file or none
         torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
     functions.tape_begin.restype = ctypes.c_void_p
@@ -90,17 +95,17 @@ def load(library: Path, compiler: list[str]) -> ctypes.CDLL:
 
 
 class HugePages:
-    """Copies tensors one behind the other into huge pages."""
+    """Copies tensors into huge pages, one behind the other. With small pages, TLB misses cost time."""
 
-    CHUNK = 2**26
+    CHUNK = 2**26  # bytes that are allocated at a time, or more for a larger tensor
     PAGE = 2**21
-    ALIGNMENT = 64
+    ALIGNMENT = 64  # a cache line
 
     def __init__(self):
         self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
 
     def copy(self, t: Tensor) -> Tensor:
-        if self.used + t.nbytes > self.memory.numel():
+        if self.used + t.nbytes > self.memory.numel():  # a new chunk, with room to start at the beginning of a page
             self.memory = torch.empty(max(t.nbytes, self.CHUNK) + 2 * self.PAGE, dtype=torch.uint8)
             self.used = -self.memory.data_ptr() % self.PAGE
             use_huge_pages(self.memory[self.used :])

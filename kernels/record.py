@@ -10,8 +10,8 @@ overwritten by the next call. Only what the arguments hold may change from call 
     CPU           a tape of the leaf operations of kernels/csrc/, replayed in one parallel region (kernels/csrc/tape.h).
                   Anything else that step computes raises, since it would happen once, while recording, and never again:
 
-        embed  linear  attend  linear  linear  linear  ...  linear | all_reduce | add  linear  attend ...
-        [------------------------- tape -------------------------]   outside()   [-------- tape --------
+        embed  linear  attend  linear  linear  linear  ...  linear |   all_reduce    | add  linear  attend ...
+        [------------------------- tape -------------------------] between_tapes()   [-------- tape --------
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def record(step: Callable) -> Callable:
     return replay
 
 
-def outside(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def between_tapes(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """fn(*inputs). While a tape is recorded, the tape ends before it and another begins after it, so that replaying
     calls it between the two; its result must always have the same shape."""
     if current is None:
@@ -62,7 +62,8 @@ class Graph:
             step(*self.inputs)
         torch.cuda.current_stream().wait_stream(warm_up)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # thread_local: NCCL's own thread may go on asking the GPU about its collectives
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = step(*self.inputs)
 
     def __call__(self, args: tuple):
@@ -129,7 +130,7 @@ class Recorder(TorchDispatchMode):
         cpu.build().tape_end()
 
     def pause(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
-        """See outside()."""
+        """See between_tapes()."""
         self.end_tape()
         with torch.utils._python_dispatch._disable_current_modes():
             result = fn(*inputs).clone()  # of inputs that have not been computed: only its shape counts

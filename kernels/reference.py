@@ -1,6 +1,6 @@
-"""The leaf operations in plain PyTorch: for any device and any number of rows, and what the kernels are tested against.
+"""The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
-kernels/__init__.py describes each. Here weights are read through w.matrix(dtype), whatever their format.
+kernels/__init__.py describes each. Weights of every format are read through w.matrix(dtype), which dequantizes them.
 """
 
 import torch
@@ -22,7 +22,7 @@ def linear(x, w, norm=None, residual=None, activation=None, out_dtype=None) -> T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """In float32 up to the weight (arXiv:1910.07467)."""
+    """arXiv:1910.07467. In float32, except for the product with the weight."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
@@ -47,24 +47,24 @@ def attend(qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0,
         q, k = q_norm(q), k_norm(k)
     token_positions = positions[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
     rope = cache.rope[token_positions]  # [B, T, D/2, 2]
-    q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D]
-    # S == T: the first chunk, from position 0, so the mask is plainly causal and SDPA can choose flash attention. Not
-    # under torch.compile, where it would specialize the graph.
+    q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D], k [B, T, G, D]
+    # S == T means that the new tokens start at position 0. Then the mask is plainly causal, and SDPA can choose flash
+    # attention. Not under torch.compile, where this comparison would specialize the graph.
     fills_cache = not torch.compiler.is_compiling() and S == T
     if fills_cache:
         cache.k.copy_(k.transpose(1, 2))
         cache.v.copy_(v.transpose(1, 2))
     else:
-        rows = torch.arange(B, device=qkv.device)[:, None]
-        cache.k[rows, :, token_positions] = k
-        cache.v[rows, :, token_positions] = v
+        sequences = torch.arange(B, device=qkv.device)[:, None]
+        cache.k[sequences, :, token_positions] = k
+        cache.v[sequences, :, token_positions] = v
     k, v = cache.k, cache.v  # [B, G, S, D]
-    if T == 1:  # fold the query heads that share a key head into SDPA's query dimension: several times faster
+    if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
         mask = causal_mask(token_positions, S, window)
         return F.scaled_dot_product_attention(q.view(B, G, -1, D), k, v, attn_mask=mask).reshape(B, 1, -1)
-    if q.is_cuda:  # with grouped heads and a mask, or in float32, only SDPA's slowest kernel runs there
+    if q.is_cuda:  # for grouped heads with a mask, or in float32, SDPA has only its slowest kernel
         k, v = (t.repeat_interleave(n_heads // G, dim=1) for t in (k, v))
-    if fills_cache and not 0 < window < T:  # without a mask, SDPA can choose flash attention
+    if fills_cache and not 0 < window < T:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
         mask = causal_mask(token_positions, S, window)
@@ -73,7 +73,7 @@ def attend(qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0,
 
 
 def causal_mask(token_positions: Tensor, S: int, window: int) -> Tensor:
-    """Which of S keys the tokens at [B, T] see, for all heads: [B, 1, T, S], True: may look."""
+    """Whether the token at each of token_positions [B, T] sees each of S keys: [B, 1, T, S], the same for all heads."""
     queries, keys = token_positions[..., None], torch.arange(S, device=token_positions.device)
     mask = keys <= queries  # [B, T, S]
     if window:
@@ -82,10 +82,10 @@ def causal_mask(token_positions: Tensor, S: int, window: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates x [B, T, H, D] by rope [B, T, D/2, 2], pairing element i with i + D/2 as Hugging Face does."""
-    a, b = x.float().chunk(2, dim=-1)
+    """Rotates x [B, T, H, D] by rope [B, T, D/2, 2], cos and sin. As in Hugging Face, i and i + D/2 are a pair."""
+    first, second = x.float().chunk(2, dim=-1)
     cos, sin = rope[:, :, None].unbind(-1)  # [B, T, 1, D/2]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
@@ -101,10 +101,9 @@ def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
 def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation=None) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
-    K = topk_ids.shape[-1]
-    rows = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, K, dim]
-    y = expert_products(rows.reshape(-1, x.shape[-1]), w, topk_ids.flatten(), n_tokens=x.shape[-2])
-    y = y.view(*x.shape[:-1], K, w.out_features)
+    repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
+    y = expert_products(repeated.reshape(-1, x.shape[-1]), w, topk_ids.flatten(), n_tokens=x.shape[-2])
+    y = y.view(*topk_ids.shape, w.out_features)
     return glu(y, activation) if activation else y
 
 
@@ -116,7 +115,7 @@ def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, resi
 
 
 def expert_products(x: Tensor, w, expert_ids: Tensor, n_tokens: int) -> Tensor:
-    """Row i of x [N, in_features] times the matrix of expert expert_ids[i]: [N, out_features]."""
+    """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_tokens: new tokens per sequence."""
     if not torch.compiler.is_compiling():
         return by_expert(x, w, expert_ids)
     if n_tokens == 1:
@@ -125,7 +124,7 @@ def expert_products(x: Tensor, w, expert_ids: Tensor, n_tokens: int) -> Tensor:
 
 
 def by_expert(x: Tensor, w, expert_ids: Tensor) -> Tensor:
-    """Every expert takes its rows in one product. Reads on the host which experts are in use."""
+    """One product per expert, with all of its rows. The host waits to read which experts are used."""
     y = x.new_empty(len(x), w.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
@@ -134,6 +133,6 @@ def by_expert(x: Tensor, w, expert_ids: Tensor) -> Tensor:
 
 
 def by_row(x: Tensor, w, expert_ids: Tensor) -> Tensor:
-    """For a decode step's few rows, to be compiled: look-up, dequantization, product and sum fuse into one loop that
-    reads the chosen experts' weights and keeps no copy of them. Uncompiled it would keep one."""
+    """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
+    product and sum into one loop. Not compiled, this would first copy the experts' weights."""
     return (w.matrix(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1).to(x.dtype)

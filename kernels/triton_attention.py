@@ -3,8 +3,8 @@
     attend    q/k norm, RoPE, cache write and softmax(q k^T) v, registered as torch.ops.gptfast_triton.attend
 
 It is Flash-Decoding: each program goes over a part of the cache with FlashAttention's online softmax
-(arXiv:2205.14135), and a second kernel combines the parts. How many tokens are in the cache is read on the device, so
-one CUDA graph serves every position. kernels/reference.py computes the same in plain PyTorch.
+(arXiv:2205.14135), and the last program to finish combines the parts. How many tokens are in the cache is read on the
+device, so one CUDA graph serves every position. kernels/reference.py computes the same in plain PyTorch.
 
 In shape comments B is rows of the batch, T new tokens in each, S the cache's length, H query heads, G key/value heads,
 D head_dim. RoPE rotates the two halves of a head against each other. So queries and keys are held as two halves, q_lo
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import implement_in_triton
-from kernels.triton_linear import dot_dtype, gpu_of
+from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options
 
 MAX_TOKENS = tl.constexpr(16)  # new tokens in a row
 LOG2_E = 1.4426950408889634
@@ -25,16 +25,25 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def attend_kernel(
-    qkv_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, out_ptr, stats_ptr,
+    qkv_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, out_ptr,
+    splits_ptr, stats_ptr, n_done_ptr,
     eps, qk_scale, cache_stride_b, cache_stride_g, S, T,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A program has one row of the batch, one key/value head with the BLOCK_M queries that look at it, and one of
     N_SPLITS equal parts of the cached tokens, which it reads BLOCK_N at a time. The last split also has the new tokens.
-    It takes them from qkv, and it alone writes them into the cache: so no program waits for another.
+    It takes them from qkv, and only it writes them into the cache, so no program waits for another.
+
+    Each program leaves its result in splits and stats, and counts itself in n_done, which has a counter for each row
+    and key/value head. The program that finds all others counted combines the results, and makes the counter zero.
 
     qk_scale is that of logits to base 2, whose exponential is one instruction."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        if AT_ONCE:
+            tl.extra.cuda.gdc_launch_dependents()
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
     TOKEN_STRIDE: tl.constexpr = (N_HEADS + 2 * N_KV_HEADS) * D
@@ -43,12 +52,19 @@ def attend_kernel(
     v_cache_ptr += row * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     start = tl.load(positions_ptr + row).to(tl.int32)  # position of the row's first new token
 
+    # The new tokens are loaded first, since that need not wait for the position.
     # Queries: all heads of token 0, all heads of token 1, ...
     offs_m = tl.arange(0, BLOCK_M)
     token, head = offs_m // HEADS_PER_KV, kv_head * HEADS_PER_KV + offs_m % HEADS_PER_KV
     mask_m = token < T
-    q_offset, mask_q = token * TOKEN_STRIDE + head * D, mask_m & is_inside(start + token, S)
-    q_lo, q_hi = load_rotated(qkv_ptr, q_offset, q_norm_ptr, rope_ptr, start + token, mask_q, eps, D, BLOCK_HALF, DTYPE)
+    q_lo, q_hi = load_halves(qkv_ptr, token * TOKEN_STRIDE + head * D, mask_m, D, BLOCK_HALF)
+    new = tl.arange(0, MAX_TOKENS)
+    k_offset = new * TOKEN_STRIDE + (N_HEADS + kv_head) * D
+    k_lo, k_hi = load_halves(qkv_ptr, k_offset, new < T, D, BLOCK_HALF)
+    v = load_rows(qkv_ptr, k_offset + N_KV_HEADS * D, new < T, D, BLOCK_D)
+
+    mask_q = mask_m & is_inside(start + token, S)
+    q_lo, q_hi = norm_and_rotate(q_lo, q_hi, q_norm_ptr, rope_ptr, start + token, mask_q, eps, D, DTYPE)
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf: for a query that sees nothing, -inf - -inf would be NaN
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -63,13 +79,8 @@ def attend_kernel(
     )  # fmt: skip
 
     if split == N_SPLITS - 1:
-        new = tl.arange(0, MAX_TOKENS)
         mask_new = (new < T) & is_inside(start + new, S)
-        k_offset = new * TOKEN_STRIDE + (N_HEADS + kv_head) * D
-        k_lo, k_hi = load_rotated(
-            qkv_ptr, k_offset, k_norm_ptr, rope_ptr, start + new, mask_new, eps, D, BLOCK_HALF, DTYPE
-        )
-        v = load_rows(qkv_ptr, k_offset + N_KV_HEADS * D, mask_new, D, BLOCK_D)
+        k_lo, k_hi = norm_and_rotate(k_lo, k_hi, k_norm_ptr, rope_ptr, start + new, mask_new, eps, D, DTYPE)
         mask = mask_new[None, :] & mask_m[:, None] & (new[None, :] <= token[:, None])
         if WINDOW:
             mask &= new[None, :] > token[:, None] - WINDOW
@@ -80,11 +91,40 @@ def attend_kernel(
     out_row = (row * T + token) * N_HEADS + head  # of [B, T, H]
     if N_SPLITS == 1:
         store_rows(out_ptr, out_row * D, acc / l_i[:, None], mask_m, D)
-    else:  # [B, T, H, N_SPLITS, D] and their maxima and sums [B, T, H, N_SPLITS, 2]
-        out_row = out_row * N_SPLITS + split
-        store_rows(out_ptr, out_row * D, acc, mask_m, D)
-        tl.store(stats_ptr + out_row * 2, m_i, mask=mask_m)
-        tl.store(stats_ptr + out_row * 2 + 1, l_i, mask=mask_m)
+    else:
+        index = out_row * N_SPLITS  # in [B, T, H, N_SPLITS]
+        store_rows(splits_ptr, (index + split) * D, acc, mask_m, D)
+        tl.store(stats_ptr + (index + split) * 2, m_i, mask=mask_m)
+        tl.store(stats_ptr + (index + split) * 2 + 1, l_i, mask=mask_m)
+        n_done_ptr += row * N_KV_HEADS + kv_head
+        tl.debug_barrier()  # all threads have stored when the first of them counts
+        if tl.atomic_add(n_done_ptr, 1, sem="acq_rel") == N_SPLITS - 1:
+            tl.store(n_done_ptr, 0)
+            acc = combine_splits(splits_ptr, stats_ptr, index, mask_m, D, N_SPLITS, BLOCK_SPLITS, BLOCK_D)
+            store_rows(out_ptr, out_row * D, acc, mask_m, D)
+
+
+@triton.jit
+def combine_splits(
+    splits_ptr, stats_ptr, index, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Attention's output [BLOCK_M, BLOCK_D] from that of the splits, for queries whose first split is at index
+    [BLOCK_M]. Other programs have just written them, so they are read past the first-level cache."""
+    split = tl.arange(0, BLOCK_SPLITS)[None, :]
+    stat_ptr, mask = stats_ptr + (index[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
+    m_splits = tl.load(stat_ptr, mask=mask, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, BLOCK_SPLITS]
+    l_splits = tl.load(stat_ptr + 1, mask=mask, other=0.0, cache_modifier=".cg")
+    m_i = tl.max(m_splits, axis=1)
+    l_i = tl.sum(tl.exp2(m_splits - m_i[:, None]) * l_splits, axis=1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = mask_m[:, None] & (d < D)
+    acc = tl.zeros([index.shape[0], BLOCK_D], tl.float32)
+    for i in tl.range(0, N_SPLITS, loop_unroll_factor=4):
+        m_split = tl.load(stats_ptr + (index + i) * 2, mask=mask_m, other=-1e38, cache_modifier=".cg")
+        acc_split = tl.load(splits_ptr + (index + i)[:, None] * D + d, mask=mask, other=0.0, cache_modifier=".cg")
+        acc += tl.exp2(m_split - m_i)[:, None] * acc_split
+    return acc / l_i[:, None]
 
 
 @triton.jit
@@ -120,14 +160,11 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, m_i, l_i, acc
 
 
 @triton.jit
-def load_rotated(
-    ptr, offset, norm_ptr, rope_ptr, position, mask, eps, D: tl.constexpr, BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Rows of D elements at ptr + offset [R], normed and rotated for position [R]: their halves, [R, BLOCK_HALF]
-    each."""
-    a, b = load_halves(ptr, offset, mask, D, BLOCK_HALF)
+def norm_and_rotate(a, b, norm_ptr, rope_ptr, position, mask, eps, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows of D elements, given and returned as halves a and b [R, BLOCK_HALF], normed and rotated for position [R].
+    Rows outside mask become zeros."""
     a, b = a.to(tl.float32), b.to(tl.float32)
-    d = tl.arange(0, BLOCK_HALF)
+    d = tl.arange(0, a.shape[1])
     d_mask = d < D // 2
     if norm_ptr is not None:
         inverse_rms = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / D + eps)[:, None]
@@ -176,22 +213,6 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
     tl.store(lo_ptr + D // 2, hi, mask=mask)
 
 
-@triton.jit
-def combine_splits_kernel(
-    splits_ptr, stats_ptr, out_ptr, D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """One query's output [D] from its splits' [N_SPLITS, D] and their maxima and sums [N_SPLITS, 2]."""
-    query, split, d = tl.program_id(0), tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
-    index, mask = query * N_SPLITS + split, split < N_SPLITS
-    m_i = tl.load(stats_ptr + index * 2, mask=mask, other=-float("inf"))
-    l_i = tl.load(stats_ptr + index * 2 + 1, mask=mask, other=0.0)
-    alpha = tl.exp2(m_i - tl.max(m_i, axis=0))
-    acc = load_rows(splits_ptr, index.to(tl.int64) * D, mask, D, BLOCK_D)
-    out = tl.sum(acc * alpha[:, None], axis=0) / tl.sum(alpha * l_i, axis=0)
-    tl.store(out_ptr + query * D + d, out, mask=d < D)
-
-
 @implement_in_triton
 def attend(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
@@ -209,32 +230,30 @@ def attend(
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = n_rows * n_tokens * n_heads
     out = qkv.new_empty(n_rows, n_tokens, n_heads * head_dim)
-    if n_splits == 1:
-        splits, stats = out, out
-    else:
+    splits = stats = None
+    if n_splits > 1:
         splits = qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32)
         stats = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
-    attend_kernel[(n_splits, n_kv_heads, n_rows)](
-        qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, splits, stats,
+    grid = n_splits, n_kv_heads, n_rows
+    attend_kernel[grid](
+        qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, splits, stats, done_counters(qkv.device),
         eps, LOG2_E * head_dim**-0.5, k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,
         n_heads, n_kv_heads, head_dim, window, n_splits,
+        BLOCK_SPLITS=triton.next_power_of_2(n_splits),
         BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
         BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys and of values, twice: any GPU has room
         BLOCK_D=block_d,
         BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         DTYPE=dot_dtype(qkv),
         num_stages=2,
+        **overlap_options(qkv.device, grid),
     )  # fmt: skip
-    if n_splits > 1:
-        combine_splits_kernel[(n_queries,)](
-            splits, stats, out, head_dim, n_splits, block_d, triton.next_power_of_2(n_splits)
-        )
     return out
 
 
 def choose_splits(n_processors: int, n_programs: int, cache_len: int, window: int) -> int:
     """Into how many parts the cache is split: as many as give every multiprocessor two programs, of 64 tokens or more
-    each. A short cache is one part, which saves the second kernel."""
+    each. A short cache is one part, which needs no combining."""
     visible = min(cache_len, window) if window else cache_len
     if visible <= 128:
         return 1

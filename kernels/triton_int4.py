@@ -2,6 +2,7 @@
 
     pack_int4_tiles, unpack_int4_tiles    from elements to this order and back, in PyTorch
     tiles_to_floats                       in a kernel: from this order to a matrix unit's factor
+    pack_scales, unpack_scales, scales_and_zeros      the same of what a group of elements shares
 
 Weights are stored in tiles of 16 rows and 64 columns: 128 words of 8 elements. A warp loads a tile with one
 instruction: lane l gets words 4 l to 4 l + 3. They hold just those elements that the matrix unit wants from this lane,
@@ -58,6 +59,18 @@ def unpack_int4_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
     return q.flatten(-6).flatten(-4, -2)[..., :n, :k].contiguous()
 
 
+def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
+    """scales [..., N, n_groups] bfloat16 and zeros uint8 -> words int32 of the same shape, stored column by column. A
+    scale is a word's upper half, which as a float32 has the same value, and a zero its lowest byte."""
+    words = scales.view(torch.int16).int() << 16 | zeros.int()
+    return words.mT.contiguous().mT
+
+
+def unpack_scales(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse."""
+    return (words >> 16).to(torch.int16).view(torch.bfloat16), (words & 255).to(torch.uint8)
+
+
 def order_last(t: Tensor, axes: tuple[int, ...]) -> Tensor:
     """t with its last axes, all that axes names, in the order of axes."""
     first = range(t.dim() - len(axes))
@@ -74,6 +87,12 @@ def offset_of(DTYPE: tl.constexpr):
     """OFFSET (see nibble_pair)."""
     OFFSET: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
     return OFFSET
+
+
+@triton.jit
+def scales_and_zeros(words):
+    """What pack_scales packed: scales, and zeros in steps of the scale, both float32."""
+    return (words & -65536).to(tl.float32, bitcast=True), (words & 255).to(tl.float32) * 0.0625
 
 
 @triton.jit

@@ -7,16 +7,8 @@ They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference
 computes. Nothing here is one vendor's. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
 tests/test_triton.py checks it.
 
-triton.json beside this file, if there is one, says how the products are best launched on the GPUs that it names; the
-benchmark's --tune writes it. For other GPUs choose_tiles guesses.
-
 In shape comments M is rows of x, N rows of W, which are outputs, and K columns of both, which are inputs.
 """
-
-import json
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import implement_in_triton
-from kernels.triton_int4 import magic_word, offset_of, tiles_to_floats
+from kernels.triton_int4 import magic_word, offset_of, scales_and_zeros, tiles_to_floats
+from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options
 
 DENSE, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # Format.kind of kernels/formats.py
 SILU = tl.constexpr(1)  # as in ACTIVATIONS of kernels/schema.py
-TUNED = Path(__file__).with_name("triton.json")
+PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the last kernel: about what its loop does
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
 #
@@ -46,28 +39,59 @@ TUNED = Path(__file__).with_name("triton.json")
 
 @triton.jit
 def linear_kernel(
-    w_ptr, scales_ptr, zeros_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, topk_ids_ptr, y_ptr,
+    w_ptr, scales_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, topk_ids_ptr, y_ptr,
     eps, magic, N,
-    M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_HAS_PAIRS: tl.constexpr,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
+    OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """y [M, N_OUT] = epilogue(x [M, K] W [N, K]^T). A pointer is None where there is no such tensor. DTYPE is the type
-    of the products' factors.
+    of the products' factors. OVERLAP, AT_ONCE: see triton_launch.py.
 
-    With topk_ids W is a stack of experts [E, N, K] and M is 1. The second axis of programs is then pairs of a token and
-    one of its TOP_K experts. A pair's row of y is the token's row of x times the expert."""
+    With topk_ids [M, TOP_K] W is a stack of experts [E, N, K], and y has a row for each pair of a token and one of its
+    experts: [M * TOP_K, N_OUT]. x has a row for each pair, too, if X_HAS_PAIRS, else for each token. The second axis of
+    programs is pairs. The program of an expert's first pair computes all pairs of this expert, so that the expert is
+    read once; the programs of the others have nothing to do."""
     N_OUT = N // 2 if ACTIVATION else N  # outputs of a row of x
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION else BLOCK_N
     offs_n = block_rows(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
+    if OVERLAP:
+        if topk_ids_ptr is None:
+            prefetch_rows(w_ptr, N, K, KIND, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
+        tl.extra.cuda.gdc_wait()
+        if AT_ONCE:
+            tl.extra.cuda.gdc_launch_dependents()
+    offs_m = tl.arange(0, BLOCK_M)
+    x_row, y_row, mask_m = offs_m, offs_m, offs_m < M
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
-        x_ptr += pair // TOP_K * K
-        y_ptr += pair * N_OUT
-        first_row = tl.load(topk_ids_ptr + pair) * N  # of the expert, in all experts' rows
-        w_ptr, scales_ptr, zeros_ptr = skip_rows(w_ptr, scales_ptr, zeros_ptr, first_row, K, GROUP_SIZE, KIND)
+        expert = tl.load(topk_ids_ptr + pair)
+        if M == 1:
+            x_ptr += pair * K if X_HAS_PAIRS else 0
+            y_ptr += pair * N_OUT
+        else:
+            y_row, mask_m = pairs_of(expert, topk_ids_ptr, offs_m, M, TOP_K)
+            if tl.min(tl.where(mask_m, y_row, M * TOP_K), axis=0) < pair:
+                return
+            x_row = y_row if X_HAS_PAIRS else x_row
+        first_row = expert * N  # in the rows of all experts
+        w_ptr += first_row * (tl.cdiv(K, 64) * 8 if KIND == INT4 else K)  # int4: words, in whole tiles
+        if scales_ptr is not None:
+            scales_ptr += first_row * tl.cdiv(K, GROUP_SIZE)
+
+    # What the epilogue needs is asked for before the loop, so that nothing has to wait for it afterwards.
+    offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    y_offsets = y_row[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
+    mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
+    if KIND == INT8:
+        row_scale = tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
 
     acc = tl.zeros([K_SLICES, BLOCK_N, BLOCK_M], tl.float32)
     squares = ()  # of each row of x
@@ -76,36 +100,68 @@ def linear_kernel(
     slices = slice_offsets(KIND, BLOCK_K, K_SLICES)
     for k in tl.range(0, K, K_SLICES * BLOCK_K, num_stages=NUM_STAGES):
         offs_k = (k + slices)[:, None] + tl.arange(0, BLOCK_K)[None, :]  # [K_SLICES, BLOCK_K]
-        x = load_x(x_ptr, norm_ptr, offs_k, M, K, BLOCK_M, DTYPE)  # [K_SLICES, BLOCK_K, BLOCK_M]
+        x = load_x(x_ptr, norm_ptr, x_row, mask_m, offs_k, M, K, DTYPE)  # [K_SLICES, BLOCK_K, BLOCK_M]
         if norm_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, M, K)
         if KIND == INT4:
             words = load_tiles(w_ptr, k, N, K, BLOCK_N, BLOCK_OUT, K_SLICES * BLOCK_K)
-            scale, zero = load_scales(scales_ptr, zeros_ptr, offs_n, mask_n, k + slices, N, K, GROUP_SIZE)
+            scale, zero = load_scales(scales_ptr, offs_n, mask_n, k + slices, N, K, GROUP_SIZE)
             w = tiles_to_floats(words, magic, BLOCK_N // 16, BLOCK_K, DTYPE)
             acc += int4_product(w, x, scale, zero + offset_of(DTYPE))
         else:
             w = load_w(w_ptr, offs_n, mask_n, offs_k, K)  # [K_SLICES, BLOCK_N, BLOCK_K]
             acc = tl.dot(w.to(DTYPE), x, acc, input_precision="ieee")
 
+    if OVERLAP and not AT_ONCE:
+        tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
     if KIND == INT8:
-        y *= tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        y *= row_scale
     if norm_ptr is not None:
         y *= inverse_rms(squares, eps, M, K, BLOCK_M)[None, :]
-    epilogue(y, bias_ptr, residual_ptr, y_ptr, offs_n, mask_n, M, N_OUT, ACTIVATION)
+    if bias_ptr is not None:
+        y += bias
+    if ACTIVATION:
+        y = glu(y, ACTIVATION)
+    if residual_ptr is not None:
+        y += residual
+    tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
 
 @triton.jit
-def skip_rows(w_ptr, scales_ptr, zeros_ptr, n, K: tl.constexpr, GROUP_SIZE: tl.constexpr, KIND: tl.constexpr):
-    """The pointers, moved on by n rows of W: of int4 by whole tiles."""
-    w_ptr += n * (tl.cdiv(K, 64) * 8 if KIND == INT4 else K)
-    if KIND == INT8:
-        scales_ptr += n
-    elif KIND == INT4:
-        scales_ptr += n * tl.cdiv(K, GROUP_SIZE)
-        zeros_ptr += n * tl.cdiv(K, GROUP_SIZE)
-    return w_ptr, scales_ptr, zeros_ptr
+def prefetch_rows(
+    w_ptr, N, K: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
+):  # fmt: skip
+    """Begins to bring the first PREFETCH_BYTES of a program's weights into the L2 cache: as much of each of its rows,
+    or of int4 of each of its rows of tiles. One thread asks for one row, since many small requests are slow."""
+    UNIT: tl.constexpr = 16 if KIND == INT4 else 1  # rows of W that are stored together
+    ROWS: tl.constexpr = BLOCK_N // UNIT
+    BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    ROW_BYTES: tl.constexpr = (K + 63) // 64 * 512 if KIND == INT4 else K * BYTES
+    CHUNK: tl.constexpr = min(ROW_BYTES, PREFETCH_BYTES // ROWS) // 16 * 16
+    if CHUNK > 0 and ROW_BYTES % 16 == 0:
+        i = tl.arange(0, N_THREADS)
+        N_OUT = N // (BLOCK_N // BLOCK_OUT)
+        row = block_rows(i % ROWS, BLOCK_OUT // UNIT, N_OUT // UNIT)
+        row = tl.minimum(row, tl.cdiv(N, UNIT) - 1)
+        address = w_ptr.to(tl.int64) + row.to(tl.int64) * ROW_BYTES
+        size = tl.where(i < ROWS, CHUNK, 0)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def pairs_of(expert, topk_ids_ptr, token, M: tl.constexpr, TOP_K: tl.constexpr):
+    """Which pair every token [BLOCK_M] has with expert, and whether it has one. A token has an expert once at most."""
+    pair, has_pair = token * TOP_K, token < 0
+    for i in tl.static_range(TOP_K):
+        is_this = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < M, other=-1) == expert
+        pair = tl.where(is_this, token * TOP_K + i, pair)
+        has_pair |= is_this
+    return pair, has_pair
 
 
 @triton.jit
@@ -125,18 +181,17 @@ def slice_offsets(KIND: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.conste
 
 
 @triton.jit
-def load_x(x_ptr, norm_ptr, offs_k, M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr):
-    """Columns offs_k of x, times the norm's weight: [K_SLICES, BLOCK_K, BLOCK_M]."""
+def load_x(x_ptr, norm_ptr, x_row, mask_m, offs_k, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns offs_k of rows x_row [BLOCK_M] of x, times the norm's weight: [K_SLICES, BLOCK_K, BLOCK_M]."""
     mask_k = offs_k < K
     if M == 1:  # the same in every column
         x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[:, :, None]
     else:
-        offs_m = tl.arange(0, BLOCK_M)
-        x = tl.load(x_ptr + offs_k[:, :, None] + offs_m * K, mask=mask_k[:, :, None] & (offs_m < M), other=0.0)
+        x = tl.load(x_ptr + offs_k[:, :, None] + x_row * K, mask=mask_k[:, :, None] & mask_m, other=0.0)
     x = x.to(DTYPE)
     if norm_ptr is not None:
         x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(DTYPE)[:, :, None]
-    return tl.broadcast_to(x, [offs_k.shape[0], offs_k.shape[1], BLOCK_M])
+    return tl.broadcast_to(x, [offs_k.shape[0], offs_k.shape[1], x_row.shape[0]])
 
 
 @triton.jit
@@ -179,14 +234,13 @@ def load_tiles(w_ptr, k, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: t
 
 
 @triton.jit
-def load_scales(scales_ptr, zeros_ptr, offs_n, mask_n, slice_k, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def load_scales(scales_ptr, offs_n, mask_n, slice_k, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """int4's scales and zeros of rows offs_n and of the slices that begin at slice_k: both [K_SLICES, BLOCK_N, 1]. A
-    slice lies in one group. Scales and zeros are stored column by column."""
+    slice lies in one group."""
     offsets = (slice_k // GROUP_SIZE)[:, None] * N + offs_n[None, :]
     mask = (slice_k < K)[:, None] & mask_n[None, :]
-    scale = tl.load(scales_ptr + offsets, mask=mask, other=0.0).to(tl.float32)[:, :, None]
-    zero = tl.load(zeros_ptr + offsets, mask=mask, other=0).to(tl.float32)[:, :, None] * 0.0625
-    return scale, zero
+    scale, zero = scales_and_zeros(tl.load(scales_ptr + offsets, mask=mask, other=0))
+    return scale[:, :, None], zero[:, :, None]
 
 
 @triton.jit
@@ -213,28 +267,11 @@ def glu(y, ACTIVATION: tl.constexpr):
     return gate * up
 
 
-@triton.jit
-def epilogue(y, bias_ptr, residual_ptr, y_ptr, offs_n, mask_n, M: tl.constexpr, N_OUT, ACTIVATION: tl.constexpr):
-    """Adds a bias to the sums y [BLOCK_N, BLOCK_M] of rows offs_n of W, takes the activation, adds a residual and
-    writes all that into the matrix [M, N_OUT] at y_ptr."""
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if ACTIVATION:
-        y = glu(y, ACTIVATION)
-    BLOCK_OUT: tl.constexpr = y.shape[0]
-    offs_m = tl.arange(0, y.shape[1])[None, :]
-    offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
-    offsets, mask = offs_m * N_OUT + offs_out, (offs_m < M) & (offs_out < N_OUT)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, y, mask=mask)
-
-
 # ---- dequantize -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def dequantize_kernel(w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP_SIZE, KIND: tl.constexpr):
+def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, KIND: tl.constexpr):
     """W [N, K], 16 rows and 64 columns a program."""
     tile_n, tile_k = tl.program_id(0), tl.program_id(1)
     offs_n, offs_k = tile_n * 16 + tl.arange(0, 16), tile_k * 64 + tl.arange(0, 64)
@@ -247,105 +284,44 @@ def dequantize_kernel(w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K, GROUP_SIZE, KIN
         w = tl.load(w_ptr + (tile_n.to(tl.int64) * tl.cdiv(K, 64) + tile_k) * 128 + tl.arange(0, 128))
         y = tl.reshape(tiles_to_floats(w[None, :], 0, 1, 64, tl.float32), [16, 64])
         group = (offs_k // GROUP_SIZE).to(tl.int64)[None, :] * N + offs_n[:, None]
-        y -= tl.load(zeros_ptr + group, mask=mask, other=0).to(tl.float32) * 0.0625
-        y *= tl.load(scales_ptr + group, mask=mask, other=0.0).to(tl.float32)
+        scale, zero = scales_and_zeros(tl.load(scales_ptr + group, mask=mask, other=0))
+        y = (y - zero) * scale
     tl.store(y_ptr + offsets, y, mask=mask)
 
 
-# ---- How a product is launched --------------------------------------------------------------------------------------
-
-
-class TileConfig(NamedTuple):
-    """What an entry of triton.json holds."""
-
-    tiles: int  # of 16 rows of W in a program
-    num_warps: int
-    depth: int  # slices of K (of int4: tiles) that a warp takes in a step of the loop
-    num_stages: int  # steps whose loads are under way at a time
-
-
-class Gpu(NamedTuple):
-    n_processors: int
-    min_block_m: int  # the fewest columns that its matrix units take; 1: they are not used
-    tuned: dict[str, list[int]]  # table_key -> TileConfig
-
-
-@cache
-def gpu_of(device: torch.device) -> Gpu:
-    """What is to be known of a device to launch a kernel well."""
-    if device.type == "cpu":  # Triton's interpreter
-        return Gpu(16, 8, {})
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        min_block_m = 16
-    else:
-        min_block_m = 8 if properties.major >= 8 else 1  # Triton does not use Turing's
-    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    return Gpu(properties.multi_processor_count, min_block_m, tuned.get(properties.name, {}))
-
-
-def table_key(bits: int, n: int, k: int, gated: bool, group_size: int) -> str:
-    """What triton.json calls a product with W [n, k]."""
-    key = f"{bits} {n} {k} {2 if gated else 1}"
-    return f"{key} g32" if bits == 4 and group_size == 32 else key
-
-
-def choose_tiles(x: Tensor, bits: int, n: int, gated: bool, group_size: int) -> TileConfig:
-    """For x [..., K] and W [n, K]: what triton.json says, or a guess. The guess gives every multiprocessor two programs
-    if it can, and no program more than 99 KB of shared memory (64 KB unless matrix units take 8 columns)."""
-    gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
-    key = table_key(bits, n, x.shape[-1], gated, group_size)
-    if key in gpu.tuned and min_block_m > 1:
-        return TileConfig(*gpu.tuned[key])
-    if min_block_m != 8:
-        return TileConfig(tiles=2 if gated else 1, num_warps=8 // x.element_size(), depth=1, num_stages=2)
-    tiles = 2 if gated or triton.cdiv(n, 32) >= 4 * gpu.n_processors else 1
-    if bits <= 8 and triton.cdiv(n, 64) >= 3 * gpu.n_processors:
-        tiles = 4
-    num_warps = 4 if triton.cdiv(n, 16 * tiles) >= 2 * gpu.n_processors else 8
-    is_full = (bits == 8 and tiles == 4) or (num_warps == 8 and (bits > 4 or tiles == 2))
-    return TileConfig(tiles, num_warps, depth=1 if is_full else 2, num_stages=3)
-
-
-def min_block_m_of(x: Tensor) -> int:
-    """The fewest columns of a product with x. Float32 does without matrix units, which would cut bits off."""
-    return 1 if x.dtype == torch.float32 else gpu_of(x.device).min_block_m
-
-
-def dot_dtype(x: Tensor) -> tl.dtype:
-    """The type of the factors of products with x. The interpreter has no arithmetic of bfloat16."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        return tl.float32
-    return getattr(tl, str(x.dtype).removeprefix("torch."))
-
-
 def launch_linear(
-    y: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int,
-    group_size: int, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, activation: int = 0, topk_ids: Tensor | None = None,
+    y: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, kind: int, n: int, group_size: int,
+    bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
+    activation: int = 0, topk_ids: Tensor | None = None,
 ):  # fmt: skip
-    """Fills y with linear_kernel: for all rows of x or, with topk_ids, for every id and the row of x that it is for."""
+    """Fills y with linear_kernel. With topk_ids [M, top_k] y has a row for each id, and x a row for each token or for
+    each id."""
     k = x.shape[-1]
     n_rows, is_int4 = x.numel() // k, kind == INT4.value
     m, n_pairs, top_k = n_rows, 1, 1
     if topk_ids is not None:
-        m, n_pairs, top_k = 1, topk_ids.numel(), topk_ids.numel() // n_rows
+        n_pairs, top_k = topk_ids.numel(), topk_ids.shape[-1]
+        m = n_pairs // top_k
     bits = 4 if is_int4 else 8 * weight.element_size()
     config = choose_tiles(x, bits, n, activation > 0, group_size)
     block_n = 16 * config.tiles
+    grid = triton.cdiv(n, block_n), n_pairs
     block_k = 32 if bits == 32 or is_int4 and group_size == 32 else 64
     slices_per_unit = 64 // block_k if is_int4 else 1  # of config.depth
-    linear_kernel[triton.cdiv(n, block_n), n_pairs](
-        weight, scales, zeros, bias, x, norm, residual, topk_ids, y,
+    linear_kernel[grid](
+        weight, scales, bias, x, norm, residual, topk_ids, y,
         eps, magic_word(x.dtype), n,
-        m, k, group_size, top_k,
+        m, k, group_size, top_k, n_rows > m,
         kind, activation, dot_dtype(x),
         BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(m)),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         K_SLICES=config.num_warps * config.depth * slices_per_unit,
         NUM_STAGES=config.num_stages,
+        PREFETCH_BYTES=PREFETCH_BYTES,
+        N_THREADS=32 * config.num_warps,
         num_warps=config.num_warps,
+        **overlap_options(x.device, grid),
     )  # fmt: skip
 
 
@@ -370,7 +346,7 @@ def linear(
     """[residual +] [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows and W [n, K]."""
     dtype = torch.float32 if float32_out else x.dtype
     y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
-    launch_linear(y, x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation)
+    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, residual, activation)
     return y
 
 
@@ -382,7 +358,7 @@ def dequantize(
     """The matrix W [n, k] of an int8 or int4 weight."""
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, 16), triton.cdiv(k, 64)
-    dequantize_kernel[grid](weight, scales, zeros, y, n, k, group_size, kind)
+    dequantize_kernel[grid](weight, scales, y, n, k, group_size, kind)
     return y
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Text from the Mixtral that prepare.sh made, in int8 (MODEL=model.pth: 16 bits). Arguments go to generate.py. tp.sh sets
-# launcher, the options of Python that start it on several devices.
+# Generates text with the Mixtral that prepare.sh made, in int8 (MODEL=model.pth: 16 bits). Arguments go to generate.py.
+# tp.sh sets launcher, the options of Python that start generate.py on several devices.
 #   ./mixtral-moe/generate.sh --prompt "Hello, my name is"
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All of the README's path: download, convert, quantize; text in 16, 8 and 4 bits; the 8 bits on several devices.
+# Everything in the README: download, convert, quantize; text in 16, 8 and 4 bits; in 8 bits also on several devices.
 # Arguments go to generate.py.
 #   TINY=1 ./mixtral-moe/test_flow.sh --precision float32
 set -euo pipefail

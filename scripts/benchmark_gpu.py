@@ -15,13 +15,13 @@ The table compares, by tokens per second and the share of the device's copy band
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -178,11 +178,45 @@ def check(args: argparse.Namespace):
     device = pick_device(args.device)
     if not kernels.triton_runs(device):
         raise UsageError("Triton does not run here, so there is nothing to check")
-    checker = Checker(device, getattr(torch, args.precision))
-    checker.check_all()
-    print(json.dumps({"failed": checker.failed, "largest_errors": checker.largest_errors}))
-    if checker.failed:
+    run = partial(run_check, device, getattr(torch, args.precision))
+    checks = all_checks(getattr(torch, args.precision))
+    if device.type == "cpu":
+        outcomes = list(map(run, checks))
+    else:  # most of the time is Triton's compiler's, which uses one core
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            outcomes = list(pool.map(run, checks))
+    failed, largest_errors = {}, {}
+    for checker_failed, errors in outcomes:
+        failed |= checker_failed
+        for operation, error in errors.items():
+            largest_errors[operation] = max(largest_errors.get(operation, 0.0), error)
+    print(json.dumps({"failed": failed, "largest_errors": largest_errors}))
+    if failed:
         sys.exit(1)
+
+
+def all_checks(dtype: torch.dtype) -> list[tuple]:
+    """Names of methods of Checker, and their arguments."""
+    linears = LINEARS + REAL_LINEARS if dtype == torch.bfloat16 else LINEARS
+    checks = [("check_linear", format, *linear) for format, linear in product(CHECKED_FORMATS, linears)]
+    checks += [("check_attend", *case) for case in product(HEADS, WINDOWS, CACHES)]
+    checks += [("check_experts", format, n_tokens) for format, n_tokens in product(CHECKED_FORMATS, (1, 5))]
+    checks += [("check_route",), ("check_multinomial",), ("check_sample",)]
+    checks += [("check_recorded_steps", moe) for moe in (None, MOE)]
+    return checks
+
+
+def run_check(device: torch.device, dtype: torch.dtype, check: tuple) -> tuple[dict[str, str], dict[str, float]]:
+    """What failed, and the largest errors, of one of all_checks."""
+    kernels.triton_runs(device)  # registers the operations
+    checker = Checker(device, dtype)
+    torch.manual_seed(0)
+    name, *arguments = check
+    try:
+        getattr(checker, name)(*arguments)
+    except Exception as e:  # the other checks go on
+        checker.failed[f"{name}{tuple(arguments)}"] = f"{type(e).__name__}: {str(e)[:400]}"
+    return checker.failed, checker.largest_errors
 
 
 class Checker:
@@ -192,28 +226,6 @@ class Checker:
         self.device, self.dtype, self.limit = device, dtype, LIMITS[dtype]
         self.failed: dict[str, str] = {}  # what has an error above the limit, or raised an exception
         self.largest_errors: dict[str, float] = {}  # of each operation
-
-    def check_all(self):
-        torch.manual_seed(0)
-        linears = LINEARS + REAL_LINEARS if self.dtype == torch.bfloat16 else LINEARS
-        for format, linear in product(CHECKED_FORMATS, linears):
-            self.attempt(self.check_linear, format, *linear)
-        for heads, window, cache in product(HEADS, WINDOWS, CACHES):
-            self.attempt(self.check_attend, heads, window, cache)
-        for format in CHECKED_FORMATS:
-            self.attempt(self.check_experts, format)
-        self.attempt(self.check_route)
-        self.attempt(self.check_multinomial)
-        if self.dtype == torch.float32 and self.device.type == "cuda":  # elsewhere Triton's steps are not recorded
-            self.attempt(self.check_recorded_steps, None)
-            self.attempt(self.check_recorded_steps, MOE)
-
-    def attempt(self, check: Callable, *args):
-        """After an exception the other checks go on."""
-        try:
-            check(*args)
-        except Exception as e:
-            self.failed[f"{check.__name__}{args}"] = f"{type(e).__name__}: {str(e)[:400]}"
 
     def compare(self, case: str, ours: Tensor, expected: Tensor, limit: float):
         """case begins with the operation's name."""
@@ -264,16 +276,17 @@ class Checker:
         case = f"attend {n_heads}/{n_kv_heads}/{head_dim} window {window}, {batch}x{n_tokens} tokens from {position} on"
         self.compare(case, attend("triton", self.dtype), attend("torch", torch.float64), 2 * self.limit)
 
-    def check_experts(self, format: Format):
+    def check_experts(self, format: Format, n_tokens: int):
         E, (dim, ffn_dim) = MOE.n_experts, EXPERTS_SIZES
         gate_up = random_linear((E, 2 * ffn_dim, dim), format, self.device, self.dtype, ExpertsGateUp)
         down = random_linear((E, dim, ffn_dim), format, self.device, self.dtype, ExpertsDown)
-        x, residual, norm = self.randn(1, 3, dim), self.randn(1, 3, dim), random_norm(dim, self.device, self.dtype)
-        topk_weights, topk_ids = reference.route(torch.randn(1, 3, E, device=self.device), MOE.top_k, True)
+        x, residual = self.randn(1, n_tokens, dim), self.randn(1, n_tokens, dim)
+        norm = random_norm(dim, self.device, self.dtype)
+        topk_weights, topk_ids = reference.route(torch.randn(1, n_tokens, E, device=self.device), MOE.top_k, True)
         hidden = gate_up(x, topk_ids, norm, "silu")
         y = down(hidden, topk_ids, topk_weights, residual)
         kernels.pack_for_triton([gate_up, down])
-        name, limit = format.name or "dense", 2 * self.limit
+        name, limit = f"{format.name or 'dense'} of {n_tokens} tokens", 2 * self.limit
         self.compare(f"experts_gate_up {name}", gate_up(x, topk_ids, norm, "silu"), hidden, limit)
         self.compare(f"experts_down {name}", down(hidden, topk_ids, topk_weights, residual), y, limit)
 
@@ -291,8 +304,21 @@ class Checker:
         counts = multinomial(chances.expand(100_000, 5)).bincount(minlength=5)
         self.compare("multinomial", counts / 100_000, chances, 0.02)
 
+    def check_sample(self):
+        """The likeliest of many tokens; how often each of a few is drawn; rows that are not finite."""
+        logits = torch.randn(3, 128_256, device=self.device)
+        logits[2, 5] = math.nan
+        expected = torch.cat([logits[:2].argmax(-1), torch.tensor([-1], device=self.device)])
+        self.compare("sample greedy", kernels.sample(logits, 0.0), expected, limit=0)
+        chances = torch.tensor([0.1, 0.5, 0.3, 0.1], device=self.device)
+        counts = kernels.sample(chances.log().expand(4000, 4), 1.0).bincount(minlength=4)
+        self.compare("sample", counts / 4000, chances, 0.1)
+
     def check_recorded_steps(self, moe: MoEConfig | None):
-        """A whole model's greedy tokens, with kernels and recorded steps, and without both."""
+        """A whole model's greedy tokens, with kernels and recorded steps, and without both. Only in float32, where
+        rounding changes no token, and on a GPU, since elsewhere Triton's steps are not recorded."""
+        if self.dtype != torch.float32 or self.device.type != "cuda":
+            return
         config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, moe=moe)
         tokens = []
         for use_kernels in (True, False):
@@ -315,7 +341,10 @@ def random_norm(dim: int, device: torch.device, dtype: torch.dtype) -> RMSNorm:
 # ---- Tuning ----------------------------------------------------------------------------------------------------------
 
 # Besides the guess: tiles, num_warps, depth, num_stages of a TileConfig
-LAUNCHES = [(1, 4, 2, 3), (2, 4, 2, 3), (1, 8, 1, 3), (1, 8, 2, 3), (2, 8, 1, 3), (2, 2, 4, 3), (2, 4, 1, 4)]
+LAUNCHES = [
+    (1, 4, 2, 3), (1, 4, 4, 3), (1, 4, 4, 4), (1, 2, 4, 4), (1, 4, 1, 4), (1, 4, 4, 2), (1, 8, 4, 3),
+    (2, 4, 2, 3), (2, 2, 4, 3), (2, 4, 1, 4), (2, 4, 1, 3), (2, 4, 2, 4), (2, 4, 4, 3), (2, 8, 1, 3), (4, 4, 2, 3),
+]  # fmt: skip
 
 
 def tune(config: ModelConfig, format: Format, device: torch.device):
@@ -337,7 +366,7 @@ def tune_products(config: ModelConfig, format: Format, device: torch.device):
 def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.device):
     """Of the guess and LAUNCHES, writes down the fastest for W [n, k] that also works with the most rows of x. gated: W
     is a gate and an up projection, with the activation."""
-    from kernels.triton_linear import choose_tiles, gpu_of, table_key  # Triton is installed only where there is a GPU
+    from kernels.triton_launch import choose_tiles, gpu_of, table_key  # Triton is installed only where there is a GPU
 
     weights = [random_linear((n, k), format, device, torch.bfloat16)]
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -387,7 +416,7 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
 def write_launch(key: str, launch: tuple[int, ...]):
     """Puts one launch for this GPU into triton.json, which is whole at any time."""
-    from kernels.triton_linear import TUNED
+    from kernels.triton_launch import TUNED
 
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     table.setdefault(torch.cuda.get_device_name(), {})[key] = launch

@@ -74,10 +74,10 @@ def random_model(config: ModelConfig, format: Format, device: torch.device, dtyp
         linear.set_format(format)
     is_tied = config.tie_embeddings and format == Dense()
     if is_tied:
-        model.output.weight = None  # or it would take memory for a moment
+        model.lm_head.weight = None  # or it would take memory for a moment
     model.to_empty(device=device)
     if is_tied:
-        model.output.weight = model.tok_embeddings.weight
+        model.lm_head.weight = model.embed_tokens.weight
     for module in model.modules():
         randomize(module)
     return model.eval().requires_grad_(False)
@@ -121,8 +121,8 @@ def randomize(module: nn.Module):
 def checkpoint_tensors(model: Transformer) -> Tensors:
     """What a checkpoint of model holds: a tied head is there once, as the embedding."""
     tensors = model.state_dict()
-    if model.output.weight is model.tok_embeddings.weight:
-        del tensors["output.weight"]
+    if model.lm_head.weight is model.embed_tokens.weight:
+        del tensors["lm_head.weight"]
     return tensors
 
 
@@ -143,7 +143,10 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: Format,
     model = random_model(config, format, device, getattr(torch, args.precision))
     weights_bytes = sum(t.nbytes for t in checkpoint_tensors(model).values())
     if args.kernels == "auto":
+        is_tied = model.lm_head.weight is model.embed_tokens.weight
         kernels.enable(model)
+        if is_tied:
+            model.tie_embeddings()
     synchronize(device)
     result = {
         "make_weights_seconds": time.perf_counter() - began,

@@ -228,7 +228,7 @@ def bytes_per_token(folder: Path, theirs: list[str]) -> dict[str, int]:
     config = read_checkpoint(folder / "bf16.pth")[0]
     sizes = {}
     for name in ("bf16", *OURS):
-        sizes[name] = load_model(folder / f"{name}.pth", CPU, torch.bfloat16, kernels=False).step_bytes()
+        sizes[name] = load_model(folder / f"{name}.pth", CPU, torch.bfloat16, use_kernels=False).step_bytes()
     for name in theirs:
         _, tensors = read_gguf(folder / f"{name}.gguf")
         sizes[name] = sum(tensor.data.nbytes for tensor in tensors.values())

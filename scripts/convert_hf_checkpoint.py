@@ -28,9 +28,9 @@ from model import Transformer
 
 # For each of our modules those of Hugging Face's whose rows it is made of, one below the other
 TABLE = {
-    "tok_embeddings": ["model.embed_tokens"],
+    "embed_tokens": ["model.embed_tokens"],
     "norm": ["model.norm"],
-    "output": ["lm_head"],
+    "lm_head": ["lm_head"],
     # of a layer, after "layers.3." and "model.layers.3."
     "attention_norm": ["input_layernorm"],
     "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -123,7 +123,7 @@ def plan(config: ModelConfig, tensors: Tensors) -> dict[str, Recipe]:
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
     if config.tie_embeddings:
-        del one_layer["output.weight"]
+        del one_layer["lm_head.weight"]
     recipes = {}
     for i in range(config.n_layers):
         for name, ours in one_layer.items():

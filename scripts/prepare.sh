@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A model of the Hugging Face hub, ready to run: download, convert, quantize to int8 (MODES="int8 int4": to both).
+# Makes a model of the Hugging Face hub ready to run: download, convert, quantize to int8 (MODES="int8 int4": to both).
 #   ./scripts/prepare.sh OWNER/NAME      or      MODEL_REPO=OWNER/NAME ./scripts/prepare.sh
+# TINY_FAMILY=mixtral, or another name in tests/tiny.py, makes a tiny random model in checkpoints/OWNER/NAME instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=${1:-${MODEL_REPO:-}}
@@ -10,8 +11,12 @@ if [ -z "$repo" ] || [ $# -gt 1 ]; then
 fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-$python scripts/download.py --repo_id "$repo"
+if [ -n "${TINY_FAMILY:-}" ]; then
+    $python -m tests.tiny "$TINY_FAMILY" "checkpoints/$repo"
+else
+    $python scripts/download.py --repo_id "$repo"
+fi
 $python scripts/convert_hf_checkpoint.py --checkpoint_dir "checkpoints/$repo"
-for mode in ${MODES:-int8}; do
+for mode in ${MODES-int8}; do
     $python quantize.py --checkpoint_path "checkpoints/$repo/model.pth" --mode "$mode"
 done

@@ -45,6 +45,13 @@ TABLES = {  # of each table: a head, and what is under it made of a row's values
         ("5-token / 1-token step", "{verify_5_over_1:.2f}"),
         ("original gpt-fast, tokens/s", "{gpt_fast}"),
     ],
+    "overlap": [
+        ("", "{model}, {weights}"),
+        ("one step, tokens/s", "{tokens_per_sec:,.0f}"),
+        ("share of the card's copy bandwidth", "{share_of_copy:.0%}"),
+        ("generate.py at commit cb32349", "{tokens_per_sec_at_cb32349:,.0f}"),
+        ("original gpt-fast", "{gpt_fast}"),
+    ],
     "speculation": [
         ("proposed by", "{proposer}: {prompt}"),
         ("plain, tokens/s", "{plain:.0f}"),
@@ -98,7 +105,7 @@ def rows(name: str, result: dict) -> list[dict]:
                 row | {"mode": mode, "file_mb": row["file_bytes"] / 1e6, "percent": 100 * row["perplexity_change"]}
                 for mode, row in result["modes"].items()
             ]
-        case "steps":
+        case "steps" | "overlap":
             return [row | {"gpt_fast": number_or_nothing(row["gpt_fast_tokens_per_sec"])} for row in result["rows"]]
         case "speculation":
             proposer = Path(result["draft"]).stem

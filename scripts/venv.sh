@@ -1,4 +1,5 @@
-# Sourced by demo.sh and test.sh, with what pip shall install in needs: makes .venv, once for each version of the lists.
+# demo.sh and test.sh source this file. They set needs, the arguments of pip install. It makes .venv, again if needs or one
+# of the requirements files has changed.
 stamp=.venv/$(echo "$needs" | cat - requirements.txt requirements-dev.txt | cksum | tr -d ' ').done
 if [ ! -f "$stamp" ]; then
     echo "Setting up .venv ..." >&2

@@ -60,8 +60,8 @@ def chain(tmp_path_factory) -> Path:
     }
     config = ModelConfig.from_hf(hf, {"eos_token_id": ord("!")})
     tensors = zero_tensors(config)
-    tensors |= {"tok_embeddings.weight": torch.eye(VOCAB_SIZE), "norm.weight": torch.ones(VOCAB_SIZE)}
-    follows = tensors["output.weight"]  # [next, last]
+    tensors |= {"embed_tokens.weight": torch.eye(VOCAB_SIZE), "norm.weight": torch.ones(VOCAB_SIZE)}
+    follows = tensors["lm_head.weight"]  # [next, last]
     follows[END, END] = follows[ord("."), ord(".")] = 4
     follows[ord("a") : ord("h") + 1, ord("a") : ord("h") + 1] = 4
     for text in CHAIN:
@@ -84,8 +84,8 @@ def random_folder(folder: Path, **config) -> Path:
     for name, t in zero_tensors(config).items():
         tensors[name] = torch.randn(t.shape) / (4 if t.ndim > 1 else 1)
     if config.tie_embeddings:
-        del tensors["output.weight"]
-    head = tensors["tok_embeddings.weight" if config.tie_embeddings else "output.weight"]
+        del tensors["lm_head.weight"]
+    head = tensors["embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     head[ord("A") : ord("Z") + 1] *= 4
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"}))
     return write_folder(folder, config, tensors)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 import kernels
-from kernels import triton_attention, triton_linear, triton_moe  # noqa: F401  (registers its operations)
+from kernels import triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401
 from kernels.formats import Dense, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, LayerCache
 from tests.test_kernels import make, make_norm
@@ -32,10 +32,11 @@ TYPES = {
     torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 PRODUCTS = Counter(linear_kernel=8, dequantize_kernel=3)  # launches of launch_products
-OTHERS = Counter(linear_kernel=2, route_kernel=1, moe_combine=1, attend_kernel=2, combine_splits_kernel=2)
+OTHERS = Counter(linear_kernel=6, route_kernel=1, moe_combine=3, attend_kernel=2, sample_kernel=2)
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,17 @@ class Gpu:
     target: GPUTarget
     dtype: torch.dtype
     shared_kb: int  # shared memory that a program may have
-    min_block_m: int  # triton_linear.Gpu's
+    min_block_m: int  # triton_launch.Gpu's
     n_processors: int = 100
+    can_overlap: bool = False
 
 
 GPUS = [
     Gpu("Turing", GPUTarget("cuda", 75, 32), torch.float16, 64, 1),
     Gpu("Ampere", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8),
     Gpu("Ampere, larger tiles", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, n_processors=1),
-    Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, 8),
-    Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, 8),
+    Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, 8, can_overlap=True),
+    Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, 8, can_overlap=True),
     Gpu("CDNA 3", GPUTarget("hip", "gfx942", 64), torch.bfloat16, 64, 16),
     Gpu("RDNA 3", GPUTarget("hip", "gfx1100", 32), torch.float16, 64, 16),
 ]
@@ -67,7 +69,7 @@ class Compiler:
         self.compiled = Counter()  # by the kernel's name
 
     def run(self, kernel: JITFunction, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         source = ASTSource(kernel, *specialize(kernel, values))
         code = triton.compile(source, target=self.gpu.target, options=options)
@@ -114,14 +116,18 @@ def launch_products(dtype: torch.dtype):
 
 def launch_others(dtype: torch.dtype):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
-    gate_up = make(128, 2048, Int4(64), dtype, n_experts=4, kind=ExpertsGateUp)
-    down = make(2048, 64, Int4(64), dtype, n_experts=4, kind=ExpertsDown)
-    kernels.pack_for_triton([gate_up, down])
-    topk_weights, topk_ids = kernels.route(torch.randn(1, 1, 4), 2, True, "triton")
-    down(gate_up(x, topk_ids, norm, "silu"), topk_ids, topk_weights, x)
+    topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, "triton")
+    for format in (Dense(), Int8(), Int4(64)):
+        gate_up = make(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
+        down = make(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown)
+        kernels.pack_for_triton([gate_up, down])
+        hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "silu")
+        down(hidden, topk_ids, topk_weights)
+    for temperature in (0, 1):
+        kernels.sample(torch.randn(1, 5000), temperature)
     for n_tokens, n_heads in [(2, 8), (8, 16)]:  # the last: 64 queries of a key/value head, which is the most
-        k, v = torch.zeros(2, 1, 2, 1024, 64, dtype=dtype).unbind()
-        cache, positions = LayerCache(k, v, torch.randn(1024, 32, 2)), torch.zeros(1, dtype=torch.int64)
+        k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
+        cache, positions = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
         qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
         kernels.attend(qkv, cache, positions, n_heads, "triton")
 
@@ -129,8 +135,8 @@ def launch_others(dtype: torch.dtype):
 def compile_for(gpu: Gpu):
     compiler = Compiler(gpu)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
-    known = triton_linear.Gpu(gpu.n_processors, gpu.min_block_m, {})
-    triton_linear.gpu_of = triton_attention.gpu_of = lambda device: known
+    known = triton_launch.Gpu(gpu.n_processors, gpu.min_block_m, gpu.can_overlap, {})
+    triton_launch.gpu_of = triton_attention.gpu_of = lambda device: known
     triton_linear.dot_dtype = triton_attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
     launch_products(gpu.dtype)
     assert compiler.compiled == PRODUCTS

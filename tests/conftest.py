@@ -19,8 +19,8 @@ def pair():
     """family -> (transformers' model, the same in ours, with kernels or in plain PyTorch), float32."""
 
     @functools.cache
-    def make(family: str, kernels: bool = True):
+    def make(family: str, use_kernels: bool = True):
         theirs = make_hf(family)
-        return theirs, to_ours(theirs, kernels)
+        return theirs, to_ours(theirs, use_kernels)
 
     return make

@@ -10,7 +10,7 @@ import torch
 
 import cli as shell
 import generate
-from generate import load, stream_tokens
+from generate import build_stream, load
 from kernels import cpu
 from model import KVCache, Transformer
 from sampling import Sampling
@@ -116,10 +116,9 @@ def test_conversation_survives_an_interrupt(chatty, cli, fed):
 def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
-    steps = build_steps(model, KVCache(model, 1, CONTEXT), Sampling())
-    conversation = generate.Conversation(
-        tokenizer, lambda *text: stream_tokens(steps, 1, torch.device("cpu"), *text), CONTEXT, model.config.eos_ids
-    )
+    kv_cache = KVCache(model, 1, CONTEXT)
+    stream = build_stream(build_steps(model, kv_cache, Sampling()), kv_cache)
+    conversation = generate.Conversation(tokenizer, stream, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)
     pieces.close()

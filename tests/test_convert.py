@@ -146,10 +146,10 @@ def test_a_head_that_differs_from_the_embedding_is_kept(llama):
     folder, tensors = llama
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    head = read_checkpoint(convert(folder))[2]["output.weight"]
+    head = read_checkpoint(convert(folder))[2]["lm_head.weight"]
     assert torch.equal(head, tensors["lm_head.weight"])
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
-    assert "output.weight" not in read_checkpoint(convert(folder))[2]
+    assert "lm_head.weight" not in read_checkpoint(convert(folder))[2]
 
 
 # ---- Broken files ---------------------------------------------------------------------------------------------------

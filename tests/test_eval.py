@@ -14,7 +14,7 @@ import cli
 import eval
 import gptq
 from config import UsageError
-from eval import Options, Row, harness_model, scores_of
+from eval import Options, Sequence, harness_model, scores_of
 from loading import load_model
 from sampling import Sampling
 from tests.tiny import convert, write_folder
@@ -111,10 +111,10 @@ def test_perplexity_equals_transformers(length, batch_size, folder, theirs, monk
 def test_score_does_not_depend_on_the_batch(ours):
     model, _ = ours
     lengths = [(9, 1), (40, 39), (2, 1), (25, 3), (7, 6)]
-    rows = [Row(torch.randint(0, 256, (n,)).tolist(), n_scored) for n, n_scored in lengths]
+    rows = [Sequence(torch.randint(0, 256, (n,)).tolist(), n_scored) for n, n_scored in lengths]
     alone = [next(scores_of(model, [row], batch_size=1)) for row in rows]
     for batch_size in (2, 9):
-        together = {score.row: score for score in scores_of(model, rows, batch_size)}
+        together = {score.index: score for score in scores_of(model, rows, batch_size)}
         assert together.keys() == set(range(len(rows)))
         for i, expected in enumerate(alone):
             assert len(expected.logprobs) == rows[i].n_scored
@@ -170,7 +170,7 @@ def test_generation_stops_where_it_should(ours):
 def test_requests_of_many_kinds_are_compiled_once(tmp_path):
     """PyTorch gives up after eight times."""
     write_folder("llama3", tmp_path)
-    model, tokenizer = load_model(convert(tmp_path), "cpu", torch.float32, kernels=False), load_tokenizer(tmp_path)
+    model, tokenizer = load_model(convert(tmp_path), "cpu", torch.float32, use_kernels=False), load_tokenizer(tmp_path)
     requests = [SimpleNamespace(args=("a" * n, {"max_gen_toks": n})) for n in range(3, 13)]
     plain, compiled = (
         harness_model(model, tokenizer, 60, 2, compile).generate_until(requests) for compile in (False, True)

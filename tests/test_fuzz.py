@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import quantize
 from tests.test_convert import write_shards
-from tests.tiny import ROOT, call, convert, make_hf, write_format_1
+from tests.tiny import ROOT, call, convert, make_hf, write_earlier_format
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from tests.tiny_tokenizers import TEMPLATES, train
 
@@ -133,7 +133,7 @@ def make_folder(family: str, folder: Path):
     for mode in ("int8", "int4"):
         call(quantize.main, "--checkpoint_path", path, "--mode", mode)
     shutil.copy(path, folder / "model_format_1.pth")
-    write_format_1(folder / "model_format_1.pth")
+    write_earlier_format(folder / "model_format_1.pth", "gpt-fast/1")
     assert all((folder / name).is_file() for name in MODEL_FILES)
 
 

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from functools import partial
 
 import torch
 
 from chat import Conversation
-from generate import build_steps, generate, load, make_kv_cache, stream_tokens
+from generate import build_steps, build_stream, generate, load, make_kv_cache
 from sampling import Sampling
 from tests.tiny import ROOT
 from tokenizer import stream
@@ -31,9 +30,10 @@ def test_text(chatty, ask):
 def test_conversation(chatty, cli):
     """As generate.py --chat leads it. Another cache of the same model does not notice."""
     model, tokenizer = load(chatty / "model.pth")
-    steps, other_steps = (build_steps(model, make_kv_cache(model, 1, 160), Sampling()) for _ in range(2))
+    kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
+    steps, other_steps = (build_steps(model, cache, Sampling()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    conversation = Conversation(tokenizer, partial(stream_tokens, steps, 1, "cpu"), 160, model.config.eos_ids)
+    conversation = Conversation(tokenizer, build_stream(steps, kv_cache), kv_cache.length, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)

@@ -28,30 +28,30 @@ def rewrite(path, to, change):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_tied_embeddings_are_one_parameter(folder, kernels, dtype):
-    model = load_model(folder / "model.pth", dtype=dtype, kernels=kernels)
-    assert model.output.weight is model.tok_embeddings.weight and model.output.weight.dtype == dtype
+@pytest.mark.parametrize("use_kernels", [True, False])
+def test_tied_embeddings_are_one_parameter(folder, use_kernels, dtype):
+    model = load_model(folder / "model.pth", dtype=dtype, use_kernels=use_kernels)
+    assert model.lm_head.weight is model.embed_tokens.weight and model.lm_head.weight.dtype == dtype
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_a_quantized_head_is_not_tied(folder):
     model = load_model(folder / "model_int8.pth")
-    assert model.output.weight.data_ptr() != model.tok_embeddings.weight.data_ptr()
-    assert model.format.name == "int8" and model.tok_embeddings.weight.dtype == torch.bfloat16
-    assert model.output.scales.dtype == torch.float32
+    assert model.lm_head.weight.data_ptr() != model.embed_tokens.weight.data_ptr()
+    assert model.format.name == "int8" and model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.lm_head.scales.dtype == torch.float32
 
 
 def test_a_head_of_its_own_counts(folder, tmp_path):
     head = torch.randn(260, 32)
-    rewrite(folder / "model.pth", tmp_path / "model.pth", lambda tensors: tensors.update({"output.weight": head}))
-    model = load_model(tmp_path / "model.pth", dtype=torch.float32, kernels=False)
-    assert torch.equal(model.output.weight, head) and not torch.equal(model.tok_embeddings.weight, head)
+    rewrite(folder / "model.pth", tmp_path / "model.pth", lambda tensors: tensors.update({"lm_head.weight": head}))
+    model = load_model(tmp_path / "model.pth", dtype=torch.float32, use_kernels=False)
+    assert torch.equal(model.lm_head.weight, head) and not torch.equal(model.embed_tokens.weight, head)
 
 
 @pytest.mark.parametrize(
     "name, dtype",
-    [("output.scales", torch.float64), ("output.weight", torch.int32), ("norm.weight", torch.int8)],
+    [("lm_head.scales", torch.float64), ("lm_head.weight", torch.int32), ("norm.weight", torch.int8)],
 )
 def test_types_of_a_quantized_checkpoint(folder, tmp_path, name, dtype):
     path = tmp_path / "model.pth"

@@ -79,8 +79,8 @@ WRONG_FILES = {  # what is in place of model.pth, and a word of what is said of 
     "empty": (lambda path, data: path.touch(), "truncated or not a PyTorch file"),
     "text": (lambda path, data: path.write_text("Hello\n"), "not"),
     "truncated": (lambda path, data: path.write_bytes(data[: len(data) // 2]), "truncated"),
-    "tensor": (lambda path, data: torch.save(torch.ones(3), path), "not a gpt-fast/2 checkpoint"),
-    "pickle": (lambda path, data: torch.save({"format": "gpt-fast/2", "tensors": Evil()}, path), "more than weights"),
+    "tensor": (lambda path, data: torch.save(torch.ones(3), path), "not a gpt-fast/3 checkpoint"),
+    "pickle": (lambda path, data: torch.save({"format": "gpt-fast/3", "tensors": Evil()}, path), "more than weights"),
     "old pickle": (lambda path, data: torch.save(Evil(), path, _use_new_zipfile_serialization=False), "not a PyTorch"),
 }
 
@@ -102,7 +102,7 @@ def test_wrong_checkpoint_path(refused, tmp_path):
 
 def small_embedding(data):
     data["config"]["vocab_size"] = 100
-    for name in ("tok_embeddings.weight", "output.weight"):
+    for name in ("embed_tokens.weight", "lm_head.weight"):
         data["tensors"][name] = data["tensors"][name][:100].clone()
 
 
@@ -114,9 +114,9 @@ WRONG_CONTENTS = {
     "integers": (lambda d: d["tensors"].update({"norm.weight": INTEGERS}), "norm.weight"),
     "no tensor": (lambda d: d["tensors"].update({"norm.weight": 5}), "table of tensors"),
     "NaN": (lambda d: d["tensors"]["norm.weight"].fill_(torch.nan), "not finite"),
-    "infinite": (lambda d: d["tensors"]["output.weight"].fill_(torch.inf), "not finite"),
+    "infinite": (lambda d: d["tensors"]["lm_head.weight"].fill_(torch.inf), "not finite"),
     "vocabulary": (small_embedding, "tokens"),
-    "format": (lambda d: d.update(format="gpt-fast/9"), "gpt-fast/2"),
+    "format": (lambda d: d.update(format="gpt-fast/9"), "gpt-fast/3"),
     "no config": (lambda d: d.update(config=None), "config"),
     "config lacks": (lambda d: d["config"].pop("dim"), "dim"),
     "config wrong": (lambda d: d["config"].update(dim=-1), "dim"),

@@ -9,10 +9,10 @@ from model import KVCache
 from tests.tiny import FAMILIES
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, kernels, pair):
-    theirs, ours = pair(family, kernels)
+def test_logits_equal_transformers(family, use_kernels, pair):
+    theirs, ours = pair(family, use_kernels)
     tokens = torch.randint(0, 97, (2, 120), generator=torch.Generator().manual_seed(1))  # seven sliding windows
     start, kv_cache = torch.zeros(2, dtype=torch.long), KVCache(ours, 2, 128)
     with torch.inference_mode():
@@ -24,11 +24,11 @@ def test_logits_equal_transformers(family, kernels, pair):
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_have_positions_of_their_own(family, kernels, pair):
+def test_rows_have_positions_of_their_own(family, use_kernels, pair):
     """Rows that begin at different positions give what each gives alone; a chunk beyond the kernels' rows, too."""
-    _, ours = pair(family, kernels)
+    _, ours = pair(family, use_kernels)
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
     together, starts = KVCache(ours, 2, 64), torch.tensor([30, 7])
     with torch.inference_mode():

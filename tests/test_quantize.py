@@ -14,7 +14,7 @@ from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
 from kernels.formats import Int4, Int8, split_groups
 from loading import load_model
-from model import KVCache
+from model import KVCache, Linear
 from quantize import Int4HQQ
 from tests.tiny import ROOT, convert, write_folder
 from tokenizer import load_tokenizer
@@ -95,13 +95,13 @@ def test_stored_weights_quantize_to_themselves(format):
     assert torch.equal(rounded(format, w), w)
 
 
-def test_hqq_and_fit_range_beat_the_plain_range():
+def test_hqq_and_fitted_scales_beat_the_plain_range():
     w = random_matrix(256, 128) ** 3  # heavy tails
     plain, hqq = rounded(Int4(64), w), rounded(Int4HQQ(64), w)
     assert (hqq - w).abs().sqrt().sum() < 0.97 * (plain - w).abs().sqrt().sum()
     groups = split_groups(w, 64)
-    fitted_range = gptq.fit_range(groups, torch.ones(1, 2, 64))
-    fitted = Int4(64).dequantize(Int4(64).round_to(groups, *fitted_range, 128), torch.float32)
+    fitted_range = gptq.fit_scales_and_zeros(groups, torch.ones(1, 2, 64))
+    fitted = Int4(64).dequantize(Int4(64).round_groups(groups, *fitted_range, 128), torch.float32)
     assert (fitted - w).square().sum() < 0.9 * (plain - w).square().sum()
 
 
@@ -116,7 +116,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
     config, quantization, tensors = read_checkpoint(tmp_path / "any name")
     assert quantization == ({"mode": "int4", "groupsize": int(group_size)} if group_size else {"mode": "int8"})
 
-    ours, plain = (load_model(p, "cpu", torch.float32, kernels=False) for p in (tmp_path / "any name", path))
+    ours, plain = (load_model(p, "cpu", torch.float32, use_kernels=False) for p in (tmp_path / "any name", path))
     quantized = dict(plain.linears())
     for linear_name, linear in quantized.items():
         module = ours.get_submodule(linear_name)
@@ -168,7 +168,7 @@ def test_gptq_of_experts_is_gptq_of_each_and_rounds_the_unseen():
 
 def test_hessians_are_of_what_each_linear_gets(folder):
     """Of experts, of the tokens that are sent to them."""
-    model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, kernels=False)
+    model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
     layer, cache = model.layers[0], KVCache(model, 1, 12).layers[0]
     feed_forward, seen = layer.feed_forward, {}
@@ -187,7 +187,7 @@ def test_hessians_are_of_what_each_linear_gets(folder):
     )
     with torch.inference_mode():
         hessians = gptq.hessians_of(model, 0, [model.embed(tokens)], torch.zeros(1, dtype=torch.long), cache)
-    hidden, topk_ids = seen["down"]  # [T, K, F], [T, K]
+    hidden, topk_ids = seen["down"]  # [T, top_k, F], [T, top_k]
     names = ("attention.qkv_proj", "attention.o_proj", "feed_forward.gate_up_proj", "feed_forward.down_proj")
     assert hessians.keys() == {f"layers.0.{name}" for name in names}
     for e in range(model.config.moe.n_experts):
@@ -195,6 +195,19 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         torch.testing.assert_close(hessians["layers.0.feed_forward.gate_up_proj"][e], x.T @ x)
         h = hidden[topk_ids == e]
         torch.testing.assert_close(hessians["layers.0.feed_forward.down_proj"][e], h.T @ h)
+
+
+def test_gptq_of_inputs_that_are_all_zero(capsys):
+    """They say nothing about which columns matter, so the weights are rounded to nearest."""
+    torch.manual_seed(0)
+    linear = Linear(64, 16)
+    linear.weight.normal_()
+    exact = linear.weight.clone()
+    config = gptq.GPTQConfig(group_size=32, damp=0.1, block_size=128, act_order=True)
+    gptq.quantize_linear("lm_head", linear, torch.zeros(64, 64), config)
+    assert capsys.readouterr().err == "lm_head: all inputs are 0, so it is rounded to nearest\n"
+    plain = Int4(32).dequantize(Int4(32).quantize(exact), torch.float32)
+    assert (linear.weight - exact).square().mean() <= (plain - exact).square().mean()
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
@@ -209,7 +222,7 @@ def test_gptq_from_the_command_line(family, folder, monkeypatch, tmp_path, capsy
     run_quantize(monkeypatch, path, "--mode=int4")
     tokens = torch.tensor([load_tokenizer(path.parent).encode("the age of foolishness, the epoch of belief")])
     exact, plain, calibrated = (
-        logits_of(load_model(path.with_name(name), "cpu", torch.float32, kernels=False), tokens)
+        logits_of(load_model(path.with_name(name), "cpu", torch.float32, use_kernels=False), tokens)
         for name in ("model.pth", "model_int4.g32.pth", "model_int4-gptq.g32.pth")
     )
     assert (calibrated - exact).square().mean() < 0.8 * (plain - exact).square().mean()
@@ -264,9 +277,9 @@ def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
 
 
 def test_int4_takes_inputs_in_eights():
-    weights = {"output": torch.zeros(3, 12)}
+    weights = {"lm_head": torch.zeros(3, 12)}
     quantize.check_sizes(weights, Int8())
-    with pytest.raises(UsageError, match="output.weight has 12 inputs; int4 needs a multiple of 8: use --mode int8"):
+    with pytest.raises(UsageError, match="lm_head.weight has 12 inputs; int4 needs a multiple of 8: use --mode int8"):
         quantize.check_sizes(weights, Int4(32))
 
 

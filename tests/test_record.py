@@ -6,7 +6,7 @@ import torch
 import kernels
 from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Int4, Int8
-from kernels.record import outside, record
+from kernels.record import between_tapes, record
 from model import KVCache, Transformer
 
 built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
@@ -107,17 +107,17 @@ def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
 
 
 @built
-def test_outside_happens_between_two_tapes():
+def test_a_function_runs_between_two_tapes():
     x, total = torch.zeros(2, 37), []
 
     def double(t):
         total.append(float(t.sum()))
         return t * 2
 
-    step = record(lambda t: kernels.add(outside(double, kernels.add(t, t, "cpu")), t, "cpu"))
+    step = record(lambda t: kernels.add(between_tapes(double, kernels.add(t, t, "cpu")), t, "cpu"))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
     assert total[-2:] == [148.0, 444.0]  # of what the first tape had just computed
-    assert torch.equal(outside(double, x + 1), x + 2)
+    assert torch.equal(between_tapes(double, x + 1), x + 2)
 
 

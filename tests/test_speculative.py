@@ -16,7 +16,7 @@ import quantize
 import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
-from model import KVCache, Transformer
+from model import KVCache
 from sampling import Sampling, multinomial, probabilities, sample
 from speculate import (
     DraftModel,
@@ -110,10 +110,10 @@ def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
         flat(continuation(TEXT, len(TEXT) - 1, 21))
 
 
-@pytest.mark.parametrize("family, kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
-def test_compiled(family, kernels, k, pair):
+@pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
+def test_compiled(family, use_kernels, k, pair):
     """With kernels nothing is, except a verification of 11 tokens, which are too many for them."""
-    model = pair(family, kernels)[1]
+    model = pair(family, use_kernels)[1]
     speculation = speculation_of(model, None, len(TEXT) + 20, k, compile=True)
     assert flat(speculate(speculation, TEXT, 0, 20)) == plain(model, TEXT, 20)
 
@@ -263,12 +263,10 @@ def test_the_number_of_tokens_follows_what_is_accepted():
     assert abs(rate.rate - first) < 0.01
 
 
-def test_experts_cost_more_to_verify_on_a_gpu(pair):
+def test_experts_cost_more_to_verify(pair):
     dense, moe = pair("llama3")[1], pair("mixtral")[1]
-    with torch.device("meta"):  # as any device that is no CPU
-        elsewhere = Transformer(moe.config)
-    assert verify_cost(dense) == verify_cost(moe) < 0.2 and 0.5 < verify_cost(elsewhere) < 1
-    assert best_size([1, 2, 5], 0.6, verify_cost(dense)) == 2 and best_size([1, 2, 5], 0.6, verify_cost(elsewhere)) == 0
+    assert verify_cost(dense) < 0.2 < verify_cost(moe) < 1
+    assert best_size([1, 2, 5], 0.3, verify_cost(dense)) > best_size([1, 2, 5], 0.3, verify_cost(moe))
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -300,7 +298,7 @@ def test_json(way, temperature, folders, capsys, monkeypatch):
     folder = folders[0]
     if way[0].startswith("--draft"):
         way = [*way, str(folder / "model.pth")]
-        monkeypatch.setattr(speculate_module, "VERIFY_COST", -1.0)  # or a draft as large as the model would not pay
+        monkeypatch.setattr(speculate_module, "verify_cost", lambda model: -1.0)  # or a draft as large as the model would not pay
     flags = ["--prompt=ABCABCABC", f"--temperature={temperature}", "--precision=float32", "--json"]
     flags += ["--max_new_tokens=119"]  # to the end of the context
     ours = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
@@ -333,7 +331,7 @@ def test_an_end_token_in_a_step_ends_it(folders, capsys, monkeypatch):
     ends = sorted(set(tokens), key=tokens.index)[1:8]
     for end in ends:
         monkeypatch.setattr(generate, "load", with_end(end))
-        monkeypatch.setattr(speculate_module, "VERIFY_COST", -1.0)
+        monkeypatch.setattr(speculate_module, "verify_cost", lambda model: -1.0)
         way = ["--draft_checkpoint_path", str(folder / "model.pth"), "--speculate_k=7"]
         result = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
         assert result["tokens"][0] == tokens[: tokens.index(end) + 1]

@@ -12,7 +12,7 @@ import torch
 
 import kernels
 from config import ModelConfig
-from kernels import reference, triton_attention, triton_linear, triton_moe  # noqa: F401  (registers its operations)
+from kernels import reference, triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401  (some register operations)
 from kernels.formats import Dense, Int4, Int8
 from kernels.triton_int4 import pack_int4_tiles, unpack_int4_tiles
 from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Linear, rope_table
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, ab
 @pytest.fixture
 def small_gpu(monkeypatch):
     """As if there were two multiprocessors, so that even small products have programs of several tiles of W."""
-    monkeypatch.setattr(triton_linear, "gpu_of", lambda device: triton_linear.Gpu(2, 8, {}))
-    monkeypatch.setattr(triton_attention, "gpu_of", lambda device: triton_linear.Gpu(2, 8, {}))
+    monkeypatch.setattr(triton_launch, "gpu_of", lambda device: triton_launch.Gpu(2, 8, False, {}))
+    monkeypatch.setattr(triton_attention, "gpu_of", lambda device: triton_launch.Gpu(2, 8, False, {}))
 
 
 def enabled(module):
@@ -75,7 +75,7 @@ def test_linear(format, dtype, small_gpu):
         y = normed @ matrix.T + bias
         error = of_exact_sums(normed.abs() @ matrix.abs().T + abs(bias), k, format)
         bounds.check(kernels.linear(x, w, norm, out_dtype=torch.float32), y, error)
-        if n % kernels.GLU_ROWS == 0:
+        if n % kernels.FUSED_GLU_MULTIPLE == 0:
             y, error = of_glu(y, error)
             bounds.check(kernels.linear(x, w, norm, activation="silu"), y, error + of_rounding(y.abs() + error, dtype))
 
@@ -198,7 +198,7 @@ def test_experts(format, dtype, ffn_dim):
     w_gate_up, w_down, norm = gate_up.matrix(torch.float32), down.matrix(torch.float32), exact_norm(64, dtype)
     kernels.pack_for_triton([gate_up, down])
     assert gate_up.backend == "triton" and down.backend == ("torch" if (format, ffn_dim) == (Int8(), 44) else "triton")
-    for rows in (2, 9):  # the last beyond the kernels, but for the weights' order
+    for rows in (1, 7, 9):  # rows that share experts; and more than the kernels take
         by_kernels = rows < 9 and ffn_dim == 48
         topk_weights, topk_ids = reference.route(torch.randn(1, rows, 4) * 3, 2, True)
 
@@ -240,6 +240,42 @@ def test_router_of_nan(logits, normalize):
     """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
     topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, normalize, "triton")
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
+
+
+# ---- Sampling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [5, 2048, 5000])
+def test_sample(vocab_size):
+    """The likeliest token, the first of equals; with noise as the formula says."""
+    torch.manual_seed(0)
+    logits = torch.randint(-20, 20, (3, vocab_size)).float()
+    assert torch.equal(kernels.sample(logits, 0.0), logits.argmax(-1))
+    logits = torch.randn(3, vocab_size)
+    noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
+    for temperature in (1e-30, 0.7, 1e30):
+        ours = torch.ops.gptfast_triton.sample(logits, noise, temperature)
+        scores = logits - temperature * noise.float().log()
+        chosen = scores.gather(-1, ours[:, None])[:, 0]
+        assert (chosen >= scores.amax(-1) - 4 * U32 * scores.abs().amax(-1)).all()
+
+
+def test_sample_follows_the_distribution():
+    torch.manual_seed(0)
+    probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 3000
+    logits = (probabilities.log() * temperature).clamp(min=-1e30)
+    counts = kernels.sample(logits.expand(n, 5), temperature).bincount(minlength=5)
+    deviation = (n * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - n * probabilities).abs() <= 5 * deviation).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_sample_of_what_is_not_finite(value):
+    logits = torch.randn(2, 3000)
+    logits[1, 2500] = value
+    for temperature in (0.0, 1.0):
+        tokens = kernels.sample(logits, temperature)
+        assert tokens[0] >= 0 and tokens[1] == -1
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -297,7 +333,7 @@ def tiny_model(family: str, n_layers: int):
         sizes["num_local_experts"] = 4
     if family == "qwen3-moe":
         sizes["num_experts"] = 4
-    return to_ours(make_hf(family, **sizes), kernels=False)
+    return to_ours(make_hf(family, **sizes), use_kernels=False)
 
 
 def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:

@@ -3,6 +3,7 @@
     python -m tests.tiny mixtral checkpoints/tiny    # a whole Hugging Face folder, tokenizer included
 """
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -85,32 +86,39 @@ def call(main, *args):
         main()
 
 
+NAMES_OF_FORMAT_2 = {"embed_tokens": "tok_embeddings", "lm_head": "output"}
 NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", "down_proj": "w2", "router": "gate"}
 
 
-def write_format_1(path: Path):
-    """Rewrites the checkpoint in path as the first version of the format had it."""
+def write_earlier_format(path: Path, format: str):
+    """Rewrites the checkpoint in path as "gpt-fast/1" or "gpt-fast/2"."""
     data = torch.load(path, weights_only=True)
-    moe = data["config"]["moe"]
+    moe, rope_scaling = data["config"]["moe"], data["config"]["rope_scaling"]
     tensors = {}
     for name, tensor in data["tensors"].items():
-        for new, old in NAMES_OF_FORMAT_1.items():
-            is_expert = moe is not None and new in ("gate_up_proj", "down_proj")
-            name = name.replace(f".{new}.", f".experts.{old}." if is_expert else f".{old}.")
+        for new, old in NAMES_OF_FORMAT_2.items():
+            name = re.sub(rf"^{new}\.", f"{old}.", name)
+        if format == "gpt-fast/1":
+            for new, old in NAMES_OF_FORMAT_1.items():
+                is_expert = moe is not None and new in ("gate_up_proj", "down_proj")
+                name = name.replace(f".{new}.", f".experts.{old}." if is_expert else f".{old}.")
         tensors[name] = tensor
-    data["format"], data["tensors"] = "gpt-fast/1", tensors
-    if moe is not None:
+    assert "tok_embeddings.weight" in tensors
+    data["format"], data["tensors"] = format, tensors
+    if rope_scaling is not None:
+        rope_scaling["kind"] = rope_scaling.pop("rope_type")
+    if moe is not None and format == "gpt-fast/1":
         assert moe.keys() == {"n_experts", "top_k", "norm_topk_prob"}
         moe = {"n_experts": moe["n_experts"], "n_active": moe["top_k"], "normalize": moe["norm_topk_prob"]}
         data["config"]["moe"] = moe
     torch.save(data, path)
 
 
-def to_ours(theirs, kernels: bool = True):
+def to_ours(theirs, use_kernels: bool = True):
     """transformers' model as ours, float32."""
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, kernels)
+        return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, use_kernels)
 
 
 def same_logits(path: Path, theirs, atol: float = 1e-4):

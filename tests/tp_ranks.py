@@ -120,7 +120,7 @@ def compare_case(path: Path) -> dict:
 def compiled_tokens_are_the_same(path: Path) -> bool:
     """Whether ranks that run without kernels, through torch.compile, say what one process says."""
     prompt = make_prompt()
-    ours = tokens_of(load(path, torch.float32, kernels=False), prompt, compile=True)
+    ours = tokens_of(load(path, torch.float32, use_kernels=False), prompt, compile=True)
     return ours == tokens_of(load(path, torch.float32, sharded=False), prompt)
 
 
@@ -128,8 +128,8 @@ def make_prompt() -> Tensor:
     return torch.randint(3, 97, (N_ROWS, N_PROMPT), generator=torch.Generator().manual_seed(0))
 
 
-def load(path: Path, dtype: torch.dtype, kernels: bool = True, sharded: bool = True) -> Transformer:
-    return loading.load_model(path, CPU, dtype, kernels=kernels, sharded=sharded)
+def load(path: Path, dtype: torch.dtype, use_kernels: bool = True, sharded: bool = True) -> Transformer:
+    return loading.load_model(path, CPU, dtype, use_kernels=use_kernels, sharded=sharded)
 
 
 def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor) -> dict[s
     median over tokens, since a rounding error can send a few tokens to another expert."""
     ways = {
         "kernels": {"sharded": False},
-        "PyTorch": {"sharded": False, "kernels": False},
+        "PyTorch": {"sharded": False, "use_kernels": False},
         "ranks": {},
     }
     expected = decoded_logits(exact, tokens)
@@ -197,7 +197,7 @@ class BytesRead(TorchDispatchMode):
 def bytes_read(path: Path) -> dict:
     """What is read of the file for this rank's part, how much that must be, and the size of all that is cut."""
     config, quantization, tensors = read_checkpoint(path)
-    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+    tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     with torch.device("meta"):
         model = Transformer(config)
     for _, linear in model.linears():

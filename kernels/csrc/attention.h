@@ -1,11 +1,12 @@
-// attend: q/k norm, RoPE, cache write, and softmax(q k^T / sqrt(D)) v over what is in the cache.
+// attend: q/k norm, RoPE, cache write, and softmax(q k^T / sqrt(head_dim)) v over the keys that are in the cache.
 //
-// Three phases with a barrier between them. The threads share out
-//   1. the new tokens' heads: rotate q into shared memory, k and v into the cache;
-//   2. the cache, in chunks of KV_CHUNK keys of one key/value head: partial outputs, with their softmax's maximum and sum;
-//   3. the query heads: put the chunks' partial outputs together.
-// Every row of the batch has its own position, read when this is executed: a step costs what is in the cache, not what
-// would fit.
+// It is Flash-Decoding, in three phases with a barrier between them. In each of them the threads share out other tasks:
+//   1. rotate_heads      a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
+//   2. attend_to_chunks  a chunk of KV_CHUNK keys of a key/value head: a partial output, and its softmax's m_i and l_i
+//   3. combine_chunks    a query head: combine the partial outputs of all chunks
+//
+// Every row of the batch has its own position, which is read at execution. So the time depends on how many keys are in
+// the cache, not on how many it has room for.
 #pragma once
 
 #include <limits>
@@ -15,28 +16,23 @@
 constexpr int64_t KV_CHUNK = 256;
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
-// One head's vector x [d] -> out: [normed,] then rotated by rope [d / 2, 2] (cos, sin), element i paired with i + d / 2.
-template <typename T> void norm_and_rotate(const T* x, const T* norm, float eps, const float* rope, int64_t d, float* out) {
-  float total = 0;
-  for (int64_t i = 0; i < d; i++) out[i] = to_float(x[i]), total += out[i] * out[i];
-  if (norm) {
-    const float scale = 1 / std::sqrt(total / d + eps);
-    for (int64_t i = 0; i < d; i++) {
-      T rounded;  // in the same places as the reference
-      from_float(out[i] * scale, &rounded);
-      from_float(to_float(rounded) * to_float(norm[i]), &rounded);
-      out[i] = to_float(rounded);
-    }
-  }
-  for (int64_t i = 0; i < d / 2; i++) {
-    const float a = out[i], b = out[i + d / 2], cos = rope[2 * i], sin = rope[2 * i + 1];
-    out[i] = a * cos - b * sin, out[i + d / 2] = b * cos + a * sin;
+// RoPE: rotates the pairs (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). Writes out [d], which may be x.
+template <typename T> void rotate(const T* x, const float* rope, int64_t d, T* out) {
+  for (int64_t i = 0; i < d / 2; i += LANES) {
+    const Vec lo = load_partial(rope, 2 * i, d), hi = load_partial(rope, 2 * i + LANES, d);
+    const Vec cos = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const Vec sin = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const Vec a = load_partial(x, i, d / 2), b = load_partial(x + d / 2, i, d / 2);
+    store_partial(a * cos - b * sin, out, i, d / 2);
+    store_partial(b * cos + a * sin, out + d / 2, i, d / 2);
   }
 }
 
-// ---- One query against a chunk of keys -------------------------------------------------------------------------------
+// ---- One query against one chunk of keys ----------------------------------------------------------------------------
+//
+// These loops are compiled for D = 64 and 128, the usual head_dims. D = 0 takes any head_dim, as d, but is slower.
 
-// q . k, both [D] and of one type, in sixteen partial sums
+// q [D] . k [D] as 16 partial sums.
 template <int64_t D> inline Vec dot_head(const auto* q, const auto* k) {
   Vec total = {};
   for (int64_t i = 0; i < D; i += LANES) total += load_vec(q + i) * load_vec(k + i);
@@ -52,18 +48,15 @@ template <int64_t D> inline Vec dot_head(const bf16* q, const bf16* k) {
 #endif
 
 template <typename T> inline void prefetch_row(const T* row, int64_t d) {
-  for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+  for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(row + i);
 }
 
-struct Softmax { float m, l; };  // the greatest score and the sum of exp(score - m), as Flash-Attention calls them
-
-// scores = q . k / sqrt(d) for n keys [n, d], 16 at a time. D: d where it is known at compile time, or 0. Meanwhile
-// prefetches one of every stride rows of next [n / stride, d], if it is not null.
+// scores [n] = q [d] . k [n, d] / sqrt(d), 16 keys at a time. Returns their maximum as a Vec of 16 partial maxima.
+// Meanwhile prefetches next [n / stride, d] if it is not null: one row for every stride keys.
 template <int64_t D, typename T>
 Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float* scores, const T* next, int64_t stride) {
   const float scale = 1 / std::sqrt(float(d));
-  const Vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Vec greatest = Vec{} + NEGATIVE_INFINITY;
+  Vec max = Vec{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     for (int64_t r = (s + stride - 1) / stride; next && r * stride < std::min(s + LANES, n); r++)
       prefetch_row(next + r * d, d);
@@ -80,48 +73,55 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float* scores, cons
         score[r] = sum * scale;
       }
     }
-    score = lane < float(n - s) ? score : Vec{} + NEGATIVE_INFINITY;
-    greatest = (score > greatest) | (score != score) ? score : greatest;  // NaN stays
+    score = keep_lanes(score, n - s, NEGATIVE_INFINITY);
+    max = (score > max) | (score != score) ? score : max;  // score != score: NaN stays
     store_vec(score, scores + s);
   }
-  return greatest;
+  return max;
 }
 
-// exp(score - the greatest) for n keys, in place of their scores
-inline Softmax exponentiate(float* scores, int64_t n, Vec greatest) {
-  const Vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  float m = NEGATIVE_INFINITY;
-  for (int r = 0; r < LANES; r++) m = greatest[r] > m || greatest[r] != greatest[r] ? greatest[r] : m;
-  Vec l = {};
+// A softmax over some keys, in Flash-Attention's names. m_i: the maximum score. l_i: the sum of exp(score - m_i).
+struct Softmax { float m_i, l_i; };
+
+// Replaces scores [n] by p = exp(score - m_i), where m_i is the maximum of max's lanes.
+inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
+  float m_i = NEGATIVE_INFINITY;
+  for (int r = 0; r < LANES; r++) m_i = max[r] > m_i || max[r] != max[r] ? max[r] : m_i;
+  Vec l_i = {};
   for (int64_t s = 0; s < n; s += LANES) {
-    const Vec p = lane < float(n - s) ? exp_vec(load_vec(scores + s) - m) : Vec{};
+    const Vec p = keep_lanes(exp_vec(load_vec(scores + s) - m_i), n - s, 0);
     store_vec(p, scores + s);
-    l += p;
+    l_i += p;
   }
-  return {m, sum(l)};
+  return {m_i, sum(l_i)};
 }
 
 using Scores = float[KV_CHUNK];
 
-// out [Q, D] = p [Q, n] . v [n, D]; prefetches next [n, D] if it is not null
-template <int64_t D, int Q, typename T> void add_values(const Scores* p, const T* v, int64_t n, float* out, const T* next) {
-  Vec sums[Q][D / LANES] = {};
+// out [Q, D] = p [Q, n] . v [n, D] for Q queries, which share the loads of v. Prefetches next [n, D] if it is not null.
+template <int64_t D, int Q, typename T>
+void add_values(const Scores* p, const T* v, int64_t n, float* out, const T* next) {
+  Vec acc[Q][D / LANES] = {};
   for (int64_t s = 0; s < n; s++) {
     if (next) prefetch_row(next + s * D, D);
     for (int64_t i = 0; i < D / LANES; i++) {
       const Vec x = load_vec(v + s * D + LANES * i);
-      for (int h = 0; h < Q; h++) sums[h][i] += p[h][s] * x;
+      for (int h = 0; h < Q; h++) acc[h][i] += p[h][s] * x;
     }
   }
-  std::memcpy(out, sums, sizeof sums);
+  std::memcpy(out, acc, sizeof acc);
 }
 
-// The same for up to four queries, a number known when it runs, or for any D
-template <int64_t D, int MAX_Q, typename T>
+// The queries for which add_values' sums fit in 16 registers. For any d it takes one.
+template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
+
+// add_values for n_queries, 1 to MAX_Q, and for any d.
+template <int64_t D, typename T>
 void weigh_values(int64_t n_queries, const Scores* p, const T* v, int64_t n, int64_t d, float* out, const T* next) {
   if constexpr (D > 0) {
+    constexpr int Q = MAX_Q<D>;  // 2 or 4
     static constexpr decltype(&add_values<D, 1, T>) by_queries[] = {
-        add_values<D, 1, T>, add_values<D, 2, T>, add_values<D, std::min(3, MAX_Q), T>, add_values<D, MAX_Q, T>};
+        add_values<D, 1, T>, add_values<D, 2, T>, add_values<D, std::min(3, Q), T>, add_values<D, Q, T>};
     by_queries[n_queries - 1](p, v, n, out, next);
   } else {
     std::fill_n(out, d, 0.0f);
@@ -130,50 +130,52 @@ void weigh_values(int64_t n_queries, const Scores* p, const T* v, int64_t n, int
   }
 }
 
-// ---- The operation ---------------------------------------------------------------------------------------------------
+// ---- The operation --------------------------------------------------------------------------------------------------
 
 template <typename T> struct AttendOp {
-  const T* qkv;  // [B, T, (H + 2 G) D]
-  T *k_cache, *v_cache;  // [B, G, S, D], with strides
-  int64_t batch_stride, head_stride;
-  const int64_t* positions;  // [B]: of the first new token
-  const float* rope;  // [S, D / 2, 2]
-  const T *q_norm, *k_norm;
+  const T* qkv;                       // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
+  T *k_cache, *v_cache;               // [batch, n_kv_heads, capacity, head_dim]
+  int64_t batch_stride, head_stride;  // of the caches' first two dimensions
+  const int64_t* positions;           // [batch]: where each row's first new token goes
+  const float* rope;                  // [capacity or more, head_dim / 2, 2]
+  const T *q_norm, *k_norm;           // [head_dim] or null
   float eps;
-  int64_t n_rows, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;
-  T* out;  // [B, T, H D]
+  int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window: 0 for none
+  T* out;                             // [batch, n_tokens, n_heads, head_dim]
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
-  int64_t queries() const { return n_tokens * heads_per_kv(); }  // that look at the same keys: [T, H / G]
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, positions[b] - window + 1) : 0; }
   int64_t n_chunks(int64_t b) const { return (positions[b] + n_tokens - first_key(b) + KV_CHUNK - 1) / KV_CHUNK; }
   int64_t max_chunks() const { return (capacity + KV_CHUNK - 1) / KV_CHUNK; }
 
+  // The queries that look at the same key/value head lie side by side, as [n_tokens, heads_per_kv].
+  int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
+  int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
+
+  // The threads share rotated queries and the chunks' results.
   struct Shared {
-    T* q;            // [B, G, T, H / G, D]
-    float* partial;  // [B, G, max_chunks, T, H / G, D]
-    Softmax* softmax;  // [B, G, max_chunks, T, H / G]
+    float* partial;    // [batch, n_kv_heads, max_chunks, queries_per_kv, head_dim]
+    T* q;              // [batch, n_kv_heads, queries_per_kv, head_dim]
+    Softmax* softmax;  // [batch, n_kv_heads, max_chunks, queries_per_kv]
   };
-  int64_t n_partial() const { return n_rows * n_kv_heads * max_chunks() * queries(); }
+  int64_t n_queries() const { return batch * n_tokens * n_heads; }
   size_t shared_bytes() const {
-    return Allocator::bytes_for<T>(n_rows * n_tokens * n_heads * head_dim) + Allocator::bytes_for<Softmax>(n_partial()) +
-           Allocator::bytes_for<float>(n_partial() * head_dim);
+    return n_queries() * (max_chunks() * (head_dim * sizeof(float) + sizeof(Softmax)) + head_dim * sizeof(T));
   }
-  Shared allocate(char* memory) const {
-    Allocator allocator(memory);
-    T* q = allocator.take<T>(n_rows * n_tokens * n_heads * head_dim);
-    float* partial = allocator.take<float>(n_partial() * head_dim);
-    return {q, partial, allocator.take<Softmax>(n_partial())};
+  Shared divide(char* memory) const {
+    float* partial = reinterpret_cast<float*>(memory);
+    T* q = reinterpret_cast<T*>(partial + n_queries() * max_chunks() * head_dim);
+    return {partial, q, reinterpret_cast<Softmax*>(q + n_queries() * head_dim)};
   }
 
   const char* error() const {
-    for (int64_t b = 0; b < n_rows; b++)
+    for (int64_t b = 0; b < batch; b++)
       if (positions[b] < 0 || positions[b] + n_tokens > capacity) return "the cache has no room for these positions";
     return nullptr;
   }
 
   void execute(char* memory, Barrier& barrier) const {
-    const Shared shared = allocate(memory);
+    const Shared shared = divide(memory);
     rotate_heads(shared);
     barrier.wait();
     attend_to_chunks(shared);
@@ -181,37 +183,37 @@ template <typename T> struct AttendOp {
     combine_chunks(shared);
   }
 
-  T* key(T* cache, int64_t b, int64_t kv_head, int64_t position) const {
+  T* cached(T* cache, int64_t b, int64_t kv_head, int64_t position) const {
     return cache + b * batch_stride + kv_head * head_stride + position * head_dim;
   }
 
   void rotate_heads(const Shared& shared) const {
-    const int64_t d = head_dim, heads = n_heads + 2 * n_kv_heads;
-    float* rotated = Allocator(private_memory.at_least(Allocator::bytes_for<float>(d))).template take<float>(d);
-    const Share share = my_share(n_rows * n_tokens * heads);
+    const int64_t d = head_dim, all_heads = n_heads + 2 * n_kv_heads;  // q, k, v
+    const Share share = my_share(batch * n_tokens * all_heads);
     for (int64_t i = share.begin; i < share.end; i++) {
-      const int64_t head = i % heads, t = i / heads % n_tokens, b = i / heads / n_tokens;
-      const T* x = qkv + i * d;
+      const int64_t head = i % all_heads, t = i / all_heads % n_tokens, b = i / all_heads / n_tokens;
       const int64_t position = positions[b] + t;
-      if (head >= n_heads + n_kv_heads) {
-        std::memcpy(key(v_cache, b, head - n_heads - n_kv_heads, position), x, d * sizeof(T));
+      const T *x = qkv + i * d, *norm = head < n_heads ? q_norm : k_norm;
+      T* to;
+      if (head < n_heads) {
+        to = shared.q + ((b * n_kv_heads + head / heads_per_kv()) * queries_per_kv() + query_index(t, head)) * d;
+      } else if (head < n_heads + n_kv_heads) {
+        to = cached(k_cache, b, head - n_heads, position);
+      } else {
+        std::memcpy(cached(v_cache, b, head - n_heads - n_kv_heads, position), x, d * sizeof(T));
         continue;
       }
-      const bool is_query = head < n_heads;
-      norm_and_rotate(x, is_query ? q_norm : k_norm, eps, rope + position * d, d, rotated);
-      const int64_t kv_head = head / heads_per_kv();
-      T* to = is_query ? shared.q + ((b * n_kv_heads + kv_head) * queries() + t * heads_per_kv() + head % heads_per_kv()) * d
-                       : key(k_cache, b, head - n_heads, position);
-      for (int64_t j = 0; j < d; j++) from_float(rotated[j], &to[j]);
+      rotate(norm ? rms_norm(x, norm, eps, d, to) : x, rope + position * d, d, to);
     }
   }
 
+  // A task is a chunk of a key/value head of a row b of the batch, in this order: [b, kv_head, chunk].
   void attend_to_chunks(const Shared& shared) const {
     int64_t n_tasks = 0;
-    for (int64_t b = 0; b < n_rows; b++) n_tasks += n_kv_heads * n_chunks(b);
+    for (int64_t b = 0; b < batch; b++) n_tasks += n_kv_heads * n_chunks(b);
     const Share share = my_share(n_tasks);
     int64_t first_task = 0;  // of row b
-    for (int64_t b = 0; b < n_rows; first_task += n_kv_heads * n_chunks(b), b++) {
+    for (int64_t b = 0; b < batch; first_task += n_kv_heads * n_chunks(b), b++) {
       const int64_t begin = std::max(share.begin - first_task, int64_t(0));
       const int64_t end = std::min(share.end - first_task, n_kv_heads * n_chunks(b));
       for (int64_t task = begin; task < end; task++) attend_to_chunk(shared, b, task / n_chunks(b), task % n_chunks(b));
@@ -224,57 +226,58 @@ template <typename T> struct AttendOp {
     else attend_to_chunk<0>(shared, b, kv_head, chunk);
   }
 
-  // Up to four queries at a time share what is loaded of the values. The first ones prefetch: the keys' loop the values,
-  // the values' loop the next chunk's keys.
+  // All queries of a key/value head, up to MAX_Q heads of one token at a time. The first of them read the chunk from
+  // memory, so they prefetch: score_keys prefetches the chunk's values, weigh_values the next chunk's keys.
   template <int64_t D> void attend_to_chunk(const Shared& shared, int64_t b, int64_t kv_head, int64_t chunk) const {
-    constexpr int MAX_Q = D ? 256 / D : 1;
     const int64_t d = D ? D : head_dim;
     const int64_t chunk_begin = first_key(b) + chunk * KV_CHUNK;
     const int64_t chunk_end = std::min(positions[b] + n_tokens, chunk_begin + KV_CHUNK);
-    const T *k = key(k_cache, b, kv_head, 0), *v = key(v_cache, b, kv_head, 0);
+    const T *k = cached(k_cache, b, kv_head, 0), *v = cached(v_cache, b, kv_head, 0);
     const int64_t head = b * n_kv_heads + kv_head;
-    const T* q = shared.q + head * queries() * d;
-    float* partial = shared.partial + (head * max_chunks() + chunk) * queries() * d;
-    Softmax* softmax = shared.softmax + (head * max_chunks() + chunk) * queries();
-    alignas(64) Scores scores[MAX_Q];
+    const T* q = shared.q + head * queries_per_kv() * d;
+    float* partial = shared.partial + (head * max_chunks() + chunk) * queries_per_kv() * d;
+    Softmax* softmax = shared.softmax + (head * max_chunks() + chunk) * queries_per_kv();
+    alignas(64) Scores scores[MAX_Q<D>];
     for (int64_t t = 0; t < n_tokens; t++) {
       const int64_t position = positions[b] + t;
       const int64_t begin = window ? std::max(chunk_begin, position - window + 1) : chunk_begin;
-      const int64_t n = std::max<int64_t>(0, std::min(chunk_end, position + 1) - begin);
+      const int64_t n = std::max<int64_t>(0, std::min(chunk_end, position + 1) - begin);  // keys that the token sees
       for (int64_t h = 0, count; h < heads_per_kv(); h += count, q += count * d, partial += count * d) {
-        count = std::min<int64_t>(MAX_Q, heads_per_kv() - h);
+        count = std::min<int64_t>(MAX_Q<D>, heads_per_kv() - h);
         const bool first = t == 0 && h == 0;
         for (int64_t i = 0; i < count; i++) {
-          const T* next = first ? v + (begin + n * i / count) * d : nullptr;
-          const Vec greatest = score_keys<D>(q + i * d, k + begin * d, n, d, scores[i], next, count);
-          *softmax++ = exponentiate(scores[i], n, greatest);
+          const T* next = first ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches a part
+          const Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scores[i], next, count);
+          *softmax++ = exponentiate(scores[i], n, max);
         }
         const T* next = first ? k + (begin + KV_CHUNK) * d : nullptr;
-        weigh_values<D, MAX_Q>(count, scores, v + begin * d, n, d, partial, next);
+        weigh_values<D>(count, scores, v + begin * d, n, d, partial, next);
       }
     }
   }
 
+  // With m_i the maximum over all chunks c and alpha_c = exp(m_c - m_i):
+  // out = (the sum of alpha_c * partial_c) / (the sum of alpha_c * l_c).
   void combine_chunks(const Shared& shared) const {
     const int64_t d = head_dim;
-    float* acc = Allocator(private_memory.at_least(Allocator::bytes_for<float>(d))).template take<float>(d);
-    const Share share = my_share(n_rows * n_tokens * n_heads);
+    std::vector<float> acc(d);
+    const Share share = my_share(n_queries());
     for (int64_t i = share.begin; i < share.end; i++) {
       const int64_t head = i % n_heads, t = i / n_heads % n_tokens, b = i / n_heads / n_tokens;
       const int64_t kv_head = b * n_kv_heads + head / heads_per_kv();
-      const int64_t query = t * heads_per_kv() + head % heads_per_kv();
-      const int64_t first = kv_head * max_chunks() * queries() + query, step = queries();  // of the chunks' results
-      float m = NEGATIVE_INFINITY, l = 0;
-      for (int64_t c = 0; c < n_chunks(b); c++) m = std::max(m, shared.softmax[first + c * step].m);
-      std::fill_n(acc, d, 0.0f);
+      // The results of chunk c are at first + c * step.
+      const int64_t first = kv_head * max_chunks() * queries_per_kv() + query_index(t, head), step = queries_per_kv();
+      float m_i = NEGATIVE_INFINITY, l_i = 0;
+      for (int64_t c = 0; c < n_chunks(b); c++) m_i = std::max(m_i, shared.softmax[first + c * step].m_i);
+      std::fill(acc.begin(), acc.end(), 0.0f);
       for (int64_t c = 0; c < n_chunks(b); c++) {
         const Softmax softmax = shared.softmax[first + c * step];
-        if (softmax.l == 0) continue;  // a chunk that this query does not see
-        const float alpha = std::exp(softmax.m - m);
-        l += alpha * softmax.l;
+        if (softmax.l_i == 0) continue;  // the query sees no key of this chunk
+        const float alpha = std::exp(softmax.m_i - m_i);
+        l_i += alpha * softmax.l_i;
         for (int64_t j = 0; j < d; j++) acc[j] += alpha * shared.partial[(first + c * step) * d + j];
       }
-      for (int64_t j = 0; j < d; j++) from_float(acc[j] / l, &out[i * d + j]);
+      for (int64_t j = 0; j < d; j += LANES) store_partial(load_partial(acc.data(), j, d) / l_i, out + i * d, j, d);
     }
   }
 };

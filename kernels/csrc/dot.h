@@ -1,31 +1,29 @@
-// Products of a block of 16 weights' rows with up to MAX_ROWS rows of activations, for every format of the weights.
+// Products of blocks of weights with 1 to MAX_ROWS rows of activations, for every format of weights.
 //
-// A decode step multiplies every weight by one row, or a few, so it runs at the speed at which weights arrive from memory.
-// The loops read each weight once and in order, fetch what comes next, and do everything else in registers meanwhile.
+// A decode step multiplies every weight with few activations, so it is as fast as weights arrive from memory. These
+// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime.
 #pragma once
 
 #include "weights.h"
 
-constexpr int64_t PREFETCH_L2 = 1024;      // bytes before their use at which weights are fetched into the L2 cache,
-constexpr int64_t PREFETCH_L2_FAR = 8192;  // where more is done with each, or several streams run side by side,
-constexpr int64_t PREFETCH_L1 = 512;       // and then into the L1 cache
+// Prefetch distances, in bytes: how far ahead of their use weights are fetched into a cache.
+constexpr int64_t PREFETCH_L2 = 1024;
+constexpr int64_t PREFETCH_L2_FAR = 8192;  // where a loop reads several streams or computes much for each weight
+constexpr int64_t PREFETCH_L1 = 512;
 
-inline void prefetch_l2(const char* p, int64_t distance) { __builtin_prefetch(p + distance, 0, 2); }
-inline void prefetch_l1(const char* p) { __builtin_prefetch(p + PREFETCH_L1); }
+using Outputs = Vec[MAX_ROWS];  // of one block, for each row of activations: [MAX_ROWS, BLOCK_N]
 
-// Four of the activations' bytes in every lane
-inline IntVec broadcast4(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return IntVec{} + four;
-}
+// ---- Quantized weights ----------------------------------------------------------------------------------------------
 
-// acc[lane] += sum over j < 4 of w[lane][j] (unsigned) * x[lane][j] (signed), exactly
+// Four activations, in every lane.
+inline IntVec broadcast4(const int8_t* x) { return IntVec{} + load<int32_t>(x); }
+
+// acc[lane] += the sum over j < 4 of w[lane][j] (unsigned byte) * x[lane][j] (signed byte). Exact.
 inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #if defined(__AVX512VNNI__)
   acc = (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #elif defined(__AVX2__)
-  // In halves of a byte, so that no 16-bit sum of two products saturates
+  // maddubs adds two products in 16 bits and saturates. With 4 bits of w at a time they always fit.
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), b = *reinterpret_cast<const __m256i*>(&x);
   __m256i* a = reinterpret_cast<__m256i*>(&acc);
   const __m256i* v = reinterpret_cast<const __m256i*>(&w);
@@ -44,87 +42,89 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 
 inline Vec row_scales(const Weights& w, int64_t block) { return load_partial(w.row_scales, block * BLOCK_N, w.n); }
 
-// INT8 weights, quantized activations. R blocks at a time share what is loaded of the activations.
-template <int M, int R> void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
-  const char* data[R];
+// INT8 weights, M rows of quantized activations. BLOCKS blocks at a time share the loads of the activations.
+template <int M, int BLOCKS>
+void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Outputs* out) {
+  const char* data[BLOCKS];
   const QuantizedGroup* x[M];
-  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * BLOCK_N * w.k;
+  for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(rows[m]);
-  Vec total[R][M] = {};
-  for (int64_t g = 0; g < w.k / ACT_GROUP; g++) {  // two words of each of the 16 rows: 128 bytes
-    IntVec first[R], second[R];
-    for (int r = 0; r < R; r++) {
-      const char* words = data[r] + g * 128;
+  Vec total[BLOCKS][M] = {};
+  for (int64_t g = 0; g < w.k / ACT_GROUP; g++) {  // 8 inputs: two words of each of the 16 rows, 128 bytes
+    IntVec first[BLOCKS], second[BLOCKS];
+    for (int b = 0; b < BLOCKS; b++) {
+      const char* words = data[b] + g * 128;
       for (int line = 0; line < 128; line += 64) {
-        prefetch_l2(words + line, M > 1 ? PREFETCH_L2_FAR : PREFETCH_L2);
-        if (M > 1) prefetch_l1(words + line);
+        prefetch_l2(words + line + (M > 1 ? PREFETCH_L2_FAR : PREFETCH_L2));
+        if (M > 1) prefetch_l1(words + line + PREFETCH_L1);
       }
-      first[r] = load<IntVec>(words), second[r] = load<IntVec>(words + 64);
+      first[b] = load<IntVec>(words), second[b] = load<IntVec>(words + 64);
     }
     for (int m = 0; m < M; m++) {
       const IntVec q0 = broadcast4(x[m][g].q), q4 = broadcast4(x[m][g].q + 4);
-      for (int r = 0; r < R; r++) {
+      for (int b = 0; b < BLOCKS; b++) {
         IntVec acc = {};
-        dot4(acc, first[r], q0), dot4(acc, second[r], q4);
-        total[r][m] += (as_float(acc) + x[m][g].offset) * x[m][g].scale;
+        dot4(acc, first[b], q0), dot4(acc, second[b], q4);
+        total[b][m] += (as_float(acc) + x[m][g].offset) * x[m][g].scale;
       }
     }
   }
-  for (int r = 0; r < R; r++) {
-    const Vec scale = row_scales(w, blocks[r]);
-    for (int m = 0; m < M; m++) out[r][m] = total[r][m] * scale;
+  for (int b = 0; b < BLOCKS; b++) {
+    const Vec scale = row_scales(w, blocks[b]);
+    for (int m = 0; m < M; m++) out[b][m] = total[b][m] * scale;
   }
 }
 
-// INT4 weights, quantized activations
-template <int M, int R> void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
-  const char* data[R];
+// INT4 weights, M rows of quantized activations.
+template <int M, int BLOCKS>
+void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Outputs* out) {
+  const char* data[BLOCKS];
   const QuantizedGroup* x[M];
-  for (int r = 0; r < R; r++) data[r] = w.data + blocks[r] * BLOCK_N * w.k / 2;
+  for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(rows[m]);
   const IntVec low = IntVec{} + 0x0f0f0f0f;
   const int64_t n_groups = w.n_groups();  // a division, so not in the loop
-  Vec total[R][M] = {};
+  Vec total[BLOCKS][M] = {};
   for (int64_t g = 0, end, group = 0; g < w.k / ACT_GROUP; g = end, group++) {  // a group of the weights
     end = std::min(w.k, g * ACT_GROUP + w.group_size) / ACT_GROUP;
-    Vec partial[R][M] = {};
-    for (; g < end; g++) {  // a group of the activations: one word of each of the 16 rows
-      IntVec lo[R], hi[R];
-      for (int r = 0; r < R; r++) {
-        const char* words = data[r] + g * 64;
-        prefetch_l2(words, PREFETCH_L2_FAR);
-        if (M > 1) prefetch_l1(words);
+    Vec partial[BLOCKS][M] = {};
+    for (; g < end; g++) {  // 8 inputs: one word of each of the 16 rows, 64 bytes
+      IntVec lo[BLOCKS], hi[BLOCKS];
+      for (int b = 0; b < BLOCKS; b++) {
+        const char* words = data[b] + g * 64;
+        prefetch_l2(words + PREFETCH_L2_FAR);
+        if (M > 1) prefetch_l1(words + PREFETCH_L1);
         const IntVec v = load<IntVec>(words);
-        lo[r] = v & low, hi[r] = (v >> 4) & low;
+        lo[b] = v & low, hi[b] = (v >> 4) & low;
       }
       for (int m = 0; m < M; m++) {
         const IntVec q0 = broadcast4(x[m][g].q), q4 = broadcast4(x[m][g].q + 4);
-        for (int r = 0; r < R; r++) {
+        for (int b = 0; b < BLOCKS; b++) {
           IntVec acc = {};
-          dot4(acc, lo[r], q0), dot4(acc, hi[r], q4);
-          partial[r][m] += as_float(acc) * x[m][g].scale;
+          dot4(acc, lo[b], q0), dot4(acc, hi[b], q4);
+          partial[b][m] += as_float(acc) * x[m][g].scale;
         }
       }
     }
-    for (int r = 0; r < R; r++) {
-      const int64_t index = (blocks[r] * n_groups + group) * BLOCK_N;
-      const Vec scale = load_bf16(w.scales + index), zero = load_u8(w.zeros + index);
-      for (int m = 0; m < M; m++) total[r][m] += (partial[r][m] - zero * x[m][end - 1].offset) * scale;
+    for (int b = 0; b < BLOCKS; b++) {
+      const int64_t index = (blocks[b] * n_groups + group) * BLOCK_N;
+      const Vec scale = load_vec(w.scales + index), zero = load_vec(w.zeros + index);
+      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].offset) * scale;
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) out[r][m] = total[r][m];
+  for (int b = 0; b < BLOCKS; b++)
+    for (int m = 0; m < M; m++) out[b][m] = total[b][m];
 }
 
-// INT8 and INT4 weights, float32 activations: no rounding but float32's.
-template <int M> void dot_exact(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
+// INT8 or INT4 weights, M rows of float32 activations. Nothing is rounded but in float32.
+template <int M> void dot_exact(const Weights& w, int64_t block, const PreparedRow* rows, Outputs out) {
   const bool int4 = w.kind == Weights::INT4;
-  const char* data = w.data + block * BLOCK_N * w.k / (int4 ? 2 : 1);
+  const char* data = w.block_data(block);
   Vec total[M] = {}, scale = Vec{} + 1, zero = Vec{} + 128;
   int64_t index = block * w.n_groups() * BLOCK_N;  // of the group's scales and zeros
   for (int64_t k = 0; k < w.k; data += 64) {
     if (int4 && k % w.group_size == 0) {
-      scale = load_bf16(w.scales + index), zero = load_u8(w.zeros + index) * (1 / 16.0f);
+      scale = load_vec(w.scales + index), zero = load_vec(w.zeros + index) * (1 / 16.0f);
       index += BLOCK_N;
     }
     const IntVec v = load<IntVec>(data);
@@ -137,7 +137,9 @@ template <int M> void dot_exact(const Weights& w, int64_t block, const PreparedR
   for (int m = 0; m < M; m++) out[m] = int4 ? total[m] : total[m] * row_scales(w, block);
 }
 
-// acc += 64 bytes of a times b, element by element
+// ---- Dense weights --------------------------------------------------------------------------------------------------
+
+// Adds the products of 64 bytes of a and of b to acc, to any of its lanes: the caller uses only the sum of all lanes.
 template <typename T> inline void multiply_add(Vec& acc, const T* a, const T* b) {
   for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
 }
@@ -147,68 +149,79 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// Weights of the activations' own type, as they are: [n, k]. R rows at a time share what is loaded of the activations; U
-// sums run side by side along each.
-template <int M, typename T> void dot_native(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
-  constexpr int R = M <= 2 ? 1 : 4, U = M <= 2 ? 4 : 1;
+// out [m, BLOCK_N] += the rows [m] times w [n, k], but only inputs begin to k, which are fewer than 64 bytes.
+// Not inlined into dot_native, so that its loop has more registers.
+template <typename T>
+[[gnu::noinline]]
+void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const PreparedRow* rows, int64_t m, Vec* out) {
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t j = begin; j < k; j++)
+        out[i][r] += to_float(w[r * k + j]) * to_float(static_cast<const T*>(rows[i])[j]);
+}
+
+// Weights of the activations' type T, row by row: [n, k]. M rows of activations.
+template <int M, typename T> void dot_native(const Weights& w, int64_t block, const PreparedRow* rows, Outputs out) {
+  constexpr int R = M <= 2 ? 1 : 4;       // rows of weights that share the loads of the activations
+  constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along a row, so that no addition waits for the one before
   constexpr int64_t WIDTH = 64 / sizeof(T);
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
-  const T *first = reinterpret_cast<const T*>(w.data) + block * BLOCK_N * k, *x[M];
+  const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = static_cast<const T*>(rows[m]);
   Vec sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* row[R];
     for (int j = 0; j < R; j++) row[j] = first + std::min(r + j, n - 1) * k;
-    Vec acc[M][R][U] = {};
+    Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
       for (int j = 0; j < R; j++) {
-        const auto ahead = [&](int64_t bytes) {  // past the end of this row: the row that comes R rows later
+        const auto ahead = [&](int64_t bytes) {  // past the end of the row, in the row that is read next: R rows on
           const int64_t to = i + bytes / int64_t(sizeof(T));
           return row[j] + to + (to < k ? 0 : (R - 1) * k);
         };
-        __builtin_prefetch(ahead(R == 1 ? PREFETCH_L2 : PREFETCH_L2_FAR), 0, 2);
-        if (R > 1) __builtin_prefetch(ahead(PREFETCH_L1));
+        prefetch_l2(ahead(R == 1 ? PREFETCH_L2 : PREFETCH_L2_FAR));
+        if (R > 1) prefetch_l1(ahead(PREFETCH_L1));
         for (int m = 0; m < M; m++) multiply_add(acc[m][j][u], row[j] + i, x[m] + i);
       }
     };
     int64_t i = 0;
-    for (; i + WIDTH * U <= k; i += WIDTH * U)
-      for (int u = 0; u < U; u++) step(i + WIDTH * u, u);
+    for (; i + WIDTH * UNROLL <= k; i += WIDTH * UNROLL)
+      for (int u = 0; u < UNROLL; u++) step(i + WIDTH * u, u);
     for (; i + WIDTH <= k; i += WIDTH) step(i, 0);
     for (int j = 0; j < R; j++)
       for (int m = 0; m < M; m++) {
-        for (int u = 1; u < U; u++) acc[m][j][0] += acc[m][j][u];
+        for (int u = 1; u < UNROLL; u++) acc[m][j][0] += acc[m][j][u];
         if constexpr (R == 1) out[m][r] = sum(acc[m][0][0]);
         else sums[m][r + j] = acc[m][j][0];
       }
   }
   if constexpr (R > 1)
     for (int m = 0; m < M; m++) out[m] = sum_each(sums[m]);
-  // The rest of rows that are no multiple of WIDTH; inside the loop above it would cost registers
-  for (int64_t i = k / WIDTH * WIDTH; i < k; i++)
-    for (int64_t r = 0; r < n; r++)
-      for (int m = 0; m < M; m++) out[m][r] += to_float(first[r * k + i]) * to_float(x[m][i]);
+  if (k % WIDTH) add_remainder(first, n, k, k / WIDTH * WIDTH, rows, M, out);
 }
 
-// out[i][m] = rows[m] . block blocks[i] of w, for one or two blocks. T: the activations' type
+// ---- Any weights ----------------------------------------------------------------------------------------------------
+
+// The product of M rows with n_blocks blocks, 1 or 2, of weights of any format. T: the activations' type.
 template <int M, typename T>
-void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
-  const bool quantized_rows = w.quantized() && !std::is_same_v<T, float>;
-  if (quantized_rows && M > 2 && n_blocks == 2)
-    return w.kind == Weights::INT8 ? dot_int8<M, 2>(w, blocks, rows, out) : dot_int4<M, 2>(w, blocks, rows, out);
+void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Outputs* out) {
+  const bool quantized_rows = quantizes_rows<T>(w);
+  if constexpr (M > 2)  // two blocks at a time, which share the loads of these many activations
+    if (quantized_rows && n_blocks == 2)
+      return w.kind == Weights::INT8 ? dot_int8<M, 2>(w, blocks, rows, out) : dot_int4<M, 2>(w, blocks, rows, out);
   for (; n_blocks > 0; n_blocks--, blocks++, out++) {
-    if (!w.quantized()) dot_native<M, T>(w, *blocks, rows, *out);
+    if (w.kind == Weights::DENSE) dot_native<M, T>(w, *blocks, rows, *out);
     else if (!quantized_rows) dot_exact<M>(w, *blocks, rows, *out);
     else if (w.kind == Weights::INT8) dot_int8<M, 1>(w, blocks, rows, out);
     else dot_int4<M, 1>(w, blocks, rows, out);
   }
 }
 
-// dot_rows for m rows, a number that is known when it runs
+// out[b][i] = block blocks[b] of w . rows[i], for m rows [m] and n_blocks blocks, 1 or 2.
 template <typename T>
-void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Vec (*out)[MAX_ROWS]) {
-  using Dot = void (*)(const Weights&, const int64_t*, int64_t, const PreparedRow*, Vec(*)[MAX_ROWS]);
-  static constexpr Dot by_rows[] = {dot_rows<1, T>, dot_rows<2, T>, dot_rows<3, T>, dot_rows<4, T>,
-                                    dot_rows<5, T>, dot_rows<6, T>, dot_rows<7, T>, dot_rows<8, T>};
+void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Outputs* out) {
+  static constexpr decltype(&dot_rows<1, T>) by_rows[] = {
+      dot_rows<1, T>, dot_rows<2, T>, dot_rows<3, T>, dot_rows<4, T>,
+      dot_rows<5, T>, dot_rows<6, T>, dot_rows<7, T>, dot_rows<8, T>};
   by_rows[m - 1](w, blocks, n_blocks, rows, out);
 }

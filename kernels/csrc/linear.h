@@ -1,38 +1,40 @@
-// The operations around a matrix: linear, what it fuses on its own (glu, add), embed and dequantize.
+// linear, the two operations that it can fuse (glu, add), embed, and dequantize.
 #pragma once
 
 #include "dot.h"
 
-// out [m, n] = [residual +] [activation] ([rms_norm] x [m, k] W^T [+ bias])
+// out [m, n_out] = [residual +] [activation] ([rms_norm] x [m, k] W^T [+ bias])
+//
+// With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each has n / 2
+// rows, a multiple of BLOCK_N, so that a block of one never reaches into the other.
 template <typename T> struct LinearOp {
   const T* x;
   int64_t m;
   Weights w;
-  const T *bias, *norm;
+  const T *bias, *norm;  // [n], [k], or null
   float eps;
-  const T* residual;
-  int64_t activation;  // with one, W is gate over up, each of n / 2 rows, a multiple of 16
+  const T* residual;  // [m, n_out] or null
+  int64_t activation;
   T* out;
-  float* wide_out;  // in place of out
+  float* float32_out;  // if not null, replaces out
 
+  // The threads share out the blocks of outputs.
   void execute(char*, Barrier&) const {
     const int64_t n_out = activation ? w.n / 2 : w.n;
     PreparedRow rows[MAX_ROWS];
     prepare_rows(x, m, w, norm, eps, rows);
     const Share share = my_share((n_out + BLOCK_N - 1) / BLOCK_N);
-    Vec y[2][MAX_ROWS];
-    for (int64_t block = share.begin, step; block < share.end; block += step) {
-      step = activation ? 1 : std::min<int64_t>(2, share.end - block);
+    Outputs y[2];
+    for (int64_t block = share.begin, n_blocks; block < share.end; block += n_blocks) {
+      n_blocks = activation ? 1 : std::min<int64_t>(2, share.end - block);  // of outputs
       const int64_t blocks[] = {block, activation ? block + n_out / BLOCK_N : block + 1};
-      dot<T>(m, w, blocks, activation ? 2 : step, rows, y);
-      for (int64_t i = 0; i < m; i++) {
-        if (activation) {
-          const Vec gate = with_bias(y[0][i], blocks[0]), up = with_bias(y[1][i], blocks[1]);
-          store(activate(gate, activation) * up, i, block, n_out);
-        } else {
-          for (int64_t j = 0; j < step; j++) store(with_bias(y[j][i], blocks[j]), i, blocks[j], n_out);
+      dot<T>(m, w, blocks, activation ? 2 : n_blocks, rows, y);
+      for (int64_t i = 0; i < m; i++)
+        for (int64_t b = 0; b < n_blocks; b++) {
+          Vec v = with_bias(y[b][i], blocks[b]);
+          if (activation) v = activate(v, activation) * with_bias(y[1][i], blocks[1]);
+          store(v, i, blocks[b], n_out);
         }
-      }
     }
   }
 
@@ -40,29 +42,29 @@ template <typename T> struct LinearOp {
 
   void store(Vec v, int64_t row, int64_t block, int64_t n_out) const {
     if (residual) v += load_partial(residual + row * n_out, block * BLOCK_N, n_out);
-    if (wide_out) store_partial(v, wide_out + row * n_out, block * BLOCK_N, n_out);
+    if (float32_out) store_partial(v, float32_out + row * n_out, block * BLOCK_N, n_out);
     else store_partial(v, out + row * n_out, block * BLOCK_N, n_out);
   }
 };
 
-// out [m, f] = activation(gate) * up of gate_up [m, 2 f]
+// out [m, f] = activation(gate) * up, for gate_up [m, 2 f]
 template <typename T> struct GluOp {
   const T* gate_up;
   int64_t m, f, activation;
   T* out;
 
   void execute(char*, Barrier&) const {
-    const int64_t n_blocks = (f + LANES - 1) / LANES;
-    const Share share = my_share(m * n_blocks);
-    for (int64_t i = share.begin; i < share.end; i++) {
-      const int64_t row = i / n_blocks, first = i % n_blocks * LANES;
-      const T* gate = gate_up + row * 2 * f;
-      store_partial(activate(load_partial(gate, first, f), activation) * load_partial(gate + f, first, f), out + row * f, first, f);
+    const int64_t vecs_per_row = (f + LANES - 1) / LANES;
+    const Share share = my_share(m * vecs_per_row);
+    for (int64_t task = share.begin; task < share.end; task++) {
+      const int64_t row = task / vecs_per_row, i = task % vecs_per_row * LANES;
+      const T *gate = gate_up + row * 2 * f, *up = gate + f;
+      store_partial(activate(load_partial(gate, i, f), activation) * load_partial(up, i, f), out + row * f, i, f);
     }
   }
 };
 
-// out [n] = x + y
+// out [n] = x [n] + y [n]
 template <typename T> struct AddOp {
   const T *x, *y;
   int64_t n;
@@ -70,31 +72,32 @@ template <typename T> struct AddOp {
 
   void execute(char*, Barrier&) const {
     const Share share = my_share((n + LANES - 1) / LANES);
-    for (int64_t i = share.begin * LANES; i < std::min(n, share.end * LANES); i += LANES)
+    for (int64_t i = share.begin * LANES; i < share.end * LANES; i += LANES)
       store_partial(load_partial(x, i, n) + load_partial(y, i, n), out, i, n);
   }
 };
 
-// out [m, dim] = the rows of weight [n_rows, dim] that tokens [m] name
+// out [m, dim] = the rows of weight [vocab_size, dim] for tokens [m]
 template <typename T> struct EmbedOp {
   const int64_t* tokens;
   int64_t m;
   const T* weight;
-  int64_t n_rows, dim;
+  int64_t vocab_size, dim;
   T* out;
 
   const char* error() const {
     for (int64_t i = 0; i < m; i++)
-      if (tokens[i] < 0 || tokens[i] >= n_rows) return "a token is not in the vocabulary";
+      if (tokens[i] < 0 || tokens[i] >= vocab_size) return "a token is not in the vocabulary";
     return nullptr;
   }
   void execute(char*, Barrier&) const {
     const Share share = my_share(m);
-    for (int64_t i = share.begin; i < share.end; i++) std::memcpy(out + i * dim, weight + tokens[i] * dim, dim * sizeof(T));
+    for (int64_t i = share.begin; i < share.end; i++)
+      std::memcpy(out + i * dim, weight + tokens[i] * dim, dim * sizeof(T));
   }
 };
 
-// out = (q - zero) * scale for the elements of one row in n_words of a block's words
+// out = (q - zero) * scale for n_words words of one row of a block. words: the row's first, in a block's packed layout.
 template <bool INT4> void dequantize_words(const char* words, int64_t n_words, float scale, float zero, float* out) {
   for (int64_t word = 0; word < n_words; word++)
 #pragma GCC unroll 1  // compiles in a third of the time
@@ -109,31 +112,29 @@ template <bool INT4> void dequantize_words(const char* words, int64_t n_words, f
     }
 }
 
-// out [n, k] = the matrix that packed weights stand for. For prefill, so it is no operation of a tape.
+// out [n, k] = the matrix that packed INT8 or INT4 weights stand for. For prefill, so it is not recorded on a tape.
 template <typename T> void dequantize_to(const Weights& w, T* out) {
   const bool int4 = w.kind == Weights::INT4;
   const auto dequantize_row = int4 ? dequantize_words<true> : dequantize_words<false>;
-  const int64_t word = int4 ? 8 : 4, group_size = int4 ? w.group_size : w.k;  // in elements
-  constexpr int64_t LINE = 64 / sizeof(T);
-#pragma omp parallel for num_threads(threads())
+  const int64_t per_word = 32 / w.bits;     // elements
+  constexpr int64_t LINE = 64 / sizeof(T);  // elements of a cache line; one line of each row is written at a time
+#pragma omp parallel for num_threads(torch::stable::get_num_threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
-    const char* data = w.data + b * BLOCK_N * w.k / (int4 ? 2 : 1);
+    const char* data = w.block_data(b);
     const int64_t n_rows = std::min(BLOCK_N, w.n - b * BLOCK_N);
     int64_t index = b * w.n_groups() * BLOCK_N;  // of the group's scales and zeros
     for (int64_t k = 0; k < w.k; index += BLOCK_N) {
-      float scale[BLOCK_N], zero[BLOCK_N], values[LINE];
-      for (int64_t r = 0; r < n_rows; r++) {
-        scale[r] = int4 ? to_float(bf16{w.scales[index + r]}) : w.row_scales[b * BLOCK_N + r];
-        zero[r] = int4 ? w.zeros[index + r] / 16.0f : 128;
-      }
-      for (const int64_t end = std::min(w.k, k + group_size); k < end;) {
-        const int64_t n = std::min(LINE, end - k);  // a cache line of out at a time
+      const Vec scale = int4 ? load_vec(w.scales + index) : row_scales(w, b);
+      const Vec zero = int4 ? load_vec(w.zeros + index) * (1 / 16.0f) : Vec{} + 128;
+      for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
+        const int64_t n = std::min(LINE, end - k);
         for (int64_t r = 0; r < n_rows; r++) {
-          dequantize_row(data + 4 * r, n / word, scale[r], zero[r], values);
+          float values[LINE];
+          dequantize_row(data + 4 * r, n / per_word, scale[r], zero[r], values);
           T* row = out + (b * BLOCK_N + r) * w.k + k;
           for (int64_t i = 0; i < n; i += LANES) store_partial(load_vec(values + i), row, i, n);
         }
-        data += 64 * (n / word), k += n;
+        data += 64 * (n / per_word), k += n;
       }
     }
   }

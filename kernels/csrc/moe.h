@@ -1,15 +1,15 @@
-// A mixture of experts: route, and the products with the chosen experts' weights.
+// A mixture of experts: the choice of experts, and the products with their weights.
 #pragma once
 
 #include "dot.h"
 
-// The slots of topk_ids [n_slots] that name one expert, at most MAX_ROWS of them.
+// A slot is one token's choice of one expert: an index into topk_ids [m, top_k], flattened. The token is slot / top_k.
 struct ExpertUse {
   int64_t expert;
-  std::vector<int64_t> slots;
+  std::vector<int64_t> slots;  // up to MAX_ROWS that chose the expert
 };
 
-// Slots of the same expert together, so that its weights are read once.
+// Puts slots [n_slots] of the same expert together, so that its weights are read once for all of them.
 inline std::vector<ExpertUse> group_by_expert(const int64_t* topk_ids, int64_t n_slots) {
   std::vector<ExpertUse> uses;
   for (int64_t slot = 0; slot < n_slots; slot++) {
@@ -22,62 +22,64 @@ inline std::vector<ExpertUse> group_by_expert(const int64_t* topk_ids, int64_t n
   return uses;
 }
 
-// hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] times the matrix of each expert in topk_ids [m, top_k])
+// hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] W^T), W [n, k] of each expert in topk_ids [m, top_k]
 template <typename T> struct ExpertsGateUpOp {
   const T* x;
   int64_t m, top_k;
   const int64_t* topk_ids;
-  Weights w;
+  Weights w;  // [n_experts, n, k]
   const T* norm;
   float eps;
   int64_t activation;  // as in LinearOp
   T* hidden;
 
+  // The threads share out the blocks of outputs of all experts in use.
   void execute(char*, Barrier&) const {
     const int64_t n_out = activation ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
     PreparedRow rows[MAX_ROWS], rows_of_expert[MAX_ROWS];
     prepare_rows(x, m, w, norm, eps, rows);
-    Vec y[2][MAX_ROWS];
+    Outputs y[2];
     const Share share = my_share(n_blocks * uses.size());
-    for (int64_t i = share.begin; i < share.end; i++) {
-      const ExpertUse& use = uses[i / n_blocks];
-      const int64_t block = i % n_blocks, count = use.slots.size();
-      const int64_t blocks[] = {block, block + n_blocks};
-      for (int64_t j = 0; j < count; j++) rows_of_expert[j] = rows[use.slots[j] / top_k];
-      dot<T>(count, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
-      for (int64_t j = 0; j < count; j++) {
-        const Vec v = activation ? activate(y[0][j], activation) * y[1][j] : y[0][j];
-        store_partial(v, hidden + use.slots[j] * n_out, block * BLOCK_N, n_out);
+    for (int64_t task = share.begin; task < share.end; task++) {
+      const ExpertUse& use = uses[task / n_blocks];
+      const int64_t block = task % n_blocks, n_slots = use.slots.size();
+      const int64_t blocks[] = {block, block + n_blocks};  // gate, up
+      for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i] / top_k];
+      dot<T>(n_slots, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
+      for (int64_t i = 0; i < n_slots; i++) {
+        const Vec v = activation ? activate(y[0][i], activation) * y[1][i] : y[0][i];
+        store_partial(v, hidden + use.slots[i] * n_out, block * BLOCK_N, n_out);
       }
     }
   }
 };
 
-// out [m, n] = [residual +] the sum over each token's experts of topk_weights [m, top_k] times hidden [m, top_k, k] W^T
+// out [m, n] = [residual +] the sum over a token's experts of topk_weights [m, top_k] * (hidden [m, top_k, k] W^T)
 template <typename T> struct ExpertsDownOp {
   const T* hidden;
   int64_t m, top_k;
   const int64_t* topk_ids;
   const float* topk_weights;
-  Weights w;
-  const T* residual;
+  Weights w;          // [n_experts, n, k]
+  const T* residual;  // [m, n] or null
   T* out;
 
+  // The threads share out the blocks of outputs: one thread adds up all experts of a block.
   void execute(char*, Barrier&) const {
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
     std::vector<PreparedRow> rows(m * top_k);
     prepare_rows<T>(hidden, m * top_k, w, nullptr, 0, rows.data());
     PreparedRow rows_of_expert[MAX_ROWS];
-    Vec y[1][MAX_ROWS];
+    Outputs y[1];
     const Share share = my_share(w.n_blocks());
     for (int64_t block = share.begin; block < share.end; block++) {
-      Vec total[MAX_ROWS] = {};
+      Outputs total = {};
       for (const ExpertUse& use : uses) {
-        const int64_t count = use.slots.size();
-        for (int64_t j = 0; j < count; j++) rows_of_expert[j] = rows[use.slots[j]];
-        dot<T>(count, w.expert(use.expert), &block, 1, rows_of_expert, y);
-        for (int64_t j = 0; j < count; j++) total[use.slots[j] / top_k] += topk_weights[use.slots[j]] * y[0][j];
+        const int64_t n_slots = use.slots.size();
+        for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i]];
+        dot<T>(n_slots, w.expert(use.expert), &block, 1, rows_of_expert, y);
+        for (int64_t i = 0; i < n_slots; i++) total[use.slots[i] / top_k] += topk_weights[use.slots[i]] * y[0][i];
       }
       for (int64_t i = 0; i < m; i++) {
         if (residual) total[i] += load_partial(residual + i * w.n, block * BLOCK_N, w.n);
@@ -87,8 +89,8 @@ template <typename T> struct ExpertsDownOp {
   }
 };
 
-// topk_weights and topk_ids [m, top_k] = the softmax of logits [m, n_experts] at its greatest entries. If a logit is NaN,
-// the experts are still top_k different ones, and their weights are NaN.
+// topk_weights, topk_ids [m, top_k] = the largest entries of softmax(logits [m, n_experts]). The weights are divided by
+// their sum if normalize. If a logit is NaN, the ids are still top_k different ones, and all weights are NaN.
 struct RouteOp {
   const float* logits;
   int64_t m, n_experts, top_k;
@@ -103,9 +105,9 @@ struct RouteOp {
   }
 
   void route_row(const float* row, float* weights, int64_t* ids) const {
-    const float greatest = *std::max_element(row, row + n_experts);
-    float total = 0, chosen = 0;
-    for (int64_t e = 0; e < n_experts; e++) total += std::exp(row[e] - greatest);
+    const float max = *std::max_element(row, row + n_experts);
+    float total = 0, chosen = 0;  // sums of exp(logit - max)
+    for (int64_t e = 0; e < n_experts; e++) total += std::exp(row[e] - max);
     for (int64_t i = 0; i < top_k; i++) {
       int64_t best = -1;
       for (int64_t e = 0; e < n_experts; e++) {
@@ -113,10 +115,9 @@ struct RouteOp {
         if (!taken && (best < 0 || row[e] > row[best])) best = e;
       }
       ids[i] = best;
-      weights[i] = std::exp(row[best] - greatest);
-      chosen += weights[i];
+      chosen += weights[i] = std::exp(row[best] - max);
     }
-    const float sum = normalize ? chosen + 0 * total : total;  // total is NaN if any logit is
+    const float sum = normalize ? chosen + 0 * total : total;  // 0 * total: NaN if any logit is
     for (int64_t i = 0; i < top_k; i++) weights[i] /= sum;
   }
 };

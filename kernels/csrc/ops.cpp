@@ -1,5 +1,8 @@
-// The CPU kernels of a decode step as PyTorch operations: torch.ops.gptfast. kernels/__init__.py describes them and
-// kernels/reference.py holds the PyTorch version of each; kernels/cpu.py builds this file.
+// The CPU kernels as PyTorch operations: torch.ops.gptfast.NAME. Each function checks its tensors, allocates the output
+// and submits the operation.
+//
+// kernels/__init__.py describes the operations, kernels/schema.py has their schemas, kernels/reference.py computes the
+// same in PyTorch, and kernels/cpu.py compiles this file.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,6 +25,20 @@ template <typename T> const T* ptr(const OptTensor& t) { return t ? ptr<T>(*t) :
 
 Sizes sizes(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
+// t's sizes with another last one.
+Sizes resized(const Tensor& t, int64_t last) {
+  Sizes shape = sizes(t);
+  shape.back() = last;
+  return shape;
+}
+
+// t's sizes and one more.
+Sizes extended(const Tensor& t, int64_t last) {
+  Sizes shape = sizes(t);
+  shape.push_back(last);
+  return shape;
+}
+
 // Calls f with a value of the C++ type of the activations.
 template <typename F> void dispatch_type(ScalarType type, F f) {
   if (type == ScalarType::Float) f(float{});
@@ -30,12 +47,14 @@ template <typename F> void dispatch_type(ScalarType type, F f) {
   else STD_TORCH_CHECK(false, "activations must be float32, float16 or bfloat16");
 }
 
-// Checks activations [..., k] and that what goes with them is of their type; returns the number of rows.
+// Checks activations x [..., k], and that the other tensors are of the same type. Returns the number of rows.
 int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = k ? x.numel() / k : 0;
-  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_ROWS, "activations must be 1 to 8 whole rows");
+  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_ROWS,
+                  "activations must be 1 to 8 whole rows");
   for (const OptTensor& t : others)
-    STD_TORCH_CHECK(!t || t->scalar_type() == x.scalar_type(), "weights, norms and caches must be of the activations' type");
+    STD_TORCH_CHECK(!t || t->scalar_type() == x.scalar_type(),
+                    "weights, norms and caches must be of the activations' type");
   return m;
 }
 
@@ -44,51 +63,41 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// kind: Format.kind in kernels/formats.py
+// The tensors of a weight, checked. kind: Format.kind in kernels/formats.py. type: the activations'.
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t kind, int64_t n, int64_t k,
-                int64_t group_size, ScalarType activations) {
-  const ScalarType type = w.scalar_type();
+                int64_t group_size, ScalarType type) {
   STD_TORCH_CHECK(0 <= kind && kind <= 2, "these kernels know dense, int8 and int4 weights");
-  STD_TORCH_CHECK(w.is_contiguous() && type == (kind == 0 ? activations : ScalarType::Int) && (kind < 1 || scales) &&
-                  (kind < 2 || zeros), "weights must be packed for the CPU, or of the activations' type");
-  Weights out{Weights::F32, static_cast<const char*>(w.data_ptr()), nullptr, nullptr, nullptr, n, k, group_size};
-  if (kind == 0) {
-    out.kind = type == ScalarType::Float ? Weights::F32 : type == ScalarType::Half ? Weights::F16 : Weights::BF16;
-  } else if (kind == 1) {
-    out.kind = Weights::INT8;
-    out.row_scales = ptr<float>(scales);
-  } else {
-    out.kind = Weights::INT4;
-    out.scales = ptr<uint16_t>(scales), out.zeros = ptr<uint8_t>(zeros);
-  }
-  return out;
+  STD_TORCH_CHECK(w.is_contiguous() && w.scalar_type() == (kind == Weights::DENSE ? type : ScalarType::Int) &&
+                  (kind == Weights::DENSE || scales) && (kind != Weights::INT4 || zeros),
+                  "weights must be packed for the CPU, or of the activations' type");
+  const bool int8 = kind == Weights::INT8, int4 = kind == Weights::INT4;
+  return {.kind = Weights::Kind(kind), .data = ptr<char>(w),
+          .bits = int4 ? 4 : int8 ? 8 : 8 * int64_t(w.element_size()),
+          .n = n, .k = k, .group_size = group_size,
+          .row_scales = int8 ? ptr<float>(scales) : nullptr,
+          .scales = int4 ? ptr<bf16>(scales) : nullptr,
+          .zeros = int4 ? ptr<uint8_t>(zeros) : nullptr};
 }
 
 Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size,
               OptTensor bias, OptTensor norm, double eps, OptTensor residual, int64_t activation, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm, residual});
-  Sizes shape = sizes(x);
-  shape.back() = activation ? n / 2 : n;
-  Tensor out = torch::stable::new_empty(x, shape, float32_out ? ScalarType::Float : x.scalar_type());
-  dispatch_type(x.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    submit(LinearOp<T>{
-        .x = ptr<T>(x), .m = m,
-        .w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type()),
-        .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps), .residual = ptr<T>(residual),
-        .activation = activation,
-        .out = mutable_ptr<T>(out), .wide_out = float32_out ? mutable_ptr<float>(out) : nullptr});
+  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, resized(x, activation ? n / 2 : n),
+                                        float32_out ? ScalarType::Float : x.scalar_type());
+  dispatch_type(x.scalar_type(), [&]<typename T>(T) {
+    submit(LinearOp<T>{.x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps),
+                       .residual = ptr<T>(residual), .activation = activation, .out = mutable_ptr<T>(out),
+                       .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
   });
   return out;
 }
 
 Tensor glu(Tensor gate_up, int64_t activation) {
   STD_TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0, "gate and up must be contiguous halves");
-  Sizes shape = sizes(gate_up);
-  const int64_t f = shape.back() /= 2;
-  Tensor out = torch::stable::new_empty(gate_up, shape);
-  dispatch_type(gate_up.scalar_type(), [&](auto type) {
-    using T = decltype(type);
+  const int64_t f = gate_up.size(-1) / 2;
+  Tensor out = torch::stable::new_empty(gate_up, resized(gate_up, f));
+  dispatch_type(gate_up.scalar_type(), [&]<typename T>(T) {
     submit(GluOp<T>{.gate_up = ptr<T>(gate_up), .m = gate_up.numel() / (2 * f), .f = f, .activation = activation,
                     .out = mutable_ptr<T>(out)});
   });
@@ -99,8 +108,7 @@ Tensor add(Tensor x, Tensor y) {
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && sizes(x) == sizes(y) && x.scalar_type() == y.scalar_type(),
                   "what is added must be of one shape and type");
   Tensor out = torch::stable::empty_like(x);
-  dispatch_type(x.scalar_type(), [&](auto type) {
-    using T = decltype(type);
+  dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(AddOp<T>{.x = ptr<T>(x), .y = ptr<T>(y), .n = x.numel(), .out = mutable_ptr<T>(out)});
   });
   return out;
@@ -109,50 +117,44 @@ Tensor add(Tensor x, Tensor y) {
 Tensor embed(Tensor tokens, Tensor weight) {
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() && weight.is_contiguous(),
                   "tokens must be int64");
-  Sizes shape = sizes(tokens);
-  shape.push_back(weight.size(1));
-  Tensor out = torch::stable::new_empty(weight, shape);
-  dispatch_type(weight.scalar_type(), [&](auto type) {
-    using T = decltype(type);
+  Tensor out = torch::stable::new_empty(weight, extended(tokens, weight.size(1)));
+  dispatch_type(weight.scalar_type(), [&]<typename T>(T) {
     submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .weight = ptr<T>(weight),
-                      .n_rows = weight.size(0), .dim = weight.size(1), .out = mutable_ptr<T>(out)});
+                      .vocab_size = weight.size(0), .dim = weight.size(1), .out = mutable_ptr<T>(out)});
   });
   return out;
 }
 
-Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm, OptTensor k_norm,
-              double eps, int64_t n_heads, int64_t window) {
-  const int64_t b = k_cache.size(0), g = k_cache.size(1), s = k_cache.size(2), d = k_cache.size(3);
-  const int64_t m = check_rows(qkv, (n_heads + 2 * g) * d, {k_cache, v_cache, q_norm, k_norm});
-  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous(), "positions must be int64 [B]");
-  STD_TORCH_CHECK(positions.numel() == b && qkv.size(0) == b, "the cache has no room for so many rows");
-  STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= s && rope.size(1) == d / 2,
-                  "rope must be float32 [S, D / 2, 2]");
+Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm,
+              OptTensor k_norm, double eps, int64_t n_heads, int64_t window) {
+  const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
+  const int64_t m = check_rows(qkv, (n_heads + 2 * n_kv_heads) * d, {k_cache, v_cache, q_norm, k_norm});
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous(),
+                  "positions must be int64 [B]");
+  STD_TORCH_CHECK(positions.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
+  STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= capacity &&
+                  rope.size(1) == d / 2, "rope must be float32 [S, D / 2, 2]");
   for (const Tensor& cache : {k_cache, v_cache})
     STD_TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == d && cache.stride(1) == k_cache.stride(1) &&
                     cache.stride(0) == k_cache.stride(0), "the caches' heads must be contiguous");
-  Tensor out = torch::stable::new_empty(qkv, Sizes{b, m / b, n_heads * d});
-  dispatch_type(qkv.scalar_type(), [&](auto type) {
-    using T = decltype(type);
+  Tensor out = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads * d});
+  dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
     submit(AttendOp<T>{
         .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
-        .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1),
-        .positions = ptr<int64_t>(positions), .rope = ptr<float>(rope),
-        .q_norm = ptr<T>(q_norm), .k_norm = ptr<T>(k_norm), .eps = float(eps),
-        .n_rows = b, .n_tokens = m / b, .n_heads = n_heads, .n_kv_heads = g, .head_dim = d, .capacity = s, .window = window,
-        .out = mutable_ptr<T>(out)});
+        .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1), .positions = ptr<int64_t>(positions),
+        .rope = ptr<float>(rope), .q_norm = ptr<T>(q_norm), .k_norm = ptr<T>(k_norm), .eps = float(eps), .batch = batch,
+        .n_tokens = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity,
+        .window = window, .out = mutable_ptr<T>(out)});
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize) {
   const int64_t n_experts = logits.size(-1);
-  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && 0 < top_k && top_k <= n_experts,
-                  "a router's logits must be float32, and top_k at most their number");
-  Sizes shape = sizes(logits);
-  shape.back() = top_k;
-  Tensor topk_weights = torch::stable::new_empty(logits, shape);
-  Tensor topk_ids = torch::stable::new_empty(logits, shape, ScalarType::Long);
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && 0 < top_k &&
+                  top_k <= n_experts, "a router's logits must be float32, and top_k at most their number");
+  Tensor topk_weights = torch::stable::new_empty(logits, resized(logits, top_k));
+  Tensor topk_ids = torch::stable::new_empty(logits, resized(logits, top_k), ScalarType::Long);
   submit(RouteOp{.logits = ptr<float>(logits), .m = logits.numel() / n_experts, .n_experts = n_experts, .top_k = top_k,
                  .normalize = normalize, .topk_weights = mutable_ptr<float>(topk_weights),
                  .topk_ids = mutable_ptr<int64_t>(topk_ids)});
@@ -163,15 +165,12 @@ Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zero
                        int64_t group_size, Tensor topk_ids, OptTensor norm, double eps, int64_t activation) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {norm});
   check_ids(topk_ids, m);
-  Sizes shape = sizes(topk_ids);
-  shape.push_back(activation ? n / 2 : n);
-  Tensor hidden = torch::stable::new_empty(x, shape);
-  dispatch_type(x.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    submit(ExpertsGateUpOp<T>{
-        .x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
-        .w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type()),
-        .norm = ptr<T>(norm), .eps = float(eps), .activation = activation, .hidden = mutable_ptr<T>(hidden)});
+  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type());
+  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, activation ? n / 2 : n));
+  dispatch_type(x.scalar_type(), [&]<typename T>(T) {
+    submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
+                              .w = w, .norm = ptr<T>(norm), .eps = float(eps), .activation = activation,
+                              .hidden = mutable_ptr<T>(hidden)});
   });
   return hidden;
 }
@@ -184,31 +183,24 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                   topk_weights.scalar_type() == ScalarType::Float && topk_weights.is_contiguous() &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
                   "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], residual of the same type");
-  Sizes shape = sizes(topk_ids);
-  shape.back() = n;
-  Tensor out = torch::stable::new_empty(hidden, shape);
-  dispatch_type(hidden.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    submit(ExpertsDownOp<T>{
-        .hidden = ptr<T>(hidden), .m = m, .top_k = top_k,
-        .topk_ids = ptr<int64_t>(topk_ids), .topk_weights = ptr<float>(topk_weights),
-        .w = weights(weight, scales, zeros, kind, n, k, group_size, hidden.scalar_type()),
-        .residual = ptr<T>(residual), .out = mutable_ptr<T>(out)});
+  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, hidden.scalar_type());
+  Tensor out = torch::stable::new_empty(hidden, resized(topk_ids, n));
+  dispatch_type(hidden.scalar_type(), [&]<typename T>(T) {
+    submit(ExpertsDownOp<T>{.hidden = ptr<T>(hidden), .m = m, .top_k = top_k, .topk_ids = ptr<int64_t>(topk_ids),
+                            .topk_weights = ptr<float>(topk_weights), .w = w, .residual = ptr<T>(residual),
+                            .out = mutable_ptr<T>(out)});
   });
   return out;
 }
 
-Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size, int64_t k,
-                  ScalarType type) {
+Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size,
+                  int64_t k, ScalarType type) {
+  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, type);
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
-  dispatch_type(type, [&](auto t) {
-    using T = decltype(t);
-    dequantize_to<T>(weights(weight, scales, zeros, kind, n, k, group_size, type), mutable_ptr<T>(out));
-  });
+  dispatch_type(type, [&]<typename T>(T) { dequantize_to(w, mutable_ptr<T>(out)); });
   return out;
 }
 
-// kernels/schema.py has the schemas.
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("glu", TORCH_BOX(&glu));

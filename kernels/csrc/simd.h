@@ -1,19 +1,20 @@
-// Sixteen numbers at a time, in GCC's vector extensions, and the types that activations have.
+// Vectors of 16 numbers, and the types that activations have: float, f16 and bf16.
 //
-// A Vec is one AVX-512 register, two of AVX2, or whatever the compiler makes of it elsewhere. Only where GCC 12 does a
-// conversion one by one is there an intrinsic.
+// A Vec is written with GCC's vector extensions, which clang has too. It becomes one AVX-512 register, two of AVX2, or
+// whatever another CPU has. There are intrinsics only where the compiler would convert one element at a time.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = 16;  // of a Vec
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
@@ -24,101 +25,95 @@ typedef int8_t ByteVec __attribute__((vector_size(16)));
 struct bf16 { uint16_t bits; };
 using f16 = torch::headeronly::Half;
 
-// ---- One number ------------------------------------------------------------------------------------------------------
-
 inline float to_float(float x) { return x; }
 inline float to_float(f16 x) { return x; }
 inline float to_float(uint8_t x) { return x; }
-inline float to_float(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline void from_float(float f, float* out) { *out = f; }
-inline void from_float(float f, f16* out) { *out = f16(f); }
-inline void from_float(float f, bf16* out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  out->bits = f != f ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
+inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 
-// ---- Load and store --------------------------------------------------------------------------------------------------
+// ---- Load, store, prefetch ------------------------------------------------------------------------------------------
 
+// A value of type T, a number or a vector, from any address.
 template <typename T> inline T load(const void* p) {
   T v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
+// load_vec: 16 elements of any type, converted to float.
 #if defined(__AVX512F__)
-inline Vec load_bf16(const uint16_t* p) {
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
-}
-inline Vec load_u8(const uint8_t* p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
+inline Vec load_vec(const bf16* p) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16); }
 inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
+inline Vec load_vec(const uint8_t* p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
 #else
-template <typename T> inline Vec load_each(const T* p) {
+template <typename T> inline Vec load_vec(const T* p) {
   Vec v;
   for (int i = 0; i < LANES; i++) v[i] = to_float(p[i]);
   return v;
 }
-inline Vec load_bf16(const uint16_t* p) { return load_each(reinterpret_cast<const bf16*>(p)); }
-inline Vec load_u8(const uint8_t* p) { return load_each(p); }
-inline Vec load_vec(const f16* p) { return load_each(p); }
 #endif
 inline Vec load_vec(const float* p) { return load<Vec>(p); }
-inline Vec load_vec(const bf16* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
 
+// store_vec: rounds to the nearest number of the type, ties to even. NaN stays NaN.
 inline void store_vec(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
-inline void store_vec(Vec v, bf16* p) {  // rounds as from_float does
+inline void store_vec(Vec v, bf16* p) {
   const UIntVec bits = (UIntVec)v;
   const UIntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const ShortVec s = __builtin_convertvector(v != v ? UIntVec{} + 0x7fc0 : rounded, ShortVec);
   std::memcpy(p, &s, sizeof s);
 }
 inline void store_vec(Vec v, f16* p) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &halves, sizeof halves);
+#else
   for (int i = 0; i < LANES; i++) p[i] = f16(v[i]);
+#endif
 }
 
-// Elements first .. first + 15 of p, of which there are n; those beyond the end are zero, or not stored.
+// Elements [first, first + 16) of an array p of n. Beyond its end, load gives zeros and store does nothing.
 template <typename T> inline Vec load_partial(const T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return load_vec(p + first);
-  Vec v = {};
-  for (int64_t i = 0; first + i < n; i++) v[i] = to_float(p[first + i]);
-  return v;
+  T padded[LANES] = {};
+  std::memcpy(padded, p + first, std::max<int64_t>(n - first, 0) * sizeof(T));
+  return load_vec(padded);
 }
 template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return store_vec(v, p + first);
-  for (int64_t i = 0; first + i < n; i++) from_float(v[i], &p[first + i]);
+  T padded[LANES];
+  store_vec(v, padded);
+  std::memcpy(p + first, padded, std::max<int64_t>(n - first, 0) * sizeof(T));
 }
 
-// ---- Arithmetic ------------------------------------------------------------------------------------------------------
+inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
 inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
-inline IntVec max(IntVec a, IntVec b) { return a > b ? a : b; }
 
-#if defined(__AVX512F__)
-inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
-#else
+// v with lanes n to 15 replaced by rest.
+inline Vec keep_lanes(Vec v, int64_t n, float rest) {
+  const Vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane < float(n) ? v : Vec{} + rest;
+}
+
+// The sum of all lanes.
 inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];
   return total;
-}
 #endif
+}
 
 #if !defined(__clang__) && __GNUC__ < 12
 #define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
 #endif
 
-// Each lane gets what the lane at distance D has: within every 2 D lanes, the halves change places.
-template <int D> inline IntVec swap_halves(IntVec v) {
-  return __builtin_shufflevector(v, v, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D, 8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D,
-                                 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
-}
-
-// Lane i of the result is the sum of v[i]'s lanes. Overwrites v. Each step puts half-sums of two vectors side by side.
+// Transposes and adds: lane i of the result is the sum of all lanes of v[i], for 16 Vecs, which are overwritten.
+// Each step halves their number: the sum of two Vecs' halves, interleaved, becomes one Vec.
 inline Vec sum_each(Vec* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
@@ -129,16 +124,30 @@ inline Vec sum_each(Vec* v) {
   return v[0];
 }
 
-// Adding this to a float of less than 2^22 and subtracting it again rounds to the nearest integer; in between, the
-// integer stands in the lowest bits.
+// Lane i gets lane i ^ D, for a power of two D: neighbouring groups of D lanes change places.
+template <int D> inline IntVec swap_lanes(IntVec v) {
+  return __builtin_shufflevector(v, v, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
+                                 8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
+}
+
+// Reduces lanes 0-7 and lanes 8-15 with op (maximum, sum). All eight lanes get the result.
+inline IntVec reduce_eights(IntVec v, auto op) {
+  v = op(v, swap_lanes<4>(v));
+  v = op(v, swap_lanes<2>(v));
+  return op(v, swap_lanes<1>(v));
+}
+
+// Adding this to a float x, |x| < 2^22, rounds x to an integer, because the sum has no bits left for a fraction.
+// Subtracting it again, as a float or as bits, gives the integer as a float or as an int.
 constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 
-// e^x to float32's precision (Cephes' polynomial). Beyond float32's range the nearest that it holds; NaN stays NaN.
+// e^x to float's precision; x is first clamped to [-87, 88], and NaN stays NaN.
+// x = n ln 2 + r with an integer n, so e^x = 2^n e^r. e^r is Cephes' polynomial; n is added to its exponent.
 inline Vec exp_vec(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
   x = x > 88.0f ? Vec{} + 88.0f : x;
-  const Vec magic = Vec{} + ROUND_TO_INT, t = x * 1.44269504f + magic, n = t - magic;  // n = x / ln 2, rounded
-  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const Vec magic = Vec{} + ROUND_TO_INT, t = x * 1.44269504f + magic, n = t - magic;
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, for precision
   Vec p = Vec{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -146,10 +155,10 @@ inline Vec exp_vec(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (Vec)((IntVec)p + (((IntVec)t - (IntVec)magic) << 23));  // times 2^n
+  return (Vec)((IntVec)p + (((IntVec)t - (IntVec)magic) << 23));
 }
 
-// The functions that a gated feed-forward may have; kernels/schema.py has the same numbers.
+// The activations of a gated feed-forward; kernels/schema.py has the same numbers.
 enum Activation : int64_t { NONE = 0, SILU = 1 };
 
 inline Vec activate(Vec gate, int64_t activation) {

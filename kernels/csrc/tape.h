@@ -1,7 +1,8 @@
-// Operations, the threads that share their work, and tapes of them.
+// Operations, the threads that share their work, and tapes of operations.
 //
-// An operation is executed by all threads of a parallel region; each does its share. Called on its own, it gets a region
-// of its own. While a tape is being recorded, it is only written down, with the addresses of its inputs and outputs:
+// All threads of an OpenMP parallel region execute an operation together: each computes its share. Called from Python,
+// an operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the operation
+// to it, with the addresses of inputs and outputs. Replaying the tape executes all of them in one parallel region:
 //
 //     tape_begin   linear(...)  attend(...)  linear(...)  ...   tape_end        records: nothing is computed
 //     tape_replay                                                               computes, on the same addresses
@@ -10,7 +11,7 @@
 //     thread 1     | linear's second half | attend: RoPE | keys | out | linear ...
 //                                         ^ barrier      ^      ^     ^
 //
-// Called one by one instead, a small model's operations ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
+// Separate calls are slower: they ran a small model at 0.4 to 0.7 of a tape's speed (docs/how_it_works.md).
 #pragma once
 
 #include <omp.h>
@@ -23,15 +24,17 @@
 
 #include "simd.h"
 
-// Where the threads of a parallel region wait for each other. Unlike OpenMP's barrier it soon lets go of the processor: on
-// a busy machine the thread that it waits for may need it.
+// ---- Threads --------------------------------------------------------------------------------------------------------
+
+// Where the threads of a parallel region wait for each other. It spins only briefly, unlike OpenMP's barrier, and then
+// yields the CPU: on a busy machine, the thread that is still missing may need it.
 class Barrier {
   std::atomic<int> arrived{0}, round{0};
 
  public:
   void wait() {
     const int this_round = round.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {  // the last one
       arrived.store(0, std::memory_order_relaxed);
       round.store(this_round + 1, std::memory_order_release);
       return;
@@ -45,89 +48,73 @@ class Barrier {
   }
 };
 
-// This thread's share of n things: [begin, end).
+// The range [begin, end) of n tasks that this thread does.
 struct Share { int64_t begin, end; };
 inline Share my_share(int64_t n) {
-  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  return {n * thread / threads, n * (thread + 1) / threads};
+  const int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
+  return {n * thread / n_threads, n * (thread + 1) / n_threads};
 }
 
-inline int threads() { return torch::stable::get_num_threads(); }
-
-// Memory that grows and is kept from one operation to the next.
-class Memory {
-  std::vector<char> bytes;
-
- public:
-  char* at_least(size_t n) {
-    if (bytes.size() < n) bytes.resize(n);
-    return bytes.data();
-  }
-};
-inline thread_local Memory private_memory;  // each thread's own
-
-// Hands memory out piece by piece, each on a cache line of its own.
-class Allocator {
-  char* next;
+// Scratch memory that starts on a cache line. It grows as needed and is kept for the next operation.
+class Scratch {
+  struct alignas(64) CacheLine { char bytes[64]; };
+  std::vector<CacheLine> lines;
 
  public:
-  static constexpr size_t LINE = 64;
-  template <typename T> static size_t bytes_for(size_t n) { return n * sizeof(T) + LINE; }
-
-  explicit Allocator(char* memory) : next(memory) {}
-  template <typename T> T* take(size_t n) {
-    T* piece = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(next) + LINE - 1) / LINE * LINE);
-    next = reinterpret_cast<char*>(piece + n);
-    return piece;
+  template <typename T> T* at_least(size_t n) {
+    const size_t n_lines = (n * sizeof(T) + 63) / 64;
+    if (lines.size() < n_lines) lines.resize(n_lines);
+    return reinterpret_cast<T*>(lines.data());
   }
 };
 
-// An operation is a struct of its inputs, outputs and sizes with
+// ---- Operations -----------------------------------------------------------------------------------------------------
+
+// An operation is a struct of its inputs, outputs and sizes with one to three functions:
 //
-//     void execute(char* shared, Barrier&) const    Every thread of the region calls it. It may wait at the barrier; when
-//                                                   all have returned, the output is complete.
-//     const char* error() const                     (optional) What is wrong with the values of its inputs, or null. One
-//                                                   thread asks, before the parallel region.
-//     size_t shared_bytes() const                   (optional) Bytes that its threads share while they execute it.
-//
-// Op is any of them.
+//     void execute(char* shared, Barrier&) const    Every thread of the region calls it. The output is complete when
+//                                                   all have returned. barrier.wait() separates phases.
+//     size_t shared_bytes() const                   (optional) The size of shared: scratch memory of all threads.
+//     const char* error() const                     (optional) What is wrong with the inputs' values, or null.
+//                                                   Called once, before the region.
 class Op {
  public:
   virtual ~Op() = default;
-  virtual const char* error() const = 0;
-  virtual size_t shared_bytes() const = 0;
   virtual void execute(char* shared, Barrier& barrier) const = 0;
+  virtual size_t shared_bytes() const = 0;
+  virtual const char* error() const = 0;
 };
 
-template <typename Operation> class AnyOp : public Op {
+// Gives such a struct the interface above.
+template <typename Operation> class OpOf : public Op {
   const Operation operation;
 
  public:
-  explicit AnyOp(Operation o) : operation(o) {}
-  const char* error() const override {
-    if constexpr (requires { operation.error(); }) return operation.error();
-    return nullptr;
-  }
+  explicit OpOf(const Operation& o) : operation(o) {}
+  void execute(char* shared, Barrier& barrier) const override { operation.execute(shared, barrier); }
   size_t shared_bytes() const override {
     if constexpr (requires { operation.shared_bytes(); }) return operation.shared_bytes();
     return 0;
   }
-  void execute(char* shared, Barrier& barrier) const override { operation.execute(shared, barrier); }
+  const char* error() const override {
+    if constexpr (requires { operation.error(); }) return operation.error();
+    return nullptr;
+  }
 };
 
 using Tape = std::vector<std::unique_ptr<Op>>;
 
-// Executes a tape in one parallel region. Returns what is wrong, having computed nothing, or null.
+// Executes a tape in one parallel region. If an input's value is wrong, computes nothing and returns the message.
 inline const char* replay(const Tape& tape) {
-  static thread_local Memory memory;
+  static thread_local Scratch scratch;
   size_t n_bytes = 0;
   for (const auto& op : tape) {
     if (const char* error = op->error()) return error;
     n_bytes = std::max(n_bytes, op->shared_bytes());
   }
-  char* shared = memory.at_least(n_bytes);
+  char* shared = scratch.at_least<char>(n_bytes);
   Barrier barrier;
-#pragma omp parallel num_threads(threads())
+#pragma omp parallel num_threads(torch::stable::get_num_threads())
   for (const auto& op : tape) {
     op->execute(shared, barrier);
     barrier.wait();
@@ -137,20 +124,22 @@ inline const char* replay(const Tape& tape) {
 
 inline thread_local Tape* recording = nullptr;
 
-// Writes an operation down if a tape is being recorded, else executes it.
-template <typename Operation> void submit(Operation operation) {
-  auto op = std::make_unique<AnyOp<Operation>>(operation);
+// Appends an operation to the tape that is being recorded. If there is none, executes it.
+inline void submit_op(std::unique_ptr<Op> op) {
   if (recording) {
     recording->push_back(std::move(op));
     return;
   }
-  Tape alone;
-  alone.push_back(std::move(op));
-  const char* error = replay(alone);
+  Tape tape;
+  tape.push_back(std::move(op));
+  const char* error = replay(tape);
   STD_TORCH_CHECK(!error, error ? error : "");
 }
+template <typename Operation> void submit(const Operation& operation) {
+  submit_op(std::make_unique<OpOf<Operation>>(operation));
+}
 
-// What record.py calls.
+// For kernels/record.py.
 extern "C" {
 Tape* tape_begin() { return recording = new Tape; }
 void tape_end() { recording = nullptr; }

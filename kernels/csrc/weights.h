@@ -1,39 +1,38 @@
-// Weights as kernels/formats.py packs them, and activations as their products want them.
+// Weights as kernels/formats.py packs them, and activations in the form that the products with them read.
 #pragma once
 
 #include <cmath>
 
 #include "tape.h"
 
-constexpr int64_t MAX_ROWS = 8;    // rows of activations that an operation takes; kernels/__init__.py sends more to PyTorch
-constexpr int64_t BLOCK_N = 16;    // rows of weights that are read side by side: a block, whose outputs are one Vec
-constexpr int64_t ACT_GROUP = 8;   // activations that share a scale, where they are quantized
+constexpr int64_t MAX_ROWS = 8;   // rows of activations that an operation takes; also in kernels/__init__.py
+constexpr int64_t BLOCK_N = 16;   // rows of weights in a block; their outputs are the lanes of one Vec
+constexpr int64_t ACT_GROUP = 8;  // activations that share a scale, where they are quantized
 
-// A matrix [n, k], or the first of [experts, n, k]. Quantized ones are packed in words of four bytes, block by block:
+// A matrix [n, k], or the first of a stack [n_experts, n, k]. Dense weights are stored row by row. Quantized weights
+// are packed block by block, in words of 4 bytes, the 16 rows side by side (n is filled up to a multiple of 16):
 //
-//     word of    row 0   row 1  ...  row 15      then the same rows' next words; then the next 16 rows
-//     INT8       4 elements along k, each q + 128
-//     INT4       8 elements along k: byte j holds element j in its low half and element j + 4 in its high half
+//                64 bytes, one load
+//     word 0     row 0   row 1   row 2   ...   row 15      elements 0-3 (INT8) or 0-7 (INT4) of each row
+//     word 1     row 0   row 1   row 2   ...   row 15      the next elements
+//
+// INT8: byte j is element j, stored as q + 128.
+// INT4: byte j holds element j in its low half and element j + 4 in its high half.
 struct Weights {
-  enum Kind { F32, F16, BF16, INT8, INT4 } kind;
+  enum Kind { DENSE, INT8, INT4 } kind;  // Format.kind in kernels/formats.py
   const char* data;
-  const float* row_scales;    // INT8: [n]
-  const uint16_t* scales;     // INT4: [n / 16, n_groups, 16] bfloat16
-  const uint8_t* zeros;       // INT4: [n / 16, n_groups, 16], in sixteenths of a step
-  int64_t n, k, group_size;   // group_size: inputs that share a scale (INT4)
+  int64_t bits;             // of one element
+  int64_t n, k;
+  int64_t group_size;       // inputs that share a scale: for INT8 all k
+  const float* row_scales;  // INT8: [n]
+  const bf16* scales;       // INT4: [n / 16, n_groups, 16]
+  const uint8_t* zeros;     // INT4: [n / 16, n_groups, 16], the zero point in sixteenths of q
 
   int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
   int64_t n_groups() const { return (k + group_size - 1) / group_size; }
   int64_t padded_k() const { return (k + LANES - 1) / LANES * LANES; }
-  bool quantized() const { return kind >= INT8; }
-  int64_t bytes() const {
-    switch (kind) {
-      case F32: return n * k * 4;
-      case F16: case BF16: return n * k * 2;
-      case INT8: return n_blocks() * BLOCK_N * k;
-      default: return n_blocks() * BLOCK_N * k / 2;
-    }
-  }
+  int64_t bytes() const { return (kind == DENSE ? n : n_blocks() * BLOCK_N) * k * bits / 8; }
+  const char* block_data(int64_t block) const { return data + block * BLOCK_N * k * bits / 8; }
   Weights expert(int64_t e) const {
     Weights w = *this;
     w.data += e * bytes();
@@ -44,38 +43,54 @@ struct Weights {
   }
 };
 
-// ---- Activations, which every thread prepares for itself -------------------------------------------------------------
+// ---- Activations: every thread prepares all of them, which is cheaper than another barrier ----------------------
 
-using PreparedRow = const void*;  // T[k], the activations' own type, or QuantizedGroup[k / 8]
+// out [k] = x [k] / rms(x) * weight [k]. Returns out, which may be x. Rounds to T before and after the product with
+// weight, as kernels/reference.py does.
+template <typename T> const T* rms_norm(const T* x, const T* weight, float eps, int64_t k, T* out) {
+  Vec squares = {};
+  for (int64_t i = 0; i < k; i += LANES) {
+    const Vec v = load_partial(x, i, k);
+    squares += v * v;
+  }
+  const float inverse_rms = 1 / std::sqrt(sum(squares) / k + eps);
+  for (int64_t i = 0; i < k; i += LANES) {
+    store_partial(load_partial(x, i, k) * inverse_rms, out, i, k);
+    store_partial(load_partial(out, i, k) * load_partial(weight, i, k), out, i, k);
+  }
+  return out;
+}
 
-struct QuantizedGroup {  // x = scale * q, |q| <= 127. If one of x is not finite, scale is NaN, and so is the output
-  float scale;
-  float offset;  // INT8: -128 * the sum of q. INT4: the sum of x / 16 from the start of the weights' group to here
+struct QuantizedGroup {  // ACT_GROUP activations: x = scale * q, |q| <= 127
+  float scale;           // NaN if one of x is not finite; then the outputs are NaN, too
+  float offset;          // see quantize_row
   int8_t q[ACT_GROUP];
 };
 
-// x [k] as int8, in groups of 8; two groups at a time, each in half of a Vec. x is padded with zeros to whole Vecs.
-inline const QuantizedGroup* quantize_row(const float* x, const Weights& w, Allocator& memory) {
-  QuantizedGroup* groups = memory.take<QuantizedGroup>(w.padded_k() / ACT_GROUP);
+// Quantizes x [k] to groups [padded k / ACT_GROUP], for a product with w. Two groups at a time, each in half of a Vec.
+//
+// offset is for the zero point of the weights: sum((q - zero) * x) = sum(q * x) - zero * sum(x). sum(x) is the same for
+// all outputs, so it is computed once, here.
+//     INT8: q + 128 is stored. offset = -128 * (the sum of this group's quantized x).
+//     INT4: a weight is (q - zero / 16) * scale. Several groups of x lie in one group of weights, which share a zero.
+//           offset = (the sum of x from the first of them to this one) / 16, so the last of them has the whole sum.
+template <typename T> const QuantizedGroup* quantize_row(const T* x, const Weights& w, QuantizedGroup* groups) {
+  const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
+  const auto add = [](IntVec a, IntVec b) { return a + b; };
+  const Vec magic = Vec{} + ROUND_TO_INT;
   float offset = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
-    const Vec v = load_vec(x + k), magic = Vec{} + ROUND_TO_INT;
-    // The greatest magnitude of each group. As integers, floats without a sign have the same order, NaN above all.
-    IntVec greatest = (IntVec)v & 0x7fffffff;
-    greatest = max(greatest, swap_halves<4>(greatest));
-    greatest = max(greatest, swap_halves<2>(greatest));
-    greatest = max(greatest, swap_halves<1>(greatest));
-    const Vec peak = (Vec)greatest;
+    const Vec v = load_partial(x, k, w.k);
+    // The largest magnitude of each group. Without their sign, floats compare like their bits, and NaN is the largest.
+    const Vec peak = (Vec)reduce_eights((IntVec)v & 0x7fffffff, maximum);
     const Vec scale = peak * (1 / 127.0f) + peak * 0.0f;  // infinity becomes NaN
     const IntVec q = (IntVec)(v * (peak > 1e-30f ? 127 / peak : Vec{}) + magic) - (IntVec)magic;
     const ByteVec bytes = __builtin_convertvector(q, ByteVec);
-    IntVec sums = q + swap_halves<4>(q);
-    sums += swap_halves<2>(sums);
-    sums += swap_halves<1>(sums);
+    const IntVec sums = reduce_eights(q, add);
     for (int i = 0; i < LANES; i += ACT_GROUP) {
-      QuantizedGroup& group = groups[(k + i) / ACT_GROUP];
       if (w.kind == Weights::INT8) offset = -128 * sums[i];
       else offset = ((k + i) % w.group_size ? offset : 0) + sums[i] * scale[i] / 16;
+      QuantizedGroup& group = groups[(k + i) / ACT_GROUP];
       group.scale = scale[i], group.offset = offset;
       std::memcpy(group.q, reinterpret_cast<const int8_t*>(&bytes) + i, ACT_GROUP);
     }
@@ -83,40 +98,23 @@ inline const QuantizedGroup* quantize_row(const float* x, const Weights& w, Allo
   return groups;
 }
 
-// 1 / the root mean square of x [k]
-template <typename T> float inverse_rms(const T* x, int64_t k, float eps) {
-  Vec squares = {};
-  for (int64_t i = 0; i < k; i += LANES) {
-    const Vec v = load_partial(x, i, k);
-    squares += v * v;
-  }
-  return 1 / std::sqrt(sum(squares) / k + eps);
+// A row of activations, ready for a product: QuantizedGroup [k / ACT_GROUP] if quantizes_rows, else T [k].
+using PreparedRow = const void*;
+
+// With float32 activations (--precision float32) nothing is quantized.
+template <typename T> bool quantizes_rows(const Weights& w) {
+  return w.kind != Weights::DENSE && !std::is_same_v<T, float>;
 }
 
-// Makes rows [m] from x [m, k]: normed if norm is not null, and quantized if w is and T is a 16-bit type.
+// Makes rows [m] of x [m, k], which is normed first if norm [k] is not null. Valid until this thread's next call.
 template <typename T>
 void prepare_rows(const T* x, int64_t m, const Weights& w, const T* norm, float eps, PreparedRow* rows) {
-  const int64_t k = w.k, padded = w.padded_k();
-  const size_t bytes = Allocator::bytes_for<T>(padded) + Allocator::bytes_for<QuantizedGroup>(padded / ACT_GROUP);
-  Allocator memory(private_memory.at_least(Allocator::bytes_for<float>(padded) + m * bytes));
-  float* wide = memory.take<float>(padded);
-  std::fill(wide + k, wide + padded, 0.0f);
-  for (int64_t i = 0; i < m; i++, x += k) {
-    if (!norm && !w.quantized()) {
-      rows[i] = x;
-      continue;
-    }
-    const float scale = norm ? inverse_rms(x, k, eps) : 1;
-    T* out = memory.take<T>(padded);
-    for (int64_t j = 0; j < k; j += LANES) {
-      Vec v = load_partial(x, j, k);
-      if (norm) {
-        store_vec(v * scale, out + j);  // rounds to T in the same places as the reference
-        v = load_vec(out + j) * load_partial(norm, j, k);
-      }
-      store_vec(v, out + j);
-      store_partial(load_vec(out + j), wide, j, k);
-    }
-    rows[i] = w.quantized() && !std::is_same_v<T, float> ? static_cast<PreparedRow>(quantize_row(wide, w, memory)) : out;
+  static thread_local Scratch normed_scratch, quantized_scratch;
+  const int64_t padded = w.padded_k(), n_groups = padded / ACT_GROUP;
+  T* normed = norm ? normed_scratch.at_least<T>(m * padded) : nullptr;
+  QuantizedGroup* groups = quantizes_rows<T>(w) ? quantized_scratch.at_least<QuantizedGroup>(m * n_groups) : nullptr;
+  for (int64_t i = 0; i < m; i++) {
+    const T* row = norm ? rms_norm(x + i * w.k, norm, eps, w.k, normed + i * padded) : x + i * w.k;
+    rows[i] = groups ? static_cast<PreparedRow>(quantize_row(row, w, groups + i * n_groups)) : row;
   }
 }

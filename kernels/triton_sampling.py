@@ -1,0 +1,78 @@
+"""The choice of the next token on a GPU, in Triton.
+
+    sample    logits and noise -> token ids, registered as torch.ops.gptfast_triton.sample
+
+To draw a token with probabilities softmax(logits / T), take the argmax of logits / T - log E, where every E is drawn
+from the exponential distribution (the Gumbel-max trick). So neither a softmax nor a sum is needed. The kernel takes the
+argmax of T times that, which works for T = 0, too.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.schema import implement_in_triton
+from kernels.triton_launch import done_counters, overlap_options
+
+BLOCK_V = 2048  # logits of a program
+
+
+@triton.jit
+def sample_kernel(
+    logits_ptr, noise_ptr, tokens_ptr, block_scores_ptr, block_tokens_ptr, n_done_ptr, temperature, V,
+    BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """A program finds the best of BLOCK_V tokens of a row. The last program of a row to be done finds the row's best.
+    A logit that is not finite is better than all others, as token -1."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        if AT_ONCE:
+            tl.extra.cuda.gdc_launch_dependents()
+    block, row = tl.program_id(0), tl.program_id(1)
+    token = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    logits = tl.load(logits_ptr + row * V + token, mask=token < V, other=-1e38)
+    scores = logits
+    if noise_ptr is not None:
+        scores -= temperature * tl.log(tl.load(noise_ptr + row * V + token, mask=token < V, other=1.0).to(tl.float32))
+    is_finite = tl.abs(logits) < float("inf")  # NaN is not
+    scores = tl.where(is_finite, scores, float("inf"))
+    best_score, best = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
+    best = tl.where(best_score == float("inf"), -1, block * BLOCK_V + best)
+
+    tl.store(block_scores_ptr + row * N_BLOCKS + block, best_score)
+    tl.store(block_tokens_ptr + row * N_BLOCKS + block, best)
+    tl.debug_barrier()
+    if tl.atomic_add(n_done_ptr + row, 1, sem="acq_rel") == N_BLOCKS - 1:
+        tl.store(n_done_ptr + row, 0)
+        best_of_row = best_block(block_scores_ptr, block_tokens_ptr, row, N_BLOCKS, BLOCK_BLOCKS)
+        tl.store(tokens_ptr + row, best_of_row.to(tl.int64))
+
+
+@triton.jit
+def best_block(block_scores_ptr, block_tokens_ptr, row, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr):
+    """The token of a row's block with the highest score. Other programs have just written both, so they are read past
+    the first-level cache."""
+    b = tl.arange(0, BLOCK_BLOCKS)
+    offsets, mask = row * N_BLOCKS + b, b < N_BLOCKS
+    scores = tl.load(block_scores_ptr + offsets, mask=mask, other=-float("inf"), cache_modifier=".cg")
+    tokens = tl.load(block_tokens_ptr + offsets, mask=mask, other=0, cache_modifier=".cg")
+    return tl.sum(tl.where(b == tl.argmax(scores, axis=0), tokens, 0), axis=0)
+
+
+@implement_in_triton
+def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
+    """float32 logits [B, V] and, unless the likeliest token is wanted, noise [B, V] of the exponential distribution ->
+    token ids [B]; -1 for a row that is not finite."""
+    n_rows, vocab_size = logits.shape
+    n_blocks = triton.cdiv(vocab_size, BLOCK_V)
+    tokens = logits.new_empty(n_rows, dtype=torch.int64)
+    block_scores = logits.new_empty(n_rows, n_blocks)
+    block_tokens = logits.new_empty(n_rows, n_blocks, dtype=torch.int32)
+    grid = n_blocks, n_rows
+    sample_kernel[grid](
+        logits, noise, tokens, block_scores, block_tokens, done_counters(logits.device), temperature, vocab_size,
+        BLOCK_V, n_blocks, triton.next_power_of_2(n_blocks), **overlap_options(logits.device, grid),
+    )  # fmt: skip
+    return tokens
