@@ -90,6 +90,7 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     expected = plain(model, TEXT, 40)
     for k in range(1, 9):
         speculation = speculation_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
+        speculation = speculation._replace(verify_cost=0.1)
         steps_tokens = list(speculate(speculation, TEXT, 0, 40))
         assert flat(steps_tokens) == expected
         sizes = [len(tokens) for tokens in steps_tokens]
@@ -298,7 +299,8 @@ def test_json(way, temperature, folders, capsys, monkeypatch):
     folder = folders[0]
     if way[0].startswith("--draft"):
         way = [*way, str(folder / "model.pth")]
-        monkeypatch.setattr(speculate_module, "verify_cost", lambda model: -1.0)  # or a draft as large as the model would not pay
+        # Otherwise a draft as large as the model would not pay
+        monkeypatch.setattr(speculate_module, "verify_cost", lambda model: -1.0)
     flags = ["--prompt=ABCABCABC", f"--temperature={temperature}", "--precision=float32", "--json"]
     flags += ["--max_new_tokens=119"]  # to the end of the context
     ours = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
