@@ -90,7 +90,7 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     expected = plain(model, TEXT, 40)
     for k in range(1, 9):
         speculation = speculation_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
-        speculation = speculation._replace(verify_cost=0.1)
+        speculation = replace(speculation, verify_cost=0.1)
         steps_tokens = list(speculate(speculation, TEXT, 0, 40))
         assert flat(steps_tokens) == expected
         sizes = [len(tokens) for tokens in steps_tokens]
