@@ -1,7 +1,6 @@
 """A conversation with a chat model, from Python or on a terminal.
 
-    stream = build_stream(steps, kv_cache)  # of generate.py
-    conversation = Conversation(tokenizer, stream, kv_cache.length, model.config.eos_ids)
+    conversation = LLM("checkpoints/M/model.pth").chat()  # of generate.py
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
@@ -15,14 +14,12 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import tp
 from config import UsageError
-from tokenizer import Tokenizer, stream
-
-# (token ids of a text, how many of them are in the KV cache, max_new_tokens) -> the new tokens of each step: [n][B]
-StreamTokens = Callable[[list[int], int, int], Iterator[list[list[int]]]]
+from tokenizer import Tokenizer, detokenize
 
 COMMANDS = "Type a message; /drop forgets the oldest, /reset all of them, /exit ends."
 FULL = "The context is full: /drop forgets the oldest message and its answer, /reset all of them."
@@ -32,15 +29,23 @@ class ContextFull(UsageError):
     """The conversation and the new message leave no room for an answer."""
 
 
+class TokenGenerator(Protocol):
+    """What continues a text: generate.build_token_generator makes one, and partial(speculate, speculation) of
+    speculate.py is one."""
+
+    def __call__(self, history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Continues history, the token ids of a text, of which the first start tokens are in the KV cache. Yields the
+        new tokens of each step, [n][B]: n tokens of each of B sequences."""
+
+
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, stream_tokens: StreamTokens, context_length: int, eos_ids: Sequence[int],
+        self, tokenizer: Tokenizer, generate_tokens: TokenGenerator, context_length: int, eos_ids: Sequence[int],
         system: str | None = None,
     ):  # fmt: skip
-        """stream_tokens: made by generate.build_stream, or partial(speculate, speculation) of speculate.py.
-        context_length: the length of its KV cache. system: the system message. Raises UsageError if the checkpoint has
-        no chat template."""
-        self.tokenizer, self.stream_tokens = tokenizer, stream_tokens
+        """context_length: the length of generate_tokens' KV cache. system: the system message. Raises UsageError if the
+        checkpoint has no chat template."""
+        self.tokenizer, self.generate_tokens = tokenizer, generate_tokens
         self.context_length, self.eos_ids = context_length, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
@@ -65,7 +70,7 @@ class Conversation:
             raise ContextFull(f"That takes {len(ids)} tokens, and the context has {self.context_length}: shorten it.")
         is_complete = False
         try:
-            yield from stream(self.tokenizer, self.new_tokens(ids, min(max_new_tokens, n_free)))
+            yield from detokenize(self.tokenizer, self.new_tokens(ids, min(max_new_tokens, n_free)))
             is_complete = True
         finally:
             self.is_full = len(self.answer_ids) == n_free
@@ -83,7 +88,7 @@ class Conversation:
             n_cached += 1
         del self.cached[n_cached:]
         not_cached = ids[n_cached:]
-        for step_tokens in self.stream_tokens(ids, n_cached, max_new_tokens):
+        for step_tokens in self.generate_tokens(ids, n_cached, max_new_tokens):
             for (token,) in step_tokens:
                 self.token_times.append(time.perf_counter())
                 self.cached += not_cached

@@ -11,7 +11,7 @@ A script begins and ends like this:
     if __name__ == "__main__":
         cli.run(main)
 
-This file does not import torch, which takes seconds, since Ctrl-C prints a traceback until exit_on_interrupt() ran.
+This file must not import torch, which takes seconds: until exit_on_interrupt() has run, Ctrl-C prints a traceback.
 """
 
 import argparse

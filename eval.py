@@ -35,7 +35,16 @@ from loading import load
 from machine import pick_device
 from model import Transformer
 from sampling import Sampling
-from steps import Steps, build_steps, check_finite, compile_blocks, device_of, hidden_in_chunks, make_kv_cache
+from steps import (
+    NOT_FINITE,
+    Steps,
+    build_steps,
+    check_finite,
+    compile_blocks,
+    device_of,
+    hidden_in_chunks,
+    make_kv_cache,
+)
 from tokenizer import Tokenizer
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
@@ -97,7 +106,8 @@ def main():
 
 def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
     """text as windows of length token ids, the last one maybe shorter. Each begins with the tokenizer's bos_ids."""
-    ids, bos = tokenizer.encode(text, bos=False), tokenizer.bos_ids
+    bos = tokenizer.bos_ids
+    ids = tokenizer.encode(text)[len(bos) :]
     step = length - len(bos)
     return [bos + ids[i : i + step] for i in range(0, len(ids), step)]
 
@@ -108,7 +118,7 @@ def perplexity(
     """exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. A window's first token is
     given, the others are predicted."""
     windows = windows_of(tokenizer, text, length)
-    sequences = [Sequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
+    sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
     if not sequences:
         raise UsageError("the text is too short: there must be a token to predict")
     scores = scores_of(model, sequences, batch_size, compile)
@@ -117,15 +127,15 @@ def perplexity(
         nll -= score.logprobs.double().sum().item()
         n_tokens += len(score.logprobs)
     if not math.isfinite(nll):
-        raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")
+        raise UsageError(NOT_FINITE)
     mean = nll / n_tokens
     result = math.exp(mean) if mean < 700 else math.inf  # beyond that, exp overflows
     return {"perplexity": result, "tokens": n_tokens, "windows": len(sequences), "nll_per_token": mean}
 
 
-class Sequence(NamedTuple):
+class ScoredSequence(NamedTuple):
     """Tokens, the last n_scored of which are scored. At least one token must come before these. For example,
-    Sequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
+    ScoredSequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
 
     ids: list[int]
     n_scored: int
@@ -141,7 +151,7 @@ class Score(NamedTuple):
 
 @torch.inference_mode()
 def scores_of(
-    model: Transformer, sequences: list[Sequence], batch_size: int = 1, compile: bool = False
+    model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
 ) -> Iterator[Score]:
     """Yields the score of every sequence, the longest first. In a batch, shorter ones are padded on the right, which
     causal attention ignores."""
@@ -166,7 +176,7 @@ def pad(id_lists: list[list[int]]) -> Tensor:
     return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in id_lists], batch_first=True)
 
 
-def score_sequence(model: Transformer, index: int, sequence: Sequence, hidden: Tensor) -> Score:
+def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hidden: Tensor) -> Score:
     """The score of a sequence. hidden [T, dim]: the hidden states of all its tokens but the last."""
     n, last = sequence.n_scored, len(sequence.ids) - 1
     targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
@@ -275,7 +285,7 @@ class HarnessModel:
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """For requests (_, context ids, answer ids): the answer's log-likelihood, and whether it is the greedy one."""
         longest = self.max_length + 1
-        sequences = [Sequence((context + answer)[-longest:], len(answer)) for _, context, answer in requests]
+        sequences = [ScoredSequence((context + answer)[-longest:], len(answer)) for _, context, answer in requests]
         if any(sequence.n_scored >= len(sequence.ids) for sequence in sequences):
             raise UsageError(f"an answer to score is longer than --max_seq_length {self.max_length}")
         results = [(0.0, True)] * len(sequences)
@@ -327,8 +337,8 @@ class HarnessModel:
         of prompts must be the batch size of steps.
 
         Prompts of different lengths are decoded together, each at its own position. Prefill takes each prompt without
-        its last token, padded on the right, and decoding begins with the last token. Padding leaves keys and values in
-        the cache, but these are overwritten before a token sees them."""
+        its last token, padded on the right. Decoding begins with the last token. The padding's keys and values lie at
+        later positions of the cache. Causal attention does not see them until decoding has overwritten them."""
         device, eos_ids = device_of(self.model), set(self.model.config.eos_ids)
         if max(map(len, prompts)) > 1:
             padded = pad([ids[:-1] for ids in prompts]).to(device)

@@ -5,6 +5,12 @@
 Text goes to stdout, a summary to stderr. With --json, stdout has one JSON object for each prompt and nothing else.
 From Python:
 
+    llm = LLM("checkpoints/SmolLM2-135M-Instruct/model.pth", temperature=0.8)
+    for piece in llm.generate("Hello", max_new_tokens=50):
+        print(piece, end="", flush=True)
+
+The parts of LLM, which do batches and more:
+
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
     kv_cache = make_kv_cache(model, batch_size=1, length=prompt.shape[1] + 50)
@@ -24,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -31,14 +38,15 @@ from torch import Tensor
 
 import tp
 from arguments import parse_args
-from chat import Conversation, StreamTokens, converse
+from chat import Conversation, TokenGenerator, converse
 from checkpoint import read_text
 from config import UsageError
 from kernels import MAX_ROWS
 from loading import load, load_model
 from machine import pick_device
 from model import KVCache, Transformer
-from report import Sample, end_tokens, print_result, result_of
+from report import Completion, end_tokens, print_result, result_of
+from sampling import Sampling
 from speculate import (
     PromptLookup,
     Proposer,
@@ -49,10 +57,10 @@ from speculate import (
     speculate,
 )
 from steps import OOM_HINT, Steps, build_steps, check_finite, make_kv_cache
-from tokenizer import TextStream, Tokenizer
+from tokenizer import IncrementalDetokenizer, Tokenizer, detokenize
 
 # For programs that import this file
-__all__ = ["load", "load_model", "make_kv_cache", "build_steps", "generate", "build_stream"]
+__all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
 
 CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
 
@@ -80,7 +88,8 @@ def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> I
 
 def decode(steps: Steps, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """One decode step: tokens [B], positions [B] -> the next tokens [B] and their positions [B]."""
-    # Logits that are not finite give token -1. The host may not have read it yet, and the embedding has no row for it.
+    # Logits that are not finite give token -1, which the embedding does not have. On a GPU this step starts before the
+    # host has checked the tokens.
     inputs = tokens[:, None].clamp(min=0)
     return steps.decode(inputs, positions), positions + 1
 
@@ -101,17 +110,51 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def build_stream(steps: Steps, kv_cache: KVCache) -> StreamTokens:
-    """The function (history, start, max_new_tokens) -> the new tokens of each step: [1][B]. It continues history, the
-    token ids of a text, in every sequence of kv_cache, which already holds the first start tokens. speculate.speculate
-    does the same with several tokens a step."""
+def build_token_generator(steps: Steps, kv_cache: KVCache) -> TokenGenerator:
+    """A TokenGenerator that continues a text in every sequence of kv_cache, one token a step. speculate.speculate does
+    the same with several tokens a step."""
 
-    def stream_tokens(history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+    def generate_tokens(history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
         prompt = torch.tensor([history[start:]] * kv_cache.batch_size, device=kv_cache.device)
         for ids in generate(steps, prompt, start, max_new_tokens):
             yield [ids]
 
-    return stream_tokens
+    return generate_tokens
+
+
+class LLM:
+    """A model for use from Python: text in, text out, one text at a time."""
+
+    def __init__(
+        self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
+        max_length: int = 2048, compile: bool = False, **sampling,
+    ):  # fmt: skip
+        """device: by default the machine's accelerator, or the CPU. max_length: tokens that a text or conversation may
+        have, at most the model's context. sampling: fields of Sampling, such as temperature. Raises UsageError."""
+        self.model, self.tokenizer = load(checkpoint_path, pick_device(device), dtype)
+        self.max_length = min(max_length, self.model.config.max_seq_len)
+        self.sampling, self.compile = Sampling(**sampling), compile
+        self.generate_tokens = self.new_token_generator()
+
+    def new_token_generator(self) -> TokenGenerator:
+        """With a KV cache of its own."""
+        kv_cache = make_kv_cache(self.model, batch_size=1, length=self.max_length)
+        return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
+
+    def generate(self, prompt: str, max_new_tokens: int) -> Iterator[str]:
+        """Yields the continuation of prompt, piece by piece, up to an end token. Raises UsageError."""
+        history = self.tokenizer.encode(prompt)
+        if len(history) + max_new_tokens > self.max_length:
+            n = len(history)
+            raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_length, {self.max_length}")
+        tokens = (step[0][0] for step in self.generate_tokens(history, 0, max_new_tokens))
+        before_end = takewhile(lambda token: token not in self.model.config.eos_ids, tokens)
+        yield from detokenize(self.tokenizer, before_end, after=history)
+
+    def chat(self, system: str | None = None) -> Conversation:
+        """A new conversation; its answer method takes the messages. system: the system message."""
+        generate_tokens, eos_ids = self.new_token_generator(), self.model.config.eos_ids
+        return Conversation(self.tokenizer, generate_tokens, self.max_length, eos_ids, system)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -134,13 +177,11 @@ def main():
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     if args.speculative:
         proposer = build_proposer(args, model, draft, length, device)
-        speculation = build_speculation(
-            model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile
-        )
-        stream = partial(speculate, speculation)
+        speculation = build_speculation(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
+        generate_tokens = partial(speculate, speculation)
     else:
         speculation = None
-        stream = build_stream(steps, kv_cache)
+        generate_tokens = build_token_generator(steps, kv_cache)
     start = time.perf_counter()
     warm_up(args, steps, speculation, len(prompts[0]) if prompts else MAX_ROWS + 1, device)
     stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
@@ -149,10 +190,11 @@ def main():
 
     torch.manual_seed(args.seed)
     if args.conversation:
-        converse(Conversation(tokenizer, stream, length, model.config.eos_ids, args.system), args.max_new_tokens)
+        conversation = Conversation(tokenizer, generate_tokens, length, model.config.eos_ids, args.system)
+        converse(conversation, args.max_new_tokens)
     for prompt in prompts:  # none in a conversation
-        samples, texts = complete_prompt(args, model, tokenizer, stream, prompt)
-        print_result(args, result_of(args, model, kv_cache, prompt, samples, texts) | stats, device)
+        completions, texts = complete_prompt(args, model, tokenizer, generate_tokens, prompt)
+        print_result(args, result_of(args, model, kv_cache, prompt, completions, texts) | stats, device)
 
 
 # ---- Before the first token -----------------------------------------------------------------------------------------
@@ -256,52 +298,55 @@ def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device)
 
 
 def complete_prompt(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, stream: StreamTokens, prompt: list[int]
-) -> tuple[list[Sample], list[str]]:
-    """Completes prompt num_samples times, and prints the texts unless --json is given. Returns all samples, and the
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator,
+    prompt: list[int],
+) -> tuple[list[Completion], list[str]]:  # fmt: skip
+    """Completes prompt num_samples times, and prints the texts unless --json is given. Returns all completions, and the
     texts of the last one."""
     ends = end_tokens(args, model)
     before = [] if args.chat else prompt  # the answer in a chat is a text of its own
-    samples = []
+    completions = []
     for i in range(args.num_samples):
         is_last = i == args.num_samples - 1
-        text = None if args.json else TextStream(tokenizer, before)
+        detokenizer = None if args.json else IncrementalDetokenizer(tokenizer, before)
         with profiled(args.profile if is_last else None):
-            sample = complete_once(args, stream, prompt, ends, text)
-        samples.append(sample)
-        texts = [tokenizer.decode([token for token in row if token not in ends], before) for row in sample.rows]
+            completion = complete_once(args, generate_tokens, prompt, ends, detokenizer)
+        completions.append(completion)
+        texts = [tokenizer.decode([i for i in ids if i not in ends], before) for ids in completion.sequences]
         if not args.json:
             print()
-            for row, row_text in enumerate(texts[1:], start=1):
-                print(f"--- row {row}\n{row_text}")
-    return samples, texts
+            for k, text in enumerate(texts[1:], start=1):
+                print(f"--- row {k}\n{text}")
+    return completions, texts
 
 
 def complete_once(
-    args: argparse.Namespace, stream: StreamTokens, prompt: list[int], ends: set[int], text: TextStream | None
-) -> Sample:
-    """Completes prompt until every row has an end token. text, if given, prints the first row as it is generated."""
-    sample = Sample([[] for _ in range(args.batch_size)], start_time=time.perf_counter())
+    args: argparse.Namespace, generate_tokens: TokenGenerator, prompt: list[int], ends: set[int],
+    detokenizer: IncrementalDetokenizer | None,
+) -> Completion:  # fmt: skip
+    """Completes prompt until every sequence has an end token. With a detokenizer, prints the first sequence as it is
+    generated."""
+    completion = Completion([[] for _ in range(args.batch_size)], start_time=time.perf_counter())
     has_ended = [False] * args.batch_size
-    for step_tokens in stream(prompt, 0, args.max_new_tokens):
-        sample.step_times.append(time.perf_counter())
+    for step_tokens in generate_tokens(prompt, 0, args.max_new_tokens):
+        completion.step_times.append(time.perf_counter())
         n_used = 0
         for ids in step_tokens:
             if all(has_ended):
                 break
             n_used += 1
-            for row, token in enumerate(ids):
-                if not has_ended[row]:
-                    sample.rows[row].append(token)
-                    has_ended[row] = token in ends
-            if text is not None and not has_ended[0]:
-                print(text.push(ids[0]), end="", flush=True)
-        sample.step_sizes.append(n_used)
+            for b, token in enumerate(ids):
+                if not has_ended[b]:
+                    completion.sequences[b].append(token)
+                    has_ended[b] = token in ends
+            if detokenizer is not None and not has_ended[0]:
+                print(detokenizer.push(ids[0]), end="", flush=True)
+        completion.step_sizes.append(n_used)
         if all(has_ended):
             break
-    if text is not None:
-        print(text.end(), end="", flush=True)
-    return sample
+    if detokenizer is not None:
+        print(detokenizer.end(), end="", flush=True)
+    return completion
 
 
 @contextlib.contextmanager

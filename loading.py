@@ -8,6 +8,7 @@ released, so that no tensor is in memory twice. A tensor that needs no change st
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,12 +32,17 @@ def load(
     use_kernels: bool = True,
     sharded: bool = True,
 ) -> tuple[Transformer, Tokenizer]:
-    """load_model, and the tokenizer from the same folder. Raises UsageError if it has more tokens than the model."""
+    """load_model, and the tokenizer from the same folder. The tokenizer's end tokens become the model's, too. Raises
+    UsageError if the tokenizer has more tokens than the model, special tokens aside."""
     model = load_model(path, device, dtype, use_kernels, sharded)
     tokenizer = load_tokenizer(Path(path).parent)
-    n_tokens, vocab_size = tokenizer.vocab_size, model.config.vocab_size
+    vocab_size = model.config.vocab_size
+    tokenizer.drop_special_tokens(vocab_size)
+    n_tokens = tokenizer.vocab_size
     if n_tokens > vocab_size:
         raise UsageError(f"{path}: the tokenizer's {n_tokens} tokens exceed the model's {vocab_size}")
+    eos_ids = dict.fromkeys([*model.config.eos_ids, *tokenizer.end_ids()])
+    model.config = replace(model.config, eos_ids=tuple(eos_ids))
     return model, tokenizer
 
 
@@ -71,6 +77,7 @@ def load_model(
     if is_tied:
         moved["lm_head.weight"] = moved["embed_tokens.weight"]
     model.load_state_dict(moved, assign=True)
+    model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
     if use_kernels:
         kernels.enable(model, mapped=True)

@@ -17,13 +17,14 @@ This file has no command line; see generate.py.
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from config import ModelConfig, UsageError
+from config import ModelConfig, RopeScaling, UsageError
 from kernels.formats import Dense, Format, Tensors
 
 
@@ -33,11 +34,12 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.embed_scale = config.embed_scale
         # from_pretrained skips nn.Embedding's initialization, which imports PyTorch's compiler: 1 s and 150 MB.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = Linear(config.dim, config.vocab_size)
+        self.lm_head = Linear(config.dim, config.vocab_size, scale=config.logit_scale, softcap=config.logit_softcap)
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. positions [B] is where each sequence's first new token stands.
@@ -53,7 +55,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]. The embedding has no backend of its own; the head's is the whole model's."""
-        return kernels.embed(tokens, self.embed_tokens.weight, self.lm_head.backend)
+        return kernels.embed(tokens, self.embed_tokens.weight, self.embed_scale, self.lm_head.backend)
 
     def logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -90,79 +92,107 @@ class Transformer(nn.Module):
             if name.startswith("embed_tokens"):
                 continue
             is_experts = self.config.moe and ".feed_forward." in name and ".router." not in name
-            fraction_read = self.config.moe.top_k / self.config.moe.n_experts if is_experts else 1
-            total += tensor.nbytes * fraction_read
+            total += tensor.nbytes * (self.config.moe.fraction_read if is_experts else 1)
         return round(total)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
+        """layer: its number, since layers may differ."""
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+        def norm(is_there: bool) -> RMSNorm | None:
+            return RMSNorm(config.dim, config.norm_eps) if is_there else None
+
+        self.attention_norm = norm(config.pre_norm)
+        self.attention = Attention(config, layer)
+        self.post_attention_norm = norm(config.post_norm)
+        self.ffn_norm = norm(config.pre_norm)
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
+        self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, positions: Tensor, cache: "LayerCache") -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
-        # x = x + attention(norm(x))
-        # x = x + feed_forward(norm(x))
-        # The norm and the residual are arguments, since a kernel fuses them: each half's first matrix product applies
-        # the norm, and its last one adds the residual.
-        x = self.attention(x, positions, cache, norm=self.attention_norm, residual=x)
-        return self.feed_forward(x, norm=self.ffn_norm, residual=x)
+        # x = x + [post_norm] attention([norm] x)
+        # x = x + [post_norm] feed_forward([norm] x)
+        # The first norm and the residual are arguments, since a kernel fuses them: each half's first matrix product
+        # applies the norm, and its last one adds the residual. With a post_norm, that adds the residual.
+        if self.post_attention_norm is None:
+            x = self.attention(x, positions, cache, norm=self.attention_norm, residual=x)
+            return self.feed_forward(x, norm=self.ffn_norm, residual=x)
+        backend = self.attention.qkv_proj.backend
+        y = self.attention(x, positions, cache, norm=self.attention_norm)
+        x = self.post_attention_norm(y, residual=x, backend=backend)
+        y = self.feed_forward(x, norm=self.ffn_norm)
+        return self.post_ffn_norm(y, residual=x, backend=backend)
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v, with grouped key/value heads and RoPE."""
+    """softmax(scale * q k^T) v, with grouped key/value heads and RoPE."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.window = config.sliding_window or 0
+        self.window = config.window(layer)
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.qkv_proj = Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, config.qkv_bias)
-        self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.o_proj = Linear(
+            self.n_heads * self.head_dim, config.dim, config.out_bias, scale=config.residual_scale
+        )
+        self.q_norm = self.k_norm = self.sinks = None
+        if config.qk_norm:
+            q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_all_heads else (1, 1)
+            self.q_norm = RMSNorm(q_heads * self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(k_heads * self.head_dim, config.norm_eps)
+        if config.sinks:
+            self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: "LayerCache", norm: "RMSNorm", residual: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: "LayerCache", norm: "RMSNorm | None", residual: Tensor | None = None
+    ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
         y = kernels.attend(
-            qkv, cache, positions, self.n_heads, self.qkv_proj.backend, self.window, self.q_norm, self.k_norm
-        )  # [B, T, H D]
+            qkv, cache, positions, self.n_heads, self.qkv_proj.backend, self.window, self.q_norm, self.k_norm,
+            self.sinks, self.scale, self.softcap,
+        )  # fmt: skip
+        # y [B, T, H D]
         return self.o_proj(y, residual=residual)
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate x) * up x). One matrix holds gate's rows and, below them, up's."""
+    """down(activation(gate x) * up x). One matrix holds gate and, below it, up."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.activation = config.activation
         self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, config.ffn_bias)
-        self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias)
+        self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, scale=config.residual_scale)
 
-    def forward(self, x: Tensor, norm: "RMSNorm", residual: Tensor) -> Tensor:
-        hidden = self.gate_up_proj(x, norm=norm, activation="silu")  # [B, T, F]
+    def forward(self, x: Tensor, norm: "RMSNorm | None", residual: Tensor | None = None) -> Tensor:
+        hidden = self.gate_up_proj(x, norm=norm, activation=self.activation)  # [B, T, F]
         return self.down_proj(hidden, residual=residual)
 
 
 class MoE(nn.Module):
-    """The feed-forwards of each token's top_k experts, summed with the router's softmax as weights. Mixtral
-    (arXiv:2401.04088) and Qwen3 differ only in norm_topk_prob: whether the top_k weights are made to sum to one."""
+    """A mixture of experts: the router chooses top_k feed-forwards for each token, and sums their outputs weighted by
+    its softmax. Source: Mixtral (arXiv:2401.04088). Qwen3 keeps the softmax as it is, Mixtral makes the chosen weights
+    sum to one. Qwen2's shared expert is stored as several more experts, which every token uses."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.moe = config.moe
-        self.router = Linear(config.dim, config.moe.n_experts)
-        self.gate_up_proj = ExpertsGateUp(config.dim, 2 * config.ffn_dim, n_experts=config.moe.n_experts)
-        self.down_proj = ExpertsDown(config.ffn_dim, config.dim, n_experts=config.moe.n_experts)
+        self.moe, self.activation = config.moe, config.activation
+        n_experts, bias = config.moe.n_experts + config.moe.n_shared, config.moe.bias
+        n_logits = config.moe.n_experts + (1 if config.moe.n_shared else 0)
+        self.router = Linear(config.dim, n_logits, bias)
+        self.gate_up_proj = ExpertsGateUp(config.dim, 2 * config.ffn_dim, bias, n_experts)
+        self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
-    def forward(self, x: Tensor, norm: "RMSNorm", residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: "RMSNorm | None", residual: Tensor | None = None) -> Tensor:
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
-            logits, self.moe.top_k, self.moe.norm_topk_prob, self.router.backend
+            logits, self.moe.top_k, self.moe.norm_topk_prob, self.router.backend, self.moe.n_shared
         )  # [B, T, top_k]
-        hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation="silu")  # [B, T, top_k, F]
+        hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
 
 
@@ -173,14 +203,18 @@ class Linear(nn.Module):
     backend: whose kernels compute it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
     checkpoint."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
+        scale: float = 1.0, softcap: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
+        self.scale, self.softcap = scale, softcap
         self.format: Format = Dense()
         self.backend = "torch"
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(shape[:-1]), requires_grad=False) if bias else None
         self.register_buffer("scales", None)
         self.register_buffer("zeros", None)
 
@@ -233,8 +267,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None, backend: str = "torch") -> Tensor:
+        """[residual +] x / rms(x) * weight."""
+        return kernels.rms_norm(x, self.weight, self.eps, residual, backend)
 
 
 # ---- Cache and positions --------------------------------------------------------------------------------------------
@@ -260,11 +295,11 @@ class KVCache:
         self.batch_size, self.length = batch_size, length
         weight = model.embed_tokens.weight
         self.device = weight.device
-        rope = rope_table(model.config, length).to(self.device)
+        tables = RopeTables(model.config, length, weight.device)
         self.layers = []
-        for layer in model.layers:
+        for i, layer in enumerate(model.layers):
             shape = (batch_size, layer.attention.n_kv_heads, length, layer.attention.head_dim)
-            self.layers.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), rope))
+            self.layers.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), tables.of_layer(i)))
 
     def prefix(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache
@@ -279,24 +314,77 @@ class KVCache:
         return sum(c.k[:, :, :1].nbytes + c.v[:, :, :1].nbytes for c in self.layers)
 
 
+class RopeTables:
+    """cos and sin of every position's angles, [length, D/2, 2] float32, for each layer. Layers share them."""
+
+    def __init__(self, config: ModelConfig, length: int, device: torch.device):
+        self.config = config
+        self.main = rope_table(config, length).to(device)
+        self.window = self.none = self.main
+        if config.window_rope_theta is not None:
+            window_config = replace(config, rope_theta=config.window_rope_theta, rope_scaling=None)
+            self.window = rope_table(window_config, length).to(device)
+        if config.rope_layers is not None:
+            self.none = torch.stack([torch.ones_like(self.main[..., 0]), torch.zeros_like(self.main[..., 1])], dim=-1)
+
+    def of_layer(self, i: int) -> Tensor:
+        if self.config.rope_layers is not None and not self.config.rope_layers[i]:
+            return self.none
+        return self.window if self.config.window(i) else self.main
+
+
 def rope_table(config: ModelConfig, length: int) -> Tensor:
-    """cos and sin of each position's rotation angles: [length, D/2, 2], float32."""
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * rope_frequencies(config)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    """cos and sin of every position's angles: [length, D/2, 2], float32. RoPE rotates the elements i and i + D/2 of a
+    head by angle i. If it rotates only some (rotary_dim), the last angles are zero."""
+    frequencies = rope_frequencies(config, length)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    if config.rope_scaling is not None:
+        table *= config.rope_scaling.attention_factor
+    n_fixed = config.head_dim // 2 - len(frequencies)
+    fixed = torch.tensor([1.0, 0.0]).expand(length, n_fixed, 2)
+    return torch.cat([table, fixed], dim=1)
 
 
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians by which each pair of elements turns per position: [D/2], float32 (arXiv:2104.09864; llama3's scaling as
-    published with Llama 3.1)."""
-    freqs = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    scaling = config.rope_scaling
+def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
+    """Radians per position of each pair of elements: [rotary_dim/2], float32 (RoPE: arXiv:2104.09864; "llama3" as
+    published with Llama 3.1; "dynamic" and "longrope" depend on the length of the cache)."""
+    dim, theta, scaling = config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    freqs = 1.0 / theta**exponents
     if scaling is None:
         return freqs
-    if scaling.rope_type == "linear":
-        return freqs / scaling.factor
-    # llama3: keep the high frequencies, divide by factor those that turn less than low_freq_factor times within the
-    # trained context, and blend in between.
-    turns = scaling.original_max_seq_len * freqs / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    original = scaling.original_max_seq_len
+    match scaling.rope_type:
+        case "linear":
+            return freqs / scaling.factor
+        case "dynamic":  # a larger theta, the longer the text is
+            stretch = scaling.factor * max(length, original) / original - (scaling.factor - 1)
+            return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents
+        case "longrope":  # arXiv:2402.13753: trained factors
+            factors = scaling.long_factor if length > original else scaling.short_factor
+            return freqs / torch.tensor(factors)
+        case "yarn":
+            keep = yarn_ramp(scaling, dim, theta)
+        case "llama3":
+            turns = original * freqs / (2 * math.pi)  # in the trained context
+            keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    # keep 1: many turns in the trained context, frequency unchanged. keep 0: less than one turn, divided by factor.
     keep = keep.clamp(0, 1)
     return keep * freqs + (1 - keep) * freqs / scaling.factor
+
+
+def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
+    """YaRN's share of each frequency that stays as it is (arXiv:2309.00071), before it is clamped: [dim/2]. It falls
+    from the pair that turns beta_fast times in the trained context to the one that turns beta_slow times."""
+
+    def pair_that_turns(n: float) -> float:
+        return dim * math.log(scaling.original_max_seq_len / (n * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    return 1 - (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)

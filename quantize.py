@@ -44,131 +44,7 @@ from loading import load
 from machine import drop_pages, pick_device
 from model import Transformer
 
-MODES = ("int8", "int4", "int4-hqq", "int4-gptq")
-Weights = dict[str, Tensor]  # name of a linear layer -> its weight
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
-    add = parser.add_argument
-    cli.add_checkpoint_path(parser, help="model.pth; the result goes beside it")
-    add("--mode", default="int8", help=f"{', '.join(MODES)} (default: %(default)s)")
-    add("--groupsize", type=int, default=32, help="of int4: 32, 64, 128 or 256 (default: %(default)s)")
-    add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
-    group = parser.add_argument_group("int4-gptq")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--calibration_text", type=Path, help="text file to calibrate on")
-    what.add_argument("--calibration_tasks", nargs="+", metavar="TASK", help="or the questions of these lm_eval tasks")
-    add = group.add_argument
-    add("--calibration_limit", type=int, default=64, help="windows of text, examples of a task (default: %(default)s)")
-    add("--calibration_seq_length", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    add("--percdamp", type=float, default=0.1, help="part of the Hessian's mean added to it (default: %(default)s)")
-    add("--blocksize", type=int, default=128, help="columns rounded between updates (default: %(default)s)")
-    add("--act_order", action=argparse.BooleanOptionalAction, default=True, help="round the columns that matter first")
-    cli.add_device(group)
-    args = parser.parse_args()
-    check_args(args)
-    return args
-
-
-def check_args(args: argparse.Namespace):
-    if args.mode not in MODES:
-        raise UsageError(f"--mode must be one of {', '.join(MODES)}, not {args.mode}")
-    if args.groupsize not in GROUP_SIZES:
-        raise UsageError(f"--groupsize must be one of {', '.join(map(str, GROUP_SIZES))}, not {args.groupsize}")
-    if min(args.calibration_limit, args.blocksize) < 1 or args.calibration_seq_length < 2 or not args.percdamp > 0:
-        raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0, --calibration_seq_length 1")
-    if Path(f"x{args.label}").name != f"x{args.label}":
-        raise UsageError(f"--label {args.label!r} must be a part of a file's name")
-    has_calibration = bool(args.calibration_text or args.calibration_tasks)
-    if has_calibration and args.mode != "int4-gptq":
-        raise UsageError(f"--mode {args.mode} needs no calibration: leave it out, or take --mode int4-gptq")
-    if not has_calibration and args.mode == "int4-gptq":
-        raise UsageError("int4-gptq needs something to calibrate on: --calibration_text or --calibration_tasks")
-
-
-def main():
-    args = parse_args()
-    path = args.checkpoint_path
-    config, quantization, tensors = read_checkpoint(path)
-    if quantization:
-        raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
-    formats = {"int8": Int8(), "int4-hqq": Int4HQQ(args.groupsize)}
-    format = formats.get(args.mode, Int4(args.groupsize))
-    weights = linear_weights(path, config, tensors)
-    check_sizes(weights, format)
-    if args.mode == "int4-gptq":
-        quantized = quantize_calibrated(args, weights["lm_head"].dtype)
-    else:
-        quantized = quantize_each(weights, format.quantize)
-    suffix = "int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}"
-    out = path.with_name(f"{path.stem}{args.label}{suffix}.pth")
-    write(out, config, tensors, weights, quantized, format)
-    print(f"wrote {out}")
-
-
-def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> Weights:
-    """The weights to quantize. tensors are those that path holds; a tied head's weight is the embedding's. Raises
-    UsageError if one is missing or of the wrong shape."""
-    with torch.device("meta"):
-        shapes = {name: linear.weight.shape for name, linear in Transformer(config).linears()}
-    if config.tie_embeddings:
-        tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
-    weights = {name: tensors.get(f"{name}.weight") for name in shapes}
-    for name, shape in shapes.items():
-        if weights[name] is None or weights[name].shape != shape:
-            raise UsageError(f"{path}: tensor {name}.weight is missing or of the wrong shape; convert it again")
-    return weights
-
-
-def check_sizes(weights: Weights, format: Format):
-    for name, w in weights.items():
-        k, factor = w.shape[-1], format.pack_factor
-        if k % factor:
-            raise UsageError(f"{name}.weight has {k} inputs; int4 needs a multiple of {factor}: use --mode int8")
-
-
-def quantize_each(weights: Weights, quantize: Callable[[Tensor], Tensors]) -> Iterator[tuple[str, Tensors]]:
-    """Yields (name, quantize(weight)) for every weight."""
-    for name, w in weights.items():
-        gptq.check_finite_weight(name, w)
-        yield name, quantize(w)
-
-
-def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, Tensors]]:
-    """Yields (name, tensors) for every linear layer of the checkpoint that args names, quantized by GPTQ. dtype: the
-    dtype of its weights."""
-    device, limit, length = pick_device(args.device), args.calibration_limit, args.calibration_seq_length
-    text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
-    model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, use_kernels=False)
-    context = model.config.max_seq_len
-    if length > context:
-        raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
-    windows = gptq.calibration_windows(tokenizer, text, length, limit)
-    config = gptq.GPTQConfig(args.groupsize, args.percdamp, args.blocksize, args.act_order)
-    return gptq.quantize_model(model, windows, device, config)
-
-
-def write(
-    path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: Weights,
-    quantized: Iterable[tuple[str, Tensors]], format: Format,
-):  # fmt: skip
-    """Writes a checkpoint of tensors with each of weights replaced by its quantized tensors. quantized yields (name,
-    tensors in format) for each of weights, in any order. Raises UsageError if the file cannot be written."""
-    kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
-    for name, w in weights.items():
-        for tensor_name, t in format.empty(w.shape, w.dtype, "meta").items():
-            shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
-
-    def results() -> Iterator[tuple[str, Tensor]]:
-        yield from kept.items()
-        for name, quantized_tensors in quantized:
-            for tensor_name, t in quantized_tensors.items():
-                yield f"{name}.{tensor_name}", t
-            drop_pages(weights[name])  # otherwise the file's pages would count as memory in use
-
-    save_checkpoint(path, config, shapes, results(), format.quantization)
+# ---- Formats --------------------------------------------------------------------------------------------------------
 
 
 class Int4HQQ(Int4):
@@ -195,6 +71,140 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
         outliers = error.sign() * (root.square() - 1 / (beta * root)).clamp_(min=0)
         zero = decode_zeros(encode_zeros((q - (w - outliers)).mean(-1, keepdim=True)))  # as it can be stored
     return encode_zeros(best[..., 0])
+
+
+# --mode -> the format that it makes, for a group size. int4-gptq rounds in another way (gptq.py) to the format of int4.
+FORMATS: dict[str, Callable[[int], Format]] = {
+    "int8": lambda group_size: Int8(),
+    "int4": Int4,
+    "int4-hqq": Int4HQQ,
+    "int4-gptq": Int4,
+}
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    cli.add_checkpoint_path(parser, help="model.pth; the result goes beside it")
+    add("--mode", default="int8", help=f"{', '.join(FORMATS)} (default: %(default)s)")
+    add("--groupsize", type=int, default=32, help="of int4: 32, 64, 128 or 256 (default: %(default)s)")
+    add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
+    group = parser.add_argument_group("int4-gptq")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--calibration_text", type=Path, help="text file to calibrate on")
+    what.add_argument("--calibration_tasks", nargs="+", metavar="TASK", help="or the questions of these lm_eval tasks")
+    add = group.add_argument
+    add("--calibration_limit", type=int, default=64, help="windows of text, examples of a task (default: %(default)s)")
+    add("--calibration_seq_length", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    add("--percdamp", type=float, default=0.1, help="part of the Hessian's mean added to it (default: %(default)s)")
+    add("--blocksize", type=int, default=128, help="columns rounded between updates (default: %(default)s)")
+    add("--act_order", action=argparse.BooleanOptionalAction, default=True, help="round the columns that matter first")
+    cli.add_device(group)
+    args = parser.parse_args()
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace):
+    if args.mode not in FORMATS:
+        raise UsageError(f"--mode must be one of {', '.join(FORMATS)}, not {args.mode}")
+    if args.groupsize not in GROUP_SIZES:
+        raise UsageError(f"--groupsize must be one of {', '.join(map(str, GROUP_SIZES))}, not {args.groupsize}")
+    if min(args.calibration_limit, args.blocksize) < 1 or args.calibration_seq_length < 2 or not args.percdamp > 0:
+        raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0, --calibration_seq_length 1")
+    if Path(f"x{args.label}").name != f"x{args.label}":
+        raise UsageError(f"--label {args.label!r} must be a part of a file's name")
+    has_calibration = bool(args.calibration_text or args.calibration_tasks)
+    if has_calibration and args.mode != "int4-gptq":
+        raise UsageError(f"--mode {args.mode} needs no calibration: leave it out, or take --mode int4-gptq")
+    if not has_calibration and args.mode == "int4-gptq":
+        raise UsageError("int4-gptq needs something to calibrate on: --calibration_text or --calibration_tasks")
+
+
+def main():
+    args = parse_args()
+    path = args.checkpoint_path
+    config, quantization, tensors = read_checkpoint(path)
+    if quantization:
+        raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
+    format = FORMATS[args.mode](args.groupsize)
+    weights = linear_weights(path, config, tensors)
+    check_sizes(weights, format)
+    if args.mode == "int4-gptq":
+        quantized = quantize_calibrated(args, weights["lm_head"].dtype)
+    else:
+        quantized = quantize_each(weights, format.quantize)
+    suffix = format.name.replace("int4", args.mode)  # int4.g32 -> int4-hqq.g32
+    out = path.with_name(f"{path.stem}{args.label}{suffix}.pth")
+    write(out, config, tensors, weights, quantized, format)
+    print(f"wrote {out}")
+
+
+def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights to quantize, by the names of their layers. tensors are those that path holds; a tied head's weight is
+    the embedding's. Raises UsageError if one is missing or of the wrong shape."""
+    with torch.device("meta"):
+        shapes = {name: linear.weight.shape for name, linear in Transformer(config).linears()}
+    if config.tie_embeddings:
+        tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
+    weights = {name: tensors.get(f"{name}.weight") for name in shapes}
+    for name, shape in shapes.items():
+        if weights[name] is None or weights[name].shape != shape:
+            raise UsageError(f"{path}: tensor {name}.weight is missing or of the wrong shape; convert it again")
+    return weights
+
+
+def check_sizes(weights: dict[str, Tensor], format: Format):
+    for name, w in weights.items():
+        k, factor = w.shape[-1], format.pack_factor
+        if k % factor:
+            raise UsageError(f"{name}.weight has {k} inputs; int4 needs a multiple of {factor}: use --mode int8")
+
+
+def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> Iterator[tuple[str, Tensors]]:
+    """Yields (name, quantize(weight)) for every weight."""
+    for name, w in weights.items():
+        gptq.check_finite_weight(name, w)
+        yield name, quantize(w)
+
+
+def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, Tensors]]:
+    """Yields (name, tensors) for every linear layer of the checkpoint that args names, quantized by GPTQ. dtype: the
+    dtype of its weights."""
+    device, limit, length = pick_device(args.device), args.calibration_limit, args.calibration_seq_length
+    text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
+    model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, use_kernels=False)
+    context = model.config.max_seq_len
+    if length > context:
+        raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
+    windows = gptq.calibration_windows(tokenizer, text, length, limit)
+    config = gptq.GPTQConfig(args.groupsize, args.percdamp, args.blocksize, args.act_order)
+    return gptq.quantize_model(model, windows, device, config)
+
+
+def write(
+    path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
+    quantized: Iterable[tuple[str, Tensors]], format: Format,
+):  # fmt: skip
+    """Writes a checkpoint of tensors with each of weights replaced by its quantized tensors. quantized yields (name,
+    tensors in format) for each of weights, in any order. Raises UsageError if the file cannot be written."""
+    kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
+    for name, w in weights.items():
+        for tensor_name, t in format.empty(w.shape, w.dtype, "meta").items():
+            shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
+
+    def results() -> Iterator[tuple[str, Tensor]]:
+        yield from kept.items()
+        for name, quantized_tensors in quantized:
+            for tensor_name, t in quantized_tensors.items():
+                yield f"{name}.{tensor_name}", t
+            drop_pages(weights[name])  # otherwise the file's pages would count as memory in use
+
+    save_checkpoint(path, config, shapes, results(), format.quantization)
 
 
 if __name__ == "__main__":

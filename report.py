@@ -16,13 +16,13 @@ from steps import device_of
 
 
 @dataclass
-class Sample:
-    """The continuation of a prompt, and the time of each step."""
+class Completion:
+    """What followed a prompt, in every sequence of a batch, and the time of each step."""
 
-    rows: list[list[int]]  # the new tokens of each sequence of the batch, its end token included
+    sequences: list[list[int]]  # the new tokens of each sequence, its end token included
     start_time: float
     step_times: list[float] = field(default_factory=list)  # when each step's tokens arrived; the first step is prefill
-    step_sizes: list[int] = field(default_factory=list)  # tokens per row that each step gave, up to the last end token
+    step_sizes: list[int] = field(default_factory=list)  # tokens a sequence got in each step, up to the last end
 
     @property
     def decode_seconds(self) -> float:
@@ -31,15 +31,15 @@ class Sample:
 
 def result_of(
     args: argparse.Namespace, model: Transformer, kv_cache: KVCache,
-    prompt: list[int], samples: list[Sample], texts: list[str],
+    prompt: list[int], completions: list[Completion], texts: list[str],
 ) -> dict:  # fmt: skip
-    """The part of --json's object that differs from prompt to prompt. texts: those of the last sample. The bytes that a
-    draft model reads are not counted."""
-    last = samples[-1]
+    """The part of --json's object that differs from prompt to prompt. texts: those of the last completion. The bytes
+    that a draft model reads are not counted."""
+    last = completions[-1]
     ends = end_tokens(args, model)
-    decoded = [s for s in samples if len(s.step_times) > 1]  # with decode steps after prefill
-    tokens_per_second = median([sum(s.step_sizes[1:]) / s.decode_seconds for s in decoded])
-    steps_per_second = median([(len(s.step_times) - 1) / s.decode_seconds for s in decoded])
+    decoded = [c for c in completions if len(c.step_times) > 1]  # with decode steps after prefill
+    tokens_per_second = median([sum(c.step_sizes[1:]) / c.decode_seconds for c in decoded])
+    steps_per_second = median([(len(c.step_times) - 1) / c.decode_seconds for c in decoded])
     halfway = len(prompt) + sum(last.step_sizes) // 2  # tokens in the cache, on average over the steps
     bytes_per_step = model.step_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
@@ -47,10 +47,10 @@ def result_of(
         accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
     return {
         "text": texts,
-        "tokens": last.rows,
+        "tokens": last.sequences,
         "prompt_tokens": len(prompt),
-        "generated_tokens": sum(len(row) for row in last.rows),
-        "finish_reason": ["stop" if row[-1] in ends else "length" for row in last.rows],
+        "generated_tokens": sum(map(len, last.sequences)),
+        "finish_reason": ["stop" if ids[-1] in ends else "length" for ids in last.sequences],
         "prefill_seconds": last.step_times[0] - last.start_time,
         "decode_tokens_per_sec": tokens_per_second,
         "model_bytes": model.step_bytes(),
@@ -64,7 +64,7 @@ def result_of(
 
 
 def end_tokens(args: argparse.Namespace, model: Transformer) -> set[int]:
-    """The tokens that end a row."""
+    """The tokens that end a sequence."""
     return set() if args.ignore_eos else set(model.config.eos_ids)
 
 
@@ -75,10 +75,10 @@ def median(values: list[float]) -> float:
 def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> int:
     """Bytes of keys and values that a decode step reads when n_tokens tokens are in the cache."""
     if model.uses_kernels(kv_cache.batch_size, 1):
-        n_read = min(n_tokens, model.config.sliding_window or n_tokens)
+        n_read = model.config.mean_visible(n_tokens)
     else:  # a compiled step reads the whole cache, used or not
         n_read = kv_cache.length if compile else n_tokens
-    return n_read * kv_cache.bytes_per_token()
+    return round(n_read * kv_cache.bytes_per_token())
 
 
 @cache
@@ -110,12 +110,12 @@ def print_summary(result: dict, device: torch.device):
     used, share, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(device)
     if readable is not None:
         share = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
-    # All rows of a batch take every step together, so this is the speed of each of them.
-    n_rows = len(result["tokens"])
-    rows, each = (f" in {n_rows} rows,", " each") if n_rows > 1 else ("", "")
+    # All sequences of a batch take every step together, so this is the speed of each of them.
+    n = len(result["tokens"])
+    sequences, each = (f" in {n} rows,", " each") if n > 1 else ("", "")
     print(
         f"{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.2f} s, "
-        f"{result['generated_tokens']} generated{rows} at {result['decode_tokens_per_sec']:.1f} tokens/s"
+        f"{result['generated_tokens']} generated{sequences} at {result['decode_tokens_per_sec']:.1f} tokens/s"
         f"{each}{speculation}: {used:.1f} GB/s{share} "
         f"(load {result['load_seconds']:.1f} s, compile {result['compile_seconds']:.1f} s)",
         file=sys.stderr,

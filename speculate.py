@@ -248,8 +248,8 @@ class DraftModel:
         self.n_cached = 0  # tokens of the text that are in the draft's cache
 
     def propose(self, history: list[int], k: int) -> Proposal:
-        # The first step takes two tokens: the newest one, and the last one of the previous proposal, which is not in
-        # the cache yet if it was accepted. It always takes two, since a step is recorded or compiled for each number.
+        # The draft has never computed on its own last proposed token. If that was accepted, two tokens are missing from
+        # its cache, else one. The first step always takes two, so that it is recorded or compiled for one shape only.
         n_before = len(history) - 2
         start = min(self.n_cached, n_before)
         tokens = torch.tensor([history[start:]], device=self.device).clamp(max=self.vocab_size - 1)

@@ -5,14 +5,14 @@
     next_ids = steps.prefill(prompt, positions)  # [B, T] -> [B]
     next_ids = steps.decode(next_ids[:, None], positions + prompt.shape[1])
 
-prefill takes a prompt of any length, in chunks. decode takes one token of every row. A third kind of step verifies
+prefill takes a prompt of any length, in chunks. decode takes one token of every sequence. A third kind of step verifies
 several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
 
-    recorded    as kernels, replayed in one go (kernels/record.py): few rows, on a CPU; on a GPU with compile
+    recorded    as kernels, replayed in one go (kernels/record.py): up to MAX_ROWS tokens, on a GPU with compile only
     compiled    by torch.compile, if compile or compile_prefill says so; on a GPU what it makes is recorded, too
     eager       operation by operation
 
-Shapes: B rows, T new tokens, V vocabulary. positions [B] are those of each row's first new token.
+Shapes: B sequences, T new tokens of each, V vocabulary. positions [B] are those of each sequence's first new token.
 """
 
 import copy
@@ -32,8 +32,9 @@ from machine import check_memory
 from model import KVCache, Transformer
 from sampling import Sampling, sample
 
-PREFILL_CHUNK = 512  # tokens of each row that prefill takes at a time, which bounds its memory
-GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all rows together: every chunk dequantizes all weights again
+PREFILL_CHUNK = 512  # tokens of each sequence that prefill takes at a time, which bounds its memory
+GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all sequences together: every chunk dequantizes all weights again
+NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], positions [B]) -> next token ids [B]
@@ -59,11 +60,11 @@ def device_of(model: Transformer) -> torch.device:
 def build_steps(
     model: Transformer, kv_cache: KVCache, sampling: Sampling, compile: bool = False, compile_prefill: bool = False
 ) -> Steps:
-    """The steps of plain generation with model, for the rows of kv_cache."""
+    """The steps of plain generation with model, for the sequences of kv_cache."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
     def next_ids(logits: Tensor) -> Tensor:
-        """[B, T, V] -> the token after the last one of each row: [B], the same on all ranks."""
+        """[B, T, V] -> the token after the last one of each sequence: [B], the same on all ranks."""
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def hidden_in_chunks(
     model: Transformer, tokens: Tensor, positions: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
 ) -> Iterator[Tensor]:
     """model.hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the cache.
-    compiled_model, made by compile_blocks, does the chunks that have too many rows for the kernels."""
+    compiled_model, made by compile_blocks, does the chunks that have too many tokens for the kernels."""
     batch_size, n_tokens = tokens.shape
     chunk_size = PREFILL_CHUNK if tokens.device.type == "cpu" else max(1, GPU_PREFILL_CHUNK // batch_size)
     start = int(positions.max())
@@ -98,38 +99,50 @@ def hidden_in_chunks(
 
 def build_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool = False) -> Callable:
     """The function (tokens [B, T], positions [B], *extra_inputs) -> select_tokens(logits [B, T, V], *extra_inputs), all
-    of tensors. The next call may overwrite the logits, and on a GPU with compile also what select_tokens returns."""
+    of tensors. What it returns may lie in buffers that its next call overwrites: clone what must last. On a CPU these
+    are the logits; on a GPU with compile also what select_tokens returns."""
     device = device_of(model)
     uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
     def forward(tokens: Tensor, positions: Tensor) -> Tensor:
         return model(tokens, positions, kv_cache)
 
-    def kernels_step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        return select_tokens(forward(tokens, positions), *extra_inputs)
+    def forward_without_kernels(tokens: Tensor, positions: Tensor) -> Tensor:
+        end = int(positions.max()) + tokens.shape[1]
+        return model(tokens, positions, kv_cache.prefix(end))  # PyTorch's attention looks at every position there is
 
-    def eager_step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        return select_tokens(model(tokens, positions, used_part(kv_cache, tokens, positions)), *extra_inputs)
-
-    compiled_step = build_compiled_step(model, kv_cache, select_tokens)
-    if device.type == "cpu":  # a tape has only the kernels' operations
-        forward = record(forward)
+    if device.type == "cpu":  # a recording on a CPU holds nothing but kernels, and there are none for sampling
+        step_with_kernels = chain(record(forward), select_tokens)
     elif device.type == "cuda" and compile:
-        kernels_step = record(kernels_step)
-        if can_be_one_graph(model):
-            compiled_step = record(compiled_step)
+        step_with_kernels = record(chain(forward, select_tokens))
+    else:
+        step_with_kernels = chain(forward, select_tokens)
+
+    if compile:
+        step_without_kernels = build_compiled_step(model, kv_cache, select_tokens)
+    else:
+        step_without_kernels = chain(forward_without_kernels, select_tokens)
 
     def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        if uses_kernels(*tokens.shape):
-            return kernels_step(tokens, positions, *extra_inputs)
-        return (compiled_step if compile else eager_step)(tokens, positions, *extra_inputs)
+        chosen = step_with_kernels if uses_kernels(*tokens.shape) else step_without_kernels
+        return chosen(tokens, positions, *extra_inputs)
+
+    return step
+
+
+def chain(forward: Callable, select_tokens: Callable) -> Callable:
+    """The step (tokens, positions, *extra_inputs) -> select_tokens(forward(tokens, positions), *extra_inputs)."""
+
+    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
+        return select_tokens(forward(tokens, positions), *extra_inputs)
 
     return step
 
 
 def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable) -> Callable:
-    """The same by torch.compile, in two pieces: one block, which serves all layers, and the output head with
-    select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
+    """build_step's function by torch.compile, in two pieces: one block, which serves all layers, and the output head
+    with select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
+    one_graph = can_be_one_graph(model)
 
     def select_from_hidden(hidden: Tensor, *extra_inputs: Tensor):
         return select_tokens(model.logits(hidden), *extra_inputs)
@@ -137,19 +150,14 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Ca
     @cache
     def compiled() -> tuple[Transformer, Callable]:
         """Made when it is needed: importing the compiler takes a second and 150 MB."""
-        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
+        options = {"fullgraph": one_graph, "dynamic": False}
         return compile_blocks(model, **options), torch.compile(select_from_hidden, **options)
 
     def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
         compiled_model, compiled_select = compiled()
         return compiled_select(compiled_model.hidden(tokens, positions, kv_cache), *extra_inputs)
 
-    return step
-
-
-def used_part(kv_cache: KVCache, tokens: Tensor, positions: Tensor) -> KVCache:
-    """kv_cache up to the last of tokens: attention in plain PyTorch looks at every position there is."""
-    return kv_cache.prefix(int(positions.max()) + tokens.shape[1])
+    return record(step) if device_of(model).type == "cuda" and one_graph else step
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
@@ -172,11 +180,12 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Not so of a mixture of experts: which of them many tokens need is read on the host."""
+    """Whether torch.compile can trace the model without a break. Not a mixture of experts with many tokens: the host
+    reads which experts they need."""
     return model.config.moe is None
 
 
 def check_finite(ids: list[int]):
     """Raises UsageError if sampling found logits that are not finite."""
     if min(ids) < 0:
-        raise UsageError("the model's logits are not finite: NaN weights, or --precision too narrow")
+        raise UsageError(NOT_FINITE)

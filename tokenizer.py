@@ -4,8 +4,8 @@
     tokenizer.decode(tokenizer.encode("Hello"))
     tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
 
-In a prompt and in a message, text that looks like a special token ("</s>") stays text. Only a chat template writes
-special tokens.
+Special tokens that are written in a text to continue ("<|im_start|>") are special tokens, as in transformers and
+llama.cpp. In a conversation's messages they stay text: there only the chat template writes special tokens.
 """
 
 import codecs
@@ -49,26 +49,59 @@ class Tokenizer:
         self.special_names, self.chat_template = config.special_names, config.chat_template
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """The ids of a text to continue. They begin with the checkpoint's beginning-of-sequence token, if it has one
-        and bos is True. There is no end-of-sequence token, even if the tokenizer's settings append one."""
-        ids = self.encode_parts([text])
-        return self.bos_ids + ids if bos else ids
+        """The ids of a text to continue, in which special tokens may be written. They begin with the checkpoint's
+        beginning-of-sequence token, if it has one and bos is True; it is not added to a text that begins with it. There
+        is no end-of-sequence token, even if the tokenizer's settings append one."""
+        ids = self.encode_parts(self.split_special(text))
+        has_bos = ids[: len(self.bos_ids)] == self.bos_ids
+        return self.bos_ids + ids if bos and not has_bos else ids
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
         """The text of ids. Special tokens have no text; bytes that are not valid UTF-8 become U+FFFD. after: the ids
         that come before. If they have text, the space of the first id belongs to the text and is kept."""
-        return "".join(stream(self, ids, after))
+        return "".join(detokenize(self, ids, after))
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}], written out by the
-        checkpoint's chat template. Raises UsageError if it has no template, or if the template fails."""
+        checkpoint's chat template. Special tokens that are written in a message stay text. Raises UsageError if there
+        is no template, or if it fails."""
+        marked = [message | {"content": self.mark_as_text(message["content"])} for message in messages]
+        return self.encode_parts(self.split_special(self.render_chat(marked, add_generation_prompt)))
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """A conversation's text, in which the template's special tokens are written. Raises UsageError."""
         template, names = self.chat_template, self.special_names
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
         if template is None:
             raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
-        marked = [message | {"content": self.mark_as_text(message["content"])} for message in messages]
-        return self.encode_parts(self.split_special(render(template, names, marked, add_generation_prompt)))
+        return render(template, names, messages, add_generation_prompt)
+
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text: eos_token, and what the chat template puts after an assistant's message."""
+        ends = [self.special.get(self.special_names.get("eos_token")), self.end_of_turn()]
+        return [i for i in ends if i is not None]
+
+    def end_of_turn(self) -> int | None:
+        """The special token that the chat template puts right after an assistant's message, white space aside. None if
+        there is none, or if the template fails."""
+        answer = "An answer."
+        messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+        try:
+            _, found, rest = self.render_chat(messages, add_generation_prompt=False).rpartition(answer)
+        except UsageError:
+            return None
+        parts = self.split_special(rest)
+        follows_directly = found and len(parts) > 1 and not parts[0].strip()
+        return parts[1] if follows_directly else None
+
+    def drop_special_tokens(self, n_tokens: int):
+        """Makes text of the special tokens whose ids are n_tokens or more, if no other token's are. Gemma 3's tokenizer
+        has such a token, for images, and its smallest model has no embedding for it."""
+        special_ids = set(self.special.values())
+        if all(i in special_ids for i in range(n_tokens, self.vocab_size)):
+            self.special = {piece: i for piece, i in self.special.items() if i < n_tokens}
+            self.vocab_size = min(self.vocab_size, n_tokens)
 
     def mark_as_text(self, text: str) -> str:
         """Inserts SENTINEL after the first character of everything that looks like a special token, so that
@@ -94,7 +127,7 @@ class Tokenizer:
         raise NotImplementedError
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Decodes ids as they arrive, whole characters only. The pieces join to tokenizer.decode(ids, after)."""
 
     def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
@@ -115,14 +148,14 @@ class TextStream:
         return self.utf8.decode(b"", final=True)
 
 
-def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
+def detokenize(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
     """Yields tokenizer.decode(ids, after) in pieces, as the ids arrive."""
-    text = TextStream(tokenizer, after)
+    detokenizer = IncrementalDetokenizer(tokenizer, after)
     for i in ids:
-        piece = text.push(i)
+        piece = detokenizer.push(i)
         if piece:
             yield piece
-    rest = text.end()
+    rest = detokenizer.end()
     if rest:
         yield rest
 

@@ -55,10 +55,14 @@ class ShardSpec:
 
 
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
-    """The linear layers that are cut, by the last component of their name. Every rank has all other tensors whole."""
+    """The linear layers that are cut, by the last component of their name. Every rank has all other tensors whole.
+
+    Where the q/k norms are over all heads together, every rank also computes attention for all heads, and only o_proj
+    is cut."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
-        "qkv_proj": ShardSpec("outputs", (q, kv, kv), granularity=config.head_dim),
+    cuts_heads = not config.qk_norm_all_heads
+    qkv_proj = {"qkv_proj": ShardSpec("outputs", (q, kv, kv), granularity=config.head_dim)} if cuts_heads else {}
+    return qkv_proj | {
         "o_proj": ShardSpec("inputs", (q,), granularity=config.head_dim),
         "gate_up_proj": ShardSpec("outputs", (config.ffn_dim, config.ffn_dim)),
         "down_proj": ShardSpec("inputs", (config.ffn_dim,)),
@@ -122,6 +126,9 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
         """A copy of the part, so that only that much of a memory-mapped tensor is read. tensor itself if every rank has
         it whole."""
         module_name, _, tensor_name = name.rpartition(".")
+        if tensor_name == "sinks":
+            start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
+            return tensor[start : start + length].clone()
         spec = plan.get(module_name.rpartition(".")[2])
         if spec is None:
             return tensor
@@ -141,8 +148,10 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
         else:
             linear.out_features = n
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and "qkv_proj" in plan:
             module.n_heads //= n_ranks
+            if module.sinks is not None:
+                module.sinks = nn.Parameter(module.sinks[: module.n_heads], requires_grad=False)
             module.n_kv_heads = -(-module.n_kv_heads // n_ranks)  # at least one
     return shard_tensor
 
@@ -173,7 +182,11 @@ def insert_collectives(model: Transformer):
     """Adds the collectives to a model that shard has cut. The last step of loading it."""
     reduce = choose_all_reduce(model.embed_tokens.weight)
     for layer in model.layers:
-        layer.attention.o_proj = RowParallelLinear(layer.attention.o_proj, reduce)
+        o_proj = layer.attention.o_proj
+        all_heads = layer.attention.n_heads * layer.attention.head_dim
+        cuts_input = o_proj.in_features < all_heads
+        start, length = shard_range(all_heads, layer.attention.head_dim, dist.get_rank(), world_size())
+        layer.attention.o_proj = RowParallelLinear(o_proj, reduce, (start, length) if cuts_input else None)
         layer.feed_forward.down_proj = RowParallelLinear(layer.feed_forward.down_proj, reduce)
     model.lm_head = ParallelHead(model.lm_head, model.config.vocab_size)
 
@@ -182,13 +195,22 @@ class RowParallelLinear(nn.Module):
     """A linear layer cut along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the ranks' partial
     results. The residual is added after it, since otherwise every rank would add it."""
 
-    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_range: tuple[int, int] | None = None
+    ):
+        """input_range: (start, length) of this rank's inputs, if it is given the inputs of all ranks."""
         super().__init__()
-        self.linear, self.all_reduce, self.backend = linear, all_reduce, linear.backend
+        self.linear, self.all_reduce, self.input_range = linear, all_reduce, input_range
+        self.backend = linear.backend
 
-    def forward(self, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
-        y = self.all_reduce(self.linear(*args, **kwargs))
+    def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
+        if self.input_range is not None:
+            x = between_tapes(self.own_inputs, x)
+        y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
+
+    def own_inputs(self, x: Tensor) -> Tensor:
+        return x.narrow(-1, *self.input_range).contiguous()
 
 
 class ParallelHead(nn.Module):

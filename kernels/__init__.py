@@ -1,6 +1,7 @@
 """The operations that a model is made of. Each calls the kernel of its backend, or does the same in plain PyTorch.
 
-    linear             [residual +] [glu] ([rms_norm] x W^T [+ bias])
+    linear             [residual +] [cap] scale * [glu] ([rms_norm] x W^T [+ bias])
+    rms_norm           [residual +] a norm that linear cannot fuse, since no matrix product follows it
     glu, add           an activation or a residual that linear cannot fuse
     embed              looks tokens up in the embedding
     attend             q/k norm, RoPE, cache write, attention over the cache
@@ -42,7 +43,7 @@ def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None
     norm: a model.RMSNorm that is applied to x first.
     activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
     [..., N / 2].
-    residual: added last.
+    residual: added last, after w.scale and w.softcap.
     out_dtype: x.dtype (None) or torch.float32."""
     ops = kernels_of(w.backend, n_rows(x))
     if ops is None:
@@ -55,6 +56,8 @@ def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None
         x.contiguous(), *weight_arguments(w), w.bias, weight, eps,
         residual=None if residual is None else residual.contiguous(),
         activation=ACTIVATIONS[activation],
+        scale=w.scale,
+        softcap=w.softcap,
         float32_out=out_dtype == torch.float32,
     )  # fmt: skip
 
@@ -73,28 +76,44 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
     return x + y
 
 
-def embed(tokens: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """tokens [B, T] -> their rows of weight [V, dim]: [B, T, dim]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
+    """[residual +] x / rms(x) * weight over the last dimension."""
+    ops = kernels_of(backend, n_rows(x))
+    if ops is None:
+        return reference.rms_norm(x, weight, eps, residual)
+    return ops.rms_norm(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
+
+
+def embed(tokens: Tensor, weight: Tensor, scale: float, backend: str) -> Tensor:
+    """tokens [B, T] -> their rows of weight [V, dim], times scale: [B, T, dim]."""
     if backend == "cpu" and kernels_of(backend, tokens.numel()):
-        return torch.ops.gptfast.embed(tokens.contiguous(), weight)
-    return reference.embed(tokens, weight)
+        return torch.ops.gptfast.embed(tokens.contiguous(), weight, scale)
+    return reference.embed(tokens, weight, scale)
 
 
 def attend(
-    qkv: Tensor, cache, positions: Tensor, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None
-) -> Tensor:
+    qkv: Tensor, cache, positions: Tensor, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
+    sinks: Tensor | None = None, scale: float | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D].
 
     cache: a model.LayerCache. The new keys and values are written to it, the first at positions [B].
     window: how many tokens a token sees, itself included; 0: all.
-    q_norm, k_norm: model.RMSNorms over head_dim, applied to every head before RoPE."""
+    q_norm, k_norm: model.RMSNorms, applied before RoPE to every head, or to all heads together if they are so wide.
+    sinks: [H], scores of a key whose value is zero.
+    scale: of the scores; None: 1 / sqrt(D).
+    softcap: if not 0, bends the scores so that they stay between -softcap and softcap."""
     batch, n_tokens, _ = qkv.shape
     if not attend_fits(backend, batch, n_tokens, n_heads // cache.k.shape[1]):
-        return reference.attend(qkv, cache, positions, n_heads, window, q_norm, k_norm)
+        return reference.attend(qkv, cache, positions, n_heads, window, q_norm, k_norm, sinks, scale, softcap)
     q_weight, eps = norm_arguments(q_norm)
     k_weight, _ = norm_arguments(k_norm)
     ops = kernels_of(backend, batch * n_tokens)
-    return ops.attend(qkv, cache.k, cache.v, positions, cache.rope, q_weight, k_weight, eps, n_heads, window)
+    return ops.attend(
+        qkv, cache.k, cache.v, positions, cache.rope, q_weight, k_weight, eps, sinks, n_heads, window,
+        scale=cache.k.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+    )  # fmt: skip
 
 
 def attend_fits(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
@@ -105,11 +124,16 @@ def attend_fits(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int)
     return backend == "cpu" or n_tokens * heads_per_kv_head <= 64
 
 
-def route(logits: Tensor, top_k: int, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared: int = 0
+) -> tuple[Tensor, Tensor]:
     """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k]. normalize: scale
-    the weights so that they sum to one."""
+    the weights so that they sum to one.
+
+    n_shared: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The sigmoid
+    of the last one is the weight of each of them, and the results are [..., top_k + n_shared]."""
     ops = kernels_of(backend, n_rows(logits))
-    return (ops or reference).route(logits, top_k, normalize)
+    return (ops or reference).route(logits, top_k, normalize, n_shared)
 
 
 def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation: str | None = None) -> Tensor:
@@ -122,7 +146,7 @@ def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation: str |
         return glu(experts_gate_up(x, w, topk_ids, norm), activation, w.backend)
     weight, eps = norm_arguments(norm)
     return ops.experts_gate_up(
-        x.contiguous(), *weight_arguments(w), topk_ids, weight, eps, activation=ACTIVATIONS[activation]
+        x.contiguous(), *weight_arguments(w), w.bias, topk_ids, weight, eps, activation=ACTIVATIONS[activation]
     )
 
 
@@ -132,7 +156,7 @@ def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, resi
     ops = kernels_of(w.backend, n_rows(topk_ids))
     if ops is None:
         return reference.experts_down(hidden, w, topk_ids, topk_weights, residual)
-    return ops.experts_down(hidden, *weight_arguments(w), topk_ids, topk_weights, residual)
+    return ops.experts_down(hidden, *weight_arguments(w), w.bias, topk_ids, topk_weights, residual)
 
 
 def sample(logits: Tensor, temperature: float) -> Tensor:
@@ -142,12 +166,6 @@ def sample(logits: Tensor, temperature: float) -> Tensor:
     if temperature > 0:
         noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
     return torch.ops.gptfast_triton.sample(logits.contiguous(), noise, temperature)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension. Plain PyTorch on every backend: where kernels run, linear fuses the
-    norm."""
-    return reference.rms_norm(x, weight, eps)
 
 
 def dequantize(w, dtype: torch.dtype, experts=slice(None)) -> Tensor:
@@ -225,7 +243,7 @@ def triton_runs(device: torch.device) -> bool:
     try:
         from kernels import triton_attention, triton_linear, triton_moe, triton_sampling  # noqa: F401  (they register the operations)
 
-        torch.ops.gptfast_triton.route(torch.zeros(1, 2, device=device), 1, True)
+        torch.ops.gptfast_triton.route(torch.zeros(1, 2, device=device), 1, True, 0)
         return True
     except Exception as e:  # the driver, the compiler and Triton each raise errors of their own
         why = str(e).partition("\n")[0]

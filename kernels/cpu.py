@@ -38,7 +38,7 @@ def build() -> ctypes.CDLL | None:
         print("no C++ compiler ($CXX, g++ or clang++): running on PyTorch's own, slower operations", file=sys.stderr)
         return None
     try:
-        return load(library_path(compiler), compiler)
+        return load_library(library_path(compiler), compiler)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home folder
         lines = (getattr(e, "stderr", None) or str(e)).splitlines()
         why = next((line for line in lines if "error" in line), str(e))
@@ -72,7 +72,7 @@ def library_path(compiler: list[str]) -> Path:
     return folder / f"kernels-{key.hexdigest()[:16]}.so"
 
 
-def load(library: Path, compiler: list[str]) -> ctypes.CDLL:
+def load_library(library: Path, compiler: list[str]) -> ctypes.CDLL:
     """Loads the library, compiled first if the file is missing or broken."""
     try:
         torch.ops.load_library(library)

@@ -1,4 +1,4 @@
-"""record(step): a decode step that is recorded once and replayed.
+"""record(step): a decode step that is recorded once and replayed. CUDA graphs, and the same for CPUs.
 
     step = record(lambda tokens, positions: model(tokens, positions, kv_cache))
     logits = step(tokens, positions)       # the first call with these shapes records, every later one replays
@@ -6,9 +6,13 @@
 One contract on both devices: a call copies its arguments into the buffers of the recording, and what it returns is
 overwritten by the next call. Only what the arguments hold may change from call to call.
 
-    CUDA, ROCm    a CUDA graph of everything that step does
-    CPU           a tape of the leaf operations of kernels/csrc/, replayed in one parallel region (kernels/csrc/tape.h).
-                  Anything else that step computes raises, since it would happen once, while recording, and never again:
+    CUDA, ROCm    CUDAGraph: everything that step does on the GPU
+    CPU           CPUGraph: the calls of the C++ kernels, with the addresses of their inputs and outputs. The list of
+                  these calls is a tape. A tape is replayed in one parallel region (kernels/csrc/tape.h).
+
+Only leaf operations can be on a tape: the operations in kernels/__init__.py, of which a model is composed. Anything
+else that step computes on a CPU raises, since it would happen once, while recording, and never again. A collective is
+no leaf operation. between_tapes makes a graph break for it:
 
         embed  linear  attend  linear  linear  linear  ...  linear |   all_reduce    | add  linear  attend ...
         [------------------------- tape -------------------------] between_tapes()   [-------- tape --------
@@ -25,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.schema import SCHEMAS
 
-current: "Recorder | None" = None  # whose tape is being recorded
+current: "Recorder | None" = None  # the one that is recording now
 
 
 def record(step: Callable) -> Callable:
@@ -37,22 +41,22 @@ def record(step: Callable) -> Callable:
         shapes = tuple(None if arg is None else arg.shape for arg in args)
         if shapes not in recordings:
             on_gpu = any(arg is not None and arg.is_cuda for arg in args)
-            recordings[shapes] = Graph(step, args) if on_gpu else Tape(step, args)
+            recordings[shapes] = CUDAGraph(step, args) if on_gpu else CPUGraph(step, args)
         return recordings[shapes](args)
 
     return replay
 
 
 def between_tapes(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """fn(*inputs). While a tape is recorded, the tape ends before it and another begins after it, so that replaying
-    calls it between the two; its result must always have the same shape."""
+    """fn(*inputs). While a CPUGraph is recorded, this is a graph break: the tape ends and another one begins. Replaying
+    calls fn between the two. Its result must always have the same shape."""
     if current is None:
         return fn(*inputs)
-    return current.pause(fn, inputs)
+    return current.graph_break(fn, inputs)
 
 
-class Graph:
-    """A CUDA graph: one launch in place of hundreds."""
+class CUDAGraph:
+    """Everything that a step does on a GPU: one launch in place of hundreds."""
 
     def __init__(self, step: Callable, args: tuple):
         self.inputs = [None if arg is None else arg.clone() for arg in args]
@@ -72,29 +76,30 @@ class Graph:
         return self.outputs
 
 
-class Tape:
-    """The leaf operations of a step in order, and what happens between them."""
+class CPUGraph:
+    """The kernels that a step calls on a CPU, as tapes, and the functions that it calls between the tapes."""
 
     def __init__(self, step: Callable, args: tuple):
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
         recorder = Recorder()
         with recorder:
             self.outputs = step(*self.inputs)
-        self.stages, self.keepalive = recorder.stages, recorder.keepalive
+        self.segments, self.keepalive = recorder.segments, recorder.keepalive
 
     def __call__(self, args: tuple):
         copy_all(args, self.inputs)
-        for stage in self.stages:
-            stage()
+        for segment in self.segments:
+            segment()
         return self.outputs
 
 
 class Recorder(TorchDispatchMode):
-    """Inside `with`, sees every operation that PyTorch is asked for, and lets leaf operations and views pass."""
+    """Makes the segments of a CPUGraph from what is called inside `with`. It sees every operation that PyTorch is asked
+    for, and lets only leaf operations and views pass."""
 
     def __init__(self):
         super().__init__()
-        self.stages: list[Callable[[], None]] = []
+        self.segments: list[Callable[[], None]] = []  # tapes, and the functions between them
         self.keepalive = []  # every tensor whose address is on a tape
 
     def __enter__(self):
@@ -122,30 +127,30 @@ class Recorder(TorchDispatchMode):
     def begin_tape(self):
         global current
         current = self
-        self.stages.append(TapeReplay(cpu.build()))
+        self.segments.append(Tape(cpu.build()))
 
     def end_tape(self):
         global current
         current = None
         cpu.build().tape_end()
 
-    def pause(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
+    def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """See between_tapes()."""
         self.end_tape()
         with torch.utils._python_dispatch._disable_current_modes():
             result = fn(*inputs).clone()  # of inputs that have not been computed: only its shape counts
 
-        def stage():
+        def call():
             result.copy_(fn(*inputs))
 
         self.keepalive += [inputs, result]
-        self.stages.append(stage)
+        self.segments.append(call)
         self.begin_tape()
         return result
 
 
-class TapeReplay:
-    """One tape of kernels/csrc/tape.h, recorded until tape_end."""
+class Tape:
+    """A tape of kernels/csrc/tape.h. To create one starts to record it, until tape_end; to call it replays it."""
 
     def __init__(self, functions: ctypes.CDLL):
         self.functions, self.address = functions, functions.tape_begin()

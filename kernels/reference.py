@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"silu": F.silu}
-
 
 def linear(x, w, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
     if norm is not None:
@@ -16,35 +14,66 @@ def linear(x, w, norm=None, residual=None, activation=None, out_dtype=None) -> T
     y = F.linear(x, w.matrix(x.dtype), w.bias)
     if activation:
         y = glu(y, activation)
-    if residual is not None:
-        y = residual + y
-    return y if out_dtype is None else y.to(out_dtype)
+    if w.scale != 1:
+        y = y * w.scale
+    if out_dtype is not None:
+        y = y.to(out_dtype)
+    if w.softcap:
+        y = cap(y, w.softcap)
+    return y if residual is None else residual + y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """arXiv:1910.07467. In float32, except for the product with the weight."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    y = normed.to(x.dtype) * weight
+    return y if residual is None else residual + y
+
+
+def cap(x: Tensor, softcap: float) -> Tensor:
+    """x, bent so that it stays between -softcap and softcap."""
+    return softcap * torch.tanh(x / softcap)
+
+
+def silu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's: both clamped, a steeper sigmoid, and up + 1."""
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "clamped_swiglu": clamped_swiglu}
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
+    return ACTIVATIONS[activation](gate, up)
 
 
-def embed(tokens: Tensor, weight: Tensor) -> Tensor:
-    return F.embedding(tokens, weight)
+def embed(tokens: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    x = F.embedding(tokens, weight)
+    return x if scale == 1 else x * scale
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def attend(qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0, q_norm=None, k_norm=None) -> Tensor:
+def attend(
+    qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0, q_norm=None, k_norm=None, sinks=None,
+    scale: float | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
     q, k, v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if q_norm is not None:
-        q, k = q_norm(q), k_norm(k)
+        q, k = norm_heads(q, q_norm), norm_heads(k, k_norm)
     token_positions = positions[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
     rope = cache.rope[token_positions]  # [B, T, D/2, 2]
     q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D], k [B, T, G, D]
@@ -59,17 +88,47 @@ def attend(qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0,
         cache.k[sequences, :, token_positions] = k
         cache.v[sequences, :, token_positions] = v
     k, v = cache.k, cache.v  # [B, G, S, D]
+    if sinks is not None or softcap:
+        mask = causal_mask(token_positions, S, window)
+        y = explicit_attention(q, k, v, mask, sinks, D**-0.5 if scale is None else scale, softcap)
+        return y.transpose(1, 2).reshape(B, T, -1)
     if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
         mask = causal_mask(token_positions, S, window)
-        return F.scaled_dot_product_attention(q.view(B, G, -1, D), k, v, attn_mask=mask).reshape(B, 1, -1)
+        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), k, v, attn_mask=mask, scale=scale)
+        return y.reshape(B, 1, -1)
     if q.is_cuda:  # for grouped heads with a mask, or in float32, SDPA has only its slowest kernel
         k, v = (t.repeat_interleave(n_heads // G, dim=1) for t in (k, v))
     if fills_cache and not 0 < window < T:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     else:
         mask = causal_mask(token_positions, S, window)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return y.transpose(1, 2).reshape(B, T, -1)
+
+
+def norm_heads(x: Tensor, norm) -> Tensor:
+    """x [B, T, H, D], normed over each head, or over all heads together if the norm has so many weights."""
+    if norm.weight.numel() == x.shape[-1]:
+        return rms_norm(x, norm.weight, norm.eps)
+    return rms_norm(x.flatten(2), norm.weight, norm.eps).view_as(x)
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """What SDPA cannot do. q [B, H, T, D], k and v [B, G, S, D], mask [B, 1, T, S] -> [B, H, T, D]. sinks [H] are
+    scores of a key whose value is zero: they take a part of the softmax's sum."""
+    B, H, T, D = q.shape
+    grouped = q.view(B, k.shape[1], -1, T, D)  # [B, G, H/G, T, D]
+    scores = (grouped @ k[:, :, None].mT).float() * scale  # [B, G, H/G, T, S]
+    if softcap:
+        scores = cap(scores, softcap)
+    scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    p = scores.softmax(-1)[..., : k.shape[2]].to(v.dtype)
+    return (p @ v[:, :, None]).view(B, H, T, D)
 
 
 def causal_mask(token_positions: Tensor, S: int, window: int) -> Tensor:
@@ -91,10 +150,16 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
 
 
-def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    topk_weights, topk_ids = F.softmax(logits, dim=-1).topk(top_k, dim=-1)
+def route(logits: Tensor, top_k: int, normalize: bool, n_shared: int = 0) -> tuple[Tensor, Tensor]:
+    n_experts = logits.shape[-1] - (1 if n_shared else 0)
+    topk_weights, topk_ids = F.softmax(logits[..., :n_experts], dim=-1).topk(top_k, dim=-1)
     if normalize:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+    if n_shared:
+        shared_ids = torch.arange(n_experts, n_experts + n_shared, device=logits.device)
+        shared_ids = shared_ids.expand(*topk_ids.shape[:-1], n_shared)
+        shared_weights = logits[..., n_experts:].sigmoid().expand(*topk_ids.shape[:-1], n_shared)
+        topk_ids, topk_weights = torch.cat([topk_ids, shared_ids], -1), torch.cat([topk_weights, shared_weights], -1)
     return topk_weights, topk_ids
 
 
@@ -128,11 +193,12 @@ def by_expert(x: Tensor, w, expert_ids: Tensor) -> Tensor:
     y = x.new_empty(len(x), w.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
-        y[rows] = F.linear(x[rows], w.matrix(x.dtype, e))
+        y[rows] = F.linear(x[rows], w.matrix(x.dtype, e), None if w.bias is None else w.bias[e])
     return y
 
 
 def by_row(x: Tensor, w, expert_ids: Tensor) -> Tensor:
     """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
     product and sum into one loop. Not compiled, this would first copy the experts' weights."""
-    return (w.matrix(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1).to(x.dtype)
+    y = (w.matrix(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
+    return (y if w.bias is None else y + w.bias[expert_ids].float()).to(x.dtype)

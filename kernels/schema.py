@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 NAMESPACES = ("gptfast", "gptfast_triton")
-ACTIVATIONS = {None: 0, "silu": 1}  # also in reference.py, csrc/simd.h, triton_linear.py
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "clamped_swiglu": 3}  # also in reference.py, csrc/simd.h
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int group_size"
 SCHEMAS: dict[str, str] = {}  # name -> schema of the leaf operations, the only ones that a recorded CPU step may call
 
@@ -42,10 +42,12 @@ def implement_in_triton(function: Callable) -> Callable:
 
 
 @define(
-    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm, float eps, Tensor? residual, int activation, bool float32_out) "
-    "-> Tensor"
+    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm, float eps, Tensor? residual, int activation, float scale, "
+    "float softcap, bool float32_out) -> Tensor"
 )
-def linear(x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation, float32_out):
+def linear(
+    x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation, scale, softcap, float32_out
+):
     dtype = torch.float32 if float32_out else x.dtype
     return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
 
@@ -60,32 +62,37 @@ def add(x, y):
     return torch.empty_like(x)
 
 
-@define("(Tensor tokens, Tensor weight) -> Tensor")
-def embed(tokens, weight):
+@define("(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor")
+def rms_norm(x, weight, eps, residual):
+    return torch.empty_like(x)
+
+
+@define("(Tensor tokens, Tensor weight, float scale) -> Tensor")
+def embed(tokens, weight, scale):
     return weight.new_empty(*tokens.shape, weight.shape[1])
 
 
 @define(
     "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm, "
-    "Tensor? k_norm, float eps, int n_heads, int window) -> Tensor"
+    "Tensor? k_norm, float eps, Tensor? sinks, int n_heads, int window, float scale, float softcap) -> Tensor"
 )
-def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, n_heads, window):
+def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, sinks, n_heads, window, scale, softcap):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 
-@define("(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)")
-def route(logits, top_k, normalize):
-    shape = (*logits.shape[:-1], top_k)
+@define("(Tensor logits, int top_k, bool normalize, int n_shared) -> (Tensor, Tensor)")
+def route(logits, top_k, normalize, n_shared):
+    shape = (*logits.shape[:-1], top_k + n_shared)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-@define(f"(Tensor x, {WEIGHT}, Tensor topk_ids, Tensor? norm, float eps, int activation) -> Tensor")
-def experts_gate_up(x, weight, scales, zeros, kind, n, group_size, topk_ids, norm, eps, activation):
+@define(f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm, float eps, int activation) -> Tensor")
+def experts_gate_up(x, weight, scales, zeros, kind, n, group_size, bias, topk_ids, norm, eps, activation):
     return x.new_empty(*topk_ids.shape, n // 2 if activation else n)
 
 
-@define(f"(Tensor hidden, {WEIGHT}, Tensor topk_ids, Tensor topk_weights, Tensor? residual) -> Tensor")
-def experts_down(hidden, weight, scales, zeros, kind, n, group_size, topk_ids, topk_weights, residual):
+@define(f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor topk_weights, Tensor? residual) -> Tensor")
+def experts_down(hidden, weight, scales, zeros, kind, n, group_size, bias, topk_ids, topk_weights, residual):
     return hidden.new_empty(*topk_ids.shape[:-1], n)
 
 

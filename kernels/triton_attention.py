@@ -17,18 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import implement_in_triton
-from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options
+from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_last_kernel
+from kernels.triton_linear import cap
 
 MAX_TOKENS = tl.constexpr(16)  # new tokens in a row
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def attend_kernel(
-    qkv_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, out_ptr,
+    qkv_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr, out_ptr,
     splits_ptr, stats_ptr, n_done_ptr,
-    eps, qk_scale, cache_stride_b, cache_stride_g, S, T,
-    N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr,
+    eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
+    N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+    Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr, N_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -39,11 +41,9 @@ def attend_kernel(
     Each program leaves its result in splits and stats, and counts itself in n_done, which has a counter for each row
     and key/value head. The program that finds all others counted combines the results, and makes the counter zero.
 
-    qk_scale is that of logits to base 2, whose exponential is one instruction."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        if AT_ONCE:
-            tl.extra.cuda.gdc_launch_dependents()
+    qk_scale and qk_softcap are those of logits to base 2, whose exponential is one instruction. Q_NORM_HEADS and
+    K_NORM_HEADS: how many heads are normed together."""
+    wait_for_last_kernel(OVERLAP, AT_ONCE)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
     TOKEN_STRIDE: tl.constexpr = (N_HEADS + 2 * N_KV_HEADS) * D
@@ -64,9 +64,17 @@ def attend_kernel(
     v = load_rows(qkv_ptr, k_offset + N_KV_HEADS * D, new < T, D, BLOCK_D)
 
     mask_q = mask_m & is_inside(start + token, S)
-    q_lo, q_hi = norm_and_rotate(q_lo, q_hi, q_norm_ptr, rope_ptr, start + token, mask_q, eps, D, DTYPE)
+    q_lo, q_hi = q_lo.to(tl.float32), q_hi.to(tl.float32)
+    if q_norm_ptr is not None:
+        q_lo, q_hi = norm(q_lo, q_hi, q_norm_ptr, qkv_ptr, token, head, T, eps, D, Q_NORM_HEADS, TOKEN_STRIDE)
+    q_lo, q_hi = rotate(q_lo, q_hi, rope_ptr, start + token, mask_q, D, DTYPE)
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf: for a query that sees nothing, -inf - -inf would be NaN
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:  # one of the splits has the sink
+        has_sink = mask_m & (split == N_SPLITS - 1)
+        sink = tl.load(sinks_ptr + head, mask=has_sink, other=0.0).to(tl.float32) * LOG2_E
+        m_i = tl.where(has_sink, tl.maximum(sink, m_i, propagate_nan=tl.PropagateNan.ALL), m_i)
+        l_i = tl.where(has_sink, tl.exp2(sink - m_i), l_i)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     begin = tl.maximum(start - WINDOW + 1, 0) if WINDOW else 0
@@ -75,16 +83,20 @@ def attend_kernel(
     end = tl.minimum(begin + split_len, tl.minimum(start, S))
     m_i, l_i, acc = attend_cached(
         q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, qk_scale,
-        D, WINDOW, BLOCK_N,
+        qk_softcap, D, WINDOW, BLOCK_N,
     )  # fmt: skip
 
     if split == N_SPLITS - 1:
         mask_new = (new < T) & is_inside(start + new, S)
-        k_lo, k_hi = norm_and_rotate(k_lo, k_hi, k_norm_ptr, rope_ptr, start + new, mask_new, eps, D, DTYPE)
+        k_lo, k_hi = k_lo.to(tl.float32), k_hi.to(tl.float32)
+        if k_norm_ptr is not None:
+            k_ptr = qkv_ptr + N_HEADS * D
+            k_lo, k_hi = norm(k_lo, k_hi, k_norm_ptr, k_ptr, new, kv_head, T, eps, D, K_NORM_HEADS, TOKEN_STRIDE)
+        k_lo, k_hi = rotate(k_lo, k_hi, rope_ptr, start + new, mask_new, D, DTYPE)
         mask = mask_new[None, :] & mask_m[:, None] & (new[None, :] <= token[:, None])
         if WINDOW:
             mask &= new[None, :] > token[:, None] - WINDOW
-        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, m_i, l_i, acc)
+        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, m_i, l_i, acc)
         store_halves(k_cache_ptr, (start + new) * D, k_lo, k_hi, mask_new, D)
         store_rows(v_cache_ptr, (start + new) * D, v, mask_new, D)
 
@@ -129,7 +141,7 @@ def combine_splits(
 
 @triton.jit
 def attend_cached(
-    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, qk_scale,
+    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, qk_scale, qk_softcap,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Takes the cached tokens [begin, end) into the running softmax of queries at position [BLOCK_M]."""
@@ -140,17 +152,20 @@ def attend_cached(
         mask = (key < end)[None, :] & mask_m[:, None]
         if WINDOW:
             mask &= key[None, :] > position[:, None] - WINDOW
-        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, m_i, l_i, acc)
+        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, m_i, l_i, acc)
     return m_i, l_i, acc
 
 
 @triton.jit
-def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, m_i, l_i, acc):
+def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, m_i, l_i, acc):
     """Takes keys [N, D] and values v [N, D] that mask [M, N] lets queries [M, D] see into a running softmax: its maxima
     m_i [M], its sums l_i [M] and the unnormalized output acc [M, D]. The products' factors are of q's type."""
     k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
-    qk = tl.where(mask, qk * qk_scale, -float("inf"))
+    qk *= qk_scale
+    if qk_softcap is not None:
+        qk = cap(qk, qk_softcap)
+    qk = tl.where(mask, qk, -float("inf"))
     m_new = tl.maximum(m_i, tl.max(qk, axis=1))
     p = tl.exp2(qk - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
@@ -160,16 +175,41 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, m_i, l_i, acc
 
 
 @triton.jit
-def norm_and_rotate(a, b, norm_ptr, rope_ptr, position, mask, eps, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows of D elements, given and returned as halves a and b [R, BLOCK_HALF], normed and rotated for position [R].
-    Rows outside mask become zeros."""
-    a, b = a.to(tl.float32), b.to(tl.float32)
+def norm(
+    a, b, weight_ptr, heads_ptr, token, head, T, eps, D: tl.constexpr, N_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr
+):
+    """Rows of D elements, given and returned as halves a and b [R, BLOCK_HALF], divided by their rms and multiplied
+    with the weight [D]. If N_HEADS > 1, a row is one head [R] of a token [R]. Then the rms is that of all N_HEADS heads
+    of the token, which are at heads_ptr, and the weight is [N_HEADS, D]."""
+    if N_HEADS == 1:
+        squares = tl.sum(a * a + b * b, axis=1)
+        weight_offset = tl.zeros([1], tl.int32)
+    else:
+        squares = sum_of_squares(heads_ptr, token, T, N_HEADS * D, TOKEN_STRIDE)
+        weight_offset = head * D + tl.zeros([1], tl.int32)  # [R], or [1] if all rows are of one head
+    inverse_rms = tl.rsqrt(squares / (N_HEADS * D) + eps)[:, None]
+    every_row = weight_offset >= 0
+    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, every_row, D, a.shape[1])
+    return a * (inverse_rms * weight_lo.to(tl.float32)), b * (inverse_rms * weight_hi.to(tl.float32))
+
+
+@triton.jit
+def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexpr):
+    """Of the first WIDTH elements of each token [R], at ptr: [R]. A token is read once, however many rows it has."""
+    i = tl.arange(0, triton.next_power_of_2(WIDTH))
+    total = tl.zeros(token.shape, tl.float32)
+    for t in range(T):
+        x = tl.load(ptr + t * TOKEN_STRIDE + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+        total = tl.where(token == t, tl.sum(x * x, axis=0), total)
+    return total
+
+
+@triton.jit
+def rotate(a, b, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows of D elements, given and returned as halves a and b [R, BLOCK_HALF], rotated for position [R]. Rows outside
+    mask become zeros."""
     d = tl.arange(0, a.shape[1])
     d_mask = d < D // 2
-    if norm_ptr is not None:
-        inverse_rms = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / D + eps)[:, None]
-        a *= inverse_rms * tl.load(norm_ptr + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
-        b *= inverse_rms * tl.load(norm_ptr + D // 2 + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
     angle_ptr = rope_ptr + position[:, None] * D + 2 * d[None, :]  # rope is [S, D / 2, 2]
     cos = tl.load(angle_ptr, mask=mask[:, None] & d_mask[None, :], other=0.0)
     sin = tl.load(angle_ptr + 1, mask=mask[:, None] & d_mask[None, :], other=0.0)
@@ -216,15 +256,18 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
 @implement_in_triton
 def attend(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, eps: float, n_heads: int, window: int,
+    k_norm: Tensor | None, eps: float, sinks: Tensor | None, n_heads: int, window: int, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
     """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first token of each row is at positions [B], the others right after
     it.
 
     Keys and values go into the caches [B, G, S, D], which hold those of earlier tokens and may be views of longer
     ones. Nothing is read or written beyond S. rope [S, D / 2, 2] is cosine and sine of every position's angles.
-    window: a token sees no more than so many, itself included, if it is not 0. T H / G may be up to 64: a program has
-    that much room."""
+    q_norm, k_norm: [D] to norm each head, [H D] and [G D] to norm all heads of a token together. sinks: [H], scores of
+    a key whose value is zero. window: a token sees no more than so many, itself included, if it is not 0. Scores are
+    q k^T times scale, then, if softcap is not 0, bent so that they stay between -softcap and softcap.
+
+    T H / G may be up to 64: a program has that much room."""
     (n_rows, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_of(qkv.device).n_processors, n_rows * n_kv_heads, cache_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -236,9 +279,14 @@ def attend(
         stats = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
     grid = n_splits, n_kv_heads, n_rows
     attend_kernel[grid](
-        qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, out, splits, stats, done_counters(qkv.device),
-        eps, LOG2_E * head_dim**-0.5, k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,
-        n_heads, n_kv_heads, head_dim, window, n_splits,
+        qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, sinks, out,
+        splits, stats, done_counters(qkv.device),
+        eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
+        k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,
+        n_heads, n_kv_heads, head_dim, window,
+        Q_NORM_HEADS=1 if q_norm is None else q_norm.numel() // head_dim,
+        K_NORM_HEADS=1 if k_norm is None else k_norm.numel() // head_dim,
+        N_SPLITS=n_splits,
         BLOCK_SPLITS=triton.next_power_of_2(n_splits),
         BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
         BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys and of values, twice: any GPU has room

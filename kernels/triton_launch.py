@@ -2,6 +2,7 @@
 
     choose_tiles(x, bits, n, gated, group_size)      the shape of the programs of y = x W^T
     overlap_options(device, grid)                    for a kernel that may begin before the last one has ended
+    wait_for_last_kernel(OVERLAP, AT_ONCE)           what such a kernel begins with
 
 triton.json beside this file has the fastest shapes that were measured, by GPU and product. scripts/benchmark.py --tune
 writes them. For other GPUs and products choose_tiles guesses.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -73,12 +75,21 @@ def dot_dtype(x: Tensor) -> tl.dtype:
 
 
 def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
-    """Arguments for the launch of a kernel that overlaps with others if it can. OVERLAP: it must call gdc_wait.
-    AT_ONCE: it should call gdc_launch_dependents right afterwards, otherwise after its loop or never."""
+    """Arguments for the launch of a kernel that overlaps with others if it can. It must call wait_for_last_kernel with
+    OVERLAP and AT_ONCE. If OVERLAP and not AT_ONCE, it should call gdc_launch_dependents after its loop or never."""
     gpu = gpu_of(device)
     if not gpu.can_overlap:
         return {"OVERLAP": False, "AT_ONCE": False}
     return {"OVERLAP": True, "AT_ONCE": math.prod(grid) <= gpu.n_processors, "launch_pdl": True}
+
+
+@triton.jit
+def wait_for_last_kernel(OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr):
+    """What a kernel begins with. Afterwards it may read everything."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        if AT_ONCE:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @cache

@@ -1,7 +1,8 @@
 """The products of a decode step on a GPU, in Triton: a few rows of x times a weight in any format.
 
-    linear        y = x W^T; before it a norm, after it bias, activation and residual
+    linear        y = x W^T; before it a norm, after it bias, activation, scale, softcap and residual
     dequantize    a whole matrix, for prefill, whose products are PyTorch's
+    rms_norm      a norm that no product follows
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
 computes. Nothing here is one vendor's. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
@@ -15,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import implement_in_triton
+from kernels.formats import Int4, Int8
+from kernels.schema import ACTIVATIONS, implement_in_triton
 from kernels.triton_int4 import magic_word, offset_of, scales_and_zeros, tiles_to_floats
-from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options
+from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_last_kernel
 
-DENSE, INT8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # Format.kind of kernels/formats.py
-SILU = tl.constexpr(1)  # as in ACTIVATIONS of kernels/schema.py
+INT8, INT4 = tl.constexpr(Int8.kind), tl.constexpr(Int4.kind)
+SILU, GELU_TANH = tl.constexpr(ACTIVATIONS["silu"]), tl.constexpr(ACTIVATIONS["gelu_tanh"])
+CLAMPED_SWIGLU = tl.constexpr(ACTIVATIONS["clamped_swiglu"])
 PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the last kernel: about what its loop does
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
@@ -40,15 +43,15 @@ PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the l
 @triton.jit
 def linear_kernel(
     w_ptr, scales_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, topk_ids_ptr, y_ptr,
-    eps, magic, N,
+    eps, scale, softcap, magic, N,
     M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_HAS_PAIRS: tl.constexpr,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
     OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N_OUT] = epilogue(x [M, K] W [N, K]^T). A pointer is None where there is no such tensor. DTYPE is the type
-    of the products' factors. OVERLAP, AT_ONCE: see triton_launch.py.
+    """y [M, N_OUT] = epilogue(x [M, K] W [N, K]^T). A pointer is None where there is no such tensor, and so are scale
+    and softcap. DTYPE is the type of the products' factors. OVERLAP, AT_ONCE: see triton_launch.py.
 
     With topk_ids [M, TOP_K] W is a stack of experts [E, N, K], and y has a row for each pair of a token and one of its
     experts: [M * TOP_K, N_OUT]. x has a row for each pair, too, if X_HAS_PAIRS, else for each token. The second axis of
@@ -58,12 +61,9 @@ def linear_kernel(
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION else BLOCK_N
     offs_n = block_rows(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
-    if OVERLAP:
-        if topk_ids_ptr is None:
-            prefetch_rows(w_ptr, N, K, KIND, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
-        tl.extra.cuda.gdc_wait()
-        if AT_ONCE:
-            tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP and topk_ids_ptr is None:
+        prefetch_rows(w_ptr, N, K, KIND, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
+    wait_for_last_kernel(OVERLAP, AT_ONCE)
     offs_m = tl.arange(0, BLOCK_M)
     x_row, y_row, mask_m = offs_m, offs_m, offs_m < M
     if topk_ids_ptr is not None:
@@ -81,6 +81,8 @@ def linear_kernel(
         w_ptr += first_row * (tl.cdiv(K, 64) * 8 if KIND == INT4 else K)  # int4: words, in whole tiles
         if scales_ptr is not None:
             scales_ptr += first_row * tl.cdiv(K, GROUP_SIZE)
+        if bias_ptr is not None:
+            bias_ptr += first_row
 
     # What the epilogue needs is asked for before the loop, so that nothing has to wait for it afterwards.
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -105,9 +107,9 @@ def linear_kernel(
             squares = add_squares(squares, x_ptr, offs_k, M, K)
         if KIND == INT4:
             words = load_tiles(w_ptr, k, N, K, BLOCK_N, BLOCK_OUT, K_SLICES * BLOCK_K)
-            scale, zero = load_scales(scales_ptr, offs_n, mask_n, k + slices, N, K, GROUP_SIZE)
+            scales, zeros = load_scales(scales_ptr, offs_n, mask_n, k + slices, N, K, GROUP_SIZE)
             w = tiles_to_floats(words, magic, BLOCK_N // 16, BLOCK_K, DTYPE)
-            acc += int4_product(w, x, scale, zero + offset_of(DTYPE))
+            acc += int4_product(w, x, scales, zeros + offset_of(DTYPE))
         else:
             w = load_w(w_ptr, offs_n, mask_n, offs_k, K)  # [K_SLICES, BLOCK_N, BLOCK_K]
             acc = tl.dot(w.to(DTYPE), x, acc, input_precision="ieee")
@@ -123,6 +125,10 @@ def linear_kernel(
         y += bias
     if ACTIVATION:
         y = glu(y, ACTIVATION)
+    if scale is not None:
+        y *= scale
+    if softcap is not None:
+        y = cap(y, softcap)
     if residual_ptr is not None:
         y += residual
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
@@ -264,7 +270,19 @@ def glu(y, ACTIVATION: tl.constexpr):
     gate, up = tl.split(tl.permute(y, [1, 2, 0]))
     if ACTIVATION == SILU:
         gate *= tl.sigmoid(gate)
+    elif ACTIVATION == GELU_TANH:  # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
+        gate *= tl.sigmoid(1.5957691 * (gate + 0.044715 * gate * gate * gate))
+    elif ACTIVATION == CLAMPED_SWIGLU:
+        gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
+        gate *= tl.sigmoid(1.702 * gate)
     return gate * up
+
+
+@triton.jit
+def cap(x, softcap):
+    """x, bent so that it stays between -softcap and softcap: softcap * tanh(x / softcap)."""
+    return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)
 
 
 # ---- dequantize -----------------------------------------------------------------------------------------------------
@@ -289,15 +307,40 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, KIND: tl.const
     tl.store(y_ptr + offsets, y, mask=mask)
 
 
+# ---- rms_norm -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, weight_ptr, residual_ptr, y_ptr, eps,
+    N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """y [rows, N] = [residual +] x / rms(x) * weight. A program has a row; BLOCK >= N is a power of two."""
+    wait_for_last_kernel(OVERLAP, AT_ONCE)
+    n = tl.arange(0, BLOCK)
+    offsets, mask = tl.program_id(0) * N + n, n < N
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + n, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / N + eps) * weight
+    if residual_ptr is not None:
+        y += residual
+    tl.store(y_ptr + offsets, y, mask=mask)
+
+
+# ---- Operations -----------------------------------------------------------------------------------------------------
+
+
 def launch_linear(
     y: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, kind: int, n: int, group_size: int,
     bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-    activation: int = 0, topk_ids: Tensor | None = None,
+    activation: int = 0, scale: float = 1.0, softcap: float = 0.0, topk_ids: Tensor | None = None,
 ):  # fmt: skip
     """Fills y with linear_kernel. With topk_ids [M, top_k] y has a row for each id, and x a row for each token or for
     each id."""
     k = x.shape[-1]
-    n_rows, is_int4 = x.numel() // k, kind == INT4.value
+    n_rows, is_int4 = x.numel() // k, kind == Int4.kind
     m, n_pairs, top_k = n_rows, 1, 1
     if topk_ids is not None:
         n_pairs, top_k = topk_ids.numel(), topk_ids.shape[-1]
@@ -310,7 +353,7 @@ def launch_linear(
     slices_per_unit = 64 // block_k if is_int4 else 1  # of config.depth
     linear_kernel[grid](
         weight, scales, bias, x, norm, residual, topk_ids, y,
-        eps, magic_word(x.dtype), n,
+        eps, scale if scale != 1 else None, softcap or None, magic_word(x.dtype), n,
         m, k, group_size, top_k, n_rows > m,
         kind, activation, dot_dtype(x),
         BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(m)),
@@ -325,14 +368,11 @@ def launch_linear(
     )  # fmt: skip
 
 
-# ---- Operations -----------------------------------------------------------------------------------------------------
-
-
 def supports(w) -> bool:
     """Whether these kernels can read a model.Linear w."""
     if not w.format.fits_kernels(w.in_features):
         return False
-    if w.format.kind != INT4.value:
+    if not isinstance(w.format, Int4):
         return True
     whole_tiles = w.n_experts is None or w.out_features % 16 == 0  # experts lie one behind the other
     return w.format.group_size % 32 == 0 and whole_tiles
@@ -341,12 +381,14 @@ def supports(w) -> bool:
 @implement_in_triton
 def linear(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
-    bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, float32_out: bool,
+    bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, scale: float,
+    softcap: float, float32_out: bool,
 ) -> Tensor:  # fmt: skip
-    """[residual +] [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows and W [n, K]."""
+    """[residual +] [cap] scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows and
+    W [n, K]."""
     dtype = torch.float32 if float32_out else x.dtype
     y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
-    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, residual, activation)
+    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, residual, activation, scale, softcap)
     return y
 
 
@@ -359,6 +401,20 @@ def dequantize(
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, 16), triton.cdiv(k, 64)
     dequantize_kernel[grid](weight, scales, y, n, k, group_size, kind)
+    return y
+
+
+@implement_in_triton
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    """[residual +] x / rms(x) * weight over the last dimension."""
+    y, n = torch.empty_like(x), x.shape[-1]
+    grid = (x.numel() // n,)
+    rms_norm_kernel[grid](
+        x, weight, residual, y, eps, n,
+        BLOCK=triton.next_power_of_2(n),
+        num_warps=8,
+        **overlap_options(x.device, grid),
+    )  # fmt: skip
     return y
 
 

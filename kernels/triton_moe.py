@@ -15,23 +15,23 @@ from torch import Tensor
 
 from kernels import schema
 from kernels.schema import implement_in_triton
-from kernels.triton_launch import overlap_options
+from kernels.triton_launch import overlap_options, wait_for_last_kernel
 from kernels.triton_linear import launch_linear
 
 
 @triton.jit
 def route_kernel(
     logits_ptr, topk_weights_ptr, topk_ids_ptr,
-    E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, N_SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K likeliest of a row of logits [rows, E] and their probabilities; BLOCK >= E is a power of two."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        if AT_ONCE:
-            tl.extra.cuda.gdc_launch_dependents()
+    """The TOP_K likeliest of a row of E logits and their probabilities. Then N_SHARED experts, E and following; the
+    weight of each is the sigmoid of the row's last logit, which no row has if N_SHARED is 0. BLOCK is a power of two
+    that has room for all logits and all results."""
+    wait_for_last_kernel(OVERLAP, AT_ONCE)
     row, e = tl.program_id(0), tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row * E + e, mask=e < E, other=-float("inf"))
+    logits_ptr += row * (E + 1 if N_SHARED else E)
+    logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
     remaining = tl.where(p == p, p, 0.0)  # without NaN, which has no order
     topk_weights, topk_ids = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
@@ -43,8 +43,13 @@ def route_kernel(
     total = tl.sum(p, axis=0)
     if NORMALIZE:
         total = total * 0 + tl.sum(topk_weights, axis=0)  # NaN all the same if a logit is
-    tl.store(topk_weights_ptr + row * TOP_K + e, topk_weights / total, mask=e < TOP_K)
-    tl.store(topk_ids_ptr + row * TOP_K + e, topk_ids.to(tl.int64), mask=e < TOP_K)
+    topk_weights /= total
+    if N_SHARED:
+        topk_weights = tl.where(e < TOP_K, topk_weights, tl.sigmoid(tl.load(logits_ptr + E)))
+        topk_ids = tl.where(e < TOP_K, topk_ids, E + e - TOP_K)
+    offsets, mask = row * (TOP_K + N_SHARED) + e, e < TOP_K + N_SHARED
+    tl.store(topk_weights_ptr + offsets, topk_weights, mask=mask)
+    tl.store(topk_ids_ptr + offsets, topk_ids.to(tl.int64), mask=mask)
 
 
 @triton.jit
@@ -53,10 +58,7 @@ def moe_combine(
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """out [rows, N] = [residual +] the sum over TOP_K of topk_weights [rows, TOP_K] times y [rows, TOP_K, N]."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        if AT_ONCE:
-            tl.extra.cuda.gdc_launch_dependents()
+    wait_for_last_kernel(OVERLAP, AT_ONCE)
     row, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if residual_ptr is not None:
         total = tl.load(residual_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
@@ -71,26 +73,24 @@ def moe_combine(
 @implement_in_triton
 def experts_gate_up(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
-    topk_ids: Tensor, norm: Tensor | None, eps: float, activation: int,
+    bias: Tensor | None, topk_ids: Tensor, norm: Tensor | None, eps: float, activation: int,
 ) -> Tensor:  # fmt: skip
-    """x [..., dim] times the experts topk_ids [..., top_k] of W [E, n, dim], with norm and activation as in linear:
-    [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
+    """x [..., dim] times the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and activation
+    as in linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
     y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
-    launch_linear(
-        y, x, weight, scales, kind, n, group_size, norm=norm, eps=eps, activation=activation, topk_ids=topk_ids
-    )
+    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, activation=activation, topk_ids=topk_ids)
     return y
 
 
 @implement_in_triton
 def experts_down(
     hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
-    topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
+    bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """hidden [..., top_k, F] times the experts topk_ids [..., top_k] of W [E, n, F], summed with topk_weights:
-    [residual +] [..., n]."""
+    """hidden [..., top_k, F] times the experts topk_ids [..., top_k] of W [E, n, F], plus bias [E, n], summed with
+    topk_weights: [residual +] [..., n]."""
     y = hidden.new_empty(*topk_ids.shape, n, dtype=torch.float32)
-    launch_linear(y, hidden, weight, scales, kind, n, group_size, topk_ids=topk_ids)
+    launch_linear(y, hidden, weight, scales, kind, n, group_size, bias, topk_ids=topk_ids)
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
     grid = triton.cdiv(n, 512), out.numel() // n
     moe_combine[grid](
@@ -100,15 +100,16 @@ def experts_down(
 
 
 @implement_in_triton
-def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, normalize: bool, n_shared: int) -> tuple[Tensor, Tensor]:
     """Of float32 logits [..., E] the top_k largest: their softmax weights, made to sum to one if normalize, and their
-    indices, both [..., top_k]."""
-    topk_weights, topk_ids = schema.route(logits, top_k, normalize)
-    n_experts = logits.shape[-1]
-    grid = (logits.numel() // n_experts,)
+    indices, both [..., top_k]. With n_shared shared experts, whose weight is the sigmoid of one more logit:
+    [..., top_k + n_shared]."""
+    topk_weights, topk_ids = schema.route(logits, top_k, normalize, n_shared)
+    n_logits = logits.shape[-1]
+    grid = (logits.numel() // n_logits,)
     route_kernel[grid](
-        logits, topk_weights, topk_ids, n_experts, top_k, normalize,
-        BLOCK=triton.next_power_of_2(n_experts),
+        logits, topk_weights, topk_ids, n_logits - 1 if n_shared else n_logits, top_k, normalize, n_shared,
+        BLOCK=triton.next_power_of_2(max(n_logits, top_k + n_shared)),
         **overlap_options(logits.device, grid),
     )  # fmt: skip
     return topk_weights, topk_ids

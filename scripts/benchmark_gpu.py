@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -171,6 +170,17 @@ HEADS = [(32, 8, 128), (9, 3, 64), (8, 1, 40), (4, 4, 256)]  # n_heads, n_kv_hea
 WINDOWS = [0, 1000]
 CACHES = [(1, 1, 0, 100), (1, 1, 8000, 9000), (3, 1, 255, 2000), (1, 8, 1020, 2000)]  # rows, tokens, position, length
 MOE, EXPERTS_SIZES = MoEConfig(8, 2), (256, 512)  # dim, ffn_dim
+NORMS = [(8, 5120), (3, 37)]  # rows, dim
+ACTIVATIONS = ["gelu_tanh", "clamped_swiglu"]  # besides silu
+MODELS_RECORDED = [
+    {},
+    {"moe": MOE},
+    {
+        "post_norm": True, "qk_norm": True, "qk_norm_all_heads": True, "activation": "gelu_tanh",
+        "attention_scale": 0.1, "attention_softcap": 20.0, "embed_scale": 4.0, "residual_scale": 0.5,
+        "logit_scale": 0.5, "logit_softcap": 9.0,
+    },
+]  # fmt: skip
 
 
 def check(args: argparse.Namespace):
@@ -200,9 +210,12 @@ def all_checks(dtype: torch.dtype) -> list[tuple]:
     linears = LINEARS + REAL_LINEARS if dtype == torch.bfloat16 else LINEARS
     checks = [("check_linear", format, *linear) for format, linear in product(CHECKED_FORMATS, linears)]
     checks += [("check_attend", *case) for case in product(HEADS, WINDOWS, CACHES)]
+    checks += [("check_attend", *case, True) for case in product(HEADS[:2], WINDOWS[-1:], CACHES[-2:])]
+    checks += [("check_epilogue", activation) for activation in ACTIVATIONS]
+    checks += [("check_rms_norm", *size) for size in NORMS]
     checks += [("check_experts", format, n_tokens) for format, n_tokens in product(CHECKED_FORMATS, (1, 5))]
     checks += [("check_route",), ("check_multinomial",), ("check_sample",)]
-    checks += [("check_recorded_steps", moe) for moe in (None, MOE)]
+    checks += [("check_recorded_steps", options) for options in MODELS_RECORDED]
     return checks
 
 
@@ -257,8 +270,33 @@ class Checker:
             y = reference.glu(y, "silu")
             self.compare(f"silu_linear {details}", kernels.linear(x, w, norm, activation="silu"), y, 2 * self.limit)
 
-    def check_attend(self, heads: tuple[int, int, int], window: int, cache: tuple[int, int, int, int]):
-        """The output, and both caches whole, in which nothing may have changed but the new tokens' places."""
+    def check_epilogue(self, activation: str):
+        """What some models do after a product: an activation besides silu, a scale, and a cap."""
+        w = random_linear((96, 520), Dense(), self.device, self.dtype)
+        matrix = w.weight.double()
+        kernels.pack_for_triton([w])
+        for n_rows in (1, 5):
+            x = self.randn(1, n_rows, 520) * 3
+            products, details = F.linear(x.double(), matrix), f"96x520 of {n_rows} rows"
+            w.scale, w.softcap = 1.0, 0.0
+            y = reference.glu(products, activation)
+            self.compare(f"{activation}_linear {details}", kernels.linear(x, w, activation=activation), y, self.limit)
+            w.scale, w.softcap = 0.5, 2.0
+            y = reference.cap(products * 0.5, 2.0)
+            self.compare(f"capped_linear {details}", kernels.linear(x, w, out_dtype=torch.float32), y, 1e-5)
+
+    def check_rms_norm(self, n_rows: int, dim: int):
+        norm = random_norm(dim, self.device, self.dtype)
+        x, residual = self.randn(1, n_rows, dim), self.randn(1, n_rows, dim)
+        y = reference.rms_norm(x.double(), norm.weight.double(), norm.eps)
+        self.compare(f"rms_norm {n_rows}x{dim}", norm(x, backend="triton"), y, self.limit)
+        self.compare(f"rms_norm {n_rows}x{dim} added", norm(x, residual, "triton"), y + residual.double(), self.limit)
+
+    def check_attend(
+        self, heads: tuple[int, int, int], window: int, cache: tuple[int, int, int, int], has_options: bool = False
+    ):
+        """The output, and both caches whole, in which nothing may have changed but the new tokens' places. has_options:
+        with norms over all heads, sinks, a scale and a softcap."""
         (n_heads, n_kv_heads, head_dim), (batch, n_tokens, position, length) = heads, cache
         rope = rope_table(ModelConfig(256, 1, n_heads, n_kv_heads, head_dim, 64, 64, length), length).to(self.device)
         qkv = self.randn(batch, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
@@ -267,19 +305,26 @@ class Checker:
         norms = [None, None]
         if head_dim == 40:
             norms = [random_norm(head_dim, self.device, self.dtype) for _ in range(2)]
+        options = {}
+        if has_options:
+            norms = [random_norm(n * head_dim, self.device, self.dtype) for n in (n_heads, n_kv_heads)]
+            options = {"sinks": self.randn(n_heads), "scale": 0.1, "softcap": 2.0}
 
         def attend(backend: str, dtype: torch.dtype) -> Tensor:
             layer_cache = LayerCache(k.to(dtype, copy=True), v.to(dtype, copy=True), rope)
-            y = kernels.attend(qkv.to(dtype), layer_cache, positions, n_heads, backend, window, *norms)
+            y = kernels.attend(qkv.to(dtype), layer_cache, positions, n_heads, backend, window, *norms, **options)
             return torch.cat([t.flatten() for t in (y, layer_cache.k, layer_cache.v)])
 
         case = f"attend {n_heads}/{n_kv_heads}/{head_dim} window {window}, {batch}x{n_tokens} tokens from {position} on"
+        case += ", all options" if has_options else ""
         self.compare(case, attend("triton", self.dtype), attend("torch", torch.float64), 2 * self.limit)
 
     def check_experts(self, format: Format, n_tokens: int):
         E, (dim, ffn_dim) = MOE.n_experts, EXPERTS_SIZES
         gate_up = random_linear((E, 2 * ffn_dim, dim), format, self.device, self.dtype, ExpertsGateUp)
         down = random_linear((E, dim, ffn_dim), format, self.device, self.dtype, ExpertsDown)
+        if n_tokens > 1:
+            gate_up.set_tensor("bias", self.randn(E, 2 * ffn_dim)), down.set_tensor("bias", self.randn(E, dim))
         x, residual = self.randn(1, n_tokens, dim), self.randn(1, n_tokens, dim)
         norm = random_norm(dim, self.device, self.dtype)
         topk_weights, topk_ids = reference.route(torch.randn(1, n_tokens, E, device=self.device), MOE.top_k, True)
@@ -291,12 +336,13 @@ class Checker:
         self.compare(f"experts_down {name}", down(hidden, topk_ids, topk_weights, residual), y, limit)
 
     def check_route(self):
-        logits = torch.randn(1, 3, MOE.n_experts, device=self.device)
-        for normalize in (False, True):
-            weights, ids = reference.route(logits, MOE.top_k, normalize)
-            our_weights, our_ids = kernels.route(logits, MOE.top_k, normalize, "triton")
-            self.compare(f"topk_weights normalized: {normalize}", our_weights, weights, 1e-5)
-            self.compare(f"topk_ids normalized: {normalize}", our_ids, ids, 0)
+        for normalize, n_shared in product((False, True), (0, 2)):
+            logits = torch.randn(1, 3, MOE.n_experts + (n_shared > 0), device=self.device)
+            weights, ids = reference.route(logits, MOE.top_k, normalize, n_shared)
+            our_weights, our_ids = kernels.route(logits, MOE.top_k, normalize, "triton", n_shared)
+            case = f"normalized: {normalize}, shared experts: {n_shared}"
+            self.compare(f"topk_weights {case}", our_weights, weights, 1e-5)
+            self.compare(f"topk_ids {case}", our_ids, ids, 0)
 
     def check_multinomial(self):
         """How often each token is drawn. Not one of our kernels, but on a GPU it takes a way of its own."""
@@ -314,12 +360,12 @@ class Checker:
         counts = kernels.sample(chances.log().expand(4000, 4), 1.0).bincount(minlength=4)
         self.compare("sample", counts / 4000, chances, 0.1)
 
-    def check_recorded_steps(self, moe: MoEConfig | None):
+    def check_recorded_steps(self, options: dict):
         """A whole model's greedy tokens, with kernels and recorded steps, and without both. Only in float32, where
         rounding changes no token, and on a GPU, since elsewhere Triton's steps are not recorded."""
         if self.dtype != torch.float32 or self.device.type != "cuda":
             return
-        config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, moe=moe)
+        config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, **options)
         tokens = []
         for use_kernels in (True, False):
             torch.manual_seed(0)
@@ -329,7 +375,7 @@ class Checker:
             steps = build_steps(model, KVCache(model, 1, 64), Sampling(), compile=use_kernels)
             prompt = torch.arange(1, 12, device=self.device)[None]
             tokens.append(torch.tensor(list(generate(steps, prompt, 0, 40))))
-        self.compare(f"recorded_steps moe: {moe}", *tokens, limit=0)
+        self.compare(f"recorded_steps {options}", *tokens, limit=0)
 
 
 def random_norm(dim: int, device: torch.device, dtype: torch.dtype) -> RMSNorm:
@@ -358,7 +404,7 @@ def tune(config: ModelConfig, format: Format, device: torch.device):
 
 
 def tune_products(config: ModelConfig, format: Format, device: torch.device):
-    linears = empty_model(replace(config, n_layers=1), None).linears()
+    linears = empty_model(config.with_layers(1), None).linears()
     for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
 

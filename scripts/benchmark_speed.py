@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
 from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
+from families import config_from_hf
 from generate import generate
 from kernels.formats import Dense, Format, Int4, Int8, Tensors
 from machine import peak_memory, read_bandwidth, synchronize
@@ -60,7 +61,7 @@ def named_config(name: str) -> ModelConfig:
     if name in CONFIGS:
         return CONFIGS[name]
     if name.endswith(".json"):
-        return ModelConfig.from_hf(read_json(Path(name)))
+        return config_from_hf(read_json(Path(name)))
     if name.endswith(".pth"):
         return read_checkpoint(Path(name))[0]
     raise UsageError(f"--config {name!r} is neither a config.json, a model.pth nor one of {', '.join(CONFIGS)}")
@@ -183,7 +184,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
-    tokens_read = mean(n_visible(model.config, position) for position in positions)
+    tokens_read = mean(model.config.mean_visible(position + 1) for position in positions)
     bytes_per_second = (model.step_bytes() + kv_cache.bytes_per_token() * tokens_read) / seconds
     return {
         "compile_seconds": compile_seconds,
@@ -231,18 +232,13 @@ def measure_verify(model: Transformer, compile: bool) -> float:
     return median(seconds[5][1:]) / median(seconds[1][1:])  # the first of each compiles or records
 
 
-def n_visible(config: ModelConfig, position: int) -> int:
-    """Tokens that the one at position looks at, itself included."""
-    return min(position + 1, config.sliding_window or position + 1)
-
-
 def prefill_flops(config: ModelConfig, n: int) -> int:
     """Floating-point operations that n prompt tokens need: every layer's matrices (of a mixture the active experts),
     both products of attention over what each token sees, and the head once."""
     q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
     matrices = config.dim * (2 * q_width + 2 * kv_width + n_experts + 3 * config.ffn_dim * top_k)
-    attention = 2 * q_width * sum(n_visible(config, position) for position in range(n))
+    attention = 2 * q_width * sum(config.mean_visible(position + 1) for position in range(n))
     return 2 * (config.n_layers * (n * matrices + attention) + config.dim * config.vocab_size)
 
 

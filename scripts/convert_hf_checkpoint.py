@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,12 +19,14 @@ if __name__ == "__main__":
     cli.exit_on_interrupt()
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint import is_table, load_pickle, read_json, save_checkpoint
 from config import ModelConfig, UsageError
+from families import Family, config_from_hf, find_family
 from model import Transformer
 
 # For each of our modules those of Hugging Face's whose rows it is made of, one below the other
@@ -33,11 +36,14 @@ TABLE = {
     "lm_head": ["lm_head"],
     # of a layer, after "layers.3." and "model.layers.3."
     "attention_norm": ["input_layernorm"],
+    "attention": ["self_attn"],  # its sinks
     "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attention.o_proj": ["self_attn.o_proj"],
     "attention.q_norm": ["self_attn.q_norm"],
     "attention.k_norm": ["self_attn.k_norm"],
+    "post_attention_norm": ["post_attention_norm"],
     "ffn_norm": ["post_attention_layernorm"],
+    "post_ffn_norm": ["post_ffn_norm"],
     "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
     "feed_forward.down_proj": ["mlp.down_proj"],
 }
@@ -56,7 +62,25 @@ META_NAMES = FEED_FORWARD_NAMES | {
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
 }  # fmt: skip
+# The same of families, by their model_type. The tables have Llama's names, whose two norms come before each half.
+GEMMA_NORMS = {
+    ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
+    ".post_feedforward_layernorm.": ".post_ffn_norm.",
+}  # fmt: skip
+GLM4_NORMS = {".post_self_attn_layernorm.": ".post_attention_norm.", ".post_mlp_layernorm.": ".post_ffn_norm."}
+GROK_NAMES = {
+    ".pre_attn_norm.scale": ".input_layernorm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",
+    ".pre_moe_norm.scale": ".post_attention_layernorm.weight", ".post_moe_norm.scale": ".post_ffn_norm.weight",
+    "model.norm.scale": "model.norm.weight", ".attn.": ".self_attn.", ".moe_block.": ".mlp.",
+    ".linear_v.": ".up_proj.", ".linear_1.": ".down_proj.", ".linear.": ".gate_proj.",
+}  # fmt: skip
+FAMILY_NAMES = {
+    "gemma2": GEMMA_NORMS, "gemma3_text": GEMMA_NORMS, "olmo2": GEMMA_NORMS, "olmo3": GEMMA_NORMS, "glm4": GLM4_NORMS,
+    "mixtral": MIXTRAL_NAMES, "gpt_oss": {".mlp.router.": ".mlp.gate."}, "grok-1": GROK_NAMES,
+    "baichuan": {".W_pack.": ".qkv_proj."},
+}  # fmt: skip
 UNUSED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables that some checkpoints hold, and we compute
+BAICHUAN_1_VOCAB = 64000  # Baichuan 2 has a larger vocabulary, and scales every row of its head to length one
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Tensors = dict[str, Tensor]
@@ -76,8 +100,10 @@ def convert_folder(folder: Path):
         raise UsageError(f"{folder} is not a folder")
     if (folder / "config.json").is_file():
         generation = read_json(folder / "generation_config.json", {})
-        config = ModelConfig.from_hf(read_json(folder / "config.json"), generation)
-        convert(folder / "model.pth", config, read_folder(folder))
+        hf = read_json(folder / "config.json")
+        config, tensors = config_from_hf(hf, generation), read_folder(folder)
+        read = adapt(tensors, config, find_family(hf))
+        convert(folder / "model.pth", config, tensors, read)
     else:
         config, tensors, read = read_tinyllamas(folder)
         convert(folder / "model.pth", config, tensors, read)
@@ -119,7 +145,7 @@ def plan(config: ModelConfig, tensors: Tensors) -> dict[str, Recipe]:
     """A recipe for every tensor of our checkpoint. Raises UsageError if tensors lack what it needs."""
     try:
         with torch.device("meta"):
-            one_layer = Transformer(replace(config, n_layers=1)).state_dict()
+            one_layer = Transformer(config.with_layers(1)).state_dict()
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
     if config.tie_embeddings:
@@ -136,13 +162,17 @@ def plan(config: ModelConfig, tensors: Tensors) -> dict[str, Recipe]:
 
 def sources_of(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
     """The names and shapes of Hugging Face's tensors that ours of this name is made of, from top to bottom. Ours is a
-    vector [N], a matrix [N, K] or all experts' matrices [E, N, K]."""
-    layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias)", name).groups()
+    vector [N], a matrix [N, K] or all experts' vectors or matrices [E, ...]."""
+    layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias|sinks)", name).groups()
     prefix = f"model.{layer}" if layer else ""
     templates = (MOE_TABLE if config.moe else TABLE)[module]
-    n_experts = shape[0] if len(shape) == 3 else 1
-    n_rows, *n_columns = shape[-2:]
+    n_experts = 1
+    if "{e}" in templates[0]:
+        n_experts, *shape = shape
+    n_rows, *n_columns = shape
     rows = [n_rows // len(templates)] * len(templates)
+    if module == "feed_forward.router" and config.moe.n_shared:
+        templates, rows = [*templates, "mlp.shared_expert_gate"], [config.moe.n_experts, 1]
     if module == "attention.qkv_proj":
         rows = [n_heads * config.head_dim for n_heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
     sources = {}
@@ -171,10 +201,10 @@ def concatenated(recipes: dict[str, Recipe], read: Reader) -> Iterator[tuple[str
     """Our tensors, one at a time."""
     for name, recipe in recipes.items():
         ours = torch.empty(recipe.shape, dtype=recipe.dtype)
-        rows = ours.flatten(0, 1) if ours.dim() == 3 else ours  # of all experts one below the other
         start = 0
         for source in recipe.sources:
             theirs = read(source).detach()
+            rows = ours.flatten(0, 1) if ours.dim() > theirs.dim() else ours  # of all experts one below the other
             rows[start : start + len(theirs)].copy_(theirs)
             start += len(theirs)
         yield name, ours
@@ -193,10 +223,7 @@ def read_folder(folder: Path) -> Tensors:
     tensors = {}
     for file in files:
         for name, tensor in load(folder / file).items():
-            if ".block_sparse_moe." in name:
-                name = rename(name, MIXTRAL_NAMES)
             tensors[name] = tensor
-    split_experts(tensors)
     return tensors
 
 
@@ -234,27 +261,143 @@ def load_bin(file: Path) -> Tensors:
     return tensors
 
 
-def split_experts(tensors: Tensors):
-    """Replaces what holds all experts of a layer, gate_up_proj [E, 2F, dim] and down_proj [E, dim, F] as transformers 5
-    writes them, by views of one expert's matrix each."""
-    for name in list(tensors):
-        match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
-        if match is None or tensors[name].dim() != 3:
-            continue
-        prefix, kind = match.groups()
-        for e, matrix in enumerate(tensors.pop(name)):
-            if kind == "down_proj":
-                tensors[f"{prefix}.{e}.down_proj.weight"] = matrix
-            else:
-                gate, up = matrix.tensor_split(2)
-                tensors[f"{prefix}.{e}.gate_proj.weight"] = gate
-                tensors[f"{prefix}.{e}.up_proj.weight"] = up
-
-
 def rename(name: str, new_names: dict[str, str]) -> str:
     for old, new in new_names.items():
         name = name.replace(old, new)
     return name
+
+
+# ---- From a family's tensors to Llama's -----------------------------------------------------------------------------
+
+
+def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
+    """Renames and splits tensors, in place, so that the tables fit. What else is to be done is left to the Reader, so
+    that a tensor's data is read only when its turn comes."""
+    names = FAMILY_NAMES.get(family.model_type, {})
+    for name in list(tensors):
+        tensors[rename(name, names)] = tensors.pop(name)
+    makers = dequantized_mxfp4(tensors) if family.model_type == "gpt_oss" else {}
+    split_fused(tensors, config)
+    split_experts(tensors, is_transposed=family.model_type == "gpt_oss")
+    if config.moe is not None and config.moe.n_shared:
+        split_shared_expert(tensors, config)
+    order = rope_order(config, family.interleaved_rope)
+
+    def read(name: str) -> Tensor:
+        tensor = makers[name]() if name in makers else tensors[name]
+        if order is not None and re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
+            tensor = tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+        if family.model_type == "baichuan" and config.vocab_size > BAICHUAN_1_VOCAB and name == HEAD:
+            tensor = F.normalize(tensor.float()).to(tensor.dtype)
+        if family.norm_offset and re.search(r"norm\.weight$", name):
+            tensor = (tensor.float() + family.norm_offset).to(tensor.dtype)
+        return tensor
+
+    return read
+
+
+def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+    """Which of a head's elements come where, so that RoPE's pairs are half a head apart and those that it does not
+    rotate come last in both halves. None: they already do."""
+    rotary_dim = config.rotary_dim or config.head_dim
+    if rotary_dim == config.head_dim and not interleaved:
+        return None
+    rotated = torch.arange(rotary_dim)
+    first, second = (rotated[::2], rotated[1::2]) if interleaved else rotated.chunk(2)
+    rest_first, rest_second = torch.arange(rotary_dim, config.head_dim).tensor_split(2)
+    return torch.cat([first, rest_first, second, rest_second])
+
+
+def split_fused(tensors: Tensors, config: ModelConfig):
+    """Replaces Phi-3's qkv_proj and its and GLM's gate_up_proj by views of their parts."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    for name in list(tensors):
+        match = re.fullmatch(r"(.*\.)(self_attn\.)qkv_proj\.(\w+)", name)
+        if match is not None and tensors[name].shape[:1] == (q + 2 * kv,):
+            prefix, attention, kind = match.groups()
+            for part, tensor in zip("qkv", tensors.pop(name).split([q, kv, kv]), strict=True):
+                tensors[f"{prefix}{attention}{part}_proj.{kind}"] = tensor
+        match = re.fullmatch(r"(.*\.mlp\.)gate_up_proj\.weight", name)
+        if match is not None and tensors[name].dim() == 2:
+            (prefix,) = match.groups()
+            tensors[f"{prefix}gate_proj.weight"], tensors[f"{prefix}up_proj.weight"] = tensors.pop(name).tensor_split(2)
+
+
+def split_experts(tensors: Tensors, is_transposed: bool):
+    """Replaces what holds all experts of a layer by views of one expert's each: gate_up_proj [E, 2F, dim] and down_proj
+    [E, dim, F] as transformers 5 writes them. gpt-oss has them transposed, the rows of gate and up in turn, and biases.
+    """
+    for name in list(tensors):
+        match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?", name)
+        if match is None or tensors[name].dim() < 2:
+            continue
+        prefix, projection, is_bias = match.groups()
+        kind = "bias" if is_bias else "weight"
+        for e, tensor in enumerate(tensors.pop(name)):
+            if is_transposed and tensor.dim() == 2:
+                tensor = tensor.mT
+            if projection == "down_proj":
+                tensors[f"{prefix}.{e}.down_proj.{kind}"] = tensor
+                continue
+            gate, up = (tensor[::2], tensor[1::2]) if is_transposed else tensor.tensor_split(2)
+            tensors[f"{prefix}.{e}.gate_proj.{kind}"] = gate
+            tensors[f"{prefix}.{e}.up_proj.{kind}"] = up
+
+
+def split_shared_expert(tensors: Tensors, config: ModelConfig):
+    """Replaces a shared expert, n_shared times as wide as the others, by the n_shared experts that it is the sum of."""
+    n_experts, n_shared = config.moe.n_experts, config.moe.n_shared
+    for name in list(tensors):
+        match = re.fullmatch(r"(.*\.mlp)\.shared_expert\.(\w+)\.weight", name)
+        if match is None or tensors[name].dim() != 2:
+            continue
+        prefix, projection = match.groups()
+        dim = 1 if projection == "down_proj" else 0
+        for i, part in enumerate(tensors.pop(name).tensor_split(n_shared, dim)):
+            tensors[f"{prefix}.experts.{n_experts + i}.{projection}.weight"] = part
+
+
+# ---- gpt-oss's weights of four bits ---------------------------------------------------------------------------------
+
+FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # of the numbers 0 to 7; 8 to 15 are the same, negative
+
+
+def dequantized_mxfp4(tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
+    """Replaces the blocks and scales of experts' projections by tensors without data, one expert's matrix each in
+    bfloat16, and returns for each of their names the function that makes it."""
+    makers = {}
+    for name in list(tensors):
+        match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)_blocks", name)
+        if match is None:
+            continue
+        prefix, projection = match.groups()
+        scales_name = f"{prefix}.{projection}_scales"
+        if scales_name not in tensors:
+            raise UsageError(f"the checkpoint has no tensor {scales_name}")
+        blocks, scales = tensors.pop(name), tensors.pop(scales_name)
+        is_bytes = blocks.dtype == scales.dtype == torch.uint8
+        if not is_bytes or scales.dim() != 3 or blocks.shape != (*scales.shape, 16):
+            raise UsageError(f"tensors {name} and {scales_name} are not MXFP4: bytes [E, N, K/32, 16] and [E, N, K/32]")
+        n_experts, n_rows, n_groups, n_bytes = blocks.shape
+        for e in range(n_experts):
+            parts = {"down_proj": slice(None)}
+            if projection == "gate_up_proj":  # their rows in turn
+                parts = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+            for part, rows in parts.items():
+                part_name = f"{prefix}.{e}.{part}.weight"
+                shape = len(range(n_rows)[rows]), n_groups * n_bytes * 2
+                tensors[part_name] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+                makers[part_name] = partial(dequantize_mxfp4, blocks[e], scales[e], rows)
+    return makers
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, rows: slice) -> Tensor:
+    """Some rows of a matrix in the Open Compute Project's MXFP4: blocks [N, K / 32, 16], two numbers a byte, the lower
+    half first; scales [N, K / 32], powers of two with a bias of 127 -> [rows, K] bfloat16, which is exact."""
+    values = torch.tensor(FP4_VALUES + [-value for value in FP4_VALUES])
+    blocks = blocks[rows].int()
+    numbers = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [rows, K / 32, 32]
+    return torch.ldexp(values[numbers], scales[rows].int()[..., None] - 127).flatten(-2).to(torch.bfloat16)
 
 
 # ---- Reading tinyllamas ---------------------------------------------------------------------------------------------

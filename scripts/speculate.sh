@@ -1,10 +1,38 @@
-# speculate_*.sh source this file. They set target and draft, the paths of two files in checkpoints/, and may set run, the
-# options of Python that start generate.py on several devices. TINY=1 makes two tiny random models and uses their files of
-# the same names.
-from=$PWD python=python3
+#!/usr/bin/env bash
+# Speculation with a large model: ./scripts/speculate.sh SETUP --prompt "Hello, my name is"
+#
+#   SETUP          model                                   draft
+#   7B_int4        Llama-2-7B, 16 bits                     the same in 4 bits
+#   34B_bf16       CodeLlama-34B, 16 bits                  CodeLlama-7B, 4 bits
+#   70B_int4       Llama-2-70B, 4 bits                     Llama-2-7B, 4 bits
+#   tp_70B_bf16    Llama-2-70B, 16 bits, on 8 devices      Llama-2-7B, 4 bits       (RANKS=n: on n devices)
+#
+# More arguments go to generate.py. Make the files first: MODES=int4 ./scripts/prepare.sh OWNER/NAME, for each of the two
+# repositories below. TINY=1 makes two tiny random models and uses their files of the same names.
+set -euo pipefail
+from=$PWD python=python3 run=
 cd "$(dirname "$0")/.."
 root=$PWD
 if [ -x .venv/bin/python ]; then python=$root/.venv/bin/python; fi
+
+llama=meta-llama/Llama-2 code=codellama/CodeLlama
+draft=$llama-7b-chat-hf/model_int4.g32.pth
+case ${1:-} in
+7B_int4) target=$llama-7b-chat-hf/model.pth ;;
+34B_bf16) target=$code-34b-Python-hf/model.pth draft=$code-7b-Python-hf/model_int4.g32.pth ;;
+70B_int4) target=$llama-70b-chat-hf/model_int4.g32.pth ;;
+tp_70B_bf16)
+    target=$llama-70b-chat-hf/model.pth
+    ranks=${TINY:+2}
+    run="-m torch.distributed.run --standalone --nproc_per_node=${RANKS:-${ranks:-8}}"
+    ;;
+*)
+    echo "usage: scripts/speculate.sh 7B_int4|34B_bf16|70B_int4|tp_70B_bf16 [arguments of generate.py]" >&2
+    exit 2
+    ;;
+esac
+shift
+
 if [ -n "${TINY:-}" ]; then
     target=tiny/target/$(basename "$target") draft=tiny/draft/$(basename "$draft")
     for made in "llama2 $target" "qwen3 $draft"; do
@@ -15,5 +43,5 @@ if [ -n "${TINY:-}" ]; then
     done
 fi
 cd "$from" # so that relative paths in the arguments work
-exec $python ${run:-} "$root/generate.py" --compile --speculate_k 5 --max_new_tokens 200 --temperature 0 \
+exec $python $run "$root/generate.py" --compile --speculate_k 5 --max_new_tokens 200 --temperature 0 \
     --checkpoint_path "$root/checkpoints/$target" --draft_checkpoint_path "$root/checkpoints/$draft" "$@"

@@ -18,6 +18,7 @@ import checkpoint
 import cli
 import generate
 from config import ModelConfig
+from families import config_from_hf
 from model import Transformer
 
 VOCAB_SIZE = 260  # the 256 bytes and
@@ -58,7 +59,7 @@ def chain(tmp_path_factory) -> Path:
         "max_position_embeddings": 256,
         "eos_token_id": [END, ord(".")],
     }
-    config = ModelConfig.from_hf(hf, {"eos_token_id": ord("!")})
+    config = config_from_hf(hf, {"eos_token_id": ord("!")})
     tensors = zero_tensors(config)
     tensors |= {"embed_tokens.weight": torch.eye(VOCAB_SIZE), "norm.weight": torch.ones(VOCAB_SIZE)}
     follows = tensors["lm_head.weight"]  # [next, last]

@@ -36,7 +36,7 @@ TYPES = {
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 PRODUCTS = Counter(linear_kernel=8, dequantize_kernel=3)  # launches of launch_products
-OTHERS = Counter(linear_kernel=6, route_kernel=1, moe_combine=3, attend_kernel=2, sample_kernel=2)
+OTHERS = Counter(linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine=3, attend_kernel=3, sample_kernel=2)
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,16 @@ def launch_products(dtype: torch.dtype):
 
 def launch_others(dtype: torch.dtype):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
+    norm(x, x, "triton")
+    capped = make(256, 2048, Dense(), dtype, bias=True, scale=0.5, softcap=30.0)
+    kernels.pack_for_triton([capped])
+    for activation in ("gelu_tanh", "clamped_swiglu"):
+        kernels.linear(x, capped, activation=activation)
+    kernels.route(torch.randn(1, 5, 5), 2, True, "triton", n_shared=1)
     topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, "triton")
     for format in (Dense(), Int8(), Int4(64)):
         gate_up = make(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
-        down = make(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown)
+        down = make(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
         kernels.pack_for_triton([gate_up, down])
         hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "silu")
         down(hidden, topk_ids, topk_weights)
@@ -130,6 +136,8 @@ def launch_others(dtype: torch.dtype):
         cache, positions = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
         qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
         kernels.attend(qkv, cache, positions, n_heads, "triton")
+    norms, sinks = [make_norm(n * 64, dtype) for n in (n_heads, 2)], torch.zeros(n_heads, dtype=dtype)
+    kernels.attend(qkv, cache, positions, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

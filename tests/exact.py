@@ -6,7 +6,6 @@ Then nothing is lost to int4's OFFSET either (triton_int4.nibble_pair), and the 
 """
 
 import torch
-import torch.nn.functional as F
 
 from kernels import reference
 from kernels.formats import Dense, Int4
@@ -55,13 +54,21 @@ def of_exact_sums(terms: torch.Tensor, k: int, format) -> torch.Tensor:
     return (n_slices + 12) * U32 * terms
 
 
-def of_glu(gate_up: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up of a gate_up that is off by no more than error, and how far that may be off. silu's slope is at
-    most 1.1."""
+def of_glu(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tuple[torch.Tensor, torch.Tensor]:
+    """activation(gate) * up of a gate_up that is off by no more than error, and how far that may be off. The slope of
+    every activation is at most 1.13, and what becomes of up has a slope of at most 1."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
-    y = F.silu(gate) * up
-    bound = 1.1 * gate_error * (up.abs() + up_error) + F.silu(gate).abs() * up_error
-    return y, bound + 2**-20 * y.abs()  # the exponential is good to 2^-21 or so
+    y = reference.glu(gate_up, activation)
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
+    bound = 1.13 * gate_error * (up.abs() + up_error) + gate.abs() * up_error
+    # The exponential is good to 2^-21 or so. The sigmoid's argument is rounded; argument times slope is at most 1/4
+    return y, bound + 2**-20 * y.abs() + 2 * U32 * (gate * up).abs()
+
+
+def of_cap(softcap: float) -> float:
+    """The error of softcap * tanh(x / softcap), by a sigmoid."""
+    return 2**-20 * softcap
 
 
 def of_pytorch(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -69,13 +76,16 @@ def of_pytorch(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
 
-def exact_attention(qkv, cache: LayerCache, positions, n_heads: int, window: int, norms) -> tuple[torch.Tensor, ...]:
+def exact_attention(
+    qkv, cache: LayerCache, positions, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
+) -> tuple[torch.Tensor, ...]:
     """The output in float64 of the factors that the kernel multiplies, given the cache before; and its error."""
     (B, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
+    scale = D**-0.5 if scale is None else scale
     token_positions = positions[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
-        q, k = (reference.rms_norm(t, norm.weight.float(), norm.eps) for t, norm in zip((q, k), norms, strict=True))
+        q, k = (reference.norm_heads(t, norm) for t, norm in zip((q, k), norms, strict=True))
     q, k = (reference.apply_rope(t, cache.rope[token_positions]).to(factor) for t in (q, k))
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where no token looks
     rows = torch.arange(B)[:, None]
@@ -86,14 +96,21 @@ def exact_attention(qkv, cache: LayerCache, positions, n_heads: int, window: int
     sees = keys <= token_positions[..., None]
     if window:
         sees &= keys > token_positions[..., None] - window
-    scores = torch.einsum("btghd,bgsd->btghs", q, k_all) * D**-0.5
-    p = scores.masked_fill(~sees[:, :, None, None], -torch.inf).softmax(-1)
+    scores = torch.einsum("btghd,bgsd->btghs", q, k_all) * scale
+    if softcap:
+        scores = reference.cap(scores, softcap)
+    scores = scores.masked_fill(~sees[:, :, None, None], -torch.inf)
+    if sinks is not None:
+        column = sinks.double().view(G, -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    p = scores.softmax(-1)[..., :S]
     y = torch.einsum("btghs,bgsd->btghd", p, v_all).flatten(2)
 
-    largest_score = torch.einsum("btghd,bgsd->btghs", q.abs(), k_all.abs()).max() * D**-0.5
+    largest_score = torch.einsum("btghd,bgsd->btghs", q.abs(), k_all.abs()).max() * scale
     # Where a rotated element lies next to the border between two roundings, the kernel may take the other: 2 in a score
-    flips = 2 * 2 * bounds.U[factor] * q.abs().max() * k_all.abs().max() * D**-0.5
-    score_error = (D + 8) * U32 * largest_score + flips
+    flips = 2 * 2 * bounds.U[factor] * q.abs().max() * k_all.abs().max() * scale
+    longest_sum = max([D] + [norm.weight.numel() for norm in norms if norm is not None])
+    score_error = (longest_sum + 8) * U32 * largest_score + flips + of_cap(softcap)
     # Sums of S numbers, over a sum of S numbers; of weights that are rounded as factors
     relative = torch.expm1(2 * score_error) + 2 * (S + 32) * U32 + bounds.U[factor]
     error = relative * torch.einsum("btghs,bgsd->btghd", p, v_all.abs()).flatten(2)

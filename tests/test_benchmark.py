@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from config import ModelConfig, UsageError
+from config import UsageError
+from families import config_from_hf
 from kernels.formats import Dense, Int4, Int8
 from loading import dtype_of, empty_model, load_model
 from tests.tiny import ROOT, call, convert, write_folder
@@ -82,7 +83,7 @@ def test_random_weights_keep_the_size_of_activations(format):
 @pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)])
 @pytest.mark.parametrize("moe", [False, True])
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
-    config = ModelConfig.from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
+    config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
     needed = empty_model(config, format.quantization).state_dict()
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
@@ -211,7 +212,7 @@ def test_tune(tmp_path, monkeypatch):
     monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton.json")
     (tmp_path / "triton.json").write_text('{"Another GPU": {"4 1 1 1": [1, 4, 2, 3]}}')
     try:
-        benchmark_gpu.tune_products(ModelConfig.from_hf(DENSE), Int4(64), CPU)
+        benchmark_gpu.tune_products(config_from_hf(DENSE), Int4(64), CPU)
         table = json.loads((tmp_path / "triton.json").read_text())
         assert table.keys() == {"Another GPU", "Some GPU"}
         products = ["4 64 32 1", "4 32 32 1", "4 96 32 2", "4 32 48 1"]  # qkv and head are of one shape
@@ -240,6 +241,7 @@ def test_check(precision, monkeypatch, capsys):
     result = report(capsys, "check", "--device", "cpu", "--precision", precision)
     assert result["failed"] == {}
     operations = {"float32_linear", "linear", "silu_linear", "dequantize", "attend", "experts_gate_up", "experts_down"}
+    operations |= {"gelu_tanh_linear", "clamped_swiglu_linear", "capped_linear", "rms_norm"}
     assert result["largest_errors"].keys() == operations | {"topk_weights", "topk_ids", "multinomial", "sample"}
 
 

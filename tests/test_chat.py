@@ -3,6 +3,7 @@
 import os
 import sys
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 import cli as shell
 import generate
-from generate import build_stream, load
+from families import config_from_hf
+from generate import build_token_generator, load
 from kernels import cpu
 from model import KVCache, Transformer
 from sampling import Sampling
 from steps import build_steps
-from tests.byte_models import END, TEMPLATE, set_up
+from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
+from tests.tiny_tokenizers import TEMPLATES, train, write
 from tokenizer import load_tokenizer
 
 GREEDY = ["--temperature=0", "--precision=float32", "--max_new_tokens=12"]
@@ -117,8 +120,8 @@ def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    stream = build_stream(build_steps(model, kv_cache, Sampling()), kv_cache)
-    conversation = generate.Conversation(tokenizer, stream, CONTEXT, model.config.eos_ids)
+    generate_tokens = build_token_generator(build_steps(model, kv_cache, Sampling()), kv_cache)
+    conversation = generate.Conversation(tokenizer, generate_tokens, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)
     pieces.close()
@@ -169,3 +172,56 @@ def test_stdin_that_is_not_text(chatty, monkeypatch, capsys, errors):
     with pytest.raises(SystemExit) as stopped:
         shell.run(generate.main)
     assert stopped.value.code == 2 and "UTF-8" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def fine_tune(tmp_path_factory) -> Path:
+    """The folder of a fine-tune on ChatML. Its config names the base model's end token. It has more tokens than its
+    tokenizer. After a line break it says "<think>a</think>B<|im_end|>", with a token before B that has no text."""
+    size = 448
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": size,
+        "intermediate_size": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": size,
+        "num_attention_heads": 1,
+        "head_dim": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": 0,
+    }
+    config, tok = config_from_hf(hf), train("qwen2")
+    tensors = zero_tensors(config)
+    tensors |= {"embed_tokens.weight": torch.eye(size), "norm.weight": torch.ones(size)}
+    line_break, *answer = map(tok.token_to_id, ["Ċ", "<think>", "a", "</think>", "B", "<|im_end|>"])
+    for last, following in pairwise([line_break, *answer[:3], size - 1, *answer[3:]]):
+        tensors["lm_head.weight"][following, last] = 4
+    settings = {"eos_token": "<|im_end|>", "chat_template": TEMPLATES["qwen3"]}
+    folder = write_folder(write(tmp_path_factory.mktemp("fine_tune"), settings), config, tensors)
+    tok.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "args", [["--chat", "--prompt=Hi"], ["--prompt=<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"]]
+)
+def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
+    """In a chat, and in a prompt that holds the template's special tokens."""
+    tokenizer = load_tokenizer(fine_tune)
+    (r,) = ask(fine_tune, *args, *GREEDY, "--batch_size=2")
+    assert r["prompt_tokens"] == len(tokenizer.encode_chat([{"role": "user", "content": "Hi"}]))
+    assert r["text"] == ["<think>a</think>B"] * 2 and r["finish_reason"] == ["stop"] * 2
+    assert r["tokens"][0][3:] == [447, *tokenizer.encode("B<|im_end|>")]
+    assert cli(fine_tune, *args, *GREEDY) == "<think>a</think>B\n"
+
+
+def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
+    """The template leaves them out of earlier answers."""
+    assert cli(fine_tune, "--chat", *GREEDY, stdin="Hi\nHo\n") == "<think>a</think>B\n" * 2
+    conversation = generate.LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
+    for message in ("Hi", "Ho"):
+        ids = conversation.encode(message)
+        assert "think" not in conversation.tokenizer.decode(ids)
+        assert list(conversation.answer(message, 12)) == ["<think>", "a", "</think>", "B"]
+        assert conversation.messages[-1]["content"] == "<think>a</think>B"
+        assert conversation.cached == ids + conversation.answer_ids

@@ -13,18 +13,31 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from checkpoint import read_checkpoint
-from config import ModelConfig, UsageError
+from config import UsageError
+from families import MODEL_TYPES, config_from_hf
 from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, same_logits
 from tests.tiny_gguf import in_meta_order
+
+from convert_hf_checkpoint import dequantize_mxfp4  # isort: skip  (tests.tiny put scripts/ on the path)
 
 
 def hub_config(config: dict) -> dict:
     """A transformers-5 config.json as older versions wrote it to the hub."""
     rope = config.pop("rope_parameters")
+    old = config | {"torch_dtype": config.pop("dtype"), "rope_scaling": None}
+    if "full_attention" in rope:  # one RoPE for each type of layer
+        if config["model_type"] == "gemma3_text":
+            old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            assert old.pop("layer_types") == ["sliding_attention", "full_attention", "sliding_attention"]
+            old["sliding_window_pattern"] = 2
+        rope = rope["full_attention"]
     kind = rope.pop("rope_type")
-    old = config | {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype"), "rope_scaling": None}
+    for field in ("rope_theta", "partial_rotary_factor"):
+        if field in rope:
+            old[field] = rope.pop(field)
     if kind != "default":
         old["rope_scaling"] = rope | {"rope_type" if kind == "llama3" else "type": kind}
     if old.get("head_dim") in (None, old["hidden_size"] // old["num_attention_heads"]):
@@ -85,22 +98,25 @@ def test_every_spelling_is_the_same_model(family, tmp_path):
         assert all(torch.equal(tensors2[name], t) for name, t in tensors.items())
 
 
-CONFIGS = [hf.LlamaConfig, hf.MistralConfig, hf.MixtralConfig, hf.Qwen2Config, hf.Qwen3Config, hf.Qwen3MoeConfig]
+WINDOW = {"sliding_window": 5, "use_sliding_window": True}
 
 
-@pytest.mark.parametrize("config_class", CONFIGS)
-def test_config_defaults_are_transformers(config_class):
-    architecture = config_class.__name__.replace("Config", "ForCausalLM")
+@pytest.mark.parametrize("changes", [{}, WINDOW], ids=["sizes", "window"])
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name in hf.CONFIG_MAPPING])
+def test_config_defaults_are_transformers(model_type, changes):
+    if changes is WINDOW and model_type in ("qwen2_moe", "smollm3"):
+        pytest.skip("its layers with a window must be listed")
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 96,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 40,
         "num_attention_heads": 32,
         "vocab_size": 97,
-    }
-    full = ModelConfig.from_hf(config_class(**sizes).to_dict() | {"architectures": [architecture]})
-    assert ModelConfig.from_hf(sizes | {"architectures": [architecture]}) == full
-    assert ModelConfig.from_hf(sizes | {"model_type": config_class.model_type}) == full
+    } | changes
+    architectures = {"architectures": [MODEL_TYPES[model_type]]}
+    full = config_from_hf(hf.CONFIG_MAPPING[model_type](**sizes).to_dict() | architectures)
+    assert config_from_hf(sizes | architectures) == full
+    assert config_from_hf(sizes | {"model_type": model_type}) == full
 
 
 @pytest.fixture
@@ -141,6 +157,34 @@ def test_wrong_tensors_are_named(llama):
     assert read_checkpoint(convert(folder))[2]["layers.1.attention.qkv_proj.weight"].dtype == torch.float32
 
 
+MISSING = [
+    ("gemma3", "pre_feedforward_layernorm", None),
+    ("gemma3", "post_feedforward_layernorm", None),
+    ("gemma3", "self_attn.k_norm", None),
+    ("olmo2", "post_attention_layernorm", None),
+    ("glm4", "post_self_attn_layernorm", None),
+    ("phi3", "self_attn.qkv_proj", "self_attn.q_proj"),
+    ("phi3", "mlp.gate_up_proj", "mlp.gate_proj"),
+    ("gpt-oss", "self_attn.sinks", None),
+    ("gpt-oss", "mlp.experts.gate_up_proj_bias", "mlp.experts.0.gate_proj.bias"),
+    ("qwen2-moe", "mlp.shared_expert.up_proj", "mlp.experts.6.up_proj"),
+    ("qwen2-moe", "mlp.shared_expert_gate", None),
+]
+
+
+@pytest.mark.parametrize("family, theirs, reported", MISSING)
+def test_a_tensor_that_a_layer_lacks(family, theirs, reported, tmp_path):
+    """Or whose shape is another."""
+    make_hf(family).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (name,) = (name for name in tensors if f"model.layers.1.{theirs}" in (name, name.removesuffix(".weight")))
+    save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors")
+    refused(tmp_path, "no tensor model.layers.1." + (reported or "(self_attn|mlp|input|post)"))
+    for wrong in (torch.ones(()), torch.ones(7), torch.ones(2, 3), torch.ones(2, 3, 5, 7)):
+        save_file(tensors | {name: wrong}, tmp_path / "model.safetensors")
+        refused(tmp_path, "no tensor model.layers.1.|tensor model.layers.1.* is .*; the config makes it ")
+
+
 def test_a_head_that_differs_from_the_embedding_is_kept(llama):
     """As transformers does, though config.json calls it tied."""
     folder, tensors = llama
@@ -150,6 +194,68 @@ def test_a_head_that_differs_from_the_embedding_is_kept(llama):
     assert torch.equal(head, tensors["lm_head.weight"])
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
     assert "lm_head.weight" not in read_checkpoint(convert(folder))[2]
+
+
+# ---- gpt-oss's weights of four bits ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mxfp4(tmp_path):
+    """A folder with a tiny gpt-oss as published, its tensors, and the same in transformers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    theirs = make_hf("gpt-oss", **sizes)
+    make_hf("gpt-oss", **sizes).bfloat16().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    tensors, generator = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, p in theirs.named_parameters():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            p.data.copy_(p.bfloat16())
+            continue
+        n_experts, n_inputs, n_outputs = p.shape
+        shape = n_experts, n_outputs, n_inputs // 32  # a scale for every 32 inputs; a byte holds two
+        blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 127, shape, generator=generator, dtype=torch.uint8)
+        p.data.copy_(convert_moe_packed_tensors(blocks, scales))
+        del tensors[name]
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path, tensors, theirs
+
+
+def test_mxfp4(mxfp4):
+    folder, _, theirs = mxfp4
+    path = convert(folder)
+    ours = read_checkpoint(path)[2]
+    for i, layer in enumerate(theirs.model.layers):
+        gate_up, down = layer.mlp.experts.gate_up_proj.mT, layer.mlp.experts.down_proj.mT
+        gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
+        assert torch.equal(ours[f"layers.{i}.feed_forward.gate_up_proj.weight"].float(), gate_up)
+        assert torch.equal(ours[f"layers.{i}.feed_forward.down_proj.weight"].float(), down)
+    same_logits(path, theirs)
+
+
+def test_mxfp4_of_every_byte_and_scale():
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 250, 16, 16)
+    scales = torch.arange(250, dtype=torch.uint8).view(1, 250, 1).expand(1, 250, 16)  # with the next, 6 * 2^126, inf
+    ours = dequantize_mxfp4(blocks[0], scales[0], slice(None))
+    assert torch.equal(ours, convert_moe_packed_tensors(blocks, scales)[0].mT)
+
+
+def test_wrong_mxfp4_is_named(mxfp4):
+    folder, tensors, _ = mxfp4
+    name = "model.layers.1.mlp.experts.down_proj"
+    blocks, scales = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+    wrong = {
+        f"no tensor {name}_scales": {n: t for n, t in tensors.items() if n != f"{name}_scales"},
+        "no tensor model.layers.1.mlp.experts.0.down_proj": {n: t for n, t in tensors.items() if n != f"{name}_blocks"},
+        f"{name}_blocks and {name}_scales are not MXFP4": tensors | {f"{name}_scales": scales[:, 1:].clone()},
+        f"{name}_blocks and .* are not MXFP4": tensors | {f"{name}_blocks": blocks.float()},
+        f"tensors {name}_blocks .* are not MXFP4": tensors | {f"{name}_blocks": blocks[0].clone()},
+    }
+    for match, content in wrong.items():
+        save_file(content, folder / "model.safetensors")
+        refused(folder, match)
 
 
 # ---- Broken files ---------------------------------------------------------------------------------------------------

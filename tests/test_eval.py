@@ -14,7 +14,7 @@ import cli
 import eval
 import gptq
 from config import UsageError
-from eval import Options, Sequence, harness_model, scores_of
+from eval import Options, ScoredSequence, harness_model, scores_of
 from loading import load_model
 from sampling import Sampling
 from tests.tiny import convert, write_folder
@@ -111,13 +111,13 @@ def test_perplexity_equals_transformers(length, batch_size, folder, theirs, monk
 def test_score_does_not_depend_on_the_batch(ours):
     model, _ = ours
     lengths = [(9, 1), (40, 39), (2, 1), (25, 3), (7, 6)]
-    rows = [Sequence(torch.randint(0, 256, (n,)).tolist(), n_scored) for n, n_scored in lengths]
-    alone = [next(scores_of(model, [row], batch_size=1)) for row in rows]
+    sequences = [ScoredSequence(torch.randint(0, 256, (n,)).tolist(), n_scored) for n, n_scored in lengths]
+    alone = [next(scores_of(model, [sequence], batch_size=1)) for sequence in sequences]
     for batch_size in (2, 9):
-        together = {score.index: score for score in scores_of(model, rows, batch_size)}
-        assert together.keys() == set(range(len(rows)))
+        together = {score.index: score for score in scores_of(model, sequences, batch_size)}
+        assert together.keys() == set(range(len(sequences)))
         for i, expected in enumerate(alone):
-            assert len(expected.logprobs) == rows[i].n_scored
+            assert len(expected.logprobs) == sequences[i].n_scored
             assert torch.equal(together[i].is_greedy, expected.is_greedy)
             torch.testing.assert_close(together[i].logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
 

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import kernels
 from config import ModelConfig
@@ -20,6 +19,7 @@ SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: n
 FORMATS = [Dense(), Int8(), Int4(32), Int4(64), Int4(128), Int4(256)]
 QUANTIZED = FORMATS[1:]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = list(reference.ACTIVATIONS)
 built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
 
 
@@ -27,12 +27,14 @@ def names(value) -> str:
     return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
 
 
-def make(n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear):
+def make(
+    n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
+):
     """A random Linear as in a checkpoint."""
-    w = kind(k, n, bias, n_experts)
+    w = kind(k, n, bias, n_experts, **options)
     torch.nn.init.normal_(w.weight)
     if bias:
-        w.set_tensor("bias", torch.randn(n).to(dtype))
+        w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
     stored = format.quantize(w.weight.data.to(dtype))
     w.set_format(format)
     for name, tensor in stored.items():
@@ -98,18 +100,75 @@ def test_linear(format, dtype):
             total = y + residual.double()
             bounds.check(kernels.linear(x, w, norm, residual), total, wide_bound + bounds.of_rounding(total, dtype))
             if n % 2 == 0:
-                check_glu(kernels.linear(x, w, norm, activation="silu"), y, wide_bound, fused=n % 32 == 0)
+                for activation in ACTIVATIONS:
+                    ours = kernels.linear(x, w, norm, activation=activation)
+                    check_glu(ours, activation, y, wide_bound, fused=n % 32 == 0)
 
 
-def check_glu(ours: torch.Tensor, gate_up: torch.Tensor, error: torch.Tensor, fused: bool):
-    """ours is silu(gate) * up of a gate_up that is off by no more than error. silu's slope is at most 1.1."""
+def check_glu(ours: torch.Tensor, activation: str, gate_up: torch.Tensor, error: torch.Tensor, fused: bool):
+    """ours is activation(gate) * up of a gate_up that is off by no more than error."""
     if not fused:  # then gate and up are rounded before
         error = error + bounds.of_rounding(gate_up.abs() + error, ours.dtype)
+    y, bound = of_glu(activation, gate_up, error)
+    bounds.check(ours, y, bound + bounds.of_rounding(y.abs() + bound, ours.dtype))
+
+
+def of_glu(activation: str, gate_up: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """activation(gate) * up in float64, and how far it may be off if gate_up is off by no more than error. The slope of
+    an activation is at most 1.13, GELU's."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
-    y = F.silu(gate) * up
-    bound = 1.1 * gate_error * (up.abs() + up_error) + (F.silu(gate).abs() + 1.1 * gate_error) * up_error
-    bound = bound + 2**-20 * y.abs() + bounds.of_rounding(y.abs() + bound, ours.dtype)  # exp is good to 2^-21 or so
-    bounds.check(ours, y, bound)
+    y, one = reference.glu(gate_up, activation), torch.ones_like(up)
+    if activation == "clamped_swiglu":
+        up, one = up.clamp(-7, 7) + 1, one - 1
+    activated = reference.ACTIVATIONS[activation](gate, one).abs()
+    bound = 1.13 * gate_error * (up.abs() + up_error) + (activated + 1.13 * gate_error) * up_error
+    # exp(z) is good to 2^-21 or so. Rounding z changes a sigmoid s by z s (1 - s) < 0.23 times some 2^-22.
+    return y, bound + 2**-20 * y.abs() + 2**-23 * (gate * up).abs()
+
+
+@built
+@pytest.mark.parametrize("format", [Dense(), Int4(32)], ids=names)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_scale_and_softcap(format, dtype):
+    """After bias and activation, before the residual: of results that softcap leaves alone, bends, and cuts off."""
+    torch.manual_seed(0)
+    for n, k, scale, softcap in [(33, 72, 0.25, 0.0), (64, 72, 0.03, 5.0), (33, 72, 1.0, 5.0), (64, 8, 1e-3, 30.0)]:
+        w = make(n, k, format, dtype, bias=True, scale=scale, softcap=softcap)
+        matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+        packed(w)
+        for rows in (1, 5):
+            x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
+            seen = as_seen(x, format)
+            product = seen.double() @ matrix.T + w.bias.double()
+            step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
+            error = bounds.of_product(seen, magnitude, product, torch.float32, step)
+            y, bound = of_cap(product, error, scale, softcap)
+            bounds.check(kernels.linear(x, w, out_dtype=torch.float32), y, bound)
+            total = y + residual.double()
+            bounds.check(kernels.linear(x, w, residual=residual), total, bound + bounds.of_rounding(total, dtype))
+            if n % 32 == 0:
+                y, bound = of_cap(*of_glu("gelu_tanh", product, error), scale, softcap)
+                ours = kernels.linear(x, w, activation="gelu_tanh")
+                bounds.check(ours, y, bound + bounds.of_rounding(y, dtype))
+
+
+def of_cap(y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """y * scale, capped, and how far it may be off if y is off by no more than error. No slope of cap's is above 1."""
+    y = y * scale
+    if softcap:
+        y = reference.cap(y, softcap)
+    return y, error * scale + 2**-20 * y.abs()  # exp is good to 2^-21 or so
+
+
+@built
+def test_softcap_of_extremes():
+    """Close to zero, a cap changes nothing; infinity it cuts off; and NaN stays NaN."""
+    w = packed(make(16, 16, Dense(), torch.float32, softcap=30.0))
+    w.weight.data = torch.eye(16)
+    x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
+    y = reference.cap(x.double(), 30.0)
+    bounds.check(kernels.linear(x, w), y, 2**-20 * y.abs())
+    assert kernels.linear(torch.full((1, 16), torch.nan), w).isnan().all()
 
 
 @built
@@ -193,24 +252,51 @@ def test_small_operations(dtype):
     """embed, add and glu are their references to the last bit, or for glu's exponential nearly."""
     torch.manual_seed(0)
     weight, tokens = torch.randn(50, 37).to(dtype), torch.randint(50, (2, 3))
-    assert torch.equal(kernels.embed(tokens, weight, "cpu"), reference.embed(tokens, weight))
+    for scale in (1.0, 48**0.5):
+        assert torch.equal(kernels.embed(tokens, weight, scale, "cpu"), reference.embed(tokens, weight, scale))
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(kernels.add(x, y, "cpu"), x + y)
     gate_up = torch.randn(2, 3, 74).to(dtype) * 5
-    check_glu(kernels.glu(gate_up, "silu", "cpu"), gate_up.double(), torch.zeros(2, 3, 74).double(), fused=True)
+    gate_up[..., :4] = torch.tensor([0, -7, 200, -200])  # of gate
+    no_error = torch.zeros(2, 3, 74).double()
+    for activation in ACTIVATIONS:
+        check_glu(kernels.glu(gate_up, activation, "cpu"), activation, gate_up.double(), no_error, fused=True)
+        assert kernels.glu(gate_up * torch.nan, activation, "cpu").isnan().all()
     with pytest.raises(RuntimeError, match="vocabulary"):
-        kernels.embed(torch.tensor([[50]]), weight, "cpu")
+        kernels.embed(torch.tensor([[50]]), weight, 1.0, "cpu")
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype):
+    torch.manual_seed(0)
+    for k in (5, 37, 576):
+        norm = make_norm(k, dtype)
+        for rows in (1, 3, 8, 12):  # the last in PyTorch
+            x, residual = (torch.randn(1, rows, k) * 3).to(dtype), torch.randn(1, rows, k).to(dtype)
+            exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
+            # The sum of squares, and the rounding before the product with the weight
+            bound = ((k + 8) * bounds.U[torch.float32] + bounds.U[dtype]) * exact.abs() + bounds.SMALLEST[dtype]
+            bound = bound + bounds.of_rounding(exact, dtype) * (2 if rows > 8 else 1)  # PyTorch rounds the product too
+            bounds.check(norm(x, backend="cpu"), exact, bound)
+            total = exact + residual.double()
+            bounds.check(norm(x, residual, "cpu"), total, bound + bounds.of_rounding(total, dtype))
+    with pytest.raises(RuntimeError, match="shape"):
+        norm(x[:, :2], residual[:, :1], "cpu")
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def exact_attention(qkv, cache: LayerCache, positions, n_heads: int, window: int, norms) -> tuple[torch.Tensor, ...]:
+def exact_attention(
+    qkv, cache: LayerCache, positions, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
+) -> tuple[torch.Tensor, ...]:
     """The output in float64, given what is in the cache; and the error that float32 sums and FLIPS may make."""
     (B, T, _), (_, G, _, D), dtype = qkv.shape, cache.k.shape, qkv.dtype
     q = qkv.view(B, T, -1, D)[:, :, :n_heads]
     if norms[0] is not None:
-        q = norms[0](q)
+        q = reference.norm_heads(q, norms[0])
+    scale = D**-0.5 if scale is None else scale
     token_positions = positions[:, None] + torch.arange(T)
     q = reference.apply_rope(q, cache.rope[token_positions]).double().unflatten(2, (G, -1))  # [B, T, G, H / G, D]
     k, v = cache.k.double(), cache.v.double()
@@ -220,20 +306,26 @@ def exact_attention(qkv, cache: LayerCache, positions, n_heads: int, window: int
         sees &= keys > token_positions[..., None] - window
     sees = sees[:, :, None, None]  # [B, T, 1, 1, S]
     k, v = k.nan_to_num(), v.nan_to_num()  # what no token sees
-    scores = torch.einsum("btghd,bgsd->btghs", q, k) * D**-0.5
-    p = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+    scores = torch.einsum("btghd,bgsd->btghs", q, k) * scale
+    if softcap:
+        scores = reference.cap(scores, softcap)
+    scores = scores.masked_fill(~sees, -torch.inf)
+    if sinks is not None:
+        sink_scores = sinks.double().view(G, -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink_scores], -1)
+    p = scores.softmax(-1)[..., : k.shape[2]]
     y = torch.einsum("btghs,bgsd->btghd", p, v).flatten(2)
-    largest_score = torch.einsum("btghd,bgsd->btghs", q.abs(), k.abs()).max() * D**-0.5
+    largest_score = torch.einsum("btghd,bgsd->btghs", q.abs(), k.abs()).max() * scale
     u, u_stored = bounds.U[torch.float32], bounds.U[dtype]
-    score_error = (D + 8) * u * largest_score
-    score_error += bounds.FLIPS * 2 * u_stored * q.abs().max() * k.abs().max() * D**-0.5
+    score_error = (D + 8) * u * largest_score + 2**-20 * softcap  # exp is good to 2^-21 or so
+    score_error += bounds.FLIPS * 2 * u_stored * q.abs().max() * k.abs().max() * scale
     sum_error = (k.shape[2] + 32) * u  # of softmax's sum and of the weighted values
     bound = (torch.expm1(2 * score_error) + 2 * sum_error) * v.abs().max() + bounds.of_rounding(y, dtype)
     return y, bound
 
 
 @built
-@pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (6, 2, 40)])
+@pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (2, 1, 256), (6, 2, 40)])
 @pytest.mark.parametrize("window", [0, 7, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(n_heads, n_kv_heads, d, window, dtype):
@@ -255,17 +347,43 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
             bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms))
 
 
+@built
+@pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (9, 3, 64), (2, 1, 256), (6, 2, 40)])
+@pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
+    """Each alone and together. sinks: far below the scores, among them, and far above."""
+    torch.manual_seed(0)
+    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 640)
+    widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
+    norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]
+    sinks = (torch.randn(n_heads) * 4 + 2).to(dtype)
+    sinks[:2] = torch.tensor([-200, 200])
+    for window, options in [
+        (0, {"sinks": sinks}), (0, {"scale": 0.3}), (7, {"softcap": 2.0}),
+        (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}),
+    ]:  # fmt: skip
+        for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
+            B = len(starts)
+            positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+            k, v = torch.randn(2, B, n_kv_heads, 640, d).to(dtype).unbind()
+            theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
+            ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window, *norms, **options)
+            check_cache(qkv, cache, theirs, positions, n_heads, norms)
+            bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms, **options))
+
+
 def check_cache(qkv, ours: LayerCache, before: LayerCache, positions, n_heads: int, norms):
     """The new keys and values are where they belong, and nothing else has changed."""
     (B, T, _), (_, G, _, D) = qkv.shape, ours.k.shape
     heads = qkv.view(B, T, -1, D)
     k, v = heads[:, :, n_heads : n_heads + G], heads[:, :, n_heads + G :]
     if norms[1] is not None:
-        k = norms[1](k)
+        k = reference.norm_heads(k, norms[1])
     for b, start in enumerate(positions.tolist()):
         new = slice(start, start + T)
         rotated = reference.apply_rope(k[b : b + 1], ours.rope[None, new])[0].transpose(0, 1)
-        relative = (D + 8) * bounds.U[torch.float32] + 4 * bounds.U[qkv.dtype]  # the norm's sum; roundings and flips
+        relative = (G * D + 8) * bounds.U[torch.float32] + 4 * bounds.U[qkv.dtype]  # a norm's sum; roundings, flips
         bounds.check(ours.k[b, :, new], rotated, relative * rotated.double().abs().max().expand(rotated.shape))
         assert torch.equal(ours.v[b, :, new], v[b].transpose(0, 1))
         before.k[b, :, new], before.v[b, :, new] = ours.k[b, :, new], ours.v[b, :, new]
@@ -287,6 +405,20 @@ def test_attention_reference(dtype):
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
 
+def test_attention_reference_sinks_scale_softcap():
+    torch.manual_seed(0)
+    rope = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
+    norms = [make_norm(6 * 16, torch.float32), make_norm(2 * 16, torch.float32)]
+    for options in ({"scale": 0.3}, {"sinks": torch.randn(6)}, {"sinks": torch.randn(6), "scale": 0.3, "softcap": 2.0}):
+        for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
+            positions, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
+            k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
+            cache = LayerCache(k, v, rope)
+            ours = reference.attend(qkv, cache, positions, 6, window, *norms, **options)
+            y, bound = exact_attention(qkv, cache, positions, 6, window, norms, **options)
+            bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
+
+
 @built
 def test_what_does_not_fit_is_refused():
     """An error, not a write beyond the cache."""
@@ -299,6 +431,15 @@ def test_what_does_not_fit_is_refused():
         kernels.attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, "cpu")
     with pytest.raises(RuntimeError, match="type"):
         kernels.attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, "cpu")
+    for norms, sinks, said in [
+        ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
+    ]:  # fmt: skip
+        q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
+        with pytest.raises(RuntimeError, match=said):
+            kernels.attend(
+                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, "cpu", 0, q_norm, k_norm,
+                torch.zeros(sinks),
+            )  # fmt: skip
 
 
 # ---- Feed-forward ---------------------------------------------------------------------------------------------------
@@ -334,19 +475,21 @@ def test_feed_forward(format, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts(format, dtype):
     torch.manual_seed(0)
-    for ffn_dim in (48, 40):
+    for ffn_dim, bias, activation in [
+        (48, False, "silu"), (40, False, "silu"), (48, True, "clamped_swiglu"), (40, True, "gelu_tanh"),
+    ]:  # fmt: skip
         norm = make_norm(64, dtype)
-        gate_up = make(2 * ffn_dim, 64, format, dtype, n_experts=6, kind=ExpertsGateUp)
-        down = make(64, ffn_dim, format, dtype, n_experts=6, kind=ExpertsDown)
+        gate_up = make(2 * ffn_dim, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
+        down = make(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
         cases = []
         for rows in (1, 3, 8, 12):  # the last goes to PyTorch, from packed weights
             x = torch.randn(1, rows, 64).to(dtype)
             topk_weights, topk_ids = reference.route(torch.randn(1, rows, 6) * 2, 3, True)
-            hidden = gate_up(x, topk_ids, norm, "silu")
+            hidden = gate_up(x, topk_ids, norm, activation)
             cases.append((x, topk_weights, topk_ids, hidden, down(hidden, topk_ids, topk_weights, x)))
         packed(gate_up), packed(down)
         for x, topk_weights, topk_ids, hidden, expected in cases:
-            ours = gate_up(x, topk_ids, norm, "silu")
+            ours = gate_up(x, topk_ids, norm, activation)
             check_near(ours, hidden, format)
             check_near(down(ours, topk_ids, topk_weights, x), expected, format)
             check_near(down(ours, topk_ids, topk_weights), (expected.double() - x.double()), format)
@@ -362,6 +505,19 @@ def test_route(normalize):
             logits, top_k, normalize, "cpu"
         )
         assert torch.equal(ours[1], topk_ids)
+        bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
+
+
+@built
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route_to_shared_experts(normalize):
+    torch.manual_seed(0)
+    for rows, n_experts, top_k, n_shared in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
+        logits = torch.randn(1, rows, n_experts + 1) * 3
+        ours = kernels.route(logits, top_k, normalize, "cpu", n_shared)
+        topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared)
+        assert torch.equal(ours[1], topk_ids)
+        assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared)).all()
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
 
 

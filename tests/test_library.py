@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from chat import Conversation
-from generate import build_steps, build_stream, generate, load, make_kv_cache
+from config import UsageError
+from generate import LLM, build_steps, build_token_generator, generate, load, make_kv_cache
 from sampling import Sampling
 from tests.tiny import ROOT
-from tokenizer import stream
+from tokenizer import detokenize
 
 
 def test_text(chatty, ask):
@@ -21,7 +23,7 @@ def test_text(chatty, ask):
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
     tokens = [ids[0] for ids in generate(steps, torch.tensor([prompt]), start=0, max_new_tokens=20)]
-    text = "".join(stream(tokenizer, tokens, after=prompt))
+    text = "".join(detokenize(tokenizer, tokens, after=prompt))
 
     (result,) = ask(chatty, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")
     assert result["tokens"] == [tokens] and result["text"] == [text] and len(text) > 10
@@ -33,7 +35,8 @@ def test_conversation(chatty, cli):
     kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
     steps, other_steps = (build_steps(model, cache, Sampling()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    conversation = Conversation(tokenizer, build_stream(steps, kv_cache), kv_cache.length, model.config.eos_ids)
+    generate_tokens = build_token_generator(steps, kv_cache)
+    conversation = Conversation(tokenizer, generate_tokens, kv_cache.length, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)
@@ -42,6 +45,21 @@ def test_conversation(chatty, cli):
     flags = ["--temperature=0", "--max_new_tokens=12"]
     assert cli(chatty, "--chat", *flags, stdin="Hi\nhow are you?\n").splitlines() == answers
     assert cli(chatty, "--prompt=Hello", *flags, "--max_new_tokens=4") == bytes(other_ids).decode() + "\n"
+
+
+def test_llm(chatty, cli):
+    """Says what generate.py says, up to an end token, also when a text comes between the turns of a conversation."""
+    llm = LLM(chatty / "model.pth", device="cpu", max_length=160)
+    flags = ["--temperature=0", "--max_new_tokens=12"]
+    text = cli(chatty, "--prompt=Hello", *flags).removesuffix("\n")
+    answers = cli(chatty, "--chat", "--system=Be brief", *flags, stdin="Hi\nhow are you?\n").splitlines()
+    conversation = llm.chat(system="Be brief")
+    for message, answer in zip(("Hi", "how are you?"), answers, strict=True):
+        assert "".join(conversation.answer(message, max_new_tokens=12)) == answer
+        assert "".join(llm.generate("Hello", max_new_tokens=12)) == text
+    with pytest.raises(UsageError, match="exceed max_length, 160"):
+        next(llm.generate("Hello", max_new_tokens=160))
+    assert LLM(chatty / "model.pth", max_length=10**6, temperature=0.5).max_length == llm.model.config.max_seq_len
 
 
 IMPORTS = """

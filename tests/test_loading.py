@@ -1,14 +1,18 @@
-"""load_model: which tensors a checkpoint must have, and which parameters are one."""
+"""load_model: which tensors a checkpoint must have, and which parameters are one. load: which tokens end a text, and
+which the tokenizer may have beside the model's."""
+
+import json
 
 import pytest
+import tokenizers
 import torch
 
 import machine
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
-from generate import load_model
-from tests.byte_models import random_folder
+from generate import load, load_model
+from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
 from tests.tiny import call
 
 
@@ -58,6 +62,55 @@ def test_types_of_a_quantized_checkpoint(folder, tmp_path, name, dtype):
     rewrite(folder / "model_int8.pth", path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     with pytest.raises(UsageError, match=f"tensor {name} is missing, left over or of the wrong shape"):
         load_model(path)
+
+
+BOT = 259  # <|bot|>
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (0, ord("."))),  # a base model
+        ({"eos_token": "</s>"}, (0, ord("."), END)),
+        ({"eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}, (0, ord("."), END)),
+        ({"chat_template": TEMPLATE}, (0, ord("."), END)),
+        ({"eos_token": "<|bot|>", "chat_template": TEMPLATE}, (0, ord("."), BOT, END)),
+        ({"eos_token": "<|bot|>", "chat_template": "{{ raise_exception('no') }}"}, (0, ord("."), BOT)),
+        ({"eos_token": "<missing>", "chat_template": "{{ messages[1].content }}"}, (0, ord("."))),
+        ({"eos_token": None, "chat_template": 5}, (0, ord("."))),
+    ],
+)
+def test_end_tokens(tmp_path, settings, expected):
+    """Those of the config, the tokenizer's and the template's, each once."""
+    folder = random_folder(tmp_path, max_seq_len=64)
+    rewrite_config(folder / "model.pth", eos_ids=(0, ord(".")))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load(folder / "model.pth")[0].config.eos_ids == expected
+
+
+def rewrite_config(path, **fields):
+    data = torch.load(path, weights_only=True)
+    data["config"].update(fields)
+    torch.save(data, path)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_more_tokens_than_the_embedding_has(tmp_path, special):
+    """Special tokens that the model lacks are text. Others are refused, in one line."""
+    folder = random_folder(tmp_path, max_seq_len=64)
+    tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tok.add_tokens([tokenizers.AddedToken("<image>", special=special)])
+    tok.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<image>", "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings if special else {}))
+    if special:
+        model, tokenizer = load(folder / "model.pth")
+        assert tokenizer.vocab_size == VOCAB_SIZE and model.config.eos_ids == (END,)
+        for ids in (tokenizer.encode("<image></s>"), [*tokenizer.encode_parts(["<image>"]), END]):
+            assert ids == [*b"<image>", END] and tokenizer.decode([*ids, VOCAB_SIZE]) == "<image>"
+    else:
+        with pytest.raises(UsageError, match="the tokenizer's 261 tokens exceed the model's 260$"):
+            load(folder / "model.pth")
 
 
 def test_a_file_just_read_takes_no_room_in_a_container(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -23,19 +22,24 @@ README = (ROOT / "mixtral-moe/README.md").read_text()
 
 
 def test_flow(tmp_path):
-    """Everything, as the page has it; two processes say what one says."""
+    """Prepared, then run in each format, as the page has it; two processes say what one says."""
     files = [path.name for path in ROOT.iterdir() if path.suffix == ".py"]
     for name in [*files, "kernels", "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tmp_path / name)
     python = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    env = os.environ | {"TINY": "1", "OMP_NUM_THREADS": "1", "PATH": python}
-    command = [tmp_path / "mixtral-moe/test_flow.sh", "--precision=float32", "--device=cpu"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    parts = re.split(r"^== (.*)\n", done.stdout, flags=re.M)[1:]
-    texts = dict(zip(parts[::2], parts[1::2], strict=True))
-    assert len(texts) == 4 and all(text.strip() for text in texts.values())
-    assert texts["tp.sh model_int8.pth"] == texts["generate.sh model_int8.pth"]
+
+    def run(script: str, *args: str, **variables: str) -> str:
+        env = os.environ | {"TINY": "1", "OMP_NUM_THREADS": "1", "PATH": python} | variables
+        done = subprocess.run([tmp_path / "mixtral-moe" / script, *args], env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+    run("prepare.sh", MODES="int8 int4")
+    args = ["--prompt=Hello", "--max_new_tokens=8", "--temperature=0", "--precision=float32", "--device=cpu"]
+    files = ("model.pth", "model_int8.pth", "model_int4.g32.pth")
+    texts = {file: run("generate.sh", *args, MODEL=file) for file in files}
+    assert all(text.strip() for text in texts.values())
+    assert run("generate.sh", *args, NPROC="2") == texts["model_int8.pth"]
 
 
 FORMATS = {

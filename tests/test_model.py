@@ -3,10 +3,12 @@
 import pytest
 import torch
 import transformers as hf
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from config import ModelConfig, UsageError
-from model import KVCache
-from tests.tiny import FAMILIES
+from families import MODEL_TYPES, config_from_hf
+from model import KVCache, rope_table
+from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
@@ -44,35 +46,122 @@ def test_rows_have_positions_of_their_own(family, use_kernels, pair):
             torch.testing.assert_close(torch.cat(logits, 1)[b], expected, atol=1e-4, rtol=1e-4)
 
 
+WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss"]
+
+
+@pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize("family", WITH_WINDOWS)
+def test_prompts_longer_than_every_window(family, use_kernels, pair):
+    """At once into a cache that it fills, or into a larger one."""
+    theirs, ours = pair(family, use_kernels)
+    n = ours.config.sliding_window + 30
+    tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+        for length in (n, 256):
+            logits = ours(tokens, torch.tensor([0]), KVCache(ours, 1, length))
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- Positions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, n",
+    [("phi4-mini", 16), ("phi4-mini", 17), ("dynamic", 256), ("dynamic", 257), ("dynamic", 400)],
+)
+def test_rope_that_depends_on_the_length(family, n, pair):
+    """Both sides of the context that a model was trained for. Ours goes by the cache, transformers by the tokens."""
+    theirs, ours = pair(family, False)
+    tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        kv_cache = KVCache(ours, 1, n)
+        parts = [ours(tokens[:, :9], torch.tensor([0]), kv_cache), ours(tokens[:, 9:], torch.tensor([9]), kv_cache)]
+        torch.testing.assert_close(torch.cat(parts, 1), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+}
+ROPES = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    YARN,
+    YARN | {"factor": 1.0},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.0},
+    YARN | {"mscale": 1.0},
+    YARN | {"attention_factor": 1.3, "mscale": 0.7, "mscale_all_dim": 1.0},
+    YARN | {"truncate": False, "beta_fast": 8.0, "beta_slow": 2.0},
+    YARN | {"truncate": False, "beta_fast": 4.0, "beta_slow": 4.0},
+    LONGROPE,
+    LONGROPE | {"factor": 5.0},
+    LONGROPE | {"attention_factor": 1.3},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_tables_equal_transformers(rope):
+    config = hf.LlamaConfig(**SIZES, rope_parameters=dict(rope))
+    ours = config_from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    theirs = LlamaRotaryEmbedding(config)
+    for n in (20, 64, 65, 256, 300):
+        cos, sin = theirs(torch.ones(()), torch.arange(n)[None])
+        torch.testing.assert_close(rope_table(ours, n), torch.stack([cos, sin], -1)[0, :, :6], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GptOssForCausalLM"])
+def test_yarn_stretches_the_context(architecture):
+    """Qwen's pages say to add rope_scaling alone. It replaces what a family has without it."""
+    sizes = SIZES | {"max_position_embeddings": 64, "architectures": [architecture]}
+    config = config_from_hf(sizes | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
+    assert config.max_seq_len == 256 and config.rope_scaling.original_max_seq_len == 64
+    assert config.rope_scaling.truncate
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kind", [hf.MistralConfig, hf.Qwen2Config, hf.Qwen3Config])
 def test_windows_of_layers(kind):
     sizes = {"architectures": [kind.__name__.replace("Config", "ForCausalLM")], "num_hidden_layers": 3}
     good = kind().to_dict() | sizes | {"sliding_window": 9, "use_sliding_window": True}
-    windows = [ModelConfig.from_hf(good | {"layer_types": [f"{x}_attention"] * 3}).sliding_window
-               for x in ("full", "sliding")]  # fmt: skip
-    assert windows == [None, 9]
-    with pytest.raises(UsageError, match="layer_types"):
-        ModelConfig.from_hf(good | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]})
+    expected = {
+        ("full_attention",) * 3: (None, None),
+        ("sliding_attention",) * 3: (9, None),
+        tuple(LAYER_TYPES): (9, (True, False, True)),
+    }
+    for types, windows in expected.items():
+        config = config_from_hf(good | {"layer_types": list(types)})
+        assert (config.sliding_window, config.window_layers) == windows
 
 
 def test_old_and_new_spelling_together():
     both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    config = ModelConfig.from_hf(hf.LlamaConfig().to_dict() | both | {"architectures": "LlamaForCausalLM"})
+    config = config_from_hf(hf.LlamaConfig().to_dict() | both | {"architectures": "LlamaForCausalLM"})
     assert config.rope_scaling.factor == 2
 
 
 def test_unsupported_is_named():
     good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     bad_fields = {
-        "architectures": ["GemmaForCausalLM"],
+        "architectures": ["FalconForCausalLM"],
         "hidden_act": "gelu",
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
+        "rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4},
         "vocab_size": -1,
-        "partial_rotary_factor": 0.5,
+        "partial_rotary_factor": 0.7,  # 89 of 128 elements
+        "attn_logit_softcapping": 50.0,
+        "logit_scale": 0.25,
+        "clip_qkv": 8.0,
     }
+    messages = "Falcon|hidden_act|mrope|vocab_size|cannot rotate|attn_logit_softcapping|logit_scale|clip_qkv"
     for field, bad in bad_fields.items():
-        with pytest.raises(UsageError, match="Gemma|hidden_act|yarn|vocab_size|partial_rotary_factor"):
-            ModelConfig.from_hf(good | {field: bad})
+        with pytest.raises(UsageError, match=messages):
+            config_from_hf(good | {field: bad})
 
 
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
@@ -80,4 +169,100 @@ def test_unsupported_is_named():
 def test_rope_of_the_wrong_kind_is_refused(field, wrong):
     good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     with pytest.raises(UsageError, match=f"{field} must be an object"):
-        ModelConfig.from_hf(good | {field: wrong})
+        config_from_hf(good | {field: wrong})
+
+
+WRONG = [
+    ("gemma", {"hidden_act": "silu"}, "hidden_act.* = 'silu'"),
+    ("gemma2", {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+    ("gemma2", {"attn_logit_softcapping": "x"}, "attention_softcap must be a positive number"),
+    ("gemma2", {"final_logit_softcapping": -3}, "logit_softcap must be a positive number"),
+    ("gemma2", {"query_pre_attn_scalar": -1}, "attention_scale must be a positive number"),
+    ("gemma3", {"layer_types": LAYER_TYPES[:2]}, "layer_types must be a list with the type of each of 3 layers"),
+    ("gemma3", {"layer_types": "full_attention"}, "layer_types must be a list"),
+    ("gemma3", {"layer_types": [*LAYER_TYPES[:2], "linear_attention"]}, "type 'linear_attention' are not supported"),
+    ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "type 'chunked_attention' are not supported"),
+    ("qwen2-moe", {"use_sliding_window": True, "sliding_window": 9, "layer_types": None}, "layer_types is missing"),
+    ("qwen2-moe", {"shared_expert_intermediate_size": 63}, "63 is no multiple of 32"),
+    ("qwen2-moe", {"shared_expert_intermediate_size": -64}, "number of shared experts"),
+    ("qwen2-moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+    ("qwen3-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is about 2 layers; the model has 3"),
+    ("phi4-mini", {"rope_scaling": {"short_factor": [1.0] * 5}}, "6 short and long factors"),
+    ("phi4-mini", {"rope_scaling": {"long_factor": ["x"] * 6}}, "factor of rope_scaling must be a positive number"),
+    ("phi4-mini", {"rope_scaling": {"long_factor": None}}, "long_factor is missing"),
+    ("yarn", {"rope_scaling": {"factor": "x"}}, "holds something of the wrong kind|must be a positive number"),
+    ("yarn", {"rope_scaling": {"beta_fast": "x"}}, "beta_fast must be a positive number"),
+    ("llama3", {"rope_scaling": {"low_freq_factor": "x"}}, "needs a number for low_freq_factor"),
+    ("llama-linear", {"rope_scaling": {"rope_theta": "x"}}, "rope_theta must be a positive number"),
+    ("yarn", {"rope_scaling": {"rope_theta": 1}}, "RoPE with theta 1 and 12 elements cannot be scaled"),
+    ("gemma3", {"rope_scaling": {"sliding_attention": {"rope_type": "linear"}}}, "layers with a sliding window"),
+    ("granite", {"logits_scaling": 0}, "wrong kind"),
+    ("granite", {"residual_multiplier": "x"}, "residual_scale must be a positive number"),
+    ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    ("gpt-oss", {"quantization_config": {"quant_method": "fp8"}}, "'fp8' are not supported; mxfp4 is"),
+    ("llama2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+]
+
+
+def hf_config(family: str) -> dict:
+    config_class, changes = FAMILIES[family]
+    return config_class(**SIZES | changes).to_dict() | {"architectures": [MODEL_TYPES[config_class.model_type]]}
+
+
+@pytest.mark.parametrize("family, changes, message", WRONG)
+def test_what_a_family_does_not_have_is_refused(family, changes, message):
+    with pytest.raises(UsageError, match=message) as e:
+        config_from_hf(hf_config(family) | changes)
+    assert "\n" not in str(e.value)
+
+
+UNSUPPORTED = [
+    ("Gemma3ForConditionalGeneration", {"vision_config": {"depth": 1}}, "vision_config means a model of images"),
+    ("Qwen2_5_VLForConditionalGeneration", {"vision_config": {"depth": 1}}, "vision_config means a model of images"),
+    ("DeepseekV3ForCausalLM", {"kv_lora_rank": 512}, "kv_lora_rank means multi-head latent attention"),
+    ("Qwen3NextForCausalLM", {"linear_num_key_heads": 16}, "linear_num_key_heads means layers of linear attention"),
+    ("MambaForCausalLM", {"state_size": 16}, "state_size means layers with a state"),
+    ("GPT2LMHeadModel", {}, "is not one of LlamaForCausalLM, "),
+]
+
+
+@pytest.mark.parametrize("architecture, fields, message", UNSUPPORTED)
+def test_other_architectures_are_named(architecture, fields, message):
+    for more in ({}, fields):
+        with pytest.raises(UsageError, match=f"architecture '{architecture}'") as e:
+            config_from_hf(SIZES | {"architectures": [architecture]} | more)
+        assert "\n" not in str(e.value)
+    assert message in str(e.value)
+
+
+def paths_of(config: dict):
+    """The paths to all of its values, those in objects too."""
+    for name, value in config.items():
+        yield (name,)
+        if isinstance(value, dict):
+            yield from ((name, *path) for path in paths_of(value))
+
+
+def replaced(config: dict, path: tuple, value) -> dict:
+    name, *rest = path
+    return config | {name: replaced(config[name], rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("odd", ["x", -1, 0, [], {"a": {}}, None, float("nan"), 10**400], ids=lambda x: str(x)[:9])
+def test_odd_values_are_read_or_refused(odd):
+    for family in FAMILIES:
+        good = hf_config(family)
+        for path in paths_of(good):
+            try:
+                config = config_from_hf(replaced(good, path, odd))
+            except UsageError as e:
+                assert "\n" not in str(e)
+            else:
+                assert isinstance(config, ModelConfig)
+
+
+def test_every_architecture_is_tested():
+    """tests/tiny.py has all that transformers has."""
+    tested = {config_class.model_type for config_class, _ in FAMILIES.values()}
+    assert {model_type for model_type in MODEL_TYPES if model_type in hf.CONFIG_MAPPING} == tested

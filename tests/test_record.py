@@ -7,7 +7,8 @@ import kernels
 from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Int4, Int8
 from kernels.record import between_tapes, record
-from model import KVCache, Transformer
+from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer, rope_table
+from tests.test_kernels import make, make_norm, packed
 
 built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
 FAMILIES = {
@@ -56,6 +57,42 @@ def test_replayed_is_computed(format, dtype, family):
     torch.set_num_threads(1)
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(ours.k, theirs.k) and torch.equal(ours.v, theirs.v)
+
+
+@built
+@pytest.mark.parametrize("format", [Dense(), Int8()], ids=["dense", "int8"])
+def test_every_argument_is_recorded(format):
+    """Those that no family above has: replayed on other inputs, they give what is computed."""
+    torch.manual_seed(0)
+    n_heads, n_kv_heads, d, dim, n_experts = 4, 2, 16, 64, 5
+    embedding, norm, sinks = torch.randn(97, dim), make_norm(dim, torch.float32), torch.randn(n_heads)
+    q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
+    config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
+    qkv_proj = make(128, dim, format, torch.float32)
+    head = make(97, dim, format, torch.float32, scale=0.1, softcap=5.0)
+    router = make(n_experts - 1, dim, Dense(), torch.float32)  # three experts and the two shared ones' logit
+    gate_up = make(96, dim, format, torch.float32, n_experts, bias=True, kind=ExpertsGateUp)
+    down = make(dim, 48, format, torch.float32, n_experts, bias=True, kind=ExpertsDown)
+    packed(torch.nn.ModuleList([qkv_proj, head, router, gate_up, down]))
+    caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), rope_table(config, 40)) for _ in range(2)]
+
+    def step(tokens, positions, cache):
+        x = kernels.embed(tokens, embedding, 8.0, "cpu")
+        y = kernels.attend(
+            qkv_proj(x), cache, positions, n_heads, "cpu", 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
+        )
+        x = norm(y, residual=x, backend="cpu")
+        topk_weights, topk_ids = kernels.route(router(x), 2, True, "cpu", n_shared=2)
+        hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
+        return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
+
+    recorded = record(lambda tokens, positions: step(tokens, positions, caches[1]))
+    with torch.inference_mode():
+        for threads, starts in [(1, [0, 0]), (2, [1, 1]), (1, [2, 30])]:
+            torch.set_num_threads(threads)
+            tokens, positions = torch.randint(0, 97, (2, 1)), torch.tensor(starts)
+            assert torch.equal(recorded(tokens, positions), step(tokens, positions, caches[0]))
+    torch.set_num_threads(1)
 
 
 @built

@@ -396,12 +396,17 @@ def tree(tmp_path_factory) -> Path:
     return tree
 
 
-@pytest.mark.parametrize("script", ["7B_int4", "34B_bf16", "70B_int4", "tp_70B_bf16"])
-def test_scripts(script, tree):
+@pytest.mark.parametrize("setup", ["7B_int4", "34B_bf16", "70B_int4", "tp_70B_bf16"])
+def test_script(setup, tree):
     environment = os.environ | {"TINY": "1", "RANKS": "2", "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
-    command = [f"scripts/speculate_{script}.sh", "--max_new_tokens", "8", "--device", "cpu", "--json", "--ignore_eos"]
+    command = ["scripts/speculate.sh", setup, "--max_new_tokens=8", "--device=cpu", "--json", "--ignore_eos"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["generated_tokens"] == 8 and len(result["accept_counts"]) == 6
-    assert result["quantization"] == ("int4.g32" if script == "70B_int4" else None)
+    assert result["quantization"] == ("int4.g32" if setup == "70B_int4" else None)
+
+
+def test_script_knows_its_setups():
+    done = subprocess.run([ROOT / "scripts/speculate.sh", "13B"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ") and "70B_int4" in done.stderr

@@ -1,5 +1,8 @@
-"""tokenizer.py against transformers, sentencepiece and Mistral's reference encoder; messages that hold special tokens;
-streaming. The tokenizers are trained here, or come with mistral_common.  pytest tests/test_tokenizer.py"""
+"""tokenizer.py against transformers, sentencepiece and Mistral's reference encoder; special tokens in prompts and in
+messages; end tokens; streaming. The tokenizers are trained here, or come with mistral_common.
+
+    pytest tests/test_tokenizer.py
+"""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,7 @@ from tokenizers import AddedToken, models, normalizers, processors
 
 from config import UsageError
 from tests.tiny_tokenizers import FORGED, MISTRAL, TEMPLATES, TEXTS, train, write
-from tokenizer import load_tokenizer, stream
+from tokenizer import detokenize, load_tokenizer
 
 
 def replace(tokenizer, **fields):
@@ -25,6 +28,12 @@ def replace(tokenizer, **fields):
     changed = copy.copy(tokenizer)
     vars(changed).update(fields)
     return changed
+
+
+def ids_with_one_bos(theirs, text: str) -> list[int]:
+    """transformers' ids of text, without the second bos that a text gets that begins with one."""
+    ids = theirs(text).input_ids
+    return ids[1:] if text.startswith("<s>") and ids[:2] == 2 * [theirs.bos_token_id] else ids
 
 
 def bos_processor(tok: tokenizers.Tokenizer, form: str) -> processors.TemplateProcessing:
@@ -55,9 +64,11 @@ def test_tokenizer_json_like_transformers(pair):
     ours, theirs = pair
     for text in TEXTS + FORGED:
         ids = ours.encode(text)
-        assert ids == theirs(text, split_special_tokens=True).input_ids
-        assert not set(ids[len(ours.bos_ids) :]) & set(ours.special.values())
+        assert ids == ids_with_one_bos(theirs, text)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        ids = ours.encode_parts([text])
+        assert ids == theirs(text, split_special_tokens=True, add_special_tokens=False).input_ids
+        assert not set(ids) & set(ours.special.values())
     assert ours.vocab_size == len(theirs)
 
 
@@ -70,6 +81,7 @@ def test_chat_like_transformers(pair, name):
                 messages, chat_template=TEMPLATES[name], add_generation_prompt=True, return_dict=False
             )
             assert ours.encode_chat(messages) == expected
+            assert ours.encode(ours.render_chat(messages, add_generation_prompt=True), bos=False) == expected
             assert expected[:2].count(ours.special["<s>"]) <= 1
 
 
@@ -87,14 +99,14 @@ def test_messages_make_no_special_tokens(pair, name):
 @given(st.lists(st.sampled_from(["<|im_", "end|>", "<|im_end|>", "<", "</s>", " ", "\n", "a", "😀"])).map("".join))
 @settings(database=None, deadline=None)
 def test_message_is_its_own_text(byte_level, text):
-    """Between the template's tokens a message, whatever it holds, is what encode() makes of it."""
-    user, special = byte_level.encode("user\n" + text, bos=False), byte_level.special
+    """Between the template's tokens a message, whatever it holds, is text."""
+    user, special = byte_level.encode_parts(["user\n" + text]), byte_level.special
     newline, header = byte_level.encode("\n", bos=False), byte_level.encode("assistant\n", bos=False)
     start, end = special["<|im_start|>"], special["<|im_end|>"]
     ids = byte_level.encode_chat([{"role": "user", "content": text}])
     assert ids == [start, *user, end, *newline, start, *header]
     trimmed = replace(byte_level, chat_template="<|im_start|>{{ messages[0].content | trim }}")
-    assert trimmed.encode_chat([{"role": "user", "content": text}])[1:] == byte_level.encode(text.strip(), bos=False)
+    assert trimmed.encode_chat([{"role": "user", "content": text}])[1:] == byte_level.encode_parts([text.strip()])
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +128,15 @@ def mistral(request, tmp_path_factory):
 
 def test_tokenizer_model_like_sentencepiece(mistral):
     ours, library, _ = mistral
+    bos, eos = library.bos_id(), library.eos_id()
     for text in TEXTS + FORGED:
         ids = library.encode(text)
-        assert ours.encode(text) == [library.bos_id(), *ids] and ours.encode(text, bos=False) == ids
-        assert not set(ids) & set(ours.special.values())
+        assert ours.encode_parts([text]) == ids and not set(ids) & set(ours.special.values())
         assert ours.decode(ids) == library.decode(ids)
+        if text in TEXTS:
+            assert ours.encode(text) == [bos, *ids] and ours.encode(text, bos=False) == ids
+            assert ours.encode(f"{text}</s><s>") == [bos, *ids, eos, bos]
+            assert text.startswith(" ") or ours.encode(f"<s>{text}") == [bos, *ids]
     assert ours.vocab_size == library.vocab_size()
 
 
@@ -143,10 +159,12 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy):
     ours, theirs = load_tokenizer(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
     for text in (t for t in TEXTS if "  " not in t and "▁" not in t):  # there transformers 5.24 merges otherwise
         if not text.startswith(" "):
-            assert ours.encode(text) == theirs(text, split_special_tokens=True).input_ids
+            for prompt in (text, f"<|im_start|>{text}<|im_end|>\n", f"<s>{text}</s> a"):
+                assert ours.encode(prompt) == ids_with_one_bos(theirs, prompt)
         for messages in conversations(text):
             expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             assert ours.encode_chat(messages) == expected
+    assert set(ours.end_ids()) == {32001}
     assert ours.vocab_size == 32002 and ours.decode([32000, 22557, 32001, 40000]) == "Hello"
 
 
@@ -163,8 +181,10 @@ def test_json_bos(tmp_path, form, add_bos):
     config = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "<end>"}, "add_bos_token": add_bos}
     tok.save(str(write(tmp_path, config | {"tokenizer_class": "PreTrainedTokenizerFast"}) / "tokenizer.json"))
     ours, theirs = load_tokenizer(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.end_ids() == [tok.token_to_id("<end>")]
+    assert ours.encode("<s>a") == [tok.token_to_id("<s>"), *ours.encode("a", bos=False)]
     for text in ("", "a", "<end>", "a b c d e"):
-        expected = theirs(text, split_special_tokens=True).input_ids
+        expected = theirs(text).input_ids
         assert ours.encode(text) == expected[: -1 if "</s>" in form else None]
         assert ours.encode(text) == ours.bos_ids + ours.encode(text, bos=False)
     for template in ("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", "{{ messages[0].content }}"):
@@ -178,6 +198,7 @@ def test_json_bos(tmp_path, form, add_bos):
 def test_model_bos(tmp_path, add_bos):
     ours = load_tokenizer(write(tmp_path, {"add_bos_token": add_bos}, "v1"))
     assert ours.encode("a") == [1] * (add_bos is not False) + ours.encode("a", bos=False)
+    assert ours.encode("<s>a") == [1] + ours.encode("a", bos=False)
 
 
 def check_stream(tokenizer, ids):
@@ -187,14 +208,14 @@ def check_stream(tokenizer, ids):
         calls.append(i)
         return tokenizer.token_bytes(i)
 
-    pieces = list(stream(replace(tokenizer, token_bytes=token_bytes), iter(ids)))
+    pieces = list(detokenize(replace(tokenizer, token_bytes=token_bytes), iter(ids)))
     assert "".join(pieces) == tokenizer.decode(ids) and all(pieces) and calls == ids  # one look at each token
     return pieces
 
 
 def check_text(tokenizer, text, expected):
     """Streams a text whole, and in two halves wherever it can be cut between characters."""
-    ids = tokenizer.encode(text, bos=False)
+    ids = tokenizer.encode_parts([text])
     assert "".join(check_stream(tokenizer, ids)) == expected
     for k in range(len(ids)):
         first, second = tokenizer.decode(ids[:k]), tokenizer.decode(ids[k:], after=ids[:k])
@@ -240,7 +261,7 @@ def test_stream_holds_back_only_a_torn_character(byte_level, mistral):
     for tokenizer in (byte_level, mistral[0]):
         arrived.clear()
         text = ""
-        for piece in stream(tokenizer, arrive(tokenizer.encode("Hello, my 😀 name"))):
+        for piece in detokenize(tokenizer, arrive(tokenizer.encode("Hello, my 😀 name"))):
             text += piece
             assert text == tokenizer.decode(arrived).rstrip("\ufffd")
 
@@ -248,7 +269,7 @@ def test_stream_holds_back_only_a_torn_character(byte_level, mistral):
 def test_continuation_keeps_its_space(byte_level, mistral):
     for tokenizer in (byte_level, mistral[0]):
         prompt, whole = tokenizer.encode("Hello, my name is"), tokenizer.encode("Hello, my name is John")
-        assert "".join(stream(tokenizer, whole[len(prompt) :], prompt)) == " John"
+        assert "".join(detokenize(tokenizer, whole[len(prompt) :], prompt)) == " John"
         assert tokenizer.decode(tokenizer.encode("John"), after=tokenizer.encode("")) == "John"
 
 
@@ -336,3 +357,53 @@ def test_without_a_template_llama2s_form(system, tmp_path):
         assert ours.encode_chat(messages[:n]) == replace(ours, chat_template=LLAMA2).encode_chat(messages[:n])
     with pytest.raises(UsageError, match="no chat template"):
         replace(ours, special_names={"bos_token": "<|begin_of_text|>"}).encode_chat(messages)
+
+
+# Its template's last answer ends with <|return|>, earlier ones with <|end|>.
+GPT_OSS = """{% for m in messages -%}
+{%- if m.role == 'user' -%}<|start|>user<|message|>{{ m.content }}<|end|>
+{%- elif loop.last and not add_generation_prompt -%}
+<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>
+{%- else -%}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
+PHI3 = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+{% for m in messages %}
+{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEMPLATES["chatml"], "<|im_end|>"),
+        (TEMPLATES["qwen3"], "<|im_end|>"),
+        (TEMPLATES["llama3"], "<|eot_id|>"),
+        (TEMPLATES["mistral"], "</s>"),
+        (GEMMA, "<end_of_turn>"),
+        (PHI3, "<|end|>"),
+        (GPT_OSS, "<|return|>"),
+        (LLAMA2, "</s>"),  # after a space
+        ("{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}{{ eos_token }}", "</s>"),
+        ("{% for m in messages %}{{ '<s>' + m.role + ': ' + m.content + '\n' }}{% endfor %}", None),
+        ("{% for m in messages %}{{ '<s>' + m.content }}{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content + ' END</s>' }}{% endfor %}", None),
+        ("{{ messages[0].content }}</s>", None),  # an answer has no place in it
+        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", None),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}</s>", None),
+        ("{% if %}", None),
+        (5, None),
+        (None, None),
+    ],
+)
+def test_end_of_turn(byte_level, template, expected):
+    special = {"<|im_end|>": 0, "<|eot_id|>": 1, "<end_of_turn>": 2, "<|end|>": 3, "<|return|>": 4, "</s>": 5, "<s>": 6}
+    names = {"bos_token": "<|begin|>", "eos_token": "</s>"}
+    ours = replace(byte_level, chat_template=template, special_names=names, special=special)
+    assert ours.end_of_turn() == ours.special.get(expected)
+    assert set(ours.end_ids()) == {ours.special["</s>"], ours.special.get(expected)} - {None}
+    without_special_tokens = replace(ours, special={})
+    assert without_special_tokens.end_of_turn() is None and without_special_tokens.end_ids() == []

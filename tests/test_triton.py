@@ -23,6 +23,7 @@ from tests.exact import (
     exact_norm,
     factor_dtype,
     integers,
+    of_cap,
     of_exact_sums,
     of_glu,
     of_pytorch,
@@ -101,6 +102,63 @@ def test_linear_of_any_activations(format, dtype):
     rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
     error = bounds.of_product(normed, magnitude, y, torch.float32) + rounded_factors
     bounds.check(kernels.linear(x, w, norm, out_dtype=torch.float32), y, error)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(activation, dtype):
+    """Near zero, where they bend, and beyond where they are clamped. What is not finite stays so."""
+    torch.manual_seed(0)
+    w = exact_linear(96, 72, Dense(), dtype, bias=True)
+    matrix, bias = w.matrix(torch.float32).double(), w.bias.double()
+    enabled(w)
+    for rows in (1, 5):
+        x = integers(rows, 72, dtype=dtype)
+        y, terms = x.double() @ matrix.T + bias, x.double().abs() @ matrix.abs().T + abs(bias)
+        assert rows == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
+        y, error = of_glu(y, of_exact_sums(terms, 72, Dense()), activation)
+        bounds.check(kernels.linear(x, w, activation=activation), y, error + of_rounding(y.abs() + error, dtype))
+    x[1, 3] = torch.nan
+    y = kernels.linear(x, w, activation=activation)
+    assert y[0].isfinite().all() and y[1].isnan().all()
+
+
+@pytest.mark.parametrize("scale, softcap", [(0.22, 0.0), (1.0, 5.0), (3.0, 30.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_and_softcap(scale, softcap, dtype):
+    """After the bias or the activation, before the residual."""
+    torch.manual_seed(0)
+    w = exact_linear(96, 72, Int8(), dtype, bias=True, scale=scale, softcap=softcap)
+    matrix, bias = w.matrix(torch.float32).double(), w.bias.double()
+    enabled(w)
+    x, residual = integers(3, 72, dtype=dtype), torch.randn(3, 96).to(dtype)
+    products = x.double() @ matrix.T + bias
+    sum_error = of_exact_sums(x.double().abs() @ matrix.abs().T + abs(bias), 72, Int8())
+
+    def scaled(y, error):
+        y, error = y * scale, error * scale + 2 * U32 * abs(y * scale)
+        return (reference.cap(y, softcap), error + of_cap(softcap)) if softcap else (y, error)
+
+    y, error = scaled(products, sum_error)
+    bounds.check(kernels.linear(x, w, out_dtype=torch.float32), y, error)
+    total = y + residual.double()
+    error = error + U32 * total.abs() + of_rounding(total.abs() + error, dtype)
+    bounds.check(kernels.linear(x, w, residual=residual), total, error)
+    y, error = scaled(*of_glu(products, sum_error))
+    bounds.check(kernels.linear(x, w, activation="silu"), y, error + of_rounding(y.abs() + error, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype):
+    torch.manual_seed(0)
+    for n, rows in [(5, 1), (64, 8), (1032, 3)]:
+        norm, (x, residual) = make_norm(n, dtype), (torch.randn(2, 1, rows, n) * 3).to(dtype)
+        y = reference.rms_norm(x.double(), norm.weight.double(), norm.eps)
+        error = (n + 8) * U32 * y.abs()
+        bounds.check(norm(x, backend="triton"), y, error + of_rounding(y, dtype))
+        total = y + residual.double()
+        error = error + U32 * total.abs() + of_rounding(total, dtype)
+        bounds.check(norm(x, residual, "triton"), total, error)
 
 
 @pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=names)
@@ -189,13 +247,15 @@ def test_int4_tiles(shape):
 @pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=names)
 @pytest.mark.parametrize("dtype, ffn_dim", [*((dtype, 48) for dtype in DTYPES), (DTYPES[0], 40), (DTYPES[0], 44)])
 def test_experts(format, dtype, ffn_dim):
-    """Of a width that the kernels take and of such that they leave to PyTorch, in part or whole."""
+    """Of a width that the kernels take, with biases, and of such that they leave to PyTorch, in part or whole."""
     torch.manual_seed(0)
     if isinstance(format, Int4):
         ffn_dim -= ffn_dim % 8
-    gate_up = exact_linear(2 * ffn_dim, 64, format, dtype, n_experts=4, kind=ExpertsGateUp)
-    down = exact_linear(64, ffn_dim, format, dtype, n_experts=4, kind=ExpertsDown)
+    options = {"n_experts": 4, "bias": ffn_dim == 48}
+    gate_up = exact_linear(2 * ffn_dim, 64, format, dtype, kind=ExpertsGateUp, **options)
+    down = exact_linear(64, ffn_dim, format, dtype, kind=ExpertsDown, **options)
     w_gate_up, w_down, norm = gate_up.matrix(torch.float32), down.matrix(torch.float32), exact_norm(64, dtype)
+    gate_up_bias, down_bias = (torch.zeros(4, 1) if w.bias is None else w.bias.double() for w in (gate_up, down))
     kernels.pack_for_triton([gate_up, down])
     assert gate_up.backend == "triton" and down.backend == ("torch" if (format, ffn_dim) == (Int8(), 44) else "triton")
     for rows in (1, 7, 9):  # rows that share experts; and more than the kernels take
@@ -207,6 +267,8 @@ def test_experts(format, dtype, ffn_dim):
         normed = x.double() / rms * norm.weight.double()
         w = w_gate_up[topk_ids].double()  # [B, T, K, N, dim]
         y, terms = torch.einsum("btk,btenk->bten", normed, w), torch.einsum("btk,btenk->bten", normed.abs(), w.abs())
+        bias = gate_up_bias[topk_ids]  # [B, T, top_k, N]
+        y, terms = y + bias, terms + bias.abs()
         error = of_exact_sums(terms, 64, format) if by_kernels else of_pytorch(terms, 64, dtype)
         y, error = of_glu(y, error)
         error = error + of_rounding(y.abs() + error, dtype) * (1 if by_kernels else 4)
@@ -216,6 +278,8 @@ def test_experts(format, dtype, ffn_dim):
         w = w_down[topk_ids].double() * topk_weights[..., None, None]
         y, terms = torch.einsum("btek,btenk->btn", hidden.double(), w), hidden.double().abs()
         terms = torch.einsum("btek,btenk->btn", terms, w.abs())
+        bias = down_bias[topk_ids] * topk_weights[..., None]
+        y, terms = y + bias.sum(-2), terms + bias.abs().sum(-2)
         error = of_exact_sums(terms, ffn_dim, format) if by_kernels else of_pytorch(terms, ffn_dim, dtype)
         bounds.check(down(hidden, topk_ids, topk_weights), y, error + of_rounding(y, dtype))
         total = y + residual.double()
@@ -226,10 +290,10 @@ def test_experts(format, dtype, ffn_dim):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_route(normalize):
     torch.manual_seed(0)
-    for rows, n_experts, top_k in [(1, 8, 2), (5, 128, 8), (8, 6, 6)]:
-        logits = torch.randn(1, rows, n_experts) * 3
-        topk_weights, topk_ids = reference.route(logits, top_k, normalize)
-        ours = kernels.route(logits, top_k, normalize, "triton")
+    for rows, n_experts, top_k, n_shared in [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3)]:
+        logits = torch.randn(1, rows, n_experts + (n_shared > 0)) * 3
+        topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared)
+        ours = kernels.route(logits, top_k, normalize, "triton", n_shared)
         assert torch.equal(ours[1], topk_ids)
         bounds.check(ours[0], topk_weights, (n_experts + 32) * U32 * topk_weights)
 
@@ -301,6 +365,36 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype, small_gpu):
             ours = kernels.attend(qkv, view, positions, n_heads, "triton", window, *norms)
             bounds.check(ours, *exact)
             check_cache(qkv, LayerCache(k, v, rope), before, positions, n_heads, norms)
+
+
+@pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (6, 2, 24), (8, 1, 64)])
+@pytest.mark.parametrize(
+    "options", [["sinks"], ["scale"], ["softcap"], ["wide_norms"], ["sinks", "scale", "softcap", "wide_norms"]]
+)
+@pytest.mark.parametrize("window, dtype", [(0, DTYPES[0]), (7, DTYPES[1])])
+def test_attention_options(n_heads, n_kv_heads, d, options, window, dtype, small_gpu):
+    """Sinks, also one that takes nearly everything; a scale; a cap on scores; norms over all heads. One part of the
+    cache, and several."""
+    torch.manual_seed(0)
+    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 200)
+    norms, values = [None, None], {}
+    if "wide_norms" in options:
+        norms = [make_norm(n * d, dtype) for n in (n_heads, n_kv_heads)]
+    if "sinks" in options:
+        values["sinks"] = torch.cat([torch.tensor([9.0]), torch.randn(n_heads - 1)]).to(dtype)
+    if "scale" in options:
+        values["scale"] = 0.3
+    if "softcap" in options:
+        values["softcap"] = 1.5
+    for tokens, starts, length in [(1, [0], 96), (4, [3, 150], 160)]:
+        B = len(starts)
+        positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+        k, v = torch.randn(2, B, n_kv_heads, length, d).to(dtype).unbind()
+        before, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
+        exact = exact_attention(qkv, before, positions, n_heads, window, norms, **values)
+        ours = kernels.attend(qkv, cache, positions, n_heads, "triton", window, *norms, **values)
+        bounds.check(ours, *exact)
+        check_cache(qkv, cache, before, positions, n_heads, norms)
 
 
 def test_attention_stays_in_the_cache():

@@ -48,6 +48,53 @@ QWEN3_MOE = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
+QWEN2_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+SOFTCAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+GEMMA3 = {
+    "head_dim": 16,
+    "sliding_window": 9,
+    "layer_types": LAYER_TYPES,
+    "query_pre_attn_scalar": 24,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+PHI4_MINI = {
+    "hidden_size": 64,
+    "pad_token_id": 0,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 16,
+    "sliding_window": 200,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+    },
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 8.0,
+}
+GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "sliding_window": 9,
+    "rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": False},
+}
 FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
     "llama2": (hf.LlamaConfig, {"num_key_value_heads": 4}),
     "llama3": (hf.LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -59,6 +106,23 @@ FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
     "qwen2": (hf.Qwen2Config, {}),
     "qwen3": (hf.Qwen3Config, {"head_dim": 16}),
     "qwen3-moe": (hf.Qwen3MoeConfig, QWEN3_MOE),
+    "qwen2-moe": (hf.Qwen2MoeConfig, QWEN2_MOE),
+    "gemma": (hf.GemmaConfig, {"head_dim": 16}),
+    "gemma2": (hf.Gemma2Config, {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24} | SOFTCAPS),
+    "gemma3": (hf.Gemma3TextConfig, GEMMA3),
+    "phi3": (hf.Phi3Config, {"pad_token_id": 0}),
+    "phi4-mini": (hf.Phi3Config, PHI4_MINI),
+    "olmo2": (hf.Olmo2Config, {}),
+    "olmo3": (hf.Olmo3Config, {"sliding_window": 9, "layer_types": LAYER_TYPES, "rope_scaling": YARN}),
+    "smollm3": (hf.SmolLM3Config, {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "granite": (hf.GraniteConfig, GRANITE),
+    "glm": (hf.GlmConfig, {"head_dim": 16, "pad_token_id": 0}),
+    "glm4": (hf.Glm4Config, {"head_dim": 16, "pad_token_id": 0}),
+    "seed-oss": (hf.SeedOssConfig, {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
+    "ernie4.5": (hf.Ernie4_5Config, {"head_dim": 16, "use_bias": True}),
+    "gpt-oss": (hf.GptOssConfig, GPT_OSS),
+    "yarn": (hf.LlamaConfig, {"rope_parameters": YARN | {"rope_theta": 10000.0, "mscale": 0.7, "mscale_all_dim": 1.0}}),
+    "dynamic": (hf.LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
 }
 
 
@@ -69,7 +133,7 @@ def make_hf(family: str, **sizes):
     config = config_class(**SIZES | changes | sizes)
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, p in model.named_parameters():  # biases and norms that matter
-        if "bias" in name or "norm" in name:
+        if "bias" in name or "norm" in name or "sinks" in name:
             torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3)
     return model.float().eval()
 
@@ -108,7 +172,7 @@ def write_earlier_format(path: Path, format: str):
     if rope_scaling is not None:
         rope_scaling["kind"] = rope_scaling.pop("rope_type")
     if moe is not None and format == "gpt-fast/1":
-        assert moe.keys() == {"n_experts", "top_k", "norm_topk_prob"}
+        assert not moe["n_shared"] and not moe["bias"]  # which it did not have
         moe = {"n_experts": moe["n_experts"], "n_active": moe["top_k"], "normalize": moe["norm_topk_prob"]}
         data["config"]["moe"] = moe
     torch.save(data, path)

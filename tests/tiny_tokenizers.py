@@ -43,6 +43,11 @@ TEMPLATES = {
     "  {%- generation %}{% set ns.n = ns.n + 1 %}{{ m | tojson }}{{ m.content | tojson(indent=2) }}"
     "{% endgeneration -%}\n  {% if ns.n > 4 %}{% break %}{% endif %}\n{% endfor %}{{ ns.n }}††<|assistant|> \n "
     "{{ pad_token }}",
+    "qwen3": "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}"
+    "{% if loop.last %}{% set c = '<think>\n\n</think>\n\n' + c %}{% endif %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "thinking": "{% for m in messages %}{% set c = m.content %}<|im_start|>{% if '</think>' in c %}"
     "{{ c.split('</think>')[-1] }}{% elif c.startswith('a') and c is string %}{{ c[::-1] }}{% endif %}<|im_end|>"
     "{% endfor %}",

@@ -1,4 +1,4 @@
-// attend: q/k norm, RoPE, cache write, and softmax(q k^T / sqrt(head_dim)) v over the keys that are in the cache.
+// attend: q/k norm, RoPE, cache write, and softmax([cap] (scale * q k^T)) v over the keys that are in the cache.
 //
 // It is Flash-Decoding, in three phases with a barrier between them. In each of them the threads share out other tasks:
 //   1. rotate_heads      a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
@@ -30,7 +30,7 @@ template <typename T> void rotate(const T* x, const float* rope, int64_t d, T* o
 
 // ---- One query against one chunk of keys ----------------------------------------------------------------------------
 //
-// These loops are compiled for D = 64 and 128, the usual head_dims. D = 0 takes any head_dim, as d, but is slower.
+// These loops are compiled for D = 64, 128 and 256, the usual head_dims. D = 0 takes any head_dim, as d, but is slower.
 
 // q [D] . k [D] as 16 partial sums.
 template <int64_t D> inline Vec dot_head(const auto* q, const auto* k) {
@@ -51,11 +51,11 @@ template <typename T> inline void prefetch_row(const T* row, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(row + i);
 }
 
-// scores [n] = q [d] . k [n, d] / sqrt(d), 16 keys at a time. Returns their maximum as a Vec of 16 partial maxima.
+// scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns their maximum as a Vec of 16 partial maxima.
 // Meanwhile prefetches next [n / stride, d] if it is not null: one row for every stride keys.
 template <int64_t D, typename T>
-Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float* scores, const T* next, int64_t stride) {
-  const float scale = 1 / std::sqrt(float(d));
+Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float* scores, const T* next,
+               int64_t stride) {
   Vec max = Vec{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     for (int64_t r = (s + stride - 1) / stride; next && r * stride < std::min(s + LANES, n); r++)
@@ -78,6 +78,12 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float* scores, cons
     store_vec(score, scores + s);
   }
   return max;
+}
+
+// Caps scores [n]. Returns their maximum, given the maximum before: cap never changes the order.
+inline Vec cap_scores(float* scores, int64_t n, Vec max, float softcap) {
+  for (int64_t s = 0; s < n; s += LANES) store_vec(cap(load_vec(scores + s), softcap), scores + s);
+  return cap(max, softcap);
 }
 
 // A softmax over some keys, in Flash-Attention's names. m_i: the maximum score. l_i: the sum of exp(score - m_i).
@@ -119,9 +125,9 @@ template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 template <int64_t D, typename T>
 void weigh_values(int64_t n_queries, const Scores* p, const T* v, int64_t n, int64_t d, float* out, const T* next) {
   if constexpr (D > 0) {
-    constexpr int Q = MAX_Q<D>;  // 2 or 4
+    constexpr int Q = MAX_Q<D>;  // 1, 2 or 4
     static constexpr decltype(&add_values<D, 1, T>) by_queries[] = {
-        add_values<D, 1, T>, add_values<D, 2, T>, add_values<D, std::min(3, Q), T>, add_values<D, Q, T>};
+        add_values<D, 1, T>, add_values<D, std::min(2, Q), T>, add_values<D, std::min(3, Q), T>, add_values<D, Q, T>};
     by_queries[n_queries - 1](p, v, n, out, next);
   } else {
     std::fill_n(out, d, 0.0f);
@@ -139,7 +145,10 @@ template <typename T> struct AttendOp {
   const int64_t* positions;           // [batch]: where each row's first new token goes
   const float* rope;                  // [capacity or more, head_dim / 2, 2]
   const T *q_norm, *k_norm;           // [head_dim] or null
+  bool norms_all_heads;               // then q_norm is [n_heads, head_dim], and k_norm [n_kv_heads, head_dim]
   float eps;
+  const T* sinks;                     // [n_heads] or null
+  float scale, softcap;               // softcap: 0 for none
   int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window: 0 for none
   T* out;                             // [batch, n_tokens, n_heads, head_dim]
 
@@ -190,10 +199,11 @@ template <typename T> struct AttendOp {
   void rotate_heads(const Shared& shared) const {
     const int64_t d = head_dim, all_heads = n_heads + 2 * n_kv_heads;  // q, k, v
     const Share share = my_share(batch * n_tokens * all_heads);
+    float rms_scale = 0;  // 1 / rms of this head, or of all heads of this token's q or k
     for (int64_t i = share.begin; i < share.end; i++) {
       const int64_t head = i % all_heads, t = i / all_heads % n_tokens, b = i / all_heads / n_tokens;
       const int64_t position = positions[b] + t;
-      const T *x = qkv + i * d, *norm = head < n_heads ? q_norm : k_norm;
+      const T* x = qkv + i * d;
       T* to;
       if (head < n_heads) {
         to = shared.q + ((b * n_kv_heads + head / heads_per_kv()) * queries_per_kv() + query_index(t, head)) * d;
@@ -203,7 +213,13 @@ template <typename T> struct AttendOp {
         std::memcpy(cached(v_cache, b, head - n_heads - n_kv_heads, position), x, d * sizeof(T));
         continue;
       }
-      rotate(norm ? rms_norm(x, norm, eps, d, to) : x, rope + position * d, d, to);
+      if (const T* norm = head < n_heads ? q_norm : k_norm) {
+        const int64_t first = head < n_heads ? 0 : n_heads, n = head < n_heads ? n_heads : n_kv_heads;  // of q or k
+        if (!norms_all_heads) rms_scale = inverse_rms(x, eps, d);
+        else if (head == first || i == share.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
+        x = apply_norm(x, norm + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, to);
+      }
+      rotate(x, rope + position * d, d, to);
     }
   }
 
@@ -223,6 +239,7 @@ template <typename T> struct AttendOp {
   void attend_to_chunk(const Shared& shared, int64_t b, int64_t kv_head, int64_t chunk) const {
     if (head_dim == 64) attend_to_chunk<64>(shared, b, kv_head, chunk);
     else if (head_dim == 128) attend_to_chunk<128>(shared, b, kv_head, chunk);
+    else if (head_dim == 256) attend_to_chunk<256>(shared, b, kv_head, chunk);
     else attend_to_chunk<0>(shared, b, kv_head, chunk);
   }
 
@@ -247,7 +264,8 @@ template <typename T> struct AttendOp {
         const bool first = t == 0 && h == 0;
         for (int64_t i = 0; i < count; i++) {
           const T* next = first ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches a part
-          const Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scores[i], next, count);
+          Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scale, scores[i], next, count);
+          if (softcap) max = cap_scores(scores[i], n, max, softcap);
           *softmax++ = exponentiate(scores[i], n, max);
         }
         const T* next = first ? k + (begin + KV_CHUNK) * d : nullptr;
@@ -258,6 +276,7 @@ template <typename T> struct AttendOp {
 
   // With m_i the maximum over all chunks c and alpha_c = exp(m_c - m_i):
   // out = (the sum of alpha_c * partial_c) / (the sum of alpha_c * l_c).
+  // A sink is the score of one more key, whose value is zero.
   void combine_chunks(const Shared& shared) const {
     const int64_t d = head_dim;
     std::vector<float> acc(d);
@@ -267,8 +286,10 @@ template <typename T> struct AttendOp {
       const int64_t kv_head = b * n_kv_heads + head / heads_per_kv();
       // The results of chunk c are at first + c * step.
       const int64_t first = kv_head * max_chunks() * queries_per_kv() + query_index(t, head), step = queries_per_kv();
-      float m_i = NEGATIVE_INFINITY, l_i = 0;
+      const float sink = sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY;
+      float m_i = sink;
       for (int64_t c = 0; c < n_chunks(b); c++) m_i = std::max(m_i, shared.softmax[first + c * step].m_i);
+      float l_i = std::exp(sink - m_i);
       std::fill(acc.begin(), acc.end(), 0.0f);
       for (int64_t c = 0; c < n_chunks(b); c++) {
         const Softmax softmax = shared.softmax[first + c * step];

@@ -202,6 +202,11 @@ template <int M, typename T> void dot_native(const Weights& w, int64_t block, co
 
 // ---- Any weights ----------------------------------------------------------------------------------------------------
 
+// A block's outputs v and its part of bias [n], if bias is not null.
+template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t n) {
+  return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
+}
+
 // The product of M rows with n_blocks blocks, 1 or 2, of weights of any format. T: the activations' type.
 template <int M, typename T>
 void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Outputs* out) {

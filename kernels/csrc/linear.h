@@ -1,9 +1,9 @@
-// linear, the two operations that it can fuse (glu, add), embed, and dequantize.
+// linear, the operations that it can fuse (rms_norm, glu, add), embed, and dequantize.
 #pragma once
 
 #include "dot.h"
 
-// out [m, n_out] = [residual +] [activation] ([rms_norm] x [m, k] W^T [+ bias])
+// out [m, n_out] = [residual +] [cap] scale * [activation] ([rms_norm] x [m, k] W^T [+ bias])
 //
 // With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each has n / 2
 // rows, a multiple of BLOCK_N, so that a block of one never reaches into the other.
@@ -15,6 +15,7 @@ template <typename T> struct LinearOp {
   float eps;
   const T* residual;  // [m, n_out] or null
   int64_t activation;
+  float scale, softcap;  // softcap: 0 for none
   T* out;
   float* float32_out;  // if not null, replaces out
 
@@ -31,19 +32,42 @@ template <typename T> struct LinearOp {
       dot<T>(m, w, blocks, activation ? 2 : n_blocks, rows, y);
       for (int64_t i = 0; i < m; i++)
         for (int64_t b = 0; b < n_blocks; b++) {
-          Vec v = with_bias(y[b][i], blocks[b]);
-          if (activation) v = activate(v, activation) * with_bias(y[1][i], blocks[1]);
+          Vec v = add_bias(y[b][i], bias, blocks[b], w.n);
+          if (activation) v = activate(v, add_bias(y[1][i], bias, blocks[1], w.n), activation);
           store(v, i, blocks[b], n_out);
         }
     }
   }
 
-  Vec with_bias(Vec v, int64_t block) const { return bias ? v + load_partial(bias, block * BLOCK_N, w.n) : v; }
-
   void store(Vec v, int64_t row, int64_t block, int64_t n_out) const {
+    if (scale != 1) v *= scale;
+    if (softcap) v = cap(v, softcap);
     if (residual) v += load_partial(residual + row * n_out, block * BLOCK_N, n_out);
     if (float32_out) store_partial(v, float32_out + row * n_out, block * BLOCK_N, n_out);
     else store_partial(v, out + row * n_out, block * BLOCK_N, n_out);
+  }
+};
+
+// out [m, k] = [residual +] x [m, k] / rms(x) * weight [k]
+template <typename T> struct RMSNormOp {
+  const T* x;
+  int64_t m, k;
+  const T* weight;
+  float eps;
+  const T* residual;  // [m, k] or null
+  T* out;
+
+  // The threads share out the columns. Each sums up the squares of all, which is cheaper than another barrier.
+  void execute(char*, Barrier&) const {
+    const Share share = my_share((k + LANES - 1) / LANES);
+    for (int64_t row = 0; row < m; row++) {
+      const float scale = inverse_rms(x + row * k, eps, k);
+      for (int64_t i = share.begin * LANES; i < share.end * LANES; i += LANES) {
+        Vec v = normed_vec(x + row * k, weight, scale, i, k);
+        if (residual) v += load_partial(residual + row * k, i, k);
+        store_partial(v, out + row * k, i, k);
+      }
+    }
   }
 };
 
@@ -59,7 +83,7 @@ template <typename T> struct GluOp {
     for (int64_t task = share.begin; task < share.end; task++) {
       const int64_t row = task / vecs_per_row, i = task % vecs_per_row * LANES;
       const T *gate = gate_up + row * 2 * f, *up = gate + f;
-      store_partial(activate(load_partial(gate, i, f), activation) * load_partial(up, i, f), out + row * f, i, f);
+      store_partial(activate(load_partial(gate, i, f), load_partial(up, i, f), activation), out + row * f, i, f);
     }
   }
 };
@@ -77,12 +101,13 @@ template <typename T> struct AddOp {
   }
 };
 
-// out [m, dim] = the rows of weight [vocab_size, dim] for tokens [m]
+// out [m, dim] = the rows of weight [vocab_size, dim] for tokens [m], times scale
 template <typename T> struct EmbedOp {
   const int64_t* tokens;
   int64_t m;
   const T* weight;
   int64_t vocab_size, dim;
+  float scale;
   T* out;
 
   const char* error() const {
@@ -92,8 +117,11 @@ template <typename T> struct EmbedOp {
   }
   void execute(char*, Barrier&) const {
     const Share share = my_share(m);
-    for (int64_t i = share.begin; i < share.end; i++)
-      std::memcpy(out + i * dim, weight + tokens[i] * dim, dim * sizeof(T));
+    for (int64_t i = share.begin; i < share.end; i++) {
+      const T* from = weight + tokens[i] * dim;
+      T* to = out + i * dim;
+      for (int64_t j = 0; j < dim; j += LANES) store_partial(load_partial(from, j, dim) * scale, to, j, dim);
+    }
   }
 };
 

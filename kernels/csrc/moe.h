@@ -22,12 +22,14 @@ inline std::vector<ExpertUse> group_by_expert(const int64_t* topk_ids, int64_t n
   return uses;
 }
 
-// hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] W^T), W [n, k] of each expert in topk_ids [m, top_k]
+// hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] W^T [+ bias]), W [n, k] and bias [n] of each expert in
+// topk_ids [m, top_k]
 template <typename T> struct ExpertsGateUpOp {
   const T* x;
   int64_t m, top_k;
   const int64_t* topk_ids;
-  Weights w;  // [n_experts, n, k]
+  Weights w;      // [n_experts, n, k]
+  const T* bias;  // [n_experts, n] or null
   const T* norm;
   float eps;
   int64_t activation;  // as in LinearOp
@@ -47,21 +49,25 @@ template <typename T> struct ExpertsGateUpOp {
       const int64_t blocks[] = {block, block + n_blocks};  // gate, up
       for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i] / top_k];
       dot<T>(n_slots, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
+      const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
       for (int64_t i = 0; i < n_slots; i++) {
-        const Vec v = activation ? activate(y[0][i], activation) * y[1][i] : y[0][i];
+        Vec v = add_bias(y[0][i], expert_bias, blocks[0], w.n);
+        if (activation) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
         store_partial(v, hidden + use.slots[i] * n_out, block * BLOCK_N, n_out);
       }
     }
   }
 };
 
-// out [m, n] = [residual +] the sum over a token's experts of topk_weights [m, top_k] * (hidden [m, top_k, k] W^T)
+// out [m, n] = [residual +] the sum over a token's experts of
+//     topk_weights [m, top_k] * (hidden [m, top_k, k] W^T [+ bias])
 template <typename T> struct ExpertsDownOp {
   const T* hidden;
   int64_t m, top_k;
   const int64_t* topk_ids;
   const float* topk_weights;
   Weights w;          // [n_experts, n, k]
+  const T* bias;      // [n_experts, n] or null
   const T* residual;  // [m, n] or null
   T* out;
 
@@ -79,7 +85,11 @@ template <typename T> struct ExpertsDownOp {
         const int64_t n_slots = use.slots.size();
         for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i]];
         dot<T>(n_slots, w.expert(use.expert), &block, 1, rows_of_expert, y);
-        for (int64_t i = 0; i < n_slots; i++) total[use.slots[i] / top_k] += topk_weights[use.slots[i]] * y[0][i];
+        const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
+        for (int64_t i = 0; i < n_slots; i++) {
+          const int64_t slot = use.slots[i];
+          total[slot / top_k] += topk_weights[slot] * add_bias(y[0][i], expert_bias, block, w.n);
+        }
       }
       for (int64_t i = 0; i < m; i++) {
         if (residual) total[i] += load_partial(residual + i * w.n, block * BLOCK_N, w.n);
@@ -91,17 +101,21 @@ template <typename T> struct ExpertsDownOp {
 
 // topk_weights, topk_ids [m, top_k] = the largest entries of softmax(logits [m, n_experts]). The weights are divided by
 // their sum if normalize. If a logit is NaN, the ids are still top_k different ones, and all weights are NaN.
+//
+// With n_shared, another n_shared experts follow behind them, in topk_weights and topk_ids [m, top_k + n_shared] and as
+// ids. Then logits are [m, n_experts + 1], and the sigmoid of the last one is the weight of each shared expert.
 struct RouteOp {
   const float* logits;
-  int64_t m, n_experts, top_k;
+  int64_t m, n_experts, top_k, n_shared;
   bool normalize;
   float* topk_weights;
   int64_t* topk_ids;
 
   void execute(char*, Barrier&) const {
     const Share share = my_share(m);
+    const int64_t n_logits = n_experts + (n_shared ? 1 : 0), n_chosen = top_k + n_shared;
     for (int64_t i = share.begin; i < share.end; i++)
-      route_row(logits + i * n_experts, topk_weights + i * top_k, topk_ids + i * top_k);
+      route_row(logits + i * n_logits, topk_weights + i * n_chosen, topk_ids + i * n_chosen);
   }
 
   void route_row(const float* row, float* weights, int64_t* ids) const {
@@ -119,5 +133,9 @@ struct RouteOp {
     }
     const float sum = normalize ? chosen + 0 * total : total;  // 0 * total: NaN if any logit is
     for (int64_t i = 0; i < top_k; i++) weights[i] /= sum;
+    for (int64_t i = 0; i < n_shared; i++) {
+      ids[top_k + i] = n_experts + i;
+      weights[top_k + i] = 1 / (1 + std::exp(-row[n_experts]));
+    }
   }
 };

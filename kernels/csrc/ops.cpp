@@ -80,14 +80,16 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
 }
 
 Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size,
-              OptTensor bias, OptTensor norm, double eps, OptTensor residual, int64_t activation, bool float32_out) {
+              OptTensor bias, OptTensor norm, double eps, OptTensor residual, int64_t activation, double scale,
+              double softcap, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm, residual});
   const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type());
   Tensor out = torch::stable::new_empty(x, resized(x, activation ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(LinearOp<T>{.x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps),
-                       .residual = ptr<T>(residual), .activation = activation, .out = mutable_ptr<T>(out),
+                       .residual = ptr<T>(residual), .activation = activation, .scale = float(scale),
+                       .softcap = float(softcap), .out = mutable_ptr<T>(out),
                        .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
   });
   return out;
@@ -114,26 +116,45 @@ Tensor add(Tensor x, Tensor y) {
   return out;
 }
 
-Tensor embed(Tensor tokens, Tensor weight) {
+Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
+  const int64_t k = weight.numel(), m = check_rows(x, k, {weight, residual});
+  STD_TORCH_CHECK(weight.is_contiguous() && (!residual || (residual->is_contiguous() && sizes(*residual) == sizes(x))),
+                  "a residual must have the activations' shape");
+  Tensor out = torch::stable::empty_like(x);
+  dispatch_type(x.scalar_type(), [&]<typename T>(T) {
+    submit(RMSNormOp<T>{.x = ptr<T>(x), .m = m, .k = k, .weight = ptr<T>(weight), .eps = float(eps),
+                        .residual = ptr<T>(residual), .out = mutable_ptr<T>(out)});
+  });
+  return out;
+}
+
+Tensor embed(Tensor tokens, Tensor weight, double scale) {
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() && weight.is_contiguous(),
                   "tokens must be int64");
   Tensor out = torch::stable::new_empty(weight, extended(tokens, weight.size(1)));
   dispatch_type(weight.scalar_type(), [&]<typename T>(T) {
     submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .weight = ptr<T>(weight),
-                      .vocab_size = weight.size(0), .dim = weight.size(1), .out = mutable_ptr<T>(out)});
+                      .vocab_size = weight.size(0), .dim = weight.size(1), .scale = float(scale),
+                      .out = mutable_ptr<T>(out)});
   });
   return out;
 }
 
 Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm,
-              OptTensor k_norm, double eps, int64_t n_heads, int64_t window) {
+              OptTensor k_norm, double eps, OptTensor sinks, int64_t n_heads, int64_t window, double scale,
+              double softcap) {
   const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
-  const int64_t m = check_rows(qkv, (n_heads + 2 * n_kv_heads) * d, {k_cache, v_cache, q_norm, k_norm});
+  const int64_t m = check_rows(qkv, (n_heads + 2 * n_kv_heads) * d, {k_cache, v_cache, q_norm, k_norm, sinks});
   STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous(),
                   "positions must be int64 [B]");
   STD_TORCH_CHECK(positions.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
   STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= capacity &&
                   rope.size(1) == d / 2, "rope must be float32 [S, D / 2, 2]");
+  const bool norms_all_heads = q_norm && q_norm->numel() != d;
+  STD_TORCH_CHECK((!q_norm || q_norm->numel() == (norms_all_heads ? n_heads : 1) * d) &&
+                  (!k_norm || k_norm->numel() == (norms_all_heads ? n_kv_heads : 1) * d),
+                  "norms of q and k must be as wide as a head, or as all heads");
+  STD_TORCH_CHECK(!sinks || sinks->numel() == n_heads, "sinks must be [H]");
   for (const Tensor& cache : {k_cache, v_cache})
     STD_TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == d && cache.stride(1) == k_cache.stride(1) &&
                     cache.stride(0) == k_cache.stride(0), "the caches' heads must be contiguous");
@@ -142,53 +163,57 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
     submit(AttendOp<T>{
         .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
         .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1), .positions = ptr<int64_t>(positions),
-        .rope = ptr<float>(rope), .q_norm = ptr<T>(q_norm), .k_norm = ptr<T>(k_norm), .eps = float(eps), .batch = batch,
-        .n_tokens = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity,
-        .window = window, .out = mutable_ptr<T>(out)});
+        .rope = ptr<float>(rope), .q_norm = ptr<T>(q_norm), .k_norm = ptr<T>(k_norm),
+        .norms_all_heads = norms_all_heads, .eps = float(eps), .sinks = ptr<T>(sinks), .scale = float(scale),
+        .softcap = float(softcap), .batch = batch, .n_tokens = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads,
+        .head_dim = d, .capacity = capacity, .window = window, .out = mutable_ptr<T>(out)});
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize) {
-  const int64_t n_experts = logits.size(-1);
+std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize, int64_t n_shared) {
+  const int64_t n_logits = logits.size(-1), n_experts = n_logits - (n_shared ? 1 : 0), n_chosen = top_k + n_shared;
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && 0 < top_k &&
-                  top_k <= n_experts, "a router's logits must be float32, and top_k at most their number");
-  Tensor topk_weights = torch::stable::new_empty(logits, resized(logits, top_k));
-  Tensor topk_ids = torch::stable::new_empty(logits, resized(logits, top_k), ScalarType::Long);
-  submit(RouteOp{.logits = ptr<float>(logits), .m = logits.numel() / n_experts, .n_experts = n_experts, .top_k = top_k,
-                 .normalize = normalize, .topk_weights = mutable_ptr<float>(topk_weights),
+                  top_k <= n_experts && n_shared >= 0,
+                  "a router's logits must be float32, and top_k at most their number");
+  Tensor topk_weights = torch::stable::new_empty(logits, resized(logits, n_chosen));
+  Tensor topk_ids = torch::stable::new_empty(logits, resized(logits, n_chosen), ScalarType::Long);
+  submit(RouteOp{.logits = ptr<float>(logits), .m = logits.numel() / n_logits, .n_experts = n_experts, .top_k = top_k,
+                 .n_shared = n_shared, .normalize = normalize, .topk_weights = mutable_ptr<float>(topk_weights),
                  .topk_ids = mutable_ptr<int64_t>(topk_ids)});
   return {topk_weights, topk_ids};
 }
 
 Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n,
-                       int64_t group_size, Tensor topk_ids, OptTensor norm, double eps, int64_t activation) {
-  const int64_t k = x.size(-1), m = check_rows(x, k, {norm});
+                       int64_t group_size, OptTensor bias, Tensor topk_ids, OptTensor norm, double eps,
+                       int64_t activation) {
+  const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm});
   check_ids(topk_ids, m);
   const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type());
   Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, activation ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
-                              .w = w, .norm = ptr<T>(norm), .eps = float(eps), .activation = activation,
-                              .hidden = mutable_ptr<T>(hidden)});
+                              .w = w, .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps),
+                              .activation = activation, .hidden = mutable_ptr<T>(hidden)});
   });
   return hidden;
 }
 
 Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n,
-                    int64_t group_size, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
+                    int64_t group_size, OptTensor bias, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
   const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
   check_ids(topk_ids, m);
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_ROWS &&
                   topk_weights.scalar_type() == ScalarType::Float && topk_weights.is_contiguous() &&
+                  (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
-                  "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], residual of the same type");
+                  "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], the others of its type");
   const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, hidden.scalar_type());
   Tensor out = torch::stable::new_empty(hidden, resized(topk_ids, n));
   dispatch_type(hidden.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsDownOp<T>{.hidden = ptr<T>(hidden), .m = m, .top_k = top_k, .topk_ids = ptr<int64_t>(topk_ids),
-                            .topk_weights = ptr<float>(topk_weights), .w = w, .residual = ptr<T>(residual),
-                            .out = mutable_ptr<T>(out)});
+                            .topk_weights = ptr<float>(topk_weights), .w = w, .bias = ptr<T>(bias),
+                            .residual = ptr<T>(residual), .out = mutable_ptr<T>(out)});
   });
   return out;
 }
@@ -205,6 +230,7 @@ STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("glu", TORCH_BOX(&glu));
   m.impl("add", TORCH_BOX(&add));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("embed", TORCH_BOX(&embed));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("route", TORCH_BOX(&route));

@@ -158,9 +158,32 @@ inline Vec exp_vec(Vec x) {
   return (Vec)((IntVec)p + (((IntVec)t - (IntVec)magic) << 23));
 }
 
-// The activations of a gated feed-forward; kernels/schema.py has the same numbers.
-enum Activation : int64_t { NONE = 0, SILU = 1 };
+// tanh(x) to float's precision, also where it is close to zero: there it is Cephes' polynomial. NaN stays NaN.
+inline Vec tanh_vec(Vec x) {
+  const Vec x2 = x * x, large = 1 - 2 / (1 + exp_vec(2 * x));
+  Vec p = Vec{} - 5.70498872745e-3f;
+  p = p * x2 + 2.06390887954e-2f;
+  p = p * x2 - 5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 - 3.33332819422e-1f;
+  return x2 < 0.390625f ? p * x2 * x + x : large;  // |x| < 0.625
+}
 
-inline Vec activate(Vec gate, int64_t activation) {
-  return activation == SILU ? gate / (1 + exp_vec(-gate)) : gate;
+// x, bent so that it stays between -softcap and softcap.
+inline Vec cap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
+
+// The activations of a gated feed-forward; kernels/schema.py has the same numbers.
+enum Activation : int64_t { NONE = 0, SILU = 1, GELU_TANH = 2, CLAMPED_SWIGLU = 3 };
+
+// activation(gate) * up, as in kernels/reference.py.
+inline Vec activate(Vec gate, Vec up, int64_t activation) {
+  if (activation == GELU_TANH)  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
+    return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
+  if (activation == CLAMPED_SWIGLU) {
+    gate = gate > 7.0f ? Vec{} + 7 : gate;
+    up = up > 7.0f ? Vec{} + 7 : up;
+    up = up < -7.0f ? Vec{} - 7 : up;
+    return gate / (1 + exp_vec(-1.702f * gate)) * (up + 1);
+  }
+  return gate / (1 + exp_vec(-gate)) * up;
 }

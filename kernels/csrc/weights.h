@@ -45,20 +45,33 @@ struct Weights {
 
 // ---- Activations: every thread prepares all of them, which is cheaper than another barrier ----------------------
 
-// out [k] = x [k] / rms(x) * weight [k]. Returns out, which may be x. Rounds to T before and after the product with
-// weight, as kernels/reference.py does.
-template <typename T> const T* rms_norm(const T* x, const T* weight, float eps, int64_t k, T* out) {
+// 1 / rms(x) of x [k].
+template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
   Vec squares = {};
   for (int64_t i = 0; i < k; i += LANES) {
     const Vec v = load_partial(x, i, k);
     squares += v * v;
   }
-  const float inverse_rms = 1 / std::sqrt(sum(squares) / k + eps);
-  for (int64_t i = 0; i < k; i += LANES) {
-    store_partial(load_partial(x, i, k) * inverse_rms, out, i, k);
-    store_partial(load_partial(out, i, k) * load_partial(weight, i, k), out, i, k);
-  }
+  return 1 / std::sqrt(sum(squares) / k + eps);
+}
+
+// Elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds to T before the product with weight, as
+// kernels/reference.py does.
+template <typename T> Vec normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
+  T rounded[LANES];
+  store_vec(load_partial(x, i, k) * inverse_rms, rounded);
+  return load_vec(rounded) * load_partial(weight, i, k);
+}
+
+// out [k] = x [k] * inverse_rms * weight [k]. Returns out, which may be x.
+template <typename T> const T* apply_norm(const T* x, const T* weight, float inverse_rms, int64_t k, T* out) {
+  for (int64_t i = 0; i < k; i += LANES) store_partial(normed_vec(x, weight, inverse_rms, i, k), out, i, k);
   return out;
+}
+
+// out [k] = x [k] / rms(x) * weight [k]. Returns out, which may be x.
+template <typename T> const T* rms_norm_row(const T* x, const T* weight, float eps, int64_t k, T* out) {
+  return apply_norm(x, weight, inverse_rms(x, eps, k), k, out);
 }
 
 struct QuantizedGroup {  // ACT_GROUP activations: x = scale * q, |q| <= 127
@@ -114,7 +127,7 @@ void prepare_rows(const T* x, int64_t m, const Weights& w, const T* norm, float 
   T* normed = norm ? normed_scratch.at_least<T>(m * padded) : nullptr;
   QuantizedGroup* groups = quantizes_rows<T>(w) ? quantized_scratch.at_least<QuantizedGroup>(m * n_groups) : nullptr;
   for (int64_t i = 0; i < m; i++) {
-    const T* row = norm ? rms_norm(x + i * w.k, norm, eps, w.k, normed + i * padded) : x + i * w.k;
+    const T* row = norm ? rms_norm_row(x + i * w.k, norm, eps, w.k, normed + i * padded) : x + i * w.k;
     rows[i] = groups ? static_cast<PreparedRow>(quantize_row(row, w, groups + i * n_groups)) : row;
   }
 }
