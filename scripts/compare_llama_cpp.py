@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from statistics import median
 
@@ -60,6 +60,11 @@ from sampling import Sampling
 from steps import build_steps
 
 OOM_HINT = "end other programs, or compare a smaller model"
+NOT_OF_LLAMA = (  # options of ModelConfig
+    "moe", "pre_norm", "post_norm", "activation", "qk_norm", "window_layers", "sinks", "attention_scale",
+    "attention_softcap", "rotary_dim", "rope_layers", "window_rope_theta", "embed_scale", "residual_scale",
+    "logit_scale", "logit_softcap",
+)  # fmt: skip
 OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
 THEIRS = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # besides BF16; llama.cpp's numbers of file types
 PAIRS = [("bf16", "BF16"), ("int8", "Q8_0"), ("int4.g32", "Q4_0"), ("int4.g32", "Q4_1"), ("int4.g32", "Q4_K_M")]
@@ -152,9 +157,16 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
 
 
 def check_comparable(config: ModelConfig):
+    """Raises UsageError for a model that write_gguf cannot write as one of llama.cpp's architecture "llama"."""
     widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
-    if config.moe or config.qk_norm or any(width % 32 for width in widths):
-        raise UsageError("only dense models without q/k norm, of widths that are multiples of 32, can be compared")
+    if any(width % 32 for width in widths):
+        raise UsageError("only models of widths that are multiples of 32 can be compared")
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    other = [name for name in defaults if name in NOT_OF_LLAMA and getattr(config, name) != defaults[name]]
+    if config.rope_scaling is not None and config.rope_scaling.rope_type not in ("linear", "llama3"):
+        other.append("rope_scaling")
+    if other:
+        raise UsageError(f"only Llama and its like can be compared; this model has {', '.join(other)}")
     if min(config.max_seq_len, config.sliding_window or PREFILL) < PREFILL:
         raise UsageError(f"the model's context, or its sliding window, is below the {PREFILL} tokens of a prefill")
 
@@ -189,7 +201,8 @@ def write_gguf(source: Path, target: Path):
     out.add_rope_freq_base(config.rope_theta)
     out.add_layer_norm_rms_eps(config.norm_eps)
     if config.rope_scaling:  # as what each frequency is divided by
-        divisors = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
+        plain = rope_frequencies(replace(config, rope_scaling=None), config.max_seq_len)
+        divisors = plain / rope_frequencies(config, config.max_seq_len)
         out.add_tensor("rope_freqs.weight", divisors.numpy())
     for name, tensor in their_tensors(tensors, config):
         if tensor.dim() == 1:

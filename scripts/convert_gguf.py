@@ -1,9 +1,12 @@
-"""A llama-architecture GGUF file to model.pth and its tokenizer.
+"""A GGUF file to model.pth and its tokenizer.
 
     python scripts/convert_gguf.py model.Q4_1.gguf --checkpoint_dir checkpoints/model
+    python scripts/convert_gguf.py model-00001-of-00003.gguf --checkpoint_dir checkpoints/model    # and the other parts
 
-Reads F32, F16, BF16 and every quantized type that the gguf package dequantizes. The vocabulary becomes tokenizer.json
-(byte-level BPE) or tokenizer.model (sentencepiece); bos, eos and chat template go to tokenizer_config.json.
+Reads the architectures llama (Mixtral, too), qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, phi3, olmo2 (Olmo 3, too),
+smollm3, granite, glm4 and gpt-oss, in F32, F16, BF16 and every quantized type that the gguf package dequantizes. The
+vocabulary becomes tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece); bos, eos and chat template go to
+tokenizer_config.json.
 """
 
 import json
@@ -12,7 +15,9 @@ import os
 import re
 import struct
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,14 +29,15 @@ if __name__ == "__main__":
 import gguf
 import numpy as np
 import torch
-from convert_hf_checkpoint import Reader, Tensors, convert, unpermute
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from convert_hf_checkpoint import Reader, Tensors, convert, rope_order, unpermute
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from config import ModelConfig, MoEConfig, RopeScaling, UsageError
+from config import ModelConfig, RopeScaling, UsageError
+from families import FAMILIES, config_from_hf
 from model import rope_frequencies
 
-HF_NAMES = {  # GGUF's names of modules, and Hugging Face's
+HF_NAMES = {  # GGUF's names of modules, and those in convert_hf_checkpoint's tables
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -40,7 +46,12 @@ HF_NAMES = {  # GGUF's names of modules, and Hugging Face's
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_sinks": "self_attn",
+    "post_attention_norm": "post_attention_norm",
     "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_ffn_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
@@ -49,7 +60,134 @@ HF_NAMES = {  # GGUF's names of modules, and Hugging Face's
     "ffn_up_exps": "mlp.experts.{e}.up_proj",
     "ffn_down_exps": "mlp.experts.{e}.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # no module's: what each of RoPE's frequencies is divided by
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose rows attn_qkv has
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+# Tensors of no module: what RoPE's frequencies are divided by, Llama 3.1's and LongRoPE's
+ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+
+# GGUF's metadata, after "llama.", and the fields of config.json that say the same
+REQUIRED_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+FIELDS = REQUIRED_FIELDS | {
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+# What changes the maths in a way that model.py does not implement -> the values with which it changes nothing
+UNSUPPORTED_FIELDS = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    "expert_gating_func": (0, 1),  # 1: softmax
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "rope.dimension_sections": (),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (False,),
+}
+
+
+# ---- The architectures ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the GGUF files of one architecture are read."""
+
+    family: str  # in families.py
+    fields: dict[str, str] = field(default_factory=dict)  # more of FIELDS
+    facts: Callable[[dict], dict] = lambda hf: {}  # config.json's fields that the metadata lack, as llama.cpp has them
+    names: dict[str, str] = field(default_factory=dict)  # what differs from HF_NAMES
+    ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
+    meta_order: bool = False  # Q and K have their rows in Meta's order
+
+
+def llama(hf: dict) -> dict:
+    return {"architectures": ["MixtralForCausalLM"]} if hf.get("num_local_experts") else {}
+
+
+def gemma2(hf: dict) -> dict:
+    window = hf.get("sliding_window", 4096)
+    return {"query_pre_attn_scalar": query_dim(hf, n_layers_of_27b=46), "sliding_window": window}
+
+
+def gemma3(hf: dict) -> dict:
+    return {"query_pre_attn_scalar": query_dim(hf, n_layers_of_27b=62)}
+
+
+def query_dim(hf: dict, n_layers_of_27b: int) -> int:
+    """Gemma divides its scores by the square root of this: a head's elements, but in the models of 27B another size."""
+    if hf["num_hidden_layers"] == n_layers_of_27b:
+        return hf["hidden_size"] // hf["num_attention_heads"]
+    return hf["head_dim"]
+
+
+def olmo2(hf: dict) -> dict:
+    """Olmo 3 is Olmo 2 with a window."""
+    return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf.get("sliding_window") else {}
+
+
+def granite(hf: dict) -> dict:
+    return {"attention_multiplier": hf.get("attention_multiplier") or hf["head_dim"] ** -0.5}
+
+
+def qwen3moe(hf: dict) -> dict:
+    return {"norm_topk_prob": hf.get("norm_topk_prob", True)}
+
+
+def gpt_oss(hf: dict) -> dict:
+    """YaRN's limits are not rounded. That is OpenAI's code; llama.cpp rounds them."""
+    return {"rope_scaling": (hf["rope_scaling"] or {}) | {"truncate": False}}
+
+
+# Where neither facts nor the metadata have a field, the family's default holds: Gemma 3's local rope_theta of 10000,
+# which layers of Gemma 2 and 3 and gpt-oss have a window, which layers of SmolLM3 have no RoPE.
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", facts=llama, meta_order=True),
+    "qwen2": Architecture("Qwen2ForCausalLM"),
+    "qwen3": Architecture("Qwen3ForCausalLM"),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        {"expert_feed_forward_length": "moe_intermediate_size", "expert_weights_norm": "norm_topk_prob"},
+        qwen3moe,
+    ),
+    "gemma": Architecture("GemmaForCausalLM"),
+    "gemma2": Architecture("Gemma2ForCausalLM", facts=gemma2),
+    "gemma3": Architecture("Gemma3ForCausalLM", {"rope.freq_base_swa": "rope_local_base_freq"}, gemma3),
+    "phi3": Architecture("Phi3ForCausalLM", ffn_up_has_gate=True),
+    "olmo2": Architecture("Olmo2ForCausalLM", facts=olmo2),
+    "smollm3": Architecture("SmolLM3ForCausalLM", meta_order=True),
+    "granite": Architecture("GraniteForCausalLM", facts=granite, meta_order=True),
+    "glm4": Architecture("Glm4ForCausalLM", ffn_up_has_gate=True),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM",
+        {"expert_feed_forward_length": "intermediate_size"},
+        gpt_oss,
+        names={"post_attention_norm": HF_NAMES["ffn_norm"]},  # it comes after attention and before the feed-forward
+    ),
+}
+
+
+# ---- The tokenizers' patterns ---------------------------------------------------------------------------------------
 
 # tokenizer.ggml.pre: by which patterns, one after the other, a text is cut before byte-level BPE
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -57,16 +195,25 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {
-    "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "tekken": [TEKKEN],
-    "llama-bpe": [LLAMA3], "llama3": [LLAMA3], "smaug-bpe": [LLAMA3],
+    "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "refact": [r"\p{N}", GPT2], "tekken": [TEKKEN],
+    "llama-bpe": [LLAMA3], "llama3": [LLAMA3], "smaug-bpe": [LLAMA3], "dbrx": [LLAMA3],
+    "chatglm-bpe": [LLAMA3], "glm4": [LLAMA3],
+    "qwen2": [QWEN2], "gpt-4o": [GPT4O],
 }  # fmt: skip
 LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # texts begin with bos, and a piece in the vocabulary needs no merges
+LIKE_GLM4, GLM4_PREFIX = ("chatglm-bpe", "glm4"), ("[gMASK]", "<sop>")  # texts begin with these two
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # kinds of pieces in tokenizer.ggml.token_type; sentencepiece's, too
 
@@ -86,17 +233,10 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
     """Writes model.pth, its weights in dtype, and the tokenizer's files to folder."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
+    meta, stored = read_parts(file)
     try:
-        meta, stored = read_gguf(file)
-    except (MemoryError, OSError):
-        raise
-    except Exception as e:  # struct, numpy and gguf raise many types on broken input
-        raise UsageError(f"{file} is truncated or not GGUF ({type(e).__name__})") from None
-    try:
-        if meta.get("split.count", 1) > 1:
-            raise UsageError(f"{file} is one of {meta['split.count']} parts; join them with llama-gguf-split --merge")
         config = read_config(meta, stored)
-        tensors, read = read_tensors(stored, config, dtype)
+        tensors, read = read_tensors(stored, config, dtype, find_architecture(meta))
         tokenizer = tokenizer_files(meta)
     except UsageError:
         raise
@@ -200,39 +340,131 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, StoredTensor]]:
     return meta, tensors
 
 
+def read_parts(file: Path) -> tuple[dict, dict[str, StoredTensor]]:
+    """The metadata and the tensors of file and, if it is one of several parts, of all of them. Raises UsageError."""
+    meta, stored = read_part(file)
+    n_parts = meta.get("split.count", 1)
+    if type(n_parts) is not int or n_parts <= 1:
+        return meta, stored
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", file.name)
+    if match is None or int(match[2]) != n_parts:
+        raise UsageError(f"{file} is one of {n_parts} parts, but not named like x-00001-of-{n_parts:05}.gguf")
+    parts = [file.with_name(f"{match[1]}-{i + 1:05}-of-{match[2]}.gguf") for i in range(n_parts)]
+    for part in parts:
+        if not part.is_file():
+            raise UsageError(f"{part} does not exist; {file} needs all {n_parts} parts")
+    read = [read_part(part) for part in parts]
+    for i, (part_meta, _) in enumerate(read):
+        if (part_meta.get("split.no"), part_meta.get("split.count")) != (i, n_parts):
+            raise UsageError(f"{parts[i]} is not part {i + 1} of {n_parts}")
+    stored = {name: tensor for _, tensors in read for name, tensor in tensors.items()}
+    meta, _ = read[0]  # the others have none
+    n_tensors = meta.get("split.tensors.count", len(stored))
+    if n_tensors != len(stored):
+        raise UsageError(f"the {n_parts} parts of {file} hold {len(stored)} tensors, not {n_tensors}")
+    return meta, stored
+
+
+def read_part(file: Path) -> tuple[dict, dict[str, StoredTensor]]:
+    try:
+        return read_gguf(file)
+    except (MemoryError, OSError):
+        raise
+    except Exception as e:  # struct, numpy and gguf raise many types on broken input
+        raise UsageError(f"{file} is truncated or not GGUF ({type(e).__name__})") from None
+
+
+# ---- The config -----------------------------------------------------------------------------------------------------
+
+
+def find_architecture(meta: dict) -> Architecture:
+    name = meta["general.architecture"]
+    if name not in ARCHITECTURES:
+        raise UsageError(f"GGUF architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
 def read_config(meta: dict, stored: dict[str, StoredTensor]) -> ModelConfig:
-    arch = meta["general.architecture"]
-    if arch != "llama":
-        raise UsageError(f"GGUF architecture {arch!r} is not supported, only llama")
-    n_heads, dim = meta["llama.attention.head_count"], meta["llama.embedding_length"]
-    head_dim = meta.get("llama.attention.key_length", dim // n_heads)
-    if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
-        raise UsageError("llama.rope.dimension_count differs from the head's size: partial rotation is not supported")
-    n_experts = meta.get("llama.expert_count")
-    moe = MoEConfig(n_experts, meta["llama.expert_used_count"]) if n_experts else None
-    ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    config = ModelConfig(
-        dim=dim, n_layers=meta["llama.block_count"], ffn_dim=meta["llama.feed_forward_length"],
-        n_heads=n_heads, n_kv_heads=meta.get("llama.attention.head_count_kv", n_heads), head_dim=head_dim,
-        vocab_size=stored["token_embd.weight"].data.shape[0], max_seq_len=meta["llama.context_length"],
-        norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=meta.get("llama.rope.freq_base", 10000.0), rope_scaling=read_linear_scaling(meta),
-        qkv_bias="blk.0.attn_q.bias" in stored, out_bias="blk.0.attn_output.bias" in stored,
-        ffn_bias="blk.0.ffn_down.bias" in stored, tie_embeddings="output.weight" not in stored, moe=moe,
-        bos_id=meta.get("tokenizer.ggml.bos_token_id"),
-        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),  # each once
-    )  # fmt: skip
+    try:
+        config = config_from_hf(hf_config(meta, stored))
+    except UsageError as e:
+        raise UsageError(str(e).replace("config.json", "the GGUF's metadata")) from None
+    config = replace(
+        config,
+        qkv_bias="blk.0.attn_q.bias" in stored or "blk.0.attn_qkv.bias" in stored,
+        out_bias="blk.0.attn_output.bias" in stored,
+        ffn_bias="blk.0.ffn_down.bias" in stored,
+    )
     if ROPE_FACTORS in stored:
         config = replace(config, rope_scaling=read_llama3_scaling(config, stored[ROPE_FACTORS]))
     return config
 
 
-def read_linear_scaling(meta: dict) -> RopeScaling | None:
-    kind = meta.get("llama.rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise UsageError(f"llama.rope.scaling.type = {kind!r} is not supported")
-    factor = meta.get("llama.rope.scaling.factor", meta.get("llama.rope.scale_linear", 0.0))  # 0: no scaling
-    return RopeScaling("linear", factor) if kind == "linear" and factor else None
+def hf_config(meta: dict, stored: dict[str, StoredTensor]) -> dict:
+    """What Hugging Face's config.json of the same model says."""
+    architecture, arch = meta["general.architecture"], find_architecture(meta)
+    of_arch = {key.removeprefix(f"{architecture}."): value for key, value in meta.items()}
+    for key, allowed in UNSUPPORTED_FIELDS.items():
+        if key in of_arch and of_arch[key] not in allowed:
+            raise UsageError(f"{architecture}.{key} = {of_arch[key]!r} is not supported")
+    for key in REQUIRED_FIELDS:
+        if key not in of_arch:
+            raise KeyError(f"{architecture}.{key}")
+    hf = {name: of_arch[key] for key, name in (FIELDS | arch.fields).items() if key in of_arch}
+    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    if of_arch.get("attention.value_length", hf["head_dim"]) != hf["head_dim"]:
+        raise UsageError(f"{architecture}.attention.value_length differs from key_length, which is not supported")
+    ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    rotary_dim = of_arch.get("rope.dimension_count", hf["head_dim"])
+    hf |= window_pattern(of_arch.get("attention.sliding_window_pattern")) | {
+        "vocab_size": stored["token_embd.weight"].data.shape[0],
+        "tie_word_embeddings": "output.weight" not in stored,
+        "partial_rotary_factor": Fraction(rotary_dim, hf["head_dim"]),  # exact, where a float may round down
+        "rope_scaling": rope_scaling(architecture, of_arch, stored),
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": [i for i in ends if i is not None],
+    }
+    defaults = {  # llama.cpp's, and not the family's
+        "architectures": [arch.family],
+        "num_key_value_heads": hf["num_attention_heads"],
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+    }
+    return defaults | hf | arch.facts(hf)
+
+
+def window_pattern(pattern: int | list | None) -> dict:
+    """config.json's fields for which layers have the window: all but every so-many-th, or those with True."""
+    if isinstance(pattern, list):
+        return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
+    return {} if pattern is None else {"sliding_window_pattern": pattern}
+
+
+def rope_scaling(architecture: str, of_arch: dict, stored: dict[str, StoredTensor]) -> dict | None:
+    """config.json's rope_scaling."""
+    rope_type = of_arch.get("rope.scaling.type", "linear")
+    if LONG_FACTORS in stored and SHORT_FACTORS in stored:
+        return {
+            "rope_type": "longrope",
+            "long_factor": stored[LONG_FACTORS].data.view(np.float32).tolist(),
+            "short_factor": stored[SHORT_FACTORS].data.view(np.float32).tolist(),
+            "attention_factor": of_arch.get("rope.scaling.attn_factor"),
+        }
+    if rope_type == "linear":
+        factor = of_arch.get("rope.scaling.factor", of_arch.get("rope.scale_linear", 0.0))
+        return {"rope_type": "linear", "factor": factor} if factor else None  # 0: no scaling
+    if rope_type == "yarn":
+        fields = {
+            "rope_type": "yarn",
+            "factor": of_arch["rope.scaling.factor"],
+            "attention_factor": of_arch.get("rope.scaling.yarn_attn_factor"),
+            "beta_fast": of_arch.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": of_arch.get("rope.scaling.yarn_beta_slow"),
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+    if rope_type != "none":
+        raise UsageError(f"{architecture}.rope.scaling.type = {rope_type!r} is not supported")
+    return None
 
 
 def read_llama3_scaling(config: ModelConfig, stored: StoredTensor) -> RopeScaling:
@@ -240,30 +472,28 @@ def read_llama3_scaling(config: ModelConfig, stored: StoredTensor) -> RopeScalin
     factors = torch.tensor(stored.data.view(np.float32))
     scaling = RopeScaling("llama3", float(factors.max()))
     scaled = replace(config, rope_scaling=scaling)
-    if not torch.allclose(rope_frequencies(config) / rope_frequencies(scaled), factors, rtol=1e-3):
+    if not torch.allclose(rope_frequencies(config, length=1) / rope_frequencies(scaled, length=1), factors, rtol=1e-3):
         raise UsageError(f"{ROPE_FACTORS} is not Llama 3.1's scaling, which is the only one supported")
     return scaling
 
 
-def read_tensors(stored: dict[str, StoredTensor], config: ModelConfig, dtype: torch.dtype) -> tuple[Tensors, Reader]:
+# ---- The tensors ----------------------------------------------------------------------------------------------------
+
+
+def read_tensors(
+    stored: dict[str, StoredTensor], config: ModelConfig, dtype: torch.dtype,
+    arch: Architecture = ARCHITECTURES["llama"],
+) -> tuple[Tensors, Reader]:  # fmt: skip
     """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
-    of them, its rows in Hugging Face's order."""
-    tensors: Tensors = {}
+    of them, its rows in our order. Gemma's norms need nothing: a GGUF has the 1 + w that is multiplied by."""
     sources: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        if name == ROPE_FACTORS:
-            continue
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match is None or match[2] not in HF_NAMES:
-            raise UsageError(f"the GGUF's tensor {name} has no place in this model")
-        layer, module, kind = match.groups()
-        hf_name = f"{HF_NAMES[module]}.{kind}"
-        if layer is not None:
-            hf_name = f"model.layers.{layer}.{hf_name}"
-        matrices = tensor.data if "{e}" in hf_name else [tensor.data]  # of all experts, or one
-        for e, data in enumerate(matrices):
-            source = sources[hf_name.format(e=e)] = StoredTensor(tensor.type, data)
-            tensors[hf_name.format(e=e)] = torch.empty(source.shape(), dtype=dtype, device="meta")
+        if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
+            sources |= split_tensor(name, tensor, config, arch)
+    tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
+    order = rope_order(config, FAMILIES[arch.family].interleaved_rope)
+    if arch.meta_order and order is not None:
+        raise UsageError("rope.dimension_count differs from the head's size, which this architecture does not support")
 
     def read(name: str) -> Tensor:
         source = sources[name]
@@ -272,9 +502,37 @@ def read_tensors(stored: dict[str, StoredTensor], config: ModelConfig, dtype: to
         except NotImplementedError:
             raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
-        return unpermute(tensor, config.head_dim) if re.search(r"[qk]_proj\.\w+$", name) else tensor
+        if not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
+            return tensor
+        if arch.meta_order:
+            return unpermute(tensor, config.head_dim)
+        return tensor if order is None else tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
 
     return tensors, read
+
+
+def split_tensor(name: str, tensor: StoredTensor, config: ModelConfig, arch: Architecture) -> dict[str, StoredTensor]:
+    """The tensors in Hugging Face's tables that one of the GGUF holds, by name: itself, those whose rows it has one
+    below the other, or those of all experts."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    layer, module, kind = match.groups() if match else (None, None, None)
+    hf_names = (arch.names.get(module, HF_NAMES.get(module)),)
+    parts = [tensor.data]
+    if module == "attn_qkv":
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        hf_names, parts = QKV, np.split(tensor.data, [q, q + kv])
+    elif module == "ffn_up" and arch.ffn_up_has_gate:
+        hf_names, parts = GATE_UP, np.array_split(tensor.data, 2)
+    elif module == "attn_sinks":
+        kind = "sinks"
+    if hf_names[0] is None:
+        raise UsageError(f"the GGUF's tensor {name} has no place in this model")
+    sources = {}
+    for hf_name, part in zip(hf_names, parts, strict=True):
+        hf_name = f"{hf_name}.{kind}" if layer is None else f"model.layers.{layer}.{hf_name}.{kind}"
+        for e, data in enumerate(part if "{e}" in hf_name else [part]):  # of all experts, or one
+            sources[hf_name.format(e=e)] = StoredTensor(tensor.type, data)
+    return sources
 
 
 # ---- The tokenizer --------------------------------------------------------------------------------------------------
@@ -288,7 +546,10 @@ def tokenizer_files(meta: dict) -> dict[str, bytes]:
     default = kind == "llama" or pre in LIKE_LLAMA3
     adds_bos = bos is not None and bool(meta.get("tokenizer.ggml.add_bos_token", default))
     if kind == "gpt2":
-        tokenizer = byte_level_bpe(meta, pieces, types, bos if adds_bos else None)
+        prefix = [bos] if adds_bos else []
+        if pre in LIKE_GLM4 and {*GLM4_PREFIX} <= {*pieces}:
+            prefix = [pieces.index(piece) for piece in GLM4_PREFIX]
+        tokenizer = byte_level_bpe(meta, pieces, types, prefix)
         files = {"tokenizer.json": tokenizer.to_str().encode()}
     elif kind == "llama":
         files = {"tokenizer.model": sentencepiece_model(meta, pieces, types)}
@@ -305,8 +566,8 @@ def tokenizer_files(meta: dict) -> dict[str, bytes]:
     return files
 
 
-def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], bos: int | None) -> Tokenizer:
-    """A tokenizer whose texts begin with bos, if there is one."""
+def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], prefix: list[int]) -> Tokenizer:
+    """A tokenizer whose texts begin with the tokens of prefix."""
     pre = meta.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
         raise UsageError(f"tokenizer.ggml.pre = {pre!r} is not supported; these are: {', '.join(SPLITS)}")
@@ -319,26 +580,32 @@ def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], bos: int | N
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     added = [(piece, kind) for piece, kind in zip(pieces, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(piece, special=kind == CONTROL, normalized=False) for piece, kind in added])
-    if bos is not None:
-        begin = pieces[bos]
-        tokenizer.post_processor = processors.TemplateProcessing([begin, "$A"], special_tokens=[(begin, bos)])
+    if prefix:
+        special = [(pieces[i], i) for i in prefix]
+        template = [*(piece for piece, _ in special), "$A"]
+        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
     return tokenizer
 
 
 def sentencepiece_model(meta: dict, pieces: list[str], types: list[int]) -> bytes:
     from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
 
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else meta["tokenizer.ggml.unknown_token_id"]
     model = sentencepiece_model_pb2.ModelProto()
-    for piece, score, kind in zip(pieces, meta["tokenizer.ggml.scores"], types, strict=True):
-        model.pieces.add(piece=piece, score=score, type=kind)
+    for i, (piece, score, kind) in enumerate(zip(pieces, meta["tokenizer.ggml.scores"], types, strict=True)):
+        if kind == USER_DEFINED:
+            piece = piece.replace(" ", "▁")  # as sentencepiece has it, but not llama.cpp
+        model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else kind)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.byte_fallback = BYTE in types
     bos, eos = meta.get("tokenizer.ggml.bos_token_id", -1), meta.get("tokenizer.ggml.eos_token_id", -1)
-    for name, i in {"bos": bos, "eos": eos, "unk": types.index(UNKNOWN)}.items():
+    for name, i in {"bos": bos, "eos": eos, "unk": unknown}.items():
         setattr(trainer, f"{name}_id", i)
         if i >= 0:  # sentencepiece looks it up by its piece
             setattr(trainer, f"{name}_piece", pieces[i])

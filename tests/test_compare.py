@@ -118,8 +118,8 @@ def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ["name", "words"],
-    [("TinyLlama", "neither a config.json"), ("x.json", "does not exist"), ("Mixtral-8x7B", "dense"),
-     ("Qwen3-8B", "without q/k norm")],
+    [("TinyLlama", "neither a config.json"), ("x.json", "does not exist"), ("Mixtral-8x7B", "this model has moe"),
+     ("Qwen3-8B", "this model has qk_norm")],
 )  # fmt: skip
 def test_models_that_cannot_be_compared(name, words, tmp_path):
     with pytest.raises(UsageError, match=words):

@@ -1,5 +1,6 @@
 """Tiny GGUF files, as llama.cpp's converter writes them."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -10,25 +11,11 @@ import transformers as hf
 
 from tests.tiny import SIZES
 
-NAMES = {  # Hugging Face's parts of names, and GGUF's; replaced in this order
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers": "blk",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate.": "ffn_gate_inp.",
-}
+ARCHITECTURES = {  # of transformers' models of other names
+    "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "olmo3": "olmo2",
+    "gpt_oss": "gpt-oss",
+}  # fmt: skip
+IN_META_ORDER = ("llama", "smollm3", "granite")
 BPE = {  # the smallest vocabulary
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",
@@ -47,9 +34,10 @@ def make_llama(config_class=hf.LlamaConfig, **changes):
     return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def write_gguf(path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE) -> Path:
-    """theirs, transformers' model, as a GGUF; its weights become what the stored ones stand for."""
-    writer = gguf.GGUFWriter(path, "llama")
+def write_gguf(path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE, tensors_per_part: int = 0) -> Path:
+    """theirs, transformers' model, as a GGUF; its weights become what the stored ones stand for. tensors_per_part: if
+    not 0, it is split into several files."""
+    writer = gguf.GGUFWriter(path, architecture(theirs), split_max_tensors=tensors_per_part)
     if theirs is not None:
         add_config(writer, theirs)
         add_tensors(writer, theirs, gguf.GGMLQuantizationType[qtype])
@@ -63,64 +51,120 @@ def write_gguf(path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE) ->
     return path
 
 
+def architecture(theirs) -> str:
+    model_type = theirs.config.model_type if theirs else "llama"
+    return ARCHITECTURES.get(model_type, model_type)
+
+
 def add_config(writer: gguf.GGUFWriter, theirs):
     config = theirs.config
-    sizes = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is not None and writer.arch != "llama":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    fields = {
+        "num_local_experts": writer.add_expert_count,
+        "num_experts": writer.add_expert_count,
+        "num_experts_per_tok": writer.add_expert_used_count,
+        "moe_intermediate_size": writer.add_expert_feed_forward_length,
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        "final_logit_softcapping": writer.add_final_logit_softcapping,
+        "attention_multiplier": writer.add_attention_scale,
+        "embedding_multiplier": writer.add_embedding_scale,
+        "residual_multiplier": writer.add_residual_scale,
+        "logits_scaling": writer.add_logit_scale,
     }
-    if "num_local_experts" in config.to_dict():
-        sizes |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
-    for key, value in sizes.items():
-        writer.add_uint32(f"llama.{key}", value)
-    rope = config.rope_parameters
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_float32("llama.rope.freq_base", rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_string("llama.rope.scaling.type", "linear")
-        writer.add_float32("llama.rope.scaling.factor", rope["factor"])
-    if rope["rope_type"] == "llama3":
-        frequencies = rope["rope_theta"] ** -(torch.arange(0, 64, 2) / 64)
-        writer.add_tensor("rope_freqs.weight", (frequencies / theirs.model.rotary_emb.inv_freq).numpy())
+    for name, add in fields.items():
+        if config.to_dict().get(name) is not None:
+            add(config.to_dict()[name])
+    if writer.arch == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if writer.arch not in ("llama", "qwen2", "qwen3", "qwen3moe", "smollm3") and hasattr(config, "sliding_window"):
+        writer.add_sliding_window(config.sliding_window or 0)
+    if config.model_type == "olmo3":
+        writer.add_sliding_window_pattern([layer_type == "sliding_attention" for layer_type in config.layer_types])
+    add_rope(writer, theirs)
+
+
+def add_rope(writer: gguf.GGUFWriter, theirs):
+    rope = theirs.config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    kind = rope["rope_type"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    partial = rope.get("partial_rotary_factor")
+    if partial:
+        head_dim = theirs.config.hidden_size // theirs.config.num_attention_heads
+        writer.add_rope_dimension_count(int((getattr(theirs.config, "head_dim", None) or head_dim) * partial))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind in ("yarn", "longrope"):
+        original = rope["original_max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(getattr(theirs.config, "original_max_position_embeddings", original))
+    if kind == "yarn" and rope.get("attention_factor"):
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    if kind == "longrope":
+        writer.add_rope_scaling_attn_factors(theirs.model.rotary_emb.attention_scaling)
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
+    if kind == "llama3":
+        inv_freq = theirs.model.rotary_emb.inv_freq
+        dim = 2 * len(inv_freq)
+        frequencies = rope["rope_theta"] ** -(torch.arange(0, dim, 2) / dim)
+        writer.add_tensor("rope_freqs.weight", (frequencies / inv_freq).numpy())
 
 
 def add_tensors(writer: gguf.GGUFWriter, theirs, qtype: gguf.GGMLQuantizationType):
     config = theirs.config
     rng = np.random.default_rng(0)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[writer.arch], config.num_hidden_layers)
     for name, t in unfused(theirs.state_dict()).items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
         data, kind = t.numpy(), gguf.GGMLQuantizationType.F32
-        if t.dim() > 1 and "mlp.gate." not in name:
+        is_matrix = t.dim() > 1 and name.endswith(".weight") and "mlp.gate." not in name and "mlp.router." not in name
+        if is_matrix and (qtype.name != "MXFP4" or ".experts." in name):
             kind = qtype
             if "_K" in qtype.name:  # which gguf cannot make; any bytes will do that make small scales
                 shape = gguf.quant_shape_to_byte_shape(data.shape, qtype)
                 data = rng.integers(0, 0x20, shape, dtype=np.uint8)
             else:
-                data = gguf.quantize(data, qtype)
+                data = gguf.quantize(np.ascontiguousarray(data), qtype)
             t.copy_(torch.tensor(gguf.dequantize(data, qtype)))
-        if "q_proj" in name:
+        if "q_proj" in name and writer.arch in IN_META_ORDER:
             data = in_meta_order(data, config.num_attention_heads)
-        if "k_proj" in name:
+        if "k_proj" in name and writer.arch in IN_META_ORDER:
             data = in_meta_order(data, config.num_key_value_heads)
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
+        if name.endswith("norm.weight") and writer.arch.startswith("gemma"):
+            data = data + 1
+        name = names.get_name(name, (".weight", ".bias"))
         writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
 
 
 def unfused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """state with three tensors for a layer's experts, of which transformers makes two; they share their memory."""
-    state = dict(state)
-    for name in [name for name in state if name.endswith("gate_up_proj")]:
-        prefix = name.removesuffix("gate_up_proj")
-        gate, up = state.pop(name).chunk(2, dim=1)
-        state[f"{prefix}gate_proj.weight"] = gate
-        state[f"{prefix}up_proj.weight"] = up
-        state[f"{prefix}down_proj.weight"] = state.pop(f"{prefix}down_proj")
+    """state with three tensors for a layer's experts, of which transformers makes two, and their biases; they share
+    their memory. gpt-oss's are transposed, the rows of gate and up in turn."""
+    state = {name + ".weight" if name.endswith("sinks") else name: t for name, t in state.items()}
+    is_transposed = any(name.endswith("gate_up_proj_bias") for name in state)
+    for name in [name for name in state if "experts." in name]:
+        t = state.pop(name)
+        prefix, projection, *is_bias = re.fullmatch(r"(.*)(gate_up|down)_proj(_bias)?", name).groups()
+        kind = "bias" if is_bias[0] else "weight"
+        t = t.mT if is_transposed and kind == "weight" else t
+        parts = {"down": t}
+        if projection == "gate_up":
+            gate, up = (t[:, ::2], t[:, 1::2]) if is_transposed else t.chunk(2, dim=1)
+            parts = {"gate": gate, "up": up}
+        state |= {f"{prefix}{part}_proj.{kind}": t for part, t in parts.items()}
     return state
 
 
