@@ -9,7 +9,6 @@ vocabulary becomes tokenizer.json (byte-level BPE) or tokenizer.model (sentencep
 tokenizer_config.json.
 """
 
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ import gguf
 import numpy as np
 import torch
 from convert_hf_checkpoint import Reader, Tensors, convert, rope_order, unpermute
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from gguf_tokenizer import tokenizer_files
 from torch import Tensor
 
 from config import ModelConfig, RopeScaling, UsageError
@@ -185,37 +184,6 @@ ARCHITECTURES = {
         names={"post_attention_norm": HF_NAMES["ffn_norm"]},  # it comes after attention and before the feed-forward
     ),
 }
-
-
-# ---- The tokenizers' patterns ---------------------------------------------------------------------------------------
-
-# tokenizer.ggml.pre: by which patterns, one after the other, a text is cut before byte-level BPE
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT4O = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "refact": [r"\p{N}", GPT2], "tekken": [TEKKEN],
-    "llama-bpe": [LLAMA3], "llama3": [LLAMA3], "smaug-bpe": [LLAMA3], "dbrx": [LLAMA3],
-    "chatglm-bpe": [LLAMA3], "glm4": [LLAMA3],
-    "qwen2": [QWEN2], "gpt-4o": [GPT4O],
-}  # fmt: skip
-LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # texts begin with bos, and a piece in the vocabulary needs no merges
-LIKE_GLM4, GLM4_PREFIX = ("chatglm-bpe", "glm4"), ("[gMASK]", "<sop>")  # texts begin with these two
-
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # kinds of pieces in tokenizer.ggml.token_type; sentencepiece's, too
 
 
 def main():
@@ -533,88 +501,6 @@ def split_tensor(name: str, tensor: StoredTensor, config: ModelConfig, arch: Arc
         for e, data in enumerate(part if "{e}" in hf_name else [part]):  # of all experts, or one
             sources[hf_name.format(e=e)] = StoredTensor(tensor.type, data)
     return sources
-
-
-# ---- The tokenizer --------------------------------------------------------------------------------------------------
-
-
-def tokenizer_files(meta: dict) -> dict[str, bytes]:
-    """tokenizer.json or tokenizer.model, and tokenizer_config.json, from the GGUF's own vocabulary."""
-    pieces, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    kind, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre")
-    bos, eos = meta.get("tokenizer.ggml.bos_token_id"), meta.get("tokenizer.ggml.eos_token_id")
-    default = kind == "llama" or pre in LIKE_LLAMA3
-    adds_bos = bos is not None and bool(meta.get("tokenizer.ggml.add_bos_token", default))
-    if kind == "gpt2":
-        prefix = [bos] if adds_bos else []
-        if pre in LIKE_GLM4 and {*GLM4_PREFIX} <= {*pieces}:
-            prefix = [pieces.index(piece) for piece in GLM4_PREFIX]
-        tokenizer = byte_level_bpe(meta, pieces, types, prefix)
-        files = {"tokenizer.json": tokenizer.to_str().encode()}
-    elif kind == "llama":
-        files = {"tokenizer.model": sentencepiece_model(meta, pieces, types)}
-    else:
-        raise UsageError(f"tokenizer.ggml.model = {kind!r} is not supported; gpt2 and llama are")
-    settings = {
-        "bos_token": None if bos is None else pieces[bos],
-        "eos_token": None if eos is None else pieces[eos],
-        "add_bos_token": adds_bos,
-        "chat_template": meta.get("tokenizer.chat_template"),
-    }
-    settings = {key: value for key, value in settings.items() if value is not None}
-    files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
-    return files
-
-
-def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], prefix: list[int]) -> Tokenizer:
-    """A tokenizer whose texts begin with the tokens of prefix."""
-    pre = meta.get("tokenizer.ggml.pre")
-    if pre not in SPLITS:
-        raise UsageError(f"tokenizer.ggml.pre = {pre!r} is not supported; these are: {', '.join(SPLITS)}")
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    for merge in merges:  # of which tokenizers would panic
-        if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
-            raise ValueError("tokenizer.ggml.merges makes what is no token")
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    added = [(piece, kind) for piece, kind in zip(pieces, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(piece, special=kind == CONTROL, normalized=False) for piece, kind in added])
-    if prefix:
-        special = [(pieces[i], i) for i in prefix]
-        template = [*(piece for piece, _ in special), "$A"]
-        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
-    return tokenizer
-
-
-def sentencepiece_model(meta: dict, pieces: list[str], types: list[int]) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
-
-    unknown = types.index(UNKNOWN) if UNKNOWN in types else meta["tokenizer.ggml.unknown_token_id"]
-    model = sentencepiece_model_pb2.ModelProto()
-    for i, (piece, score, kind) in enumerate(zip(pieces, meta["tokenizer.ggml.scores"], types, strict=True)):
-        if kind == USER_DEFINED:
-            piece = piece.replace(" ", "▁")  # as sentencepiece has it, but not llama.cpp
-        model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else kind)
-    trainer = model.trainer_spec
-    trainer.model_type = trainer.BPE
-    trainer.byte_fallback = BYTE in types
-    bos, eos = meta.get("tokenizer.ggml.bos_token_id", -1), meta.get("tokenizer.ggml.eos_token_id", -1)
-    for name, i in {"bos": bos, "eos": eos, "unk": unknown}.items():
-        setattr(trainer, f"{name}_id", i)
-        if i >= 0:  # sentencepiece looks it up by its piece
-            setattr(trainer, f"{name}_piece", pieces[i])
-    normalizer = model.normalizer_spec
-    normalizer.name = "identity"
-    normalizer.remove_extra_whitespaces = False
-    normalizer.escape_whitespaces = True
-    normalizer.add_dummy_prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
-    return model.SerializeToString()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from tests.tiny_tokenizers import TEXTS as MORE_TEXTS
 from tokenizer import load_tokenizer
 
-from convert_gguf import SPLITS, convert_gguf, hf_config, read_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
+from convert_gguf import convert_gguf, hf_config, read_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
+from gguf_tokenizer import SPLITS  # isort: skip
 
 TEXTS = [
     "Hello world",
