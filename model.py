@@ -136,9 +136,7 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.qkv_proj = Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, config.qkv_bias)
-        self.o_proj = Linear(
-            self.n_heads * self.head_dim, config.dim, config.out_bias, scale=config.residual_scale
-        )
+        self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias, scale=config.residual_scale)
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_all_heads else (1, 1)

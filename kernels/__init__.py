@@ -124,9 +124,7 @@ def attend_fits(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int)
     return backend == "cpu" or n_tokens * heads_per_kv_head <= 64
 
 
-def route(
-    logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared: int = 0
-) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared: int = 0) -> tuple[Tensor, Tensor]:
     """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k]. normalize: scale
     the weights so that they sum to one.
 

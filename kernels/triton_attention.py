@@ -306,5 +306,3 @@ def choose_splits(n_processors: int, n_programs: int, cache_len: int, window: in
     if visible <= 128:
         return 1
     return min(triton.cdiv(2 * n_processors, n_programs), triton.cdiv(visible, 64))
-
-

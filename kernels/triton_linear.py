@@ -416,5 +416,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         **overlap_options(x.device, grid),
     )  # fmt: skip
     return y
-
-
