@@ -24,7 +24,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
-    attention_factor: float = 1.0  # yarn, longrope: of cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     truncate: bool = True
@@ -95,8 +95,8 @@ class ModelConfig:
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     window_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all
     sinks: bool = False  # every head has a score for attending to nothing
-    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
-    attention_softcap: float = 0.0  # if not 0, scores are bent to stay below it
+    attention_scale: float | None = None  # multiplies the scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: unchanged
 
     # Positions
     rope_theta: float = 10000.0
@@ -106,10 +106,10 @@ class ModelConfig:
     window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
 
     # Multipliers
-    embed_scale: float = 1.0  # of the embedding's output
-    residual_scale: float = 1.0  # of what attention and feed-forward add
-    logit_scale: float = 1.0
-    logit_softcap: float = 0.0  # if not 0, logits are bent to stay below it
+    embed_scale: float = 1.0  # multiplies the embedding's output
+    residual_scale: float = 1.0  # multiplies what attention and feed-forward add
+    logit_scale: float = 1.0  # multiplies the logits
+    logit_softcap: float = 0.0  # the same of the logits
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

@@ -20,13 +20,13 @@ class Family:
     defaults: dict  # what transformers assumes for a field that config.json leaves out
     window: str = "none"  # which layers have the sliding window: "none", "all", or as "layer_types" lists them
     window_switch: bool = False  # whether the window needs use_sliding_window to be true
-    window_period: int | None = 0  # without "layer_types" every so-many-th layer has none; 0: all do; None: refused
+    full_attention_every: int | None = 0  # without "layer_types", every n-th layer has no window; 0: all; None: refused
     ffn_dim_field: str = "intermediate_size"
     n_experts_fields: tuple[str, ...] = ()  # the first one that is there counts; (): the feed-forward is dense
     norm_topk_prob: bool | None = True  # None: as config.json's norm_topk_prob
     reads: tuple[str, ...] = ()  # those of UNSUPPORTED_FIELDS that options reads
     options: Callable[[dict], dict] = lambda hf: {}  # more fields of ModelConfig
-    norm_offset: float = 0.0  # what the checkpoint's norms lack: Gemma stores weights w of which it uses 1 + w
+    norm_offset: float = 0.0  # added to the weights of norms at conversion: Gemma computes x * (1 + w)
     interleaved_rope: bool = False  # RoPE rotates elements 2 i and 2 i + 1, and not i and i + half of them
 
 
@@ -171,7 +171,7 @@ FAMILIES = {
         ),
         window="layer_types",
         window_switch=True,
-        window_period=None,
+        full_attention_every=None,
         ffn_dim_field="moe_intermediate_size",
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
@@ -198,7 +198,7 @@ FAMILIES = {
             final_logit_softcapping=30.0,
         ),
         window="layer_types",
-        window_period=2,
+        full_attention_every=2,
         reads=("hidden_act", *SOFTCAPS),
         options=gemma2,
         norm_offset=1.0,
@@ -210,7 +210,7 @@ FAMILIES = {
             rope_theta=1e6, rope_local_base_freq=10000.0,
         ),
         window="layer_types",
-        window_period=6,
+        full_attention_every=6,
         reads=("hidden_act", *SOFTCAPS),
         options=gemma3,
         norm_offset=1.0,
@@ -225,7 +225,11 @@ FAMILIES = {
     ),
     "Olmo2ForCausalLM": Family("olmo2", OLMO, options=olmo2),
     "Olmo3ForCausalLM": Family(
-        "olmo3", OLMO | dict(sliding_window=4096, rope_theta=5e5), window="layer_types", window_period=4, options=olmo2
+        "olmo3",
+        OLMO | dict(sliding_window=4096, rope_theta=5e5),
+        window="layer_types",
+        full_attention_every=4,
+        options=olmo2,
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
@@ -235,7 +239,7 @@ FAMILIES = {
         ),
         window="layer_types",
         window_switch=True,
-        window_period=None,
+        full_attention_every=None,
         options=smollm3,
     ),
     "GraniteForCausalLM": Family(
@@ -271,7 +275,7 @@ FAMILIES = {
             num_experts_per_tok=4, rope_parameters=GPT_OSS_ROPE,
         ),
         window="layer_types",
-        window_period=2,
+        full_attention_every=2,
         n_experts_fields=("num_local_experts", "num_experts"),
         reads=("quantization_config",),
         options=gpt_oss,
@@ -418,7 +422,7 @@ def read_window(hf: dict, family: Family) -> dict:
 def read_window_layers(hf: dict, family: Family) -> tuple[bool, ...]:
     """Whether each layer has the window. Without "layer_types" in config.json, all layers have it, or all but every
     so-many-th one; Qwen's only from max_window_layers on."""
-    period = hf.get("sliding_window_pattern") or family.window_period
+    period = hf.get("sliding_window_pattern") or family.full_attention_every
     if hf.get("layer_types") is not None or period is None:
         return tuple(layer_type == "sliding_attention" for layer_type in required(hf, "layer_types"))
     n_layers, first = required(hf, "num_hidden_layers"), hf.get("max_window_layers", 0)

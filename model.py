@@ -73,7 +73,7 @@ class Transformer(nn.Module):
 
     @property
     def format(self) -> Format:
-        """The format of the layers in linears()."""
+        """The checkpoint's format. (A rank's o_proj and down_proj may have smaller groups.)"""
         return self.layers[0].attention.qkv_proj.format
 
     def uses_kernels(self, batch: int, n_tokens: int) -> bool:
@@ -83,7 +83,8 @@ class Transformer(nn.Module):
         if len(backends) > 1:
             return False
         attention = self.layers[0].attention
-        return kernels.attend_fits(*backends, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
+        (backend,) = backends
+        return kernels.attend_fits(backend, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
 
     def step_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the idle experts."""
@@ -115,7 +116,7 @@ class TransformerBlock(nn.Module):
         """x [B, T, dim] -> [B, T, dim]."""
         # x = x + [post_norm] attention([norm] x)
         # x = x + [post_norm] feed_forward([norm] x)
-        # The first norm and the residual are arguments, since a kernel fuses them: each half's first matrix product
+        # The first norm and the residual are arguments, since a kernel fuses them: each sublayer's first matrix product
         # applies the norm, and its last one adds the residual. With a post_norm, that adds the residual.
         if self.post_attention_norm is None:
             x = self.attention(x, positions, cache, norm=self.attention_norm, residual=x)

@@ -26,6 +26,7 @@ from kernels.schema import ACTIVATIONS
 from machine import drop_pages
 
 MAX_ROWS = 8  # rows of activations that the kernels take; also in csrc/weights.h
+MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in registers
 # Kernels compute 16 outputs at a time. To fuse an activation, gate and up must each have a multiple of 16.
 FUSED_GLU_MULTIPLE = 32
 
@@ -102,7 +103,7 @@ def attend(
     q_norm, k_norm: model.RMSNorms, applied before RoPE to every head, or to all heads together if they are so wide.
     sinks: [H], scores of a key whose value is zero.
     scale: of the scores; None: 1 / sqrt(D).
-    softcap: if not 0, bends the scores so that they stay between -softcap and softcap."""
+    softcap: if not 0, scores become softcap * tanh(score / softcap)."""
     batch, n_tokens, _ = qkv.shape
     if not attend_fits(backend, batch, n_tokens, n_heads // cache.k.shape[1]):
         return reference.attend(qkv, cache, positions, n_heads, window, q_norm, k_norm, sinks, scale, softcap)
@@ -120,8 +121,7 @@ def attend_fits(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int)
     """Whether backend has a kernel for n_tokens new tokens in each of batch sequences."""
     if kernels_of(backend, batch * n_tokens) is None:
         return False
-    # In Triton one program holds all queries of a key/value head in registers.
-    return backend == "cpu" or n_tokens * heads_per_kv_head <= 64
+    return backend == "cpu" or n_tokens * heads_per_kv_head <= MAX_TRITON_QUERIES
 
 
 def route(logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared: int = 0) -> tuple[Tensor, Tensor]:

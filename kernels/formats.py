@@ -61,7 +61,7 @@ class Format:
         return self
 
     def fits_kernels(self, in_features: int) -> bool:
-        """Whether the CPU kernels take a W with in_features inputs."""
+        """Whether the kernels, C++ or Triton, take a W with in_features inputs."""
         return True
 
     def pack(self, tensors: Tensors, backend: str) -> Tensors:

@@ -1,6 +1,7 @@
 """The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
-kernels/__init__.py describes each. Weights of every format are read through w.matrix(dtype), which dequantizes them.
+kernels/__init__.py describes each. Weights of every format are read through w.matrix(dtype). If the weights are
+packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch".
 """
 
 import torch
@@ -32,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def cap(x: Tensor, softcap: float) -> Tensor:
-    """x, bent so that it stays between -softcap and softcap."""
+    """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
     return softcap * torch.tanh(x / softcap)
 
 

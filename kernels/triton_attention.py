@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import implement_in_triton
-from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_last_kernel
+from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
 from kernels.triton_linear import cap
 
-MAX_TOKENS = tl.constexpr(16)  # new tokens in a row
+MAX_TOKENS = tl.constexpr(16)  # new tokens of a sequence: up to 8, and tl.dot takes no fewer than 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -43,7 +43,7 @@ def attend_kernel(
 
     qk_scale and qk_softcap are those of logits to base 2, whose exponential is one instruction. Q_NORM_HEADS and
     K_NORM_HEADS: how many heads are normed together."""
-    wait_for_last_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(OVERLAP, AT_ONCE)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
     TOKEN_STRIDE: tl.constexpr = (N_HEADS + 2 * N_KV_HEADS) * D
@@ -265,7 +265,7 @@ def attend(
     ones. Nothing is read or written beyond S. rope [S, D / 2, 2] is cosine and sine of every position's angles.
     q_norm, k_norm: [D] to norm each head, [H D] and [G D] to norm all heads of a token together. sinks: [H], scores of
     a key whose value is zero. window: a token sees no more than so many, itself included, if it is not 0. Scores are
-    q k^T times scale, then, if softcap is not 0, bent so that they stay between -softcap and softcap.
+    q k^T times scale, then, if softcap is not 0, capped.
 
     T H / G may be up to 64: a program has that much room."""
     (n_rows, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape

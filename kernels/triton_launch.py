@@ -1,8 +1,8 @@
 """How the Triton kernels are launched: what a GPU can do, the shape of a product's programs, overlapping kernels.
 
     choose_tiles(x, bits, n, gated, group_size)      the shape of the programs of y = x W^T
-    overlap_options(device, grid)                    for a kernel that may begin before the last one has ended
-    wait_for_last_kernel(OVERLAP, AT_ONCE)           what such a kernel begins with
+    overlap_options(device, grid)                    for a kernel that may begin before the previous one has ended
+    wait_for_previous_kernel(OVERLAP, AT_ONCE)           what such a kernel begins with
 
 triton.json beside this file has the fastest shapes that were measured, by GPU and product. scripts/benchmark.py --tune
 writes them. For other GPUs and products choose_tiles guesses.
@@ -75,8 +75,9 @@ def dot_dtype(x: Tensor) -> tl.dtype:
 
 
 def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
-    """Arguments for the launch of a kernel that overlaps with others if it can. It must call wait_for_last_kernel with
-    OVERLAP and AT_ONCE. If OVERLAP and not AT_ONCE, it should call gdc_launch_dependents after its loop or never."""
+    """Arguments for the launch of a kernel that overlaps with others if it can. It must call wait_for_previous_kernel
+    with OVERLAP and AT_ONCE. If OVERLAP and not AT_ONCE, it should call gdc_launch_dependents after its loop or never.
+    """
     gpu = gpu_of(device)
     if not gpu.can_overlap:
         return {"OVERLAP": False, "AT_ONCE": False}
@@ -84,7 +85,7 @@ def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
 
 
 @triton.jit
-def wait_for_last_kernel(OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr):
+def wait_for_previous_kernel(OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr):
     """What a kernel begins with. Afterwards it may read everything."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

@@ -19,12 +19,12 @@ from torch import Tensor
 from kernels.formats import Int4, Int8
 from kernels.schema import ACTIVATIONS, implement_in_triton
 from kernels.triton_int4 import magic_word, offset_of, scales_and_zeros, tiles_to_floats
-from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_last_kernel
+from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_previous_kernel
 
 INT8, INT4 = tl.constexpr(Int8.kind), tl.constexpr(Int4.kind)
 SILU, GELU_TANH = tl.constexpr(ACTIVATIONS["silu"]), tl.constexpr(ACTIVATIONS["gelu_tanh"])
 CLAMPED_SWIGLU = tl.constexpr(ACTIVATIONS["clamped_swiglu"])
-PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the last kernel: about what its loop does
+PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the previous kernel: about what its loop does
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
 #
@@ -63,7 +63,7 @@ def linear_kernel(
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
     if OVERLAP and topk_ids_ptr is None:
         prefetch_rows(w_ptr, N, K, KIND, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
-    wait_for_last_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(OVERLAP, AT_ONCE)
     offs_m = tl.arange(0, BLOCK_M)
     x_row, y_row, mask_m = offs_m, offs_m, offs_m < M
     if topk_ids_ptr is not None:
@@ -281,7 +281,7 @@ def glu(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def cap(x, softcap):
-    """x, bent so that it stays between -softcap and softcap: softcap * tanh(x / softcap)."""
+    """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
     return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)
 
 
@@ -316,7 +316,7 @@ def rms_norm_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """y [rows, N] = [residual +] x / rms(x) * weight. A program has a row; BLOCK >= N is a power of two."""
-    wait_for_last_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(OVERLAP, AT_ONCE)
     n = tl.arange(0, BLOCK)
     offsets, mask = tl.program_id(0) * N + n, n < N
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

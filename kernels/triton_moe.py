@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import schema
 from kernels.schema import implement_in_triton
-from kernels.triton_launch import overlap_options, wait_for_last_kernel
+from kernels.triton_launch import overlap_options, wait_for_previous_kernel
 from kernels.triton_linear import launch_linear
 
 
@@ -28,7 +28,7 @@ def route_kernel(
     """The TOP_K likeliest of a row of E logits and their probabilities. Then N_SHARED experts, E and following; the
     weight of each is the sigmoid of the row's last logit, which no row has if N_SHARED is 0. BLOCK is a power of two
     that has room for all logits and all results."""
-    wait_for_last_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(OVERLAP, AT_ONCE)
     row, e = tl.program_id(0), tl.arange(0, BLOCK)
     logits_ptr += row * (E + 1 if N_SHARED else E)
     logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
@@ -58,7 +58,7 @@ def moe_combine(
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """out [rows, N] = [residual +] the sum over TOP_K of topk_weights [rows, TOP_K] times y [rows, TOP_K, N]."""
-    wait_for_last_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(OVERLAP, AT_ONCE)
     row, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if residual_ptr is not None:
         total = tl.load(residual_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)

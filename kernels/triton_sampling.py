@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import implement_in_triton
-from kernels.triton_launch import done_counters, overlap_options, wait_for_last_kernel
+from kernels.triton_launch import done_counters, overlap_options, wait_for_previous_kernel
 
 BLOCK_V = 2048  # logits of a program
 
@@ -26,7 +26,7 @@ def sample_kernel(
 ):  # fmt: skip
     """A program finds the best of BLOCK_V tokens of a row. The last program of a row to be done finds the row's best.
     A logit that is not finite is better than all others, as token -1."""
-    wait_for_last_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(OVERLAP, AT_ONCE)
     block, row = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + row * V + token, mask=token < V, other=-1e38)

@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-constexpr int64_t LANES = 16;  // of a Vec
+constexpr int64_t LANES = 16;  // floats in a Vec
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
@@ -169,7 +169,7 @@ inline Vec tanh_vec(Vec x) {
   return x2 < 0.390625f ? p * x2 * x + x : large;  // |x| < 0.625
 }
 
-// x, bent so that it stays between -softcap and softcap.
+// softcap * tanh(x / softcap), which stays between -softcap and softcap.
 inline Vec cap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
 
 // The activations of a gated feed-forward; kernels/schema.py has the same numbers.
