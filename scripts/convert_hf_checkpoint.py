@@ -62,8 +62,8 @@ META_NAMES = FEED_FORWARD_NAMES | {
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
 }  # fmt: skip
-# The same of families, by their model_type. The tables have Llama's names. Its two norms come before attention and before
-# the feed-forward.
+# The same of families, by their model_type. The tables have Llama's names, whose two norms come before attention and
+# before the feed-forward.
 GEMMA_NORMS = {
     ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
     ".post_feedforward_layernorm.": ".post_ffn_norm.",
