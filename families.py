@@ -222,6 +222,7 @@ FAMILIES = {
             rms_norm_eps=1e-5,
         ),
         window="all",
+        reads=("partial_rotary_factor",),
     ),
     "Olmo2ForCausalLM": Family("olmo2", OLMO, options=olmo2),
     "Olmo3ForCausalLM": Family(
@@ -248,8 +249,12 @@ FAMILIES = {
         reads=MULTIPLIERS,
         options=granite,
     ),
-    "GlmForCausalLM": Family("glm", GLM, options=glm, interleaved_rope=True),
-    "Glm4ForCausalLM": Family("glm4", GLM, options=glm4, interleaved_rope=True),
+    "GlmForCausalLM": Family(
+        "glm", GLM, reads=("partial_rotary_factor",), options=glm, interleaved_rope=True
+    ),
+    "Glm4ForCausalLM": Family(
+        "glm4", GLM, reads=("partial_rotary_factor",), options=glm4, interleaved_rope=True
+    ),
     "SeedOssForCausalLM": Family(
         "seed_oss",
         dict(
@@ -310,6 +315,7 @@ UNSUPPORTED_FIELDS = {
     "embedding_multiplier": (1,),
     "residual_multiplier": (1,),
     "attention_multiplier": (),
+    "partial_rotary_factor": (1,),
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
@@ -421,11 +427,13 @@ def read_window(hf: dict, family: Family) -> dict:
 
 def read_window_layers(hf: dict, family: Family) -> tuple[bool, ...]:
     """Whether each layer has the window. Without "layer_types" in config.json, all layers have it, or all but every
-    so-many-th one; Qwen's only from max_window_layers on."""
-    period = hf.get("sliding_window_pattern") or family.full_attention_every
+    n-th one; Qwen's only from max_window_layers on."""
+    pattern = hf.get("sliding_window_pattern") if family.model_type == "gemma3_text" else None
+    period = pattern or family.full_attention_every
     if hf.get("layer_types") is not None or period is None:
         return tuple(layer_type == "sliding_attention" for layer_type in required(hf, "layer_types"))
-    n_layers, first = required(hf, "num_hidden_layers"), hf.get("max_window_layers", 0)
+    n_layers = required(hf, "num_hidden_layers")
+    first = hf["max_window_layers"] if "max_window_layers" in family.defaults else 0
     return tuple(i >= first and (period == 0 or (i + 1) % period != 0) for i in range(min(n_layers, MAX_OBJECTS)))
 
 
@@ -452,6 +460,8 @@ def read_positions(hf: dict, family: Family) -> dict:
         fields["window_rope_theta"] = window_rope["rope_theta"]
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1
     if partial != 1:
+        if "partial_rotary_factor" not in family.reads:
+            raise UsageError(f"config.json: partial_rotary_factor = {partial!r} is not supported")
         fields["rotary_dim"] = int(read_head_dim(hf) * partial)
     if scaling is not None and scaling.rope_type in ("dynamic", "yarn"):  # config.json may state the trained context
         stretched = int(scaling.original_max_seq_len * scaling.factor)

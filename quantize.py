@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--calibration_tasks", nargs="+", metavar="TASK", help="or the questions of these lm_eval tasks")
     add = group.add_argument
     add("--calibration_limit", type=int, default=64, help="windows of text, examples of a task (default: %(default)s)")
-    add("--calibration_seq_length", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    add("--calibration_seq_length", type=int, help="tokens of a window (default: 512, or the model's context)")
     add("--percdamp", type=float, default=0.1, help="part of the Hessian's mean added to it (default: %(default)s)")
     add("--blocksize", type=int, default=128, help="columns rounded between updates (default: %(default)s)")
     add("--act_order", action=argparse.BooleanOptionalAction, default=True, help="round the columns that matter first")
@@ -113,8 +113,10 @@ def check_args(args: argparse.Namespace):
         raise UsageError(f"--mode must be one of {', '.join(FORMATS)}, not {args.mode}")
     if args.groupsize not in GROUP_SIZES:
         raise UsageError(f"--groupsize must be one of {', '.join(map(str, GROUP_SIZES))}, not {args.groupsize}")
-    if min(args.calibration_limit, args.blocksize) < 1 or args.calibration_seq_length < 2 or not args.percdamp > 0:
-        raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0, --calibration_seq_length 1")
+    if min(args.calibration_limit, args.blocksize) < 1 or not args.percdamp > 0:
+        raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0")
+    if args.calibration_seq_length is not None and args.calibration_seq_length < 2:
+        raise UsageError(f"--calibration_seq_length must be above 1, not {args.calibration_seq_length}")
     if Path(f"x{args.label}").name != f"x{args.label}":
         raise UsageError(f"--label {args.label!r} must be a part of a file's name")
     has_calibration = bool(args.calibration_text or args.calibration_tasks)
@@ -174,10 +176,11 @@ def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tenso
 def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, Tensors]]:
     """Yields (name, tensors) for every linear layer of the checkpoint that args names, quantized by GPTQ. dtype: the
     dtype of its weights."""
-    device, limit, length = pick_device(args.device), args.calibration_limit, args.calibration_seq_length
+    device, limit = pick_device(args.device), args.calibration_limit
     text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
     model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, use_kernels=False)
     context = model.config.max_seq_len
+    length = args.calibration_seq_length or min(512, context)
     if length > context:
         raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
     windows = gptq.calibration_windows(tokenizer, text, length, limit)

@@ -73,7 +73,7 @@ class Tokenizer:
         template, names = self.chat_template, self.special_names
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
-        if template is None:
+        if not template:
             raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
         return render(template, names, messages, add_generation_prompt)
 

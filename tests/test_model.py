@@ -146,6 +146,12 @@ def test_old_and_new_spelling_together():
     assert config.rope_scaling.factor == 2
 
 
+def test_only_whole_pairs_are_rotated():
+    good = hf.Glm4Config().to_dict() | {"architectures": ["Glm4ForCausalLM"], "rope_parameters": None}
+    with pytest.raises(UsageError, match="cannot rotate 89 of 128"):
+        config_from_hf(good | {"partial_rotary_factor": 0.7})
+
+
 def test_unsupported_is_named():
     good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     bad_fields = {
@@ -153,12 +159,12 @@ def test_unsupported_is_named():
         "hidden_act": "gelu",
         "rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4},
         "vocab_size": -1,
-        "partial_rotary_factor": 0.7,  # 89 of 128 elements
+        "partial_rotary_factor": 0.5,
         "attn_logit_softcapping": 50.0,
         "logit_scale": 0.25,
         "clip_qkv": 8.0,
     }
-    messages = "Falcon|hidden_act|mrope|vocab_size|cannot rotate|attn_logit_softcapping|logit_scale|clip_qkv"
+    messages = "Falcon|hidden_act|mrope|vocab_size|partial_rotary_factor|attn_logit_softcapping|logit_scale|clip_qkv"
     for field, bad in bad_fields.items():
         with pytest.raises(UsageError, match=messages):
             config_from_hf(good | {field: bad})
