@@ -460,8 +460,6 @@ def read_tensors(
             sources |= split_tensor(name, tensor, config, arch)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
     order = rope_order(config, FAMILIES[arch.family].interleaved_rope)
-    if arch.meta_order and order is not None:
-        raise UsageError("rope.dimension_count differs from the head's size, which this architecture does not support")
 
     def read(name: str) -> Tensor:
         source = sources[name]
