@@ -7,7 +7,7 @@ To add a family, add an entry to FAMILIES; docs/add_a_model.md has an example. T
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from config import MAX_OBJECTS, ModelConfig, MoEConfig, RopeScaling, UsageError
 
@@ -24,6 +24,8 @@ class Family:
     ffn_dim_field: str = "intermediate_size"
     n_experts_fields: tuple[str, ...] = ()  # the first one that is there counts; (): the feed-forward is dense
     norm_topk_prob: bool | None = True  # None: as config.json's norm_topk_prob
+    shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
+    experts_bias: bool = False  # whether the router and the experts have biases
     reads: tuple[str, ...] = ()  # those of UNSUPPORTED_FIELDS that options reads
     options: Callable[[dict], dict] = lambda hf: {}  # more fields of ModelConfig
     norm_offset: float = 0.0  # added to the weights of norms at conversion: Gemma computes x * (1 + w)
@@ -92,15 +94,7 @@ def qwen2(hf: dict) -> dict:
 
 
 def qwen2_moe(hf: dict) -> dict:
-    shared_dim, ffn_dim = required(hf, "shared_expert_intermediate_size"), required(hf, "moe_intermediate_size")
-    if shared_dim % ffn_dim:
-        raise UsageError(f"config.json: a shared expert of {shared_dim} is no multiple of {ffn_dim}, an expert's width")
-    moe = read_moe(hf, FAMILIES["Qwen2MoeForCausalLM"])
-    return {
-        "qkv_bias": bool(hf.get("qkv_bias")),
-        "out_bias": False,
-        "moe": replace(moe, n_shared=shared_dim // ffn_dim),  # it is the sum of so many experts
-    }
+    return {"qkv_bias": bool(hf.get("qkv_bias")), "out_bias": False}
 
 
 def qwen3(hf: dict) -> dict:
@@ -113,8 +107,7 @@ def gpt_oss(hf: dict) -> dict:
     method = (hf.get("quantization_config") or {}).get("quant_method", "mxfp4")
     if method != "mxfp4":
         raise UsageError(f"config.json: weights quantized by {method!r} are not supported; mxfp4 is")
-    moe = read_moe(hf, FAMILIES["GptOssForCausalLM"])
-    return {"activation": "clamped_swiglu", "sinks": True, "moe": replace(moe, bias=True)}
+    return {"activation": "clamped_swiglu", "sinks": True}
 
 
 def grok(hf: dict) -> dict:
@@ -175,6 +168,7 @@ FAMILIES = {
         ffn_dim_field="moe_intermediate_size",
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
+        shared_expert=True,
         options=qwen2_moe,
     ),
     "Qwen3MoeForCausalLM": Family(
@@ -282,6 +276,7 @@ FAMILIES = {
         window="layer_types",
         full_attention_every=2,
         n_experts_fields=("num_local_experts", "num_experts"),
+        experts_bias=True,
         reads=("quantization_config",),
         options=gpt_oss,
     ),
@@ -537,7 +532,21 @@ def read_moe(hf: dict, family: Family) -> MoEConfig | None:
     normalize = family.norm_topk_prob
     if normalize is None:
         normalize = bool(hf.get("norm_topk_prob"))
-    return MoEConfig(required(hf, *family.n_experts_fields), required(hf, "num_experts_per_tok"), normalize)
+    return MoEConfig(
+        n_experts=required(hf, *family.n_experts_fields),
+        top_k=required(hf, "num_experts_per_tok"),
+        norm_topk_prob=normalize,
+        n_shared=read_n_shared(hf, family) if family.shared_expert else 0,
+        bias=family.experts_bias,
+    )
+
+
+def read_n_shared(hf: dict, family: Family) -> int:
+    """How many experts' widths a shared expert has: it is the sum of so many experts."""
+    shared_dim, ffn_dim = required(hf, "shared_expert_intermediate_size"), required(hf, family.ffn_dim_field)
+    if shared_dim % ffn_dim:
+        raise UsageError(f"config.json: a shared expert of {shared_dim} is no multiple of {ffn_dim}, an expert's width")
+    return shared_dim // ffn_dim
 
 
 def read_eos_ids(hf: dict, generation: dict) -> tuple[int, ...]:

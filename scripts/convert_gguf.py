@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import gguf
 import numpy as np
 import torch
-from convert_hf_checkpoint import Reader, Tensors, convert, rope_order, unpermute
+from convert_hf_checkpoint import Reader, Tensors, convert, reorder_heads, rope_order
 from gguf_tokenizer import tokenizer_files
 from torch import Tensor
 
@@ -459,7 +459,7 @@ def read_tensors(
         if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
             sources |= split_tensor(name, tensor, config, arch)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
-    order = rope_order(config, FAMILIES[arch.family].interleaved_rope)
+    order = rope_order(config, arch.meta_order or FAMILIES[arch.family].interleaved_rope)
 
     def read(name: str) -> Tensor:
         source = sources[name]
@@ -468,11 +468,7 @@ def read_tensors(
         except NotImplementedError:
             raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
-        if not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
-            return tensor
-        if arch.meta_order:
-            return unpermute(tensor, config.head_dim)
-        return tensor if order is None else tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+        return reorder_heads(name, tensor, order)
 
     return tensors, read
 

@@ -104,10 +104,9 @@ def convert_folder(folder: Path):
         hf = read_json(folder / "config.json")
         config, tensors = config_from_hf(hf, generation), read_folder(folder)
         read = adapt(tensors, config, find_family(hf))
-        convert(folder / "model.pth", config, tensors, read)
     else:
         config, tensors, read = read_tinyllamas(folder)
-        convert(folder / "model.pth", config, tensors, read)
+    convert(folder / "model.pth", config, tensors, read)
 
 
 # ---- From Hugging Face's tensors to ours ----------------------------------------------------------------------------
@@ -223,8 +222,7 @@ def read_folder(folder: Path) -> Tensors:
         raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
     tensors = {}
     for file in files:
-        for name, tensor in load(folder / file).items():
-            tensors[name] = tensor
+        tensors.update(load(folder / file))
     return tensors
 
 
@@ -286,8 +284,7 @@ def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
 
     def read(name: str) -> Tensor:
         tensor = makers[name]() if name in makers else tensors[name]
-        if order is not None and re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
-            tensor = tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+        tensor = reorder_heads(name, tensor, order)
         if family.model_type == "baichuan" and config.vocab_size > BAICHUAN_1_VOCAB and name == HEAD:
             tensor = F.normalize(tensor.float()).to(tensor.dtype)
         if family.norm_offset and re.search(r"norm\.weight$", name):
@@ -299,7 +296,8 @@ def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
 
 def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     """Which of a head's elements come where, so that RoPE's pairs are half a head apart and those that it does not
-    rotate come last in both halves. None: they already do."""
+    rotate come last in both halves. None: they already do. interleaved: a pair's elements are side by side, as in
+    Meta's files. Of six elements, 0 2 4 1 3 5 is the order then."""
     rotary_dim = config.rotary_dim or config.head_dim
     if rotary_dim == config.head_dim and not interleaved:
         return None
@@ -307,6 +305,13 @@ def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     first, second = (rotated[::2], rotated[1::2]) if interleaved else rotated.chunk(2)
     rest_first, rest_second = torch.arange(rotary_dim, config.head_dim).tensor_split(2)
     return torch.cat([first, rest_first, second, rest_second])
+
+
+def reorder_heads(name: str, tensor: Tensor, order: Tensor | None) -> Tensor:
+    """The tensor of this name with the rows of each head in rope_order's order, if it is of queries or keys."""
+    if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
+        return tensor
+    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 
 
 def split_fused(tensors: Tensors, config: ModelConfig):
@@ -425,11 +430,8 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Reader]:
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
         raise UsageError(f"{file} is not one of tinyllamas: {type(e).__name__} {e}") from None
 
-    def read(name: str) -> Tensor:
-        is_qk = re.search(r"[qk]_proj\.weight$", name)
-        return unpermute(tensors[name], config.head_dim) if is_qk else tensors[name]
-
-    return config, tensors, read
+    order = rope_order(config, interleaved=True)
+    return config, tensors, lambda name: reorder_heads(name, tensors[name], order)
 
 
 def tinyllamas_config(args: dict, tensors: Tensors) -> ModelConfig:
@@ -441,13 +443,6 @@ def tinyllamas_config(args: dict, tensors: Tensors) -> ModelConfig:
         tie_embeddings=torch.equal(tensors[HEAD], tensors[EMBEDDING]),
         bos_id=1, eos_ids=(1,),  # a story ends where the next would begin
     )  # fmt: skip
-
-
-def unpermute(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of Q or K from Meta's RoPE order, pairs side by side, to Hugging Face's, pairs half a head apart:
-    of each head rows 0 1 2 3 4 5 become 0 2 4 1 3 5."""
-    pairs = weight.unflatten(0, (-1, head_dim // 2, 2))  # [H, D/2, 2, ...]
-    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 if __name__ == "__main__":
