@@ -12,6 +12,7 @@ from speculate import MAX_PROPOSED
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
+DEFAULT_MAX_NEW_TOKENS = 200
 DEFAULT_K = {"draft": 5, "lookup": MAX_ROWS - 1}  # --speculate_k; looking up costs nothing, so as many as kernels take
 
 
@@ -20,20 +21,26 @@ def parse_args(doc: str) -> argparse.Namespace:
 
         conversation    whether messages are read from standard input
         speculative     whether steps verify proposed tokens
-        sampling        temperature, top_k and top_p as a Sampling
+        sampling        temperature, top_k and so on as a Sampling
 
+    max_new_tokens is sys.maxsize in a conversation, which has no limit but the context, unless it was given.
     Raises UsageError for invalid values and for options that exclude each other. doc: the script's docstring."""
     args = make_parser(doc).parse_args()
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
         args.prompt = DEFAULT_PROMPT
     args.conversation = args.interactive or (args.chat and not has_prompt)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = sys.maxsize if args.conversation else DEFAULT_MAX_NEW_TOKENS
     args.speculative = args.draft_checkpoint_path is not None or args.prompt_lookup is not None
     check_counts(args)
     check_prompt(args, has_prompt)
     check_speculation(args)
+    check_parallel(args)
     check_environment(args)
     args.sampling = make_sampling(args)
+    if args.logprobs is not None and args.parallel is None:
+        args.parallel = 1  # scheduler.py computes them
     if args.speculate_k is None:
         args.speculate_k = DEFAULT_K["lookup" if args.prompt_lookup else "draft"]
     return args
@@ -46,19 +53,26 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     # the prompt
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
-    prompt.add_argument("--prompt_file", type=Path, help="text file, one prompt a line, each in turn")
+    help = "one prompt a line; in a .jsonl file a line is {\"prompt\": ...} or {\"messages\": [...]}"
+    prompt.add_argument("--prompt_file", type=Path, help=help)
     prompt.add_argument("--prompt_tokens", type=int, metavar="N", help="N random tokens, for benchmarks")
     add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
     add("--interactive", action="store_true", help="a conversation: the same as --chat without --prompt")
     add("--system", help="system message of a chat")
+    add("--parallel", type=int, metavar="N", help="complete N prompts of --prompt_file at a time")
     # sampling
     add("--num_samples", type=int, default=1, help="how often each prompt is continued (default: %(default)s)")
-    add("--max_new_tokens", type=int, default=200, help="default: %(default)s")
+    help = f"default: {DEFAULT_MAX_NEW_TOKENS}; in a conversation what is left of the context"
+    add("--max_new_tokens", type=int, help=help)
     add("--batch_size", type=int, default=1, help="independent samples at a time; the first streams (default: 1)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_k", type=int, help="sample among the k likeliest tokens only")
     add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
+    add("--min_p", type=float, help="sample among tokens at least p times as likely as the likeliest")
+    help = "above 1: what the text has already becomes less likely (default: %(default)s)"
+    add("--repetition_penalty", type=float, default=1.0, help=help)
     add("--seed", type=int, default=1234, help="default: %(default)s")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--ignore_eos", action="store_true", help="go on after an end token, for benchmarks")
     # speculation
     add("--draft_checkpoint_path", type=Path, help="a smaller model of the same vocabulary, to speculate")
@@ -75,15 +89,19 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     cli.add_device(parser)
     cli.add_precision(parser)
     cli.add_kernels(parser)
+    cli.add_threads(parser)
+    add("--logprobs", type=int, metavar="N", help="in --json, each token's log-probability and the N likeliest tokens")
     add("--json", action="store_true", help="one JSON object for each prompt on stdout instead of text")
     return parser
 
 
 def check_counts(args: argparse.Namespace):
-    for name in ("num_samples", "max_new_tokens", "batch_size", "prompt_tokens", "speculate_k"):
+    for name in ("num_samples", "max_new_tokens", "batch_size", "prompt_tokens", "speculate_k", "parallel"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")
+    if "" in args.stop:
+        raise UsageError("--stop needs a text that is not empty")
     if not -(2**63) <= args.seed < 2**64:
         raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
 
@@ -119,6 +137,20 @@ def check_speculation(args: argparse.Namespace):
         print(f"More than {MAX_ROWS - 1} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
+def check_parallel(args: argparse.Namespace):
+    if args.parallel is not None and args.prompt_file is None:
+        raise UsageError("--parallel is for the prompts of a --prompt_file")
+    if args.logprobs is not None and (args.logprobs < 0 or not args.json):
+        raise UsageError("--logprobs takes 0 or more and needs --json, which shows them")
+    if args.parallel is None and args.logprobs is None:
+        return
+    name = "--logprobs" if args.parallel is None else "--parallel"
+    if args.speculative:
+        raise UsageError(f"{name} does without speculation: leave out --draft_checkpoint_path and --prompt_lookup")
+    if args.batch_size > 1 or args.num_samples > 1 or args.profile or args.compile_prefill:
+        raise UsageError(f"{name} does without --batch_size, --num_samples, --profile and --compile_prefill")
+
+
 def check_environment(args: argparse.Namespace):
     if args.profile and not can_be_written(args.profile):
         raise UsageError(f"--profile {args.profile} must be a file in a folder that exists")
@@ -132,6 +164,6 @@ def can_be_written(path: Path) -> bool:
 
 def make_sampling(args: argparse.Namespace) -> Sampling:
     try:
-        return Sampling(args.temperature, args.top_k, args.top_p)
+        return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     except UsageError as e:
         raise UsageError(f"--{e}") from None  # the message begins with the field's name, which is the option's name

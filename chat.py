@@ -1,32 +1,31 @@
-"""A conversation with a chat model, from Python or on a terminal.
+"""A conversation with a chat model.
 
     conversation = LLM("checkpoints/M/model.pth").chat()  # of generate.py
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
 Every turn writes out the whole conversation with the checkpoint's chat template. The KV cache still holds the tokens of
-earlier turns, so the model only gets those behind the common beginning. On a terminal:
-
-    python generate.py --checkpoint_path checkpoints/M/model.pth --chat
+earlier turns, so the model only gets those behind the common beginning. What the context has no room for any more is
+forgotten, the oldest messages first. terminal.py leads a conversation on a terminal.
 """
 
-import contextlib
-import re
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import tp
 from config import UsageError
-from tokenizer import Tokenizer, detokenize
+from tokenizer import IncrementalDetokenizer, Tokenizer
 
-COMMANDS = "Type a message; /drop forgets the oldest, /reset all of them, /exit ends."
-FULL = "The context is full: /drop forgets the oldest message and its answer, /reset all of them."
+# If less than an eighth of the context is left for an answer, the oldest messages are forgotten, until a quarter is
+# left. That is more than is needed, so that the tokens behind them are not computed anew in every turn.
+MIN_ROOM, ROOM = 1 / 8, 1 / 4
+CUT = ("length", "context", "interrupted")  # what finish_reason is after an answer that can go on
 
 
 class ContextFull(UsageError):
-    """The conversation and the new message leave no room for an answer."""
+    """A message or an answer takes the whole context."""
 
 
 class TokenGenerator(Protocol):
@@ -50,37 +49,87 @@ class Conversation:
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
         self.cached: list[int] = []  # the tokens whose keys and values are in the KV cache
-        self.answer_ids: list[int] = []  # the last answer's tokens
-        self.token_times: list[float] = []  # when each token of the last answer arrived, its end token included
-        self.is_full = False  # whether the last answer ended because the KV cache was full
-        self.encode("Hello")  # raises if there is no chat template
+        self.n_forgotten = 0  # how many messages were forgotten to make room for the last answer
+        # Of the last answer:
+        self.answer_ids: list[int] = []  # its tokens, without the end token
+        self.token_times: list[float] = []  # when each token arrived, its end token included; since it went on
+        self.finish_reason: str | None = None  # "stop" (an end token), one of CUT, or None: there is no answer
+        self.detokenizer = IncrementalDetokenizer(tokenizer)
+        self.encode("Hello", [])  # raises if there is no chat template
 
-    def encode(self, message: str) -> list[int]:
-        """The token ids of the conversation with one more message."""
-        return self.tokenizer.encode_chat([*self.system, *self.messages, {"role": "user", "content": message}])
+    def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
+        """The token ids of the conversation with one more message. earlier: the messages before it, by default all."""
+        earlier = self.messages if earlier is None else earlier
+        return self.tokenizer.encode_chat([*self.system, *earlier, {"role": "user", "content": message}])
 
-    def answer(self, message: str, max_new_tokens: int) -> Iterator[str]:
-        """Yields the answer to message, piece by piece. If the caller stops early, the conversation keeps the part of
-        the answer that was generated; if there is none, it drops the message too. Raises ContextFull if there is no
-        room for the message."""
-        self.answer_ids, self.token_times, self.is_full = [], [], False
-        ids = self.encode(message)
+    def answer(self, message: str, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
+        """Yields the answer to message, piece by piece, as long as the context has room. Raises ContextFull if there is
+        no room for the message alone. If the caller stops early, the conversation keeps the part of the answer that
+        was generated; if there is none, it drops the message too."""
+        ids = self.make_room(self.messages, message, [], max_new_tokens)
+        self.answer_ids, self.detokenizer = [], IncrementalDetokenizer(self.tokenizer)
+        turn = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
+        return self.stream(ids, max_new_tokens, turn)
+
+    def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
+        """Goes on with the last answer, token by token where it was cut, and yields what follows. Raises ContextFull if
+        the answer takes the whole context, and UsageError if it was not cut."""
+        if not self.messages or self.finish_reason not in CUT:
+            raise UsageError("There is no cut answer to go on with.")
+        *earlier, question, _ = self.messages
+        ids = self.make_room(earlier, question["content"], self.answer_ids, max_new_tokens)
+        return self.stream(ids, max_new_tokens, [])
+
+    def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
+        """The token ids of the conversation: earlier messages, message, and as much of its answer as there is. If that
+        leaves little room, forgets the oldest of the earlier messages, in pairs of a message and its answer."""
+
+        def ids_without(n_pairs: int) -> list[int]:
+            return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
+
+        def has_room(n_pairs: int) -> bool:
+            return self.context_length - len(ids_without(n_pairs)) >= self.context_length * ROOM
+
+        if self.tokenizer.exceeds(message, self.context_length):
+            raise ContextFull(f"That is far longer than the context of {self.context_length} tokens: shorten it.")
+        n_pairs, ids = 0, ids_without(0)
+        if self.context_length - len(ids) < min(max_new_tokens, self.context_length * MIN_ROOM):
+            n_pairs = bisect_left(range(len(earlier) // 2), True, key=has_room)  # all, if even that is not enough
+            ids = ids_without(n_pairs)
+        if len(ids) >= self.context_length:
+            what, hint = ("Message and answer take", "") if answer_ids else ("That takes", ": shorten it")
+            raise ContextFull(f"{what} {len(ids)} tokens, and the context has {self.context_length}{hint}.")
+        self.n_forgotten = 2 * n_pairs
+        del self.messages[: self.n_forgotten]
+        return ids
+
+    def stream(self, ids: list[int], max_new_tokens: int, turn: list[dict]) -> Iterator[str]:
+        """Yields what follows ids, and adds it to the last message. turn: messages that are added before. A character
+        whose last bytes are missing when the answer is cut comes when it goes on."""
         n_free = self.context_length - len(ids)
-        if n_free < 1:
-            raise ContextFull(f"That takes {len(ids)} tokens, and the context has {self.context_length}: shorten it.")
-        is_complete = False
+        self.messages += turn
+        self.token_times, self.finish_reason = [], "interrupted"
+        has_ended = False
         try:
-            yield from detokenize(self.tokenizer, self.new_tokens(ids, min(max_new_tokens, n_free)))
-            is_complete = True
+            for token in self.new_tokens(ids, min(max_new_tokens, n_free)):
+                has_ended = token in self.eos_ids
+                if has_ended:
+                    piece = self.detokenizer.end()
+                else:
+                    self.answer_ids.append(token)
+                    piece = self.detokenizer.push(token)
+                self.messages[-1]["content"] += piece
+                if piece:
+                    yield piece
+            is_full = len(self.token_times) == n_free
+            self.finish_reason = "stop" if has_ended else "context" if is_full else "length"
         finally:
-            self.is_full = len(self.answer_ids) == n_free
-            if is_complete or self.answer_ids:
-                answer = self.tokenizer.decode(self.answer_ids)
-                self.messages.append({"role": "user", "content": message})
-                self.messages.append({"role": "assistant", "content": answer})
+            if self.finish_reason == "interrupted" and not self.answer_ids:
+                self.finish_reason = None
+                del self.messages[-2:]
 
     def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Yields the tokens of an answer, without its end token. Updates self.cached, which is all tokens but the
+        """Yields the tokens that follow ids, up to an end token. Updates self.cached, which is all tokens but the
         newest: that one is fed to the model only in the next step."""
         n_cached = 0
         limit = min(len(self.cached), len(ids) - 1)  # the model needs at least one token to continue from
@@ -93,74 +142,43 @@ class Conversation:
                 self.token_times.append(time.perf_counter())
                 self.cached += not_cached
                 not_cached = [token]
+                yield token
                 if token in self.eos_ids:
                     return
-                self.answer_ids.append(token)
-                yield token
 
-    def forget_oldest(self):
-        del self.messages[:2]  # a message and its answer
+    def forget_oldest(self) -> list[dict]:
+        """Forgets the oldest message and its answer, and returns them."""
+        forgotten = self.messages[:2]
+        del self.messages[:2]
+        return forgotten
 
     def forget_all(self):
         self.messages.clear()
 
+    def to_list(self) -> list[dict]:
+        """All messages, the system message included: [{"role", "content"}]."""
+        return [*self.system, *self.messages]
 
-# ---- On a terminal --------------------------------------------------------------------------------------------------
-
-
-def converse(conversation: Conversation, max_new_tokens: int):
-    """Reads messages from standard input, prints answers to standard output and everything else to standard error."""
-    note(COMMANDS)
-    for line in tp.input_lines(read_line):
-        if line == "/exit":
-            return
-        if line == "/reset":
-            conversation.forget_all()
-            note("0 messages left.")
-        elif line == "/drop":
-            conversation.forget_oldest()
-            note(f"{len(conversation.messages)} messages left.")
-        elif re.fullmatch(r"/\w+", line):
-            note(COMMANDS)
-        elif line:
-            take_turn(conversation, line, max_new_tokens)
+    def load(self, messages: list[dict]):
+        """Replaces all messages, the system message included, by those that to_list gave. Raises UsageError if they are
+        not a conversation, or not one that the chat template takes; then nothing has changed."""
+        messages = check_messages(messages)
+        self.tokenizer.encode_chat([*messages, {"role": "user", "content": "Hello"}])
+        n_system = len(messages) % 2
+        self.system, self.messages = messages[:n_system], messages[n_system:]
+        self.finish_reason = None
 
 
-def take_turn(conversation: Conversation, message: str, max_new_tokens: int):
-    """Prints the answer to message. Ctrl-C stops the answer, not the conversation."""
+def check_messages(messages) -> list[dict]:
+    """A copy of messages. Raises UsageError if they are not a conversation."""
     try:
-        with contextlib.closing(conversation.answer(message, max_new_tokens)) as pieces:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-    except ContextFull as e:
-        note(FULL if conversation.messages else str(e))
-        return
-    except KeyboardInterrupt:
-        pass
-    print(flush=True)
-    times = conversation.token_times
-    if len(times) > 1:
-        note(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
-    if conversation.is_full:
-        note(FULL)
-
-
-def note(text: str):
-    """Prints a message of the program, not of the model."""
-    if sys.stderr.isatty():
-        text = f"\033[2m{text}\033[0m"  # dim
-    print(text, file=sys.stderr, flush=True)
-
-
-def read_line() -> str | None:
-    """The next line of standard input, stripped; None after the last."""
-    if sys.stdin is None:  # the shell has closed it (<&-)
-        return None
-    try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-        line.encode()  # raises for bytes that are not UTF-8, which some locales let pass
-        return line
-    except EOFError:
-        return None
-    except UnicodeError:
-        raise UsageError("what came on standard input is not UTF-8 text") from None
+        if not isinstance(messages, list):
+            raise TypeError
+        copy = [{"role": m["role"], "content": m["content"]} for m in messages]
+        "".join(m["content"] for m in copy).encode()  # raises for half of a surrogate pair, which is not text
+    except (KeyError, TypeError, UnicodeError):
+        raise UsageError('A conversation is a list of {"role": ..., "content": text}.') from None
+    roles = ["system"] * (len(copy) % 2) + ["user", "assistant"] * (len(copy) // 2)
+    if [m["role"] for m in copy] != roles:
+        raise UsageError("A conversation is at most one system message, then user's and assistant's messages in turn.")
+    return copy

@@ -67,11 +67,19 @@ def save_checkpoint(
             write_tensors(file, placeholders, tensors)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_file(temporary: Path, path: Path):
+    """Renames temporary to path. Raises UsageError if another process has taken it for a left-over of a killed one."""
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        raise UsageError(f"cannot write {path}: another process has begun to write it, and only that one may") from None
 
 
 def lay_out(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:

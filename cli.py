@@ -34,6 +34,7 @@ PRECISIONS = ["bfloat16", "float16", "float32"]
 # MB each. These variables limit how many are cached, 1024 by default, if they are set before the first product.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
+MAX_THREADS = 1024
 
 
 # ---- Errors and Ctrl-C ----------------------------------------------------------------------------------------------
@@ -49,9 +50,11 @@ def exit_on_interrupt():
 
 
 def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a smaller model"):
-    """Calls a script's main and turns these errors into an exit status and at most one line on stderr:
+    """Calls a script's main, with no more threads than machine.limit_threads allows. Turns these errors into an exit
+    status and at most one line on stderr:
 
-    - UsageError, an error of the file system, or out of memory (oom_hint says what needs less): status 2
+    - UsageError, an error of the file system, also within torch.compile, or out of memory (oom_hint says what needs
+      less): status 2
     - Ctrl-C: status 130
     - the reader of stdout has closed it, as in `| head`: status 0
 
@@ -59,6 +62,10 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
     replace_closed_streams()
     for name in MATMUL_CACHES:
         os.environ.setdefault(name, MATMUL_CACHE_SIZE)
+    if "torch" in sys.modules:
+        from machine import limit_threads  # here, since machine imports torch (see above)
+
+        limit_threads()
     try:
         with interrupts_raised():
             main()
@@ -70,7 +77,7 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
         # Ctrl-C within torch.save becomes a RuntimeError: on closing its file, it finds that the file is too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
-        why = explain_lack_of_memory(e, oom_hint)
+        why = explain_lack_of_memory(e, oom_hint) or explain_lack_of_files(e)
         if why is None:
             raise
         exit_with(why)
@@ -128,6 +135,15 @@ def explain_lack_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str 
     return f"out of memory ({details}): {oom_hint}"
 
 
+def explain_lack_of_files(e: MemoryError | RuntimeError) -> str | None:
+    """The one line that explains e; None unless torch.compile could not write its files, or not load them."""
+    reasons = "No space left on device|File too large|Read-only file system|Permission denied|failed to map segment"
+    match = re.search(f"[^\n]*?({reasons})", str(e))
+    if match is None or not type(e).__module__.startswith("torch."):
+        return None
+    return f"--compile cannot use its folder ({match[0]}): set TMPDIR, or TORCHINDUCTOR_CACHE_DIR, to another one"
+
+
 # ---- Options --------------------------------------------------------------------------------------------------------
 
 
@@ -153,3 +169,20 @@ def add_precision(parser: argparse.ArgumentParser):
 def add_kernels(parser: argparse.ArgumentParser):
     help = "off: PyTorch's plain operations everywhere"
     parser.add_argument("--kernels", choices=["auto", "off"], default="auto", help=help)
+
+
+def add_threads(parser: argparse.ArgumentParser):
+    help = "of a CPU (default: OMP_NUM_THREADS, else one for each core that the process may use)"
+    parser.add_argument("--threads", type=int, metavar="N", help=help)
+
+
+def set_threads(n: int | None):
+    """Applies --threads to this process and to those that it starts. Raises UsageError."""
+    if n is None:
+        return
+    if not 1 <= n <= MAX_THREADS:
+        raise UsageError(f"--threads must be 1 to {MAX_THREADS}, not {n}")
+    import torch  # here, since it is slow (see above)
+
+    os.environ["OMP_NUM_THREADS"] = str(n)
+    torch.set_num_threads(n)

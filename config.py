@@ -65,7 +65,7 @@ class MoEConfig:
             raise UsageError(f"{self.n_experts + self.n_shared} experts are more than any model has")
 
 
-MAX_OBJECTS = 2**16  # layers, or experts; a broken config must not create millions of modules
+MAX_OBJECTS = 2**16  # layers, heads or experts; a broken config must not create millions of them
 MAX_SIZE = 2**31
 
 
@@ -97,6 +97,7 @@ class ModelConfig:
     sinks: bool = False  # every head has a score for attending to nothing
     attention_scale: float | None = None  # multiplies the scores; None: 1 / sqrt(head_dim)
     attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: unchanged
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]; 0: unchanged
 
     # Positions
     rope_theta: float = 10000.0
@@ -104,12 +105,13 @@ class ModelConfig:
     rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
     rope_layers: tuple[bool, ...] | None = None  # which layers have RoPE; None: all
     window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
+    alibi: bool = False  # scores fall with the distance, in each head by another slope (model.py: alibi_slopes)
 
     # Multipliers
     embed_scale: float = 1.0  # multiplies the embedding's output
     residual_scale: float = 1.0  # multiplies what attention and feed-forward add
     logit_scale: float = 1.0  # multiplies the logits
-    logit_softcap: float = 0.0  # the same of the logits
+    logit_softcap: float = 0.0  # logits become softcap * tanh(logit / softcap); 0: unchanged
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -125,8 +127,9 @@ class ModelConfig:
         for name in ("attention_scale", "window_rope_theta"):
             if getattr(self, name) is not None:
                 check_positive_number(f"the model's {name}", getattr(self, name))
-        if self.n_layers > MAX_OBJECTS:
-            raise UsageError(f"{self.n_layers} layers are more than any model has")
+        for name in ("n_layers", "n_heads"):
+            if getattr(self, name) > MAX_OBJECTS:
+                raise UsageError(f"{getattr(self, name)} {name[2:]} are more than any model has")
         if self.n_heads % self.n_kv_heads:
             raise UsageError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -143,7 +146,7 @@ class ModelConfig:
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.n_layers:
                 raise UsageError(f"{name} is about {len(layers)} layers; the model has {self.n_layers}")
-        for name in ("attention_softcap", "logit_softcap"):
+        for name in ("attention_softcap", "clip_qkv", "logit_softcap"):
             if getattr(self, name) != 0:
                 check_positive_number(f"the model's {name}", getattr(self, name))
         if not all(isinstance(i, int) for i in self.eos_ids):
@@ -157,9 +160,9 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """How many tokens a token sees in this layer, itself included; 0: all."""
         has_window = self.window_layers is None or self.window_layers[layer]
-        return self.sliding_window or 0 if has_window else 0
+        return (self.sliding_window or 0) if has_window else 0
 
-    def mean_visible(self, n_tokens: int) -> float:
+    def mean_attended_tokens(self, n_tokens: int) -> float:
         """How many of n_tokens in the cache the last one sees, itself included, in the mean of all layers."""
         visible = [min(n_tokens, self.window(i) or n_tokens) for i in range(self.n_layers)]
         return sum(visible) / self.n_layers

@@ -20,15 +20,17 @@ class Family:
     defaults: dict  # what transformers assumes for a field that config.json leaves out
     window: str = "none"  # which layers have the sliding window: "none", "all", or as "layer_types" lists them
     window_switch: bool = False  # whether the window needs use_sliding_window to be true
-    full_attention_every: int | None = 0  # without "layer_types", every n-th layer has no window; 0: all; None: refused
+    full_attention_every: int | None = 0  # see read_window_layers
     ffn_dim_field: str = "intermediate_size"
     n_experts_fields: tuple[str, ...] = ()  # the first one that is there counts; (): the feed-forward is dense
     norm_topk_prob: bool | None = True  # None: as config.json's norm_topk_prob
     shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
     experts_bias: bool = False  # whether the router and the experts have biases
-    reads: tuple[str, ...] = ()  # those of UNSUPPORTED_FIELDS that options reads
-    options: Callable[[dict], dict] = lambda hf: {}  # more fields of ModelConfig
+    rename_fields: Callable[[dict], dict] = lambda hf: hf  # gives config.json's fields Llama's names
+    handled_fields: tuple[str, ...] = ()  # those of UNSUPPORTED_FIELDS that config_overrides reads
+    config_overrides: Callable[[dict], dict] = lambda hf: {}  # config.json -> more fields of ModelConfig
     norm_offset: float = 0.0  # added to the weights of norms at conversion: Gemma computes x * (1 + w)
+    layer_norm: bool = False  # norms subtract the mean of x; conversion makes this mean zero
     interleaved_rope: bool = False  # RoPE rotates elements 2 i and 2 i + 1, and not i and i + half of them
 
 
@@ -122,9 +124,51 @@ def grok(hf: dict) -> dict:
 
 
 def baichuan(hf: dict) -> dict:
-    if required(hf, "hidden_size") > 4096:
-        raise UsageError("config.json: Baichuan 13B has ALiBi in place of RoPE, which is not supported; 7B is")
+    """7B has RoPE, 13B ALiBi. They say so by the name of the field that holds the context's length."""
+    dim, n_layers = required(hf, "hidden_size"), required(hf, "num_hidden_layers")
+    if hf.get("max_position_embeddings") is None:
+        return {"alibi": True, "rope_layers": (False,) * min(n_layers, MAX_OBJECTS)}
+    if dim > 4096:
+        raise UsageError(
+            f"config.json: a Baichuan of hidden_size {dim} has ALiBi and model_max_length, not max_position_embeddings"
+        )
     return {}
+
+
+DBRX_NAMES = {
+    "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
+    "max_seq_len": "max_position_embeddings",
+}  # fmt: skip
+
+
+def rename_dbrx(hf: dict) -> dict:
+    """DBRX has other names for most fields, and half of them in attn_config and ffn_config."""
+    hf = {DBRX_NAMES.get(name, name): value for name, value in hf.items()}
+    attention, ffn = hf.get("attn_config") or {}, hf.get("ffn_config") or {}
+    rope = hf.get("rope_parameters") or {}
+    if "rope_theta" in attention:  # the checkpoint's own, beside which transformers 5 writes its default
+        rope = rope | {"rope_theta": attention["rope_theta"]}
+    activation = ffn.get("ffn_act_fn") or {}
+    if activation.get("name", "silu") not in UNSUPPORTED_FIELDS["hidden_act"]:
+        raise UsageError(f"config.json: ffn_act_fn = {activation!r} is not supported")
+    p = ffn.get("moe_normalize_expert_weights", 1)  # of the p-norm by which a token's experts' weights are divided
+    if p not in (None, 1):
+        raise UsageError(f"config.json: moe_normalize_expert_weights = {p!r} is not supported; 1 and null are")
+    return hf | {
+        "rope_parameters": rope,
+        "clip_qkv": attention.get("clip_qkv"),
+        "num_key_value_heads": attention.get("kv_n_heads", 1),
+        "ffn_hidden_size": ffn.get("ffn_hidden_size", 3584),
+        "num_experts": ffn.get("moe_num_experts", 4),
+        "num_experts_per_tok": ffn.get("moe_top_k", 1),
+        "norm_topk_prob": p == 1,
+    }
+
+
+def dbrx(hf: dict) -> dict:
+    if hf.get("tie_word_embeddings"):  # conversion changes the embedding, and must not change the head
+        raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
+    return {"norm_eps": 1e-5, "clip_qkv": hf["clip_qkv"] or 0.0}
 
 
 MISTRAL = dict(max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8)
@@ -143,6 +187,7 @@ SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 GPT_OSS_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
 )
+BAICHUAN = Family("baichuan", dict(bos_token_id=1, eos_token_id=2), config_overrides=baichuan)
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
     "MistralForCausalLM": Family("mistral", MISTRAL | dict(sliding_window=4096), window="layer_types"),
@@ -152,9 +197,9 @@ FAMILIES = {
         window="all",
         n_experts_fields=("num_local_experts",),
     ),
-    "Qwen2ForCausalLM": Family("qwen2", QWEN, window="layer_types", window_switch=True, options=qwen2),
+    "Qwen2ForCausalLM": Family("qwen2", QWEN, window="layer_types", window_switch=True, config_overrides=qwen2),
     "Qwen3ForCausalLM": Family(
-        "qwen3", QWEN | dict(head_dim=128), window="layer_types", window_switch=True, options=qwen3
+        "qwen3", QWEN | dict(head_dim=128), window="layer_types", window_switch=True, config_overrides=qwen3
     ),
     "Qwen2MoeForCausalLM": Family(
         "qwen2_moe",
@@ -169,7 +214,7 @@ FAMILIES = {
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
         shared_expert=True,
-        options=qwen2_moe,
+        config_overrides=qwen2_moe,
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
@@ -180,10 +225,14 @@ FAMILIES = {
         ffn_dim_field="moe_intermediate_size",
         n_experts_fields=("num_experts", "num_local_experts"),
         norm_topk_prob=None,
-        options=qwen3,
+        config_overrides=qwen3,
     ),
     "GemmaForCausalLM": Family(
-        "gemma", GEMMA | dict(num_key_value_heads=16), reads=("hidden_act",), options=gemma, norm_offset=1.0
+        "gemma",
+        GEMMA | dict(num_key_value_heads=16),
+        handled_fields=("hidden_act",),
+        config_overrides=gemma,
+        norm_offset=1.0,
     ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
@@ -193,8 +242,8 @@ FAMILIES = {
         ),
         window="layer_types",
         full_attention_every=2,
-        reads=("hidden_act", *SOFTCAPS),
-        options=gemma2,
+        handled_fields=("hidden_act", *SOFTCAPS),
+        config_overrides=gemma2,
         norm_offset=1.0,
     ),
     "Gemma3ForCausalLM": Family(
@@ -205,8 +254,8 @@ FAMILIES = {
         ),
         window="layer_types",
         full_attention_every=6,
-        reads=("hidden_act", *SOFTCAPS),
-        options=gemma3,
+        handled_fields=("hidden_act", *SOFTCAPS),
+        config_overrides=gemma3,
         norm_offset=1.0,
     ),
     "Phi3ForCausalLM": Family(
@@ -216,15 +265,15 @@ FAMILIES = {
             rms_norm_eps=1e-5,
         ),
         window="all",
-        reads=("partial_rotary_factor",),
+        handled_fields=("partial_rotary_factor",),
     ),
-    "Olmo2ForCausalLM": Family("olmo2", OLMO, options=olmo2),
+    "Olmo2ForCausalLM": Family("olmo2", OLMO, config_overrides=olmo2),
     "Olmo3ForCausalLM": Family(
         "olmo3",
         OLMO | dict(sliding_window=4096, rope_theta=5e5),
         window="layer_types",
         full_attention_every=4,
-        options=olmo2,
+        config_overrides=olmo2,
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
@@ -235,19 +284,19 @@ FAMILIES = {
         window="layer_types",
         window_switch=True,
         full_attention_every=None,
-        options=smollm3,
+        config_overrides=smollm3,
     ),
     "GraniteForCausalLM": Family(
         "granite",
         dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2) | dict.fromkeys(MULTIPLIERS, 1.0),
-        reads=MULTIPLIERS,
-        options=granite,
+        handled_fields=MULTIPLIERS,
+        config_overrides=granite,
     ),
     "GlmForCausalLM": Family(
-        "glm", GLM, reads=("partial_rotary_factor",), options=glm, interleaved_rope=True
+        "glm", GLM, handled_fields=("partial_rotary_factor",), config_overrides=glm, interleaved_rope=True
     ),
     "Glm4ForCausalLM": Family(
-        "glm4", GLM, reads=("partial_rotary_factor",), options=glm4, interleaved_rope=True
+        "glm4", GLM, handled_fields=("partial_rotary_factor",), config_overrides=glm4, interleaved_rope=True
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss",
@@ -255,7 +304,7 @@ FAMILIES = {
             max_position_embeddings=524288, bos_token_id=0, eos_token_id=2, num_key_value_heads=8, head_dim=128,
             attention_bias=True,
         ),
-        options=seed_oss,
+        config_overrides=seed_oss,
     ),
     "Ernie4_5ForCausalLM": Family(
         "ernie4_5",
@@ -263,7 +312,7 @@ FAMILIES = {
             max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=2, head_dim=128,
             rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
         ),
-        options=ernie,
+        config_overrides=ernie,
         interleaved_rope=True,
     ),
     "GptOssForCausalLM": Family(
@@ -277,8 +326,8 @@ FAMILIES = {
         full_attention_every=2,
         n_experts_fields=("num_local_experts", "num_experts"),
         experts_bias=True,
-        reads=("quantization_config",),
-        options=gpt_oss,
+        handled_fields=("quantization_config",),
+        config_overrides=gpt_oss,
     ),
     "Grok1ModelForCausalLM": Family(
         "grok-1",
@@ -289,12 +338,22 @@ FAMILIES = {
         ),
         n_experts_fields=("num_experts",),
         norm_topk_prob=False,
-        reads=("hidden_act",),
-        options=grok,
+        handled_fields=("hidden_act",),
+        config_overrides=grok,
     ),
-    "BaichuanForCausalLM": Family(
-        "baichuan", dict(max_position_embeddings=4096, bos_token_id=1, eos_token_id=2), options=baichuan
+    "DbrxForCausalLM": Family(
+        "dbrx",
+        dict(max_position_embeddings=2048),
+        rename_fields=rename_dbrx,
+        ffn_dim_field="ffn_hidden_size",
+        n_experts_fields=("num_experts",),
+        norm_topk_prob=None,
+        handled_fields=("clip_qkv",),
+        config_overrides=dbrx,
+        layer_norm=True,
     ),
+    "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 7B, the first one
+    "BaichuanForCausalLM": BAICHUAN,
 }  # fmt: skip
 MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}  # for a config without "architectures"
 # Fields that change the maths in a way that model.py does not implement -> the values with which they change nothing
@@ -348,9 +407,9 @@ def read_config(hf: dict, generation: dict) -> ModelConfig:
     family = find_family(hf)
     if hf.get("rope_scaling"):  # the older spelling of rope_parameters, whose default it replaces
         hf = {"rope_parameters": None} | hf
-    hf = family.defaults | hf
+    hf = family.defaults | family.rename_fields(hf)
     for field, allowed in UNSUPPORTED_FIELDS.items():
-        if field not in family.reads and hf.get(field) not in (None, False, *allowed):
+        if field not in family.handled_fields and hf.get(field) not in (None, False, *allowed):
             raise UsageError(f"config.json: {field} = {hf[field]!r} is not supported")
     check_layer_types(hf)
     attention_bias = bool(hf.get("attention_bias"))
@@ -364,7 +423,7 @@ def read_config(hf: dict, generation: dict) -> ModelConfig:
         head_dim=read_head_dim(hf),
         ffn_dim=required(hf, family.ffn_dim_field),
         vocab_size=required(hf, "vocab_size"),
-        max_seq_len=required(hf, "max_position_embeddings"),
+        max_seq_len=required(hf, "max_position_embeddings", "model_max_length"),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
@@ -376,7 +435,7 @@ def read_config(hf: dict, generation: dict) -> ModelConfig:
     )
     fields |= read_window(hf, family)
     fields |= read_positions(hf, family)
-    return ModelConfig(**fields | family.options(hf))
+    return ModelConfig(**fields | family.config_overrides(hf))
 
 
 def required(hf: dict, *fields: str):
@@ -421,8 +480,11 @@ def read_window(hf: dict, family: Family) -> dict:
 
 
 def read_window_layers(hf: dict, family: Family) -> tuple[bool, ...]:
-    """Whether each layer has the window. Without "layer_types" in config.json, all layers have it, or all but every
-    n-th one; Qwen's only from max_window_layers on."""
+    """Whether each layer has the window, by config.json's layer_types. Without these, by full_attention_every n:
+
+        n > 0    every n-th layer sees all tokens, the others have the window
+        n = 0    every layer has the window (Qwen's: from number max_window_layers on)
+        None     layer_types are required"""
     pattern = hf.get("sliding_window_pattern") if family.model_type == "gemma3_text" else None
     period = pattern or family.full_attention_every
     if hf.get("layer_types") is not None or period is None:
@@ -455,7 +517,7 @@ def read_positions(hf: dict, family: Family) -> dict:
         fields["window_rope_theta"] = window_rope["rope_theta"]
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1
     if partial != 1:
-        if "partial_rotary_factor" not in family.reads:
+        if "partial_rotary_factor" not in family.handled_fields:
             raise UsageError(f"config.json: partial_rotary_factor = {partial!r} is not supported")
         fields["rotary_dim"] = int(read_head_dim(hf) * partial)
     if scaling is not None and scaling.rope_type in ("dynamic", "yarn"):  # config.json may state the trained context

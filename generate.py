@@ -19,33 +19,36 @@ The parts of LLM, which do batches and more:
         print(tokenizer.decode(ids))
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 import cli
 
 if __name__ == "__main__":
     cli.exit_on_interrupt()
 
 import argparse
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import tp
 from arguments import parse_args
-from chat import Conversation, TokenGenerator, converse
-from checkpoint import read_text
+from chat import Conversation, TokenGenerator
+from completion import complete_in_parallel, complete_prompt
 from config import UsageError
 from kernels import MAX_ROWS
 from loading import load, load_model
 from machine import pick_device
 from model import KVCache, Transformer
-from report import Completion, end_tokens, print_result, result_of
+from prompts import Prompt, read_prompts
+from report import print_result, result_of
 from sampling import Sampling
 from speculate import (
     PromptLookup,
@@ -57,7 +60,8 @@ from speculate import (
     speculate,
 )
 from steps import OOM_HINT, Steps, build_steps, check_finite, make_kv_cache
-from tokenizer import IncrementalDetokenizer, Tokenizer, detokenize
+from terminal import converse
+from tokenizer import Tokenizer, detokenize
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
@@ -74,8 +78,9 @@ def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> I
     positions = positions + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
-        # Give a GPU its next step before the host waits for this step's tokens. Not a CPU, which would compute that
-        # step right away, although the caller may stop after these tokens.
+        # Give a GPU its next step before the host waits for this step's tokens. That step may overwrite tokens, the
+        # buffer of a recorded step; the copy to the host comes before it in the same stream. Not a CPU, which would
+        # compute the step right away, although the caller may stop after these tokens.
         next_is_queued = tokens.is_cuda and n_left > 0
         if next_is_queued:
             tokens, positions = decode(steps, tokens, positions)
@@ -134,22 +139,31 @@ class LLM:
         self.model, self.tokenizer = load(checkpoint_path, pick_device(device), dtype)
         self.max_length = min(max_length, self.model.config.max_seq_len)
         self.sampling, self.compile = Sampling(**sampling), compile
-        self.generate_tokens = self.new_token_generator()
+        self.idle = [self.new_token_generator()]  # those that no text is using
 
     def new_token_generator(self) -> TokenGenerator:
         """With a KV cache of its own."""
         kv_cache = make_kv_cache(self.model, batch_size=1, length=self.max_length)
         return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
-    def generate(self, prompt: str, max_new_tokens: int) -> Iterator[str]:
-        """Yields the continuation of prompt, piece by piece, up to an end token. Raises UsageError."""
-        history = self.tokenizer.encode(prompt)
+    def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
+        """Yields what follows prompt, piece by piece, up to an end token or one of the stop texts. Several texts may be
+        under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises UsageError."""
+        is_chat = not isinstance(prompt, str)
+        for text in [message["content"] for message in prompt] if is_chat else [prompt]:
+            if self.tokenizer.exceeds(text, self.max_length):
+                raise UsageError(f"a prompt of {len(text)} characters exceeds max_length, {self.max_length} tokens")
+        history = self.tokenizer.encode_chat(prompt) if is_chat else self.tokenizer.encode(prompt)
         if len(history) + max_new_tokens > self.max_length:
             n = len(history)
             raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_length, {self.max_length}")
-        tokens = (step[0][0] for step in self.generate_tokens(history, 0, max_new_tokens))
-        before_end = takewhile(lambda token: token not in self.model.config.eos_ids, tokens)
-        yield from detokenize(self.tokenizer, before_end, after=history)
+        generate_tokens = self.idle.pop() if self.idle else self.new_token_generator()
+        try:
+            tokens = (step[0][0] for step in generate_tokens(history, 0, max_new_tokens))
+            before_end = takewhile(lambda token: token not in self.model.config.eos_ids, tokens)
+            yield from detokenize(self.tokenizer, before_end, () if is_chat else history, stop)
+        finally:
+            self.idle.append(generate_tokens)
 
     def chat(self, system: str | None = None) -> Conversation:
         """A new conversation; its answer method takes the messages. system: the system message."""
@@ -162,6 +176,7 @@ class LLM:
 
 def main():
     args = parse_args(__doc__)
+    cli.set_threads(args.threads)
     device = pick_device(args.device)
     options = {"device": device, "dtype": getattr(torch, args.precision), "use_kernels": args.kernels == "auto"}
     start = time.perf_counter()
@@ -170,7 +185,10 @@ def main():
     draft = None
     if args.draft_checkpoint_path:
         draft = load_draft(args.draft_checkpoint_path, tokenizer, sharded=args.draft_tp != "off", **options)
-    prompts = [] if args.conversation else read_prompts(args, tokenizer, model.config.vocab_size)
+    prompts = [] if args.conversation else read_prompts(args, tokenizer, model.config)
+    if args.parallel:
+        complete_in_parallel(args, model, tokenizer, prompts, {"compile_seconds": 0.0, "load_seconds": load_seconds})
+        return
     length = cache_length(args, prompts, model, draft)
 
     kv_cache = make_kv_cache(model, args.batch_size, length)
@@ -183,7 +201,7 @@ def main():
         speculation = None
         generate_tokens = build_token_generator(steps, kv_cache)
     start = time.perf_counter()
-    warm_up(args, steps, speculation, len(prompts[0]) if prompts else MAX_ROWS + 1, device)
+    warm_up(args, steps, speculation, len(prompts[0].ids) if prompts else MAX_ROWS + 1, device)
     stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
     if args.json and tp.world_size() > 1:
         stats |= parallel_stats(args, steps, device)
@@ -193,8 +211,8 @@ def main():
         conversation = Conversation(tokenizer, generate_tokens, length, model.config.eos_ids, args.system)
         converse(conversation, args.max_new_tokens)
     for prompt in prompts:  # none in a conversation
-        completions, texts = complete_prompt(args, model, tokenizer, generate_tokens, prompt)
-        print_result(args, result_of(args, model, kv_cache, prompt, completions, texts) | stats, device)
+        completions = complete_prompt(args, model, tokenizer, generate_tokens, prompt)
+        print_result(args, result_of(args, model, kv_cache, prompt, completions) | stats, model)
 
 
 # ---- Before the first token -----------------------------------------------------------------------------------------
@@ -215,30 +233,7 @@ def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
     return draft
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
-    """The prompts of the command line, as token ids."""
-    if args.prompt_tokens:
-        generator = torch.Generator().manual_seed(args.seed)
-        return [torch.randint(vocab_size, (args.prompt_tokens,), generator=generator).tolist()]
-    texts = [args.prompt]
-    if args.prompt_file:
-        texts = [line for line in read_text(args.prompt_file).split("\n") if line.strip()]
-    for text in [*texts, args.system or ""]:
-        if any("\ud800" <= c <= "\udfff" for c in text):  # what Python makes of an argument's bytes that are not UTF-8
-            raise UsageError("the prompt is not valid UTF-8")
-    if args.chat:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        prompts = [tokenizer.encode_chat([*system, {"role": "user", "content": text}]) for text in texts]
-    else:
-        prompts = [tokenizer.encode(text) for text in texts]
-    if not prompts or not all(texts) or not all(prompts):
-        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
-    return prompts
-
-
-def cache_length(
-    args: argparse.Namespace, prompts: list[list[int]], model: Transformer, draft: Transformer | None
-) -> int:
+def cache_length(args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None) -> int:
     """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
     name, context = "model", model.config.max_seq_len
     if draft is not None and draft.config.max_seq_len < context:
@@ -247,7 +242,7 @@ def cache_length(
         if name == "draft" and context <= CONVERSATION_LENGTH:
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(len(prompt.ids) for prompt in prompts)
     if longest + args.max_new_tokens > context:
         raise UsageError(
             f"{longest} prompt tokens and {args.max_new_tokens} new ones exceed the {name}'s context of {context}; "
@@ -279,90 +274,18 @@ def warm_up(
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
     if not args.compile:
         return
-    for _ in range(2):  # torch.compile captures its CUDA graphs at the second call
-        steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
-        if speculation is not None:
-            for k in proposal_sizes(args.speculate_k):
-                if k < args.max_new_tokens:
-                    proposal = speculation.proposer.propose([0, 0, 0], k)
-                    speculation.verify(zeros(1, 1), zeros(1), proposal)
+    steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
+    if speculation is not None:
+        for k in proposal_sizes(args.speculate_k):
+            if k < args.max_new_tokens:
+                proposal = speculation.proposer.propose([0, 0, 0], k)
+                speculation.verify(zeros(1, 1), zeros(1), proposal)
 
 
 def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = tp.communication_share(partial(steps.decode, tokens, tokens[:, 0]))
     return {"world_size": tp.world_size(), "communication_share": share}
-
-
-# ---- Prompts --------------------------------------------------------------------------------------------------------
-
-
-def complete_prompt(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator,
-    prompt: list[int],
-) -> tuple[list[Completion], list[str]]:  # fmt: skip
-    """Completes prompt num_samples times, and prints the texts unless --json is given. Returns all completions, and the
-    texts of the last one."""
-    ends = end_tokens(args, model)
-    before = [] if args.chat else prompt  # the answer in a chat is a text of its own
-    completions = []
-    for i in range(args.num_samples):
-        is_last = i == args.num_samples - 1
-        detokenizer = None if args.json else IncrementalDetokenizer(tokenizer, before)
-        with profiled(args.profile if is_last else None):
-            completion = complete_once(args, generate_tokens, prompt, ends, detokenizer)
-        completions.append(completion)
-        texts = [tokenizer.decode([i for i in ids if i not in ends], before) for ids in completion.sequences]
-        if not args.json:
-            print()
-            for k, text in enumerate(texts[1:], start=1):
-                print(f"--- row {k}\n{text}")
-    return completions, texts
-
-
-def complete_once(
-    args: argparse.Namespace, generate_tokens: TokenGenerator, prompt: list[int], ends: set[int],
-    detokenizer: IncrementalDetokenizer | None,
-) -> Completion:  # fmt: skip
-    """Completes prompt until every sequence has an end token. With a detokenizer, prints the first sequence as it is
-    generated."""
-    completion = Completion([[] for _ in range(args.batch_size)], start_time=time.perf_counter())
-    has_ended = [False] * args.batch_size
-    for step_tokens in generate_tokens(prompt, 0, args.max_new_tokens):
-        completion.step_times.append(time.perf_counter())
-        n_used = 0
-        for ids in step_tokens:
-            if all(has_ended):
-                break
-            n_used += 1
-            for b, token in enumerate(ids):
-                if not has_ended[b]:
-                    completion.sequences[b].append(token)
-                    has_ended[b] = token in ends
-            if detokenizer is not None and not has_ended[0]:
-                print(detokenizer.push(ids[0]), end="", flush=True)
-        completion.step_sizes.append(n_used)
-        if all(has_ended):
-            break
-    if detokenizer is not None:
-        print(detokenizer.end(), end="", flush=True)
-    return completion
-
-
-@contextlib.contextmanager
-def profiled(path: Path | None) -> Iterator[None]:
-    """Writes a Chrome trace of the context to path; several ranks write a file each. None: does nothing."""
-    if path is None:
-        yield
-        return
-    with torch.profiler.profile() as profile:
-        yield
-    path = tp.rank_path(path)
-    path.unlink(missing_ok=True)
-    profile.export_chrome_trace(str(path))  # does not raise if it cannot write
-    if not path.is_file():
-        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
-        raise UsageError(f"cannot write --profile {path}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UsageError
-from eval import evaluate, import_lm_eval, task_manager, windows_of
 from kernels.formats import (
     Int4,
     Tensors,
@@ -32,7 +31,9 @@ from kernels.formats import (
     scales_and_zeros,
     split_groups,
 )
+from lm_harness import evaluate, import_lm_eval, task_manager
 from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
+from scoring import windows_of
 from tokenizer import Tokenizer
 
 CHUNK_WEIGHTS = 2**24  # weights rounded at a time, which bounds the memory of their float32 copies
@@ -55,7 +56,8 @@ def quantize_model(
     model is on the CPU. Its blocks move to device one by one, and to meta when they are done, to free their memory."""
     positions = torch.zeros(1, dtype=torch.long, device=device)
     # Every window begins at position 0 and overwrites what is in the cache, so one layer's cache serves all layers.
-    cache = LayerCache(*(t.to(device) for t in KVCache(model, 1, windows.shape[1]).layers[0]))
+    cache = KVCache(model, 1, windows.shape[1]).layers[0]
+    cache = LayerCache(*(t if t is None else t.to(device) for t in cache))
     xs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, layer in enumerate(model.layers):
         layer.to(device)

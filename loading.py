@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import kernels
 import tp
 from checkpoint import read_checkpoint
-from config import ModelConfig, UsageError
+from config import UsageError
 from kernels.formats import Tensors, format_of
 from machine import check_memory, drop_pages
-from model import Transformer
+from model import Transformer, empty_model
 from steps import OOM_HINT
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -59,7 +58,7 @@ def load_model(
     sharded: with several ranks, this rank gets its shard (tp.py); False: it gets the whole model."""
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
-    model = empty_model(config, quantization)
+    model = empty_model(config, format_of(quantization))
     is_tied = config.tie_embeddings and quantization is None and "lm_head.weight" not in tensors
     check_tensors(path, model, tensors, is_tied)
     n_ranks = tp.world_size() if sharded else 1
@@ -67,33 +66,23 @@ def load_model(
         n_bytes = sum(tensor.numel() * dtype_of(name, tensor, dtype).itemsize for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},", OOM_HINT)
 
-    shard = None
-    if n_ranks > 1:
-        shard = tp.shard(model, device)
-        if is_tied:  # each rank has all of the embedding, but only some rows of the head
-            tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-            is_tied = False
+    if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only some rows of the head
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+        is_tied = False
+
+    shard = tp.shard(model, device) if n_ranks > 1 else None
     moved = move_tensors(tensors, device, dtype, shard)
     if is_tied:
         moved["lm_head.weight"] = moved["embed_tokens.weight"]
     model.load_state_dict(moved, assign=True)
+    if is_tied:
+        model.lm_head.weight = model.embed_tokens.weight
     model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
     if use_kernels:
-        kernels.enable(model, mapped=True)
-    if is_tied:  # last, since enable may have moved the head's weight
-        model.tie_embeddings()
+        model.pack_weights(mapped=True)
     if n_ranks > 1:
         tp.insert_collectives(model)
-    return model
-
-
-def empty_model(config: ModelConfig, quantization: dict | None) -> Transformer:
-    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    for _, linear in model.linears():
-        linear.set_format(format_of(quantization))
     return model
 
 

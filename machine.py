@@ -1,8 +1,9 @@
-"""The machine: its devices, how much memory is free, and how fast that memory is read.
+"""The machine: its devices, how much memory is free, how fast that memory is read, and how many threads may run.
 
     device = pick_device(None)                     # the accelerator, or the CPU if there is none
     check_memory(2 * 10**9, "the KV cache", "take fewer tokens")
     read_bandwidth(device)                         # bytes per second
+    limit_threads()                                # to what the process may use
 
 drop_pages and use_huge_pages tell the system how the memory of a tensor will be used.
 """
@@ -11,10 +12,12 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
 import re
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,6 +26,16 @@ from torch import Tensor
 from config import UsageError
 
 READ_BYTES = 2**29  # read by read_bandwidth at a time: more than any cache holds
+UNKNOWN_CACHE_BYTES = 2**28  # of a processor that does not say what its cache holds
+CPUS = Path("/sys/devices/system/cpu")
+CGROUPS = Path("/sys/fs/cgroup")
+GROUPS_OF_THIS_PROCESS = Path("/proc/self/cgroup")
+# The files of a control group, of version 2 and 1
+MEMORY_FILES = [
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which PyTorch reads
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # Linux's codes for madvise
 
 
@@ -48,20 +61,69 @@ def synchronize(device: torch.device):
         torch.accelerator.synchronize()
 
 
+# ---- Bandwidth ------------------------------------------------------------------------------------------------------
+
+
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second at which a sum over 512 MiB reads memory, the best of five. A step cannot read its weights
     faster. Raises MemoryError or RuntimeError (see lacks_memory) if there is no room for 512 MiB."""
     if device.type == "cpu" and free_memory() < READ_BYTES:
         raise MemoryError
-    x = torch.ones(READ_BYTES // 4, device=device)
+    return sum_bandwidth([torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)])
+
+
+def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
+    """The same for a CPU, with tensors in place of 512 MiB of new memory. It reads no more of them than it needs. None
+    if the processor's caches hold half of them or more."""
+    cached, n_bytes, chosen = cache_bytes(), 0, []
+    for tensor in tensors:
+        if n_bytes >= max(2 * cached, READ_BYTES // 2):
+            break
+        chosen.append(tensor)
+        n_bytes += tensor.nbytes
+    return sum_bandwidth(join_neighbours(chosen)) if chosen and n_bytes >= 2 * cached else None
+
+
+def sum_bandwidth(tensors: list[Tensor]) -> float:
+    """Bytes per second at which sums over int64 tensors read them, the best of five."""
     seconds = []
     for _ in range(5):
-        synchronize(device)
+        synchronize(tensors[0].device)
         began = time.perf_counter()
-        x.sum()
-        synchronize(device)
+        for tensor in tensors:
+            tensor.sum()
+        synchronize(tensors[0].device)
         seconds.append(time.perf_counter() - began)
-    return x.nbytes / min(seconds)
+    return sum(tensor.nbytes for tensor in tensors) / min(seconds)
+
+
+def join_neighbours(tensors: list[Tensor]) -> list[Tensor]:
+    """The memory of a CPU's tensors as int64 tensors. Tensors that lie next to each other become one, since to start
+    the sum of a small tensor takes longer than the sum."""
+    spans: list[list[int]] = []  # [start, end)
+    for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors):
+        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so what is between them is in pages of theirs
+            spans[-1][1] = max(end, spans[-1][1])
+        else:
+            spans.append([start, end])
+    arrays = [(ctypes.c_int64 * ((end - start) // 8)).from_address(start) for start, end in spans]
+    return [torch.frombuffer(array, dtype=torch.int64) for array in arrays if len(array)]
+
+
+def cache_bytes() -> int:
+    """What a CPU's last level of caches holds, all of its parts together."""
+    for level in ("index3", "index2"):
+        parts = {}  # the CPUs that share a cache -> its size
+        with contextlib.suppress(OSError, ValueError):
+            for folder in CPUS.glob(f"cpu[0-9]*/cache/{level}"):
+                kilobytes = (folder / "size").read_text().strip().removesuffix("K")
+                parts[(folder / "shared_cpu_list").read_text()] = int(kilobytes) * 1024
+            if parts:
+                return sum(parts.values())
+    return UNKNOWN_CACHE_BYTES
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
 def free_memory() -> float:
@@ -72,8 +134,8 @@ def free_memory() -> float:
         words = Path("/proc/meminfo").read_text().split()  # MemAvailable: 123 kB SwapFree: 456 kB ...
         kilobytes = [int(words[words.index(name) + 1]) for name in ("MemAvailable:", "SwapFree:")]
         free.append(sum(kilobytes) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # the container; ValueError: its limit is "max", which means none
-        free.append(free_in_container(Path("/sys/fs/cgroup")))
+    for folder in cgroup_folders("memory"):  # the container, and the groups that it is in
+        free.append(free_in_cgroup(folder))
     with contextlib.suppress(OSError, ValueError):  # the process: what `ulimit -v` leaves
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         pages_in_use = int(Path("/proc/self/statm").read_text().split()[0])
@@ -82,13 +144,32 @@ def free_memory() -> float:
     return min(free)
 
 
-def free_in_container(cgroup: Path) -> int:
-    """Bytes that a container's limit leaves. Cached copies of files, such as a checkpoint just read, count as memory in
-    use. The ones not used lately (inactive_file) are dropped when memory is needed, so here they count as free."""
-    limit = int((cgroup / "memory.max").read_text())
-    in_use = int((cgroup / "memory.current").read_text())
-    words = (cgroup / "memory.stat").read_text().split()  # anon 123 file 456 ...
-    return limit - in_use + int(words[words.index("inactive_file") + 1])
+def free_in_cgroup(folder: Path) -> float:
+    """Bytes that a control group's limit leaves; infinite without a limit. Cached copies of files, such as a checkpoint
+    just read, count as memory in use. The ones not used lately (inactive_file) are dropped when memory is needed, so
+    here they count as free."""
+    for limit_file, usage_file, inactive in MEMORY_FILES:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means none
+            limit = int((folder / limit_file).read_text())
+            in_use = int((folder / usage_file).read_text())
+            words = (folder / "memory.stat").read_text().split()  # anon 123 file 456 ...
+            return limit - in_use + int(words[words.index(inactive) + 1])
+    return math.inf
+
+
+def cgroup_folders(controller: str) -> list[Path]:
+    """The folders of the control groups that this process is in, for a controller ("memory", "cpu"). A container is a
+    group. Groups are in other groups, whose limits count too."""
+    folders = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in GROUPS_OF_THIS_PROCESS.read_text().splitlines():  # 0::/a/b, or in version 1: 4:memory:/a/b
+            _, controllers, group = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            root = CGROUPS / controller if controllers else CGROUPS
+            folder = root / group.strip("/")  # in a container, it may not exist there; its root does
+            folders += [f for f in (folder, *folder.parents) if f.is_relative_to(root)]
+    return folders
 
 
 def check_memory(n_bytes: int, what: str, oom_hint: str):
@@ -136,3 +217,35 @@ def madvise(t: Tensor, advice: int):
     end = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE  # rounded down
     if sys.platform == "linux" and end > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+
+
+# ---- Threads --------------------------------------------------------------------------------------------------------
+
+
+def limit_threads():
+    """Makes PyTorch use no more threads than this process may run at a time. PyTorch itself takes the physical cores
+    that the process may run on. A variable of THREAD_VARIABLES is the user's choice and wins."""
+    if not any(os.environ.get(name) for name in THREAD_VARIABLES):
+        n_threads = min(torch.get_num_threads(), allowed_threads())
+        if n_threads < torch.get_num_threads():
+            torch.set_num_threads(n_threads)
+
+
+def allowed_threads() -> int:
+    """How many CPUs this process may use at a time: those of its affinity mask, and not more than its control groups
+    give it of their time. Rounded down: one thread more would be stopped for a part of every period, and the others
+    would wait for it."""
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = min(map(cpu_quota, cgroup_folders("cpu")), default=math.inf)
+    return max(1, int(min(n_cpus, quota)))
+
+
+def cpu_quota(folder: Path) -> float:
+    """The processor time that a control group gets per time; infinite without a limit."""
+    with contextlib.suppress(OSError, ValueError):  # version 2: "150000 100000", or "max 100000" without a limit
+        quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):  # version 1: -1 without a limit
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else math.inf
+    return math.inf

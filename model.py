@@ -27,6 +27,8 @@ import kernels
 from config import ModelConfig, RopeScaling, UsageError
 from kernels.formats import Dense, Format, Tensors
 
+DENSE = Dense()
+
 
 class Transformer(nn.Module):
     """tokens -> logits. The weights are uninitialized until a state_dict is loaded."""
@@ -61,9 +63,17 @@ class Transformer(nn.Module):
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
         return self.lm_head(x, norm=self.norm, out_dtype=torch.float32)
 
-    def tie_embeddings(self):
-        """Makes the head's weight the embedding too: one parameter, once in memory."""
-        self.embed_tokens.weight = self.lm_head.weight
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the embedding, too: one parameter, once in memory."""
+        return self.embed_tokens.weight is self.lm_head.weight
+
+    def pack_weights(self, mapped: bool = False):
+        """Switches to the kernels for the model's device: see kernels.pack_weights."""
+        is_tied = self.is_tied
+        kernels.pack_weights(self, mapped)
+        if is_tied:  # the head's weight may have moved
+            self.embed_tokens.weight = self.lm_head.weight
 
     def linears(self) -> Iterator[tuple[str, "Linear"]]:
         """(name, layer) of every linear layer that quantization rewrites: all but the routers."""
@@ -84,9 +94,9 @@ class Transformer(nn.Module):
             return False
         attention = self.layers[0].attention
         (backend,) = backends
-        return kernels.attend_fits(backend, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
+        return kernels.has_attention_kernel(backend, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
 
-    def step_bytes(self) -> int:
+    def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the idle experts."""
         total = 0
         for name, tensor in self.state_dict().items():
@@ -95,6 +105,15 @@ class Transformer(nn.Module):
             is_experts = self.config.moe and ".feed_forward." in name and ".router." not in name
             total += tensor.nbytes * (self.config.moe.fraction_read if is_experts else 1)
         return round(total)
+
+
+def empty_model(config: ModelConfig, format: Format = DENSE) -> Transformer:
+    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    for _, linear in model.linears():
+        linear.set_format(format)
+    return model
 
 
 class TransformerBlock(nn.Module):
@@ -129,14 +148,16 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(scale * q k^T) v, with grouped key/value heads and RoPE."""
+    """softmax(scale * q k^T) v, with grouped key/value heads and RoPE or ALiBi."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.window = config.window(layer)
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
-        self.qkv_proj = Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, config.qkv_bias)
+        self.slopes = alibi_slopes(self.n_heads) if config.alibi else None
+        qkv_width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        self.qkv_proj = Linear(config.dim, qkv_width, config.qkv_bias, clip=config.clip_qkv)
         self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias, scale=config.residual_scale)
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
@@ -204,12 +225,12 @@ class Linear(nn.Module):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
-        scale: float = 1.0, softcap: float = 0.0,
+        scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
-        self.scale, self.softcap = scale, softcap
-        self.format: Format = Dense()
+        self.scale, self.softcap, self.clip = scale, softcap, clip
+        self.format: Format = DENSE
         self.backend = "torch"
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
@@ -280,6 +301,7 @@ class LayerCache(NamedTuple):
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
     rope: Tensor  # [S, D/2, 2]: cos and sin of every position's angles, float32
+    slopes: Tensor | None = None  # [H]: ALiBi's, float32
 
 
 class KVCache:
@@ -294,19 +316,50 @@ class KVCache:
         self.batch_size, self.length = batch_size, length
         weight = model.embed_tokens.weight
         self.device = weight.device
+        self.tokens = torch.zeros(batch_size, length, dtype=torch.long, device=self.device)  # see note_tokens
         tables = RopeTables(model.config, length, weight.device)
         self.layers = []
         for i, layer in enumerate(model.layers):
-            shape = (batch_size, layer.attention.n_kv_heads, length, layer.attention.head_dim)
-            self.layers.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), tables.of_layer(i)))
+            attention, slopes = layer.attention, None
+            if attention.slopes is not None:
+                slopes = torch.tensor(attention.slopes, dtype=torch.float32, device=weight.device)
+            shape = (batch_size, attention.n_kv_heads, length, attention.head_dim)
+            k, v = weight.new_zeros(shape), weight.new_zeros(shape)
+            self.layers.append(LayerCache(k, v, tables.of_layer(i), slopes))
+
+    def note_tokens(self, tokens: Tensor, positions: Tensor):
+        """Remembers the ids of tokens [B, T], the first at positions [B]. For sampling that depends on them."""
+        token_positions = positions[:, None] + torch.arange(tokens.shape[1], device=self.device)
+        self.tokens.scatter_(1, token_positions, tokens)
+
+    def tokens_seen(self, last_positions: Tensor, vocab_size: int) -> Tensor:
+        """Which tokens the text has up to each of last_positions [B, n], if all were noted: bool [B, n, V]."""
+        is_later = torch.arange(self.length, device=self.device) > last_positions[..., None]  # [B, n, S]
+        ids = self.tokens[:, None].masked_fill(is_later, vocab_size)
+        seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
+        return seen.scatter_(-1, ids, True)[..., :vocab_size]
 
     def prefix(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache
         that it gets, so a shorter one costs less."""
         view = copy.copy(self)
-        view.length = n
-        view.layers = [LayerCache(c.k[:, :, :n], c.v[:, :, :n], c.rope[:n]) for c in self.layers]
+        view.length, view.tokens = n, self.tokens[:, :n]
+        view.layers = [c._replace(k=c.k[:, :, :n], v=c.v[:, :, :n], rope=c.rope[:n]) for c in self.layers]
         return view
+
+    def rows(self, start: int, n: int) -> "KVCache":
+        """A view of n sequences, from number start on."""
+        view = copy.copy(self)
+        view.batch_size, view.tokens = n, self.tokens[start : start + n]
+        view.layers = [c._replace(k=c.k[start : start + n], v=c.v[start : start + n]) for c in self.layers]
+        return view
+
+    def copy_row(self, source: int, target: int, n: int):
+        """Copies the first n tokens of sequence source to sequence target."""
+        self.tokens[target, :n] = self.tokens[source, :n]
+        for c in self.layers:
+            c.k[target, :, :n] = c.k[source, :, :n]
+            c.v[target, :, :n] = c.v[source, :, :n]
 
     def bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of every sequence."""
@@ -387,3 +440,13 @@ def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
     if low == high:
         high += 0.001
     return 1 - (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """By how much the scores of each head fall with every position between a query and a key (ALiBi: arXiv:2108.12409).
+    For a power of two they are equal ratios down to 1/256: of eight heads 1/2, 1/4 ... 1/256. For other numbers they
+    are those of the power of two below and, for the heads that remain, every second one of twice that power."""
+    power = 1 << (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    between = [2 ** (-4 * i / power) for i in range(1, 2 * power, 2)]
+    return slopes + between[: n_heads - power]

@@ -14,9 +14,12 @@ time is in memory (for int4-gptq: one layer). The file appears under its name wh
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 import cli
 
 if __name__ == "__main__":
@@ -42,7 +45,7 @@ from kernels.formats import (
 )
 from loading import load
 from machine import drop_pages, pick_device
-from model import Transformer
+from model import empty_model
 
 # ---- Formats --------------------------------------------------------------------------------------------------------
 
@@ -82,6 +85,9 @@ FORMATS: dict[str, Callable[[int], Format]] = {
 }
 
 
+DEFAULT_GROUP_SIZE = 32
+
+
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
@@ -90,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     cli.add_checkpoint_path(parser, help="model.pth; the result goes beside it")
     add("--mode", default="int8", help=f"{', '.join(FORMATS)} (default: %(default)s)")
-    add("--groupsize", type=int, default=32, help="of int4: 32, 64, 128 or 256 (default: %(default)s)")
+    add("--groupsize", type=int, help=f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})")
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
     group = parser.add_argument_group("int4-gptq")
     what = group.add_mutually_exclusive_group()
@@ -103,7 +109,12 @@ def parse_args() -> argparse.Namespace:
     add("--blocksize", type=int, default=128, help="columns rounded between updates (default: %(default)s)")
     add("--act_order", action=argparse.BooleanOptionalAction, default=True, help="round the columns that matter first")
     cli.add_device(group)
+    cli.add_threads(parser)
     args = parser.parse_args()
+    if args.mode == "int8" and args.groupsize is not None:
+        raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
+    if args.groupsize is None:
+        args.groupsize = DEFAULT_GROUP_SIZE
     check_args(args)
     return args
 
@@ -128,6 +139,7 @@ def check_args(args: argparse.Namespace):
 
 def main():
     args = parse_args()
+    cli.set_threads(args.threads)
     path = args.checkpoint_path
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
@@ -148,8 +160,7 @@ def main():
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights to quantize, by the names of their layers. tensors are those that path holds; a tied head's weight is
     the embedding's. Raises UsageError if one is missing or of the wrong shape."""
-    with torch.device("meta"):
-        shapes = {name: linear.weight.shape for name, linear in Transformer(config).linears()}
+    shapes = {name: linear.weight.shape for name, linear in empty_model(config).linears()}
     if config.tie_embeddings:
         tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}

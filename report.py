@@ -5,13 +5,12 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass, field
-from functools import cache
-
-import torch
+from functools import lru_cache
 
 import tp
-from machine import lacks_memory, peak_memory, read_bandwidth
+from machine import lacks_memory, peak_memory, read_bandwidth, read_bandwidth_of
 from model import KVCache, Transformer
+from prompts import Prompt
 from steps import device_of
 
 
@@ -20,9 +19,11 @@ class Completion:
     """What followed a prompt, in every sequence of a batch, and the time of each step."""
 
     sequences: list[list[int]]  # the new tokens of each sequence, its end token included
+    texts: list[str]  # of each sequence
+    finish_reasons: list[str | None]  # of each sequence: "stop", "length", or None as long as it goes on
     start_time: float
     step_times: list[float] = field(default_factory=list)  # when each step's tokens arrived; the first step is prefill
-    step_sizes: list[int] = field(default_factory=list)  # tokens a sequence got in each step, up to the last end
+    step_sizes: list[int] = field(default_factory=list)  # tokens that each step added to a sequence that went on
 
     @property
     def decode_seconds(self) -> float:
@@ -30,30 +31,30 @@ class Completion:
 
 
 def result_of(
-    args: argparse.Namespace, model: Transformer, kv_cache: KVCache,
-    prompt: list[int], completions: list[Completion], texts: list[str],
-) -> dict:  # fmt: skip
-    """The part of --json's object that differs from prompt to prompt. texts: those of the last completion. The bytes
-    that a draft model reads are not counted."""
+    args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, completions: list[Completion]
+) -> dict:
+    """The part of --json's object that differs from prompt to prompt. The bytes that a draft model reads are not
+    counted."""
     last = completions[-1]
-    ends = end_tokens(args, model)
     decoded = [c for c in completions if len(c.step_times) > 1]  # with decode steps after prefill
     tokens_per_second = median([sum(c.step_sizes[1:]) / c.decode_seconds for c in decoded])
     steps_per_second = median([(len(c.step_times) - 1) / c.decode_seconds for c in decoded])
-    halfway = len(prompt) + sum(last.step_sizes) // 2  # tokens in the cache, on average over the steps
-    bytes_per_step = model.step_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
+    halfway = len(prompt.ids) + sum(last.step_sizes) // 2  # tokens in the cache, on average over the steps
+    bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
     if args.speculative:  # in how many steps 0, 1 ... k proposed tokens were accepted; a step yields one token more
         accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
-    return {
-        "text": texts,
-        "tokens": last.sequences,
-        "prompt_tokens": len(prompt),
+    samples = [{"text": c.texts, "tokens": c.sequences, "finish_reason": c.finish_reasons} for c in completions]
+    return samples[-1] | {
+        "samples": samples,
+        "prompt": prompt.source,
+        "seed": args.seed,
+        "prompt_tokens": len(prompt.ids),
         "generated_tokens": sum(map(len, last.sequences)),
-        "finish_reason": ["stop" if ids[-1] in ends else "length" for ids in last.sequences],
         "prefill_seconds": last.step_times[0] - last.start_time,
         "decode_tokens_per_sec": tokens_per_second,
-        "model_bytes": model.step_bytes(),
+        "total_tokens_per_sec": tokens_per_second * len(last.sequences),
+        "model_bytes": model.active_weight_bytes(),
         "bandwidth_gb_per_sec": bytes_per_step * steps_per_second / 1e9,
         "peak_memory_bytes": peak_memory(device_of(model)),
         "device": str(device_of(model)),
@@ -75,16 +76,22 @@ def median(values: list[float]) -> float:
 def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> int:
     """Bytes of keys and values that a decode step reads when n_tokens tokens are in the cache."""
     if model.uses_kernels(kv_cache.batch_size, 1):
-        n_read = model.config.mean_visible(n_tokens)
+        n_read = model.config.mean_attended_tokens(n_tokens)
     else:  # a compiled step reads the whole cache, used or not
         n_read = kv_cache.length if compile else n_tokens
     return round(n_read * kv_cache.bytes_per_token())
 
 
-@cache
-def measured_bandwidth(device: torch.device) -> float | None:
-    """read_bandwidth of device, measured once. None if there is too little free memory to measure it."""
+@lru_cache(maxsize=1)
+def measured_bandwidth(model: Transformer) -> float | None:
+    """Bytes per second at which the machine reads memory, measured once. On a CPU it reads weights of model, which are
+    in memory: those that every step reads. None if they are so few that they lie in the processor's caches, or if
+    there is no memory to measure it."""
+    device = device_of(model)
+    linears = (linear for _, linear in model.linears() if linear.n_experts is None)
     try:
+        if device.type == "cpu":
+            return read_bandwidth_of(tensor for linear in linears for tensor in linear.tensors().values())
         return read_bandwidth(device)
     except (MemoryError, RuntimeError) as e:
         if lacks_memory(e):
@@ -92,22 +99,22 @@ def measured_bandwidth(device: torch.device) -> float | None:
         raise
 
 
-def print_result(args: argparse.Namespace, result: dict, device: torch.device):
-    """Prints result as JSON to stdout if --json is given, else a summary to stderr. device: the model's."""
+def print_result(args: argparse.Namespace, result: dict, model: Transformer):
+    """Prints result as JSON to stdout if --json is given, else a summary to stderr."""
     if tp.world_size() > 1:
         result = result | {"rank_peak_memory_bytes": tp.gather_objects(result["peak_memory_bytes"])}
     if args.json:
         print(json.dumps(result), flush=True)
     else:
-        print_summary(result, device)
+        print_summary(result, model)
 
 
-def print_summary(result: dict, device: torch.device):
+def print_summary(result: dict, model: Transformer):
     counts, speculation = result["accept_counts"], ""
     if counts is not None:
         n_tokens = sum(n * count for n, count in enumerate(counts, start=1))
         speculation = f", {n_tokens / max(sum(counts), 1):.2f} tokens a step"
-    used, share, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(device)
+    used, share, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
     if readable is not None:
         share = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
     # All sequences of a batch take every step together, so this is the speed of each of them.

@@ -10,21 +10,29 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import kernels
 from config import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
+CHUNK = 64  # tokens of the vocabulary that a CPU skips together if none of them is likely
+SMALL_VOCABULARY = 1000  # tokens that are sorted sooner than looked through
+LIKELY = 2**-10  # the probability above which a CPU first looks for the tokens of top_p
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. temperature, top_k and top_p (arXiv:1904.09751) apply in this order."""
+    """How a token is chosen. repetition_penalty (arXiv:1909.05858), temperature, top_k, top_p (arXiv:1904.09751) and
+    min_p (arXiv:2407.01082) apply in this order."""
 
     temperature: float = 0.0  # 0: the likeliest token, whatever the other fields say
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together have this probability
+    min_p: float | None = None  # only tokens that are at least this many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens that the text has already are less likely; see penalize
 
     def __post_init__(self):
         """Raises UsageError, in a sentence that begins with the field's name."""
@@ -34,40 +42,99 @@ class Sampling:
             raise UsageError(f"top_k must be at least 1, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p must be 0 to 1, not {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
 
-def sample(logits: Tensor, sampling: Sampling, backend: str = "torch") -> Tensor:
-    """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite. backend: see kernels."""
-    only_temperature = sampling == Sampling(sampling.temperature)
+def sample(logits: Tensor, sampling: Sampling, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
+    """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite. backend: see kernels. uniform: a random
+    number for each row, see multinomial."""
+    only_temperature = sampling == Sampling(sampling.temperature, repetition_penalty=sampling.repetition_penalty)
     if backend == "triton" and (sampling.is_greedy or only_temperature):
         return kernels.sample(logits, sampling.temperature)
-    tokens = logits.argmax(-1) if sampling.is_greedy else multinomial(probabilities(logits, sampling))
+    if sampling.is_greedy:
+        tokens = logits.argmax(-1)
+    else:
+        probs, ids = candidates(logits, sampling)
+        drawn = multinomial(probs, uniform)
+        tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
     return torch.where(is_finite, tokens, -1)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution [B, V] that sample draws from; sampling must not be greedy."""
+    probs, ids = candidates(logits, sampling)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """The tokens that sample draws from: their probabilities and ids, both [B, C]. The probabilities of a row need not
+    sum to one. ids None: all tokens."""
     # The largest score becomes 0, so that a small temperature makes the others underflow and nothing overflow.
     scores = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, SMALLEST_TEMPERATURE)
-    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        values, tokens = scores.topk(sampling.top_k)
-        scores = torch.full_like(scores, -torch.inf).scatter(-1, tokens, values)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        probs, order = scores.softmax(-1).sort(-1, descending=True)
-        before = probs.cumsum(-1) - probs  # of all tokens that are likelier
-        drop = before >= sampling.top_p  # these are enough without it
-        scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return scores.softmax(-1)
+    has_top_k = sampling.top_k is not None and sampling.top_k < scores.shape[-1]
+    has_top_p = sampling.top_p is not None and sampling.top_p < 1
+    ids = None
+    if has_top_k:
+        scores, ids = scores.topk(sampling.top_k)  # the likeliest first
+    probs = scores.softmax(-1)
+    if has_top_p:
+        if not has_top_k:
+            probs, ids = likeliest(probs, sampling.top_p)
+        before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # what all likelier tokens have together
+        probs = probs.masked_fill(before >= sampling.top_p, 0)
+    if sampling.min_p:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs, ids
 
 
-def multinomial(probs: Tensor) -> Tensor:
-    """A token [B] for every row of probs [B, V], which need not sum to one. Never a token of probability 0."""
-    if probs.is_cuda:
+def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row of probs [B, V], at least as many as have top_p together: their probabilities
+    and ids, both [B, C], the likeliest first. Of equally likely tokens, lower ids come first. Rows that have fewer than
+    C such tokens end with zeros."""
+    # On a GPU and when compiled, C must not depend on the probabilities.
+    if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
+        return probs.sort(dim=-1, descending=True, stable=True)
+    values, ids = zip(*[likeliest_of_row(row, top_p) for row in probs], strict=True)
+    return pad_sequence(values, batch_first=True), pad_sequence(ids, batch_first=True)
+
+
+def likeliest_of_row(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """likeliest for one row [V]. Sorts only the tokens above some probability. If these do not have top_p, it is
+    lowered. In most steps the first one does, above which there are less than 1024 tokens."""
+    missing = -len(probs) % CHUNK
+    chunks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, CHUNK)
+    largest = chunks.amax(-1)
+    bound = LIKELY
+    while bound > (1 - top_p) / len(probs):  # the tokens below the right side have less than 1 - top_p together
+        likely_chunks = (largest > bound).nonzero()[:, 0]
+        values = chunks[likely_chunks].flatten()
+        likely = (values > bound).nonzero()[:, 0]
+        values, order = values[likely].sort(descending=True, stable=True)
+        if len(values) and values.cumsum(-1)[-1] >= top_p:
+            likely = likely[order]
+            return values, likely_chunks[likely // CHUNK] * CHUNK + likely % CHUNK
+        bound /= 8
+    return probs.sort(descending=True, stable=True)
+
+
+def penalize(logits: Tensor, penalty: float | Tensor) -> Tensor:
+    """What the logits of a repeated token become: less likely if penalty is above 1."""
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """A token [B] for every row of probs [B, V], which need not sum to one. Never a token of probability 0. uniform
+    [B, 1]: the random numbers in [0, 1) that choose; None: PyTorch's next ones."""
+    if probs.is_cuda and uniform is None:
         # With E exponentially distributed, E / p is the time until the first event of a process that has p events a
         # second on average. Of several such processes, number i is the first with probability p[i]. This is one
         # elementwise kernel and an argmax; a cumulative sum along a single row is slow there.
@@ -76,5 +143,6 @@ def multinomial(probs: Tensor) -> Tensor:
     # The first token at which the cumulative sum exceeds a random number. Some devices have no float64.
     dtype = torch.float64 if probs.device.type == "cpu" else torch.float32
     cumulative = probs.cumsum(-1, dtype=dtype)
-    number = torch.rand(len(probs), 1, dtype=dtype, device=probs.device) * cumulative[:, -1:]
-    return (cumulative <= number).sum(-1).clamp(max=probs.shape[-1] - 1)
+    if uniform is None:
+        uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)
+    return (cumulative <= uniform.to(dtype) * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)

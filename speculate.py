@@ -25,7 +25,7 @@ from torch import Tensor
 import tp
 from model import KVCache, Transformer
 from sampling import Sampling, multinomial, probabilities, sample
-from steps import Step, Steps, build_step, build_steps, check_finite, device_of
+from steps import Step, Steps, build_model_step, build_steps, check_finite, device_of, penalized
 
 MAX_PROPOSED = 32  # limit of --speculate_k and --prompt_lookup
 # Time to verify one more token, as a fraction of a step's time
@@ -82,10 +82,14 @@ def build_speculation(
 ) -> Speculation:
     """Builds the step that verifies proposals. steps: those of build_steps, for the same kv_cache and sampling."""
 
-    def select_tokens(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
+    def select_tokens(
+        logits: Tensor, tokens: Tensor, positions: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
+    ) -> Tensor:
+        if sampling.repetition_penalty != 1:
+            logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
-    verify_step = build_step(model, kv_cache, select_tokens, compile)
+    verify_step = build_model_step(model, kv_cache, select_tokens, compile)
     return Speculation(steps, verify_step, proposer, k, device_of(model), verify_cost(model))
 
 
@@ -278,7 +282,7 @@ def build_draft_model(
     """A proposer for model that samples from draft. kv_cache: the draft's."""
     vocab_size = model.config.vocab_size
 
-    def select_tokens(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def select_tokens(logits: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, :vocab_size]  # models of one family may pad the same vocabulary to different sizes
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None
@@ -286,6 +290,6 @@ def build_draft_model(
         return tp.broadcast(multinomial(probs)), probs
 
     prefill = build_steps(draft, kv_cache, Sampling()).prefill
-    step = build_step(draft, kv_cache, select_tokens, compile)
-    cost = draft.step_bytes() / model.step_bytes()
+    step = build_model_step(draft, kv_cache, select_tokens, compile)
+    cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, device_of(model), cost)

@@ -30,7 +30,7 @@ from kernels.cpu import find_compiler
 from kernels.record import record
 from machine import check_memory
 from model import KVCache, Transformer
-from sampling import Sampling, sample
+from sampling import Sampling, penalize, sample
 
 PREFILL_CHUNK = 512  # tokens of each sequence that prefill takes at a time, which bounds its memory
 GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all sequences together: every chunk dequantizes all weights again
@@ -63,16 +63,32 @@ def build_steps(
     """The steps of plain generation with model, for the sequences of kv_cache."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
-    def next_ids(logits: Tensor) -> Tensor:
-        """[B, T, V] -> the token after the last one of each sequence: [B], the same on all ranks."""
+    def next_ids(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The logits after the last of tokens [B, T], [B, 1, V] -> the next token of each sequence: [B], the same on
+        all ranks."""
+        if sampling.repetition_penalty != 1:
+            logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
         for hidden in hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model):
             last_hidden = hidden[:, -1:]
-        return next_ids(model.logits(last_hidden))
+        return next_ids(model.logits(last_hidden), tokens, positions)
 
-    return Steps(prefill, build_step(model, kv_cache, next_ids, compile))
+    return Steps(prefill, build_model_step(model, kv_cache, next_ids, compile))
+
+
+def penalized(
+    logits: Tensor, tokens: Tensor, positions: Tensor, kv_cache: KVCache, penalty: float | Tensor
+) -> Tensor:
+    """The logits [B, n, V] after the last n of tokens [B, T], whose first one is at positions [B], with the
+    repetition_penalty of all tokens of the text up to there. Notes tokens in kv_cache for the next steps. penalty: a
+    number, or one for each sequence [B, 1, 1]."""
+    kv_cache.note_tokens(tokens, positions)
+    n = logits.shape[1]
+    last_positions = positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
+    seen = kv_cache.tokens_seen(last_positions, logits.shape[-1])
+    return torch.where(seen, penalize(logits, penalty), logits)
 
 
 # ---- Prefill --------------------------------------------------------------------------------------------------------
@@ -97,19 +113,22 @@ def hidden_in_chunks(
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
-def build_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool = False) -> Callable:
-    """The function (tokens [B, T], positions [B], *extra_inputs) -> select_tokens(logits [B, T, V], *extra_inputs), all
-    of tensors. What it returns may lie in buffers that its next call overwrites: clone what must last. On a CPU these
-    are the logits; on a GPU with compile also what select_tokens returns."""
+def build_model_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool = False) -> Callable:
+    """The function (tokens [B, T], positions [B], *extra_inputs) -> select_tokens(logits [B, T, V], tokens, positions,
+    *extra_inputs), all of tensors. The B sequences are the first of kv_cache.
+
+    Its next call may overwrite the logits that select_tokens gets. On a GPU with compile, it may overwrite what
+    select_tokens has returned, too: clone what must last."""
     device = device_of(model)
     uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
     def forward(tokens: Tensor, positions: Tensor) -> Tensor:
-        return model(tokens, positions, kv_cache)
+        return model(tokens, positions, kv_cache.rows(0, len(tokens)))
 
     def forward_without_kernels(tokens: Tensor, positions: Tensor) -> Tensor:
-        end = int(positions.max()) + tokens.shape[1]
-        return model(tokens, positions, kv_cache.prefix(end))  # PyTorch's attention looks at every position there is
+        # PyTorch's attention looks at every position that it is given.
+        used = kv_cache.rows(0, len(tokens)).prefix(int(positions.max()) + tokens.shape[1])
+        return model(tokens, positions, used)
 
     if device.type == "cpu":  # a recording on a CPU holds nothing but kernels, and there are none for sampling
         step_with_kernels = chain(record(forward), select_tokens)
@@ -131,21 +150,21 @@ def build_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, c
 
 
 def chain(forward: Callable, select_tokens: Callable) -> Callable:
-    """The step (tokens, positions, *extra_inputs) -> select_tokens(forward(tokens, positions), *extra_inputs)."""
+    """The step that computes logits by forward(tokens, positions), and selects tokens by these."""
 
     def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        return select_tokens(forward(tokens, positions), *extra_inputs)
+        return select_tokens(forward(tokens, positions), tokens, positions, *extra_inputs)
 
     return step
 
 
 def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable) -> Callable:
-    """build_step's function by torch.compile, in two pieces: one block, which serves all layers, and the output head
-    with select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
+    """build_model_step's function by torch.compile, in two pieces: one block, which serves all layers, and the output
+    head with select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
     one_graph = can_be_one_graph(model)
 
-    def select_from_hidden(hidden: Tensor, *extra_inputs: Tensor):
-        return select_tokens(model.logits(hidden), *extra_inputs)
+    def select_from_hidden(hidden: Tensor, *inputs: Tensor):
+        return select_tokens(model.logits(hidden), *inputs)
 
     @cache
     def compiled() -> tuple[Transformer, Callable]:
@@ -155,7 +174,8 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Ca
 
     def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
         compiled_model, compiled_select = compiled()
-        return compiled_select(compiled_model.hidden(tokens, positions, kv_cache), *extra_inputs)
+        hidden = compiled_model.hidden(tokens, positions, kv_cache.rows(0, len(tokens)))
+        return compiled_select(hidden, tokens, positions, *extra_inputs)
 
     return record(step) if device_of(model).type == "cuda" and one_graph else step
 

@@ -24,6 +24,7 @@ from config import UsageError
 
 SENTINEL = str(secrets.randbits(128))  # occurs in no text; only digits, so that no filter of a template changes it
 MATCHES_NOTHING = "(?!)"  # a regular expression
+SAMPLE_LENGTH = 16  # characters for each token that a text may have, by which exceeds judges it
 
 Part = str | int  # a piece of a prompt: text, or the id of a special token
 
@@ -33,7 +34,7 @@ class TokenizerConfig:
     """The contents of tokenizer_config.json and chat_template.jinja. Both files may be missing."""
 
     fields: dict  # all fields of tokenizer_config.json
-    special_names: dict[str, str]  # bos_token, eos_token ..., as chat templates call them -> the special token's text
+    special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
     chat_template: str | None
 
 
@@ -42,11 +43,11 @@ class Tokenizer:
 
     vocab_size: int  # one more than the largest id
     bos_ids: list[int]  # the ids that every text begins with: bos, or none
-    special: dict[str, int]  # text of each special token -> its id
+    special_token_ids: dict[str, int]  # by the special token's text
     drops_space: bool  # whether the first token of a text begins with a space that the library has added
 
     def __init__(self, config: TokenizerConfig):
-        self.special_names, self.chat_template = config.special_names, config.chat_template
+        self.special_tokens_map, self.chat_template = config.special_tokens_map, config.chat_template
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text to continue, in which special tokens may be written. They begin with the checkpoint's
@@ -56,10 +57,20 @@ class Tokenizer:
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return self.bos_ids + ids if bos and not has_bos else ids
 
-    def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
-        """The text of ids. Special tokens have no text; bytes that are not valid UTF-8 become U+FFFD. after: the ids
-        that come before. If they have text, the space of the first id belongs to the text and is kept."""
-        return "".join(detokenize(self, ids, after))
+    def exceeds(self, text: str, n_tokens: int) -> bool:
+        """Whether a very long text certainly has more than n_tokens tokens. It takes minutes to encode 100 MB, so this
+        encodes only the beginning. What follows can change the last tokens of that, but not half of them."""
+        if len(text) <= SAMPLE_LENGTH * n_tokens:
+            return False
+        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow the white space before it
+        return len(self.encode(beginning)) > 2 * n_tokens
+
+    def decode(self, ids: Iterable[int], prefix_ids: Iterable[int] = ()) -> str:
+        """The text of ids. Special tokens have no text; bytes that are not valid UTF-8 become U+FFFD.
+
+        prefix_ids: the ids that precede these. If any of them has text, the leading space of the first id is kept. At
+        the start of a text it is dropped."""
+        return "".join(detokenize(self, ids, prefix_ids))
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}], written out by the
@@ -70,7 +81,7 @@ class Tokenizer:
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """A conversation's text, in which the template's special tokens are written. Raises UsageError."""
-        template, names = self.chat_template, self.special_names
+        template, names = self.chat_template, self.special_tokens_map
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
         if not template:
@@ -79,7 +90,7 @@ class Tokenizer:
 
     def end_ids(self) -> list[int]:
         """The tokens that end a text: eos_token, and what the chat template puts after an assistant's message."""
-        ends = [self.special.get(self.special_names.get("eos_token")), self.end_of_turn()]
+        ends = [self.special_token_ids.get(self.special_tokens_map.get("eos_token")), self.end_of_turn()]
         return [i for i in ends if i is not None]
 
     def end_of_turn(self) -> int | None:
@@ -98,24 +109,25 @@ class Tokenizer:
     def drop_special_tokens(self, n_tokens: int):
         """Makes text of the special tokens whose ids are n_tokens or more, if no other token's are. Gemma 3's tokenizer
         has such a token, for images, and its smallest model has no embedding for it."""
-        special_ids = set(self.special.values())
+        special_ids = set(self.special_token_ids.values())
         if all(i in special_ids for i in range(n_tokens, self.vocab_size)):
-            self.special = {piece: i for piece, i in self.special.items() if i < n_tokens}
+            self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
             self.vocab_size = min(self.vocab_size, n_tokens)
 
     def mark_as_text(self, text: str) -> str:
         """Inserts SENTINEL after the first character of everything that looks like a special token, so that
         split_special leaves it as text."""
-        starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special)
+        starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special_token_ids)
         return re.sub(starts or MATCHES_NOTHING, rf"\g<0>{SENTINEL}", text)
 
     def split_special(self, text: str) -> list[Part]:
         """Splits text at the special tokens in it, which become ids, and removes every SENTINEL."""
-        pieces = "|".join(re.escape(piece) for piece in sorted(self.special, key=len, reverse=True))  # longest first
+        longest_first = sorted(self.special_token_ids, key=len, reverse=True)
+        pieces = "|".join(map(re.escape, longest_first))
         parts: list[Part] = []
         for k, fragment in enumerate(re.split(f"({pieces or MATCHES_NOTHING})(?!{SENTINEL})", text)):
             is_text = k % 2 == 0  # text, token, text, token ... text
-            parts.append(fragment.replace(SENTINEL, "") if is_text else self.special[fragment])
+            parts.append(fragment.replace(SENTINEL, "") if is_text else self.special_token_ids[fragment])
         return parts
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
@@ -128,36 +140,75 @@ class Tokenizer:
 
 
 class IncrementalDetokenizer:
-    """Decodes ids as they arrive, whole characters only. The pieces join to tokenizer.decode(ids, after)."""
+    """Decodes ids as they arrive, whole characters only. The pieces join to tokenizer.decode(ids, prefix_ids), up to
+    the first of the stop texts."""
 
-    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prefix_ids: Iterable[int] = (), stop: Iterable[str] = ()):
+        self.tokenizer, self.stop_finder = tokenizer, StopFinder(stop)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in after)
+        self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in prefix_ids)
 
     def push(self, i: int) -> str:
-        """The text that one more id completes: "" if it ends within a character."""
+        """The text that one more id completes: "" if it ends within a character or perhaps within a stop text."""
         data = self.tokenizer.token_bytes(i)
         if self.at_start and data:
             data = data.removeprefix(b" ")
             self.at_start = False
-        return self.utf8.decode(data)
+        return self.stop_finder.push(self.utf8.decode(data))
 
     def end(self) -> str:
-        """Call it after the last id. U+FFFD if that id ended within a character, else ""."""
-        return self.utf8.decode(b"", final=True)
+        """Call it after the last id: what was held back. U+FFFD stands for a character that is not complete."""
+        return self.stop_finder.push(self.utf8.decode(b"", final=True)) + self.stop_finder.end()
+
+    @property
+    def found_stop(self) -> bool:
+        return self.stop_finder.found
 
 
-def detokenize(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
-    """Yields tokenizer.decode(ids, after) in pieces, as the ids arrive."""
-    detokenizer = IncrementalDetokenizer(tokenizer, after)
+def detokenize(
+    tokenizer: Tokenizer, ids: Iterable[int], prefix_ids: Iterable[int] = (), stop: Iterable[str] = ()
+) -> Iterator[str]:
+    """Yields tokenizer.decode(ids, prefix_ids) in pieces, as the ids arrive, up to the first of the stop texts."""
+    detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, stop)
     for i in ids:
         piece = detokenizer.push(i)
         if piece:
             yield piece
+        if detokenizer.found_stop:
+            return
     rest = detokenizer.end()
     if rest:
         yield rest
+
+
+class StopFinder:
+    """Ends a text, which arrives in pieces, before the first of some stop texts. It holds back what may be the
+    beginning of one."""
+
+    def __init__(self, stop: Iterable[str]):
+        self.stop = tuple(stop)
+        self.held = ""  # the end of the text, which may be the beginning of a stop text
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that is now known to come before a stop text."""
+        text, self.held = self.held + piece, ""
+        if self.found:
+            return ""
+        places = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
+        if places:
+            self.found = True
+            _, start = min(places)  # of the stop text that is complete first
+            return text[:start]
+        n_held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        n_known = len(text) - n_held
+        self.held = text[n_known:]
+        return text[:n_known]
+
+    def end(self) -> str:
+        """Call it after the last piece: what was held back."""
+        rest, self.held = self.held, ""
+        return rest
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -174,11 +225,11 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     path = folder / "tokenizer_config.json"
     fields = read_json(path, {})
     try:
-        special_names = {}
+        special_tokens_map = {}
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
-                special_names[key] = value if isinstance(value, str) else value["content"]
-                special_names[key].encode()  # raises ValueError for half of a surrogate pair, which is not text
+                special_tokens_map[key] = value if isinstance(value, str) else value["content"]
+                special_tokens_map[key].encode()  # raises ValueError for half of a surrogate pair, which is not text
         template = fields.get("chat_template")
         if isinstance(template, list):  # several templates, each with a name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -187,7 +238,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
             template = path.read_text(encoding="utf-8")
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
         raise UsageError(f"{path} is broken ({type(e).__name__}: {e})") from None
-    return TokenizerConfig(fields, special_names, template)
+    return TokenizerConfig(fields, special_tokens_map, template)
 
 
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
@@ -198,9 +249,9 @@ class JsonTokenizer(Tokenizer):
         super().__init__(config)
         self.library = read_tokenizer_json(path)
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
-        self.make_special(config.special_names)
+        self.make_special(config.special_tokens_map)
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
-        self.special = {token.content: i for i, token in self.special_tokens.items()}
+        self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
         self.add_placeholders()
         example = self.library.encode("a")  # with the special tokens that the post-processor puts before a text
         n_bos = (example.special_tokens_mask + [0]).index(0)
@@ -209,10 +260,10 @@ class JsonTokenizer(Tokenizer):
         self.byte_level = self.library.decoder.decode(["Ċ"]) == "\n"
         self.byte_of = byte_level_alphabet()
 
-    def make_special(self, special_names: dict[str, str]):
+    def make_special(self, special_tokens_map: dict[str, str]):
         """Makes the tokens special that tokenizer_config.json names, even if tokenizer.json does not mark them so."""
         known = {t.content for t in self.library.get_added_tokens_decoder().values() if t.special}
-        named = [name for name in special_names.values() if self.library.token_to_id(name) is not None]
+        named = [name for name in special_tokens_map.values() if self.library.token_to_id(name) is not None]
         self.library.add_special_tokens([name for name in named if name not in known])
 
     def add_placeholders(self):
@@ -276,12 +327,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.library = library = read_tokenizer_model(path)
         self.n_pieces = library.vocab_size()
         control = {library.id_to_piece(i): i for i in range(self.n_pieces) if library.is_control(i)}
-        self.special = control | read_added_tokens(path.with_name("tokenizer_config.json"), config.fields)
-        self.ids_without_text = {library.unk_id(), *self.special.values()}
-        self.vocab_size = max(self.n_pieces - 1, *self.special.values(), 0) + 1
+        self.special_token_ids = control | read_added_tokens(path.with_name("tokenizer_config.json"), config.fields)
+        self.ids_without_text = {library.unk_id(), *self.special_token_ids.values()}
+        self.vocab_size = max(self.n_pieces - 1, *self.special_token_ids.values(), 0) + 1
         for name, i in {"bos_token": library.bos_id(), "eos_token": library.eos_id()}.items():
             if i >= 0:
-                self.special_names = {name: library.id_to_piece(i)} | self.special_names
+                self.special_tokens_map = {name: library.id_to_piece(i)} | self.special_tokens_map
         adds_bos = library.bos_id() >= 0 and config.fields.get("add_bos_token") is not False
         self.bos_ids = [library.bos_id()] if adds_bos else []
         self.drops_space = library.encode("a", out_type=str)[0].startswith("▁")

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import Format
-from kernels.record import between_tapes
+from kernels.record import graph_break
 from model import Attention, Transformer
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun ends the others at once
@@ -152,6 +152,9 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             module.n_heads //= n_ranks
             if module.sinks is not None:
                 module.sinks = nn.Parameter(module.sinks[: module.n_heads], requires_grad=False)
+            if module.slopes is not None:
+                start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
+                module.slopes = module.slopes[start : start + length]
             module.n_kv_heads = -(-module.n_kv_heads // n_ranks)  # at least one
     return shard_tensor
 
@@ -205,7 +208,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.input_range is not None:
-            x = between_tapes(self.own_inputs, x)
+            x = graph_break(self.own_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
 
@@ -221,7 +224,7 @@ class ParallelHead(nn.Module):
         self.linear, self.vocab_size, self.backend = linear, vocab_size, linear.backend
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        return between_tapes(self.all_gather, self.linear(x, **kwargs))
+        return graph_break(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
         """[..., X] of every rank, the last of which may be padded -> [..., V]."""
@@ -241,12 +244,12 @@ def world_size() -> int:
 
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of all ranks' x."""
-    return between_tapes(partial(collective, "all_reduce", "sum"), x)
+    return graph_break(partial(collective, "all_reduce", "sum"), x)
 
 
 def broadcast(x: Tensor) -> Tensor:
     """Rank 0's x on every rank. Ranks that sample with different random numbers so continue with the same token."""
-    return x if world_size() == 1 else between_tapes(partial(collective, "broadcast", 0), x)
+    return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
 
 
 def collective(name: str, argument: str | int, x: Tensor) -> Tensor:

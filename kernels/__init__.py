@@ -1,10 +1,10 @@
 """The operations that a model is made of. Each calls the kernel of its backend, or does the same in plain PyTorch.
 
-    linear             [residual +] [cap] scale * [glu] ([rms_norm] x W^T [+ bias])
+    linear             [residual +] [clip] [cap] scale * [glu] ([rms_norm] x W^T [+ bias])
     rms_norm           [residual +] a norm that linear cannot fuse, since no matrix product follows it
     glu, add           an activation or a residual that linear cannot fuse
     embed              looks tokens up in the embedding
-    attend             q/k norm, RoPE, cache write, attention over the cache
+    attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
     route              a router's choice of experts
     experts_gate_up, experts_down      the matrix products with the chosen experts' weights
 
@@ -12,9 +12,10 @@ They are called leaf operations. A step that is recorded on a CPU (record.py) ca
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
 Kernels are made for decode steps: they take up to MAX_ROWS rows of activations, one for each token. A step with more
-tokens runs in plain PyTorch. enable(model) chooses the backend for the model's device and packs the weights for it.
+tokens runs in plain PyTorch. pack_weights(model) chooses the backend for the model's device, and packs its weights.
 """
 
+import math
 import sys
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import cpu, reference
+from kernels.formats import QUANTIZE_CHUNK, Dequantized, Format, Tensors
 from kernels.schema import ACTIVATIONS
-from machine import drop_pages
+from machine import drop_pages, free_memory, use_huge_pages
 
 MAX_ROWS = 8  # rows of activations that the kernels take; also in csrc/weights.h
 MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in registers
@@ -44,7 +46,7 @@ def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None
     norm: a model.RMSNorm that is applied to x first.
     activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
     [..., N / 2].
-    residual: added last, after w.scale and w.softcap.
+    residual: added last, after w.scale, w.softcap and w.clip.
     out_dtype: x.dtype (None) or torch.float32."""
     ops = kernels_of(w.backend, n_rows(x))
     if ops is None:
@@ -59,6 +61,7 @@ def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None
         activation=ACTIVATIONS[activation],
         scale=w.scale,
         softcap=w.softcap,
+        clip=w.clip,
         float32_out=out_dtype == torch.float32,
     )  # fmt: skip
 
@@ -98,26 +101,27 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D].
 
-    cache: a model.LayerCache. The new keys and values are written to it, the first at positions [B].
+    cache: a model.LayerCache. The new keys and values are written to it, the first at positions [B]. If it has slopes
+    [H], slope * (position of the key - position of the query) is added to the scores, after softcap.
     window: how many tokens a token sees, itself included; 0: all.
     q_norm, k_norm: model.RMSNorms, applied before RoPE to every head, or to all heads together if they are so wide.
     sinks: [H], scores of a key whose value is zero.
     scale: of the scores; None: 1 / sqrt(D).
     softcap: if not 0, scores become softcap * tanh(score / softcap)."""
     batch, n_tokens, _ = qkv.shape
-    if not attend_fits(backend, batch, n_tokens, n_heads // cache.k.shape[1]):
+    if not has_attention_kernel(backend, batch, n_tokens, n_heads // cache.k.shape[1]):
         return reference.attend(qkv, cache, positions, n_heads, window, q_norm, k_norm, sinks, scale, softcap)
     q_weight, eps = norm_arguments(q_norm)
     k_weight, _ = norm_arguments(k_norm)
     ops = kernels_of(backend, batch * n_tokens)
     return ops.attend(
-        qkv, cache.k, cache.v, positions, cache.rope, q_weight, k_weight, eps, sinks, n_heads, window,
+        qkv, cache.k, cache.v, positions, cache.rope, q_weight, k_weight, eps, sinks, cache.slopes, n_heads, window,
         scale=cache.k.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
     )  # fmt: skip
 
 
-def attend_fits(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
+def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
     """Whether backend has a kernel for n_tokens new tokens in each of batch sequences."""
     if kernels_of(backend, batch * n_tokens) is None:
         return False
@@ -198,17 +202,21 @@ def weight_arguments(w) -> tuple:
 # ---- Choosing a backend ---------------------------------------------------------------------------------------------
 
 
-def enable(model: torch.nn.Module, mapped: bool = False):
+def pack_weights(model: torch.nn.Module, mapped: bool = False):
     """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
     copies, so an embedding that was tied to the head must be tied again (Transformer.tie_embeddings).
 
+    On a CPU without kernels, quantized weights are dequantized to the dtype of the embedding.
+
     mapped: the weights lie in a memory-mapped file. Its pages are released as soon as a weight is packed, so that no
     weight is in memory twice."""
-    device = next(iter(model.state_dict().values())).device
+    first = next(iter(model.state_dict().values()))
     linears = [m for m in model.modules() if hasattr(m, "backend") and m.backend == "torch"]
-    if device.type == "cpu" and cpu.build():
+    if first.device.type == "cpu" and cpu.build():
         pack_for_cpu(linears, mapped)
-    elif device.type == "cuda" and triton_runs(device):
+    elif first.device.type == "cpu" and first.is_floating_point():
+        dequantize_weights([w for w in linears if w.format.quantization], first.dtype, mapped)
+    elif first.device.type == "cuda" and triton_runs(first.device):
         pack_for_triton(linears)
 
 
@@ -224,6 +232,37 @@ def pack_for_cpu(linears: list, mapped: bool):
             if mapped:
                 drop_pages(unpacked[name])
         w.backend = "cpu"
+
+
+def dequantize_weights(linears: list, dtype: torch.dtype, mapped: bool):
+    """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
+    again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
+    so and leaves them as they are."""
+    n_bytes = sum(w.out_features * w.in_features * (w.n_experts or 1) for w in linears) * dtype.itemsize
+    free = free_memory()
+    if n_bytes > free:
+        lack = f"dequantized they take {n_bytes / 1e9:.2f} GB, of which {free / 1e9:.2f} are free"
+        print(f"every token dequantizes all weights, since {lack}", file=sys.stderr)
+        return
+    for w in tqdm(linears, "load", disable=None, leave=False):
+        quantized = w.tensors()
+        w.set_tensor("weight", dequantize_rows(w.format, quantized, w.in_features, dtype))
+        w.scales = w.zeros = None
+        w.format = Dequantized(w.format.name)
+        for tensor in quantized.values() if mapped else ():
+            drop_pages(tensor)
+
+
+def dequantize_rows(format: Format, tensors: Tensors, in_features: int, dtype: torch.dtype) -> Tensor:
+    """format.dequantize, a few rows at a time, so that its float32 copies stay in the processor's cache."""
+    *outputs, _ = tensors["weight"].shape
+    rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
+    w = torch.empty(math.prod(outputs), in_features, dtype=dtype)
+    use_huge_pages(w)
+    step = max(1, QUANTIZE_CHUNK // in_features)
+    for i in range(0, len(w), step):
+        w[i : i + step] = format.dequantize({name: t[i : i + step] for name, t in rows.items()}, dtype)
+    return w.view(*outputs, in_features)
 
 
 def pack_for_triton(linears: list):

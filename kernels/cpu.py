@@ -1,18 +1,24 @@
 """Compiles and loads the C++ kernels in kernels/csrc/, and puts weights into huge pages for them.
 
 The kernels are compiled for this machine at first use, which takes some fifteen seconds, and cached in
-~/.cache/gpt-fast. The environment variables CXX and CXXFLAGS choose the compiler and add to its flags. Without a C++
-compiler, everything runs on PyTorch's own, slower operations.
+~/.cache/gpt-fast, or in a temporary folder if that one does not serve. The environment variables CXX and CXXFLAGS
+choose the compiler and add to its flags. Once compiled, they need no compiler. Without them everything runs on
+PyTorch's own, slower operations.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +29,10 @@ from kernels import schema  # noqa: F401  (defines the schemas of the operations
 from machine import use_huge_pages
 
 SOURCES = Path(__file__).parent / "csrc"
+CPU_FIELDS = (  # of /proc/cpuinfo: those that say for which CPUs -march=native compiles
+    "vendor_id", "cpu family", "model", "model name", "flags",
+    "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features", "isa",
+)  # fmt: skip
 FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -35,15 +45,16 @@ def build() -> ctypes.CDLL | None:
     """
     compiler = find_compiler()
     if compiler is None:
-        print("no C++ compiler ($CXX, g++ or clang++): running on PyTorch's own, slower operations", file=sys.stderr)
-        return None
-    try:
-        return load_library(library_path(compiler), compiler)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as e:  # RuntimeError: no home folder
-        lines = (getattr(e, "stderr", None) or str(e)).splitlines()
-        why = next((line for line in lines if "error" in line), str(e))
-        print(f"kernels/csrc does not build here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
-        return None
+        why = "no C++ compiler ($CXX, g++ or clang++)"
+    else:
+        try:
+            return load_cached(library_name(compiler)) or compile_and_load(compiler)
+        except (OSError, subprocess.CalledProcessError) as e:
+            why = f"kernels/csrc does not build here ({reason(e)})"
+    library = load_cached(library_name(None))  # which another compiler has made
+    if library is None:
+        print(f"{why}: running on PyTorch's own, slower operations", file=sys.stderr)
+    return library
 
 
 def find_compiler() -> list[str] | None:
@@ -59,33 +70,138 @@ def compiler_flags() -> list[str]:
     return ours + os.environ.get("CXXFLAGS", "").split()
 
 
-def library_path(compiler: list[str]) -> Path:
-    """Where the compiled library is, or will be. Its name is a hash of all that it depends on: the sources, the flags,
-    the PyTorch version, the compiler and the CPU."""
-    # The predefined macros name the compiler's version and the CPU's instruction sets.
-    macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    key = hashlib.sha256(subprocess.run(macros, capture_output=True).stdout)
-    key.update(repr((compiler_flags(), torch.__version__)).encode())
+# ---- The cache of compiled libraries --------------------------------------------------------------------------------
+
+
+def library_name(compiler: list[str] | None) -> str:
+    """The compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch version and
+    the CPU, and B of the compiler. None: a pattern for the libraries of any compiler; "" if the CPU is not known."""
+    cpu = cpu_description()
+    key = hashlib.sha256(repr((compiler_flags(), torch.__version__, cpu)).encode())
     for source in sorted(SOURCES.iterdir()):
         key.update(source.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast"
-    return folder / f"kernels-{key.hexdigest()[:16]}.so"
+    if compiler is None:
+        return f"kernels-{key.hexdigest()[:16]}-*.so" if cpu else ""
+    # The predefined macros name the compiler's version and the instruction sets that it will use.
+    macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    compiler_key = hashlib.sha256(subprocess.run(macros, capture_output=True).stdout)
+    return f"kernels-{key.hexdigest()[:16]}-{compiler_key.hexdigest()[:8]}.so"
 
 
-def load_library(library: Path, compiler: list[str]) -> ctypes.CDLL:
-    """Loads the library, compiled first if the file is missing or broken."""
+def cpu_description() -> str:
+    """What Linux says of the first CPU's model and instruction sets; "" on other systems."""
+    with contextlib.suppress(OSError):
+        first_cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        fields = dict(map(str.strip, line.partition(":")[::2]) for line in first_cpu.splitlines())
+        return repr([fields[name] for name in CPU_FIELDS if name in fields])
+    return ""
+
+
+def cache_folders() -> list[Path]:
+    """The folders for compiled libraries, the preferred one first."""
+    folders = [Path(tempfile.gettempdir()) / f"gpt-fast-{os.getuid()}"]
+    with contextlib.suppress(RuntimeError):  # no home folder
+        folders.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast")
+    return folders
+
+
+def check_folder(folder: Path):
+    """Raises OSError if a library in folder cannot be loaded, or must not be: where all users can make folders, it may
+    be another user's."""
+    status, parent = folder.lstat(), folder.parent.stat()
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    if parent.st_mode & stat.S_IWOTH and not is_own:
+        raise OSError(f"{folder} is another user's")
+    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+        raise OSError(f"{folder} is mounted noexec")
+
+
+def load_cached(name: str) -> ctypes.CDLL | None:
+    """Loads the library of this name, or of a name that fits this pattern, if there is one that is not broken."""
+    for folder in cache_folders() if name else []:
+        with contextlib.suppress(OSError):
+            check_folder(folder)
+            for path in folder.glob(name):
+                with contextlib.suppress(OSError):
+                    return load_library(path)
+    return None
+
+
+# ---- Compiling and loading ------------------------------------------------------------------------------------------
+
+
+def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
+    """Compiles the library into the first of cache_folders that it can be loaded from, and loads it. If that is not the
+    first one, says why. Raises OSError or CalledProcessError."""
+    if sys.stderr and sys.stderr.isatty():
+        print("compiling kernels/csrc for this machine, once", file=sys.stderr)
+    preferred, *others = cache_folders()
     try:
-        torch.ops.load_library(library)
-    except OSError:
-        if sys.stderr and sys.stderr.isatty():
-            print("compiling kernels/csrc for this machine, once", file=sys.stderr)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            out = f"{scratch}/kernels.so"
-            command = [*compiler, str(SOURCES / "ops.cpp"), "-o", out, *compiler_flags()]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(out, library)  # atomic, so that other processes see a whole file or none
-        torch.ops.load_library(library)
+        return compile_to(preferred, compiler)
+    except (OSError, subprocess.CalledProcessError) as e:
+        for folder in others:
+            library = compile_to(folder, compiler)
+            print(f"{preferred} does not serve ({reason(e)}): the kernels are in {folder}", file=sys.stderr)
+            return library
+        raise
+
+
+def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    check_folder(folder)
+    library = folder / library_name(compiler)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        out = f"{scratch}/kernels.so"
+        command = [*compiler, str(SOURCES / "ops.cpp"), "-o", out, *compiler_flags()]
+        run_compiler(command, os.environ | {"TMPDIR": scratch})
+        os.replace(out, library)  # atomic, so that other processes see a whole file or none
+    return load_library(library)
+
+
+def run_compiler(command: list[str], env: dict[str, str]):
+    """Raises CalledProcessError if it fails. If this process is ended meanwhile, so is all that the command started."""
+    with signals_raised(), subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    ) as process:  # fmt: skip
+        try:
+            _, errors = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
+
+
+@contextlib.contextmanager
+def signals_raised() -> Iterator[None]:
+    """Within this context, signals that would end the process raise SystemExit. Not in other threads than the main one,
+    where Python cannot do that."""
+
+    def stop(signum, frame):
+        sys.exit(128 + signum)
+
+    signals = []
+    if threading.current_thread() is threading.main_thread():
+        signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL]
+    for signum in signals:
+        signal.signal(signum, stop)
+    try:
+        yield
+    finally:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+def reason(e: Exception) -> str:
+    """The line of what a compiler has said, or of any other error, that says why."""
+    lines = (getattr(e, "stderr", None) or str(e)).splitlines()
+    telling = [line for word in ("No space left", "error") for line in lines if word in line]
+    return telling[0] if telling else str(e)
+
+
+def load_library(library: Path) -> ctypes.CDLL:
+    """Raises OSError if it cannot be loaded."""
+    torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
     functions.tape_begin.restype = ctypes.c_void_p
     functions.tape_replay.argtypes = [ctypes.c_void_p]

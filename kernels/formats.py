@@ -79,6 +79,13 @@ class Dense(Format):
 
 
 @dataclass(frozen=True)
+class Dequantized(Dense):
+    """What a quantized weight becomes where there are no kernels for it (dequantize_weights in __init__.py)."""
+
+    name: str  # of the format that the checkpoint has
+
+
+@dataclass(frozen=True)
 class Int8(Format):
     """Symmetric, q from -127 to 127, one scale for each output."""
 

@@ -12,10 +12,10 @@ overwritten by the next call. Only what the arguments hold may change from call 
 
 Only leaf operations can be on a tape: the operations in kernels/__init__.py, of which a model is composed. Anything
 else that step computes on a CPU raises, since it would happen once, while recording, and never again. A collective is
-no leaf operation. between_tapes makes a graph break for it:
+no leaf operation, so it runs between two tapes:
 
         embed  linear  attend  linear  linear  linear  ...  linear |   all_reduce    | add  linear  attend ...
-        [------------------------- tape -------------------------] between_tapes()   [-------- tape --------
+        [------------------------- tape -------------------------]  graph_break()  [-------- tape --------
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def record(step: Callable) -> Callable:
     return replay
 
 
-def between_tapes(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """fn(*inputs). While a CPUGraph is recorded, this is a graph break: the tape ends and another one begins. Replaying
     calls fn between the two. Its result must always have the same shape."""
     if current is None:
@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):
         cpu.build().tape_end()
 
     def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
-        """See between_tapes()."""
+        """Between two tapes: see the function graph_break."""
         self.end_tape()
         with torch.utils._python_dispatch._disable_current_modes():
             result = fn(*inputs).clone()  # of inputs that have not been computed: only its shape counts
@@ -150,7 +150,8 @@ class Recorder(TorchDispatchMode):
 
 
 class Tape:
-    """A tape of kernels/csrc/tape.h. To create one starts to record it, until tape_end; to call it replays it."""
+    """A tape of kernels/csrc/tape.h. Its constructor begins to record, and end_tape() of Recorder ends that. A call
+    replays it."""
 
     def __init__(self, functions: ctypes.CDLL):
         self.functions, self.address = functions, functions.tape_begin()

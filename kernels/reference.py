@@ -21,6 +21,8 @@ def linear(x, w, norm=None, residual=None, activation=None, out_dtype=None) -> T
         y = y.to(out_dtype)
     if w.softcap:
         y = cap(y, w.softcap)
+    if w.clip:
+        y = y.clamp(-w.clip, w.clip)
     return y if residual is None else residual + y
 
 
@@ -89,9 +91,12 @@ def attend(
         cache.k[sequences, :, token_positions] = k
         cache.v[sequences, :, token_positions] = v
     k, v = cache.k, cache.v  # [B, G, S, D]
-    if sinks is not None or softcap:
-        mask = causal_mask(token_positions, S, window)
-        y = explicit_attention(q, k, v, mask, sinks, D**-0.5 if scale is None else scale, softcap)
+    if sinks is not None or softcap or cache.slopes is not None:
+        mask, bias = causal_mask(token_positions, S, window), None
+        if cache.slopes is not None:
+            distances = torch.arange(S, device=qkv.device) - token_positions[..., None]  # [B, T, S]
+            bias = cache.slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        y = explicit_attention(q, k, v, mask, sinks, D**-0.5 if scale is None else scale, softcap, bias)
         return y.transpose(1, 2).reshape(B, T, -1)
     if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
         mask = causal_mask(token_positions, S, window)
@@ -115,15 +120,19 @@ def norm_heads(x: Tensor, norm) -> Tensor:
 
 
 def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """What SDPA cannot do. q [B, H, T, D], k and v [B, G, S, D], mask [B, 1, T, S] -> [B, H, T, D]. sinks [H] are
-    scores of a key whose value is zero: they take a part of the softmax's sum."""
+    scores of a key whose value is zero: they take a part of the softmax's sum. bias [B, H, T, S] is added to the
+    scores."""
     B, H, T, D = q.shape
     grouped = q.view(B, k.shape[1], -1, T, D)  # [B, G, H/G, T, D]
     scores = (grouped @ k[:, :, None].mT).float() * scale  # [B, G, H/G, T, S]
     if softcap:
         scores = cap(scores, softcap)
+    if bias is not None:
+        scores = scores + bias.view_as(scores)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
     if sinks is not None:
         column = sinks.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)

@@ -43,11 +43,12 @@ def implement_in_triton(function: Callable) -> Callable:
 
 @define(
     f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm, float eps, Tensor? residual, int activation, float scale, "
-    "float softcap, bool float32_out) -> Tensor"
+    "float softcap, float clip, bool float32_out) -> Tensor"
 )
 def linear(
-    x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation, scale, softcap, float32_out
-):
+    x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation, scale, softcap, clip,
+    float32_out,
+):  # fmt: skip
     dtype = torch.float32 if float32_out else x.dtype
     return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
 
@@ -74,9 +75,10 @@ def embed(tokens, weight, scale):
 
 @define(
     "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm, "
-    "Tensor? k_norm, float eps, Tensor? sinks, int n_heads, int window, float scale, float softcap) -> Tensor"
+    "Tensor? k_norm, float eps, Tensor? sinks, Tensor? slopes, int n_heads, int window, float scale, float softcap) "
+    "-> Tensor"
 )
-def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, sinks, n_heads, window, scale, softcap):
+def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, sinks, slopes, n_heads, window, scale, softcap):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 

@@ -1,6 +1,6 @@
 """Attention of a decode step on a GPU, in Triton: a few new tokens in each row look at the tokens in the KV cache.
 
-    attend    q/k norm, RoPE, cache write and softmax(q k^T) v, registered as torch.ops.gptfast_triton.attend
+    attend    q/k norm, RoPE, cache write and softmax([ALiBi] q k^T) v, registered as torch.ops.gptfast_triton.attend
 
 It is Flash-Decoding: each program goes over a part of the cache with FlashAttention's online softmax
 (arXiv:2205.14135), and the last program to finish combines the parts. How many tokens are in the cache is read on the
@@ -26,13 +26,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def attend_kernel(
-    qkv_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr, out_ptr,
-    splits_ptr, stats_ptr, n_done_ptr,
+    qkv_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr, slopes_ptr,
+    out_ptr, splits_ptr, stats_ptr, n_done_ptr,
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr, N_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program has one row of the batch, one key/value head with the BLOCK_M queries that look at it, and one of
     N_SPLITS equal parts of the cached tokens, which it reads BLOCK_N at a time. The last split also has the new tokens.
@@ -43,7 +43,7 @@ def attend_kernel(
 
     qk_scale and qk_softcap are those of logits to base 2, whose exponential is one instruction. Q_NORM_HEADS and
     K_NORM_HEADS: how many heads are normed together."""
-    wait_for_previous_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
     TOKEN_STRIDE: tl.constexpr = (N_HEADS + 2 * N_KV_HEADS) * D
@@ -76,6 +76,9 @@ def attend_kernel(
         m_i = tl.where(has_sink, tl.maximum(sink, m_i, propagate_nan=tl.PropagateNan.ALL), m_i)
         l_i = tl.where(has_sink, tl.exp2(sink - m_i), l_i)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    slope = None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + head, mask=mask_m, other=0.0) * LOG2_E
 
     begin = tl.maximum(start - WINDOW + 1, 0) if WINDOW else 0
     split_len = tl.cdiv(tl.cdiv(start - begin, N_SPLITS), BLOCK_N) * BLOCK_N
@@ -83,7 +86,7 @@ def attend_kernel(
     end = tl.minimum(begin + split_len, tl.minimum(start, S))
     m_i, l_i, acc = attend_cached(
         q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, qk_scale,
-        qk_softcap, D, WINDOW, BLOCK_N,
+        qk_softcap, slope, D, WINDOW, BLOCK_N,
     )  # fmt: skip
 
     if split == N_SPLITS - 1:
@@ -96,7 +99,10 @@ def attend_kernel(
         mask = mask_new[None, :] & mask_m[:, None] & (new[None, :] <= token[:, None])
         if WINDOW:
             mask &= new[None, :] > token[:, None] - WINDOW
-        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, m_i, l_i, acc)
+        distance = new[None, :] - token[:, None]
+        m_i, l_i, acc = online_softmax_step(
+            q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc
+        )
         store_halves(k_cache_ptr, (start + new) * D, k_lo, k_hi, mask_new, D)
         store_rows(v_cache_ptr, (start + new) * D, v, mask_new, D)
 
@@ -141,7 +147,7 @@ def combine_splits(
 
 @triton.jit
 def attend_cached(
-    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, qk_scale, qk_softcap,
+    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, qk_scale, qk_softcap, slope,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Takes the cached tokens [begin, end) into the running softmax of queries at position [BLOCK_M]."""
@@ -152,19 +158,25 @@ def attend_cached(
         mask = (key < end)[None, :] & mask_m[:, None]
         if WINDOW:
             mask &= key[None, :] > position[:, None] - WINDOW
-        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, m_i, l_i, acc)
+        distance = key[None, :] - position[:, None]
+        m_i, l_i, acc = online_softmax_step(
+            q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc
+        )
     return m_i, l_i, acc
 
 
 @triton.jit
-def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, m_i, l_i, acc):
+def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc):
     """Takes keys [N, D] and values v [N, D] that mask [M, N] lets queries [M, D] see into a running softmax: its maxima
-    m_i [M], its sums l_i [M] and the unnormalized output acc [M, D]. The products' factors are of q's type."""
+    m_i [M], its sums l_i [M] and the unnormalized output acc [M, D]. The products' factors are of q's type. slope [M],
+    if it is not None, times the keys' distance [M, N] from the queries is added to the scores (ALiBi)."""
     k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
     qk *= qk_scale
     if qk_softcap is not None:
         qk = cap(qk, qk_softcap)
+    if slope is not None:
+        qk += slope[:, None] * distance
     qk = tl.where(mask, qk, -float("inf"))
     m_new = tl.maximum(m_i, tl.max(qk, axis=1))
     p = tl.exp2(qk - m_new[:, None])
@@ -256,7 +268,8 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
 @implement_in_triton
 def attend(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, eps: float, sinks: Tensor | None, n_heads: int, window: int, scale: float, softcap: float,
+    k_norm: Tensor | None, eps: float, sinks: Tensor | None, slopes: Tensor | None, n_heads: int, window: int,
+    scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
     """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first token of each row is at positions [B], the others right after
     it.
@@ -265,11 +278,12 @@ def attend(
     ones. Nothing is read or written beyond S. rope [S, D / 2, 2] is cosine and sine of every position's angles.
     q_norm, k_norm: [D] to norm each head, [H D] and [G D] to norm all heads of a token together. sinks: [H], scores of
     a key whose value is zero. window: a token sees no more than so many, itself included, if it is not 0. Scores are
-    q k^T times scale, then, if softcap is not 0, capped.
+    q k^T times scale, then, if softcap is not 0, capped. slopes: [H] float32; slope * (position of the key - position
+    of the query) is added to the scores then.
 
     T H / G may be up to 64: a program has that much room."""
     (n_rows, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape
-    n_splits = choose_splits(gpu_of(qkv.device).n_processors, n_rows * n_kv_heads, cache_len, window)
+    n_splits = choose_splits(gpu_of(qkv.device).num_sms, n_rows * n_kv_heads, cache_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = n_rows * n_tokens * n_heads
     out = qkv.new_empty(n_rows, n_tokens, n_heads * head_dim)
@@ -279,8 +293,8 @@ def attend(
         stats = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
     grid = n_splits, n_kv_heads, n_rows
     attend_kernel[grid](
-        qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, sinks, out,
-        splits, stats, done_counters(qkv.device),
+        qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, sinks, slopes,
+        out, splits, stats, done_counters(qkv.device),
         eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
         k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,
         n_heads, n_kv_heads, head_dim, window,
@@ -299,10 +313,10 @@ def attend(
     return out
 
 
-def choose_splits(n_processors: int, n_programs: int, cache_len: int, window: int) -> int:
+def choose_splits(num_sms: int, n_programs: int, cache_len: int, window: int) -> int:
     """Into how many parts the cache is split: as many as give every multiprocessor two programs, of 64 tokens or more
     each. A short cache is one part, which needs no combining."""
     visible = min(cache_len, window) if window else cache_len
     if visible <= 128:
         return 1
-    return min(triton.cdiv(2 * n_processors, n_programs), triton.cdiv(visible, 64))
+    return min(triton.cdiv(2 * num_sms, n_programs), triton.cdiv(visible, 64))

@@ -1,11 +1,11 @@
 """How the Triton kernels are launched: what a GPU can do, the shape of a product's programs, overlapping kernels.
 
-    choose_tiles(x, bits, n, gated, group_size)      the shape of the programs of y = x W^T
-    overlap_options(device, grid)                    for a kernel that may begin before the previous one has ended
-    wait_for_previous_kernel(OVERLAP, AT_ONCE)           what such a kernel begins with
+    choose_tiles(x, bits, n, gated, group_size)       the shape of the programs of y = x W^T
+    overlap_options(device, grid)                     for a kernel that may begin before the previous one has ended
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)  what such a kernel begins with
 
-triton.json beside this file has the fastest shapes that were measured, by GPU and product. scripts/benchmark.py --tune
-writes them. For other GPUs and products choose_tiles guesses.
+triton_tuned.json beside this file has the fastest shapes that were measured, by GPU and product; scripts/benchmark.py
+--tune writes it. For other GPUs and products choose_tiles guesses.
 
 Kernels that overlap. On NVIDIA's Hopper and later, a kernel may begin while the one before it is still running (CUDA
 calls this programmatic dependent launch). Two instructions rule it:
@@ -33,20 +33,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TUNED = Path(__file__).with_name("triton.json")
+TUNED = Path(__file__).with_name("triton_tuned.json")
 
 
 class Gpu(NamedTuple):
-    n_processors: int  # multiprocessors (NVIDIA) or compute units (AMD)
+    num_sms: int  # multiprocessors (NVIDIA) or compute units (AMD)
     min_block_m: int  # the fewest columns that its matrix units take; 1: they are not used
     can_overlap: bool  # whether it has programmatic dependent launch
-    tuned: dict[str, list[int]]  # table_key -> TileConfig
+    tuned: dict[str, dict[str, int]]  # table_key -> fields of a TileConfig
 
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
     if device.type == "cpu":  # Triton's interpreter
-        return Gpu(n_processors=16, min_block_m=8, can_overlap=False, tuned={})
+        return Gpu(num_sms=16, min_block_m=8, can_overlap=False, tuned={})
     properties = torch.cuda.get_device_properties(device)
     is_nvidia = torch.version.hip is None
     if is_nvidia:
@@ -76,20 +76,20 @@ def dot_dtype(x: Tensor) -> tl.dtype:
 
 def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
     """Arguments for the launch of a kernel that overlaps with others if it can. It must call wait_for_previous_kernel
-    with OVERLAP and AT_ONCE. If OVERLAP and not AT_ONCE, it should call gdc_launch_dependents after its loop or never.
-    """
+    with USE_PDL and TRIGGER_EARLY. If USE_PDL and not TRIGGER_EARLY, it should call gdc_launch_dependents after its
+    loop, or never."""
     gpu = gpu_of(device)
     if not gpu.can_overlap:
-        return {"OVERLAP": False, "AT_ONCE": False}
-    return {"OVERLAP": True, "AT_ONCE": math.prod(grid) <= gpu.n_processors, "launch_pdl": True}
+        return {"USE_PDL": False, "TRIGGER_EARLY": False}
+    return {"USE_PDL": True, "TRIGGER_EARLY": math.prod(grid) <= gpu.num_sms, "launch_pdl": True}
 
 
 @triton.jit
-def wait_for_previous_kernel(OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr):
+def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
     """What a kernel begins with. Afterwards it may read everything."""
-    if OVERLAP:
+    if USE_PDL:
         tl.extra.cuda.gdc_wait()
-        if AT_ONCE:
+        if TRIGGER_EARLY:
             tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -104,7 +104,7 @@ def done_counters(device: torch.device) -> Tensor:
 
 
 class TileConfig(NamedTuple):
-    """The shape of a product's programs: an entry of triton.json."""
+    """The shape of a product's programs: a value in triton_tuned.json."""
 
     tiles: int  # of 16 rows of W in a program
     num_warps: int
@@ -113,24 +113,26 @@ class TileConfig(NamedTuple):
 
 
 def table_key(bits: int, n: int, k: int, gated: bool, group_size: int) -> str:
-    """What triton.json calls a product with W [n, k]."""
-    key = f"{bits} {n} {k} {2 if gated else 1}"
-    return f"{key} g32" if bits == 4 and group_size == 32 else key
+    """What triton_tuned.json calls a product with W [n, k]."""
+    key = f"{bits} bits, {n} x {k}"
+    if bits == 4 and group_size == 32:
+        key += ", g32"
+    return f"{key}, gated" if gated else key
 
 
 def choose_tiles(x: Tensor, bits: int, n: int, gated: bool, group_size: int) -> TileConfig:
-    """For x [..., K] and W [n, K]: what triton.json says, or a guess. gated: W is a gate and an up projection, one
-    above the other, and a program needs tiles of both. The guess gives no program more than 99 KB of shared memory
+    """For x [..., K] and W [n, K]: what triton_tuned.json says, or a guess. gated: W is a gate and an up projection,
+    one above the other, and a program needs tiles of both. The guess gives no program more than 99 KB of shared memory
     (64 KB unless matrix units take 8 columns)."""
     gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
     k = x.shape[-1]
     key = table_key(bits, n, k, gated, group_size)
     if key in gpu.tuned and min_block_m > 1:
-        return TileConfig(*gpu.tuned[key])
+        return TileConfig(**gpu.tuned[key])
     if min_block_m != 8:
         return TileConfig(tiles=2 if gated else 1, num_warps=8 // x.element_size(), depth=1, num_stages=2)
     if bits == 4:
-        return guess_int4(n / gpu.n_processors, gated, group_size)
+        return guess_int4(n / gpu.num_sms, gated, group_size)
     if k <= 1024 and not gated:  # one step
         return TileConfig(tiles=1, num_warps=4, depth=4, num_stages=2)
     return TileConfig(tiles=2 if gated else 1, num_warps=4, depth=1 if gated and bits == 8 else 2, num_stages=3)

@@ -1,6 +1,6 @@
 """The products of a decode step on a GPU, in Triton: a few rows of x times a weight in any format.
 
-    linear        y = x W^T; before it a norm, after it bias, activation, scale, softcap and residual
+    linear        y = x W^T; before it a norm, after it bias, activation, scale, softcap, clip and residual
     dequantize    a whole matrix, for prefill, whose products are PyTorch's
     rms_norm      a norm that no product follows
 
@@ -43,15 +43,15 @@ PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the p
 @triton.jit
 def linear_kernel(
     w_ptr, scales_ptr, bias_ptr, x_ptr, norm_ptr, residual_ptr, topk_ids_ptr, y_ptr,
-    eps, scale, softcap, magic, N,
+    eps, scale, softcap, clip, magic, N,
     M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_HAS_PAIRS: tl.constexpr,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
-    OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
+    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N_OUT] = epilogue(x [M, K] W [N, K]^T). A pointer is None where there is no such tensor, and so are scale
-    and softcap. DTYPE is the type of the products' factors. OVERLAP, AT_ONCE: see triton_launch.py.
+    """y [M, N_OUT] = epilogue(x [M, K] W [N, K]^T). A pointer is None where there is no such tensor, and so are scale,
+    softcap and clip. DTYPE is the type of the products' factors. USE_PDL, TRIGGER_EARLY: see triton_launch.py.
 
     With topk_ids [M, TOP_K] W is a stack of experts [E, N, K], and y has a row for each pair of a token and one of its
     experts: [M * TOP_K, N_OUT]. x has a row for each pair, too, if X_HAS_PAIRS, else for each token. The second axis of
@@ -61,9 +61,9 @@ def linear_kernel(
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION else BLOCK_N
     offs_n = block_rows(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
-    if OVERLAP and topk_ids_ptr is None:
+    if USE_PDL and topk_ids_ptr is None:
         prefetch_rows(w_ptr, N, K, KIND, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
-    wait_for_previous_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     offs_m = tl.arange(0, BLOCK_M)
     x_row, y_row, mask_m = offs_m, offs_m, offs_m < M
     if topk_ids_ptr is not None:
@@ -114,7 +114,7 @@ def linear_kernel(
             w = load_w(w_ptr, offs_n, mask_n, offs_k, K)  # [K_SLICES, BLOCK_N, BLOCK_K]
             acc = tl.dot(w.to(DTYPE), x, acc, input_precision="ieee")
 
-    if OVERLAP and not AT_ONCE:
+    if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
     if KIND == INT8:
@@ -129,6 +129,8 @@ def linear_kernel(
         y *= scale
     if softcap is not None:
         y = cap(y, softcap)
+    if clip is not None:
+        y = tl.clamp(y, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     if residual_ptr is not None:
         y += residual
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
@@ -313,10 +315,10 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, KIND: tl.const
 @triton.jit
 def rms_norm_kernel(
     x_ptr, weight_ptr, residual_ptr, y_ptr, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [rows, N] = [residual +] x / rms(x) * weight. A program has a row; BLOCK >= N is a power of two."""
-    wait_for_previous_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     n = tl.arange(0, BLOCK)
     offsets, mask = tl.program_id(0) * N + n, n < N
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -335,7 +337,7 @@ def rms_norm_kernel(
 def launch_linear(
     y: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, kind: int, n: int, group_size: int,
     bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-    activation: int = 0, scale: float = 1.0, softcap: float = 0.0, topk_ids: Tensor | None = None,
+    activation: int = 0, scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0, topk_ids: Tensor | None = None,
 ):  # fmt: skip
     """Fills y with linear_kernel. With topk_ids [M, top_k] y has a row for each id, and x a row for each token or for
     each id."""
@@ -353,7 +355,7 @@ def launch_linear(
     slices_per_unit = 64 // block_k if is_int4 else 1  # of config.depth
     linear_kernel[grid](
         weight, scales, bias, x, norm, residual, topk_ids, y,
-        eps, scale if scale != 1 else None, softcap or None, magic_word(x.dtype), n,
+        eps, scale if scale != 1 else None, softcap or None, clip or None, magic_word(x.dtype), n,
         m, k, group_size, top_k, n_rows > m,
         kind, activation, dot_dtype(x),
         BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(m)),
@@ -382,13 +384,14 @@ def supports(w) -> bool:
 def linear(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
     bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, scale: float,
-    softcap: float, float32_out: bool,
+    softcap: float, clip: float, float32_out: bool,
 ) -> Tensor:  # fmt: skip
-    """[residual +] [cap] scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows and
-    W [n, K]."""
+    """[residual +] [clip] [cap] scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows
+    and W [n, K]."""
     dtype = torch.float32 if float32_out else x.dtype
     y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
-    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, residual, activation, scale, softcap)
+    epilogue = activation, scale, softcap, clip
+    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, residual, *epilogue)
     return y
 
 

@@ -23,12 +23,12 @@ from kernels.triton_linear import launch_linear
 def route_kernel(
     logits_ptr, topk_weights_ptr, topk_ids_ptr,
     E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, N_SHARED: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
+    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
     """The TOP_K likeliest of a row of E logits and their probabilities. Then N_SHARED experts, E and following; the
     weight of each is the sigmoid of the row's last logit, which no row has if N_SHARED is 0. BLOCK is a power of two
     that has room for all logits and all results."""
-    wait_for_previous_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     row, e = tl.program_id(0), tl.arange(0, BLOCK)
     logits_ptr += row * (E + 1 if N_SHARED else E)
     logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
@@ -55,10 +55,10 @@ def route_kernel(
 @triton.jit
 def moe_combine(
     y_ptr, topk_weights_ptr, residual_ptr, out_ptr, N,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, AT_ONCE: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [rows, N] = [residual +] the sum over TOP_K of topk_weights [rows, TOP_K] times y [rows, TOP_K, N]."""
-    wait_for_previous_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     row, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if residual_ptr is not None:
         total = tl.load(residual_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)

@@ -21,12 +21,12 @@ BLOCK_V = 2048  # logits of a program
 @triton.jit
 def sample_kernel(
     logits_ptr, noise_ptr, tokens_ptr, block_scores_ptr, block_tokens_ptr, n_done_ptr, temperature, V,
-    BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr, USE_PDL: tl.constexpr,
+    TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program finds the best of BLOCK_V tokens of a row. The last program of a row to be done finds the row's best.
     A logit that is not finite is better than all others, as token -1."""
-    wait_for_previous_kernel(OVERLAP, AT_ONCE)
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     block, row = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + row * V + token, mask=token < V, other=-1e38)

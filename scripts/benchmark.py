@@ -3,6 +3,7 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --compile
     python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
+    python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of so many sequences together
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
 
 Those are of the command "speed", which need not be named. Two commands are for GPUs (benchmark_gpu.py):
@@ -22,6 +23,7 @@ decode step reads: the weights that it needs, and the keys and values of the tok
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 
@@ -48,8 +50,8 @@ from arguments import DEFAULT_K
 from checkpoint import read_checkpoint
 from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, format_of
-from loading import empty_model
 from machine import pick_device, read_bandwidth
+from model import empty_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
@@ -63,6 +65,7 @@ def main():
     if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
         arguments = ["speed", *arguments]
     args = make_parser().parse_args(arguments)
+    cli.set_threads(args.threads)
     args.command(args)
 
 
@@ -81,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     p.add_argument("--decode_only", action="store_true", help="no prefill, no verification")
+    help = "only time decoding of so many sequences at a time, all together (scheduler.py)"
+    p.add_argument("--parallel", type=int, nargs="+", metavar="N", help=help)
     p.add_argument("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
     p.add_argument("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     p.add_argument("--json", action="store_true", help="one JSON object too, as the last line")
@@ -118,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_command(subparsers, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     p = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
     p.set_defaults(command=command)
+    cli.add_threads(p)
     return p
 
 
@@ -128,6 +134,8 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
         if args.mode:
             raise UsageError("--cold_start is measured without --mode")
+    if args.parallel and min(args.parallel) < 1:
+        raise UsageError("--parallel must be at least 1")
     if args.prompt_tokens < 1 or args.max_new_tokens < 2:
         raise UsageError("--prompt_tokens must be at least 1, and --max_new_tokens 2: the first is prefill's")
     length = args.prompt_tokens + args.max_new_tokens
@@ -262,7 +270,7 @@ def bits_per_weight(file: Path) -> float:
     """Bits that file holds for a weight of its linears, scales and zero points included."""
     config, _, tensors = read_checkpoint(file)
     tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])  # a tied head that is not quantized
-    linears = dict(empty_model(config, None).linears())
+    linears = dict(empty_model(config).linears())
     stored = [t.nbytes for name, t in tensors.items() if name.rpartition(".")[0] in linears and ".bias" not in name]
     return 8 * sum(stored) / sum(w.weight.numel() for w in linears.values())
 

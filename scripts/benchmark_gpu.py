@@ -37,9 +37,18 @@ from config import ModelConfig, MoEConfig, UsageError
 from generate import generate
 from kernels import reference
 from kernels.formats import Dense, Format, Int4, Int8
-from loading import empty_model
 from machine import pick_device
-from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Linear, RMSNorm, rope_table
+from model import (
+    ExpertsDown,
+    ExpertsGateUp,
+    KVCache,
+    LayerCache,
+    Linear,
+    RMSNorm,
+    alibi_slopes,
+    empty_model,
+    rope_table,
+)
 from sampling import Sampling, multinomial
 from steps import build_steps
 
@@ -152,10 +161,10 @@ def transformers(args: argparse.Namespace):
     for _ in range(2):  # compiles
         seconds(200)
     step = (median(seconds(200) for _ in range(3)) - seconds(1)) / 199
-    step_bytes = sum(p.nbytes for p in model.parameters())  # of a tied head and embedding one
+    active_weight_bytes = sum(p.nbytes for p in model.parameters())  # of a tied head and embedding one
     if not config.tie_embeddings:
-        step_bytes -= model.get_input_embeddings().weight.nbytes  # of which a step reads one row
-    share = step_bytes / step / copy_bandwidth()
+        active_weight_bytes -= model.get_input_embeddings().weight.nbytes  # of which a step reads one row
+    share = active_weight_bytes / step / copy_bandwidth()
     print(json.dumps({"decode_tokens_per_sec": 1 / step, "decode_share_of_copy": share, "version": hf.__version__}))
 
 
@@ -178,7 +187,7 @@ MODELS_RECORDED = [
     {
         "post_norm": True, "qk_norm": True, "qk_norm_all_heads": True, "activation": "gelu_tanh",
         "attention_scale": 0.1, "attention_softcap": 20.0, "embed_scale": 4.0, "residual_scale": 0.5,
-        "logit_scale": 0.5, "logit_softcap": 9.0,
+        "logit_scale": 0.5, "logit_softcap": 9.0, "clip_qkv": 2.0, "alibi": True,
     },
 ]  # fmt: skip
 
@@ -284,6 +293,10 @@ class Checker:
             w.scale, w.softcap = 0.5, 2.0
             y = reference.cap(products * 0.5, 2.0)
             self.compare(f"capped_linear {details}", kernels.linear(x, w, out_dtype=torch.float32), y, 1e-5)
+            w.clip = 1.0
+            ours = kernels.linear(x, w, out_dtype=torch.float32)
+            self.compare(f"clipped_linear {details}", ours, y.clamp(-1, 1), 1e-5)
+            w.clip = 0.0
 
     def check_rms_norm(self, n_rows: int, dim: int):
         norm = random_norm(dim, self.device, self.dtype)
@@ -296,7 +309,7 @@ class Checker:
         self, heads: tuple[int, int, int], window: int, cache: tuple[int, int, int, int], has_options: bool = False
     ):
         """The output, and both caches whole, in which nothing may have changed but the new tokens' places. has_options:
-        with norms over all heads, sinks, a scale and a softcap."""
+        with norms over all heads, sinks, a scale, a softcap and ALiBi."""
         (n_heads, n_kv_heads, head_dim), (batch, n_tokens, position, length) = heads, cache
         rope = rope_table(ModelConfig(256, 1, n_heads, n_kv_heads, head_dim, 64, 64, length), length).to(self.device)
         qkv = self.randn(batch, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
@@ -305,13 +318,14 @@ class Checker:
         norms = [None, None]
         if head_dim == 40:
             norms = [random_norm(head_dim, self.device, self.dtype) for _ in range(2)]
-        options = {}
+        options, slopes = {}, None
         if has_options:
+            slopes = torch.tensor(alibi_slopes(n_heads), device=self.device)
             norms = [random_norm(n * head_dim, self.device, self.dtype) for n in (n_heads, n_kv_heads)]
             options = {"sinks": self.randn(n_heads), "scale": 0.1, "softcap": 2.0}
 
         def attend(backend: str, dtype: torch.dtype) -> Tensor:
-            layer_cache = LayerCache(k.to(dtype, copy=True), v.to(dtype, copy=True), rope)
+            layer_cache = LayerCache(k.to(dtype, copy=True), v.to(dtype, copy=True), rope, slopes)
             y = kernels.attend(qkv.to(dtype), layer_cache, positions, n_heads, backend, window, *norms, **options)
             return torch.cat([t.flatten() for t in (y, layer_cache.k, layer_cache.v)])
 
@@ -371,7 +385,7 @@ class Checker:
             torch.manual_seed(0)
             model = random_model(config, Int8(), self.device, self.dtype)
             if use_kernels:
-                kernels.enable(model)
+                kernels.pack_weights(model)
             steps = build_steps(model, KVCache(model, 1, 64), Sampling(), compile=use_kernels)
             prompt = torch.arange(1, 12, device=self.device)[None]
             tokens.append(torch.tensor(list(generate(steps, prompt, 0, 40))))
@@ -386,7 +400,8 @@ def random_norm(dim: int, device: torch.device, dtype: torch.dtype) -> RMSNorm:
 
 # ---- Tuning ----------------------------------------------------------------------------------------------------------
 
-# Besides the guess: tiles, num_warps, depth, num_stages of a TileConfig
+TILES = ("tiles", "num_warps", "depth", "num_stages")  # fields of a TileConfig
+# What is tried besides the guess
 LAUNCHES = [
     (1, 4, 2, 3), (1, 4, 4, 3), (1, 4, 4, 4), (1, 2, 4, 4), (1, 4, 1, 4), (1, 4, 4, 2), (1, 8, 4, 3),
     (2, 4, 2, 3), (2, 2, 4, 3), (2, 4, 1, 4), (2, 4, 1, 3), (2, 4, 2, 4), (2, 4, 4, 3), (2, 8, 1, 3), (4, 4, 2, 3),
@@ -395,7 +410,7 @@ LAUNCHES = [
 
 def tune(config: ModelConfig, format: Format, device: torch.device):
     """Finds the fastest launches of the kernels' products for a model whose linears are in format, in some minutes.
-    They go into kernels/triton.json, where the kernels find them from then on."""
+    They go into kernels/triton_tuned.json, where the kernels find them from then on."""
     if device.type != "cuda" or not kernels.triton_runs(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
     tune_products(config, format, device)
@@ -404,7 +419,7 @@ def tune(config: ModelConfig, format: Format, device: torch.device):
 
 
 def tune_products(config: ModelConfig, format: Format, device: torch.device):
-    linears = empty_model(config.with_layers(1), None).linears()
+    linears = empty_model(config.with_layers(1)).linears()
     for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
 
@@ -429,7 +444,7 @@ def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.devi
     guess = tuple(choose_tiles(x, bits, n, gated, group_size))
 
     def microseconds(launch: tuple[int, ...], n_rows: int) -> float:
-        tuned[key] = list(launch)
+        tuned[key] = dict(zip(TILES, launch, strict=True))
         try:
             return time_products(x[:, :n_rows], weights, gated)
         except Exception as e:  # a GPU with less shared memory than it takes
@@ -441,7 +456,7 @@ def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.devi
     for launch in sorted(times, key=times.get):
         if times[launch] < math.inf and microseconds(launch, n_rows=kernels.MAX_ROWS) < math.inf:
             print(f"{key}: {launch} takes {times[launch]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
-            write_launch(key, launch)
+            write_launch(key, dict(zip(TILES, launch, strict=True)))
             return
     del tuned[key]
 
@@ -460,8 +475,8 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
     return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
 
 
-def write_launch(key: str, launch: tuple[int, ...]):
-    """Puts one launch for this GPU into triton.json, which is whole at any time."""
+def write_launch(key: str, launch: dict[str, int]):
+    """Puts one launch for this GPU into triton_tuned.json, which is whole at any time."""
     from kernels.triton_launch import TUNED
 
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}

@@ -10,7 +10,6 @@ made as they are stored, on the device that needs them: a model in int4 never ex
 import argparse
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -19,16 +18,16 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import kernels
 from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
 from families import config_from_hf
 from generate import generate
 from kernels.formats import Dense, Format, Int4, Int8, Tensors
 from machine import peak_memory, read_bandwidth, synchronize
-from model import KVCache, Linear, RMSNorm, Transformer
+from model import KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import Sampling
-from steps import Steps, build_step, build_steps, device_of
+from scheduler import Request, Scheduler
+from steps import Steps, build_model_step, build_steps, device_of
 
 SAMPLES = 3  # of every timing; their median counts
 PREFILLS = (512, 2048)  # prompt tokens
@@ -69,8 +68,7 @@ def named_config(name: str) -> ModelConfig:
 
 def random_model(config: ModelConfig, format: Format, device: torch.device, dtype: torch.dtype) -> Transformer:
     """A model whose linears are in format, as a checkpoint has it: not yet on the kernels."""
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+    model = empty_model(config).to(dtype)
     for _, linear in model.linears():
         linear.set_format(format)
     is_tied = config.tie_embeddings and format == Dense()
@@ -122,7 +120,7 @@ def randomize(module: nn.Module):
 def checkpoint_tensors(model: Transformer) -> Tensors:
     """What a checkpoint of model holds: a tied head is there once, as the embedding."""
     tensors = model.state_dict()
-    if model.lm_head.weight is model.embed_tokens.weight:
+    if model.is_tied:
         del tensors["lm_head.weight"]
     return tensors
 
@@ -144,16 +142,15 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: Format,
     model = random_model(config, format, device, getattr(torch, args.precision))
     weights_bytes = sum(t.nbytes for t in checkpoint_tensors(model).values())
     if args.kernels == "auto":
-        is_tied = model.lm_head.weight is model.embed_tokens.weight
-        kernels.enable(model)
-        if is_tied:
-            model.tie_embeddings()
+        model.pack_weights()
     synchronize(device)
     result = {
         "make_weights_seconds": time.perf_counter() - began,
         "weights_bytes": weights_bytes,
         "peak_memory_before_model_bytes": memory_before,  # Python and PyTorch; part of what is over weights and cache
     }
+    if args.parallel:
+        return result | measure_parallel(model, args.parallel, args.prompt_tokens, args.max_new_tokens, args.compile)
     result |= measure_decode(model, args.prompt_tokens, args.max_new_tokens, args.compile)
     result["peak_over_weights_and_kv_bytes"] = result["peak_memory_bytes"] - weights_bytes - result["kv_bytes"]
     if not args.decode_only:
@@ -184,13 +181,13 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
-    tokens_read = mean(model.config.mean_visible(position + 1) for position in positions)
-    bytes_per_second = (model.step_bytes() + kv_cache.bytes_per_token() * tokens_read) / seconds
+    tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
+    bytes_per_second = (model.active_weight_bytes() + kv_cache.bytes_per_token() * tokens_read) / seconds
     return {
         "compile_seconds": compile_seconds,
         "kv_bytes": kv_cache.bytes_per_token() * kv_cache.length,
         "peak_memory_bytes": peak,
-        "model_bytes": model.step_bytes(),
+        "model_bytes": model.active_weight_bytes(),
         "decode_tokens_per_sec": 1 / seconds,
         "decode_gb_per_sec": bytes_per_second / 1e9,
         "read_gb_per_sec_before": read_before / 1e9,
@@ -208,6 +205,25 @@ def time_tokens(model: Transformer, steps: Steps, start: int, n_prompt: int, n_n
     return [b - a for a, b in zip(times, times[1:], strict=False)]
 
 
+def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new: int, compile: bool) -> dict:
+    """Tokens per second of all sequences together, for each of sizes, the numbers of sequences. They take turns."""
+    schedulers = {n: Scheduler(model, n, n_prompt + n_new, eos_ids=set(), compile=compile) for n in sizes}
+    speeds = {n: [] for n in sizes}
+    for i in range(SAMPLES + 1):  # the first time records and compiles
+        for n, scheduler in schedulers.items():
+            for _ in range(n):
+                prompt = torch.randint(model.config.vocab_size, (n_prompt,)).tolist()
+                scheduler.submit(Request(prompt, n_new))
+            for _ in range(n):
+                scheduler.step()  # a prefill
+            began = time.perf_counter()
+            for _ in range(n_new - 1):
+                scheduler.step()
+            if i > 0:
+                speeds[n].append(n * (n_new - 1) / (time.perf_counter() - began))
+    return {f"parallel_{n}_tokens_per_sec": median(speeds[n]) for n in sizes}
+
+
 def measure_prefill(model: Transformer, n: int) -> dict:
     steps = build_steps(model, KVCache(model, 1, n), SAMPLING)
     seconds = median(time_tokens(model, steps, 0, n, 1)[0] for _ in range(SAMPLES))
@@ -220,7 +236,7 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 @torch.inference_mode()
 def measure_verify(model: Transformer, compile: bool) -> float:
     """What a step of 5 tokens, as speculation verifies them, costs over a step of one. They take turns."""
-    step = build_step(model, KVCache(model, 1, 5), partial(torch.argmax, dim=-1), compile)
+    step = build_model_step(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=device_of(model))
     position = torch.zeros(1, dtype=torch.long, device=device_of(model))
     seconds = {1: [], 5: []}
@@ -238,7 +254,7 @@ def prefill_flops(config: ModelConfig, n: int) -> int:
     q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
     matrices = config.dim * (2 * q_width + 2 * kv_width + n_experts + 3 * config.ffn_dim * top_k)
-    attention = 2 * q_width * sum(config.mean_visible(position + 1) for position in range(n))
+    attention = 2 * q_width * sum(config.mean_attended_tokens(position + 1) for position in range(n))
     return 2 * (config.n_layers * (n * matrices + attention) + config.dim * config.vocab_size)
 
 

@@ -4,8 +4,16 @@
     python scripts/compare_llama_cpp.py --config TinyLlama-1.1B     # or a config.json: random weights, no download
     python scripts/compare_llama_cpp.py --gguf model.gguf --json result.json --plot result.png
 
-The weights become a bfloat16 model.pth, and both sides' files are made from it: ours as quantize.py does, theirs by
-llama.cpp's quantizer with its usual mixtures of types. All take five times the space of model.pth, in $TMPDIR.
+--gguf takes what convert_gguf.py takes and llama.cpp knows, --config only Llama and its like. The weights become
+bfloat16, and both sides' files are made from that: ours as quantize.py does, theirs by llama.cpp's quantizer with its
+usual mixtures of types. All take five times the space of the bfloat16 weights, in $TMPDIR. Rows are "ours / theirs":
+
+    bf16 / BF16          the same numbers; of a GGUF, convert_gguf.py's and llama.cpp's own
+    int8 / Q8_0          8 bits and a scale, for a row / for 32 elements
+    int4.g32 / Q4_0      4 bits and, for 32 elements, a scale and a zero point / a scale
+    int4.g32 / Q4_1      4 bits and, for 32 elements, a scale and a zero point / a scale and a minimum
+    int4.g32 / Q4_K_M    the same / a mixture of 4-bit types and wider ones
+    bf16, int8 or int4.g32 / file    each of ours / --gguf's file as it is
 
 The two sides of a pair are a process each, which waits for its turns. A round measures memory's read bandwidth, then
 how both decode and how both read a prompt, one right after the other, since bandwidth may change from second to second;
@@ -16,6 +24,7 @@ the weights that a decode step reads, and the keys and values of the tokens in t
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 
@@ -36,9 +45,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from functools import cache
-from statistics import median
+from statistics import mean, median
 
 import tables
 import torch
@@ -60,14 +69,14 @@ from sampling import Sampling
 from steps import build_steps
 
 OOM_HINT = "end other programs, or compare a smaller model"
-NOT_OF_LLAMA = (  # options of ModelConfig
-    "moe", "pre_norm", "post_norm", "activation", "qk_norm", "window_layers", "sinks", "attention_scale",
-    "attention_softcap", "rotary_dim", "rope_layers", "window_rope_theta", "embed_scale", "residual_scale",
-    "logit_scale", "logit_softcap",
+OF_LLAMA = (  # options of ModelConfig
+    "norm_eps", "qkv_bias", "out_bias", "ffn_bias", "tie_embeddings", "sliding_window", "rope_theta", "rope_scaling",
+    "bos_id", "eos_ids",
 )  # fmt: skip
 OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
-THEIRS = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # besides BF16; llama.cpp's numbers of file types
+THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama.cpp's numbers of file types
 PAIRS = [("bf16", "BF16"), ("int8", "Q8_0"), ("int4.g32", "Q4_0"), ("int4.g32", "Q4_1"), ("int4.g32", "Q4_K_M")]
+PAIRS_OF_FILE = [("bf16", "file"), ("int8", "file"), ("int4.g32", "file")]  # with --gguf
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
 PAUSE = 0.1  # seconds until the other side's threads, which wait for more work, have given up
 CPU = torch.device("cpu")
@@ -81,13 +90,17 @@ def main():
         folder = Path(name)
         make_model(args.config, args.gguf, folder / "bf16.pth")
         make_ours(folder)
-        write_gguf(folder / "bf16.pth", folder / "BF16.gguf")
+        pairs, files = PAIRS, files_in(folder)
+        if args.gguf:
+            pairs, files = PAIRS + PAIRS_OF_FILE, files | {"file": args.gguf}
+        else:
+            write_gguf(files["bf16"], files["BF16"])
         with new_process() as process:
-            system_info = answer(process.submit(make_theirs, str(folder), args.threads))
-        sizes = bytes_per_token(folder, ["BF16", *THEIRS])
+            system_info = answer(process.submit(make_theirs, files, args.threads))
+        sizes = bytes_per_token(files)
         os.sync()  # or what is still on its way to the disk would take its share of the bandwidth
-        with tqdm(total=len(PAIRS) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:
-            rounds = [measure(folder, pair, sizes, args.rounds, args.threads, bar) for pair in PAIRS]
+        with tqdm(total=len(pairs) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:
+            rounds = [measure(files, pair, sizes, args.rounds, args.threads, bar) for pair in pairs]
     result = {
         "model": args.config or args.gguf.name,
         "cpu": cpu_name(),
@@ -98,7 +111,7 @@ def main():
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
         "llama_cpp_system_info": system_info,
         "prompt_decode_prefill_tokens": (PROMPT, STEPS, PREFILL),
-        "pairs": [summarize(pair, of_pair, sizes) for pair, of_pair in zip(PAIRS, rounds, strict=True)],
+        "pairs": [summarize(pair, of_pair, sizes) for pair, of_pair in zip(pairs, rounds, strict=True)],
         "rounds": rounds,
     }
     print(f"{args.threads} of {os.cpu_count()} cores of {result['cpu']}; medians of {args.rounds} rounds")
@@ -113,7 +126,7 @@ def parse_args() -> argparse.Namespace:
     p = cli.make_parser(__doc__)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
-    source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a llama-architecture GGUF file")
+    source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a GGUF file")
     p.add_argument("--rounds", type=int, default=9, help="medians are taken over them (default: %(default)s)")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
@@ -141,6 +154,12 @@ def cpu_name() -> str:
 # ---- Both sides' files -----------------------------------------------------------------------------------------------
 
 
+def files_in(folder: Path) -> dict[str, Path]:
+    """Both sides' files of the model, by the names of their formats."""
+    ours = {name: folder / f"{name}.pth" for name in ("bf16", *OURS)}
+    return ours | {name: folder / f"{name}.gguf" for name in THEIRS}
+
+
 def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
     """Writes the weights to compare with to path: random ones for config_name, or those of gguf_file. Raises UsageError
     if llama.cpp could not do the same with them."""
@@ -149,26 +168,33 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
 
         convert_gguf(gguf_file, path.parent, torch.bfloat16)
         config = read_checkpoint(path.with_name("model.pth").rename(path))[0]
-        check_comparable(config)
+        check_sizes(config)
     else:
         config = named_config(config_name)
-        check_comparable(config)
+        check_sizes(config)
+        check_like_llama(config)
         save_random_checkpoint(path, config, torch.bfloat16)
 
 
-def check_comparable(config: ModelConfig):
-    """Raises UsageError for a model that write_gguf cannot write as one of llama.cpp's architecture "llama"."""
+def check_sizes(config: ModelConfig):
     widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
     if any(width % 32 for width in widths):
         raise UsageError("only models of widths that are multiples of 32 can be compared")
-    defaults = {field.name: field.default for field in fields(ModelConfig)}
-    other = [name for name in defaults if name in NOT_OF_LLAMA and getattr(config, name) != defaults[name]]
+    if config.max_seq_len < PREFILL:
+        raise UsageError(f"the model's context is below the {PREFILL} tokens of a prefill")
+
+
+def check_like_llama(config: ModelConfig):
+    """Raises UsageError for a model that write_gguf cannot write as one of llama.cpp's architecture "llama"."""
+    defaults = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+    other = [name for name in defaults if name not in OF_LLAMA and getattr(config, name) != defaults[name]]
     if config.rope_scaling is not None and config.rope_scaling.rope_type not in ("linear", "llama3"):
         other.append("rope_scaling")
     if other:
-        raise UsageError(f"only Llama and its like can be compared; this model has {', '.join(other)}")
-    if min(config.max_seq_len, config.sliding_window or PREFILL) < PREFILL:
-        raise UsageError(f"the model's context, or its sliding window, is below the {PREFILL} tokens of a prefill")
+        why = f"this model has {', '.join(other)}"
+        raise UsageError(f"without --gguf, only Llama and its like can be compared; {why}")
+    if config.sliding_window and config.sliding_window < PREFILL:  # write_gguf leaves it out
+        raise UsageError(f"the model's sliding window is below the {PREFILL} tokens of a prefill")
 
 
 def make_ours(folder: Path):
@@ -234,48 +260,60 @@ def their_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, 
             yield f"{prefix}{gguf_names[module]}.{kind}", piece
 
 
-def bytes_per_token(folder: Path, theirs: list[str]) -> dict[str, int]:
-    """What a decode step reads on average, for each file by name. The cache holds 16-bit numbers on both sides."""
-    from convert_gguf import read_gguf
-
-    config = read_checkpoint(folder / "bf16.pth")[0]
-    sizes = {}
-    for name in ("bf16", *OURS):
-        sizes[name] = load_model(folder / f"{name}.pth", CPU, torch.bfloat16, use_kernels=False).step_bytes()
-    for name in theirs:
-        _, tensors = read_gguf(folder / f"{name}.gguf")
-        sizes[name] = sum(tensor.data.nbytes for tensor in tensors.values())
-        if "output.weight" in tensors:  # then of the embedding a step reads one row
-            sizes[name] -= tensors["token_embd.weight"].data.nbytes
-    tokens_in_cache = PROMPT + (STEPS + 1) / 2
-    cache = round(4 * config.n_layers * config.n_kv_heads * config.head_dim * tokens_in_cache)
-    return {name: size + cache for name, size in sizes.items()}
-
-
-def make_theirs(folder: str, threads: int) -> str:
-    """BF16.gguf in llama.cpp's other formats. Returns llama.cpp's description of its build."""
+def make_theirs(files: dict[str, Path], threads: int) -> str:
+    """llama.cpp's formats: BF16 from the GGUF file, if there is one, and the others from BF16. Returns llama.cpp's
+    description of its build."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = threads
+    params.allow_requantize = True  # the file may be quantized
     for name, number in THEIRS.items():
+        source = files.get("file") if name == "BF16" else files["BF16"]
+        if source is None:  # write_gguf has made BF16
+            continue
         params.ftype = number
-        source, target = f"{folder}/BF16.gguf", f"{folder}/{name}.gguf"
-        if llama_cpp.llama_model_quantize(source.encode(), target.encode(), params) != 0:
-            raise UsageError(f"llama.cpp cannot make {target}")
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(files[name]).encode(), params) != 0:
+            raise UsageError(f"llama.cpp cannot make {name} of {source}")
     return llama_cpp.llama_print_system_info().decode()
+
+
+def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
+    """What a decode step reads on average, for each file by name. The cache holds 16-bit numbers on both sides."""
+    config = read_checkpoint(files["bf16"])[0]
+    tokens_read = mean(config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
+    cache = round(4 * config.n_layers * config.n_kv_heads * config.head_dim * tokens_read)
+    sizes = {}
+    for name, file in files.items():
+        if file.suffix == ".pth":
+            sizes[name] = cache + load_model(file, CPU, torch.bfloat16, use_kernels=False).active_weight_bytes()
+        else:
+            sizes[name] = cache + their_step_bytes(file, config)
+    return sizes
+
+
+def their_step_bytes(file: Path, config: ModelConfig) -> int:
+    """Transformer.active_weight_bytes of a GGUF."""
+    from convert_gguf import read_parts
+
+    _, tensors = read_parts(file)
+    if "output.weight" in tensors:  # then of the embedding a step reads one row
+        del tensors["token_embd.weight"]
+    total = 0
+    for name, tensor in tensors.items():
+        total += tensor.data.nbytes * (config.moe.fraction_read if "_exps." in name else 1)
+    return round(total)
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def measure(
-    folder: Path, pair: tuple[str, str], sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm
+    files: dict[str, Path], pair: tuple[str, str], sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm
 ) -> list[dict]:
     """Of every round with the two files of a pair, memory's read bandwidth and what ours and theirs do."""
     names = dict(zip(("ours", "theirs"), pair, strict=True))
-    files = {"ours": folder / f"{pair[0]}.pth", "theirs": folder / f"{pair[1]}.gguf"}
     order, rounds = ["ours", "theirs"], []
     with new_process() as our_process, new_process() as their_process:
         processes = {"ours": our_process, "theirs": their_process}
@@ -283,7 +321,7 @@ def measure(
             result = {"read_bytes_per_sec": read_bandwidth(CPU), "ours": {}, "theirs": {}}
             for task in ("decode", "prefill"):
                 for side in order:
-                    arguments = LOADERS[side], str(files[side]), threads, task
+                    arguments = LOADERS[side], str(files[names[side]]), threads, task
                     result[side][task] = answer(processes[side].submit(tokens_per_second, *arguments))
             for side, name in names.items():
                 result[side]["share_of_read"] = result[side]["decode"] * sizes[name] / result["read_bytes_per_sec"]

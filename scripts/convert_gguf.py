@@ -19,14 +19,18 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 
 if __name__ == "__main__":
     cli.exit_on_interrupt()
 
-import gguf
-import numpy as np
+try:
+    import gguf
+    import numpy as np
+except ImportError as e:
+    cli.exit_with(f"this script needs `pip install gguf protobuf` ({e})")
 import torch
 from convert_hf_checkpoint import Reader, Tensors, convert, reorder_heads, rope_order
 from gguf_tokenizer import tokenizer_files
@@ -114,7 +118,7 @@ class Architecture:
 
     family: str  # in families.py
     fields: dict[str, str] = field(default_factory=dict)  # more of FIELDS
-    facts: Callable[[dict], dict] = lambda hf: {}  # config.json's fields that the metadata lack, as llama.cpp has them
+    extra_fields: Callable[[dict], dict] = lambda hf: {}  # config.json's fields that the metadata lack
     names: dict[str, str] = field(default_factory=dict)  # what differs from HF_NAMES
     ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
     meta_order: bool = False  # Q and K have their rows in Meta's order
@@ -158,10 +162,10 @@ def gpt_oss(hf: dict) -> dict:
     return {"rope_scaling": (hf["rope_scaling"] or {}) | {"truncate": False}}
 
 
-# Where neither facts nor the metadata have a field, the family's default holds: Gemma 3's local rope_theta of 10000,
+# Where neither extra_fields nor the metadata have a field, the family's default holds: Gemma 3's local rope_theta,
 # which layers of Gemma 2 and 3 and gpt-oss have a window, which layers of SmolLM3 have no RoPE.
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", facts=llama, meta_order=True),
+    "llama": Architecture("LlamaForCausalLM", extra_fields=llama, meta_order=True),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "qwen3moe": Architecture(
@@ -170,12 +174,12 @@ ARCHITECTURES = {
         qwen3moe,
     ),
     "gemma": Architecture("GemmaForCausalLM"),
-    "gemma2": Architecture("Gemma2ForCausalLM", facts=gemma2),
+    "gemma2": Architecture("Gemma2ForCausalLM", extra_fields=gemma2),
     "gemma3": Architecture("Gemma3ForCausalLM", {"rope.freq_base_swa": "rope_local_base_freq"}, gemma3),
     "phi3": Architecture("Phi3ForCausalLM", ffn_up_has_gate=True),
-    "olmo2": Architecture("Olmo2ForCausalLM", facts=olmo2),
+    "olmo2": Architecture("Olmo2ForCausalLM", extra_fields=olmo2),
     "smollm3": Architecture("SmolLM3ForCausalLM", meta_order=True),
-    "granite": Architecture("GraniteForCausalLM", facts=granite, meta_order=True),
+    "granite": Architecture("GraniteForCausalLM", extra_fields=granite, meta_order=True),
     "glm4": Architecture("Glm4ForCausalLM", ffn_up_has_gate=True),
     "gpt-oss": Architecture(
         "GptOssForCausalLM",
@@ -199,6 +203,8 @@ def main():
 
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
     """Writes model.pth, its weights in dtype, and the tokenizer's files to folder."""
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     meta, stored = read_parts(file)
@@ -371,24 +377,24 @@ def read_config(meta: dict, stored: dict[str, StoredTensor]) -> ModelConfig:
 def hf_config(meta: dict, stored: dict[str, StoredTensor]) -> dict:
     """What Hugging Face's config.json of the same model says."""
     architecture, arch = meta["general.architecture"], find_architecture(meta)
-    of_arch = {key.removeprefix(f"{architecture}."): value for key, value in meta.items()}
+    arch_metadata = {key.removeprefix(f"{architecture}."): value for key, value in meta.items()}
     for key, allowed in UNSUPPORTED_FIELDS.items():
-        if key in of_arch and of_arch[key] not in allowed:
-            raise UsageError(f"{architecture}.{key} = {of_arch[key]!r} is not supported")
+        if key in arch_metadata and arch_metadata[key] not in allowed:
+            raise UsageError(f"{architecture}.{key} = {arch_metadata[key]!r} is not supported")
     for key in REQUIRED_FIELDS:
-        if key not in of_arch:
+        if key not in arch_metadata:
             raise KeyError(f"{architecture}.{key}")
-    hf = {name: of_arch[key] for key, name in (FIELDS | arch.fields).items() if key in of_arch}
+    hf = {name: arch_metadata[key] for key, name in (FIELDS | arch.fields).items() if key in arch_metadata}
     hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
-    if of_arch.get("attention.value_length", hf["head_dim"]) != hf["head_dim"]:
+    if arch_metadata.get("attention.value_length", hf["head_dim"]) != hf["head_dim"]:
         raise UsageError(f"{architecture}.attention.value_length differs from key_length, which is not supported")
     ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    rotary_dim = of_arch.get("rope.dimension_count", hf["head_dim"])
-    hf |= window_pattern(of_arch.get("attention.sliding_window_pattern")) | {
+    rotary_dim = arch_metadata.get("rope.dimension_count", hf["head_dim"])
+    hf |= window_pattern(arch_metadata.get("attention.sliding_window_pattern")) | {
         "vocab_size": stored["token_embd.weight"].data.shape[0],
         "tie_word_embeddings": "output.weight" not in stored,
         "partial_rotary_factor": Fraction(rotary_dim, hf["head_dim"]),  # exact, where a float may round down
-        "rope_scaling": rope_scaling(architecture, of_arch, stored),
+        "rope_scaling": rope_scaling(architecture, arch_metadata, stored),
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [i for i in ends if i is not None],
     }
@@ -398,7 +404,7 @@ def hf_config(meta: dict, stored: dict[str, StoredTensor]) -> dict:
         "rope_theta": 10000.0,
         "sliding_window": None,
     }
-    return defaults | hf | arch.facts(hf)
+    return defaults | hf | arch.extra_fields(hf)
 
 
 def window_pattern(pattern: int | list | None) -> dict:
@@ -408,26 +414,26 @@ def window_pattern(pattern: int | list | None) -> dict:
     return {} if pattern is None else {"sliding_window_pattern": pattern}
 
 
-def rope_scaling(architecture: str, of_arch: dict, stored: dict[str, StoredTensor]) -> dict | None:
+def rope_scaling(architecture: str, arch_metadata: dict, stored: dict[str, StoredTensor]) -> dict | None:
     """config.json's rope_scaling."""
-    rope_type = of_arch.get("rope.scaling.type", "linear")
+    rope_type = arch_metadata.get("rope.scaling.type", "linear")
     if LONG_FACTORS in stored and SHORT_FACTORS in stored:
         return {
             "rope_type": "longrope",
             "long_factor": stored[LONG_FACTORS].data.view(np.float32).tolist(),
             "short_factor": stored[SHORT_FACTORS].data.view(np.float32).tolist(),
-            "attention_factor": of_arch.get("rope.scaling.attn_factor"),
+            "attention_factor": arch_metadata.get("rope.scaling.attn_factor"),
         }
     if rope_type == "linear":
-        factor = of_arch.get("rope.scaling.factor", of_arch.get("rope.scale_linear", 0.0))
+        factor = arch_metadata.get("rope.scaling.factor", arch_metadata.get("rope.scale_linear", 0.0))
         return {"rope_type": "linear", "factor": factor} if factor else None  # 0: no scaling
     if rope_type == "yarn":
         fields = {
             "rope_type": "yarn",
-            "factor": of_arch["rope.scaling.factor"],
-            "attention_factor": of_arch.get("rope.scaling.yarn_attn_factor"),
-            "beta_fast": of_arch.get("rope.scaling.yarn_beta_fast"),
-            "beta_slow": of_arch.get("rope.scaling.yarn_beta_slow"),
+            "factor": arch_metadata["rope.scaling.factor"],
+            "attention_factor": arch_metadata.get("rope.scaling.yarn_attn_factor"),
+            "beta_fast": arch_metadata.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": arch_metadata.get("rope.scaling.yarn_beta_slow"),
         }
         return {name: value for name, value in fields.items() if value is not None}
     if rope_type != "none":

@@ -27,14 +27,14 @@ from torch import Tensor
 from checkpoint import is_table, load_pickle, read_json, save_checkpoint
 from config import ModelConfig, UsageError
 from families import Family, config_from_hf, find_family
-from model import Transformer
+from model import empty_model
 
-# For each of our modules those of Hugging Face's whose rows it is made of, one below the other
-TABLE = {
+# Our module -> the modules of Hugging Face whose weights, concatenated along dim 0, are its weight
+HF_SOURCES = {
     "embed_tokens": ["model.embed_tokens"],
     "norm": ["model.norm"],
     "lm_head": ["lm_head"],
-    # of a layer, after "layers.3." and "model.layers.3."
+    # In a layer: ours begins with "layers.3.", theirs with "model.layers.3."
     "attention_norm": ["input_layernorm"],
     "attention": ["self_attn"],  # its sinks
     "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -47,14 +47,14 @@ TABLE = {
     "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
     "feed_forward.down_proj": ["mlp.down_proj"],
 }
-# The same where the feed-forward is a mixture of experts. {e} is the expert: ours holds all of them.
-MOE_TABLE = TABLE | {
+# For a mixture of experts. {e} is the expert's number: our tensor holds all experts.
+MOE_SOURCES = HF_SOURCES | {
     "feed_forward.router": ["mlp.gate"],
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
 
-# Other names of the same modules, in pieces, each with the one that stands in the tables
+# Parts of names in other checkpoints -> what HF_SOURCES calls them
 FEED_FORWARD_NAMES = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
 MIXTRAL_NAMES = FEED_FORWARD_NAMES | {".block_sparse_moe.": ".mlp."}
 META_NAMES = FEED_FORWARD_NAMES | {
@@ -62,8 +62,9 @@ META_NAMES = FEED_FORWARD_NAMES | {
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
 }  # fmt: skip
-# The same of families, by their model_type. The tables have Llama's names, whose two norms come before attention and
-# before the feed-forward.
+# Renames of each family, by its model_type, made before HF_SOURCES is used. There, as in Llama, input_layernorm comes
+# before attention and post_attention_layernorm before the feed-forward. Renames are made in order: the first of
+# GEMMA_NORMS frees a name, which the second one takes.
 GEMMA_NORMS = {
     ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
     ".post_feedforward_layernorm.": ".post_ffn_norm.",
@@ -75,10 +76,18 @@ GROK_NAMES = {
     "model.norm.scale": "model.norm.weight", ".attn.": ".self_attn.", ".moe_block.": ".mlp.",
     ".linear_v.": ".up_proj.", ".linear_1.": ".down_proj.", ".linear.": ".gate_proj.",
 }  # fmt: skip
+DBRX_NAMES = {
+    "transformer.wte.": "model.embed_tokens.", "transformer.norm_f.": "model.norm.",
+    "transformer.blocks.": "model.layers.", ".norm_attn_norm.norm_1.": ".input_layernorm.",
+    ".norm_attn_norm.norm_2.": ".post_attention_layernorm.", ".norm_attn_norm.attn.": ".self_attn.",
+    ".Wqkv.": ".qkv_proj.", ".out_proj.": ".o_proj.", ".ffn.router.layer.": ".mlp.gate.",
+    ".ffn.experts.mlp.": ".mlp.experts.",
+}  # fmt: skip
+DBRX_EXPERT_NAMES = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
 FAMILY_NAMES = {
     "gemma2": GEMMA_NORMS, "gemma3_text": GEMMA_NORMS, "olmo2": GEMMA_NORMS, "olmo3": GEMMA_NORMS, "glm4": GLM4_NORMS,
     "mixtral": MIXTRAL_NAMES, "gpt_oss": {".mlp.router.": ".mlp.gate."}, "grok-1": GROK_NAMES,
-    "baichuan": {".W_pack.": ".qkv_proj."},
+    "baichuan": {".W_pack.": ".qkv_proj."}, "dbrx": DBRX_NAMES,
 }  # fmt: skip
 UNUSED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables that some checkpoints hold, and we compute
 BAICHUAN_1_VOCAB = 64000  # Baichuan 2 has a larger vocabulary, and scales every row of its head to length one
@@ -113,8 +122,8 @@ def convert_folder(folder: Path):
 
 
 @dataclass
-class Recipe:
-    """What one of our tensors is, and Hugging Face's whose rows it is made of, from top to bottom."""
+class TensorPlan:
+    """One of our tensors, and the tensors of Hugging Face whose concatenation along dim 0 it is."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -129,43 +138,42 @@ def convert(path: Path, config: ModelConfig, tensors: Tensors, read: Reader | No
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
         if not torch.equal(read(HEAD), read(EMBEDDING)):  # whatever config.json says; transformers takes the head, too
             config = replace(config, tie_embeddings=False)
-    recipes = plan(config, tensors)
-    used = {source for recipe in recipes.values() for source in recipe.sources}
+    plans = plan_tensors(config, tensors)
+    used = {source for plan in plans.values() for source in plan.sources}
     if config.tie_embeddings:
         used.add(HEAD)
     left_over = [name for name in tensors if name not in used and not UNUSED.search(name)]
     if left_over:
         what = f"the checkpoint's tensor {min(left_over)} has no place in this model"
         raise UsageError(f"{what} ({len(left_over)} left over)")
-    shapes = {name: (recipe.shape, recipe.dtype) for name, recipe in recipes.items()}
-    save_checkpoint(path, config, shapes, concatenated(recipes, read))
+    shapes = {name: (plan.shape, plan.dtype) for name, plan in plans.items()}
+    save_checkpoint(path, config, shapes, iter_tensors(plans, read))
 
 
-def plan(config: ModelConfig, tensors: Tensors) -> dict[str, Recipe]:
-    """A recipe for every tensor of our checkpoint. Raises UsageError if tensors lack what it needs."""
+def plan_tensors(config: ModelConfig, tensors: Tensors) -> dict[str, TensorPlan]:
+    """A plan for every tensor of our checkpoint. Raises UsageError if tensors lack what it needs."""
     try:
-        with torch.device("meta"):
-            one_layer = Transformer(config.with_layers(1)).state_dict()
+        one_layer = empty_model(config.with_layers(1)).state_dict()
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
     if config.tie_embeddings:
         del one_layer["lm_head.weight"]
-    recipes = {}
+    plans = {}
     for i in range(config.n_layers):
         for name, ours in one_layer.items():
             name = name.replace("layers.0.", f"layers.{i}.")
-            if name not in recipes:
+            if name not in plans:
                 sources = sources_of(name, ours.shape, config)
-                recipes[name] = Recipe(ours.shape, common_dtype(sources, tensors), list(sources))
-    return recipes
+                plans[name] = TensorPlan(ours.shape, common_dtype(sources, tensors), list(sources))
+    return plans
 
 
 def sources_of(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
-    """The names and shapes of Hugging Face's tensors that ours of this name is made of, from top to bottom. Ours is a
-    vector [N], a matrix [N, K] or all experts' vectors or matrices [E, ...]."""
+    """The names and shapes of Hugging Face's tensors whose concatenation along dim 0 is our tensor called name. Ours is
+    a vector [N], a matrix [N, K], or the vectors or matrices of all experts [E, ...]."""
     layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias|sinks)", name).groups()
     prefix = f"model.{layer}" if layer else ""
-    templates = (MOE_TABLE if config.moe else TABLE)[module]
+    templates = (MOE_SOURCES if config.moe else HF_SOURCES)[module]
     n_experts = 1
     if "{e}" in templates[0]:
         n_experts, *shape = shape
@@ -197,12 +205,12 @@ def common_dtype(sources: dict[str, list[int]], tensors: Tensors) -> torch.dtype
     return dtype
 
 
-def concatenated(recipes: dict[str, Recipe], read: Reader) -> Iterator[tuple[str, Tensor]]:
+def iter_tensors(plans: dict[str, TensorPlan], read: Reader) -> Iterator[tuple[str, Tensor]]:
     """Our tensors, one at a time."""
-    for name, recipe in recipes.items():
-        ours = torch.empty(recipe.shape, dtype=recipe.dtype)
+    for name, plan in plans.items():
+        ours = torch.empty(plan.shape, dtype=plan.dtype)
         start = 0
-        for source in recipe.sources:
+        for source in plan.sources:
             theirs = read(source).detach()
             rows = ours.flatten(0, 1) if ours.dim() > theirs.dim() else ours  # of all experts one below the other
             rows[start : start + len(theirs)].copy_(theirs)
@@ -246,7 +254,7 @@ def list_files(folder: Path, stem: str) -> list[str] | None:
 
 def load_safetensors(file: Path) -> Tensors:
     if not file.is_file():
-        raise UsageError(f"{file} does not exist")
+        raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
     try:
         return load_file(file)
     except (SafetensorError, OSError) as e:
@@ -280,6 +288,8 @@ def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
     split_experts(tensors, is_transposed=family.model_type == "gpt_oss")
     if config.moe is not None and config.moe.n_shared:
         split_shared_expert(tensors, config)
+    if family.model_type == "dbrx":
+        split_dbrx_experts(tensors, config)
     order = rope_order(config, family.interleaved_rope)
 
     def read(name: str) -> Tensor:
@@ -289,6 +299,8 @@ def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
             tensor = F.normalize(tensor.float()).to(tensor.dtype)
         if family.norm_offset and re.search(r"norm\.weight$", name):
             tensor = (tensor.float() + family.norm_offset).to(tensor.dtype)
+        if family.layer_norm:
+            tensor = center_outputs(name, tensor)
         return tensor
 
     return read
@@ -312,6 +324,17 @@ def reorder_heads(name: str, tensor: Tensor, order: Tensor | None) -> Tensor:
     if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
     return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
+def center_outputs(name: str, tensor: Tensor) -> Tensor:
+    """The tensor of this name, without the mean over its outputs if these are added to x: an embedding, or the last
+    product of a sublayer. If the mean of every summand is zero, so is that of x, and LayerNorm(x) is RMSNorm(x). What
+    is subtracted makes no difference, since every LayerNorm would subtract it from x."""
+    is_embedding = name == EMBEDDING
+    if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.weight$", name):
+        return tensor
+    wide = tensor.float()
+    return (wide - wide.mean(1 if is_embedding else 0, keepdim=True)).to(tensor.dtype)
 
 
 def split_fused(tensors: Tensors, config: ModelConfig):
@@ -361,6 +384,17 @@ def split_shared_expert(tensors: Tensors, config: ModelConfig):
         dim = 1 if projection == "down_proj" else 0
         for i, part in enumerate(tensors.pop(name).tensor_split(n_shared, dim)):
             tensors[f"{prefix}.experts.{n_experts + i}.{projection}.weight"] = part
+
+
+def split_dbrx_experts(tensors: Tensors, config: ModelConfig):
+    """Replaces DBRX's w1, v1 and w2, each of all experts [E F, dim], by views of one expert's. w2's are transposed."""
+    for name in list(tensors):
+        match = re.fullmatch(r"(.*\.experts)\.(w1|v1|w2)", name)
+        if match is None or tensors[name].dim() != 2:
+            continue
+        prefix, kind = match.groups()
+        for e, tensor in enumerate(tensors.pop(name).tensor_split(config.moe.n_experts)):
+            tensors[f"{prefix}.{e}.{DBRX_EXPERT_NAMES[kind]}.weight"] = tensor.mT if kind == "w2" else tensor
 
 
 # ---- gpt-oss's weights of four bits ---------------------------------------------------------------------------------

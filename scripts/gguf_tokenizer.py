@@ -93,7 +93,10 @@ def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], prefix: list
 
 
 def sentencepiece_model(meta: dict, pieces: list[str], types: list[int]) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
+    try:
+        from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
+    except ImportError as e:
+        raise UsageError(f"this file's tokenizer needs `pip install protobuf` ({e})") from None
 
     unknown = types.index(UNKNOWN) if UNKNOWN in types else meta["tokenizer.ggml.unknown_token_id"]
     model = sentencepiece_model_pb2.ModelProto()

@@ -46,14 +46,14 @@ class Gpu:
     dtype: torch.dtype
     shared_kb: int  # shared memory that a program may have
     min_block_m: int  # triton_launch.Gpu's
-    n_processors: int = 100
+    num_sms: int = 100
     can_overlap: bool = False
 
 
 GPUS = [
     Gpu("Turing", GPUTarget("cuda", 75, 32), torch.float16, 64, 1),
     Gpu("Ampere", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8),
-    Gpu("Ampere, larger tiles", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, n_processors=1),
+    Gpu("Ampere, larger tiles", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, num_sms=1),
     Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, 8, can_overlap=True),
     Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, 8, can_overlap=True),
     Gpu("CDNA 3", GPUTarget("hip", "gfx942", 64), torch.bfloat16, 64, 16),
@@ -117,7 +117,7 @@ def launch_products(dtype: torch.dtype):
 def launch_others(dtype: torch.dtype):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     norm(x, x, "triton")
-    capped = make(256, 2048, Dense(), dtype, bias=True, scale=0.5, softcap=30.0)
+    capped = make(256, 2048, Dense(), dtype, bias=True, scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
     for activation in ("gelu_tanh", "clamped_swiglu"):
         kernels.linear(x, capped, activation=activation)
@@ -137,18 +137,19 @@ def launch_others(dtype: torch.dtype):
         qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
         kernels.attend(qkv, cache, positions, n_heads, "triton")
     norms, sinks = [make_norm(n * 64, dtype) for n in (n_heads, 2)], torch.zeros(n_heads, dtype=dtype)
+    cache = cache._replace(slopes=torch.zeros(n_heads))
     kernels.attend(qkv, cache, positions, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):
     compiler = Compiler(gpu)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
-    known = triton_launch.Gpu(gpu.n_processors, gpu.min_block_m, gpu.can_overlap, {})
+    known = triton_launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.can_overlap, {})
     triton_launch.gpu_of = triton_attention.gpu_of = lambda device: known
     triton_linear.dot_dtype = triton_attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
     launch_products(gpu.dtype)
     assert compiler.compiled == PRODUCTS
-    if gpu.n_processors > 1:  # tiles are a matter of products alone
+    if gpu.num_sms > 1:  # tiles are a matter of products alone
         launch_others(gpu.dtype)
         assert compiler.compiled == PRODUCTS + OTHERS
 

@@ -99,6 +99,11 @@ def exact_attention(
     scores = torch.einsum("btghd,bgsd->btghs", q, k_all) * scale
     if softcap:
         scores = reference.cap(scores, softcap)
+    farthest = 0
+    if cache.slopes is not None:
+        distances = (token_positions[..., None] - keys).where(sees, 0)  # [B, T, S]
+        bias = cache.slopes.double().view(G, -1, 1) * distances[:, :, None, None]
+        scores, farthest = scores - bias, bias.max()
     scores = scores.masked_fill(~sees[:, :, None, None], -torch.inf)
     if sinks is not None:
         column = sinks.double().view(G, -1, 1).expand(*scores.shape[:-1], 1)
@@ -110,7 +115,7 @@ def exact_attention(
     # Where a rotated element lies next to the border between two roundings, the kernel may take the other: 2 in a score
     flips = 2 * 2 * bounds.U[factor] * q.abs().max() * k_all.abs().max() * scale
     longest_sum = max([D] + [norm.weight.numel() for norm in norms if norm is not None])
-    score_error = (longest_sum + 8) * U32 * largest_score + flips + of_cap(softcap)
+    score_error = (longest_sum + 8) * U32 * largest_score + flips + of_cap(softcap) + 4 * U32 * farthest
     # Sums of S numbers, over a sum of S numbers; of weights that are rounded as factors
     relative = torch.expm1(2 * score_error) + 2 * (S + 32) * U32 + bounds.U[factor]
     error = relative * torch.einsum("btghs,bgsd->btghd", p, v_all.abs()).flatten(2)

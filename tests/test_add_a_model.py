@@ -1,5 +1,5 @@
 """docs/add_a_model.md: its excerpts stand in the files that they name; its diff, applied to a copy of the tree, adds
-min_p."""
+top_n_sigma."""
 
 import re
 import shutil
@@ -23,20 +23,21 @@ from sampling import Sampling, probabilities
 from tests.tiny import call
 
 
-def test_min_p():
-    logits = torch.tensor([[1.0, 0.5, 0.1]]).log()
-    probs = probabilities(logits, Sampling(temperature=1.0, min_p=0.2))
-    torch.testing.assert_close(probs, torch.tensor([[2 / 3, 1 / 3, 0.0]]))
-    for wrong in (0.0, 1.5):
-        with pytest.raises(UsageError, match="min_p"):
-            Sampling(min_p=wrong)
+def test_top_n_sigma():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -5.0]])
+    probs = probabilities(logits, Sampling(temperature=3.0, top_n_sigma=0.5))  # the deviation is 3.1
+    torch.testing.assert_close(probs[0, :2], torch.tensor([2 / 3, 1 / 3]).softmax(-1))
+    assert probs[0, 2:].tolist() == [0, 0]
+    for wrong in (0.0, float("inf")):
+        with pytest.raises(UsageError, match="top_n_sigma"):
+            Sampling(top_n_sigma=wrong)
 
 
-def test_min_p_option():
+def test_top_n_sigma_option():
     def options():
-        assert parse_args("").sampling.min_p == 0.3
+        assert parse_args("").sampling == Sampling(0.8, top_n_sigma=0.3)
 
-    call(options, "--min_p", "0.3", "--checkpoint_path", "model.pth")
+    call(options, "--top_n_sigma", "0.3", "--checkpoint_path", "model.pth")
 '''
 
 
@@ -66,7 +67,7 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_min_p(tree):
+def test_top_n_sigma(tree):
     (tree / "tests/test_more.py").write_text(MORE)
     files = ["tests/test_more.py", "tests/test_sampling.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]

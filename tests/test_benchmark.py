@@ -16,7 +16,8 @@ import torch
 from config import UsageError
 from families import config_from_hf
 from kernels.formats import Dense, Int4, Int8
-from loading import dtype_of, empty_model, load_model
+from loading import dtype_of, load_model
+from model import empty_model
 from tests.tiny import ROOT, call, convert, write_folder
 
 import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
@@ -85,7 +86,7 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    needed = empty_model(config, format.quantization).state_dict()
+    needed = empty_model(config, format).state_dict()
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     assert held == {name: (t.shape, dtype_of(name, t, torch.float16)) for name, t in needed.items()}
     is_tied = model.lm_head.weight is model.embed_tokens.weight
@@ -135,6 +136,12 @@ def test_quantized_and_compiled_speed(config_json, capsys):
     assert r["decode_tokens_per_sec"] > 0 and "verify_5_over_1" not in r
 
 
+def test_parallel_speed(config_json, capsys):
+    flags = "--json --device cpu --max_new_tokens 3 --mode int8 --parallel 1 5".split()
+    r = report(capsys, "--config", config_json, *flags)
+    assert r["parallel_1_tokens_per_sec"] > 0 and r["parallel_5_tokens_per_sec"] > 0 and "model_bytes" not in r
+
+
 @pytest.mark.parametrize(
     ["flags", "words"],
     [
@@ -143,6 +150,7 @@ def test_quantized_and_compiled_speed(config_json, capsys):
         ("--config TinyLlama-1.1B --max_new_tokens 1", "--max_new_tokens 2"),
         ("--config TinyLlama-1.1B --prompt_tokens 2000", "exceed the model's context of 2048"),
         ("--config TinyLlama-1.1B --device cpu --tune", "--tune is for GPUs"),
+        ("--config TinyLlama-1.1B --parallel 8 0", "--parallel must be at least 1"),
     ],
 )
 def test_mistakes(flags, words):
@@ -209,17 +217,19 @@ def test_tune(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_gpu, "time_products", time_products)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton.json")
-    (tmp_path / "triton.json").write_text('{"Another GPU": {"4 1 1 1": [1, 4, 2, 3]}}')
+    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton_tuned.json")
+    (tmp_path / "triton_tuned.json").write_text('{"Another GPU": {}}')
     try:
         benchmark_gpu.tune_products(config_from_hf(DENSE), Int4(64), CPU)
-        table = json.loads((tmp_path / "triton.json").read_text())
+        table = json.loads((tmp_path / "triton_tuned.json").read_text())
         assert table.keys() == {"Another GPU", "Some GPU"}
-        products = ["4 64 32 1", "4 32 32 1", "4 96 32 2", "4 32 48 1"]  # qkv and head are of one shape
-        gated, other = [2, 4, 2, 3], [1, 4, 2, 3]
+        products = ["64 x 32", "32 x 32", "96 x 32, gated", "32 x 48"]  # qkv and head are of one shape
+        products = [f"4 bits, {product}" for product in products]
+        names = ("tiles", "num_warps", "depth", "num_stages")
+        gated, other = (dict(zip(names, tiles, strict=True)) for tiles in ((2, 4, 2, 3), (1, 4, 2, 3)))
         assert table["Some GPU"] == dict(zip(products, [other, other, gated, other], strict=True))
         x = torch.zeros(1, 32, dtype=torch.bfloat16)
-        assert list(triton_launch.choose_tiles(x, 4, 96, True, 64)) == gated
+        assert triton_launch.choose_tiles(x, 4, 96, True, 64)._asdict() == gated
     finally:
         triton_launch.gpu_of(CPU).tuned.clear()
 

@@ -11,6 +11,8 @@ import torch
 
 import cli as shell
 import generate
+from chat import ContextFull
+from config import UsageError
 from families import config_from_hf
 from generate import build_token_generator, load
 from kernels import cpu
@@ -30,13 +32,17 @@ def model_of(path: Path) -> Transformer:
     return generate.load_model(path, dtype=torch.float32)
 
 
-def fresh_answer(folder: Path, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """(the prompt's ids, the answer's ids) with an empty cache."""
-    model = model_of((folder / "model.pth").resolve())
+def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[int], list[int]]:
+    """(the prompt's ids, the ids of the answer, up to n) with an empty cache."""
     ids = load_tokenizer(folder).encode_chat(messages)
+    return ids, fresh_tokens(folder, ids, n)
+
+
+def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
+    model = model_of((folder / "model.pth").resolve())
     steps = build_steps(model, KVCache(model, 1, CONTEXT), Sampling())
-    new = [i for (i,) in generate.generate(steps, torch.tensor([ids]), 0, 12)]
-    return ids, new[: new.index(END)] if END in new else new
+    new = [i for (i,) in generate.generate(steps, torch.tensor([ids]), 0, n)]
+    return new[: new.index(END)] if END in new else new
 
 
 def expected_conversation(folder: Path, lines: list[str], system: str | None = None):
@@ -133,28 +139,97 @@ def test_an_interrupted_answer_stays(chatty):
     assert [m["content"] for m in conversation.messages] == ["bye", answer]
 
 
-def test_conversation_fills_the_context(chatty, cli):
-    out = cli(chatty, "--chat", *GREEDY, stdin=f"{'x' * 155}\n{'x' * 200}\nHi\n/reset\nHi\n").splitlines()
-    assert len(out) == 2 and len(out[0]) <= 2 and out[1] == expected_conversation(chatty, ["Hi"])[0][2]
+@pytest.fixture
+def conversation(chatty) -> generate.Conversation:
+    return generate.LLM(chatty / "model.pth", "cpu", torch.float32, CONTEXT, temperature=0).chat("Be brief")
 
 
-def test_a_full_conversation_drops_its_oldest_message(chatty, cli):
-    hi, ho = (answer for _, _, answer in expected_conversation(chatty, ["Hi", "Ho"]))
-    said = f"{'x' * 155}\nHi\n/drop\nHi\nHo\n/drop\n/drop\n/drop\nHi\n"
-    out = cli(chatty, "--chat", *GREEDY, stdin=said).splitlines()
-    assert out[1:] == [hi, ho, hi]
+def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
+    """As many as must be; and the next answer is what a model says that has never heard them."""
+    n_forgotten, cached = [], []
+    for i in range(12):
+        before, question = conversation.to_list(), {"role": "user", "content": f"{i} " * (i + 1)}
+        fed.clear()
+        answer = "".join(conversation.answer(question["content"], 12))
+        n_fed = list(fed)
+        messages = [before[0], *before[1 + conversation.n_forgotten :], question]
+        ids, expected = fresh_answer(chatty, messages)
+        assert answer == bytes(expected).decode()
+        assert conversation.to_list() == [*messages, {"role": "assistant", "content": answer}]
+        assert n_fed == [len(ids) - len(os.path.commonprefix([ids, cached]))]
+        cached = (ids + expected)[: len(conversation.cached)]
+        assert conversation.cached == cached
+        n_forgotten.append(conversation.n_forgotten)
+        all_ids = conversation.tokenizer.encode_chat([*before, question])
+        assert (len(all_ids) + 12 > CONTEXT) == (n_forgotten[-1] > 0)
+        assert n_forgotten[-1] == 0 or len(messages) == 2 or len(ids) <= CONTEXT * 3 / 4
+    assert 2 < sum(n > 0 for n in n_forgotten) < 8 and not any(n % 2 for n in n_forgotten)
+
+
+def test_an_answer_goes_on(chatty, conversation):
+    """With the tokens that it would have had, also after older messages had to be forgotten."""
+    question = {"role": "user", "content": "Hi"}
+    _, expected = fresh_answer(chatty, [*conversation.system, question])
+    heard = "".join(conversation.answer("Hi", 5))
+    assert conversation.finish_reason == "length" and heard == bytes(expected[:5]).decode()
+    stopped = conversation.continue_answer(7)
+    heard += next(stopped)
+    stopped.close()
+    assert conversation.finish_reason == "interrupted"
+    heard += "".join(conversation.continue_answer(6))
+    assert heard == bytes(expected).decode()
+    conversation.messages += [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "y" * 50}]
+    "".join(conversation.answer("Ho"))
+    while conversation.finish_reason == "stop":  # until one fills the context
+        "".join(conversation.answer("Ho"))
+    assert conversation.finish_reason == "context"
+    said, pieces = conversation.messages[-1]["content"], conversation.continue_answer(9)
+    ids = conversation.encode("Ho", conversation.messages[:-2]) + conversation.answer_ids
+    expected = fresh_tokens(chatty, ids, 9)
+    assert "".join(pieces) == bytes(expected).decode() and conversation.n_forgotten > 0
+    assert conversation.messages[-1]["content"] == said + bytes(expected).decode()
+
+
+def test_what_cannot_go_on(conversation):
+    with pytest.raises(UsageError, match="no cut answer"):
+        conversation.continue_answer()
+    "".join(conversation.answer("x" * 140))
+    assert conversation.finish_reason == "context"
+    before = conversation.to_list()
+    with pytest.raises(ContextFull, match="take 160 tokens"):
+        conversation.continue_answer()
+    with pytest.raises(ContextFull, match="That takes 213 tokens, and the context has 160: shorten it."):
+        conversation.answer("x" * 200)
+    assert conversation.to_list() == before
+    conversation.forget_oldest()
+    with pytest.raises(UsageError, match="no cut answer"):
+        conversation.continue_answer()
 
 
 def test_notes(chatty, monkeypatch, capsys):
-    """What is said beside the answers."""
-    said = f"/what\nHi\n/drop\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
+    """What is said beside the answers, of which there are four."""
+    said = f"/what\nHi\n/DROP\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
+    said += "/drop\n/drop it\n/save\n//drop it\n/drop\n/etc/motd\n"
     set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], said)
-    shell.run(generate.main)
-    notes = capsys.readouterr().err.splitlines()
-    assert [note.split(";")[0].split(":")[0] for note in notes if not note.endswith("tokens/s")] == [
-        "Type a message", "Type a message", "0 messages left.", "That takes 203 tokens, and the context has 160",
-        "The context is full", "The context is full", "0 messages left.",
+    with pytest.raises(SystemExit) as stopped:
+        shell.run(generate.main)
+    out, err = capsys.readouterr()
+    hi, drop, path = (expected_conversation(chatty, [line])[0][2] for line in ("Hi", "/drop it", "/etc/motd"))
+    answers = out.splitlines()
+    assert answers[:1] + answers[2:] == [hi, hi, drop, path] and len(answers[1]) <= 2
+    notes = [note for note in err.splitlines() if not note.endswith("tokens/s")]
+    unknown = "{0} is none of the commands; to say it, write /{0}. Type a message"
+    assert [note.split("; /")[0] for note in notes] == [
+        "Type a message", unknown.format("/what"), "Cut by --max_new_tokens",
+        '"Hi" and its answer are forgotten; 0 messages left.',
+        "That takes 203 tokens, and the context has 160: shorten it.", "Cut, for the context is full",
+        "The context is full: from now on the oldest messages are forgotten.", "Cut by --max_new_tokens",
+        "0 messages left.", "There is nothing to forget; 0 messages left.", unknown.format("/drop it"),
+        unknown.format("/save"), "Cut by --max_new_tokens",
+        '"/drop it" and its answer are forgotten; 0 messages left.', "Cut by --max_new_tokens",
+        "generate.py: lines on standard input that could not be answered: 4",
     ]  # fmt: skip
+    assert stopped.value.code == 2
 
 
 def test_chat_applies_the_template(chatty, ask, tmp_path):
@@ -167,11 +242,14 @@ def test_chat_applies_the_template(chatty, ask, tmp_path):
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is Python's in the C locale
 def test_stdin_that_is_not_text(chatty, monkeypatch, capsys, errors):
-    set_up(monkeypatch, chatty / "model.pth", ["--chat"], b"H\xe4user\n")
+    set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], b"Hi\nH\xe4user\n\nbye\nbye")
     sys.stdin.reconfigure(errors=errors)
     with pytest.raises(SystemExit) as stopped:
         shell.run(generate.main)
-    assert stopped.value.code == 2 and "UTF-8" in capsys.readouterr().err.splitlines()[-1]
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == expected_conversation(chatty, ["Hi"])[0][2] + "\n"
+    assert err.splitlines()[-2] == "Lines on standard input that were not read: 2."
+    assert "UTF-8" in err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

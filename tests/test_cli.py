@@ -11,6 +11,7 @@ import pytest
 
 import cli as shell
 import generate
+import machine
 import report
 from config import MoEConfig
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
@@ -23,8 +24,12 @@ FIELDS = {
     "prompt_tokens": int,
     "generated_tokens": int,
     "finish_reason": list,
+    "samples": list,
+    "prompt": str,
+    "seed": int,
     "prefill_seconds": float,
     "decode_tokens_per_sec": float,
+    "total_tokens_per_sec": float,
     "compile_seconds": float,
     "load_seconds": float,
     "model_bytes": int,
@@ -46,7 +51,10 @@ def test_json_adds_up(tmp_path, ask, moe, precision, size):
     assert {name: type(value) for name, value in r.items()} == FIELDS
     assert r["prompt_tokens"] == 5 and r["generated_tokens"] == 27 and [len(row) for row in r["tokens"]] == [9, 9, 9]
     tokenizer = load_tokenizer(folder)
-    assert r["text"] == [tokenizer.decode(row, after=tokenizer.encode("Hello")) for row in r["tokens"]]
+    assert len(r["samples"]) == 2 and r["samples"][1] == {name: r[name] for name in ("text", "tokens", "finish_reason")}
+    assert (r["prompt"], r["seed"]) == ("Hello", 1234)
+    assert r["total_tokens_per_sec"] == 3 * r["decode_tokens_per_sec"]
+    assert r["text"] == [tokenizer.decode(row, prefix_ids=tokenizer.encode("Hello")) for row in r["tokens"]]
     assert (r["finish_reason"], r["device"], r["precision"]) == (["length"] * 3, "cpu", precision)
 
     attention = (4 + 2 * 2) * 8 * 32 + 4 * 8 * 32
@@ -54,8 +62,8 @@ def test_json_adds_up(tmp_path, ask, moe, precision, size):
     layer = 2 * 32 + attention + (ffn if moe is None else 5 * 32 + 2 * ffn)
     assert r["model_bytes"] == size * (2 * layer + 32 + VOCAB_SIZE * 32)
     position = 3 * 2 * 2 * 2 * 8 * size  # rows, layers, keys and values, heads, head_dim
-    step_bytes = r["bandwidth_gb_per_sec"] * 1e9 / r["decode_tokens_per_sec"]
-    assert 6 * position <= step_bytes * 1.0001 - r["model_bytes"] <= 14 * position * 1.01
+    active_weight_bytes = r["bandwidth_gb_per_sec"] * 1e9 / r["decode_tokens_per_sec"]
+    assert 6 * position <= active_weight_bytes * 1.0001 - r["model_bytes"] <= 14 * position * 1.01
     assert all(r[name] > 0 for name, kind in FIELDS.items() if kind is float and name != "compile_seconds")
     assert r["peak_memory_bytes"] > 2**20
 
@@ -136,7 +144,8 @@ def test_compiled_is_eager(chatty, ask):
 @pytest.mark.parametrize("prompt, status", [("S", 0), ("", 2)])
 def test_process(chain, prompt, status):
     """As a process of its own: stdout holds the one object or nothing, stderr nothing or the one line."""
-    command = [sys.executable, ROOT / "generate.py", f"--checkpoint_path={chain / 'model.pth'}", "--device=cpu"]
+    python = [sys.executable, "-I"] if status == 0 else [sys.executable]  # -I: without the script's folder in its path
+    command = [*python, ROOT / "generate.py", f"--checkpoint_path={chain / 'model.pth'}", "--device=cpu"]
     done = subprocess.run([*command, f"--prompt={prompt}", "--json"], capture_output=True, text=True)
     assert done.returncode == status and (done.stdout + done.stderr).count("\n") == 1
     assert json.loads(done.stdout)["text"] == ["🙂E"] if status == 0 else done.stderr.startswith("generate.py: ")
@@ -144,23 +153,25 @@ def test_process(chain, prompt, status):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 512.00 MiB")])
 def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain, tmp_path, monkeypatch, capsys, error):
-    def refuse(device):
+    def refuse(tensors):
         raise error
 
     (tmp_path / "prompts").write_text("a\nb\nc\n")
     options = [f"--prompt_file={tmp_path}/prompts", "--max_new_tokens=4", "--batch_size=3", "--ignore_eos"]
     set_up(monkeypatch, chain / "model.pth", options)
-    monkeypatch.setattr(report, "read_bandwidth", refuse)
-    report.measured_bandwidth.cache_clear()
+    monkeypatch.setattr(report, "read_bandwidth_of", refuse)
     shell.run(generate.main)
-    report.measured_bandwidth.cache_clear()
     out, err = capsys.readouterr()
     assert out.count("--- row 2") == 3 and "%" not in err
     assert len(re.findall(r"12 generated in 3 rows, at [\d.]+ tokens/s each: [\d.]+ GB/s \(load", err)) == 3
 
 
-def test_the_summary_names_the_share_of_what_memory_gives(chain, monkeypatch, capsys):
+@pytest.mark.parametrize("caches_hold_it", [False, True])
+def test_the_summary_names_the_share_of_what_memory_gives(chain, monkeypatch, capsys, caches_hold_it):
+    """Unless the model is in the processor's caches, which say nothing about memory."""
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 2**20 if caches_hold_it else 0)
     set_up(monkeypatch, chain / "model.pth", ["--prompt=a", "--max_new_tokens=4", "--ignore_eos"])
     shell.run(generate.main)
-    sentence = r"4 generated at [\d.]+ tokens/s: [\d.]+ GB/s, \d+ % of the [\d.]+ GB/s this machine reads \(load"
+    share = "" if caches_hold_it else r", \d+ % of the [\d.]+ GB/s this machine reads"
+    sentence = rf"4 generated at [\d.]+ tokens/s: [\d.]+ GB/s{share} \(load"
     assert re.search(sentence, capsys.readouterr().err)

@@ -1,7 +1,10 @@
 """compare_llama_cpp.py gives both sides the same weights and judges its rounds as it says; without llama.cpp here."""
 
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ import cli
 from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, RopeScaling, UsageError
 from kernels.formats import Dense
+from tests.tiny import make_hf
+from tests.tiny_gguf import write_gguf
 
-import tests.tiny  # noqa: F401  # isort: skip  (puts scripts/ on the path)
-import compare_llama_cpp as compare  # isort: skip
+import compare_llama_cpp as compare  # isort: skip  (tests.tiny put scripts/ on the path)
 import tables  # isort: skip
 from benchmark_speed import checkpoint_tensors, random_model  # isort: skip
 from convert_gguf import convert, read_config, read_gguf, read_tensors  # isort: skip
@@ -50,7 +54,8 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     compare.make_ours(tmp_path)
     for name, format in compare.OURS.items():
         assert read_checkpoint(tmp_path / f"{name}.pth")[1] == format.quantization
-    sizes = compare.bytes_per_token(tmp_path, ["BF16"])
+    files = compare.files_in(tmp_path)
+    sizes = compare.bytes_per_token({name: files[name] for name in ("bf16", *compare.OURS, "BF16")})
     wider = 2 * sum(t.numel() for t in weights.values() if t.dim() == 1)  # theirs are float32
     assert sizes["BF16"] == sizes["bf16"] + wider + (4 * 8 if config.rope_scaling else 0)
     assert sizes["bf16"] > sizes["int8"] > sizes["int4.g32"]
@@ -58,23 +63,58 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     assert sizes["bf16"] == step + 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * (5 + 32.5)
 
 
+@pytest.mark.parametrize(("family", "tokens_read"), [("gemma3", (6 + 7 + 8 + 61 * 9) / 64), ("qwen3-moe", 5 + 32.5)])
+def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
+    """With what copies files in the place of llama.cpp."""
+    theirs = make_hf(family, hidden_size=64, intermediate_size=96, max_position_embeddings=512)
+    files = compare.files_in(tmp_path) | {"file": write_gguf(tmp_path / "m.gguf", theirs)}
+    compare.make_model(None, files["file"], files["bf16"])
+    compare.make_ours(tmp_path)
+
+    made = []
+
+    def quantize(source: bytes, target: bytes, params) -> int:
+        made.append((Path(source.decode()).name, Path(target.decode()).name, params.ftype))
+        shutil.copy(source, target)
+        return 0 if params.allow_requantize else 1
+
+    llama_cpp = SimpleNamespace(
+        llama_model_quantize_default_params=SimpleNamespace,
+        llama_model_quantize=quantize,
+        llama_print_system_info=lambda: b"A CPU",
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", llama_cpp)
+    assert compare.make_theirs(files, threads=1) == "A CPU"
+    assert made == [
+        ("m.gguf", "BF16.gguf", 32), ("BF16.gguf", "Q8_0.gguf", 7), ("BF16.gguf", "Q4_0.gguf", 2),
+        ("BF16.gguf", "Q4_1.gguf", 3), ("BF16.gguf", "Q4_K_M.gguf", 15),
+    ]  # fmt: skip
+    sizes = compare.bytes_per_token(files)
+    assert sizes.keys() >= {name for pair in compare.PAIRS + compare.PAIRS_OF_FILE for name in pair}
+    cache = 2 * 2 * 3 * 2 * 16 * tokens_read
+    assert sizes["file"] - cache == 2 * (sizes["bf16"] - cache)  # it is float32
+    monkeypatch.setattr(llama_cpp, "llama_model_quantize", lambda *args: 1)
+    with pytest.raises(UsageError, match="llama.cpp cannot make BF16 of .*m.gguf"):
+        compare.make_theirs(files, threads=1)
+
+
 @pytest.mark.parametrize("model", ["plain"], indirect=True)
 def test_rounds(model, tmp_path, monkeypatch):
     """With our own side in both places: llama.cpp is not here."""
     monkeypatch.setitem(compare.LOADERS, "theirs", compare.our_generate)
     compare.make_ours(tmp_path)
-    (tmp_path / "bf16.gguf").symlink_to(tmp_path / "bf16.pth")
-    sizes = {"int4.g32": 1000, "bf16": 2000}
+    files = {"int4.g32": tmp_path / "int4.g32.pth", "file": tmp_path / "bf16.pth"}
+    sizes = {"int4.g32": 1000, "file": 2000}
     bar = tqdm(disable=True)
-    rounds = compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, 2, 1, bar)
+    rounds = compare.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
     assert len(rounds) == 2
     for side in (r[side] for r in rounds for side in ("ours", "theirs")):
         assert side.keys() == {"decode", "prefill", "share_of_read"} and min(side.values()) > 0
     for r in rounds:
         assert r["theirs"]["share_of_read"] == r["theirs"]["decode"] * 2000 / r["read_bytes_per_sec"]
-    (tmp_path / "bf16.gguf").unlink()
-    with pytest.raises(UsageError, match="bf16.gguf does not exist"):
-        compare.measure(tmp_path, ("int4.g32", "bf16"), sizes, 2, 1, bar)
+    files["file"].unlink()
+    with pytest.raises(UsageError, match="bf16.pth does not exist"):
+        compare.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
 
 
 def test_medians_over_rounds():

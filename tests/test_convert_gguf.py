@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -140,6 +142,21 @@ def test_parts(refused, tmp_path):
     refused(parts[2], "m-00002-of-00003.gguf does not exist; .*m-00003-of-00003.gguf needs all 3 parts")
     shutil.copy(parts[0], tmp_path / "renamed.gguf")
     refused(tmp_path / "renamed.gguf", "one of 3 parts, but not named like x-00001-of-00003.gguf")
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_what_is_needed_is_said(missing, tmp_path):
+    """A file, not a folder; and the gguf package, which requirements.txt does not name. Also under python -I."""
+    code = f"""
+import runpy, sys
+if {missing}:
+    sys.modules["gguf"] = None
+sys.argv = ["convert_gguf.py", "{tmp_path}", "--checkpoint_dir={tmp_path}"]
+runpy.run_path("{ROOT}/scripts/convert_gguf.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    said = "needs `pip install gguf protobuf`" if missing else f"{tmp_path} is a folder"
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # ---- Broken files ---------------------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ import transformers as hf
 import cli
 import eval
 import gptq
+import lm_harness
 from config import UsageError
-from eval import Options, ScoredSequence, harness_model, scores_of
+from lm_harness import Options, harness_model
 from loading import load_model
 from sampling import Sampling
+from scoring import ScoredSequence, scores_of
 from tests.tiny import convert, write_folder
 from tokenizer import load_tokenizer
 
@@ -133,7 +135,7 @@ def lm_evals_own(folder):
 @pytest.mark.parametrize("chat", [False, True], ids=["", "chat"])
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_equal_lm_evals_own(task, chat, folder, ours, lm_evals_own):
-    lm_eval = eval.import_lm_eval()
+    lm_eval = lm_harness.import_lm_eval()
     manager = lm_eval.tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     found = []
     for lm in (lm_evals_own, *(harness_model(*ours, 256, batch_size, False) for batch_size in (1, 4))):
@@ -179,7 +181,7 @@ def test_requests_of_many_kinds_are_compiled_once(tmp_path):
 
 
 def test_options_of_requests():
-    greedy, options_of = Sampling(temperature=0.0), eval.options_of
+    greedy, options_of = Sampling(temperature=0.0), lm_harness.options_of
     assert options_of({}) == Options(greedy, 256, ())
     cold = {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 1}
     assert options_of(cold) == Options(greedy, 5, ("\n",))

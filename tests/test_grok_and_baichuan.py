@@ -1,19 +1,26 @@
 """Families that transformers does not have, Grok-1 and Baichuan, against plain PyTorch after their descriptions."""
 
 import json
+import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import quantize
 from config import UsageError
 from families import config_from_hf
+from generate import generate
 from loading import load_model
-from model import KVCache
-from tests.tiny import convert
+from model import KVCache, alibi_slopes
+from sampling import Sampling
+from steps import build_steps
+from tests.tiny import call, convert, make_hf
 
-DIM, N_LAYERS, H, G, D, FFN, V, E = 32, 2, 4, 2, 8, 48, 60, 4
+DIM, N_LAYERS, H, G, D, FFN, V, E = 32, 2, 4, 2, 8, 48, 97, 4
 SIZES = {
     "hidden_size": DIM, "num_hidden_layers": N_LAYERS, "num_attention_heads": H, "intermediate_size": FFN,
     "vocab_size": V, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
@@ -24,6 +31,8 @@ GROK = SIZES | {
     "output_multiplier_scale": 0.6, "hidden_act": "gelu",
 }  # fmt: skip
 BAICHUAN = SIZES | {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "hidden_act": "silu"}
+BAICHUAN_13B = BAICHUAN | {"model_max_length": 64, "hidden_size": 6 * D, "num_attention_heads": 6}
+del BAICHUAN_13B["max_position_embeddings"]
 
 
 def random_tensors(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
@@ -48,16 +57,17 @@ def grok_tensors() -> dict[str, torch.Tensor]:
     return random_tensors(shapes)
 
 
-def baichuan_tensors(vocab_size: int) -> dict[str, torch.Tensor]:
-    shapes = {"model.embed_tokens.weight": (vocab_size, DIM), "lm_head.weight": (vocab_size, DIM)}
-    shapes["model.norm.weight"] = (DIM,)
+def baichuan_tensors(hf: dict) -> dict[str, torch.Tensor]:
+    vocab_size, dim = hf["vocab_size"], hf["hidden_size"]
+    shapes = {"model.embed_tokens.weight": (vocab_size, dim), "lm_head.weight": (vocab_size, dim)}
+    shapes["model.norm.weight"] = (dim,)
     for i in range(N_LAYERS):
         layer = f"model.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{layer}.{norm}.weight"] = (DIM,)
-        shapes[f"{layer}.self_attn.W_pack.weight"] = (3 * DIM, DIM)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (DIM, DIM)
-        for name, shape in (("gate", (FFN, DIM)), ("up", (FFN, DIM)), ("down", (DIM, FFN))):
+            shapes[f"{layer}.{norm}.weight"] = (dim,)
+        shapes[f"{layer}.self_attn.W_pack.weight"] = (3 * dim, dim)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (dim, dim)
+        for name, shape in (("gate", (FFN, dim)), ("up", (FFN, dim)), ("down", (dim, FFN))):
             shapes[f"{layer}.mlp.{name}_proj.weight"] = shape
     return random_tensors(shapes)
 
@@ -66,8 +76,19 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
 
 
-def attention(q, k, v, scale: float, cap: float | None) -> torch.Tensor:
-    """q [T, H, D], k and v [T, G, D] -> [T, H D], with RoPE and a causal mask."""
+def slopes(n_heads: int) -> torch.Tensor:
+    """ALiBi's: for a power of two n the geometric sequence that begins with 2^(-8 / n), which is its ratio, too. For
+    other numbers that of the power below, and then every second one of the power above."""
+
+    def sequence(n: int) -> list[float]:
+        return [(2 ** (-8 / n)) ** (i + 1) for i in range(n)]
+
+    power = 2 ** math.floor(math.log2(n_heads))
+    return torch.tensor(sequence(power) + sequence(2 * power)[::2][: n_heads - power])
+
+
+def attention(q, k, v, scale: float, cap: float | None, alibi: bool = False) -> torch.Tensor:
+    """q [T, H, D], k and v [T, G, D] -> [T, H D], with RoPE or ALiBi and a causal mask."""
     T = len(q)
     angles = torch.arange(T)[:, None] * 1e4 ** -(torch.arange(0, D, 2) / D)
 
@@ -76,8 +97,12 @@ def attention(q, k, v, scale: float, cap: float | None) -> torch.Tensor:
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-    q, k, v = rotate(q), *(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (rotate(k), v))
+    if not alibi:
+        q, k = rotate(q), rotate(k)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if alibi:
+        scores += slopes(q.shape[1])[:, None, None] * (torch.arange(T) - torch.arange(T)[:, None])
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
@@ -105,13 +130,13 @@ def grok_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tenso
     return norm(x, w["model.norm.scale"]) @ w["lm_head.weight"].T * GROK["output_multiplier_scale"]
 
 
-def baichuan_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+def baichuan_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor, alibi: bool = False) -> torch.Tensor:
     x = w["model.embed_tokens.weight"][tokens]
     for i in range(N_LAYERS):
         layer = f"model.layers.{i}"
         h = norm(x, w[f"{layer}.input_layernorm.weight"])
         q, k, v = (t.unflatten(-1, (-1, D)) for t in (h @ w[f"{layer}.self_attn.W_pack.weight"].T).chunk(3, dim=-1))
-        x = x + attention(q, k, v, D**-0.5, None) @ w[f"{layer}.self_attn.o_proj.weight"].T
+        x = x + attention(q, k, v, D**-0.5, None, alibi) @ w[f"{layer}.self_attn.o_proj.weight"].T
         h = norm(x, w[f"{layer}.post_attention_layernorm.weight"])
         gate, up, down = (w[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
@@ -121,26 +146,87 @@ def baichuan_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.T
     return norm(x, w["model.norm.weight"]) @ head.T
 
 
+CASES = {  # name: (config.json, what makes the tensors of it, what gives the logits of tokens [T])
+    "grok": (GROK, lambda hf: grok_tensors(), grok_logits),
+    "baichuan": (BAICHUAN | {"vocab_size": 64000}, baichuan_tensors, baichuan_logits),
+    "baichuan 2": (BAICHUAN | {"vocab_size": 64003}, baichuan_tensors, baichuan_logits),
+    "baichuan 13B": (BAICHUAN_13B, baichuan_tensors, partial(baichuan_logits, alibi=True)),
+}
+
+
+def write_folder(name: str, folder: Path) -> Path:
+    """Writes the checkpoint of this name as the hub holds them, and converts it."""
+    hf, make_tensors, _ = CASES[name]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf))
+    save_file(make_tensors(hf), folder / "model.safetensors")
+    return convert(folder)
+
+
+def reference_of(name: str):
+    hf, make_tensors, logits = CASES[name]
+    return partial(logits, make_tensors(hf))
+
+
+@torch.inference_mode()
+def logits_in_parts(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Of tokens [2, 20] in one batch: a chunk, a token, a chunk. The second row goes back to position 5 after the first
+    chunk, so that the rows' positions differ, and comes to the 14th token: [20 + 14, V]."""
+    kv_cache, logits, starts = KVCache(model, 2, 20), torch.empty(2, 20, model.config.vocab_size), [0, 0]
+    for n in (11, 1, 8):
+        rows = torch.stack([row[start : start + n] for row, start in zip(tokens, starts, strict=True)])
+        for b, part in enumerate(model(rows, torch.tensor(starts), kv_cache)):
+            logits[b, starts[b] : starts[b] + n] = part
+        starts = [11, 5] if n == 11 else [start + n for start in starts]
+    return torch.cat([logits[0], logits[1, :14]])
+
+
 @pytest.mark.parametrize("use_kernels", [True, False])
-@pytest.mark.parametrize("name", ["grok", "baichuan", "baichuan 2"])
-def test_logits(name, use_kernels, tmp_path):
-    if name == "grok":
-        hf, tensors, reference = GROK, grok_tensors(), grok_logits
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_tokens(name, use_kernels, tmp_path):
+    model, reference = load_model(write_folder(name, tmp_path), "cpu", torch.float32, use_kernels), reference_of(name)
+    tokens = torch.randint(0, V, (2, 20))
+    expected = torch.cat([reference(tokens[0]), reference(tokens[1, :14])])
+    torch.testing.assert_close(logits_in_parts(model, tokens), expected, atol=1e-4, rtol=1e-4)
+
+    steps, text = build_steps(model, KVCache(model, 1, 32), Sampling()), tokens[0]
+    ours = [i for (i,) in generate(steps, text[None], 0, 12)]
+    for _ in range(12):
+        text = torch.cat([text, reference(text)[-1:].argmax(-1)])
+    assert ours == text[20:].tolist()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["baichuan 13B", "dbrx"])
+def test_quantized(name, mode, tmp_path):
+    """ALiBi and clipping: the kernels give what PyTorch gives with the same quantized weights."""
+    if name == "dbrx":
+        make_hf(name).save_pretrained(tmp_path)
+        path = convert(tmp_path)
     else:
-        vocab_size = 64000 if name == "baichuan" else 64003
-        hf, tensors, reference = BAICHUAN | {"vocab_size": vocab_size}, baichuan_tensors(vocab_size), baichuan_logits
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    save_file(tensors, tmp_path / "model.safetensors")
-    model = load_model(convert(tmp_path), "cpu", torch.float32, use_kernels)
-    tokens = torch.randint(0, V, (20,))
-    expected = reference(tensors, tokens)
-    kv_cache, logits = KVCache(model, 1, 20), []
-    with torch.inference_mode():
-        for start, part in ((0, tokens[:11]), (11, tokens[11:12]), (12, tokens[12:])):
-            logits.append(model(part[None], torch.tensor([start]), kv_cache)[0])
-    torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=1e-4)
+        path = write_folder(name, tmp_path)
+    call(quantize.main, "--checkpoint_path", path, "--mode", mode)
+    (quantized,) = tmp_path.glob("model_*.pth")
+    tokens = torch.randint(0, V, (2, 20))
+    ours, plain = (load_model(quantized, "cpu", torch.float32, use_kernels) for use_kernels in (True, False))
+    expected = logits_in_parts(plain, tokens)
+    torch.testing.assert_close(logits_in_parts(ours, tokens), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_baichuan_13b_is_refused():
-    with pytest.raises(UsageError, match="ALiBi"):
-        config_from_hf(BAICHUAN | {"hidden_size": 5120, "num_attention_heads": 40})
+def test_which_baichuan_has_alibi():
+    sizes = {"hidden_size": 5120, "num_attention_heads": 40, "num_hidden_layers": 40}
+    config = config_from_hf(BAICHUAN_13B | sizes)
+    assert config.alibi and not any(config.rope_layers) and config.max_seq_len == 64
+    for architecture in ("BaiChuanForCausalLM", "BaichuanForCausalLM"):  # 7B: the first one, and Baichuan 2
+        config = config_from_hf(BAICHUAN | {"architectures": [architecture], "model_max_length": 4096})
+        assert not config.alibi and config.rope_layers is None and config.max_seq_len == 64
+    with pytest.raises(UsageError, match="hidden_size 5120 has ALiBi"):
+        config_from_hf(BAICHUAN | sizes)
+    neither = {name: value for name, value in BAICHUAN.items() if name != "max_position_embeddings"}
+    with pytest.raises(UsageError, match="max_position_embeddings or model_max_length is missing"):
+        config_from_hf(neither)
+
+
+def test_slopes():
+    for n_heads in (1, 2, 3, 6, 8, 12, 32, 40, 64):
+        torch.testing.assert_close(torch.tensor(alibi_slopes(n_heads)), slopes(n_heads))

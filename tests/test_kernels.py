@@ -1,8 +1,13 @@
 """kernels/csrc/ against its PyTorch references: odd shapes, every format, on what this CPU has and without it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ import kernels
 from config import ModelConfig
 from kernels import reference
 from kernels.formats import Dense, Int4, Int8
-from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, RMSNorm, rope_table
+from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, RMSNorm, alibi_slopes, rope_table
 from tests import bounds
 from tests.tiny import ROOT
 
@@ -49,7 +54,7 @@ def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
 
 
 def packed(module):
-    kernels.enable(module)
+    kernels.pack_weights(module)
     assert all(m.backend == "cpu" for m in module.modules() if isinstance(m, Linear))
     return module
 
@@ -130,10 +135,14 @@ def of_glu(activation: str, gate_up: torch.Tensor, error: torch.Tensor) -> tuple
 @pytest.mark.parametrize("format", [Dense(), Int4(32)], ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_scale_and_softcap(format, dtype):
-    """After bias and activation, before the residual: of results that softcap leaves alone, bends, and cuts off."""
+    """After bias and activation, before the residual: of results that softcap leaves alone, bends, and cuts off; and
+    clip after them."""
     torch.manual_seed(0)
-    for n, k, scale, softcap in [(33, 72, 0.25, 0.0), (64, 72, 0.03, 5.0), (33, 72, 1.0, 5.0), (64, 8, 1e-3, 30.0)]:
-        w = make(n, k, format, dtype, bias=True, scale=scale, softcap=softcap)
+    for n, k, scale, softcap, clip in [
+        (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
+        (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
+    ]:  # fmt: skip
+        w = make(n, k, format, dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
         matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
         packed(w)
         for rows in (1, 5):
@@ -142,32 +151,40 @@ def test_linear_scale_and_softcap(format, dtype):
             product = seen.double() @ matrix.T + w.bias.double()
             step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
             error = bounds.of_product(seen, magnitude, product, torch.float32, step)
-            y, bound = of_cap(product, error, scale, softcap)
+            y, bound = of_cap(product, error, scale, softcap, clip)
             bounds.check(kernels.linear(x, w, out_dtype=torch.float32), y, bound)
             total = y + residual.double()
             bounds.check(kernels.linear(x, w, residual=residual), total, bound + bounds.of_rounding(total, dtype))
             if n % 32 == 0:
-                y, bound = of_cap(*of_glu("gelu_tanh", product, error), scale, softcap)
+                y, bound = of_cap(*of_glu("gelu_tanh", product, error), scale, softcap, clip)
                 ours = kernels.linear(x, w, activation="gelu_tanh")
                 bounds.check(ours, y, bound + bounds.of_rounding(y, dtype))
 
 
-def of_cap(y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """y * scale, capped, and how far it may be off if y is off by no more than error. No slope of cap's is above 1."""
+def of_cap(
+    y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y * scale, capped and clipped, and how far it may be off if y is off by no more than error. No slope of cap's is
+    above 1."""
     y = y * scale
     if softcap:
         y = reference.cap(y, softcap)
+    if clip:
+        y = y.clamp(-clip, clip)
     return y, error * scale + 2**-20 * y.abs()  # exp is good to 2^-21 or so
 
 
 @built
 def test_softcap_of_extremes():
-    """Close to zero, a cap changes nothing; infinity it cuts off; and NaN stays NaN."""
+    """Close to zero, a cap or clip changes nothing; infinity it cuts off; and NaN stays NaN."""
     w = packed(make(16, 16, Dense(), torch.float32, softcap=30.0))
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
     y = reference.cap(x.double(), 30.0)
     bounds.check(kernels.linear(x, w), y, 2**-20 * y.abs())
+    assert kernels.linear(torch.full((1, 16), torch.nan), w).isnan().all()
+    w.softcap, w.clip = 0.0, 10.0
+    assert torch.equal(kernels.linear(x, w), x.clamp(-10, 10))
     assert kernels.linear(torch.full((1, 16), torch.nan), w).isnan().all()
 
 
@@ -309,6 +326,11 @@ def exact_attention(
     scores = torch.einsum("btghd,bgsd->btghs", q, k) * scale
     if softcap:
         scores = reference.cap(scores, softcap)
+    farthest = 0
+    if cache.slopes is not None:
+        distances = (token_positions[..., None] - keys)[:, :, None, None].where(sees, 0)  # [B, T, 1, 1, S]
+        bias = cache.slopes.double().view(G, -1, 1) * distances
+        scores, farthest = scores - bias, bias.max()
     scores = scores.masked_fill(~sees, -torch.inf)
     if sinks is not None:
         sink_scores = sinks.double().view(G, -1, 1).expand(*scores.shape[:-1], 1)
@@ -318,6 +340,7 @@ def exact_attention(
     largest_score = torch.einsum("btghd,bgsd->btghs", q.abs(), k.abs()).max() * scale
     u, u_stored = bounds.U[torch.float32], bounds.U[dtype]
     score_error = (D + 8) * u * largest_score + 2**-20 * softcap  # exp is good to 2^-21 or so
+    score_error += 4 * u * farthest  # ALiBi's product and sum
     score_error += bounds.FLIPS * 2 * u_stored * q.abs().max() * k.abs().max() * scale
     sum_error = (k.shape[2] + 32) * u  # of softmax's sum and of the weighted values
     bound = (torch.expm1(2 * score_error) + 2 * sum_error) * v.abs().max() + bounds.of_rounding(y, dtype)
@@ -352,22 +375,23 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
 @pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
-    """Each alone and together. sinks: far below the scores, among them, and far above."""
+    """Each alone and together, and with ALiBi. sinks: far below the scores, among them, and far above."""
     torch.manual_seed(0)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 640)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
     norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]
     sinks = (torch.randn(n_heads) * 4 + 2).to(dtype)
     sinks[:2] = torch.tensor([-200, 200])
-    for window, options in [
-        (0, {"sinks": sinks}), (0, {"scale": 0.3}), (7, {"softcap": 2.0}),
-        (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}),
+    slopes = torch.tensor(alibi_slopes(n_heads))
+    for window, options, alibi in [
+        (0, {"sinks": sinks}, None), (0, {"scale": 0.3}, None), (7, {"softcap": 2.0}, None), (0, {}, slopes),
+        (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}, slopes),
     ]:  # fmt: skip
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
             B = len(starts)
             positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
             k, v = torch.randn(2, B, n_kv_heads, 640, d).to(dtype).unbind()
-            theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
+            theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope, alibi)
             ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window, *norms, **options)
             check_cache(qkv, cache, theirs, positions, n_heads, norms)
             bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms, **options))
@@ -409,11 +433,14 @@ def test_attention_reference_sinks_scale_softcap():
     torch.manual_seed(0)
     rope = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
     norms = [make_norm(6 * 16, torch.float32), make_norm(2 * 16, torch.float32)]
-    for options in ({"scale": 0.3}, {"sinks": torch.randn(6)}, {"sinks": torch.randn(6), "scale": 0.3, "softcap": 2.0}):
+    slopes, everything = torch.tensor(alibi_slopes(6)), {"sinks": torch.randn(6), "scale": 0.3, "softcap": 2.0}
+    for options, alibi in [
+        ({"scale": 0.3}, None), ({"sinks": torch.randn(6)}, None), ({}, slopes), (everything, slopes),
+    ]:  # fmt: skip
         for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
             positions, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
-            cache = LayerCache(k, v, rope)
+            cache = LayerCache(k, v, rope, alibi)
             ours = reference.attend(qkv, cache, positions, 6, window, *norms, **options)
             y, bound = exact_attention(qkv, cache, positions, 6, window, norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
@@ -440,6 +467,10 @@ def test_what_does_not_fit_is_refused():
                 torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, "cpu", 0, q_norm, k_norm,
                 torch.zeros(sinks),
             )  # fmt: skip
+    for slopes in (torch.zeros(3), torch.zeros(4).half()):
+        with pytest.raises(RuntimeError, match="slopes"):
+            view = cache._replace(slopes=slopes)
+            kernels.attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, "cpu")
 
 
 # ---- Feed-forward ---------------------------------------------------------------------------------------------------
@@ -547,27 +578,111 @@ def test_without_this_cpus_instructions(march):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+def build_in_a_process(expected: bool, **env: str) -> str:
+    """Loads the kernels in a process of its own, with this environment. Returns what it says on stderr."""
+    code = f"import kernels; assert bool(kernels.cpu.build()) is {expected}"
+    command, env = [sys.executable, "-c", code], os.environ | env
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 @pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
-def test_builds_do_not_meet(tmp_path):
-    """Several processes that build at once, into one empty cache, all get the library. A broken one is built again."""
-    command = [sys.executable, "-c", "import kernels; assert kernels.cpu.build()"]
+def test_builds(tmp_path, monkeypatch):
+    """Several processes that build at once all get the library. A broken one is built again. Once it is built, it needs
+    no compiler, whichever made it; but it is for these flags."""
     cxx = f"{os.environ.get('CXX', 'g++')} -O0"  # a command with an argument
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0"}
-    builds = [subprocess.Popen(command, env=env, cwd=ROOT) for _ in range(2)]
-    assert [build.wait() for build in builds] == [0, 0]
-    (library,) = (tmp_path / "gpt-fast").iterdir()
-    library.write_bytes(b"")
-    assert subprocess.run(command, env=env, cwd=ROOT).returncode == 0 and library.stat().st_size > 0
+    env = {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0", "TMPDIR": str(tmp_path)}
+    with monkeypatch.context() as context:
+        context.setenv("CXXFLAGS", "-O0")
+        library = tmp_path / "gpt-fast" / kernels.cpu.library_name(cxx.split())
+    library.parent.mkdir()
+    library.touch()
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(lambda _: build_in_a_process(True, **env), range(2))] == ["", ""]
+    assert [*library.parent.iterdir()] == [library] and library.stat().st_size > 0
+
+    for without in ({"PATH": "", "CXX": ""}, {"CXX": "false"}):
+        assert build_in_a_process(True, **env | without) == ""
+    said = build_in_a_process(False, **env | {"PATH": "", "CXX": "", "CXXFLAGS": "-O1"})
+    assert "no C++ compiler" in said and said.count("\n") == 1
+
+    # A cache that cannot be written. The compiler is a script that takes the library from above.
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] || cp {library} "$3"\n')
+    script.chmod(0o755)
+    env |= {"CXX": str(script), "XDG_CACHE_HOME": "/dev/null"}
+    said = build_in_a_process(True, **env)
+    elsewhere = tmp_path / f"gpt-fast-{os.getuid()}"
+    assert said.count("\n") == 1 and "/dev/null/gpt-fast does not serve ([Errno 20] Not a directory" in said
+    assert said.endswith(f": the kernels are in {elsewhere}\n")
+    assert build_in_a_process(True, **env) == ""  # found there
+    elsewhere.chmod(0o777)  # now others can write to it
+    tmp_path.chmod(0o777)
+    assert "another user" in build_in_a_process(False, **env)
+
+
+@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
+def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
+    kernels.cpu.check_folder(tmp_path)
+    mounted = SimpleNamespace(f_flag=getattr(os, "ST_NOEXEC", 0))
+    monkeypatch.setattr(os, "statvfs", lambda folder: mounted)
+    with pytest.raises(OSError, match="noexec"):
+        kernels.cpu.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_the_compiler_ends_with_the_process(sig, tmp_path):
+    """And with it what it has started, as g++ starts cc1plus."""
+    script, pid = tmp_path / "compiler", tmp_path / "pid"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 60 &\necho $! >{pid}\nwait\n')
+    script.chmod(0o755)
+    env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    code = "import kernels; kernels.cpu.build()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
+        while not (pid.exists() and pid.read_text().endswith("\n")):
+            time.sleep(0.01)
+        process.send_signal(sig)
+        assert process.wait() in (128 + sig, -sig)
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":  # or it waits for its parent to be told
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not list((tmp_path / "gpt-fast").iterdir())  # nothing is left over
 
 
 @pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 @pytest.mark.parametrize("compiler", ["false", "script"])
 def test_no_compiler(compiler, tmp_path):
     """One line, and everything runs on PyTorch."""
-    command = [sys.executable, "-c", "import kernels; assert not kernels.cpu.build()"]
     (tmp_path / "script").write_text("no program")
     (tmp_path / "script").chmod(0o755)
     cxx = "false" if compiler == "false" else str(tmp_path / "script")
-    env = os.environ | {"CXX": cxx, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "slower" in done.stderr
+    said = build_in_a_process(False, CXX=cxx, XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path))
+    assert said.count("\n") == 1 and "slower" in said
+
+
+@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
+def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
+    """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
+    monkeypatch.setattr(kernels.cpu, "build", lambda: None)
+    monkeypatch.setattr(kernels, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
+    for format in QUANTIZED:
+        torch.manual_seed(0)
+        module = torch.nn.Module()
+        module.embed_tokens = torch.nn.Embedding(2, 2, dtype=torch.bfloat16)
+        module.linear = make(33, 72, format, torch.bfloat16, bias=True)
+        module.experts = make(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
+        expected = [w.matrix(torch.bfloat16) for w in (module.linear, module.experts)]
+        with monkeypatch.context() as context:
+            context.setattr(kernels, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)
+            kernels.pack_weights(module)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "every token dequantizes" in said and module.linear.format == format
+        kernels.pack_weights(module)
+        for w, matrix in zip((module.linear, module.experts), expected, strict=True):
+            assert w.format.name == format.name and w.scales is w.zeros is None
+            assert torch.equal(w.weight, matrix) and torch.equal(w.matrix(torch.bfloat16), matrix)
+            assert w.backend == "torch" and capsys.readouterr().err == ""

@@ -23,7 +23,7 @@ def test_text(chatty, ask):
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
     tokens = [ids[0] for ids in generate(steps, torch.tensor([prompt]), start=0, max_new_tokens=20)]
-    text = "".join(detokenize(tokenizer, tokens, after=prompt))
+    text = "".join(detokenize(tokenizer, tokens, prefix_ids=prompt))
 
     (result,) = ask(chatty, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")
     assert result["tokens"] == [tokens] and result["text"] == [text] and len(text) > 10
@@ -57,6 +57,11 @@ def test_llm(chatty, cli):
     for message, answer in zip(("Hi", "how are you?"), answers, strict=True):
         assert "".join(conversation.answer(message, max_new_tokens=12)) == answer
         assert "".join(llm.generate("Hello", max_new_tokens=12)) == text
+    both = zip(llm.generate("Hello", max_new_tokens=12), llm.generate("Hello", max_new_tokens=12), strict=True)
+    assert "".join(a + b for a, b in both) == "".join(2 * letter for letter in text)  # two at once
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    assert "".join(llm.generate(messages, max_new_tokens=12)) == answers[0]
+    assert "".join(llm.generate("Hello", max_new_tokens=12, stop=(text[4:6],))) == text.split(text[4:6])[0]
     with pytest.raises(UsageError, match="exceed max_length, 160"):
         next(llm.generate("Hello", max_new_tokens=160))
     assert LLM(chatty / "model.pth", max_length=10**6, temperature=0.5).max_length == llm.model.config.max_seq_len

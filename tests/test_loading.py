@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 import torch
 
-import machine
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
@@ -111,13 +110,3 @@ def test_more_tokens_than_the_embedding_has(tmp_path, special):
     else:
         with pytest.raises(UsageError, match="the tokenizer's 261 tokens exceed the model's 260$"):
             load(folder / "model.pth")
-
-
-def test_a_file_just_read_takes_no_room_in_a_container(tmp_path):
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_anon 20\ninactive_file 500\nactive_file 100\n")
-    assert machine.free_in_container(tmp_path) == 600
-    (tmp_path / "memory.max").write_text("max\n")
-    with pytest.raises(ValueError):  # there is no limit
-        machine.free_in_container(tmp_path)

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from config import ModelConfig, UsageError
+from config import ModelConfig, MoEConfig, UsageError
 from families import MODEL_TYPES, config_from_hf
 from model import KVCache, rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
@@ -146,6 +146,23 @@ def test_old_and_new_spelling_together():
     assert config.rope_scaling.factor == 2
 
 
+def test_dbrx_as_published():
+    published = {
+        "architectures": ["DbrxForCausalLM"], "d_model": 6144, "n_heads": 48, "n_layers": 40, "max_seq_len": 32768,
+        "vocab_size": 100352, "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
+        "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4, "moe_jitter_eps": 0.01},
+    }  # fmt: skip
+    config = config_from_hf(published)
+    assert (config.dim, config.n_layers, config.ffn_dim) == (6144, 40, 10752)
+    assert (config.n_heads, config.n_kv_heads, config.head_dim) == (48, 8, 128)
+    assert (config.max_seq_len, config.rope_theta, config.clip_qkv, config.norm_eps) == (32768, 500000, 8, 1e-5)
+    assert config.moe == MoEConfig(16, 4) and not config.tie_embeddings
+    saved_again = published | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    assert config_from_hf(saved_again) == config
+    ffn = published["ffn_config"] | {"moe_normalize_expert_weights": None}
+    assert config_from_hf(published | {"ffn_config": ffn}).moe == MoEConfig(16, 4, norm_topk_prob=False)
+
+
 def test_only_whole_pairs_are_rotated():
     good = hf.Glm4Config().to_dict() | {"architectures": ["Glm4ForCausalLM"], "rope_parameters": None}
     with pytest.raises(UsageError, match="cannot rotate 89 of 128"):
@@ -208,6 +225,10 @@ WRONG = [
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
     ("gpt-oss", {"quantization_config": {"quant_method": "fp8"}}, "'fp8' are not supported; mxfp4 is"),
     ("llama2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
+    ("dbrx", {"attn_config": {"clip_qkv": -1}}, "clip_qkv must be a positive number"),
+    ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn = {'name': 'gelu'} is not supported"),
+    ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2.0}}, "moe_normalize_expert_weights = 2.0 is not supp"),
 ]
 
 

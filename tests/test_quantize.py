@@ -249,6 +249,9 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--calibration_text=TEXT"], "needs no calibration"),
         (["--checkpoint_path=."], "is a folder"),
         (["--percdamp=0"], "--percdamp"),
+        (["--percdamp=0", "--mode=int4-gptq"], "--percdamp"),
+        (["--mode=int8", "--groupsize=64"], "--groupsize belongs to int4"),
+        (["--threads=0"], "--threads must be 1 to"),
     ],
 )
 def test_wrong_arguments_are_named(args, message, folder, monkeypatch):

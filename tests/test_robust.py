@@ -212,6 +212,40 @@ for more in ([], ["--compile"]):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=ONE_THREAD)
 
 
+def test_the_summary_takes_no_memory(small):
+    """What it measures the bandwidth with is there already."""
+    options = ["--checkpoint_path", str(small / "model.pth"), "--device=cpu", "--max_new_tokens=3"]
+    code = f"""
+import sys, generate, machine
+machine.cache_bytes = lambda: 0
+for more in (["--json"], []):
+    before = machine.peak_memory(machine.pick_device("cpu"))
+    sys.argv[1:] = {options} + more
+    generate.main()
+assert machine.peak_memory(machine.pick_device("cpu")) - before < 2**25
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0 and "this machine reads" in done.stderr, done.stderr
+
+
+class InductorError(RuntimeError):
+    """As torch.compile raises it, which takes ten seconds."""
+
+    __module__ = "torch._inductor.exc"
+
+
+@pytest.mark.parametrize("why", ["No space left on device", "failed to map segment from shared object"])
+def test_no_room_for_what_is_compiled(why, capsys):
+    def main():
+        raise InductorError(f"OSError: {why}\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--compile cannot use its folder (OSError: " in said and why[:20] in said
+
+
 # ---- Pipes and terminals --------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from transformers.generation import logits_process as hf
 
 from config import UsageError
-from sampling import Sampling, sample
+from generate import build_steps, build_token_generator, make_kv_cache
+from sampling import Sampling, probabilities, sample
+from scheduler import Request, Scheduler
+from speculate import PromptLookup, build_speculation, speculate
 
 
 def expected_distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
@@ -57,6 +61,85 @@ def test_samples_have_the_filtered_distribution(sampling, compiled):
     assert (abs(shares - expected) <= four_deviations).all()
 
 
+SAMPLINGS = [
+    Sampling(0.7),
+    Sampling(1.3, top_k=7),
+    Sampling(0.8, top_p=0.6),
+    Sampling(1.0, min_p=0.3),
+    Sampling(1.2, top_k=20, top_p=0.9, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_distribution_equals_transformers(sampling):
+    logits = 3 * torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    expected = hf.TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    for value, warper in [
+        (sampling.top_k, hf.TopKLogitsWarper),
+        (sampling.top_p, hf.TopPLogitsWarper),
+        (sampling.min_p, hf.MinPLogitsWarper),
+    ]:
+        expected = expected if value is None else warper(value)(None, expected)
+    torch.testing.assert_close(probabilities(logits, sampling), expected.softmax(-1))
+
+
+def test_repetition_penalty_equals_transformers(pair):
+    """Of prompt and output; plain, speculative, and beside prompts without it."""
+    theirs, ours = pair("llama3", True)
+    prompt = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(2))
+    n, sampling = 24, Sampling(repetition_penalty=1.3)
+    options = dict(do_sample=False, max_new_tokens=n, min_new_tokens=n, repetition_penalty=1.3, eos_token_id=96)
+    expected = theirs.generate(prompt, **options)[0, 40:].tolist()
+
+    kv_cache, ids = make_kv_cache(ours, 1, 64), prompt[0].tolist()
+    steps = build_steps(ours, kv_cache, sampling)
+    generate_tokens = build_token_generator(steps, kv_cache)
+    assert [i for ((i,),) in generate_tokens(ids, 0, n)] == expected
+    rest = generate_tokens(ids + expected[:5], 44, n - 5)  # as a conversation goes on
+    assert [i for ((i,),) in rest] == expected[5:]
+
+    lookup = build_speculation(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
+    steps_of_lookup = list(speculate(lookup, ids, 0, n))
+    assert [i for step in steps_of_lookup for (i,) in step] == expected
+
+    scheduler = Scheduler(ours, 3, 64, eos_ids=set())
+    plain, penalized = Request(ids, n), Request(ids, n, sampling)
+    for request in (plain, penalized, Request(ids[:7], 3, sampling)):
+        scheduler.submit(request)
+    found = {plain: [], penalized: []}
+    while scheduler.has_work():
+        for new in scheduler.step():
+            found.setdefault(new.request, []).append(new.token)
+    assert found[penalized] == expected and found[plain] != expected
+
+
+def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """What top_p means, the slow and plain way."""
+    probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = torch.nn.functional.pad(probs.cumsum(-1)[:, :-1], (1, 0))
+    kept = probs.masked_fill(before >= top_p, 0)
+    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("vocab_size", [12, 1280, 5000])  # the last is no multiple of CHUNK
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999, 1 - 1e-7])
+def test_top_p_is_what_sorting_would_leave(vocab_size, top_p):
+    """Of few likely tokens, of many, and of ties, of which the first ones are kept."""
+    noise = 3 * torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
+    for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(3, vocab_size)):
+        expected = sorted_distribution(logits, top_p)
+        ours = probabilities(logits, Sampling(1.0, top_p=top_p))
+        assert torch.equal(ours > 0, expected > 0)
+        torch.testing.assert_close(ours, expected, atol=0, rtol=1e-5)
+
+
+def test_top_p_compiled():
+    """On a GPU, where the host must not wait, and when compiled, it sorts; here, too."""
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    ours = torch.compile(probabilities, fullgraph=True)(logits, Sampling(1.0, top_p=0.7))
+    torch.testing.assert_close(ours, sorted_distribution(logits, 0.7))
+
+
 def test_greedy_takes_the_lowest_of_tied_tokens():
     ties = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
     assert sample(ties, Sampling()).tolist() == [1, 0]
@@ -81,7 +164,7 @@ def test_rows_that_are_not_finite(sampling):
 @pytest.mark.parametrize(
     "fields",
     [{"temperature": -1.0}, {"temperature": torch.inf}, {"temperature": torch.nan}, {"top_k": 0}, {"top_p": 0.0},
-     {"top_p": 1.1}, {"top_p": torch.nan}],
+     {"top_p": 1.1}, {"top_p": torch.nan}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0}],
     ids=str,
 )  # fmt: skip
 def test_mistakes_are_named(fields):

@@ -68,7 +68,7 @@ def test_tokenizer_json_like_transformers(pair):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         ids = ours.encode_parts([text])
         assert ids == theirs(text, split_special_tokens=True, add_special_tokens=False).input_ids
-        assert not set(ids) & set(ours.special.values())
+        assert not set(ids) & set(ours.special_token_ids.values())
     assert ours.vocab_size == len(theirs)
 
 
@@ -82,12 +82,12 @@ def test_chat_like_transformers(pair, name):
             )
             assert ours.encode_chat(messages) == expected
             assert ours.encode(ours.render_chat(messages, add_generation_prompt=True), bos=False) == expected
-            assert expected[:2].count(ours.special["<s>"]) <= 1
+            assert expected[:2].count(ours.special_token_ids["<s>"]) <= 1
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_messages_make_no_special_tokens(pair, name):
-    ours, special = replace(pair[0], chat_template=TEMPLATES[name]), set(pair[0].special.values())
+    ours, special = replace(pair[0], chat_template=TEMPLATES[name]), set(pair[0].special_token_ids.values())
     for forged in FORGED:
         for messages, harmless in zip(conversations(forged), conversations("b"), strict=True):
             ids = ours.encode_chat(messages)
@@ -100,7 +100,7 @@ def test_messages_make_no_special_tokens(pair, name):
 @settings(database=None, deadline=None)
 def test_message_is_its_own_text(byte_level, text):
     """Between the template's tokens a message, whatever it holds, is text."""
-    user, special = byte_level.encode_parts(["user\n" + text]), byte_level.special
+    user, special = byte_level.encode_parts(["user\n" + text]), byte_level.special_token_ids
     newline, header = byte_level.encode("\n", bos=False), byte_level.encode("assistant\n", bos=False)
     start, end = special["<|im_start|>"], special["<|im_end|>"]
     ids = byte_level.encode_chat([{"role": "user", "content": text}])
@@ -131,7 +131,7 @@ def test_tokenizer_model_like_sentencepiece(mistral):
     bos, eos = library.bos_id(), library.eos_id()
     for text in TEXTS + FORGED:
         ids = library.encode(text)
-        assert ours.encode_parts([text]) == ids and not set(ids) & set(ours.special.values())
+        assert ours.encode_parts([text]) == ids and not set(ids) & set(ours.special_token_ids.values())
         assert ours.decode(ids) == library.decode(ids)
         if text in TEXTS:
             assert ours.encode(text) == [bos, *ids] and ours.encode(text, bos=False) == ids
@@ -218,7 +218,7 @@ def check_text(tokenizer, text, expected):
     ids = tokenizer.encode_parts([text])
     assert "".join(check_stream(tokenizer, ids)) == expected
     for k in range(len(ids)):
-        first, second = tokenizer.decode(ids[:k]), tokenizer.decode(ids[k:], after=ids[:k])
+        first, second = tokenizer.decode(ids[:k]), tokenizer.decode(ids[k:], prefix_ids=ids[:k])
         assert first + second == expected or "\ufffd" in first
 
 
@@ -232,7 +232,7 @@ def test_stream_of_text(byte_level, mistral, text):
 def check_ids(tokenizer, ids, silent, reference):
     """Ids that no text has, and some that no token has. What torn bytes become differs, except at byte level."""
     text = "".join(check_stream(tokenizer, ids))
-    silent = {*silent, *tokenizer.special.values(), *range(tokenizer.vocab_size, 601)}
+    silent = {*silent, *tokenizer.special_token_ids.values(), *range(tokenizer.vocab_size, 601)}
     expected = reference([i for i in ids if i not in silent])
     assert text == expected or tokenizer.drops_space and "\ufffd" in expected
 
@@ -270,7 +270,7 @@ def test_continuation_keeps_its_space(byte_level, mistral):
     for tokenizer in (byte_level, mistral[0]):
         prompt, whole = tokenizer.encode("Hello, my name is"), tokenizer.encode("Hello, my name is John")
         assert "".join(detokenize(tokenizer, whole[len(prompt) :], prompt)) == " John"
-        assert tokenizer.decode(tokenizer.encode("John"), after=tokenizer.encode("")) == "John"
+        assert tokenizer.decode(tokenizer.encode("John"), prefix_ids=tokenizer.encode("")) == "John"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_without_a_template_llama2s_form(system, tmp_path):
     for n in (len(system) + 1, len(messages)):
         assert ours.encode_chat(messages[:n]) == replace(ours, chat_template=LLAMA2).encode_chat(messages[:n])
     with pytest.raises(UsageError, match="no chat template"):
-        replace(ours, special_names={"bos_token": "<|begin_of_text|>"}).encode_chat(messages)
+        replace(ours, special_tokens_map={"bos_token": "<|begin_of_text|>"}).encode_chat(messages)
 
 
 # Its template's last answer ends with <|return|>, earlier ones with <|end|>.
@@ -402,8 +402,21 @@ GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exceptio
 def test_end_of_turn(byte_level, template, expected):
     special = {"<|im_end|>": 0, "<|eot_id|>": 1, "<end_of_turn>": 2, "<|end|>": 3, "<|return|>": 4, "</s>": 5, "<s>": 6}
     names = {"bos_token": "<|begin|>", "eos_token": "</s>"}
-    ours = replace(byte_level, chat_template=template, special_names=names, special=special)
-    assert ours.end_of_turn() == ours.special.get(expected)
-    assert set(ours.end_ids()) == {ours.special["</s>"], ours.special.get(expected)} - {None}
-    without_special_tokens = replace(ours, special={})
+    ours = replace(byte_level, chat_template=template, special_tokens_map=names, special_token_ids=special)
+    assert ours.end_of_turn() == ours.special_token_ids.get(expected)
+    assert set(ours.end_ids()) == {ours.special_token_ids["</s>"], ours.special_token_ids.get(expected)} - {None}
+    without_special_tokens = replace(ours, special_token_ids={})
     assert without_special_tokens.end_of_turn() is None and without_special_tokens.end_ids() == []
+
+
+def test_a_text_that_may_fit_is_not_too_long(byte_level, tmp_path):
+    """White space that a special token swallows, or unknown characters, which are one token, may have any length."""
+    assert byte_level.exceeds("ab " * 500, 40) and not byte_level.exceeds("ab " * 20, 40)
+    tok = tokenizers.Tokenizer(models.BPE({"<unk>": 0, "a": 1, " ": 2}, [], unk_token="<unk>", fuse_unk=True))
+    tok.add_special_tokens([AddedToken("<mask>", lstrip=True), "<s>"])
+    tok.decoder = tokenizers.decoders.Fuse()
+    tok.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    for text, n_tokens in [("x" * 10_000, 1), (" " * 10_000 + "<mask>", 1), ("a" + " " * 10_000 + "<mask>" + "x", 3)]:
+        assert len(ours.encode(text)) == n_tokens and not ours.exceeds(text, n_tokens)
+    assert ours.exceeds("a " * 5000, 100) and ours.exceeds("a" * 10_000, 100)

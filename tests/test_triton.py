@@ -15,7 +15,7 @@ from config import ModelConfig
 from kernels import reference, triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401  (some register operations)
 from kernels.formats import Dense, Int4, Int8
 from kernels.triton_int4 import pack_int4_tiles, unpack_int4_tiles
-from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Linear, rope_table
+from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Linear, alibi_slopes, rope_table
 from tests import bounds
 from tests.exact import (
     exact_attention,
@@ -123,12 +123,12 @@ def test_activations(activation, dtype):
     assert y[0].isfinite().all() and y[1].isnan().all()
 
 
-@pytest.mark.parametrize("scale, softcap", [(0.22, 0.0), (1.0, 5.0), (3.0, 30.0)])
+@pytest.mark.parametrize("scale, softcap, clip", [(0.22, 0.0, 6.0), (1.0, 5.0, 0.0), (3.0, 30.0, 20.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scale_and_softcap(scale, softcap, dtype):
+def test_scale_and_softcap(scale, softcap, clip, dtype):
     """After the bias or the activation, before the residual."""
     torch.manual_seed(0)
-    w = exact_linear(96, 72, Int8(), dtype, bias=True, scale=scale, softcap=softcap)
+    w = exact_linear(96, 72, Int8(), dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
     matrix, bias = w.matrix(torch.float32).double(), w.bias.double()
     enabled(w)
     x, residual = integers(3, 72, dtype=dtype), torch.randn(3, 96).to(dtype)
@@ -137,7 +137,9 @@ def test_scale_and_softcap(scale, softcap, dtype):
 
     def scaled(y, error):
         y, error = y * scale, error * scale + 2 * U32 * abs(y * scale)
-        return (reference.cap(y, softcap), error + of_cap(softcap)) if softcap else (y, error)
+        if softcap:
+            y, error = reference.cap(y, softcap), error + of_cap(softcap)
+        return y.clamp(-clip, clip) if clip else y, error
 
     y, error = scaled(products, sum_error)
     bounds.check(kernels.linear(x, w, out_dtype=torch.float32), y, error)
@@ -367,14 +369,15 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype, small_gpu):
             check_cache(qkv, LayerCache(k, v, rope), before, positions, n_heads, norms)
 
 
+ATTENTION_OPTIONS = ["sinks", "scale", "softcap", "wide_norms", "alibi"]
+
+
 @pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (6, 2, 24), (8, 1, 64)])
-@pytest.mark.parametrize(
-    "options", [["sinks"], ["scale"], ["softcap"], ["wide_norms"], ["sinks", "scale", "softcap", "wide_norms"]]
-)
+@pytest.mark.parametrize("options", [*([name] for name in ATTENTION_OPTIONS), ATTENTION_OPTIONS], ids=", ".join)
 @pytest.mark.parametrize("window, dtype", [(0, DTYPES[0]), (7, DTYPES[1])])
 def test_attention_options(n_heads, n_kv_heads, d, options, window, dtype, small_gpu):
-    """Sinks, also one that takes nearly everything; a scale; a cap on scores; norms over all heads. One part of the
-    cache, and several."""
+    """Sinks, also one that takes nearly everything; a scale; a cap on scores; norms over all heads; ALiBi. One part of
+    the cache, and several."""
     torch.manual_seed(0)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 200)
     norms, values = [None, None], {}
@@ -386,11 +389,12 @@ def test_attention_options(n_heads, n_kv_heads, d, options, window, dtype, small
         values["scale"] = 0.3
     if "softcap" in options:
         values["softcap"] = 1.5
+    slopes = torch.tensor(alibi_slopes(n_heads)) if "alibi" in options else None
     for tokens, starts, length in [(1, [0], 96), (4, [3, 150], 160)]:
         B = len(starts)
         positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
         k, v = torch.randn(2, B, n_kv_heads, length, d).to(dtype).unbind()
-        before, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
+        before, cache = LayerCache(k.clone(), v.clone(), rope, slopes), LayerCache(k, v, rope, slopes)
         exact = exact_attention(qkv, before, positions, n_heads, window, norms, **values)
         ours = kernels.attend(qkv, cache, positions, n_heads, "triton", window, *norms, **values)
         bounds.check(ours, *exact)

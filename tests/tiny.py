@@ -95,6 +95,11 @@ GPT_OSS = {
     "sliding_window": 9,
     "rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": False},
 }
+DBRX = {
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 5e5},
+    "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 3},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}
 FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
     "llama2": (hf.LlamaConfig, {"num_key_value_heads": 4}),
     "llama3": (hf.LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -121,6 +126,7 @@ FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
     "seed-oss": (hf.SeedOssConfig, {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "ernie4.5": (hf.Ernie4_5Config, {"head_dim": 16, "use_bias": True}),
     "gpt-oss": (hf.GptOssConfig, GPT_OSS),
+    "dbrx": (hf.DbrxConfig, DBRX),
     "yarn": (hf.LlamaConfig, {"rope_parameters": YARN | {"rope_theta": 10000.0, "mscale": 0.7, "mscale_all_dim": 1.0}}),
     "dynamic": (hf.LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
 }
@@ -131,10 +137,13 @@ def make_hf(family: str, **sizes):
     torch.manual_seed(0)
     config_class, changes = FAMILIES[family]
     config = config_class(**SIZES | changes | sizes)
+    if family == "dbrx":  # it only knows hidden_size by the name of d_model here
+        config.ffn_config.hidden_size = config.hidden_size
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, p in model.named_parameters():  # biases and norms that matter
-        if "bias" in name or "norm" in name or "sinks" in name:
-            torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3)
+        is_norm = "norm" in name and p.dim() == 1
+        if is_norm or "bias" in name or "sinks" in name:
+            torch.nn.init.normal_(p, mean=1.0 if is_norm else 0.0, std=0.3)
     return model.float().eval()
 
 

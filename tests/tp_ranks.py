@@ -50,6 +50,8 @@ CASES = {
     "glm4": ("glm4", {}, [], (2,)),
     "gpt-oss": ("gpt-oss", {}, [], (2,)),
     "qwen2-moe": ("qwen2-moe", {}, [], (2,)),
+    "dbrx": ("dbrx", {}, [], (2,)),
+    "alibi": ("baichuan 13B", {}, [], (2,)),
     "int8": ("llama3", {}, ["int8"], (2, 4)),
     "int4 g32": ("llama-bias", {}, ["int4", "--groupsize", "32"], (4,)),
     "int4 g64": ("llama3", {}, ["int4-hqq", "--groupsize", "64"], (2, 4)),
@@ -60,13 +62,17 @@ CASES = {
 }
 COMPILED = "mixtral"  # the case that 2 ranks also run with torch.compile, without kernels
 GREEDY, SPECULATE = ["--temperature", "0"], ["--ignore_eos", "--prompt", "ab ab ab", "--temperature", "0"]
-COMMANDS = {  # name: (what generate.py gets beside the checkpoint, its standard input)
+COMMANDS = {  # name: (what generate.py gets beside the checkpoint, its standard input; FOLDER is where the files are)
     "rows": (["--json", "--batch_size", "3", "--ignore_eos", *GREEDY], None),
     "sampling": (["--json", "--num_samples", "3", "--top_p", "0.9"], None),
     "lookup": (["--json", "--prompt_lookup", *SPECULATE], None),
     "draft": (["--json", "--draft_checkpoint_path", "DRAFT", *SPECULATE], None),
     "whole draft": (["--json", "--draft_checkpoint_path", "DRAFT", "--draft_tp", "off", "--ignore_eos"], None),
     "conversation": (["--interactive", *GREEDY], "Hello\n/reset\nHow are you?\n"),
+    "its commands": (
+        ["--chat", *GREEDY, "--max_new_tokens", "1"],
+        "Hello\n/save FOLDER/said\n/continue\nWho?\n/drop\n/load FOLDER/said\n//drop it\n/continue\n/exit\nHi\n",
+    ),
     "text": (["--batch_size", "2", "--profile", "PROFILE"], None),
 }
 N_ROWS, N_PROMPT, N_NEW = 3, 12, 20
@@ -76,7 +82,7 @@ CPU = torch.device("cpu")
 def run_command(main, arguments: list, stdin: str | None = None) -> str:
     """What main prints."""
     out = io.StringIO()
-    sys.argv[1:], sys.stdin = map(str, arguments), io.StringIO(stdin)
+    sys.argv[1:], sys.stdin = map(str, arguments), io.TextIOWrapper(io.BytesIO((stdin or "").encode()))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         main()
     return out.getvalue()
@@ -89,6 +95,7 @@ def run_commands(folder: Path) -> dict[str, str]:
     common = ["--checkpoint_path", path, "--precision", "float32", "--device", "cpu"]
     for name, (arguments, stdin) in COMMANDS.items():
         arguments = [files.get(argument, argument) for argument in arguments]
+        stdin = stdin and stdin.replace("FOLDER", str(folder))
         results[name] = run_command(generate.main, [*common, "--max_new_tokens", 24, *arguments], stdin)
     text = ["--text_file", path.parent / "config.json", "--max_seq_length", 128]
     results["perplexity"] = run_command(evaluation.main, [*common, *text])

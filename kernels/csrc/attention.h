@@ -1,4 +1,4 @@
-// attend: q/k norm, RoPE, cache write, and softmax([cap] (scale * q k^T)) v over the keys that are in the cache.
+// attend: q/k norm, RoPE, cache write, and softmax([ALiBi] [cap] (scale * q k^T)) v over the keys in the cache.
 //
 // It is Flash-Decoding, in three phases with a barrier between them. In each of them the threads share out other tasks:
 //   1. rotate_heads      a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
@@ -51,6 +51,9 @@ template <typename T> inline void prefetch_row(const T* row, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(row + i);
 }
 
+// The maximum of each lane. NaN in b stays NaN.
+inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+
 // scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns their maximum as a Vec of 16 partial maxima.
 // Meanwhile prefetches next [n / stride, d] if it is not null: one row for every stride keys.
 template <int64_t D, typename T>
@@ -74,7 +77,7 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float*
       }
     }
     score = keep_lanes(score, n - s, NEGATIVE_INFINITY);
-    max = (score > max) | (score != score) ? score : max;  // score != score: NaN stays
+    max = larger(max, score);
     store_vec(score, scores + s);
   }
   return max;
@@ -84,6 +87,18 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float*
 inline Vec cap_scores(float* scores, int64_t n, Vec max, float softcap) {
   for (int64_t s = 0; s < n; s += LANES) store_vec(cap(load_vec(scores + s), softcap), scores + s);
   return cap(max, softcap);
+}
+
+// Adds slope * distance to scores [n] of keys at distances first, first + 1 ... from the query; they are not positive,
+// since keys come before the query (ALiBi). Returns the new maximum.
+inline Vec add_alibi(float* scores, int64_t n, float slope, int64_t first) {
+  Vec max = Vec{} + NEGATIVE_INFINITY;
+  for (int64_t s = 0; s < n; s += LANES) {
+    const Vec score = load_vec(scores + s) + slope * (LANE + float(first + s));
+    max = larger(max, keep_lanes(score, n - s, NEGATIVE_INFINITY));
+    store_vec(score, scores + s);
+  }
+  return max;
 }
 
 // A softmax over some keys, in Flash-Attention's names. m_i: the maximum score. l_i: the sum of exp(score - m_i).
@@ -148,6 +163,7 @@ template <typename T> struct AttendOp {
   bool norms_all_heads;               // then q_norm is [n_heads, head_dim], and k_norm [n_kv_heads, head_dim]
   float eps;
   const T* sinks;                     // [n_heads] or null
+  const float* slopes;                // [n_heads] or null: ALiBi's
   float scale, softcap;               // softcap: 0 for none
   int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window: 0 for none
   T* out;                             // [batch, n_tokens, n_heads, head_dim]
@@ -266,6 +282,7 @@ template <typename T> struct AttendOp {
           const T* next = first ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches a part
           Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scale, scores[i], next, count);
           if (softcap) max = cap_scores(scores[i], n, max, softcap);
+          if (slopes) max = add_alibi(scores[i], n, slopes[kv_head * heads_per_kv() + h + i], begin - position);
           *softmax++ = exponentiate(scores[i], n, max);
         }
         const T* next = first ? k + (begin + KV_CHUNK) * d : nullptr;

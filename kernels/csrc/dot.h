@@ -1,7 +1,8 @@
-// Products of blocks of weights with 1 to MAX_ROWS rows of activations, for every format of weights.
+// Products of blocks of weights with 1 to BLOCK_M rows of activations, for every format of weights.
 //
 // A decode step multiplies every weight with few activations, so it is as fast as weights arrive from memory. These
-// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime.
+// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime. With more
+// rows (for_each_block) they go through a block of weights several times, while it is in the cache.
 #pragma once
 
 #include "weights.h"
@@ -11,7 +12,7 @@ constexpr int64_t PREFETCH_L2 = 1024;
 constexpr int64_t PREFETCH_L2_FAR = 8192;  // where a loop reads several streams or computes much for each weight
 constexpr int64_t PREFETCH_L1 = 512;
 
-using Outputs = Vec[MAX_ROWS];  // of one block, for each row of activations: [MAX_ROWS, BLOCK_N]
+using Outputs = Vec[BLOCK_M];  // of one block, for each row of activations: [BLOCK_M, BLOCK_N]
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 
@@ -229,4 +230,10 @@ void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, c
       dot_rows<1, T>, dot_rows<2, T>, dot_rows<3, T>, dot_rows<4, T>,
       dot_rows<5, T>, dot_rows<6, T>, dot_rows<7, T>, dot_rows<8, T>};
   by_rows[m - 1](w, blocks, n_blocks, rows, out);
+}
+
+// Calls f(first, count) for blocks of up to BLOCK_M of m rows of activations. The blocks are about equally large.
+template <typename F> void for_each_block(int64_t m, F f) {
+  const int64_t n = (m + BLOCK_M - 1) / BLOCK_M;
+  for (int64_t i = 0; i < n; i++) f(m * i / n, m * (i + 1) / n - m * i / n);
 }

@@ -3,7 +3,7 @@
 
 #include "dot.h"
 
-// out [m, n_out] = [residual +] [cap] scale * [activation] ([rms_norm] x [m, k] W^T [+ bias])
+// out [m, n_out] = [residual +] [clip] [cap] scale * [activation] ([rms_norm] x [m, k] W^T [+ bias])
 //
 // With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each has n / 2
 // rows, a multiple of BLOCK_N, so that a block of one never reaches into the other.
@@ -15,33 +15,39 @@ template <typename T> struct LinearOp {
   float eps;
   const T* residual;  // [m, n_out] or null
   int64_t activation;
-  float scale, softcap;  // softcap: 0 for none
+  float scale, softcap, clip;  // softcap, clip: 0 for none
   T* out;
   float* float32_out;  // if not null, replaces out
 
+  Activations<T> activations() const { return {x, m, w, norm, eps}; }
+  size_t shared_bytes() const { return activations().shared_bytes(); }
+
   // The threads share out the blocks of outputs.
-  void execute(char*, Barrier&) const {
+  void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = activation ? w.n / 2 : w.n;
-    PreparedRow rows[MAX_ROWS];
-    prepare_rows(x, m, w, norm, eps, rows);
+    PreparedRow rows[MAX_TOKENS];
+    activations().prepare(shared, barrier, rows);
     const Share share = my_share((n_out + BLOCK_N - 1) / BLOCK_N);
     Outputs y[2];
     for (int64_t block = share.begin, n_blocks; block < share.end; block += n_blocks) {
       n_blocks = activation ? 1 : std::min<int64_t>(2, share.end - block);  // of outputs
       const int64_t blocks[] = {block, activation ? block + n_out / BLOCK_N : block + 1};
-      dot<T>(m, w, blocks, activation ? 2 : n_blocks, rows, y);
-      for (int64_t i = 0; i < m; i++)
-        for (int64_t b = 0; b < n_blocks; b++) {
-          Vec v = add_bias(y[b][i], bias, blocks[b], w.n);
-          if (activation) v = activate(v, add_bias(y[1][i], bias, blocks[1], w.n), activation);
-          store(v, i, blocks[b], n_out);
-        }
+      for_each_block(m, [&](int64_t first, int64_t count) {
+        dot<T>(count, w, blocks, activation ? 2 : n_blocks, rows + first, y);
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t b = 0; b < n_blocks; b++) {
+            Vec v = add_bias(y[b][i], bias, blocks[b], w.n);
+            if (activation) v = activate(v, add_bias(y[1][i], bias, blocks[1], w.n), activation);
+            store(v, first + i, blocks[b], n_out);
+          }
+      });
     }
   }
 
   void store(Vec v, int64_t row, int64_t block, int64_t n_out) const {
     if (scale != 1) v *= scale;
     if (softcap) v = cap(v, softcap);
+    if (clip) v = clamp(v, clip);
     if (residual) v += load_partial(residual + row * n_out, block * BLOCK_N, n_out);
     if (float32_out) store_partial(v, float32_out + row * n_out, block * BLOCK_N, n_out);
     else store_partial(v, out + row * n_out, block * BLOCK_N, n_out);
@@ -57,16 +63,18 @@ template <typename T> struct RMSNormOp {
   const T* residual;  // [m, k] or null
   T* out;
 
-  // The threads share out the columns. Each sums up the squares of all, which is cheaper than another barrier.
+  // The threads share out the elements. Whoever has a part of a row sums up its squares, which is cheaper than another
+  // barrier.
   void execute(char*, Barrier&) const {
-    const Share share = my_share((k + LANES - 1) / LANES);
-    for (int64_t row = 0; row < m; row++) {
-      const float scale = inverse_rms(x + row * k, eps, k);
-      for (int64_t i = share.begin * LANES; i < share.end * LANES; i += LANES) {
-        Vec v = normed_vec(x + row * k, weight, scale, i, k);
-        if (residual) v += load_partial(residual + row * k, i, k);
-        store_partial(v, out + row * k, i, k);
-      }
+    const int64_t vecs_per_row = (k + LANES - 1) / LANES;
+    const Share share = my_share(m * vecs_per_row);
+    float scale = 0;  // 1 / rms of the row
+    for (int64_t task = share.begin; task < share.end; task++) {
+      const int64_t row = task / vecs_per_row, i = task % vecs_per_row * LANES;
+      if (i == 0 || task == share.begin) scale = inverse_rms(x + row * k, eps, k);
+      Vec v = normed_vec(x + row * k, weight, scale, i, k);
+      if (residual) v += load_partial(residual + row * k, i, k);
+      store_partial(v, out + row * k, i, k);
     }
   }
 };

@@ -6,17 +6,18 @@
 // A slot is one token's choice of one expert: an index into topk_ids [m, top_k], flattened. The token is slot / top_k.
 struct ExpertUse {
   int64_t expert;
-  std::vector<int64_t> slots;  // up to MAX_ROWS that chose the expert
+  std::vector<int64_t> slots;  // that chose the expert
 };
 
-// Puts slots [n_slots] of the same expert together, so that its weights are read once for all of them.
+// Puts slots [n_slots] of the same expert together, so that its weights are read once for all of them. They are sorted
+// by expert, so that a token's sum over its experts does not depend on the other tokens.
 inline std::vector<ExpertUse> group_by_expert(const int64_t* topk_ids, int64_t n_slots) {
   std::vector<ExpertUse> uses;
   for (int64_t slot = 0; slot < n_slots; slot++) {
-    auto use = std::find_if(uses.begin(), uses.end(), [&](const ExpertUse& u) {
-      return u.expert == topk_ids[slot] && u.slots.size() < size_t(MAX_ROWS);
-    });
-    if (use == uses.end()) use = uses.insert(uses.end(), ExpertUse{topk_ids[slot], {}});
+    const int64_t expert = topk_ids[slot];
+    const auto comes_before = [](const ExpertUse& use, int64_t expert) { return use.expert < expert; };
+    auto use = std::lower_bound(uses.begin(), uses.end(), expert, comes_before);
+    if (use == uses.end() || use->expert != expert) use = uses.insert(use, ExpertUse{expert, {}});
     use->slots.push_back(slot);
   }
   return uses;
@@ -35,26 +36,33 @@ template <typename T> struct ExpertsGateUpOp {
   int64_t activation;  // as in LinearOp
   T* hidden;
 
+  Activations<T> activations() const { return {x, m, w, norm, eps}; }
+  size_t shared_bytes() const { return activations().shared_bytes(); }
+
   // The threads share out the blocks of outputs of all experts in use.
-  void execute(char*, Barrier&) const {
+  void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = activation ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
-    PreparedRow rows[MAX_ROWS], rows_of_expert[MAX_ROWS];
-    prepare_rows(x, m, w, norm, eps, rows);
+    PreparedRow rows[MAX_TOKENS], rows_of_expert[BLOCK_M];
+    activations().prepare(shared, barrier, rows);
     Outputs y[2];
     const Share share = my_share(n_blocks * uses.size());
     for (int64_t task = share.begin; task < share.end; task++) {
       const ExpertUse& use = uses[task / n_blocks];
-      const int64_t block = task % n_blocks, n_slots = use.slots.size();
-      const int64_t blocks[] = {block, block + n_blocks};  // gate, up
-      for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i] / top_k];
-      dot<T>(n_slots, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
+      const Weights expert = w.expert(use.expert);
       const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
-      for (int64_t i = 0; i < n_slots; i++) {
-        Vec v = add_bias(y[0][i], expert_bias, blocks[0], w.n);
-        if (activation) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
-        store_partial(v, hidden + use.slots[i] * n_out, block * BLOCK_N, n_out);
-      }
+      const int64_t block = task % n_blocks;
+      const int64_t blocks[] = {block, block + n_blocks};  // gate, up
+      for_each_block(use.slots.size(), [&](int64_t first, int64_t count) {
+        const int64_t* slots = use.slots.data() + first;
+        for (int64_t i = 0; i < count; i++) rows_of_expert[i] = rows[slots[i] / top_k];
+        dot<T>(count, expert, blocks, activation ? 2 : 1, rows_of_expert, y);
+        for (int64_t i = 0; i < count; i++) {
+          Vec v = add_bias(y[0][i], expert_bias, blocks[0], w.n);
+          if (activation) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
+          store_partial(v, hidden + slots[i] * n_out, block * BLOCK_N, n_out);
+        }
+      });
     }
   }
 };
@@ -71,25 +79,30 @@ template <typename T> struct ExpertsDownOp {
   const T* residual;  // [m, n] or null
   T* out;
 
+  Activations<T> activations() const { return {hidden, m * top_k, w, nullptr, 0}; }
+  size_t shared_bytes() const { return activations().shared_bytes(); }
+
   // The threads share out the blocks of outputs: one thread adds up all experts of a block.
-  void execute(char*, Barrier&) const {
+  void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
     std::vector<PreparedRow> rows(m * top_k);
-    prepare_rows<T>(hidden, m * top_k, w, nullptr, 0, rows.data());
-    PreparedRow rows_of_expert[MAX_ROWS];
+    activations().prepare(shared, barrier, rows.data());
+    PreparedRow rows_of_expert[BLOCK_M];
     Outputs y[1];
+    Vec total[MAX_TOKENS];
     const Share share = my_share(w.n_blocks());
     for (int64_t block = share.begin; block < share.end; block++) {
-      Outputs total = {};
+      std::fill_n(total, m, Vec{});
       for (const ExpertUse& use : uses) {
-        const int64_t n_slots = use.slots.size();
-        for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i]];
-        dot<T>(n_slots, w.expert(use.expert), &block, 1, rows_of_expert, y);
+        const Weights expert = w.expert(use.expert);
         const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
-        for (int64_t i = 0; i < n_slots; i++) {
-          const int64_t slot = use.slots[i];
-          total[slot / top_k] += topk_weights[slot] * add_bias(y[0][i], expert_bias, block, w.n);
-        }
+        for_each_block(use.slots.size(), [&](int64_t first, int64_t count) {
+          const int64_t* slots = use.slots.data() + first;
+          for (int64_t i = 0; i < count; i++) rows_of_expert[i] = rows[slots[i]];
+          dot<T>(count, expert, &block, 1, rows_of_expert, y);
+          for (int64_t i = 0; i < count; i++)
+            total[slots[i] / top_k] += topk_weights[slots[i]] * add_bias(y[0][i], expert_bias, block, w.n);
+        });
       }
       for (int64_t i = 0; i < m; i++) {
         if (residual) total[i] += load_partial(residual + i * w.n, block * BLOCK_N, w.n);

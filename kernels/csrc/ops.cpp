@@ -50,8 +50,8 @@ template <typename F> void dispatch_type(ScalarType type, F f) {
 // Checks activations x [..., k], and that the other tensors are of the same type. Returns the number of rows.
 int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = k ? x.numel() / k : 0;
-  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_ROWS,
-                  "activations must be 1 to 8 whole rows");
+  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_TOKENS,
+                  "activations must be 1 to 64 whole rows");
   for (const OptTensor& t : others)
     STD_TORCH_CHECK(!t || t->scalar_type() == x.scalar_type(),
                     "weights, norms and caches must be of the activations' type");
@@ -81,7 +81,7 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
 
 Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size,
               OptTensor bias, OptTensor norm, double eps, OptTensor residual, int64_t activation, double scale,
-              double softcap, bool float32_out) {
+              double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm, residual});
   const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type());
   Tensor out = torch::stable::new_empty(x, resized(x, activation ? n / 2 : n),
@@ -89,7 +89,7 @@ Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(LinearOp<T>{.x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps),
                        .residual = ptr<T>(residual), .activation = activation, .scale = float(scale),
-                       .softcap = float(softcap), .out = mutable_ptr<T>(out),
+                       .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
                        .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
   });
   return out;
@@ -141,8 +141,8 @@ Tensor embed(Tensor tokens, Tensor weight, double scale) {
 }
 
 Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm,
-              OptTensor k_norm, double eps, OptTensor sinks, int64_t n_heads, int64_t window, double scale,
-              double softcap) {
+              OptTensor k_norm, double eps, OptTensor sinks, OptTensor slopes, int64_t n_heads, int64_t window,
+              double scale, double softcap) {
   const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
   const int64_t m = check_rows(qkv, (n_heads + 2 * n_kv_heads) * d, {k_cache, v_cache, q_norm, k_norm, sinks});
   STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous(),
@@ -155,6 +155,8 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
                   (!k_norm || k_norm->numel() == (norms_all_heads ? n_kv_heads : 1) * d),
                   "norms of q and k must be as wide as a head, or as all heads");
   STD_TORCH_CHECK(!sinks || sinks->numel() == n_heads, "sinks must be [H]");
+  STD_TORCH_CHECK(!slopes || (slopes->numel() == n_heads && slopes->scalar_type() == ScalarType::Float &&
+                              slopes->is_contiguous()), "slopes must be float32 [H]");
   for (const Tensor& cache : {k_cache, v_cache})
     STD_TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == d && cache.stride(1) == k_cache.stride(1) &&
                     cache.stride(0) == k_cache.stride(0), "the caches' heads must be contiguous");
@@ -164,9 +166,9 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
         .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
         .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1), .positions = ptr<int64_t>(positions),
         .rope = ptr<float>(rope), .q_norm = ptr<T>(q_norm), .k_norm = ptr<T>(k_norm),
-        .norms_all_heads = norms_all_heads, .eps = float(eps), .sinks = ptr<T>(sinks), .scale = float(scale),
-        .softcap = float(softcap), .batch = batch, .n_tokens = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads,
-        .head_dim = d, .capacity = capacity, .window = window, .out = mutable_ptr<T>(out)});
+        .norms_all_heads = norms_all_heads, .eps = float(eps), .sinks = ptr<T>(sinks), .slopes = ptr<float>(slopes),
+        .scale = float(scale), .softcap = float(softcap), .batch = batch, .n_tokens = m / batch, .n_heads = n_heads,
+        .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity, .window = window, .out = mutable_ptr<T>(out)});
   });
   return out;
 }
@@ -203,7 +205,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                     int64_t group_size, OptTensor bias, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
   const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
   check_ids(topk_ids, m);
-  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_ROWS &&
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_TOKENS &&
                   topk_weights.scalar_type() == ScalarType::Float && topk_weights.is_contiguous() &&
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),

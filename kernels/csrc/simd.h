@@ -91,11 +91,10 @@ inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
 
+const Vec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // v with lanes n to 15 replaced by rest.
-inline Vec keep_lanes(Vec v, int64_t n, float rest) {
-  const Vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < float(n) ? v : Vec{} + rest;
-}
+inline Vec keep_lanes(Vec v, int64_t n, float rest) { return LANE < float(n) ? v : Vec{} + rest; }
 
 // The sum of all lanes.
 inline float sum(Vec v) {
@@ -172,6 +171,12 @@ inline Vec tanh_vec(Vec x) {
 // softcap * tanh(x / softcap), which stays between -softcap and softcap.
 inline Vec cap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
 
+// x, or where that is outside [-limit, limit], the nearer of the two. NaN stays NaN.
+inline Vec clamp(Vec x, float limit) {
+  x = x > limit ? Vec{} + limit : x;
+  return x < -limit ? Vec{} - limit : x;
+}
+
 // The activations of a gated feed-forward; kernels/schema.py has the same numbers.
 enum Activation : int64_t { NONE = 0, SILU = 1, GELU_TANH = 2, CLAMPED_SWIGLU = 3 };
 
@@ -181,9 +186,7 @@ inline Vec activate(Vec gate, Vec up, int64_t activation) {
     return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
   if (activation == CLAMPED_SWIGLU) {
     gate = gate > 7.0f ? Vec{} + 7 : gate;
-    up = up > 7.0f ? Vec{} + 7 : up;
-    up = up < -7.0f ? Vec{} - 7 : up;
-    return gate / (1 + exp_vec(-1.702f * gate)) * (up + 1);
+    return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
   }
   return gate / (1 + exp_vec(-gate)) * up;
 }

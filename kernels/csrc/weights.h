@@ -5,9 +5,10 @@
 
 #include "tape.h"
 
-constexpr int64_t MAX_ROWS = 8;   // rows of activations that an operation takes; also in kernels/__init__.py
-constexpr int64_t BLOCK_N = 16;   // rows of weights in a block; their outputs are the lanes of one Vec
-constexpr int64_t ACT_GROUP = 8;  // activations that share a scale, where they are quantized
+constexpr int64_t MAX_TOKENS = 64;  // rows of activations that an operation takes; also in kernels/__init__.py
+constexpr int64_t BLOCK_M = 8;      // rows of activations in a block, whose sums are kept in registers
+constexpr int64_t BLOCK_N = 16;     // rows of weights in a block; their outputs are the lanes of one Vec
+constexpr int64_t ACT_GROUP = 8;    // activations that share a scale, where they are quantized
 
 // A matrix [n, k], or the first of a stack [n_experts, n, k]. Dense weights are stored row by row. Quantized weights
 // are packed block by block, in words of 4 bytes, the 16 rows side by side (n is filled up to a multiple of 16):
@@ -43,7 +44,7 @@ struct Weights {
   }
 };
 
-// ---- Activations: every thread prepares all of them, which is cheaper than another barrier ----------------------
+// ---- Activations ----------------------------------------------------------------------------------------------------
 
 // 1 / rms(x) of x [k].
 template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
@@ -119,15 +120,42 @@ template <typename T> bool quantizes_rows(const Weights& w) {
   return w.kind != Weights::DENSE && !std::is_same_v<T, float>;
 }
 
-// Makes rows [m] of x [m, k], which is normed first if norm [k] is not null. Valid until this thread's next call.
-template <typename T>
-void prepare_rows(const T* x, int64_t m, const Weights& w, const T* norm, float eps, PreparedRow* rows) {
-  static thread_local Scratch normed_scratch, quantized_scratch;
-  const int64_t padded = w.padded_k(), n_groups = padded / ACT_GROUP;
-  T* normed = norm ? normed_scratch.at_least<T>(m * padded) : nullptr;
-  QuantizedGroup* groups = quantizes_rows<T>(w) ? quantized_scratch.at_least<QuantizedGroup>(m * n_groups) : nullptr;
-  for (int64_t i = 0; i < m; i++) {
-    const T* row = norm ? rms_norm_row(x + i * w.k, norm, eps, w.k, normed + i * padded) : x + i * w.k;
-    rows[i] = groups ? static_cast<PreparedRow>(quantize_row(row, w, groups + i * n_groups)) : row;
+// The activations x [m, k] of a product with w. They are normed first if norm [k] is not null.
+template <typename T> struct Activations {
+  const T* x;
+  int64_t m;
+  const Weights& w;
+  const T* norm;
+  float eps;
+
+  // Few rows are prepared by every thread for itself, which is cheaper than a barrier. Many are shared out.
+  bool is_shared() const { return m > BLOCK_M && row_bytes() > 0; }
+  size_t shared_bytes() const { return is_shared() ? m * row_bytes() : 0; }
+
+  // The size of a prepared row; 0 if that is the row of x itself.
+  int64_t row_bytes() const {
+    if (quantizes_rows<T>(w)) return w.padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
+    return norm ? w.padded_k() * sizeof(T) : 0;
   }
-}
+
+  // Fills rows [m]. They are valid until this thread's next call or, if they are shared, until the operation ends.
+  void prepare(char* shared, Barrier& barrier, PreparedRow* rows) const {
+    static thread_local Scratch scratch;
+    char* memory = is_shared() ? shared : scratch.at_least<char>(m * row_bytes());
+    const Share share = is_shared() ? my_share(m) : Share{0, m};
+    for (int64_t i = share.begin; i < share.end; i++) prepare_row(x + i * w.k, memory + i * row_bytes());
+    for (int64_t i = 0; i < m; i++)
+      rows[i] = row_bytes() ? static_cast<PreparedRow>(memory + i * row_bytes()) : x + i * w.k;
+    if (is_shared()) barrier.wait();
+  }
+
+  void prepare_row(const T* row, void* out) const {
+    static thread_local Scratch normed;
+    const bool is_quantized = quantizes_rows<T>(w);
+    if (norm) {
+      T* to = is_quantized ? normed.at_least<T>(w.padded_k()) : static_cast<T*>(out);
+      row = rms_norm_row(row, norm, eps, w.k, to);
+    }
+    if (is_quantized) quantize_row(row, w, static_cast<QuantizedGroup*>(out));
+  }
+};

@@ -1,0 +1,186 @@
+"""The model as the lm-evaluation-harness sees it.
+
+    lm = harness_model(model, tokenizer, max_length=2048, batch_size=8, compile=False)
+    results, table = evaluate(lm, ["hellaswag"], task_manager(["hellaswag"], None), limit=100)
+
+lm_eval is imported when it is needed, so that this file can be imported without it. There is no command line here; see
+eval.py.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from chat_template import render
+from config import UsageError
+from model import Transformer
+from sampling import Sampling
+from scheduler import Request, Scheduler, complete_all
+from scoring import OOM_HINT, ScoredSequence, scores_of
+from tokenizer import Tokenizer
+
+
+def import_lm_eval():
+    """The package lm_eval. Raises UsageError if it is not installed."""
+    try:
+        import lm_eval
+        import lm_eval.api.model
+        import lm_eval.tasks
+        import lm_eval.utils
+    except ImportError as e:
+        raise UsageError(f"--tasks needs the lm-evaluation-harness: pip install 'lm_eval>=0.4.8' ({e})") from None
+    return lm_eval
+
+
+def task_manager(tasks: list[str], include_path: Path | None):
+    """lm_eval's index of tasks. Raises UsageError if it lacks one of tasks."""
+    if include_path and not include_path.is_dir():
+        raise UsageError(f"--include_path {include_path}: there is no such folder")
+    manager = import_lm_eval().tasks.TaskManager(include_path=str(include_path) if include_path else None)
+    unknown = [t for t in tasks if t not in manager.all_tasks and not Path(t).is_file()]
+    if unknown:
+        raise UsageError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    return manager
+
+
+def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = False) -> tuple[dict, str]:
+    """(lm_eval's results by task and metric, the same as a table)."""
+    lm_eval = import_lm_eval()
+    load_tasks = getattr(manager, "load", None) or manager.load_task_or_group  # versions differ
+    try:
+        load_tasks(tasks)
+    except Exception as e:  # a task is a program that downloads data, and may raise anything
+        raise UsageError(f"lm_eval cannot load {', '.join(tasks)}: {' '.join(str(e).split())[:300]}") from None
+    results = lm_eval.simple_evaluate(
+        lm, tasks=tasks, task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False
+    )
+    table = lm_eval.utils.make_table(results)
+    if results.get("groups"):
+        table += "\n" + lm_eval.utils.make_table(results, "groups")
+    for metrics in results["results"].values():
+        metrics.pop("alias", None)  # the task's name in the table
+    return results["results"], table
+
+
+def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
+    """The model as lm_eval's TemplateLM. The class is defined here, so that this file imports without lm_eval."""
+
+    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):
+        """HarnessModel implements the abstract methods of TemplateLM."""
+
+    return Model(model, tokenizer, max_length, batch_size, compile)
+
+
+class HarnessModel:
+    """The abstract methods of lm_eval's TemplateLM. Tokenizes, truncates and scores as lm_eval's Hugging Face class."""
+
+    tokenizer_name = "gpt-fast"
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.max_batch_size, self.compile = max_length, batch_size, compile
+        self.bos = tokenizer.special_tokens_map.get("bos_token")
+
+    @property
+    def eot_token_id(self) -> int:
+        return next(iter(self.model.config.eos_ids), self.prefix_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        config, tokenizer = self.model.config, self.tokenizer
+        for token in (tokenizer.special_token_ids.get(self.bos, config.bos_id), *config.eos_ids, *tokenizer.bos_ids):
+            if token is not None:
+                return token
+        raise UsageError("this task scores whole texts, and the model has no token to begin one with")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Special tokens written in the text become special tokens, since a chat template's arrive as text."""
+        ids = self.tokenizer.encode_parts(self.tokenizer.split_special(string))
+        if add_special_tokens is None:
+            add_special_tokens = self.bos is None or not string.startswith(self.bos)
+        return self.tokenizer.bos_ids + ids if add_special_tokens else ids
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
+        text = render(template, self.tokenizer.special_tokens_map, chat_history, add_generation_prompt)
+        if not add_generation_prompt:  # the model shall continue the last message
+            last = chat_history[-1]["content"].strip()
+            text = text[: text.rindex(last) + len(last)]
+        return text
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        """For requests (_, context ids, answer ids): the answer's log-likelihood, and whether it is the greedy one."""
+        longest = self.max_length + 1
+        sequences = [ScoredSequence((context + answer)[-longest:], len(answer)) for _, context, answer in requests]
+        if any(sequence.n_scored >= len(sequence.ids) for sequence in sequences):
+            raise UsageError(f"an answer to score is longer than --max_seq_length {self.max_length}")
+        results = [(0.0, True)] * len(sequences)
+        scores = scores_of(self.model, sequences, self.max_batch_size, self.compile) if sequences else []
+        for score in tqdm(scores, "log-likelihoods", len(sequences), disable=disable_tqdm or None):
+            results[score.index] = score.logprobs.double().sum().item(), bool(score.is_greedy.all())
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows = []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((i, *make_disjoint_window(window)))
+        sums = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for (i, _, _), (logprob, _) in zip(windows, scores, strict=True):
+            sums[i] += logprob
+        return sums
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The model's answers, max_batch_size of them computed at a time."""
+        answers = [self.answer_request(*request.args, seed=i) for i, request in enumerate(requests)]
+        length = max((len(answer.prompt) + answer.max_new_tokens for answer in answers), default=1)
+        n_rows = max(1, min(self.max_batch_size, len(answers)))
+        scheduler = Scheduler(self.model, n_rows, length, compile=self.compile, oom_hint=OOM_HINT)
+        completions = complete_all(scheduler, self.tokenizer, answers)
+        bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
+        return [completion.text for completion in bar]
+
+    def answer_request(self, text: str, kwargs: dict, seed: int) -> Request:
+        """A generation request of lm_eval: the prompt's text, and the options of the answer."""
+        options = options_of(kwargs)
+        return Request(self.prompt_ids(text, options), seed=seed, **options._asdict())
+
+    def prompt_ids(self, text: str, options: "Options") -> list[int]:
+        """The token ids of text. If they leave no room for an answer, the first ones are dropped."""
+        asked = options.max_new_tokens
+        n = self.max_length - asked
+        if n < 1:
+            raise UsageError(f"a task asks for {asked} tokens, and --max_seq_length is {self.max_length}")
+        return self.tok_encode(text)[-n:] or [self.prefix_token_id]
+
+
+class Options(NamedTuple):
+    """The options of a generation request."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]  # texts that end the answer
+
+
+def options_of(kwargs: dict) -> Options:
+    """Reads the keyword arguments of a generation request of lm_eval."""
+    temperature = float(kwargs.get("temperature") or 0)
+    if kwargs.get("do_sample") is False:
+        temperature = 0.0
+    elif kwargs.get("do_sample") and "temperature" not in kwargs:
+        temperature = 1.0
+    sampling = Sampling(temperature, kwargs.get("top_k") or None, kwargs.get("top_p"))
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
+    until = kwargs.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    return Options(sampling, max_new_tokens, tuple(text for text in until if text))

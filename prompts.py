@@ -1,0 +1,101 @@
+"""The prompts of generate.py's command line, as token ids.
+
+A --prompt_file has one prompt a line. If its name ends in .jsonl, a line is an object, whose texts may contain line
+breaks: {"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]}.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from checkpoint import read_text
+from config import ModelConfig, UsageError
+from tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+
+class Prompt(NamedTuple):
+    source: str | list[dict]  # the text, or a chat's messages
+    ids: list[int]
+    is_chat: bool = False  # whether what follows is a text of its own, the answer to a message
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """The ids that precede the new text, for the tokenizer's decode."""
+        return [] if self.is_chat else self.ids
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
+    """config: the model's. Raises UsageError if there is none, and for one that is empty, malformed or far too long."""
+    if args.prompt_tokens:
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
+        return [Prompt(tokenizer.decode(ids), ids)]
+    sources = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
+    prompts = [encode(source, args, tokenizer, config.max_seq_len) for source in sources]
+    if not prompts or not all(prompt.ids for prompt in prompts):
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
+    return prompts
+
+
+def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> Prompt:
+    """source: a text, or the messages of a chat. context: how many tokens the model can see."""
+    if isinstance(source, str) and args.chat and source:
+        source = [{"role": "user", "content": source}]
+    if isinstance(source, str):
+        check_text(source, tokenizer, context)
+        return Prompt(source, tokenizer.encode(source) if source else [])
+    if args.system and source[0]["role"] != "system":
+        source = [{"role": "system", "content": args.system}, *source]
+    for message in source:
+        check_text(message["content"], tokenizer, context)
+    return Prompt(source, tokenizer.encode_chat(source), is_chat=True)
+
+
+def check_text(text: str, tokenizer: Tokenizer, context: int):
+    """Raises UsageError for what Python makes of an argument's bytes that are not UTF-8, and for a text that certainly
+    exceeds the context, before it takes long to encode it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not valid UTF-8") from None
+    if tokenizer.exceeds(text, context):
+        raise UsageError(f"a prompt of {len(text)} characters exceeds the model's context of {context} tokens")
+
+
+def read_prompt_file(path: Path) -> list[str | list[dict]]:
+    """A text or the messages of a chat for each line. Empty lines are skipped and named on stderr."""
+    text, sources = read_text(path).rstrip(), []
+    for number, line in enumerate(text.split("\n") if text else [], start=1):
+        if not line.strip():
+            print(f"{path}: line {number} is empty and is skipped", file=sys.stderr)
+        elif path.suffix == ".jsonl":
+            sources.append(parse_json_line(line, f"{path}, line {number}"))
+        else:
+            sources.append(line)
+    return sources
+
+
+def parse_json_line(line: str, place: str) -> str | list[dict]:
+    """place: where the line stands, for the error."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{place} is not JSON: {e}") from None
+    source = None
+    if isinstance(fields, dict) and len(fields.keys() & {"prompt", "messages"}) == 1:
+        source = fields.get("prompt", fields.get("messages"))
+    if isinstance(source, str) and "prompt" in fields and source:
+        return source
+    if isinstance(source, list) and "messages" in fields and source and all(map(is_message, source)):
+        return source
+    raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
+
+
+def is_message(value) -> bool:
+    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)

@@ -1,0 +1,109 @@
+"""How likely a model finds given tokens: scores of sequences, and the perplexity of a text.
+
+    for score in scores_of(model, [ScoredSequence(ids, n_scored=3)]): ...
+    perplexity(model, tokenizer, text, length=1024)
+
+This file has no command line; see eval.py.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from config import UsageError
+from model import Transformer
+from steps import NOT_FINITE, compile_blocks, device_of, hidden_in_chunks, make_kv_cache
+from tokenizer import Tokenizer
+
+OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
+LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
+
+
+def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
+    """text as windows of length token ids, the last one maybe shorter. Each begins with the tokenizer's bos_ids."""
+    bos = tokenizer.bos_ids
+    ids = tokenizer.encode(text)[len(bos) :]
+    step = length - len(bos)
+    return [bos + ids[i : i + step] for i in range(0, len(ids), step)]
+
+
+def perplexity(
+    model: Transformer, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False
+) -> dict:
+    """exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. A window's first token is
+    given, the others are predicted."""
+    windows = windows_of(tokenizer, text, length)
+    sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
+    if not sequences:
+        raise UsageError("the text is too short: there must be a token to predict")
+    scores = scores_of(model, sequences, batch_size, compile)
+    nll, n_tokens = 0.0, 0
+    for score in tqdm(scores, "windows", len(sequences), disable=None, leave=False):
+        nll -= score.logprobs.double().sum().item()
+        n_tokens += len(score.logprobs)
+    if not math.isfinite(nll):
+        raise UsageError(NOT_FINITE)
+    mean = nll / n_tokens
+    result = math.exp(mean) if mean < 700 else math.inf  # beyond that, exp overflows
+    return {"perplexity": result, "tokens": n_tokens, "windows": len(sequences), "nll_per_token": mean}
+
+
+class ScoredSequence(NamedTuple):
+    """Tokens, the last n_scored of which are scored. At least one token must come before these. For example,
+    ScoredSequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
+
+    ids: list[int]
+    n_scored: int
+
+
+class Score(NamedTuple):
+    """The model's judgement of a sequence's last n tokens, each given the tokens before it."""
+
+    index: int  # of the sequence
+    logprobs: Tensor  # [n]
+    is_greedy: Tensor  # [n], whether the token is the model's likeliest
+
+
+@torch.inference_mode()
+def scores_of(
+    model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
+) -> Iterator[Score]:
+    """Yields the score of every sequence, the longest first. In a batch, shorter ones are padded on the right, which
+    causal attention ignores."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+    batch_size = min(batch_size, len(sequences))
+    device = device_of(model)
+    kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1, OOM_HINT)
+    positions = torch.zeros(batch_size, dtype=torch.long, device=device)
+    compiled_model = compile_blocks(model, dynamic=True) if compile else None
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        inputs = [sequences[i].ids[:-1] for i in indices]
+        inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may be smaller; repeat its first sequence
+        tokens = pad(inputs).to(device)
+        hidden = torch.cat(list(hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model)), dim=1)
+        for i, x in zip(indices, hidden, strict=False):
+            yield score_sequence(model, i, sequences[i], x)
+
+
+def pad(id_lists: list[list[int]]) -> Tensor:
+    """Pads with zeros on the right: [B, length of the longest]."""
+    return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in id_lists], batch_first=True)
+
+
+def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hidden: Tensor) -> Score:
+    """The score of a sequence. hidden [T, dim]: the hidden states of all its tokens but the last."""
+    n, last = sequence.n_scored, len(sequence.ids) - 1
+    targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
+    logprobs, is_greedy = [], []
+    for x, target in zip(hidden[last - n : last].split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
+        logits = model.logits(x)
+        logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
+        is_greedy.append(logits.argmax(-1) == target)
+    return Score(index, torch.cat(logprobs), torch.cat(is_greedy))

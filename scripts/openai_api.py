@@ -1,0 +1,167 @@
+"""OpenAI's API: the JSON of requests and responses, to and from what scheduler.py computes. serve.py calls it."""
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+
+from config import UsageError
+from prompts import is_message
+from sampling import Sampling
+from scheduler import Request, TextCompletion
+from tokenizer import IncrementalDetokenizer, Tokenizer
+
+MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # that one request may ask for
+UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
+
+
+# ---- Requests -------------------------------------------------------------------------------------------------------
+
+
+def parse_body(data: bytes) -> dict:
+    try:
+        body = json.loads(data)
+        json.dumps(body, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is not text
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"the request is not JSON: {e}") from None
+    require(isinstance(body, dict), "the request must be a JSON object")
+    return body
+
+
+def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, length: int) -> list[Request]:
+    """What body asks for: n texts for each of its prompts. length: most tokens of a prompt and its text. Raises
+    UsageError."""
+    for name in UNSUPPORTED:
+        require(not body.get(name), f"{name} is not supported")
+    prompts = [encode_messages(body, tokenizer)] if is_chat else encode_prompts(body, tokenizer)
+    n = number(body, "n", 1, 1, MAX_TEXTS)
+    require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
+    room = length - max(map(len, prompts))
+    require(room > 0 and all(prompts), f"a prompt must have 1 to {length - 1} tokens")
+    max_tokens = number(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
+    max_tokens = number(body, "max_completion_tokens", max_tokens, 1, room)
+    temperature, top_p = number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1)
+    sampling = Sampling(temperature, number(body, "top_k", None, 1, 2**31), top_p)
+    seed = number(body, "seed", secrets.randbits(31), -(2**62), 2**62)
+    stop = read_stop(body)
+    n_logprobs = number(body, "top_logprobs" if is_chat else "logprobs", None, 0, MAX_LOGPROBS)
+    if is_chat and body.get("logprobs"):
+        n_logprobs = n_logprobs or 0
+    each = [prompt for prompt in prompts for _ in range(n)]
+    return [Request(prompt, max_tokens, sampling, seed + i, stop, is_chat, n_logprobs) for i, prompt in enumerate(each)]
+
+
+def encode_prompts(body: dict, tokenizer: Tokenizer) -> list[list[int]]:
+    prompts = body.get("prompt")
+    if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
+        prompts = [prompts]
+    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts[: MAX_TEXTS + 1]]
+    for prompt in ids:
+        is_valid = isinstance(prompt, list) and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt)
+        require(is_valid, "prompt must be a text, a list of token ids, or a list of these")
+    return ids
+
+
+def encode_messages(body: dict, tokenizer: Tokenizer) -> list[int]:
+    messages = body.get("messages")
+    require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
+    return tokenizer.encode_chat([read_message(message) for message in messages])
+
+
+def read_message(fields) -> dict:
+    """A message as the tokenizer takes it."""
+    role, content = (fields.get("role"), fields.get("content")) if isinstance(fields, dict) else (None, None)
+    if isinstance(content, list):  # of parts {"type": "text", "text": ...}
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+    message = {"role": "system" if role == "developer" else role, "content": content}
+    require(is_message(message), "a message needs a role (system, developer, user, assistant) and a text as its content")
+    return message
+
+
+def read_stop(body: dict) -> tuple[str, ...]:
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
+    require(is_valid and len(stop) <= MAX_STOPS, f"stop must be up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+    return tuple(stop)
+
+
+def number(body: dict, name: str, default, low: float, high: float):
+    """A field from low to high: if default is a float, any number, else an integer."""
+    value, kinds = body.get(name), (int, float) if isinstance(default, float) else (int,)
+    is_valid = value is None or (type(value) in kinds and low <= value <= high)
+    require(is_valid, f"{name} must be {'a number' if float in kinds else 'an integer'} from {low} to {high}")
+    return default if value is None else value
+
+
+def require(condition, message: str):
+    if not condition:
+        raise UsageError(message)
+
+
+# ---- Responses ------------------------------------------------------------------------------------------------------
+
+
+class Reply:
+    """The texts that requests ask for, one for each, and what the responses say of them."""
+
+    def __init__(self, requests: list[Request], tokenizer: Tokenizer, model_name: str):
+        self.completions: dict[Request, TextCompletion] = {}
+        for i, request in enumerate(requests):
+            detokenizer = IncrementalDetokenizer(tokenizer, () if request.is_chat else request.prompt, request.stop)
+            self.completions[request] = TextCompletion(i, request, detokenizer)
+        self.sent = dict.fromkeys(requests, (0, 0))  # the characters and tokens of each that are in a stream
+        self.tokenizer, self.is_chat = tokenizer, requests[0].is_chat
+        self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
+        self.header = {"id": secrets.token_hex(12), "created": int(time.time()), "model": model_name}
+
+    def whole(self) -> dict:
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        choices = [self.choice(completion, "message", 0, 0) for completion in self.completions.values()]
+        return self.header | {"object": kind, "choices": choices, "usage": self.usage()}
+
+    def chunk(self, choices: list[dict]) -> dict:
+        """A part of a stream."""
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return self.header | {"object": kind, "choices": choices}
+
+    def new_chunks(self) -> Iterator[dict]:
+        """What is new since the last call."""
+        for request, completion in self.completions.items():
+            n_characters, n_tokens = self.sent[request]
+            if len(completion.tokens) > n_tokens:
+                yield self.chunk([self.choice(completion, "delta", n_characters, n_tokens)])
+                self.sent[request] = len(completion.text), len(completion.tokens)
+
+    def usage(self) -> dict:
+        n_prompt = sum({id(request.prompt): len(request.prompt) for request in self.completions}.values())
+        n_new = sum(len(completion.tokens) for completion in self.completions.values())
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+
+    def choice(self, completion: TextCompletion, name: str, n_characters: int, n_tokens: int) -> dict:
+        """What completion has after its first characters and tokens. name: of the field for it in a chat."""
+        content = {"text": completion.text[n_characters:]}
+        if self.is_chat:
+            role = {} if n_tokens else {"role": "assistant"}
+            content = {name: role | {"content": content["text"]}}
+        logprobs = self.logprobs(completion, n_tokens) if completion.logprobs else None
+        return {"index": completion.index, **content, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+
+    def logprobs(self, completion: TextCompletion, n_tokens: int) -> dict:
+        entries = []
+        for token, logprobs in zip(completion.tokens[n_tokens:], completion.logprobs[n_tokens:], strict=True):
+            top = [self.entry(*likely) for likely in logprobs.top]
+            entries.append(self.entry(token, logprobs.token) | {"top_logprobs": top})
+        if self.is_chat:
+            return {"content": entries}
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": [{e["token"]: e["logprob"] for e in (*entry["top_logprobs"], entry)} for entry in entries],
+        }
+
+    def entry(self, token: int, logprob: float) -> dict:
+        data = self.tokenizer.token_bytes(token)
+        text = self.special_tokens.get(token) or data.decode("utf-8", "backslashreplace")  # \\xf0: part of a character
+        return {"token": text, "logprob": logprob, "bytes": list(data)}

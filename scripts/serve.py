@@ -1,0 +1,220 @@
+"""Serve a checkpoint over HTTP, with the requests and responses of OpenAI's API.
+
+    pip install starlette uvicorn
+    python scripts/serve.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth
+    curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+
+/v1/models, /v1/completions and /v1/chat/completions, the last two also streaming, for many clients at once. A client
+that disconnects frees its rows of the KV cache. After Ctrl-C or SIGTERM the server completes the answers in flight and
+ends, after a second signal it ends at once.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli
+
+if __name__ == "__main__":
+    cli.exit_on_interrupt()
+
+import argparse
+import asyncio
+import hmac
+import json
+import os
+import socket
+import traceback
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from openai_api import Reply, parse_body, read_request
+
+from config import UsageError
+from loading import load
+from machine import pick_device
+from scheduler import Request, Scheduler, TextCompletion
+from tokenizer import Tokenizer
+
+try:
+    import uvicorn
+    from starlette import requests as http
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as e:
+    cli.exit_with(f"this script needs `pip install starlette uvicorn` ({e})")
+
+OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_length"
+MAX_BODY = 4 * 2**20  # bytes of a request
+
+
+def main():
+    args = parse_args()
+    cli.set_threads(args.threads)
+    listener = listen(args.host, args.port)
+    model, tokenizer = load(args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision))
+    length = min(args.max_length, model.config.max_seq_len)
+    scheduler = Scheduler(model, args.parallel, length, compile=args.compile, oom_hint=OOM_HINT)
+    model_name = args.checkpoint_path.absolute().parent.name
+    server = Server(Engine(scheduler, args.device), tokenizer, model_name, args.api_key)
+    print(f"http://{args.host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
+    server.run([listener])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    cli.add_checkpoint_path(parser)
+    add("--host", default="127.0.0.1", help="default: %(default)s, which only this machine can reach")
+    add("--port", type=int, default=8000, help="default: %(default)s")
+    add("--api_key", help="refuse requests without the header `Authorization: Bearer API_KEY`")
+    add("--parallel", type=int, default=8, help="texts computed at a time (default: %(default)s)")
+    add("--max_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
+    add("--compile", action="store_true", help="record the decode steps on a GPU, too")
+    cli.add_device(parser)
+    cli.add_precision(parser)
+    cli.add_threads(parser)
+    args = parser.parse_args()
+    if min(args.parallel, args.max_length) < 1:
+        raise UsageError("--parallel and --max_length must be at least 1")
+    if "" in (args.host, args.api_key):  # as of an unset variable: it would let in everybody
+        raise UsageError("--host and --api_key must not be empty")
+    return args
+
+
+def listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError, ValueError) as e:
+        raise UsageError(f"cannot listen on {host}, port {port}: {e}") from None
+
+
+class Engine:
+    """Computes the texts of all clients. Whoever waits for one begins the next step, unless a step is running. Steps
+    run in a thread of their own, while the event loop reads and writes."""
+
+    def __init__(self, scheduler: Scheduler, device: str | None = None):
+        self.scheduler = scheduler
+        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
+        self.completions: dict[Request, TextCompletion] = {}  # of all clients
+        self.cancelled: list[Request] = []  # since the last step began
+        self.step: asyncio.Task | None = None  # the last one
+
+    async def compute(self, completions: dict[Request, TextCompletion], client: http.Request) -> AsyncIterator[None]:
+        """Computes completions, unless client disconnects. Yields after each step, in which they may have grown."""
+        try:
+            for request in completions:
+                self.scheduler.submit(request)  # it appends to a deque, also while a step is running
+            self.completions |= completions
+            is_complete = False
+            while not is_complete:
+                if self.step is None or self.step.done():
+                    self.step = asyncio.create_task(self.run_step())
+                if await client.is_disconnected():
+                    raise http.ClientDisconnect
+                await asyncio.shield(self.step)
+                for completion in completions.values():
+                    if completion.error is not None:
+                        raise HTTPException(500, completion.error)
+                is_complete = all(completion.finish_reason for completion in completions.values())
+                yield
+        finally:
+            for request in completions:
+                self.end(request)
+
+    async def run_step(self):
+        while self.cancelled:
+            self.scheduler.cancel(self.cancelled.pop())
+        loop = asyncio.get_running_loop()
+        try:
+            for new in await loop.run_in_executor(self.thread, self.scheduler.step):
+                if new.request in self.completions:
+                    self.completions[new.request].add(new)
+                    if self.completions[new.request].finish_reason:
+                        self.end(new.request)
+        except Exception as e:  # such as NaN logits: all that waits or runs fails, and the server goes on
+            traceback.print_exc()
+            for request, completion in list(self.completions.items()):
+                completion.error = str(e)
+                self.end(request)
+
+    def end(self, request: Request):
+        if self.completions.pop(request, None):
+            self.cancelled.append(request)
+
+
+class Server(uvicorn.Server):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None):
+        self.engine, self.tokenizer, self.model_name, self.api_key = engine, tokenizer, model_name, api_key
+        routes = [
+            Route("/v1/models", self.models),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/chat/completions", self.complete, methods=["POST"]),
+        ]
+        handlers = dict.fromkeys((HTTPException, UsageError, http.ClientDisconnect, Exception), error_response)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        super().__init__(uvicorn.Config(app, http="h11", log_level="warning"))
+
+    def handle_exit(self, signum: int, frame):
+        if self.should_exit:  # the second signal
+            os._exit(128 + signum)
+        self.should_exit = True
+
+    async def models(self, client: http.Request) -> Response:
+        self.check_key(client)
+        model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "gpt-fast"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def complete(self, client: http.Request) -> Response:
+        self.check_key(client)
+        body, is_chat = parse_body(await read_body(client)), client.scope["path"] == "/v1/chat/completions"
+        requests = read_request(body, is_chat, self.tokenizer, self.engine.scheduler.length)
+        reply = Reply(requests, self.tokenizer, self.model_name)
+        steps = self.engine.compute(reply.completions, client)
+        if body.get("stream"):
+            return StreamingResponse(stream(reply, steps, body), media_type="text/event-stream")
+        async for _ in steps:
+            pass
+        return JSONResponse(reply.whole())
+
+    def check_key(self, client: http.Request):
+        given = client.headers.get("authorization", "").encode("latin-1")
+        if self.api_key and not hmac.compare_digest(given, b"Bearer " + os.fsencode(self.api_key)):
+            raise HTTPException(401, "the API key is missing or wrong")
+
+
+async def read_body(client: http.Request) -> bytes:
+    data = bytearray()
+    async for chunk in client.stream():
+        data += chunk
+        if len(data) > MAX_BODY:
+            raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
+    return bytes(data)
+
+
+async def stream(reply: Reply, steps: AsyncIterator[None], body: dict) -> AsyncIterator[str]:
+    """The server-sent events of a reply that grows with steps."""
+    try:
+        async for _ in steps:
+            for chunk in reply.new_chunks():
+                yield f"data: {json.dumps(chunk)}\n\n"
+        if wants_usage(body):
+            yield f"data: {json.dumps(reply.usage_chunk())}\n\n"
+    except HTTPException as e:  # the response has begun, so the error is one more event
+        error = await error_response(None, e)
+        yield f"data: {error.body.decode()}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def error_response(client: http.Request, e: Exception) -> Response:
+    status = getattr(e, "status_code", 400 if isinstance(e, UsageError) else 500)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": getattr(e, "detail", str(e)), "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status, getattr(e, "headers", None))
+
+
+if __name__ == "__main__":
+    cli.run(main, OOM_HINT)

@@ -1,0 +1,263 @@
+"""A conversation on a terminal, or through a pipe with one message a line.
+
+    python generate.py --checkpoint_path checkpoints/M/model.pth --chat
+
+Answers go to standard output, everything else to standard error. On a terminal, prompt_toolkit edits the messages: they
+may be long and have several lines. Of several ranks, rank 0 alone reads, and it alone touches the files of /save and
+/load.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import tp
+from chat import Conversation, check_messages
+from checkpoint import read_json
+from config import UsageError
+
+HELP = (
+    "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "
+    "them, /save FILE writes them, /load FILE reads them, /exit ends."
+)
+TAKES_FILE = {"/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True}
+COMMAND = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # on one line: what begins with / on several lines is a message
+LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
+CUT_NOTES = {  # how an answer ended: what is said of it
+    "length": "Cut by --max_new_tokens; /continue goes on.",
+    "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
+    "interrupted": "Stopped; /continue goes on.",
+}
+
+Reader = Callable[[], str | None]  # returns the next message or command, None after the last
+
+
+def converse(conversation: Conversation, max_new_tokens: int):
+    """Leads conversation until standard input ends. Ctrl-C stops an answer. A line that cannot be answered is refused
+    with a note. If there was one and standard input is no terminal, raises UsageError at the end."""
+    note(HELP)
+    read = make_reader()
+    shell = Shell(conversation, max_new_tokens)
+    try:
+        for line in tp.input_lines(lambda: shell.next_line(read)):
+            command, argument = parse(line)
+            if command == "/exit":
+                break
+            with shell.refusals():
+                shell.run(command, argument)
+    except Exception:
+        if shell.has_read:
+            note_unread()
+        raise
+    if shell.n_refused and not is_terminal(sys.stdin):
+        raise UsageError(f"lines on standard input that could not be answered: {shell.n_refused}")
+
+
+def parse(line: str) -> tuple[str, str]:
+    """(command, its argument); ("", message) if line is a message. //drop is the message /drop."""
+    match = COMMAND.fullmatch(line)
+    if match:
+        return match[1].lower(), match[2] or ""
+    is_escaped = line.startswith("//") and COMMAND.fullmatch(line[1:])
+    return "", line[1:] if is_escaped else line
+
+
+class Shell:
+    """Carries out what the user types."""
+
+    def __init__(self, conversation: Conversation, max_new_tokens: int):
+        self.conversation, self.max_new_tokens = conversation, max_new_tokens
+        self.has_read = False  # whether this is the rank that reads
+        self.n_refused = 0
+        self.has_said_full = False
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """A UsageError in this context becomes a note."""
+        try:
+            yield
+        except UsageError as e:
+            self.n_refused += 1
+            note(" ".join(str(e).split()))
+
+    def next_line(self, read: Reader) -> str | None:
+        """On rank 0: the next line for all ranks; None after the last. Does /save itself. /load gets the contents of
+        the file in place of its name."""
+        self.has_read = True
+        while (line := read()) is not None:
+            command, argument = parse(line)
+            if not command:
+                return line
+            path = Path(os.path.expanduser(argument))
+            with self.refusals():
+                if TAKES_FILE.get(command) is not bool(argument):
+                    shown = shorten(line)
+                    raise UsageError(f"{shown} is none of the commands; to say it, write /{shown}. {HELP}")
+                if command == "/load":
+                    return f"/load {json.dumps(read_json(path))}"
+                if command != "/save":
+                    return line
+                self.save(path)
+        return None
+
+    def save(self, path: Path):
+        """Writes the conversation as JSON. Replaces another conversation, and no other file."""
+        try:
+            check_messages(read_json(path, default=[]))
+        except UsageError:
+            raise UsageError(f"{path} is there and holds no conversation; nothing is written") from None
+        text = json.dumps(self.conversation.to_list(), indent=1, ensure_ascii=False) + "\n"
+        try:
+            temporary = path.with_name(f"{path.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except (OSError, ValueError) as e:
+            raise UsageError(f"cannot write {path}: {e}") from None
+        note(f"{path} is written.")
+
+    def run(self, command: str, argument: str):
+        """Carries out a command, or with command "" answers the message in argument. Raises UsageError."""
+        conversation = self.conversation
+        if command == "/continue":
+            self.show(lambda: conversation.continue_answer(self.max_new_tokens))
+        elif command == "/drop":
+            forgotten = [shorten(m["content"]) for m in conversation.forget_oldest()]
+            what = f'"{forgotten[0]}" and its answer are forgotten' if forgotten else "There is nothing to forget"
+            note(f"{what}; {len(conversation.messages)} messages left.")
+        elif command == "/reset":
+            conversation.forget_all()
+            note("0 messages left.")
+        elif command == "/load":
+            conversation.load(json.loads(argument))
+            note(f"{len(conversation.messages)} messages loaded.")
+        elif argument:
+            self.show(lambda: conversation.answer(argument, self.max_new_tokens))
+
+    def show(self, start: Callable[[], Iterator[str]]):
+        """Prints the answer that start begins, and says how it ended. Ctrl-C stops it, not the conversation."""
+        conversation, is_stopped = self.conversation, False
+        try:
+            pieces = start()
+            if conversation.n_forgotten and not self.has_said_full:
+                note("The context is full: from now on the oldest messages are forgotten.")
+                self.has_said_full = True
+            print_pieces(pieces)
+        except KeyboardInterrupt:
+            is_stopped = True
+        times = conversation.token_times
+        if len(times) > 1:
+            note(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
+        if is_stopped and conversation.finish_reason != "interrupted":
+            note("Stopped before the answer; the message is forgotten.")
+        elif conversation.finish_reason in CUT_NOTES:
+            note(CUT_NOTES[conversation.finish_reason])
+
+
+def print_pieces(pieces: Iterator[str]):
+    try:
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def note(text: str):
+    """Prints a message of the program, not of the model."""
+    if sys.stderr.isatty():
+        text = f"\033[2m{text}\033[0m"  # dim
+    print(text, file=sys.stderr, flush=True)
+
+
+def shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+# ---- Standard input -------------------------------------------------------------------------------------------------
+
+
+def make_reader() -> Reader:
+    """Reads with prompt_toolkit if standard input and output are a terminal, else plain lines."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
+        return read_line
+    try:
+        return make_editor()
+    except ImportError as e:
+        note(f"Lines are read without editing keys and history, for prompt_toolkit cannot be imported: {e}")
+        return read_line
+
+
+def is_terminal(stream) -> bool:
+    return stream is not None and stream.isatty()  # None: the shell has closed it (<&-)
+
+
+def make_editor() -> Reader:
+    # here, since only terminals need it
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    is_editing = has_focus(DEFAULT_BUFFER)  # and not searching in the history
+
+    @keys.add("escape", "enter", filter=is_editing)
+    def break_line(event):
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c", filter=is_editing)
+    def clear_or_end(event):
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    session = PromptSession("> ", key_bindings=keys, enable_suspend=True)  # Ctrl-Z suspends
+
+    def read() -> str | None:
+        try:
+            # handle_sigint=False leaves the signal to cli.py, or to tp.py: here Ctrl-C is a key.
+            return session.prompt(handle_sigint=False).rstrip().lstrip("\n")
+        except EOFError:
+            return None
+
+    note("Enter sends, Alt-Enter begins a new line. What is pasted stays as it is.")
+    return read
+
+
+def read_line() -> str | None:
+    """The next line of standard input, stripped; None after the last. Raises UsageError."""
+    while sys.stdin is not None:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()  # bytes, so that note_unread finds the lines behind it
+        if not line:
+            break
+        if sys.stdin.isatty() and len(line) > LONGEST_LINE:
+            note(f"This terminal cuts lines after {LONGEST_LINE} bytes, so that line is not sent.")
+            continue
+        try:
+            return line.decode(sys.stdin.encoding).strip()
+        except UnicodeDecodeError:
+            raise UsageError("what came on standard input is not UTF-8 text") from None
+    return None
+
+
+def note_unread():
+    """After an error: says how many lines of a pipe are lost. Does not wait for those that are still to be written."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return
+    pipe = sys.stdin.buffer
+    with contextlib.suppress(OSError):  # a file that is not the system's
+        os.set_blocking(pipe.fileno(), False)
+    n = sum(bool(line.strip()) for line in (pipe.read() or b"").splitlines())
+    at_least = "at least " if pipe.read() is None else ""  # not b"": whoever writes the pipe has not closed it
+    with contextlib.suppress(OSError):
+        os.set_blocking(pipe.fileno(), True)
+    if n:
+        note(f"Lines on standard input that were not read: {at_least}{n}.")

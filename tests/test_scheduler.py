@@ -1,0 +1,300 @@
+"""Many prompts at once: each gets what it gets alone, nothing is computed twice or in vain, and the command line."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import UsageError
+from generate import build_steps, generate, load, make_kv_cache
+from kernels import pack_weights
+from kernels.formats import Int4, Int8
+from model import Transformer
+from sampling import Sampling
+from scheduler import Request, Scheduler, complete_all, generate_many
+from tests.tiny import make_hf, to_ours
+from tokenizer import StopFinder
+
+FAMILIES = ["llama3", "mixtral", "gemma3", "qwen2-moe", "gpt-oss"]
+
+
+def make_prompts(n: int) -> list[list[int]]:
+    """Of many lengths, some longer than a window. Some begin alike, one is the beginning of another, two are equal."""
+    rng = random.Random(0)
+    shared = [rng.randrange(97) for _ in range(25)]
+    prompts = []
+    for _ in range(n):
+        own = [rng.randrange(97) for _ in range(rng.randrange(1, 12))]
+        prompts.append(shared[: rng.randrange(26)] + own)
+    return [*prompts, prompts[0], prompts[1][:-1] or [5]]
+
+
+def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
+    steps = build_steps(model, make_kv_cache(model, 1, len(prompt) + n), Sampling())
+    return [ids[0] for ids in generate(steps, torch.tensor([prompt]), 0, n)]
+
+
+def run(scheduler: Scheduler, requests: list[Request]) -> list[list[int]]:
+    """The new tokens of each request."""
+    tokens = {request: [] for request in requests}
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.has_work():
+        for new in scheduler.step():
+            tokens[new.request].append(new.token)
+    return list(tokens.values())
+
+
+@pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, pair):
+    _, model = pair(family, use_kernels)
+    prompts = make_prompts(7)
+    lengths = [random.Random(i).randrange(1, 9) for i in range(len(prompts))]
+    expected = [run_alone(model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
+    for n_rows in (1, 3, 20):
+        scheduler = Scheduler(model, n_rows, 48, eos_ids=set())
+        for order in (range(9), (4, 8, 0, 2, 6, 1, 7, 3, 5)):  # the second time, rows hold other prompts' tokens
+            found = run(scheduler, [Request(prompts[i], lengths[i]) for i in order])
+            assert found == [expected[i] for i in order]
+
+
+@pytest.mark.parametrize("format", [Int8(), Int4(32)], ids=["int8", "int4"])
+def test_quantized(format):
+    model = to_ours(make_hf("llama3"), use_kernels=False)
+    for _, linear in model.linears():
+        linear.format = format
+        for name, tensor in format.quantize(linear.weight).items():
+            linear.set_tensor(name, tensor)
+    pack_weights(model)
+    prompts = make_prompts(4)
+    found = run(Scheduler(model, 4, 48, eos_ids=set()), [Request(prompt, 8) for prompt in prompts])
+    assert found == [run_alone(model, prompt, 8) for prompt in prompts]
+
+
+def test_end_tokens_and_cancelled_requests_leave_the_others_alone(pair):
+    _, model = pair("llama3", True)
+    prompts = make_prompts(6)
+    expected = [run_alone(model, prompt, 8) for prompt in prompts]
+    end = expected[2][3]
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
+    scheduler = Scheduler(model, 3, 48, eos_ids={end})
+    requests = [Request(prompt, 8) for prompt in prompts]
+    for request in requests:
+        scheduler.submit(request)
+    found = {request: [] for request in requests}
+    finished = []
+    while scheduler.has_work():
+        for new in scheduler.step():
+            found[new.request].append(new.token)
+            if new.finish_reason:
+                finished.append((requests.index(new.request), new.finish_reason))
+        if len(found[requests[0]]) == 2:
+            scheduler.cancel(requests[0])  # it runs
+            scheduler.cancel(requests[7])  # it waits
+    assert found[requests[0]] == expected[0][:2] and found[requests[7]] == []
+    for i in (1, 2, 3, 4, 5, 6):
+        assert found[requests[i]] == expected[i]
+    assert sorted(finished) == [(i, "stop" if end in expected[i] else "length") for i in (1, 2, 3, 4, 5, 6)]
+
+
+def test_random_numbers_are_a_prompts_own(pair):
+    """A prompt's text depends on its seed, not on its row or on what runs beside it."""
+    _, model = pair("llama3", True)
+    prompts, sampling = make_prompts(6), Sampling(temperature=1.0, top_p=0.9)
+
+    def sample(n_rows: int, order: list[int]) -> dict[int, list[int]]:
+        requests = [Request(prompts[i], 8, sampling, seed=i) for i in order]
+        return dict(zip(order, run(Scheduler(model, n_rows, 48, eos_ids=set()), requests), strict=True))
+
+    first = sample(3, [0, 1, 2, 3, 4, 5, 6, 7])
+    assert first == sample(8, [5, 4, 7, 6, 0, 1, 3, 2]) and first[0] != first[6]  # the same prompt, another seed
+    (greedy, sampled) = run(
+        Scheduler(model, 2, 48, eos_ids=set()),
+        [Request(prompts[1], 8), Request(prompts[1], 8, sampling, seed=1)],  # each with options of its own
+    )
+    assert sampled == first[1] and greedy == run_alone(model, prompts[1], 8)
+
+
+def test_nothing_is_computed_twice_or_in_vain(pair):
+    _, model = pair("llama3", False)
+    n_computed = []
+    hook = model.layers[0].register_forward_hook(lambda layer, args, y: n_computed.append(y.shape[0] * y.shape[1]))
+    try:
+        shared = list(range(20, 50))
+        run(Scheduler(model, 4, 64, eos_ids=set()), [Request([*shared, 50 + i, 3], 1 + i) for i in range(6)])
+    finally:
+        hook.remove()
+    prefilled = len(shared) + 6 * 2
+    decoded = sum(range(6))  # the first new token of each comes from prefill
+    assert sum(n_computed) == prefilled + decoded
+
+
+def test_logprobs(pair):
+    """Those of one forward over prompt and answer, whatever the sampling."""
+    _, model = pair("llama3", True)
+    prompts = make_prompts(2)
+    scheduler = Scheduler(model, 2, 48, eos_ids=set())
+    for prompt, sampling in zip(prompts, (Sampling(), Sampling(1.5, top_k=3)), strict=False):
+        scheduler.submit(Request(prompt, 5, sampling, n_logprobs=4))
+    found = [[], []]
+    while scheduler.has_work():
+        for new in scheduler.step():
+            found[prompts.index(new.request.prompt)].append(new)
+    for prompt, answer in zip(prompts, found, strict=False):
+        ids = [*prompt, *(new.token for new in answer)]
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids[:-1]]), torch.tensor([0]), make_kv_cache(model, 1, len(ids)))[0]
+        expected = logits[len(prompt) - 1 :].log_softmax(-1)
+        for new, logprobs in zip(answer, expected, strict=True):
+            values, tokens = logprobs.topk(4)
+            assert new.logprobs.token == pytest.approx(logprobs[new.token].item(), abs=1e-4)
+            assert [token for token, _ in new.logprobs.top] == tokens.tolist()
+            assert [value for _, value in new.logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_requests_that_do_not_fit_are_refused(pair):
+    _, model = pair("llama3", True)
+    scheduler = Scheduler(model, 2, 16)
+    with pytest.raises(UsageError, match="12 prompt tokens and 5 new ones exceed 16"):
+        scheduler.submit(Request([5] * 12, 5))
+    with pytest.raises(UsageError, match="empty"):
+        scheduler.submit(Request([], 5))
+    assert not scheduler.has_work() and scheduler.step() == []
+
+
+# ---- Text -----------------------------------------------------------------------------------------------------------
+
+
+def test_generate_many(chain):
+    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    prompts = ["S", "0", "W", "0123", "P"]
+    found = list(generate_many(model, tokenizer, prompts, parallel=2, max_new_tokens=6, stop=("78", "X")))
+    assert found == [(0, "🙂E"), (1, "123456"), (2, " "), (3, "456"), (4, "")]
+    with pytest.raises(UsageError, match="context"):
+        list(generate_many(model, tokenizer, ["0" * 300], max_new_tokens=6))
+    assert list(generate_many(model, tokenizer, [])) == []
+
+
+def test_interrupt_keeps_what_is_complete(chain):
+    """Prompts that end while an earlier one is running come after Ctrl-C, which still ends the program."""
+    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    scheduler = Scheduler(model, 3, 64)
+    requests = [Request(tokenizer.encode(text), 50) for text in ("0", "S", "P")]
+    step, n_steps = scheduler.step, iter(range(100))
+
+    def interrupted_step():
+        if next(n_steps) == 10:
+            raise KeyboardInterrupt
+        return step()
+
+    scheduler.step = interrupted_step
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        for completion in complete_all(scheduler, tokenizer, requests):
+            found.append((completion.index, completion.text))
+    assert found == [(1, "🙂E"), (2, "")]
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_finder(text, stop, data):
+    """Whatever the pieces, the text ends before the stop text that is complete first."""
+    finder, found, start = StopFinder(stop), "", 0
+    while start < len(text):
+        end = data.draw(st.integers(start + 1, len(text)))
+        found += finder.push(text[start:end])
+        start = end
+    found += finder.end()
+    ends = [(end, end - len(s)) for s in stop for end in range(len(text) + 1) if text[:end].endswith(s)]
+    assert found == (text[: min(ends)[1]] if ends else text) and finder.found == bool(ends)
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mistake(cli, capsys):
+    """(folder, arguments) -> the one line in which generate.py says what is wrong with them."""
+
+    def call(*args) -> str:
+        with pytest.raises(SystemExit) as e:
+            cli(*args)
+        assert e.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return call
+
+
+def test_parallel_on_the_command_line(chain, ask, cli, tmp_path):
+    (tmp_path / "prompts").write_text("S\n0\n\nW\n8\n")
+    flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=5", "--precision=float32"]
+    one_by_one, parallel = ask(chain, *flags), ask(chain, *flags, "--parallel=3")
+    for r in (*one_by_one, *parallel):
+        for name in [name for name, value in r.items() if isinstance(value, float) or name == "peak_memory_bytes"]:
+            del r[name]  # they differ from run to run
+    assert parallel == one_by_one and [r["prompt"] for r in parallel] == ["S", "0", "W", "8"]
+    printed = cli(chain, *flags, "--parallel=2", "--stop=34")
+    assert printed == "--- prompt 1\n🙂E\n--- prompt 2\n12\n--- prompt 3\n X\n--- prompt 4\n90123\n"
+
+
+def test_a_prompt_beyond_the_context_does_not_stop_the_others(chain, cli, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("0\n\n" + "5" * 300 + "\n7\n")
+    flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=3", "--parallel=2"]
+    with pytest.raises(SystemExit) as e:
+        cli(chain, *flags, "--json")
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line.get("text") for line in lines] == [["123"], None, ["890"]]
+    assert "exceed 256" in lines[1]["error"] and e.value.code == 2
+    assert all(note in err for note in ("line 2 is empty", "prompt 2", "1 of 3 prompts"))
+
+
+def test_logprobs_on_the_command_line(chain, ask):
+    (r,) = ask(chain, "--prompt=0", "--max_new_tokens=3", "--logprobs=2")
+    (row,) = r["logprobs"]
+    assert [len(step["top"]) for step in row] == [2, 2, 2]
+    assert [step["top"][0] for step in row] == [[i, step["token"]] for i, step in zip(r["tokens"][0], row, strict=True)]
+    (r,) = ask(chain, "--prompt=0", "--max_new_tokens=3", "--logprobs=0")
+    assert [step["top"] for step in r["logprobs"][0]] == [[], [], []]
+
+
+def test_jsonl_prompts(chatty, ask, tmp_path):
+    lines = [{"prompt": "two\nlines"}, {"messages": [{"role": "user", "content": "two\nlines"}]}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--max_new_tokens=8", "--temperature=0"]
+    (plain,) = ask(chatty, "--prompt=two\nlines", *flags)
+    (chat,) = ask(chatty, "--prompt=two\nlines", "--chat", *flags)
+    from_file = ask(chatty, f"--prompt_file={tmp_path / 'prompts.jsonl'}", *flags, "--parallel=2")
+    assert [r["text"] for r in from_file] == [plain["text"], chat["text"]]
+
+
+BROKEN_LINES = ["{", "5", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES)
+def test_broken_jsonl_is_named(line, chatty, mistake, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
+    assert "line 2" in mistake(chatty, f"--prompt_file={tmp_path / 'prompts.jsonl'}")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--parallel=2"], "--prompt_file"),
+        (["--parallel=0", "--prompt_file=FILE"], "at least 1"),
+        (["--parallel=2", "--chat"], "--prompt_file"),
+        (["--parallel=2", "--prompt_file=FILE", "--prompt_lookup"], "speculation"),
+        (["--parallel=2", "--prompt_file=FILE", "--batch_size=2"], "--batch_size"),
+        (["--prompt=a", "--stop="], "--stop"),
+        (["--prompt=a", "--logprobs=1"], "--json"),
+        (["--prompt=a", "--logprobs=-1", "--json"], "0 or more"),
+        (["--prompt=a", "--logprobs=1", "--json", "--batch_size=2"], "--batch_size"),
+    ],
+)
+def test_wrong_options_are_named(flags, message, chain, mistake, tmp_path):
+    (tmp_path / "prompts").write_text("a\nb\n")
+    flags = [flag.replace("FILE", str(tmp_path / "prompts")) for flag in flags]
+    assert message in mistake(chain, *flags)
