@@ -6,14 +6,16 @@ from pathlib import Path
 
 import cli
 from config import UsageError
-from kernels import MAX_ROWS
+from kernels import MAX_TRITON_TOKENS
+from machine import pick_device
 from sampling import Sampling
 from speculate import MAX_PROPOSED
 
 DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-DEFAULT_K = {"draft": 5, "lookup": MAX_ROWS - 1}  # --speculate_k; looking up costs nothing, so as many as kernels take
+# --speculate_k. Looking up costs nothing, so it is as many as all kernels take together with the last token.
+DEFAULT_K = {"draft": 5, "lookup": MAX_TRITON_TOKENS - 1}
 
 
 def parse_args(doc: str) -> argparse.Namespace:
@@ -80,7 +82,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     lookup = "speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)"
     add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N", help=lookup)
     k = "tokens to propose at a time, at most (default: {draft}, looked up: {lookup})".format(**DEFAULT_K)
-    k += f"; above {MAX_ROWS - 1} they are verified without the kernels, with quantized weights several times slower"
+    k += f"; on a GPU, more than {MAX_TRITON_TOKENS - 1} are verified without the kernels, several times slower"
     add("--speculate_k", type=int, metavar="K", help=k)
     # how it runs
     add("--compile", action="store_true", help="compile or, on a GPU, record the decode step")
@@ -133,8 +135,9 @@ def check_speculation(args: argparse.Namespace):
         value = getattr(args, name)
         if value is not None and value > MAX_PROPOSED:
             raise UsageError(f"--{name} must be at most {MAX_PROPOSED}, not {value}")
-    if args.speculate_k and args.speculate_k >= MAX_ROWS:
-        print(f"More than {MAX_ROWS - 1} tokens at a time are verified without the kernels.", file=sys.stderr)
+    if args.speculate_k and args.speculate_k >= MAX_TRITON_TOKENS and pick_device(args.device).type == "cuda":
+        said = f"More than {MAX_TRITON_TOKENS - 1} tokens at a time are verified without the kernels."
+        print(said, file=sys.stderr)
 
 
 def check_parallel(args: argparse.Namespace):

@@ -11,6 +11,7 @@ class UsageError(ValueError):
     """The user's input cannot work. The message is one sentence: what is wrong and what would be right."""
 
 
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")  # of the gate; kernels/reference.py has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 
 
@@ -82,7 +83,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
     post_norm: bool = False  # RMSNorm after them, before the residual is added
-    activation: str = "silu"  # a name in kernels/schema.py: ACTIVATIONS
+    activation: str = "silu"  # one of ACTIVATIONS
     qkv_bias: bool = False
     out_bias: bool = False
     ffn_bias: bool = False
@@ -146,6 +147,10 @@ class ModelConfig:
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.n_layers:
                 raise UsageError(f"{name} is about {len(layers)} layers; the model has {self.n_layers}")
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(f"activation {self.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
+        if self.moe is not None and (self.residual_scale != 1 or self.ffn_bias):
+            raise UsageError("a mixture of experts has neither residual_scale nor ffn_bias; MoEConfig has a bias")
         for name in ("attention_softcap", "clip_qkv", "logit_softcap"):
             if getattr(self, name) != 0:
                 check_positive_number(f"the model's {name}", getattr(self, name))

@@ -43,7 +43,7 @@ from arguments import parse_args
 from chat import Conversation, TokenGenerator
 from completion import complete_in_parallel, complete_prompt
 from config import UsageError
-from kernels import MAX_ROWS
+from kernels import MAX_TOKENS
 from loading import load, load_model
 from machine import pick_device
 from model import KVCache, Transformer
@@ -201,7 +201,7 @@ def main():
         speculation = None
         generate_tokens = build_token_generator(steps, kv_cache)
     start = time.perf_counter()
-    warm_up(args, steps, speculation, len(prompts[0].ids) if prompts else MAX_ROWS + 1, device)
+    warm_up(args, steps, speculation, len(prompts[0].ids) if prompts else MAX_TOKENS + 1, device)
     stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
     if args.json and tp.world_size() > 1:
         stats |= parallel_stats(args, steps, device)

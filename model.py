@@ -89,8 +89,11 @@ class Transformer(nn.Module):
     def uses_kernels(self, batch: int, n_tokens: int) -> bool:
         """Whether kernels compute every operation of a step of n_tokens in each of batch sequences. If so, the step can
         be recorded."""
-        backends = {module.backend for module in self.modules() if isinstance(module, Linear)}
-        if len(backends) > 1:
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        backends = {linear.backend for linear in linears}
+        if len(backends) > 1 or self.config.activation not in kernels.ACTIVATION_IDS:
+            return False
+        if batch * n_tokens > min(linear.max_tokens for linear in linears):
             return False
         attention = self.layers[0].attention
         (backend,) = backends
@@ -221,7 +224,8 @@ class Linear(nn.Module):
 
     format: how W is stored (kernels/formats.py).
     backend: whose kernels compute it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
-    checkpoint."""
+    checkpoint.
+    max_tokens: how many tokens they compute at a time. More are computed in plain PyTorch."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
@@ -231,7 +235,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
         self.scale, self.softcap, self.clip = scale, softcap, clip
         self.format: Format = DENSE
-        self.backend = "torch"
+        self.backend, self.max_tokens = "torch", 0
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(shape[:-1]), requires_grad=False) if bias else None

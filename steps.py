@@ -8,7 +8,8 @@
 prefill takes a prompt of any length, in chunks. decode takes one token of every sequence. A third kind of step verifies
 several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
 
-    recorded    as kernels, replayed in one go (kernels/record.py): up to MAX_ROWS tokens, on a GPU with compile only
+    recorded    as kernels, replayed in one go (kernels/record.py): up to kernels.MAX_TOKENS tokens on a CPU; on a GPU
+                up to MAX_TRITON_TOKENS, with compile only
     compiled    by torch.compile, if compile or compile_prefill says so; on a GPU what it makes is recorded, too
     eager       operation by operation
 
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 
 import tp
 from config import UsageError
-from kernels import MAX_ROWS
 from kernels.cpu import find_compiler
 from kernels.record import record
 from machine import check_memory
@@ -34,6 +34,7 @@ from sampling import Sampling, penalize, sample
 
 PREFILL_CHUNK = 512  # tokens of each sequence that prefill takes at a time, which bounds its memory
 GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all sequences together: every chunk dequantizes all weights again
+MIN_COMPILED = 9  # tokens of a chunk of prefill that is worth a compilation
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -104,8 +105,8 @@ def hidden_in_chunks(
     start = int(positions.max())
     for offset in range(0, n_tokens, chunk_size):
         chunk = tokens[:, offset : offset + chunk_size]
-        use_compiled = compiled_model is not None and chunk.numel() > MAX_ROWS
-        chunk_model = compiled_model if use_compiled else model
+        runs_eagerly = compiled_model is None or chunk.numel() < MIN_COMPILED or model.uses_kernels(*chunk.shape)
+        chunk_model = model if runs_eagerly else compiled_model
         end = start + offset + chunk.shape[1]
         yield chunk_model.hidden(chunk, positions + offset, kv_cache.prefix(end))
 

@@ -11,8 +11,9 @@
 They are called leaf operations. A step that is recorded on a CPU (record.py) calls these and nothing else.
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
-Kernels are made for decode steps: they take up to MAX_ROWS rows of activations, one for each token. A step with more
-tokens runs in plain PyTorch. pack_weights(model) chooses the backend for the model's device, and packs its weights.
+Kernels are made for steps of few tokens, of all sequences together: up to MAX_TOKENS on a CPU, MAX_TRITON_TOKENS on a
+GPU. Each token has a row of activations. A step with more tokens runs in plain PyTorch. pack_weights(model) chooses the
+backend for the model's device, and packs its weights.
 """
 
 import math
@@ -24,44 +25,55 @@ from tqdm import tqdm
 
 from kernels import cpu, reference
 from kernels.formats import QUANTIZE_CHUNK, Dequantized, Format, Tensors
-from kernels.schema import ACTIVATIONS
+from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages
 
-MAX_ROWS = 8  # rows of activations that the kernels take; also in csrc/weights.h
+MAX_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
+MAX_TRITON_TOKENS = 8  # that the Triton kernels take
 MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in registers
 # Kernels compute 16 outputs at a time. To fuse an activation, gate and up must each have a multiple of 16.
 FUSED_GLU_MULTIPLE = 32
 
 
-def kernels_of(backend: str, n_rows: int):
-    """The torch.ops namespace of backend's kernels; None if n_rows rows of activations run in plain PyTorch."""
-    if backend == "torch" or not 0 < n_rows <= MAX_ROWS:
+def kernels_of(backend: str, n_tokens: int):
+    """The torch.ops namespace of backend's kernels; None if n_tokens tokens run in plain PyTorch."""
+    if backend == "cpu" and 0 < n_tokens <= MAX_TOKENS:
+        return torch.ops.gptfast
+    if backend == "triton" and 0 < n_tokens <= MAX_TRITON_TOKENS:
+        return torch.ops.gptfast_triton
+    return None
+
+
+def kernels_for(layer, n_tokens: int, activation: str | None = None):
+    """kernels_of the backend of layer, a model.Linear. None also if PyTorch is faster with so many tokens, or if the
+    kernels lack activation."""
+    if n_tokens > layer.max_tokens or activation not in ACTIVATION_IDS:
         return None
-    return torch.ops.gptfast if backend == "cpu" else torch.ops.gptfast_triton
+    return kernels_of(layer.backend, n_tokens)
 
 
-def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None, out_dtype=None) -> Tensor:
-    """x [..., K] -> [..., N], by a model.Linear w.
+def linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = None, out_dtype=None) -> Tensor:
+    """x [..., K] -> [..., N], by layer, a model.Linear.
 
     norm: a model.RMSNorm that is applied to x first.
     activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
     [..., N / 2].
-    residual: added last, after w.scale, w.softcap and w.clip.
+    residual: added last, after layer.scale, layer.softcap and layer.clip.
     out_dtype: x.dtype (None) or torch.float32."""
-    ops = kernels_of(w.backend, n_rows(x))
+    ops = kernels_for(layer, count_tokens(x), activation)
     if ops is None:
-        return reference.linear(x, w, norm, residual, activation, out_dtype)
-    if activation and w.out_features % FUSED_GLU_MULTIPLE:
-        y = glu(linear(x, w, norm), activation, w.backend)
-        return y if residual is None else add(y, residual, w.backend)
+        return reference.linear(x, layer, norm, residual, activation, out_dtype)
+    if activation and layer.out_features % FUSED_GLU_MULTIPLE:  # such a layer has no scale, softcap or clip
+        y = glu(linear(x, layer, norm), activation, layer.backend)
+        return y if residual is None else add(y, residual, layer.backend)
     weight, eps = norm_arguments(norm)
     return ops.linear(
-        x.contiguous(), *weight_arguments(w), w.bias, weight, eps,
+        x.contiguous(), *weight_arguments(layer), layer.bias, weight, eps,
         residual=None if residual is None else residual.contiguous(),
-        activation=ACTIVATIONS[activation],
-        scale=w.scale,
-        softcap=w.softcap,
-        clip=w.clip,
+        activation=ACTIVATION_IDS[activation],
+        scale=layer.scale,
+        softcap=layer.softcap,
+        clip=layer.clip,
         float32_out=out_dtype == torch.float32,
     )  # fmt: skip
 
@@ -69,7 +81,7 @@ def linear(x: Tensor, w, norm=None, residual=None, activation: str | None = None
 def glu(gate_up: Tensor, activation: str, backend: str) -> Tensor:
     """[..., 2 F] -> [..., F]: activation(gate) * up."""
     if backend == "cpu" and gate_up.numel():
-        return torch.ops.gptfast.glu(gate_up, ACTIVATIONS[activation])
+        return torch.ops.gptfast.glu(gate_up, ACTIVATION_IDS[activation])
     return reference.glu(gate_up, activation)
 
 
@@ -82,7 +94,7 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
     """[residual +] x / rms(x) * weight over the last dimension."""
-    ops = kernels_of(backend, n_rows(x))
+    ops = kernels_of(backend, count_tokens(x))
     if ops is None:
         return reference.rms_norm(x, weight, eps, residual)
     return ops.rms_norm(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
@@ -134,31 +146,32 @@ def route(logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared: i
 
     n_shared: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The sigmoid
     of the last one is the weight of each of them, and the results are [..., top_k + n_shared]."""
-    ops = kernels_of(backend, n_rows(logits))
+    ops = kernels_of(backend, count_tokens(logits))
     return (ops or reference).route(logits, top_k, normalize, n_shared)
 
 
-def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation: str | None = None) -> Tensor:
+def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation: str | None = None) -> Tensor:
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
     [B, T, top_k, F]. norm and activation are as in linear."""
-    ops = kernels_of(w.backend, n_rows(x))
+    ops = kernels_for(layer, count_tokens(x), activation)
     if ops is None:
-        return reference.experts_gate_up(x, w, topk_ids, norm, activation)
-    if activation and w.out_features % FUSED_GLU_MULTIPLE:
-        return glu(experts_gate_up(x, w, topk_ids, norm), activation, w.backend)
+        return reference.experts_gate_up(x, layer, topk_ids, norm, activation)
+    if activation and layer.out_features % FUSED_GLU_MULTIPLE:
+        return glu(experts_gate_up(x, layer, topk_ids, norm), activation, layer.backend)
     weight, eps = norm_arguments(norm)
     return ops.experts_gate_up(
-        x.contiguous(), *weight_arguments(w), w.bias, topk_ids, weight, eps, activation=ACTIVATIONS[activation]
-    )
+        x.contiguous(), *weight_arguments(layer), layer.bias, topk_ids, weight, eps,
+        activation=ACTIVATION_IDS[activation],
+    )  # fmt: skip
 
 
-def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
+def experts_down(hidden: Tensor, layer, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
     """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
     [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
-    ops = kernels_of(w.backend, n_rows(topk_ids))
+    ops = kernels_for(layer, count_tokens(topk_ids))
     if ops is None:
-        return reference.experts_down(hidden, w, topk_ids, topk_weights, residual)
-    return ops.experts_down(hidden, *weight_arguments(w), w.bias, topk_ids, topk_weights, residual)
+        return reference.experts_down(hidden, layer, topk_ids, topk_weights, residual)
+    return ops.experts_down(hidden, *weight_arguments(layer), layer.bias, topk_ids, topk_weights, residual)
 
 
 def sample(logits: Tensor, temperature: float) -> Tensor:
@@ -170,23 +183,27 @@ def sample(logits: Tensor, temperature: float) -> Tensor:
     return torch.ops.gptfast_triton.sample(logits.contiguous(), noise, temperature)
 
 
-def dequantize(w, dtype: torch.dtype, experts=slice(None)) -> Tensor:
-    """The weight of a model.Linear w as a matrix [N, K] in dtype. For a layer of experts: the matrices that experts
+def dequantize(layer, dtype: torch.dtype, experts=slice(None)) -> Tensor:
+    """The weight of layer, a model.Linear, as a matrix [N, K] in dtype. For experts: the matrices that experts
     selects, an index, a slice or a tensor of indices."""
-    tensors = w.tensors()
-    if w.n_experts is not None:
+    tensors = layer.tensors()
+    if layer.n_experts is not None:
         tensors = {name: t[experts] for name, t in tensors.items()}
-    is_matrix = w.n_experts is None or isinstance(experts, int)
-    if w.backend == "torch" or w.format.quantization is None:
-        return w.format.dequantize(tensors, dtype)
+    is_matrix = layer.n_experts is None or isinstance(experts, int)
+    if layer.backend == "torch" or layer.format.quantization is None:
+        return layer.format.dequantize(tensors, dtype)
     if is_matrix:
-        ops = torch.ops.gptfast if w.backend == "cpu" else torch.ops.gptfast_triton
-        weight, scales, zeros = (tensors.get(name) for name in ("weight", "scales", "zeros"))
-        return ops.dequantize(weight, scales, zeros, *weight_arguments(w)[3:], w.in_features, dtype)
-    return w.format.dequantize(w.format.unpack(tensors, w.backend, w.out_features, w.in_features), dtype)
+        ops = torch.ops.gptfast if layer.backend == "cpu" else torch.ops.gptfast_triton
+        group_size = layer.format.inputs_per_scale(layer.in_features)
+        return ops.dequantize(
+            tensors["weight"], tensors.get("scales"), tensors.get("zeros"), layer.format.format_id,
+            layer.out_features, group_size, layer.in_features, dtype,
+        )  # fmt: skip
+    unpacked = layer.format.unpack(tensors, layer.backend, layer.out_features, layer.in_features)
+    return layer.format.dequantize(unpacked, dtype)
 
 
-def n_rows(x: Tensor) -> int:
+def count_tokens(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
@@ -194,9 +211,10 @@ def norm_arguments(norm) -> tuple[Tensor | None, float]:
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
 
-def weight_arguments(w) -> tuple:
+def weight_arguments(layer) -> tuple:
     """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
-    return w.weight, w.scales, w.zeros, w.format.kind, w.out_features, getattr(w.format, "group_size", w.in_features)
+    group_size = layer.format.inputs_per_scale(layer.in_features)
+    return layer.weight, layer.scales, layer.zeros, layer.format.format_id, layer.out_features, group_size
 
 
 # ---- Choosing a backend ---------------------------------------------------------------------------------------------
@@ -215,7 +233,7 @@ def pack_weights(model: torch.nn.Module, mapped: bool = False):
     if first.device.type == "cpu" and cpu.build():
         pack_for_cpu(linears, mapped)
     elif first.device.type == "cpu" and first.is_floating_point():
-        dequantize_weights([w for w in linears if w.format.quantization], first.dtype, mapped)
+        dequantize_weights([layer for layer in linears if layer.format.quantization], first.dtype, mapped)
     elif first.device.type == "cuda" and triton_runs(first.device):
         pack_for_triton(linears)
 
@@ -223,32 +241,35 @@ def pack_weights(model: torch.nn.Module, mapped: bool = False):
 def pack_for_cpu(linears: list, mapped: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
-    for w in tqdm(linears, "load", disable=None, leave=False):
-        if not w.format.fits_kernels(w.in_features):
+    is_quantized = any(layer.format.quantization for layer in linears)
+    for layer in tqdm(linears, "load", disable=None, leave=False):
+        if not layer.format.fits_kernels(layer.in_features):
             continue
-        unpacked = w.tensors()
-        for name, packed in w.format.pack(unpacked, "cpu").items():
-            w.set_tensor(name, memory.copy(packed))
+        unpacked = layer.tensors()
+        for name, packed in layer.format.pack(unpacked, "cpu").items():
+            layer.set_tensor(name, memory.copy(packed))
             if mapped:
                 drop_pages(unpacked[name])
-        w.backend = "cpu"
+        layer.backend = "cpu"
+        # In a quantized model the dense routers, too: they are small, and a step is recorded as a whole or not at all.
+        layer.max_tokens = MAX_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
 def dequantize_weights(linears: list, dtype: torch.dtype, mapped: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
     so and leaves them as they are."""
-    n_bytes = sum(w.out_features * w.in_features * (w.n_experts or 1) for w in linears) * dtype.itemsize
+    n_bytes = sum(layer.out_features * layer.in_features * (layer.n_experts or 1) for layer in linears) * dtype.itemsize
     free = free_memory()
     if n_bytes > free:
         lack = f"dequantized they take {n_bytes / 1e9:.2f} GB, of which {free / 1e9:.2f} are free"
         print(f"every token dequantizes all weights, since {lack}", file=sys.stderr)
         return
-    for w in tqdm(linears, "load", disable=None, leave=False):
-        quantized = w.tensors()
-        w.set_tensor("weight", dequantize_rows(w.format, quantized, w.in_features, dtype))
-        w.scales = w.zeros = None
-        w.format = Dequantized(w.format.name)
+    for layer in tqdm(linears, "load", disable=None, leave=False):
+        quantized = layer.tensors()
+        layer.set_tensor("weight", dequantize_rows(layer.format, quantized, layer.in_features, dtype))
+        layer.scales = layer.zeros = None
+        layer.format = Dequantized(layer.format.name)
         for tensor in quantized.values() if mapped else ():
             drop_pages(tensor)
 
@@ -257,22 +278,22 @@ def dequantize_rows(format: Format, tensors: Tensors, in_features: int, dtype: t
     """format.dequantize, a few rows at a time, so that its float32 copies stay in the processor's cache."""
     *outputs, _ = tensors["weight"].shape
     rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
-    w = torch.empty(math.prod(outputs), in_features, dtype=dtype)
-    use_huge_pages(w)
+    weight = torch.empty(math.prod(outputs), in_features, dtype=dtype)
+    use_huge_pages(weight)
     step = max(1, QUANTIZE_CHUNK // in_features)
-    for i in range(0, len(w), step):
-        w[i : i + step] = format.dequantize({name: t[i : i + step] for name, t in rows.items()}, dtype)
-    return w.view(*outputs, in_features)
+    for i in range(0, len(weight), step):
+        weight[i : i + step] = format.dequantize({name: t[i : i + step] for name, t in rows.items()}, dtype)
+    return weight.view(*outputs, in_features)
 
 
 def pack_for_triton(linears: list):
     from kernels import triton_linear
 
-    for w in linears:
-        if triton_linear.supports(w):
-            for name, packed in w.format.pack(w.tensors(), "triton").items():
-                w.set_tensor(name, packed)
-            w.backend = "triton"
+    for layer in linears:
+        if triton_linear.supports(layer):
+            for name, packed in layer.format.pack(layer.tensors(), "triton").items():
+                layer.set_tensor(name, packed)
+            layer.backend, layer.max_tokens = "triton", MAX_TRITON_TOKENS
 
 
 def triton_runs(device: torch.device) -> bool:

@@ -57,6 +57,11 @@ def build() -> ctypes.CDLL | None:
     return library
 
 
+def max_dense_tokens(dtype: torch.dtype) -> int:
+    """Up to how many tokens the kernels multiply dense weights of dtype faster than PyTorch does on this CPU."""
+    return build().max_dense_tokens(dtype == torch.bfloat16)
+
+
 def find_compiler() -> list[str] | None:
     for command in (shlex.split(os.environ.get("CXX", "")) or ["g++"], ["clang++"]):
         if shutil.which(command[0]):

@@ -35,7 +35,7 @@ QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 co
 class Format:
     """The interface of a format. The methods here are those of a format that stores W unchanged."""
 
-    kind = 0  # the format's number in the kernels
+    format_id = 0  # the format's number in the kernels
     name: str | None = None  # in the output of --json
     quantization: dict | None = None  # in model.pth
     pack_factor = 1  # inputs that share a word: W can only be cut at multiples of it
@@ -59,6 +59,10 @@ class Format:
     def shard_format(self, length: int) -> "Format":
         """The format of such a shard."""
         return self
+
+    def inputs_per_scale(self, in_features: int) -> int:
+        """How many inputs of an output share a scale."""
+        return in_features
 
     def fits_kernels(self, in_features: int) -> bool:
         """Whether the kernels, C++ or Triton, take a W with in_features inputs."""
@@ -89,7 +93,7 @@ class Dequantized(Dense):
 class Int8(Format):
     """Symmetric, q from -127 to 127, one scale for each output."""
 
-    kind = 1
+    format_id = 1
     name = "int8"
     quantization = {"mode": "int8"}
 
@@ -136,7 +140,7 @@ class Int4(Format):
     may be shorter."""
 
     group_size: int
-    kind = 2
+    format_id = 2
     pack_factor = 8
 
     @property
@@ -188,6 +192,9 @@ class Int4(Format):
 
     def shard_format(self, length):
         return Int4(math.gcd(length, self.group_size))  # small enough that no group spans two groups of W
+
+    def inputs_per_scale(self, in_features):
+        return self.group_size
 
     def fits_kernels(self, in_features):
         return in_features % 8 == 0

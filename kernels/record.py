@@ -29,20 +29,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.schema import SCHEMAS
 
+# Recordings that a step keeps, since each holds the memory of all its activations. To record again costs some
+# milliseconds, as much as to call the operations one by one (docs/measurements.md).
+MAX_CPU_GRAPHS = 8
 current: "Recorder | None" = None  # the one that is recording now
 
 
 def record(step: Callable) -> Callable:
     """step, a function of tensors on one device (or None), recorded for every combination of their shapes."""
-    recordings = {}
+    recordings: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the ones used last at the end
 
     @torch.inference_mode()
     def replay(*args: Tensor | None):
         shapes = tuple(None if arg is None else arg.shape for arg in args)
-        if shapes not in recordings:
+        recording = recordings.pop(shapes, None)
+        if recording is None:
             on_gpu = any(arg is not None and arg.is_cuda for arg in args)
-            recordings[shapes] = CUDAGraph(step, args) if on_gpu else CPUGraph(step, args)
-        return recordings[shapes](args)
+            if not on_gpu and len(recordings) == MAX_CPU_GRAPHS:
+                del recordings[next(iter(recordings))]
+            recording = CUDAGraph(step, args) if on_gpu else CPUGraph(step, args)
+        recordings[shapes] = recording
+        return recording(args)
 
     return replay
 

@@ -1,6 +1,6 @@
 """The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
-kernels/__init__.py describes each. Weights of every format are read through w.matrix(dtype). If the weights are
+kernels/__init__.py describes each. Weights of every format are read through layer.matrix(dtype). If the weights are
 packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch".
 """
 
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x, w, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
+def linear(x, layer, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
-    y = F.linear(x, w.matrix(x.dtype), w.bias)
+    y = F.linear(x, layer.matrix(x.dtype), layer.bias)
     if activation:
         y = glu(y, activation)
-    if w.scale != 1:
-        y = y * w.scale
+    if layer.scale != 1:
+        y = y * layer.scale
     if out_dtype is not None:
         y = y.to(out_dtype)
-    if w.softcap:
-        y = cap(y, w.softcap)
-    if w.clip:
-        y = y.clamp(-w.clip, w.clip)
+    if layer.softcap:
+        y = cap(y, layer.softcap)
+    if layer.clip:
+        y = y.clamp(-layer.clip, layer.clip)
     return y if residual is None else residual + y
 
 
@@ -173,42 +173,42 @@ def route(logits: Tensor, top_k: int, normalize: bool, n_shared: int = 0) -> tup
     return topk_weights, topk_ids
 
 
-def experts_gate_up(x: Tensor, w, topk_ids: Tensor, norm=None, activation=None) -> Tensor:
+def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation=None) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
-    y = expert_products(repeated.reshape(-1, x.shape[-1]), w, topk_ids.flatten(), n_tokens=x.shape[-2])
-    y = y.view(*topk_ids.shape, w.out_features)
+    y = expert_products(repeated.reshape(-1, x.shape[-1]), layer, topk_ids.flatten(), n_tokens=x.shape[-2])
+    y = y.view(*topk_ids.shape, layer.out_features)
     return glu(y, activation) if activation else y
 
 
-def experts_down(hidden: Tensor, w, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
-    y = expert_products(hidden.flatten(0, -2), w, topk_ids.flatten(), n_tokens=hidden.shape[-3])
-    y = y.view(*topk_ids.shape, w.out_features) * topk_weights[..., None].to(y.dtype)
+def experts_down(hidden: Tensor, layer, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
+    y = expert_products(hidden.flatten(0, -2), layer, topk_ids.flatten(), n_tokens=hidden.shape[-3])
+    y = y.view(*topk_ids.shape, layer.out_features) * topk_weights[..., None].to(y.dtype)
     y = y.sum(-2)
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, w, expert_ids: Tensor, n_tokens: int) -> Tensor:
+def expert_products(x: Tensor, layer, expert_ids: Tensor, n_tokens: int) -> Tensor:
     """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_tokens: new tokens per sequence."""
     if not torch.compiler.is_compiling():
-        return by_expert(x, w, expert_ids)
+        return by_expert(x, layer, expert_ids)
     if n_tokens == 1:
-        return by_row(x, w, expert_ids)
-    return torch.compiler.disable(by_expert)(x, w, expert_ids)
+        return by_row(x, layer, expert_ids)
+    return torch.compiler.disable(by_expert)(x, layer, expert_ids)
 
 
-def by_expert(x: Tensor, w, expert_ids: Tensor) -> Tensor:
+def by_expert(x: Tensor, layer, expert_ids: Tensor) -> Tensor:
     """One product per expert, with all of its rows. The host waits to read which experts are used."""
-    y = x.new_empty(len(x), w.out_features)
+    y = x.new_empty(len(x), layer.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
-        y[rows] = F.linear(x[rows], w.matrix(x.dtype, e), None if w.bias is None else w.bias[e])
+        y[rows] = F.linear(x[rows], layer.matrix(x.dtype, e), None if layer.bias is None else layer.bias[e])
     return y
 
 
-def by_row(x: Tensor, w, expert_ids: Tensor) -> Tensor:
+def by_row(x: Tensor, layer, expert_ids: Tensor) -> Tensor:
     """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
     product and sum into one loop. Not compiled, this would first copy the experts' weights."""
-    y = (w.matrix(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
-    return (y if w.bias is None else y + w.bias[expert_ids].float()).to(x.dtype)
+    y = (layer.matrix(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
+    return (y if layer.bias is None else y + layer.bias[expert_ids].float()).to(x.dtype)

@@ -3,8 +3,8 @@
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 take the arguments of this schema, so a change here is a change in both. kernels/__init__.py says what each one does.
 
-A weight [N, K] is six arguments, WEIGHT: its tensors as kernels/formats.py packs them, Format.kind, the number of
-outputs n, and how many inputs share a scale. activation is a number of ACTIVATIONS.
+A weight [N, K] is six arguments, WEIGHT: its tensors as kernels/formats.py packs them, Format.format_id, the number of
+outputs n, and how many inputs share a scale. activation is a number of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 NAMESPACES = ("gptfast", "gptfast_triton")
-ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "clamped_swiglu": 3}  # also in reference.py, csrc/simd.h
-WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int kind, int n, int group_size"
+ACTIVATION_IDS = {None: 0, "silu": 1, "gelu_tanh": 2, "clamped_swiglu": 3}  # of the kernels; also in csrc/simd.h
+WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
 SCHEMAS: dict[str, str] = {}  # name -> schema of the leaf operations, the only ones that a recorded CPU step may call
 
 
@@ -46,7 +46,7 @@ def implement_in_triton(function: Callable) -> Callable:
     "float softcap, float clip, bool float32_out) -> Tensor"
 )
 def linear(
-    x, weight, scales, zeros, kind, n, group_size, bias, norm, eps, residual, activation, scale, softcap, clip,
+    x, weight, scales, zeros, format_id, n, group_size, bias, norm, eps, residual, activation, scale, softcap, clip,
     float32_out,
 ):  # fmt: skip
     dtype = torch.float32 if float32_out else x.dtype
@@ -89,17 +89,17 @@ def route(logits, top_k, normalize, n_shared):
 
 
 @define(f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm, float eps, int activation) -> Tensor")
-def experts_gate_up(x, weight, scales, zeros, kind, n, group_size, bias, topk_ids, norm, eps, activation):
+def experts_gate_up(x, weight, scales, zeros, format_id, n, group_size, bias, topk_ids, norm, eps, activation):
     return x.new_empty(*topk_ids.shape, n // 2 if activation else n)
 
 
 @define(f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor topk_weights, Tensor? residual) -> Tensor")
-def experts_down(hidden, weight, scales, zeros, kind, n, group_size, bias, topk_ids, topk_weights, residual):
+def experts_down(hidden, weight, scales, zeros, format_id, n, group_size, bias, topk_ids, topk_weights, residual):
     return hidden.new_empty(*topk_ids.shape[:-1], n)
 
 
 @define(f"({WEIGHT}, int k, ScalarType dtype) -> Tensor", recordable=False)  # for prefill, which is not recorded
-def dequantize(weight, scales, zeros, kind, n, group_size, k, dtype):
+def dequantize(weight, scales, zeros, format_id, n, group_size, k, dtype):
     return weight.new_empty(n, k, dtype=dtype)
 
 

@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.formats import Int4, Int8
-from kernels.schema import ACTIVATIONS, implement_in_triton
+from kernels.schema import ACTIVATION_IDS, implement_in_triton
 from kernels.triton_int4 import magic_word, offset_of, scales_and_zeros, tiles_to_floats
 from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_previous_kernel
 
-INT8, INT4 = tl.constexpr(Int8.kind), tl.constexpr(Int4.kind)
-SILU, GELU_TANH = tl.constexpr(ACTIVATIONS["silu"]), tl.constexpr(ACTIVATIONS["gelu_tanh"])
-CLAMPED_SWIGLU = tl.constexpr(ACTIVATIONS["clamped_swiglu"])
+INT8, INT4 = tl.constexpr(Int8.format_id), tl.constexpr(Int4.format_id)
+SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["silu"]), tl.constexpr(ACTIVATION_IDS["gelu_tanh"])
+CLAMPED_SWIGLU = tl.constexpr(ACTIVATION_IDS["clamped_swiglu"])
 PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the previous kernel: about what its loop does
 
 # ---- linear ---------------------------------------------------------------------------------------------------------
@@ -335,14 +335,14 @@ def rms_norm_kernel(
 
 
 def launch_linear(
-    y: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, kind: int, n: int, group_size: int,
+    y: Tensor, x: Tensor, weight: Tensor, scales: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
     activation: int = 0, scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0, topk_ids: Tensor | None = None,
 ):  # fmt: skip
     """Fills y with linear_kernel. With topk_ids [M, top_k] y has a row for each id, and x a row for each token or for
     each id."""
     k = x.shape[-1]
-    n_rows, is_int4 = x.numel() // k, kind == Int4.kind
+    n_rows, is_int4 = x.numel() // k, format_id == Int4.format_id
     m, n_pairs, top_k = n_rows, 1, 1
     if topk_ids is not None:
         n_pairs, top_k = topk_ids.numel(), topk_ids.shape[-1]
@@ -357,7 +357,7 @@ def launch_linear(
         weight, scales, bias, x, norm, residual, topk_ids, y,
         eps, scale if scale != 1 else None, softcap or None, clip or None, magic_word(x.dtype), n,
         m, k, group_size, top_k, n_rows > m,
-        kind, activation, dot_dtype(x),
+        format_id, activation, dot_dtype(x),
         BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(m)),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -382,28 +382,28 @@ def supports(w) -> bool:
 
 @implement_in_triton
 def linear(
-    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, scale: float,
     softcap: float, clip: float, float32_out: bool,
 ) -> Tensor:  # fmt: skip
-    """[residual +] [clip] [cap] scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to MAX_ROWS rows
-    and W [n, K]."""
+    """[residual +] [clip] [cap] scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to
+    MAX_TRITON_TOKENS rows and W [n, K]."""
     dtype = torch.float32 if float32_out else x.dtype
     y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
     epilogue = activation, scale, softcap, clip
-    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, residual, *epilogue)
+    launch_linear(y, x, weight, scales, format_id, n, group_size, bias, norm, eps, residual, *epilogue)
     return y
 
 
 @implement_in_triton
 def dequantize(
-    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int, k: int,
+    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The matrix W [n, k] of an int8 or int4 weight."""
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, 16), triton.cdiv(k, 64)
-    dequantize_kernel[grid](weight, scales, y, n, k, group_size, kind)
+    dequantize_kernel[grid](weight, scales, y, n, k, group_size, format_id)
     return y
 
 

@@ -72,25 +72,27 @@ def moe_combine(
 
 @implement_in_triton
 def experts_gate_up(
-    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, topk_ids: Tensor, norm: Tensor | None, eps: float, activation: int,
 ) -> Tensor:  # fmt: skip
     """x [..., dim] times the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and activation
     as in linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
     y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
-    launch_linear(y, x, weight, scales, kind, n, group_size, bias, norm, eps, activation=activation, topk_ids=topk_ids)
+    launch_linear(
+        y, x, weight, scales, format_id, n, group_size, bias, norm, eps, activation=activation, topk_ids=topk_ids
+    )
     return y
 
 
 @implement_in_triton
 def experts_down(
-    hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, kind: int, n: int, group_size: int,
-    bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
+    hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
+    group_size: int, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """hidden [..., top_k, F] times the experts topk_ids [..., top_k] of W [E, n, F], plus bias [E, n], summed with
     topk_weights: [residual +] [..., n]."""
     y = hidden.new_empty(*topk_ids.shape, n, dtype=torch.float32)
-    launch_linear(y, hidden, weight, scales, kind, n, group_size, bias, topk_ids=topk_ids)
+    launch_linear(y, hidden, weight, scales, format_id, n, group_size, bias, topk_ids=topk_ids)
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
     grid = triton.cdiv(n, 512), out.numel() // n
     moe_combine[grid](

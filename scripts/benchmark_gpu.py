@@ -437,7 +437,7 @@ def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.devi
     bits, group_size = 8 * weights[0].weight.element_size(), k
     if isinstance(format, Int4):
         bits, group_size = 4, format.group_size
-    x = torch.randn(1, kernels.MAX_ROWS, k, device=device, dtype=torch.bfloat16)
+    x = torch.randn(1, kernels.MAX_TRITON_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_of(x.device).tuned  # choose_tiles looks into it
     key = table_key(bits, n, k, gated, group_size)
     tuned.pop(key, None)
@@ -454,7 +454,7 @@ def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.devi
     possible = [launch for launch in dict.fromkeys([guess, *LAUNCHES]) if launch[0] % 2 == 0 or not gated]
     times = {launch: microseconds(launch, n_rows=1) for launch in possible}
     for launch in sorted(times, key=times.get):
-        if times[launch] < math.inf and microseconds(launch, n_rows=kernels.MAX_ROWS) < math.inf:
+        if times[launch] < math.inf and microseconds(launch, n_rows=kernels.MAX_TRITON_TOKENS) < math.inf:
             print(f"{key}: {launch} takes {times[launch]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
             write_launch(key, dict(zip(TILES, launch, strict=True)))
             return

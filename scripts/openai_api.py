@@ -1,6 +1,5 @@
 """OpenAI's API: the JSON of requests and responses, to and from what scheduler.py computes. serve.py calls it."""
 
-import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -18,22 +17,19 @@ UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_p
 # ---- Requests -------------------------------------------------------------------------------------------------------
 
 
-def parse_body(data: bytes) -> dict:
-    try:
-        body = json.loads(data)
-        json.dumps(body, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is not text
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"the request is not JSON: {e}") from None
-    require(isinstance(body, dict), "the request must be a JSON object")
-    return body
-
-
 def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, length: int) -> list[Request]:
     """What body asks for: n texts for each of its prompts. length: most tokens of a prompt and its text. Raises
     UsageError."""
     for name in UNSUPPORTED:
         require(not body.get(name), f"{name} is not supported")
-    prompts = [encode_messages(body, tokenizer)] if is_chat else encode_prompts(body, tokenizer)
+    if is_chat:
+        messages = body.get("messages")
+        require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
+        prompts = [tokenizer.encode_chat([read_message(message) for message in messages])]
+        n_logprobs = number(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if body.get("logprobs") else None
+    else:
+        prompts = encode_prompts(body.get("prompt"), tokenizer)
+        n_logprobs = number(body, "logprobs", None, 0, MAX_LOGPROBS)
     n = number(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
     room = length - max(map(len, prompts))
@@ -41,18 +37,21 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, length: int) -
     max_tokens = number(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
     max_tokens = number(body, "max_completion_tokens", max_tokens, 1, room)
     temperature, top_p = number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1)
-    sampling = Sampling(temperature, number(body, "top_k", None, 1, 2**31), top_p)
+    min_p, repetition_penalty = number(body, "min_p", 0.0, 0, 1), number(body, "repetition_penalty", 1.0, 0.01, 100)
+    sampling = Sampling(temperature, number(body, "top_k", None, 1, 2**31), top_p, min_p, repetition_penalty)
     seed = number(body, "seed", secrets.randbits(31), -(2**62), 2**62)
-    stop = read_stop(body)
-    n_logprobs = number(body, "top_logprobs" if is_chat else "logprobs", None, 0, MAX_LOGPROBS)
-    if is_chat and body.get("logprobs"):
-        n_logprobs = n_logprobs or 0
-    each = [prompt for prompt in prompts for _ in range(n)]
-    return [Request(prompt, max_tokens, sampling, seed + i, stop, is_chat, n_logprobs) for i, prompt in enumerate(each)]
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
+    require(is_valid and len(stop) <= MAX_STOPS, f"stop must be {MAX_STOPS} texts of {MAX_STOP_LENGTH} letters at most")
+    return [
+        Request(prompts[i // n], max_tokens, sampling, seed + i, tuple(stop), is_chat, n_logprobs)
+        for i in range(n * len(prompts))
+    ]
 
 
-def encode_prompts(body: dict, tokenizer: Tokenizer) -> list[list[int]]:
-    prompts = body.get("prompt")
+def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
+    """prompts: a text, a list of token ids, or a list of these."""
     if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
         prompts = [prompts]
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts[: MAX_TEXTS + 1]]
@@ -62,12 +61,6 @@ def encode_prompts(body: dict, tokenizer: Tokenizer) -> list[list[int]]:
     return ids
 
 
-def encode_messages(body: dict, tokenizer: Tokenizer) -> list[int]:
-    messages = body.get("messages")
-    require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
-    return tokenizer.encode_chat([read_message(message) for message in messages])
-
-
 def read_message(fields) -> dict:
     """A message as the tokenizer takes it."""
     role, content = (fields.get("role"), fields.get("content")) if isinstance(fields, dict) else (None, None)
@@ -75,16 +68,8 @@ def read_message(fields) -> dict:
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     message = {"role": "system" if role == "developer" else role, "content": content}
-    require(is_message(message), "a message needs a role (system, developer, user, assistant) and a text as its content")
+    require(is_message(message), "a message must have a role (system, user, assistant) and a text as content")
     return message
-
-
-def read_stop(body: dict) -> tuple[str, ...]:
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
-    require(is_valid and len(stop) <= MAX_STOPS, f"stop must be up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
-    return tuple(stop)
 
 
 def number(body: dict, name: str, default, low: float, high: float):
@@ -131,8 +116,8 @@ class Reply:
         for request, completion in self.completions.items():
             n_characters, n_tokens = self.sent[request]
             if len(completion.tokens) > n_tokens:
+                self.sent[request] = len(completion.text), len(completion.tokens)  # now: it may grow during the yield
                 yield self.chunk([self.choice(completion, "delta", n_characters, n_tokens)])
-                self.sent[request] = len(completion.text), len(completion.tokens)
 
     def usage(self) -> dict:
         n_prompt = sum({id(request.prompt): len(request.prompt) for request in self.completions}.values())

@@ -5,8 +5,8 @@
     curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
 /v1/models, /v1/completions and /v1/chat/completions, the last two also streaming, for many clients at once. A client
-that disconnects frees its rows of the KV cache. After Ctrl-C or SIGTERM the server completes the answers in flight and
-ends, after a second signal it ends at once.
+that disconnects frees its rows of the KV cache. After Ctrl-C or SIGTERM the server completes the answers in flight. A
+second signal ends it at once.
 """
 
 import sys
@@ -18,7 +18,6 @@ import cli
 if __name__ == "__main__":
     cli.exit_on_interrupt()
 
-import argparse
 import asyncio
 import hmac
 import json
@@ -29,7 +28,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from openai_api import Reply, parse_body, read_request
+from openai_api import Reply, read_request, require
 
 from config import UsageError
 from loading import load
@@ -52,24 +51,11 @@ MAX_BODY = 4 * 2**20  # bytes of a request
 
 
 def main():
-    args = parse_args()
-    cli.set_threads(args.threads)
-    listener = listen(args.host, args.port)
-    model, tokenizer = load(args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision))
-    length = min(args.max_length, model.config.max_seq_len)
-    scheduler = Scheduler(model, args.parallel, length, compile=args.compile, oom_hint=OOM_HINT)
-    model_name = args.checkpoint_path.absolute().parent.name
-    server = Server(Engine(scheduler, args.device), tokenizer, model_name, args.api_key)
-    print(f"http://{args.host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
-    server.run([listener])
-
-
-def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_checkpoint_path(parser)
     add("--host", default="127.0.0.1", help="default: %(default)s, which only this machine can reach")
-    add("--port", type=int, default=8000, help="default: %(default)s")
+    add("--port", type=int, default=8000, help="default: %(default)s; 0: any that is free")
     add("--api_key", help="refuse requests without the header `Authorization: Bearer API_KEY`")
     add("--parallel", type=int, default=8, help="texts computed at a time (default: %(default)s)")
     add("--max_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
@@ -78,11 +64,19 @@ def parse_args() -> argparse.Namespace:
     cli.add_precision(parser)
     cli.add_threads(parser)
     args = parser.parse_args()
-    if min(args.parallel, args.max_length) < 1:
-        raise UsageError("--parallel and --max_length must be at least 1")
-    if "" in (args.host, args.api_key):  # as of an unset variable: it would let in everybody
-        raise UsageError("--host and --api_key must not be empty")
-    return args
+    require(min(args.parallel, args.max_length) > 0, "--parallel and --max_length must be at least 1")
+    require("" not in (args.host, args.api_key), "--host and --api_key must not be empty: it would let in everybody")
+    cli.set_threads(args.threads)
+
+    listener = listen(args.host, args.port)
+    model, tokenizer = load(args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision))
+    length = min(args.max_length, model.config.max_seq_len)
+    scheduler = Scheduler(model, args.parallel, length, compile=args.compile, oom_hint=OOM_HINT)
+    model_name = args.checkpoint_path.absolute().parent.name
+    server = Server(Engine(scheduler, args.device), tokenizer, model_name, args.api_key)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
+    server.run([listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -115,7 +109,7 @@ class Engine:
                     self.step = asyncio.create_task(self.run_step())
                 if await client.is_disconnected():
                     raise http.ClientDisconnect
-                await asyncio.shield(self.step)
+                await asyncio.shield(self.step)  # a client that is cancelled must not cancel it
                 for completion in completions.values():
                     if completion.error is not None:
                         raise HTTPException(500, completion.error)
@@ -156,7 +150,7 @@ class Server(uvicorn.Server):
         ]
         handlers = dict.fromkeys((HTTPException, UsageError, http.ClientDisconnect, Exception), error_response)
         app = Starlette(routes=routes, exception_handlers=handlers)
-        super().__init__(uvicorn.Config(app, http="h11", log_level="warning"))
+        super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
 
     def handle_exit(self, signum: int, frame):
         if self.should_exit:  # the second signal
@@ -170,12 +164,14 @@ class Server(uvicorn.Server):
 
     async def complete(self, client: http.Request) -> Response:
         self.check_key(client)
-        body, is_chat = parse_body(await read_body(client)), client.scope["path"] == "/v1/chat/completions"
+        body, is_chat = await read_body(client), client.scope["path"] == "/v1/chat/completions"
         requests = read_request(body, is_chat, self.tokenizer, self.engine.scheduler.length)
         reply = Reply(requests, self.tokenizer, self.model_name)
         steps = self.engine.compute(reply.completions, client)
         if body.get("stream"):
-            return StreamingResponse(stream(reply, steps, body), media_type="text/event-stream")
+            options = body.get("stream_options")
+            with_usage = isinstance(options, dict) and options.get("include_usage")
+            return StreamingResponse(stream(reply, steps, with_usage), media_type="text/event-stream")
         async for _ in steps:
             pass
         return JSONResponse(reply.whole())
@@ -186,24 +182,30 @@ class Server(uvicorn.Server):
             raise HTTPException(401, "the API key is missing or wrong")
 
 
-async def read_body(client: http.Request) -> bytes:
+async def read_body(client: http.Request) -> dict:
     data = bytearray()
     async for chunk in client.stream():
         data += chunk
         if len(data) > MAX_BODY:
             raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
-    return bytes(data)
+    try:
+        body = json.loads(data)
+        json.dumps(body, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is not text
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"the request is not JSON: {e}") from None
+    require(isinstance(body, dict), "the request must be a JSON object")
+    return body
 
 
-async def stream(reply: Reply, steps: AsyncIterator[None], body: dict) -> AsyncIterator[str]:
+async def stream(reply: Reply, steps: AsyncIterator[None], with_usage: bool) -> AsyncIterator[str]:
     """The server-sent events of a reply that grows with steps."""
     try:
         async for _ in steps:
             for chunk in reply.new_chunks():
                 yield f"data: {json.dumps(chunk)}\n\n"
-        if wants_usage(body):
-            yield f"data: {json.dumps(reply.usage_chunk())}\n\n"
-    except HTTPException as e:  # the response has begun, so the error is one more event
+        if with_usage:
+            yield f"data: {json.dumps(reply.chunk([]) | {'usage': reply.usage()})}\n\n"
+    except (HTTPException, http.ClientDisconnect) as e:  # the response has begun, so the error is one more event
         error = await error_response(None, e)
         yield f"data: {error.body.decode()}\n\n"
     yield "data: [DONE]\n\n"

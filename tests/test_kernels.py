@@ -54,8 +54,12 @@ def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
 
 
 def packed(module):
+    """module on the kernels, for as many tokens as these can take."""
     kernels.pack_weights(module)
-    assert all(m.backend == "cpu" for m in module.modules() if isinstance(m, Linear))
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            assert layer.backend == "cpu" and 8 <= layer.max_tokens <= kernels.MAX_TOKENS
+            layer.max_tokens = kernels.MAX_TOKENS
     return module
 
 
@@ -108,6 +112,44 @@ def test_linear(format, dtype):
                 for activation in ACTIVATIONS:
                     ours = kernels.linear(x, w, norm, activation=activation)
                     check_glu(ours, activation, y, wide_bound, fused=n % 32 == 0)
+
+
+@built
+@pytest.mark.parametrize("format", FORMATS, ids=names)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_many_tokens(format, dtype):
+    """In several blocks of tokens, or where the CPU has a matrix unit in tiles. There bfloat16 activations are not
+    rounded, but int4 weights are."""
+    torch.manual_seed(0)
+    in_tiles = dtype == torch.bfloat16 and kernels.cpu.build().has_tiles_of_bf16()
+    for n, k in [(33, 72), (64, 200), (100, 576)]:
+        w, norm = make(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
+        matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+        bias = 0 if w.bias is None else w.bias.double()
+        packed(w)
+        for tokens in (6, 9, 15, 16, 17, 33, 64):
+            x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
+            x[2], x[4, 1] = 0, torch.nan  # neither changes another token's result
+            for given_norm in (None, norm):
+                normed = reference.rms_norm(x, norm.weight, norm.eps) if given_norm else x
+                seen = normed if in_tiles and tokens > 8 else as_seen(normed, format)
+                y = seen.double() @ matrix.T + bias
+                step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
+                step += bounds.step_of(normed.nan_to_num(), quantized=False)
+                bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
+                if in_tiles and isinstance(format, Int4):
+                    bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
+                ours = kernels.linear(x, w, given_norm, residual)
+                total = y + residual.double()
+                assert ours[4].isnan().all()
+                others = torch.arange(tokens) != 4
+                bounds.check(ours[others], total[others], (bound + bounds.of_rounding(total, dtype))[others])
+                if n % 32 == 0:
+                    ours = kernels.linear(x, w, given_norm, activation="silu")
+                    check_glu(ours[others], "silu", y[others], bound[others], fused=True)
+    with pytest.raises(RuntimeError, match="1 to 64"):
+        arguments = kernels.weight_arguments(w)
+        torch.ops.gptfast.linear(torch.zeros(65, k, dtype=dtype), *arguments, None, None, 0, None, 0, 1, 0, 0, False)
 
 
 def check_glu(ours: torch.Tensor, activation: str, gate_up: torch.Tensor, error: torch.Tensor, fused: bool):
@@ -190,7 +232,7 @@ def test_softcap_of_extremes():
 
 @built
 @pytest.mark.parametrize("format", FORMATS, ids=names)
-@pytest.mark.parametrize("rows", [0, 1, 5, 64])
+@pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
 def test_linear_near_its_reference(format, rows):
     """Within the rounding of activations of the weight-only product, whichever path the number of rows takes."""
     for dtype in DTYPES:
@@ -289,12 +331,12 @@ def test_rms_norm(dtype):
     torch.manual_seed(0)
     for k in (5, 37, 576):
         norm = make_norm(k, dtype)
-        for rows in (1, 3, 8, 12):  # the last in PyTorch
+        for rows in (1, 3, 8, 17, 65):  # the last in PyTorch
             x, residual = (torch.randn(1, rows, k) * 3).to(dtype), torch.randn(1, rows, k).to(dtype)
             exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
             # The sum of squares, and the rounding before the product with the weight
             bound = ((k + 8) * bounds.U[torch.float32] + bounds.U[dtype]) * exact.abs() + bounds.SMALLEST[dtype]
-            bound = bound + bounds.of_rounding(exact, dtype) * (2 if rows > 8 else 1)  # PyTorch rounds the product too
+            bound = bound + bounds.of_rounding(exact, dtype) * (2 if rows > 64 else 1)  # PyTorch rounds the product too
             bounds.check(norm(x, backend="cpu"), exact, bound)
             total = exact + residual.double()
             bounds.check(norm(x, residual, "cpu"), total, bound + bounds.of_rounding(total, dtype))
@@ -368,6 +410,26 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
             ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window, *norms)
             check_cache(qkv, cache, theirs, positions, n_heads, norms)
             bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms))
+
+
+@built
+@pytest.mark.parametrize("n_heads, n_kv_heads, d", [(9, 3, 64), (2, 1, 256), (6, 2, 40)])
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_many_tokens(n_heads, n_kv_heads, d, window, dtype):
+    """In one sequence or in many, and with larger chunks of keys than few tokens have."""
+    torch.manual_seed(0)
+    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1400)
+    for tokens, starts in [(9, [510]), (64, [0]), (33, [1340]), (7, [0, 1390, 3, 600]), (1, list(range(0, 1020, 60)))]:
+        B = len(starts)
+        positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+        k, v = torch.randn(2, B, n_kv_heads, 1400, d).to(dtype).unbind()
+        for b, start in enumerate(starts):
+            k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
+        theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
+        ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window)
+        check_cache(qkv, cache, theirs, positions, n_heads, (None, None))
+        bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, (None, None)))
 
 
 @built
@@ -513,9 +575,11 @@ def test_experts(format, dtype):
         gate_up = make(2 * ffn_dim, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
         down = make(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
         cases = []
-        for rows in (1, 3, 8, 12):  # the last goes to PyTorch, from packed weights
+        for rows in (1, 3, 8, 33, 64, 65):  # the last goes to PyTorch, from packed weights
             x = torch.randn(1, rows, 64).to(dtype)
             topk_weights, topk_ids = reference.route(torch.randn(1, rows, 6) * 2, 3, True)
+            if rows == 64:  # more than 64 times the same expert
+                topk_ids[:, :40] = 5
             hidden = gate_up(x, topk_ids, norm, activation)
             cases.append((x, topk_weights, topk_ids, hidden, down(hidden, topk_ids, topk_weights, x)))
         packed(gate_up), packed(down)

@@ -6,7 +6,7 @@ import torch
 import kernels
 from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Int4, Int8
-from kernels.record import graph_break, record
+from kernels.record import MAX_CPU_GRAPHS, graph_break, record
 from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer, rope_table
 from tests.test_kernels import make, make_norm, packed
 
@@ -32,8 +32,7 @@ def make_model(format, dtype: torch.dtype, **config) -> Transformer:
         w.set_format(format)
         for name, tensor in stored.items():
             w.set_tensor(name, tensor)
-    kernels.pack_weights(model)
-    return model
+    return packed(model)
 
 
 @built
@@ -46,7 +45,7 @@ def test_replayed_is_computed(format, dtype, family):
     caches = [KVCache(model, 2, 40) for _ in range(2)]
     recorded = record(lambda tokens, positions: model(tokens, positions, caches[1]))
     generator = torch.Generator().manual_seed(1)
-    steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37])]
+    steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, positions in steps:
             assert model.uses_kernels(2, n_tokens)
@@ -111,6 +110,21 @@ def test_recording_computes_nothing_and_results_are_overwritten():
     before = first.clone()
     assert recorded(torch.tensor([[6]]), position) is first and not torch.equal(first, before)
     assert torch.equal(recorded(torch.tensor([[5]]), position), before) and len(calls) == 1
+
+
+@built
+def test_recordings_are_bounded():
+    """The ones used last stay. The others are recorded again."""
+    shapes = []
+
+    def step(x):
+        shapes.append(len(x))
+        return kernels.add(x, x, "cpu")
+
+    recorded, n = record(step), MAX_CPU_GRAPHS
+    for length in [*range(1, n + 1), 1, n + 1, 1, 2]:
+        assert torch.equal(recorded(torch.ones(length)), torch.full((length,), 2.0))
+    assert shapes == [*range(1, n + 2), 2]
 
 
 @built

@@ -472,7 +472,7 @@ def test_torch_compile(small_gpu):
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def step(tokens, positions, kv_cache):
-        return (compiled if tokens.numel() <= kernels.MAX_ROWS else model)(tokens, positions, kv_cache)
+        return (compiled if tokens.numel() <= kernels.MAX_TRITON_TOKENS else model)(tokens, positions, kv_cache)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

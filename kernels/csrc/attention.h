@@ -2,7 +2,7 @@
 //
 // It is Flash-Decoding, in three phases with a barrier between them. In each of them the threads share out other tasks:
 //   1. rotate_heads      a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
-//   2. attend_to_chunks  a chunk of KV_CHUNK keys of a key/value head: a partial output, and its softmax's m_i and l_i
+//   2. attend_to_chunks  some tokens and a chunk of a key/value head: partial outputs, and their softmax's m_i and l_i
 //   3. combine_chunks    a query head: combine the partial outputs of all chunks
 //
 // Every row of the batch has its own position, which is read at execution. So the time depends on how many keys are in
@@ -13,7 +13,9 @@
 
 #include "weights.h"
 
-constexpr int64_t KV_CHUNK = 256;
+constexpr int64_t TOKEN_BLOCK = 8;  // new tokens that read a chunk of keys together
+constexpr int64_t KV_CHUNK = 256;   // keys of a chunk, for up to TOKEN_BLOCK tokens
+constexpr int64_t MAX_KV_CHUNK = KV_CHUNK * (MAX_TOKENS / TOKEN_BLOCK);
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 // RoPE: rotates the pairs (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). Writes out [d], which may be x.
@@ -117,17 +119,16 @@ inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
   return {m_i, sum(l_i)};
 }
 
-using Scores = float[KV_CHUNK];
-
-// out [Q, D] = p [Q, n] . v [n, D] for Q queries, which share the loads of v. Prefetches next [n, D] if it is not null.
+// out [Q, D] = p [Q, n] . v [n, D] for Q queries, which share the loads of v. p's rows are stride apart. Prefetches next
+// [n, D] if it is not null.
 template <int64_t D, int Q, typename T>
-void add_values(const Scores* p, const T* v, int64_t n, float* out, const T* next) {
+void add_values(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
   Vec acc[Q][D / LANES] = {};
   for (int64_t s = 0; s < n; s++) {
     if (next) prefetch_row(next + s * D, D);
     for (int64_t i = 0; i < D / LANES; i++) {
       const Vec x = load_vec(v + s * D + LANES * i);
-      for (int h = 0; h < Q; h++) acc[h][i] += p[h][s] * x;
+      for (int h = 0; h < Q; h++) acc[h][i] += p[h * stride + s] * x;
     }
   }
   std::memcpy(out, acc, sizeof acc);
@@ -138,16 +139,17 @@ template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 
 // add_values for n_queries, 1 to MAX_Q, and for any d.
 template <int64_t D, typename T>
-void weigh_values(int64_t n_queries, const Scores* p, const T* v, int64_t n, int64_t d, float* out, const T* next) {
+void weigh_values(int64_t n_queries, const float* p, int64_t stride, const T* v, int64_t n, int64_t d, float* out,
+                  const T* next) {
   if constexpr (D > 0) {
     constexpr int Q = MAX_Q<D>;  // 1, 2 or 4
     static constexpr decltype(&add_values<D, 1, T>) by_queries[] = {
         add_values<D, 1, T>, add_values<D, std::min(2, Q), T>, add_values<D, std::min(3, Q), T>, add_values<D, Q, T>};
-    by_queries[n_queries - 1](p, v, n, out, next);
+    by_queries[n_queries - 1](p, stride, v, n, out, next);
   } else {
     std::fill_n(out, d, 0.0f);
     for (int64_t s = 0; s < n; s++)
-      for (int64_t i = 0; i < d; i++) out[i] += p[0][s] * to_float(v[s * d + i]);
+      for (int64_t i = 0; i < d; i++) out[i] += p[s] * to_float(v[s * d + i]);
   }
 }
 
@@ -170,8 +172,13 @@ template <typename T> struct AttendOp {
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, positions[b] - window + 1) : 0; }
-  int64_t n_chunks(int64_t b) const { return (positions[b] + n_tokens - first_key(b) + KV_CHUNK - 1) / KV_CHUNK; }
-  int64_t max_chunks() const { return (capacity + KV_CHUNK - 1) / KV_CHUNK; }
+  // Keys of a chunk. More tokens have larger chunks, so that their partial outputs take no more memory.
+  int64_t chunk_size() const { return KV_CHUNK * ((batch * n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK); }
+  int64_t chunks_of(int64_t n_keys) const { return (n_keys + chunk_size() - 1) / chunk_size(); }
+  int64_t n_chunks(int64_t b) const { return chunks_of(positions[b] + n_tokens - first_key(b)); }
+  int64_t max_chunks() const { return chunks_of(capacity); }
+  // A sequence's new tokens are in blocks of up to TOKEN_BLOCK.
+  int64_t n_token_blocks() const { return (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }
 
   // The queries that look at the same key/value head lie side by side, as [n_tokens, heads_per_kv].
   int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
@@ -239,54 +246,63 @@ template <typename T> struct AttendOp {
     }
   }
 
-  // A task is a chunk of a key/value head of a row b of the batch, in this order: [b, kv_head, chunk].
+  // A block of new tokens and a chunk of keys of a key/value head, of row b of the batch.
+  struct Task { int64_t b, kv_head, chunk, token_block; };
+
+  // The tasks are in this order: [b, kv_head, chunk, token_block].
   void attend_to_chunks(const Shared& shared) const {
+    const int64_t n_blocks = n_token_blocks();
     int64_t n_tasks = 0;
-    for (int64_t b = 0; b < batch; b++) n_tasks += n_kv_heads * n_chunks(b);
+    for (int64_t b = 0; b < batch; b++) n_tasks += n_kv_heads * n_chunks(b) * n_blocks;
     const Share share = my_share(n_tasks);
-    int64_t first_task = 0;  // of row b
-    for (int64_t b = 0; b < batch; first_task += n_kv_heads * n_chunks(b), b++) {
-      const int64_t begin = std::max(share.begin - first_task, int64_t(0));
-      const int64_t end = std::min(share.end - first_task, n_kv_heads * n_chunks(b));
-      for (int64_t task = begin; task < end; task++) attend_to_chunk(shared, b, task / n_chunks(b), task % n_chunks(b));
+    for (int64_t b = 0, first = 0; b < batch; b++) {  // first: b's first task
+      const int64_t n = n_chunks(b), end = first + n_kv_heads * n * n_blocks;
+      for (int64_t i = std::max(share.begin, first) - first; i < std::min(share.end, end) - first; i++)
+        attend_to_chunk(shared, {b, i / n_blocks / n, i / n_blocks % n, i % n_blocks});
+      first = end;
     }
   }
 
-  void attend_to_chunk(const Shared& shared, int64_t b, int64_t kv_head, int64_t chunk) const {
-    if (head_dim == 64) attend_to_chunk<64>(shared, b, kv_head, chunk);
-    else if (head_dim == 128) attend_to_chunk<128>(shared, b, kv_head, chunk);
-    else if (head_dim == 256) attend_to_chunk<256>(shared, b, kv_head, chunk);
-    else attend_to_chunk<0>(shared, b, kv_head, chunk);
+  void attend_to_chunk(const Shared& shared, const Task& task) const {
+    if (head_dim == 64) attend_to_chunk<64>(shared, task);
+    else if (head_dim == 128) attend_to_chunk<128>(shared, task);
+    else if (head_dim == 256) attend_to_chunk<256>(shared, task);
+    else attend_to_chunk<0>(shared, task);
   }
 
-  // All queries of a key/value head, up to MAX_Q heads of one token at a time. The first of them read the chunk from
-  // memory, so they prefetch: score_keys prefetches the chunk's values, weigh_values the next chunk's keys.
-  template <int64_t D> void attend_to_chunk(const Shared& shared, int64_t b, int64_t kv_head, int64_t chunk) const {
+  // All queries of the tokens, up to MAX_Q heads of one token at a time. The first of them read the chunk from memory,
+  // so they prefetch: score_keys prefetches the chunk's values, weigh_values the next chunk's keys.
+  template <int64_t D> void attend_to_chunk(const Shared& shared, const Task& task) const {
+    const auto [b, kv_head, chunk, token_block] = task;
     const int64_t d = D ? D : head_dim;
-    const int64_t chunk_begin = first_key(b) + chunk * KV_CHUNK;
-    const int64_t chunk_end = std::min(positions[b] + n_tokens, chunk_begin + KV_CHUNK);
+    const int64_t chunk_begin = first_key(b) + chunk * chunk_size();
+    const int64_t chunk_end = std::min(positions[b] + n_tokens, chunk_begin + chunk_size());
+    const int64_t first_token = n_tokens * token_block / n_token_blocks();
+    const int64_t end_token = n_tokens * (token_block + 1) / n_token_blocks();
     const T *k = cached(k_cache, b, kv_head, 0), *v = cached(v_cache, b, kv_head, 0);
-    const int64_t head = b * n_kv_heads + kv_head;
-    const T* q = shared.q + head * queries_per_kv() * d;
-    float* partial = shared.partial + (head * max_chunks() + chunk) * queries_per_kv() * d;
-    Softmax* softmax = shared.softmax + (head * max_chunks() + chunk) * queries_per_kv();
-    alignas(64) Scores scores[MAX_Q<D>];
-    for (int64_t t = 0; t < n_tokens; t++) {
+    const int64_t head = b * n_kv_heads + kv_head, first_query = query_index(first_token, 0);
+    const int64_t first_result = (head * max_chunks() + chunk) * queries_per_kv() + first_query;
+    const T* q = shared.q + (head * queries_per_kv() + first_query) * d;
+    float* partial = shared.partial + first_result * d;
+    Softmax* softmax = shared.softmax + first_result;
+    alignas(64) float scores[MAX_Q<D> * MAX_KV_CHUNK];  // chunk_size() for each query
+    for (int64_t t = first_token; t < end_token; t++) {
       const int64_t position = positions[b] + t;
       const int64_t begin = window ? std::max(chunk_begin, position - window + 1) : chunk_begin;
       const int64_t n = std::max<int64_t>(0, std::min(chunk_end, position + 1) - begin);  // keys that the token sees
       for (int64_t h = 0, count; h < heads_per_kv(); h += count, q += count * d, partial += count * d) {
         count = std::min<int64_t>(MAX_Q<D>, heads_per_kv() - h);
-        const bool first = t == 0 && h == 0;
+        const bool first = t == first_token && h == 0;
         for (int64_t i = 0; i < count; i++) {
+          float* s = scores + i * chunk_size();
           const T* next = first ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches a part
-          Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scale, scores[i], next, count);
-          if (softcap) max = cap_scores(scores[i], n, max, softcap);
-          if (slopes) max = add_alibi(scores[i], n, slopes[kv_head * heads_per_kv() + h + i], begin - position);
-          *softmax++ = exponentiate(scores[i], n, max);
+          Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scale, s, next, count);
+          if (softcap) max = cap_scores(s, n, max, softcap);
+          if (slopes) max = add_alibi(s, n, slopes[kv_head * heads_per_kv() + h + i], begin - position);
+          *softmax++ = exponentiate(s, n, max);
         }
-        const T* next = first ? k + (begin + KV_CHUNK) * d : nullptr;
-        weigh_values<D>(count, scores, v + begin * d, n, d, partial, next);
+        const T* next = first ? k + (begin + chunk_size()) * d : nullptr;
+        weigh_values<D>(count, scores, chunk_size(), v + begin * d, n, d, partial, next);
       }
     }
   }

@@ -1,9 +1,12 @@
-// Products of blocks of weights with 1 to BLOCK_M rows of activations, for every format of weights.
+// Products of blocks of weights with 1 to MAX_TOKENS rows of activations, for every format of weights.
 //
 // A decode step multiplies every weight with few activations, so it is as fast as weights arrive from memory. These
-// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime. With more
-// rows (for_each_block) they go through a block of weights several times, while it is in the cache.
+// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime. These
+// have room for BLOCK_M rows. With more rows, the loops go through a block several times, while it is in the cache.
 #pragma once
+
+#include <array>
+#include <utility>
 
 #include "weights.h"
 
@@ -12,7 +15,14 @@ constexpr int64_t PREFETCH_L2 = 1024;
 constexpr int64_t PREFETCH_L2_FAR = 8192;  // where a loop reads several streams or computes much for each weight
 constexpr int64_t PREFETCH_L1 = 512;
 
-using Outputs = Vec[BLOCK_M];  // of one block, for each row of activations: [BLOCK_M, BLOCK_N]
+// Whether a Vec is one register, of which there are 32.
+#if defined(__AVX512F__)
+constexpr bool HAS_WIDE_REGISTERS = true;
+#else
+constexpr bool HAS_WIDE_REGISTERS = false;
+#endif
+
+using Outputs = Vec[MAX_TOKENS];  // of one block, for each row of activations: [MAX_TOKENS, BLOCK_N]
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 
@@ -45,7 +55,7 @@ inline Vec row_scales(const Weights& w, int64_t block) { return load_partial(w.r
 
 // INT8 weights, M rows of quantized activations. BLOCKS blocks at a time share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Outputs* out) {
+void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
@@ -78,7 +88,7 @@ void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, 
 
 // INT4 weights, M rows of quantized activations.
 template <int M, int BLOCKS>
-void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Outputs* out) {
+void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
@@ -118,7 +128,7 @@ void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, 
 }
 
 // INT8 or INT4 weights, M rows of float32 activations. Nothing is rounded but in float32.
-template <int M> void dot_exact(const Weights& w, int64_t block, const PreparedRow* rows, Outputs out) {
+template <int M> void dot_exact(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
   const bool int4 = w.kind == Weights::INT4;
   const char* data = w.block_data(block);
   Vec total[M] = {}, scale = Vec{} + 1, zero = Vec{} + 128;
@@ -162,7 +172,7 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const Prepar
 }
 
 // Weights of the activations' type T, row by row: [n, k]. M rows of activations.
-template <int M, typename T> void dot_native(const Weights& w, int64_t block, const PreparedRow* rows, Outputs out) {
+template <int M, typename T> void dot_native(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
   constexpr int R = M <= 2 ? 1 : 4;       // rows of weights that share the loads of the activations
   constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along a row, so that no addition waits for the one before
   constexpr int64_t WIDTH = 64 / sizeof(T);
@@ -210,9 +220,9 @@ template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t 
 
 // The product of M rows with n_blocks blocks, 1 or 2, of weights of any format. T: the activations' type.
 template <int M, typename T>
-void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Outputs* out) {
+void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Vec* const* out) {
   const bool quantized_rows = quantizes_rows<T>(w);
-  if constexpr (M > 2)  // two blocks at a time, which share the loads of these many activations
+  if constexpr (M > 2 && HAS_WIDE_REGISTERS)  // two blocks at a time, which share the loads of these many activations
     if (quantized_rows && n_blocks == 2)
       return w.kind == Weights::INT8 ? dot_int8<M, 2>(w, blocks, rows, out) : dot_int4<M, 2>(w, blocks, rows, out);
   for (; n_blocks > 0; n_blocks--, blocks++, out++) {
@@ -223,17 +233,19 @@ void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const P
   }
 }
 
+// dot_rows for 1, 2, ... BLOCK_M rows.
+template <typename T, int... I> constexpr auto dot_by_rows(std::integer_sequence<int, I...>) {
+  return std::array{&dot_rows<I + 1, T>...};
+}
+
 // out[b][i] = block blocks[b] of w . rows[i], for m rows [m] and n_blocks blocks, 1 or 2.
 template <typename T>
 void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Outputs* out) {
-  static constexpr decltype(&dot_rows<1, T>) by_rows[] = {
-      dot_rows<1, T>, dot_rows<2, T>, dot_rows<3, T>, dot_rows<4, T>,
-      dot_rows<5, T>, dot_rows<6, T>, dot_rows<7, T>, dot_rows<8, T>};
-  by_rows[m - 1](w, blocks, n_blocks, rows, out);
-}
-
-// Calls f(first, count) for blocks of up to BLOCK_M of m rows of activations. The blocks are about equally large.
-template <typename F> void for_each_block(int64_t m, F f) {
-  const int64_t n = (m + BLOCK_M - 1) / BLOCK_M;
-  for (int64_t i = 0; i < n; i++) f(m * i / n, m * (i + 1) / n - m * i / n);
+  static constexpr auto by_rows = dot_by_rows<T>(std::make_integer_sequence<int, BLOCK_M>());
+  const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // of about the same number of rows
+  for (int64_t i = 0; i < n_parts; i++) {
+    const int64_t first = m * i / n_parts, n_rows = m * (i + 1) / n_parts - first;
+    Vec* const part[] = {out[0] + first, out[1] + first};
+    by_rows[n_rows - 1](w, blocks, n_blocks, rows + first, part);
+  }
 }

@@ -1,7 +1,7 @@
 // linear, the operations that it can fuse (rms_norm, glu, add), embed, and dequantize.
 #pragma once
 
-#include "dot.h"
+#include "tiles.h"
 
 // out [m, n_out] = [residual +] [clip] [cap] scale * [activation] ([rms_norm] x [m, k] W^T [+ bias])
 //
@@ -19,7 +19,7 @@ template <typename T> struct LinearOp {
   T* out;
   float* float32_out;  // if not null, replaces out
 
-  Activations<T> activations() const { return {x, m, w, norm, eps}; }
+  Activations<T> activations() const { return {x, m, w, norm, eps, uses_tiles<T>(w, m)}; }
   size_t shared_bytes() const { return activations().shared_bytes(); }
 
   // The threads share out the blocks of outputs.
@@ -29,18 +29,20 @@ template <typename T> struct LinearOp {
     activations().prepare(shared, barrier, rows);
     const Share share = my_share((n_out + BLOCK_N - 1) / BLOCK_N);
     Outputs y[2];
+    const bool tiled = uses_tiles<T>(w, m);
+    std::optional<TileRegisters> tile_registers;
+    if (tiled) tile_registers.emplace();
     for (int64_t block = share.begin, n_blocks; block < share.end; block += n_blocks) {
       n_blocks = activation ? 1 : std::min<int64_t>(2, share.end - block);  // of outputs
       const int64_t blocks[] = {block, activation ? block + n_out / BLOCK_N : block + 1};
-      for_each_block(m, [&](int64_t first, int64_t count) {
-        dot<T>(count, w, blocks, activation ? 2 : n_blocks, rows + first, y);
-        for (int64_t i = 0; i < count; i++)
-          for (int64_t b = 0; b < n_blocks; b++) {
-            Vec v = add_bias(y[b][i], bias, blocks[b], w.n);
-            if (activation) v = activate(v, add_bias(y[1][i], bias, blocks[1], w.n), activation);
-            store(v, first + i, blocks[b], n_out);
-          }
-      });
+      if (tiled) dot_tiles(m, w, blocks, activation ? 2 : n_blocks, rows[0], y);
+      else dot<T>(m, w, blocks, activation ? 2 : n_blocks, rows, y);
+      for (int64_t i = 0; i < m; i++)
+        for (int64_t b = 0; b < n_blocks; b++) {
+          Vec v = add_bias(y[b][i], bias, blocks[b], w.n);
+          if (activation) v = activate(v, add_bias(y[1][i], bias, blocks[1], w.n), activation);
+          store(v, i, blocks[b], n_out);
+        }
     }
   }
 

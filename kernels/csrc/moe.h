@@ -6,7 +6,7 @@
 // A slot is one token's choice of one expert: an index into topk_ids [m, top_k], flattened. The token is slot / top_k.
 struct ExpertUse {
   int64_t expert;
-  std::vector<int64_t> slots;  // that chose the expert
+  std::vector<int64_t> slots;  // up to MAX_TOKENS that chose the expert
 };
 
 // Puts slots [n_slots] of the same expert together, so that its weights are read once for all of them. They are sorted
@@ -15,10 +15,11 @@ inline std::vector<ExpertUse> group_by_expert(const int64_t* topk_ids, int64_t n
   std::vector<ExpertUse> uses;
   for (int64_t slot = 0; slot < n_slots; slot++) {
     const int64_t expert = topk_ids[slot];
-    const auto comes_before = [](const ExpertUse& use, int64_t expert) { return use.expert < expert; };
-    auto use = std::lower_bound(uses.begin(), uses.end(), expert, comes_before);
-    if (use == uses.end() || use->expert != expert) use = uses.insert(use, ExpertUse{expert, {}});
-    use->slots.push_back(slot);
+    const auto is_before = [](int64_t e, const ExpertUse& use) { return e < use.expert; };
+    auto next = std::upper_bound(uses.begin(), uses.end(), expert, is_before);  // the one after the expert's last use
+    if (next == uses.begin() || next[-1].expert != expert || next[-1].slots.size() == MAX_TOKENS)
+      next = uses.insert(next, ExpertUse{expert, {}}) + 1;
+    next[-1].slots.push_back(slot);
   }
   return uses;
 }
@@ -43,26 +44,22 @@ template <typename T> struct ExpertsGateUpOp {
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = activation ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
-    PreparedRow rows[MAX_TOKENS], rows_of_expert[BLOCK_M];
+    PreparedRow rows[MAX_TOKENS], rows_of_expert[MAX_TOKENS];
     activations().prepare(shared, barrier, rows);
     Outputs y[2];
     const Share share = my_share(n_blocks * uses.size());
     for (int64_t task = share.begin; task < share.end; task++) {
       const ExpertUse& use = uses[task / n_blocks];
-      const Weights expert = w.expert(use.expert);
-      const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
-      const int64_t block = task % n_blocks;
+      const int64_t block = task % n_blocks, n_slots = use.slots.size();
       const int64_t blocks[] = {block, block + n_blocks};  // gate, up
-      for_each_block(use.slots.size(), [&](int64_t first, int64_t count) {
-        const int64_t* slots = use.slots.data() + first;
-        for (int64_t i = 0; i < count; i++) rows_of_expert[i] = rows[slots[i] / top_k];
-        dot<T>(count, expert, blocks, activation ? 2 : 1, rows_of_expert, y);
-        for (int64_t i = 0; i < count; i++) {
-          Vec v = add_bias(y[0][i], expert_bias, blocks[0], w.n);
-          if (activation) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
-          store_partial(v, hidden + slots[i] * n_out, block * BLOCK_N, n_out);
-        }
-      });
+      for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i] / top_k];
+      dot<T>(n_slots, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
+      const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
+      for (int64_t i = 0; i < n_slots; i++) {
+        Vec v = add_bias(y[0][i], expert_bias, blocks[0], w.n);
+        if (activation) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
+        store_partial(v, hidden + use.slots[i] * n_out, block * BLOCK_N, n_out);
+      }
     }
   }
 };
@@ -87,22 +84,20 @@ template <typename T> struct ExpertsDownOp {
     const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
     std::vector<PreparedRow> rows(m * top_k);
     activations().prepare(shared, barrier, rows.data());
-    PreparedRow rows_of_expert[BLOCK_M];
-    Outputs y[1];
-    Vec total[MAX_TOKENS];
+    PreparedRow rows_of_expert[MAX_TOKENS];
+    Outputs y[2], total;
     const Share share = my_share(w.n_blocks());
     for (int64_t block = share.begin; block < share.end; block++) {
       std::fill_n(total, m, Vec{});
       for (const ExpertUse& use : uses) {
-        const Weights expert = w.expert(use.expert);
+        const int64_t n_slots = use.slots.size();
+        for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i]];
+        dot<T>(n_slots, w.expert(use.expert), &block, 1, rows_of_expert, y);
         const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
-        for_each_block(use.slots.size(), [&](int64_t first, int64_t count) {
-          const int64_t* slots = use.slots.data() + first;
-          for (int64_t i = 0; i < count; i++) rows_of_expert[i] = rows[slots[i]];
-          dot<T>(count, expert, &block, 1, rows_of_expert, y);
-          for (int64_t i = 0; i < count; i++)
-            total[slots[i] / top_k] += topk_weights[slots[i]] * add_bias(y[0][i], expert_bias, block, w.n);
-        });
+        for (int64_t i = 0; i < n_slots; i++) {
+          const int64_t slot = use.slots[i];
+          total[slot / top_k] += topk_weights[slot] * add_bias(y[0][i], expert_bias, block, w.n);
+        }
       }
       for (int64_t i = 0; i < m; i++) {
         if (residual) total[i] += load_partial(residual + i * w.n, block * BLOCK_N, w.n);

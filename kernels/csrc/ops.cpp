@@ -228,6 +228,14 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind
   return out;
 }
 
+// For kernels/cpu.py.
+extern "C" {
+// Up to how many rows of activations the products with dense weights are faster here than PyTorch's
+// (docs/measurements.md).
+int max_dense_tokens(int is_bf16) { return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2; }
+int has_tiles_of_bf16() { return has_tiles(); }  // for the tests
+}
+
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("glu", TORCH_BOX(&glu));

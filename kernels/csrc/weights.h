@@ -6,9 +6,11 @@
 #include "tape.h"
 
 constexpr int64_t MAX_TOKENS = 64;  // rows of activations that an operation takes; also in kernels/__init__.py
-constexpr int64_t BLOCK_M = 8;      // rows of activations in a block, whose sums are kept in registers
-constexpr int64_t BLOCK_N = 16;     // rows of weights in a block; their outputs are the lanes of one Vec
-constexpr int64_t ACT_GROUP = 8;    // activations that share a scale, where they are quantized
+constexpr int64_t BLOCK_M = 8;               // rows of activations in a block, whose sums are kept in registers
+constexpr int64_t BLOCK_N = 16;              // rows of weights in a block; their outputs are the lanes of one Vec
+constexpr int64_t ACT_GROUP = 8;             // activations that share a scale, where they are quantized
+constexpr int64_t TILE_M = 16, TILE_K = 32;  // rows and columns of a tile of activations (tiles.h)
+constexpr int64_t TILE_BYTES = 1024;
 
 // A matrix [n, k], or the first of a stack [n_experts, n, k]. Dense weights are stored row by row. Quantized weights
 // are packed block by block, in words of 4 bytes, the 16 rows side by side (n is filled up to a multiple of 16):
@@ -31,7 +33,7 @@ struct Weights {
 
   int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
   int64_t n_groups() const { return (k + group_size - 1) / group_size; }
-  int64_t padded_k() const { return (k + LANES - 1) / LANES * LANES; }
+  int64_t padded_k() const { return (k + TILE_K - 1) / TILE_K * TILE_K; }
   int64_t bytes() const { return (kind == DENSE ? n : n_blocks() * BLOCK_N) * k * bits / 8; }
   const char* block_data(int64_t block) const { return data + block * BLOCK_N * k * bits / 8; }
   Weights expert(int64_t e) const {
@@ -127,35 +129,52 @@ template <typename T> struct Activations {
   const Weights& w;
   const T* norm;
   float eps;
+  bool tiled = false;  // they become tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], filled up with zeros
 
-  // Few rows are prepared by every thread for itself, which is cheaper than a barrier. Many are shared out.
-  bool is_shared() const { return m > BLOCK_M && row_bytes() > 0; }
-  size_t shared_bytes() const { return is_shared() ? m * row_bytes() : 0; }
+  bool is_quantized() const { return quantizes_rows<T>(w) && !tiled; }
 
   // The size of a prepared row; 0 if that is the row of x itself.
   int64_t row_bytes() const {
-    if (quantizes_rows<T>(w)) return w.padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
-    return norm ? w.padded_k() * sizeof(T) : 0;
+    if (is_quantized()) return w.padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
+    return norm || tiled ? w.padded_k() * sizeof(T) : 0;
   }
+  int64_t bytes() const { return (tiled ? (m + TILE_M - 1) / TILE_M * TILE_M : m) * row_bytes(); }
 
-  // Fills rows [m]. They are valid until this thread's next call or, if they are shared, until the operation ends.
+  // Few rows are prepared by every thread for itself, which is cheaper than a barrier. Many are shared out.
+  bool is_shared() const { return m > BLOCK_M && row_bytes() > 0; }
+  size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
+
+  // Fills rows [m]; of tiles only the first, with their address. They are valid until this thread's next call or, if
+  // they are shared, until the operation ends.
   void prepare(char* shared, Barrier& barrier, PreparedRow* rows) const {
     static thread_local Scratch scratch;
-    char* memory = is_shared() ? shared : scratch.at_least<char>(m * row_bytes());
+    char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Share share = is_shared() ? my_share(m) : Share{0, m};
-    for (int64_t i = share.begin; i < share.end; i++) prepare_row(x + i * w.k, memory + i * row_bytes());
+    for (int64_t i = share.begin; i < share.end; i++) prepare_row(i, memory);
     for (int64_t i = 0; i < m; i++)
       rows[i] = row_bytes() ? static_cast<PreparedRow>(memory + i * row_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
   }
 
-  void prepare_row(const T* row, void* out) const {
-    static thread_local Scratch normed;
-    const bool is_quantized = quantizes_rows<T>(w);
+  void prepare_row(int64_t i, char* memory) const {
+    static thread_local Scratch scratch;
+    char* out = memory + i * row_bytes();
+    const T* row = x + i * w.k;
     if (norm) {
-      T* to = is_quantized ? normed.at_least<T>(w.padded_k()) : static_cast<T*>(out);
-      row = rms_norm_row(row, norm, eps, w.k, to);
+      const bool is_last_step = !is_quantized() && !tiled;
+      T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(w.padded_k());
+      row = rms_norm_row(row, norm, eps, w.k, normed);
     }
-    if (is_quantized) quantize_row(row, w, static_cast<QuantizedGroup*>(out));
+    if (is_quantized()) quantize_row(row, w, reinterpret_cast<QuantizedGroup*>(out));
+    if (tiled) copy_to_tiles(row, i, memory);
+  }
+
+  void copy_to_tiles(const T* row, int64_t i, char* tiles) const {
+    const int64_t n_tiles = (m + TILE_M - 1) / TILE_M;
+    for (int64_t k = 0; k < w.k; k += TILE_K, tiles += n_tiles * TILE_BYTES) {
+      T line[TILE_K] = {};
+      std::memcpy(line, row + k, std::min(TILE_K, w.k - k) * sizeof(T));
+      std::memcpy(tiles + i * sizeof line, line, sizeof line);
+    }
   }
 };

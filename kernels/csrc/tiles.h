@@ -1,0 +1,212 @@
+// Products of blocks of weights with many rows of bf16 activations, on the matrix unit that some CPUs have (Intel AMX).
+//
+// The unit has registers for tiles of 16 rows of 64 bytes. One instruction multiplies two tiles of bf16:
+//
+//     activations [16 tokens, 32 inputs]  *  weights [32 inputs, 16 outputs]  ->  sums [16 tokens, 16 outputs], float32
+//
+// Weights of any format become bf16 on the way, once for all tokens. INT4's are rounded to it, as they are in prefill's
+// matrix products. Activations are not quantized.
+#pragma once
+
+#include <optional>
+
+#include "dot.h"
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Whether this process may use the unit. Linux wants to be asked for it, and a sandbox may say no.
+inline bool has_tiles() {
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  static const bool is_permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+  return is_permitted;
+}
+
+// Whether the product of m rows of activations of type T with w is done here.
+template <typename T> bool uses_tiles(const Weights& w, int64_t m) {
+  return std::is_same_v<T, bf16> && m > (w.kind == Weights::DENSE ? BLOCK_M / 2 : BLOCK_M) && has_tiles();
+}
+
+// While it lives, this thread's tile registers have 16 rows of 64 bytes each.
+class TileRegisters {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+
+ public:
+  TileRegisters() {
+    const Config config;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// ---- Weights as tiles -----------------------------------------------------------------------------------------------
+
+// Lane i gets the pair (a[i], b[i]), cut to bf16.
+inline IntVec bf16_pairs(Vec a, Vec b) { return (IntVec)(((UIntVec)a >> 16) | ((UIntVec)b & 0xffff0000)); }
+
+// A line of memory, while lines ahead of it are fetched.
+inline IntVec load_ahead(const char* data) {
+  prefetch_l2(data + PREFETCH_L2_FAR);
+  prefetch_l1(data + PREFETCH_L1);
+  return load<IntVec>(data);
+}
+
+// Transposes 16 x 16 words. Each round interleaves the first half of the lines with the second.
+inline void transpose(IntVec* v) {
+  IntVec u[16];
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; round++) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      u[2 * i] = __builtin_shufflevector(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      u[2 * i + 1] =
+          __builtin_shufflevector(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    std::memcpy(v, u, sizeof u);
+  }
+}
+
+// Reads a block of weights as tiles, TILE_K inputs at a time. Line i of a tile has inputs 2 i and 2 i + 1 of each of
+// the 16 rows of weights.
+template <Weights::Kind KIND> class WeightTiles;
+
+template <> class WeightTiles<Weights::DENSE> {
+  const int64_t row_bytes, n_rows;
+  const char* data;
+
+ public:
+  WeightTiles(const Weights& w, int64_t block)
+      : row_bytes(w.k * sizeof(bf16)), n_rows(std::min(BLOCK_N, w.n - block * BLOCK_N)), data(w.block_data(block)) {}
+
+  // The tile of inputs [begin, end).
+  void read(int64_t begin, int64_t end, IntVec* lines) const {
+    const int64_t n_bytes = (end - begin) * sizeof(bf16);
+    for (int64_t r = 0; r < BLOCK_N; r++) {
+      const char* row = data + std::min(r, n_rows - 1) * row_bytes + begin * sizeof(bf16);
+      prefetch_l2(row + BLOCK_N * row_bytes);  // the next block's
+      if (n_bytes == sizeof(IntVec)) lines[r] = load<IntVec>(row);
+      else std::memcpy(&lines[r], row, n_bytes);
+    }
+    transpose(lines);
+  }
+};
+
+template <> class WeightTiles<Weights::INT8> {
+  const char* data;
+
+ public:
+  WeightTiles(const Weights& w, int64_t block) : data(w.block_data(block)) {}
+
+  void read(int64_t begin, int64_t end, IntVec* lines) {
+    for (int64_t k = begin; k < end; k += 4, lines += 2, data += 64) {
+      const IntVec words = load_ahead(data) ^ 0x80808080;  // q + 128 becomes q
+      const auto q = [&](int j) { return as_float(words << (24 - 8 * j) >> 24); };
+      lines[0] = bf16_pairs(q(0), q(1)), lines[1] = bf16_pairs(q(2), q(3));
+    }
+  }
+};
+
+template <> class WeightTiles<Weights::INT4> {
+  const char* data;
+  const bf16* scales;  // of the next group
+  const uint8_t* zeros;
+  const int64_t group_size;
+  int64_t group_end = 0;
+
+  // Dequantizes q in bits BIT to BIT + 3 of words. In the fraction of a float, q makes 1 + q * 2^BIT / 2^23 of 1. So it
+  // need not be shifted to bit 0 and converted.
+  template <int BIT> struct Nibble {
+    Vec scale = {}, offset = {};
+    void set(Vec s, Vec zero) { scale = s * float(1 << (23 - BIT)), offset = -zero * s - scale; }
+    Vec operator()(IntVec words) const {
+      const Vec one_and_q = (Vec)((words & (15 << BIT)) | 0x3f800000);
+      return (Vec)((UIntVec)(one_and_q * scale + offset) + 0x8000);  // to be cut to bf16, so this rounds to nearest
+    }
+  };
+  Nibble<12> low;
+  Nibble<16> high;
+
+ public:
+  WeightTiles(const Weights& w, int64_t block)
+      : data(w.block_data(block)), scales(w.scales + block * w.n_groups() * BLOCK_N),
+        zeros(w.zeros + block * w.n_groups() * BLOCK_N), group_size(w.group_size) {}
+
+  void read(int64_t begin, int64_t end, IntVec* lines) {
+    for (int64_t k = begin; k < end; k += 8, lines += 4, data += 64) {
+      if (k == group_end) next_group();
+      const IntVec words = load_ahead(data);
+      const IntVec byte[] = {words << 12, words << 4, words >> 4, words >> 12};  // each in bits 12 to 19
+      for (int i = 0; i < 2; i++) {
+        lines[i] = bf16_pairs(low(byte[2 * i]), low(byte[2 * i + 1]));
+        lines[i + 2] = bf16_pairs(high(byte[2 * i]), high(byte[2 * i + 1]));
+      }
+    }
+  }
+
+ private:
+  void next_group() {
+    const Vec scale = load_vec(scales), zero = load_vec(zeros) * (1 / 16.0f);
+    low.set(scale, zero), high.set(scale, zero);
+    scales += BLOCK_N, zeros += BLOCK_N, group_end += group_size;
+  }
+};
+
+// ---- The product ----------------------------------------------------------------------------------------------------
+
+// out [16 N, BLOCK_N] = activations [16 N, k], as tiles [k / TILE_K, N], times a block of w.
+template <Weights::Kind KIND, int N> void dot_tiles(const Weights& w, int64_t block, const char* tiles, Vec* out) {
+  WeightTiles<KIND> weights(w, block);
+  IntVec lines[TILE_K / 2];
+  // Register numbers are part of the instructions: 0 to 3 for sums, 4 to 6 for activations, 7 for weights.
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < w.k; k += TILE_K, tiles += N * TILE_BYTES) {
+    const int64_t end = std::min(w.k, k + TILE_K);
+    if (end < k + TILE_K) std::fill_n(lines, TILE_K / 2, IntVec{});
+    weights.read(k, end, lines);
+    asm volatile("" ::: "memory");  // the compiler does not see that the next line reads memory
+    _tile_loadd(7, lines, 64);
+    _tile_loadd(4, tiles, 64);
+    _tile_dpbf16ps(0, 4, 7);
+    if constexpr (N > 1) { _tile_loadd(5, tiles + TILE_BYTES, 64); _tile_dpbf16ps(1, 5, 7); }
+    if constexpr (N > 2) { _tile_loadd(6, tiles + 2 * TILE_BYTES, 64); _tile_dpbf16ps(2, 6, 7); }
+    if constexpr (N > 3) { _tile_loadd(4, tiles + 3 * TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
+  }
+  _tile_stored(0, out, 64);
+  if constexpr (N > 1) _tile_stored(1, out + 16, 64);
+  if constexpr (N > 2) _tile_stored(2, out + 32, 64);
+  if constexpr (N > 3) _tile_stored(3, out + 48, 64);
+  asm volatile("" ::: "memory");
+  if (KIND == Weights::INT8) {
+    const Vec scale = row_scales(w, block);
+    for (int i = 0; i < 16 * N; i++) out[i] *= scale;
+  }
+}
+
+// dot_tiles for 1, 2, 3 and 4 tiles.
+static_assert(MAX_TOKENS == 4 * TILE_M);
+template <Weights::Kind KIND> constexpr decltype(&dot_tiles<KIND, 1>) BY_TILES[] = {
+    dot_tiles<KIND, 1>, dot_tiles<KIND, 2>, dot_tiles<KIND, 3>, dot_tiles<KIND, 4>};
+
+// The same as dot in dot.h, for activations in tiles.
+inline void dot_tiles(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, PreparedRow tiles,
+                      Outputs* out) {
+  const auto by_tiles = w.kind == Weights::DENSE ? BY_TILES<Weights::DENSE> :
+                        w.kind == Weights::INT8 ? BY_TILES<Weights::INT8> : BY_TILES<Weights::INT4>;
+  for (int64_t b = 0; b < n_blocks; b++)
+    by_tiles[(m - 1) / TILE_M](w, blocks[b], static_cast<const char*>(tiles), out[b]);
+}
+
+#else
+inline bool has_tiles() { return false; }
+struct TileRegisters {};
+template <typename T> bool uses_tiles(const Weights&, int64_t) { return false; }
+inline void dot_tiles(int64_t, const Weights&, const int64_t*, int64_t, PreparedRow, Outputs*) {}
+#endif
