@@ -502,26 +502,26 @@ def wait_for(condition):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, monkeypatch):
-    """All rows and more are taken by it, with hundreds of steps to come. The next client waits for a few."""
-    engine = chatty_server.engine
-    expected = complete(model="m", prompt="b", max_tokens=3, temperature=0).choices
-    gate = Gate(engine.scheduler)
+    """All rows are its own for a hundred steps, and more of its texts wait. The next client waits for a few steps."""
+    engine, n = chatty_server.engine, N_ROWS + 2
+    answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
+    expected, gate = answer().choices, Gate(engine.scheduler)
     monkeypatch.setattr(engine.scheduler, "step", gate)
-    gone = connect(chatty_server, {"prompt": "a", "n": N_ROWS + 2, "max_tokens": 150, "stream": stream})
-    gate.permits.release(N_ROWS + 2)
-    wait_for(lambda: gate.n_steps == N_ROWS + 2)
-    assert len(engine.completions) == N_ROWS + 2
-    if stream:
-        read_until(gone, b"data: ")
-    gone.close()
-    if stream:
-        wait_for(lambda: not engine.completions)  # without any further step
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(complete, model="m", prompt="b", max_tokens=3, temperature=0)
-        wait_for(lambda: gate.permits.release() or answer.done())
-    assert answer.result().choices == expected
-    assert gate.n_steps < N_ROWS + 2 + 10 and not engine.completions
-    gate.permits.release(1000)
+        gone = connect(chatty_server, {"prompt": "a", "n": n, "max_tokens": 100, "stream": stream})
+        gate.permits.release(n)
+        wait_for(lambda: gate.n_steps == n)
+        if stream:
+            read_until(gone, b"data: ")
+        next_answer = pool.submit(answer)
+        wait_for(lambda: len(engine.completions) == n + 1)
+        gone.close()
+        if stream:
+            wait_for(lambda: len(engine.completions) == 1)  # without any further step
+        wait_for(lambda: gate.permits.release() or next_answer.done())
+    assert next_answer.result().choices == expected
+    assert gate.n_steps < n + 10 and not engine.completions
+    gate.permits.release(10)  # for a step that may have begun
     wait_for(lambda: engine.step.done())
 
 
