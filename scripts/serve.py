@@ -165,7 +165,9 @@ class Server(uvicorn.Server):
     async def complete(self, client: http.Request) -> Response:
         self.check_key(client)
         body, is_chat = await read_body(client), client.scope["path"] == "/v1/chat/completions"
-        requests = read_request(body, is_chat, self.tokenizer, self.engine.scheduler.length)
+        # In a thread, for tokenizing megabytes takes seconds
+        length = self.engine.scheduler.length
+        requests = await asyncio.to_thread(read_request, body, is_chat, self.tokenizer, length)
         reply = Reply(requests, self.tokenizer, self.model_name)
         steps = self.engine.compute(reply.completions, client)
         if body.get("stream"):

@@ -229,6 +229,24 @@ def test_sixteen_clients_at_once_get_what_they_get_alone(complete, chat):
     assert len({str(answer) for answer in alone}) == 16
 
 
+def test_a_long_prompt_does_not_hold_up_the_others(complete, chatty_server, monkeypatch):
+    encode, is_encoding, others_are_done = chatty_server.tokenizer.encode, threading.Event(), threading.Event()
+
+    def slow_encode(text: str) -> list[int]:
+        if text == "long":
+            is_encoding.set()
+            assert others_are_done.wait(SECONDS)
+        return encode(text)
+
+    monkeypatch.setattr(chatty_server.tokenizer, "encode", slow_encode)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(complete, model="m", prompt="long", max_tokens=3)
+        assert is_encoding.wait(SECONDS)
+        assert complete(model="m", prompt="a", max_tokens=3).usage.completion_tokens <= 3
+        others_are_done.set()
+    assert answer.result().usage.prompt_tokens == 4
+
+
 @pytest.mark.parametrize(
     ("prompt", "stop", "text", "reason"),
     [
@@ -612,7 +630,6 @@ def test_many_requests_leave_memory_flat(processes):
     with ThreadPoolExecutor(8) as pool:
         before = resident_after(range(200))
         grown = resident_after(range(n)) - before
-    print("GREW", grown)
     assert grown < n * size / 8  # a server that keeps what it reads grows by eight times as much
 
 
@@ -641,7 +658,7 @@ def test_kill_completes_what_is_in_flight(processes):
 
 def test_a_second_ctrl_c_ends_it_at_once(processes):
     _, (process, server) = processes
-    with connect(server, UNREAD | {"n": 24, "max_tokens": 150}, buffer=4096) as connection:
+    with connect(server, UNREAD | {"n": 64, "max_tokens": 150}, buffer=4096) as connection:
         read_until(connection, b"data: ")
         process.send_signal(signal.SIGINT)
         wait_until_closed(server)

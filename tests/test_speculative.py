@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import arguments
 import generate
 import quantize
 import speculate as speculate_module
@@ -381,6 +383,15 @@ def test_mistakes(folders, capsys, monkeypatch):
     ]:
         with pytest.raises(UsageError, match=said):
             run_main(capsys, monkeypatch, model, *flags)
+
+
+def test_only_a_gpu_verifies_without_kernels(folders, capsys, monkeypatch):
+    monkeypatch.setattr(arguments, "pick_device", torch.device)
+    for device, k, warns in [("cuda", 7, False), ("cuda", 8, True), ("cpu", 32, False)]:
+        flags = ["--prompt_lookup", f"--speculate_k={k}", "--device", device]
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint_path", str(folders[0] / "model.pth"), *flags])
+        assert arguments.parse_args("").speculate_k == k
+        assert ("without the kernels" in capsys.readouterr().err) == warns
 
 
 @pytest.fixture(scope="module")
