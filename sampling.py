@@ -56,7 +56,7 @@ def sample(logits: Tensor, sampling: Sampling, backend: str = "torch", uniform: 
     """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite. backend: see kernels. uniform: a random
     number for each row, see multinomial."""
     only_temperature = sampling == Sampling(sampling.temperature, repetition_penalty=sampling.repetition_penalty)
-    if backend == "triton" and (sampling.is_greedy or only_temperature):
+    if backend == "triton" and uniform is None and (sampling.is_greedy or only_temperature):
         return kernels.sample(logits, sampling.temperature)
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
@@ -145,4 +145,5 @@ def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     cumulative = probs.cumsum(-1, dtype=dtype)
     if uniform is None:
         uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)
-    return (cumulative <= uniform.to(dtype) * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
+    uniform = uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could make it 1
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)

@@ -28,7 +28,9 @@ def demo():
 
 def test_demo_says_paris(demo):
     assert demo.stdout.startswith(" Paris")
-    assert "tokens/s" in demo.stderr and "GB/s" in demo.stderr and demo.stderr.splitlines()[-1].count("%") == 1
+    summary = demo.stderr.splitlines()[-1]
+    assert "tokens/s" in summary and "GB/s" in summary
+    assert summary.count("%") <= 1  # none if the caches may hold half of the model
 
 
 def test_real_weights_equal_transformers(demo, tmp_path):

@@ -63,7 +63,7 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// The tensors of a weight, checked. kind: Format.kind in kernels/formats.py. type: the activations'.
+// The tensors of a weight, checked. kind: Format.format_id in kernels/formats.py. type: the activations'.
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t kind, int64_t n, int64_t k,
                 int64_t group_size, ScalarType type) {
   STD_TORCH_CHECK(0 <= kind && kind <= 2, "these kernels know dense, int8 and int4 weights");

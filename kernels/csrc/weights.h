@@ -22,7 +22,7 @@ constexpr int64_t TILE_BYTES = 1024;
 // INT8: byte j is element j, stored as q + 128.
 // INT4: byte j holds element j in its low half and element j + 4 in its high half.
 struct Weights {
-  enum Kind { DENSE, INT8, INT4 } kind;  // Format.kind in kernels/formats.py
+  enum Kind { DENSE, INT8, INT4 } kind;  // Format.format_id in kernels/formats.py
   const char* data;
   int64_t bits;             // of one element
   int64_t n, k;
