@@ -15,6 +15,9 @@ usual mixtures of types. All take five times the space of the bfloat16 weights, 
     int4.g32 / Q4_K_M    the same / a mixture of 4-bit types and wider ones
     bf16, int8 or int4.g32 / file    each of ours / --gguf's file as it is
 
+Their 4-bit files have the output head in 6 or 8 bits, ours in 4. So theirs are larger, and closer to the original: much
+so if the model is small and its vocabulary large.
+
 The two sides of a pair are a process each, which waits for its turns. A round measures memory's read bandwidth, then
 how both decode and how both read a prompt, one right after the other, since bandwidth may change from second to second;
 in every second round theirs come first. Both decode greedily; llama.cpp's settings are its defaults. Bytes per token:
