@@ -350,6 +350,9 @@ def wait_for_rank_0(errors: str):
         print(errors, end="", file=sys.stderr)
 
 
+line_numbers = count()  # of all calls of input_lines: a key that an earlier call has set would be read too soon
+
+
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
     """Yields on every rank what read returns on rank 0, until it returns None. It waits for as long as the user types,
     without a time-out and without using the processor."""
@@ -357,7 +360,7 @@ def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
         yield from iter(read, None)
         return
     store = dist.distributed_c10d._get_default_store()
-    for i in count():
+    for i in line_numbers:
         key = f"line {i}"
         if dist.get_rank() == 0:
             store.set(key, json.dumps(read()))

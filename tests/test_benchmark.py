@@ -251,7 +251,7 @@ def test_check(precision, monkeypatch, capsys):
     result = report(capsys, "check", "--device", "cpu", "--precision", precision)
     assert result["failed"] == {}
     operations = {"float32_linear", "linear", "silu_linear", "dequantize", "attend", "experts_gate_up", "experts_down"}
-    operations |= {"gelu_tanh_linear", "clamped_swiglu_linear", "capped_linear", "rms_norm"}
+    operations |= {"gelu_tanh_linear", "clamped_swiglu_linear", "capped_linear", "clipped_linear", "rms_norm"}
     assert result["largest_errors"].keys() == operations | {"topk_weights", "topk_ids", "multinomial", "sample"}
 
 
