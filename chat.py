@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from config import UsageError
-from tokenizer import IncrementalDetokenizer, Tokenizer
+from tokenizer import IncrementalDetokenizer, Tokenizer, common_prefix_length
 
 # If less than an eighth of the context is left for an answer, the oldest messages are forgotten, until a quarter is
 # left. That is more than is needed, so that the tokens behind them are not computed anew in every turn.
@@ -131,10 +131,8 @@ class Conversation:
     def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
         """Yields the tokens that follow ids, up to an end token. Updates self.cached, which is all tokens but the
         newest: that one is fed to the model only in the next step."""
-        n_cached = 0
-        limit = min(len(self.cached), len(ids) - 1)  # the model needs at least one token to continue from
-        while n_cached < limit and self.cached[n_cached] == ids[n_cached]:
-            n_cached += 1
+        # The model needs at least one token to continue from.
+        n_cached = min(common_prefix_length(self.cached, ids), len(ids) - 1)
         del self.cached[n_cached:]
         not_cached = ids[n_cached:]
         for step_tokens in self.generate_tokens(ids, n_cached, max_new_tokens):

@@ -153,7 +153,7 @@ class LLM:
         for text in [message["content"] for message in prompt] if is_chat else [prompt]:
             if self.tokenizer.exceeds(text, self.max_length):
                 raise UsageError(f"a prompt of {len(text)} characters exceeds max_length, {self.max_length} tokens")
-        history = self.tokenizer.encode_chat(prompt) if is_chat else self.tokenizer.encode(prompt)
+        history = self.tokenizer.encode_prompt(prompt)
         if len(history) + max_new_tokens > self.max_length:
             n = len(history)
             raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_length, {self.max_length}")

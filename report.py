@@ -109,11 +109,15 @@ def print_result(args: argparse.Namespace, result: dict, model: Transformer):
         print_summary(result, model)
 
 
+def tokens_per_step(accept_counts: list[int]) -> float:
+    """From the numbers of steps that accepted 0, 1 ... proposed tokens: each gives one token more."""
+    return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
+
+
 def print_summary(result: dict, model: Transformer):
     counts, speculation = result["accept_counts"], ""
     if counts is not None:
-        n_tokens = sum(n * count for n, count in enumerate(counts, start=1))
-        speculation = f", {n_tokens / max(sum(counts), 1):.2f} tokens a step"
+        speculation = f", {tokens_per_step(counts):.2f} tokens a step"
     used, share, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
     if readable is not None:
         share = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"

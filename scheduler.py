@@ -33,10 +33,18 @@ from torch import Tensor
 import tp
 from config import UsageError
 from machine import free_memory
-from model import KVCache, Transformer
+from model import Transformer
 from sampling import Sampling, sample
-from steps import OOM_HINT, build_model_step, check_finite, hidden_in_chunks, make_kv_cache, penalized
-from tokenizer import IncrementalDetokenizer, Tokenizer
+from steps import (
+    OOM_HINT,
+    build_model_step,
+    check_finite,
+    hidden_in_chunks,
+    kv_bytes_per_token,
+    make_kv_cache,
+    penalized,
+)
+from tokenizer import IncrementalDetokenizer, Tokenizer, common_prefix_length
 
 GREEDY = Sampling()
 
@@ -188,7 +196,7 @@ class Scheduler:
     def copy_shared_prefix(self, prompt: list[int], row: int) -> int:
         """Copies to row what its cache lacks of the longest beginning that prompt shares with any row. Returns how many
         tokens that is: at least one of prompt is left, since the model must compute something."""
-        shared = [n_shared(ids[:-1], prompt[:-1]) for ids in self.cached]
+        shared = [common_prefix_length(ids[:-1], prompt[:-1]) for ids in self.cached]
         n = max(shared)
         source = row if shared[row] == n else shared.index(n)
         if source != row:
@@ -207,17 +215,9 @@ class Scheduler:
             self.rows[row], self.cached[row] = sequence, sequence.ids
 
 
-def n_shared(a: list[int], b: list[int]) -> int:
-    """How many tokens a and b have in common at their beginning."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
 def rows_that_fit(model: Transformer, length: int) -> int:
     """For how many sequences of length tokens main memory has room."""
-    return int(free_memory() // (KVCache(model, 1, 1).bytes_per_token() * length))
+    return int(free_memory() // (kv_bytes_per_token(model) * length))
 
 
 def only_logits(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ def generate_many(
     """Yields (number, continuation) of each of prompts, in order, parallel of them computed at a time. A prompt is a
     text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: texts at which a
     continuation ends; they are not part of it. Raises UsageError."""
-    ids = [tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p) for p in prompts]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     requests = [
         Request(prompt, max_new_tokens, sampling, seed + i, stop, is_chat=not isinstance(prompts[i], str))
         for i, prompt in enumerate(ids)

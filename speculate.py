@@ -85,8 +85,7 @@ def build_speculation(
     def select_tokens(
         logits: Tensor, tokens: Tensor, positions: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        if sampling.repetition_penalty != 1:
-            logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
+        logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
     verify_step = build_model_step(model, kv_cache, select_tokens, compile)

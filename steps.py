@@ -49,9 +49,14 @@ class Steps(NamedTuple):
 def make_kv_cache(model: Transformer, batch_size: int, length: int, oom_hint: str = OOM_HINT) -> KVCache:
     """A KVCache for model. Raises UsageError if a CPU's memory is too small for it; oom_hint says what helps."""
     if device_of(model).type == "cpu":
-        n_bytes = batch_size * length * KVCache(model, 1, 1).bytes_per_token()
+        n_bytes = batch_size * length * kv_bytes_per_token(model)
         check_memory(n_bytes, f"the KV cache of {batch_size} x {length} tokens", oom_hint)
     return KVCache(model, batch_size, length)
+
+
+def kv_bytes_per_token(model: Transformer) -> int:
+    """Bytes of keys and values for one token of one sequence."""
+    return KVCache(model, 1, 1).bytes_per_token()
 
 
 def device_of(model: Transformer) -> torch.device:
@@ -67,8 +72,7 @@ def build_steps(
     def next_ids(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         """The logits after the last of tokens [B, T], [B, 1, V] -> the next token of each sequence: [B], the same on
         all ranks."""
-        if sampling.repetition_penalty != 1:
-            logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
+        logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -79,12 +83,12 @@ def build_steps(
     return Steps(prefill, build_model_step(model, kv_cache, next_ids, compile))
 
 
-def penalized(
-    logits: Tensor, tokens: Tensor, positions: Tensor, kv_cache: KVCache, penalty: float | Tensor
-) -> Tensor:
+def penalized(logits: Tensor, tokens: Tensor, positions: Tensor, kv_cache: KVCache, penalty: float | Tensor) -> Tensor:
     """The logits [B, n, V] after the last n of tokens [B, T], whose first one is at positions [B], with the
     repetition_penalty of all tokens of the text up to there. Notes tokens in kv_cache for the next steps. penalty: a
-    number, or one for each sequence [B, 1, 1]."""
+    number, or one for each sequence [B, 1, 1]. With the number 1 it does nothing."""
+    if not isinstance(penalty, Tensor) and penalty == 1:
+        return logits
     kv_cache.note_tokens(tokens, positions)
     n = logits.shape[1]
     last_positions = positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]

@@ -52,6 +52,7 @@ from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, format_of
 from machine import pick_device, read_bandwidth
 from model import empty_model
+from report import tokens_per_step
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
@@ -298,11 +299,6 @@ def speculation(args: argparse.Namespace):
     result = {"checkpoint": str(args.checkpoint_path), "draft": str(draft or "prompt lookup"), "k": k}
     result |= {"read_gb_per_sec": read_bandwidth(device) / 1e9, "prompts": rows}
     write_result("speculation", result, args.json_file)
-
-
-def tokens_per_step(accept_counts: list[int]) -> float:
-    """From the numbers of steps that accepted 0, 1 ... proposed tokens: each gives one token more."""
-    return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
 
 
 def by_turns(ways: dict[str, list]) -> Iterator[dict[str, dict]]:

@@ -390,6 +390,19 @@ def exact_attention(
     return y, bound
 
 
+def check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms):
+    """Of so many new tokens in each row, at the positions starts, in a cache as long as rope."""
+    B = len(starts)
+    positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+    k, v = torch.randn(2, B, n_kv_heads, len(rope), d).to(dtype).unbind()
+    for b, start in enumerate(starts):
+        k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
+    theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
+    ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window, *norms)
+    check_cache(qkv, cache, theirs, positions, n_heads, norms)
+    bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms))
+
+
 @built
 @pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (2, 1, 256), (6, 2, 40)])
 @pytest.mark.parametrize("window", [0, 7, 300])
@@ -402,15 +415,7 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
     for qk_norm in (False, True):
         norms = [make_norm(d, dtype) if qk_norm else None for _ in "qk"]
         for tokens, starts in [(1, [0]), (1, [600]), (1, [255, 3, 639]), (4, [3, 510]), (8, [509]), (8, [0])]:
-            B = len(starts)
-            positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-            k, v = torch.randn(2, B, n_kv_heads, 640, d).to(dtype).unbind()
-            for b, start in enumerate(starts):
-                k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-            theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
-            ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window, *norms)
-            check_cache(qkv, cache, theirs, positions, n_heads, norms)
-            bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms))
+            check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms)
 
 
 @built
@@ -423,15 +428,7 @@ def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
     for window, tokens, starts in [
         (0, 9, [510]), (0, 64, [0]), (0, 33, [1340]), (300, 7, [0, 1390, 3, 600]), (0, 1, list(range(0, 1020, 60))),
     ]:  # fmt: skip
-        B = len(starts)
-        positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-        k, v = torch.randn(2, B, n_kv_heads, 1400, d).to(dtype).unbind()
-        for b, start in enumerate(starts):
-            k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-        theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
-        ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window)
-        check_cache(qkv, cache, theirs, positions, n_heads, (None, None))
-        bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, (None, None)))
+        check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms=(None, None))
 
 
 @built
