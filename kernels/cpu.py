@@ -165,36 +165,38 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
 
 def run_compiler(command: list[str], env: dict[str, str]):
     """Raises CalledProcessError if it fails. If this process is ended meanwhile, so is all that the command started."""
-    with signals_raised(), subprocess.Popen(
+    with signals_held() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:  # fmt: skip
-        try:
-            _, errors = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        errors = None
+        while errors is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, errors = process.communicate(timeout=0.1)
+            if held and errors is None:
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
 
 
 @contextlib.contextmanager
-def signals_raised() -> Iterator[None]:
-    """Within this context, signals that would end the process raise SystemExit. Not in other threads than the main one,
-    where Python cannot do that."""
-
-    def stop(signum, frame):
-        sys.exit(128 + signum)
-
-    signals = []
+def signals_held() -> Iterator[list[int]]:
+    """Within this context, signals that would end the process are only noted, in the list that it yields. They act when
+    it ends. Not in other threads than the main one, where Python cannot do that."""
+    held, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
-        signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL]
-    for signum in signals:
-        signal.signal(signum, stop)
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {s: handler for s, handler in handlers.items() if callable(handler) or handler == signal.SIG_DFL}
+    for signum in handlers:
+        signal.signal(signum, lambda signum, frame: held.append(signum))
     try:
-        yield
+        yield held
     finally:
-        for signum in signals:
-            signal.signal(signum, signal.SIG_DFL)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum in held:
+            if handlers[signum] == signal.SIG_DFL:
+                sys.exit(128 + signum)
+            handlers[signum](signum, None)
 
 
 def reason(e: Exception) -> str:
