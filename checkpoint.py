@@ -4,7 +4,7 @@
 
 It is a file of torch.save with this dict:
 
-    {"format": "gpt-fast/3", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/4", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
 It is read with torch.load(mmap=True, weights_only=True), so it cannot run code. It is written tensor by tensor under a
 temporary name and renamed at the end, so a file with its real name is always complete. If two processes write the same
@@ -33,16 +33,18 @@ from tqdm import tqdm
 from config import ModelConfig, UsageError
 from machine import lacks_memory
 
-FORMAT = "gpt-fast/3"
+FORMAT = "gpt-fast/4"
 
 # Earlier versions of the format differ in names only: parts of the tensors' names, and fields of the config's objects.
-EARLIER_FORMATS = ("gpt-fast/1", "gpt-fast/2")
+EARLIER_FORMATS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
     ".w13.": ".gate_up_proj.", ".w2.": ".down_proj.",
 }  # fmt: skip
-RENAMED_FIELDS = {"n_active": "top_k", "normalize": "norm_topk_prob", "kind": "rope_type"}
+RENAMED_FIELDS = {
+    "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
+}  # fmt: skip
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 NamedTensor = tuple[str, Tensor]

@@ -111,7 +111,7 @@ def hessians_of(
         for e in topk_ids.unique().tolist():
             sums[name][e] += sum_of_outer_products(x[topk_ids == e])
 
-    for name, linear in model.linears():
+    for name, linear in model.quantizable_linears():
         if not name.startswith(f"layers.{i}."):
             continue
         experts = () if linear.n_experts is None else (linear.n_experts,)

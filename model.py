@@ -46,9 +46,9 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. positions [B] is where each sequence's first new token stands.
         kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it."""
-        return self.logits(self.hidden(tokens, positions, kv_cache))
+        return self.compute_logits(self.compute_hidden(tokens, positions, kv_cache))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
+    def compute_hidden(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
         """forward without the final norm and the head: [B, T, dim]."""
         x = self.embed(tokens)
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         """[B, T] -> [B, T, dim]. The embedding has no backend of its own; the head's is the whole model's."""
         return kernels.embed(tokens, self.embed_tokens.weight, self.embed_scale, self.lm_head.backend)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
         return self.lm_head(x, norm=self.norm, out_dtype=torch.float32)
 
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         if is_tied:  # the head's weight may have moved
             self.embed_tokens.weight = self.lm_head.weight
 
-    def linears(self) -> Iterator[tuple[str, "Linear"]]:
+    def quantizable_linears(self) -> Iterator[tuple[str, "Linear"]]:
         """(name, layer) of every linear layer that quantization rewrites: all but the routers."""
         for name, module in self.named_modules():
             if isinstance(module, Linear) and not name.endswith(".router"):
@@ -114,7 +114,7 @@ def empty_model(config: ModelConfig, format: Format = DENSE) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory."""
     with torch.device("meta"):
         model = Transformer(config)
-    for _, linear in model.linears():
+    for _, linear in model.quantizable_linears():
         linear.set_format(format)
     return model
 
@@ -138,12 +138,12 @@ class TransformerBlock(nn.Module):
         """x [B, T, dim] -> [B, T, dim]."""
         # x = x + [post_norm] attention([norm] x)
         # x = x + [post_norm] feed_forward([norm] x)
-        # The first norm and the residual are arguments, since a kernel fuses them: each sublayer's first matrix product
-        # applies the norm, and its last one adds the residual. With a post_norm, that adds the residual.
+        # Norm and residual are arguments, since kernels fuse them: each sublayer's first matrix product applies the
+        # norm, and its last one adds the residual. A post_norm comes in between, so its kernel adds the residual.
         if self.post_attention_norm is None:
             x = self.attention(x, positions, cache, norm=self.attention_norm, residual=x)
             return self.feed_forward(x, norm=self.ffn_norm, residual=x)
-        backend = self.attention.qkv_proj.backend
+        backend = self.attention.backend
         y = self.attention(x, positions, cache, norm=self.attention_norm)
         x = self.post_attention_norm(y, residual=x, backend=backend)
         y = self.feed_forward(x, norm=self.ffn_norm)
@@ -157,7 +157,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.window = config.window(layer)
-        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.scale = config.attention_scale or self.head_dim**-0.5
+        self.softcap = config.attention_softcap
         self.slopes = alibi_slopes(self.n_heads) if config.alibi else None
         qkv_width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.dim, qkv_width, config.qkv_bias, clip=config.clip_qkv)
@@ -174,12 +175,12 @@ class Attention(nn.Module):
         self, x: Tensor, positions: Tensor, cache: "LayerCache", norm: "RMSNorm | None", residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(
-            qkv, cache, positions, self.n_heads, self.qkv_proj.backend, self.window, self.q_norm, self.k_norm,
-            self.sinks, self.scale, self.softcap,
-        )  # fmt: skip
-        # y [B, T, H D]
+        y = kernels.attend(qkv, self, cache, positions)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
+
+    @property
+    def backend(self) -> str:
+        return self.qkv_proj.backend
 
 
 class FeedForward(nn.Module):
@@ -204,8 +205,8 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.moe, self.activation = config.moe, config.activation
-        n_experts, bias = config.moe.n_experts + config.moe.n_shared, config.moe.bias
-        n_logits = config.moe.n_experts + (1 if config.moe.n_shared else 0)
+        n_experts, bias = config.moe.n_experts + config.moe.n_shared_experts, config.moe.bias
+        n_logits = config.moe.n_experts + (1 if config.moe.n_shared_experts else 0)
         self.router = Linear(config.dim, n_logits, bias)
         self.gate_up_proj = ExpertsGateUp(config.dim, 2 * config.ffn_dim, bias, n_experts)
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
@@ -213,7 +214,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, norm: "RMSNorm | None", residual: Tensor | None = None) -> Tensor:
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
-            logits, self.moe.top_k, self.moe.norm_topk_prob, self.router.backend, self.moe.n_shared
+            logits, self.moe.top_k, self.moe.norm_topk_prob, self.router.backend, self.moe.n_shared_experts
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
@@ -343,7 +344,7 @@ class KVCache:
         seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
         return seen.scatter_(-1, ids, True)[..., :vocab_size]
 
-    def prefix(self, n: int) -> "KVCache":
+    def narrow_length(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache
         that it gets, so a shorter one costs less."""
         view = copy.copy(self)
@@ -351,7 +352,7 @@ class KVCache:
         view.layers = [c._replace(k=c.k[:, :, :n], v=c.v[:, :, :n], rope=c.rope[:n]) for c in self.layers]
         return view
 
-    def rows(self, start: int, n: int) -> "KVCache":
+    def narrow_batch(self, start: int, n: int) -> "KVCache":
         """A view of n sequences, from number start on."""
         if n == self.batch_size:  # as in every step but those of a scheduler
             return self
@@ -360,7 +361,7 @@ class KVCache:
         view.layers = [c._replace(k=c.k[start : start + n], v=c.v[start : start + n]) for c in self.layers]
         return view
 
-    def copy_row(self, source: int, target: int, n: int):
+    def copy_sequence(self, source: int, target: int, n: int):
         """Copies the first n tokens of sequence source to sequence target."""
         self.tokens[target, :n] = self.tokens[source, :n]
         for c in self.layers:

@@ -160,7 +160,7 @@ def main():
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights to quantize, by the names of their layers. tensors are those that path holds; a tied head's weight is
     the embedding's. Raises UsageError if one is missing or of the wrong shape."""
-    shapes = {name: linear.weight.shape for name, linear in empty_model(config).linears()}
+    shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
     if config.tie_embeddings:
         tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}

@@ -88,7 +88,7 @@ def measured_bandwidth(model: Transformer) -> float | None:
     in memory: those that every step reads. None if they are so few that they lie in the processor's caches, or if
     there is no memory to measure it."""
     device = device_of(model)
-    linears = (linear for _, linear in model.linears() if linear.n_experts is None)
+    linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
     try:
         if device.type == "cpu":
             return read_bandwidth_of(tensor for linear in linears for tensor in linear.tensors().values())

@@ -152,11 +152,11 @@ class Scheduler:
         start = self.copy_shared_prefix(request.prompt, row)
         tokens = torch.tensor([request.prompt[start:]], device=self.kv_cache.device)
         positions = torch.tensor([start], device=self.kv_cache.device)
-        for hidden in hidden_in_chunks(self.model, tokens, positions, self.kv_cache.rows(row, 1)):
+        for hidden in hidden_in_chunks(self.model, tokens, positions, self.kv_cache.narrow_batch(row, 1)):
             last_hidden = hidden[:, -1:]
         sequence = Sequence(request, list(request.prompt), torch.Generator().manual_seed(request.seed))
         self.rows[row], self.cached[row] = sequence, sequence.ids
-        return self.add_tokens([row], self.model.logits(last_hidden), tokens, positions)
+        return self.add_tokens([row], self.model.compute_logits(last_hidden), tokens, positions)
 
     def decode(self) -> list[NewToken]:
         """The next token of the sequences in all of self.rows."""
@@ -185,7 +185,7 @@ class Scheduler:
 
     def penalized(self, rows: list[int], logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         """The logits with each row's repetition_penalty."""
-        kv_cache = self.kv_cache.rows(rows[0], len(rows))
+        kv_cache = self.kv_cache.narrow_batch(rows[0], len(rows))
         penalties = [self.rows[row].request.sampling.repetition_penalty for row in rows]
         if all(penalty == 1 for penalty in penalties):
             kv_cache.note_tokens(tokens, positions)  # for a request that copies them and has a penalty
@@ -200,7 +200,7 @@ class Scheduler:
         n = max(shared)
         source = row if shared[row] == n else shared.index(n)
         if source != row:
-            self.kv_cache.copy_row(source, row, n)
+            self.kv_cache.copy_sequence(source, row, n)
         self.cached[row] = [*prompt[:n], -1]  # until prefill is complete
         return n
 
@@ -211,7 +211,7 @@ class Scheduler:
             if sequence is None:
                 continue
             source, row = len(self.rows), self.rows.index(None)
-            self.kv_cache.copy_row(source, row, len(sequence.ids) - 1)
+            self.kv_cache.copy_sequence(source, row, len(sequence.ids) - 1)
             self.rows[row], self.cached[row] = sequence, sequence.ids
 
 

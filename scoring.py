@@ -103,7 +103,7 @@ def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hid
     targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
     logprobs, is_greedy = [], []
     for x, target in zip(hidden[last - n : last].split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
-        logits = model.logits(x)
+        logits = model.compute_logits(x)
         logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
         is_greedy.append(logits.argmax(-1) == target)
     return Score(index, torch.cat(logprobs), torch.cat(is_greedy))

@@ -78,7 +78,7 @@ def build_steps(
     def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
         for hidden in hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model):
             last_hidden = hidden[:, -1:]
-        return next_ids(model.logits(last_hidden), tokens, positions)
+        return next_ids(model.compute_logits(last_hidden), tokens, positions)
 
     return Steps(prefill, build_model_step(model, kv_cache, next_ids, compile))
 
@@ -112,7 +112,7 @@ def hidden_in_chunks(
         runs_eagerly = compiled_model is None or chunk.numel() < MIN_COMPILED or model.uses_kernels(*chunk.shape)
         chunk_model = model if runs_eagerly else compiled_model
         end = start + offset + chunk.shape[1]
-        yield chunk_model.hidden(chunk, positions + offset, kv_cache.prefix(end))
+        yield chunk_model.compute_hidden(chunk, positions + offset, kv_cache.narrow_length(end))
 
 
 # ---- Decoding and verification --------------------------------------------------------------------------------------
@@ -128,11 +128,11 @@ def build_model_step(model: Transformer, kv_cache: KVCache, select_tokens: Calla
     uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
     def forward(tokens: Tensor, positions: Tensor) -> Tensor:
-        return model(tokens, positions, kv_cache.rows(0, len(tokens)))
+        return model(tokens, positions, kv_cache.narrow_batch(0, len(tokens)))
 
     def forward_without_kernels(tokens: Tensor, positions: Tensor) -> Tensor:
         # PyTorch's attention looks at every position that it is given.
-        used = kv_cache.rows(0, len(tokens)).prefix(int(positions.max()) + tokens.shape[1])
+        used = kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(positions.max()) + tokens.shape[1])
         return model(tokens, positions, used)
 
     if device.type == "cpu":  # a recording on a CPU holds nothing but kernels, and there are none for sampling
@@ -169,7 +169,7 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Ca
     one_graph = can_be_one_graph(model)
 
     def select_from_hidden(hidden: Tensor, *inputs: Tensor):
-        return select_tokens(model.logits(hidden), *inputs)
+        return select_tokens(model.compute_logits(hidden), *inputs)
 
     @cache
     def compiled() -> tuple[Transformer, Callable]:
@@ -179,7 +179,7 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Ca
 
     def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
         compiled_model, compiled_select = compiled()
-        hidden = compiled_model.hidden(tokens, positions, kv_cache.rows(0, len(tokens)))
+        hidden = compiled_model.compute_hidden(tokens, positions, kv_cache.narrow_batch(0, len(tokens)))
         return compiled_select(hidden, tokens, positions, *extra_inputs)
 
     return record(step) if device_of(model).type == "cuda" and one_graph else step

@@ -120,7 +120,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     plan, format, n_ranks = tp_plan(model.config), model.format, world_size()
     check_device(device)
     check_divides(model.config, format, n_ranks)
-    linears = dict(model.linears())
+    linears = dict(model.quantizable_linears())
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
         """A copy of the part, so that only that much of a memory-mapped tensor is read. tensor itself if every rank has

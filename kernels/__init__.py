@@ -35,7 +35,7 @@ MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in regis
 FUSED_GLU_MULTIPLE = 32
 
 
-def kernels_of(backend: str, n_tokens: int):
+def ops_of_backend(backend: str, n_tokens: int):
     """The torch.ops namespace of backend's kernels; None if n_tokens tokens run in plain PyTorch."""
     if backend == "cpu" and 0 < n_tokens <= MAX_TOKENS:
         return torch.ops.gptfast
@@ -44,12 +44,12 @@ def kernels_of(backend: str, n_tokens: int):
     return None
 
 
-def kernels_for(layer, n_tokens: int, activation: str | None = None):
-    """kernels_of the backend of layer, a model.Linear. None also if PyTorch is faster with so many tokens, or if the
-    kernels lack activation."""
+def ops_of_layer(layer, n_tokens: int, activation: str | None = None):
+    """ops_of_backend of the backend of layer, a model.Linear. None also if PyTorch is faster with so many tokens, or if
+    the kernels lack activation."""
     if n_tokens > layer.max_tokens or activation not in ACTIVATION_IDS:
         return None
-    return kernels_of(layer.backend, n_tokens)
+    return ops_of_backend(layer.backend, n_tokens)
 
 
 def linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = None, out_dtype=None) -> Tensor:
@@ -60,7 +60,7 @@ def linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = 
     [..., N / 2].
     residual: added last, after layer.scale, layer.softcap and layer.clip.
     out_dtype: x.dtype (None) or torch.float32."""
-    ops = kernels_for(layer, count_tokens(x), activation)
+    ops = ops_of_layer(layer, count_tokens(x), activation)
     if ops is None:
         return reference.linear(x, layer, norm, residual, activation, out_dtype)
     if activation and layer.out_features % FUSED_GLU_MULTIPLE:  # such a layer has no scale, softcap or clip
@@ -94,7 +94,7 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
     """[residual +] x / rms(x) * weight over the last dimension."""
-    ops = kernels_of(backend, count_tokens(x))
+    ops = ops_of_backend(backend, count_tokens(x))
     if ops is None:
         return reference.rms_norm(x, weight, eps, residual)
     return ops.rms_norm(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
@@ -102,58 +102,59 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, bac
 
 def embed(tokens: Tensor, weight: Tensor, scale: float, backend: str) -> Tensor:
     """tokens [B, T] -> their rows of weight [V, dim], times scale: [B, T, dim]."""
-    if backend == "cpu" and kernels_of(backend, tokens.numel()):
+    if backend == "cpu" and ops_of_backend(backend, tokens.numel()):
         return torch.ops.gptfast.embed(tokens.contiguous(), weight, scale)
     return reference.embed(tokens, weight, scale)
 
 
-def attend(
-    qkv: Tensor, cache, positions: Tensor, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
-    sinks: Tensor | None = None, scale: float | None = None, softcap: float = 0.0,
-) -> Tensor:  # fmt: skip
+def attend(qkv: Tensor, layer, cache, positions: Tensor) -> Tensor:
     """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D].
 
+    layer: a model.Attention. Of it count
+        n_heads       H
+        q_norm, k_norm    model.RMSNorms or None, applied before RoPE to every head, or to all heads together if they
+                      are so wide
+        window        how many tokens a token sees, itself included; 0: all
+        scale         the scores are multiplied by it
+        softcap       if not 0, scores then become softcap * tanh(score / softcap)
+        sinks         [H] or None: scores of a key whose value is zero
     cache: a model.LayerCache. The new keys and values are written to it, the first at positions [B]. If it has slopes
-    [H], slope * (position of the key - position of the query) is added to the scores, after softcap.
-    window: how many tokens a token sees, itself included; 0: all.
-    q_norm, k_norm: model.RMSNorms, applied before RoPE to every head, or to all heads together if they are so wide.
-    sinks: [H], scores of a key whose value is zero.
-    scale: of the scores; None: 1 / sqrt(D).
-    softcap: if not 0, scores become softcap * tanh(score / softcap)."""
+    [H], slope * (position of the key - position of the query) is added to the scores, after softcap."""
     batch, n_tokens, _ = qkv.shape
-    if not has_attention_kernel(backend, batch, n_tokens, n_heads // cache.k.shape[1]):
-        return reference.attend(qkv, cache, positions, n_heads, window, q_norm, k_norm, sinks, scale, softcap)
-    q_weight, eps = norm_arguments(q_norm)
-    k_weight, _ = norm_arguments(k_norm)
-    ops = kernels_of(backend, batch * n_tokens)
+    if not has_attention_kernel(layer.backend, batch, n_tokens, layer.n_heads // cache.k.shape[1]):
+        return reference.attend(qkv, layer, cache, positions)
+    q_norm_weight, eps = norm_arguments(layer.q_norm)
+    k_norm_weight, _ = norm_arguments(layer.k_norm)
+    ops = ops_of_backend(layer.backend, batch * n_tokens)
     return ops.attend(
-        qkv, cache.k, cache.v, positions, cache.rope, q_weight, k_weight, eps, sinks, cache.slopes, n_heads, window,
-        scale=cache.k.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
+        qkv, cache.k, cache.v, positions, cache.rope, q_norm_weight, k_norm_weight, eps, layer.sinks, cache.slopes,
+        layer.n_heads, layer.window, layer.scale, layer.softcap,
     )  # fmt: skip
 
 
 def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
     """Whether backend has a kernel for n_tokens new tokens in each of batch sequences."""
-    if kernels_of(backend, batch * n_tokens) is None:
+    if ops_of_backend(backend, batch * n_tokens) is None:
         return False
     return backend == "cpu" or n_tokens * heads_per_kv_head <= MAX_TRITON_QUERIES
 
 
-def route(logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared: int = 0) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared_experts: int = 0
+) -> tuple[Tensor, Tensor]:
     """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k]. normalize: scale
     the weights so that they sum to one.
 
-    n_shared: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The sigmoid
-    of the last one is the weight of each of them, and the results are [..., top_k + n_shared]."""
-    ops = kernels_of(backend, count_tokens(logits))
-    return (ops or reference).route(logits, top_k, normalize, n_shared)
+    n_shared_experts: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The
+    sigmoid of the last one is the weight of each of them, and the results are [..., top_k + n_shared_experts]."""
+    ops = ops_of_backend(backend, count_tokens(logits))
+    return (ops or reference).route(logits, top_k, normalize, n_shared_experts)
 
 
 def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation: str | None = None) -> Tensor:
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
     [B, T, top_k, F]. norm and activation are as in linear."""
-    ops = kernels_for(layer, count_tokens(x), activation)
+    ops = ops_of_layer(layer, count_tokens(x), activation)
     if ops is None:
         return reference.experts_gate_up(x, layer, topk_ids, norm, activation)
     if activation and layer.out_features % FUSED_GLU_MULTIPLE:
@@ -168,7 +169,7 @@ def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation: s
 def experts_down(hidden: Tensor, layer, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
     """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
     [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
-    ops = kernels_for(layer, count_tokens(topk_ids))
+    ops = ops_of_layer(layer, count_tokens(topk_ids))
     if ops is None:
         return reference.experts_down(hidden, layer, topk_ids, topk_weights, residual)
     return ops.experts_down(hidden, *weight_arguments(layer), layer.bias, topk_ids, topk_weights, residual)
@@ -204,6 +205,7 @@ def dequantize(layer, dtype: torch.dtype, experts=slice(None)) -> Tensor:
 
 
 def count_tokens(x: Tensor) -> int:
+    """Of x [..., width]."""
     return x.numel() // x.shape[-1]
 
 
@@ -229,7 +231,7 @@ def pack_weights(model: torch.nn.Module, mapped: bool = False):
     mapped: the weights lie in a memory-mapped file. Its pages are released as soon as a weight is packed, so that no
     weight is in memory twice."""
     first = next(iter(model.state_dict().values()))
-    linears = [m for m in model.modules() if hasattr(m, "backend") and m.backend == "torch"]
+    linears = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
     if first.device.type == "cpu" and cpu.build():
         pack_for_cpu(linears, mapped)
     elif first.device.type == "cpu" and first.is_floating_point():

@@ -69,19 +69,16 @@ def embed(tokens: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def attend(
-    qkv: Tensor, cache, positions: Tensor, n_heads: int, window: int = 0, q_norm=None, k_norm=None, sinks=None,
-    scale: float | None = None, softcap: float = 0.0,
-) -> Tensor:  # fmt: skip
+def attend(qkv: Tensor, layer, cache, positions: Tensor) -> Tensor:
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
-    q, k, v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
-    if q_norm is not None:
-        q, k = norm_heads(q, q_norm), norm_heads(k, k_norm)
+    q, k, v = qkv.view(B, T, -1, D).split([layer.n_heads, G, G], dim=2)  # [B, T, H or G, D]
+    if layer.q_norm is not None:
+        q, k = norm_heads(q, layer.q_norm), norm_heads(k, layer.k_norm)
     token_positions = positions[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
     rope = cache.rope[token_positions]  # [B, T, D/2, 2]
     q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D], k [B, T, G, D]
-    # S == T means that the new tokens start at position 0. Then the mask is plainly causal, and SDPA can choose flash
-    # attention. Not under torch.compile, where this comparison would specialize the graph.
+    # S == T means that the new tokens start at position 0. Not under torch.compile, where this comparison would
+    # specialize the graph.
     fills_cache = not torch.compiler.is_compiling() and S == T
     if fills_cache:
         cache.k.copy_(k.transpose(1, 2))
@@ -90,26 +87,48 @@ def attend(
         sequences = torch.arange(B, device=qkv.device)[:, None]
         cache.k[sequences, :, token_positions] = k
         cache.v[sequences, :, token_positions] = v
-    k, v = cache.k, cache.v  # [B, G, S, D]
-    if sinks is not None or softcap or cache.slopes is not None:
-        mask, bias = causal_mask(token_positions, S, window), None
-        if cache.slopes is not None:
-            distances = torch.arange(S, device=qkv.device) - token_positions[..., None]  # [B, T, S]
-            bias = cache.slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
-        y = explicit_attention(q, k, v, mask, sinks, D**-0.5 if scale is None else scale, softcap, bias)
-        return y.transpose(1, 2).reshape(B, T, -1)
-    if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
-        mask = causal_mask(token_positions, S, window)
-        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), k, v, attn_mask=mask, scale=scale)
-        return y.reshape(B, 1, -1)
-    if q.is_cuda:  # for grouped heads with a mask, or in float32, SDPA has only its slowest kernel
-        k, v = (t.repeat_interleave(n_heads // G, dim=1) for t in (k, v))
-    if fills_cache and not 0 < window < T:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if layer.sinks is not None or layer.softcap or cache.slopes is not None:
+        y = explicit_attention(q, layer, cache, token_positions)
     else:
-        mask = causal_mask(token_positions, S, window)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        y = sdpa_attention(q, layer, cache, token_positions, fills_cache)
     return y.transpose(1, 2).reshape(B, T, -1)
+
+
+def sdpa_attention(q: Tensor, layer, cache, token_positions: Tensor, fills_cache: bool) -> Tensor:
+    """By PyTorch's scaled_dot_product_attention: q [B, H, T, D] at token_positions [B, T] -> [B, H, T, D]. fills_cache:
+    the T tokens are all that the cache holds."""
+    (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
+    if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
+        mask = causal_mask(token_positions, S, layer.window)
+        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=layer.scale)
+        return y.view(B, H, 1, D)
+    k, v = cache.k, cache.v
+    if q.is_cuda:  # for grouped heads with a mask, or in float32, SDPA has only its slowest kernel
+        k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
+    if fills_cache and not 0 < layer.window < T:  # is_causal lets SDPA choose flash attention
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True)
+    mask = causal_mask(token_positions, S, layer.window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=True)
+
+
+def explicit_attention(q: Tensor, layer, cache, token_positions: Tensor) -> Tensor:
+    """What SDPA cannot do: softcap, ALiBi and sinks. q [B, H, T, D] at token_positions [B, T] -> [B, H, T, D]."""
+    (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
+    grouped = q.view(B, G, H // G, T, D)
+    scores = (grouped @ cache.k[:, :, None].mT).float() * layer.scale  # [B, G, H/G, T, S]
+    if layer.softcap:
+        scores = cap(scores, layer.softcap)
+    if cache.slopes is not None:
+        distances = torch.arange(S, device=q.device) - token_positions[..., None]  # [B, T, S]
+        bias = cache.slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        scores = scores + bias.view_as(scores)
+    mask = causal_mask(token_positions, S, layer.window)
+    scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    if layer.sinks is not None:  # the score of one more key, which takes its part of the softmax's sum
+        sinks = layer.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
+    return (p @ cache.v[:, :, None]).view(B, H, T, D)
 
 
 def norm_heads(x: Tensor, norm) -> Tensor:
@@ -117,28 +136,6 @@ def norm_heads(x: Tensor, norm) -> Tensor:
     if norm.weight.numel() == x.shape[-1]:
         return rms_norm(x, norm.weight, norm.eps)
     return rms_norm(x.flatten(2), norm.weight, norm.eps).view_as(x)
-
-
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """What SDPA cannot do. q [B, H, T, D], k and v [B, G, S, D], mask [B, 1, T, S] -> [B, H, T, D]. sinks [H] are
-    scores of a key whose value is zero: they take a part of the softmax's sum. bias [B, H, T, S] is added to the
-    scores."""
-    B, H, T, D = q.shape
-    grouped = q.view(B, k.shape[1], -1, T, D)  # [B, G, H/G, T, D]
-    scores = (grouped @ k[:, :, None].mT).float() * scale  # [B, G, H/G, T, S]
-    if softcap:
-        scores = cap(scores, softcap)
-    if bias is not None:
-        scores = scores + bias.view_as(scores)
-    scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if sinks is not None:
-        column = sinks.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    p = scores.softmax(-1)[..., : k.shape[2]].to(v.dtype)
-    return (p @ v[:, :, None]).view(B, H, T, D)
 
 
 def causal_mask(token_positions: Tensor, S: int, window: int) -> Tensor:
@@ -160,15 +157,15 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
 
 
-def route(logits: Tensor, top_k: int, normalize: bool, n_shared: int = 0) -> tuple[Tensor, Tensor]:
-    n_experts = logits.shape[-1] - (1 if n_shared else 0)
+def route(logits: Tensor, top_k: int, normalize: bool, n_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
+    n_experts = logits.shape[-1] - (1 if n_shared_experts else 0)
     topk_weights, topk_ids = F.softmax(logits[..., :n_experts], dim=-1).topk(top_k, dim=-1)
     if normalize:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-    if n_shared:
-        shared_ids = torch.arange(n_experts, n_experts + n_shared, device=logits.device)
-        shared_ids = shared_ids.expand(*topk_ids.shape[:-1], n_shared)
-        shared_weights = logits[..., n_experts:].sigmoid().expand(*topk_ids.shape[:-1], n_shared)
+    if n_shared_experts:
+        shared_ids = torch.arange(n_experts, n_experts + n_shared_experts, device=logits.device)
+        shared_ids = shared_ids.expand(*topk_ids.shape[:-1], n_shared_experts)
+        shared_weights = logits[..., n_experts:].sigmoid().expand(*topk_ids.shape[:-1], n_shared_experts)
         topk_ids, topk_weights = torch.cat([topk_ids, shared_ids], -1), torch.cat([topk_weights, shared_weights], -1)
     return topk_weights, topk_ids
 

@@ -33,7 +33,7 @@ def define(schema: str, recordable: bool = True) -> Callable:
     return register
 
 
-def implement_in_triton(function: Callable) -> Callable:
+def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of its name in torch.ops.gptfast_triton. It also takes CPU tensors,
     with which Triton's interpreter runs it."""
     name = f"gptfast_triton::{function.__name__}"
@@ -82,9 +82,9 @@ def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, sinks, s
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 
-@define("(Tensor logits, int top_k, bool normalize, int n_shared) -> (Tensor, Tensor)")
-def route(logits, top_k, normalize, n_shared):
-    shape = (*logits.shape[:-1], top_k + n_shared)
+@define("(Tensor logits, int top_k, bool normalize, int n_shared_experts) -> (Tensor, Tensor)")
+def route(logits, top_k, normalize, n_shared_experts):
+    shape = (*logits.shape[:-1], top_k + n_shared_experts)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import implement_in_triton
+from kernels.schema import triton_op
 from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
 from kernels.triton_linear import cap
 
@@ -265,7 +265,7 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
     tl.store(lo_ptr + D // 2, hi, mask=mask)
 
 
-@implement_in_triton
+@triton_op
 def attend(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, eps: float, sinks: Tensor | None, slopes: Tensor | None, n_heads: int, window: int,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.formats import Int4, Int8
-from kernels.schema import ACTIVATION_IDS, implement_in_triton
+from kernels.schema import ACTIVATION_IDS, triton_op
 from kernels.triton_int4 import magic_word, offset_of, scales_and_zeros, tiles_to_floats
 from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_previous_kernel
 
@@ -380,7 +380,7 @@ def supports(w) -> bool:
     return w.format.group_size % 32 == 0 and whole_tiles
 
 
-@implement_in_triton
+@triton_op
 def linear(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, norm: Tensor | None, eps: float, residual: Tensor | None, activation: int, scale: float,
@@ -395,7 +395,7 @@ def linear(
     return y
 
 
-@implement_in_triton
+@triton_op
 def dequantize(
     weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
     dtype: torch.dtype,
@@ -407,7 +407,7 @@ def dequantize(
     return y
 
 
-@implement_in_triton
+@triton_op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
     """[residual +] x / rms(x) * weight over the last dimension."""
     y, n = torch.empty_like(x), x.shape[-1]

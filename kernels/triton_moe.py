@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import schema
-from kernels.schema import implement_in_triton
+from kernels.schema import triton_op
 from kernels.triton_launch import overlap_options, wait_for_previous_kernel
 from kernels.triton_linear import launch_linear
 
@@ -70,7 +70,7 @@ def moe_combine(
     tl.store(out_ptr + row * N + n, total, mask=n < N)
 
 
-@implement_in_triton
+@triton_op
 def experts_gate_up(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, topk_ids: Tensor, norm: Tensor | None, eps: float, activation: int,
@@ -84,7 +84,7 @@ def experts_gate_up(
     return y
 
 
-@implement_in_triton
+@triton_op
 def experts_down(
     hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
@@ -101,17 +101,18 @@ def experts_down(
     return out
 
 
-@implement_in_triton
-def route(logits: Tensor, top_k: int, normalize: bool, n_shared: int) -> tuple[Tensor, Tensor]:
+@triton_op
+def route(logits: Tensor, top_k: int, normalize: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
     """Of float32 logits [..., E] the top_k largest: their softmax weights, made to sum to one if normalize, and their
-    indices, both [..., top_k]. With n_shared shared experts, whose weight is the sigmoid of one more logit:
-    [..., top_k + n_shared]."""
-    topk_weights, topk_ids = schema.route(logits, top_k, normalize, n_shared)
+    indices, both [..., top_k]. With n_shared_experts shared experts, whose weight is the sigmoid of one more logit:
+    [..., top_k + n_shared_experts]."""
+    topk_weights, topk_ids = schema.route(logits, top_k, normalize, n_shared_experts)
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)
     route_kernel[grid](
-        logits, topk_weights, topk_ids, n_logits - 1 if n_shared else n_logits, top_k, normalize, n_shared,
-        BLOCK=triton.next_power_of_2(max(n_logits, top_k + n_shared)),
+        logits, topk_weights, topk_ids, n_logits - 1 if n_shared_experts else n_logits, top_k, normalize,
+        n_shared_experts,
+        BLOCK=triton.next_power_of_2(max(n_logits, top_k + n_shared_experts)),
         **overlap_options(logits.device, grid),
     )  # fmt: skip
     return topk_weights, topk_ids

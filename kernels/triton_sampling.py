@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import implement_in_triton
+from kernels.schema import triton_op
 from kernels.triton_launch import done_counters, overlap_options, wait_for_previous_kernel
 
 BLOCK_V = 2048  # logits of a program
@@ -58,7 +58,7 @@ def best_block(block_scores_ptr, block_tokens_ptr, row, N_BLOCKS: tl.constexpr, 
     return tl.sum(tl.where(b == tl.argmax(scores, axis=0), tokens, 0), axis=0)
 
 
-@implement_in_triton
+@triton_op
 def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     """float32 logits [B, V] and, unless the likeliest token is wanted, noise [B, V] of the exponential distribution ->
     token ids [B]; -1 for a row that is not finite."""

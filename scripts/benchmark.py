@@ -271,7 +271,7 @@ def bits_per_weight(file: Path) -> float:
     """Bits that file holds for a weight of its linears, scales and zero points included."""
     config, _, tensors = read_checkpoint(file)
     tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])  # a tied head that is not quantized
-    linears = dict(empty_model(config).linears())
+    linears = dict(empty_model(config).quantizable_linears())
     stored = [t.nbytes for name, t in tensors.items() if name.rpartition(".")[0] in linears and ".bias" not in name]
     return 8 * sum(stored) / sum(w.weight.numel() for w in linears.values())
 

@@ -26,6 +26,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -318,15 +319,18 @@ class Checker:
         norms = [None, None]
         if head_dim == 40:
             norms = [random_norm(head_dim, self.device, self.dtype) for _ in range(2)]
-        options, slopes = {}, None
+        sinks, scale, softcap, slopes = None, head_dim**-0.5, 0.0, None
         if has_options:
             slopes = torch.tensor(alibi_slopes(n_heads), device=self.device)
             norms = [random_norm(n * head_dim, self.device, self.dtype) for n in (n_heads, n_kv_heads)]
-            options = {"sinks": self.randn(n_heads), "scale": 0.1, "softcap": 2.0}
+            sinks, scale, softcap = self.randn(n_heads), 0.1, 2.0
+        options = dict(zip(("q_norm", "k_norm"), norms, strict=True))
+        options |= {"n_heads": n_heads, "window": window, "sinks": sinks, "scale": scale, "softcap": softcap}
 
         def attend(backend: str, dtype: torch.dtype) -> Tensor:
             layer_cache = LayerCache(k.to(dtype, copy=True), v.to(dtype, copy=True), rope, slopes)
-            y = kernels.attend(qkv.to(dtype), layer_cache, positions, n_heads, backend, window, *norms, **options)
+            layer = SimpleNamespace(backend=backend, **options)
+            y = kernels.attend(qkv.to(dtype), layer, layer_cache, positions)
             return torch.cat([t.flatten() for t in (y, layer_cache.k, layer_cache.v)])
 
         case = f"attend {n_heads}/{n_kv_heads}/{head_dim} window {window}, {batch}x{n_tokens} tokens from {position} on"
@@ -350,11 +354,11 @@ class Checker:
         self.compare(f"experts_down {name}", down(hidden, topk_ids, topk_weights, residual), y, limit)
 
     def check_route(self):
-        for normalize, n_shared in product((False, True), (0, 2)):
-            logits = torch.randn(1, 3, MOE.n_experts + (n_shared > 0), device=self.device)
-            weights, ids = reference.route(logits, MOE.top_k, normalize, n_shared)
-            our_weights, our_ids = kernels.route(logits, MOE.top_k, normalize, "triton", n_shared)
-            case = f"normalized: {normalize}, shared experts: {n_shared}"
+        for normalize, n_shared_experts in product((False, True), (0, 2)):
+            logits = torch.randn(1, 3, MOE.n_experts + (n_shared_experts > 0), device=self.device)
+            weights, ids = reference.route(logits, MOE.top_k, normalize, n_shared_experts)
+            our_weights, our_ids = kernels.route(logits, MOE.top_k, normalize, "triton", n_shared_experts)
+            case = f"normalized: {normalize}, shared experts: {n_shared_experts}"
             self.compare(f"topk_weights {case}", our_weights, weights, 1e-5)
             self.compare(f"topk_ids {case}", our_ids, ids, 0)
 
@@ -419,7 +423,7 @@ def tune(config: ModelConfig, format: Format, device: torch.device):
 
 
 def tune_products(config: ModelConfig, format: Format, device: torch.device):
-    linears = empty_model(config.with_layers(1)).linears()
+    linears = empty_model(config.with_layers(1)).quantizable_linears()
     for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
 

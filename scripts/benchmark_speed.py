@@ -69,7 +69,7 @@ def named_config(name: str) -> ModelConfig:
 def random_model(config: ModelConfig, format: Format, device: torch.device, dtype: torch.dtype) -> Transformer:
     """A model whose linears are in format, as a checkpoint has it: not yet on the kernels."""
     model = empty_model(config).to(dtype)
-    for _, linear in model.linears():
+    for _, linear in model.quantizable_linears():
         linear.set_format(format)
     is_tied = config.tie_embeddings and format == Dense()
     if is_tied:

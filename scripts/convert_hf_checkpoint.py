@@ -179,7 +179,7 @@ def sources_of(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, l
         n_experts, *shape = shape
     n_rows, *n_columns = shape
     rows = [n_rows // len(templates)] * len(templates)
-    if module == "feed_forward.router" and config.moe.n_shared:
+    if module == "feed_forward.router" and config.moe.n_shared_experts:
         templates, rows = [*templates, "mlp.shared_expert_gate"], [config.moe.n_experts, 1]
     if module == "attention.qkv_proj":
         rows = [n_heads * config.head_dim for n_heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
@@ -286,7 +286,7 @@ def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
     makers = dequantized_mxfp4(tensors) if family.model_type == "gpt_oss" else {}
     split_fused(tensors, config)
     split_experts(tensors, is_transposed=family.model_type == "gpt_oss")
-    if config.moe is not None and config.moe.n_shared:
+    if config.moe is not None and config.moe.n_shared_experts:
         split_shared_expert(tensors, config)
     if family.model_type == "dbrx":
         split_dbrx_experts(tensors, config)
@@ -374,15 +374,15 @@ def split_experts(tensors: Tensors, is_transposed: bool):
 
 
 def split_shared_expert(tensors: Tensors, config: ModelConfig):
-    """Replaces a shared expert, n_shared times as wide as the others, by the n_shared experts that it is the sum of."""
-    n_experts, n_shared = config.moe.n_experts, config.moe.n_shared
+    """Replaces a shared expert, n_shared_experts times as wide as the others, by the experts that it is the sum of."""
+    n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts
     for name in list(tensors):
         match = re.fullmatch(r"(.*\.mlp)\.shared_expert\.(\w+)\.weight", name)
         if match is None or tensors[name].dim() != 2:
             continue
         prefix, projection = match.groups()
         dim = 1 if projection == "down_proj" else 0
-        for i, part in enumerate(tensors.pop(name).tensor_split(n_shared, dim)):
+        for i, part in enumerate(tensors.pop(name).tensor_split(n_shared_experts, dim)):
             tensors[f"{prefix}.experts.{n_experts + i}.{projection}.weight"] = part
 
 

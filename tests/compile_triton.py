@@ -22,7 +22,7 @@ import kernels
 from kernels import triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401
 from kernels.formats import Dense, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, LayerCache
-from tests.test_kernels import make, make_norm
+from tests.test_kernels import attend, make, make_norm
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -121,7 +121,7 @@ def launch_others(dtype: torch.dtype):
     kernels.pack_for_triton([capped])
     for activation in ("gelu_tanh", "clamped_swiglu"):
         kernels.linear(x, capped, activation=activation)
-    kernels.route(torch.randn(1, 5, 5), 2, True, "triton", n_shared=1)
+    kernels.route(torch.randn(1, 5, 5), 2, True, "triton", n_shared_experts=1)
     topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, "triton")
     for format in (Dense(), Int8(), Int4(64)):
         gate_up = make(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
@@ -135,10 +135,10 @@ def launch_others(dtype: torch.dtype):
         k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
         cache, positions = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
         qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
-        kernels.attend(qkv, cache, positions, n_heads, "triton")
+        attend(qkv, cache, positions, n_heads, "triton")
     norms, sinks = [make_norm(n * 64, dtype) for n in (n_heads, 2)], torch.zeros(n_heads, dtype=dtype)
     cache = cache._replace(slopes=torch.zeros(n_heads))
-    kernels.attend(qkv, cache, positions, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, positions, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

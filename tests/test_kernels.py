@@ -390,6 +390,18 @@ def exact_attention(
     return y, bound
 
 
+def attend(
+    qkv, cache: LayerCache, positions, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
+    sinks=None, scale: float | None = None, softcap: float = 0.0,
+):  # fmt: skip
+    """kernels.attend of an attention layer that has these."""
+    layer = SimpleNamespace(
+        n_heads=n_heads, backend=backend, window=window, q_norm=q_norm, k_norm=k_norm, sinks=sinks,
+        scale=scale or cache.k.shape[-1] ** -0.5, softcap=softcap,
+    )  # fmt: skip
+    return kernels.attend(qkv, layer, cache, positions)
+
+
 def check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms):
     """Of so many new tokens in each row, at the positions starts, in a cache as long as rope."""
     B = len(starts)
@@ -398,7 +410,7 @@ def check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope,
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
     theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
-    ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window, *norms)
+    ours = attend(qkv, cache, positions, n_heads, "cpu", window, *norms)
     check_cache(qkv, cache, theirs, positions, n_heads, norms)
     bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms))
 
@@ -453,7 +465,7 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
             positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
             k, v = torch.randn(2, B, n_kv_heads, 640, d).to(dtype).unbind()
             theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope, alibi)
-            ours = kernels.attend(qkv, cache, positions, n_heads, "cpu", window, *norms, **options)
+            ours = attend(qkv, cache, positions, n_heads, "cpu", window, *norms, **options)
             check_cache(qkv, cache, theirs, positions, n_heads, norms)
             bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms, **options))
 
@@ -485,7 +497,7 @@ def test_attention_reference(dtype):
         positions, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16).to(dtype)
         k, v = torch.randn(2, len(starts), 2, 64, 16).to(dtype).unbind()
         cache = LayerCache(k, v, rope)
-        ours = reference.attend(qkv, cache, positions, 6, window)
+        ours = attend(qkv, cache, positions, 6, "torch", window)
         y, bound = exact_attention(qkv, cache, positions, 6, window, (None, None))
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
@@ -502,7 +514,7 @@ def test_attention_reference_sinks_scale_softcap():
             positions, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
             cache = LayerCache(k, v, rope, alibi)
-            ours = reference.attend(qkv, cache, positions, 6, window, *norms, **options)
+            ours = attend(qkv, cache, positions, 6, "torch", window, *norms, **options)
             y, bound = exact_attention(qkv, cache, positions, 6, window, norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
 
@@ -514,24 +526,24 @@ def test_what_does_not_fit_is_refused():
     cache = LayerCache(weight, weight.clone(), rope)
     for rows, tokens, positions in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1])]:
         with pytest.raises(RuntimeError, match="no room"):
-            kernels.attend(torch.randn(rows, tokens, 128), cache, torch.tensor(positions), 4, "cpu")
+            attend(torch.randn(rows, tokens, 128), cache, torch.tensor(positions), 4, "cpu")
     with pytest.raises(RuntimeError, match="int64"):
-        kernels.attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, "cpu")
+        attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, "cpu")
     with pytest.raises(RuntimeError, match="type"):
-        kernels.attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, "cpu")
+        attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, "cpu")
     for norms, sinks, said in [
         ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
     ]:  # fmt: skip
         q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
         with pytest.raises(RuntimeError, match=said):
-            kernels.attend(
+            attend(
                 torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, "cpu", 0, q_norm, k_norm,
                 torch.zeros(sinks),
             )  # fmt: skip
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
             view = cache._replace(slopes=slopes)
-            kernels.attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, "cpu")
+            attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, "cpu")
 
 
 # ---- Feed-forward ---------------------------------------------------------------------------------------------------
@@ -606,12 +618,12 @@ def test_route(normalize):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_route_to_shared_experts(normalize):
     torch.manual_seed(0)
-    for rows, n_experts, top_k, n_shared in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
+    for rows, n_experts, top_k, n_shared_experts in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
         logits = torch.randn(1, rows, n_experts + 1) * 3
-        ours = kernels.route(logits, top_k, normalize, "cpu", n_shared)
-        topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared)
+        ours = kernels.route(logits, top_k, normalize, "cpu", n_shared_experts)
+        topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared_experts)
         assert torch.equal(ours[1], topk_ids)
-        assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared)).all()
+        assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared_experts)).all()
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
 
 

@@ -117,7 +117,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
     assert quantization == ({"mode": "int4", "groupsize": int(group_size)} if group_size else {"mode": "int8"})
 
     ours, plain = (load_model(p, "cpu", torch.float32, use_kernels=False) for p in (tmp_path / "any name", path))
-    quantized = dict(plain.linears())
+    quantized = dict(plain.quantizable_linears())
     for linear_name, linear in quantized.items():
         module = ours.get_submodule(linear_name)
         assert module.weight.dtype in (torch.int8, torch.uint8) and not linear_name.endswith("router")

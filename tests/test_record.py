@@ -8,7 +8,7 @@ from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Int4, Int8
 from kernels.record import MAX_CPU_GRAPHS, graph_break, record
 from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer, rope_table
-from tests.test_kernels import make, make_norm, packed
+from tests.test_kernels import attend, make, make_norm, packed
 
 built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
 FAMILIES = {
@@ -27,7 +27,7 @@ def make_model(format, dtype: torch.dtype, **config) -> Transformer:
     model = Transformer(ModelConfig(**sizes | config))
     for name, p in model.named_parameters():
         p.data = (torch.rand(p.shape) if "norm" in name else torch.randn(p.shape) * 0.2).to(dtype)
-    for _, w in model.linears():
+    for _, w in model.quantizable_linears():
         stored = format.quantize(w.weight.data)
         w.set_format(format)
         for name, tensor in stored.items():
@@ -78,11 +78,11 @@ def test_every_argument_is_recorded(format):
 
     def step(tokens, positions, cache):
         x = kernels.embed(tokens, embedding, 8.0, "cpu")
-        y = kernels.attend(
+        y = attend(
             qkv_proj(x), cache, positions, n_heads, "cpu", 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
         )
         x = norm(y, residual=x, backend="cpu")
-        topk_weights, topk_ids = kernels.route(router(x), 2, True, "cpu", n_shared=2)
+        topk_weights, topk_ids = kernels.route(router(x), 2, True, "cpu", n_shared_experts=2)
         hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
         return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
 

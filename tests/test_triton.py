@@ -29,7 +29,7 @@ from tests.exact import (
     of_pytorch,
     of_rounding,
 )
-from tests.test_kernels import DTYPES, FORMATS, QUANTIZED, check_cache, make, make_norm, names
+from tests.test_kernels import DTYPES, FORMATS, QUANTIZED, attend, check_cache, make, make_norm, names
 from tests.tiny import ROOT, make_hf, to_ours
 
 U32 = bounds.U[torch.float32]
@@ -292,10 +292,11 @@ def test_experts(format, dtype, ffn_dim):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_route(normalize):
     torch.manual_seed(0)
-    for rows, n_experts, top_k, n_shared in [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3)]:
-        logits = torch.randn(1, rows, n_experts + (n_shared > 0)) * 3
-        topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared)
-        ours = kernels.route(logits, top_k, normalize, "triton", n_shared)
+    shapes = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3)]
+    for rows, n_experts, top_k, n_shared_experts in shapes:
+        logits = torch.randn(1, rows, n_experts + (n_shared_experts > 0)) * 3
+        topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared_experts)
+        ours = kernels.route(logits, top_k, normalize, "triton", n_shared_experts)
         assert torch.equal(ours[1], topk_ids)
         bounds.check(ours[0], topk_weights, (n_experts + 32) * U32 * topk_weights)
 
@@ -364,7 +365,7 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype, small_gpu):
             before = LayerCache(k.clone(), v.clone(), rope)
             exact = exact_attention(qkv, before, positions, n_heads, window, norms)
             view = LayerCache(k[:, :, :length], v[:, :, :length], rope)
-            ours = kernels.attend(qkv, view, positions, n_heads, "triton", window, *norms)
+            ours = attend(qkv, view, positions, n_heads, "triton", window, *norms)
             bounds.check(ours, *exact)
             check_cache(qkv, LayerCache(k, v, rope), before, positions, n_heads, norms)
 
@@ -396,7 +397,7 @@ def test_attention_options(n_heads, n_kv_heads, d, options, window, dtype, small
         k, v = torch.randn(2, B, n_kv_heads, length, d).to(dtype).unbind()
         before, cache = LayerCache(k.clone(), v.clone(), rope, slopes), LayerCache(k, v, rope, slopes)
         exact = exact_attention(qkv, before, positions, n_heads, window, norms, **values)
-        ours = kernels.attend(qkv, cache, positions, n_heads, "triton", window, *norms, **values)
+        ours = attend(qkv, cache, positions, n_heads, "triton", window, *norms, **values)
         bounds.check(ours, *exact)
         check_cache(qkv, cache, before, positions, n_heads, norms)
 
@@ -410,7 +411,7 @@ def test_attention_stays_in_the_cache():
         cache[:, :, :4], cache[:, :, 20:] = torch.nan, torch.nan
     before, inside = LayerCache(k.clone(), v.clone(), rope), slice(4, 20)
     positions, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
-    ours = kernels.attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside], rope), positions, 4, "triton")
+    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside], rope), positions, 4, "triton")
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
     cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside], rope)
@@ -453,7 +454,7 @@ def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
 def test_model(family, format, small_gpu):
     """The whole model: float32 logits as without kernels, so the same greedy tokens."""
     model, prompt = tiny_model(family, n_layers=2), torch.arange(3, 27)
-    for _, w in model.linears():
+    for _, w in model.quantizable_linears():
         tensors = format.quantize(w.weight.data)
         w.set_format(format)
         for name, tensor in tensors.items():

@@ -164,9 +164,14 @@ NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", 
 
 
 def write_earlier_format(path: Path, format: str):
-    """Rewrites the checkpoint in path as "gpt-fast/1" or "gpt-fast/2"."""
+    """Rewrites the checkpoint in path as "gpt-fast/1", "gpt-fast/2" or "gpt-fast/3"."""
     data = torch.load(path, weights_only=True)
     moe, rope_scaling = data["config"]["moe"], data["config"]["rope_scaling"]
+    if moe is not None:
+        moe["n_shared"] = moe.pop("n_shared_experts")
+    if format == "gpt-fast/3":
+        torch.save(data | {"format": format}, path)
+        return
     tensors = {}
     for name, tensor in data["tensors"].items():
         for new, old in NAMES_OF_FORMAT_2.items():

@@ -217,7 +217,7 @@ def bytes_read(path: Path) -> dict:
     tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     with torch.device("meta"):
         model = Transformer(config)
-    for _, linear in model.linears():
+    for _, linear in model.quantizable_linears():
         linear.set_format(format_of(quantization))
     shard_tensor = tp.shard(model, CPU)
     with BytesRead(tensors.values()) as read:
