@@ -6,7 +6,7 @@
 
 Every turn writes out the whole conversation with the checkpoint's chat template. The KV cache still holds the tokens of
 earlier turns, so the model only gets those behind the common beginning. What the context has no room for any more is
-forgotten, the oldest messages first. terminal.py leads a conversation on a terminal.
+forgotten, the oldest messages first. cli/terminal.py leads a conversation on a terminal.
 """
 
 import sys

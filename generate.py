@@ -33,23 +33,24 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 import tp
-from arguments import parse_args
 from chat import Conversation, TokenGenerator
-from completion import complete_in_parallel, complete_prompt
+from cli.arguments import parse_args
+from cli.complete import complete_in_parallel, complete_in_turn
+from cli.prompts import Prompt, read_prompts
+from cli.terminal import converse
+from completion import Completion, generate_many
 from config import UsageError
 from kernels import MAX_TOKENS
 from loading import load, load_model
 from machine import pick_device
 from model import KVCache, Transformer
-from prompts import Prompt, read_prompts
-from report import print_result, result_of
 from sampling import Sampling
+from scheduler import Request
 from speculate import (
     PromptLookup,
     Proposer,
@@ -60,8 +61,7 @@ from speculate import (
     speculate,
 )
 from steps import OOM_HINT, Steps, build_steps, check_finite, make_kv_cache
-from terminal import converse
-from tokenizer import Tokenizer, detokenize
+from tokenizer import Tokenizer
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
@@ -128,7 +128,7 @@ def build_token_generator(steps: Steps, kv_cache: KVCache) -> TokenGenerator:
 
 
 class LLM:
-    """A model for use from Python: text in, text out, one text at a time."""
+    """A model for use from Python: text in, text out."""
 
     def __init__(
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
@@ -157,13 +157,26 @@ class LLM:
         if len(history) + max_new_tokens > self.max_length:
             n = len(history)
             raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_length, {self.max_length}")
+        request = Request(history, max_new_tokens, self.sampling, stop=stop, is_chat=is_chat)
+        completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         generate_tokens = self.idle.pop() if self.idle else self.new_token_generator()
         try:
-            tokens = (step[0][0] for step in generate_tokens(history, 0, max_new_tokens))
-            before_end = takewhile(lambda token: token not in self.model.config.eos_ids, tokens)
-            yield from detokenize(self.tokenizer, before_end, () if is_chat else history, stop)
+            for step_tokens in generate_tokens(history, 0, max_new_tokens):
+                text = completion.add_step(sequences[0] for sequences in step_tokens)
+                if text:
+                    yield text
+                if completion.finish_reason:
+                    return
         finally:
             self.idle.append(generate_tokens)
+
+    def generate_many(
+        self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
+        stop: tuple[str, ...] = (), seed: int = 0,
+    ) -> Iterator[tuple[int, str]]:  # fmt: skip
+        """Yields (number, continuation) of each of prompts: see completion.generate_many."""
+        options = (parallel, max_new_tokens, self.sampling, stop, seed)
+        return generate_many(self.model, self.tokenizer, prompts, *options)
 
     def chat(self, system: str | None = None) -> Conversation:
         """A new conversation; its answer method takes the messages. system: the system message."""
@@ -210,9 +223,8 @@ def main():
     if args.conversation:
         conversation = Conversation(tokenizer, generate_tokens, length, model.config.eos_ids, args.system)
         converse(conversation, args.max_new_tokens)
-    for prompt in prompts:  # none in a conversation
-        completions = complete_prompt(args, model, tokenizer, generate_tokens, prompt)
-        print_result(args, result_of(args, model, kv_cache, prompt, completions) | stats, model)
+        return
+    complete_in_turn(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
 
 
 # ---- Before the first token -----------------------------------------------------------------------------------------

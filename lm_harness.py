@@ -13,10 +13,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from chat_template import render
+from completion import complete_all
 from config import UsageError
 from model import Transformer
 from sampling import Sampling
-from scheduler import Request, Scheduler, complete_all
+from scheduler import Request, Scheduler
 from scoring import OOM_HINT, ScoredSequence, scores_of
 from tokenizer import Tokenizer
 
@@ -143,8 +144,8 @@ class HarnessModel:
         """The model's answers, max_batch_size of them computed at a time."""
         answers = [self.answer_request(*request.args, seed=i) for i, request in enumerate(requests)]
         length = max((len(answer.prompt) + answer.max_new_tokens for answer in answers), default=1)
-        n_rows = max(1, min(self.max_batch_size, len(answers)))
-        scheduler = Scheduler(self.model, n_rows, length, compile=self.compile, oom_hint=OOM_HINT)
+        n_slots = max(1, min(self.max_batch_size, len(answers)))
+        scheduler = Scheduler(self.model, n_slots, length, compile=self.compile, oom_hint=OOM_HINT)
         completions = complete_all(scheduler, self.tokenizer, answers)
         bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
         return [completion.text for completion in bar]

@@ -169,17 +169,13 @@ class IncrementalDetokenizer:
         return self.stop_finder.found
 
 
-def detokenize(
-    tokenizer: Tokenizer, ids: Iterable[int], prefix_ids: Iterable[int] = (), stop: Iterable[str] = ()
-) -> Iterator[str]:
-    """Yields tokenizer.decode(ids, prefix_ids) in pieces, as the ids arrive, up to the first of the stop texts."""
-    detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, stop)
+def detokenize(tokenizer: Tokenizer, ids: Iterable[int], prefix_ids: Iterable[int] = ()) -> Iterator[str]:
+    """Yields tokenizer.decode(ids, prefix_ids) in pieces, as the ids arrive."""
+    detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids)
     for i in ids:
         piece = detokenizer.push(i)
         if piece:
             yield piece
-        if detokenizer.found_stop:
-            return
     rest = detokenizer.end()
     if rest:
         yield rest

@@ -46,13 +46,13 @@ import tokenizers
 import torch
 from benchmark_speed import CONFIGS, measure_speed, named_config, save_random_checkpoint
 
-from arguments import DEFAULT_K
 from checkpoint import read_checkpoint
+from cli.arguments import DEFAULT_K
+from cli.report import tokens_per_step
 from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, format_of
 from machine import pick_device, read_bandwidth
 from model import empty_model
-from report import tokens_per_step
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"

@@ -4,11 +4,12 @@ import secrets
 import time
 from collections.abc import Iterator
 
+from cli.prompts import is_message
+from completion import Completion
 from config import UsageError
-from prompts import is_message
 from sampling import Sampling
-from scheduler import Request, TextCompletion
-from tokenizer import IncrementalDetokenizer, Tokenizer
+from scheduler import Request
+from tokenizer import Tokenizer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # that one request may ask for
 UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
@@ -91,11 +92,10 @@ def require(condition, message: str):
 class Reply:
     """The texts that requests ask for, one for each, and what the responses say of them."""
 
-    def __init__(self, requests: list[Request], tokenizer: Tokenizer, model_name: str):
-        self.completions: dict[Request, TextCompletion] = {}
+    def __init__(self, requests: list[Request], tokenizer: Tokenizer, eos_ids: set[int], model_name: str):
+        self.completions: dict[Request, Completion] = {}
         for i, request in enumerate(requests):
-            detokenizer = IncrementalDetokenizer(tokenizer, () if request.is_chat else request.prompt, request.stop)
-            self.completions[request] = TextCompletion(i, request, detokenizer)
+            self.completions[request] = Completion(request, tokenizer, eos_ids, i)
         self.sent = dict.fromkeys(requests, (0, 0))  # the characters and tokens of each that are in a stream
         self.tokenizer, self.is_chat = tokenizer, requests[0].is_chat
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
@@ -124,7 +124,7 @@ class Reply:
         n_new = sum(len(completion.tokens) for completion in self.completions.values())
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
-    def choice(self, completion: TextCompletion, name: str, n_characters: int, n_tokens: int) -> dict:
+    def choice(self, completion: Completion, name: str, n_characters: int, n_tokens: int) -> dict:
         """What completion has after its first characters and tokens. name: of the field for it in a chat."""
         content = {"text": completion.text[n_characters:]}
         if self.is_chat:
@@ -133,7 +133,7 @@ class Reply:
         logprobs = self.logprobs(completion, n_tokens) if completion.logprobs else None
         return {"index": completion.index, **content, "logprobs": logprobs, "finish_reason": completion.finish_reason}
 
-    def logprobs(self, completion: TextCompletion, n_tokens: int) -> dict:
+    def logprobs(self, completion: Completion, n_tokens: int) -> dict:
         entries = []
         for token, logprobs in zip(completion.tokens[n_tokens:], completion.logprobs[n_tokens:], strict=True):
             top = [self.entry(*likely) for likely in logprobs.top]

@@ -30,10 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from openai_api import Reply, read_request, require
 
+from completion import Completion
 from config import UsageError
 from loading import load
 from machine import pick_device
-from scheduler import Request, Scheduler, TextCompletion
+from scheduler import Request, Scheduler
 from tokenizer import Tokenizer
 
 try:
@@ -93,11 +94,11 @@ class Engine:
     def __init__(self, scheduler: Scheduler, device: str | None = None):
         self.scheduler = scheduler
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
-        self.completions: dict[Request, TextCompletion] = {}  # of all clients
+        self.completions: dict[Request, Completion] = {}  # of all clients
         self.cancelled: list[Request] = []  # since the last step began
         self.step: asyncio.Task | None = None  # the last one
 
-    async def compute(self, completions: dict[Request, TextCompletion], client: http.Request) -> AsyncIterator[None]:
+    async def compute(self, completions: dict[Request, Completion], client: http.Request) -> AsyncIterator[None]:
         """Computes completions, unless client disconnects. Yields after each step, in which they may have grown."""
         try:
             for request in completions:
@@ -126,7 +127,7 @@ class Engine:
         try:
             for new in await loop.run_in_executor(self.thread, self.scheduler.step):
                 if new.request in self.completions:
-                    self.completions[new.request].add(new)
+                    self.completions[new.request].add_step([new.token], new.logprobs)
                     if self.completions[new.request].finish_reason:
                         self.end(new.request)
         except Exception as e:  # such as NaN logits: all that waits or runs fails, and the server goes on
@@ -168,7 +169,7 @@ class Server(uvicorn.Server):
         # In a thread, for tokenizing megabytes takes seconds
         length = self.engine.scheduler.length
         requests = await asyncio.to_thread(read_request, body, is_chat, self.tokenizer, length)
-        reply = Reply(requests, self.tokenizer, self.model_name)
+        reply = Reply(requests, self.tokenizer, self.engine.scheduler.eos_ids, self.model_name)
         steps = self.engine.compute(reply.completions, client)
         if body.get("stream"):
             options = body.get("stream_options")

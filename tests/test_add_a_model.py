@@ -17,7 +17,7 @@ MORE = '''
 import pytest
 import torch
 
-from arguments import parse_args
+from cli.arguments import parse_args
 from config import UsageError
 from sampling import Sampling, probabilities
 from tests.tiny import call

@@ -12,7 +12,7 @@ import pytest
 import cli as shell
 import generate
 import machine
-import report
+from cli import report
 from config import MoEConfig
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
 from tests.tiny import ROOT

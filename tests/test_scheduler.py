@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from completion import complete_all, generate_many
 from config import UsageError
 from generate import build_steps, generate, load, make_kv_cache
 from kernels import pack_weights
 from kernels.formats import Int4, Int8
 from model import Transformer
 from sampling import Sampling
-from scheduler import Request, Scheduler, complete_all, generate_many
+from scheduler import Request, Scheduler
 from tests.tiny import make_hf, to_ours
 from tokenizer import StopFinder
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import arguments
 import generate
 import quantize
 import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
+from cli import arguments
 from config import UsageError
 from model import KVCache
 from sampling import Sampling, multinomial, probabilities, sample

@@ -4,56 +4,41 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import tp
+from cli.prompts import Prompt
+from completion import Completion
 from machine import lacks_memory, peak_memory, read_bandwidth, read_bandwidth_of
 from model import KVCache, Transformer
-from prompts import Prompt
 from steps import device_of
 
 
-@dataclass
-class Completion:
-    """What followed a prompt, in every sequence of a batch, and the time of each step."""
-
-    sequences: list[list[int]]  # the new tokens of each sequence, its end token included
-    texts: list[str]  # of each sequence
-    finish_reasons: list[str | None]  # of each sequence: "stop", "length", or None as long as it goes on
-    start_time: float
-    step_times: list[float] = field(default_factory=list)  # when each step's tokens arrived; the first step is prefill
-    step_sizes: list[int] = field(default_factory=list)  # tokens that each step added to a sequence that went on
-
-    @property
-    def decode_seconds(self) -> float:
-        return self.step_times[-1] - self.step_times[0]
-
-
 def result_of(
-    args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, completions: list[Completion]
+    args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, samples: list[list[Completion]]
 ) -> dict:
-    """The part of --json's object that differs from prompt to prompt. The bytes that a draft model reads are not
-    counted."""
-    last = completions[-1]
-    decoded = [c for c in completions if len(c.step_times) > 1]  # with decode steps after prefill
+    """The part of --json's object that differs from prompt to prompt. samples: each is the completions of a batch. The
+    bytes that a draft model reads are not counted."""
+    longest = [max(batch, key=lambda completion: len(completion.step_times)) for batch in samples]
+    last_batch, last = samples[-1], longest[-1]
+    decoded = [c for c in longest if len(c.step_times) > 1]  # with decode steps after prefill
     tokens_per_second = median([sum(c.step_sizes[1:]) / c.decode_seconds for c in decoded])
     steps_per_second = median([(len(c.step_times) - 1) / c.decode_seconds for c in decoded])
-    halfway = len(prompt.ids) + sum(last.step_sizes) // 2  # tokens in the cache, on average over the steps
+    halfway = len(prompt.ids) + len(last.tokens) // 2  # tokens in the cache, on average over the steps
     bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
     if args.speculative:  # in how many steps 0, 1 ... k proposed tokens were accepted; a step yields one token more
         accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
-    samples = [{"text": c.texts, "tokens": c.sequences, "finish_reason": c.finish_reasons} for c in completions]
-    return samples[-1] | {
-        "samples": samples,
+    texts = [texts_of(batch) for batch in samples]
+    return texts[-1] | {
+        "samples": texts,
         "prompt": prompt.source,
         "seed": args.seed,
         "prompt_tokens": len(prompt.ids),
-        "generated_tokens": sum(map(len, last.sequences)),
-        "prefill_seconds": last.step_times[0] - last.start_time,
+        "generated_tokens": sum(len(completion.tokens) for completion in last_batch),
+        "prefill_seconds": last.step_times[0] - last.request.start_time,
         "decode_tokens_per_sec": tokens_per_second,
-        "total_tokens_per_sec": tokens_per_second * len(last.sequences),
+        "total_tokens_per_sec": tokens_per_second * len(last_batch),
         "model_bytes": model.active_weight_bytes(),
         "bandwidth_gb_per_sec": bytes_per_step * steps_per_second / 1e9,
         "peak_memory_bytes": peak_memory(device_of(model)),
@@ -64,9 +49,12 @@ def result_of(
     }
 
 
-def end_tokens(args: argparse.Namespace, model: Transformer) -> set[int]:
-    """The tokens that end a sequence."""
-    return set() if args.ignore_eos else set(model.config.eos_ids)
+def texts_of(batch: list[Completion]) -> dict:
+    return {
+        "text": [completion.text for completion in batch],
+        "tokens": [completion.tokens for completion in batch],
+        "finish_reason": [completion.finish_reason for completion in batch],
+    }
 
 
 def median(values: list[float]) -> float:

@@ -221,7 +221,7 @@ def make_editor() -> Reader:
 
     def read() -> str | None:
         try:
-            # handle_sigint=False leaves the signal to cli.py, or to tp.py: here Ctrl-C is a key.
+            # handle_sigint=False leaves the signal to cli, or to tp.py: here Ctrl-C is a key.
             return session.prompt(handle_sigint=False).rstrip().lstrip("\n")
         except EOFError:
             return None

@@ -1,0 +1,136 @@
+"""Completes the prompts of generate.py's command line, one after the other or in parallel, and prints what follows.
+
+This file has no command line; see generate.py.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import tp
+from chat import TokenGenerator
+from cli.prompts import Prompt
+from cli.report import print_result, result_of
+from completion import Completion, complete_all
+from config import UsageError
+from model import KVCache, Transformer
+from scheduler import Request, Scheduler, slots_that_fit
+from tokenizer import Tokenizer
+
+
+def complete_in_turn(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator,
+    kv_cache: KVCache, prompts: list[Prompt], stats: dict,
+):  # fmt: skip
+    """Completes each of prompts num_samples times, in all sequences of kv_cache, and prints the results. stats: more
+    fields of --json."""
+    for prompt in prompts:
+        samples = []
+        for i in range(args.num_samples):
+            is_last = i == args.num_samples - 1
+            with profiled(args.profile if is_last else None):
+                samples.append(complete_once(args, model, tokenizer, generate_tokens, prompt))
+            if not args.json:
+                print()
+                for k, completion in enumerate(samples[-1][1:], start=1):
+                    print(f"--- row {k}\n{completion.text}")
+        print_result(args, result_of(args, model, kv_cache, prompt, samples) | stats, model)
+
+
+def complete_once(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator, prompt: Prompt
+) -> list[Completion]:
+    """Completes prompt in every sequence of a batch, until all have ended. Prints the first sequence as it is
+    generated, unless --json is given."""
+    request, ends = make_request(args, prompt, args.seed), end_tokens(args, model)
+    request.start_time = time.perf_counter()
+    completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
+    for step_tokens in generate_tokens(prompt.ids, 0, args.max_new_tokens):
+        for completion, tokens in zip(completions, zip(*step_tokens, strict=True), strict=True):
+            if completion.finish_reason:
+                continue
+            text = completion.add_step(tokens)
+            if completion is completions[0] and not args.json:
+                print(text, end="", flush=True)
+        if all(completion.finish_reason for completion in completions):
+            break
+    return completions
+
+
+def complete_in_parallel(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], stats: dict
+):
+    """Completes prompts, args.parallel of them at a time, and prints the results in their order. A prompt that does not
+    fit the model's context does not stop the others. Raises UsageError at the end if there was one."""
+    scheduler = make_scheduler(args, model, prompts)
+    requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
+    start, n_new, n_refused = time.perf_counter(), 0, 0
+    hide_bar = True if sys.stdout.isatty() else None  # there the texts show the progress
+    completions = complete_all(scheduler, tokenizer, requests)
+    for completion in tqdm(completions, "prompts", len(prompts), disable=hide_bar, leave=False):
+        if completion.error:
+            n_refused += 1
+            print(f"prompt {completion.index + 1}: {completion.error}", file=sys.stderr)
+        n_new += len(completion.tokens)
+        if args.json:
+            print_json(args, model, scheduler, prompts[completion.index], completion, stats)
+        else:
+            print(f"--- prompt {completion.index + 1}\n{completion.text}", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{n_new} tokens in {seconds:.2f} s: {n_new / seconds:.1f} tokens/s in total", file=sys.stderr)
+    if n_refused:
+        raise UsageError(f"{n_refused} of {len(prompts)} prompts could not be completed")
+
+
+def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[Prompt]) -> Scheduler:
+    """With room for the longest of prompts that fit the model's context. Raises UsageError if memory is too small."""
+    longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
+    length, n_slots = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
+    hint = f"--parallel {slots_that_fit(model, length)} fits, or fewer --max_new_tokens"
+    return Scheduler(model, n_slots, length, end_tokens(args, model), args.compile, hint)
+
+
+def print_json(
+    args: argparse.Namespace, model: Transformer, scheduler: Scheduler, prompt: Prompt, completion: Completion,
+    stats: dict,
+):  # fmt: skip
+    if completion.error:
+        print(json.dumps({"error": completion.error, "prompt": prompt.source}), flush=True)
+        return
+    result = result_of(args, model, scheduler.kv_cache, prompt, samples=[[completion]]) | stats
+    if args.logprobs is not None:
+        result["logprobs"] = [[logprobs._asdict() for logprobs in completion.logprobs]]
+    print_result(args, result, model)
+
+
+def make_request(args: argparse.Namespace, prompt: Prompt, seed: int) -> Request:
+    stop = tuple(args.stop)
+    return Request(prompt.ids, args.max_new_tokens, args.sampling, seed, stop, prompt.is_chat, args.logprobs)
+
+
+def end_tokens(args: argparse.Namespace, model: Transformer) -> set[int]:
+    """The tokens that end a sequence."""
+    return set() if args.ignore_eos else set(model.config.eos_ids)
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None) -> Iterator[None]:
+    """Writes a Chrome trace of the context to path; several ranks write a file each. None: does nothing."""
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    path = tp.rank_path(path)
+    path.unlink(missing_ok=True)
+    profile.export_chrome_trace(str(path))  # does not raise if it cannot write
+    if not path.is_file():
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+        raise UsageError(f"cannot write --profile {path}")
