@@ -22,8 +22,8 @@ import json
 
 import torch
 
-import tp
 from checkpoint import read_text
+from cli.ranks import process_group
 from config import UsageError
 from lm_harness import evaluate, harness_model, task_manager
 from loading import load
@@ -85,5 +85,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with tp.ranks():
+    with process_group():
         cli.run(main, OOM_HINT)

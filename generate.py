@@ -42,6 +42,7 @@ from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
 from cli.complete import complete_in_parallel, complete_in_turn
 from cli.prompts import Prompt, read_prompts
+from cli.ranks import communication_share, process_group
 from cli.terminal import converse
 from completion import Completion, generate_many
 from config import UsageError
@@ -296,10 +297,10 @@ def warm_up(
 
 def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
-    share = tp.communication_share(partial(steps.decode, tokens, tokens[:, 0]))
+    share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
     return {"world_size": tp.world_size(), "communication_share": share}
 
 
 if __name__ == "__main__":
-    with tp.ranks():
+    with process_group():
         cli.run(main, OOM_HINT)

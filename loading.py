@@ -60,10 +60,12 @@ def load_model(
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, format_of(quantization))
     is_tied = config.tie_embeddings and quantization is None and "lm_head.weight" not in tensors
-    check_tensors(path, model, tensors, is_tied)
+    keep_dtype = quantized_tensors(model)
+    check_tensors(path, model, tensors, is_tied, keep_dtype)
     n_ranks = tp.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # packing copies all weights
-        n_bytes = sum(tensor.numel() * dtype_of(name, tensor, dtype).itemsize for name, tensor in tensors.items())
+        itemsizes = {name: t.itemsize if name in keep_dtype else dtype.itemsize for name, t in tensors.items()}
+        n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},", OOM_HINT)
 
     if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only some rows of the head
@@ -71,7 +73,7 @@ def load_model(
         is_tied = False
 
     shard = tp.shard(model, device) if n_ranks > 1 else None
-    moved = move_tensors(tensors, device, dtype, shard)
+    moved = move_tensors(tensors, device, dtype, keep_dtype, shard)
     if is_tied:
         moved["lm_head.weight"] = moved["embed_tokens.weight"]
     model.load_state_dict(moved, assign=True)
@@ -86,42 +88,41 @@ def load_model(
     return model
 
 
-def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: bool):
+def quantized_tensors(model: Transformer) -> set[str]:
+    """The names of the tensors that quantized weights consist of. They keep their dtypes, whatever the model's is."""
+    names = set()
+    for name, linear in model.quantizable_linears():
+        if linear.format.quantization:
+            names |= {f"{name}.{tensor_name}" for tensor_name in linear.tensors()}
+    return names
+
+
+def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: bool, keep_dtype: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs. is_tied: the head is
-    the embedding, so the checkpoint holds no tensor for it."""
+    the embedding, so the checkpoint holds no tensor for it. keep_dtype: the names of those that will not be converted.
+    """
     needed = model.state_dict()
     if is_tied:
         del needed["lm_head.weight"]
     for name in needed.keys() | tensors.keys():
-        if name not in needed or name not in tensors or not fits(name, tensors[name], needed[name]):
+        fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
+        if fits and name in keep_dtype:
+            fits = tensors[name].dtype == needed[name].dtype
+        elif fits:
+            fits = tensors[name].is_floating_point()
+        if not fits:
             raise UsageError(f"{path}: tensor {name} is missing, left over or of the wrong shape; convert it again")
 
 
-def fits(name: str, tensor: Tensor, needed: Tensor) -> bool:
-    """Whether a checkpoint's tensor has the shape and, after conversion, the dtype of the needed one."""
-    fits_dtype = tensor.dtype == needed.dtype if is_quantized(name, needed) else tensor.is_floating_point()
-    return fits_dtype and tensor.shape == needed.shape
-
-
-def is_quantized(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a quantized weight. Such a tensor keeps its dtype, whatever the model's is. A format
-    that stores weights in a floating-point dtype, such as fp8, needs a case here."""
-    return not tensor.is_floating_point() or name.endswith(".scales")
-
-
-def dtype_of(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a checkpoint's tensor gets in a model of dtype."""
-    return tensor.dtype if is_quantized(name, tensor) else dtype
-
-
 def move_tensors(
-    tensors: Tensors, device: torch.device, dtype: torch.dtype, shard: Callable[[str, Tensor], Tensor] | None
-) -> Tensors:
-    """A checkpoint's tensors (with shard: this rank's part of each) on device, in the model's dtypes."""
+    tensors: Tensors, device: torch.device, dtype: torch.dtype, keep_dtype: set[str],
+    shard: Callable[[str, Tensor], Tensor] | None,
+) -> Tensors:  # fmt: skip
+    """A checkpoint's tensors (with shard: this rank's part of each) on device, in dtype, except those of keep_dtype."""
     moved = {}
     for name, tensor in tensors.items():
-        kept = tensor if shard is None else shard(name, tensor)
-        moved[name] = kept.to(device, dtype_of(name, tensor, dtype))
+        part = tensor if shard is None else shard(name, tensor)
+        moved[name] = part.to(device, tensor.dtype if name in keep_dtype else dtype)
         if moved[name] is not tensor:
             drop_pages(tensor)
     return moved

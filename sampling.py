@@ -18,9 +18,9 @@ import kernels
 from config import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
-CHUNK = 64  # tokens of the vocabulary that a CPU skips together if none of them is likely
-SMALL_VOCABULARY = 1000  # tokens that are sorted sooner than looked through
-LIKELY = 2**-10  # the probability above which a CPU first looks for the tokens of top_p
+CHUNK = 64  # neighbouring tokens that a CPU skips together if none of them has enough probability
+SMALL_VOCABULARY = 1000  # tokens that are sorted sooner than searched
+FIRST_THRESHOLD = 2**-10  # fewer than 1024 tokens can have more probability than this
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,21 @@ def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def likeliest_of_row(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """likeliest for one row [V]. Sorts only the tokens above some probability. If these do not have top_p, it is
-    lowered. In most steps the first one does, above which there are less than 1024 tokens."""
+    """likeliest for one row [V], without sorting all of it: sorts the tokens whose probability exceeds a threshold. If
+    these together have less than top_p, divides the threshold by 8 and begins again. Mostly the first one serves."""
     missing = -len(probs) % CHUNK
     chunks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, CHUNK)
     largest = chunks.amax(-1)
-    bound = LIKELY
-    while bound > (1 - top_p) / len(probs):  # the tokens below the right side have less than 1 - top_p together
-        likely_chunks = (largest > bound).nonzero()[:, 0]
-        values = chunks[likely_chunks].flatten()
-        likely = (values > bound).nonzero()[:, 0]
-        values, order = values[likely].sort(descending=True, stable=True)
+    threshold = FIRST_THRESHOLD
+    while threshold > (1 - top_p) / len(probs):  # all tokens below this have less than 1 - top_p together
+        chunk_ids = (largest > threshold).nonzero()[:, 0]
+        values = chunks[chunk_ids].flatten()
+        places = (values > threshold).nonzero()[:, 0]  # in values
+        values, order = values[places].sort(descending=True, stable=True)
         if len(values) and values.cumsum(-1)[-1] >= top_p:
-            likely = likely[order]
-            return values, likely_chunks[likely // CHUNK] * CHUNK + likely % CHUNK
-        bound /= 8
+            places = places[order]
+            return values, chunk_ids[places // CHUNK] * CHUNK + places % CHUNK
+        threshold /= 8
     return probs.sort(descending=True, stable=True)
 
 

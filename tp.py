@@ -11,24 +11,15 @@ routers.
     lm_head                   cut along its outputs: an all-gather concatenates the logits
 
 tp_plan is this table, shard applies it to a model and its checkpoint, insert_collectives adds the communication.
-model.py does not know about ranks. The collectives run on gloo between CPUs and on NCCL between GPUs. Where GPUs can
-read each other's memory, small tensors, such as a decode step's, are summed through that memory instead of NCCL.
+model.py does not know about ranks; cli/ranks.py joins the processes. The collectives run on gloo between CPUs and on
+NCCL between GPUs. Where GPUs can read each other's memory, small tensors, such as a decode step's, are summed through
+that memory instead of NCCL.
 """
 
-import contextlib
-import io
-import json
 import os
-import re
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
-from itertools import count
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,7 +32,6 @@ from kernels.formats import Format
 from kernels.record import graph_break
 from model import Attention, Transformer
 
-TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun ends the others at once
 ONE_SHOT_BYTES = 2**18  # up to this size, one-shot all-reduce over peer memory is faster than NCCL
 
 
@@ -303,103 +293,9 @@ def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[T
     return one_shot
 
 
-@contextlib.contextmanager
-def ranks() -> Iterator[None]:
-    """Joins the process group that torchrun set up, for as long as the context lasts. Without torchrun, does nothing.
-
-    Only rank 0 prints, also the one-line error that ends a script. The other ranks exit after it, since torchrun kills
-    all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
-    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some of them
-    if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
-        yield
-        return
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.accelerator.is_available() and local_rank < torch.accelerator.device_count():
-        torch.accelerator.set_device_index(local_rank)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    dist.init_process_group(timeout=TIMEOUT)
-    if dist.get_rank() == 0:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the whole job
-    errors = io.StringIO()  # what ranks other than 0 would print on stderr
-    try:
-        with contextlib.nullcontext() if dist.get_rank() == 0 else silence(errors):
-            yield
-    except SystemExit:
-        wait_for_rank_0(errors.getvalue())
-        raise
-    dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def silence(errors: io.StringIO) -> Iterator[None]:
-    """Discards what is printed to stdout. Writes what is printed to stderr to errors."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(errors):
-        yield
-
-
-def wait_for_rank_0(errors: str):
-    """Called before a rank exits with an error. Rank 0 has printed its error and tells the others; they wait for that.
-    If rank 0 does not exit, this rank prints its own errors."""
-    store = dist.distributed_c10d._get_default_store()  # a key-value store that all ranks share
-    if dist.get_rank() == 0:
-        store.set("rank 0 has printed", "")
-        return
-    try:
-        store.wait(["rank 0 has printed"], timedelta(seconds=5))
-    except dist.DistStoreError:
-        print(errors, end="", file=sys.stderr)
-
-
-line_numbers = count()  # of all calls of input_lines: a key that an earlier call has set would be read too soon
-
-
-def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
-    """Yields on every rank what read returns on rank 0, until it returns None. It waits for as long as the user types,
-    without a time-out and without using the processor."""
-    if world_size() == 1:
-        yield from iter(read, None)
-        return
-    store = dist.distributed_c10d._get_default_store()
-    for i in line_numbers:
-        key = f"line {i}"
-        if dist.get_rank() == 0:
-            store.set(key, json.dumps(read()))
-        store.wait([key], timedelta(days=1000))
-        line = json.loads(store.get(key))
-        if line is None:
-            return
-        yield line
-
-
 def gather_objects(value) -> list:
     """Every rank's value, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def rank_path(path: Path) -> Path:
-    """path, with this rank's number in its name if there are several ranks."""
-    return path if world_size() == 1 else path.with_stem(f"{path.stem}.rank{dist.get_rank()}")
-
-
-@torch.inference_mode()
-def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
-    """The fraction of a step's time that this rank spends in collectives, including the wait for other ranks. It is
-    measured with the profiler, which sees collectives in compiled steps too. On a CPU with the older profiler
-    (use_kineto=False), which has less overhead."""
-    device_type = step().device.type  # the first call may record or compile
-    on_cpu = device_type == "cpu"
-    with torch.autograd.profiler.profile(use_device=None if on_cpu else device_type, use_kineto=not on_cpu) as profile:
-        start = time.perf_counter()
-        for _ in range(n_steps):
-            step().tolist()
-        seconds = time.perf_counter() - start
-    collectives = [e for e in profile.key_averages() if re.search("c10d|nccl|one_shot", e.key)]
-    if on_cpu:
-        microseconds = sum(e.self_cpu_time_total for e in collectives)
-    else:
-        cpu = torch.autograd.DeviceType.CPU
-        microseconds = sum(e.self_device_time_total for e in collectives if e.device_type != cpu)
-    return microseconds / 1e6 / seconds

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import tp
 from chat import TokenGenerator
 from cli.prompts import Prompt
+from cli.ranks import rank_path
 from cli.report import print_result, result_of
 from completion import Completion, complete_all
 from config import UsageError
@@ -128,7 +128,7 @@ def profiled(path: Path | None) -> Iterator[None]:
         return
     with torch.profiler.profile() as profile:
         yield
-    path = tp.rank_path(path)
+    path = rank_path(path)
     path.unlink(missing_ok=True)
     profile.export_chrome_trace(str(path))  # does not raise if it cannot write
     if not path.is_file():

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import tp
 from chat import Conversation, check_messages
 from checkpoint import read_json
+from cli.ranks import input_lines
 from config import UsageError
 
 HELP = (
@@ -43,7 +43,7 @@ def converse(conversation: Conversation, max_new_tokens: int):
     read = make_reader()
     shell = Shell(conversation, max_new_tokens)
     try:
-        for line in tp.input_lines(lambda: shell.next_line(read)):
+        for line in input_lines(lambda: shell.next_line(read)):
             command, argument = parse(line)
             if command == "/exit":
                 break
@@ -221,7 +221,7 @@ def make_editor() -> Reader:
 
     def read() -> str | None:
         try:
-            # handle_sigint=False leaves the signal to cli, or to tp.py: here Ctrl-C is a key.
+            # handle_sigint=False leaves the signal to cli or to cli.ranks: here Ctrl-C is a key.
             return session.prompt(handle_sigint=False).rstrip().lstrip("\n")
         except EOFError:
             return None

@@ -26,6 +26,7 @@ import generate  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import read_checkpoint  # noqa: E402
+from cli.ranks import process_group  # noqa: E402
 from kernels.formats import format_of  # noqa: E402
 from model import KVCache, Transformer  # noqa: E402
 from sampling import Sampling  # noqa: E402
@@ -235,7 +236,7 @@ def wait():
 
 def main():
     job, *arguments = sys.argv[1:]
-    with tp.ranks():
+    with process_group():
         torch.set_num_threads(1)
         if job == "compare":
             folder, out = map(Path, arguments)
