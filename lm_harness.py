@@ -179,7 +179,8 @@ def options_of(kwargs: dict) -> Options:
         temperature = 0.0
     elif kwargs.get("do_sample") and "temperature" not in kwargs:
         temperature = 1.0
-    sampling = Sampling(temperature, kwargs.get("top_k") or None, kwargs.get("top_p"))
+    penalty = kwargs.get("repetition_penalty") or 1.0
+    sampling = Sampling(temperature, kwargs.get("top_k") or None, kwargs.get("top_p"), kwargs.get("min_p"), penalty)
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []

@@ -41,7 +41,10 @@ MAX_THREADS = 1024
 
 
 def exit_on_interrupt():
-    """From now on Ctrl-C ends the process at once, without a message. For the time of the imports; then see run()."""
+    """From now on Ctrl-C ends the process at once, without a message. For the time of the imports; then see run(). An
+    interactive interpreter that runs the script (%run) goes on after it, so there it does nothing."""
+    if hasattr(sys, "ps1"):
+        return
 
     def exit_now(signum, frame):
         os._exit(EXIT_INTERRUPTED)

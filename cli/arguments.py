@@ -11,7 +11,7 @@ from machine import pick_device
 from sampling import Sampling
 from speculate import MAX_PROPOSED
 
-DEMO = Path(__file__).parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
+DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
 # --speculate_k. Looking up costs nothing, so it is as many as all kernels take together with the last token.

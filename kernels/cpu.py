@@ -43,6 +43,13 @@ def build() -> ctypes.CDLL | None:
 
     The library that is returned has the functions by which record.py records and replays tapes (kernels/csrc/tape.h).
     """
+    library = find_or_compile()
+    if library is not None:
+        os.register_at_fork(after_in_child=use_one_thread)
+    return library
+
+
+def find_or_compile() -> ctypes.CDLL | None:
     compiler = find_compiler()
     if compiler is None:
         why = "no C++ compiler ($CXX, g++ or clang++)"
@@ -55,6 +62,11 @@ def build() -> ctypes.CDLL | None:
     if library is None:
         print(f"{why}: running on PyTorch's own, slower operations", file=sys.stderr)
     return library
+
+
+def use_one_thread():
+    """In the child of a fork: OpenMP's other threads have stayed in the parent, and it would wait for them for ever."""
+    torch.set_num_threads(1)
 
 
 def max_dense_tokens(dtype: torch.dtype) -> int:

@@ -186,6 +186,8 @@ def test_options_of_requests():
     cold = {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 1}
     assert options_of(cold) == Options(greedy, 5, ("\n",))
     assert options_of({"do_sample": True, "top_k": 3}) == Options(Sampling(1.0, top_k=3), 256, ())
+    options = {"temperature": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}
+    assert options_of(options).sampling == Sampling(0.5, min_p=0.1, repetition_penalty=1.2)
 
 
 @pytest.fixture

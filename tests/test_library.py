@@ -1,6 +1,7 @@
 """The project as a library: it gives what the commands give, and importing it leaves the process as it was."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -62,6 +63,7 @@ def test_llm(chatty, cli):
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
     assert "".join(llm.generate(messages, max_new_tokens=12)) == answers[0]
     assert "".join(llm.generate("Hello", max_new_tokens=12, stop=(text[4:6],))) == text.split(text[4:6])[0]
+    assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
     with pytest.raises(UsageError, match="exceed max_length, 160"):
         next(llm.generate("Hello", max_new_tokens=160))
     assert LLM(chatty / "model.pth", max_length=10**6, temperature=0.5).max_length == llm.model.config.max_seq_len
@@ -97,9 +99,37 @@ print(json.dumps(changes))
 
 def test_imports_change_nothing():
     names = [path.stem for path in ROOT.glob("*.py")]
-    names += [f"kernels.{path.stem}" for path in ROOT.glob("kernels/*.py") if path.stem != "__init__"]
+    for folder in ("cli", "kernels"):
+        names += [folder, *(f"{folder}.{path.stem}" for path in ROOT.glob(f"{folder}/*.py") if path.stem != "__init__")]
     assert len(names) > 20
     command = [sys.executable, "-c", IMPORTS, *sorted(names)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {}
+
+
+IN_A_NOTEBOOK = """
+import os, runpy, signal, sys
+sys.ps1 = "In : "
+sys.argv = ["generate.py", *sys.argv[1:]]
+handler = signal.getsignal(signal.SIGINT)
+runpy.run_path("generate.py", run_name="__main__")  # as %run does
+assert signal.getsignal(signal.SIGINT) is handler
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    runpy.run_path("generate.py", run_name="__main__")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_notebook_goes_on(chatty):
+    """After %run generate.py Ctrl-C does what it did before, and a fork can generate, too."""
+    flags = [f"--checkpoint_path={chatty / 'model.pth'}", "--prompt=Hello", "--temperature=0", "--max_new_tokens=12"]
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", IN_A_NOTEBOOK, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second
