@@ -1,26 +1,30 @@
-"""OpenAI's API: the JSON of requests and responses, to and from what scheduler.py computes. serve.py calls it."""
+"""OpenAI's API: the JSON of requests and responses, to and from what completion.py computes. serve.py calls it."""
 
 import secrets
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 
 from cli.prompts import is_message
 from completion import Completion
 from config import UsageError
 from sampling import Sampling
-from scheduler import Request
+from scheduler import Request, Scheduler
 from tokenizer import Tokenizer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # that one request may ask for
 UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
-
-
-# ---- Requests -------------------------------------------------------------------------------------------------------
+SAMPLING = {  # default, least and greatest value; the last three fields are vLLM's, not OpenAI's
+    "temperature": (1.0, 0, 2),
+    "top_p": (1.0, 0, 1),
+    "top_k": (None, 1, 2**31),
+    "min_p": (0.0, 0, 1),
+    "repetition_penalty": (1.0, 0.01, 100),
+}
 
 
 def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, length: int) -> list[Request]:
-    """What body asks for: n texts for each of its prompts. length: most tokens of a prompt and its text. Raises
-    UsageError."""
+    """The texts that body asks for. length: most tokens of a prompt and its text. Raises UsageError."""
     for name in UNSUPPORTED:
         require(not body.get(name), f"{name} is not supported")
     if is_chat:
@@ -37,9 +41,7 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, length: int) -
     require(room > 0 and all(prompts), f"a prompt must have 1 to {length - 1} tokens")
     max_tokens = number(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
     max_tokens = number(body, "max_completion_tokens", max_tokens, 1, room)
-    temperature, top_p = number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1)
-    min_p, repetition_penalty = number(body, "min_p", 0.0, 0, 1), number(body, "repetition_penalty", 1.0, 0.01, 100)
-    sampling = Sampling(temperature, number(body, "top_k", None, 1, 2**31), top_p, min_p, repetition_penalty)
+    sampling = Sampling(**{name: number(body, name, *limits) for name, limits in SAMPLING.items()})
     seed = number(body, "seed", secrets.randbits(31), -(2**62), 2**62)
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
@@ -63,11 +65,12 @@ def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def read_message(fields) -> dict:
-    """A message as the tokenizer takes it."""
-    role, content = (fields.get("role"), fields.get("content")) if isinstance(fields, dict) else (None, None)
-    if isinstance(content, list):  # of parts {"type": "text", "text": ...}
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+    """A message as the tokenizer takes it. fields: its content may be a list of parts {"type": "text", "text": ...}."""
+    try:
+        role, content = fields["role"], fields["content"]
+        content = "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+    except (KeyError, TypeError):
+        role = content = None
     message = {"role": "system" if role == "developer" else role, "content": content}
     require(is_message(message), "a message must have a role (system, user, assistant) and a text as content")
     return message
@@ -86,64 +89,59 @@ def require(condition, message: str):
         raise UsageError(message)
 
 
-# ---- Responses ------------------------------------------------------------------------------------------------------
-
-
 class Reply:
-    """The texts that requests ask for, one for each, and what the responses say of them."""
+    """What the response to a request says, or the responses of a stream: each has what is new."""
 
-    def __init__(self, requests: list[Request], tokenizer: Tokenizer, eos_ids: set[int], model_name: str):
-        self.completions: dict[Request, Completion] = {}
-        for i, request in enumerate(requests):
-            self.completions[request] = Completion(request, tokenizer, eos_ids, i)
-        self.sent = dict.fromkeys(requests, (0, 0))  # the characters and tokens of each that are in a stream
-        self.tokenizer, self.is_chat = tokenizer, requests[0].is_chat
+    def __init__(self, body: dict, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
+        """body: the request. Takes seconds to tokenize megabytes. Raises UsageError."""
+        requests = read_request(body, is_chat, tokenizer, scheduler.length)
+        self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
+        self.sent = [(0, 0)] * len(requests)  # the characters and tokens of each that are in a response
+        self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, bool(body.get("stream"))
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
-        self.header = {"id": secrets.token_hex(12), "created": int(time.time()), "model": model_name}
+        chat_object = "chat.completion.chunk" if self.is_stream else "chat.completion"
+        object = chat_object if is_chat else "text_completion"
+        self.header = {"id": secrets.token_hex(12), "object": object, "created": int(time.time()), "model": model_name}
 
-    def whole(self) -> dict:
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        choices = [self.choice(completion, "message", 0, 0) for completion in self.completions.values()]
-        return self.header | {"object": kind, "choices": choices, "usage": self.usage()}
+    def response(self, completions: list[Completion]) -> dict:
+        return self.header | {"choices": [self.new_choice(completion) for completion in completions]}
 
-    def chunk(self, choices: list[dict]) -> dict:
-        """A part of a stream."""
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return self.header | {"object": kind, "choices": choices}
-
-    def new_chunks(self) -> Iterator[dict]:
-        """What is new since the last call."""
-        for request, completion in self.completions.items():
-            n_characters, n_tokens = self.sent[request]
-            if len(completion.tokens) > n_tokens:
-                self.sent[request] = len(completion.text), len(completion.tokens)  # now: it may grow during the yield
-                yield self.chunk([self.choice(completion, "delta", n_characters, n_tokens)])
+    def new_responses(self) -> Iterator[dict]:
+        """The next ones of a stream, one for each text that has grown."""
+        for completion in self.completions:
+            if len(completion.tokens) > self.sent[completion.index][1]:
+                yield self.response([completion])
 
     def usage(self) -> dict:
-        n_prompt = sum({id(request.prompt): len(request.prompt) for request in self.completions}.values())
-        n_new = sum(len(completion.tokens) for completion in self.completions.values())
+        n_prompt = sum({id(c.request.prompt): len(c.request.prompt) for c in self.completions}.values())
+        n_new = sum(len(completion.tokens) for completion in self.completions)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
-    def choice(self, completion: Completion, name: str, n_characters: int, n_tokens: int) -> dict:
-        """What completion has after its first characters and tokens. name: of the field for it in a chat."""
-        content = {"text": completion.text[n_characters:]}
-        if self.is_chat:
-            role = {} if n_tokens else {"role": "assistant"}
-            content = {name: role | {"content": content["text"]}}
-        logprobs = self.logprobs(completion, n_tokens) if completion.logprobs else None
-        return {"index": completion.index, **content, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+    def new_choice(self, completion: Completion) -> dict:
+        """What completion has that is in no response yet."""
+        n_characters, n_tokens = self.sent[completion.index]
+        self.sent[completion.index] = len(completion.text), len(completion.tokens)
+        logprobs = self.logprobs(completion, n_characters, n_tokens) if completion.logprobs else None
+        choice = {"index": completion.index, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+        text = completion.text[n_characters:]
+        if not self.is_chat:
+            return choice | {"text": text}
+        role = {} if n_tokens else {"role": "assistant"}
+        return choice | {"delta" if self.is_stream else "message": role | {"content": text}}
 
-    def logprobs(self, completion: Completion, n_tokens: int) -> dict:
+    def logprobs(self, completion: Completion, n_characters: int, n_tokens: int) -> dict:
         entries = []
         for token, logprobs in zip(completion.tokens[n_tokens:], completion.logprobs[n_tokens:], strict=True):
             top = [self.entry(*likely) for likely in logprobs.top]
             entries.append(self.entry(token, logprobs.token) | {"top_logprobs": top})
         if self.is_chat:
             return {"content": entries}
+        tokens = [entry["token"] for entry in entries]
         return {
-            "tokens": [entry["token"] for entry in entries],
+            "tokens": tokens,
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [{e["token"]: e["logprob"] for e in (*entry["top_logprobs"], entry)} for entry in entries],
+            "text_offset": list(accumulate(map(len, tokens[:-1]), initial=n_characters)),
         }
 
     def entry(self, token: int, logprob: float) -> dict:

@@ -5,7 +5,7 @@
     curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
 /v1/models, /v1/completions and /v1/chat/completions, the last two also streaming, for many clients at once. A client
-that disconnects frees its rows of the KV cache. After Ctrl-C or SIGTERM the server completes the answers in flight. A
+that disconnects frees its slots of the KV cache. After Ctrl-C or SIGTERM the server completes the answers in flight. A
 second signal ends it at once.
 """
 
@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from openai_api import Reply, read_request, require
+from openai_api import Reply, require
 
 from completion import Completion
 from config import UsageError
@@ -88,57 +88,51 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Engine:
-    """Computes the texts of all clients. Whoever waits for one begins the next step, unless a step is running. Steps
-    run in a thread of their own, while the event loop reads and writes."""
+    """Computes the texts of all clients together. Its thread alone uses the scheduler; the event loop does the rest."""
 
     def __init__(self, scheduler: Scheduler, device: str | None = None):
         self.scheduler = scheduler
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
         self.completions: dict[Request, Completion] = {}  # of all clients
-        self.cancelled: list[Request] = []  # since the last step began
         self.step: asyncio.Task | None = None  # the last one
 
-    async def compute(self, completions: dict[Request, Completion], client: http.Request) -> AsyncIterator[None]:
-        """Computes completions, unless client disconnects. Yields after each step, in which they may have grown."""
+    async def compute(self, completions: list[Completion]) -> AsyncIterator[None]:
+        """Yields after each step, in which completions may have grown, until all are complete."""
         try:
-            for request in completions:
-                self.scheduler.submit(request)  # it appends to a deque, also while a step is running
-            self.completions |= completions
+            for completion in completions:
+                self.completions[completion.request] = completion
+                self.thread.submit(self.scheduler.submit, completion.request)  # read_request has checked its length
             is_complete = False
             while not is_complete:
-                if self.step is None or self.step.done():
+                if self.step is None or self.step.done():  # whoever waits for a step begins it
                     self.step = asyncio.create_task(self.run_step())
-                if await client.is_disconnected():
-                    raise http.ClientDisconnect
                 await asyncio.shield(self.step)  # a client that is cancelled must not cancel it
-                for completion in completions.values():
+                for completion in completions:
                     if completion.error is not None:
                         raise HTTPException(500, completion.error)
-                is_complete = all(completion.finish_reason for completion in completions.values())
+                is_complete = all(completion.finish_reason for completion in completions)  # now: some may grow below
                 yield
         finally:
-            for request in completions:
-                self.end(request)
+            for completion in completions:
+                self.end(completion)
 
     async def run_step(self):
-        while self.cancelled:
-            self.scheduler.cancel(self.cancelled.pop())
-        loop = asyncio.get_running_loop()
         try:
-            for new in await loop.run_in_executor(self.thread, self.scheduler.step):
-                if new.request in self.completions:
-                    self.completions[new.request].add_step([new.token], new.logprobs)
-                    if self.completions[new.request].finish_reason:
-                        self.end(new.request)
+            new_tokens = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
+            for new in new_tokens:
+                if completion := self.completions.get(new.request):
+                    completion.add_step([new.token], new.logprobs)
+                    if completion.finish_reason:
+                        self.end(completion)
         except Exception as e:  # such as NaN logits: all that waits or runs fails, and the server goes on
             traceback.print_exc()
-            for request, completion in list(self.completions.items()):
-                completion.error = str(e)
-                self.end(request)
+            for completion in list(self.completions.values()):
+                completion.fail(str(e))
+                self.end(completion)
 
-    def end(self, request: Request):
-        if self.completions.pop(request, None):
-            self.cancelled.append(request)
+    def end(self, completion: Completion):
+        if self.completions.pop(completion.request, None):
+            self.thread.submit(self.scheduler.cancel, completion.request)
 
 
 class Server(uvicorn.Server):
@@ -166,22 +160,21 @@ class Server(uvicorn.Server):
     async def complete(self, client: http.Request) -> Response:
         self.check_key(client)
         body, is_chat = await read_body(client), client.scope["path"] == "/v1/chat/completions"
-        # In a thread, for tokenizing megabytes takes seconds
-        length = self.engine.scheduler.length
-        requests = await asyncio.to_thread(read_request, body, is_chat, self.tokenizer, length)
-        reply = Reply(requests, self.tokenizer, self.engine.scheduler.eos_ids, self.model_name)
-        steps = self.engine.compute(reply.completions, client)
-        if body.get("stream"):
+        # In a thread, for it may take seconds
+        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.engine.scheduler)
+        steps = self.engine.compute(reply.completions)
+        if reply.is_stream:
             options = body.get("stream_options")
             with_usage = isinstance(options, dict) and options.get("include_usage")
-            return StreamingResponse(stream(reply, steps, with_usage), media_type="text/event-stream")
+            return StreamingResponse(events(reply, steps, with_usage), media_type="text/event-stream")
         async for _ in steps:
-            pass
-        return JSONResponse(reply.whole())
+            if await client.is_disconnected():
+                raise http.ClientDisconnect
+        return JSONResponse(reply.response(reply.completions) | {"usage": reply.usage()})
 
     def check_key(self, client: http.Request):
-        given = client.headers.get("authorization", "").encode("latin-1")
-        if self.api_key and not hmac.compare_digest(given, b"Bearer " + os.fsencode(self.api_key)):
+        given, expected = client.headers.get("authorization", ""), f"Bearer {self.api_key}"
+        if self.api_key and not hmac.compare_digest(given.encode("latin-1"), os.fsencode(expected)):
             raise HTTPException(401, "the API key is missing or wrong")
 
 
@@ -200,25 +193,24 @@ async def read_body(client: http.Request) -> dict:
     return body
 
 
-async def stream(reply: Reply, steps: AsyncIterator[None], with_usage: bool) -> AsyncIterator[str]:
+async def events(reply: Reply, steps: AsyncIterator[None], with_usage: bool) -> AsyncIterator[str]:
     """The server-sent events of a reply that grows with steps."""
     try:
         async for _ in steps:
-            for chunk in reply.new_chunks():
-                yield f"data: {json.dumps(chunk)}\n\n"
+            for response in reply.new_responses():
+                yield f"data: {json.dumps(response)}\n\n"
         if with_usage:
-            yield f"data: {json.dumps(reply.chunk([]) | {'usage': reply.usage()})}\n\n"
-    except (HTTPException, http.ClientDisconnect) as e:  # the response has begun, so the error is one more event
-        error = await error_response(None, e)
-        yield f"data: {error.body.decode()}\n\n"
+            yield f"data: {json.dumps(reply.response([]) | {'usage': reply.usage()})}\n\n"
+    except HTTPException as e:  # the response has begun, so the error is one more event
+        yield f"data: {error_response(None, e).body.decode()}\n\n"
     yield "data: [DONE]\n\n"
 
 
-async def error_response(client: http.Request, e: Exception) -> Response:
+def error_response(client: http.Request | None, e: Exception) -> Response:
     status = getattr(e, "status_code", 400 if isinstance(e, UsageError) else 500)
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": getattr(e, "detail", str(e)), "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error}, status, getattr(e, "headers", None))
+    return JSONResponse({"error": error}, status)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,8 @@ def test_sampling(complete):
     assert ask(temperature=0, seed=1).choices[0].text == greedy
     assert ask(extra_body={"top_k": 1}).choices[0].text == greedy
     assert ask(top_p=1e-9).choices[0].text == greedy
+    assert ask(temperature=2, extra_body={"min_p": 1}).choices[0].text == greedy
+    assert ask(temperature=0, extra_body={"repetition_penalty": 100}).choices[0].text != greedy
     hot = [ask(temperature=2, seed=seed).choices[0].text for seed in (7, 7, -8)]
     assert hot[0] == hot[1] != hot[2]
     assert ask(temperature=2).choices[0].text != ask(temperature=2).choices[0].text  # another seed each time
@@ -305,7 +307,9 @@ def test_logprobs_of_a_completion(stream, complete, chatty_server):
     parts = [part.choices[0].logprobs for part in (found if stream else [found])]
     tokens, values = ([x for part in parts for x in getattr(part, name)] for name in ("tokens", "token_logprobs"))
     tops = [top for part in parts for top in part.top_logprobs]
+    offsets = [offset for part in parts for offset in part.text_offset]
     new = list("".join(tokens).encode())
+    assert offsets == list(range(12))  # a token is a character
     expected = score(chatty_server, [*b"Hello", *new], 5)
     assert sum(values) == pytest.approx(expected[range(12), new].sum().item(), abs=1e-3)
     for token, value, top, logprobs in zip(tokens, values, tops, expected, strict=True):
@@ -344,6 +348,8 @@ WRONG = [
     ({"prompt": "a", "temperature": "hot"}, "temperature"),
     ({"prompt": "a", "top_p": 0}, "top_p"),
     ({"prompt": "a", "top_k": 0}, "top_k"),
+    ({"prompt": "a", "min_p": 1.5}, "min_p"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
     ({"prompt": "a", "seed": 2**70}, "seed"),
     ({"prompt": "a", "stop": [""]}, "stop"),
     ({"prompt": "a", "stop": 5}, "stop"),
@@ -425,6 +431,8 @@ VALID = {
     "temperature": [0, 0.5, 2, 1e-300],
     "top_p": [1e-300, 0.5, 1],
     "top_k": [1, 5, 10**9],
+    "min_p": [0, 0.5, 1],
+    "repetition_penalty": [0.5, 1, 2],
     "seed": [0, -1, 2**62],
     "stop": ["A", ["A", "B"], ""],
     "logprobs": [None, 0, 3, 20],
