@@ -1,4 +1,4 @@
-"""ModelConfig: a model's sizes and options. families.py reads it from a checkpoint's config.json.
+"""ModelConfig: a model's sizes and options. hf_config.py and families.py read it from a checkpoint's config.json.
 
 Every option has a default with which it changes nothing, so that a family only names what it needs. This file has no
 command line.
@@ -13,6 +13,8 @@ class UsageError(ValueError):
 
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")  # of the gate; kernels/reference.py has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
+MAX_OBJECTS = 2**16  # layers, heads or experts; a broken config must not create millions of them
+MAX_SIZE = 2**31
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,23 @@ class MoEConfig:
     n_experts: int
     top_k: int  # experts that each token uses
     norm_topk_prob: bool = True  # scale the weights of a token's experts so that they sum to one
-    n_shared: int = 0  # more experts, which every token uses, weighted by one sigmoid
+    n_shared_experts: int = 0  # more experts, which every token uses, weighted by one sigmoid
     bias: bool = False  # of the router and of the experts' projections
 
     @property
     def fraction_read(self) -> float:
         """Which part of all experts a token uses."""
-        return (self.top_k + self.n_shared) / (self.n_experts + self.n_shared)
+        return (self.top_k + self.n_shared_experts) / (self.n_experts + self.n_shared_experts)
 
     def __post_init__(self):
         if type(self.n_experts) is not int or type(self.top_k) is not int:
             raise UsageError(f"the numbers of experts must be integers, not {self.n_experts!r} and {self.top_k!r}")
-        if type(self.n_shared) is not int or self.n_shared < 0:
-            raise UsageError(f"the number of shared experts must be an integer, not {self.n_shared!r}")
+        if type(self.n_shared_experts) is not int or self.n_shared_experts < 0:
+            raise UsageError(f"the number of shared experts must be an integer, not {self.n_shared_experts!r}")
         if not 0 < self.top_k <= self.n_experts:
             raise UsageError(f"a token cannot use {self.top_k} of {self.n_experts} experts")
-        if self.n_experts + self.n_shared > MAX_OBJECTS:
-            raise UsageError(f"{self.n_experts + self.n_shared} experts are more than any model has")
-
-
-MAX_OBJECTS = 2**16  # layers, heads or experts; a broken config must not create millions of them
-MAX_SIZE = 2**31
+        if self.n_experts + self.n_shared_experts > MAX_OBJECTS:
+            raise UsageError(f"{self.n_experts + self.n_shared_experts} experts are more than any model has")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,12 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        """Raises UsageError for sizes that no model can have."""
+        """Raises UsageError for what no model can have."""
+        self.check_sizes()
+        self.check_rope()
+        self.check_options()
+
+    def check_sizes(self):
         for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
             check_size(f"the model's {name}", getattr(self, name))
         if self.sliding_window is not None:
@@ -135,14 +138,21 @@ class ModelConfig:
             raise UsageError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise UsageError(f"head_dim {self.head_dim} is odd, and RoPE rotates pairs")
+
+    def check_rope(self):
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise UsageError(f"RoPE cannot rotate {self.rotary_dim} of {self.head_dim} elements")
-        scaling, rotary_dim = self.rope_scaling, self.rotary_dim or self.head_dim
-        if scaling is not None and scaling.rope_type == "longrope":
-            if not len(scaling.short_factor) == len(scaling.long_factor) == rotary_dim // 2:
-                raise UsageError(f"rope_scaling of type longrope needs {rotary_dim // 2} short and long factors")
-        if scaling is not None and (self.rope_theta <= 1 or rotary_dim == 2):  # its formula would divide by zero
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        rotary_dim = self.rotary_dim or self.head_dim
+        n_pairs = rotary_dim // 2
+        if scaling.rope_type == "longrope" and not len(scaling.short_factor) == len(scaling.long_factor) == n_pairs:
+            raise UsageError(f"rope_scaling of type longrope needs {n_pairs} short and long factors")
+        if self.rope_theta <= 1 or rotary_dim == 2:  # its formula would divide by zero
             raise UsageError(f"RoPE with theta {self.rope_theta} and {rotary_dim} elements cannot be scaled")
+
+    def check_options(self):
         for name in ("window_layers", "rope_layers"):
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.n_layers:
@@ -159,8 +169,9 @@ class ModelConfig:
 
     def with_layers(self, n: int) -> "ModelConfig":
         """The same model with only its first n layers."""
-        first = {name: getattr(self, name) and getattr(self, name)[:n] for name in ("window_layers", "rope_layers")}
-        return replace(self, n_layers=n, **first)
+        window_layers = self.window_layers and self.window_layers[:n]
+        rope_layers = self.rope_layers and self.rope_layers[:n]
+        return replace(self, n_layers=n, window_layers=window_layers, rope_layers=rope_layers)
 
     def window(self, layer: int) -> int:
         """How many tokens a token sees in this layer, itself included; 0: all."""

@@ -66,9 +66,9 @@ def linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = 
     if activation and layer.out_features % FUSED_GLU_MULTIPLE:  # such a layer has no scale, softcap or clip
         y = glu(linear(x, layer, norm), activation, layer.backend)
         return y if residual is None else add(y, residual, layer.backend)
-    weight, eps = norm_arguments(norm)
+    norm_weight, eps = norm_arguments(norm)
     return ops.linear(
-        x.contiguous(), *weight_arguments(layer), layer.bias, weight, eps,
+        x.contiguous(), *weight_arguments(layer), layer.bias, norm_weight, eps,
         residual=None if residual is None else residual.contiguous(),
         activation=ACTIVATION_IDS[activation],
         scale=layer.scale,
@@ -159,9 +159,9 @@ def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation: s
         return reference.experts_gate_up(x, layer, topk_ids, norm, activation)
     if activation and layer.out_features % FUSED_GLU_MULTIPLE:
         return glu(experts_gate_up(x, layer, topk_ids, norm), activation, layer.backend)
-    weight, eps = norm_arguments(norm)
+    norm_weight, eps = norm_arguments(norm)
     return ops.experts_gate_up(
-        x.contiguous(), *weight_arguments(layer), layer.bias, topk_ids, weight, eps,
+        x.contiguous(), *weight_arguments(layer), layer.bias, topk_ids, norm_weight, eps,
         activation=ACTIVATION_IDS[activation],
     )  # fmt: skip
 
@@ -289,10 +289,10 @@ def dequantize_rows(format: Format, tensors: Tensors, in_features: int, dtype: t
 
 
 def pack_for_triton(linears: list):
-    from kernels import triton_linear
+    from kernels import triton_weights
 
     for layer in linears:
-        if triton_linear.supports(layer):
+        if triton_weights.supports(layer):
             for name, packed in layer.format.pack(layer.tensors(), "triton").items():
                 layer.set_tensor(name, packed)
             layer.backend, layer.max_tokens = "triton", MAX_TRITON_TOKENS

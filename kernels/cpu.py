@@ -33,7 +33,10 @@ CPU_FIELDS = (  # of /proc/cpuinfo: those that say for which CPUs -march=native 
     "vendor_id", "cpu family", "model", "model name", "flags",
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features", "isa",
 )  # fmt: skip
-FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = [
+    "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
+    "-Werror=switch",  # so that the compiler names the places that a new format or activation must be added to
+]  # fmt: skip
 
 
 @cache

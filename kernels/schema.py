@@ -42,12 +42,12 @@ def triton_op(function: Callable) -> Callable:
 
 
 @define(
-    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm, float eps, Tensor? residual, int activation, float scale, "
-    "float softcap, float clip, bool float32_out) -> Tensor"
+    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, int activation, "
+    "float scale, float softcap, float clip, bool float32_out) -> Tensor"
 )
 def linear(
-    x, weight, scales, zeros, format_id, n, group_size, bias, norm, eps, residual, activation, scale, softcap, clip,
-    float32_out,
+    x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps, residual, activation, scale, softcap,
+    clip, float32_out,
 ):  # fmt: skip
     dtype = torch.float32 if float32_out else x.dtype
     return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
@@ -74,11 +74,14 @@ def embed(tokens, weight, scale):
 
 
 @define(
-    "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm, "
-    "Tensor? k_norm, float eps, Tensor? sinks, Tensor? slopes, int n_heads, int window, float scale, float softcap) "
-    "-> Tensor"
+    "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm_weight, "
+    "Tensor? k_norm_weight, float eps, Tensor? sinks, Tensor? slopes, int n_heads, int window, float scale, "
+    "float softcap) -> Tensor"
 )
-def attend(qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, eps, sinks, slopes, n_heads, window, scale, softcap):
+def attend(
+    qkv, k_cache, v_cache, positions, rope, q_norm_weight, k_norm_weight, eps, sinks, slopes, n_heads, window, scale,
+    softcap,
+):  # fmt: skip
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 
@@ -88,8 +91,10 @@ def route(logits, top_k, normalize, n_shared_experts):
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-@define(f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm, float eps, int activation) -> Tensor")
-def experts_gate_up(x, weight, scales, zeros, format_id, n, group_size, bias, topk_ids, norm, eps, activation):
+@define(
+    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, int activation) -> Tensor"
+)
+def experts_gate_up(x, weight, scales, zeros, format_id, n, group_size, bias, topk_ids, norm_weight, eps, activation):
     return x.new_empty(*topk_ids.shape, n // 2 if activation else n)
 
 

@@ -1,4 +1,4 @@
-"""Attention of a decode step on a GPU, in Triton: a few new tokens in each row look at the tokens in the KV cache.
+"""Attention of a decode step on a GPU, in Triton: a few new tokens of each sequence attend to those in the KV cache.
 
     attend    q/k norm, RoPE, cache write and softmax([ALiBi] q k^T) v, registered as torch.ops.gptfast_triton.attend
 
@@ -6,9 +6,11 @@ It is Flash-Decoding: each program goes over a part of the cache with FlashAtten
 (arXiv:2205.14135), and the last program to finish combines the parts. How many tokens are in the cache is read on the
 device, so one CUDA graph serves every position. kernels/reference.py computes the same in plain PyTorch.
 
-In shape comments B is rows of the batch, T new tokens in each, S the cache's length, H query heads, G key/value heads,
-D head_dim. RoPE rotates the two halves of a head against each other. So queries and keys are held as two halves, q_lo
-and q_hi, of D / 2 elements each.
+In shape comments B is sequences, T new tokens of each, S the cache's length, H query heads, G key/value heads, D
+head_dim. In a program M is queries and N keys; BLOCK_M, BLOCK_N, BLOCK_D and BLOCK_T are powers of two.
+
+RoPE rotates the two halves of a head against each other. So queries and keys are held as two halves, q_lo and q_hi, of
+D / 2 elements each, in BLOCK_HALF.
 """
 
 import torch
@@ -20,82 +22,84 @@ from kernels.schema import triton_op
 from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
 from kernels.triton_linear import cap
 
-MAX_TOKENS = tl.constexpr(16)  # new tokens of a sequence: up to 8, and tl.dot takes no fewer than 16
+BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: T is up to 8, but tl.dot takes no fewer than 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def attend_kernel(
-    qkv_ptr, k_cache_ptr, v_cache_ptr, positions_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr, slopes_ptr,
-    out_ptr, splits_ptr, stats_ptr, n_done_ptr,
+    qkv_ptr, k_cache_ptr, v_cache_ptr,  # [B, T, (H + 2 G) D], [B, G, S, D], [B, G, S, D]
+    positions_ptr, rope_ptr,  # [B], [S, D / 2, 2]
+    q_norm_weight_ptr, k_norm_weight_ptr,  # [Q_NORM_HEADS, D], [K_NORM_HEADS, D], or None
+    sinks_ptr, slopes_ptr,  # [H], [H], or None
+    out_ptr, splits_ptr, stats_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D], [B, T, H, N_SPLITS, 2]: m_i and l_i
+    n_done_ptr,  # [B, G], zeros
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
-    Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr, N_SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
+    Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
+    N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program has one row of the batch, one key/value head with the BLOCK_M queries that look at it, and one of
-    N_SPLITS equal parts of the cached tokens, which it reads BLOCK_N at a time. The last split also has the new tokens.
-    It takes them from qkv, and only it writes them into the cache, so no program waits for another.
+    """Grid: [N_SPLITS, G, B]. Program (i, g, b) takes part i of the cached tokens of sequence b, for the T * H / G
+    queries that use key/value head g. The parts are equal, and the last program also has the new tokens:
 
-    Each program leaves its result in splits and stats, and counts itself in n_done, which has a counter for each row
-    and key/value head. The program that finds all others counted combines the results, and makes the counter zero.
+        positions    0                              start           start + T
+                     |   cached tokens              |   new tokens  |
+        program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
-    qk_scale and qk_softcap are those of logits to base 2, whose exponential is one instruction. Q_NORM_HEADS and
-    K_NORM_HEADS: how many heads are normed together."""
+    The last program takes the new tokens from qkv, and only it writes them into the cache. So no program waits for
+    another.
+
+    Each program stores its result in splits and stats, and counts itself in n_done. The program that finds all others
+    counted combines the results, and sets the counter back to zero.
+
+    qk_scale and qk_softcap are those of logits to base 2, whose exponential is one instruction."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
-    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
     TOKEN_STRIDE: tl.constexpr = (N_HEADS + 2 * N_KV_HEADS) * D
-    qkv_ptr += row * T * TOKEN_STRIDE
-    k_cache_ptr += row * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
-    v_cache_ptr += row * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
-    start = tl.load(positions_ptr + row).to(tl.int32)  # position of the row's first new token
+    qkv_ptr += sequence * T * TOKEN_STRIDE
+    k_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
+    v_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
+    start = tl.load(positions_ptr + sequence).to(tl.int32)  # position of the first new token
 
-    # The new tokens are loaded first, since that need not wait for the position.
-    # Queries: all heads of token 0, all heads of token 1, ...
-    offs_m = tl.arange(0, BLOCK_M)
+    # Load the new tokens. They come first, since they need not wait for start
+    offs_m = tl.arange(0, BLOCK_M)  # queries: all heads of token 0, all heads of token 1, ...
     token, head = offs_m // HEADS_PER_KV, kv_head * HEADS_PER_KV + offs_m % HEADS_PER_KV
     mask_m = token < T
     q_lo, q_hi = load_halves(qkv_ptr, token * TOKEN_STRIDE + head * D, mask_m, D, BLOCK_HALF)
-    new = tl.arange(0, MAX_TOKENS)
+    new = tl.arange(0, BLOCK_T)
     k_offset = new * TOKEN_STRIDE + (N_HEADS + kv_head) * D
     k_lo, k_hi = load_halves(qkv_ptr, k_offset, new < T, D, BLOCK_HALF)
-    v = load_rows(qkv_ptr, k_offset + N_KV_HEADS * D, new < T, D, BLOCK_D)
+    v = load_vectors(qkv_ptr, k_offset + N_KV_HEADS * D, new < T, D, BLOCK_D)
 
-    mask_q = mask_m & is_inside(start + token, S)
-    q_lo, q_hi = q_lo.to(tl.float32), q_hi.to(tl.float32)
-    if q_norm_ptr is not None:
-        q_lo, q_hi = norm(q_lo, q_hi, q_norm_ptr, qkv_ptr, token, head, T, eps, D, Q_NORM_HEADS, TOKEN_STRIDE)
-    q_lo, q_hi = rotate(q_lo, q_hi, rope_ptr, start + token, mask_q, D, DTYPE)
-    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf: for a query that sees nothing, -inf - -inf would be NaN
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    if sinks_ptr is not None:  # one of the splits has the sink
-        has_sink = mask_m & (split == N_SPLITS - 1)
-        sink = tl.load(sinks_ptr + head, mask=has_sink, other=0.0).to(tl.float32) * LOG2_E
-        m_i = tl.where(has_sink, tl.maximum(sink, m_i, propagate_nan=tl.PropagateNan.ALL), m_i)
-        l_i = tl.where(has_sink, tl.exp2(sink - m_i), l_i)
+    # Norm and RoPE of the queries; what the softmax begins with
+    q_lo, q_hi = norm_and_rotate(
+        q_lo, q_hi, q_norm_weight_ptr, qkv_ptr, token, head, T, eps, rope_ptr, start + token,
+        mask_m & is_inside(start + token, S), D, Q_NORM_HEADS, TOKEN_STRIDE, DTYPE,
+    )  # fmt: skip
+    has_sink = mask_m & (split == N_SPLITS - 1)  # one of the splits has it
+    m_i, l_i = initial_softmax(sinks_ptr, head, has_sink, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head, mask=mask_m, other=0.0) * LOG2_E
 
-    begin = tl.maximum(start - WINDOW + 1, 0) if WINDOW else 0
-    split_len = tl.cdiv(tl.cdiv(start - begin, N_SPLITS), BLOCK_N) * BLOCK_N
-    begin += split * split_len
-    end = tl.minimum(begin + split_len, tl.minimum(start, S))
+    # Accumulate the cached tokens
+    begin, end = split_bounds(start, S, split, WINDOW, N_SPLITS, BLOCK_N)
     m_i, l_i, acc = attend_cached(
         q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, qk_scale,
         qk_softcap, slope, D, WINDOW, BLOCK_N,
     )  # fmt: skip
 
+    # Accumulate the new tokens, and write them into the cache
     if split == N_SPLITS - 1:
         mask_new = (new < T) & is_inside(start + new, S)
-        k_lo, k_hi = k_lo.to(tl.float32), k_hi.to(tl.float32)
-        if k_norm_ptr is not None:
-            k_ptr = qkv_ptr + N_HEADS * D
-            k_lo, k_hi = norm(k_lo, k_hi, k_norm_ptr, k_ptr, new, kv_head, T, eps, D, K_NORM_HEADS, TOKEN_STRIDE)
-        k_lo, k_hi = rotate(k_lo, k_hi, rope_ptr, start + new, mask_new, D, DTYPE)
+        k_lo, k_hi = norm_and_rotate(
+            k_lo, k_hi, k_norm_weight_ptr, qkv_ptr + N_HEADS * D, new, kv_head, T, eps, rope_ptr, start + new,
+            mask_new, D, K_NORM_HEADS, TOKEN_STRIDE, DTYPE,
+        )  # fmt: skip
         mask = mask_new[None, :] & mask_m[:, None] & (new[None, :] <= token[:, None])
         if WINDOW:
             mask &= new[None, :] > token[:, None] - WINDOW
@@ -104,45 +108,46 @@ def attend_kernel(
             q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc
         )
         store_halves(k_cache_ptr, (start + new) * D, k_lo, k_hi, mask_new, D)
-        store_rows(v_cache_ptr, (start + new) * D, v, mask_new, D)
+        store_vectors(v_cache_ptr, (start + new) * D, v, mask_new, D)
 
-    out_row = (row * T + token) * N_HEADS + head  # of [B, T, H]
+    # Epilogue
+    query = (sequence * T + token) * N_HEADS + head  # its index in [B, T, H]
     if N_SPLITS == 1:
-        store_rows(out_ptr, out_row * D, acc / l_i[:, None], mask_m, D)
+        store_vectors(out_ptr, query * D, acc / l_i[:, None], mask_m, D)
     else:
-        index = out_row * N_SPLITS  # in [B, T, H, N_SPLITS]
-        store_rows(splits_ptr, (index + split) * D, acc, mask_m, D)
-        tl.store(stats_ptr + (index + split) * 2, m_i, mask=mask_m)
-        tl.store(stats_ptr + (index + split) * 2 + 1, l_i, mask=mask_m)
-        n_done_ptr += row * N_KV_HEADS + kv_head
-        tl.debug_barrier()  # all threads have stored when the first of them counts
-        if tl.atomic_add(n_done_ptr, 1, sem="acq_rel") == N_SPLITS - 1:
-            tl.store(n_done_ptr, 0)
-            acc = combine_splits(splits_ptr, stats_ptr, index, mask_m, D, N_SPLITS, BLOCK_SPLITS, BLOCK_D)
-            store_rows(out_ptr, out_row * D, acc, mask_m, D)
+        counter = sequence * N_KV_HEADS + kv_head  # its index in [B, G]
+        store_and_combine(
+            m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
+            D, N_SPLITS, BLOCK_SPLITS,
+        )  # fmt: skip
 
 
 @triton.jit
-def combine_splits(
-    splits_ptr, stats_ptr, index, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Attention's output [BLOCK_M, BLOCK_D] from that of the splits, for queries whose first split is at index
-    [BLOCK_M]. Other programs have just written them, so they are read past the first-level cache."""
-    split = tl.arange(0, BLOCK_SPLITS)[None, :]
-    stat_ptr, mask = stats_ptr + (index[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
-    m_splits = tl.load(stat_ptr, mask=mask, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, BLOCK_SPLITS]
-    l_splits = tl.load(stat_ptr + 1, mask=mask, other=0.0, cache_modifier=".cg")
-    m_i = tl.max(m_splits, axis=1)
-    l_i = tl.sum(tl.exp2(m_splits - m_i[:, None]) * l_splits, axis=1)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = mask_m[:, None] & (d < D)
-    acc = tl.zeros([index.shape[0], BLOCK_D], tl.float32)
-    for i in tl.range(0, N_SPLITS, loop_unroll_factor=4):
-        m_split = tl.load(stats_ptr + (index + i) * 2, mask=mask_m, other=-1e38, cache_modifier=".cg")
-        acc_split = tl.load(splits_ptr + (index + i)[:, None] * D + d, mask=mask, other=0.0, cache_modifier=".cg")
-        acc += tl.exp2(m_split - m_i)[:, None] * acc_split
-    return acc / l_i[:, None]
+def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The cached tokens [begin, end) of a split: those before start that a new token sees, in N_SPLITS equal parts of
+    whole blocks."""
+    first = tl.maximum(start - WINDOW + 1, 0) if WINDOW else 0
+    split_len = tl.cdiv(tl.cdiv(start - first, N_SPLITS), BLOCK_N) * BLOCK_N
+    begin = first + split * split_len
+    return begin, tl.minimum(begin + split_len, tl.minimum(start, S))
+
+
+# ---- Softmax --------------------------------------------------------------------------------------------------------
+#
+# FlashAttention's names. For every query of a program: m_i, the largest score so far; l_i, the sum of 2^(score - m_i);
+# acc, the sum of 2^(score - m_i) v. The output is acc / l_i.
+
+
+@triton.jit
+def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
+    """m_i, l_i [BLOCK_M] before the first key. A sink is the score of a key whose value is zero."""
+    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf: for a query that sees nothing, -inf - -inf would be NaN
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=has_sink, other=0.0).to(tl.float32) * LOG2_E
+        m_i = tl.where(has_sink, tl.maximum(sink, m_i, propagate_nan=tl.PropagateNan.ALL), m_i)
+        l_i = tl.where(has_sink, tl.exp2(sink - m_i), l_i)
+    return m_i, l_i
 
 
 @triton.jit
@@ -150,11 +155,11 @@ def attend_cached(
     q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, qk_scale, qk_softcap, slope,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Takes the cached tokens [begin, end) into the running softmax of queries at position [BLOCK_M]."""
+    """Takes the cached tokens [begin, end) into the softmax of queries at position [BLOCK_M]."""
     for n in range(begin, end, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)
         k_lo, k_hi = load_halves(k_cache_ptr, key * D, key < end, D, q_lo.shape[1])
-        v = load_rows(v_cache_ptr, key * D, key < end, D, acc.shape[1])
+        v = load_vectors(v_cache_ptr, key * D, key < end, D, acc.shape[1])
         mask = (key < end)[None, :] & mask_m[:, None]
         if WINDOW:
             mask &= key[None, :] > position[:, None] - WINDOW
@@ -167,9 +172,9 @@ def attend_cached(
 
 @triton.jit
 def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc):
-    """Takes keys [N, D] and values v [N, D] that mask [M, N] lets queries [M, D] see into a running softmax: its maxima
-    m_i [M], its sums l_i [M] and the unnormalized output acc [M, D]. The products' factors are of q's type. slope [M],
-    if it is not None, times the keys' distance [M, N] from the queries is added to the scores (ALiBi)."""
+    """Takes keys [N, D] and values v [N, D] that mask [M, N] lets queries [M, D] see into m_i [M], l_i [M] and acc
+    [M, D]. The products' factors are of q's type. slope [M], if it is not None, times the keys' distance [M, N] from
+    the queries is added to the scores (ALiBi)."""
     k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
     qk *= qk_scale
@@ -187,27 +192,85 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, s
 
 
 @triton.jit
-def norm(
-    a, b, weight_ptr, heads_ptr, token, head, T, eps, D: tl.constexpr, N_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr
-):
-    """Rows of D elements, given and returned as halves a and b [R, BLOCK_HALF], divided by their rms and multiplied
-    with the weight [D]. If N_HEADS > 1, a row is one head [R] of a token [R]. Then the rms is that of all N_HEADS heads
-    of the token, which are at heads_ptr, and the weight is [N_HEADS, D]."""
-    if N_HEADS == 1:
-        squares = tl.sum(a * a + b * b, axis=1)
+def store_and_combine(
+    m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
+    D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Stores the result of one split for the queries at indices query [BLOCK_M] of [B, T, H], and counts it in n_done
+    at index counter. The last program to come here stores the output."""
+    first_split = query * N_SPLITS  # its index in [B, T, H, N_SPLITS]
+    store_vectors(splits_ptr, (first_split + split) * D, acc, mask_m, D)
+    tl.store(stats_ptr + (first_split + split) * 2, m_i, mask=mask_m)
+    tl.store(stats_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
+    tl.debug_barrier()  # all threads have stored when the first of them counts
+    if tl.atomic_add(n_done_ptr + counter, 1, sem="acq_rel") == N_SPLITS - 1:
+        tl.store(n_done_ptr + counter, 0)
+        out = combine_splits(splits_ptr, stats_ptr, first_split, mask_m, D, N_SPLITS, BLOCK_SPLITS, acc.shape[1])
+        store_vectors(out_ptr, query * D, out, mask_m, D)
+
+
+@triton.jit
+def combine_splits(
+    splits_ptr, stats_ptr, first_split, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Attention's output [BLOCK_M, BLOCK_D] from that of the splits, for queries whose first split is at index
+    first_split [BLOCK_M]. Other programs have just written them, so they are read past the first-level cache."""
+    split = tl.arange(0, BLOCK_SPLITS)[None, :]
+    stat_ptr, mask_stats = stats_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
+    m_splits = tl.load(stat_ptr, mask=mask_stats, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, BLOCK_SPLITS]
+    l_splits = tl.load(stat_ptr + 1, mask=mask_stats, other=0.0, cache_modifier=".cg")
+    m_i = tl.max(m_splits, axis=1)
+    l_i = tl.sum(tl.exp2(m_splits - m_i[:, None]) * l_splits, axis=1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask_acc = mask_m[:, None] & (d < D)
+    acc = tl.zeros([first_split.shape[0], BLOCK_D], tl.float32)
+    for i in tl.range(0, N_SPLITS, loop_unroll_factor=4):
+        index = first_split + i
+        m_split = tl.load(stats_ptr + index * 2, mask=mask_m, other=-1e38, cache_modifier=".cg")
+        acc_split = tl.load(splits_ptr + index[:, None] * D + d, mask=mask_acc, other=0.0, cache_modifier=".cg")
+        acc += tl.exp2(m_split - m_i)[:, None] * acc_split
+    return acc / l_i[:, None]
+
+
+# ---- Norm and RoPE --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def norm_and_rotate(
+    lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, rope_ptr, position, mask,
+    D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """New queries or keys, given and returned as halves [X, BLOCK_HALF]: norm, if there is a weight, and RoPE."""
+    lo, hi = lo.to(tl.float32), hi.to(tl.float32)
+    if norm_weight_ptr is not None:
+        lo, hi = rms_norm(lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, D, NORM_HEADS, TOKEN_STRIDE)
+    return rotate(lo, hi, rope_ptr, position, mask, D, DTYPE)
+
+
+@triton.jit
+def rms_norm(
+    lo, hi, weight_ptr, heads_ptr, token, head, T, eps,
+    D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Vectors of D elements, given and returned as halves [X, BLOCK_HALF], divided by their rms and multiplied with the
+    weight [D]. If NORM_HEADS > 1, each is one head [X] of a token [X]. Then the rms is that of all NORM_HEADS heads of
+    the token, which are at heads_ptr, and the weight is [NORM_HEADS, D]."""
+    if NORM_HEADS == 1:
+        squares = tl.sum(lo * lo + hi * hi, axis=1)
         weight_offset = tl.zeros([1], tl.int32)
     else:
-        squares = sum_of_squares(heads_ptr, token, T, N_HEADS * D, TOKEN_STRIDE)
-        weight_offset = head * D + tl.zeros([1], tl.int32)  # [R], or [1] if all rows are of one head
-    inverse_rms = tl.rsqrt(squares / (N_HEADS * D) + eps)[:, None]
-    every_row = weight_offset >= 0
-    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, every_row, D, a.shape[1])
-    return a * (inverse_rms * weight_lo.to(tl.float32)), b * (inverse_rms * weight_hi.to(tl.float32))
+        squares = sum_of_squares(heads_ptr, token, T, NORM_HEADS * D, TOKEN_STRIDE)
+        weight_offset = head * D + tl.zeros([1], tl.int32)  # [X], or [1] if all are of one head
+    inverse_rms = tl.rsqrt(squares / (NORM_HEADS * D) + eps)[:, None]
+    no_mask = weight_offset >= 0  # all true
+    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, no_mask, D, lo.shape[1])
+    return lo * (inverse_rms * weight_lo.to(tl.float32)), hi * (inverse_rms * weight_hi.to(tl.float32))
 
 
 @triton.jit
 def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexpr):
-    """Of the first WIDTH elements of each token [R], at ptr: [R]. A token is read once, however many rows it has."""
+    """Of the first WIDTH elements of each token [X], at ptr: [X]. A token is read once, however many heads it has."""
     i = tl.arange(0, triton.next_power_of_2(WIDTH))
     total = tl.zeros(token.shape, tl.float32)
     for t in range(T):
@@ -217,15 +280,18 @@ def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexp
 
 
 @triton.jit
-def rotate(a, b, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows of D elements, given and returned as halves a and b [R, BLOCK_HALF], rotated for position [R]. Rows outside
-    mask become zeros."""
-    d = tl.arange(0, a.shape[1])
-    d_mask = d < D // 2
+def rotate(lo, hi, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Vectors of D elements, given and returned as halves [X, BLOCK_HALF], rotated for position [X]. Those outside
+    mask [X] become zeros."""
+    d = tl.arange(0, lo.shape[1])
+    mask_d = d < D // 2
     angle_ptr = rope_ptr + position[:, None] * D + 2 * d[None, :]  # rope is [S, D / 2, 2]
-    cos = tl.load(angle_ptr, mask=mask[:, None] & d_mask[None, :], other=0.0)
-    sin = tl.load(angle_ptr + 1, mask=mask[:, None] & d_mask[None, :], other=0.0)
-    return (a * cos - b * sin).to(DTYPE), (b * cos + a * sin).to(DTYPE)
+    cos = tl.load(angle_ptr, mask=mask[:, None] & mask_d[None, :], other=0.0)
+    sin = tl.load(angle_ptr + 1, mask=mask[:, None] & mask_d[None, :], other=0.0)
+    return (lo * cos - hi * sin).to(DTYPE), (hi * cos + lo * sin).to(DTYPE)
+
+
+# ---- Loads and stores -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -235,71 +301,74 @@ def is_inside(position, S):
 
 
 @triton.jit
-def load_rows(ptr, offset, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of WIDTH elements at ptr + offset [R]: [R, BLOCK], the rest zeros."""
-    d = tl.arange(0, BLOCK)
-    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask[:, None] & (d < WIDTH)[None, :], other=0.0)
+def load_vectors(ptr, offset, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors of D elements at ptr + offset [X]: [X, BLOCK_D], the rest zeros."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def load_halves(ptr, offset, mask, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The same rows' halves: [R, BLOCK_HALF] each."""
+    """The same vectors' halves: [X, BLOCK_HALF] each."""
     d = tl.arange(0, BLOCK_HALF)
-    lo_ptr, mask = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
-    lo = tl.load(lo_ptr, mask=mask, other=0.0)
-    hi = tl.load(lo_ptr + D // 2, mask=mask, other=0.0)
+    lo_ptr, mask_lo = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
+    lo = tl.load(lo_ptr, mask=mask_lo, other=0.0)
+    hi = tl.load(lo_ptr + D // 2, mask=mask_lo, other=0.0)
     return lo, hi
 
 
 @triton.jit
-def store_rows(ptr, offset, x, mask, WIDTH: tl.constexpr):
+def store_vectors(ptr, offset, x, mask, D: tl.constexpr):
     d = tl.arange(0, x.shape[1])
-    tl.store(ptr + offset[:, None] + d[None, :], x, mask=mask[:, None] & (d < WIDTH)[None, :])
+    tl.store(ptr + offset[:, None] + d[None, :], x, mask=mask[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
     d = tl.arange(0, lo.shape[1])
-    lo_ptr, mask = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
-    tl.store(lo_ptr, lo, mask=mask)
-    tl.store(lo_ptr + D // 2, hi, mask=mask)
+    lo_ptr, mask_lo = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
+    tl.store(lo_ptr, lo, mask=mask_lo)
+    tl.store(lo_ptr + D // 2, hi, mask=mask_lo)
+
+
+# ---- The operation --------------------------------------------------------------------------------------------------
 
 
 @triton_op
 def attend(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, eps: float, sinks: Tensor | None, slopes: Tensor | None, n_heads: int, window: int,
-    scale: float, softcap: float,
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor,
+    q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, eps: float,
+    sinks: Tensor | None, slopes: Tensor | None, n_heads: int, window: int, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first token of each row is at positions [B], the others right after
+    """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. A sequence's first new token is at positions [B], the others right after
     it.
 
     Keys and values go into the caches [B, G, S, D], which hold those of earlier tokens and may be views of longer
     ones. Nothing is read or written beyond S. rope [S, D / 2, 2] is cosine and sine of every position's angles.
-    q_norm, k_norm: [D] to norm each head, [H D] and [G D] to norm all heads of a token together. sinks: [H], scores of
-    a key whose value is zero. window: a token sees no more than so many, itself included, if it is not 0. Scores are
-    q k^T times scale, then, if softcap is not 0, capped. slopes: [H] float32; slope * (position of the key - position
-    of the query) is added to the scores then.
+    q_norm_weight, k_norm_weight: [D] to norm each head, [H D] and [G D] to norm all heads of a token together. sinks:
+    [H], scores of a key whose value is zero. window: a token sees no more than so many, itself included, if it is not
+    0. Scores are q k^T times scale, then, if softcap is not 0, capped. slopes: [H] float32; slope * (position of the
+    key - position of the query) is added to the scores then.
 
     T H / G may be up to 64: a program has that much room."""
-    (n_rows, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape
-    n_splits = choose_splits(gpu_of(qkv.device).num_sms, n_rows * n_kv_heads, cache_len, window)
+    (batch, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape
+    n_splits = choose_splits(gpu_of(qkv.device).num_sms, batch * n_kv_heads, cache_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    n_queries = n_rows * n_tokens * n_heads
-    out = qkv.new_empty(n_rows, n_tokens, n_heads * head_dim)
+    n_queries = batch * n_tokens * n_heads
+    out = qkv.new_empty(batch, n_tokens, n_heads * head_dim)
     splits = stats = None
     if n_splits > 1:
         splits = qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32)
         stats = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
-    grid = n_splits, n_kv_heads, n_rows
+    grid = n_splits, n_kv_heads, batch
     attend_kernel[grid](
-        qkv, k_cache, v_cache, positions, rope, q_norm, k_norm, sinks, slopes,
+        qkv, k_cache, v_cache, positions, rope, q_norm_weight, k_norm_weight, sinks, slopes,
         out, splits, stats, done_counters(qkv.device),
         eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
         k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,
         n_heads, n_kv_heads, head_dim, window,
-        Q_NORM_HEADS=1 if q_norm is None else q_norm.numel() // head_dim,
-        K_NORM_HEADS=1 if k_norm is None else k_norm.numel() // head_dim,
+        Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
+        K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
         N_SPLITS=n_splits,
         BLOCK_SPLITS=triton.next_power_of_2(n_splits),
         BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
@@ -313,10 +382,10 @@ def attend(
     return out
 
 
-def choose_splits(num_sms: int, n_programs: int, cache_len: int, window: int) -> int:
-    """Into how many parts the cache is split: as many as give every multiprocessor two programs, of 64 tokens or more
-    each. A short cache is one part, which needs no combining."""
-    visible = min(cache_len, window) if window else cache_len
-    if visible <= 128:
+def choose_splits(num_sms: int, programs_per_split: int, cache_len: int, window: int) -> int:
+    """N_SPLITS: as many as give every multiprocessor two programs, of 64 tokens or more each. A short cache is one
+    split, which needs no combining."""
+    n_visible = min(cache_len, window) if window else cache_len
+    if n_visible <= 128:
         return 1
-    return min(triton.cdiv(2 * num_sms, n_programs), triton.cdiv(visible, 64))
+    return min(triton.cdiv(2 * num_sms, programs_per_split), triton.cdiv(n_visible, 64))

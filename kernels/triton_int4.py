@@ -4,10 +4,13 @@
     tiles_to_floats                       in a kernel: from this order to a matrix unit's factor
     pack_scales, unpack_scales, scales_and_zeros      the same of what a group of elements shares
 
-Weights are stored in tiles of 16 rows and 64 columns: 128 words of 8 elements. A warp loads a tile with one
-instruction: lane l gets words 4 l to 4 l + 3. They hold just those elements that the matrix unit wants from this lane,
-so nothing has to move between lanes. This is the unit's left factor, operand A of mma.m16n8k16, by the lane that holds
-it. (A lane has four neighbouring columns: kWidth = 4 in Triton, which orders the rows of the other factor alike.)
+A row of W is an output, a column an input. W is stored in tiles of 16 rows and 64 columns: 128 words of 8 elements. A
+warp loads a tile with one instruction: lane l gets words 4 l to 4 l + 3. They hold exactly the elements that the matrix
+unit wants from this lane, so nothing has to move between lanes.
+
+The unit's instruction, mma.m16n8k16, multiplies a matrix A [16, 16] with a matrix B [16, 8]. A is a part of W. Each
+lane of the warp holds 8 elements of A, four neighbours in each of two rows (kWidth = 4 in Triton, which puts B's rows
+into the same order):
 
                      columns 0-3    4-7     8-11    12-15
     rows 0 and 8        lane 0       1       2       3
@@ -15,7 +18,7 @@ it. (A lane has four neighbouring columns: kWidth = 4 in Triton, which orders th
     ...
     rows 7 and 15       lane 28      29      30      31
 
-A tile is four of these, side by side. The elements of lane l start at row r = l / 4 and column c = 4 (l % 4):
+A tile is four such A, side by side. The elements of lane l start at row r = l / 4 and column c = 4 (l % 4):
 
     word 0    row r        columns c + (0 1 2 3  16 17 18 19)
     word 1    row r        columns c + (0 1 2 3  16 17 18 19) + 32
@@ -34,6 +37,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+TILE_N, TILE_K = tl.constexpr(16), tl.constexpr(64)  # rows and columns of a tile
+TILE_WORDS = tl.constexpr(128)
 
 
 def pack_int4_tiles(q: Tensor) -> Tensor:
@@ -96,34 +102,42 @@ def scales_and_zeros(words):
 
 
 @triton.jit
-def nibble_pair(w, magic, DTYPE: tl.constexpr):
-    """The elements q in bits 0-3 and 16-19 of words w, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts OFFSET.
+def nibble_pair(words, magic, DTYPE: tl.constexpr):
+    """words -> the elements q in bits 0-3 and 16-19, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts OFFSET.
 
     OR the nibble into the mantissa of 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q. magic is this
     float in both halves of a word, so two elements take one and-or instruction (lop3). magic is a runtime argument
     because the mask already takes lop3's immediate. For float32 OFFSET is 0, and elements are converted."""
-    w &= 0x000F000F
+    nibbles = words & 0x000F000F
     if DTYPE == tl.float32:
-        low, high = (w & 15).to(DTYPE), (w >> 16).to(DTYPE)
+        low, high = (nibbles & 15).to(DTYPE), (nibbles >> 16).to(DTYPE)
     else:
-        w |= magic
-        low, high = w.to(tl.int16).to(DTYPE, bitcast=True), (w >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        floats = nibbles | magic
+        low, high = floats.to(tl.int16).to(DTYPE, bitcast=True), (floats >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     return tl.join(low, high)
 
 
 @triton.jit
-def tiles_to_floats(w, magic, TILES_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """The words of tiles [TILES_N * TILES_K, 128] -> OFFSET + q of DTYPE, in slices of BLOCK_K columns, which are whole
-    tiles (64), or first the left and then the right halves (32): [64 TILES_K / BLOCK_K, 16 TILES_N, BLOCK_K]."""
-    TILES_K: tl.constexpr = w.shape[0] // TILES_N
-    w = tl.reshape(w, [TILES_N, TILES_K, 8, 4, 4])
-    low = tl.join(nibble_pair(w, magic, DTYPE), nibble_pair(w >> 8, magic, DTYPE))
-    high = tl.join(nibble_pair(w >> 4, magic, DTYPE), nibble_pair(w >> 12, magic, DTYPE))
-    q = tl.reshape(tl.join(low, high), [TILES_N, TILES_K, 8, 4, 2, 2, 2, 2, 2])
-    # The digits of an element's place (see pack_int4_tiles) are now axes:
-    #     0 tile_n, 1 tile_k, 2 lane_row, 3 lane_column, 4 row_8, 5 column_32, 6 column_1, 7 column_16, 8 column_2
-    if BLOCK_K == 64:  # slice: 1    row: 0 4 2    column: 5 7 3 8 6
-        q = tl.permute(q, 1, 0, 4, 2, 5, 7, 3, 8, 6)
-    else:  # slice: 5 1    row: 0 4 2    column: 7 3 8 6
-        q = tl.permute(q, 5, 1, 0, 4, 2, 7, 3, 8, 6)
-    return tl.reshape(q, [64 * TILES_K // BLOCK_K, 16 * TILES_N, BLOCK_K])
+def tiles_to_floats(words, magic, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr):
+    """The words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles -> OFFSET + q of DTYPE, in slices of SLICE_K
+    columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. A slice is a tile wide (64) or half a tile (32). Then all left
+    halves come before all right halves."""
+    TILES_K: tl.constexpr = words.shape[0] // TILES_N
+    words = tl.reshape(words, [TILES_N, TILES_K, 8, 4, 4])  # tile_n, tile_k, lane / 4, lane % 4, word
+    # Bits 0 and 16 hold columns c + 0 and c + 1, bits 8 and 24 columns c + 16 and c + 17, and so on: see the drawing
+    columns_0_1_16_17 = tl.join(nibble_pair(words, magic, DTYPE), nibble_pair(words >> 8, magic, DTYPE))
+    columns_2_3_18_19 = tl.join(nibble_pair(words >> 4, magic, DTYPE), nibble_pair(words >> 12, magic, DTYPE))
+    q = tl.join(columns_0_1_16_17, columns_2_3_18_19)
+    # Now there is an axis for every digit of an element's place:
+    #
+    #     axis   0       1       2         3            4      5          6         7          8
+    #     digit  tile_n  tile_k  lane_row  lane_column  row_8  column_32  column_1  column_16  column_2
+    #
+    #     row    = 16 tile_n + 8 row_8 + lane_row                                                   axes 0 4 2
+    #     column = 64 tile_k + 32 column_32 + 16 column_16 + 4 lane_column + 2 column_2 + column_1  axes 1 5 7 3 8 6
+    q = tl.reshape(q, [TILES_N, TILES_K, 8, 4, 2, 2, 2, 2, 2])
+    if SLICE_K == 64:
+        q = tl.permute(q, 1, 0, 4, 2, 5, 7, 3, 8, 6)  # slice: 1    row: 0 4 2    column in the slice: 5 7 3 8 6
+    else:
+        q = tl.permute(q, 5, 1, 0, 4, 2, 7, 3, 8, 6)  # slice: 5 1    row: 0 4 2    column in the slice: 7 3 8 6
+    return tl.reshape(q, [64 * TILES_K // SLICE_K, 16 * TILES_N, SLICE_K])

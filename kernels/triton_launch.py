@@ -1,25 +1,30 @@
-"""How the Triton kernels are launched: what a GPU can do, the shape of a product's programs, overlapping kernels.
+"""How the Triton kernels are launched: what a GPU can do, the tile sizes of a product, kernels that overlap.
 
-    choose_tiles(x, bits, n, gated, group_size)       the shape of the programs of y = x W^T
-    overlap_options(device, grid)                     for a kernel that may begin before the previous one has ended
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)  what such a kernel begins with
+    choose_tiles(x, format_id, n, gated, group_size)  the tile sizes for y = x W^T
+    overlap_options(device, grid)                     for a kernel that may start before the previous one has ended
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)  the first line of such a kernel
 
-triton_tuned.json beside this file has the fastest shapes that were measured, by GPU and product; scripts/benchmark.py
---tune writes it. For other GPUs and products choose_tiles guesses.
+triton_tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product;
+scripts/benchmark.py --tune writes it. For other GPUs and products choose_tiles guesses.
 
-Kernels that overlap. On NVIDIA's Hopper and later, a kernel may begin while the one before it is still running (CUDA
-calls this programmatic dependent launch). Two instructions rule it:
+Kernels that overlap. On NVIDIA's Hopper and later, a kernel may start while the previous one still runs. CUDA calls
+this programmatic dependent launch (PDL). Two instructions control it:
 
-    gdc_launch_dependents    when all programs of a kernel have called it, the next kernel's programs may begin
-    gdc_wait                 returns when the kernel before has ended and all it has written can be read
+    gdc_launch_dependents    when all programs of a kernel have executed it or ended, the next kernel may start
+    gdc_wait                 waits until the previous kernel has ended and everything it wrote can be read
 
-Before gdc_wait a kernel may only read what no kernel writes, so only weights. Every overlapping kernel must call it:
-then the end of a kernel means that all kernels before it have ended, too.
+Here kernel B follows kernel A:
 
-A program that begins early takes the place of one that ended early. So if a product let its successor begin at once,
-the multiprocessors that are done first would get most of the successor's programs, and the others none: int8 steps of
-Llama-3.1-8B then took 4.5 ms in place of 3.3 (H100). So a product lets it begin after its loop, when all its programs
-are nearly done. Only kernels with at most one program for each multiprocessor let it begin at once.
+    A    ... loop over K ...  gdc_launch_dependents  epilogue, stores  end
+    B                                   starts, prefetches its weights    gdc_wait  reads what A wrote ...
+
+Before gdc_wait a kernel reads only weights, since no kernel writes those. Every kernel executes gdc_wait, even if it
+needs nothing from the previous one. So a kernel ends after the one before it, and the next one waits for all of them.
+
+When to let the next kernel start. Its first programs take the places of programs that have ended. If a product let it
+start at once, the multiprocessors that finish first would get most of its programs, and the others none: int8 steps of
+Llama-3.1-8B then took 4.5 ms instead of 3.3 (H100). So a product lets it start after the loop over K, when all programs
+are nearly done. Only a kernel with at most one program for each multiprocessor lets it start at once (TRIGGER_EARLY).
 """
 
 import json
@@ -33,12 +38,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.formats import Dense, Int4, Int8
+
 TUNED = Path(__file__).with_name("triton_tuned.json")
+FORMAT_NAMES = {Dense.format_id: "dense", Int8.format_id: "int8", Int4.format_id: "int4"}  # that the kernels read
 
 
 class Gpu(NamedTuple):
     num_sms: int  # multiprocessors (NVIDIA) or compute units (AMD)
-    min_block_m: int  # the fewest columns that its matrix units take; 1: they are not used
+    min_block_m: int  # the fewest tokens that its matrix units multiply at a time; 1: the kernels do not use them
     can_overlap: bool  # whether it has programmatic dependent launch
     tuned: dict[str, dict[str, int]]  # table_key -> fields of a TileConfig
 
@@ -63,21 +71,21 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def min_block_m_of(x: Tensor) -> int:
-    """The fewest columns of a product with x. Float32 does without matrix units, which would cut bits off."""
+    """The fewest tokens in a product with x. Float32 does without matrix units, which would round it to fewer bits."""
     return 1 if x.dtype == torch.float32 else gpu_of(x.device).min_block_m
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """The type of the factors of products with x. The interpreter has no arithmetic of bfloat16."""
+    """The type of both factors of products with x. The interpreter has no arithmetic of bfloat16."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return tl.float32
     return getattr(tl, str(x.dtype).removeprefix("torch."))
 
 
 def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
-    """Arguments for the launch of a kernel that overlaps with others if it can. It must call wait_for_previous_kernel
-    with USE_PDL and TRIGGER_EARLY. If USE_PDL and not TRIGGER_EARLY, it should call gdc_launch_dependents after its
-    loop, or never."""
+    """Arguments for the launch of a kernel that overlaps with others where the GPU can do that. The kernel must begin
+    with wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY). If USE_PDL and not TRIGGER_EARLY, it may execute
+    gdc_launch_dependents after its loop."""
     gpu = gpu_of(device)
     if not gpu.can_overlap:
         return {"USE_PDL": False, "TRIGGER_EARLY": False}
@@ -95,57 +103,79 @@ def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr)
 
 @cache
 def done_counters(device: torch.device) -> Tensor:
-    """Counters for kernels in which the last program to finish has more to do. They are zero before and after every
-    kernel. All kernels share them, since only one is between its gdc_wait and its end at a time."""
+    """Counters for kernels whose last program to finish has more to do. They are zero before and after every kernel.
+    All kernels share them: of two that overlap, the second counts only after its gdc_wait, when the first has ended."""
     return torch.zeros(2**14, dtype=torch.int32, device=device)
 
 
-# ---- The shape of a product's programs ------------------------------------------------------------------------------
+# ---- The tile sizes of a product ------------------------------------------------------------------------------------
 
 
 class TileConfig(NamedTuple):
-    """The shape of a product's programs: a value in triton_tuned.json."""
+    """The tile sizes of y = x W^T, in CUTLASS's terms. triton_tuned.json has them by these names.
 
-    tiles: int  # of 16 rows of W in a program
+    In a step of its loop over K, a program reads this tile of W; each warp multiplies a part of it (sliced-K):
+
+                            BLOCK_K = num_warps * warp_k
+                        warp_k      warp_k      warp_k
+                     +-----------+-----------+-----------+
+            block_n  |  warp 0   |  warp 1   |    ...    |
+                     +-----------+-----------+-----------+
+    """
+
+    block_n: int  # outputs of a program (BLOCK_N): a multiple of 16
     num_warps: int
-    depth: int  # blocks of 64 columns that a warp takes in a step of the loop over K
-    num_stages: int  # steps whose loads are under way at a time
+    warp_k: int  # inputs that a warp takes in a step: a multiple of 64, or 32
+    num_stages: int  # of the loop's software pipeline, as in Triton
 
 
-def table_key(bits: int, n: int, k: int, gated: bool, group_size: int) -> str:
+def format_name(format_id: int) -> str:
+    """Raises ValueError for a format that the kernels do not read, before they take it for another one."""
+    if format_id not in FORMAT_NAMES:
+        raise ValueError(f"the Triton kernels read the formats {FORMAT_NAMES}, not {format_id}")
+    return FORMAT_NAMES[format_id]
+
+
+def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
     """What triton_tuned.json calls a product with W [n, k]."""
-    key = f"{bits} bits, {n} x {k}"
-    if bits == 4 and group_size == 32:
+    key = f"{format_name(format_id)}, {n} x {k}"
+    if format_id == Int4.format_id and group_size == 32:
         key += ", g32"
     return f"{key}, gated" if gated else key
 
 
-def choose_tiles(x: Tensor, bits: int, n: int, gated: bool, group_size: int) -> TileConfig:
-    """For x [..., K] and W [n, K]: what triton_tuned.json says, or a guess. gated: W is a gate and an up projection,
-    one above the other, and a program needs tiles of both. The guess gives no program more than 99 KB of shared memory
-    (64 KB unless matrix units take 8 columns)."""
+def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int) -> TileConfig:
+    """For x [..., K] and W [n, K]: what triton_tuned.json says, or a guess. gated: W is a gate projection above an up
+    projection, and a program needs 16 outputs of both. The guess gives no program more than 99 KB of shared memory,
+    or 64 KB on GPUs whose min_block_m is not 8."""
     gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
     k = x.shape[-1]
-    key = table_key(bits, n, k, gated, group_size)
+    key = table_key(format_id, n, k, gated, group_size)
     if key in gpu.tuned and min_block_m > 1:
         return TileConfig(**gpu.tuned[key])
+    block_n = 32 if gated else 16
     if min_block_m != 8:
-        return TileConfig(tiles=2 if gated else 1, num_warps=8 // x.element_size(), depth=1, num_stages=2)
-    if bits == 4:
+        is_float32 = format_id == Dense.format_id and x.dtype == torch.float32
+        warp_k = 32 if is_float32 else 64
+        return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
+    if format_id == Int4.format_id:
         return guess_int4(n / gpu.num_sms, gated, group_size)
     if k <= 1024 and not gated:  # one step
-        return TileConfig(tiles=1, num_warps=4, depth=4, num_stages=2)
-    return TileConfig(tiles=2 if gated else 1, num_warps=4, depth=1 if gated and bits == 8 else 2, num_stages=3)
+        return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)
+    warp_k = 64 if format_id == Int8.format_id and gated else 128
+    return TileConfig(block_n, num_warps=4, warp_k=warp_k, num_stages=3)
 
 
-def guess_int4(n_per_processor: float, gated: bool, group_size: int) -> TileConfig:
-    """n_per_processor: rows of W for every multiprocessor. A step of a program reads 16 tiles, 8 KB, or 16 KB if there
-    are programs enough to have four tiles each. Tiles side by side share what is loaded of x."""
-    n_pairs = n_per_processor / 32  # pairs of tiles
-    if group_size == 32:  # twice the sums, which must fit the registers
-        return TileConfig(2, 4, 2, 3) if gated or n_pairs >= 1 else TileConfig(1, 4, 4, 3)
-    if n_pairs >= 4:
-        return TileConfig(tiles=4, num_warps=4, depth=2, num_stages=3)
-    if gated or n_pairs >= 1:
-        return TileConfig(tiles=2, num_warps=2, depth=4, num_stages=3)
-    return TileConfig(tiles=1, num_warps=4, depth=4, num_stages=3)
+def guess_int4(outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
+    """outputs_per_sm: n divided by the number of multiprocessors. In a step a program reads 8 KB of W; 16 KB if there
+    are enough outputs for programs of 64, which share what they load of x."""
+    has_two_tiles = gated or outputs_per_sm >= 32
+    if group_size == 32:  # twice as many slices, whose sums must fit in registers
+        if has_two_tiles:
+            return TileConfig(block_n=32, num_warps=4, warp_k=128, num_stages=3)
+        return TileConfig(block_n=16, num_warps=4, warp_k=256, num_stages=3)
+    if outputs_per_sm >= 128:
+        return TileConfig(block_n=64, num_warps=4, warp_k=128, num_stages=3)
+    if has_two_tiles:
+        return TileConfig(block_n=32, num_warps=2, warp_k=256, num_stages=3)
+    return TileConfig(block_n=16, num_warps=4, warp_k=256, num_stages=3)

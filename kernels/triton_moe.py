@@ -1,4 +1,4 @@
-"""A mixture of experts' part of a decode step on a GPU, in Triton: the routing, and products with the chosen experts.
+"""A mixture of experts in a decode step on a GPU, in Triton: the routing, and products with the chosen experts.
 
     route              which experts a token uses: the router's softmax and its top_k
     experts_gate_up    every token times its experts' gate and up projections
@@ -25,12 +25,15 @@ def route_kernel(
     E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, N_SHARED: tl.constexpr, BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K likeliest of a row of E logits and their probabilities. Then N_SHARED experts, E and following; the
-    weight of each is the sigmoid of the row's last logit, which no row has if N_SHARED is 0. BLOCK is a power of two
-    that has room for all logits and all results."""
+    """logits [M, E], or [M, E + 1] if N_SHARED -> topk_weights and topk_ids [M, TOP_K + N_SHARED]. Grid: [M]. Program m
+    has token m.
+
+    First the TOP_K likeliest experts, with their probabilities. Then N_SHARED shared experts, E and following; the
+    weight of each is the sigmoid of the token's last logit. BLOCK is a power of two that has room for all logits and
+    all results."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
-    row, e = tl.program_id(0), tl.arange(0, BLOCK)
-    logits_ptr += row * (E + 1 if N_SHARED else E)
+    token, e = tl.program_id(0), tl.arange(0, BLOCK)
+    logits_ptr += token * (E + 1 if N_SHARED else E)
     logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
     remaining = tl.where(p == p, p, 0.0)  # without NaN, which has no order
@@ -47,40 +50,43 @@ def route_kernel(
     if N_SHARED:
         topk_weights = tl.where(e < TOP_K, topk_weights, tl.sigmoid(tl.load(logits_ptr + E)))
         topk_ids = tl.where(e < TOP_K, topk_ids, E + e - TOP_K)
-    offsets, mask = row * (TOP_K + N_SHARED) + e, e < TOP_K + N_SHARED
+    offsets, mask = token * (TOP_K + N_SHARED) + e, e < TOP_K + N_SHARED
     tl.store(topk_weights_ptr + offsets, topk_weights, mask=mask)
     tl.store(topk_ids_ptr + offsets, topk_ids.to(tl.int64), mask=mask)
 
 
 @triton.jit
-def moe_combine(
+def moe_combine_kernel(
     y_ptr, topk_weights_ptr, residual_ptr, out_ptr, N,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, N] = [residual +] the sum over TOP_K of topk_weights [rows, TOP_K] times y [rows, TOP_K, N]."""
+    """out [M, N] = [residual +] the sum over TOP_K of topk_weights [M, TOP_K] times y [M, TOP_K, N].
+    Grid: [N / BLOCK, M]. Program (i, m) has outputs [i * BLOCK, (i + 1) * BLOCK) of token m."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
-    row, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token, offs_n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if residual_ptr is not None:
-        total = tl.load(residual_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
+        total = tl.load(residual_ptr + token * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
     else:
         total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(TOP_K):
-        weight = tl.load(topk_weights_ptr + row * TOP_K + i)
-        total += weight * tl.load(y_ptr + (row * TOP_K + i) * N + n, mask=n < N, other=0.0)
-    tl.store(out_ptr + row * N + n, total, mask=n < N)
+        pair = token * TOP_K + i
+        topk_weight = tl.load(topk_weights_ptr + pair)
+        total += topk_weight * tl.load(y_ptr + pair * N + offs_n, mask=offs_n < N, other=0.0)
+    tl.store(out_ptr + token * N + offs_n, total, mask=offs_n < N)
 
 
 @triton_op
 def experts_gate_up(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
-    bias: Tensor | None, topk_ids: Tensor, norm: Tensor | None, eps: float, activation: int,
+    bias: Tensor | None, topk_ids: Tensor, norm_weight: Tensor | None, eps: float, activation: int,
 ) -> Tensor:  # fmt: skip
     """x [..., dim] times the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and activation
     as in linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
     y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
     launch_linear(
-        y, x, weight, scales, format_id, n, group_size, bias, norm, eps, activation=activation, topk_ids=topk_ids
-    )
+        y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps,
+        activation=activation, topk_ids=topk_ids,
+    )  # fmt: skip
     return y
 
 
@@ -95,7 +101,7 @@ def experts_down(
     launch_linear(y, hidden, weight, scales, format_id, n, group_size, bias, topk_ids=topk_ids)
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
     grid = triton.cdiv(n, 512), out.numel() // n
-    moe_combine[grid](
+    moe_combine_kernel[grid](
         y, topk_weights, residual, out, n, TOP_K=topk_ids.shape[-1], BLOCK=512, **overlap_options(out.device, grid)
     )
     return out

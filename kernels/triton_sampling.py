@@ -15,59 +15,64 @@ from torch import Tensor
 from kernels.schema import triton_op
 from kernels.triton_launch import done_counters, overlap_options, wait_for_previous_kernel
 
-BLOCK_V = 2048  # logits of a program
+BLOCK_V = 2048  # tokens of the vocabulary for a program
 
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, noise_ptr, tokens_ptr, block_scores_ptr, block_tokens_ptr, n_done_ptr, temperature, V,
-    BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr, USE_PDL: tl.constexpr,
-    TRIGGER_EARLY: tl.constexpr,
+    logits_ptr, noise_ptr, tokens_ptr,  # [B, V], [B, V], [B]
+    block_scores_ptr, block_tokens_ptr, n_done_ptr,  # [B, N_BLOCKS], [B, N_BLOCKS], [B]
+    temperature, V,
+    BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
+    BLOCK_BLOCKS: tl.constexpr,  # a power of two, at least N_BLOCKS
+    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program finds the best of BLOCK_V tokens of a row. The last program of a row to be done finds the row's best.
-    A logit that is not finite is better than all others, as token -1."""
+    """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
+    The last program of a sequence to finish finds the best of all. A logit that is not finite is better than all
+    others, as token -1."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
-    block, row = tl.program_id(0), tl.program_id(1)
+    block, sequence = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    logits = tl.load(logits_ptr + row * V + token, mask=token < V, other=-1e38)
+    logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
     scores = logits
     if noise_ptr is not None:
-        scores -= temperature * tl.log(tl.load(noise_ptr + row * V + token, mask=token < V, other=1.0).to(tl.float32))
+        noise = tl.load(noise_ptr + sequence * V + token, mask=token < V, other=1.0)
+        scores -= temperature * tl.log(noise.to(tl.float32))
     is_finite = tl.abs(logits) < float("inf")  # NaN is not
     scores = tl.where(is_finite, scores, float("inf"))
-    best_score, best = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
-    best = tl.where(best_score == float("inf"), -1, block * BLOCK_V + best)
+    best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
+    best_token = tl.where(best_score == float("inf"), -1, block * BLOCK_V + best_index)
 
-    tl.store(block_scores_ptr + row * N_BLOCKS + block, best_score)
-    tl.store(block_tokens_ptr + row * N_BLOCKS + block, best)
-    tl.debug_barrier()
-    if tl.atomic_add(n_done_ptr + row, 1, sem="acq_rel") == N_BLOCKS - 1:
-        tl.store(n_done_ptr + row, 0)
-        best_of_row = best_block(block_scores_ptr, block_tokens_ptr, row, N_BLOCKS, BLOCK_BLOCKS)
-        tl.store(tokens_ptr + row, best_of_row.to(tl.int64))
+    tl.store(block_scores_ptr + sequence * N_BLOCKS + block, best_score)
+    tl.store(block_tokens_ptr + sequence * N_BLOCKS + block, best_token)
+    tl.debug_barrier()  # all threads have stored when the first of them counts
+    if tl.atomic_add(n_done_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
+        tl.store(n_done_ptr + sequence, 0)
+        best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, BLOCK_BLOCKS)
+        tl.store(tokens_ptr + sequence, best_of_all.to(tl.int64))
 
 
 @triton.jit
-def best_block(block_scores_ptr, block_tokens_ptr, row, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr):
-    """The token of a row's block with the highest score. Other programs have just written both, so they are read past
-    the first-level cache."""
-    b = tl.arange(0, BLOCK_BLOCKS)
-    offsets, mask = row * N_BLOCKS + b, b < N_BLOCKS
+def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr):
+    """The token of a sequence's block with the highest score. Other programs have just written both, so they are read
+    past the first-level cache."""
+    block = tl.arange(0, BLOCK_BLOCKS)
+    offsets, mask = sequence * N_BLOCKS + block, block < N_BLOCKS
     scores = tl.load(block_scores_ptr + offsets, mask=mask, other=-float("inf"), cache_modifier=".cg")
     tokens = tl.load(block_tokens_ptr + offsets, mask=mask, other=0, cache_modifier=".cg")
-    return tl.sum(tl.where(b == tl.argmax(scores, axis=0), tokens, 0), axis=0)
+    return tl.sum(tl.where(block == tl.argmax(scores, axis=0), tokens, 0), axis=0)
 
 
 @triton_op
 def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     """float32 logits [B, V] and, unless the likeliest token is wanted, noise [B, V] of the exponential distribution ->
-    token ids [B]; -1 for a row that is not finite."""
-    n_rows, vocab_size = logits.shape
+    token ids [B]; -1 where logits are not finite."""
+    batch, vocab_size = logits.shape
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
-    tokens = logits.new_empty(n_rows, dtype=torch.int64)
-    block_scores = logits.new_empty(n_rows, n_blocks)
-    block_tokens = logits.new_empty(n_rows, n_blocks, dtype=torch.int32)
-    grid = n_blocks, n_rows
+    tokens = logits.new_empty(batch, dtype=torch.int64)
+    block_scores = logits.new_empty(batch, n_blocks)
+    block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
+    grid = n_blocks, batch
     sample_kernel[grid](
         logits, noise, tokens, block_scores, block_tokens, done_counters(logits.device), temperature, vocab_size,
         BLOCK_V, n_blocks, triton.next_power_of_2(n_blocks), **overlap_options(logits.device, grid),

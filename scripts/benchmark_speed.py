@@ -1,6 +1,6 @@
 """A shape's speed and memory with random weights: what the command "speed" of benchmark.py measures.
 
-    config = named_config("Llama-3.1-8B")                       # or the path of a config.json or of a model.pth
+    config = config_of("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
 
 Weights have mean 0 and variance 1 / inputs, so that a layer neither grows nor shrinks what goes through it. They are
@@ -55,8 +55,8 @@ CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_d
 }
 
 
-def named_config(name: str) -> ModelConfig:
-    """The shape that --config means. Raises UsageError."""
+def config_of(name: str) -> ModelConfig:
+    """The shape that --config means: one of CONFIGS, or that of a file. Raises UsageError."""
     if name in CONFIGS:
         return CONFIGS[name]
     if name.endswith(".json"):
@@ -78,7 +78,7 @@ def random_model(config: ModelConfig, format: Format, device: torch.device, dtyp
     if is_tied:
         model.lm_head.weight = model.embed_tokens.weight
     for module in model.modules():
-        randomize(module)
+        fill_randomly(module)
     return model.eval().requires_grad_(False)
 
 
@@ -91,30 +91,37 @@ def random_linear(
         linear = kind(in_features, out_features, n_experts=experts[0] if experts else None).to(dtype)
     linear.set_format(format)
     linear.to_empty(device=device)
-    randomize(linear)
+    fill_randomly(linear)
     return linear
 
 
 @torch.no_grad()
-def randomize(module: nn.Module):
+def fill_randomly(module: nn.Module):
     """Fills the tensors of a single module. Norms become one and biases zero."""
     if isinstance(module, RMSNorm):
         module.weight.fill_(1)
     elif isinstance(module, nn.Embedding):
         module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
     elif isinstance(module, Linear):
-        std = module.in_features**-0.5
-        if isinstance(module.format, Int8):
-            module.weight.random_(-127, 128)  # whose standard deviation is 73
-            module.scales.fill_(std / 73)
-        elif isinstance(module.format, Int4):
-            module.weight.random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
-            module.scales.uniform_(std / 5, std / 4)
-            module.zeros.random_(100, 141)  # sixteenths, so about 7.5
-        else:
-            module.weight.normal_(std=std)
+        fill_weight(module, std=module.in_features**-0.5)
         if module.bias is not None:
             module.bias.zero_()
+
+
+def fill_weight(linear: Linear, std: float):
+    """W with mean 0 and this standard deviation, in its format."""
+    match linear.format:
+        case Int8():
+            linear.weight.random_(-127, 128)  # whose standard deviation is 73
+            linear.scales.fill_(std / 73)
+        case Int4():
+            linear.weight.random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
+            linear.scales.uniform_(std / 5, std / 4)
+            linear.zeros.random_(100, 141)  # sixteenths, so about 7.5, the mean of 0 to 15
+        case Dense():
+            linear.weight.normal_(std=std)
+        case format:
+            raise NotImplementedError(f"random weights in {format.name}")
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:

@@ -1,6 +1,9 @@
-"""The tokenizer's files from the vocabulary in a GGUF's metadata. convert_gguf.py calls it.
+"""Makes a tokenizer's files of the vocabulary in a GGUF's metadata.
 
-    tokenizer_files(meta)    tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece); tokenizer_config.json
+    files = tokenizer_files(meta)    # their contents by name
+
+They are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a value
+of tokenizer.ggml.pre, add a row to SPLITS. This file has no command line.
 """
 
 import json
@@ -9,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from config import UsageError
 
-# tokenizer.ggml.pre: by which patterns, one after the other, a text is cut before byte-level BPE
+# The patterns by which a text is cut before byte-level BPE
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -26,35 +29,37 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {
+SPLITS = {  # by tokenizer.ggml.pre; several patterns apply one after the other
     "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "refact": [r"\p{N}", GPT2], "tekken": [TEKKEN],
     "llama-bpe": [LLAMA3], "llama3": [LLAMA3], "smaug-bpe": [LLAMA3], "dbrx": [LLAMA3],
     "chatglm-bpe": [LLAMA3], "glm4": [LLAMA3],
     "qwen2": [QWEN2], "gpt-4o": [GPT4O],
 }  # fmt: skip
 LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # texts begin with bos, and a piece in the vocabulary needs no merges
-LIKE_GLM4, GLM4_PREFIX = ("chatglm-bpe", "glm4"), ("[gMASK]", "<sop>")  # texts begin with these two
+LIKE_GLM4 = ("chatglm-bpe", "glm4")  # texts begin with GLM4_PREFIX
+GLM4_PREFIX = ("[gMASK]", "<sop>")
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # kinds of pieces in tokenizer.ggml.token_type; sentencepiece's, too
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces in tokenizer.ggml.token_type and in sentencepiece
 
 
 def tokenizer_files(meta: dict) -> dict[str, bytes]:
-    """tokenizer.json or tokenizer.model, and tokenizer_config.json, from the GGUF's own vocabulary."""
-    pieces, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    kind, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre")
+    """The contents of the files, by name. Raises UsageError for what is not supported, and other errors for metadata
+    that are missing or broken."""
+    pieces = meta["tokenizer.ggml.tokens"]
+    model, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre")
     bos, eos = meta.get("tokenizer.ggml.bos_token_id"), meta.get("tokenizer.ggml.eos_token_id")
-    default = kind == "llama" or pre in LIKE_LLAMA3
-    adds_bos = bos is not None and bool(meta.get("tokenizer.ggml.add_bos_token", default))
-    if kind == "gpt2":
+    adds_bos_by_default = model == "llama" or pre in LIKE_LLAMA3
+    adds_bos = bos is not None and bool(meta.get("tokenizer.ggml.add_bos_token", adds_bos_by_default))
+    if model == "gpt2":
         prefix = [bos] if adds_bos else []
         if pre in LIKE_GLM4 and {*GLM4_PREFIX} <= {*pieces}:
             prefix = [pieces.index(piece) for piece in GLM4_PREFIX]
-        tokenizer = byte_level_bpe(meta, pieces, types, prefix)
+        tokenizer = byte_level_bpe(meta, prefix)
         files = {"tokenizer.json": tokenizer.to_str().encode()}
-    elif kind == "llama":
-        files = {"tokenizer.model": sentencepiece_model(meta, pieces, types)}
+    elif model == "llama":
+        files = {"tokenizer.model": sentencepiece_model(meta)}
     else:
-        raise UsageError(f"tokenizer.ggml.model = {kind!r} is not supported; gpt2 and llama are")
+        raise UsageError(f"tokenizer.ggml.model = {model!r} is not supported; gpt2 and llama are")
     settings = {
         "bos_token": None if bos is None else pieces[bos],
         "eos_token": None if eos is None else pieces[eos],
@@ -66,14 +71,15 @@ def tokenizer_files(meta: dict) -> dict[str, bytes]:
     return files
 
 
-def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], prefix: list[int]) -> Tokenizer:
+def byte_level_bpe(meta: dict, prefix: list[int]) -> Tokenizer:
     """A tokenizer whose texts begin with the tokens of prefix."""
+    pieces, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     pre = meta.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
         raise UsageError(f"tokenizer.ggml.pre = {pre!r} is not supported; these are: {', '.join(SPLITS)}")
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    for merge in merges:  # of which tokenizers would panic
+    for merge in merges:  # tokenizers would panic
         if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
             raise ValueError("tokenizer.ggml.merges makes what is no token")
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3))
@@ -83,8 +89,11 @@ def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], prefix: list
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    added = [(piece, kind) for piece, kind in zip(pieces, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(piece, special=kind == CONTROL, normalized=False) for piece, kind in added])
+    added = []
+    for piece, token_type in zip(pieces, types, strict=True):
+        if token_type in (CONTROL, USER_DEFINED):
+            added.append(AddedToken(piece, special=token_type == CONTROL, normalized=False))
+    tokenizer.add_tokens(added)
     if prefix:
         special = [(pieces[i], i) for i in prefix]
         template = [*(piece for piece, _ in special), "$A"]
@@ -92,18 +101,20 @@ def byte_level_bpe(meta: dict, pieces: list[str], types: list[int], prefix: list
     return tokenizer
 
 
-def sentencepiece_model(meta: dict, pieces: list[str], types: list[int]) -> bytes:
+def sentencepiece_model(meta: dict) -> bytes:
+    """The contents of tokenizer.model."""
     try:
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
     except ImportError as e:
         raise UsageError(f"this file's tokenizer needs `pip install protobuf` ({e})") from None
 
+    pieces, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     unknown = types.index(UNKNOWN) if UNKNOWN in types else meta["tokenizer.ggml.unknown_token_id"]
     model = sentencepiece_model_pb2.ModelProto()
-    for i, (piece, score, kind) in enumerate(zip(pieces, meta["tokenizer.ggml.scores"], types, strict=True)):
-        if kind == USER_DEFINED:
-            piece = piece.replace(" ", "▁")  # as sentencepiece has it, but not llama.cpp
-        model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else kind)
+    for i, (piece, score, token_type) in enumerate(zip(pieces, meta["tokenizer.ggml.scores"], types, strict=True)):
+        if token_type == USER_DEFINED:
+            piece = piece.replace(" ", "▁")  # sentencepiece's space, which llama.cpp replaces
+        model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else token_type)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.byte_fallback = BYTE in types

@@ -1,4 +1,4 @@
-"""Writes the tables of the pages anew from benchmarks/*.json, which benchmark.py and compare_llama_cpp.py made.
+"""Writes the tables of README.md and docs/measurements.md, from what benchmark.py and compare_llama_cpp.py measured.
 
     python scripts/tables.py            # a test fails while a page is not what this makes of it
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/measurements.md"]
 
-TABLES = {  # of each table: a head, and what is under it made of a row's values
+TABLES = {  # name -> columns: the head, and the template of a cell, filled with the values of its row
     "speed": [
         ("shape", "{config}, {weights}"),
         ("decode, tokens/s", "{decode_tokens_per_sec:.1f}"),
@@ -73,9 +73,10 @@ def with_tables(text: str) -> str:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
             paths = sorted((ROOT / "benchmarks").glob(f"*_{name}.json"))
+            results = [json.loads(path.read_text()) for path in paths]
             before, rest = text.split(begin)
             _, after = rest.split(end)
-            text = f"{before}{begin}{table(name, *(json.loads(path.read_text()) for path in paths))}\n{end}{after}"
+            text = f"{before}{begin}{table(name, *results)}\n{end}{after}"
     return text
 
 
@@ -90,7 +91,7 @@ def table(name: str, *results: dict) -> str:
 
 
 def rows(name: str, result: dict) -> list[dict]:
-    """The values of each row of a table's columns."""
+    """What a JSON file holds, as the values of each row of the table."""
     match name:
         case "speed":
             quantized = {None: result["precision"], "int8": "int8", "int4": f"int4 g{result['groupsize']}"}

@@ -36,7 +36,8 @@ TYPES = {
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 PRODUCTS = Counter(linear_kernel=8, dequantize_kernel=3)  # launches of launch_products
-OTHERS = Counter(linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine=3, attend_kernel=3, sample_kernel=2)
+OTHERS = Counter(linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
+OTHERS.update(attend_kernel=3, sample_kernel=2)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Gpu:
     target: GPUTarget
     dtype: torch.dtype
     shared_kb: int  # shared memory that a program may have
-    min_block_m: int  # triton_launch.Gpu's
+    min_block_m: int  # of triton_launch.Gpu
     num_sms: int = 100
     can_overlap: bool = False
 

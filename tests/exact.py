@@ -1,29 +1,98 @@
-"""What tests/test_triton.py compares with: data whose sums are exact, exact results, and how far a kernel may be from
-them in Triton's interpreter. The bounds are derived from the arithmetic (tests/bounds.py), for sums in any order.
+"""What the tests of the kernels share: random layers, data whose sums are exact, exact results, and how far a Triton
+kernel may be from them, on a GPU or in Triton's interpreter. The bounds are derived from the arithmetic
+(tests/bounds.py), for sums in any order.
 
 In exact data x is small integers, norms' weights are powers of two, and weights in 16 or 32 bits multiples of 1/16.
 Then nothing is lost to int4's OFFSET either (triton_int4.nibble_pair), and the smallest error in a zero point shows.
+
+Everything is made on PyTorch's default device: `with torch.device("cuda"):` makes it there.
 """
+
+from types import SimpleNamespace
 
 import torch
 
+import kernels
 from kernels import reference
-from kernels.formats import Dense, Int4
-from model import LayerCache, RMSNorm
+from kernels.formats import GROUP_SIZES, Dense, Int4, Int8
+from model import LayerCache, Linear, RMSNorm
 from tests import bounds
-from tests.test_kernels import make
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
+QUANTIZED = FORMATS[1:]
 U32 = bounds.U[torch.float32]
+OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_int4.offset_of
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which knows bfloat16 only as a type of memory."""
+    return torch.get_default_device().type == "cpu"
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of products' factors: the interpreter has none of bfloat16."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+    """The type of a product's factors, for x in dtype."""
+    return torch.float32 if dtype == torch.bfloat16 and is_interpreted() else dtype
 
 
 def of_rounding(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Of a result y in dtype. The interpreter does not round to bfloat16, it cuts bits off."""
-    return bounds.of_rounding(y, dtype) * (2 if dtype == torch.bfloat16 else 1)
+    return bounds.of_rounding(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
+
+
+def names(value) -> str:
+    """Of a format, or anything else: in a test's name."""
+    return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
+
+
+# ---- Layers of random weights ---------------------------------------------------------------------------------------
+
+
+def make(
+    n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
+):
+    """A random Linear as in a checkpoint."""
+    w = kind(k, n, bias, n_experts, **options)
+    torch.nn.init.normal_(w.weight)
+    if bias:
+        w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
+    stored = format.quantize(w.weight.data.to(dtype))
+    w.set_format(format)
+    for name, tensor in stored.items():
+        w.set_tensor(name, tensor)
+    return w
+
+
+def use_triton(module: torch.nn.Module) -> torch.nn.Module:
+    """Switches all of its linear layers to the Triton kernels."""
+    linears = [m for m in module.modules() if isinstance(m, Linear)]
+    kernels.pack_for_triton(linears)
+    assert all(w.backend == "triton" for w in linears)
+    return module
+
+
+def matrix_and_bias(w: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64."""
+    bias = torch.zeros(()) if w.bias is None else w.bias
+    return w.matrix(torch.float32).double(), bias.double()
+
+
+def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
+    norm = RMSNorm(dim, 1e-5)
+    norm.weight.data = torch.rand(dim).to(dtype)
+    return norm
+
+
+def attend(
+    qkv, cache: LayerCache, positions, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
+    sinks=None, scale: float | None = None, softcap: float = 0.0,
+):  # fmt: skip
+    """kernels.attend of an attention layer that has these."""
+    layer = SimpleNamespace(
+        n_heads=n_heads, backend=backend, window=window, q_norm=q_norm, k_norm=k_norm, sinks=sinks,
+        scale=scale or cache.k.shape[-1] ** -0.5, softcap=softcap,
+    )  # fmt: skip
+    return kernels.attend(qkv, layer, cache, positions)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------
@@ -54,6 +123,31 @@ def of_exact_sums(terms: torch.Tensor, k: int, format) -> torch.Tensor:
     return (n_slices + 12) * U32 * terms
 
 
+def exact_product(
+    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | float, norm: RMSNorm | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K], normed by norm, times matrix [..., N, K], plus bias, in float64; and the sum of all magnitudes."""
+    x = x.double() if norm is None else exact_rms_norm(x, norm)
+    return x @ matrix.mT + bias, x.abs() @ matrix.abs().mT + abs(bias)
+
+
+def exact_rms_norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    """In float64."""
+    rms = (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return x.double() / rms * norm.weight.double()
+
+
+def with_residual(y: torch.Tensor, error: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y + residual, and its error in float32."""
+    total = y + residual.double()
+    return total, error + U32 * total.abs()
+
+
+def of_stored(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The error of a result that is off by no more than error and then stored in dtype."""
+    return error + of_rounding(y.abs() + error, dtype)
+
+
 def of_glu(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tuple[torch.Tensor, torch.Tensor]:
     """activation(gate) * up of a gate_up that is off by no more than error, and how far that may be off. The slope of
     every activation is at most 1.13, and what becomes of up has a slope of at most 1."""
@@ -66,6 +160,17 @@ def of_glu(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tup
     return y, bound + 2**-20 * y.abs() + 2 * U32 * (gate * up).abs()
 
 
+def exact_stored_glu(
+    gate_up: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, stored in dtype. If it is not fused with the product, PyTorch computes it from a stored gate_up, and
+    stores what it computes on the way."""
+    if not fused:
+        error = of_stored(gate_up, error, dtype)
+    y, error = of_glu(gate_up, error, activation)
+    return y, error + of_rounding(y.abs() + error, dtype) * (1 if fused else 4)
+
+
 def of_cap(softcap: float) -> float:
     """The error of softcap * tanh(x / softcap), by a sigmoid."""
     return 2**-20 * softcap
@@ -76,12 +181,12 @@ def of_pytorch(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
 
-def exact_attention(
-    qkv, cache: LayerCache, positions, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
-) -> tuple[torch.Tensor, ...]:
-    """The output in float64 of the factors that the kernel multiplies, given the cache before; and its error."""
-    (B, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
-    scale = D**-0.5 if scale is None else scale
+def attention_factors(
+    qkv: torch.Tensor, cache: LayerCache, positions: torch.Tensor, n_heads: int, norms
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [B, T, G, H / G, D], and k and v [B, G, S, D], of what the kernel multiplies: with the new tokens, normed,
+    rotated, and rounded to the type of its factors. In float64."""
+    (B, T, _), (_, G, _, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
     token_positions = positions[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
@@ -90,8 +195,17 @@ def exact_attention(
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where no token looks
     rows = torch.arange(B)[:, None]
     k_all[rows, :, token_positions], v_all[rows, :, token_positions] = k.double(), v.double()
-    q = q.double().unflatten(2, (G, -1))  # [B, T, G, H / G, D]
+    return q.double().unflatten(2, (G, -1)), k_all, v_all
 
+
+def exact_attention(
+    qkv, cache: LayerCache, positions, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output in float64 of the factors that the kernel multiplies, given the cache before; and its error."""
+    (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
+    scale = D**-0.5 if scale is None else scale
+    token_positions = positions[:, None] + torch.arange(T)
+    q, k_all, v_all = attention_factors(qkv, cache, positions, n_heads, norms)
     keys = torch.arange(S)
     sees = keys <= token_positions[..., None]
     if window:
@@ -120,3 +234,21 @@ def exact_attention(
     relative = torch.expm1(2 * score_error) + 2 * (S + 32) * U32 + bounds.U[factor]
     error = relative * torch.einsum("btghs,bgsd->btghd", p, v_all.abs()).flatten(2)
     return y, error + of_rounding(y.abs() + error, qkv.dtype)
+
+
+def exact_cache(
+    qkv, before: LayerCache, positions, n_heads: int, norms
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The cache's keys and values afterwards, and how far the keys may be off: the new ones by a norm's sum, roundings
+    and a flip; the others, like all values, not at all."""
+    (B, T, _), (_, G, _, D) = qkv.shape, before.k.shape
+    new = torch.arange(B)[:, None], slice(None), positions[:, None] + torch.arange(T)
+    _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
+    if norms[1] is not None:
+        new_k = reference.norm_heads(new_k, norms[1])
+    new_k = reference.apply_rope(new_k, before.rope[new[2]])
+    k, v, k_error = before.k.clone(), before.v.clone(), torch.zeros(before.k.shape, dtype=torch.float64)
+    k[new], v[new] = new_k, new_v
+    relative = (G * D + 8) * U32 + 4 * bounds.U[qkv.dtype]
+    k_error[new] = (relative * new_k.double().abs().amax((1, 2, 3), keepdim=True)).expand(new_k.shape)
+    return k, v, k_error

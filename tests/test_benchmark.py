@@ -5,24 +5,31 @@ import contextlib
 import importlib
 import io
 import json
+import pickle
 import re
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import kernels
 from config import UsageError
 from families import config_from_hf
 from kernels.formats import Dense, Int4, Int8
-from loading import dtype_of, load_model
+from loading import load_model, quantized_tensors
 from model import empty_model
+from tests import check_triton
+from tests.exact import DTYPES
 from tests.tiny import ROOT, call, convert, write_folder
 
 import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
+import benchmark_checkpoint  # isort: skip
 import benchmark_gpu  # isort: skip
 import benchmark_speed  # isort: skip
+import check_kernels  # isort: skip
 
 PUBLISHED = {  # parameters; a tied head counts once
     "SmolLM2-135M": 134515008,
@@ -86,9 +93,10 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    needed = empty_model(config, format).state_dict()
+    empty = empty_model(config, format)
+    needed, keep_dtype = empty.state_dict(), quantized_tensors(empty)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
-    assert held == {name: (t.shape, dtype_of(name, t, torch.float16)) for name, t in needed.items()}
+    assert held == {name: (t.shape, t.dtype if name in keep_dtype else torch.float16) for name, t in needed.items()}
     is_tied = model.lm_head.weight is model.embed_tokens.weight
     assert is_tied == (not moe and format == Dense())
     left_out = needed.keys() - benchmark_speed.checkpoint_tensors(model).keys()
@@ -177,8 +185,8 @@ def test_jobs_have_commands():
     jobs = benchmark_gpu.all_jobs(tune=True)
     for arguments in jobs.values():
         args = benchmark.make_parser().parse_args(arguments)
-        if args.command is not benchmark_gpu.check:
-            benchmark_speed.named_config(args.config)
+        if args.command is not check_kernels.check:
+            benchmark_speed.config_of(args.config)
     assert "--tune" in jobs["ours Llama-2-7B int4"] and "--tune" not in jobs["plain Llama-2-7B int4"]
 
 
@@ -202,67 +210,82 @@ def test_table_of_jobs():
 
 
 def test_tune(tmp_path, monkeypatch):
-    """The fastest launch that also works with 8 rows is written down and used; times are made up here."""
+    """The fastest tile sizes that also work with 8 tokens are written down and used; times are made up here."""
     from kernels import triton_launch
+
+    import tune_triton  # isort: skip
+
+    fastest = triton_launch.TileConfig(32, 8, 64, 3)
+    gated_times = {fastest: 1.0, (32, 4, 128, 3): 0.5}
+    times = {fastest: 1.0, (32, 4, 128, 3): 2.0, (16, 4, 128, 3): 1.5}
 
     def time_products(x, weights, gated):
         assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
-        n = weights[0].out_features
-        launch = triton_launch.choose_tiles(x, 4, n, gated, 64)
-        times = {(2, 8, 1, 3): 1.0, (2, 4, 2, 3): 2.0, (1, 4, 2, 3): 0.5 if gated else 1.5}
-        if launch == (2, 8, 1, 3) and x.shape[1] == 8:
+        tiles = triton_launch.choose_tiles(x, Int4.format_id, weights[0].out_features, gated, 64)
+        if tiles == fastest and x.shape[1] == 8:
             raise RuntimeError("out of resource: shared memory")
-        return times.get(tuple(launch), 3.0)
+        return (gated_times if gated else times).get(tiles, 3.0)
 
-    monkeypatch.setattr(benchmark_gpu, "time_products", time_products)
+    monkeypatch.setattr(tune_triton, "time_products", time_products)
+    monkeypatch.setattr(tune_triton, "TUNED", tmp_path / "triton_tuned.json")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton_tuned.json")
     (tmp_path / "triton_tuned.json").write_text('{"Another GPU": {}}')
     try:
-        benchmark_gpu.tune_products(config_from_hf(DENSE), Int4(64), CPU)
+        tune_triton.tune(config_from_hf(DENSE), Int4(64), CPU)
         table = json.loads((tmp_path / "triton_tuned.json").read_text())
         assert table.keys() == {"Another GPU", "Some GPU"}
-        products = ["64 x 32", "32 x 32", "96 x 32, gated", "32 x 48"]  # qkv and head are of one shape
-        products = [f"4 bits, {product}" for product in products]
-        names = ("tiles", "num_warps", "depth", "num_stages")
-        gated, other = (dict(zip(names, tiles, strict=True)) for tiles in ((2, 4, 2, 3), (1, 4, 2, 3)))
-        assert table["Some GPU"] == dict(zip(products, [other, other, gated, other], strict=True))
+        gated, other = (triton_launch.TileConfig(*sizes)._asdict() for sizes in ((32, 4, 128, 3), (16, 4, 128, 3)))
+        # qkv and the head are of one shape
+        products = {"64 x 32": other, "32 x 32": other, "96 x 32, gated": gated, "32 x 48": other}
+        assert table["Some GPU"] == {f"int4, {product}": tiles for product, tiles in products.items()}
         x = torch.zeros(1, 32, dtype=torch.bfloat16)
-        assert triton_launch.choose_tiles(x, 4, 96, True, 64)._asdict() == gated
+        assert triton_launch.choose_tiles(x, Int4.format_id, 96, True, 64)._asdict() == gated
     finally:
         triton_launch.gpu_of(CPU).tuned.clear()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_check(precision, monkeypatch, capsys):
-    """In Triton's interpreter, on small sizes: all is right."""
-    small = {
-        "CHECKED_FORMATS": [Dense(), Int8(), Int4(32)],
-        "LINEARS": [(64, 72, (1, 3))],
-        "REAL_LINEARS": [],
-        "HEADS": [(4, 2, 16), (4, 1, 40)],
-        "WINDOWS": [0, 20],
-        "CACHES": [(1, 1, 0, 40), (2, 3, 30, 40)],
-        "EXPERTS_SIZES": (64, 32),
-    }
-    for name, sizes in small.items():
-        monkeypatch.setattr(benchmark_gpu, name, sizes)
-    result = report(capsys, "check", "--device", "cpu", "--precision", precision)
+def few_checks(dtype, sizes):
+    """Of two operations, and one that has a mistake in its arguments."""
+    rms_norms = [check for check in check_triton.all_checks(dtype, sizes) if check.func is check_triton.check_rms_norm]
+    linear = partial(check_triton.check_linear, dtype, Dense(), (64, 72, True, (1,)))
+    return [*rms_norms, linear, partial(check_triton.check_linear, dtype, Dense(), (64, 72, True, ("one",)))]
+
+
+def test_check(monkeypatch, capsys):
+    """In Triton's interpreter, a few of the checks, which test_triton.py runs all."""
+    monkeypatch.setattr(check_kernels, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
+    result = report(capsys, "check", "--device", "cpu", "--precision", "bfloat16")
     assert result["failed"] == {}
-    operations = {"float32_linear", "linear", "silu_linear", "dequantize", "attend", "experts_gate_up", "experts_down"}
-    operations |= {"gelu_tanh_linear", "clamped_swiglu_linear", "capped_linear", "clipped_linear", "rms_norm"}
-    assert result["largest_errors"].keys() == operations | {"topk_weights", "topk_ids", "multinomial", "sample"}
+    assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "silu_linear"}
+    assert 0 < result["largest_errors"]["rms_norm"] < 2**-6
 
 
-def test_check_finds_errors():
-    checker = benchmark_gpu.Checker(CPU, torch.float32)
+def test_check_that_fails(monkeypatch, capsys):
+    """A wrong kernel, and one that raises, end with status 1; the other checks go on."""
+    rms_norm = kernels.rms_norm
+    monkeypatch.setattr(check_kernels, "all_checks", few_checks)
+    monkeypatch.setattr(kernels, "rms_norm", lambda *arguments: rms_norm(*arguments) * 1.1)
+    with pytest.raises(SystemExit) as exit:
+        call(benchmark.main, "check", "--device", "cpu", "--precision", "float32")
+    assert exit.value.code == 1
+    failed = json.loads(capsys.readouterr().out.splitlines()[-1])["failed"]
+    assert failed.pop("rms_norm 8x64") == "error 1.0e-01"
+    assert "TypeError" in failed.pop("check_linear(torch.float32, Dense(), (64, 72, True, ('one',)))")
+    assert all(case.startswith("rms_norm") for case in failed)
+
+
+def test_check_finds_nan():
+    outcome = check_kernels.Outcome()
     right = torch.ones(3)
-    checker.compare("wrong by a tenth", right * 1.1, right, 0.05)
-    checker.compare("wrong NaN", right * torch.nan, right, 0.05)
-    assert list(checker.failed.values()) == ["error 1.0e-01", "error nan"]
-    failed, _ = benchmark_gpu.run_check(CPU, torch.float32, ("check_linear", Dense(), 64, 72, ("one",)))
-    assert "TypeError" in failed["check_linear(Dense(), 64, 72, ('one',))"]
+    outcome.add(check_triton.Comparison("linear", "NaN", right * torch.nan, right, right))
+    assert outcome.failed == {"linear NaN": "error nan"}
+
+
+def test_checks_of_a_gpu_can_be_sent_to_processes():
+    for dtype in DTYPES:
+        checks = check_triton.all_checks(dtype, check_triton.gpu_sizes(dtype))
+        assert [check_triton.name_of(pickle.loads(pickle.dumps(check))) for check in checks]
 
 
 # ---- Of checkpoints -------------------------------------------------------------------------------------------------
@@ -277,7 +300,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def calls_here(monkeypatch):
-    """benchmark.call in this process, which is faster, and one round."""
+    """benchmark_checkpoint.call in this process, which is faster, and one round."""
 
     def call_here(script: str, *arguments) -> str:
         main = importlib.import_module(Path(script).stem).main
@@ -285,8 +308,8 @@ def calls_here(monkeypatch):
             call(main, *arguments)
         return printed.getvalue()
 
-    monkeypatch.setattr(benchmark, "call", call_here)
-    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark_checkpoint, "call", call_here)
+    monkeypatch.setattr(benchmark_checkpoint, "ROUNDS", 1)
 
 
 def committed(name: str) -> dict:
@@ -294,17 +317,17 @@ def committed(name: str) -> dict:
 
 
 def test_calls_are_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark_checkpoint, "ROOT", tmp_path)
     (tmp_path / "echo.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit('fail' in sys.argv)\n")
-    assert benchmark.call("echo.py", "--limit", 3) == "--limit 3\n"
+    assert benchmark_checkpoint.call("echo.py", "--limit", 3) == "--limit 3\n"
     with pytest.raises(UsageError, match="echo.py failed; what it said is above"):
-        benchmark.call("echo.py", "fail")
+        benchmark_checkpoint.call("echo.py", "fail")
 
 
 def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
     """Of three modes; the result has what the committed ones have."""
-    modes = {name: benchmark.MODES[name] for name in ("16 bits", "int8", "int4 g32")}
-    monkeypatch.setattr(benchmark, "MODES", modes)
+    modes = {name: benchmark_checkpoint.MODES[name] for name in ("16 bits", "int8", "int4 g32")}
+    monkeypatch.setattr(benchmark_checkpoint, "MODES", modes)
     text, out = tmp_path / "text", tmp_path / "out.json"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
     flags = ["--text_file", text, "--calibration_text", text, "--json_file", out]
@@ -322,7 +345,7 @@ def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
 
 
 def test_quantized_checkpoints_are_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(benchmark, "read_checkpoint", lambda path: (None, {"mode": "int8"}, {}))
+    monkeypatch.setattr(benchmark_checkpoint, "read_checkpoint", lambda path: (None, {"mode": "int8"}, {}))
     flags = ["--checkpoint_path", checkpoint, "--text_file", "a", "--calibration_text", "b"]
     with pytest.raises(UsageError, match="is quantized already"):
         call(benchmark.main, "quantization", *flags)
@@ -330,7 +353,7 @@ def test_quantized_checkpoints_are_refused(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("draft", [False, True])
 def test_speculation(draft, checkpoint, tmp_path, monkeypatch, calls_here, capsys):
-    monkeypatch.setattr(benchmark, "PROMPTS", {"greedy": ("abcabcabc", 0.0), "drawn": ("Hello", 1.0)})
+    monkeypatch.setattr(benchmark_checkpoint, "PROMPTS", {"greedy": ("abcabcabc", 0.0), "drawn": ("Hello", 1.0)})
     out = tmp_path / "out.json"
     flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--precision", "float32", "--json_file", out]
     flags += ["--draft_checkpoint_path", checkpoint] if draft else []
@@ -344,5 +367,5 @@ def test_speculation(draft, checkpoint, tmp_path, monkeypatch, calls_here, capsy
 
 
 def test_tokens_per_step():
-    assert benchmark.tokens_per_step([3, 0, 1]) == (3 * 1 + 1 * 3) / 4
-    assert benchmark.tokens_per_step([0, 0]) == 0  # it ended with prefill's token
+    assert benchmark_checkpoint.tokens_per_step([3, 0, 1]) == (3 * 1 + 1 * 3) / 4
+    assert benchmark_checkpoint.tokens_per_step([0, 0]) == 0  # it ended with prefill's token

@@ -17,10 +17,15 @@ from kernels.formats import Dense
 from tests.tiny import make_hf
 from tests.tiny_gguf import write_gguf
 
-import compare_llama_cpp as compare  # isort: skip  (tests.tiny put scripts/ on the path)
+import compare_files  # isort: skip  (tests.tiny put scripts/ on the path)
+import compare_llama_cpp as compare  # isort: skip
+import compare_speed  # isort: skip
 import tables  # isort: skip
 from benchmark_speed import checkpoint_tensors, random_model  # isort: skip
-from convert_gguf import convert, read_config, read_gguf, read_tensors  # isort: skip
+from convert_gguf import rename_tensors  # isort: skip
+from convert_tensors import convert  # isort: skip
+from gguf_config import find_architecture, read_config  # isort: skip
+from gguf_file import read_gguf  # isort: skip
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512, norm_eps=2**-16, rope_theta=5e5)  # an eps that is the same in float32
 VARIANTS = {
@@ -38,7 +43,7 @@ def model(request, tmp_path):
     weights = {name: torch.randn(t.shape).bfloat16() for name, t in meta.items()}
     shapes = {name: (t.shape, t.dtype) for name, t in meta.items()}
     save_checkpoint(tmp_path / "bf16.pth", config, shapes, weights.items())
-    compare.write_gguf(tmp_path / "bf16.pth", tmp_path / "BF16.gguf")
+    compare_files.write_gguf(tmp_path / "bf16.pth", tmp_path / "BF16.gguf")
     return config, weights
 
 
@@ -46,16 +51,17 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     config, weights = model
     meta, stored = read_gguf(tmp_path / "BF16.gguf")
     back = read_config(meta, stored)
-    convert(tmp_path / "back.pth", back, *read_tensors(stored, back, torch.bfloat16))
+    renamed = rename_tensors(stored, back, torch.bfloat16, find_architecture(meta))
+    convert(tmp_path / "back.pth", back, *renamed)
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
     assert back == config
     assert tensors.keys() == weights.keys() and all(torch.equal(t, weights[name]) for name, t in tensors.items())
 
-    compare.make_ours(tmp_path)
-    for name, format in compare.OURS.items():
+    compare_files.make_ours(tmp_path)
+    for name, format in compare_files.OURS.items():
         assert read_checkpoint(tmp_path / f"{name}.pth")[1] == format.quantization
-    files = compare.files_in(tmp_path)
-    sizes = compare.bytes_per_token({name: files[name] for name in ("bf16", *compare.OURS, "BF16")})
+    files = compare_files.files_in(tmp_path)
+    sizes = compare_speed.bytes_per_token({name: files[name] for name in ("bf16", *compare_files.OURS, "BF16")})
     wider = 2 * sum(t.numel() for t in weights.values() if t.dim() == 1)  # theirs are float32
     assert sizes["BF16"] == sizes["bf16"] + wider + (4 * 8 if config.rope_scaling else 0)
     assert sizes["bf16"] > sizes["int8"] > sizes["int4.g32"]
@@ -67,9 +73,9 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
 def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
     """With what copies files in the place of llama.cpp."""
     theirs = make_hf(family, hidden_size=64, intermediate_size=96, max_position_embeddings=512)
-    files = compare.files_in(tmp_path) | {"file": write_gguf(tmp_path / "m.gguf", theirs)}
-    compare.make_model(None, files["file"], files["bf16"])
-    compare.make_ours(tmp_path)
+    files = compare_files.files_in(tmp_path) | {"file": write_gguf(tmp_path / "m.gguf", theirs)}
+    compare_files.make_model(None, files["file"], files["bf16"])
+    compare_files.make_ours(tmp_path)
 
     made = []
 
@@ -84,29 +90,29 @@ def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
         llama_print_system_info=lambda: b"A CPU",
     )
     monkeypatch.setitem(sys.modules, "llama_cpp", llama_cpp)
-    assert compare.make_theirs(files, threads=1) == "A CPU"
+    assert compare_files.make_theirs(files, threads=1) == "A CPU"
     assert made == [
         ("m.gguf", "BF16.gguf", 32), ("BF16.gguf", "Q8_0.gguf", 7), ("BF16.gguf", "Q4_0.gguf", 2),
         ("BF16.gguf", "Q4_1.gguf", 3), ("BF16.gguf", "Q4_K_M.gguf", 15),
     ]  # fmt: skip
-    sizes = compare.bytes_per_token(files)
+    sizes = compare_speed.bytes_per_token(files)
     assert sizes.keys() >= {name for pair in compare.PAIRS + compare.PAIRS_OF_FILE for name in pair}
     cache = 2 * 2 * 3 * 2 * 16 * tokens_read
     assert sizes["file"] - cache == 2 * (sizes["bf16"] - cache)  # it is float32
     monkeypatch.setattr(llama_cpp, "llama_model_quantize", lambda *args: 1)
     with pytest.raises(UsageError, match="llama.cpp cannot make BF16 of .*m.gguf"):
-        compare.make_theirs(files, threads=1)
+        compare_files.make_theirs(files, threads=1)
 
 
 @pytest.mark.parametrize("model", ["plain"], indirect=True)
 def test_rounds(model, tmp_path, monkeypatch):
     """With our own side in both places: llama.cpp is not here."""
-    monkeypatch.setitem(compare.LOADERS, "theirs", compare.our_generate)
-    compare.make_ours(tmp_path)
+    monkeypatch.setitem(compare_speed.LOADERS, "theirs", compare_speed.load_ours)
+    compare_files.make_ours(tmp_path)
     files = {"int4.g32": tmp_path / "int4.g32.pth", "file": tmp_path / "bf16.pth"}
     sizes = {"int4.g32": 1000, "file": 2000}
     bar = tqdm(disable=True)
-    rounds = compare.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
+    rounds = compare_speed.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
     assert len(rounds) == 2
     for side in (r[side] for r in rounds for side in ("ours", "theirs")):
         assert side.keys() == {"decode", "prefill", "share_of_read"} and min(side.values()) > 0
@@ -114,7 +120,7 @@ def test_rounds(model, tmp_path, monkeypatch):
         assert r["theirs"]["share_of_read"] == r["theirs"]["decode"] * 2000 / r["read_bytes_per_sec"]
     files["file"].unlink()
     with pytest.raises(UsageError, match="bf16.pth does not exist"):
-        compare.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
+        compare_speed.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
 
 
 def test_medians_over_rounds():
@@ -125,7 +131,7 @@ def test_medians_over_rounds():
         sides = {"ours": ours, "theirs": theirs}
         pair = {side: {"decode": x, "prefill": 10 * x, "share_of_read": x / 100} for side, x in sides.items()}
         rounds.append(pair | {"read_bytes_per_sec": 1e8})
-    rows = [compare.summarize(names, rounds, sizes) for names in compare.PAIRS]
+    rows = [compare_speed.summarize(names, rounds, sizes) for names in compare.PAIRS]
     assert [(row["ours"]["file"], row["theirs"]["file"]) for row in rows] == compare.PAIRS
     for row in rows:
         assert (row["decode_ratio"], row["prefill_ratio"]) == (2, 2)
@@ -163,5 +169,5 @@ def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
 )  # fmt: skip
 def test_models_that_cannot_be_compared(name, words, tmp_path):
     with pytest.raises(UsageError, match=words):
-        compare.make_model(name, None, tmp_path / "bf16.pth")
+        compare_files.make_model(name, None, tmp_path / "bf16.pth")
     assert not any(tmp_path.iterdir())

@@ -16,41 +16,14 @@ import kernels
 from config import ModelConfig
 from kernels import reference
 from kernels.formats import Dense, Int4, Int8
-from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, RMSNorm, alibi_slopes, rope_table
+from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, alibi_slopes, rope_table
 from tests import bounds
+from tests.exact import DTYPES, FORMATS, QUANTIZED, attend, make, make_norm, names
 from tests.tiny import ROOT
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
-FORMATS = [Dense(), Int8(), Int4(32), Int4(64), Int4(128), Int4(256)]
-QUANTIZED = FORMATS[1:]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = list(reference.ACTIVATIONS)
 built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
-
-
-def names(value) -> str:
-    return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
-
-
-def make(
-    n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
-):
-    """A random Linear as in a checkpoint."""
-    w = kind(k, n, bias, n_experts, **options)
-    torch.nn.init.normal_(w.weight)
-    if bias:
-        w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
-    stored = format.quantize(w.weight.data.to(dtype))
-    w.set_format(format)
-    for name, tensor in stored.items():
-        w.set_tensor(name, tensor)
-    return w
-
-
-def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
-    norm = RMSNorm(dim, 1e-5)
-    norm.weight.data = torch.rand(dim).to(dtype)
-    return norm
 
 
 def packed(module):
@@ -118,10 +91,10 @@ def test_linear(format, dtype):
 @pytest.mark.parametrize("format", FORMATS, ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_tokens(format, dtype):
-    """In several blocks of tokens, or where the CPU has a matrix unit in tiles. There bfloat16 activations are not
-    rounded, but int4 weights are."""
+    """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but int4
+    weights are."""
     torch.manual_seed(0)
-    in_tiles = dtype == torch.bfloat16 and kernels.cpu.build().has_tiles_of_bf16()
+    on_amx = dtype == torch.bfloat16 and kernels.cpu.build().has_amx_bf16()
     odd = [(21, 37)] if isinstance(format, Dense) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
@@ -133,12 +106,12 @@ def test_linear_of_many_tokens(format, dtype):
             x[2], x[4, 1] = 0, torch.nan  # neither changes another token's result
             for given_norm in (None, norm):
                 normed = reference.rms_norm(x, norm.weight, norm.eps) if given_norm else x
-                seen = normed if in_tiles and tokens > 8 else as_seen(normed, format)
+                seen = normed if on_amx and tokens > 8 else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
                 step += bounds.step_of(normed.nan_to_num(), quantized=False)
                 bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
-                if in_tiles and isinstance(format, Int4):
+                if on_amx and isinstance(format, Int4):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
                 ours = kernels.linear(x, w, given_norm, residual)
                 total = y + residual.double()
@@ -388,18 +361,6 @@ def exact_attention(
     sum_error = (k.shape[2] + 32) * u  # of softmax's sum and of the weighted values
     bound = (torch.expm1(2 * score_error) + 2 * sum_error) * v.abs().max() + bounds.of_rounding(y, dtype)
     return y, bound
-
-
-def attend(
-    qkv, cache: LayerCache, positions, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
-    sinks=None, scale: float | None = None, softcap: float = 0.0,
-):  # fmt: skip
-    """kernels.attend of an attention layer that has these."""
-    layer = SimpleNamespace(
-        n_heads=n_heads, backend=backend, window=window, q_norm=q_norm, k_norm=k_norm, sinks=sinks,
-        scale=scale or cache.k.shape[-1] ** -0.5, softcap=softcap,
-    )  # fmt: skip
-    return kernels.attend(qkv, layer, cache, positions)
 
 
 def check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms):

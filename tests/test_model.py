@@ -218,6 +218,7 @@ WRONG = [
     ("yarn", {"rope_scaling": {"beta_fast": "x"}}, "beta_fast must be a positive number"),
     ("llama3", {"rope_scaling": {"low_freq_factor": "x"}}, "needs a number for low_freq_factor"),
     ("llama-linear", {"rope_scaling": {"rope_theta": "x"}}, "rope_theta must be a positive number"),
+    ("llama2", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
     ("yarn", {"rope_scaling": {"rope_theta": 1}}, "RoPE with theta 1 and 12 elements cannot be scaled"),
     ("gemma3", {"rope_scaling": {"sliding_attention": {"rope_type": "linear"}}}, "layers with a sliding window"),
     ("granite", {"logits_scaling": 0}, "wrong kind"),

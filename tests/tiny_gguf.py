@@ -177,7 +177,7 @@ def in_meta_order(weight, n_heads: int):
 
 
 def gguf_bytes(meta: dict, tensors: dict) -> bytes:
-    """A GGUF file of convert_gguf.StoredTensors; of a value that it cannot hold, nothing."""
+    """A GGUF file of gguf_file.StoredTensors; of a value that it cannot hold, nothing."""
     fields = []
     for name, value in meta.items():
         kind, content = gguf_value(value)

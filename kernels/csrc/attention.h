@@ -1,17 +1,17 @@
 // attend: q/k norm, RoPE, cache write, and softmax([ALiBi] [cap] (scale * q k^T)) v over the keys in the cache.
 //
-// It is Flash-Decoding, in three phases with a barrier between them. In each of them the threads share out other tasks:
+// It is Flash-Decoding, in three phases with a barrier between them. In each the threads share out other tasks:
 //   1. rotate_heads      a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
 //   2. attend_to_chunks  some tokens and a chunk of a key/value head: partial outputs, and their softmax's m_i and l_i
 //   3. combine_chunks    a query head: combine the partial outputs of all chunks
 //
-// Every row of the batch has its own position, which is read at execution. So the time depends on how many keys are in
-// the cache, not on how many it has room for.
+// Every sequence has its own position, which is read at execution. So the time depends on how many keys are in the
+// cache, not on how many it has room for.
 #pragma once
 
 #include <limits>
 
-#include "weights.h"
+#include "activations.h"
 
 constexpr int64_t TOKEN_BLOCK = 8;  // new tokens that read a chunk of keys together
 constexpr int64_t KV_CHUNK = 256;   // keys of a chunk, for up to TOKEN_BLOCK tokens
@@ -49,22 +49,23 @@ template <int64_t D> inline Vec dot_head(const bf16* q, const bf16* k) {
 }
 #endif
 
-template <typename T> inline void prefetch_row(const T* row, int64_t d) {
-  for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(row + i);
+// Prefetches a key or a value [d].
+template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
+  for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(x + i);
 }
 
 // The maximum of each lane. NaN in b stays NaN.
 inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
 
 // scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns their maximum as a Vec of 16 partial maxima.
-// Meanwhile prefetches next [n / stride, d] if it is not null: one row for every stride keys.
+// Meanwhile prefetches next [n / stride, d], values, if it is not null: one for every stride keys.
 template <int64_t D, typename T>
 Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float* scores, const T* next,
                int64_t stride) {
   Vec max = Vec{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     for (int64_t r = (s + stride - 1) / stride; next && r * stride < std::min(s + LANES, n); r++)
-      prefetch_row(next + r * d, d);
+      prefetch_vector(next + r * d, d);
     Vec score = {};
     if constexpr (D > 0) {
       Vec sums[LANES];
@@ -119,13 +120,13 @@ inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
   return {m_i, sum(l_i)};
 }
 
-// out [Q, D] = p [Q, n] . v [n, D] for Q queries, which share the loads of v. p's rows are stride apart. Prefetches next
-// [n, D] if it is not null.
+// out [Q, D] = p [Q, n] . v [n, D] for Q queries, which share the loads of v. The p of a query is stride behind the one
+// before. Prefetches next [n, D], keys, if it is not null.
 template <int64_t D, int Q, typename T>
-void add_values(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
+void weigh_values(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
   Vec acc[Q][D / LANES] = {};
   for (int64_t s = 0; s < n; s++) {
-    if (next) prefetch_row(next + s * D, D);
+    if (next) prefetch_vector(next + s * D, D);
     for (int64_t i = 0; i < D / LANES; i++) {
       const Vec x = load_vec(v + s * D + LANES * i);
       for (int h = 0; h < Q; h++) acc[h][i] += p[h * stride + s] * x;
@@ -134,17 +135,18 @@ void add_values(const float* p, int64_t stride, const T* v, int64_t n, float* ou
   std::memcpy(out, acc, sizeof acc);
 }
 
-// The queries for which add_values' sums fit in 16 registers. For any d it takes one.
+// The queries for which these sums fit in 16 registers. For any d it takes one.
 template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 
-// add_values for n_queries, 1 to MAX_Q, and for any d.
+// The same for n_queries, 1 to MAX_Q, and for any d.
 template <int64_t D, typename T>
 void weigh_values(int64_t n_queries, const float* p, int64_t stride, const T* v, int64_t n, int64_t d, float* out,
                   const T* next) {
   if constexpr (D > 0) {
     constexpr int Q = MAX_Q<D>;  // 1, 2 or 4
-    static constexpr decltype(&add_values<D, 1, T>) by_queries[] = {
-        add_values<D, 1, T>, add_values<D, std::min(2, Q), T>, add_values<D, std::min(3, Q), T>, add_values<D, Q, T>};
+    static constexpr decltype(&weigh_values<D, 1, T>) by_queries[] = {
+        weigh_values<D, 1, T>, weigh_values<D, std::min(2, Q), T>, weigh_values<D, std::min(3, Q), T>,
+        weigh_values<D, Q, T>};
     by_queries[n_queries - 1](p, stride, v, n, out, next);
   } else {
     std::fill_n(out, d, 0.0f);
@@ -156,19 +158,19 @@ void weigh_values(int64_t n_queries, const float* p, int64_t stride, const T* v,
 // ---- The operation --------------------------------------------------------------------------------------------------
 
 template <typename T> struct AttendOp {
-  const T* qkv;                       // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
-  T *k_cache, *v_cache;               // [batch, n_kv_heads, capacity, head_dim]
-  int64_t batch_stride, head_stride;  // of the caches' first two dimensions
-  const int64_t* positions;           // [batch]: where each row's first new token goes
-  const float* rope;                  // [capacity or more, head_dim / 2, 2]
-  const T *q_norm, *k_norm;           // [head_dim] or null
-  bool norms_all_heads;               // then q_norm is [n_heads, head_dim], and k_norm [n_kv_heads, head_dim]
+  const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
+  T *k_cache, *v_cache;                    // [batch, n_kv_heads, capacity, head_dim]
+  int64_t batch_stride, head_stride;       // of the caches' first two dimensions
+  const int64_t* positions;                // [batch]: where each sequence's first new token goes
+  const float* rope;                       // [capacity or more, head_dim / 2, 2]
+  const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
+  bool norms_all_heads;                    // then they are [n_heads, head_dim] and [n_kv_heads, head_dim]
   float eps;
-  const T* sinks;                     // [n_heads] or null
-  const float* slopes;                // [n_heads] or null: ALiBi's
-  float scale, softcap;               // softcap: 0 for none
+  const T* sinks;                          // [n_heads] or null
+  const float* slopes;                     // [n_heads] or null: ALiBi's
+  float scale, softcap;                    // softcap: 0 for none
   int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window: 0 for none
-  T* out;                             // [batch, n_tokens, n_heads, head_dim]
+  T* out;                                  // [batch, n_tokens, n_heads, head_dim]
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, positions[b] - window + 1) : 0; }
@@ -184,7 +186,7 @@ template <typename T> struct AttendOp {
   int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
   int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
 
-  // The threads share rotated queries and the chunks' results.
+  // What the phases hand on: rotated queries, and the results of the chunks.
   struct Shared {
     float* partial;    // [batch, n_kv_heads, max_chunks, queries_per_kv, head_dim]
     T* q;              // [batch, n_kv_heads, queries_per_kv, head_dim]
@@ -221,9 +223,9 @@ template <typename T> struct AttendOp {
 
   void rotate_heads(const Shared& shared) const {
     const int64_t d = head_dim, all_heads = n_heads + 2 * n_kv_heads;  // q, k, v
-    const Share share = my_share(batch * n_tokens * all_heads);
+    const Range range = thread_range(batch * n_tokens * all_heads);
     float rms_scale = 0;  // 1 / rms of this head, or of all heads of this token's q or k
-    for (int64_t i = share.begin; i < share.end; i++) {
+    for (int64_t i = range.begin; i < range.end; i++) {
       const int64_t head = i % all_heads, t = i / all_heads % n_tokens, b = i / all_heads / n_tokens;
       const int64_t position = positions[b] + t;
       const T* x = qkv + i * d;
@@ -236,17 +238,17 @@ template <typename T> struct AttendOp {
         std::memcpy(cached(v_cache, b, head - n_heads - n_kv_heads, position), x, d * sizeof(T));
         continue;
       }
-      if (const T* norm = head < n_heads ? q_norm : k_norm) {
+      if (const T* norm_weight = head < n_heads ? q_norm_weight : k_norm_weight) {
         const int64_t first = head < n_heads ? 0 : n_heads, n = head < n_heads ? n_heads : n_kv_heads;  // of q or k
         if (!norms_all_heads) rms_scale = inverse_rms(x, eps, d);
-        else if (head == first || i == share.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
-        x = apply_norm(x, norm + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, to);
+        else if (head == first || i == range.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
+        x = apply_norm(x, norm_weight + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, to);
       }
       rotate(x, rope + position * d, d, to);
     }
   }
 
-  // A block of new tokens and a chunk of keys of a key/value head, of row b of the batch.
+  // A block of new tokens and a chunk of keys of a key/value head, of sequence b.
   struct Task { int64_t b, kv_head, chunk, token_block; };
 
   // The tasks are in this order: [b, kv_head, chunk, token_block].
@@ -254,10 +256,10 @@ template <typename T> struct AttendOp {
     const int64_t n_blocks = n_token_blocks();
     int64_t n_tasks = 0;
     for (int64_t b = 0; b < batch; b++) n_tasks += n_kv_heads * n_chunks(b) * n_blocks;
-    const Share share = my_share(n_tasks);
+    const Range range = thread_range(n_tasks);
     for (int64_t b = 0, first = 0; b < batch; b++) {  // first: b's first task
       const int64_t n = n_chunks(b), end = first + n_kv_heads * n * n_blocks;
-      for (int64_t i = std::max(share.begin, first) - first; i < std::min(share.end, end) - first; i++)
+      for (int64_t i = std::max(range.begin, first) - first; i < std::min(range.end, end) - first; i++)
         attend_to_chunk(shared, {b, i / n_blocks / n, i / n_blocks % n, i % n_blocks});
       first = end;
     }
@@ -313,8 +315,8 @@ template <typename T> struct AttendOp {
   void combine_chunks(const Shared& shared) const {
     const int64_t d = head_dim;
     std::vector<float> acc(d);
-    const Share share = my_share(n_queries());
-    for (int64_t i = share.begin; i < share.end; i++) {
+    const Range range = thread_range(n_queries());
+    for (int64_t i = range.begin; i < range.end; i++) {
       const int64_t head = i % n_heads, t = i / n_heads % n_tokens, b = i / n_heads / n_tokens;
       const int64_t kv_head = b * n_kv_heads + head / heads_per_kv();
       // The results of chunk c are at first + c * step.

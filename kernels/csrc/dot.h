@@ -1,14 +1,19 @@
-// Products of blocks of weights with 1 to MAX_TOKENS rows of activations, for every format of weights.
+// Products of blocks of weights with the activations of 1 to MAX_TOKENS tokens, for every format of weights.
 //
 // A decode step multiplies every weight with few activations, so it is as fast as weights arrive from memory. These
-// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime. These
-// have room for BLOCK_M rows. With more rows, the loops go through a block several times, while it is in the cache.
+// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime. The
+// registers have room for the sums of BLOCK_M tokens. With more tokens, the loops go through a block of weights several
+// times, while it is in the cache.
+//
+//     dot_w8a8, dot_w4a8    8- and 4-bit weights, activations rounded to 8 bits
+//     dot_weight_only       8- and 4-bit weights, float32 activations
+//     dot_dense             weights of the activations' type
 #pragma once
 
 #include <array>
 #include <utility>
 
-#include "weights.h"
+#include "activations.h"
 
 // Prefetch distances, in bytes: how far ahead of their use weights are fetched into a cache.
 constexpr int64_t PREFETCH_L2 = 1024;
@@ -22,7 +27,7 @@ constexpr bool HAS_WIDE_REGISTERS = true;
 constexpr bool HAS_WIDE_REGISTERS = false;
 #endif
 
-using Outputs = Vec[MAX_TOKENS];  // of one block, for each row of activations: [MAX_TOKENS, BLOCK_N]
+using Outputs = Vec[MAX_TOKENS];  // a block's outputs for each token: [MAX_TOKENS, BLOCK_N]
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 
@@ -51,17 +56,15 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #endif
 }
 
-inline Vec row_scales(const Weights& w, int64_t block) { return load_partial(w.row_scales, block * BLOCK_N, w.n); }
-
-// INT8 weights, M rows of quantized activations. BLOCKS blocks at a time share the loads of the activations.
+// Int8 weights, M tokens. BLOCKS blocks at a time share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec* const* out) {
+void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(rows[m]);
+  for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(tokens[m]);
   Vec total[BLOCKS][M] = {};
-  for (int64_t g = 0; g < w.k / ACT_GROUP; g++) {  // 8 inputs: two words of each of the 16 rows, 128 bytes
+  for (int64_t g = 0; g < w.k / ACT_GROUP; g++) {  // 8 inputs: two words of each output, 128 bytes
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
       const char* words = data[b] + g * 128;
@@ -76,30 +79,30 @@ void dot_int8(const Weights& w, const int64_t* blocks, const PreparedRow* rows, 
       for (int b = 0; b < BLOCKS; b++) {
         IntVec acc = {};
         dot4(acc, first[b], q0), dot4(acc, second[b], q4);
-        total[b][m] += (as_float(acc) + x[m][g].offset) * x[m][g].scale;
+        total[b][m] += (as_float(acc) + x[m][g].compensation) * x[m][g].scale;
       }
     }
   }
   for (int b = 0; b < BLOCKS; b++) {
-    const Vec scale = row_scales(w, blocks[b]);
+    const Vec scale = w.output_scale(blocks[b]);
     for (int m = 0; m < M; m++) out[b][m] = total[b][m] * scale;
   }
 }
 
-// INT4 weights, M rows of quantized activations.
+// Int4 weights, M tokens. Zero points stay in sixteenths here; compensation was divided by 16 instead.
 template <int M, int BLOCKS>
-void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, Vec* const* out) {
+void dot_w4a8(const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(rows[m]);
+  for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(tokens[m]);
   const IntVec low = IntVec{} + 0x0f0f0f0f;
-  const int64_t n_groups = w.n_groups();  // a division, so not in the loop
+  const int64_t n_groups = w.n_groups;
   Vec total[BLOCKS][M] = {};
   for (int64_t g = 0, end, group = 0; g < w.k / ACT_GROUP; g = end, group++) {  // a group of the weights
     end = std::min(w.k, g * ACT_GROUP + w.group_size) / ACT_GROUP;
     Vec partial[BLOCKS][M] = {};
-    for (; g < end; g++) {  // 8 inputs: one word of each of the 16 rows, 64 bytes
+    for (; g < end; g++) {  // 8 inputs: one word of each output, 64 bytes
       IntVec lo[BLOCKS], hi[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
         const char* words = data[b] + g * 64;
@@ -118,34 +121,31 @@ void dot_int4(const Weights& w, const int64_t* blocks, const PreparedRow* rows, 
       }
     }
     for (int b = 0; b < BLOCKS; b++) {
-      const int64_t index = (blocks[b] * n_groups + group) * BLOCK_N;
-      const Vec scale = load_vec(w.scales + index), zero = load_vec(w.zeros + index);
-      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].offset) * scale;
+      const int64_t first = (blocks[b] * n_groups + group) * BLOCK_N;
+      const Vec scale = load_vec(w.scales + first), zero = load_vec(w.zeros + first);
+      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].compensation) * scale;
     }
   }
   for (int b = 0; b < BLOCKS; b++)
     for (int m = 0; m < M; m++) out[b][m] = total[b][m];
 }
 
-// INT8 or INT4 weights, M rows of float32 activations. Nothing is rounded but in float32.
-template <int M> void dot_exact(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
-  const bool int4 = w.kind == Weights::INT4;
+// Weights of packed format F, M tokens of float32 activations. Nothing is rounded but in float32.
+template <typename F, int M>
+void dot_weight_only(const Weights& w, int64_t block, const PreparedToken* tokens, Vec* out) {
   const char* data = w.block_data(block);
-  Vec total[M] = {}, scale = Vec{} + 1, zero = Vec{} + 128;
-  int64_t index = block * w.n_groups() * BLOCK_N;  // of the group's scales and zeros
-  for (int64_t k = 0; k < w.k; data += 64) {
-    if (int4 && k % w.group_size == 0) {
-      scale = load_vec(w.scales + index), zero = load_vec(w.zeros + index) * (1 / 16.0f);
-      index += BLOCK_N;
-    }
-    const IntVec v = load<IntVec>(data);
-    for (int half = 0; half < (int4 ? 2 : 1); half++)
-      for (int j = 0; j < 4; j++, k++) {
-        const Vec weight = (as_float((v >> (8 * j + 4 * half)) & (int4 ? 15 : 255)) - zero) * scale;
-        for (int m = 0; m < M; m++) total[m] += weight * static_cast<const float*>(rows[m])[k];
+  Vec total[M] = {};
+  for (int64_t k = 0, group = 0; k < w.k; group++) {
+    const auto [scale, zero] = F::scales_and_zeros(w, block, group);
+    for (const int64_t end = std::min(w.k, k + w.group_size); k < end; data += 64) {
+      const IntVec words = load<IntVec>(data);
+      for (int j = 0; j < F::PER_WORD; j++, k++) {
+        const Vec weight = (as_float(F::element(words, j)) - zero) * scale;
+        for (int m = 0; m < M; m++) total[m] += weight * static_cast<const float*>(tokens[m])[k];
       }
+    }
   }
-  for (int m = 0; m < M; m++) out[m] = int4 ? total[m] : total[m] * row_scales(w, block);
+  for (int m = 0; m < M; m++) out[m] = total[m] * w.output_scale(block);
 }
 
 // ---- Dense weights --------------------------------------------------------------------------------------------------
@@ -160,39 +160,39 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// out [m, BLOCK_N] += the rows [m] times w [n, k], but only inputs begin to k, which are fewer than 64 bytes.
-// Not inlined into dot_native, so that its loop has more registers.
+// out [m, BLOCK_N] += tokens [m, k] times w [n, k]^T, but only inputs begin to k, which are fewer than 64 bytes.
+// Not inlined into dot_dense, so that its loop has more registers.
 template <typename T>
 [[gnu::noinline]]
-void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const PreparedRow* rows, int64_t m, Vec* out) {
+void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const PreparedToken* tokens, int64_t m, Vec* out) {
   for (int64_t i = 0; i < m; i++)
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = begin; j < k; j++)
-        out[i][r] += to_float(w[r * k + j]) * to_float(static_cast<const T*>(rows[i])[j]);
+        out[i][r] += to_float(w[r * k + j]) * to_float(static_cast<const T*>(tokens[i])[j]);
 }
 
-// Weights of the activations' type T, row by row: [n, k]. M rows of activations.
-template <int M, typename T> void dot_native(const Weights& w, int64_t block, const PreparedRow* rows, Vec* out) {
-  constexpr int R = M <= 2 ? 1 : 4;       // rows of weights that share the loads of the activations
-  constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along a row, so that no addition waits for the one before
+// Weights of the activations' type T, output by output: [n, k]. M tokens.
+template <int M, typename T> void dot_dense(const Weights& w, int64_t block, const PreparedToken* tokens, Vec* out) {
+  constexpr int R = M <= 2 ? 1 : 4;       // outputs at a time, which share the loads of the activations
+  constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along k, so that no addition waits for the one before
   constexpr int64_t WIDTH = 64 / sizeof(T);
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
-  for (int m = 0; m < M; m++) x[m] = static_cast<const T*>(rows[m]);
+  for (int m = 0; m < M; m++) x[m] = static_cast<const T*>(tokens[m]);
   Vec sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
-    const T* row[R];
-    for (int j = 0; j < R; j++) row[j] = first + std::min(r + j, n - 1) * k;
+    const T* weight[R];
+    for (int j = 0; j < R; j++) weight[j] = first + std::min(r + j, n - 1) * k;
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
       for (int j = 0; j < R; j++) {
-        const auto ahead = [&](int64_t bytes) {  // past the end of the row, in the row that is read next: R rows on
+        const auto ahead = [&](int64_t bytes) {  // past the end of an output, in the one that is read next: R on
           const int64_t to = i + bytes / int64_t(sizeof(T));
-          return row[j] + to + (to < k ? 0 : (R - 1) * k);
+          return weight[j] + to + (to < k ? 0 : (R - 1) * k);
         };
         prefetch_l2(ahead(R == 1 ? PREFETCH_L2 : PREFETCH_L2_FAR));
         if (R > 1) prefetch_l1(ahead(PREFETCH_L1));
-        for (int m = 0; m < M; m++) multiply_add(acc[m][j][u], row[j] + i, x[m] + i);
+        for (int m = 0; m < M; m++) multiply_add(acc[m][j][u], weight[j] + i, x[m] + i);
       }
     };
     int64_t i = 0;
@@ -208,7 +208,7 @@ template <int M, typename T> void dot_native(const Weights& w, int64_t block, co
   }
   if constexpr (R > 1)
     for (int m = 0; m < M; m++) out[m] = sum_each(sums[m]);
-  if (k % WIDTH) add_remainder(first, n, k, k / WIDTH * WIDTH, rows, M, out);
+  if (k % WIDTH) add_remainder(first, n, k, k / WIDTH * WIDTH, tokens, M, out);
 }
 
 // ---- Any weights ----------------------------------------------------------------------------------------------------
@@ -218,34 +218,48 @@ template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t 
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// The product of M rows with n_blocks blocks, 1 or 2, of weights of any format. T: the activations' type.
+// The product of M tokens with BLOCKS blocks of weights: an overload for each format. T: the activations' type.
+template <int M, int BLOCKS, typename T>
+void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  for (int b = 0; b < BLOCKS; b++) dot_dense<M, T>(w, blocks[b], tokens, out[b]);
+}
+template <int M, int BLOCKS, typename T>
+void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  if constexpr (ROUNDS_TO_INT8<Int8, T>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
+  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
+}
+template <int M, int BLOCKS, typename T>
+void dot_blocks(Int4, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  if constexpr (ROUNDS_TO_INT8<Int4, T>) dot_w4a8<M, BLOCKS>(w, blocks, tokens, out);
+  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int4, M>(w, blocks[b], tokens, out[b]);
+}
+
+// dot for M tokens, at most BLOCK_M.
 template <int M, typename T>
-void dot_rows(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Vec* const* out) {
-  const bool quantized_rows = quantizes_rows<T>(w);
-  if constexpr (M > 2 && HAS_WIDE_REGISTERS)  // two blocks at a time, which share the loads of these many activations
-    if (quantized_rows && n_blocks == 2)
-      return w.kind == Weights::INT8 ? dot_int8<M, 2>(w, blocks, rows, out) : dot_int4<M, 2>(w, blocks, rows, out);
-  for (; n_blocks > 0; n_blocks--, blocks++, out++) {
-    if (w.kind == Weights::DENSE) dot_native<M, T>(w, *blocks, rows, *out);
-    else if (!quantized_rows) dot_exact<M>(w, *blocks, rows, *out);
-    else if (w.kind == Weights::INT8) dot_int8<M, 1>(w, blocks, rows, out);
-    else dot_int4<M, 1>(w, blocks, rows, out);
-  }
+void dot_tokens(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
+                Vec* const* out) {
+  dispatch_format(w.format, [&]<typename F>(F format) {
+    // Two blocks share the loads of these many activations.
+    if constexpr (M > 2 && HAS_WIDE_REGISTERS && ROUNDS_TO_INT8<F, T>)
+      if (n_blocks == 2) return dot_blocks<M, 2, T>(format, w, blocks, tokens, out);
+    for (int64_t b = 0; b < n_blocks; b++) dot_blocks<M, 1, T>(format, w, blocks + b, tokens, out + b);
+  });
 }
 
-// dot_rows for 1, 2, ... BLOCK_M rows.
-template <typename T, int... I> constexpr auto dot_by_rows(std::integer_sequence<int, I...>) {
-  return std::array{&dot_rows<I + 1, T>...};
+// dot_tokens for 1, 2, ... BLOCK_M tokens.
+template <typename T, int... I> constexpr auto dot_by_tokens(std::integer_sequence<int, I...>) {
+  return std::array{&dot_tokens<I + 1, T>...};
 }
 
-// out[b][i] = block blocks[b] of w . rows[i], for m rows [m] and n_blocks blocks, 1 or 2.
+// out[b][i] = block blocks[b] of w . tokens[i], for m tokens [m] and n_blocks blocks, 1 or 2.
 template <typename T>
-void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedRow* rows, Outputs* out) {
-  static constexpr auto by_rows = dot_by_rows<T>(std::make_integer_sequence<int, BLOCK_M>());
-  const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // of about the same number of rows
+void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
+         Outputs* out) {
+  static constexpr auto by_tokens = dot_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
+  const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // of about the same number of tokens
   for (int64_t i = 0; i < n_parts; i++) {
-    const int64_t first = m * i / n_parts, n_rows = m * (i + 1) / n_parts - first;
+    const int64_t first = m * i / n_parts, n_tokens = m * (i + 1) / n_parts - first;
     Vec* const part[] = {out[0] + first, out[1] + first};
-    by_rows[n_rows - 1](w, blocks, n_blocks, rows + first, part);
+    by_tokens[n_tokens - 1](w, blocks, n_blocks, tokens + first, part);
   }
 }

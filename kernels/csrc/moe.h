@@ -3,25 +3,25 @@
 
 #include "dot.h"
 
-// A slot is one token's choice of one expert: an index into topk_ids [m, top_k], flattened. The token is slot / top_k.
-struct ExpertUse {
+// A pair is a token and one of its experts: an index into topk_ids [m, top_k], flattened. Its token is pair / top_k.
+struct ExpertBatch {
   int64_t expert;
-  std::vector<int64_t> slots;  // up to MAX_TOKENS that chose the expert
+  std::vector<int64_t> pairs;  // 1 to MAX_TOKENS with this expert
 };
 
-// Puts slots [n_slots] of the same expert together, so that its weights are read once for all of them. They are sorted
+// Puts pairs [n_pairs] of the same expert together, so that its weights are read once for all of them. They are sorted
 // by expert, so that a token's sum over its experts does not depend on the other tokens.
-inline std::vector<ExpertUse> group_by_expert(const int64_t* topk_ids, int64_t n_slots) {
-  std::vector<ExpertUse> uses;
-  for (int64_t slot = 0; slot < n_slots; slot++) {
-    const int64_t expert = topk_ids[slot];
-    const auto is_before = [](int64_t e, const ExpertUse& use) { return e < use.expert; };
-    auto next = std::upper_bound(uses.begin(), uses.end(), expert, is_before);  // the one after the expert's last use
-    if (next == uses.begin() || next[-1].expert != expert || next[-1].slots.size() == MAX_TOKENS)
-      next = uses.insert(next, ExpertUse{expert, {}}) + 1;
-    next[-1].slots.push_back(slot);
+inline std::vector<ExpertBatch> group_by_expert(const int64_t* topk_ids, int64_t n_pairs) {
+  std::vector<ExpertBatch> batches;
+  for (int64_t pair = 0; pair < n_pairs; pair++) {
+    const int64_t expert = topk_ids[pair];
+    const auto is_before = [](int64_t e, const ExpertBatch& batch) { return e < batch.expert; };
+    auto next = std::upper_bound(batches.begin(), batches.end(), expert, is_before);  // behind the expert's last batch
+    if (next == batches.begin() || next[-1].expert != expert || next[-1].pairs.size() == MAX_TOKENS)
+      next = batches.insert(next, ExpertBatch{expert, {}}) + 1;
+    next[-1].pairs.push_back(pair);
   }
-  return uses;
+  return batches;
 }
 
 // hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] W^T [+ bias]), W [n, k] and bias [n] of each expert in
@@ -30,35 +30,35 @@ template <typename T> struct ExpertsGateUpOp {
   const T* x;
   int64_t m, top_k;
   const int64_t* topk_ids;
-  Weights w;      // [n_experts, n, k]
-  const T* bias;  // [n_experts, n] or null
-  const T* norm;
+  Weights w;             // [n_experts, n, k]
+  const T* bias;         // [n_experts, n] or null
+  const T* norm_weight;  // [k] or null
   float eps;
-  int64_t activation;  // as in LinearOp
+  Activation activation;  // as in LinearOp
   T* hidden;
 
-  Activations<T> activations() const { return {x, m, w, norm, eps}; }
+  Activations<T> activations() const { return {x, m, w, norm_weight, eps}; }
   size_t shared_bytes() const { return activations().shared_bytes(); }
 
   // The threads share out the blocks of outputs of all experts in use.
   void execute(char* shared, Barrier& barrier) const {
-    const int64_t n_out = activation ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
-    const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
-    PreparedRow rows[MAX_TOKENS], rows_of_expert[MAX_TOKENS];
-    activations().prepare(shared, barrier, rows);
+    const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
+    const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
+    PreparedToken tokens[MAX_TOKENS], tokens_of_expert[MAX_TOKENS];
+    activations().prepare(shared, barrier, tokens);
     Outputs y[2];
-    const Share share = my_share(n_blocks * uses.size());
-    for (int64_t task = share.begin; task < share.end; task++) {
-      const ExpertUse& use = uses[task / n_blocks];
-      const int64_t block = task % n_blocks, n_slots = use.slots.size();
+    const Range range = thread_range(n_blocks * batches.size());
+    for (int64_t task = range.begin; task < range.end; task++) {
+      const auto& [expert, pairs] = batches[task / n_blocks];
+      const int64_t block = task % n_blocks, n_pairs = pairs.size();
       const int64_t blocks[] = {block, block + n_blocks};  // gate, up
-      for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i] / top_k];
-      dot<T>(n_slots, w.expert(use.expert), blocks, activation ? 2 : 1, rows_of_expert, y);
-      const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
-      for (int64_t i = 0; i < n_slots; i++) {
+      for (int64_t i = 0; i < n_pairs; i++) tokens_of_expert[i] = tokens[pairs[i] / top_k];
+      dot<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, tokens_of_expert, y);
+      const T* expert_bias = bias ? bias + expert * w.n : nullptr;
+      for (int64_t i = 0; i < n_pairs; i++) {
         Vec v = add_bias(y[0][i], expert_bias, blocks[0], w.n);
-        if (activation) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
-        store_partial(v, hidden + use.slots[i] * n_out, block * BLOCK_N, n_out);
+        if (is_gated(activation)) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
+        store_partial(v, hidden + pairs[i] * n_out, block * BLOCK_N, n_out);
       }
     }
   }
@@ -81,22 +81,22 @@ template <typename T> struct ExpertsDownOp {
 
   // The threads share out the blocks of outputs: one thread adds up all experts of a block.
   void execute(char* shared, Barrier& barrier) const {
-    const std::vector<ExpertUse> uses = group_by_expert(topk_ids, m * top_k);
-    std::vector<PreparedRow> rows(m * top_k);
-    activations().prepare(shared, barrier, rows.data());
-    PreparedRow rows_of_expert[MAX_TOKENS];
+    const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
+    std::vector<PreparedToken> hidden_of_pairs(m * top_k);
+    activations().prepare(shared, barrier, hidden_of_pairs.data());
+    PreparedToken hidden_of_expert[MAX_TOKENS];
     Outputs y[2], total;
-    const Share share = my_share(w.n_blocks());
-    for (int64_t block = share.begin; block < share.end; block++) {
+    const Range range = thread_range(w.n_blocks());
+    for (int64_t block = range.begin; block < range.end; block++) {
       std::fill_n(total, m, Vec{});
-      for (const ExpertUse& use : uses) {
-        const int64_t n_slots = use.slots.size();
-        for (int64_t i = 0; i < n_slots; i++) rows_of_expert[i] = rows[use.slots[i]];
-        dot<T>(n_slots, w.expert(use.expert), &block, 1, rows_of_expert, y);
-        const T* expert_bias = bias ? bias + use.expert * w.n : nullptr;
-        for (int64_t i = 0; i < n_slots; i++) {
-          const int64_t slot = use.slots[i];
-          total[slot / top_k] += topk_weights[slot] * add_bias(y[0][i], expert_bias, block, w.n);
+      for (const auto& [expert, pairs] : batches) {
+        const int64_t n_pairs = pairs.size();
+        for (int64_t i = 0; i < n_pairs; i++) hidden_of_expert[i] = hidden_of_pairs[pairs[i]];
+        dot<T>(n_pairs, w.expert(expert), &block, 1, hidden_of_expert, y);
+        const T* expert_bias = bias ? bias + expert * w.n : nullptr;
+        for (int64_t i = 0; i < n_pairs; i++) {
+          const int64_t pair = pairs[i];
+          total[pair / top_k] += topk_weights[pair] * add_bias(y[0][i], expert_bias, block, w.n);
         }
       }
       for (int64_t i = 0; i < m; i++) {
@@ -110,40 +110,41 @@ template <typename T> struct ExpertsDownOp {
 // topk_weights, topk_ids [m, top_k] = the largest entries of softmax(logits [m, n_experts]). The weights are divided by
 // their sum if normalize. If a logit is NaN, the ids are still top_k different ones, and all weights are NaN.
 //
-// With n_shared, another n_shared experts follow behind them, in topk_weights and topk_ids [m, top_k + n_shared] and as
-// ids. Then logits are [m, n_experts + 1], and the sigmoid of the last one is the weight of each shared expert.
+// With n_shared_experts, topk_weights and topk_ids are [m, top_k + n_shared_experts]. The shared experts follow the
+// chosen ones, and their ids begin at n_experts. Then logits are [m, n_experts + 1], and the sigmoid of the last one is
+// the weight of each shared expert.
 struct RouteOp {
   const float* logits;
-  int64_t m, n_experts, top_k, n_shared;
+  int64_t m, n_experts, top_k, n_shared_experts;
   bool normalize;
   float* topk_weights;
   int64_t* topk_ids;
 
   void execute(char*, Barrier&) const {
-    const Share share = my_share(m);
-    const int64_t n_logits = n_experts + (n_shared ? 1 : 0), n_chosen = top_k + n_shared;
-    for (int64_t i = share.begin; i < share.end; i++)
-      route_row(logits + i * n_logits, topk_weights + i * n_chosen, topk_ids + i * n_chosen);
+    const Range range = thread_range(m);
+    const int64_t n_logits = n_experts + (n_shared_experts ? 1 : 0), n_chosen = top_k + n_shared_experts;
+    for (int64_t i = range.begin; i < range.end; i++)
+      route_token(logits + i * n_logits, topk_weights + i * n_chosen, topk_ids + i * n_chosen);
   }
 
-  void route_row(const float* row, float* weights, int64_t* ids) const {
-    const float max = *std::max_element(row, row + n_experts);
+  void route_token(const float* logits, float* weights, int64_t* ids) const {
+    const float max = *std::max_element(logits, logits + n_experts);
     float total = 0, chosen = 0;  // sums of exp(logit - max)
-    for (int64_t e = 0; e < n_experts; e++) total += std::exp(row[e] - max);
+    for (int64_t e = 0; e < n_experts; e++) total += std::exp(logits[e] - max);
     for (int64_t i = 0; i < top_k; i++) {
       int64_t best = -1;
       for (int64_t e = 0; e < n_experts; e++) {
         const bool taken = std::find(ids, ids + i, e) != ids + i;
-        if (!taken && (best < 0 || row[e] > row[best])) best = e;
+        if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
       }
       ids[i] = best;
-      chosen += weights[i] = std::exp(row[best] - max);
+      chosen += weights[i] = std::exp(logits[best] - max);
     }
     const float sum = normalize ? chosen + 0 * total : total;  // 0 * total: NaN if any logit is
     for (int64_t i = 0; i < top_k; i++) weights[i] /= sum;
-    for (int64_t i = 0; i < n_shared; i++) {
+    for (int64_t i = 0; i < n_shared_experts; i++) {
       ids[top_k + i] = n_experts + i;
-      weights[top_k + i] = 1 / (1 + std::exp(-row[n_experts]));
+      weights[top_k + i] = 1 / (1 + std::exp(-logits[n_experts]));
     }
   }
 };

@@ -47,8 +47,8 @@ template <typename F> void dispatch_type(ScalarType type, F f) {
   else STD_TORCH_CHECK(false, "activations must be float32, float16 or bfloat16");
 }
 
-// Checks activations x [..., k], and that the other tensors are of the same type. Returns the number of rows.
-int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
+// Checks activations x [..., k], and that the other tensors are of the same type. Returns the number of tokens.
+int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = k ? x.numel() / k : 0;
   STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_TOKENS,
                   "activations must be 1 to 64 whole rows");
@@ -63,45 +63,71 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// The tensors of a weight, checked. kind: Format.format_id in kernels/formats.py. type: the activations'.
-Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t kind, int64_t n, int64_t k,
-                int64_t group_size, ScalarType type) {
-  STD_TORCH_CHECK(0 <= kind && kind <= 2, "these kernels know dense, int8 and int4 weights");
-  STD_TORCH_CHECK(w.is_contiguous() && w.scalar_type() == (kind == Weights::DENSE ? type : ScalarType::Int) &&
-                  (kind == Weights::DENSE || scales) && (kind != Weights::INT4 || zeros),
-                  "weights must be packed for the CPU, or of the activations' type");
-  const bool int8 = kind == Weights::INT8, int4 = kind == Weights::INT4;
-  return {.kind = Weights::Kind(kind), .data = ptr<char>(w),
-          .bits = int4 ? 4 : int8 ? 8 : 8 * int64_t(w.element_size()),
-          .n = n, .k = k, .group_size = group_size,
-          .row_scales = int8 ? ptr<float>(scales) : nullptr,
-          .scales = int4 ? ptr<bf16>(scales) : nullptr,
-          .zeros = int4 ? ptr<uint8_t>(zeros) : nullptr};
+// The tensors of a weight, checked. format_id: Format.format_id in kernels/formats.py. type: the activations'.
+Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
+                int64_t k, int64_t group_size, ScalarType type) {
+  const auto check = [&](ScalarType stored_type, bool has_its_tensors) {
+    STD_TORCH_CHECK(w.is_contiguous() && w.scalar_type() == stored_type && has_its_tensors,
+                    "weights must be packed for the CPU, or of the activations' type");
+  };
+  Weights result{.format = Format(format_id), .data = ptr<char>(w),
+                 .expert_bytes = w.stride(0) * int64_t(w.element_size()), .n = n, .k = k,
+                 .group_size = group_size, .n_groups = 1};
+  switch (result.format) {
+    case Format::DENSE:
+      check(type, true);
+      result.bits = 8 * w.element_size();
+      return result;
+    case Format::INT8:
+      check(ScalarType::Int, scales.has_value());
+      result.bits = 8, result.output_scales = ptr<float>(scales);
+      return result;
+    case Format::INT4:
+      check(ScalarType::Int, scales && zeros);
+      result.bits = 4, result.scales = ptr<bf16>(scales), result.zeros = ptr<uint8_t>(zeros);
+      result.n_groups = (k + group_size - 1) / group_size;
+      return result;
+  }
+  STD_TORCH_CHECK(false, "these kernels know dense, int8 and int4 weights");
 }
 
-Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size,
-              OptTensor bias, OptTensor norm, double eps, OptTensor residual, int64_t activation, double scale,
-              double softcap, double clip, bool float32_out) {
-  const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm, residual});
-  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type());
-  Tensor out = torch::stable::new_empty(x, resized(x, activation ? n / 2 : n),
+// The activation of a number of ACTIVATION_IDS in kernels/schema.py.
+Activation activation_of(int64_t id) {
+  switch (const Activation activation{id}) {
+    case Activation::NONE:
+    case Activation::SILU:
+    case Activation::GELU_TANH:
+    case Activation::CLAMPED_SWIGLU: return activation;
+  }
+  STD_TORCH_CHECK(false, "these kernels do not know this activation");
+}
+
+Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+              int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
+              int64_t activation_id, double scale, double softcap, double clip, bool float32_out) {
+  const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight, residual});
+  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
+  const Activation activation = activation_of(activation_id);
+  Tensor out = torch::stable::new_empty(x, resized(x, is_gated(activation) ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(LinearOp<T>{.x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps),
-                       .residual = ptr<T>(residual), .activation = activation, .scale = float(scale),
-                       .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
-                       .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
+    submit(LinearOp<T>{.x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight),
+                       .eps = float(eps), .residual = ptr<T>(residual), .activation = activation,
+                       .scale = float(scale), .softcap = float(softcap), .clip = float(clip),
+                       .out = mutable_ptr<T>(out), .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
   });
   return out;
 }
 
-Tensor glu(Tensor gate_up, int64_t activation) {
+Tensor glu(Tensor gate_up, int64_t activation_id) {
+  const Activation activation = activation_of(activation_id);
   STD_TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0, "gate and up must be contiguous halves");
+  STD_TORCH_CHECK(is_gated(activation), "glu needs an activation");
   const int64_t f = gate_up.size(-1) / 2;
   Tensor out = torch::stable::new_empty(gate_up, resized(gate_up, f));
   dispatch_type(gate_up.scalar_type(), [&]<typename T>(T) {
-    submit(GluOp<T>{.gate_up = ptr<T>(gate_up), .m = gate_up.numel() / (2 * f), .f = f, .activation = activation,
-                    .out = mutable_ptr<T>(out)});
+    submit(GluOp<T>{.gate_up = ptr<T>(gate_up), .m = gate_up.numel() / (2 * f), .f = f,
+                    .activation = activation, .out = mutable_ptr<T>(out)});
   });
   return out;
 }
@@ -117,7 +143,7 @@ Tensor add(Tensor x, Tensor y) {
 }
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
-  const int64_t k = weight.numel(), m = check_rows(x, k, {weight, residual});
+  const int64_t k = weight.numel(), m = check_tokens(x, k, {weight, residual});
   STD_TORCH_CHECK(weight.is_contiguous() && (!residual || (residual->is_contiguous() && sizes(*residual) == sizes(x))),
                   "a residual must have the activations' shape");
   Tensor out = torch::stable::empty_like(x);
@@ -140,19 +166,20 @@ Tensor embed(Tensor tokens, Tensor weight, double scale) {
   return out;
 }
 
-Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm,
-              OptTensor k_norm, double eps, OptTensor sinks, OptTensor slopes, int64_t n_heads, int64_t window,
+Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm_weight,
+              OptTensor k_norm_weight, double eps, OptTensor sinks, OptTensor slopes, int64_t n_heads, int64_t window,
               double scale, double softcap) {
   const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
-  const int64_t m = check_rows(qkv, (n_heads + 2 * n_kv_heads) * d, {k_cache, v_cache, q_norm, k_norm, sinks});
+  const int64_t m = check_tokens(qkv, (n_heads + 2 * n_kv_heads) * d,
+                                 {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
   STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous(),
                   "positions must be int64 [B]");
   STD_TORCH_CHECK(positions.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
   STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= capacity &&
                   rope.size(1) == d / 2, "rope must be float32 [S, D / 2, 2]");
-  const bool norms_all_heads = q_norm && q_norm->numel() != d;
-  STD_TORCH_CHECK((!q_norm || q_norm->numel() == (norms_all_heads ? n_heads : 1) * d) &&
-                  (!k_norm || k_norm->numel() == (norms_all_heads ? n_kv_heads : 1) * d),
+  const bool norms_all_heads = q_norm_weight && q_norm_weight->numel() != d;
+  STD_TORCH_CHECK((!q_norm_weight || q_norm_weight->numel() == (norms_all_heads ? n_heads : 1) * d) &&
+                  (!k_norm_weight || k_norm_weight->numel() == (norms_all_heads ? n_kv_heads : 1) * d),
                   "norms of q and k must be as wide as a head, or as all heads");
   STD_TORCH_CHECK(!sinks || sinks->numel() == n_heads, "sinks must be [H]");
   STD_TORCH_CHECK(!slopes || (slopes->numel() == n_heads && slopes->scalar_type() == ScalarType::Float &&
@@ -165,7 +192,7 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
     submit(AttendOp<T>{
         .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
         .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1), .positions = ptr<int64_t>(positions),
-        .rope = ptr<float>(rope), .q_norm = ptr<T>(q_norm), .k_norm = ptr<T>(k_norm),
+        .rope = ptr<float>(rope), .q_norm_weight = ptr<T>(q_norm_weight), .k_norm_weight = ptr<T>(k_norm_weight),
         .norms_all_heads = norms_all_heads, .eps = float(eps), .sinks = ptr<T>(sinks), .slopes = ptr<float>(slopes),
         .scale = float(scale), .softcap = float(softcap), .batch = batch, .n_tokens = m / batch, .n_heads = n_heads,
         .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity, .window = window, .out = mutable_ptr<T>(out)});
@@ -173,35 +200,37 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
   return out;
 }
 
-std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize, int64_t n_shared) {
-  const int64_t n_logits = logits.size(-1), n_experts = n_logits - (n_shared ? 1 : 0), n_chosen = top_k + n_shared;
+std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize, int64_t n_shared_experts) {
+  const int64_t n_logits = logits.size(-1), n_experts = n_logits - (n_shared_experts ? 1 : 0);
+  const int64_t n_chosen = top_k + n_shared_experts;
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && 0 < top_k &&
-                  top_k <= n_experts && n_shared >= 0,
+                  top_k <= n_experts && n_shared_experts >= 0,
                   "a router's logits must be float32, and top_k at most their number");
   Tensor topk_weights = torch::stable::new_empty(logits, resized(logits, n_chosen));
   Tensor topk_ids = torch::stable::new_empty(logits, resized(logits, n_chosen), ScalarType::Long);
   submit(RouteOp{.logits = ptr<float>(logits), .m = logits.numel() / n_logits, .n_experts = n_experts, .top_k = top_k,
-                 .n_shared = n_shared, .normalize = normalize, .topk_weights = mutable_ptr<float>(topk_weights),
-                 .topk_ids = mutable_ptr<int64_t>(topk_ids)});
+                 .n_shared_experts = n_shared_experts, .normalize = normalize,
+                 .topk_weights = mutable_ptr<float>(topk_weights), .topk_ids = mutable_ptr<int64_t>(topk_ids)});
   return {topk_weights, topk_ids};
 }
 
-Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n,
-                       int64_t group_size, OptTensor bias, Tensor topk_ids, OptTensor norm, double eps,
-                       int64_t activation) {
-  const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm});
+Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+                       int64_t group_size, OptTensor bias, Tensor topk_ids, OptTensor norm_weight, double eps,
+                       int64_t activation_id) {
+  const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
-  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, x.scalar_type());
-  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, activation ? n / 2 : n));
+  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
+  const Activation activation = activation_of(activation_id);
+  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(activation) ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
-                              .w = w, .bias = ptr<T>(bias), .norm = ptr<T>(norm), .eps = float(eps),
+                              .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
                               .activation = activation, .hidden = mutable_ptr<T>(hidden)});
   });
   return hidden;
 }
 
-Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n,
+Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
                     int64_t group_size, OptTensor bias, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
   const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
   check_ids(topk_ids, m);
@@ -210,7 +239,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
                   "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], the others of its type");
-  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, hidden.scalar_type());
+  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, hidden.scalar_type());
   Tensor out = torch::stable::new_empty(hidden, resized(topk_ids, n));
   dispatch_type(hidden.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsDownOp<T>{.hidden = ptr<T>(hidden), .m = m, .top_k = top_k, .topk_ids = ptr<int64_t>(topk_ids),
@@ -220,20 +249,25 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
-Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t kind, int64_t n, int64_t group_size,
+Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n, int64_t group_size,
                   int64_t k, ScalarType type) {
-  const Weights w = weights(weight, scales, zeros, kind, n, k, group_size, type);
+  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, type);
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
-  dispatch_type(type, [&]<typename T>(T) { dequantize_to(w, mutable_ptr<T>(out)); });
+  dispatch_type(type, [&]<typename T>(T) {
+    dispatch_format(w.format, [&]<typename F>(F) {
+      if constexpr (!std::is_same_v<F, Dense>) dequantize_to<F>(w, mutable_ptr<T>(out));
+      else { STD_TORCH_CHECK(false, "dense weights are not quantized"); }
+    });
+  });
   return out;
 }
 
 // For kernels/cpu.py.
 extern "C" {
-// Up to how many rows of activations the products with dense weights are faster here than PyTorch's
+// Up to how many tokens the products with dense weights are faster here than PyTorch's
 // (docs/measurements.md).
 int max_dense_tokens(int is_bf16) { return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2; }
-int has_tiles_of_bf16() { return has_tiles(); }  // for the tests
+int has_amx_bf16() { return has_amx(); }  // for the tests
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

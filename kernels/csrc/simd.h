@@ -178,15 +178,21 @@ inline Vec clamp(Vec x, float limit) {
 }
 
 // The activations of a gated feed-forward; kernels/schema.py has the same numbers.
-enum Activation : int64_t { NONE = 0, SILU = 1, GELU_TANH = 2, CLAMPED_SWIGLU = 3 };
+enum class Activation : int64_t { NONE = 0, SILU = 1, GELU_TANH = 2, CLAMPED_SWIGLU = 3 };
 
-// activation(gate) * up, as in kernels/reference.py.
-inline Vec activate(Vec gate, Vec up, int64_t activation) {
-  if (activation == GELU_TANH)  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
-    return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
-  if (activation == CLAMPED_SWIGLU) {
-    gate = gate > 7.0f ? Vec{} + 7 : gate;
-    return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
+// Whether what it is applied to is a gate and, beside it, an up projection.
+inline bool is_gated(Activation activation) { return activation != Activation::NONE; }
+
+// activation(gate) * up, as in kernels/reference.py. activation is gated.
+inline Vec activate(Vec gate, Vec up, Activation activation) {
+  switch (activation) {
+    case Activation::NONE: break;
+    case Activation::SILU: return gate / (1 + exp_vec(-gate)) * up;
+    case Activation::GELU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
+      return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
+    case Activation::CLAMPED_SWIGLU:
+      gate = gate > 7.0f ? Vec{} + 7 : gate;
+      return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
   }
-  return gate / (1 + exp_vec(-gate)) * up;
+  __builtin_unreachable();  // ops.cpp refuses other numbers
 }

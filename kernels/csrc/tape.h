@@ -1,8 +1,8 @@
 // Operations, the threads that share their work, and tapes of operations.
 //
-// All threads of an OpenMP parallel region execute an operation together: each computes its share. Called from Python,
-// an operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the operation
-// to it, with the addresses of inputs and outputs. Replaying the tape executes all of them in one parallel region:
+// All threads of an OpenMP parallel region execute an operation together, each a range of it. Called from Python, an
+// operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the operation to
+// it, with the addresses of inputs and outputs. Replaying the tape executes all of them in one parallel region:
 //
 //     tape_begin   linear(...)  attend(...)  linear(...)  ...   tape_end        records: nothing is computed
 //     tape_replay                                                               computes, on the same addresses
@@ -49,8 +49,8 @@ class Barrier {
 };
 
 // The range [begin, end) of n tasks that this thread does.
-struct Share { int64_t begin, end; };
-inline Share my_share(int64_t n) {
+struct Range { int64_t begin, end; };
+inline Range thread_range(int64_t n) {
   const int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
   return {n * thread / n_threads, n * (thread + 1) / n_threads};
 }

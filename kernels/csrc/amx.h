@@ -1,6 +1,6 @@
-// Products of blocks of weights with many rows of bf16 activations, on the matrix unit that some CPUs have (Intel AMX).
+// Products of blocks of weights with many tokens' bf16 activations, on the matrix unit that some CPUs have (Intel AMX).
 //
-// The unit has registers for tiles of 16 rows of 64 bytes. One instruction multiplies two tiles of bf16:
+// AMX has registers for tiles of 16 rows of 64 bytes. One instruction multiplies two tiles of bf16:
 //
 //     activations [16 tokens, 32 inputs]  *  weights [32 inputs, 16 outputs]  ->  sums [16 tokens, 16 outputs], float32
 //
@@ -16,16 +16,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Whether this process may use the unit. Linux wants to be asked for it, and a sandbox may say no.
-inline bool has_tiles() {
+// Whether this process may use AMX. Linux wants to be asked for it, and a sandbox may say no.
+inline bool has_amx() {
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   static const bool is_permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
   return is_permitted;
 }
 
-// Whether the product of m rows of activations of type T with w is done here.
-template <typename T> bool uses_tiles(const Weights& w, int64_t m) {
-  return std::is_same_v<T, bf16> && m > (w.kind == Weights::DENSE ? BLOCK_M / 2 : BLOCK_M) && has_tiles();
+// Whether the product of m tokens' activations of type T with w is done here.
+template <typename T> bool uses_amx(const Weights& w, int64_t m) {
+  const int64_t min_tokens = dispatch_format(w.format, [](auto format) { return format.MIN_AMX_TOKENS; });
+  return std::is_same_v<T, bf16> && m >= min_tokens && has_amx();
 }
 
 // While it lives, this thread's tile registers have 16 rows of 64 bytes each.
@@ -71,32 +72,35 @@ inline void transpose(IntVec* v) {
   }
 }
 
-// Reads a block of weights as tiles, TILE_K inputs at a time. Line i of a tile has inputs 2 i and 2 i + 1 of each of
-// the 16 rows of weights.
-template <Weights::Kind KIND> class WeightTiles;
+// Reads a block of weights of format F as tiles of TILE_K inputs, the first one first:
+//
+//     WeightTiles(w, block)
+//     read(begin, end, lines)    the next tile, of inputs [begin, end): in line i inputs 2 i and 2 i + 1 of each of the
+//                                16 outputs, as AMX wants it (VNNI layout). Output scales are left to dot_amx.
+template <typename F> class WeightTiles;
 
-template <> class WeightTiles<Weights::DENSE> {
-  const int64_t row_bytes, n_rows;
+template <> class WeightTiles<Dense> {
+  const int64_t output_bytes, n_outputs;
   const char* data;
 
  public:
   WeightTiles(const Weights& w, int64_t block)
-      : row_bytes(w.k * sizeof(bf16)), n_rows(std::min(BLOCK_N, w.n - block * BLOCK_N)), data(w.block_data(block)) {}
+      : output_bytes(w.k * sizeof(bf16)), n_outputs(std::min(BLOCK_N, w.n - block * BLOCK_N)),
+        data(w.block_data(block)) {}
 
-  // The tile of inputs [begin, end).
   void read(int64_t begin, int64_t end, IntVec* lines) const {
     const int64_t n_bytes = (end - begin) * sizeof(bf16);
-    for (int64_t r = 0; r < BLOCK_N; r++) {
-      const char* row = data + std::min(r, n_rows - 1) * row_bytes + begin * sizeof(bf16);
-      prefetch_l2(row + BLOCK_N * row_bytes);  // the next block's
-      if (n_bytes == sizeof(IntVec)) lines[r] = load<IntVec>(row);
-      else std::memcpy(&lines[r], row, n_bytes);
+    for (int64_t i = 0; i < BLOCK_N; i++) {
+      const char* source = data + std::min(i, n_outputs - 1) * output_bytes + begin * sizeof(bf16);
+      prefetch_l2(source + BLOCK_N * output_bytes);  // the next block's
+      if (n_bytes == sizeof(IntVec)) lines[i] = load<IntVec>(source);
+      else std::memcpy(&lines[i], source, n_bytes);
     }
     transpose(lines);
   }
 };
 
-template <> class WeightTiles<Weights::INT8> {
+template <> class WeightTiles<Int8> {
   const char* data;
 
  public:
@@ -111,30 +115,32 @@ template <> class WeightTiles<Weights::INT8> {
   }
 };
 
-template <> class WeightTiles<Weights::INT4> {
+template <> class WeightTiles<Int4> {
   const char* data;
   const bf16* scales;  // of the next group
   const uint8_t* zeros;
   const int64_t group_size;
   int64_t group_end = 0;
 
-  // Dequantizes q in bits BIT to BIT + 3 of words. In the fraction of a float, q makes 1 + q * 2^BIT / 2^23 of 1. So it
-  // need not be shifted to bit 0 and converted.
+  // Dequantizes the nibble q in bits BIT to BIT + 3 of each word, without shifting it to bit 0 and converting it: OR q
+  // into the mantissa of 1.0f, and the float is 1 + q / 2^(23 - BIT). With scale and offset as set computes them,
+  //
+  //     (q - zero) * s  =  (1 + q / 2^(23 - BIT)) * scale + offset
   template <int BIT> struct Nibble {
     Vec scale = {}, offset = {};
     void set(Vec s, Vec zero) { scale = s * float(1 << (23 - BIT)), offset = -zero * s - scale; }
     Vec operator()(IntVec words) const {
-      const Vec one_and_q = (Vec)((words & (15 << BIT)) | 0x3f800000);
+      const Vec one_and_q = (Vec)((words & (15 << BIT)) | 0x3f800000);  // the bits of 1.0f
       return (Vec)((UIntVec)(one_and_q * scale + offset) + 0x8000);  // to be cut to bf16, so this rounds to nearest
     }
   };
-  Nibble<12> low;
+  Nibble<12> low;   // of a byte in bits 12 to 19
   Nibble<16> high;
 
  public:
   WeightTiles(const Weights& w, int64_t block)
-      : data(w.block_data(block)), scales(w.scales + block * w.n_groups() * BLOCK_N),
-        zeros(w.zeros + block * w.n_groups() * BLOCK_N), group_size(w.group_size) {}
+      : data(w.block_data(block)), scales(w.scales + block * w.n_groups * BLOCK_N),
+        zeros(w.zeros + block * w.n_groups * BLOCK_N), group_size(w.group_size) {}
 
   void read(int64_t begin, int64_t end, IntVec* lines) {
     for (int64_t k = begin; k < end; k += 8, lines += 4, data += 64) {
@@ -159,8 +165,8 @@ template <> class WeightTiles<Weights::INT4> {
 // ---- The product ----------------------------------------------------------------------------------------------------
 
 // out [16 N, BLOCK_N] = activations [16 N, k], as tiles [k / TILE_K, N], times a block of w.
-template <Weights::Kind KIND, int N> void dot_tiles(const Weights& w, int64_t block, const char* tiles, Vec* out) {
-  WeightTiles<KIND> weights(w, block);
+template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* tiles, Vec* out) {
+  WeightTiles<F> weights(w, block);
   IntVec lines[TILE_K / 2];
   // Register numbers are part of the instructions: 0 to 3 for sums, 4 to 6 for activations, 7 for weights.
   _tile_zero(0);
@@ -184,29 +190,29 @@ template <Weights::Kind KIND, int N> void dot_tiles(const Weights& w, int64_t bl
   if constexpr (N > 2) _tile_stored(2, out + 32, 64);
   if constexpr (N > 3) _tile_stored(3, out + 48, 64);
   asm volatile("" ::: "memory");
-  if (KIND == Weights::INT8) {
-    const Vec scale = row_scales(w, block);
+  if (w.output_scales) {
+    const Vec scale = w.output_scale(block);
     for (int i = 0; i < 16 * N; i++) out[i] *= scale;
   }
 }
 
-// dot_tiles for 1, 2, 3 and 4 tiles.
+// dot_amx for 1, 2, 3 and 4 tiles of tokens.
 static_assert(MAX_TOKENS == 4 * TILE_M);
-template <Weights::Kind KIND> constexpr decltype(&dot_tiles<KIND, 1>) BY_TILES[] = {
-    dot_tiles<KIND, 1>, dot_tiles<KIND, 2>, dot_tiles<KIND, 3>, dot_tiles<KIND, 4>};
+template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
+    dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
 // The same as dot in dot.h, for activations in tiles.
-inline void dot_tiles(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, PreparedRow tiles,
-                      Outputs* out) {
-  const auto by_tiles = w.kind == Weights::DENSE ? BY_TILES<Weights::DENSE> :
-                        w.kind == Weights::INT8 ? BY_TILES<Weights::INT8> : BY_TILES<Weights::INT4>;
-  for (int64_t b = 0; b < n_blocks; b++)
-    by_tiles[(m - 1) / TILE_M](w, blocks[b], static_cast<const char*>(tiles), out[b]);
+inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, PreparedToken tiles,
+                    Outputs* out) {
+  dispatch_format(w.format, [&]<typename F>(F) {
+    const auto dot_block = DOT_AMX<F>[(m - 1) / TILE_M];
+    for (int64_t b = 0; b < n_blocks; b++) dot_block(w, blocks[b], static_cast<const char*>(tiles), out[b]);
+  });
 }
 
 #else
-inline bool has_tiles() { return false; }
+inline bool has_amx() { return false; }
 struct TileRegisters {};
-template <typename T> bool uses_tiles(const Weights&, int64_t) { return false; }
-inline void dot_tiles(int64_t, const Weights&, const int64_t*, int64_t, PreparedRow, Outputs*) {}
+template <typename T> bool uses_amx(const Weights&, int64_t) { return false; }
+inline void dot_amx(int64_t, const Weights&, const int64_t*, int64_t, PreparedToken, Outputs*) {}
 #endif

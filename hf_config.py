@@ -1,0 +1,345 @@
+"""Reads Hugging Face's config.json into a ModelConfig, as a Family says; the families are in families.py.
+
+Fields that change the maths and that model.py does not implement are refused. This file has no command line.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from config import MAX_OBJECTS, ModelConfig, MoEConfig, RopeScaling, UsageError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the config.json of one architecture is read, and how its tensors differ from Llama's."""
+
+    model_type: str  # the value of config.json's "model_type"
+    defaults: dict  # what transformers assumes for a field that config.json leaves out
+
+    rename_fields: Callable[[dict], dict] = lambda hf: hf  # gives config.json's fields the names they have for Llama
+
+    # Sliding window
+    sliding_layers: str = "none"  # which layers have it: "none", "all", or "layer_types", as that field lists them
+    default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json has none; None: it must have them
+    needs_use_sliding_window: bool = False  # no layer has it unless use_sliding_window is true
+    scales_sliding_rope: bool = True  # layers with a sliding window have rope_scaling, too
+
+    # Feed-forward
+    ffn_dim_field: str = "intermediate_size"
+    n_experts_fields: tuple[str, ...] = ()  # the first one that is there counts; (): no mixture of experts
+    norm_topk_prob: bool | None = True  # None: as config.json's norm_topk_prob
+    shared_expert: bool = False  # every token also uses an expert of shared_expert_intermediate_size
+    experts_bias: bool = False  # the router and the experts have biases
+
+    # Everything else that changes the maths
+    supported_fields: tuple[str, ...] = ()  # fields of NEUTRAL_VALUES that may have any value
+    config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig that the whole family shares
+    read_overrides: Callable[[dict], dict] = lambda hf: {}  # config.json -> more fields of ModelConfig
+
+    # Tensors
+    norm_offset: float = 0.0  # added to the weights of norms at conversion: Gemma computes x * (1 + w)
+    layer_norm: bool = False  # norms subtract the mean of x; conversion makes this mean zero
+    interleaved_rope: bool = False  # RoPE rotates elements 2 i and 2 i + 1, and not i and i + half of them
+
+
+# ---- What is not supported ------------------------------------------------------------------------------------------
+
+# Fields that change the maths -> the values with which they change nothing, besides null and false. Another value is
+# refused, unless the family has the field in supported_fields.
+NEUTRAL_VALUES = {
+    "hidden_act": ("silu", "swish"),
+    "quantization_config": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "clip_qkv": (),
+    "alibi": (),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "partial_rotary_factor": (1,),
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+    "use_bidirectional_attention": (),
+}
+# Fields by which config.json shows that an unknown architecture has what model.py has not
+UNSUPPORTED_PARTS = {
+    "vision_config": "a model of images and text",
+    "audio_config": "a model of sound and text",
+    "kv_lora_rank": "multi-head latent attention",
+    "linear_num_key_heads": "layers of linear attention",
+    "linear_attn_config": "layers of linear attention",
+    "mamba_d_state": "layers with a state in place of attention",
+    "ssm_state_size": "layers with a state in place of attention",
+    "state_size": "layers with a state in place of attention",
+    "is_encoder_decoder": "an encoder and a decoder",
+}
+
+
+def check_neutral_values(fields: dict, family: Family):
+    for name, neutral in NEUTRAL_VALUES.items():
+        if name not in family.supported_fields and fields.get(name) not in (None, False, *neutral):
+            raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
+
+
+def check_layer_types(hf: dict):
+    """Raises UsageError for a list that does not fit the layers, or for kinds of attention that model.py has not."""
+    types, n_layers = hf.get("layer_types"), required(hf, "num_hidden_layers")
+    if types is None:
+        return
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise UsageError(f"config.json: layer_types must be a list with the type of each of {n_layers} layers")
+    for layer_type in types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise UsageError(f"config.json: layers of type {layer_type!r} are not supported")
+
+
+def unsupported_part(hf: dict) -> str | None:
+    """What an unknown architecture has that model.py has not."""
+    for name, meaning in UNSUPPORTED_PARTS.items():
+        if hf.get(name):
+            return f"config.json's {name} means {meaning}"
+    return None
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def read_config(hf: dict, generation: dict, family: Family) -> ModelConfig:
+    hf = family.rename_fields(hf)
+    if hf.get("rope_scaling"):  # an older name of rope_parameters; it replaces the family's default for these, too
+        hf = {"rope_parameters": None} | hf
+    hf = family.defaults | hf
+    check_neutral_values(hf, family)
+    check_layer_types(hf)
+    fields = read_sizes(hf, family)
+    fields["moe"] = read_moe(hf, family)
+    bos_id = hf.get("bos_token_id")
+    fields["bos_id"] = bos_id if isinstance(bos_id, int) else None
+    fields["eos_ids"] = read_eos_ids(hf, generation)
+    fields |= read_sliding_window(hf, family)
+    fields |= read_rope(hf, family)
+    fields |= family.config_overrides
+    fields |= family.read_overrides(hf)
+    return ModelConfig(**fields)
+
+
+def required(hf: dict, *names: str):
+    """The value of the first of these fields that config.json has. Raises UsageError if it has none of them."""
+    for name in names:
+        if hf.get(name) is not None:
+            return hf[name]
+    raise UsageError(f"config.json: {' or '.join(names)} is missing")
+
+
+def read_sizes(hf: dict, family: Family) -> dict:
+    """ModelConfig's sizes, and what else is one field in config.json as it is here."""
+    n_heads = required(hf, "num_attention_heads")
+    has_attention_bias = bool(hf.get("attention_bias"))
+    return dict(
+        dim=required(hf, "hidden_size"),
+        n_layers=required(hf, "num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=hf.get("num_key_value_heads") or n_heads,
+        head_dim=read_head_dim(hf),
+        ffn_dim=required(hf, family.ffn_dim_field),
+        vocab_size=required(hf, "vocab_size"),
+        max_seq_len=required(hf, "max_position_embeddings", "model_max_length"),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        qkv_bias=has_attention_bias,
+        out_bias=has_attention_bias,
+        ffn_bias=bool(hf.get("mlp_bias")),
+        tie_embeddings=bool(hf.get("tie_word_embeddings")),
+    )
+
+
+def read_head_dim(hf: dict) -> int:
+    if hf.get("head_dim") is not None:
+        return hf["head_dim"]
+    dim, n_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+    if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
+        raise UsageError(f"config.json: hidden_size {dim!r} is not a multiple of num_attention_heads {n_heads!r}")
+    return dim // n_heads
+
+
+def read_eos_ids(hf: dict, generation: dict) -> tuple[int, ...]:
+    """The end tokens of config.json and generation_config.json, without duplicates."""
+    eos_ids = []
+    for source in (hf, generation):
+        ids = source.get("eos_token_id")
+        for i in ids if isinstance(ids, list) else [ids]:
+            if isinstance(i, int) and i not in eos_ids:
+                eos_ids.append(i)
+    return tuple(eos_ids)
+
+
+def read_moe(hf: dict, family: Family) -> MoEConfig | None:
+    if not family.n_experts_fields:
+        return None
+    norm_topk_prob = family.norm_topk_prob
+    if norm_topk_prob is None:
+        norm_topk_prob = bool(hf.get("norm_topk_prob"))
+    return MoEConfig(
+        n_experts=required(hf, *family.n_experts_fields),
+        top_k=required(hf, "num_experts_per_tok"),
+        norm_topk_prob=norm_topk_prob,
+        n_shared_experts=read_n_shared_experts(hf, family) if family.shared_expert else 0,
+        bias=family.experts_bias,
+    )
+
+
+def read_n_shared_experts(hf: dict, family: Family) -> int:
+    """config.json has one wide shared expert. This is the number of experts of the usual width that it is made of."""
+    shared_dim, ffn_dim = required(hf, "shared_expert_intermediate_size"), required(hf, family.ffn_dim_field)
+    if shared_dim % ffn_dim:
+        raise UsageError(f"config.json: a shared expert of {shared_dim} is no multiple of {ffn_dim}, an expert's width")
+    return shared_dim // ffn_dim
+
+
+# ---- Sliding window -------------------------------------------------------------------------------------------------
+
+
+def read_sliding_window(hf: dict, family: Family) -> dict:
+    """ModelConfig's sliding_window and, if only some layers have it, window_layers."""
+    window = hf.get("sliding_window")
+    if not window or family.sliding_layers == "none":
+        return {}
+    if family.needs_use_sliding_window and not hf.get("use_sliding_window"):
+        return {}
+    if family.sliding_layers == "all":
+        return {"sliding_window": window}
+    if hf.get("layer_types") is None and family.default_layer_types is not None:
+        layer_types = family.default_layer_types(hf)
+    else:
+        layer_types = required(hf, "layer_types")
+    has_window = tuple(layer_type == "sliding_attention" for layer_type in layer_types)
+    if not any(has_window):
+        return {}
+    return {"sliding_window": window, "window_layers": None if all(has_window) else has_window}
+
+
+# Functions for Family.default_layer_types
+
+
+def all_sliding(hf: dict) -> list[str]:
+    return ["sliding_attention" for _ in layer_numbers(hf)]
+
+
+def sliding_from_max_window_layers(hf: dict) -> list[str]:
+    """The first max_window_layers layers see all tokens."""
+    first = hf["max_window_layers"]
+    return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf)]
+
+
+def full_attention_every(n: int, hf: dict) -> list[str]:
+    """Every n-th layer sees all tokens."""
+    return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf)]
+
+
+def layer_numbers(hf: dict) -> range:
+    """From 0. A config.json with a senseless number of layers, which ModelConfig refuses, must not fill the memory."""
+    return range(min(required(hf, "num_hidden_layers"), MAX_OBJECTS))
+
+
+# ---- RoPE -----------------------------------------------------------------------------------------------------------
+
+
+def read_rope(hf: dict, family: Family) -> dict:
+    """ModelConfig's fields of RoPE, and the context's length that its scaling makes possible."""
+    rope, sliding_rope = collect_rope_fields(hf, family)
+    check_neutral_values(rope, family)
+    theta, scaling = rope["rope_theta"], read_rope_scaling(rope, hf)
+    fields = {"rope_theta": theta, "rope_scaling": scaling}
+    if sliding_rope is not None:
+        if sliding_rope["rope_type"] != "default":
+            raise UsageError("config.json: scaled RoPE in layers with a sliding window is not supported")
+        if sliding_rope["rope_theta"] != theta or scaling is not None:
+            fields["window_rope_theta"] = sliding_rope["rope_theta"]
+    rotary_factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1
+    if rotary_factor != 1:
+        fields["rotary_dim"] = int(read_head_dim(hf) * rotary_factor)
+    if scaling is not None and scaling.rope_type in ("dynamic", "yarn"):  # config.json may state the trained context
+        stretched = int(scaling.original_max_seq_len * scaling.factor)
+        fields["max_seq_len"] = max(required(hf, "max_position_embeddings"), stretched)
+    return fields
+
+
+def collect_rope_fields(hf: dict, family: Family) -> tuple[dict, dict | None]:
+    """RoPE's fields: rope_theta, rope_type, factor and so on. The second dict is for the layers with a sliding window;
+    None: theirs are the same.
+
+    rope_theta may stand alone in config.json. The others are in rope_parameters or, in older files, in rope_scaling.
+    Either may have an object for each type of layer."""
+    unscaled = {"rope_theta": hf.get("rope_theta", 10000.0), "rope_type": "default"}
+    rope, sliding_rope = dict(unscaled), None
+    if hf.get("rope_local_base_freq") is not None:
+        sliding_rope = unscaled | {"rope_theta": hf["rope_local_base_freq"]}
+    elif not family.scales_sliding_rope:
+        sliding_rope = dict(unscaled)
+    for name in ("rope_parameters", "rope_scaling"):
+        fields = hf.get(name) or {}
+        if not isinstance(fields, dict):
+            raise UsageError(f"config.json: {name} must be an object, not {fields!r}")
+        has_layer_types = any(isinstance(value, dict) for value in fields.values())
+        if has_layer_types:
+            sliding_rope = (sliding_rope or unscaled) | fields.get("sliding_attention", {})
+            fields = fields.get("full_attention", {})
+        rope |= fields
+        if "rope_type" not in fields and "type" in fields:  # its older name
+            rope["rope_type"] = fields["type"]
+    return rope, sliding_rope
+
+
+def read_rope_scaling(rope: dict, hf: dict) -> RopeScaling | None:
+    rope_type = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])  # "su": its older name
+    if rope_type == "default":
+        return None
+    max_seq_len = required(hf, "max_position_embeddings")
+    original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_seq_len
+    if rope_type == "dynamic":
+        original = max_seq_len
+    factor = rope.get("factor")
+    if factor is None and rope_type in ("yarn", "longrope"):
+        factor = max_seq_len / original
+    fields = {"rope_type": rope_type, "factor": factor, "original_max_seq_len": original}
+    if rope_type == "llama3":
+        fields |= read_llama3(rope)
+    elif rope_type == "yarn":
+        fields |= read_yarn(rope, factor)
+    elif rope_type == "longrope":
+        fields |= read_longrope(rope, factor, original)
+    return RopeScaling(**fields)
+
+
+def read_llama3(rope: dict) -> dict:
+    for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if name in rope and not isinstance(rope[name], (int, float)):
+            raise UsageError(f"config.json: rope_scaling of type llama3 needs a number for {name}")
+    return {name: required(rope, name) for name in ("low_freq_factor", "high_freq_factor")}
+
+
+def read_yarn(rope: dict, factor: float) -> dict:
+    """YaRN (arXiv:2309.00071). With mscale, the factor of cosine and sine is that of DeepSeek."""
+
+    def log_scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+
+    fields = {name: rope[name] for name in ("beta_fast", "beta_slow", "truncate") if rope.get(name) is not None}
+    if rope.get("attention_factor") is not None:
+        fields["attention_factor"] = rope["attention_factor"]
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        fields["attention_factor"] = log_scale(rope["mscale"]) / log_scale(rope["mscale_all_dim"])
+    else:
+        fields["attention_factor"] = log_scale(1)
+    return fields
+
+
+def read_longrope(rope: dict, factor: float, original: int) -> dict:
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "short_factor": tuple(required(rope, "short_factor")),
+        "long_factor": tuple(required(rope, "long_factor")),
+        "attention_factor": rope.get("attention_factor") or default,
+    }

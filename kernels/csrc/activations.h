@@ -1,0 +1,156 @@
+// Activations, in the form that the products with weights read: normed, and quantized or copied into tiles.
+#pragma once
+
+#include <cmath>
+
+#include "weights.h"
+
+constexpr int64_t ACT_GROUP = 8;             // activations that share a scale, where they are quantized
+constexpr int64_t TILE_M = 16, TILE_K = 32;  // tokens and inputs of a tile of activations (amx.h)
+constexpr int64_t TILE_BYTES = 1024;
+
+// ---- RMSNorm --------------------------------------------------------------------------------------------------------
+
+// 1 / rms(x) of x [k].
+template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
+  Vec squares = {};
+  for (int64_t i = 0; i < k; i += LANES) {
+    const Vec v = load_partial(x, i, k);
+    squares += v * v;
+  }
+  return 1 / std::sqrt(sum(squares) / k + eps);
+}
+
+// Elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds to T before the product with weight, as
+// kernels/reference.py does.
+template <typename T> Vec normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
+  T rounded[LANES];
+  store_vec(load_partial(x, i, k) * inverse_rms, rounded);
+  return load_vec(rounded) * load_partial(weight, i, k);
+}
+
+// out [k] = x [k] * inverse_rms * weight [k]. Returns out, which may be x.
+template <typename T> const T* apply_norm(const T* x, const T* weight, float inverse_rms, int64_t k, T* out) {
+  for (int64_t i = 0; i < k; i += LANES) store_partial(normed_vec(x, weight, inverse_rms, i, k), out, i, k);
+  return out;
+}
+
+// ---- Quantization ---------------------------------------------------------------------------------------------------
+
+// ACT_GROUP activations as int8: x = scale * q, |q| <= 127.
+//
+// compensation is for the zero points of the weights (oneDNN's word for it; in llama.cpp it is s of block_q8_1). These
+// are taken out of the sum over a group of weights w:
+//
+//     sum of (w - zero) * x  =  sum of w * x  -  zero * sum of x
+//
+// The last sum is the same for all outputs. So it is computed once, here:
+//
+//     Int8   The zero is 128 everywhere. compensation = -128 * (sum of q) is added to the group's sum of w * q.
+//     Int4   A group of weights has a zero, and is as long as several groups of activations. compensation is the sum of
+//            x from the first of these to this one, divided by 16, since zeros are in sixteenths. The last of these has
+//            the whole sum.
+struct QuantizedGroup {
+  float scale;  // NaN if one of x is not finite; then the outputs are NaN, too
+  float compensation;
+  int8_t q[ACT_GROUP];
+};
+
+// Whether activations of type T are quantized for a product with weights of format F. With float32 (--precision
+// float32) nothing is.
+template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVATIONS && !std::is_same_v<T, float>;
+
+// Quantizes x [k] to groups [padded k / ACT_GROUP], two groups at a time, each in half of a Vec. F: w's format.
+template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {
+  const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
+  const auto add = [](IntVec a, IntVec b) { return a + b; };
+  const Vec magic = Vec{} + ROUND_TO_INT;
+  float compensation = 0;
+  for (int64_t k = 0; k < w.k; k += LANES) {
+    const Vec v = load_partial(x, k, w.k);
+    // The largest magnitude of each group. Without their sign, floats compare like their bits, and NaN is the largest.
+    const Vec peak = (Vec)reduce_eights((IntVec)v & 0x7fffffff, maximum);
+    const Vec scale = peak * (1 / 127.0f) + peak * 0.0f;  // infinity becomes NaN
+    const IntVec q = (IntVec)(v * (peak > 1e-30f ? 127 / peak : Vec{}) + magic) - (IntVec)magic;
+    const ByteVec bytes = __builtin_convertvector(q, ByteVec);
+    const IntVec sums = reduce_eights(q, add);
+    for (int i = 0; i < LANES; i += ACT_GROUP) {
+      const bool begins_group = (k + i) % w.group_size == 0;  // of weights
+      compensation = F::compensation(sums[i], scale[i], begins_group ? 0 : compensation);
+      QuantizedGroup& group = groups[(k + i) / ACT_GROUP];
+      group.scale = scale[i], group.compensation = compensation;
+      std::memcpy(group.q, reinterpret_cast<const int8_t*>(&bytes) + i, ACT_GROUP);
+    }
+  }
+}
+
+// ---- The activations of a product -----------------------------------------------------------------------------------
+
+// A token's activations, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, else T [k].
+using PreparedToken = const void*;
+
+// The activations x [m, k] of a product with w. They are normed first if norm_weight [k] is not null.
+template <typename T> struct Activations {
+  const T* x;
+  int64_t m;
+  const Weights& w;
+  const T* norm_weight;
+  float eps;
+  bool for_amx = false;  // they become tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], filled up with zeros
+
+  bool is_quantized() const {
+    return !for_amx && dispatch_format(w.format, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+  }
+  int64_t padded_m() const { return for_amx ? (m + TILE_M - 1) / TILE_M * TILE_M : m; }
+  int64_t padded_k() const { return (w.k + TILE_K - 1) / TILE_K * TILE_K; }
+
+  // The size of a prepared token; 0 if that is the row of x itself.
+  int64_t token_bytes() const {
+    if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
+    return norm_weight || for_amx ? padded_k() * sizeof(T) : 0;
+  }
+  int64_t bytes() const { return padded_m() * token_bytes(); }
+
+  // Few tokens are prepared by every thread for itself, which is cheaper than a barrier. Many are shared out.
+  bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
+  size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
+
+  // Fills tokens [m]; of tiles only the first, with their address. They are valid until this thread's next call or, if
+  // they are shared, until the operation ends.
+  void prepare(char* shared, Barrier& barrier, PreparedToken* tokens) const {
+    static thread_local Scratch scratch;
+    char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
+    const Range range = is_shared() ? thread_range(m) : Range{0, m};
+    for (int64_t i = range.begin; i < range.end; i++) prepare_token(i, memory);
+    for (int64_t i = 0; i < m; i++)
+      tokens[i] = token_bytes() ? static_cast<PreparedToken>(memory + i * token_bytes()) : x + i * w.k;
+    if (is_shared()) barrier.wait();
+  }
+
+  void prepare_token(int64_t i, char* memory) const {
+    static thread_local Scratch scratch;
+    char* out = memory + i * token_bytes();
+    const T* token = x + i * w.k;
+    if (norm_weight) {
+      const bool is_last_step = !is_quantized() && !for_amx;
+      T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(padded_k());
+      token = apply_norm(token, norm_weight, inverse_rms(token, eps, w.k), w.k, normed);
+    }
+    if (is_quantized()) quantize(token, reinterpret_cast<QuantizedGroup*>(out));
+    if (for_amx) copy_to_tiles(token, i, memory);
+  }
+
+  void quantize(const T* token, QuantizedGroup* out) const {
+    dispatch_format(w.format, [&]<typename F>(F) {
+      if constexpr (ROUNDS_TO_INT8<F, T>) quantize_token<F>(token, w, out);
+    });
+  }
+
+  void copy_to_tiles(const T* token, int64_t i, char* tiles) const {
+    for (int64_t k = 0; k < w.k; k += TILE_K, tiles += padded_m() / TILE_M * TILE_BYTES) {
+      T line[TILE_K] = {};
+      std::memcpy(line, token + k, std::min(TILE_K, w.k - k) * sizeof(T));
+      std::memcpy(tiles + i * sizeof line, line, sizeof line);
+    }
+  }
+};

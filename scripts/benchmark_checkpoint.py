@@ -1,0 +1,191 @@
+"""The commands "quantization" and "speculation" of benchmark.py: what they gain and cost with a real model.
+
+    python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
+    python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
+
+Other scripts of ours do the work. Every way that is compared has its turn in each round, in a process of its own, and
+medians over the rounds count.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import tables
+import torch
+
+from checkpoint import read_checkpoint
+from cli.arguments import DEFAULT_K
+from cli.report import tokens_per_step
+from config import UsageError
+from machine import pick_device, read_bandwidth
+from model import empty_model
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = 5
+
+# ---- Quantization ----------------------------------------------------------------------------------------------------
+
+# Perplexities are those of the stored weights, as prefill multiplies them; a decode step on a CPU also rounds
+# activations to 8 bits.
+UNQUANTIZED = "16 bits"
+MODES = {UNQUANTIZED: [], "int8": ["--mode", "int8"]} | {  # a row's name -> flags of quantize.py
+    f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
+    for mode in ("int4", "int4-hqq", "int4-gptq")
+    for size in (32, 64, 128)
+}
+
+
+def quantization(args: argparse.Namespace):
+    """Size, perplexity and speed of a checkpoint, quantized in each way."""
+    if read_checkpoint(args.checkpoint_path)[1]:
+        raise UsageError(f"{args.checkpoint_path} is quantized already; start from the model.pth it came from")
+    texts = {name: describe_text(getattr(args, name)) for name in ("text_file", "calibration_text")}
+    rows, files = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = link_checkpoint(args.checkpoint_path, Path(folder))
+        for mode in MODES:
+            began = time.perf_counter()
+            files[mode] = quantized_file(source, mode, args.calibration_text)
+            quantize_seconds = time.perf_counter() - began
+            rows[mode] = {"quantize_seconds": quantize_seconds} | measure_file(files[mode], args.text_file)
+            rows[mode]["perplexity_change"] = rows[mode]["perplexity"] / rows[UNQUANTIZED]["perplexity"] - 1
+        speeds, reads = measure_speeds(files)
+    for mode in MODES:
+        rows[mode]["decode_tokens_per_sec"] = speeds[mode]
+    result = {"checkpoint": args.checkpoint_path.parent.name, **texts, "read_gb_per_sec": reads, "modes": rows}
+    write_result("quantization", result, args.json_file)
+
+
+def describe_text(file: Path) -> dict:
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256}
+
+
+def measure_file(file: Path, text_file: Path) -> dict:
+    """Size and perplexity."""
+    size = {"file_bytes": file.stat().st_size, "bits_per_weight": bits_per_weight(file)}
+    return size | json.loads(call("eval.py", "--checkpoint_path", file, "--text_file", text_file, "--json"))
+
+
+def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float]]:
+    """Of each mode's file, decoded tokens per second; and the memory's bandwidth in GB/s after each round."""
+    ways, rounds, reads = {}, [], []
+    for mode, file in files.items():
+        ways[mode] = ["--checkpoint_path", file, "--prompt_tokens", 5, "--max_new_tokens", 128, "--ignore_eos"]
+    for results in by_turns(ways):
+        rounds.append(results)
+        reads.append(read_bandwidth(pick_device(None)) / 1e9)
+    return {mode: median(results[mode]["decode_tokens_per_sec"] for results in rounds) for mode in files}, reads
+
+
+def link_checkpoint(path: Path, folder: Path) -> Path:
+    """Makes folder one like path's, so that what is made of the checkpoint lies beside its tokenizer, but not there."""
+    for file in path.absolute().parent.iterdir():
+        if file.suffix != ".pth":
+            (folder / file.name).symlink_to(file)
+    (folder / "model.pth").symlink_to(path.absolute())
+    return folder / "model.pth"
+
+
+def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
+    """source quantized in one of MODES."""
+    if mode == UNQUANTIZED:
+        return source
+    calibration = ["--calibration_text", calibration_text] if "gptq" in mode else []
+    output = call("quantize.py", "--checkpoint_path", source, *MODES[mode], *calibration)
+    return Path(output.removeprefix("wrote ").strip())
+
+
+def bits_per_weight(file: Path) -> float:
+    """Bits that file holds for a weight of its linears, scales and zero points included."""
+    config, _, tensors = read_checkpoint(file)
+    tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])  # a tied head that is not quantized
+    n_bytes = n_weights = 0
+    for layer, linear in empty_model(config).quantizable_linears():
+        n_weights += linear.weight.numel()
+        names = [f"{layer}.{name}" for name in ("weight", "scales", "zeros")]
+        n_bytes += sum(tensors[name].nbytes for name in names if name in tensors)
+    return 8 * n_bytes / n_weights
+
+
+# ---- Speculation -----------------------------------------------------------------------------------------------------
+
+# An edit repeats most of what it was given; a story little, and drawn at temperature 1 less still
+STORY = "Tell me a story about a clockmaker who finds a letter."
+EDIT = (
+    "Repeat this text word for word, but write 'sailors' instead of 'fishermen':\n\nThe harbour of the old town was "
+    "built by fishermen who came from the northern islands. They carried stones from the hills on flat boats, and laid "
+    "them in two long curved walls that still keep out the winter storms. On the eastern wall stands a lamp that was "
+    "once lit with oil; today it runs on electricity, but the keeper still climbs the ninety steps each evening to "
+    "look at the sea. Ships that pass at night count its flashes: two short ones, a pause, and a long one."
+)
+PROMPTS = {"edit": (EDIT, 0.0), "story": (STORY, 0.0), "story, drawn": (STORY, 1.0)}  # message, temperature
+
+
+def speculation(args: argparse.Namespace):
+    """Tokens/s of a chat model with speculation over those without it."""
+    draft, device = args.draft_checkpoint_path, pick_device(args.device)
+    k = DEFAULT_K["draft" if draft else "lookup"] if args.speculate_k is None else args.speculate_k
+    flags = ["--checkpoint_path", args.checkpoint_path, "--device", device, "--precision", args.precision]
+    flags += ["--chat", "--max_new_tokens", 160, "--num_samples", 3]
+    if args.compile:
+        flags.append("--compile")
+    proposer = ["--draft_checkpoint_path", draft] if draft else ["--prompt_lookup"]
+    rows = {}
+    for name, (message, temperature) in PROMPTS.items():
+        plain = [*flags, "--prompt", message, "--temperature", temperature]
+        rows[name] = compare_speeds(plain, [*plain, *proposer, "--speculate_k", k])
+    result = {"checkpoint": str(args.checkpoint_path), "draft": str(draft or "prompt lookup"), "k": k}
+    result |= {"read_gb_per_sec": read_bandwidth(device) / 1e9, "prompts": rows}
+    write_result("speculation", result, args.json_file)
+
+
+def compare_speeds(plain_flags: list, speculative_flags: list) -> dict[str, float]:
+    """A row of the table."""
+    plain, speculative, steps = [], [], []
+    for results in by_turns({"plain": plain_flags, "speculative": speculative_flags}):
+        plain.append(results["plain"]["decode_tokens_per_sec"])
+        speculative.append(results["speculative"]["decode_tokens_per_sec"])
+        steps.append(tokens_per_step(results["speculative"]["accept_counts"]))
+    return {
+        "plain": median(plain),
+        "speculative": median(speculative),
+        "ratio": median(b / a for a, b in zip(plain, speculative, strict=True)),
+        "tokens_per_step": median(steps),
+    }
+
+
+# ---- Both ------------------------------------------------------------------------------------------------------------
+
+
+def by_turns(ways: dict[str, list]) -> Iterator[dict[str, dict]]:
+    """Of each round, what generate.py says of every way, whose flags these are."""
+    for seed in range(ROUNDS):
+        results = {}
+        for way, flags in ways.items():
+            results[way] = json.loads(call("generate.py", *flags, "--seed", seed, "--json"))
+        yield results
+
+
+def call(script: str, *arguments) -> str:
+    """What a script of ours prints. Raises UsageError if it fails."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UsageError(f"{script} failed; what it said is above")
+    return done.stdout
+
+
+def write_result(table: str, result: dict, json_file: Path | None):
+    """Prints the result as a table of tables.py; json_file gets it whole, with what it was measured with."""
+    print(tables.table(table, result))
+    software = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if json_file:
+        json_file.write_text(json.dumps(result | software, indent=1) + "\n")

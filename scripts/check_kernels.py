@@ -1,0 +1,126 @@
+"""The command "check" of benchmark.py: every Triton kernel on a GPU, where pytest's tests do not run.
+
+    python scripts/benchmark.py check --precision bfloat16
+
+tests/check_triton.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. To them come
+whole models whose steps are recorded, which only a GPU can do.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import torch
+from benchmark_speed import random_model
+
+import kernels
+from config import ModelConfig, MoEConfig, UsageError
+from generate import generate
+from kernels.formats import Int8
+from machine import pick_device
+from model import KVCache
+from sampling import Sampling
+from steps import build_steps
+from tests import bounds
+from tests.check_triton import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
+
+RECORDED_MODELS = [  # options of a ModelConfig
+    {},
+    {"moe": MoEConfig(8, 2)},
+    {
+        "post_norm": True, "qk_norm": True, "qk_norm_all_heads": True, "activation": "gelu_tanh",
+        "attention_scale": 0.1, "attention_softcap": 20.0, "embed_scale": 4.0, "residual_scale": 0.5,
+        "logit_scale": 0.5, "logit_softcap": 9.0, "clip_qkv": 2.0, "alibi": True,
+    },
+]  # fmt: skip
+
+
+class Outcome:
+    """Of some comparisons: those that failed, and each operation's largest error."""
+
+    def __init__(self):
+        self.failed: dict[str, str] = {}  # by case: why
+        self.largest_errors: dict[str, float] = {}  # by operation: relative to the largest number of a result
+
+    def add(self, comparison: Comparison):
+        operation, case, ours, exact, bound = comparison
+        size = exact.double().abs().max().clamp(min=1e-30)
+        error = ((ours.double() - exact.double()).abs().max() / size).item()
+        try:
+            bounds.check(ours, exact, bound)
+        except AssertionError:
+            self.failed[f"{operation} {case}"] = f"error {error:.1e}"
+        self.note_error(operation, error)
+
+    def merge(self, other: "Outcome"):
+        self.failed |= other.failed
+        for operation, error in other.largest_errors.items():
+            self.note_error(operation, error)
+
+    def note_error(self, operation: str, error: float):
+        self.largest_errors[operation] = max(self.largest_errors.get(operation, 0.0), error)
+
+
+def check(args: argparse.Namespace):
+    """Every Triton kernel against plain PyTorch, over odd and real sizes, in one type."""
+    device, dtype = pick_device(args.device), getattr(torch, args.precision)
+    if not kernels.triton_runs(device):
+        raise UsageError("Triton does not run here, so there is nothing to check")
+    sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)
+    tasks = [partial(run_on, device, check) for check in all_checks(dtype, sizes)]
+    if device.type == "cuda" and dtype == torch.float32:  # where rounding changes no token
+        tasks += [partial(run, partial(check_recorded_steps, device, options)) for options in RECORDED_MODELS]
+    total = Outcome()
+    for outcome in run_all(tasks, in_parallel=device.type == "cuda"):
+        total.merge(outcome)
+    print(json.dumps({"failed": total.failed, "largest_errors": total.largest_errors}))
+    if total.failed:
+        sys.exit(1)
+
+
+def run_all(tasks: list[Callable[[], Outcome]], in_parallel: bool) -> list[Outcome]:
+    """in_parallel: in processes, since most of the time is Triton's compiler's, which uses one core."""
+    if not in_parallel:
+        return [task() for task in tasks]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        return [future.result() for future in futures]
+
+
+def run_on(device: torch.device, check: Check) -> Outcome:
+    """run for a check of kernels, whose tensors are made on the default device."""
+    kernels.triton_runs(device)  # registers the operations
+    with device:
+        return run(check)
+
+
+def run(check: Check) -> Outcome:
+    """All comparisons of a check, up to an exception, which fails."""
+    outcome = Outcome()
+    torch.manual_seed(0)
+    try:
+        for comparison in check():
+            outcome.add(comparison)
+    except Exception as e:  # the other checks go on
+        outcome.failed[name_of(check)] = f"{type(e).__name__}: {str(e)[:400]}"
+    return outcome
+
+
+def check_recorded_steps(device: torch.device, options: dict) -> Iterator[Comparison]:
+    """A whole float32 model's greedy tokens, with kernels and recorded steps, and without both."""
+    config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, **options)
+    tokens = []
+    for use_kernels in (True, False):
+        torch.manual_seed(0)
+        model = random_model(config, Int8(), device, torch.float32)
+        if use_kernels:
+            model.pack_weights()
+        steps = build_steps(model, KVCache(model, 1, 64), Sampling(), compile=use_kernels)
+        prompt = torch.arange(1, 12, device=device)[None]
+        tokens.append(torch.tensor(list(generate(steps, prompt, 0, 40))))
+    yield Comparison("recorded_steps", str(options), *tokens, torch.zeros(()))

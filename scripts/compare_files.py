@@ -1,0 +1,167 @@
+"""The files that compare_llama_cpp.py measures: one model in this project's formats and in llama.cpp's.
+
+    make_model("TinyLlama-1.1B", None, folder / "bf16.pth")
+    make_ours(folder)
+    make_theirs(files_in(folder), threads)
+
+This file has no command line. It needs gguf and llama_cpp only where it imports them.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+
+import torch
+from benchmark_speed import config_of, save_random_checkpoint
+from compare_speed import PREFILL
+from convert_tensors import source_shapes
+from torch import Tensor
+
+from checkpoint import read_checkpoint
+from config import ModelConfig, UsageError
+from kernels.formats import Int4, Int8, Tensors
+from model import rope_frequencies
+from quantize import linear_weights, quantize_each, write
+
+OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
+THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama.cpp's numbers of file types
+LLAMA_OPTIONS = (  # the options of ModelConfig that llama.cpp's architecture "llama" has
+    "norm_eps", "qkv_bias", "out_bias", "ffn_bias", "tie_embeddings", "sliding_window", "rope_theta", "rope_scaling",
+    "bos_id", "eos_ids",
+)  # fmt: skip
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Both sides' files of the model, by the names of their formats."""
+    ours = {name: folder / f"{name}.pth" for name in ("bf16", *OURS)}
+    return ours | {name: folder / f"{name}.gguf" for name in THEIRS}
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+
+
+def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
+    """Writes the weights to compare with to path: random ones for config_name, or those of gguf_file. Raises UsageError
+    if llama.cpp could not do the same with them."""
+    if gguf_file:
+        from convert_gguf import convert_gguf
+
+        convert_gguf(gguf_file, path.parent, torch.bfloat16)
+        config = read_checkpoint(path.with_name("model.pth").rename(path))[0]
+        check_sizes(config)
+    else:
+        config = config_of(config_name)
+        check_sizes(config)
+        check_like_llama(config)
+        save_random_checkpoint(path, config, torch.bfloat16)
+
+
+def check_sizes(config: ModelConfig):
+    widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
+    if any(width % 32 for width in widths):
+        raise UsageError("only models of widths that are multiples of 32 can be compared")
+    if config.max_seq_len < PREFILL:
+        raise UsageError(f"the model's context is below the {PREFILL} tokens of a prefill")
+
+
+def check_like_llama(config: ModelConfig):
+    """Raises UsageError for a model that write_gguf cannot write as one of llama.cpp's architecture "llama"."""
+    defaults = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+    other = [name for name in defaults if name not in LLAMA_OPTIONS and getattr(config, name) != defaults[name]]
+    if config.rope_scaling is not None and config.rope_scaling.rope_type not in ("linear", "llama3"):
+        other.append("rope_scaling")
+    if other:
+        why = f"this model has {', '.join(other)}"
+        raise UsageError(f"without --gguf, only Llama and its like can be compared; {why}")
+    if config.sliding_window and config.sliding_window < PREFILL:  # write_gguf leaves it out
+        raise UsageError(f"the model's sliding window is below the {PREFILL} tokens of a prefill")
+
+
+# ---- This project's formats -----------------------------------------------------------------------------------------
+
+
+def make_ours(folder: Path):
+    """bf16.pth in our other formats, as quantize.py makes them."""
+    source = folder / "bf16.pth"
+    config, _, tensors = read_checkpoint(source)
+    weights = linear_weights(source, config, tensors)
+    for name, format in OURS.items():
+        quantized = quantize_each(weights, format.quantize)
+        write(folder / f"{name}.pth", config, tensors, weights, quantized, format)
+
+
+# ---- llama.cpp's formats --------------------------------------------------------------------------------------------
+
+
+def write_gguf(source: Path, target: Path):
+    """A checkpoint of bfloat16 weights as a GGUF file without a tokenizer. A tied head is the embedding there, too."""
+    import gguf
+
+    config, _, tensors = read_checkpoint(source)
+    out = gguf.GGUFWriter(target, "llama")
+    out.add_tokenizer_model("no_vocab")
+    out.add_vocab_size(config.vocab_size)
+    out.add_context_length(config.max_seq_len)
+    out.add_embedding_length(config.dim)
+    out.add_block_count(config.n_layers)
+    out.add_feed_forward_length(config.ffn_dim)
+    out.add_head_count(config.n_heads)
+    out.add_head_count_kv(config.n_kv_heads)
+    out.add_key_length(config.head_dim)
+    out.add_value_length(config.head_dim)
+    out.add_rope_dimension_count(config.head_dim)
+    out.add_rope_freq_base(config.rope_theta)
+    out.add_layer_norm_rms_eps(config.norm_eps)
+    if config.rope_scaling:  # as what each frequency is divided by
+        unscaled = rope_frequencies(replace(config, rope_scaling=None), config.max_seq_len)
+        factors = unscaled / rope_frequencies(config, config.max_seq_len)
+        out.add_tensor("rope_freqs.weight", factors.numpy())
+    for name, tensor in gguf_tensors(tensors, config):
+        if tensor.dim() == 1:
+            out.add_tensor(name, tensor.float().numpy())
+        else:
+            bfloat16 = tensor.contiguous().view(torch.uint8).numpy()
+            out.add_tensor(name, bfloat16, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors as a GGUF of the architecture "llama" has them. Their rows of q and k are in the order of
+    Meta's RoPE: i and i + D/2 side by side."""
+    from convert_gguf import HF_NAMES
+
+    gguf_names = {hf_name: gguf_name for gguf_name, hf_name in HF_NAMES.items()}
+    for name, tensor in tensors.items():
+        shapes = source_shapes(name, tensor.shape, config)
+        parts = tensor.split([n_rows for n_rows, *_ in shapes.values()])
+        for source, part in zip(shapes, parts, strict=True):
+            layer, module, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", source).groups()
+            if module in ("self_attn.q_proj", "self_attn.k_proj"):
+                halves = part.unflatten(0, (-1, 2, config.head_dim // 2))  # [heads, 2, D/2, ...]
+                part = halves.transpose(1, 2).reshape(part.shape)
+            prefix = f"blk.{layer}." if layer else ""
+            yield f"{prefix}{gguf_names[module]}.{kind}", part
+
+
+def make_theirs(files: dict[str, Path], threads: int) -> str:
+    """llama.cpp's formats: BF16 from the GGUF file, if there is one, and the others from BF16. Returns llama.cpp's
+    description of its build."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = threads
+    params.allow_requantize = True  # the file may be quantized
+    for name, number in THEIRS.items():
+        source = files.get("file") if name == "BF16" else files["BF16"]
+        if source is None:  # write_gguf has made BF16
+            continue
+        params.ftype = number
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(files[name]).encode(), params) != 0:
+            raise UsageError(f"llama.cpp cannot make {name} of {source}")
+    return llama_cpp.llama_print_system_info().decode()

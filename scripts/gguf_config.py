@@ -1,0 +1,249 @@
+"""Reads a GGUF's metadata into a ModelConfig, as the config.json of the same model would be read.
+
+    config = read_config(meta, tensors)    # what gguf_file.py reads
+
+To add an architecture, add a row to ARCHITECTURES; its family must be in families.py. This file has no command line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+from gguf_file import StoredTensor
+
+from config import ModelConfig, RopeScaling, UsageError
+from families import config_from_hf
+from model import rope_frequencies
+
+# The metadata's fields, after "llama." or the like -> the fields of config.json that say the same
+REQUIRED_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+FIELDS = REQUIRED_FIELDS | {
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+# Fields that change the maths in a way that model.py does not implement -> the values with which they change nothing
+NEUTRAL_VALUES = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    "expert_gating_func": (0, 1),  # 1: softmax
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "rope.dimension_sections": (),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (False,),
+}
+# Tensors of no module: what RoPE's frequencies are divided by, Llama 3.1's and LongRoPE's
+ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+# ---- The architectures ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the GGUF files of one architecture are read."""
+
+    family: str  # in families.py
+    fields: dict[str, str] = field(default_factory=dict)  # more of FIELDS
+    extra_fields: Callable[[dict], dict] = lambda hf: {}  # config.json's fields that the metadata lack
+    names: dict[str, str] = field(default_factory=dict)  # what differs from convert_gguf.py: HF_NAMES
+    ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
+    interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a pair's side by side
+
+
+def llama(hf: dict) -> dict:
+    return {"architectures": ["MixtralForCausalLM"]} if hf.get("num_local_experts") else {}
+
+
+def gemma2(hf: dict) -> dict:
+    window = hf.get("sliding_window", 4096)
+    return {"query_pre_attn_scalar": query_dim(hf, n_layers_of_27b=46), "sliding_window": window}
+
+
+def gemma3(hf: dict) -> dict:
+    return {"query_pre_attn_scalar": query_dim(hf, n_layers_of_27b=62)}
+
+
+def query_dim(hf: dict, n_layers_of_27b: int) -> int:
+    """Gemma divides its scores by the square root of this: head_dim, but another size in the models of 27B."""
+    if hf["num_hidden_layers"] == n_layers_of_27b:
+        return hf["hidden_size"] // hf["num_attention_heads"]
+    return hf["head_dim"]
+
+
+def olmo2(hf: dict) -> dict:
+    """Olmo 3 is Olmo 2 with a window."""
+    return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf.get("sliding_window") else {}
+
+
+def granite(hf: dict) -> dict:
+    return {"attention_multiplier": hf.get("attention_multiplier") or hf["head_dim"] ** -0.5}
+
+
+def qwen3moe(hf: dict) -> dict:
+    return {"norm_topk_prob": hf.get("norm_topk_prob", True)}
+
+
+def gpt_oss(hf: dict) -> dict:
+    """YaRN's limits are not rounded. That is OpenAI's code; llama.cpp rounds them."""
+    return {"rope_scaling": (hf["rope_scaling"] or {}) | {"truncate": False}}
+
+
+# Where neither extra_fields nor the metadata have a field, the family's default holds: Gemma 3's local rope_theta,
+# which layers of Gemma 2 and 3 and gpt-oss have a window, which layers of SmolLM3 have no RoPE.
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", extra_fields=llama, interleaved_rope=True),
+    "qwen2": Architecture("Qwen2ForCausalLM"),
+    "qwen3": Architecture("Qwen3ForCausalLM"),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        {"expert_feed_forward_length": "moe_intermediate_size", "expert_weights_norm": "norm_topk_prob"},
+        qwen3moe,
+    ),
+    "gemma": Architecture("GemmaForCausalLM"),
+    "gemma2": Architecture("Gemma2ForCausalLM", extra_fields=gemma2),
+    "gemma3": Architecture("Gemma3ForCausalLM", {"rope.freq_base_swa": "rope_local_base_freq"}, gemma3),
+    "phi3": Architecture("Phi3ForCausalLM", ffn_up_has_gate=True),
+    "olmo2": Architecture("Olmo2ForCausalLM", extra_fields=olmo2),
+    "smollm3": Architecture("SmolLM3ForCausalLM", interleaved_rope=True),
+    "granite": Architecture("GraniteForCausalLM", extra_fields=granite, interleaved_rope=True),
+    "glm4": Architecture("Glm4ForCausalLM", ffn_up_has_gate=True),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM",
+        {"expert_feed_forward_length": "intermediate_size"},
+        gpt_oss,
+        names={"post_attention_norm": "post_attention_layernorm"},  # after attention and before the feed-forward
+    ),
+}
+
+
+def find_architecture(meta: dict) -> Architecture:
+    name = meta["general.architecture"]
+    if name not in ARCHITECTURES:
+        raise UsageError(f"GGUF architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def read_config(meta: dict, tensors: dict[str, StoredTensor]) -> ModelConfig:
+    """Raises UsageError for what is not supported, and other errors for metadata that are missing or broken."""
+    try:
+        config = config_from_hf(make_config_json(meta, tensors))
+    except UsageError as e:
+        raise UsageError(str(e).replace("config.json", "the GGUF's metadata")) from None
+    config = replace(
+        config,
+        qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
+        ffn_bias="blk.0.ffn_down.bias" in tensors,
+    )
+    if ROPE_FACTORS in tensors:
+        config = replace(config, rope_scaling=read_llama3_scaling(config, tensors[ROPE_FACTORS]))
+    return config
+
+
+def make_config_json(meta: dict, tensors: dict[str, StoredTensor]) -> dict:
+    """What Hugging Face's config.json of the same model says."""
+    name, architecture = meta["general.architecture"], find_architecture(meta)
+    fields = {key.removeprefix(f"{name}."): value for key, value in meta.items()}
+    check_fields(fields, name)
+    hf = {ours: fields[theirs] for theirs, ours in (FIELDS | architecture.fields).items() if theirs in fields}
+    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    if fields.get("attention.value_length", hf["head_dim"]) != hf["head_dim"]:
+        raise UsageError(f"{name}.attention.value_length differs from key_length, which is not supported")
+    rotary_dim = fields.get("rope.dimension_count", hf["head_dim"])
+    end_ids = [meta.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    hf |= window_pattern(fields.get("attention.sliding_window_pattern")) | {
+        "vocab_size": tensors["token_embd.weight"].data.shape[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "partial_rotary_factor": Fraction(rotary_dim, hf["head_dim"]),  # exact, where a float may round down
+        "rope_scaling": rope_scaling(name, fields, tensors),
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": [i for i in end_ids if i is not None],
+    }
+    defaults = {  # llama.cpp's, and not the family's
+        "architectures": [architecture.family],
+        "num_key_value_heads": hf["num_attention_heads"],
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+    }
+    return defaults | hf | architecture.extra_fields(hf)
+
+
+def check_fields(fields: dict, name: str):
+    for key, neutral in NEUTRAL_VALUES.items():
+        if key in fields and fields[key] not in neutral:
+            raise UsageError(f"{name}.{key} = {fields[key]!r} is not supported")
+    for key in REQUIRED_FIELDS:
+        if key not in fields:
+            raise KeyError(f"{name}.{key}")
+
+
+def window_pattern(pattern: int | list | None) -> dict:
+    """config.json's field for which layers have the window: all but every pattern-th, or those where a list is True."""
+    if isinstance(pattern, list):
+        return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
+    return {} if pattern is None else {"sliding_window_pattern": pattern}
+
+
+def rope_scaling(name: str, fields: dict, tensors: dict[str, StoredTensor]) -> dict | None:
+    """config.json's rope_scaling."""
+    rope_type = fields.get("rope.scaling.type", "linear")
+    if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
+        return {
+            "rope_type": "longrope",
+            "long_factor": tensors[LONG_FACTORS].data.view(np.float32).tolist(),
+            "short_factor": tensors[SHORT_FACTORS].data.view(np.float32).tolist(),
+            "attention_factor": fields.get("rope.scaling.attn_factor"),
+        }
+    if rope_type == "linear":
+        factor = fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 0.0))
+        return {"rope_type": "linear", "factor": factor} if factor else None  # 0: no scaling
+    if rope_type == "yarn":
+        scaling = {
+            "rope_type": "yarn",
+            "factor": fields["rope.scaling.factor"],
+            "attention_factor": fields.get("rope.scaling.yarn_attn_factor"),
+            "beta_fast": fields.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": fields.get("rope.scaling.yarn_beta_slow"),
+        }
+        return {field: value for field, value in scaling.items() if value is not None}
+    if rope_type != "none":
+        raise UsageError(f"{name}.rope.scaling.type = {rope_type!r} is not supported")
+    return None
+
+
+def read_llama3_scaling(config: ModelConfig, stored: StoredTensor) -> RopeScaling:
+    """Llama 3.1's scaling. A GGUF holds nothing of it but the numbers that config's frequencies are divided by."""
+    factors = torch.tensor(stored.data.view(np.float32))
+    scaling = RopeScaling("llama3", float(factors.max()))
+    scaled = replace(config, rope_scaling=scaling)
+    if not torch.allclose(rope_frequencies(config, length=1) / rope_frequencies(scaled, length=1), factors, rtol=1e-3):
+        raise UsageError(f"{ROPE_FACTORS} is not Llama 3.1's scaling, which is the only one supported")
+    return scaling

@@ -1,0 +1,230 @@
+"""Gives the tensors of any family in a Hugging Face checkpoint the names and the layout that Llama's have.
+
+    read = adapt(tensors, config, family)    # of families.py; docs/add_a_model.md says what a new one needs here
+
+What is the same computation with other weights never reaches the model: fused matrices are split, heads reordered,
+constants added. This file has no command line.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from convert_tensors import EMBEDDING, HEAD, Reader, Tensors
+from torch import Tensor
+
+from config import ModelConfig, UsageError
+from hf_config import Family
+
+# ---- Names ----------------------------------------------------------------------------------------------------------
+
+# Parts of a family's names -> those in convert_tensors.py: HF_SOURCES. There, as in Llama, input_layernorm comes before
+# attention and post_attention_layernorm before the feed-forward. Renames are made in order: the first of GEMMA_NORMS
+# frees a name that the second one takes.
+GEMMA_NORMS = {
+    ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
+    ".post_feedforward_layernorm.": ".post_ffn_norm.",
+}  # fmt: skip
+GLM4_NORMS = {".post_self_attn_layernorm.": ".post_attention_norm.", ".post_mlp_layernorm.": ".post_ffn_norm."}
+META_FEED_FORWARD = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+MIXTRAL_NAMES = META_FEED_FORWARD | {".block_sparse_moe.": ".mlp."}
+GROK_NAMES = {
+    ".pre_attn_norm.scale": ".input_layernorm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",
+    ".pre_moe_norm.scale": ".post_attention_layernorm.weight", ".post_moe_norm.scale": ".post_ffn_norm.weight",
+    "model.norm.scale": "model.norm.weight", ".attn.": ".self_attn.", ".moe_block.": ".mlp.",
+    ".linear_v.": ".up_proj.", ".linear_1.": ".down_proj.", ".linear.": ".gate_proj.",
+}  # fmt: skip
+DBRX_NAMES = {
+    "transformer.wte.": "model.embed_tokens.", "transformer.norm_f.": "model.norm.",
+    "transformer.blocks.": "model.layers.", ".norm_attn_norm.norm_1.": ".input_layernorm.",
+    ".norm_attn_norm.norm_2.": ".post_attention_layernorm.", ".norm_attn_norm.attn.": ".self_attn.",
+    ".Wqkv.": ".qkv_proj.", ".out_proj.": ".o_proj.", ".ffn.router.layer.": ".mlp.gate.",
+    ".ffn.experts.mlp.": ".mlp.experts.",
+}  # fmt: skip
+FAMILY_NAMES = {  # by model_type
+    "gemma2": GEMMA_NORMS, "gemma3_text": GEMMA_NORMS, "olmo2": GEMMA_NORMS, "olmo3": GEMMA_NORMS, "glm4": GLM4_NORMS,
+    "mixtral": MIXTRAL_NAMES, "gpt_oss": {".mlp.router.": ".mlp.gate."}, "grok-1": GROK_NAMES,
+    "baichuan": {".W_pack.": ".qkv_proj."}, "dbrx": DBRX_NAMES,
+}  # fmt: skip
+
+
+def rename(name: str, new_names: dict[str, str]) -> str:
+    for old, new in new_names.items():
+        name = name.replace(old, new)
+    return name
+
+
+# ---- The families' exceptions ---------------------------------------------------------------------------------------
+
+BAICHUAN_1_VOCAB = 64000  # Baichuan 2 has a larger vocabulary, and scales every row of its head to length one
+
+
+def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
+    """Renames and splits tensors, in place. Returns the function that reads one of them: what changes its data is done
+    there, so that only one is in memory at a time."""
+    new_names = FAMILY_NAMES.get(family.model_type, {})
+    for name in list(tensors):
+        tensors[rename(name, new_names)] = tensors.pop(name)
+    is_gpt_oss = family.model_type == "gpt_oss"
+    dequantize = split_mxfp4(tensors) if is_gpt_oss else {}
+    split_fused(tensors, config)
+    split_experts(tensors, is_transposed=is_gpt_oss)
+    if config.moe is not None and config.moe.n_shared_experts:
+        split_shared_expert(tensors, config)
+    if family.model_type == "dbrx":
+        split_dbrx_experts(tensors, config)
+    order = rope_order(config, family.interleaved_rope)
+    normalizes_head = family.model_type == "baichuan" and config.vocab_size > BAICHUAN_1_VOCAB
+
+    def read(name: str) -> Tensor:
+        tensor = dequantize[name]() if name in dequantize else tensors[name]
+        tensor = reorder_heads(name, tensor, order)
+        if normalizes_head and name == HEAD:
+            tensor = F.normalize(tensor.float()).to(tensor.dtype)
+        if family.norm_offset and re.search(r"norm\.weight$", name):
+            tensor = (tensor.float() + family.norm_offset).to(tensor.dtype)
+        if family.layer_norm:
+            tensor = center_outputs(name, tensor)
+        return tensor
+
+    return read
+
+
+def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+    """In which order to take the elements of a head, so that the two of a RoPE pair are half a head apart and those
+    that RoPE leaves alone come last in each half. None: they are in this order already.
+
+    interleaved: the two of a pair are side by side, as in Meta's files. Then the order of six is 0 2 4 1 3 5."""
+    rotary_dim = config.rotary_dim or config.head_dim
+    if rotary_dim == config.head_dim and not interleaved:
+        return None
+    rotated = torch.arange(rotary_dim)
+    first, second = (rotated[::2], rotated[1::2]) if interleaved else rotated.chunk(2)
+    rest_first, rest_second = torch.arange(rotary_dim, config.head_dim).tensor_split(2)
+    return torch.cat([first, rest_first, second, rest_second])
+
+
+def reorder_heads(name: str, tensor: Tensor, order: Tensor | None) -> Tensor:
+    """The tensor of this name with the rows of each head in rope_order's order, if it is of queries or keys."""
+    if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
+        return tensor
+    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
+def center_outputs(name: str, tensor: Tensor) -> Tensor:
+    """The tensor of this name, made so that its outputs have mean zero if they are added to x: those of the embedding
+    and of each sublayer's last projection. Then x has mean zero, too, and LayerNorm(x) is RMSNorm(x). The model stays
+    the same: every LayerNorm would subtract that mean from x anyway."""
+    is_embedding = name == EMBEDDING
+    if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.weight$", name):
+        return tensor
+    wide = tensor.float()
+    return (wide - wide.mean(1 if is_embedding else 0, keepdim=True)).to(tensor.dtype)
+
+
+# ---- Splitting: views, without reading ------------------------------------------------------------------------------
+
+
+def pop_matches(tensors: Tensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """Removes every tensor whose name matches, and yields it with the groups of the match. One of fewer dimensions than
+    min_dim stays, since it cannot be split; convert will name what is missing instead."""
+    for name in list(tensors):
+        match = re.fullmatch(pattern, name)
+        if match is not None and tensors[name].dim() >= min_dim:
+            yield tensors.pop(name), match.groups()
+
+
+def split_fused(tensors: Tensors, config: ModelConfig):
+    """Splits qkv_proj and gate_up_proj, as Phi-3 has them."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
+        for projection, part in zip("qkv", tensor.tensor_split([q, q + kv]), strict=True):
+            tensors[f"{prefix}.{projection}_proj.{kind}"] = part
+    for tensor, (prefix,) in pop_matches(tensors, r"(.*\.mlp)\.gate_up_proj\.weight"):
+        tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = tensor.tensor_split(2)
+
+
+def split_experts(tensors: Tensors, is_transposed: bool):
+    """Splits what holds all experts of a layer: gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5
+    writes them. gpt-oss has them transposed, the rows of gate and up in turn, and biases."""
+    for experts, (prefix, projection, is_bias) in pop_matches(
+        tensors, r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?"
+    ):
+        kind = "bias" if is_bias else "weight"
+        for e, tensor in enumerate(experts):
+            if is_transposed and tensor.dim() == 2:
+                tensor = tensor.mT
+            if projection == "down_proj":
+                tensors[f"{prefix}.{e}.down_proj.{kind}"] = tensor
+                continue
+            gate, up = (tensor[::2], tensor[1::2]) if is_transposed else tensor.tensor_split(2)
+            tensors[f"{prefix}.{e}.gate_proj.{kind}"] = gate
+            tensors[f"{prefix}.{e}.up_proj.{kind}"] = up
+
+
+def split_shared_expert(tensors: Tensors, config: ModelConfig):
+    """Splits a shared expert, n_shared_experts times as wide as the others, into experts of their width. It is the sum
+    of these."""
+    n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts
+    for tensor, (prefix, projection) in pop_matches(tensors, r"(.*\.mlp)\.shared_expert\.(\w+)\.weight"):
+        dim = 1 if projection == "down_proj" else 0
+        for i, part in enumerate(tensor.tensor_split(n_shared_experts, dim)):
+            tensors[f"{prefix}.experts.{n_experts + i}.{projection}.weight"] = part
+
+
+def split_dbrx_experts(tensors: Tensors, config: ModelConfig):
+    """Splits DBRX's w1, v1 and w2, each of all experts [E F, dim]. w2's are transposed."""
+    projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
+    for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
+        for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
+            tensors[f"{prefix}.{e}.{projections[kind]}.weight"] = tensor.mT if kind == "w2" else tensor
+
+
+# ---- gpt-oss's weights of four bits ---------------------------------------------------------------------------------
+
+FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # of the numbers 0 to 7; 8 to 15 are the same, negative
+
+
+def split_mxfp4(tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
+    """Splits the experts' projections, each stored as blocks and scales, into one bfloat16 matrix for each expert.
+    tensors gets these without data, on the meta device. Returns for each of their names the function that makes it."""
+    dequantize = {}
+    for blocks, (name, prefix, projection) in pop_matches(
+        tensors, r"((.*\.experts)\.(gate_up_proj|down_proj))_blocks", min_dim=0
+    ):
+        if f"{name}_scales" not in tensors:
+            raise UsageError(f"the checkpoint has no tensor {name}_scales")
+        scales = tensors.pop(f"{name}_scales")
+        check_mxfp4(name, blocks, scales)
+        n_experts, n_rows, n_groups, n_bytes = blocks.shape
+        rows_of = {"down_proj": slice(None)}
+        if projection == "gate_up_proj":  # their rows in turn
+            rows_of = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+        for e in range(n_experts):
+            for part, rows in rows_of.items():
+                shape = len(range(n_rows)[rows]), n_groups * n_bytes * 2
+                part_name = f"{prefix}.{e}.{part}.weight"
+                tensors[part_name] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+                dequantize[part_name] = partial(dequantize_mxfp4, blocks[e], scales[e], rows)
+    return dequantize
+
+
+def check_mxfp4(name: str, blocks: Tensor, scales: Tensor):
+    is_bytes = blocks.dtype == scales.dtype == torch.uint8
+    if not is_bytes or scales.dim() != 3 or blocks.shape != (*scales.shape, 16):
+        names = f"{name}_blocks and {name}_scales"
+        raise UsageError(f"tensors {names} are not MXFP4: bytes [E, N, K/32, 16] and [E, N, K/32]")
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, rows: slice) -> Tensor:
+    """Some rows of a matrix in the Open Compute Project's MXFP4 -> [rows, K] bfloat16, which is exact.
+
+    blocks [N, K / 32, 16]: 32 numbers of four bits, two a byte, the lower half first.
+    scales [N, K / 32]: the exponents of powers of two, with a bias of 127."""
+    values = torch.tensor(FP4_VALUES + [-value for value in FP4_VALUES])
+    blocks = blocks[rows].int()
+    numbers = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [rows, K / 32, 32]
+    exponents = scales[rows].int()[..., None] - 127
+    return torch.ldexp(values[numbers], exponents).flatten(-2).to(torch.bfloat16)

@@ -1,0 +1,100 @@
+"""What --tune of benchmark.py does: finds the fastest tile sizes of a model's products on this GPU.
+
+    python scripts/benchmark.py --config Llama-3.1-8B --mode int4 --compile --tune
+
+They go into kernels/triton_tuned.json, where the kernels find them from then on.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from benchmark_speed import fill_randomly, random_linear
+from torch import Tensor
+from triton.testing import do_bench_cudagraph
+
+import kernels
+from config import ModelConfig
+from kernels.formats import Format
+from kernels.triton_launch import TUNED, TileConfig, choose_tiles, gpu_of, table_key
+from model import Linear, RMSNorm, empty_model
+
+# What is tried besides the guess: block_n, num_warps, warp_k, num_stages
+CANDIDATES = [
+    (16, 4, 128, 3), (16, 4, 256, 3), (16, 4, 256, 4), (16, 2, 256, 4), (16, 4, 64, 4), (16, 4, 256, 2),
+    (16, 8, 256, 3), (32, 4, 128, 3), (32, 2, 256, 3), (32, 4, 64, 4), (32, 4, 64, 3), (32, 4, 128, 4),
+    (32, 4, 256, 3), (32, 8, 64, 3), (64, 4, 128, 3),
+]  # fmt: skip
+
+
+def tune(config: ModelConfig, format: Format, device: torch.device):
+    """For every product of a model whose linears are in format. Takes some minutes."""
+    linears = empty_model(config.with_layers(1)).quantizable_linears()
+    for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
+        tune_product(n, k, gated, format, device)
+
+
+def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.device):
+    """Writes down the fastest tile sizes for W [n, k], of those that also work with the most tokens. gated: W is a gate
+    and an up projection, with the activation."""
+    weights = make_weights(n, k, format, device)
+    x = torch.randn(1, kernels.MAX_TRITON_TOKENS, k, device=device, dtype=torch.bfloat16)
+    tuned = gpu_of(x.device).tuned  # choose_tiles looks into it
+    group_size = format.inputs_per_scale(k)
+    key = table_key(format.format_id, n, k, gated, group_size)
+    tuned.pop(key, None)
+    guess = choose_tiles(x, format.format_id, n, gated, group_size)
+
+    def microseconds(tiles: TileConfig, n_tokens: int) -> float:
+        tuned[key] = tiles._asdict()
+        try:
+            return time_products(x[:, :n_tokens], weights, gated)
+        except Exception as e:  # a GPU with less shared memory than it takes
+            print(f"{key}: {tuple(tiles)} does not run: {e}", file=sys.stderr)
+            return math.inf
+
+    candidates = dict.fromkeys([guess, *(TileConfig(*sizes) for sizes in CANDIDATES)])
+    if gated:  # a program needs 16 outputs of both projections
+        candidates = [tiles for tiles in candidates if tiles.block_n % 32 == 0]
+    times = {tiles: microseconds(tiles, n_tokens=1) for tiles in candidates}
+    for tiles in sorted(times, key=times.get):
+        if times[tiles] < math.inf and microseconds(tiles, kernels.MAX_TRITON_TOKENS) < math.inf:
+            print(f"{key}: {tuple(tiles)} takes {times[tiles]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
+            write_tiles(key, tiles)
+            return
+    del tuned[key]
+
+
+def make_weights(n: int, k: int, format: Format, device: torch.device) -> list[Linear]:
+    """Packed weights [n, k]: so many that none is in the GPU's cache when it is needed again."""
+    weights = [random_linear((n, k), format, device, torch.bfloat16)]
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):
+        weights.append(random_linear((n, k), format, device, torch.bfloat16))
+    kernels.pack_for_triton(weights)
+    return weights
+
+
+@torch.inference_mode()
+def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
+    """The device's microseconds for the product of x with one of the weights."""
+    norm = RMSNorm(x.shape[-1], eps=1e-5).to(x.device, x.dtype)
+    fill_randomly(norm)
+
+    def multiply():
+        for w in weights:
+            kernels.linear(x, w, norm, activation="silu" if gated else None)
+
+    return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
+
+
+def write_tiles(key: str, tiles: TileConfig):
+    """Puts them for this GPU into triton_tuned.json, which is whole at any time."""
+    table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    table.setdefault(torch.cuda.get_device_name(), {})[key] = tiles._asdict()
+    temporary = Path(f"{TUNED}.tmp")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    os.replace(temporary, TUNED)

@@ -1,0 +1,400 @@
+"""Every Triton kernel against exact results: what is checked, for a GPU and for Triton's interpreter.
+
+    python scripts/benchmark.py check --precision bfloat16      # on a GPU
+    python -m pytest tests/test_triton.py                       # in the interpreter
+
+A check is a generator of Comparisons. A new kernel is a new check in all_checks. tests/exact.py has the data, the exact
+results and the bounds. Everything is made on PyTorch's default device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from config import ModelConfig
+from kernels import reference
+from kernels.formats import Dense, Format, Int4, Int8
+from kernels.schema import ACTIVATION_IDS
+from model import ExpertsDown, ExpertsGateUp, LayerCache, alibi_slopes, rope_table
+from sampling import multinomial
+from tests import bounds
+from tests.exact import (
+    FORMATS,
+    OFFSETS,
+    U32,
+    attend,
+    exact_attention,
+    exact_cache,
+    exact_linear,
+    exact_norm,
+    exact_product,
+    exact_rms_norm,
+    exact_stored_glu,
+    factor_dtype,
+    integers,
+    make,
+    make_norm,
+    matrix_and_bias,
+    names,
+    of_cap,
+    of_exact_sums,
+    of_glu,
+    of_pytorch,
+    of_rounding,
+    of_stored,
+    use_triton,
+    with_residual,
+)
+
+
+class Comparison(NamedTuple):
+    operation: str
+    case: str
+    ours: Tensor
+    exact: Tensor
+    bound: Tensor  # how far ours may be from exact, for each element or for all
+
+
+Check = partial[Iterator[Comparison]]
+
+# ---- What is checked -------------------------------------------------------------------------------------------------
+
+ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
+ACTIVATIONS = [name for name in ACTIVATION_IDS if name]
+NORMS = [(1, 5), (3, 37), (8, 64), (3, 1032), (8, 5120)]  # rows, dim
+TOP_K = 2  # experts of a token
+EPILOGUES = [(0.22, 0.0, 6.0), (1.0, 5.0, 0.0), (3.0, 30.0, 20.0)]  # scale, softcap, clip
+ROUTERS = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3)]  # rows, experts, top_k, shared
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What depends on the device: the interpreter is slow at large shapes, a GPU's compiler at many of them."""
+
+    linears: list[tuple]  # N, K, whether there is a bias, numbers of rows
+    random_linears: list[tuple]  # N, K, rows
+    matrices: list[tuple]  # N, K
+    expert_formats: list[Format]
+    experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of rows
+    attention: list[tuple]  # (n_heads, n_kv_heads, head_dim), window, caches (see check_attention), options
+    vocab_sizes: list[int]
+
+
+def gpu_sizes(dtype: torch.dtype) -> Sizes:
+    heads = [(32, 8, 128), (9, 3, 64), (8, 1, 40), (4, 4, 256)]
+    caches = [(1, [0], 100), (1, [8000], 9000), (1, [255, 248, 241], 2000), (8, [1020], 2000)]
+    attention = [(h, window, caches, ("head_norms",) if h[2] == 40 else ()) for h in heads for window in (0, 1000)]
+    attention += [(h, 1000, caches[-2:], ATTENTION_OPTIONS) for h in heads[:2]]
+    real_linears = [(4096, 4096, False, (1, 5))] if dtype == torch.bfloat16 else []  # in one type, which saves time
+    linears = [(1056, 1544, True, (1, 2, 5, 8)), (6, 72, False, (1, 3)), *real_linears]
+    return Sizes(
+        linears,
+        random_linears=[(1056, 1544, 5), (38, 72, 2)],
+        matrices=[(n, k) for n, k, *_ in linears],
+        expert_formats=FORMATS,
+        experts=[(8, 256, 512, False, (1,)), (8, 256, 512, True, (5,))],
+        attention=attention,
+        vocab_sizes=[5, 2048, 128_256],
+    )
+
+
+def interpreter_sizes(dtype: torch.dtype) -> Sizes:
+    """The largest product is beyond the rows of a program and two steps of its loop on a GPU of two multiprocessors."""
+    caches = [(1, [0], 96), (4, [3, 150], 160), (8, [140], 160)]
+    windows = {torch.float32: [0, 90], torch.bfloat16: [7], torch.float16: [0]}[dtype]
+    heads = [(4, 4, 8), (6, 2, 64), (8, 1, 40)]
+    attention = list(product(heads, windows, [caches], [()]))
+    attention += product(heads if dtype == torch.bfloat16 else heads[-1:], windows, [caches], [("head_norms",)])
+    if dtype != torch.float16:
+        options = [*((name,) for name in ATTENTION_OPTIONS), ATTENTION_OPTIONS]
+        attention += product([(4, 4, 8), (6, 2, 24), (8, 1, 64)], windows[:1], [caches[:2]], options)
+    experts = [(4, 64, 48, True, (1, 7, 9))]
+    if dtype == torch.float32:
+        experts += [(4, 64, ffn_dim, False, (1, 7, 9)) for ffn_dim in (40, 44)]  # PyTorch does these, in part or whole
+    large = (96, 264) if dtype == torch.float32 else (160, 1032)
+    return Sizes(
+        linears=[(6, 32, False, (1,)), (70, 72, True, (3,)), (*large, False, (2,))],
+        random_linears=[(38, 72, 2)],
+        matrices=[(5, 8), (33, 136)],
+        expert_formats=[Dense(), Int8(), Int4(32)],
+        experts=experts,
+        attention=attention,
+        vocab_sizes=[5, 2048, 5000],
+    )
+
+
+def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
+    """Partials of this file's functions, so that they can be sent to other processes."""
+    checks = [partial(check_linear, dtype, *case) for case in product(FORMATS, sizes.linears)]
+    checks += [partial(check_random_linear, dtype, *case) for case in product(FORMATS, sizes.random_linears)]
+    checks += [partial(check_dequantize, dtype, *case) for case in product(FORMATS, sizes.matrices)]
+    checks += [partial(check_activation, dtype, activation) for activation in ACTIVATIONS]
+    checks += [partial(check_epilogue, dtype, *epilogue) for epilogue in EPILOGUES]
+    checks += [partial(check_rms_norm, dtype, *norm) for norm in NORMS]
+    for format, size in product(sizes.expert_formats, sizes.experts):
+        if size[2] % format.pack_factor == 0:
+            checks += [partial(check_gate_up, dtype, format, size), partial(check_down, dtype, format, size)]
+    checks += [partial(check_route, *router, normalize) for router in ROUTERS for normalize in (False, True)]
+    checks += [partial(check_sample, vocab_size) for vocab_size in sizes.vocab_sizes]
+    checks += [partial(check_distribution, operation) for operation in ("sample", "multinomial")]
+    checks += [partial(check_attention, dtype, *case) for case in sizes.attention]
+    return checks
+
+
+def name_of(check: Check) -> str:
+    return f"{check.func.__name__}({', '.join(str(argument) for argument in check.args)})"
+
+
+# ---- Products --------------------------------------------------------------------------------------------------------
+
+
+def check_linear(dtype: torch.dtype, format: Format, size: tuple):
+    """With exact data, in which the smallest mistake shows."""
+    n, k, has_bias, row_counts = size
+    w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
+    matrix, bias = matrix_and_bias(w)
+    use_triton(w)
+    for n_rows in row_counts:
+        case = f"{names(format)} {n}x{k} of {n_rows} rows"
+        x, residual = integers(1, n_rows, k, dtype=dtype), torch.randn(1, n_rows, n).to(dtype)
+        y, terms = exact_product(x, matrix, bias)
+        ours = kernels.linear(x, w, out_dtype=torch.float32)
+        yield Comparison("float32_linear", case, ours, y, of_exact_sums(terms, k, format))
+
+        y, terms = exact_product(x, matrix, bias, norm)
+        error = of_exact_sums(terms, k, format)
+        total, total_error = with_residual(y, error, residual)
+        ours = kernels.linear(x, w, norm, residual)
+        yield Comparison("linear", case, ours, total, of_stored(total, total_error, dtype))
+
+        y, error = exact_stored_glu(y, error, "silu", dtype, fused=n % kernels.FUSED_GLU_MULTIPLE == 0)
+        yield Comparison("silu_linear", case, kernels.linear(x, w, norm, activation="silu"), y, error)
+
+
+def check_random_linear(dtype: torch.dtype, format: Format, size: tuple):
+    """Not with integers, so that sums and the product with the norm's weight are rounded, and int4's OFFSET costs
+    bits."""
+    n, k, n_rows = size
+    w, norm = make(n, k, format, dtype), make_norm(k, dtype)
+    matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+    if isinstance(format, Int4):  # OFFSET + q times x, less OFFSET + zero times x
+        wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
+        magnitude = magnitude + 2 * OFFSETS[factor_dtype(dtype)] * wide_scales
+    use_triton(w)
+    x = torch.randn(1, n_rows, k).to(dtype)
+    case = f"{names(format)} {n}x{k} of {n_rows} rows, random"
+    y = x.double() @ matrix.T
+    error = bounds.of_product(x, magnitude, y, torch.float32)
+    yield Comparison("float32_linear", case, kernels.linear(x, w, out_dtype=torch.float32), y, error)
+
+    normed = exact_rms_norm(x, norm)
+    y = normed @ matrix.T
+    rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
+    error = bounds.of_product(normed, magnitude, y, torch.float32) + rounded_factors
+    yield Comparison("float32_linear", case, kernels.linear(x, w, norm, out_dtype=torch.float32), y, error)
+
+
+def check_dequantize(dtype: torch.dtype, format: Format, size: tuple):
+    n, k = size
+    w = make(n, k, format, dtype)
+    exact = w.matrix(torch.float32)
+    use_triton(w)
+    yield Comparison("dequantize", f"{names(format)} {n}x{k}", w.matrix(dtype), exact, of_rounding(exact, dtype))
+
+
+def check_activation(dtype: torch.dtype, activation: str):
+    """Near zero, where it bends, and beyond where it is clamped. What is not finite stays so."""
+    n, k, operation = 96, 72, f"{activation}_linear"
+    w = exact_linear(n, k, Dense(), dtype, bias=True)
+    matrix, bias = matrix_and_bias(w)
+    use_triton(w)
+    for n_rows in (1, 5):
+        x = integers(1, n_rows, k, dtype=dtype)
+        y, terms = exact_product(x, matrix, bias)
+        assert n_rows == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
+        y, error = exact_stored_glu(y, of_exact_sums(terms, k, Dense()), activation, dtype, fused=True)
+        ours = kernels.linear(x, w, activation=activation)
+        yield Comparison(operation, f"{n}x{k} of {n_rows} rows", ours, y, error)
+    x[0, 3, 7] = torch.nan
+    is_nan = kernels.linear(x, w, activation=activation).isnan()
+    expected = x.isnan().any(-1, keepdim=True).expand(is_nan.shape)
+    yield Comparison(operation, "NaN", is_nan, expected, torch.zeros(()))
+
+
+def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float):
+    """After the bias or the activation, before the residual."""
+    n, k, operation = 96, 72, "clipped_linear" if clip else "capped_linear"
+    w = exact_linear(n, k, Int8(), dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
+    matrix, bias = matrix_and_bias(w)
+    use_triton(w)
+
+    def epilogue(y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        y, error = y * scale, error * scale + 2 * U32 * abs(y * scale)
+        if softcap:
+            y, error = reference.cap(y, softcap), error + of_cap(softcap)
+        return y.clamp(-clip, clip) if clip else y, error
+
+    for n_rows in (1, 5):
+        case = f"scale {scale}, softcap {softcap}, clip {clip}, {n_rows} rows"
+        x, residual = integers(1, n_rows, k, dtype=dtype), torch.randn(1, n_rows, n).to(dtype)
+        products, terms = exact_product(x, matrix, bias)
+        sum_error = of_exact_sums(terms, k, Int8())
+        y, error = epilogue(products, sum_error)
+        yield Comparison(operation, case, kernels.linear(x, w, out_dtype=torch.float32), y, error)
+        total, error = with_residual(y, error, residual)
+        ours = kernels.linear(x, w, residual=residual)
+        yield Comparison(operation, f"{case}, residual", ours, total, of_stored(total, error, dtype))
+        y, error = epilogue(*of_glu(products, sum_error))
+        ours = kernels.linear(x, w, activation="silu")
+        yield Comparison(operation, f"{case}, silu", ours, y, of_stored(y, error, dtype))
+
+
+def check_rms_norm(dtype: torch.dtype, n_rows: int, dim: int):
+    norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_rows, dim) * 3).to(dtype)
+    y = exact_rms_norm(x, norm)
+    error = (dim + 8) * U32 * y.abs()
+    yield Comparison("rms_norm", f"{n_rows}x{dim}", norm(x, backend="triton"), y, of_stored(y, error, dtype))
+    total, error = with_residual(y, error, residual)
+    ours = norm(x, residual, "triton")
+    yield Comparison("rms_norm", f"{n_rows}x{dim}, residual", ours, total, of_stored(total, error, dtype))
+
+
+# ---- Mixture of experts ----------------------------------------------------------------------------------------------
+
+
+def check_gate_up(dtype: torch.dtype, format: Format, size: tuple):
+    """Of rows that share experts. PyTorch computes what the kernels do not take."""
+    n_experts, dim, ffn_dim, has_bias, row_counts = size
+    n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
+    w = exact_linear(n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp)
+    matrix, bias = matrix_and_bias(w)
+    use_triton(w)
+    for n_rows in row_counts:
+        _, topk_ids = reference.route(torch.randn(1, n_rows, n_experts) * 3, TOP_K, True)
+        x = integers(1, n_rows, dim, dtype=dtype)
+        chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
+        # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
+        y, terms = (t.squeeze(-2) for t in exact_product(x[..., None, None, :], matrix[topk_ids], chosen_bias, norm))
+        by_kernel = n_rows <= kernels.MAX_TRITON_TOKENS
+        error = of_exact_sums(terms, dim, format) if by_kernel else of_pytorch(terms, dim, dtype)
+        y, error = exact_stored_glu(y, error, "silu", dtype, fused=by_kernel and n % kernels.FUSED_GLU_MULTIPLE == 0)
+        case = f"{names(format)}, {n_experts} of {n}x{dim}, {n_rows} rows"
+        yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "silu"), y, error)
+
+
+def check_down(dtype: torch.dtype, format: Format, size: tuple):
+    n_experts, dim, ffn_dim, has_bias, row_counts = size
+    w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
+    matrix, bias = matrix_and_bias(w)
+    kernels.pack_for_triton([w])
+    assert w.backend == ("triton" if format.fits_kernels(ffn_dim) else "torch")
+    for n_rows in row_counts:
+        topk_weights, topk_ids = reference.route(torch.randn(1, n_rows, n_experts) * 3, TOP_K, True)
+        hidden = integers(1, n_rows, TOP_K, ffn_dim, dtype=dtype)
+        residual = torch.randn(1, n_rows, dim).to(dtype)
+        chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
+        # [B, T, top_k, 1, F] times [B, T, top_k, F, N], weighted and summed over top_k
+        products = exact_product(hidden[..., None, :], matrix[topk_ids], chosen_bias)
+        y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
+        by_kernel = n_rows <= kernels.MAX_TRITON_TOKENS and w.backend == "triton"
+        error = of_exact_sums(terms, ffn_dim, format) if by_kernel else of_pytorch(terms, ffn_dim, dtype)
+        case = f"{names(format)}, {n_experts} of {dim}x{ffn_dim}, {n_rows} rows"
+        yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, of_stored(y, error, dtype))
+        if not by_kernel:
+            error = of_stored(y, error, dtype)
+        total, error = with_residual(y, error, residual)
+        ours = w(hidden, topk_ids, topk_weights, residual)
+        yield Comparison("experts_down", f"{case}, residual", ours, total, of_stored(total, error, dtype))
+
+
+def check_route(n_rows: int, n_experts: int, top_k: int, n_shared_experts: int, normalize: bool):
+    logits = torch.randn(1, n_rows, n_experts + (n_shared_experts > 0)) * 3
+    topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared_experts)
+    our_weights, our_ids = kernels.route(logits, top_k, normalize, "triton", n_shared_experts)
+    case = f"{top_k} of {n_experts} for {n_rows} rows, shared experts: {n_shared_experts}, normalized: {normalize}"
+    yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
+    yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def check_sample(vocab_size: int):
+    """The likeliest token, the first of equals; with noise as the formula says; -1 for a row that is not finite."""
+    logits = torch.randint(-20, 20, (3, vocab_size)).float()
+    expected = logits.argmax(-1)
+    logits[2, 3], expected[2] = torch.nan, -1
+    yield Comparison("sample", f"greedy, {vocab_size} tokens", kernels.sample(logits, 0.0), expected, torch.zeros(()))
+    logits = torch.randn(3, vocab_size)
+    noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
+    for temperature in (1e-30, 0.7, 1e30):
+        ours = torch.ops.gptfast_triton.sample(logits, noise, temperature)
+        scores = logits - temperature * noise.float().log()
+        chosen, bound = scores.gather(-1, ours[:, None])[:, 0], 4 * U32 * scores.abs().amax(-1)
+        case = f"{vocab_size} tokens at temperature {temperature}"
+        yield Comparison("sample", case, chosen, scores.amax(-1), bound)
+
+
+def check_distribution(operation: str):
+    """How often each token is drawn: within five standard deviations. multinomial is not one of our kernels, but on a
+    GPU it takes a way of its own."""
+    probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 3000
+    if operation == "sample":
+        logits = (probabilities.log() * temperature).clamp(min=-1e30)
+        tokens = kernels.sample(logits.expand(n, 5), temperature)
+    else:
+        n = 100_000
+        tokens = multinomial(probabilities.expand(n, 5))
+    deviation = (probabilities * (1 - probabilities) / n).sqrt()
+    yield Comparison(operation, "distribution", tokens.bincount(minlength=5) / n, probabilities, 5 * deviation + U32)
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list, options: tuple):
+    """Rows at positions of their own, in a cache that holds NaN where nothing has been written yet, and is a view of a
+    longer one. Compared are the output, and both caches whole: only the new tokens' places may change.
+
+    caches: each the number of new tokens, the position of the first for every row, and the cache's length."""
+    n_heads, n_kv_heads, head_dim = heads
+    norms, slopes, arguments = make_options(options, heads, dtype)
+    config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
+    for n_tokens, starts, length in caches:
+        rows, full_length = len(starts), length + 40
+        rope, positions = rope_table(config, full_length), torch.tensor(starts)
+        qkv = torch.randn(rows, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
+        k, v = torch.randn(2, rows, n_kv_heads, full_length, head_dim).to(dtype).unbind()
+        for row, start in enumerate(starts):
+            k[row, :, start:], v[row, :, start:] = torch.nan, torch.nan
+        before = LayerCache(k.clone(), v.clone(), rope, slopes)
+        view = LayerCache(k[:, :, :length], v[:, :, :length], rope, slopes)
+        ours = attend(qkv, view, positions, n_heads, "triton", window, *norms, **arguments)
+        case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
+        y, error = exact_attention(qkv, before, positions, n_heads, window, norms, **arguments)
+        yield Comparison("attend", case, ours, y, error)
+        exact_k, exact_v, k_error = exact_cache(qkv, before, positions, n_heads, norms)
+        yield Comparison("attend", f"{case}: keys", k.nan_to_num(9), exact_k.nan_to_num(9), k_error)
+        yield Comparison("attend", f"{case}: values", v.nan_to_num(9), exact_v.nan_to_num(9), torch.zeros(()))
+
+
+def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list, Tensor | None, dict]:
+    """The norms of queries and keys, ALiBi's slopes, and the other arguments of attention. The first of the sinks takes
+    nearly everything."""
+    n_heads, n_kv_heads, head_dim = heads
+    norms, arguments = [None, None], {}
+    if "head_norms" in options:
+        norms = [make_norm(head_dim, dtype) for _ in "qk"]
+    if "wide_norms" in options:
+        norms = [make_norm(n * head_dim, dtype) for n in (n_heads, n_kv_heads)]
+    if "sinks" in options:
+        arguments["sinks"] = torch.cat([torch.tensor([9.0]), torch.randn(n_heads - 1)]).to(dtype)
+    arguments |= {name: value for name, value in (("scale", 0.3), ("softcap", 1.5)) if name in options}
+    slopes = torch.tensor(alibi_slopes(n_heads)) if "alibi" in options else None
+    return norms, slopes, arguments
