@@ -1,4 +1,4 @@
-"""ModelConfig: a model's sizes and options. hf_config.py and families.py read it from a checkpoint's config.json.
+"""ModelConfig: a model's sizes and options. converters/families.py reads it from a checkpoint's config.json.
 
 Every option has a default with which it changes nothing, so that a family only names what it needs. This file has no
 command line.

@@ -25,10 +25,10 @@ import torch
 from checkpoint import read_text
 from cli.ranks import process_group
 from config import UsageError
-from lm_harness import evaluate, harness_model, task_manager
+from evaluation.lm_harness import evaluate, harness_model, task_manager
+from evaluation.scoring import OOM_HINT, perplexity
 from loading import load
 from machine import pick_device
-from scoring import OOM_HINT, perplexity
 
 TEXT_WINDOW = 1024  # tokens of a window of text, unless the model's context is shorter
 

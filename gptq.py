@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UsageError
+from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
+from evaluation.scoring import windows_of
 from kernels.formats import (
     Int4,
     Tensors,
@@ -31,9 +33,7 @@ from kernels.formats import (
     scales_and_zeros,
     split_groups,
 )
-from lm_harness import evaluate, import_lm_eval, task_manager
 from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
-from scoring import windows_of
 from tokenizer import Tokenizer
 
 CHUNK_WEIGHTS = 2**24  # weights rounded at a time, which bounds the memory of their float32 copies

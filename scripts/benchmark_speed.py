@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
-from families import config_from_hf
+from converters.families import config_from_hf
 from generate import generate
 from kernels.formats import Dense, Format, Int4, Int8, Tensors
 from machine import peak_memory, read_bandwidth, synchronize

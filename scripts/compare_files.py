@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from benchmark_speed import config_of, save_random_checkpoint
 from compare_speed import PREFILL
-from convert_tensors import source_shapes
 from torch import Tensor
 
 from checkpoint import read_checkpoint
 from config import ModelConfig, UsageError
+from converters.model_tensors import source_shapes
 from kernels.formats import Int4, Int8, Tensors
 from model import rope_frequencies
 from quantize import linear_weights, quantize_each, write

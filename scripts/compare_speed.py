@@ -102,7 +102,7 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
 
 def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
     """Transformer.active_weight_bytes of a GGUF."""
-    from gguf_file import read_gguf
+    from converters.gguf_file import read_gguf
 
     _, tensors = read_gguf(file)
     if "output.weight" in tensors:  # then of the embedding a step reads one row

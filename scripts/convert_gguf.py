@@ -14,7 +14,6 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 
@@ -27,17 +26,24 @@ try:
 except ImportError as e:
     cli.exit_with(f"this script needs `pip install gguf protobuf` ({e})")
 import torch
-from convert_tensors import Reader, Tensors, convert
-from gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, Architecture, find_architecture, read_config
-from gguf_file import StoredTensor, read_gguf
-from gguf_tokenizer import tokenizer_files
-from hf_tensors import reorder_heads, rope_order
 from torch import Tensor
 
 from config import ModelConfig, UsageError
-from families import FAMILIES
+from converters.families import FAMILIES
+from converters.gguf_config import (
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    Architecture,
+    find_architecture,
+    read_config,
+)
+from converters.gguf_file import StoredTensor, read_gguf
+from converters.gguf_tokenizer import tokenizer_files
+from converters.hf_tensors import reorder_heads, rope_order
+from converters.model_tensors import Reader, Tensors, convert
 
-HF_NAMES = {  # GGUF's names of modules -> those in convert_tensors.py: HF_SOURCES
+HF_NAMES = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",

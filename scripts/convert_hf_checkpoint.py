@@ -8,7 +8,6 @@ The folder holds config.json and safetensors or pytorch_model.bin, in one file o
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 
@@ -16,14 +15,14 @@ if __name__ == "__main__":
     cli.exit_on_interrupt()
 
 import torch
-from convert_tensors import EMBEDDING, HEAD, Reader, Tensors, convert
-from hf_tensors import META_FEED_FORWARD, adapt, rename, reorder_heads, rope_order
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from checkpoint import is_table, load_pickle, read_json
 from config import ModelConfig, UsageError
-from families import config_from_hf, find_family
+from converters.families import config_from_hf, find_family
+from converters.hf_tensors import META_FEED_FORWARD, adapt, rename, reorder_heads, rope_order
+from converters.model_tensors import EMBEDDING, HEAD, Reader, Tensors, convert
 
 
 def main():

@@ -18,7 +18,7 @@ import checkpoint
 import cli
 import generate
 from config import ModelConfig
-from families import config_from_hf
+from converters.families import config_from_hf
 from model import Transformer
 
 VOCAB_SIZE = 260  # the 256 bytes and

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.tiny import ROOT
+from tests.tiny import PACKAGES, ROOT
 
 PAGE = (ROOT / "docs/add_a_model.md").read_text()
 EXCERPTS = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.S)
@@ -59,7 +59,7 @@ def test_excerpts_are_the_code(file, excerpt):
 @pytest.fixture
 def tree(tmp_path):
     """A copy of the sources with the page's diff."""
-    for name in ("cli", "kernels", "scripts", "tests"):
+    for name in (*PACKAGES, "scripts", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, tmp_path)

@@ -17,7 +17,7 @@ import torch
 
 import kernels
 from config import UsageError
-from families import config_from_hf
+from converters.families import config_from_hf
 from kernels.formats import Dense, Int4, Int8
 from loading import load_model, quantized_tensors
 from model import empty_model

@@ -13,7 +13,7 @@ import cli as shell
 import generate
 from chat import ContextFull
 from config import UsageError
-from families import config_from_hf
+from converters.families import config_from_hf
 from generate import build_token_generator, load
 from kernels import cpu
 from model import KVCache, Transformer
@@ -64,7 +64,7 @@ def fed(monkeypatch):
     class Fed(list):
         interrupt = None
 
-    fed, hidden = Fed(), Transformer.hidden
+    fed, hidden = Fed(), Transformer.compute_hidden
 
     def listen(self, tokens, positions, kv_cache):
         if tokens.shape[1] > 1:
@@ -73,7 +73,7 @@ def fed(monkeypatch):
                 raise KeyboardInterrupt
         return hidden(self, tokens, positions, kv_cache)
 
-    monkeypatch.setattr(Transformer, "hidden", listen)
+    monkeypatch.setattr(Transformer, "compute_hidden", listen)
     return fed
 
 

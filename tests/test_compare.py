@@ -23,9 +23,9 @@ import compare_speed  # isort: skip
 import tables  # isort: skip
 from benchmark_speed import checkpoint_tensors, random_model  # isort: skip
 from convert_gguf import rename_tensors  # isort: skip
-from convert_tensors import convert  # isort: skip
-from gguf_config import find_architecture, read_config  # isort: skip
-from gguf_file import read_gguf  # isort: skip
+from converters.model_tensors import convert  # isort: skip
+from converters.gguf_config import find_architecture, read_config  # isort: skip
+from converters.gguf_file import read_gguf  # isort: skip
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512, norm_eps=2**-16, rope_theta=5e5)  # an eps that is the same in float32
 VARIANTS = {

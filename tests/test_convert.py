@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import read_checkpoint
 from config import UsageError
-from families import MODEL_TYPES, config_from_hf
+from converters.families import MODEL_TYPES, config_from_hf
 from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, same_logits
 from tests.tiny_gguf import in_meta_order
 

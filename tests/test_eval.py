@@ -13,12 +13,12 @@ import transformers as hf
 import cli
 import eval
 import gptq
-import lm_harness
 from config import UsageError
-from lm_harness import Options, harness_model
+from evaluation import lm_harness
+from evaluation.lm_harness import Options, harness_model
+from evaluation.scoring import ScoredSequence, scores_of
 from loading import load_model
 from sampling import Sampling
-from scoring import ScoredSequence, scores_of
 from tests.tiny import convert, write_folder
 from tokenizer import load_tokenizer
 

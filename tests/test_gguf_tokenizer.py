@@ -21,7 +21,7 @@ from tests.tiny_tokenizers import TEXTS as MORE_TEXTS
 from tokenizer import load_tokenizer
 
 from convert_gguf import convert_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
-from gguf_tokenizer import SPLITS  # isort: skip
+from converters.gguf_tokenizer import SPLITS  # isort: skip
 
 TEXTS = [
     "Hello world",

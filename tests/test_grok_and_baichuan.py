@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import quantize
 from config import UsageError
-from families import config_from_hf
+from converters.families import config_from_hf
 from generate import generate
 from loading import load_model
 from model import KVCache, alibi_slopes

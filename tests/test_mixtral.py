@@ -12,7 +12,7 @@ import tp
 from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Int4, Int8
 from model import Transformer
-from tests.tiny import ROOT, convert, make_hf, write_folder
+from tests.tiny import PACKAGES, ROOT, convert, make_hf, write_folder
 
 MIXTRAL = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=32000, max_seq_len=32768,
@@ -24,7 +24,7 @@ README = (ROOT / "mixtral-moe/README.md").read_text()
 def test_flow(tmp_path):
     """Prepared, then run in each format, as the page has it; two processes say what one says."""
     files = [path.name for path in ROOT.iterdir() if path.suffix == ".py"]
-    for name in [*files, "kernels", "scripts", "mixtral-moe", "tests"]:
+    for name in [*files, *PACKAGES, "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tmp_path / name)
     python = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 

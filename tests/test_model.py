@@ -6,7 +6,7 @@ import transformers as hf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from config import ModelConfig, MoEConfig, UsageError
-from families import MODEL_TYPES, config_from_hf
+from converters.families import MODEL_TYPES, config_from_hf
 from model import KVCache, rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 

@@ -11,7 +11,7 @@ from checkpoint import read_checkpoint
 from tests.test_convert import refused
 from tests.tiny import convert, make_hf, same_logits
 
-from hf_tensors import dequantize_mxfp4  # isort: skip  (tests.tiny put scripts/ on the path)
+from converters.hf_tensors import dequantize_mxfp4  # isort: skip  (tests.tiny put scripts/ on the path)
 
 
 @pytest.fixture

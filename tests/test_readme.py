@@ -20,7 +20,7 @@ import eval
 import generate
 import quantize
 import tests.tiny
-from tests.tiny import ROOT, call, convert, write_folder
+from tests.tiny import PACKAGES, ROOT, call, convert, write_folder
 
 import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
 import convert_hf_checkpoint  # isort: skip
@@ -58,7 +58,7 @@ echo >>"$CALLS"
 def tree(tmp_path_factory) -> Path:
     """A copy of the scripts with a tiny model as checkpoints/M, and a python3 in bin/ that only takes notes."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in [*(path.name for path in ROOT.glob("*.py")), "cli", "kernels", "scripts", "mixtral-moe", "tests"]:
+    for name in [*(path.name for path in ROOT.glob("*.py")), *PACKAGES, "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tree / name)
     write_folder("llama3", tree / "checkpoints/M")
     convert(tree / "checkpoints/M")
@@ -167,8 +167,8 @@ def test_imports_go_one_way():
     text = (ROOT / "docs/how_it_works.md").read_text()
     names = [Path(name).stem for name in re.findall(r"^    (\w+(?:\.py|/)) ", text, re.M)]
     assert names[0] == "config" and names[-1] == "generate"
-    everything = {path.stem for path in ROOT.glob("*.py")} | {"cli", "kernels"}
-    assert {*names, "chat_template", "eval", "gptq", "quantize"} == everything
+    everything = {path.stem for path in ROOT.glob("*.py")} | set(PACKAGES)
+    assert {*names, "chat_template", "converters", "eval", "gptq", "quantize"} == everything
     for i, name in enumerate(names):
         folder = ROOT / name
         for path in folder.glob("*.py") if folder.is_dir() else [ROOT / f"{name}.py"]:
@@ -177,4 +177,5 @@ def test_imports_go_one_way():
 
 
 def sources() -> list[Path]:
-    return [path for folder in (ROOT, ROOT / "cli", ROOT / "kernels", ROOT / "scripts") for path in folder.glob("*.py")]
+    folders = [ROOT, *(ROOT / name for name in (*PACKAGES, "scripts"))]
+    return [path for folder in folders for path in folder.glob("*.py")]

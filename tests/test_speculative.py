@@ -34,7 +34,7 @@ from speculate import (
 )
 from steps import Steps, build_steps
 from tests.byte_models import random_folder, set_up
-from tests.tiny import FAMILIES, ROOT, call, convert, make_hf, to_ours, write_folder
+from tests.tiny import FAMILIES, PACKAGES, ROOT, call, convert, make_hf, to_ours, write_folder
 
 CPU = torch.device("cpu")
 GREEDY = Sampling()
@@ -402,7 +402,7 @@ def tree(tmp_path_factory) -> Path:
     target = tree / "checkpoints/tiny/target"
     write_folder("llama2", target)
     call(quantize.main, "--checkpoint_path", convert(target), "--mode", "int4")
-    for path in [p for p in ROOT.iterdir() if p.suffix == ".py"] + [ROOT / n for n in ("kernels", "scripts", "tests")]:
+    for path in [p for p in ROOT.iterdir() if p.suffix == ".py"] + [ROOT / n for n in (*PACKAGES, "scripts", "tests")]:
         (tree / path.name).symlink_to(path)
     return tree
 

@@ -17,6 +17,7 @@ from generate import load_model
 from model import KVCache
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("cli", "converters", "evaluation", "kernels")
 sys.path.insert(0, str(ROOT / "scripts"))
 from convert_hf_checkpoint import convert_folder  # noqa: E402
 

@@ -9,7 +9,7 @@ no command line.
 from functools import partial
 
 from config import ModelConfig, UsageError
-from hf_config import (
+from converters.hf_config import (
     NEUTRAL_VALUES,
     Family,
     all_sliding,

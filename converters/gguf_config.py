@@ -11,10 +11,10 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from gguf_file import StoredTensor
 
 from config import ModelConfig, RopeScaling, UsageError
-from families import config_from_hf
+from converters.families import config_from_hf
+from converters.gguf_file import StoredTensor
 from model import rope_frequencies
 
 # The metadata's fields, after "llama." or the like -> the fields of config.json that say the same

@@ -12,15 +12,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from convert_tensors import EMBEDDING, HEAD, Reader, Tensors
 from torch import Tensor
 
 from config import ModelConfig, UsageError
-from hf_config import Family
+from converters.hf_config import Family
+from converters.model_tensors import EMBEDDING, HEAD, Reader, Tensors
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
-# Parts of a family's names -> those in convert_tensors.py: HF_SOURCES. There, as in Llama, input_layernorm comes before
+# Parts of a family's names -> those in model_tensors.py: HF_SOURCES. There, as in Llama, input_layernorm comes before
 # attention and post_attention_layernorm before the feed-forward. Renames are made in order: the first of GEMMA_NORMS
 # frees a name that the second one takes.
 GEMMA_NORMS = {

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from chat_template import render
 from completion import complete_all
 from config import UsageError
+from evaluation.scoring import OOM_HINT, ScoredSequence, scores_of
 from model import Transformer
 from sampling import Sampling
 from scheduler import Request, Scheduler
-from scoring import OOM_HINT, ScoredSequence, scores_of
 from tokenizer import Tokenizer
 
 
