@@ -17,7 +17,7 @@ from torch import Tensor
 import tp
 from checkpoint import read_checkpoint
 from config import UsageError
-from kernels.formats import Tensors, format_of
+from kernels.formats import Tensors, formats_of
 from machine import check_memory, drop_pages
 from model import Transformer, empty_model
 from steps import OOM_HINT
@@ -58,8 +58,8 @@ def load_model(
     sharded: with several ranks, this rank gets its shard (tp.py); False: it gets the whole model."""
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
-    model = empty_model(config, format_of(quantization))
-    is_tied = config.tie_embeddings and quantization is None and "lm_head.weight" not in tensors
+    model = empty_model(config, formats_of(quantization))
+    is_tied = config.tie_embeddings and model.lm_head.format.quantization is None and "lm_head.weight" not in tensors
     keep_dtype = quantized_tensors(model)
     check_tensors(path, model, tensors, is_tied, keep_dtype)
     n_ranks = tp.world_size() if sharded else 1

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig, RopeScaling, UsageError
-from kernels.formats import Dense, Format, Tensors
+from kernels.formats import Dense, Format, Formats, Tensors
 
 DENSE = Dense()
+ALL_DENSE = Formats(DENSE)
 
 
 class Transformer(nn.Module):
@@ -36,6 +37,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.format: Format = DENSE  # of most linear layers
         self.embed_scale = config.embed_scale
         # from_pretrained skips nn.Embedding's initialization, which imports PyTorch's compiler: 1 s and 150 MB.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
@@ -81,11 +83,6 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
-    @property
-    def format(self) -> Format:
-        """The checkpoint's format. (A rank's o_proj and down_proj may have smaller groups.)"""
-        return self.layers[0].attention.qkv_proj.format
-
     def uses_kernels(self, batch: int, n_tokens: int) -> bool:
         """Whether kernels compute every operation of a step of n_tokens in each of batch sequences. If so, the step can
         be recorded."""
@@ -110,12 +107,18 @@ class Transformer(nn.Module):
         return round(total)
 
 
-def empty_model(config: ModelConfig, format: Format = DENSE) -> Transformer:
-    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory."""
+def empty_model(config: ModelConfig, formats: Formats = ALL_DENSE) -> Transformer:
+    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. Raises UsageError
+    if formats names a layer that the model does not have."""
     with torch.device("meta"):
         model = Transformer(config)
-    for _, linear in model.quantizable_linears():
-        linear.set_format(format)
+    linears = dict(model.quantizable_linears())
+    unknown = formats.exceptions.keys() - linears.keys()
+    if unknown:
+        raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
+    model.format = formats.default
+    for name, linear in linears.items():
+        linear.set_format(formats.of_layer(name))
     return model
 
 

@@ -107,10 +107,11 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     """Shrinks model, which is on the meta device in its checkpoint's format, to this rank's part. Returns the function
     (name, tensor of the checkpoint) -> this rank's part of the tensor. Raises UsageError for sizes that cannot be cut
     and for missing devices."""
-    plan, format, n_ranks = tp_plan(model.config), model.format, world_size()
-    check_device(device)
-    check_divides(model.config, format, n_ranks)
+    plan, n_ranks = tp_plan(model.config), world_size()
     linears = dict(model.quantizable_linears())
+    formats = {name: linear.format for name, linear in linears.items()}  # of the checkpoint; the model's will change
+    check_device(device)
+    check_divides(model.config, max(formats.values(), key=lambda format: format.pack_factor), n_ranks)
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
         """A copy of the part, so that only that much of a memory-mapped tensor is read. tensor itself if every rank has
@@ -123,7 +124,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
         if spec is None:
             return tensor
         if spec.along == "inputs":
-            return shard_inputs(tensor, tensor_name, spec, format)
+            return shard_inputs(tensor, tensor_name, spec, formats[module_name])
         return shard_outputs(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
 
     for name, linear in linears.items():
@@ -134,7 +135,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.granularity, 0, n_ranks)[1] for size in spec.sections)  # the same on every rank
         if spec.along == "inputs":
-            linear.in_features, linear.format = n, format.shard_format(n)
+            linear.in_features, linear.format = n, formats[name].shard_format(n)
         else:
             linear.out_features = n
     for module in model.modules():

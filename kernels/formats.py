@@ -18,7 +18,7 @@ Int4 stores 8 elements in 4 bytes. Byte j holds element j in its low half and el
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -222,8 +222,28 @@ class Int4(Format):
         return rows | {"weight": rows["weight"].view(torch.uint8)}
 
 
+@dataclass(frozen=True)
+class Formats:
+    """The format of every linear layer of a model: most have the same, and a checkpoint may name exceptions."""
+
+    default: Format
+    exceptions: dict[str, Format] = field(default_factory=dict)  # by the layer's name
+
+    def of_layer(self, name: str) -> Format:
+        return self.exceptions.get(name, self.default)
+
+
+def formats_of(quantization: dict | None) -> Formats:
+    """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
+    name. Raises UsageError."""
+    exceptions = quantization.get("layers", {}) if isinstance(quantization, dict) else {}
+    if not isinstance(exceptions, dict):
+        raise UsageError(f"the checkpoint's quantized layers are {exceptions!r}, which this version does not read")
+    return Formats(format_of(quantization), {name: format_of(value) for name, value in exceptions.items()})
+
+
 def format_of(quantization: dict | None) -> Format:
-    """The format that a checkpoint's "quantization" describes. Raises UsageError."""
+    """The format of most layers. Raises UsageError."""
     if quantization is None:
         return Dense()
     if isinstance(quantization, dict):

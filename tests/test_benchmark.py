@@ -18,7 +18,7 @@ import torch
 import kernels
 from config import UsageError
 from converters.families import config_from_hf
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import Dense, Formats, Int4, Int8
 from loading import load_model, quantized_tensors
 from model import empty_model
 from tests import check_triton
@@ -93,7 +93,7 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    empty = empty_model(config, format)
+    empty = empty_model(config, Formats(format))
     needed, keep_dtype = empty.state_dict(), quantized_tensors(empty)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     assert held == {name: (t.shape, t.dtype if name in keep_dtype else torch.float16) for name, t in needed.items()}

@@ -11,6 +11,8 @@ import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
 from generate import load, load_model
+from kernels.formats import Int4, Int8
+from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
 from tests.tiny import call
 
@@ -50,6 +52,34 @@ def test_a_head_of_its_own_counts(folder, tmp_path):
     rewrite(folder / "model.pth", tmp_path / "model.pth", lambda tensors: tensors.update({"lm_head.weight": head}))
     model = load_model(tmp_path / "model.pth", dtype=torch.float32, use_kernels=False)
     assert torch.equal(model.lm_head.weight, head) and not torch.equal(model.embed_tokens.weight, head)
+
+
+def test_layers_in_other_formats(folder, tmp_path):
+    """A file may say the format of each layer. The head that is left in 16 bits is tied."""
+    config, quantization, tensors = read_checkpoint(folder / "model_int8.pth")
+    original = read_checkpoint(folder / "model.pth")[2]
+    other, name = Int4(32), "layers.1.feed_forward.gate_up_proj"
+    del tensors["lm_head.weight"], tensors["lm_head.scales"]
+    tensors |= {f"{name}.{part}": t for part, t in other.quantize(original[f"{name}.weight"]).items()}
+    layers = {"lm_head": None, name: other.quantization}
+    shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
+    path, tokens = tmp_path / "model.pth", torch.arange(9)[None]
+    for exceptions, error in [(layers, None), ({"lm_heat": None}, "lm_heat, which is no linear"), ([1], "layers are")]:
+        save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": exceptions})
+        if error:
+            with pytest.raises(UsageError, match=error):
+                load_model(path)
+    save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": layers})
+    model = load_model(path, dtype=torch.float32)
+    plain = load_model(path, dtype=torch.float32, use_kernels=False)
+    assert model.is_tied and model.format == Int8() and model.get_submodule(name).format == other
+    dense = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
+    for layer, linear in plain.quantizable_linears():
+        dense.get_submodule(layer).set_tensor("weight", linear.matrix(torch.float32))
+    with torch.inference_mode():
+        logits = [m(tokens, torch.zeros(1, dtype=torch.long), KVCache(m, 1, 9)) for m in (model, plain, dense)]
+    assert torch.equal(logits[1], logits[2])
+    torch.testing.assert_close(logits[0], logits[1])
 
 
 @pytest.mark.parametrize(
