@@ -39,13 +39,13 @@ class TokenGenerator(Protocol):
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, generate_tokens: TokenGenerator, context_length: int, eos_ids: Sequence[int],
+        self, tokenizer: Tokenizer, generate_tokens: TokenGenerator, max_seq_len: int, eos_ids: Sequence[int],
         system: str | None = None,
     ):  # fmt: skip
-        """context_length: the length of generate_tokens' KV cache. system: the system message. Raises UsageError if the
+        """max_seq_len: that of generate_tokens' KV cache. system: the system message. Raises UsageError if the
         checkpoint has no chat template."""
         self.tokenizer, self.generate_tokens = tokenizer, generate_tokens
-        self.context_length, self.eos_ids = context_length, set(eos_ids)
+        self.max_seq_len, self.eos_ids = max_seq_len, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
         self.cached: list[int] = []  # the tokens whose keys and values are in the KV cache
@@ -88,17 +88,17 @@ class Conversation:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
 
         def has_room(n_pairs: int) -> bool:
-            return self.context_length - len(ids_without(n_pairs)) >= self.context_length * ROOM
+            return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * ROOM
 
-        if self.tokenizer.exceeds(message, self.context_length):
-            raise ContextFull(f"That is far longer than the context of {self.context_length} tokens: shorten it.")
+        if self.tokenizer.exceeds(message, self.max_seq_len):
+            raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
-        if self.context_length - len(ids) < min(max_new_tokens, self.context_length * MIN_ROOM):
+        if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * MIN_ROOM):
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=has_room)  # all, if even that is not enough
             ids = ids_without(n_pairs)
-        if len(ids) >= self.context_length:
+        if len(ids) >= self.max_seq_len:
             what, hint = ("Message and answer take", "") if answer_ids else ("That takes", ": shorten it")
-            raise ContextFull(f"{what} {len(ids)} tokens, and the context has {self.context_length}{hint}.")
+            raise ContextFull(f"{what} {len(ids)} tokens, and the context has {self.max_seq_len}{hint}.")
         self.n_forgotten = 2 * n_pairs
         del self.messages[: self.n_forgotten]
         return ids
@@ -106,7 +106,7 @@ class Conversation:
     def stream(self, ids: list[int], max_new_tokens: int, turn: list[dict]) -> Iterator[str]:
         """Yields what follows ids, and adds it to the last message. turn: messages that are added before. A character
         whose last bytes are missing when the answer is cut comes when it goes on."""
-        n_free = self.context_length - len(ids)
+        n_free = self.max_seq_len - len(ids)
         self.messages += turn
         self.token_times, self.finish_reason = [], "interrupted"
         has_ended = False

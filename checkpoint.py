@@ -33,10 +33,10 @@ from tqdm import tqdm
 from config import ModelConfig, UsageError
 from machine import lacks_memory
 
-FORMAT = "gpt-fast/4"
+CHECKPOINT_VERSION = "gpt-fast/4"
 
 # Earlier versions of the format differ in names only: parts of the tensors' names, and fields of the config's objects.
-EARLIER_FORMATS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3")
+EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
@@ -59,7 +59,7 @@ def save_checkpoint(
     """Writes a checkpoint of the tensors that shapes lists. tensors yields them in any order, so that only one needs to
     be in memory at a time. Raises UsageError if tensors are not exactly those of shapes. After any error, a file that
     was at path before is unchanged."""
-    header = {"format": FORMAT, "config": asdict(config), "quantization": quantization}
+    header = {"format": CHECKPOINT_VERSION, "config": asdict(config), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
@@ -122,12 +122,13 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, Ten
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_pickle(path)
-    if not isinstance(data, dict) or data.get("format") not in (FORMAT, *EARLIER_FORMATS):
-        raise UsageError(f"{path} is not a {FORMAT} checkpoint; make one with scripts/convert_hf_checkpoint.py")
+    if not isinstance(data, dict) or data.get("format") not in (CHECKPOINT_VERSION, *EARLIER_VERSIONS):
+        maker = "scripts/convert_hf_checkpoint.py"
+        raise UsageError(f"{path} is not a {CHECKPOINT_VERSION} checkpoint; make one with {maker}")
     config, tensors = data.get("config"), data.get("tensors")
     if not is_table(tensors):
         raise UsageError(f"{path} holds no table of tensors; convert it again")
-    if data["format"] in EARLIER_FORMATS:
+    if data["format"] in EARLIER_VERSIONS:
         config, tensors = rename(config, tensors)
     return ModelConfig.from_dict(config), data.get("quantization"), tensors
 
@@ -177,7 +178,7 @@ def explain_load_error(path: Path, e: Exception) -> str:
         return f"{path} holds more than weights, so it is not opened: pickles can run code"
     converters = {".gguf": "convert_gguf.py", ".safetensors": "convert_hf_checkpoint.py"}
     if path.suffix in converters:
-        return f"{path} is not a {FORMAT} checkpoint; scripts/{converters[path.suffix]} makes one of it"
+        return f"{path} is not a {CHECKPOINT_VERSION} checkpoint; scripts/{converters[path.suffix]} makes one of it"
     return f"{path} is truncated or not a PyTorch file ({type(e).__name__})"
 
 

@@ -25,7 +25,7 @@ class Completion:
     def __init__(self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0):
         """index: the request's number, for the caller."""
         self.request, self.eos_ids, self.index = request, eos_ids, index
-        prefix_ids = () if request.is_chat else request.prompt
+        prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
         self.text = ""
         self.tokens: list[int] = []  # the new ones, an end token included
@@ -97,16 +97,17 @@ def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[
 def generate_many(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str | list[dict]], parallel: int = 16,
     max_new_tokens: int = 200, sampling: Sampling = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
+    compile: bool = False,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
     """Yields (number, continuation) of each of prompts, in order, parallel of them computed at a time. A prompt is a
     text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: texts at which a
-    continuation ends; they are not part of it. Raises UsageError."""
+    continuation ends; they are not part of it. compile: record the steps on a GPU, too. Raises UsageError."""
     requests = []
     for i, prompt in enumerate(prompts):
         ids, is_chat = tokenizer.encode_prompt(prompt), not isinstance(prompt, str)
         requests.append(Request(ids, max_new_tokens, sampling, seed + i, stop, is_chat))
-    length = max((len(request.prompt) for request in requests), default=1) + max_new_tokens
-    scheduler = Scheduler(model, max(1, min(parallel, len(requests))), length)
+    max_seq_len = max((len(request.prompt_ids) for request in requests), default=1) + max_new_tokens
+    scheduler = Scheduler(model, max(1, min(parallel, len(requests))), max_seq_len, compile=compile)
     for completion in complete_all(scheduler, tokenizer, requests):
         if completion.error:
             raise UsageError(f"prompt {completion.index}: {completion.error}")

@@ -13,7 +13,7 @@ The parts of LLM, which do batches and more:
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
-    kv_cache = make_kv_cache(model, batch_size=1, length=prompt.shape[1] + 50)
+    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
     steps = build_steps(model, kv_cache, Sampling(temperature=0.8))
     for ids in generate(steps, prompt, start=0, max_new_tokens=50):
         print(tokenizer.decode(ids))
@@ -48,7 +48,7 @@ from completion import Completion, generate_many
 from config import UsageError
 from kernels import MAX_TOKENS
 from loading import load, load_model
-from machine import pick_device
+from machine import OOM_HINT, pick_device
 from model import KVCache, Transformer
 from sampling import Sampling
 from scheduler import Request
@@ -61,7 +61,7 @@ from speculate import (
     proposal_sizes,
     speculate,
 )
-from steps import OOM_HINT, Steps, build_steps, check_finite, make_kv_cache
+from steps import Steps, build_steps, check_finite, make_kv_cache
 from tokenizer import Tokenizer
 
 # For programs that import this file
@@ -74,30 +74,30 @@ CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's conte
 def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> Iterator[list[int]]:
     """Yields the next token of each sequence, max_new_tokens times. prompt [B, T] begins at position start. The KV
     cache must have room for start + T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite."""
-    positions = torch.full(prompt.shape[:1], start, device=prompt.device)
-    tokens = steps.prefill(prompt, positions)
-    positions = positions + prompt.shape[1]
+    start_pos = torch.full(prompt.shape[:1], start, device=prompt.device)
+    tokens = steps.prefill(prompt, start_pos)
+    start_pos = start_pos + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
-        # Give a GPU its next step before the host waits for this step's tokens. That step may overwrite tokens, the
-        # buffer of a recorded step; the copy to the host comes before it in the same stream. Not a CPU, which would
-        # compute the step right away, although the caller may stop after these tokens.
+        # A GPU gets its next step before the host waits for this step's tokens, so that it computes while the host
+        # handles them. That step may overwrite tokens, a recorded step's buffer; the copy to the host is before it in
+        # the same stream. On a CPU the call would compute the step, which is wasted if the caller stops after this one.
         next_is_queued = tokens.is_cuda and n_left > 0
         if next_is_queued:
-            tokens, positions = decode(steps, tokens, positions)
+            tokens, start_pos = decode(steps, tokens, start_pos)
         ids = read_ids()
         check_finite(ids)
         yield ids
         if n_left > 0 and not next_is_queued:
-            tokens, positions = decode(steps, tokens, positions)
+            tokens, start_pos = decode(steps, tokens, start_pos)
 
 
-def decode(steps: Steps, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """One decode step: tokens [B], positions [B] -> the next tokens [B] and their positions [B]."""
+def decode(steps: Steps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
+    """One decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
     # Logits that are not finite give token -1, which the embedding does not have. On a GPU this step starts before the
     # host has checked the tokens.
     inputs = tokens[:, None].clamp(min=0)
-    return steps.decode(inputs, positions), positions + 1
+    return steps.decode(inputs, start_pos), start_pos + 1
 
 
 def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
@@ -133,18 +133,18 @@ class LLM:
 
     def __init__(
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
-        max_length: int = 2048, compile: bool = False, **sampling,
+        max_seq_len: int = 2048, compile: bool = False, **sampling,
     ):  # fmt: skip
-        """device: by default the machine's accelerator, or the CPU. max_length: tokens that a text or conversation may
+        """device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
         have, at most the model's context. sampling: fields of Sampling, such as temperature. Raises UsageError."""
         self.model, self.tokenizer = load(checkpoint_path, pick_device(device), dtype)
-        self.max_length = min(max_length, self.model.config.max_seq_len)
+        self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         self.sampling, self.compile = Sampling(**sampling), compile
-        self.idle = [self.new_token_generator()]  # those that no text is using
+        self.free_generators = [self.new_token_generator()]  # those that no text is using
 
     def new_token_generator(self) -> TokenGenerator:
         """With a KV cache of its own."""
-        kv_cache = make_kv_cache(self.model, batch_size=1, length=self.max_length)
+        kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
@@ -152,15 +152,15 @@ class LLM:
         under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises UsageError."""
         is_chat = not isinstance(prompt, str)
         for text in [message["content"] for message in prompt] if is_chat else [prompt]:
-            if self.tokenizer.exceeds(text, self.max_length):
-                raise UsageError(f"a prompt of {len(text)} characters exceeds max_length, {self.max_length} tokens")
+            if self.tokenizer.exceeds(text, self.max_seq_len):
+                raise UsageError(f"a prompt of {len(text)} characters exceeds max_seq_len, {self.max_seq_len} tokens")
         history = self.tokenizer.encode_prompt(prompt)
-        if len(history) + max_new_tokens > self.max_length:
+        if len(history) + max_new_tokens > self.max_seq_len:
             n = len(history)
-            raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_length, {self.max_length}")
+            raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_seq_len, {self.max_seq_len}")
         request = Request(history, max_new_tokens, self.sampling, stop=stop, is_chat=is_chat)
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
-        generate_tokens = self.idle.pop() if self.idle else self.new_token_generator()
+        generate_tokens = self.free_generators.pop() if self.free_generators else self.new_token_generator()
         try:
             for step_tokens in generate_tokens(history, 0, max_new_tokens):
                 text = completion.add_step(sequences[0] for sequences in step_tokens)
@@ -169,20 +169,20 @@ class LLM:
                 if completion.finish_reason:
                     return
         finally:
-            self.idle.append(generate_tokens)
+            self.free_generators.append(generate_tokens)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
         stop: tuple[str, ...] = (), seed: int = 0,
     ) -> Iterator[tuple[int, str]]:  # fmt: skip
         """Yields (number, continuation) of each of prompts: see completion.generate_many."""
-        options = (parallel, max_new_tokens, self.sampling, stop, seed)
+        options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
         return generate_many(self.model, self.tokenizer, prompts, *options)
 
     def chat(self, system: str | None = None) -> Conversation:
         """A new conversation; its answer method takes the messages. system: the system message."""
         generate_tokens, eos_ids = self.new_token_generator(), self.model.config.eos_ids
-        return Conversation(self.tokenizer, generate_tokens, self.max_length, eos_ids, system)
+        return Conversation(self.tokenizer, generate_tokens, self.max_seq_len, eos_ids, system)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -203,26 +203,28 @@ def main():
     if args.parallel:
         complete_in_parallel(args, model, tokenizer, prompts, {"compile_seconds": 0.0, "load_seconds": load_seconds})
         return
-    length = cache_length(args, prompts, model, draft)
+    max_seq_len = needed_seq_len(args, prompts, model, draft)
 
-    kv_cache = make_kv_cache(model, args.batch_size, length)
+    kv_cache = make_kv_cache(model, args.batch_size, max_seq_len)
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     if args.speculative:
-        proposer = build_proposer(args, model, draft, length, device)
+        proposer = build_proposer(args, model, draft, max_seq_len, device)
         speculation = build_speculation(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
         generate_tokens = partial(speculate, speculation)
     else:
         speculation = None
         generate_tokens = build_token_generator(steps, kv_cache)
     start = time.perf_counter()
-    warm_up(args, steps, speculation, len(prompts[0].ids) if prompts else MAX_TOKENS + 1, device)
+    # A conversation's first message may have any length: compile for one that the kernels do not take.
+    n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_TOKENS + 1
+    warm_up(args, steps, speculation, n_prompt_tokens, device)
     stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
     if args.json and tp.world_size() > 1:
         stats |= parallel_stats(args, steps, device)
 
     torch.manual_seed(args.seed)
     if args.conversation:
-        conversation = Conversation(tokenizer, generate_tokens, length, model.config.eos_ids, args.system)
+        conversation = Conversation(tokenizer, generate_tokens, max_seq_len, model.config.eos_ids, args.system)
         converse(conversation, args.max_new_tokens)
         return
     complete_in_turn(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
@@ -246,7 +248,9 @@ def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
     return draft
 
 
-def cache_length(args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None) -> int:
+def needed_seq_len(
+    args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
+) -> int:
     """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
     name, context = "model", model.config.max_seq_len
     if draft is not None and draft.config.max_seq_len < context:
@@ -265,11 +269,11 @@ def cache_length(args: argparse.Namespace, prompts: list[Prompt], model: Transfo
 
 
 def build_proposer(
-    args: argparse.Namespace, model: Transformer, draft: Transformer | None, length: int, device: torch.device
+    args: argparse.Namespace, model: Transformer, draft: Transformer | None, max_seq_len: int, device: torch.device
 ) -> Proposer:
     if draft is None:
         return PromptLookup(args.prompt_lookup, device)
-    draft_cache = make_kv_cache(draft, 1, length)
+    draft_cache = make_kv_cache(draft, 1, max_seq_len)
     return build_draft_model(draft, draft_cache, model, args.sampling, args.compile)
 
 

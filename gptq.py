@@ -54,18 +54,18 @@ def quantize_model(
     """Quantizes the linear layers of model, calibrated on windows [n, T] of tokens. Yields (name, tensors).
 
     model is on the CPU. Its blocks move to device one by one, and to meta when they are done, to free their memory."""
-    positions = torch.zeros(1, dtype=torch.long, device=device)
+    start_pos = torch.zeros(1, dtype=torch.long, device=device)
     # Every window begins at position 0 and overwrites what is in the cache, so one layer's cache serves all layers.
     cache = KVCache(model, 1, windows.shape[1]).layers[0]
     cache = LayerCache(*(t if t is None else t.to(device) for t in cache))
     xs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, layer in enumerate(model.layers):
         layer.to(device)
-        hessians = hessians_of(model, i, xs, positions, cache)
+        hessians = hessians_of(model, i, xs, start_pos, cache)
         for name in list(hessians):
             hessian = hessians.pop(name)  # so that its memory is free afterwards
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
-        xs = [layer(x, positions, cache) for x in xs]
+        xs = [layer(x, start_pos, cache) for x in xs]
         layer.to("meta")
     model.norm.to(device)
     model.lm_head.to(device)
@@ -93,7 +93,7 @@ def check_finite_weight(name: str, weight: Tensor):
 
 
 def hessians_of(
-    model: Transformer, i: int, xs: list[Tensor], positions: Tensor, cache: LayerCache
+    model: Transformer, i: int, xs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
     """The Hessians of the linear layers in block i, whose inputs are xs, by name: [K, K], for experts [E, K, K]."""
     sums, hooks = {}, []
@@ -118,7 +118,7 @@ def hessians_of(
         sums[name] = torch.zeros(*experts, linear.in_features, linear.in_features, device=linear.weight.device)
         hooks.append(linear.register_forward_pre_hook(partial(add_inputs, name), with_kwargs=True))
     for x in xs:
-        model.layers[i](x, positions, cache)
+        model.layers[i](x, start_pos, cache)
     for hook in hooks:
         hook.remove()
     return sums

@@ -18,9 +18,8 @@ import tp
 from checkpoint import read_checkpoint
 from config import UsageError
 from kernels.formats import Tensors, formats_of
-from machine import check_memory, drop_pages
+from machine import OOM_HINT, check_memory, drop_pages
 from model import Transformer, empty_model
-from steps import OOM_HINT
 from tokenizer import Tokenizer, load_tokenizer
 
 

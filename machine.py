@@ -37,6 +37,8 @@ MEMORY_FILES = [
 ]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which PyTorch reads
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # Linux's codes for madvise
+OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"  # what needs less memory
+
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,6 +1,6 @@
 """The model: one Transformer for every supported family, dense or mixture of experts.
 
-    Transformer       embedding, blocks, head: forward(tokens, positions, kv_cache) -> logits
+    Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys and values of earlier tokens; allocated once and passed in
     Linear            y = x W^T, W in the checkpoint's format (kernels/formats.py)
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig, RopeScaling, UsageError
-from kernels.formats import Dense, Format, Formats, Tensors
+from kernels.formats import Dense, Tensors, WeightFormat, WeightFormats
 
 DENSE = Dense()
-ALL_DENSE = Formats(DENSE)
+ALL_DENSE = WeightFormats(DENSE)
 
 
 class Transformer(nn.Module):
@@ -37,7 +37,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.format: Format = DENSE  # of most linear layers
+        self.format: WeightFormat = DENSE  # of most linear layers
         self.embed_scale = config.embed_scale
         # from_pretrained skips nn.Embedding's initialization, which imports PyTorch's compiler: 1 s and 150 MB.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
@@ -45,16 +45,16 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, scale=config.logit_scale, softcap=config.logit_softcap)
 
-    def forward(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
-        """tokens [B, T] -> float32 logits [B, T, V]. positions [B] is where each sequence's first new token stands.
+    def forward(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
+        """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
         kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it."""
-        return self.compute_logits(self.compute_hidden(tokens, positions, kv_cache))
+        return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache))
 
-    def compute_hidden(self, tokens: Tensor, positions: Tensor, kv_cache: "KVCache") -> Tensor:
+    def compute_hidden(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """forward without the final norm and the head: [B, T, dim]."""
         x = self.embed(tokens)
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
-            x = layer(x, positions, cache)
+            x = layer(x, start_pos, cache)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         return round(total)
 
 
-def empty_model(config: ModelConfig, formats: Formats = ALL_DENSE) -> Transformer:
+def empty_model(config: ModelConfig, formats: WeightFormats = ALL_DENSE) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. Raises UsageError
     if formats names a layer that the model does not have."""
     with torch.device("meta"):
@@ -127,8 +127,8 @@ class TransformerBlock(nn.Module):
         """layer: its number, since layers may differ."""
         super().__init__()
 
-        def norm(is_there: bool) -> RMSNorm | None:
-            return RMSNorm(config.dim, config.norm_eps) if is_there else None
+        def norm(enabled: bool) -> RMSNorm | None:
+            return RMSNorm(config.dim, config.norm_eps) if enabled else None
 
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, layer)
@@ -137,17 +137,17 @@ class TransformerBlock(nn.Module):
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: "LayerCache") -> Tensor:
+    def forward(self, x: Tensor, start_pos: Tensor, cache: "LayerCache") -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
         # x = x + [post_norm] attention([norm] x)
         # x = x + [post_norm] feed_forward([norm] x)
         # Norm and residual are arguments, since kernels fuse them: each sublayer's first matrix product applies the
         # norm, and its last one adds the residual. A post_norm comes in between, so its kernel adds the residual.
         if self.post_attention_norm is None:
-            x = self.attention(x, positions, cache, norm=self.attention_norm, residual=x)
+            x = self.attention(x, start_pos, cache, norm=self.attention_norm, residual=x)
             return self.feed_forward(x, norm=self.ffn_norm, residual=x)
         backend = self.attention.backend
-        y = self.attention(x, positions, cache, norm=self.attention_norm)
+        y = self.attention(x, start_pos, cache, norm=self.attention_norm)
         x = self.post_attention_norm(y, residual=x, backend=backend)
         y = self.feed_forward(x, norm=self.ffn_norm)
         return self.post_ffn_norm(y, residual=x, backend=backend)
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         self.scale = config.attention_scale or self.head_dim**-0.5
         self.softcap = config.attention_softcap
-        self.slopes = alibi_slopes(self.n_heads) if config.alibi else None
+        self.alibi_slopes = alibi_slopes(self.n_heads) if config.alibi else None
         qkv_width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.dim, qkv_width, config.qkv_bias, clip=config.clip_qkv)
         self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias, scale=config.residual_scale)
@@ -175,10 +175,10 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: "LayerCache", norm: "RMSNorm | None", residual: Tensor | None = None
+        self, x: Tensor, start_pos: Tensor, cache: "LayerCache", norm: "RMSNorm | None", residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self, cache, positions)  # [B, T, H D]
+        y = kernels.attend(qkv, self, cache, start_pos)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     @property
@@ -238,7 +238,7 @@ class Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
         self.scale, self.softcap, self.clip = scale, softcap, clip
-        self.format: Format = DENSE
+        self.format: WeightFormat = DENSE
         self.backend, self.max_tokens = "torch", 0
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
@@ -247,7 +247,7 @@ class Linear(nn.Module):
         self.register_buffer("zeros", None)
 
     def forward(self, x: Tensor, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
-        return kernels.linear(x, self, norm, residual, activation, out_dtype)
+        return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
 
     def tensors(self) -> Tensors:
         """The tensors that W is stored as, by name."""
@@ -261,13 +261,13 @@ class Linear(nn.Module):
         setattr(self, name, tensor)
         return tensor
 
-    def set_format(self, format: Format):
+    def set_format(self, format: WeightFormat):
         """Replaces W by empty tensors of another format."""
         for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
             self.set_tensor(name, tensor)
         self.format = format
 
-    def matrix(self, dtype: torch.dtype, experts=slice(None)) -> Tensor:
+    def dequantized_weight(self, dtype: torch.dtype, experts=slice(None)) -> Tensor:
         """W [N, K], dequantized to dtype. For experts: those that experts selects, an index, a slice or a tensor of
         indices."""
         return kernels.dequantize(self, dtype, experts)
@@ -300,49 +300,49 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps, residual, backend)
 
 
-# ---- Cache and positions --------------------------------------------------------------------------------------------
+# ---- Cache and start_pos --------------------------------------------------------------------------------------------
 
 
 class LayerCache(NamedTuple):
-    """The tensors that one layer's attention reads besides its weights."""
+    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
     rope: Tensor  # [S, D/2, 2]: cos and sin of every position's angles, float32
-    slopes: Tensor | None = None  # [H]: ALiBi's, float32
+    alibi_slopes: Tensor | None = None  # [H], float32
 
 
 class KVCache:
-    """Keys and values of batch_size sequences of up to length tokens. It does not track how many tokens it holds: every
-    step passes the positions at which its tokens are written."""
+    """Keys and values of batch_size sequences of up to max_seq_len tokens. It does not track how many tokens it holds:
+    every step says at which positions its tokens are written."""
 
-    def __init__(self, model: Transformer, batch_size: int, length: int):
-        """Allocates it on the device and in the dtype of model's weights. Raises UsageError if length exceeds the
-        model's context."""
-        if length > model.config.max_seq_len:
-            raise UsageError(f"{length} tokens do not fit the model's context of {model.config.max_seq_len}")
-        self.batch_size, self.length = batch_size, length
+    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
+        """Allocates it on the device and in the dtype of model's weights. Raises UsageError if max_seq_len exceeds the
+        model's own."""
+        if max_seq_len > model.config.max_seq_len:
+            raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
+        self.batch_size, self.max_seq_len = batch_size, max_seq_len
         weight = model.embed_tokens.weight
         self.device = weight.device
-        self.tokens = torch.zeros(batch_size, length, dtype=torch.long, device=self.device)  # see note_tokens
-        tables = RopeTables(model.config, length, weight.device)
+        self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)  # see store_token_ids
+        tables = RopeTables(model.config, max_seq_len, weight.device)
         self.layers = []
         for i, layer in enumerate(model.layers):
             attention, slopes = layer.attention, None
-            if attention.slopes is not None:
-                slopes = torch.tensor(attention.slopes, dtype=torch.float32, device=weight.device)
-            shape = (batch_size, attention.n_kv_heads, length, attention.head_dim)
+            if attention.alibi_slopes is not None:
+                slopes = torch.tensor(attention.alibi_slopes, dtype=torch.float32, device=weight.device)
+            shape = (batch_size, attention.n_kv_heads, max_seq_len, attention.head_dim)
             k, v = weight.new_zeros(shape), weight.new_zeros(shape)
             self.layers.append(LayerCache(k, v, tables.of_layer(i), slopes))
 
-    def note_tokens(self, tokens: Tensor, positions: Tensor):
-        """Remembers the ids of tokens [B, T], the first at positions [B]. For sampling that depends on them."""
-        token_positions = positions[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        self.tokens.scatter_(1, token_positions, tokens)
+    def store_token_ids(self, tokens: Tensor, start_pos: Tensor):
+        """Remembers the ids of tokens [B, T], the first at start_pos [B]. For sampling that depends on them."""
+        positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=self.device)
+        self.tokens.scatter_(1, positions, tokens)
 
-    def tokens_seen(self, last_positions: Tensor, vocab_size: int) -> Tensor:
+    def token_presence_mask(self, last_positions: Tensor, vocab_size: int) -> Tensor:
         """Which tokens the text has up to each of last_positions [B, n], if all were noted: bool [B, n, V]."""
-        is_later = torch.arange(self.length, device=self.device) > last_positions[..., None]  # [B, n, S]
+        is_later = torch.arange(self.max_seq_len, device=self.device) > last_positions[..., None]  # [B, n, S]
         ids = self.tokens[:, None].masked_fill(is_later, vocab_size)
         seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
         return seen.scatter_(-1, ids, True)[..., :vocab_size]
@@ -351,7 +351,7 @@ class KVCache:
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache
         that it gets, so a shorter one costs less."""
         view = copy.copy(self)
-        view.length, view.tokens = n, self.tokens[:, :n]
+        view.max_seq_len, view.tokens = n, self.tokens[:, :n]
         view.layers = [c._replace(k=c.k[:, :, :n], v=c.v[:, :, :n], rope=c.rope[:n]) for c in self.layers]
         return view
 
@@ -371,7 +371,7 @@ class KVCache:
             c.k[target, :, :n] = c.k[source, :, :n]
             c.v[target, :, :n] = c.v[source, :, :n]
 
-    def bytes_per_token(self) -> int:
+    def bytes_per_position(self) -> int:
         """Bytes of keys and values for one token of every sequence."""
         return sum(c.k[:, :, :1].nbytes + c.v[:, :, :1].nbytes for c in self.layers)
 
@@ -381,18 +381,19 @@ class RopeTables:
 
     def __init__(self, config: ModelConfig, length: int, device: torch.device):
         self.config = config
-        self.main = rope_table(config, length).to(device)
-        self.window = self.none = self.main
+        self.full = rope_table(config, length).to(device)
+        self.window = self.identity = self.full
         if config.window_rope_theta is not None:
             window_config = replace(config, rope_theta=config.window_rope_theta, rope_scaling=None)
             self.window = rope_table(window_config, length).to(device)
         if config.rope_layers is not None:
-            self.none = torch.stack([torch.ones_like(self.main[..., 0]), torch.zeros_like(self.main[..., 1])], dim=-1)
+            cos, sin = torch.ones_like(self.full[..., 0]), torch.zeros_like(self.full[..., 1])
+            self.identity = torch.stack([cos, sin], dim=-1)
 
     def of_layer(self, i: int) -> Tensor:
         if self.config.rope_layers is not None and not self.config.rope_layers[i]:
-            return self.none
-        return self.window if self.config.window(i) else self.main
+            return self.identity
+        return self.window if self.config.window(i) else self.full
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:

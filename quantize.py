@@ -33,10 +33,10 @@ from checkpoint import read_checkpoint, read_text, save_checkpoint
 from config import ModelConfig, UsageError
 from kernels.formats import (
     GROUP_SIZES,
-    Format,
     Int4,
     Int8,
     Tensors,
+    WeightFormat,
     decode_zeros,
     encode_zeros,
     round_int4,
@@ -77,7 +77,7 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
 
 
 # --mode -> the format that it makes, for a group size. int4-gptq rounds in another way (gptq.py) to the format of int4.
-FORMATS: dict[str, Callable[[int], Format]] = {
+MODES: dict[str, Callable[[int], WeightFormat]] = {
     "int8": lambda group_size: Int8(),
     "int4": Int4,
     "int4-hqq": Int4HQQ,
@@ -95,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_checkpoint_path(parser, help="model.pth; the result goes beside it")
-    add("--mode", default="int8", help=f"{', '.join(FORMATS)} (default: %(default)s)")
+    add("--mode", default="int8", help=f"{', '.join(MODES)} (default: %(default)s)")
     add("--groupsize", type=int, help=f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})")
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
     group = parser.add_argument_group("int4-gptq")
@@ -120,8 +120,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace):
-    if args.mode not in FORMATS:
-        raise UsageError(f"--mode must be one of {', '.join(FORMATS)}, not {args.mode}")
+    if args.mode not in MODES:
+        raise UsageError(f"--mode must be one of {', '.join(MODES)}, not {args.mode}")
     if args.groupsize not in GROUP_SIZES:
         raise UsageError(f"--groupsize must be one of {', '.join(map(str, GROUP_SIZES))}, not {args.groupsize}")
     if min(args.calibration_limit, args.blocksize) < 1 or not args.percdamp > 0:
@@ -144,7 +144,7 @@ def main():
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
-    format = FORMATS[args.mode](args.groupsize)
+    format = MODES[args.mode](args.groupsize)
     weights = linear_weights(path, config, tensors)
     check_sizes(weights, format)
     if args.mode == "int4-gptq":
@@ -170,7 +170,7 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
     return weights
 
 
-def check_sizes(weights: dict[str, Tensor], format: Format):
+def check_sizes(weights: dict[str, Tensor], format: WeightFormat):
     for name, w in weights.items():
         k, factor = w.shape[-1], format.pack_factor
         if k % factor:
@@ -201,7 +201,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
 
 def write(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
-    quantized: Iterable[tuple[str, Tensors]], format: Format,
+    quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
 ):  # fmt: skip
     """Writes a checkpoint of tensors with each of weights replaced by its quantized tensors. quantized yields (name,
     tensors in format) for each of weights, in any order. Raises UsageError if the file cannot be written."""

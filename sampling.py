@@ -7,7 +7,7 @@ Nothing here waits for the device, so that a sampled token can be fed to the nex
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class Sampling:
     min_p (arXiv:2407.01082) apply in this order."""
 
     temperature: float = 0.0  # 0: the likeliest token, whatever the other fields say
+    _: KW_ONLY
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together have this probability
     min_p: float | None = None  # only tokens that are at least this many times as likely as the likeliest
@@ -51,17 +52,21 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def filters_tokens(self) -> bool:
+        """Whether an option beside temperature and repetition_penalty may keep tokens from being drawn."""
+        return self != Sampling(self.temperature, repetition_penalty=self.repetition_penalty)
+
 
 def sample(logits: Tensor, sampling: Sampling, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
     """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite. backend: see kernels. uniform: a random
     number for each row, see multinomial."""
-    only_temperature = sampling == Sampling(sampling.temperature, repetition_penalty=sampling.repetition_penalty)
-    if backend == "triton" and uniform is None and (sampling.is_greedy or only_temperature):
+    if backend == "triton" and uniform is None and (sampling.is_greedy or not sampling.filters_tokens):
         return kernels.sample(logits, sampling.temperature)
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = candidates(logits, sampling)
+        probs, ids = filtered_probs(logits, sampling)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
@@ -70,12 +75,12 @@ def sample(logits: Tensor, sampling: Sampling, backend: str = "torch", uniform: 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution [B, V] that sample draws from; sampling must not be greedy."""
-    probs, ids = candidates(logits, sampling)
+    probs, ids = filtered_probs(logits, sampling)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def filtered_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """The tokens that sample draws from: their probabilities and ids, both [B, C]. The probabilities of a row need not
     sum to one. ids None: all tokens."""
     # The largest score becomes 0, so that a small temperature makes the others underflow and nothing overflow.
@@ -88,7 +93,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     probs = scores.softmax(-1)
     if has_top_p:
         if not has_top_k:
-            probs, ids = likeliest(probs, sampling.top_p)
+            probs, ids = sorted_nucleus(probs, sampling.top_p)
         before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # what all likelier tokens have together
         probs = probs.masked_fill(before >= sampling.top_p, 0)
     if sampling.min_p:
@@ -96,18 +101,18 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     return probs, ids
 
 
-def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """The likeliest tokens of each row of probs [B, V], at least as many as have top_p together: their probabilities
     and ids, both [B, C], the likeliest first. Of equally likely tokens, lower ids come first. Rows that have fewer than
     C such tokens end with zeros."""
     # On a GPU and when compiled, C must not depend on the probabilities.
     if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
         return probs.sort(dim=-1, descending=True, stable=True)
-    values, ids = zip(*[likeliest_of_row(row, top_p) for row in probs], strict=True)
+    values, ids = zip(*[sorted_nucleus_of_row(row, top_p) for row in probs], strict=True)
     return pad_sequence(values, batch_first=True), pad_sequence(ids, batch_first=True)
 
 
-def likeliest_of_row(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def sorted_nucleus_of_row(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """likeliest for one row [V], without sorting all of it: sorts the tokens whose probability exceeds a threshold. If
     these together have less than top_p, divides the threshold by 8 and begins again. Mostly the first one serves."""
     missing = -len(probs) % CHUNK
@@ -135,9 +140,8 @@ def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     """A token [B] for every row of probs [B, V], which need not sum to one. Never a token of probability 0. uniform
     [B, 1]: the random numbers in [0, 1) that choose; None: PyTorch's next ones."""
     if probs.is_cuda and uniform is None:
-        # With E exponentially distributed, E / p is the time until the first event of a process that has p events a
-        # second on average. Of several such processes, number i is the first with probability p[i]. This is one
-        # elementwise kernel and an argmax; a cumulative sum along a single row is slow there.
+        # An exponential race, as the Gumbel-max trick: with E[i] drawn from Exp(1), the argmax of p[i] / E[i] is i with
+        # probability p[i]. One elementwise kernel and an argmax; a cumulative sum along a row is slow on a GPU.
         exponential = torch.empty_like(probs, dtype=torch.float64).exponential_()
         return (probs / exponential).argmax(-1)
     # The first token at which the cumulative sum exceeds a random number. Some devices have no float64.

@@ -1,6 +1,6 @@
 """Many prompts at once: continuous batching over a static KV cache.
 
-    scheduler = Scheduler(model, n_slots=16, length=2048)
+    scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
     scheduler.submit(Request(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
         for new in scheduler.step():
@@ -29,14 +29,13 @@ from torch import Tensor
 
 import tp
 from config import UsageError
-from machine import free_memory
+from machine import OOM_HINT, free_memory
 from model import Transformer
 from sampling import Sampling, sample
 from steps import (
-    OOM_HINT,
     build_model_step,
     check_finite,
-    hidden_in_chunks,
+    chunked_prefill,
     kv_bytes_per_token,
     make_kv_cache,
     penalized,
@@ -50,7 +49,7 @@ GREEDY = Sampling()
 class Request:
     """A prompt to continue."""
 
-    prompt: list[int]
+    prompt_ids: list[int]
     max_new_tokens: int
     sampling: Sampling = GREEDY
     seed: int = 0
@@ -85,33 +84,34 @@ class Sequence:
     def finish_reason(self, eos_ids: set[int]) -> str | None:
         if self.ids[-1] in eos_ids:
             return "stop"
-        is_last = len(self.ids) == len(self.request.prompt) + self.request.max_new_tokens
+        is_last = len(self.ids) == len(self.request.prompt_ids) + self.request.max_new_tokens
         return "length" if is_last else None
 
 
 class Scheduler:
     def __init__(
-        self, model: Transformer, n_slots: int, length: int, eos_ids: set[int] | None = None, compile: bool = False,
-        oom_hint: str = OOM_HINT,
+        self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
+        compile: bool = False, oom_hint: str = OOM_HINT,
     ):  # fmt: skip
-        """n_slots: sequences at a time. length: most tokens of a sequence, its prompt included. eos_ids: the tokens
-        that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises UsageError if memory is
-        too small for the KV cache."""
-        self.model, self.n_slots, self.length = model, n_slots, length
+        """n_slots: sequences at a time. max_seq_len: most tokens of a sequence, its prompt included. eos_ids: the
+        tokens that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises UsageError if
+        memory is too small for the KV cache."""
+        self.model, self.n_slots, self.max_seq_len = model, n_slots, max_seq_len
         self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
-        self.kv_cache = make_kv_cache(model, n_slots, length, oom_hint)
+        self.kv_cache = make_kv_cache(model, n_slots, max_seq_len, oom_hint)
         # torch.compile would compile anew for every number of running sequences, so not without kernels.
         compile = compile and model.uses_kernels(n_slots, 1)
-        self.decode_step = build_model_step(model, self.kv_cache, only_logits, compile)
+        self.decode_step = build_model_step(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence | None] = []  # by slot; None: it has ended
-        self.cached: list[list[int]] = [[]] * n_slots  # all of these ids but the last are in that slot
+        self.cached: list[list[int]] = [[]] * n_slots  # by slot: the ids of its sequence; keys and values
+        # are there for ids[:-1], since the newest token has not been fed to the model yet
 
     def submit(self, request: Request):
         """Queues request. Raises UsageError if it does not fit a slot."""
-        n = len(request.prompt)
-        if n + request.max_new_tokens > self.length:
-            raise UsageError(f"{n} prompt tokens and {request.max_new_tokens} new ones exceed {self.length}")
+        n = len(request.prompt_ids)
+        if n + request.max_new_tokens > self.max_seq_len:
+            raise UsageError(f"{n} prompt tokens and {request.max_new_tokens} new ones exceed {self.max_seq_len}")
         if n == 0:
             raise UsageError("the prompt is empty; give some text")
         self.waiting.append(request)
@@ -144,28 +144,28 @@ class Scheduler:
     def prefill(self, request: Request, slot: int) -> list[NewToken]:
         """Starts request in a slot of the cache, with its first new token."""
         request.start_time = time.perf_counter()
-        start = self.copy_shared_prefix(request.prompt, slot)
-        tokens = torch.tensor([request.prompt[start:]], device=self.kv_cache.device)
-        positions = torch.tensor([start], device=self.kv_cache.device)
-        for hidden in hidden_in_chunks(self.model, tokens, positions, self.kv_cache.narrow_batch(slot, 1)):
+        start = self.copy_shared_prefix(request.prompt_ids, slot)
+        tokens = torch.tensor([request.prompt_ids[start:]], device=self.kv_cache.device)
+        start_pos = torch.tensor([start], device=self.kv_cache.device)
+        for hidden in chunked_prefill(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1)):
             last_hidden = hidden[:, -1:]
-        sequence = Sequence(request, list(request.prompt), torch.Generator().manual_seed(request.seed))
+        sequence = Sequence(request, list(request.prompt_ids), torch.Generator().manual_seed(request.seed))
         self.running[slot], self.cached[slot] = sequence, sequence.ids
-        return self.sample_next([slot], self.model.compute_logits(last_hidden), tokens, positions)
+        return self.sample_next([slot], self.model.compute_logits(last_hidden), tokens, start_pos)
 
     def decode(self) -> list[NewToken]:
         """The next token of the sequences in all of self.running."""
         device = self.kv_cache.device
         last_ids = torch.tensor([sequence.ids[-1:] for sequence in self.running], device=device)
-        positions = torch.tensor([len(sequence.ids) - 1 for sequence in self.running], device=device)
-        logits = self.decode_step(last_ids, positions)
-        return self.sample_next(list(range(len(self.running))), logits, last_ids, positions)
+        start_pos = torch.tensor([len(sequence.ids) - 1 for sequence in self.running], device=device)
+        logits = self.decode_step(last_ids, start_pos)
+        return self.sample_next(list(range(len(self.running))), logits, last_ids, start_pos)
 
-    def sample_next(self, slots: list[int], logits: Tensor, tokens: Tensor, positions: Tensor) -> list[NewToken]:
+    def sample_next(self, slots: list[int], logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
         """Samples a token for each of n slots, one beside the other, from the logits [n, 1, V] after tokens [n, T]. The
         slots of sequences that end become free."""
         sequences = [self.running[slot] for slot in slots]
-        scores = self.penalized(slots, logits, tokens, positions)
+        scores = self.penalized(slots, logits, tokens, start_pos)
         ids = tp.broadcast(sample_each(scores[:, -1], sequences)).tolist()
         check_finite(ids)
         new_tokens = []
@@ -178,15 +178,15 @@ class Scheduler:
                 self.running[slot] = None
         return new_tokens
 
-    def penalized(self, slots: list[int], logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    def penalized(self, slots: list[int], logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """The logits with each sequence's repetition_penalty."""
         kv_cache = self.kv_cache.narrow_batch(slots[0], len(slots))
         penalties = [self.running[slot].request.sampling.repetition_penalty for slot in slots]
         if all(penalty == 1 for penalty in penalties):
-            kv_cache.note_tokens(tokens, positions)  # for a request that copies them and has a penalty
+            kv_cache.store_token_ids(tokens, start_pos)  # for a request that copies them and has a penalty
             return logits
         column = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
-        return penalized(logits, tokens, positions, kv_cache, column)
+        return penalized(logits, tokens, start_pos, kv_cache, column)
 
     def copy_shared_prefix(self, prompt: list[int], slot: int) -> int:
         """Copies to slot what it lacks of the longest beginning that prompt shares with any slot. Returns how many
@@ -210,12 +210,12 @@ class Scheduler:
             self.running[target], self.cached[target] = sequence, sequence.ids
 
 
-def slots_that_fit(model: Transformer, length: int) -> int:
-    """For how many sequences of length tokens main memory has room."""
-    return int(free_memory() // (kv_bytes_per_token(model) * length))
+def slots_that_fit(model: Transformer, max_seq_len: int) -> int:
+    """For how many sequences of max_seq_len tokens main memory has room."""
+    return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 
 
-def only_logits(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
     """What a step returns: logits [n, 1, V], from which sample_next samples."""
     return logits
 

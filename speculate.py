@@ -56,18 +56,18 @@ class Speculation:
     """A model's steps, and the proposer whose tokens they verify. Made by build_speculation."""
 
     steps: Steps
-    verify_step: Callable[..., Tensor]  # (tokens [1, k + 1], positions [1], *proposal) -> rejection_sample's result
+    verify_step: Callable[..., Tensor]  # (tokens [1, k + 1], start_pos [1], *proposal) -> rejection_sample's result
     proposer: Proposer
     k: int  # most tokens to propose at a time
     device: torch.device
     verify_cost: float = VERIFY_COST  # time to verify one proposed token, as a fraction of a step
 
-    def verify(self, last_token: Tensor, positions: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
+    def verify(self, last_token: Tensor, start_pos: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
         """Verifies a proposal for what follows last_token [1, 1]. Returns how many tokens are accepted, and the
         accepted tokens plus one more."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
         given = [tensor for tensor in proposal if tensor is not None]
-        n_accepted, *next_tokens = self.verify_step(tokens, positions, *given).tolist()
+        n_accepted, *next_tokens = self.verify_step(tokens, start_pos, *given).tolist()
         return n_accepted, next_tokens[: n_accepted + 1]
 
 
@@ -83,9 +83,9 @@ def build_speculation(
     """Builds the step that verifies proposals. steps: those of build_steps, for the same kv_cache and sampling."""
 
     def select_tokens(
-        logits: Tensor, tokens: Tensor, positions: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
+        logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
+        logits = penalized(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
     verify_step = build_model_step(model, kv_cache, select_tokens, compile)
@@ -116,12 +116,12 @@ def speculate(
         k = best_size(possible_sizes, acceptance.rate, proposer.cost + speculation.verify_cost)
         proposal = proposer.propose(history, k) if k > 0 else None
         last_token = torch.tensor([history[-1:]], device=device)
-        positions = torch.tensor([len(history) - 1], device=device)
+        start_pos = torch.tensor([len(history) - 1], device=device)
         if proposal is None:
-            tokens = speculation.steps.decode(last_token, positions).tolist()
+            tokens = speculation.steps.decode(last_token, start_pos).tolist()
             acceptance.decay(IDLE_DECAY)
         else:
-            n_accepted, tokens = speculation.verify(last_token, positions, proposal)
+            n_accepted, tokens = speculation.verify(last_token, start_pos, proposal)
             acceptance.update(n_accepted, is_rejected=n_accepted < k)
 
 
@@ -245,7 +245,7 @@ class DraftModel:
     """Proposes what a smaller model samples, token by token. It has a KV cache of its own."""
 
     def __init__(self, prefill: Step, step: Callable, vocab_size: int, device: torch.device, cost: float = 0.0):
-        """step: (tokens [1, T], positions [1]) -> (token [1], its distribution [1, V] or None). vocab_size: the
+        """step: (tokens [1, T], start_pos [1]) -> (token [1], its distribution [1, V] or None). vocab_size: the
         draft's, which may be smaller than the model's."""
         self.prefill, self.step, self.vocab_size, self.device, self.cost = prefill, step, vocab_size, device, cost
         self.n_cached = 0  # tokens of the text that are in the draft's cache
@@ -256,17 +256,17 @@ class DraftModel:
         n_before = len(history) - 2
         start = min(self.n_cached, n_before)
         tokens = torch.tensor([history[start:]], device=self.device).clamp(max=self.vocab_size - 1)
-        positions = torch.tensor([start], device=self.device)
+        start_pos = torch.tensor([start], device=self.device)
         if start < n_before:
-            self.prefill(tokens[:, :-2], positions)
-        tokens, positions = tokens[:, -2:], positions + (n_before - start)
+            self.prefill(tokens[:, :-2], start_pos)
+        tokens, start_pos = tokens[:, -2:], start_pos + (n_before - start)
         draft_tokens, draft_probs = [], []
         for _ in range(k):
-            token, probs = self.step(tokens, positions)
+            token, probs = self.step(tokens, start_pos)
             draft_tokens.append(token.clone())  # since the next step may overwrite it
             if probs is not None:
                 draft_probs.append(probs.clone())
-            positions = positions + tokens.shape[1]
+            start_pos = start_pos + tokens.shape[1]
             tokens = draft_tokens[-1][None]
         self.n_cached = len(history) + k - 1  # all but the last proposed token
         return Proposal(torch.cat(draft_tokens), torch.cat(draft_probs) if draft_probs else None)
@@ -281,7 +281,7 @@ def build_draft_model(
     """A proposer for model that samples from draft. kv_cache: the draft's."""
     vocab_size = model.config.vocab_size
 
-    def select_tokens(logits: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def select_tokens(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, :vocab_size]  # models of one family may pad the same vocabulary to different sizes
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None

@@ -1,9 +1,9 @@
 """The steps of generation: functions from token ids to the next token ids, through the model.
 
-    kv_cache = make_kv_cache(model, batch_size=1, length=300)
+    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=300)
     steps = build_steps(model, kv_cache, Sampling(temperature=0.8))
-    next_ids = steps.prefill(prompt, positions)  # [B, T] -> [B]
-    next_ids = steps.decode(next_ids[:, None], positions + prompt.shape[1])
+    next_ids = steps.prefill(prompt, start_pos)  # [B, T] -> [B]
+    next_ids = steps.decode(next_ids[:, None], start_pos + prompt.shape[1])
 
 prefill takes a prompt of any length, in chunks. decode takes one token of every sequence. A third kind of step verifies
 several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
@@ -13,7 +13,7 @@ several tokens of a draft (speculate.py). A step runs the model in the fastest o
     compiled    by torch.compile, if compile or compile_prefill says so; on a GPU what it makes is recorded, too
     eager       operation by operation
 
-Shapes: B sequences, T new tokens of each, V vocabulary. positions [B] are those of each sequence's first new token.
+Shapes: B sequences, T new tokens of each, V vocabulary. start_pos [B] are those of each sequence's first new token.
 """
 
 import copy
@@ -28,7 +28,7 @@ import tp
 from config import UsageError
 from kernels.cpu import find_compiler
 from kernels.record import record
-from machine import check_memory
+from machine import OOM_HINT, check_memory
 from model import KVCache, Transformer
 from sampling import Sampling, penalize, sample
 
@@ -36,9 +36,8 @@ PREFILL_CHUNK = 512  # tokens of each sequence that prefill takes at a time, whi
 GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all sequences together: every chunk dequantizes all weights again
 MIN_COMPILED = 9  # tokens of a chunk of prefill that is worth a compilation
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
-OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
-Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], positions [B]) -> next token ids [B]
+Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next token ids [B]
 
 
 class Steps(NamedTuple):
@@ -46,17 +45,17 @@ class Steps(NamedTuple):
     decode: Step
 
 
-def make_kv_cache(model: Transformer, batch_size: int, length: int, oom_hint: str = OOM_HINT) -> KVCache:
+def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int, oom_hint: str = OOM_HINT) -> KVCache:
     """A KVCache for model. Raises UsageError if a CPU's memory is too small for it; oom_hint says what helps."""
     if device_of(model).type == "cpu":
-        n_bytes = batch_size * length * kv_bytes_per_token(model)
-        check_memory(n_bytes, f"the KV cache of {batch_size} x {length} tokens", oom_hint)
-    return KVCache(model, batch_size, length)
+        n_bytes = batch_size * max_seq_len * kv_bytes_per_token(model)
+        check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens", oom_hint)
+    return KVCache(model, batch_size, max_seq_len)
 
 
 def kv_bytes_per_token(model: Transformer) -> int:
     """Bytes of keys and values for one token of one sequence."""
-    return KVCache(model, 1, 1).bytes_per_token()
+    return KVCache(model, 1, 1).bytes_per_position()
 
 
 def device_of(model: Transformer) -> torch.device:
@@ -69,71 +68,71 @@ def build_steps(
     """The steps of plain generation with model, for the sequences of kv_cache."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
-    def next_ids(logits: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    def next_ids(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """The logits after the last of tokens [B, T], [B, 1, V] -> the next token of each sequence: [B], the same on
         all ranks."""
-        logits = penalized(logits, tokens, positions, kv_cache, sampling.repetition_penalty)
+        logits = penalized(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
-    def prefill(tokens: Tensor, positions: Tensor) -> Tensor:
-        for hidden in hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model):
+    def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model):
             last_hidden = hidden[:, -1:]
-        return next_ids(model.compute_logits(last_hidden), tokens, positions)
+        return next_ids(model.compute_logits(last_hidden), tokens, start_pos)
 
     return Steps(prefill, build_model_step(model, kv_cache, next_ids, compile))
 
 
-def penalized(logits: Tensor, tokens: Tensor, positions: Tensor, kv_cache: KVCache, penalty: float | Tensor) -> Tensor:
-    """The logits [B, n, V] after the last n of tokens [B, T], whose first one is at positions [B], with the
+def penalized(logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, penalty: float | Tensor) -> Tensor:
+    """The logits [B, n, V] after the last n of tokens [B, T], whose first one is at start_pos [B], with the
     repetition_penalty of all tokens of the text up to there. Notes tokens in kv_cache for the next steps. penalty: a
     number, or one for each sequence [B, 1, 1]. With the number 1 it does nothing."""
     if not isinstance(penalty, Tensor) and penalty == 1:
         return logits
-    kv_cache.note_tokens(tokens, positions)
+    kv_cache.store_token_ids(tokens, start_pos)
     n = logits.shape[1]
-    last_positions = positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
-    seen = kv_cache.tokens_seen(last_positions, logits.shape[-1])
+    last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
+    seen = kv_cache.token_presence_mask(last_positions, logits.shape[-1])
     return torch.where(seen, penalize(logits, penalty), logits)
 
 
 # ---- Prefill --------------------------------------------------------------------------------------------------------
 
 
-def hidden_in_chunks(
-    model: Transformer, tokens: Tensor, positions: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
+def chunked_prefill(
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
 ) -> Iterator[Tensor]:
-    """model.hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the cache.
-    compiled_model, made by compile_blocks, does the chunks that have too many tokens for the kernels."""
+    """model.compute_hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the
+    cache. compiled_model, made by compile_blocks, does the chunks that have too many tokens for the kernels."""
     batch_size, n_tokens = tokens.shape
     chunk_size = PREFILL_CHUNK if tokens.device.type == "cpu" else max(1, GPU_PREFILL_CHUNK // batch_size)
-    start = int(positions.max())
+    start = int(start_pos.max())
     for offset in range(0, n_tokens, chunk_size):
         chunk = tokens[:, offset : offset + chunk_size]
         runs_eagerly = compiled_model is None or chunk.numel() < MIN_COMPILED or model.uses_kernels(*chunk.shape)
         chunk_model = model if runs_eagerly else compiled_model
         end = start + offset + chunk.shape[1]
-        yield chunk_model.compute_hidden(chunk, positions + offset, kv_cache.narrow_length(end))
+        yield chunk_model.compute_hidden(chunk, start_pos + offset, kv_cache.narrow_length(end))
 
 
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
 def build_model_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool = False) -> Callable:
-    """The function (tokens [B, T], positions [B], *extra_inputs) -> select_tokens(logits [B, T, V], tokens, positions,
+    """The function (tokens [B, T], start_pos [B], *extra_inputs) -> select_tokens(logits [B, T, V], tokens, start_pos,
     *extra_inputs), all of tensors. The B sequences are the first of kv_cache.
 
-    Its next call may overwrite the logits that select_tokens gets. On a GPU with compile, it may overwrite what
-    select_tokens has returned, too: clone what must last."""
+    What it returns may lie in static buffers, as with CUDA graphs: the next call may overwrite the logits that
+    select_tokens gets and, on a GPU with compile, its result. Clone what must last."""
     device = device_of(model)
     uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
-    def forward(tokens: Tensor, positions: Tensor) -> Tensor:
-        return model(tokens, positions, kv_cache.narrow_batch(0, len(tokens)))
+    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        return model(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
 
-    def forward_without_kernels(tokens: Tensor, positions: Tensor) -> Tensor:
+    def forward_without_kernels(tokens: Tensor, start_pos: Tensor) -> Tensor:
         # PyTorch's attention looks at every position that it is given.
-        used = kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(positions.max()) + tokens.shape[1])
-        return model(tokens, positions, used)
+        used = kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(start_pos.max()) + tokens.shape[1])
+        return model(tokens, start_pos, used)
 
     if device.type == "cpu":  # a recording on a CPU holds nothing but kernels, and there are none for sampling
         step_with_kernels = chain(record(forward), select_tokens)
@@ -147,18 +146,18 @@ def build_model_step(model: Transformer, kv_cache: KVCache, select_tokens: Calla
     else:
         step_without_kernels = chain(forward_without_kernels, select_tokens)
 
-    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
+    def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
         chosen = step_with_kernels if uses_kernels(*tokens.shape) else step_without_kernels
-        return chosen(tokens, positions, *extra_inputs)
+        return chosen(tokens, start_pos, *extra_inputs)
 
     return step
 
 
 def chain(forward: Callable, select_tokens: Callable) -> Callable:
-    """The step that computes logits by forward(tokens, positions), and selects tokens by these."""
+    """The step that computes logits by forward(tokens, start_pos), and selects tokens by these."""
 
-    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
-        return select_tokens(forward(tokens, positions), tokens, positions, *extra_inputs)
+    def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+        return select_tokens(forward(tokens, start_pos), tokens, start_pos, *extra_inputs)
 
     return step
 
@@ -177,10 +176,10 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Ca
         options = {"fullgraph": one_graph, "dynamic": False}
         return compile_blocks(model, **options), torch.compile(select_from_hidden, **options)
 
-    def step(tokens: Tensor, positions: Tensor, *extra_inputs: Tensor):
+    def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
         compiled_model, compiled_select = compiled()
-        hidden = compiled_model.compute_hidden(tokens, positions, kv_cache.narrow_batch(0, len(tokens)))
-        return compiled_select(hidden, tokens, positions, *extra_inputs)
+        hidden = compiled_model.compute_hidden(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
+        return compiled_select(hidden, tokens, start_pos, *extra_inputs)
 
     return record(step) if device_of(model).type == "cuda" and one_graph else step
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig, UsageError
-from kernels.formats import Format
+from kernels.formats import WeightFormat
 from kernels.record import graph_break
 from model import Attention, Transformer
 
@@ -37,9 +37,9 @@ ONE_SHOT_BYTES = 2**18  # up to this size, one-shot all-reduce over peer memory 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a linear layer is cut: along its outputs (rows of its weight) or its inputs (columns)."""
+    """How a linear layer is cut."""
 
-    along: str  # "outputs" or "inputs"
+    style: str  # "colwise": along its outputs; "rowwise": along its inputs. Megatron's names, for W^T
     sections: tuple[int, ...]  # sizes of what one weight stacks, such as q, k and v; each section is cut separately
     granularity: int = 1  # elements that stay together, such as those of a head
 
@@ -51,12 +51,12 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
     is cut."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     cuts_heads = not config.qk_norm_all_heads
-    qkv_proj = {"qkv_proj": ShardSpec("outputs", (q, kv, kv), granularity=config.head_dim)} if cuts_heads else {}
+    qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), granularity=config.head_dim)} if cuts_heads else {}
     return qkv_proj | {
-        "o_proj": ShardSpec("inputs", (q,), granularity=config.head_dim),
-        "gate_up_proj": ShardSpec("outputs", (config.ffn_dim, config.ffn_dim)),
-        "down_proj": ShardSpec("inputs", (config.ffn_dim,)),
-        "lm_head": ShardSpec("outputs", (config.vocab_size,)),
+        "o_proj": ShardSpec("rowwise", (q,), granularity=config.head_dim),
+        "gate_up_proj": ShardSpec("colwise", (config.ffn_dim, config.ffn_dim)),
+        "down_proj": ShardSpec("rowwise", (config.ffn_dim,)),
+        "lm_head": ShardSpec("colwise", (config.vocab_size,)),
     }
 
 
@@ -72,7 +72,7 @@ def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[i
     return rank * length, length
 
 
-def check_divides(config: ModelConfig, format: Format, n_ranks: int):
+def check_divides(config: ModelConfig, format: WeightFormat, n_ranks: int):
     """Raises UsageError, which names the possible numbers, if the model cannot be cut into n_ranks equal parts."""
     if divides(config, format, n_ranks):
         return
@@ -84,7 +84,7 @@ def check_divides(config: ModelConfig, format: Format, n_ranks: int):
     )
 
 
-def divides(config: ModelConfig, format: Format, n_ranks: int) -> bool:
+def divides(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
     """Whether n_ranks ranks can have equal parts. They may share key/value heads; the vocabulary need not divide."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
     if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
@@ -123,7 +123,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
         spec = plan.get(module_name.rpartition(".")[2])
         if spec is None:
             return tensor
-        if spec.along == "inputs":
+        if spec.style == "rowwise":
             return shard_inputs(tensor, tensor_name, spec, formats[module_name])
         return shard_outputs(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
 
@@ -134,7 +134,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
         for tensor_name, tensor in linear.state_dict().items():
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.granularity, 0, n_ranks)[1] for size in spec.sections)  # the same on every rank
-        if spec.along == "inputs":
+        if spec.style == "rowwise":
             linear.in_features, linear.format = n, formats[name].shard_format(n)
         else:
             linear.out_features = n
@@ -143,14 +143,14 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             module.n_heads //= n_ranks
             if module.sinks is not None:
                 module.sinks = nn.Parameter(module.sinks[: module.n_heads], requires_grad=False)
-            if module.slopes is not None:
+            if module.alibi_slopes is not None:
                 start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
-                module.slopes = module.slopes[start : start + length]
+                module.alibi_slopes = module.alibi_slopes[start : start + length]
             module.n_kv_heads = -(-module.n_kv_heads // n_ranks)  # at least one
     return shard_tensor
 
 
-def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: Format) -> Tensor:
+def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
     """This rank's part of the weight, scales, zeros or bias (tensor_name) of a layer that is cut along its inputs."""
     if tensor_name == "bias":  # the all-reduce sums the ranks' biases, so only rank 0 has one that is not 0
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
@@ -177,9 +177,9 @@ def insert_collectives(model: Transformer):
     reduce = choose_all_reduce(model.embed_tokens.weight)
     for layer in model.layers:
         o_proj = layer.attention.o_proj
-        all_heads = layer.attention.n_heads * layer.attention.head_dim
-        cuts_input = o_proj.in_features < all_heads
-        start, length = shard_range(all_heads, layer.attention.head_dim, dist.get_rank(), world_size())
+        q_width = layer.attention.n_heads * layer.attention.head_dim
+        cuts_input = o_proj.in_features < q_width
+        start, length = shard_range(q_width, layer.attention.head_dim, dist.get_rank(), world_size())
         layer.attention.o_proj = RowParallelLinear(o_proj, reduce, (start, length) if cuts_input else None)
         layer.feed_forward.down_proj = RowParallelLinear(layer.feed_forward.down_proj, reduce)
     model.lm_head = ParallelHead(model.lm_head, model.config.vocab_size)

@@ -167,6 +167,7 @@ def can_be_written(path: Path) -> bool:
 
 def make_sampling(args: argparse.Namespace) -> Sampling:
     try:
-        return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+        options = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return Sampling(**{name: getattr(args, name) for name in options})
     except UsageError as e:
         raise UsageError(f"--{e}") from None  # the message begins with the field's name, which is the option's name

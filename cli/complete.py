@@ -92,9 +92,9 @@ def complete_in_parallel(
 def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[Prompt]) -> Scheduler:
     """With room for the longest of prompts that fit the model's context. Raises UsageError if memory is too small."""
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
-    length, n_slots = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
-    hint = f"--parallel {slots_that_fit(model, length)} fits, or fewer --max_new_tokens"
-    return Scheduler(model, n_slots, length, end_tokens(args, model), args.compile, hint)
+    max_seq_len, n_slots = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
+    hint = f"--parallel {slots_that_fit(model, max_seq_len)} fits, or fewer --max_new_tokens"
+    return Scheduler(model, n_slots, max_seq_len, end_tokens(args, model), args.compile, hint)
 
 
 def print_json(

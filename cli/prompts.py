@@ -24,11 +24,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     is_chat: bool = False  # whether what follows is a text of its own, the answer to a message
 
-    @property
-    def prefix_ids(self) -> list[int]:
-        """The ids that precede the new text, for the tokenizer's decode."""
-        return [] if self.is_chat else self.ids
-
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
     """config: the model's. Raises UsageError if there is none, and for one that is empty, malformed or far too long."""

@@ -66,8 +66,8 @@ def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, comp
     if model.uses_kernels(kv_cache.batch_size, 1):
         n_read = model.config.mean_attended_tokens(n_tokens)
     else:  # a compiled step reads the whole cache, used or not
-        n_read = kv_cache.length if compile else n_tokens
-    return round(n_read * kv_cache.bytes_per_token())
+        n_read = kv_cache.max_seq_len if compile else n_tokens
+    return round(n_read * kv_cache.bytes_per_position())
 
 
 @lru_cache(maxsize=1)

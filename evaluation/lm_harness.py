@@ -143,9 +143,9 @@ class HarnessModel:
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The model's answers, max_batch_size of them computed at a time."""
         answers = [self.answer_request(*request.args, seed=i) for i, request in enumerate(requests)]
-        length = max((len(answer.prompt) + answer.max_new_tokens for answer in answers), default=1)
+        max_seq_len = max((len(answer.prompt_ids) + answer.max_new_tokens for answer in answers), default=1)
         n_slots = max(1, min(self.max_batch_size, len(answers)))
-        scheduler = Scheduler(self.model, n_slots, length, compile=self.compile, oom_hint=OOM_HINT)
+        scheduler = Scheduler(self.model, n_slots, max_seq_len, compile=self.compile, oom_hint=OOM_HINT)
         completions = complete_all(scheduler, self.tokenizer, answers)
         bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
         return [completion.text for completion in bar]
@@ -179,8 +179,13 @@ def options_of(kwargs: dict) -> Options:
         temperature = 0.0
     elif kwargs.get("do_sample") and "temperature" not in kwargs:
         temperature = 1.0
-    penalty = kwargs.get("repetition_penalty") or 1.0
-    sampling = Sampling(temperature, kwargs.get("top_k") or None, kwargs.get("top_p"), kwargs.get("min_p"), penalty)
+    sampling = Sampling(
+        temperature,
+        top_k=kwargs.get("top_k") or None,
+        top_p=kwargs.get("top_p"),
+        min_p=kwargs.get("min_p"),
+        repetition_penalty=kwargs.get("repetition_penalty") or 1.0,
+    )
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from config import UsageError
 from model import Transformer
-from steps import NOT_FINITE, compile_blocks, device_of, hidden_in_chunks, make_kv_cache
+from steps import NOT_FINITE, chunked_prefill, compile_blocks, device_of, make_kv_cache
 from tokenizer import Tokenizer
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
-LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
+LOGITS_CHUNK = 256  # start_pos whose logits are in memory at a time
 
 
 def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
@@ -80,14 +80,14 @@ def scores_of(
     batch_size = min(batch_size, len(sequences))
     device = device_of(model)
     kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1, OOM_HINT)
-    positions = torch.zeros(batch_size, dtype=torch.long, device=device)
+    start_pos = torch.zeros(batch_size, dtype=torch.long, device=device)
     compiled_model = compile_blocks(model, dynamic=True) if compile else None
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         inputs = [sequences[i].ids[:-1] for i in indices]
         inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may be smaller; repeat its first sequence
         tokens = pad(inputs).to(device)
-        hidden = torch.cat(list(hidden_in_chunks(model, tokens, positions, kv_cache, compiled_model)), dim=1)
+        hidden = torch.cat(list(chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model)), dim=1)
         for i, x in zip(indices, hidden, strict=False):
             yield score_sequence(model, i, sequences[i], x)
 

@@ -1,8 +1,10 @@
 """The operations that a model is made of. Each calls the kernel of its backend, or does the same in plain PyTorch.
 
-    linear             [residual +] [clip] [cap] scale * [glu] ([rms_norm] x W^T [+ bias])
-    rms_norm           [residual +] a norm that linear cannot fuse, since no matrix product follows it
-    glu, add           an activation or a residual that linear cannot fuse
+    fused_linear       a matrix product with what comes before and after it, of which each is optional:
+                       1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. scale   6. softcap
+                       7. clip   8. residual
+    rms_norm           a norm that no matrix product follows, and the residual after it
+    glu, add           an activation or a residual that fused_linear cannot fuse
     embed              looks tokens up in the embedding
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
     route              a router's choice of experts
@@ -24,14 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import cpu, reference
-from kernels.formats import QUANTIZE_CHUNK, Dequantized, Format, Tensors
+from kernels.formats import QUANTIZE_CHUNK, Dequantized, Tensors, WeightFormat
 from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages
 
 MAX_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
 MAX_TRITON_TOKENS = 8  # that the Triton kernels take
 MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in registers
-# Kernels compute 16 outputs at a time. To fuse an activation, gate and up must each have a multiple of 16.
+# Of out_features, to fuse an activation: gate and up are half of them each, and kernels compute 16 outputs at a time.
 FUSED_GLU_MULTIPLE = 32
 
 
@@ -52,7 +54,7 @@ def ops_of_layer(layer, n_tokens: int, activation: str | None = None):
     return ops_of_backend(layer.backend, n_tokens)
 
 
-def linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = None, out_dtype=None) -> Tensor:
+def fused_linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = None, out_dtype=None) -> Tensor:
     """x [..., K] -> [..., N], by layer, a model.Linear.
 
     norm: a model.RMSNorm that is applied to x first.
@@ -62,12 +64,12 @@ def linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = 
     out_dtype: x.dtype (None) or torch.float32."""
     ops = ops_of_layer(layer, count_tokens(x), activation)
     if ops is None:
-        return reference.linear(x, layer, norm, residual, activation, out_dtype)
+        return reference.fused_linear(x, layer, norm, residual, activation, out_dtype)
     if activation and layer.out_features % FUSED_GLU_MULTIPLE:  # such a layer has no scale, softcap or clip
-        y = glu(linear(x, layer, norm), activation, layer.backend)
+        y = glu(fused_linear(x, layer, norm), activation, layer.backend)
         return y if residual is None else add(y, residual, layer.backend)
     norm_weight, eps = norm_arguments(norm)
-    return ops.linear(
+    return ops.fused_linear(
         x.contiguous(), *weight_arguments(layer), layer.bias, norm_weight, eps,
         residual=None if residual is None else residual.contiguous(),
         activation=ACTIVATION_IDS[activation],
@@ -107,28 +109,28 @@ def embed(tokens: Tensor, weight: Tensor, scale: float, backend: str) -> Tensor:
     return reference.embed(tokens, weight, scale)
 
 
-def attend(qkv: Tensor, layer, cache, positions: Tensor) -> Tensor:
+def attend(qkv: Tensor, layer, cache, start_pos: Tensor) -> Tensor:
     """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D].
 
-    layer: a model.Attention. Of it count
-        n_heads       H
+    layer: the model.Attention. These attributes are read:
+        n_heads           H
         q_norm, k_norm    model.RMSNorms or None, applied before RoPE to every head, or to all heads together if they
-                      are so wide
-        window        how many tokens a token sees, itself included; 0: all
-        scale         the scores are multiplied by it
-        softcap       if not 0, scores then become softcap * tanh(score / softcap)
-        sinks         [H] or None: scores of a key whose value is zero
-    cache: a model.LayerCache. The new keys and values are written to it, the first at positions [B]. If it has slopes
+                          are so wide
+        window            how many tokens a token sees, itself included; 0: all
+        scale             the scores are multiplied by it
+        softcap           if not 0, scores then become softcap * tanh(score / softcap)
+        sinks             [H] or None: scores of a key whose value is zero
+    cache: a model.LayerCache. The new keys and values are written to it, the first at start_pos [B]. If it has slopes
     [H], slope * (position of the key - position of the query) is added to the scores, after softcap."""
     batch, n_tokens, _ = qkv.shape
     if not has_attention_kernel(layer.backend, batch, n_tokens, layer.n_heads // cache.k.shape[1]):
-        return reference.attend(qkv, layer, cache, positions)
+        return reference.attend(qkv, layer, cache, start_pos)
     q_norm_weight, eps = norm_arguments(layer.q_norm)
     k_norm_weight, _ = norm_arguments(layer.k_norm)
     ops = ops_of_backend(layer.backend, batch * n_tokens)
     return ops.attend(
-        qkv, cache.k, cache.v, positions, cache.rope, q_norm_weight, k_norm_weight, eps, layer.sinks, cache.slopes,
-        layer.n_heads, layer.window, layer.scale, layer.softcap,
+        qkv, cache.k, cache.v, start_pos, cache.rope, q_norm_weight, k_norm_weight, eps, layer.sinks,
+        cache.alibi_slopes, layer.n_heads, layer.window, layer.scale, layer.softcap,
     )  # fmt: skip
 
 
@@ -224,7 +226,7 @@ def weight_arguments(layer) -> tuple:
 
 def pack_weights(model: torch.nn.Module, mapped: bool = False):
     """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
-    copies, so an embedding that was tied to the head must be tied again (Transformer.tie_embeddings).
+    copies, so an embedding that was tied to the head must be tied again (Transformer.pack_weights).
 
     On a CPU without kernels, quantized weights are dequantized to the dtype of the embedding.
 
@@ -232,11 +234,11 @@ def pack_weights(model: torch.nn.Module, mapped: bool = False):
     weight is in memory twice."""
     first = next(iter(model.state_dict().values()))
     linears = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
-    if first.device.type == "cpu" and cpu.build():
+    if first.device.type == "cpu" and cpu.library():
         pack_for_cpu(linears, mapped)
     elif first.device.type == "cpu" and first.is_floating_point():
         dequantize_weights([layer for layer in linears if layer.format.quantization], first.dtype, mapped)
-    elif first.device.type == "cuda" and triton_runs(first.device):
+    elif first.device.type == "cuda" and load_triton_kernels(first.device):
         pack_for_triton(linears)
 
 
@@ -253,7 +255,8 @@ def pack_for_cpu(linears: list, mapped: bool):
             if mapped:
                 drop_pages(unpacked[name])
         layer.backend = "cpu"
-        # In a quantized model the dense routers, too: they are small, and a step is recorded as a whole or not at all.
+        # In a quantized model dense layers, such as routers, take MAX_TOKENS, too, although PyTorch may be faster: one
+        # operation outside the kernels would make the whole step impossible to record.
         layer.max_tokens = MAX_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
@@ -276,7 +279,7 @@ def dequantize_weights(linears: list, dtype: torch.dtype, mapped: bool):
             drop_pages(tensor)
 
 
-def dequantize_rows(format: Format, tensors: Tensors, in_features: int, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dtype: torch.dtype) -> Tensor:
     """format.dequantize, a few rows at a time, so that its float32 copies stay in the processor's cache."""
     *outputs, _ = tensors["weight"].shape
     rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
@@ -298,7 +301,7 @@ def pack_for_triton(linears: list):
             layer.backend, layer.max_tokens = "triton", MAX_TRITON_TOKENS
 
 
-def triton_runs(device: torch.device) -> bool:
+def load_triton_kernels(device: torch.device) -> bool:
     """Whether Triton works here. It needs a C compiler and Python.h. If it does not work, prints why."""
     try:
         from kernels import triton_attention, triton_linear, triton_moe, triton_sampling  # noqa: F401  (they register the operations)

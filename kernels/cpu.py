@@ -40,7 +40,7 @@ FLAGS = [
 
 
 @cache
-def build() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """Loads the kernels, which then are torch.ops.gptfast. Compiles them first if they are not in the cache; several
     processes may do so at once. If it fails, prints one line to stderr and returns None.
 
@@ -74,7 +74,7 @@ def use_one_thread():
 
 def max_dense_tokens(dtype: torch.dtype) -> int:
     """Up to how many tokens the kernels multiply dense weights of dtype faster than PyTorch does on this CPU."""
-    return build().max_dense_tokens(dtype == torch.bfloat16)
+    return library().max_dense_tokens(dtype == torch.bfloat16)
 
 
 def find_compiler() -> list[str] | None:

@@ -32,7 +32,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 copies stay in the processor's cache
 
 
-class Format:
+class WeightFormat:
     """The interface of a format. The methods here are those of a format that stores W unchanged."""
 
     format_id = 0  # the format's number in the kernels
@@ -56,7 +56,7 @@ class Format:
         """The part of one of the tensors that belongs to W's inputs [start, start + length)."""
         return tensor[..., start : start + length].clone() if name == "weight" else tensor
 
-    def shard_format(self, length: int) -> "Format":
+    def shard_format(self, length: int) -> "WeightFormat":
         """The format of such a shard."""
         return self
 
@@ -78,7 +78,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Dense(Format):
+class Dense(WeightFormat):
     """16 or 32 bits, unchanged."""
 
 
@@ -90,7 +90,7 @@ class Dequantized(Dense):
 
 
 @dataclass(frozen=True)
-class Int8(Format):
+class Int8(WeightFormat):
     """Symmetric, q from -127 to 127, one scale for each output."""
 
     format_id = 1
@@ -135,7 +135,7 @@ class Int8(Format):
 
 
 @dataclass(frozen=True)
-class Int4(Format):
+class Int4(WeightFormat):
     """Asymmetric, q from 0 to 15. Every group_size inputs of an output share a scale and a zero point. The last group
     may be shorter."""
 
@@ -223,26 +223,26 @@ class Int4(Format):
 
 
 @dataclass(frozen=True)
-class Formats:
+class WeightFormats:
     """The format of every linear layer of a model: most have the same, and a checkpoint may name exceptions."""
 
-    default: Format
-    exceptions: dict[str, Format] = field(default_factory=dict)  # by the layer's name
+    default: WeightFormat
+    exceptions: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
 
-    def of_layer(self, name: str) -> Format:
+    def of_layer(self, name: str) -> WeightFormat:
         return self.exceptions.get(name, self.default)
 
 
-def formats_of(quantization: dict | None) -> Formats:
+def formats_of(quantization: dict | None) -> WeightFormats:
     """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
     name. Raises UsageError."""
     exceptions = quantization.get("layers", {}) if isinstance(quantization, dict) else {}
     if not isinstance(exceptions, dict):
         raise UsageError(f"the checkpoint's quantized layers are {exceptions!r}, which this version does not read")
-    return Formats(format_of(quantization), {name: format_of(value) for name, value in exceptions.items()})
+    return WeightFormats(format_of(quantization), {name: format_of(value) for name, value in exceptions.items()})
 
 
-def format_of(quantization: dict | None) -> Format:
+def format_of(quantization: dict | None) -> WeightFormat:
     """The format of most layers. Raises UsageError."""
     if quantization is None:
         return Dense()

@@ -1,7 +1,7 @@
 """record(step): a decode step that is recorded once and replayed. CUDA graphs, and the same for CPUs.
 
-    step = record(lambda tokens, positions: model(tokens, positions, kv_cache))
-    logits = step(tokens, positions)       # the first call with these shapes records, every later one replays
+    step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
+    logits = step(tokens, start_pos)       # the first call with these shapes records, every later one replays
 
 One contract on both devices: a call copies its arguments into the buffers of the recording, and what it returns is
 overwritten by the next call. Only what the arguments hold may change from call to call.
@@ -134,12 +134,12 @@ class Recorder(TorchDispatchMode):
     def begin_tape(self):
         global current
         current = self
-        self.segments.append(Tape(cpu.build()))
+        self.segments.append(Tape(cpu.library()))
 
     def end_tape(self):
         global current
         current = None
-        cpu.build().tape_end()
+        cpu.library().tape_end()
 
     def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """Between two tapes: see the function graph_break."""

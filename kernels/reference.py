@@ -1,7 +1,7 @@
 """The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
-kernels/__init__.py describes each. Weights of every format are read through layer.matrix(dtype). If the weights are
-packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch".
+kernels/__init__.py describes each. Weights of every format are read through layer.dequantized_weight(dtype). If the
+weights are packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch".
 """
 
 import torch
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x, layer, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
+def fused_linear(x, layer, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
-    y = F.linear(x, layer.matrix(x.dtype), layer.bias)
+    y = F.linear(x, layer.dequantized_weight(x.dtype), layer.bias)
     if activation:
         y = glu(y, activation)
     if layer.scale != 1:
@@ -20,7 +20,7 @@ def linear(x, layer, norm=None, residual=None, activation=None, out_dtype=None) 
     if out_dtype is not None:
         y = y.to(out_dtype)
     if layer.softcap:
-        y = cap(y, layer.softcap)
+        y = apply_softcap(y, layer.softcap)
     if layer.clip:
         y = y.clamp(-layer.clip, layer.clip)
     return y if residual is None else residual + y
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return y if residual is None else residual + y
 
 
-def cap(x: Tensor, softcap: float) -> Tensor:
+def apply_softcap(x: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
     return softcap * torch.tanh(x / softcap)
 
@@ -69,13 +69,13 @@ def embed(tokens: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def attend(qkv: Tensor, layer, cache, positions: Tensor) -> Tensor:
+def attend(qkv: Tensor, layer, cache, start_pos: Tensor) -> Tensor:
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
     q, k, v = qkv.view(B, T, -1, D).split([layer.n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if layer.q_norm is not None:
         q, k = norm_heads(q, layer.q_norm), norm_heads(k, layer.k_norm)
-    token_positions = positions[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-    rope = cache.rope[token_positions]  # [B, T, D/2, 2]
+    positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
+    rope = cache.rope[positions]  # [B, T, D/2, 2]
     q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D], k [B, T, G, D]
     # S == T means that the new tokens start at position 0. Not under torch.compile, where this comparison would
     # specialize the graph.
@@ -85,21 +85,21 @@ def attend(qkv: Tensor, layer, cache, positions: Tensor) -> Tensor:
         cache.v.copy_(v.transpose(1, 2))
     else:
         sequences = torch.arange(B, device=qkv.device)[:, None]
-        cache.k[sequences, :, token_positions] = k
-        cache.v[sequences, :, token_positions] = v
-    if layer.sinks is not None or layer.softcap or cache.slopes is not None:
-        y = explicit_attention(q, layer, cache, token_positions)
+        cache.k[sequences, :, positions] = k
+        cache.v[sequences, :, positions] = v
+    if layer.sinks is not None or layer.softcap or cache.alibi_slopes is not None:
+        y = explicit_attention(q, layer, cache, positions)
     else:
-        y = sdpa_attention(q, layer, cache, token_positions, fills_cache)
+        y = sdpa_attention(q, layer, cache, positions, fills_cache)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
-def sdpa_attention(q: Tensor, layer, cache, token_positions: Tensor, fills_cache: bool) -> Tensor:
-    """By PyTorch's scaled_dot_product_attention: q [B, H, T, D] at token_positions [B, T] -> [B, H, T, D]. fills_cache:
+def sdpa_attention(q: Tensor, layer, cache, positions: Tensor, fills_cache: bool) -> Tensor:
+    """By PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]. fills_cache:
     the T tokens are all that the cache holds."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
-        mask = causal_mask(token_positions, S, layer.window)
+        mask = causal_mask(positions, S, layer.window)
         y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=layer.scale)
         return y.view(B, H, 1, D)
     k, v = cache.k, cache.v
@@ -107,22 +107,22 @@ def sdpa_attention(q: Tensor, layer, cache, token_positions: Tensor, fills_cache
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
     if fills_cache and not 0 < layer.window < T:  # is_causal lets SDPA choose flash attention
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True)
-    mask = causal_mask(token_positions, S, layer.window)
+    mask = causal_mask(positions, S, layer.window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=True)
 
 
-def explicit_attention(q: Tensor, layer, cache, token_positions: Tensor) -> Tensor:
-    """What SDPA cannot do: softcap, ALiBi and sinks. q [B, H, T, D] at token_positions [B, T] -> [B, H, T, D]."""
+def explicit_attention(q: Tensor, layer, cache, positions: Tensor) -> Tensor:
+    """What SDPA cannot do: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * layer.scale  # [B, G, H/G, T, S]
     if layer.softcap:
-        scores = cap(scores, layer.softcap)
-    if cache.slopes is not None:
-        distances = torch.arange(S, device=q.device) - token_positions[..., None]  # [B, T, S]
-        bias = cache.slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        scores = apply_softcap(scores, layer.softcap)
+    if cache.alibi_slopes is not None:
+        distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
+        bias = cache.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
-    mask = causal_mask(token_positions, S, layer.window)
+    mask = causal_mask(positions, S, layer.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
     if layer.sinks is not None:  # the score of one more key, which takes its part of the softmax's sum
         sinks = layer.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
@@ -138,9 +138,9 @@ def norm_heads(x: Tensor, norm) -> Tensor:
     return rms_norm(x.flatten(2), norm.weight, norm.eps).view_as(x)
 
 
-def causal_mask(token_positions: Tensor, S: int, window: int) -> Tensor:
-    """Whether the token at each of token_positions [B, T] sees each of S keys: [B, 1, T, S], the same for all heads."""
-    queries, keys = token_positions[..., None], torch.arange(S, device=token_positions.device)
+def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
+    """Whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S], the same for all heads."""
+    queries, keys = positions[..., None], torch.arange(S, device=positions.device)
     mask = keys <= queries  # [B, T, S]
     if window:
         mask &= keys > queries - window
@@ -200,12 +200,12 @@ def by_expert(x: Tensor, layer, expert_ids: Tensor) -> Tensor:
     y = x.new_empty(len(x), layer.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
-        y[rows] = F.linear(x[rows], layer.matrix(x.dtype, e), None if layer.bias is None else layer.bias[e])
+        y[rows] = F.linear(x[rows], layer.dequantized_weight(x.dtype, e), None if layer.bias is None else layer.bias[e])
     return y
 
 
 def by_row(x: Tensor, layer, expert_ids: Tensor) -> Tensor:
     """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
     product and sum into one loop. Not compiled, this would first copy the experts' weights."""
-    y = (layer.matrix(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
+    y = (layer.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
     return (y if layer.bias is None else y + layer.bias[expert_ids].float()).to(x.dtype)

@@ -3,8 +3,8 @@
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 take the arguments of this schema, so a change here is a change in both. kernels/__init__.py says what each one does.
 
-A weight [N, K] is six arguments, WEIGHT: its tensors as kernels/formats.py packs them, Format.format_id, the number of
-outputs n, and how many inputs share a scale. activation is a number of ACTIVATION_IDS.
+A weight [N, K] is six arguments, WEIGHT: its tensors as kernels/formats.py packs them, WeightFormat.format_id, the
+number of outputs n, and how many inputs share a scale. activation is a number of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def triton_op(function: Callable) -> Callable:
     f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, int activation, "
     "float scale, float softcap, float clip, bool float32_out) -> Tensor"
 )
-def linear(
+def fused_linear(
     x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps, residual, activation, scale, softcap,
     clip, float32_out,
 ):  # fmt: skip
@@ -74,13 +74,13 @@ def embed(tokens, weight, scale):
 
 
 @define(
-    "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor rope, Tensor? q_norm_weight, "
-    "Tensor? k_norm_weight, float eps, Tensor? sinks, Tensor? slopes, int n_heads, int window, float scale, "
+    "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start_pos, Tensor rope, Tensor? q_norm_weight, "
+    "Tensor? k_norm_weight, float eps, Tensor? sinks, Tensor? alibi_slopes, int n_heads, int window, float scale, "
     "float softcap) -> Tensor"
 )
 def attend(
-    qkv, k_cache, v_cache, positions, rope, q_norm_weight, k_norm_weight, eps, sinks, slopes, n_heads, window, scale,
-    softcap,
+    qkv, k_cache, v_cache, start_pos, rope, q_norm_weight, k_norm_weight, eps, sinks, alibi_slopes, n_heads, window,
+    scale, softcap,
 ):  # fmt: skip
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.schema import triton_op
 from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
-from kernels.triton_linear import cap
+from kernels.triton_linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: T is up to 8, but tl.dot takes no fewer than 16
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,9 +29,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def attend_kernel(
     qkv_ptr, k_cache_ptr, v_cache_ptr,  # [B, T, (H + 2 G) D], [B, G, S, D], [B, G, S, D]
-    positions_ptr, rope_ptr,  # [B], [S, D / 2, 2]
+    start_pos_ptr, rope_ptr,  # [B], [S, D / 2, 2]
     q_norm_weight_ptr, k_norm_weight_ptr,  # [Q_NORM_HEADS, D], [K_NORM_HEADS, D], or None
-    sinks_ptr, slopes_ptr,  # [H], [H], or None
+    sinks_ptr, alibi_slopes_ptr,  # [H], [H], or None
     out_ptr, splits_ptr, stats_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D], [B, T, H, N_SPLITS, 2]: m_i and l_i
     n_done_ptr,  # [B, G], zeros
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
@@ -44,7 +44,7 @@ def attend_kernel(
     """Grid: [N_SPLITS, G, B]. Program (i, g, b) takes part i of the cached tokens of sequence b, for the T * H / G
     queries that use key/value head g. The parts are equal, and the last program also has the new tokens:
 
-        positions    0                              start           start + T
+        start_pos    0                              start           start + T
                      |   cached tokens              |   new tokens  |
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
@@ -62,7 +62,7 @@ def attend_kernel(
     qkv_ptr += sequence * T * TOKEN_STRIDE
     k_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     v_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
-    start = tl.load(positions_ptr + sequence).to(tl.int32)  # position of the first new token
+    start = tl.load(start_pos_ptr + sequence).to(tl.int32)  # position of the first new token
 
     # Load the new tokens. They come first, since they need not wait for start
     offs_m = tl.arange(0, BLOCK_M)  # queries: all heads of token 0, all heads of token 1, ...
@@ -83,8 +83,8 @@ def attend_kernel(
     m_i, l_i = initial_softmax(sinks_ptr, head, has_sink, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     slope = None
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + head, mask=mask_m, other=0.0) * LOG2_E
+    if alibi_slopes_ptr is not None:
+        slope = tl.load(alibi_slopes_ptr + head, mask=mask_m, other=0.0) * LOG2_E
 
     # Accumulate the cached tokens
     begin, end = split_bounds(start, S, split, WINDOW, N_SPLITS, BLOCK_N)
@@ -179,7 +179,7 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, s
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
     qk *= qk_scale
     if qk_softcap is not None:
-        qk = cap(qk, qk_softcap)
+        qk = apply_softcap(qk, qk_softcap)
     if slope is not None:
         qk += slope[:, None] * distance
     qk = tl.where(mask, qk, -float("inf"))
@@ -336,19 +336,19 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
 
 @triton_op
 def attend(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, rope: Tensor,
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, start_pos: Tensor, rope: Tensor,
     q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, eps: float,
-    sinks: Tensor | None, slopes: Tensor | None, n_heads: int, window: int, scale: float, softcap: float,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, n_heads: int, window: int, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. A sequence's first new token is at positions [B], the others right after
+    """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. A sequence's first new token is at start_pos [B], the others right after
     it.
 
     Keys and values go into the caches [B, G, S, D], which hold those of earlier tokens and may be views of longer
     ones. Nothing is read or written beyond S. rope [S, D / 2, 2] is cosine and sine of every position's angles.
     q_norm_weight, k_norm_weight: [D] to norm each head, [H D] and [G D] to norm all heads of a token together. sinks:
     [H], scores of a key whose value is zero. window: a token sees no more than so many, itself included, if it is not
-    0. Scores are q k^T times scale, then, if softcap is not 0, capped. slopes: [H] float32; slope * (position of the
-    key - position of the query) is added to the scores then.
+    0. Scores are q k^T times scale, then, if softcap is not 0, capped. alibi_slopes: [H] float32; slope * (position of
+    the key - position of the query) is added to the scores then.
 
     T H / G may be up to 64: a program has that much room."""
     (batch, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape
@@ -362,7 +362,7 @@ def attend(
         stats = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
     grid = n_splits, n_kv_heads, batch
     attend_kernel[grid](
-        qkv, k_cache, v_cache, positions, rope, q_norm_weight, k_norm_weight, sinks, slopes,
+        qkv, k_cache, v_cache, start_pos, rope, q_norm_weight, k_norm_weight, sinks, alibi_slopes,
         out, splits, stats, done_counters(qkv.device),
         eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
         k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,

@@ -229,7 +229,7 @@ def epilogue(y, bias, scale, softcap, clip, residual, ACTIVATION: tl.constexpr):
     if scale is not None:
         y *= scale
     if softcap is not None:
-        y = cap(y, softcap)
+        y = apply_softcap(y, softcap)
     if clip is not None:
         y = tl.clamp(y, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     if residual is not None:
@@ -246,7 +246,8 @@ def glu(gate_up, ACTIVATION: tl.constexpr):
         gate *= tl.sigmoid(gate)
     elif ACTIVATION == GELU_TANH:  # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
         gate *= tl.sigmoid(1.5957691 * (gate + 0.044715 * gate * gate * gate))
-    elif ACTIVATION == CLAMPED_SWIGLU:
+    else:
+        tl.static_assert(ACTIVATION == CLAMPED_SWIGLU, "no kernel for this activation")
         gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
         gate *= tl.sigmoid(1.702 * gate)
@@ -254,7 +255,7 @@ def glu(gate_up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def cap(x, softcap):
+def apply_softcap(x, softcap):
     """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
     return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)
 
@@ -298,7 +299,7 @@ def launch_linear(
 
 
 @triton_op
-def linear(
+def fused_linear(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None, activation: int,
     scale: float, softcap: float, clip: float, float32_out: bool,

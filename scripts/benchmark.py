@@ -47,7 +47,7 @@ from benchmark_speed import CONFIGS, config_of, measure_speed, save_random_check
 
 import kernels
 from config import ModelConfig, UsageError
-from kernels.formats import GROUP_SIZES, Format, format_of
+from kernels.formats import GROUP_SIZES, WeightFormat, format_of
 from machine import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,9 +174,9 @@ def check_speed_options(args: argparse.Namespace, config: ModelConfig):
         raise UsageError(f"{length} prompt and new tokens exceed the model's context of {config.max_seq_len}")
 
 
-def tune(config: ModelConfig, format: Format, device: torch.device):
+def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """--tune: see tune_triton.py."""
-    if device.type != "cuda" or not kernels.triton_runs(device):
+    if device.type != "cuda" or not kernels.load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
     import tune_triton  # here, since Triton is installed only where there is a GPU
 

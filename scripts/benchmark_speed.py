@@ -22,7 +22,7 @@ from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
 from converters.families import config_from_hf
 from generate import generate
-from kernels.formats import Dense, Format, Int4, Int8, Tensors
+from kernels.formats import Dense, Int4, Int8, Tensors, WeightFormat
 from machine import peak_memory, read_bandwidth, synchronize
 from model import KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import Sampling
@@ -66,7 +66,7 @@ def config_of(name: str) -> ModelConfig:
     raise UsageError(f"--config {name!r} is neither a config.json, a model.pth nor one of {', '.join(CONFIGS)}")
 
 
-def random_model(config: ModelConfig, format: Format, device: torch.device, dtype: torch.dtype) -> Transformer:
+def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
     """A model whose linears are in format, as a checkpoint has it: not yet on the kernels."""
     model = empty_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
@@ -83,7 +83,7 @@ def random_model(config: ModelConfig, format: Format, device: torch.device, dtyp
 
 
 def random_linear(
-    shape: tuple[int, ...], format: Format, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
+    shape: tuple[int, ...], format: WeightFormat, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
 ) -> Linear:
     """One layer with W [N, K], or experts' [E, N, K]."""
     *experts, out_features, in_features = shape
@@ -142,7 +142,7 @@ def save_random_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype):
 # ---- Speed and memory ------------------------------------------------------------------------------------------------
 
 
-def measure_speed(args: argparse.Namespace, config: ModelConfig, format: Format, device: torch.device) -> dict:
+def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightFormat, device: torch.device) -> dict:
     """args: the options of benchmark.py."""
     memory_before = peak_memory(device)
     began = time.perf_counter()
@@ -187,12 +187,12 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     start = n_prompt - 1  # the prompt is still in the cache
     seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
-    positions = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
-    tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
-    bytes_per_second = (model.active_weight_bytes() + kv_cache.bytes_per_token() * tokens_read) / seconds
+    start_pos = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
+    tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in start_pos)
+    bytes_per_second = (model.active_weight_bytes() + kv_cache.bytes_per_position() * tokens_read) / seconds
     return {
         "compile_seconds": compile_seconds,
-        "kv_bytes": kv_cache.bytes_per_token() * kv_cache.length,
+        "kv_bytes": kv_cache.bytes_per_position() * kv_cache.max_seq_len,
         "peak_memory_bytes": peak,
         "model_bytes": model.active_weight_bytes(),
         "decode_tokens_per_sec": 1 / seconds,

@@ -69,7 +69,7 @@ class Outcome:
 def check(args: argparse.Namespace):
     """Every Triton kernel against plain PyTorch, over odd and real sizes, in one type."""
     device, dtype = pick_device(args.device), getattr(torch, args.precision)
-    if not kernels.triton_runs(device):
+    if not kernels.load_triton_kernels(device):
         raise UsageError("Triton does not run here, so there is nothing to check")
     sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)
     tasks = [partial(run_on, device, check) for check in all_checks(dtype, sizes)]
@@ -94,7 +94,7 @@ def run_all(tasks: list[Callable[[], Outcome]], in_parallel: bool) -> list[Outco
 
 def run_on(device: torch.device, check: Check) -> Outcome:
     """run for a check of kernels, whose tensors are made on the default device."""
-    kernels.triton_runs(device)  # registers the operations
+    kernels.load_triton_kernels(device)  # registers the operations
     with device:
         return run(check)
 

@@ -72,7 +72,7 @@ def main():
 def compare(args: argparse.Namespace) -> dict:
     """Makes both sides' files and measures them. The result is what --json writes."""
     torch.set_num_threads(args.threads)
-    cpu.build()  # now, or the first round would; says so if it cannot
+    cpu.library()  # now, or the first round would; says so if it cannot
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(args.config, args.gguf, folder / "bf16.pth")

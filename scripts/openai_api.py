@@ -23,8 +23,8 @@ SAMPLING = {  # default, least and greatest value; the last three fields are vLL
 }
 
 
-def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, length: int) -> list[Request]:
-    """The texts that body asks for. length: most tokens of a prompt and its text. Raises UsageError."""
+def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[Request]:
+    """The texts that body asks for. max_seq_len: most tokens of a prompt and its text. Raises UsageError."""
     for name in UNSUPPORTED:
         require(not body.get(name), f"{name} is not supported")
     if is_chat:
@@ -37,8 +37,8 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, length: int) -
         n_logprobs = number(body, "logprobs", None, 0, MAX_LOGPROBS)
     n = number(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
-    room = length - max(map(len, prompts))
-    require(room > 0 and all(prompts), f"a prompt must have 1 to {length - 1} tokens")
+    room = max_seq_len - max(map(len, prompts))
+    require(room > 0 and all(prompts), f"a prompt must have 1 to {max_seq_len - 1} tokens")
     max_tokens = number(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
     max_tokens = number(body, "max_completion_tokens", max_tokens, 1, room)
     sampling = Sampling(**{name: number(body, name, *limits) for name, limits in SAMPLING.items()})
@@ -94,7 +94,7 @@ class Reply:
 
     def __init__(self, body: dict, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         """body: the request. Takes seconds to tokenize megabytes. Raises UsageError."""
-        requests = read_request(body, is_chat, tokenizer, scheduler.length)
+        requests = read_request(body, is_chat, tokenizer, scheduler.max_seq_len)
         self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
         self.sent = [(0, 0)] * len(requests)  # the characters and tokens of each that are in a response
         self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, bool(body.get("stream"))
@@ -113,7 +113,7 @@ class Reply:
                 yield self.response([completion])
 
     def usage(self) -> dict:
-        n_prompt = sum({id(c.request.prompt): len(c.request.prompt) for c in self.completions}.values())
+        n_prompt = sum({id(c.request.prompt_ids): len(c.request.prompt_ids) for c in self.completions}.values())
         n_new = sum(len(completion.tokens) for completion in self.completions)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 

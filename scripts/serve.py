@@ -47,7 +47,7 @@ try:
 except ImportError as e:
     cli.exit_with(f"this script needs `pip install starlette uvicorn` ({e})")
 
-OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_length"
+OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_seq_length"
 MAX_BODY = 4 * 2**20  # bytes of a request
 
 
@@ -59,20 +59,20 @@ def main():
     add("--port", type=int, default=8000, help="default: %(default)s; 0: any that is free")
     add("--api_key", help="refuse requests without the header `Authorization: Bearer API_KEY`")
     add("--parallel", type=int, default=8, help="texts computed at a time (default: %(default)s)")
-    add("--max_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
+    add("--max_seq_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
     add("--compile", action="store_true", help="record the decode steps on a GPU, too")
     cli.add_device(parser)
     cli.add_precision(parser)
     cli.add_threads(parser)
     args = parser.parse_args()
-    require(min(args.parallel, args.max_length) > 0, "--parallel and --max_length must be at least 1")
+    require(min(args.parallel, args.max_seq_length) > 0, "--parallel and --max_seq_length must be at least 1")
     require("" not in (args.host, args.api_key), "--host and --api_key must not be empty: it would let in everybody")
     cli.set_threads(args.threads)
 
     listener = listen(args.host, args.port)
     model, tokenizer = load(args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision))
-    length = min(args.max_length, model.config.max_seq_len)
-    scheduler = Scheduler(model, args.parallel, length, compile=args.compile, oom_hint=OOM_HINT)
+    max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
+    scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile, oom_hint=OOM_HINT)
     model_name = args.checkpoint_path.absolute().parent.name
     server = Server(Engine(scheduler, args.device), tokenizer, model_name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host

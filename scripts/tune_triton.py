@@ -18,7 +18,7 @@ from triton.testing import do_bench_cudagraph
 
 import kernels
 from config import ModelConfig
-from kernels.formats import Format
+from kernels.formats import WeightFormat
 from kernels.triton_launch import TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from model import Linear, RMSNorm, empty_model
 
@@ -30,14 +30,14 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
-def tune(config: ModelConfig, format: Format, device: torch.device):
+def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """For every product of a model whose linears are in format. Takes some minutes."""
     linears = empty_model(config.with_layers(1)).quantizable_linears()
     for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
 
 
-def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.device):
+def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
     """Writes down the fastest tile sizes for W [n, k], of those that also work with the most tokens. gated: W is a gate
     and an up projection, with the activation."""
     weights = make_weights(n, k, format, device)
@@ -68,7 +68,7 @@ def tune_product(n: int, k: int, gated: bool, format: Format, device: torch.devi
     del tuned[key]
 
 
-def make_weights(n: int, k: int, format: Format, device: torch.device) -> list[Linear]:
+def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> list[Linear]:
     """Packed weights [n, k]: so many that none is in the GPU's cache when it is needed again."""
     weights = [random_linear((n, k), format, device, torch.bfloat16)]
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -86,7 +86,7 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
     def multiply():
         for w in weights:
-            kernels.linear(x, w, norm, activation="silu" if gated else None)
+            kernels.fused_linear(x, w, norm, activation="silu" if gated else None)
 
     return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import kernels
 from config import ModelConfig
 from kernels import reference
-from kernels.formats import Dense, Format, Int4, Int8
+from kernels.formats import Dense, Int4, Int8, WeightFormat
 from kernels.schema import ACTIVATION_IDS
 from model import ExpertsDown, ExpertsGateUp, LayerCache, alibi_slopes, rope_table
 from sampling import multinomial
@@ -80,7 +80,7 @@ class Sizes:
     linears: list[tuple]  # N, K, whether there is a bias, numbers of rows
     random_linears: list[tuple]  # N, K, rows
     matrices: list[tuple]  # N, K
-    expert_formats: list[Format]
+    expert_formats: list[WeightFormat]
     experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of rows
     attention: list[tuple]  # (n_heads, n_kv_heads, head_dim), window, caches (see check_attention), options
     vocab_sizes: list[int]
@@ -154,7 +154,7 @@ def name_of(check: Check) -> str:
 # ---- Products --------------------------------------------------------------------------------------------------------
 
 
-def check_linear(dtype: torch.dtype, format: Format, size: tuple):
+def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     """With exact data, in which the smallest mistake shows."""
     n, k, has_bias, row_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
@@ -164,25 +164,25 @@ def check_linear(dtype: torch.dtype, format: Format, size: tuple):
         case = f"{names(format)} {n}x{k} of {n_rows} rows"
         x, residual = integers(1, n_rows, k, dtype=dtype), torch.randn(1, n_rows, n).to(dtype)
         y, terms = exact_product(x, matrix, bias)
-        ours = kernels.linear(x, w, out_dtype=torch.float32)
+        ours = kernels.fused_linear(x, w, out_dtype=torch.float32)
         yield Comparison("float32_linear", case, ours, y, of_exact_sums(terms, k, format))
 
         y, terms = exact_product(x, matrix, bias, norm)
         error = of_exact_sums(terms, k, format)
         total, total_error = with_residual(y, error, residual)
-        ours = kernels.linear(x, w, norm, residual)
+        ours = kernels.fused_linear(x, w, norm, residual)
         yield Comparison("linear", case, ours, total, of_stored(total, total_error, dtype))
 
         y, error = exact_stored_glu(y, error, "silu", dtype, fused=n % kernels.FUSED_GLU_MULTIPLE == 0)
-        yield Comparison("silu_linear", case, kernels.linear(x, w, norm, activation="silu"), y, error)
+        yield Comparison("silu_linear", case, kernels.fused_linear(x, w, norm, activation="silu"), y, error)
 
 
-def check_random_linear(dtype: torch.dtype, format: Format, size: tuple):
+def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     """Not with integers, so that sums and the product with the norm's weight are rounded, and int4's OFFSET costs
     bits."""
     n, k, n_rows = size
     w, norm = make(n, k, format, dtype), make_norm(k, dtype)
-    matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
     if isinstance(format, Int4):  # OFFSET + q times x, less OFFSET + zero times x
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * OFFSETS[factor_dtype(dtype)] * wide_scales
@@ -191,21 +191,22 @@ def check_random_linear(dtype: torch.dtype, format: Format, size: tuple):
     case = f"{names(format)} {n}x{k} of {n_rows} rows, random"
     y = x.double() @ matrix.T
     error = bounds.of_product(x, magnitude, y, torch.float32)
-    yield Comparison("float32_linear", case, kernels.linear(x, w, out_dtype=torch.float32), y, error)
+    yield Comparison("float32_linear", case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
 
     normed = exact_rms_norm(x, norm)
     y = normed @ matrix.T
     rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
     error = bounds.of_product(normed, magnitude, y, torch.float32) + rounded_factors
-    yield Comparison("float32_linear", case, kernels.linear(x, w, norm, out_dtype=torch.float32), y, error)
+    yield Comparison("float32_linear", case, kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
 
 
-def check_dequantize(dtype: torch.dtype, format: Format, size: tuple):
+def check_dequantize(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n, k = size
     w = make(n, k, format, dtype)
-    exact = w.matrix(torch.float32)
+    exact = w.dequantized_weight(torch.float32)
     use_triton(w)
-    yield Comparison("dequantize", f"{names(format)} {n}x{k}", w.matrix(dtype), exact, of_rounding(exact, dtype))
+    ours = w.dequantized_weight(dtype)
+    yield Comparison("dequantize", f"{names(format)} {n}x{k}", ours, exact, of_rounding(exact, dtype))
 
 
 def check_activation(dtype: torch.dtype, activation: str):
@@ -219,10 +220,10 @@ def check_activation(dtype: torch.dtype, activation: str):
         y, terms = exact_product(x, matrix, bias)
         assert n_rows == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
         y, error = exact_stored_glu(y, of_exact_sums(terms, k, Dense()), activation, dtype, fused=True)
-        ours = kernels.linear(x, w, activation=activation)
+        ours = kernels.fused_linear(x, w, activation=activation)
         yield Comparison(operation, f"{n}x{k} of {n_rows} rows", ours, y, error)
     x[0, 3, 7] = torch.nan
-    is_nan = kernels.linear(x, w, activation=activation).isnan()
+    is_nan = kernels.fused_linear(x, w, activation=activation).isnan()
     expected = x.isnan().any(-1, keepdim=True).expand(is_nan.shape)
     yield Comparison(operation, "NaN", is_nan, expected, torch.zeros(()))
 
@@ -237,7 +238,7 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
     def epilogue(y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         y, error = y * scale, error * scale + 2 * U32 * abs(y * scale)
         if softcap:
-            y, error = reference.cap(y, softcap), error + of_cap(softcap)
+            y, error = reference.apply_softcap(y, softcap), error + of_cap(softcap)
         return y.clamp(-clip, clip) if clip else y, error
 
     for n_rows in (1, 5):
@@ -246,12 +247,12 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         products, terms = exact_product(x, matrix, bias)
         sum_error = of_exact_sums(terms, k, Int8())
         y, error = epilogue(products, sum_error)
-        yield Comparison(operation, case, kernels.linear(x, w, out_dtype=torch.float32), y, error)
+        yield Comparison(operation, case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
         total, error = with_residual(y, error, residual)
-        ours = kernels.linear(x, w, residual=residual)
+        ours = kernels.fused_linear(x, w, residual=residual)
         yield Comparison(operation, f"{case}, residual", ours, total, of_stored(total, error, dtype))
         y, error = epilogue(*of_glu(products, sum_error))
-        ours = kernels.linear(x, w, activation="silu")
+        ours = kernels.fused_linear(x, w, activation="silu")
         yield Comparison(operation, f"{case}, silu", ours, y, of_stored(y, error, dtype))
 
 
@@ -268,7 +269,7 @@ def check_rms_norm(dtype: torch.dtype, n_rows: int, dim: int):
 # ---- Mixture of experts ----------------------------------------------------------------------------------------------
 
 
-def check_gate_up(dtype: torch.dtype, format: Format, size: tuple):
+def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
     """Of rows that share experts. PyTorch computes what the kernels do not take."""
     n_experts, dim, ffn_dim, has_bias, row_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
@@ -288,7 +289,7 @@ def check_gate_up(dtype: torch.dtype, format: Format, size: tuple):
         yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "silu"), y, error)
 
 
-def check_down(dtype: torch.dtype, format: Format, size: tuple):
+def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n_experts, dim, ffn_dim, has_bias, row_counts = size
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
@@ -368,18 +369,18 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
     config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
     for n_tokens, starts, length in caches:
         rows, full_length = len(starts), length + 40
-        rope, positions = rope_table(config, full_length), torch.tensor(starts)
+        rope, start_pos = rope_table(config, full_length), torch.tensor(starts)
         qkv = torch.randn(rows, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
         k, v = torch.randn(2, rows, n_kv_heads, full_length, head_dim).to(dtype).unbind()
         for row, start in enumerate(starts):
             k[row, :, start:], v[row, :, start:] = torch.nan, torch.nan
         before = LayerCache(k.clone(), v.clone(), rope, slopes)
         view = LayerCache(k[:, :, :length], v[:, :, :length], rope, slopes)
-        ours = attend(qkv, view, positions, n_heads, "triton", window, *norms, **arguments)
+        ours = attend(qkv, view, start_pos, n_heads, "triton", window, *norms, **arguments)
         case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
-        y, error = exact_attention(qkv, before, positions, n_heads, window, norms, **arguments)
+        y, error = exact_attention(qkv, before, start_pos, n_heads, window, norms, **arguments)
         yield Comparison("attend", case, ours, y, error)
-        exact_k, exact_v, k_error = exact_cache(qkv, before, positions, n_heads, norms)
+        exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
         yield Comparison("attend", f"{case}: keys", k.nan_to_num(9), exact_k.nan_to_num(9), k_error)
         yield Comparison("attend", f"{case}: values", v.nan_to_num(9), exact_v.nan_to_num(9), torch.zeros(()))
 

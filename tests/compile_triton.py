@@ -109,10 +109,10 @@ def launch_products(dtype: torch.dtype):
     for format in (Dense(), Int8(), Int4(32), Int4(64)):
         w = make(256, 2048, format, dtype)
         kernels.pack_for_triton([w])
-        kernels.linear(x, w, norm, out_dtype=torch.float32)
-        kernels.linear(x.expand(1, 8, 2048), w, norm, activation="silu")
+        kernels.fused_linear(x, w, norm, out_dtype=torch.float32)
+        kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="silu")
         if not isinstance(format, Dense):
-            w.matrix(dtype)
+            w.dequantized_weight(dtype)
 
 
 def launch_others(dtype: torch.dtype):
@@ -121,7 +121,7 @@ def launch_others(dtype: torch.dtype):
     capped = make(256, 2048, Dense(), dtype, bias=True, scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
     for activation in ("gelu_tanh", "clamped_swiglu"):
-        kernels.linear(x, capped, activation=activation)
+        kernels.fused_linear(x, capped, activation=activation)
     kernels.route(torch.randn(1, 5, 5), 2, True, "triton", n_shared_experts=1)
     topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, "triton")
     for format in (Dense(), Int8(), Int4(64)):
@@ -134,12 +134,12 @@ def launch_others(dtype: torch.dtype):
         kernels.sample(torch.randn(1, 5000), temperature)
     for n_tokens, n_heads in [(2, 8), (8, 16)]:  # the last: 64 queries of a key/value head, which is the most
         k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
-        cache, positions = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
+        cache, start_pos = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
         qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
-        attend(qkv, cache, positions, n_heads, "triton")
+        attend(qkv, cache, start_pos, n_heads, "triton")
     norms, sinks = [make_norm(n * 64, dtype) for n in (n_heads, 2)], torch.zeros(n_heads, dtype=dtype)
     cache = cache._replace(slopes=torch.zeros(n_heads))
-    attend(qkv, cache, positions, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, start_pos, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

@@ -74,7 +74,7 @@ def use_triton(module: torch.nn.Module) -> torch.nn.Module:
 def matrix_and_bias(w: Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """In float64."""
     bias = torch.zeros(()) if w.bias is None else w.bias
-    return w.matrix(torch.float32).double(), bias.double()
+    return w.dequantized_weight(torch.float32).double(), bias.double()
 
 
 def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
@@ -84,7 +84,7 @@ def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
 
 
 def attend(
-    qkv, cache: LayerCache, positions, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
+    qkv, cache: LayerCache, start_pos, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
     sinks=None, scale: float | None = None, softcap: float = 0.0,
 ):  # fmt: skip
     """kernels.attend of an attention layer that has these."""
@@ -92,7 +92,7 @@ def attend(
         n_heads=n_heads, backend=backend, window=window, q_norm=q_norm, k_norm=k_norm, sinks=sinks,
         scale=scale or cache.k.shape[-1] ** -0.5, softcap=softcap,
     )  # fmt: skip
-    return kernels.attend(qkv, layer, cache, positions)
+    return kernels.attend(qkv, layer, cache, start_pos)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------
@@ -182,41 +182,41 @@ def of_pytorch(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attention_factors(
-    qkv: torch.Tensor, cache: LayerCache, positions: torch.Tensor, n_heads: int, norms
+    qkv: torch.Tensor, cache: LayerCache, start_pos: torch.Tensor, n_heads: int, norms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [B, T, G, H / G, D], and k and v [B, G, S, D], of what the kernel multiplies: with the new tokens, normed,
     rotated, and rounded to the type of its factors. In float64."""
     (B, T, _), (_, G, _, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
-    token_positions = positions[:, None] + torch.arange(T)
+    positions = start_pos[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
         q, k = (reference.norm_heads(t, norm) for t, norm in zip((q, k), norms, strict=True))
-    q, k = (reference.apply_rope(t, cache.rope[token_positions]).to(factor) for t in (q, k))
+    q, k = (reference.apply_rope(t, cache.rope[positions]).to(factor) for t in (q, k))
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where no token looks
     rows = torch.arange(B)[:, None]
-    k_all[rows, :, token_positions], v_all[rows, :, token_positions] = k.double(), v.double()
+    k_all[rows, :, positions], v_all[rows, :, positions] = k.double(), v.double()
     return q.double().unflatten(2, (G, -1)), k_all, v_all
 
 
 def exact_attention(
-    qkv, cache: LayerCache, positions, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
+    qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output in float64 of the factors that the kernel multiplies, given the cache before; and its error."""
     (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
     scale = D**-0.5 if scale is None else scale
-    token_positions = positions[:, None] + torch.arange(T)
-    q, k_all, v_all = attention_factors(qkv, cache, positions, n_heads, norms)
+    positions = start_pos[:, None] + torch.arange(T)
+    q, k_all, v_all = attention_factors(qkv, cache, start_pos, n_heads, norms)
     keys = torch.arange(S)
-    sees = keys <= token_positions[..., None]
+    sees = keys <= positions[..., None]
     if window:
-        sees &= keys > token_positions[..., None] - window
+        sees &= keys > positions[..., None] - window
     scores = torch.einsum("btghd,bgsd->btghs", q, k_all) * scale
     if softcap:
-        scores = reference.cap(scores, softcap)
+        scores = reference.apply_softcap(scores, softcap)
     farthest = 0
-    if cache.slopes is not None:
-        distances = (token_positions[..., None] - keys).where(sees, 0)  # [B, T, S]
-        bias = cache.slopes.double().view(G, -1, 1) * distances[:, :, None, None]
+    if cache.alibi_slopes is not None:
+        distances = (positions[..., None] - keys).where(sees, 0)  # [B, T, S]
+        bias = cache.alibi_slopes.double().view(G, -1, 1) * distances[:, :, None, None]
         scores, farthest = scores - bias, bias.max()
     scores = scores.masked_fill(~sees[:, :, None, None], -torch.inf)
     if sinks is not None:
@@ -237,12 +237,12 @@ def exact_attention(
 
 
 def exact_cache(
-    qkv, before: LayerCache, positions, n_heads: int, norms
+    qkv, before: LayerCache, start_pos, n_heads: int, norms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The cache's keys and values afterwards, and how far the keys may be off: the new ones by a norm's sum, roundings
     and a flip; the others, like all values, not at all."""
     (B, T, _), (_, G, _, D) = qkv.shape, before.k.shape
-    new = torch.arange(B)[:, None], slice(None), positions[:, None] + torch.arange(T)
+    new = torch.arange(B)[:, None], slice(None), start_pos[:, None] + torch.arange(T)
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
     if norms[1] is not None:
         new_k = reference.norm_heads(new_k, norms[1])

@@ -18,7 +18,7 @@ import torch
 import kernels
 from config import UsageError
 from converters.families import config_from_hf
-from kernels.formats import Dense, Formats, Int4, Int8
+from kernels.formats import Dense, Int4, Int8, WeightFormats
 from loading import load_model, quantized_tensors
 from model import empty_model
 from tests import check_triton
@@ -82,7 +82,7 @@ def test_shapes_have_the_published_number_of_parameters():
 @pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)])
 def test_random_weights_keep_the_size_of_activations(format):
     """Mean 0 and variance 1 / inputs, whatever they are stored as."""
-    w = benchmark_speed.random_linear((200, 600), format, CPU, torch.bfloat16).matrix(torch.float32).float()
+    w = benchmark_speed.random_linear((200, 600), format, CPU, torch.bfloat16).dequantized_weight(torch.float32).float()
     assert w.shape == (200, 600)
     assert abs(w.mean().item()) < 0.05 * 600**-0.5
     assert w.std().item() == pytest.approx(600**-0.5, rel=0.1)
@@ -93,7 +93,7 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    empty = empty_model(config, Formats(format))
+    empty = empty_model(config, WeightFormats(format))
     needed, keep_dtype = empty.state_dict(), quantized_tensors(empty)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     assert held == {name: (t.shape, t.dtype if name in keep_dtype else torch.float16) for name, t in needed.items()}
@@ -119,7 +119,7 @@ def test_report_is_consistent(config, active, stored, config_json, capsys):
     tables = 1 if config["tie_word_embeddings"] else 2
     assert r["model_bytes"] == 2 * (2 * (layer + active * expert) + table + norms)  # bfloat16; of two tables the head
     assert r["weights_bytes"] == 2 * (2 * (layer + stored * expert) + tables * table + norms)
-    assert r["kv_bytes"] == 2 * 2 * 2 * 2 * 8 * 7  # k and v, bytes, layers, heads, head_dim, positions
+    assert r["kv_bytes"] == 2 * 2 * 2 * 2 * 8 * 7  # k and v, bytes, layers, heads, head_dim, start_pos
     assert r["peak_over_weights_and_kv_bytes"] == r["peak_memory_bytes"] - r["weights_bytes"] - r["kv_bytes"]
     step_bytes = r["model_bytes"] + r["kv_bytes"] / 7 * 5.5  # 5 tokens to look at in the first step, 6 in the second
     assert r["decode_gb_per_sec"] == pytest.approx(step_bytes * r["decode_tokens_per_sec"] / 1e9)

@@ -66,12 +66,12 @@ def fed(monkeypatch):
 
     fed, hidden = Fed(), Transformer.compute_hidden
 
-    def listen(self, tokens, positions, kv_cache):
+    def listen(self, tokens, start_pos, kv_cache):
         if tokens.shape[1] > 1:
             fed.append(tokens.shape[1])
             if len(fed) == fed.interrupt:
                 raise KeyboardInterrupt
-        return hidden(self, tokens, positions, kv_cache)
+        return hidden(self, tokens, start_pos, kv_cache)
 
     monkeypatch.setattr(Transformer, "compute_hidden", listen)
     return fed
@@ -102,7 +102,7 @@ def test_compiled_conversation(chatty, cli, monkeypatch):
     out = cli(chatty, "--chat", "--compile", "--compile_prefill", *GREEDY, stdin="\n".join(lines))
     assert out.splitlines() == [text for _, _, text in expected_conversation(chatty, lines)]
     # a block for prefill and, without kernels, one for decode and the head: nothing again in any turn
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if cpu.build() else 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if cpu.library() else 3)
 
 
 def test_conversation_reset_and_exit(chatty, cli):

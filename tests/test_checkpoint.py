@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quantize
-from checkpoint import FORMAT, read_checkpoint, save_checkpoint
+from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig, UsageError
 from generate import load_model
 from model import KVCache
@@ -102,7 +102,7 @@ def test_no_place_to_write(tmp_path):
 
 def test_what_is_no_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
-    good = {"format": FORMAT, "config": {}, "quantization": None, "tensors": {}}
+    good = {"format": CHECKPOINT_VERSION, "config": {}, "quantization": None, "tensors": {}}
     for content, match in [
         ([1], "is not a gpt-fast/4 checkpoint"),
         (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/4 checkpoint"),

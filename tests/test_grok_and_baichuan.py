@@ -171,7 +171,7 @@ def reference_of(name: str):
 @torch.inference_mode()
 def logits_in_parts(model, tokens: torch.Tensor) -> torch.Tensor:
     """Of tokens [2, 20] in one batch: a chunk, a token, a chunk. The second row goes back to position 5 after the first
-    chunk, so that the rows' positions differ, and comes to the 14th token: [20 + 14, V]."""
+    chunk, so that the rows' start_pos differ, and comes to the 14th token: [20 + 14, V]."""
     kv_cache, logits, starts = KVCache(model, 2, 20), torch.empty(2, 20, model.config.vocab_size), [0, 0]
     for n in (11, 1, 8):
         rows = torch.stack([row[start : start + n] for row, start in zip(tokens, starts, strict=True)])

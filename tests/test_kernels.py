@@ -23,7 +23,7 @@ from tests.tiny import ROOT
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 ACTIVATIONS = list(reference.ACTIVATIONS)
-built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
+built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
 
 
 def packed(module):
@@ -66,7 +66,7 @@ def test_linear(format, dtype):
     torch.manual_seed(0)
     for n, k in SIZES:
         w = make(n, k, format, dtype, bias=n % 2 == 0)
-        matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         bias = 0 if w.bias is None else w.bias.double()
         packed(w)
         norm = make_norm(k, dtype)
@@ -77,13 +77,14 @@ def test_linear(format, dtype):
             y = seen.double() @ matrix.T + bias
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
             wide_bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
-            bounds.check(kernels.linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
-            bounds.check(kernels.linear(x, w, norm), y, wide_bound + bounds.of_rounding(y, dtype))
+            bounds.check(kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
+            bounds.check(kernels.fused_linear(x, w, norm), y, wide_bound + bounds.of_rounding(y, dtype))
             total = y + residual.double()
-            bounds.check(kernels.linear(x, w, norm, residual), total, wide_bound + bounds.of_rounding(total, dtype))
+            ours = kernels.fused_linear(x, w, norm, residual)
+            bounds.check(ours, total, wide_bound + bounds.of_rounding(total, dtype))
             if n % 2 == 0:
                 for activation in ACTIVATIONS:
-                    ours = kernels.linear(x, w, norm, activation=activation)
+                    ours = kernels.fused_linear(x, w, norm, activation=activation)
                     check_glu(ours, activation, y, wide_bound, fused=n % 32 == 0)
 
 
@@ -94,11 +95,11 @@ def test_linear_of_many_tokens(format, dtype):
     """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but int4
     weights are."""
     torch.manual_seed(0)
-    on_amx = dtype == torch.bfloat16 and kernels.cpu.build().has_amx_bf16()
+    on_amx = dtype == torch.bfloat16 and kernels.cpu.library().has_amx_bf16()
     odd = [(21, 37)] if isinstance(format, Dense) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
-        matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         bias = 0 if w.bias is None else w.bias.double()
         packed(w)
         for tokens in (6, 9, 15, 16, 17, 33, 64):
@@ -113,17 +114,18 @@ def test_linear_of_many_tokens(format, dtype):
                 bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
                 if on_amx and isinstance(format, Int4):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
-                ours = kernels.linear(x, w, given_norm, residual)
+                ours = kernels.fused_linear(x, w, given_norm, residual)
                 total = y + residual.double()
                 assert ours[4].isnan().all()
                 others = torch.arange(tokens) != 4
                 bounds.check(ours[others], total[others], (bound + bounds.of_rounding(total, dtype))[others])
                 if n % 32 == 0:
-                    ours = kernels.linear(x, w, given_norm, activation="silu")
+                    ours = kernels.fused_linear(x, w, given_norm, activation="silu")
                     check_glu(ours[others], "silu", y[others], bound[others], fused=True)
     with pytest.raises(RuntimeError, match="1 to 64"):
         arguments = kernels.weight_arguments(w)
-        torch.ops.gptfast.linear(torch.zeros(65, k, dtype=dtype), *arguments, None, None, 0, None, 0, 1, 0, 0, False)
+        x = torch.zeros(65, k, dtype=dtype)
+        torch.ops.gptfast.fused_linear(x, *arguments, None, None, 0, None, 0, 1, 0, 0, False)
 
 
 def check_glu(ours: torch.Tensor, activation: str, gate_up: torch.Tensor, error: torch.Tensor, fused: bool):
@@ -159,7 +161,7 @@ def test_linear_scale_and_softcap(format, dtype):
         (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
     ]:  # fmt: skip
         w = make(n, k, format, dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
-        matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         packed(w)
         for rows in (1, 5):
             x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
@@ -168,12 +170,12 @@ def test_linear_scale_and_softcap(format, dtype):
             step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
             error = bounds.of_product(seen, magnitude, product, torch.float32, step)
             y, bound = of_cap(product, error, scale, softcap, clip)
-            bounds.check(kernels.linear(x, w, out_dtype=torch.float32), y, bound)
+            bounds.check(kernels.fused_linear(x, w, out_dtype=torch.float32), y, bound)
             total = y + residual.double()
-            bounds.check(kernels.linear(x, w, residual=residual), total, bound + bounds.of_rounding(total, dtype))
+            bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound + bounds.of_rounding(total, dtype))
             if n % 32 == 0:
                 y, bound = of_cap(*of_glu("gelu_tanh", product, error), scale, softcap, clip)
-                ours = kernels.linear(x, w, activation="gelu_tanh")
+                ours = kernels.fused_linear(x, w, activation="gelu_tanh")
                 bounds.check(ours, y, bound + bounds.of_rounding(y, dtype))
 
 
@@ -184,7 +186,7 @@ def of_cap(
     above 1."""
     y = y * scale
     if softcap:
-        y = reference.cap(y, softcap)
+        y = reference.apply_softcap(y, softcap)
     if clip:
         y = y.clamp(-clip, clip)
     return y, error * scale + 2**-20 * y.abs()  # exp is good to 2^-21 or so
@@ -196,12 +198,12 @@ def test_softcap_of_extremes():
     w = packed(make(16, 16, Dense(), torch.float32, softcap=30.0))
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
-    y = reference.cap(x.double(), 30.0)
-    bounds.check(kernels.linear(x, w), y, 2**-20 * y.abs())
-    assert kernels.linear(torch.full((1, 16), torch.nan), w).isnan().all()
+    y = reference.apply_softcap(x.double(), 30.0)
+    bounds.check(kernels.fused_linear(x, w), y, 2**-20 * y.abs())
+    assert kernels.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
     w.softcap, w.clip = 0.0, 10.0
-    assert torch.equal(kernels.linear(x, w), x.clamp(-10, 10))
-    assert kernels.linear(torch.full((1, 16), torch.nan), w).isnan().all()
+    assert torch.equal(kernels.fused_linear(x, w), x.clamp(-10, 10))
+    assert kernels.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
 
 
 @built
@@ -215,10 +217,10 @@ def test_linear_near_its_reference(format, rows):
         torch.manual_seed(0)
         fast = packed(make(96, 200, format, dtype))
         x = torch.randn(rows, 200).to(dtype)
-        expected, ours = kernels.linear(x, plain), kernels.linear(x, fast)
+        expected, ours = kernels.fused_linear(x, plain), kernels.fused_linear(x, fast)
         assert expected.shape == ours.shape == (rows, 96)
         if rows:
-            matrix = plain.matrix(torch.float32).double()
+            matrix = plain.dequantized_weight(torch.float32).double()
             exact = x.double() @ matrix.T
             bound = bounds.of_product(x, bounds.magnitudes(plain), exact, dtype)
             bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
@@ -244,14 +246,15 @@ def test_packing_is_undone_exactly(format, n_experts):
 def test_dequantize_packed(format, dtype):
     for n, k in SIZES:
         w = make(n, k, format, dtype)
-        expected = w.matrix(dtype)
-        assert torch.equal(packed(w).matrix(dtype), expected)
+        expected = w.dequantized_weight(dtype)
+        assert torch.equal(packed(w).dequantized_weight(dtype), expected)
     experts = make(48, 72, format, dtype, n_experts=3, kind=ExpertsDown)
-    expected = experts.matrix(dtype)
+    expected = experts.dequantized_weight(dtype)
     packed(experts)
-    assert torch.equal(experts.matrix(dtype), expected) and torch.equal(experts.matrix(dtype, 1), expected[1])
+    assert torch.equal(experts.dequantized_weight(dtype), expected)
+    assert torch.equal(experts.dequantized_weight(dtype, 1), expected[1])
     some = torch.tensor([[2, 0], [1, 2]])
-    assert torch.equal(experts.matrix(dtype, some), expected[some])
+    assert torch.equal(experts.dequantized_weight(dtype, some), expected[some])
 
 
 @built
@@ -264,16 +267,17 @@ def test_extremes(format):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
         elif isinstance(format, Int4):
             w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
-        matrix, magnitude, x = w.matrix(torch.float32).double(), bounds.magnitudes(w), torch.randn(2, 64).to(dtype)
+        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+        x = torch.randn(2, 64).to(dtype)
         seen = as_seen(x, format)
         packed(w)
         y = seen.double() @ matrix.T
         step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
-        bounds.check(kernels.linear(x, w), y, bounds.of_product(seen, magnitude, y, dtype, step))
-        assert not kernels.linear(torch.zeros(1, 64, dtype=dtype), w).any()
+        bounds.check(kernels.fused_linear(x, w), y, bounds.of_product(seen, magnitude, y, dtype, step))
+        assert not kernels.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
         for bad in (torch.nan, torch.inf, -torch.inf):
             x[1, 3] = bad
-            y = kernels.linear(x, w)
+            y = kernels.fused_linear(x, w)
             assert y[0].isfinite().all()
             finite = y[1].isfinite()
             assert not finite.all() if isinstance(format, Dense) else not finite.any()
@@ -322,7 +326,7 @@ def test_rms_norm(dtype):
 
 
 def exact_attention(
-    qkv, cache: LayerCache, positions, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
+    qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
 ) -> tuple[torch.Tensor, ...]:
     """The output in float64, given what is in the cache; and the error that float32 sums and FLIPS may make."""
     (B, T, _), (_, G, _, D), dtype = qkv.shape, cache.k.shape, qkv.dtype
@@ -330,22 +334,22 @@ def exact_attention(
     if norms[0] is not None:
         q = reference.norm_heads(q, norms[0])
     scale = D**-0.5 if scale is None else scale
-    token_positions = positions[:, None] + torch.arange(T)
-    q = reference.apply_rope(q, cache.rope[token_positions]).double().unflatten(2, (G, -1))  # [B, T, G, H / G, D]
+    positions = start_pos[:, None] + torch.arange(T)
+    q = reference.apply_rope(q, cache.rope[positions]).double().unflatten(2, (G, -1))  # [B, T, G, H / G, D]
     k, v = cache.k.double(), cache.v.double()
     keys = torch.arange(k.shape[2])
-    sees = keys <= token_positions[..., None]
+    sees = keys <= positions[..., None]
     if window:
-        sees &= keys > token_positions[..., None] - window
+        sees &= keys > positions[..., None] - window
     sees = sees[:, :, None, None]  # [B, T, 1, 1, S]
     k, v = k.nan_to_num(), v.nan_to_num()  # what no token sees
     scores = torch.einsum("btghd,bgsd->btghs", q, k) * scale
     if softcap:
-        scores = reference.cap(scores, softcap)
+        scores = reference.apply_softcap(scores, softcap)
     farthest = 0
-    if cache.slopes is not None:
-        distances = (token_positions[..., None] - keys)[:, :, None, None].where(sees, 0)  # [B, T, 1, 1, S]
-        bias = cache.slopes.double().view(G, -1, 1) * distances
+    if cache.alibi_slopes is not None:
+        distances = (positions[..., None] - keys)[:, :, None, None].where(sees, 0)  # [B, T, 1, 1, S]
+        bias = cache.alibi_slopes.double().view(G, -1, 1) * distances
         scores, farthest = scores - bias, bias.max()
     scores = scores.masked_fill(~sees, -torch.inf)
     if sinks is not None:
@@ -366,14 +370,14 @@ def exact_attention(
 def check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms):
     """Of so many new tokens in each row, at the positions starts, in a cache as long as rope."""
     B = len(starts)
-    positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+    start_pos, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
     k, v = torch.randn(2, B, n_kv_heads, len(rope), d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
     theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
-    ours = attend(qkv, cache, positions, n_heads, "cpu", window, *norms)
-    check_cache(qkv, cache, theirs, positions, n_heads, norms)
-    bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms))
+    ours = attend(qkv, cache, start_pos, n_heads, "cpu", window, *norms)
+    check_cache(qkv, cache, theirs, start_pos, n_heads, norms)
+    bounds.check(ours, *exact_attention(qkv, cache, start_pos, n_heads, window, norms))
 
 
 @built
@@ -423,22 +427,22 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
     ]:  # fmt: skip
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
             B = len(starts)
-            positions, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+            start_pos, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
             k, v = torch.randn(2, B, n_kv_heads, 640, d).to(dtype).unbind()
             theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope, alibi)
-            ours = attend(qkv, cache, positions, n_heads, "cpu", window, *norms, **options)
-            check_cache(qkv, cache, theirs, positions, n_heads, norms)
-            bounds.check(ours, *exact_attention(qkv, cache, positions, n_heads, window, norms, **options))
+            ours = attend(qkv, cache, start_pos, n_heads, "cpu", window, *norms, **options)
+            check_cache(qkv, cache, theirs, start_pos, n_heads, norms)
+            bounds.check(ours, *exact_attention(qkv, cache, start_pos, n_heads, window, norms, **options))
 
 
-def check_cache(qkv, ours: LayerCache, before: LayerCache, positions, n_heads: int, norms):
+def check_cache(qkv, ours: LayerCache, before: LayerCache, start_pos, n_heads: int, norms):
     """The new keys and values are where they belong, and nothing else has changed."""
     (B, T, _), (_, G, _, D) = qkv.shape, ours.k.shape
     heads = qkv.view(B, T, -1, D)
     k, v = heads[:, :, n_heads : n_heads + G], heads[:, :, n_heads + G :]
     if norms[1] is not None:
         k = reference.norm_heads(k, norms[1])
-    for b, start in enumerate(positions.tolist()):
+    for b, start in enumerate(start_pos.tolist()):
         new = slice(start, start + T)
         rotated = reference.apply_rope(k[b : b + 1], ours.rope[None, new])[0].transpose(0, 1)
         relative = (G * D + 8) * bounds.U[torch.float32] + 4 * bounds.U[qkv.dtype]  # a norm's sum; roundings, flips
@@ -455,11 +459,11 @@ def test_attention_reference(dtype):
     torch.manual_seed(0)
     rope = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
     for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 0), (20, [0, 0], 6), (20, [44, 3], 9), (64, [0], 100)]:
-        positions, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16).to(dtype)
+        start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16).to(dtype)
         k, v = torch.randn(2, len(starts), 2, 64, 16).to(dtype).unbind()
         cache = LayerCache(k, v, rope)
-        ours = attend(qkv, cache, positions, 6, "torch", window)
-        y, bound = exact_attention(qkv, cache, positions, 6, window, (None, None))
+        ours = attend(qkv, cache, start_pos, 6, "torch", window)
+        y, bound = exact_attention(qkv, cache, start_pos, 6, window, (None, None))
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
 
@@ -472,11 +476,11 @@ def test_attention_reference_sinks_scale_softcap():
         ({"scale": 0.3}, None), ({"sinks": torch.randn(6)}, None), ({}, slopes), (everything, slopes),
     ]:  # fmt: skip
         for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
-            positions, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
+            start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
             cache = LayerCache(k, v, rope, alibi)
-            ours = attend(qkv, cache, positions, 6, "torch", window, *norms, **options)
-            y, bound = exact_attention(qkv, cache, positions, 6, window, norms, **options)
+            ours = attend(qkv, cache, start_pos, 6, "torch", window, *norms, **options)
+            y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
 
 
@@ -485,9 +489,9 @@ def test_what_does_not_fit_is_refused():
     """An error, not a write beyond the cache."""
     rope, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
     cache = LayerCache(weight, weight.clone(), rope)
-    for rows, tokens, positions in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1])]:
+    for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1])]:
         with pytest.raises(RuntimeError, match="no room"):
-            attend(torch.randn(rows, tokens, 128), cache, torch.tensor(positions), 4, "cpu")
+            attend(torch.randn(rows, tokens, 128), cache, torch.tensor(start_pos), 4, "cpu")
     with pytest.raises(RuntimeError, match="int64"):
         attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, "cpu")
     with pytest.raises(RuntimeError, match="type"):
@@ -616,7 +620,7 @@ def test_without_this_cpus_instructions(march):
 
 def build_in_a_process(expected: bool, **env: str) -> str:
     """Loads the kernels in a process of its own, with this environment. Returns what it says on stderr."""
-    code = f"import kernels; assert bool(kernels.cpu.build()) is {expected}"
+    code = f"import kernels; assert bool(kernels.cpu.library()) is {expected}"
     command, env = [sys.executable, "-c", code], os.environ | env
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -675,7 +679,7 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
     script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 60 &\necho $! >{pid}\nwait\n')
     script.chmod(0o755)
     env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    code = "import kernels; kernels.cpu.build()"
+    code = "import kernels; kernels.cpu.library()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
         while not (pid.exists() and pid.read_text().endswith("\n")):
             time.sleep(0.01)
@@ -703,7 +707,7 @@ def test_no_compiler(compiler, tmp_path):
 @pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
-    monkeypatch.setattr(kernels.cpu, "build", lambda: None)
+    monkeypatch.setattr(kernels.cpu, "library", lambda: None)
     monkeypatch.setattr(kernels, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
     for format in QUANTIZED:
         torch.manual_seed(0)
@@ -711,7 +715,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         module.embed_tokens = torch.nn.Embedding(2, 2, dtype=torch.bfloat16)
         module.linear = make(33, 72, format, torch.bfloat16, bias=True)
         module.experts = make(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
-        expected = [w.matrix(torch.bfloat16) for w in (module.linear, module.experts)]
+        expected = [w.dequantized_weight(torch.bfloat16) for w in (module.linear, module.experts)]
         with monkeypatch.context() as context:
             context.setattr(kernels, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)
             kernels.pack_weights(module)
@@ -720,5 +724,5 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         kernels.pack_weights(module)
         for w, matrix in zip((module.linear, module.experts), expected, strict=True):
             assert w.format.name == format.name and w.scales is w.zeros is None
-            assert torch.equal(w.weight, matrix) and torch.equal(w.matrix(torch.bfloat16), matrix)
+            assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.bfloat16), matrix)
             assert w.backend == "torch" and capsys.readouterr().err == ""

@@ -19,7 +19,7 @@ from tokenizer import detokenize
 def test_text(chatty, ask):
     """As generate.py --prompt generates it."""
     model, tokenizer = load(chatty / "model.pth", device="cpu", dtype=torch.bfloat16)
-    kv_cache = make_kv_cache(model, batch_size=1, length=100)
+    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=100)
     steps = build_steps(model, kv_cache, Sampling(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
@@ -37,7 +37,7 @@ def test_conversation(chatty, cli):
     steps, other_steps = (build_steps(model, cache, Sampling()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
     generate_tokens = build_token_generator(steps, kv_cache)
-    conversation = Conversation(tokenizer, generate_tokens, kv_cache.length, model.config.eos_ids)
+    conversation = Conversation(tokenizer, generate_tokens, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)
@@ -50,7 +50,7 @@ def test_conversation(chatty, cli):
 
 def test_llm(chatty, cli):
     """Says what generate.py says, up to an end token, also when a text comes between the turns of a conversation."""
-    llm = LLM(chatty / "model.pth", device="cpu", max_length=160)
+    llm = LLM(chatty / "model.pth", device="cpu", max_seq_len=160)
     flags = ["--temperature=0", "--max_new_tokens=12"]
     text = cli(chatty, "--prompt=Hello", *flags).removesuffix("\n")
     answers = cli(chatty, "--chat", "--system=Be brief", *flags, stdin="Hi\nhow are you?\n").splitlines()
@@ -64,9 +64,9 @@ def test_llm(chatty, cli):
     assert "".join(llm.generate(messages, max_new_tokens=12)) == answers[0]
     assert "".join(llm.generate("Hello", max_new_tokens=12, stop=(text[4:6],))) == text.split(text[4:6])[0]
     assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
-    with pytest.raises(UsageError, match="exceed max_length, 160"):
+    with pytest.raises(UsageError, match="exceed max_seq_len, 160"):
         next(llm.generate("Hello", max_new_tokens=160))
-    assert LLM(chatty / "model.pth", max_length=10**6, temperature=0.5).max_length == llm.model.config.max_seq_len
+    assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
 
 
 IMPORTS = """

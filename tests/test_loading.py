@@ -75,7 +75,7 @@ def test_layers_in_other_formats(folder, tmp_path):
     assert model.is_tied and model.format == Int8() and model.get_submodule(name).format == other
     dense = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
     for layer, linear in plain.quantizable_linears():
-        dense.get_submodule(layer).set_tensor("weight", linear.matrix(torch.float32))
+        dense.get_submodule(layer).set_tensor("weight", linear.dequantized_weight(torch.float32))
     with torch.inference_mode():
         logits = [m(tokens, torch.zeros(1, dtype=torch.long), KVCache(m, 1, 9)) for m in (model, plain, dense)]
     assert torch.equal(logits[1], logits[2])

@@ -29,7 +29,7 @@ def test_logits_equal_transformers(family, use_kernels, pair):
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_have_positions_of_their_own(family, use_kernels, pair):
-    """Rows that begin at different positions give what each gives alone; also many tokens, and too many for kernels."""
+    """Rows that begin at different start_pos give what each gives alone; also many tokens, and too many for kernels."""
     _, ours = pair(family, use_kernels)
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
     together, starts = KVCache(ours, 2, 64), torch.tensor([30, 7])

@@ -60,8 +60,8 @@ def shapes_of(tensors: dict) -> dict:
 @torch.inference_mode()
 def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
     """Of tokens [B, T]: [B, T, V]."""
-    positions = torch.zeros(len(tokens), dtype=torch.long)
-    return model(tokens, positions, KVCache(model, *tokens.shape))
+    start_pos = torch.zeros(len(tokens), dtype=torch.long)
+    return model(tokens, start_pos, KVCache(model, *tokens.shape))
 
 
 @pytest.mark.parametrize("k", [8, 24, 64, 72, 200])
@@ -125,7 +125,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
         assert module.tensors().keys() == expected.keys()
         for kind, tensor in expected.items():
             assert torch.equal(module.tensors()[kind], tensor)
-        linear.set_tensor("weight", module.matrix(torch.float32))
+        linear.set_tensor("weight", module.dequantized_weight(torch.float32))
 
     _, _, before = read_checkpoint(path)
     for other in before.keys() - {f"{linear_name}.weight" for linear_name in quantized}:

@@ -10,7 +10,7 @@ from kernels.record import MAX_CPU_GRAPHS, graph_break, record
 from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer, rope_table
 from tests.test_kernels import attend, make, make_norm, packed
 
-built = pytest.mark.skipif(not kernels.cpu.build(), reason="no C++ compiler")
+built = pytest.mark.skipif(not kernels.cpu.library(), reason="no C++ compiler")
 FAMILIES = {
     "plain": {},
     "window and biases": {"qkv_bias": True, "out_bias": True, "ffn_bias": True, "sliding_window": 5},
@@ -40,19 +40,19 @@ def make_model(format, dtype: torch.dtype, **config) -> Transformer:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=["dense", "int8", "int4"])
 def test_replayed_is_computed(format, dtype, family):
-    """With one thread or two, for steps of one token and of several, at any positions, one shape after the other."""
+    """With one thread or two, for steps of one token and of several, at any start_pos, one shape after the other."""
     model = make_model(format, dtype, **FAMILIES[family])
     caches = [KVCache(model, 2, 40) for _ in range(2)]
-    recorded = record(lambda tokens, positions: model(tokens, positions, caches[1]))
+    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, caches[1]))
     generator = torch.Generator().manual_seed(1)
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
-        for threads, n_tokens, positions in steps:
+        for threads, n_tokens, start_pos in steps:
             assert model.uses_kernels(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
-            expected = model(tokens, torch.tensor(positions), caches[0])
-            assert torch.equal(recorded(tokens, torch.tensor(positions)), expected)
+            expected = model(tokens, torch.tensor(start_pos), caches[0])
+            assert torch.equal(recorded(tokens, torch.tensor(start_pos)), expected)
     torch.set_num_threads(1)
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(ours.k, theirs.k) and torch.equal(ours.v, theirs.v)
@@ -76,22 +76,22 @@ def test_every_argument_is_recorded(format):
     rope, slopes = rope_table(config, 40), torch.rand(n_heads)
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), rope, slopes) for _ in range(2)]
 
-    def step(tokens, positions, cache):
+    def step(tokens, start_pos, cache):
         x = kernels.embed(tokens, embedding, 8.0, "cpu")
         y = attend(
-            qkv_proj(x), cache, positions, n_heads, "cpu", 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
+            qkv_proj(x), cache, start_pos, n_heads, "cpu", 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
         )
         x = norm(y, residual=x, backend="cpu")
         topk_weights, topk_ids = kernels.route(router(x), 2, True, "cpu", n_shared_experts=2)
         hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
         return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
 
-    recorded = record(lambda tokens, positions: step(tokens, positions, caches[1]))
+    recorded = record(lambda tokens, start_pos: step(tokens, start_pos, caches[1]))
     with torch.inference_mode():
         for threads, starts in [(1, [0, 0]), (2, [1, 1]), (1, [2, 30])]:
             torch.set_num_threads(threads)
-            tokens, positions = torch.randint(0, 97, (2, 1)), torch.tensor(starts)
-            assert torch.equal(recorded(tokens, positions), step(tokens, positions, caches[0]))
+            tokens, start_pos = torch.randint(0, 97, (2, 1)), torch.tensor(starts)
+            assert torch.equal(recorded(tokens, start_pos), step(tokens, start_pos, caches[0]))
     torch.set_num_threads(1)
 
 
@@ -101,9 +101,9 @@ def test_recording_computes_nothing_and_results_are_overwritten():
     kv_cache = KVCache(model, 1, 8)
     calls = []
 
-    def step(tokens, positions):
+    def step(tokens, start_pos):
         calls.append(1)
-        return model(tokens, positions, kv_cache)
+        return model(tokens, start_pos, kv_cache)
 
     recorded, position = record(step), torch.zeros(1, dtype=torch.long)
     first = recorded(torch.tensor([[5]]), position)
@@ -134,14 +134,14 @@ def test_what_is_no_leaf_raises(operation):
     model = make_model(Dense(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
 
-    def step(tokens, positions):
-        logits = model(tokens, positions, kv_cache)
+    def step(tokens, start_pos):
+        logits = model(tokens, start_pos, kv_cache)
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
     with pytest.raises(RuntimeError, match="is no leaf operation"):
         record(step)(token, position)
     with torch.inference_mode():
-        recorded = record(lambda tokens, positions: model(tokens, positions, kv_cache)[:, -1].view(-1))  # views may
+        recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache)[:, -1].view(-1))  # views may
         assert torch.equal(recorded(token, position), model(token, position, kv_cache).flatten())
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_leaf_raises(operation):
 def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
     model = make_model(Dense(), torch.float32)
     kv_cache = KVCache(model, 1, 4)
-    recorded = record(lambda tokens, positions: model(tokens, positions, kv_cache))
+    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     recorded(torch.tensor([[5]]), torch.tensor([3]))
     for token, position, said in [(5, 4, "no room"), (5, -1, "no room"), (97, 0, "vocabulary"), (-1, 0, "vocabulary")]:
         before = kv_cache.layers[0].k.clone()

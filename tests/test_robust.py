@@ -35,7 +35,7 @@ def big(tmp_path_factory):
     write_gguf(folder / "m.gguf", make_llama(**sizes))
     convert(folder)
     (folder / "text").write_text("It was the best of times, it was the worst of times. " * 5)
-    cpu.build()  # now, or it would be a part of the run by which stop() times the others
+    cpu.library()  # now, or it would be a part of the run by which stop() times the others
     return folder
 
 

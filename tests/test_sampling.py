@@ -154,7 +154,7 @@ def test_nothing_left_but_the_likeliest(sampling):
     assert torch.equal(sample(logits, sampling), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.8, 5, 0.9)], ids=str)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.8, top_k=5, top_p=0.9)], ids=str)
 def test_rows_that_are_not_finite(sampling):
     logits = torch.randn(500, 97, generator=torch.Generator().manual_seed(0))
     logits[1, 5], logits[2, 6], logits[3, 0] = torch.nan, torch.inf, -torch.inf

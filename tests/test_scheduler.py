@@ -144,7 +144,7 @@ def test_logprobs(pair):
     found = [[], []]
     while scheduler.has_work():
         for new in scheduler.step():
-            found[prompts.index(new.request.prompt)].append(new)
+            found[prompts.index(new.request.prompt_ids)].append(new)
     for prompt, answer in zip(prompts, found, strict=False):
         ids = [*prompt, *(new.token for new in answer)]
         with torch.inference_mode():

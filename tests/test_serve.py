@@ -686,7 +686,7 @@ def test_a_second_ctrl_c_ends_it_at_once(processes):
         (["--host="], "--host"),
         (["--api_key="], "--api_key"),
         (["--parallel=0"], "--parallel"),
-        (["--max_length=0"], "--max_length"),
+        (["--max_seq_length=0"], "--max_seq_length"),
         (["--checkpoint_path=/no/model.pth"], "/no/model.pth"),
         (["--device=no"], "device"),
         (["--threads=0"], "--threads"),

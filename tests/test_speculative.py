@@ -144,21 +144,21 @@ class ToyCache:
     def __init__(self, table: torch.Tensor, text: list[int]):
         self.table, self.tokens = table, list(text)
 
-    def prefill(self, tokens, positions):
-        self.tokens[int(positions) :] = tokens[0].tolist()
+    def prefill(self, tokens, start_pos):
+        self.tokens[int(start_pos) :] = tokens[0].tolist()
 
-    def feed(self, tokens, positions) -> torch.Tensor:
+    def feed(self, tokens, start_pos) -> torch.Tensor:
         """What the table has after each of tokens [1, T]: [T, V]."""
-        self.prefill(tokens, positions)
-        start = int(positions)
+        self.prefill(tokens, start_pos)
+        start = int(start_pos)
         return self.table[self.tokens[start - 1 : -1], self.tokens[start:]]
 
 
 def toy_draft(table: torch.Tensor, sampling: Sampling, text: list[int]) -> DraftModel:
     cache = ToyCache(toy_probs(table, sampling), text)
 
-    def step(tokens, positions):
-        probs = cache.feed(tokens, positions)[-1:]
+    def step(tokens, start_pos):
+        probs = cache.feed(tokens, start_pos)[-1:]
         return multinomial(probs), probs
 
     return DraftModel(prefill=cache.prefill, step=step, vocab_size=V, device=CPU)
@@ -181,15 +181,15 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
     table = toy_logits(1)
     cache = ToyCache(table, text)
 
-    def prefill(tokens, positions):
+    def prefill(tokens, start_pos):
         cache.tokens[:] = text
         return sample(table[text[-2], text[-1]][None], sampling)
 
-    def decode(tokens, positions):
-        return sample(cache.feed(tokens, positions), sampling)
+    def decode(tokens, start_pos):
+        return sample(cache.feed(tokens, start_pos), sampling)
 
-    def verify(tokens, positions, draft_tokens, draft_probs=None):
-        return rejection_sample(cache.feed(tokens, positions), draft_tokens, draft_probs, sampling)
+    def verify(tokens, start_pos, draft_tokens, draft_probs=None):
+        return rejection_sample(cache.feed(tokens, start_pos), draft_tokens, draft_probs, sampling)
 
     if draft == "lookup":
         proposer = PromptLookup(3, CPU)

@@ -14,7 +14,7 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels import reference, triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401  (some register operations)
-from kernels.formats import Dense, Format, Int4, Int8
+from kernels.formats import Dense, Int4, Int8, WeightFormat
 from kernels.triton_int4 import pack_int4_tiles, unpack_int4_tiles
 from model import KVCache, LayerCache, rope_table
 from tests import bounds, check_triton
@@ -67,12 +67,13 @@ def test_rows(format, rows):
     """0 to 8, and a 9th that goes to the matrix product."""
     torch.manual_seed(0)
     w = exact_linear(12, 64, format, torch.float32)
-    matrix, x = w.matrix(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
+    matrix, x = w.dequantized_weight(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
     y = x.double() @ matrix.T
     if rows:
-        bounds.check(kernels.linear(x, use_triton(w)), y, of_exact_sums(x.double().abs() @ matrix.abs().T, 64, format))
+        bound = of_exact_sums(x.double().abs() @ matrix.abs().T, 64, format)
+        bounds.check(kernels.fused_linear(x, use_triton(w)), y, bound)
     else:
-        assert kernels.linear(x, use_triton(w)).shape == y.shape
+        assert kernels.fused_linear(x, use_triton(w)).shape == y.shape
 
 
 @pytest.mark.parametrize("format", QUANTIZED, ids=names)
@@ -83,16 +84,16 @@ def test_extremes(format):
     w.weight[:8], w.weight[8:16], w.scales[16:20] = (-128, 127, 0) if isinstance(format, Int8) else (255, 0, 0)
     if isinstance(format, Int4):
         w.zeros[20:24], w.zeros[24:28] = 255, 0
-    matrix, magnitude = w.matrix(torch.float32).double(), bounds.magnitudes(w)
+    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
     use_triton(w)
     for scale in (1.0, 1e10, 1e-15):
         x = torch.randn(2, 64) * scale
         y = x.double() @ matrix.T
-        bounds.check(kernels.linear(x, w), y, bounds.of_product(x, magnitude, y, torch.float32))
-    assert not kernels.linear(torch.zeros(1, 64), w).any()
+        bounds.check(kernels.fused_linear(x, w), y, bounds.of_product(x, magnitude, y, torch.float32))
+    assert not kernels.fused_linear(torch.zeros(1, 64), w).any()
     for bad in (torch.nan, torch.inf):
         x[1, 3] = bad
-        y = kernels.linear(x, w)
+        y = kernels.fused_linear(x, w)
         assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
@@ -137,11 +138,11 @@ def test_unknown_format():
     """It is an error, and not read as another format. A format that is no subclass of a known one stays in PyTorch."""
     w = use_triton(make(16, 64, Unknown(32), torch.float32))
     with pytest.raises(ValueError, match="not 99"):
-        kernels.linear(torch.zeros(1, 64), w)
+        kernels.fused_linear(torch.zeros(1, 64), w)
     with pytest.raises(Exception, match="no kernel for this weight format"):
-        w.matrix(torch.float32)
+        w.dequantized_weight(torch.float32)
     w = make(16, 64, Dense(), torch.float32)
-    w.format = Format()
+    w.format = WeightFormat()
     kernels.pack_for_triton([w])
     assert w.backend == "torch"
 
@@ -180,12 +181,12 @@ def test_attention_stays_in_the_cache():
     for cache in (k, v):
         cache[:, :, :4], cache[:, :, 20:] = torch.nan, torch.nan
     before, inside = LayerCache(k.clone(), v.clone(), rope), slice(4, 20)
-    positions, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
-    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside], rope), positions, 4, "triton")
+    start_pos, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
+    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside], rope), start_pos, 4, "triton")
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
     cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside], rope)
-    bounds.check(ours[fits], *exact_attention(qkv[fits], cache, positions[fits], 4, 0, (None, None)))
+    bounds.check(ours[fits], *exact_attention(qkv[fits], cache, start_pos[fits], 4, 0, (None, None)))
     for after, old in ((k, before.k), (v, before.v)):
         assert not torch.equal(after[0, :, 19], old[0, :, 19])
         after[0, :, 19] = old[0, :, 19]
@@ -242,8 +243,8 @@ def test_torch_compile(small_gpu):
     expected = logits_of(model, prompt)
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
-    def step(tokens, positions, kv_cache):
-        return (compiled if tokens.numel() <= kernels.MAX_TRITON_TOKENS else model)(tokens, positions, kv_cache)
+    def step(tokens, start_pos, kv_cache):
+        return (compiled if tokens.numel() <= kernels.MAX_TRITON_TOKENS else model)(tokens, start_pos, kv_cache)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

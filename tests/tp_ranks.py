@@ -151,8 +151,8 @@ def load(path: Path, dtype: torch.dtype, use_kernels: bool = True, sharded: bool
 
 
 def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
-    positions = torch.zeros(len(tokens), dtype=torch.long)
-    return model(tokens, positions, KVCache(model, *tokens.shape))
+    start_pos = torch.zeros(len(tokens), dtype=torch.long)
+    return model(tokens, start_pos, KVCache(model, *tokens.shape))
 
 
 def tokens_of(model: Transformer, prompt: Tensor, sampling=Sampling(), compile=False) -> list[list[int]]:  # noqa: B008

@@ -69,11 +69,11 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   for (int64_t k = 0; k < w.k; k += LANES) {
     const Vec v = load_partial(x, k, w.k);
     // The largest magnitude of each group. Without their sign, floats compare like their bits, and NaN is the largest.
-    const Vec peak = (Vec)reduce_eights((IntVec)v & 0x7fffffff, maximum);
+    const Vec peak = (Vec)reduce_halves((IntVec)v & 0x7fffffff, maximum);
     const Vec scale = peak * (1 / 127.0f) + peak * 0.0f;  // infinity becomes NaN
     const IntVec q = (IntVec)(v * (peak > 1e-30f ? 127 / peak : Vec{}) + magic) - (IntVec)magic;
     const ByteVec bytes = __builtin_convertvector(q, ByteVec);
-    const IntVec sums = reduce_eights(q, add);
+    const IntVec sums = reduce_halves(q, add);
     for (int i = 0; i < LANES; i += ACT_GROUP) {
       const bool begins_group = (k + i) % w.group_size == 0;  // of weights
       compensation = F::compensation(sums[i], scale[i], begins_group ? 0 : compensation);

@@ -70,7 +70,7 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float*
     if constexpr (D > 0) {
       Vec sums[LANES];
       for (int64_t r = 0; r < LANES; r++) sums[r] = dot_head<D>(q, k + std::min(s + r, n - 1) * D);
-      score = sum_each(sums) * scale;
+      score = transpose_reduce_add(sums) * scale;
     } else {
       for (int64_t r = 0; r < std::min(LANES, n - s); r++) {
         float sum = 0;
@@ -79,7 +79,7 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float*
         score[r] = sum * scale;
       }
     }
-    score = keep_lanes(score, n - s, NEGATIVE_INFINITY);
+    score = mask_lanes(score, n - s, NEGATIVE_INFINITY);
     max = larger(max, score);
     store_vec(score, scores + s);
   }
@@ -88,8 +88,8 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float*
 
 // Caps scores [n]. Returns their maximum, given the maximum before: cap never changes the order.
 inline Vec cap_scores(float* scores, int64_t n, Vec max, float softcap) {
-  for (int64_t s = 0; s < n; s += LANES) store_vec(cap(load_vec(scores + s), softcap), scores + s);
-  return cap(max, softcap);
+  for (int64_t s = 0; s < n; s += LANES) store_vec(apply_softcap(load_vec(scores + s), softcap), scores + s);
+  return apply_softcap(max, softcap);
 }
 
 // Adds slope * distance to scores [n] of keys at distances first, first + 1 ... from the query; they are not positive,
@@ -98,7 +98,7 @@ inline Vec add_alibi(float* scores, int64_t n, float slope, int64_t first) {
   Vec max = Vec{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     const Vec score = load_vec(scores + s) + slope * (LANE + float(first + s));
-    max = larger(max, keep_lanes(score, n - s, NEGATIVE_INFINITY));
+    max = larger(max, mask_lanes(score, n - s, NEGATIVE_INFINITY));
     store_vec(score, scores + s);
   }
   return max;
@@ -113,7 +113,7 @@ inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
   for (int r = 0; r < LANES; r++) m_i = max[r] > m_i || max[r] != max[r] ? max[r] : m_i;
   Vec l_i = {};
   for (int64_t s = 0; s < n; s += LANES) {
-    const Vec p = keep_lanes(exp_vec(load_vec(scores + s) - m_i), n - s, 0);
+    const Vec p = mask_lanes(exp_vec(load_vec(scores + s) - m_i), n - s, 0);
     store_vec(p, scores + s);
     l_i += p;
   }
@@ -123,7 +123,7 @@ inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
 // out [Q, D] = p [Q, n] . v [n, D] for Q queries, which share the loads of v. The p of a query is stride behind the one
 // before. Prefetches next [n, D], keys, if it is not null.
 template <int64_t D, int Q, typename T>
-void weigh_values(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
+void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
   Vec acc[Q][D / LANES] = {};
   for (int64_t s = 0; s < n; s++) {
     if (next) prefetch_vector(next + s * D, D);
@@ -140,13 +140,13 @@ template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 
 // The same for n_queries, 1 to MAX_Q, and for any d.
 template <int64_t D, typename T>
-void weigh_values(int64_t n_queries, const float* p, int64_t stride, const T* v, int64_t n, int64_t d, float* out,
+void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v, int64_t n, int64_t d, float* out,
                   const T* next) {
   if constexpr (D > 0) {
     constexpr int Q = MAX_Q<D>;  // 1, 2 or 4
-    static constexpr decltype(&weigh_values<D, 1, T>) by_queries[] = {
-        weigh_values<D, 1, T>, weigh_values<D, std::min(2, Q), T>, weigh_values<D, std::min(3, Q), T>,
-        weigh_values<D, Q, T>};
+    static constexpr decltype(&accumulate_pv<D, 1, T>) by_queries[] = {
+        accumulate_pv<D, 1, T>, accumulate_pv<D, std::min(2, Q), T>, accumulate_pv<D, std::min(3, Q), T>,
+        accumulate_pv<D, Q, T>};
     by_queries[n_queries - 1](p, stride, v, n, out, next);
   } else {
     std::fill_n(out, d, 0.0f);
@@ -161,23 +161,23 @@ template <typename T> struct AttendOp {
   const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
   T *k_cache, *v_cache;                    // [batch, n_kv_heads, capacity, head_dim]
   int64_t batch_stride, head_stride;       // of the caches' first two dimensions
-  const int64_t* positions;                // [batch]: where each sequence's first new token goes
+  const int64_t* start_pos;                // [batch]: where each sequence's first new token goes
   const float* rope;                       // [capacity or more, head_dim / 2, 2]
   const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
   bool norms_all_heads;                    // then they are [n_heads, head_dim] and [n_kv_heads, head_dim]
   float eps;
   const T* sinks;                          // [n_heads] or null
-  const float* slopes;                     // [n_heads] or null: ALiBi's
+  const float* alibi_slopes;              // [n_heads] or null
   float scale, softcap;                    // softcap: 0 for none
   int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window: 0 for none
   T* out;                                  // [batch, n_tokens, n_heads, head_dim]
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
-  int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, positions[b] - window + 1) : 0; }
+  int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
   // Keys of a chunk. More tokens have larger chunks, so that their partial outputs take no more memory.
   int64_t chunk_size() const { return KV_CHUNK * ((batch * n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK); }
   int64_t chunks_of(int64_t n_keys) const { return (n_keys + chunk_size() - 1) / chunk_size(); }
-  int64_t n_chunks(int64_t b) const { return chunks_of(positions[b] + n_tokens - first_key(b)); }
+  int64_t n_chunks(int64_t b) const { return chunks_of(start_pos[b] + n_tokens - first_key(b)); }
   int64_t max_chunks() const { return chunks_of(capacity); }
   // A sequence's new tokens are in blocks of up to TOKEN_BLOCK.
   int64_t n_token_blocks() const { return (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }
@@ -204,7 +204,7 @@ template <typename T> struct AttendOp {
 
   const char* error() const {
     for (int64_t b = 0; b < batch; b++)
-      if (positions[b] < 0 || positions[b] + n_tokens > capacity) return "the cache has no room for these positions";
+      if (start_pos[b] < 0 || start_pos[b] + n_tokens > capacity) return "the cache has no room for these positions";
     return nullptr;
   }
 
@@ -227,7 +227,7 @@ template <typename T> struct AttendOp {
     float rms_scale = 0;  // 1 / rms of this head, or of all heads of this token's q or k
     for (int64_t i = range.begin; i < range.end; i++) {
       const int64_t head = i % all_heads, t = i / all_heads % n_tokens, b = i / all_heads / n_tokens;
-      const int64_t position = positions[b] + t;
+      const int64_t position = start_pos[b] + t;
       const T* x = qkv + i * d;
       T* to;
       if (head < n_heads) {
@@ -273,12 +273,12 @@ template <typename T> struct AttendOp {
   }
 
   // All queries of the tokens, up to MAX_Q heads of one token at a time. The first of them read the chunk from memory,
-  // so they prefetch: score_keys prefetches the chunk's values, weigh_values the next chunk's keys.
+  // so they prefetch: score_keys prefetches the chunk's values, accumulate_pv the next chunk's keys.
   template <int64_t D> void attend_to_chunk(const Shared& shared, const Task& task) const {
     const auto [b, kv_head, chunk, token_block] = task;
     const int64_t d = D ? D : head_dim;
     const int64_t chunk_begin = first_key(b) + chunk * chunk_size();
-    const int64_t chunk_end = std::min(positions[b] + n_tokens, chunk_begin + chunk_size());
+    const int64_t chunk_end = std::min(start_pos[b] + n_tokens, chunk_begin + chunk_size());
     const int64_t first_token = n_tokens * token_block / n_token_blocks();
     const int64_t end_token = n_tokens * (token_block + 1) / n_token_blocks();
     const T *k = cached(k_cache, b, kv_head, 0), *v = cached(v_cache, b, kv_head, 0);
@@ -289,7 +289,7 @@ template <typename T> struct AttendOp {
     Softmax* softmax = shared.softmax + first_result;
     alignas(64) float scores[MAX_Q<D> * MAX_KV_CHUNK];  // chunk_size() for each query
     for (int64_t t = first_token; t < end_token; t++) {
-      const int64_t position = positions[b] + t;
+      const int64_t position = start_pos[b] + t;
       const int64_t begin = window ? std::max(chunk_begin, position - window + 1) : chunk_begin;
       const int64_t n = std::max<int64_t>(0, std::min(chunk_end, position + 1) - begin);  // keys that the token sees
       for (int64_t h = 0, count; h < heads_per_kv(); h += count, q += count * d, partial += count * d) {
@@ -300,11 +300,11 @@ template <typename T> struct AttendOp {
           const T* next = first ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches a part
           Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scale, s, next, count);
           if (softcap) max = cap_scores(s, n, max, softcap);
-          if (slopes) max = add_alibi(s, n, slopes[kv_head * heads_per_kv() + h + i], begin - position);
+          if (alibi_slopes) max = add_alibi(s, n, alibi_slopes[kv_head * heads_per_kv() + h + i], begin - position);
           *softmax++ = exponentiate(s, n, max);
         }
         const T* next = first ? k + (begin + chunk_size()) * d : nullptr;
-        weigh_values<D>(count, scores, chunk_size(), v + begin * d, n, d, partial, next);
+        accumulate_pv<D>(count, scores, chunk_size(), v + begin * d, n, d, partial, next);
       }
     }
   }

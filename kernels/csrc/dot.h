@@ -207,7 +207,7 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
       }
   }
   if constexpr (R > 1)
-    for (int m = 0; m < M; m++) out[m] = sum_each(sums[m]);
+    for (int m = 0; m < M; m++) out[m] = transpose_reduce_add(sums[m]);
   if (k % WIDTH) add_remainder(first, n, k, k / WIDTH * WIDTH, tokens, M, out);
 }
 

@@ -49,7 +49,7 @@ template <typename T> struct LinearOp {
 
   void epilogue(Vec v, int64_t token, int64_t block, int64_t n_out) const {
     if (scale != 1) v *= scale;
-    if (softcap) v = cap(v, softcap);
+    if (softcap) v = apply_softcap(v, softcap);
     if (clip) v = clamp(v, clip);
     if (residual) v += load_partial(residual + token * n_out, block * BLOCK_N, n_out);
     if (float32_out) store_partial(v, float32_out + token * n_out, block * BLOCK_N, n_out);

@@ -102,7 +102,7 @@ Activation activation_of(int64_t id) {
   STD_TORCH_CHECK(false, "these kernels do not know this activation");
 }
 
-Tensor linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
               int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
               int64_t activation_id, double scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight, residual});
@@ -166,15 +166,15 @@ Tensor embed(Tensor tokens, Tensor weight, double scale) {
   return out;
 }
 
-Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor rope, OptTensor q_norm_weight,
-              OptTensor k_norm_weight, double eps, OptTensor sinks, OptTensor slopes, int64_t n_heads, int64_t window,
-              double scale, double softcap) {
+Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor start_pos, Tensor rope, OptTensor q_norm_weight,
+              OptTensor k_norm_weight, double eps, OptTensor sinks, OptTensor alibi_slopes, int64_t n_heads,
+              int64_t window, double scale, double softcap) {
   const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
   const int64_t m = check_tokens(qkv, (n_heads + 2 * n_kv_heads) * d,
                                  {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
-  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.is_contiguous(),
-                  "positions must be int64 [B]");
-  STD_TORCH_CHECK(positions.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
+  STD_TORCH_CHECK(start_pos.scalar_type() == ScalarType::Long && start_pos.is_contiguous(),
+                  "start_pos must be int64 [B]");
+  STD_TORCH_CHECK(start_pos.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
   STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= capacity &&
                   rope.size(1) == d / 2, "rope must be float32 [S, D / 2, 2]");
   const bool norms_all_heads = q_norm_weight && q_norm_weight->numel() != d;
@@ -182,8 +182,8 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
                   (!k_norm_weight || k_norm_weight->numel() == (norms_all_heads ? n_kv_heads : 1) * d),
                   "norms of q and k must be as wide as a head, or as all heads");
   STD_TORCH_CHECK(!sinks || sinks->numel() == n_heads, "sinks must be [H]");
-  STD_TORCH_CHECK(!slopes || (slopes->numel() == n_heads && slopes->scalar_type() == ScalarType::Float &&
-                              slopes->is_contiguous()), "slopes must be float32 [H]");
+  STD_TORCH_CHECK(!alibi_slopes || (alibi_slopes->numel() == n_heads && alibi_slopes->is_contiguous() &&
+                                    alibi_slopes->scalar_type() == ScalarType::Float), "slopes must be float32 [H]");
   for (const Tensor& cache : {k_cache, v_cache})
     STD_TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == d && cache.stride(1) == k_cache.stride(1) &&
                     cache.stride(0) == k_cache.stride(0), "the caches' heads must be contiguous");
@@ -191,9 +191,10 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor positions, Tens
   dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
     submit(AttendOp<T>{
         .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
-        .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1), .positions = ptr<int64_t>(positions),
+        .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1), .start_pos = ptr<int64_t>(start_pos),
         .rope = ptr<float>(rope), .q_norm_weight = ptr<T>(q_norm_weight), .k_norm_weight = ptr<T>(k_norm_weight),
-        .norms_all_heads = norms_all_heads, .eps = float(eps), .sinks = ptr<T>(sinks), .slopes = ptr<float>(slopes),
+        .norms_all_heads = norms_all_heads, .eps = float(eps), .sinks = ptr<T>(sinks),
+        .alibi_slopes = ptr<float>(alibi_slopes),
         .scale = float(scale), .softcap = float(softcap), .batch = batch, .n_tokens = m / batch, .n_heads = n_heads,
         .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity, .window = window, .out = mutable_ptr<T>(out)});
   });
@@ -271,7 +272,7 @@ int has_amx_bf16() { return has_amx(); }  // for the tests
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("fused_linear", TORCH_BOX(&fused_linear));
   m.impl("glu", TORCH_BOX(&glu));
   m.impl("add", TORCH_BOX(&add));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));

@@ -94,7 +94,7 @@ inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
 const Vec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // v with lanes n to 15 replaced by rest.
-inline Vec keep_lanes(Vec v, int64_t n, float rest) { return LANE < float(n) ? v : Vec{} + rest; }
+inline Vec mask_lanes(Vec v, int64_t n, float rest) { return LANE < float(n) ? v : Vec{} + rest; }
 
 // The sum of all lanes.
 inline float sum(Vec v) {
@@ -113,7 +113,7 @@ inline float sum(Vec v) {
 
 // Transposes and adds: lane i of the result is the sum of all lanes of v[i], for 16 Vecs, which are overwritten.
 // Each step halves their number: the sum of two Vecs' halves, interleaved, becomes one Vec.
-inline Vec sum_each(Vec* v) {
+inline Vec transpose_reduce_add(Vec* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
 #pragma GCC unroll 8
@@ -130,7 +130,7 @@ template <int D> inline IntVec swap_lanes(IntVec v) {
 }
 
 // Reduces lanes 0-7 and lanes 8-15 with op (maximum, sum). All eight lanes get the result.
-inline IntVec reduce_eights(IntVec v, auto op) {
+inline IntVec reduce_halves(IntVec v, auto op) {
   v = op(v, swap_lanes<4>(v));
   v = op(v, swap_lanes<2>(v));
   return op(v, swap_lanes<1>(v));
@@ -169,7 +169,7 @@ inline Vec tanh_vec(Vec x) {
 }
 
 // softcap * tanh(x / softcap), which stays between -softcap and softcap.
-inline Vec cap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
+inline Vec apply_softcap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
 
 // x, or where that is outside [-limit, limit], the nearer of the two. NaN stays NaN.
 inline Vec clamp(Vec x, float limit) {
