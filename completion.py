@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from config import UsageError
 from model import Transformer
-from sampling import Sampling
+from sampling import SamplingParams
 from scheduler import GREEDY, Logprobs, Request, Scheduler
 from tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -96,7 +96,7 @@ def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[
 
 def generate_many(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str | list[dict]], parallel: int = 16,
-    max_new_tokens: int = 200, sampling: Sampling = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
+    max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
     compile: bool = False,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
     """Yields (number, continuation) of each of prompts, in order, parallel of them computed at a time. A prompt is a

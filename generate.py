@@ -14,7 +14,7 @@ The parts of LLM, which do batches and more:
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
-    steps = build_steps(model, kv_cache, Sampling(temperature=0.8))
+    steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8))
     for ids in generate(steps, prompt, start=0, max_new_tokens=50):
         print(tokenizer.decode(ids))
 """
@@ -46,11 +46,11 @@ from cli.ranks import communication_share, process_group
 from cli.terminal import converse
 from completion import Completion, generate_many
 from config import UsageError
-from kernels import MAX_TOKENS
+from kernels import MAX_CPU_TOKENS
 from loading import load, load_model
 from machine import OOM_HINT, pick_device
 from model import KVCache, Transformer
-from sampling import Sampling
+from sampling import SamplingParams
 from scheduler import Request
 from speculate import (
     PromptLookup,
@@ -136,11 +136,11 @@ class LLM:
         max_seq_len: int = 2048, compile: bool = False, **sampling,
     ):  # fmt: skip
         """device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
-        have, at most the model's context. sampling: fields of Sampling, such as temperature. Raises UsageError."""
+        have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
+        self.sampling, self.compile = SamplingParams(**sampling), compile
         self.model, self.tokenizer = load(checkpoint_path, pick_device(device), dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.sampling, self.compile = Sampling(**sampling), compile
-        self.free_generators = [self.new_token_generator()]  # those that no text is using
+        self.free_generators: list[TokenGenerator] = []  # those that no text is using
 
     def new_token_generator(self) -> TokenGenerator:
         """With a KV cache of its own."""
@@ -216,7 +216,7 @@ def main():
         generate_tokens = build_token_generator(steps, kv_cache)
     start = time.perf_counter()
     # A conversation's first message may have any length: compile for one that the kernels do not take.
-    n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_TOKENS + 1
+    n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
     warm_up(args, steps, speculation, n_prompt_tokens, device)
     stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
     if args.json and tp.world_size() > 1:

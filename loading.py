@@ -17,7 +17,7 @@ from torch import Tensor
 import tp
 from checkpoint import read_checkpoint
 from config import UsageError
-from kernels.formats import Tensors, formats_of
+from kernels.formats import Tensors, parse_formats
 from machine import OOM_HINT, check_memory, drop_pages
 from model import Transformer, empty_model
 from tokenizer import Tokenizer, load_tokenizer
@@ -39,7 +39,7 @@ def load(
     n_tokens = tokenizer.vocab_size
     if n_tokens > vocab_size:
         raise UsageError(f"{path}: the tokenizer's {n_tokens} tokens exceed the model's {vocab_size}")
-    eos_ids = dict.fromkeys([*model.config.eos_ids, *tokenizer.end_ids()])
+    eos_ids = dict.fromkeys([*model.config.eos_ids, *tokenizer.eos_ids()])
     model.config = replace(model.config, eos_ids=tuple(eos_ids))
     return model, tokenizer
 
@@ -57,7 +57,7 @@ def load_model(
     sharded: with several ranks, this rank gets its shard (tp.py); False: it gets the whole model."""
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
-    model = empty_model(config, formats_of(quantization))
+    model = empty_model(config, parse_formats(quantization))
     is_tied = config.tie_embeddings and model.lm_head.format.quantization is None and "lm_head.weight" not in tensors
     keep_dtype = quantized_tensors(model)
     check_tensors(path, model, tensors, is_tied, keep_dtype)

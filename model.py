@@ -300,7 +300,7 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps, residual, backend)
 
 
-# ---- Cache and start_pos --------------------------------------------------------------------------------------------
+# ---- Cache and positions --------------------------------------------------------------------------------------------
 
 
 class LayerCache(NamedTuple):
@@ -324,7 +324,8 @@ class KVCache:
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         weight = model.embed_tokens.weight
         self.device = weight.device
-        self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)  # see store_token_ids
+        # What the text says, for sampling that depends on it; see store_token_ids.
+        self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
         tables = RopeTables(model.config, max_seq_len, weight.device)
         self.layers = []
         for i, layer in enumerate(model.layers):
@@ -338,12 +339,12 @@ class KVCache:
     def store_token_ids(self, tokens: Tensor, start_pos: Tensor):
         """Remembers the ids of tokens [B, T], the first at start_pos [B]. For sampling that depends on them."""
         positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        self.tokens.scatter_(1, positions, tokens)
+        self.token_ids.scatter_(1, positions, tokens)
 
     def token_presence_mask(self, last_positions: Tensor, vocab_size: int) -> Tensor:
-        """Which tokens the text has up to each of last_positions [B, n], if all were noted: bool [B, n, V]."""
+        """Which tokens the text has up to each of last_positions [B, n], if all were stored: bool [B, n, V]."""
         is_later = torch.arange(self.max_seq_len, device=self.device) > last_positions[..., None]  # [B, n, S]
-        ids = self.tokens[:, None].masked_fill(is_later, vocab_size)
+        ids = self.token_ids[:, None].masked_fill(is_later, vocab_size)
         seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
         return seen.scatter_(-1, ids, True)[..., :vocab_size]
 
@@ -351,7 +352,7 @@ class KVCache:
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache
         that it gets, so a shorter one costs less."""
         view = copy.copy(self)
-        view.max_seq_len, view.tokens = n, self.tokens[:, :n]
+        view.max_seq_len, view.token_ids = n, self.token_ids[:, :n]
         view.layers = [c._replace(k=c.k[:, :, :n], v=c.v[:, :, :n], rope=c.rope[:n]) for c in self.layers]
         return view
 
@@ -360,13 +361,13 @@ class KVCache:
         if n == self.batch_size:  # as in every step but those of a scheduler
             return self
         view = copy.copy(self)
-        view.batch_size, view.tokens = n, self.tokens[start : start + n]
+        view.batch_size, view.token_ids = n, self.token_ids[start : start + n]
         view.layers = [c._replace(k=c.k[start : start + n], v=c.v[start : start + n]) for c in self.layers]
         return view
 
     def copy_sequence(self, source: int, target: int, n: int):
         """Copies the first n tokens of sequence source to sequence target."""
-        self.tokens[target, :n] = self.tokens[source, :n]
+        self.token_ids[target, :n] = self.token_ids[source, :n]
         for c in self.layers:
             c.k[target, :, :n] = c.k[source, :, :n]
             c.v[target, :, :n] = c.v[source, :, :n]

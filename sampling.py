@@ -1,7 +1,7 @@
-"""From logits to the next token: the likeliest one, or one drawn with temperature, top_k and top_p.
+"""From logits to the next token: the likeliest one, or one drawn with temperature, top_k, top_p and min_p.
 
-    sample(logits, Sampling())                          # the likeliest
-    sample(logits, Sampling(temperature=0.8, top_k=50))
+    sample(logits, SamplingParams())                          # the likeliest
+    sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
 Nothing here waits for the device, so that a sampled token can be fed to the next step before the host has seen it.
 """
@@ -24,7 +24,7 @@ FIRST_THRESHOLD = 2**-10  # fewer than 1024 tokens can have more probability tha
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How a token is chosen. repetition_penalty (arXiv:1909.05858), temperature, top_k, top_p (arXiv:1904.09751) and
     min_p (arXiv:2407.01082) apply in this order."""
 
@@ -55,10 +55,10 @@ class Sampling:
     @property
     def filters_tokens(self) -> bool:
         """Whether an option beside temperature and repetition_penalty may keep tokens from being drawn."""
-        return self != Sampling(self.temperature, repetition_penalty=self.repetition_penalty)
+        return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
 
 
-def sample(logits: Tensor, sampling: Sampling, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
+def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
     """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite. backend: see kernels. uniform: a random
     number for each row, see multinomial."""
     if backend == "triton" and uniform is None and (sampling.is_greedy or not sampling.filters_tokens):
@@ -73,14 +73,14 @@ def sample(logits: Tensor, sampling: Sampling, backend: str = "torch", uniform: 
     return torch.where(is_finite, tokens, -1)
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """The distribution [B, V] that sample draws from; sampling must not be greedy."""
     probs, ids = filtered_probs(logits, sampling)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def filtered_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor | None]:
     """The tokens that sample draws from: their probabilities and ids, both [B, C]. The probabilities of a row need not
     sum to one. ids None: all tokens."""
     # The largest score becomes 0, so that a small temperature makes the others underflow and nothing overflow.
@@ -113,8 +113,8 @@ def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def sorted_nucleus_of_row(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """likeliest for one row [V], without sorting all of it: sorts the tokens whose probability exceeds a threshold. If
-    these together have less than top_p, divides the threshold by 8 and begins again. Mostly the first one serves."""
+    """sorted_nucleus for one row [V], without sorting all of it: sorts only the tokens above a threshold, and lowers it
+    eightfold until they have top_p together. Mostly the first one serves."""
     missing = -len(probs) % CHUNK
     chunks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, CHUNK)
     largest = chunks.amax(-1)

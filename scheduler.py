@@ -31,18 +31,18 @@ import tp
 from config import UsageError
 from machine import OOM_HINT, free_memory
 from model import Transformer
-from sampling import Sampling, sample
+from sampling import SamplingParams, sample
 from steps import (
+    apply_repetition_penalty,
     build_model_step,
     check_finite,
     chunked_prefill,
     kv_bytes_per_token,
     make_kv_cache,
-    penalized,
 )
 from tokenizer import common_prefix_length
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class Request:
 
     prompt_ids: list[int]
     max_new_tokens: int
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
     seed: int = 0
     stop: tuple[str, ...] = ()  # texts that end the new text; see completion.py
     is_chat: bool = False  # whether the new text is one of its own, the answer to a message
@@ -165,7 +165,7 @@ class Scheduler:
         """Samples a token for each of n slots, one beside the other, from the logits [n, 1, V] after tokens [n, T]. The
         slots of sequences that end become free."""
         sequences = [self.running[slot] for slot in slots]
-        scores = self.penalized(slots, logits, tokens, start_pos)
+        scores = self.penalize(slots, logits, tokens, start_pos)
         ids = tp.broadcast(sample_each(scores[:, -1], sequences)).tolist()
         check_finite(ids)
         new_tokens = []
@@ -178,7 +178,7 @@ class Scheduler:
                 self.running[slot] = None
         return new_tokens
 
-    def penalized(self, slots: list[int], logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+    def penalize(self, slots: list[int], logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """The logits with each sequence's repetition_penalty."""
         kv_cache = self.kv_cache.narrow_batch(slots[0], len(slots))
         penalties = [self.running[slot].request.sampling.repetition_penalty for slot in slots]
@@ -186,7 +186,7 @@ class Scheduler:
             kv_cache.store_token_ids(tokens, start_pos)  # for a request that copies them and has a penalty
             return logits
         column = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
-        return penalized(logits, tokens, start_pos, kv_cache, column)
+        return apply_repetition_penalty(logits, tokens, start_pos, kv_cache, column)
 
     def copy_shared_prefix(self, prompt: list[int], slot: int) -> int:
         """Copies to slot what it lacks of the longest beginning that prompt shares with any slot. Returns how many

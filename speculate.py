@@ -24,8 +24,8 @@ from torch import Tensor
 
 import tp
 from model import KVCache, Transformer
-from sampling import Sampling, multinomial, probabilities, sample
-from steps import Step, Steps, build_model_step, build_steps, check_finite, device_of, penalized
+from sampling import SamplingParams, multinomial, probabilities, sample
+from steps import Step, Steps, apply_repetition_penalty, build_model_step, build_steps, check_finite, device_of
 
 MAX_PROPOSED = 32  # limit of --speculate_k and --prompt_lookup
 # Time to verify one more token, as a fraction of a step's time
@@ -56,7 +56,9 @@ class Speculation:
     """A model's steps, and the proposer whose tokens they verify. Made by build_speculation."""
 
     steps: Steps
-    verify_step: Callable[..., Tensor]  # (tokens [1, k + 1], start_pos [1], *proposal) -> rejection_sample's result
+    # (tokens [1, k + 1], start_pos [1], *proposal) -> rejection_sample's result: one tensor of the number of accepted
+    # tokens and the tokens, so that one copy to the host is enough.
+    verify_step: Callable[..., Tensor]
     proposer: Proposer
     k: int  # most tokens to propose at a time
     device: torch.device
@@ -75,20 +77,20 @@ def build_speculation(
     model: Transformer,
     kv_cache: KVCache,
     steps: Steps,
-    sampling: Sampling,
+    sampling: SamplingParams,
     proposer: Proposer,
     k: int,
     compile: bool = False,
 ) -> Speculation:
     """Builds the step that verifies proposals. steps: those of build_steps, for the same kv_cache and sampling."""
 
-    def select_tokens(
+    def postprocess(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        logits = penalized(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
+        logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
-    verify_step = build_model_step(model, kv_cache, select_tokens, compile)
+    verify_step = build_model_step(model, kv_cache, postprocess, compile)
     return Speculation(steps, verify_step, proposer, k, device_of(model), verify_cost(model))
 
 
@@ -125,7 +127,9 @@ def speculate(
             acceptance.update(n_accepted, is_rejected=n_accepted < k)
 
 
-def rejection_sample(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: Sampling) -> Tensor:
+def rejection_sample(
+    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams
+) -> Tensor:
     """Returns one tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid.
 
     logits [k + 1, V]: the model's, after the last token and after each of the draft_tokens [k].
@@ -276,19 +280,19 @@ class DraftModel:
 
 
 def build_draft_model(
-    draft: Transformer, kv_cache: KVCache, model: Transformer, sampling: Sampling, compile: bool = False
+    draft: Transformer, kv_cache: KVCache, model: Transformer, sampling: SamplingParams, compile: bool = False
 ) -> DraftModel:
     """A proposer for model that samples from draft. kv_cache: the draft's."""
     vocab_size = model.config.vocab_size
 
-    def select_tokens(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+    def postprocess(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, :vocab_size]  # models of one family may pad the same vocabulary to different sizes
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None
         probs = probabilities(logits, sampling)
         return tp.broadcast(multinomial(probs)), probs
 
-    prefill = build_steps(draft, kv_cache, Sampling()).prefill
-    step = build_model_step(draft, kv_cache, select_tokens, compile)
+    prefill = build_steps(draft, kv_cache, SamplingParams()).prefill
+    step = build_model_step(draft, kv_cache, postprocess, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, device_of(model), cost)

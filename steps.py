@@ -1,15 +1,15 @@
 """The steps of generation: functions from token ids to the next token ids, through the model.
 
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=300)
-    steps = build_steps(model, kv_cache, Sampling(temperature=0.8))
+    steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8))
     next_ids = steps.prefill(prompt, start_pos)  # [B, T] -> [B]
     next_ids = steps.decode(next_ids[:, None], start_pos + prompt.shape[1])
 
 prefill takes a prompt of any length, in chunks. decode takes one token of every sequence. A third kind of step verifies
 several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
 
-    recorded    as kernels, replayed in one go (kernels/record.py): up to kernels.MAX_TOKENS tokens on a CPU; on a GPU
-                up to MAX_TRITON_TOKENS, with compile only
+    recorded    as kernels, replayed in one go (kernels/record.py): up to kernels.MAX_CPU_TOKENS tokens on a CPU; on a
+                GPU up to MAX_TRITON_TOKENS, with compile only
     compiled    by torch.compile, if compile or compile_prefill says so; on a GPU what it makes is recorded, too
     eager       operation by operation
 
@@ -30,7 +30,7 @@ from kernels.cpu import find_compiler
 from kernels.record import record
 from machine import OOM_HINT, check_memory
 from model import KVCache, Transformer
-from sampling import Sampling, penalize, sample
+from sampling import SamplingParams, penalize, sample
 
 PREFILL_CHUNK = 512  # tokens of each sequence that prefill takes at a time, which bounds its memory
 GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all sequences together: every chunk dequantizes all weights again
@@ -63,15 +63,16 @@ def device_of(model: Transformer) -> torch.device:
 
 
 def build_steps(
-    model: Transformer, kv_cache: KVCache, sampling: Sampling, compile: bool = False, compile_prefill: bool = False
-) -> Steps:
+    model: Transformer, kv_cache: KVCache, sampling: SamplingParams, compile: bool = False,
+    compile_prefill: bool = False,
+) -> Steps:  # fmt: skip
     """The steps of plain generation with model, for the sequences of kv_cache."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
     def next_ids(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        """The logits after the last of tokens [B, T], [B, 1, V] -> the next token of each sequence: [B], the same on
-        all ranks."""
-        logits = penalized(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
+        """Logits [B, 1, V] after the last of tokens [B, T] -> the next token of each sequence [B], equal on all ranks.
+        """
+        logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
@@ -82,10 +83,12 @@ def build_steps(
     return Steps(prefill, build_model_step(model, kv_cache, next_ids, compile))
 
 
-def penalized(logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, penalty: float | Tensor) -> Tensor:
-    """The logits [B, n, V] after the last n of tokens [B, T], whose first one is at start_pos [B], with the
-    repetition_penalty of all tokens of the text up to there. Notes tokens in kv_cache for the next steps. penalty: a
-    number, or one for each sequence [B, 1, 1]. With the number 1 it does nothing."""
+def apply_repetition_penalty(
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, penalty: float | Tensor
+) -> Tensor:
+    """Penalizes the tokens that the text has up to each of the logits [B, n, V], which follow the last n of tokens
+    [B, T]. The first token is at start_pos [B]. Also stores tokens in kv_cache, for the next steps. penalty: a number,
+    or one for each sequence [B, 1, 1]. With the number 1 it does nothing."""
     if not isinstance(penalty, Tensor) and penalty == 1:
         return logits
     kv_cache.store_token_ids(tokens, start_pos)
@@ -117,12 +120,12 @@ def chunked_prefill(
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
-def build_model_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable, compile: bool = False) -> Callable:
-    """The function (tokens [B, T], start_pos [B], *extra_inputs) -> select_tokens(logits [B, T, V], tokens, start_pos,
+def build_model_step(model: Transformer, kv_cache: KVCache, postprocess: Callable, compile: bool = False) -> Callable:
+    """The function (tokens [B, T], start_pos [B], *extra_inputs) -> postprocess(logits [B, T, V], tokens, start_pos,
     *extra_inputs), all of tensors. The B sequences are the first of kv_cache.
 
     What it returns may lie in static buffers, as with CUDA graphs: the next call may overwrite the logits that
-    select_tokens gets and, on a GPU with compile, its result. Clone what must last."""
+    postprocess gets and, on a GPU with compile, its result. Clone what must last."""
     device = device_of(model)
     uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
@@ -135,16 +138,16 @@ def build_model_step(model: Transformer, kv_cache: KVCache, select_tokens: Calla
         return model(tokens, start_pos, used)
 
     if device.type == "cpu":  # a recording on a CPU holds nothing but kernels, and there are none for sampling
-        step_with_kernels = chain(record(forward), select_tokens)
+        step_with_kernels = compose(record(forward), postprocess)
     elif device.type == "cuda" and compile:
-        step_with_kernels = record(chain(forward, select_tokens))
+        step_with_kernels = record(compose(forward, postprocess))
     else:
-        step_with_kernels = chain(forward, select_tokens)
+        step_with_kernels = compose(forward, postprocess)
 
     if compile:
-        step_without_kernels = build_compiled_step(model, kv_cache, select_tokens)
+        step_without_kernels = build_compiled_step(model, kv_cache, postprocess)
     else:
-        step_without_kernels = chain(forward_without_kernels, select_tokens)
+        step_without_kernels = compose(forward_without_kernels, postprocess)
 
     def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
         chosen = step_with_kernels if uses_kernels(*tokens.shape) else step_without_kernels
@@ -153,22 +156,22 @@ def build_model_step(model: Transformer, kv_cache: KVCache, select_tokens: Calla
     return step
 
 
-def chain(forward: Callable, select_tokens: Callable) -> Callable:
+def compose(forward: Callable, postprocess: Callable) -> Callable:
     """The step that computes logits by forward(tokens, start_pos), and selects tokens by these."""
 
     def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
-        return select_tokens(forward(tokens, start_pos), tokens, start_pos, *extra_inputs)
+        return postprocess(forward(tokens, start_pos), tokens, start_pos, *extra_inputs)
 
     return step
 
 
-def build_compiled_step(model: Transformer, kv_cache: KVCache, select_tokens: Callable) -> Callable:
+def build_compiled_step(model: Transformer, kv_cache: KVCache, postprocess: Callable) -> Callable:
     """build_model_step's function by torch.compile, in two pieces: one block, which serves all layers, and the output
-    head with select_tokens. That takes a third of the time of compiling the whole step, and runs as fast."""
+    head with postprocess. That takes a third of the time of compiling the whole step, and runs as fast."""
     one_graph = can_be_one_graph(model)
 
     def select_from_hidden(hidden: Tensor, *inputs: Tensor):
-        return select_tokens(model.compute_logits(hidden), *inputs)
+        return postprocess(model.compute_logits(hidden), *inputs)
 
     @cache
     def compiled() -> tuple[Transformer, Callable]:

@@ -92,7 +92,7 @@ class Tokenizer:
             raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
         return render(template, names, messages, add_generation_prompt)
 
-    def end_ids(self) -> list[int]:
+    def eos_ids(self) -> list[int]:
         """The tokens that end a text: eos_token, and what the chat template puts after an assistant's message."""
         ends = [self.special_token_ids.get(self.special_tokens_map.get("eos_token")), self.end_of_turn()]
         return [i for i in ends if i is not None]

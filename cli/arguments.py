@@ -2,13 +2,14 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import cli
 from config import UsageError
 from kernels import MAX_TRITON_TOKENS
 from machine import pick_device
-from sampling import Sampling
+from sampling import SamplingParams
 from speculate import MAX_PROPOSED
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
@@ -23,7 +24,7 @@ def parse_args(doc: str) -> argparse.Namespace:
 
         conversation    whether messages are read from standard input
         speculative     whether steps verify proposed tokens
-        sampling        temperature, top_k and so on as a Sampling
+        sampling        temperature, top_k and so on as a SamplingParams
 
     max_new_tokens is sys.maxsize in a conversation, which has no limit but the context, unless it was given.
     Raises UsageError for invalid values and for options that exclude each other. doc: the script's docstring."""
@@ -165,9 +166,8 @@ def can_be_written(path: Path) -> bool:
     return path.absolute().parent.is_dir() and (path.is_file() or not path.exists())
 
 
-def make_sampling(args: argparse.Namespace) -> Sampling:
+def make_sampling(args: argparse.Namespace) -> SamplingParams:
     try:
-        options = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        return Sampling(**{name: getattr(args, name) for name in options})
+        return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:
         raise UsageError(f"--{e}") from None  # the message begins with the field's name, which is the option's name

@@ -49,7 +49,7 @@ def complete_once(
 ) -> list[Completion]:
     """Completes prompt in every sequence of a batch, until all have ended. Prints the first sequence as it is
     generated, unless --json is given."""
-    request, ends = make_request(args, prompt, args.seed), end_tokens(args, model)
+    request, ends = make_request(args, prompt, args.seed), eos_ids_of(args, model)
     request.start_time = time.perf_counter()
     completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
     for step_tokens in generate_tokens(prompt.ids, 0, args.max_new_tokens):
@@ -94,7 +94,7 @@ def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[P
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
     max_seq_len, n_slots = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
     hint = f"--parallel {slots_that_fit(model, max_seq_len)} fits, or fewer --max_new_tokens"
-    return Scheduler(model, n_slots, max_seq_len, end_tokens(args, model), args.compile, hint)
+    return Scheduler(model, n_slots, max_seq_len, eos_ids_of(args, model), args.compile, hint)
 
 
 def print_json(
@@ -115,7 +115,7 @@ def make_request(args: argparse.Namespace, prompt: Prompt, seed: int) -> Request
     return Request(prompt.ids, args.max_new_tokens, args.sampling, seed, stop, prompt.is_chat, args.logprobs)
 
 
-def end_tokens(args: argparse.Namespace, model: Transformer) -> set[int]:
+def eos_ids_of(args: argparse.Namespace, model: Transformer) -> set[int]:
     """The tokens that end a sequence."""
     return set() if args.ignore_eos else set(model.config.eos_ids)
 

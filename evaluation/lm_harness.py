@@ -17,7 +17,7 @@ from completion import complete_all
 from config import UsageError
 from evaluation.scoring import OOM_HINT, ScoredSequence, scores_of
 from model import Transformer
-from sampling import Sampling
+from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from tokenizer import Tokenizer
 
@@ -167,7 +167,7 @@ class HarnessModel:
 class Options(NamedTuple):
     """The options of a generation request."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     max_new_tokens: int
     stop: tuple[str, ...]  # texts that end the answer
 
@@ -179,7 +179,7 @@ def options_of(kwargs: dict) -> Options:
         temperature = 0.0
     elif kwargs.get("do_sample") and "temperature" not in kwargs:
         temperature = 1.0
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature,
         top_k=kwargs.get("top_k") or None,
         top_p=kwargs.get("top_p"),

@@ -22,7 +22,7 @@ from steps import NOT_FINITE, chunked_prefill, compile_blocks, device_of, make_k
 from tokenizer import Tokenizer
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
-LOGITS_CHUNK = 256  # start_pos whose logits are in memory at a time
+LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
 
 
 def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:

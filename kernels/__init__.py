@@ -13,9 +13,9 @@
 They are called leaf operations. A step that is recorded on a CPU (record.py) calls these and nothing else.
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
-Kernels are made for steps of few tokens, of all sequences together: up to MAX_TOKENS on a CPU, MAX_TRITON_TOKENS on a
-GPU. Each token has a row of activations. A step with more tokens runs in plain PyTorch. pack_weights(model) chooses the
-backend for the model's device, and packs its weights.
+Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
+a GPU. A step with more tokens runs in plain PyTorch. pack_weights(model) chooses the backend for the model's device,
+and packs its weights.
 """
 
 import math
@@ -30,7 +30,7 @@ from kernels.formats import QUANTIZE_CHUNK, Dequantized, Tensors, WeightFormat
 from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages
 
-MAX_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
+MAX_CPU_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
 MAX_TRITON_TOKENS = 8  # that the Triton kernels take
 MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in registers
 # Of out_features, to fuse an activation: gate and up are half of them each, and kernels compute 16 outputs at a time.
@@ -39,7 +39,7 @@ FUSED_GLU_MULTIPLE = 32
 
 def ops_of_backend(backend: str, n_tokens: int):
     """The torch.ops namespace of backend's kernels; None if n_tokens tokens run in plain PyTorch."""
-    if backend == "cpu" and 0 < n_tokens <= MAX_TOKENS:
+    if backend == "cpu" and 0 < n_tokens <= MAX_CPU_TOKENS:
         return torch.ops.gptfast
     if backend == "triton" and 0 < n_tokens <= MAX_TRITON_TOKENS:
         return torch.ops.gptfast_triton
@@ -120,8 +120,8 @@ def attend(qkv: Tensor, layer, cache, start_pos: Tensor) -> Tensor:
         scale             the scores are multiplied by it
         softcap           if not 0, scores then become softcap * tanh(score / softcap)
         sinks             [H] or None: scores of a key whose value is zero
-    cache: a model.LayerCache. The new keys and values are written to it, the first at start_pos [B]. If it has slopes
-    [H], slope * (position of the key - position of the query) is added to the scores, after softcap."""
+    cache: a model.LayerCache. The new keys and values are written to it, the first at start_pos [B]. If it has
+    alibi_slopes [H], slope * (position of the key - position of the query) is added to the scores, after softcap."""
     batch, n_tokens, _ = qkv.shape
     if not has_attention_kernel(layer.backend, batch, n_tokens, layer.n_heads // cache.k.shape[1]):
         return reference.attend(qkv, layer, cache, start_pos)
@@ -155,7 +155,7 @@ def route(
 
 def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation: str | None = None) -> Tensor:
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
-    [B, T, top_k, F]. norm and activation are as in linear."""
+    [B, T, top_k, F]. norm and activation are as in fused_linear."""
     ops = ops_of_layer(layer, count_tokens(x), activation)
     if ops is None:
         return reference.experts_gate_up(x, layer, topk_ids, norm, activation)
@@ -255,9 +255,9 @@ def pack_for_cpu(linears: list, mapped: bool):
             if mapped:
                 drop_pages(unpacked[name])
         layer.backend = "cpu"
-        # In a quantized model dense layers, such as routers, take MAX_TOKENS, too, although PyTorch may be faster: one
-        # operation outside the kernels would make the whole step impossible to record.
-        layer.max_tokens = MAX_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
+        # In a quantized model dense layers, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be faster:
+        # one operation outside the kernels would make the whole step impossible to record.
+        layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
 def dequantize_weights(linears: list, dtype: torch.dtype, mapped: bool):

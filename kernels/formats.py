@@ -33,24 +33,24 @@ QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 co
 
 
 class WeightFormat:
-    """The interface of a format. The methods here are those of a format that stores W unchanged."""
+    """The interface of a format, with what most formats have in common."""
 
-    format_id = 0  # the format's number in the kernels
+    format_id: int  # the format's number in the kernels
     name: str | None = None  # in the output of --json
     quantization: dict | None = None  # in model.pth
     pack_factor = 1  # inputs that share a word: W can only be cut at multiples of it
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
         """Uninitialized tensors, as a checkpoint holds them, for W of this shape and dtype."""
-        return {"weight": torch.empty(shape, dtype=dtype, device=device)}
+        raise NotImplementedError
 
     def quantize(self, w: Tensor) -> Tensors:
         """The tensors for w [..., N, K], each element rounded to the nearest value that the format can store."""
-        return {"weight": w}
+        raise NotImplementedError
 
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """W [..., N, K] in dtype, from a checkpoint's tensors."""
-        return tensors["weight"]
+        raise NotImplementedError
 
     def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
         """The part of one of the tensors that belongs to W's inputs [start, start + length)."""
@@ -80,6 +80,17 @@ class WeightFormat:
 @dataclass(frozen=True)
 class Dense(WeightFormat):
     """16 or 32 bits, unchanged."""
+
+    format_id = 0
+
+    def empty(self, shape, dtype, device):
+        return {"weight": torch.empty(shape, dtype=dtype, device=device)}
+
+    def quantize(self, w):
+        return {"weight": w}
+
+    def dequantize(self, tensors, dtype):
+        return tensors["weight"]
 
 
 @dataclass(frozen=True)
@@ -233,17 +244,17 @@ class WeightFormats:
         return self.exceptions.get(name, self.default)
 
 
-def formats_of(quantization: dict | None) -> WeightFormats:
+def parse_formats(quantization: dict | None) -> WeightFormats:
     """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
     name. Raises UsageError."""
     exceptions = quantization.get("layers", {}) if isinstance(quantization, dict) else {}
     if not isinstance(exceptions, dict):
         raise UsageError(f"the checkpoint's quantized layers are {exceptions!r}, which this version does not read")
-    return WeightFormats(format_of(quantization), {name: format_of(value) for name, value in exceptions.items()})
+    return WeightFormats(parse_format(quantization), {name: parse_format(value) for name, value in exceptions.items()})
 
 
-def format_of(quantization: dict | None) -> WeightFormat:
-    """The format of most layers. Raises UsageError."""
+def parse_format(quantization: dict | None) -> WeightFormat:
+    """The format that one entry of "quantization" describes. Raises UsageError."""
     if quantization is None:
         return Dense()
     if isinstance(quantization, dict):

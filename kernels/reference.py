@@ -88,7 +88,7 @@ def attend(qkv: Tensor, layer, cache, start_pos: Tensor) -> Tensor:
         cache.k[sequences, :, positions] = k
         cache.v[sequences, :, positions] = v
     if layer.sinks is not None or layer.softcap or cache.alibi_slopes is not None:
-        y = explicit_attention(q, layer, cache, positions)
+        y = eager_attention(q, layer, cache, positions)
     else:
         y = sdpa_attention(q, layer, cache, positions, fills_cache)
     return y.transpose(1, 2).reshape(B, T, -1)
@@ -111,7 +111,7 @@ def sdpa_attention(q: Tensor, layer, cache, positions: Tensor, fills_cache: bool
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=True)
 
 
-def explicit_attention(q: Tensor, layer, cache, positions: Tensor) -> Tensor:
+def eager_attention(q: Tensor, layer, cache, positions: Tensor) -> Tensor:
     """What SDPA cannot do: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)

@@ -81,7 +81,7 @@ def experts_gate_up(
     bias: Tensor | None, topk_ids: Tensor, norm_weight: Tensor | None, eps: float, activation: int,
 ) -> Tensor:  # fmt: skip
     """x [..., dim] times the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and activation
-    as in linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
+    as in fused_linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
     y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
     launch_linear(
         y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps,

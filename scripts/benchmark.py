@@ -47,7 +47,7 @@ from benchmark_speed import CONFIGS, config_of, measure_speed, save_random_check
 
 import kernels
 from config import ModelConfig, UsageError
-from kernels.formats import GROUP_SIZES, WeightFormat, format_of
+from kernels.formats import GROUP_SIZES, WeightFormat, parse_format
 from machine import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +145,7 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
     device = pick_device(args.device)
     args.device = str(device)
-    format = format_of({"mode": args.mode, "groupsize": args.groupsize} if args.mode else None)
+    format = parse_format({"mode": args.mode, "groupsize": args.groupsize} if args.mode else None)
     if args.tune:
         tune(config, format, device)
     torch.manual_seed(1234)

@@ -25,13 +25,13 @@ from generate import generate
 from kernels.formats import Dense, Int4, Int8, Tensors, WeightFormat
 from machine import peak_memory, read_bandwidth, synchronize
 from model import KVCache, Linear, RMSNorm, Transformer, empty_model
-from sampling import Sampling
+from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from steps import Steps, build_model_step, build_steps, device_of
 
 SAMPLES = 3  # of every timing; their median counts
 PREFILLS = (512, 2048)  # prompt tokens
-SAMPLING = Sampling(temperature=0.8)
+SAMPLING = SamplingParams(temperature=0.8)
 
 # ---- Shapes and random weights ---------------------------------------------------------------------------------------
 
@@ -187,8 +187,8 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     start = n_prompt - 1  # the prompt is still in the cache
     seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
-    start_pos = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
-    tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in start_pos)
+    positions = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
+    tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
     bytes_per_second = (model.active_weight_bytes() + kv_cache.bytes_per_position() * tokens_read) / seconds
     return {
         "compile_seconds": compile_seconds,

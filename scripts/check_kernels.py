@@ -24,7 +24,7 @@ from generate import generate
 from kernels.formats import Int8
 from machine import pick_device
 from model import KVCache
-from sampling import Sampling
+from sampling import SamplingParams
 from steps import build_steps
 from tests import bounds
 from tests.check_triton import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
@@ -120,7 +120,7 @@ def check_recorded_steps(device: torch.device, options: dict) -> Iterator[Compar
         model = random_model(config, Int8(), device, torch.float32)
         if use_kernels:
             model.pack_weights()
-        steps = build_steps(model, KVCache(model, 1, 64), Sampling(), compile=use_kernels)
+        steps = build_steps(model, KVCache(model, 1, 64), SamplingParams(), compile=use_kernels)
         prompt = torch.arange(1, 12, device=device)[None]
         tokens.append(torch.tensor(list(generate(steps, prompt, 0, 40))))
     yield Comparison("recorded_steps", str(options), *tokens, torch.zeros(()))

@@ -26,7 +26,7 @@ from generate import generate
 from loading import load_model
 from machine import read_bandwidth
 from model import KVCache
-from sampling import Sampling
+from sampling import SamplingParams
 from steps import build_steps
 
 OOM_HINT = "end other programs, or compare a smaller model"
@@ -134,7 +134,7 @@ def tokens_per_second(load: Callable[[str, int], Generate], file: str, threads: 
 def load_ours(file: str, threads: int) -> Generate:
     torch.set_num_threads(threads)
     model = load_model(Path(file), CPU, torch.bfloat16)
-    steps = build_steps(model, KVCache(model, 1, PREFILL), Sampling())
+    steps = build_steps(model, KVCache(model, 1, PREFILL), SamplingParams())
 
     def generate_greedily(prompt: list[int], n: int) -> Iterator:
         return generate(steps, torch.tensor([prompt]), 0, n)

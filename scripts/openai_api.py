@@ -8,7 +8,7 @@ from itertools import accumulate
 from cli.prompts import is_message
 from completion import Completion
 from config import UsageError
-from sampling import Sampling
+from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: i
     require(room > 0 and all(prompts), f"a prompt must have 1 to {max_seq_len - 1} tokens")
     max_tokens = number(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
     max_tokens = number(body, "max_completion_tokens", max_tokens, 1, room)
-    sampling = Sampling(**{name: number(body, name, *limits) for name, limits in SAMPLING.items()})
+    sampling = SamplingParams(**{name: number(body, name, *limits) for name, limits in SAMPLING.items()})
     seed = number(body, "seed", secrets.randbits(31), -(2**62), 2**62)
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop

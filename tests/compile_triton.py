@@ -138,7 +138,7 @@ def launch_others(dtype: torch.dtype):
         qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
         attend(qkv, cache, start_pos, n_heads, "triton")
     norms, sinks = [make_norm(n * 64, dtype) for n in (n_heads, 2)], torch.zeros(n_heads, dtype=dtype)
-    cache = cache._replace(slopes=torch.zeros(n_heads))
+    cache = cache._replace(alibi_slopes=torch.zeros(n_heads))
     attend(qkv, cache, start_pos, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
 
 

@@ -19,23 +19,23 @@ import torch
 
 from cli.arguments import parse_args
 from config import UsageError
-from sampling import Sampling, probabilities
+from sampling import SamplingParams, probabilities
 from tests.tiny import call
 
 
 def test_top_n_sigma():
     logits = torch.tensor([[2.0, 1.0, 0.0, -5.0]])
-    probs = probabilities(logits, Sampling(temperature=3.0, top_n_sigma=0.5))  # the deviation is 3.1
+    probs = probabilities(logits, SamplingParams(temperature=3.0, top_n_sigma=0.5))  # the deviation is 3.1
     torch.testing.assert_close(probs[0, :2], torch.tensor([2 / 3, 1 / 3]).softmax(-1))
     assert probs[0, 2:].tolist() == [0, 0]
     for wrong in (0.0, float("inf")):
         with pytest.raises(UsageError, match="top_n_sigma"):
-            Sampling(top_n_sigma=wrong)
+            SamplingParams(top_n_sigma=wrong)
 
 
 def test_top_n_sigma_option():
     def options():
-        assert parse_args("").sampling == Sampling(0.8, top_n_sigma=0.3)
+        assert parse_args("").sampling == SamplingParams(0.8, top_n_sigma=0.3)
 
     call(options, "--top_n_sigma", "0.3", "--checkpoint_path", "model.pth")
 '''

@@ -17,7 +17,7 @@ from converters.families import config_from_hf
 from generate import build_token_generator, load
 from kernels import cpu
 from model import KVCache, Transformer
-from sampling import Sampling
+from sampling import SamplingParams
 from steps import build_steps
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
 from tests.tiny_tokenizers import TEMPLATES, train, write
@@ -40,7 +40,7 @@ def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[
 
 def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
     model = model_of((folder / "model.pth").resolve())
-    steps = build_steps(model, KVCache(model, 1, CONTEXT), Sampling())
+    steps = build_steps(model, KVCache(model, 1, CONTEXT), SamplingParams())
     new = [i for (i,) in generate.generate(steps, torch.tensor([ids]), 0, n)]
     return new[: new.index(END)] if END in new else new
 
@@ -126,7 +126,7 @@ def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    generate_tokens = build_token_generator(build_steps(model, kv_cache, Sampling()), kv_cache)
+    generate_tokens = build_token_generator(build_steps(model, kv_cache, SamplingParams()), kv_cache)
     conversation = generate.Conversation(tokenizer, generate_tokens, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)

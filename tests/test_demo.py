@@ -8,7 +8,7 @@ import transformers as hf
 
 from generate import build_steps, generate, load_model
 from model import KVCache
-from sampling import Sampling
+from sampling import SamplingParams
 from tests.tiny import ROOT
 from tokenizer import load_tokenizer
 
@@ -43,6 +43,6 @@ def test_real_weights_equal_transformers(demo, tmp_path):
     with torch.inference_mode():
         logits = ours(tokens, torch.tensor([0]), kv_cache)
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-3, rtol=1e-3)
-    new = [i for (i,) in generate(build_steps(ours, kv_cache, Sampling()), tokens, 0, 30)]
+    new = [i for (i,) in generate(build_steps(ours, kv_cache, SamplingParams()), tokens, 0, 30)]
     expected = theirs.generate(tokens, max_new_tokens=30, do_sample=False, eos_token_id=-1)
     assert new == expected[0, len(ids) :].tolist()

@@ -9,12 +9,12 @@ import steps as steps_module
 from generate import generate
 from kernels import cpu
 from model import KVCache
-from sampling import Sampling
+from sampling import SamplingParams
 from steps import build_steps
 from tests.tiny import FAMILIES
 
 SOME = ["llama3", "mistral-window", "mixtral"]  # dense, with a window, of experts
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 
 def prompt_of(rows: int, length: int) -> torch.Tensor:
@@ -26,7 +26,7 @@ def new_tokens(steps, prompt: torch.Tensor, n: int, start: int = 0) -> torch.Ten
     return torch.tensor(list(generate(steps, prompt, start, n))).T
 
 
-def fresh_steps(model, rows: int, length: int, sampling: Sampling = GREEDY):
+def fresh_steps(model, rows: int, length: int, sampling: SamplingParams = GREEDY):
     """Steps for a new, empty cache."""
     return build_steps(model, KVCache(model, rows, length), sampling)
 
@@ -53,7 +53,7 @@ def test_rescoring_gives_the_same_log_probabilities(family, pair, monkeypatch):
     sample = steps_module.sample
     monkeypatch.setattr(steps_module, "sample", sample_and_note)
     torch.manual_seed(0)
-    new = new_tokens(fresh_steps(ours, 3, 64, Sampling(temperature=1.0)), prompt, 30)
+    new = new_tokens(fresh_steps(ours, 3, 64, SamplingParams(temperature=1.0)), prompt, 30)
     assert torch.unique(new).numel() > 20  # drawn, not stuck
     with torch.inference_mode():
         rescored = ours(torch.cat([prompt, new], 1), torch.zeros(3, dtype=torch.long), KVCache(ours, 3, 60))

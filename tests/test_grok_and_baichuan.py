@@ -16,7 +16,7 @@ from converters.families import config_from_hf
 from generate import generate
 from loading import load_model
 from model import KVCache, alibi_slopes
-from sampling import Sampling
+from sampling import SamplingParams
 from steps import build_steps
 from tests.tiny import call, convert, make_hf
 
@@ -189,7 +189,7 @@ def test_logits_and_tokens(name, use_kernels, tmp_path):
     expected = torch.cat([reference(tokens[0]), reference(tokens[1, :14])])
     torch.testing.assert_close(logits_in_parts(model, tokens), expected, atol=1e-4, rtol=1e-4)
 
-    steps, text = build_steps(model, KVCache(model, 1, 32), Sampling()), tokens[0]
+    steps, text = build_steps(model, KVCache(model, 1, 32), SamplingParams()), tokens[0]
     ours = [i for (i,) in generate(steps, text[None], 0, 12)]
     for _ in range(12):
         text = torch.cat([text, reference(text)[-1:].argmax(-1)])

@@ -31,8 +31,8 @@ def packed(module):
     kernels.pack_weights(module)
     for layer in module.modules():
         if isinstance(layer, Linear):
-            assert layer.backend == "cpu" and 8 <= layer.max_tokens <= kernels.MAX_TOKENS
-            layer.max_tokens = kernels.MAX_TOKENS
+            assert layer.backend == "cpu" and 8 <= layer.max_tokens <= kernels.MAX_CPU_TOKENS
+            layer.max_tokens = kernels.MAX_CPU_TOKENS
     return module
 
 
@@ -507,7 +507,7 @@ def test_what_does_not_fit_is_refused():
             )  # fmt: skip
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
-            view = cache._replace(slopes=slopes)
+            view = cache._replace(alibi_slopes=slopes)
             attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, "cpu")
 
 

@@ -11,7 +11,7 @@ import torch
 from chat import Conversation
 from config import UsageError
 from generate import LLM, build_steps, build_token_generator, generate, load, make_kv_cache
-from sampling import Sampling
+from sampling import SamplingParams
 from tests.tiny import PACKAGES, ROOT
 from tokenizer import detokenize
 
@@ -20,7 +20,7 @@ def test_text(chatty, ask):
     """As generate.py --prompt generates it."""
     model, tokenizer = load(chatty / "model.pth", device="cpu", dtype=torch.bfloat16)
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=100)
-    steps = build_steps(model, kv_cache, Sampling(temperature=0.8, top_p=0.9))
+    steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
     tokens = [ids[0] for ids in generate(steps, torch.tensor([prompt]), start=0, max_new_tokens=20)]
@@ -34,7 +34,7 @@ def test_conversation(chatty, cli):
     """As generate.py --chat leads it. Another cache of the same model does not notice."""
     model, tokenizer = load(chatty / "model.pth")
     kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
-    steps, other_steps = (build_steps(model, cache, Sampling()) for cache in (kv_cache, other_kv_cache))
+    steps, other_steps = (build_steps(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
     generate_tokens = build_token_generator(steps, kv_cache)
     conversation = Conversation(tokenizer, generate_tokens, kv_cache.max_seq_len, model.config.eos_ids)

@@ -7,12 +7,12 @@ from transformers.generation import logits_process as hf
 
 from config import UsageError
 from generate import build_steps, build_token_generator, make_kv_cache
-from sampling import Sampling, probabilities, sample
+from sampling import SamplingParams, probabilities, sample
 from scheduler import Request, Scheduler
 from speculate import PromptLookup, build_speculation, speculate
 
 
-def expected_distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
+def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
     """The probabilities of one row, the slow and plain way."""
     weights = np.exp(logits.double().numpy() / sampling.temperature)
     ranked = sorted(range(len(weights)), key=lambda i: -weights[i])[: sampling.top_k]
@@ -31,16 +31,16 @@ def expected_distribution(logits: torch.Tensor, sampling: Sampling) -> np.ndarra
 @pytest.mark.parametrize(
     "sampling, compiled",
     [
-        (Sampling(1.0), False),
-        (Sampling(0.5), False),
-        (Sampling(2.0, top_k=3), False),
-        (Sampling(1.0, top_k=1), False),
-        (Sampling(1.0, top_k=12, top_p=1.0), False),
-        (Sampling(1.0, top_k=100), False),
-        (Sampling(1.0, top_p=0.7), False),
-        (Sampling(1.5, top_p=1e-6), False),
-        (Sampling(0.7, top_k=5, top_p=0.8), False),  # 0.8 of what top_k left
-        (Sampling(0.7, top_k=5, top_p=0.8), True),
+        (SamplingParams(1.0), False),
+        (SamplingParams(0.5), False),
+        (SamplingParams(2.0, top_k=3), False),
+        (SamplingParams(1.0, top_k=1), False),
+        (SamplingParams(1.0, top_k=12, top_p=1.0), False),
+        (SamplingParams(1.0, top_k=100), False),
+        (SamplingParams(1.0, top_p=0.7), False),
+        (SamplingParams(1.5, top_p=1e-6), False),
+        (SamplingParams(0.7, top_k=5, top_p=0.8), False),  # 0.8 of what top_k left
+        (SamplingParams(0.7, top_k=5, top_p=0.8), True),
     ],
     ids=str,
 )
@@ -62,11 +62,11 @@ def test_samples_have_the_filtered_distribution(sampling, compiled):
 
 
 SAMPLINGS = [
-    Sampling(0.7),
-    Sampling(1.3, top_k=7),
-    Sampling(0.8, top_p=0.6),
-    Sampling(1.0, min_p=0.3),
-    Sampling(1.2, top_k=20, top_p=0.9, min_p=0.05),
+    SamplingParams(0.7),
+    SamplingParams(1.3, top_k=7),
+    SamplingParams(0.8, top_p=0.6),
+    SamplingParams(1.0, min_p=0.3),
+    SamplingParams(1.2, top_k=20, top_p=0.9, min_p=0.05),
 ]
 
 
@@ -87,7 +87,7 @@ def test_repetition_penalty_equals_transformers(pair):
     """Of prompt and output; plain, speculative, and beside prompts without it."""
     theirs, ours = pair("llama3", True)
     prompt = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(2))
-    n, sampling = 24, Sampling(repetition_penalty=1.3)
+    n, sampling = 24, SamplingParams(repetition_penalty=1.3)
     options = dict(do_sample=False, max_new_tokens=n, min_new_tokens=n, repetition_penalty=1.3, eos_token_id=96)
     expected = theirs.generate(prompt, **options)[0, 40:].tolist()
 
@@ -128,7 +128,7 @@ def test_top_p_is_what_sorting_would_leave(vocab_size, top_p):
     noise = 3 * torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(3, vocab_size)):
         expected = sorted_distribution(logits, top_p)
-        ours = probabilities(logits, Sampling(1.0, top_p=top_p))
+        ours = probabilities(logits, SamplingParams(1.0, top_p=top_p))
         assert torch.equal(ours > 0, expected > 0)
         torch.testing.assert_close(ours, expected, atol=0, rtol=1e-5)
 
@@ -136,16 +136,17 @@ def test_top_p_is_what_sorting_would_leave(vocab_size, top_p):
 def test_top_p_compiled():
     """On a GPU, where the host must not wait, and when compiled, it sorts; here, too."""
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
-    ours = torch.compile(probabilities, fullgraph=True)(logits, Sampling(1.0, top_p=0.7))
+    ours = torch.compile(probabilities, fullgraph=True)(logits, SamplingParams(1.0, top_p=0.7))
     torch.testing.assert_close(ours, sorted_distribution(logits, 0.7))
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():
     ties = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
-    assert sample(ties, Sampling()).tolist() == [1, 0]
+    assert sample(ties, SamplingParams()).tolist() == [1, 0]
 
 
-ONE_TOKEN = [Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-9), Sampling(1e-9), Sampling(1e-300)]
+ONE_TOKEN = [SamplingParams(1.0, top_k=1), SamplingParams(1.0, top_p=1e-9), SamplingParams(1e-9)]
+ONE_TOKEN.append(SamplingParams(1e-300))
 
 
 @pytest.mark.parametrize("sampling", ONE_TOKEN, ids=str)
@@ -154,7 +155,9 @@ def test_nothing_left_but_the_likeliest(sampling):
     assert torch.equal(sample(logits, sampling), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.8, top_k=5, top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(1.0), SamplingParams(0.8, top_k=5, top_p=0.9)], ids=str
+)
 def test_rows_that_are_not_finite(sampling):
     logits = torch.randn(500, 97, generator=torch.Generator().manual_seed(0))
     logits[1, 5], logits[2, 6], logits[3, 0] = torch.nan, torch.inf, -torch.inf
@@ -170,4 +173,4 @@ def test_rows_that_are_not_finite(sampling):
 def test_mistakes_are_named(fields):
     (name,) = fields
     with pytest.raises(UsageError, match=f"^{name} must be"):
-        Sampling(**fields)
+        SamplingParams(**fields)

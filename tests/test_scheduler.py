@@ -14,7 +14,7 @@ from generate import build_steps, generate, load, make_kv_cache
 from kernels import pack_weights
 from kernels.formats import Int4, Int8
 from model import Transformer
-from sampling import Sampling
+from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from tests.tiny import make_hf, to_ours
 from tokenizer import StopFinder
@@ -34,7 +34,7 @@ def make_prompts(n: int) -> list[list[int]]:
 
 
 def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
-    steps = build_steps(model, make_kv_cache(model, 1, len(prompt) + n), Sampling())
+    steps = build_steps(model, make_kv_cache(model, 1, len(prompt) + n), SamplingParams())
     return [ids[0] for ids in generate(steps, torch.tensor([prompt]), 0, n)]
 
 
@@ -105,7 +105,7 @@ def test_end_tokens_and_cancelled_requests_leave_the_others_alone(pair):
 def test_random_numbers_are_a_prompts_own(pair):
     """A prompt's text depends on its seed, not on its row or on what runs beside it."""
     _, model = pair("llama3", True)
-    prompts, sampling = make_prompts(6), Sampling(temperature=1.0, top_p=0.9)
+    prompts, sampling = make_prompts(6), SamplingParams(temperature=1.0, top_p=0.9)
 
     def sample(n_rows: int, order: list[int]) -> dict[int, list[int]]:
         requests = [Request(prompts[i], 8, sampling, seed=i) for i in order]
@@ -139,7 +139,7 @@ def test_logprobs(pair):
     _, model = pair("llama3", True)
     prompts = make_prompts(2)
     scheduler = Scheduler(model, 2, 48, eos_ids=set())
-    for prompt, sampling in zip(prompts, (Sampling(), Sampling(1.5, top_k=3)), strict=False):
+    for prompt, sampling in zip(prompts, (SamplingParams(), SamplingParams(1.5, top_k=3)), strict=False):
         scheduler.submit(Request(prompt, 5, sampling, n_logprobs=4))
     found = [[], []]
     while scheduler.has_work():

@@ -19,7 +19,7 @@ from checkpoint import read_checkpoint, save_checkpoint
 from cli import arguments
 from config import UsageError
 from model import KVCache
-from sampling import Sampling, multinomial, probabilities, sample
+from sampling import SamplingParams, multinomial, probabilities, sample
 from speculate import (
     DraftModel,
     PromptLookup,
@@ -37,7 +37,7 @@ from tests.byte_models import random_folder, set_up
 from tests.tiny import FAMILIES, PACKAGES, ROOT, call, convert, make_hf, to_ours, write_folder
 
 CPU = torch.device("cpu")
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 TEXT = torch.randint(3, 97, (20,), generator=torch.Generator().manual_seed(1)).tolist()
 TEXT = TEXT + TEXT[:12]  # something to look up
@@ -134,7 +134,7 @@ def toy_logits(seed: int, never: int | None = None) -> torch.Tensor:
     return table
 
 
-def toy_probs(table: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def toy_probs(table: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     return probabilities(table.flatten(0, 1), sampling).view_as(table)
 
 
@@ -154,7 +154,7 @@ class ToyCache:
         return self.table[self.tokens[start - 1 : -1], self.tokens[start:]]
 
 
-def toy_draft(table: torch.Tensor, sampling: Sampling, text: list[int]) -> DraftModel:
+def toy_draft(table: torch.Tensor, sampling: SamplingParams, text: list[int]) -> DraftModel:
     cache = ToyCache(toy_probs(table, sampling), text)
 
     def step(tokens, start_pos):
@@ -167,11 +167,11 @@ def toy_draft(table: torch.Tensor, sampling: Sampling, text: list[int]) -> Draft
 @pytest.mark.parametrize(
     ("draft", "sampling", "samples"),
     [
-        ("random", Sampling(0.8), 20000),
-        ("random", Sampling(1.3, top_k=3), 4000),
-        ("random", Sampling(1.0, top_p=0.7), 4000),
-        ("never", Sampling(1.0), 4000),  # q = 0 where p > 0
-        ("lookup", Sampling(0.8), 4000),
+        ("random", SamplingParams(0.8), 20000),
+        ("random", SamplingParams(1.3, top_k=3), 4000),
+        ("random", SamplingParams(1.0, top_p=0.7), 4000),
+        ("never", SamplingParams(1.0), 4000),  # q = 0 where p > 0
+        ("lookup", SamplingParams(0.8), 4000),
     ],
     ids=str,
 )
@@ -182,7 +182,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
     cache = ToyCache(table, text)
 
     def prefill(tokens, start_pos):
-        cache.tokens[:] = text
+        cache.token_ids[:] = text
         return sample(table[text[-2], text[-1]][None], sampling)
 
     def decode(tokens, start_pos):
@@ -220,7 +220,7 @@ def test_rejection_sampling_keeps_what_both_agree_on():
     logits = torch.full((3, V), -30.0)
     logits[[0, 1, 2], [4, 2, 1]] = 30.0
     draft_probs = logits[:2].softmax(-1)
-    for sampling in (GREEDY, Sampling(1.0)):
+    for sampling in (GREEDY, SamplingParams(1.0)):
         q = None if sampling is GREEDY else draft_probs
         swapped = None if q is None else q[:, [0, 1, 3, 2, 4]]
         assert rejection_sample(logits, torch.tensor([4, 2]), q, sampling).tolist() == [2, 4, 2, 1]

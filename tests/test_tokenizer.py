@@ -164,7 +164,7 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy):
         for messages in conversations(text):
             expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             assert ours.encode_chat(messages) == expected
-    assert set(ours.end_ids()) == {32001}
+    assert set(ours.eos_ids()) == {32001}
     assert ours.vocab_size == 32002 and ours.decode([32000, 22557, 32001, 40000]) == "Hello"
 
 
@@ -181,7 +181,7 @@ def test_json_bos(tmp_path, form, add_bos):
     config = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "<end>"}, "add_bos_token": add_bos}
     tok.save(str(write(tmp_path, config | {"tokenizer_class": "PreTrainedTokenizerFast"}) / "tokenizer.json"))
     ours, theirs = load_tokenizer(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.end_ids() == [tok.token_to_id("<end>")]
+    assert ours.eos_ids() == [tok.token_to_id("<end>")]
     assert ours.encode("<s>a") == [tok.token_to_id("<s>"), *ours.encode("a", bos=False)]
     for text in ("", "a", "<end>", "a b c d e"):
         expected = theirs(text).input_ids
@@ -404,9 +404,9 @@ def test_end_of_turn(byte_level, template, expected):
     names = {"bos_token": "<|begin|>", "eos_token": "</s>"}
     ours = replace(byte_level, chat_template=template, special_tokens_map=names, special_token_ids=special)
     assert ours.end_of_turn() == ours.special_token_ids.get(expected)
-    assert set(ours.end_ids()) == {ours.special_token_ids["</s>"], ours.special_token_ids.get(expected)} - {None}
+    assert set(ours.eos_ids()) == {ours.special_token_ids["</s>"], ours.special_token_ids.get(expected)} - {None}
     without_special_tokens = replace(ours, special_token_ids={})
-    assert without_special_tokens.end_of_turn() is None and without_special_tokens.end_ids() == []
+    assert without_special_tokens.end_of_turn() is None and without_special_tokens.eos_ids() == []
 
 
 def test_a_text_that_may_fit_is_not_too_long(byte_level, tmp_path):

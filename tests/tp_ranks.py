@@ -27,9 +27,9 @@ import loading  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import read_checkpoint  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
-from kernels.formats import format_of  # noqa: E402
+from kernels.formats import parse_format  # noqa: E402
 from model import KVCache, Transformer  # noqa: E402
-from sampling import Sampling  # noqa: E402
+from sampling import SamplingParams  # noqa: E402
 from steps import build_steps  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
@@ -122,7 +122,7 @@ def compare_case(path: Path) -> dict:
     prompt = make_prompt()
     expected, logits = logits_of(one, prompt), logits_of(ours, prompt)
     torch.manual_seed(tp.dist.get_rank())
-    sampled = tokens_of(ours, prompt, Sampling(temperature=1.0))
+    sampled = tokens_of(ours, prompt, SamplingParams(temperature=1.0))
     errors = errors_in_bfloat16(path, one, prompt[:, :8])
     n_kv_heads = [KVCache(model, 1, 1).layers[0].k.shape[1] for model in (one, ours)]
     return {
@@ -155,7 +155,7 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
     return model(tokens, start_pos, KVCache(model, *tokens.shape))
 
 
-def tokens_of(model: Transformer, prompt: Tensor, sampling=Sampling(), compile=False) -> list[list[int]]:  # noqa: B008
+def tokens_of(model: Transformer, prompt: Tensor, sampling=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
     steps = build_steps(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), sampling, compile)
     return list(generate.generate(steps, prompt, 0, N_NEW))
 
@@ -219,7 +219,7 @@ def bytes_read(path: Path) -> dict:
     with torch.device("meta"):
         model = Transformer(config)
     for _, linear in model.quantizable_linears():
-        linear.set_format(format_of(quantization))
+        linear.set_format(parse_format(quantization))
     shard_tensor = tp.shard(model, CPU)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}
