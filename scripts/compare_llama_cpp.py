@@ -3,6 +3,7 @@
     pip install llama-cpp-python gguf matplotlib
     python scripts/compare_llama_cpp.py --config TinyLlama-1.1B     # or a config.json: random weights, no download
     python scripts/compare_llama_cpp.py --gguf model.gguf --json result.json --plot result.png
+    python scripts/compare_llama_cpp.py --gguf model.gguf --parallel 1 8 16 32 64      # sequences at a time
 
 --gguf takes what convert_gguf.py takes and llama.cpp knows, --config only Llama and its like. The weights become
 bfloat16, and both sides' files are made from that: ours as quantize.py does, theirs by llama.cpp's quantizer with its
@@ -48,13 +49,26 @@ import tables
 import torch
 from benchmark_speed import CONFIGS
 from compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
-from compare_speed import OOM_HINT, PREFILL, PROMPT, STEPS, answer, bytes_per_token, measure, new_process, summarize
+from compare_speed import (
+    OOM_HINT,
+    PREFILL,
+    PROMPT,
+    STEPS,
+    TASKS,
+    answer,
+    bytes_per_token,
+    measure,
+    new_process,
+    summarize,
+)
 from tqdm import tqdm
 
 from config import UsageError
 from kernels import cpu
 
 PAIRS = [("bf16", "BF16"), ("int8", "Q8_0"), ("int4.g32", "Q4_0"), ("int4.g32", "Q4_1"), ("int4.g32", "Q4_K_M")]
+MAX_SEQUENCES = PREFILL // PROMPT  # whose prompts fit one batch
+PARALLEL_PAIRS = PAIRS[:3]
 PAIRS_OF_FILE = [("bf16", "file"), ("int8", "file"), ("int4.g32", "file")]  # with --gguf
 
 
@@ -62,11 +76,12 @@ def main():
     args = parse_args()
     result = compare(args)
     print(f"{args.threads} of {os.cpu_count()} cores of {result['cpu']}; medians of {args.rounds} rounds")
-    print(tables.table("llama_cpp", result))
+    print(tables.table("parallel" if args.parallel else "llama_cpp", result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
-        plot(result, args.plot)
+        draw = plot_parallel if args.parallel else plot
+        draw(result, args.plot)
 
 
 def compare(args: argparse.Namespace) -> dict:
@@ -80,14 +95,17 @@ def compare(args: argparse.Namespace) -> dict:
         pairs, files = PAIRS, files_in(folder)
         if args.gguf:
             pairs, files = PAIRS + PAIRS_OF_FILE, files | {"file": args.gguf}
-        else:
+        if args.parallel:
+            pairs = PARALLEL_PAIRS
+        if not args.gguf:
             write_gguf(files["bf16"], files["BF16"])
         with new_process() as process:
             system_info = answer(process.submit(make_theirs, files, args.threads))
         sizes = bytes_per_token(files)
         os.sync()  # or what is still on its way to the disk would take its share of the bandwidth
         with tqdm(total=len(pairs) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:
-            rounds = [measure(files, pair, sizes, args.rounds, args.threads, bar) for pair in pairs]
+            tasks = args.parallel or TASKS
+            rounds = [measure(files, pair, sizes, args.rounds, args.threads, bar, tasks) for pair in pairs]
     return {
         "model": args.config or args.gguf.name,
         "cpu": cpu_name(),
@@ -108,13 +126,17 @@ def parse_args() -> argparse.Namespace:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a GGUF file")
+    help = "how many sequences to decode at a time, together, in place of one sequence and a prompt"
+    p.add_argument("--parallel", type=int, nargs="+", metavar="N", help=help)
     p.add_argument("--rounds", type=int, default=9, help="medians are taken over them (default: %(default)s)")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
-    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw decoding speeds against the limit of the bus")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what was measured")
     args = p.parse_args()
     if args.rounds < 1 or args.threads < 1:
         raise UsageError("--rounds and --threads must be at least 1")
+    if args.parallel and not 1 <= min(args.parallel) <= max(args.parallel) <= MAX_SEQUENCES:
+        raise UsageError(f"--parallel takes numbers from 1 to {MAX_SEQUENCES}")
     for out in (args.json, args.plot):
         if out and (out.is_dir() or not out.absolute().parent.is_dir()):
             raise UsageError(f"{out} must be a file in a folder that exists")
@@ -147,6 +169,24 @@ def plot(result: dict, path: Path):
     limit_bars.set_label("bus limit: read bandwidth / bytes per token")
     axes.set_xticks(range(len(rows)), [f"{row['ours']['file']}\n{row['theirs']['file']}" for row in rows])
     axes.set_ylabel("decode, tokens/s")
+    axes.set_title(f"{result['model']}, {result['threads']} threads of {result['cpu']}, {result['date']}")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def plot_parallel(result: dict, path: Path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(result["pairs"]):
+        for side, label, line in (("ours", "this project", "o-"), ("theirs", "llama.cpp", "o--")):
+            sizes = [n for n in row[side] if isinstance(n, int)]
+            axes.plot(sizes, [row[side][n] for n in sizes], line, color=f"C{i}", label=f"{label}, {row[side]['file']}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, sizes)
+    axes.set_xlabel("sequences at a time")
+    axes.set_ylabel("decode, tokens/s of all together")
     axes.set_title(f"{result['model']}, {result['threads']} threads of {result['cpu']}, {result['date']}")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)

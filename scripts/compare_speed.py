@@ -1,6 +1,7 @@
 """How fast this project and llama.cpp decode and read a prompt: what compare_llama_cpp.py measures.
 
     rounds = measure(files, ("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, progress_bar)
+    rounds = measure(..., tasks=[8, 16])     # tokens per second of so many sequences at a time, all together
 
 Each side of a pair is a process of its own, which waits for its turns. This file has no command line. It needs gguf and
 llama_cpp only where it imports them.
@@ -9,7 +10,7 @@ llama_cpp only where it imports them.
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -25,32 +26,35 @@ from config import ModelConfig, UsageError
 from generate import generate
 from loading import load_model
 from machine import read_bandwidth
-from model import KVCache
+from model import KVCache, Transformer
 from sampling import SamplingParams
 from steps import build_steps
 
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
+TASKS = ("decode", "prefill")
 PAUSE = 0.1  # seconds until the other side's threads, which wait for more work, have given up
 CPU = torch.device("cpu")
 
 
 def measure(
-    files: dict[str, Path], pair: tuple[str, str], sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm
-) -> list[dict]:
+    files: dict[str, Path], pair: tuple[str, str], sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm,
+    tasks: Sequence[str | int] = TASKS,
+) -> list[dict]:  # fmt: skip
     """Measures the two files of a pair in turns. Returns for each round memory's read bandwidth and, for each side,
-    tokens per second of decode and prefill, and which share of the bandwidth its decode uses."""
+    tokens per second in each of tasks, and which share of the bandwidth "decode" uses. A task that is a number is to
+    decode so many sequences at a time."""
     names = dict(zip(("ours", "theirs"), pair, strict=True))
     order, rounds = ["ours", "theirs"], []
     with new_process() as our_process, new_process() as their_process:
         processes = {"ours": our_process, "theirs": their_process}
         for _ in range(n_rounds + 1):
             result = {"read_bytes_per_sec": read_bandwidth(CPU), "ours": {}, "theirs": {}}
-            for task in ("decode", "prefill"):
+            for task in tasks:
                 for side in order:
                     arguments = LOADERS[side], str(files[names[side]]), threads, task
                     result[side][task] = answer(processes[side].submit(tokens_per_second, *arguments))
-            for side, name in names.items():
+            for side, name in names.items() if "decode" in tasks else ():
                 result[side]["share_of_read"] = result[side]["decode"] * sizes[name] / result["read_bytes_per_sec"]
             rounds.append(result)
             order.reverse()
@@ -64,8 +68,8 @@ def summarize(pair: tuple[str, str], rounds: list[dict], sizes: dict[str, float]
     for side, name in zip(("ours", "theirs"), pair, strict=True):
         row[side] = {key: median(r[side][key] for r in rounds) for key in rounds[0][side]}
         row[side] |= {"file": name, "bytes_per_token": sizes[name]}
-    for key in ("decode", "prefill"):
-        row[f"{key}_ratio"] = median(r["ours"][key] / r["theirs"][key] for r in rounds)
+    for task in rounds[0]["ours"].keys() - {"share_of_read"}:
+        row[f"{task}_ratio"] = median(r["ours"][task] / r["theirs"][task] for r in rounds)
     return row
 
 
@@ -115,37 +119,43 @@ def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
 
 # ---- In a process of its own ----------------------------------------------------------------------------------------
 
-Generate = Callable[[list[int], int], Iterator]  # (prompt, n) -> an iterator that takes a step for each of n new tokens
+Generate = Callable[[list[list[int]], int], Iterator]  # (prompts, n) -> takes a step for each of n tokens after them
 
 
-def tokens_per_second(load: Callable[[str, int], Generate], file: str, threads: int, task: str) -> float:
-    """Of "prefill", which takes PREFILL tokens, or of "decode", which takes STEPS after PROMPT tokens. load is one of
-    LOADERS, which reads the file when it is called first."""
-    generate_greedily = load(file, threads)
+def tokens_per_second(load: Callable[[str, int, int], Generate], file: str, threads: int, task: str | int) -> float:
+    """Of "prefill", which takes PREFILL tokens, of "decode", which takes STEPS after PROMPT tokens, or of as many
+    sequences as task says, which decode together. load is one of LOADERS."""
+    n_sequences = task if isinstance(task, int) else 1
+    generate_greedily = load(file, threads, n_sequences)
     time.sleep(PAUSE)
     n_prompt, n_new = (PREFILL, 1) if task == "prefill" else (PROMPT, 1 + STEPS)
+    prompts = [[(i + j) % 64 for i in range(n_prompt)] for j in range(n_sequences)]
     times = [time.perf_counter()]
-    for _ in generate_greedily([i % 64 for i in range(n_prompt)], n_new):
+    for _ in generate_greedily(prompts, n_new):
         times.append(time.perf_counter())
-    return PREFILL / (times[1] - times[0]) if task == "prefill" else STEPS / (times[-1] - times[1])
+    return PREFILL / (times[1] - times[0]) if task == "prefill" else n_sequences * STEPS / (times[-1] - times[1])
 
 
 @cache
-def load_ours(file: str, threads: int) -> Generate:
-    torch.set_num_threads(threads)
-    model = load_model(Path(file), CPU, torch.bfloat16)
-    steps = build_steps(model, KVCache(model, 1, PREFILL), SamplingParams())
+def our_model(file: str) -> Transformer:
+    return load_model(Path(file), CPU, torch.bfloat16)
 
-    def generate_greedily(prompt: list[int], n: int) -> Iterator:
-        return generate(steps, torch.tensor([prompt]), 0, n)
+
+@cache
+def load_ours(file: str, threads: int, n_sequences: int) -> Generate:
+    torch.set_num_threads(threads)
+    model = our_model(file)
+    steps = build_steps(model, KVCache(model, n_sequences, PREFILL), SamplingParams())
+
+    def generate_greedily(prompts: list[list[int]], n: int) -> Iterator:
+        return generate(steps, torch.tensor(prompts), 0, n)
 
     return generate_greedily
 
 
 @cache
-def load_theirs(file: str, threads: int) -> Generate:
+def their_model(file: str):
     import llama_cpp
-    import numpy as np
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     model_params = llama_cpp.llama_model_default_params()
@@ -153,23 +163,46 @@ def load_theirs(file: str, threads: int) -> Generate:
     model = llama_cpp.llama_model_load_from_file(file.encode(), model_params)
     if not model:
         raise UsageError(f"llama.cpp does not load {file}")
+    return model
+
+
+@cache
+def load_theirs(file: str, threads: int, n_sequences: int) -> Generate:
+    import llama_cpp
+    import numpy as np
+
+    model = their_model(file)
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = PREFILL
+    params.n_seq_max, params.n_ctx, params.n_batch = n_sequences, PREFILL * n_sequences, PREFILL
     params.n_threads = params.n_threads_batch = threads
     params.offload_kqv = params.op_offload = False
     context = llama_cpp.llama_init_from_model(model, params)
     vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
-    def generate_greedily(prompt: list[int], n: int) -> Iterator:
+    batch = llama_cpp.llama_batch_init(PREFILL, 0, 1)
+
+    def fill_batch(sequences: list[list[int]], position: int):
+        """The next tokens of each sequence, the first at position. Only the last one's logits are wanted."""
+        batch.n_tokens = 0
+        for sequence, tokens in enumerate(sequences):
+            for i, token in enumerate(tokens):
+                n = batch.n_tokens
+                batch.token[n], batch.pos[n], batch.n_seq_id[n] = token, position + i, 1
+                batch.seq_id[n][0], batch.logits[n] = sequence, i == len(tokens) - 1
+                batch.n_tokens += 1
+
+    def generate_greedily(prompts: list[list[int]], n: int) -> Iterator:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        tokens = prompt
+        sequences, position = prompts, 0
         for _ in range(n):
-            array = (llama_cpp.llama_token * len(tokens))(*tokens)
-            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) != 0:
+            fill_batch(sequences, position)
+            if llama_cpp.llama_decode(context, batch) != 0:
                 raise UsageError("llama.cpp cannot decode")
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocab_size,))
-            tokens = [int(logits.argmax())]
-            yield tokens
+            wanted = [i for i in range(batch.n_tokens) if batch.logits[i]]
+            logits = [llama_cpp.llama_get_logits_ith(context, i) for i in wanted]
+            position += len(sequences[0])
+            sequences = [[int(np.ctypeslib.as_array(row, (vocab_size,)).argmax())] for row in logits]
+            yield sequences
 
     return generate_greedily
 

@@ -29,6 +29,12 @@ TABLES = {  # name -> columns: the head, and the template of a cell, filled with
         ("prefill 512, tokens/s", "{ours[prefill]:.0f} / {theirs[prefill]:.0f}"),
         ("ratio", "**{prefill_ratio:.2f}**"),
     ],
+    "parallel": [
+        ("sequences at a time", "{n}"),
+        ("bf16 / BF16, tokens/s in total", "{bf16}"),
+        ("int8 / Q8_0", "{int8}"),
+        ("int4.g32 / Q4_0", "{int4}"),
+    ],
     "quantization": [
         ("", "{mode}"),
         ("file, MB", "{file_mb:.0f}"),
@@ -101,6 +107,10 @@ def rows(name: str, result: dict) -> list[dict]:
         case "llama_cpp":
             model = result["model"].removesuffix(".Q4_1.gguf")  # the demo's
             return [pair | {"name": model} for pair in result["pairs"]]
+        case "parallel":
+            pairs = dict(zip(("bf16", "int8", "int4"), result["pairs"], strict=True))
+            sizes = [key for key in result["pairs"][0]["ours"] if key not in ("file", "bytes_per_token")]
+            return [{"n": n} | {name: both_and_ratio(pair, n) for name, pair in pairs.items()} for n in sizes]
         case "quantization":
             return [
                 row | {"mode": mode, "file_mb": row["file_bytes"] / 1e6, "percent": 100 * row["perplexity_change"]}
@@ -111,6 +121,10 @@ def rows(name: str, result: dict) -> list[dict]:
         case "speculation":
             proposer = Path(result["draft"]).stem
             return [row | {"proposer": proposer, "prompt": prompt} for prompt, row in result["prompts"].items()]
+
+
+def both_and_ratio(pair: dict, key: str | int) -> str:
+    return f"{pair['ours'][key]:,.0f} / {pair['theirs'][key]:,.0f}, **{pair[f'{key}_ratio']:.2f}**"
 
 
 def number_or_nothing(value: float | None) -> str:

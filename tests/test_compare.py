@@ -118,6 +118,11 @@ def test_rounds(model, tmp_path, monkeypatch):
         assert side.keys() == {"decode", "prefill", "share_of_read"} and min(side.values()) > 0
     for r in rounds:
         assert r["theirs"]["share_of_read"] == r["theirs"]["decode"] * 2000 / r["read_bytes_per_sec"]
+    rounds = compare_speed.measure(files, ("int4.g32", "file"), sizes, 1, 1, bar, tasks=[1, 9])
+    row = compare_speed.summarize(("int4.g32", "file"), rounds, sizes)
+    assert row["ours"].keys() == {1, 9, "file", "bytes_per_token"} and row["9_ratio"] > 0
+    lines = tables.table("parallel", {"pairs": [row] * 3}).splitlines()
+    assert len(lines) == 4 and lines[-1].startswith("| 9 |")
     files["file"].unlink()
     with pytest.raises(UsageError, match="bf16.pth does not exist"):
         compare_speed.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
@@ -147,6 +152,7 @@ def test_medians_over_rounds():
         ("gguf", "", "pip install llama-cpp-python gguf matplotlib"),
         (None, "--rounds 0", "at least 1"),
         (None, "--threads 0", "at least 1"),
+        (None, "--parallel 8 0", "from 1 to 102"),
         (None, "--json nowhere/x.json", "a folder that exists"),
         (None, "--plot .", "must be a file"),
         (None, "--gguf x.gguf", "not allowed with argument --config"),

@@ -534,7 +534,7 @@ def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, 
     expected, gate = answer().choices, Gate(engine.scheduler)
     monkeypatch.setattr(engine.scheduler, "step", gate)
     with ThreadPoolExecutor(1) as pool:
-        gone = connect(chatty_server, {"prompt": "a", "n": n, "max_tokens": 100, "stream": stream})
+        gone = connect(chatty_server, {"prompt": "a", "n": n, "max_tokens": 100, "seed": 1, "stream": stream})
         gate.permits.release(n)
         wait_for(lambda: gate.n_steps == n)
         if stream:

@@ -182,7 +182,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
     cache = ToyCache(table, text)
 
     def prefill(tokens, start_pos):
-        cache.token_ids[:] = text
+        cache.tokens[:] = text
         return sample(table[text[-2], text[-1]][None], sampling)
 
     def decode(tokens, start_pos):
