@@ -55,12 +55,12 @@ def quantize_model(
 
     model is on the CPU. Its blocks move to device one by one, and to meta when they are done, to free their memory."""
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
-    # Every window begins at position 0 and overwrites what is in the cache, so one layer's cache serves all layers.
-    cache = KVCache(model, 1, windows.shape[1]).layers[0]
-    cache = LayerCache(*(t if t is None else t.to(device) for t in cache))
+    # Every window begins at position 0 and overwrites what is in the cache.
+    caches = KVCache(model, 1, windows.shape[1]).layers
     xs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, layer in enumerate(model.layers):
         layer.to(device)
+        cache = LayerCache(*(t if t is None else t.to(device) for t in caches[i]))
         hessians = hessians_of(model, i, xs, start_pos, cache)
         for name in list(hessians):
             hessian = hessians.pop(name)  # so that its memory is free afterwards

@@ -16,7 +16,7 @@ from kernels.formats import Int4, Int8, split_groups
 from loading import load_model
 from model import KVCache, Linear
 from quantize import Int4HQQ
-from tests.tiny import ROOT, convert, write_folder
+from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from tokenizer import load_tokenizer
 
 FORMATS = {"int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
@@ -195,6 +195,26 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         torch.testing.assert_close(hessians["layers.0.feed_forward.gate_up_proj"][e], x.T @ x)
         h = hidden[topk_ids == e]
         torch.testing.assert_close(hessians["layers.0.feed_forward.down_proj"][e], h.T @ h)
+
+
+def test_calibration_runs_the_model():
+    """Every layer with its own RoPE and window: of weights that rounding does not change, the outputs are the same."""
+    model = to_ours(make_hf("gemma3"), use_kernels=False)
+    rounded = Int4(32)
+    for _, linear in model.quantizable_linears():
+        weight = rounded.dequantize(rounded.quantize(linear.weight), torch.float32)
+        linear.set_tensor("weight", weight)
+    windows = torch.randint(0, 97, (1, 24), generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+    with torch.inference_mode():
+        model.compute_hidden(windows, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 24))
+    expected, outputs[:] = list(outputs), []
+    config = gptq.GPTQConfig(32, damp=0.1, block_size=16, act_order=True)
+    assert len(list(gptq.quantize_model(model, windows, torch.device("cpu"), config))) == 4 * len(model.layers) + 1
+    for i, output in enumerate(expected):  # a layer runs for its Hessians, and then for its outputs
+        torch.testing.assert_close(outputs[2 * i + 1], output, rtol=1e-3, atol=1e-3)
 
 
 def test_gptq_of_inputs_that_are_all_zero(capsys):
