@@ -117,8 +117,8 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
 
 
 def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, Tensor]]:
-    """(config, quantization, tensors) of a checkpoint. The tensors are memory-mapped, on the CPU. Raises UsageError if
-    path is not a checkpoint."""
+    """(config, quantization, tensors) of a checkpoint. The tensors are memory-mapped, on the CPU: whoever has read one
+    may release its pages (machine.drop_pages). Raises UsageError if path is not a checkpoint."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_pickle(path)

@@ -208,6 +208,7 @@ class Scheduler:
             source, target = len(self.running), self.running.index(None)
             self.kv_cache.copy_sequence(source, target, len(sequence.ids) - 1)
             self.running[target], self.cached[target] = sequence, sequence.ids
+            self.cached[source] = list(sequence.ids)  # what is in there stays; the sequence grows elsewhere
 
 
 def slots_that_fit(model: Transformer, max_seq_len: int) -> int:

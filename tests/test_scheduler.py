@@ -63,6 +63,18 @@ def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, pair):
             assert found == [expected[i] for i in order]
 
 
+def test_a_conversation_that_has_moved_goes_on(pair):
+    """While a sequence is decoded it moves to the slot of one that has ended, and grows there. Its old slot has only
+    what it had when it moved."""
+    _, model = pair("llama3", True)
+    short, moving, other = [1, 2, 3], [4, 5, 6, 7], [9, 8, 7, 6]
+    scheduler = Scheduler(model, 2, 48, eos_ids=set())
+    _, new = run(scheduler, [Request(short, 2), Request(moving, 12)])
+    prompts = [other, [*moving, *new, 5]]  # the first takes the slot where the sequence ended
+    found = run(scheduler, [Request(prompt, 8) for prompt in prompts])
+    assert found == [run_alone(model, prompt, 8) for prompt in prompts]
+
+
 @pytest.mark.parametrize("format", [Int8(), Int4(32)], ids=["int8", "int4"])
 def test_quantized(format):
     model = to_ours(make_hf("llama3"), use_kernels=False)
