@@ -154,7 +154,9 @@ class LLM:
         for text in [message["content"] for message in prompt] if is_chat else [prompt]:
             if self.tokenizer.exceeds(text, self.max_seq_len):
                 raise UsageError(f"a prompt of {len(text)} characters exceeds max_seq_len, {self.max_seq_len} tokens")
-        history = self.tokenizer.encode_prompt(prompt)
+        history = self.tokenizer.encode_prompt(prompt) if prompt else []
+        if not history:
+            raise UsageError("the prompt is empty; give some text")
         if len(history) + max_new_tokens > self.max_seq_len:
             n = len(history)
             raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_seq_len, {self.max_seq_len}")

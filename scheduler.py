@@ -16,7 +16,8 @@ is no padding. Prompts that begin alike are prefilled once, since all slots keep
     slot 1   Question: 3 + 5?  Answer:         has copied "Question: " from slot 0
     slot 2   (has ended)                       is the next prompt's, which copies what it shares with any of the slots
 
-Each prompt has random numbers of its own, so that its text does not depend on what runs beside it.
+Each prompt has random numbers of its own, so that its text does not depend on what runs beside it. (RoPE of the types
+dynamic and longrope depends on max_seq_len, as in every KV cache.)
 """
 
 import time

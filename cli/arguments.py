@@ -62,7 +62,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
     add("--interactive", action="store_true", help="a conversation: the same as --chat without --prompt")
     add("--system", help="system message of a chat")
-    add("--parallel", type=int, metavar="N", help="complete N prompts of --prompt_file at a time")
+    help = "complete N prompts of --prompt_file at a time; a GPU's kernels take up to 8"
+    add("--parallel", type=int, metavar="N", help=help)
     # sampling
     add("--num_samples", type=int, default=1, help="how often each prompt is continued (default: %(default)s)")
     help = f"default: {DEFAULT_MAX_NEW_TOKENS}; in a conversation what is left of the context"

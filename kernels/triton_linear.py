@@ -1,10 +1,10 @@
 """The products of a decode step on a GPU, in Triton: a few tokens times a weight in any format.
 
-    linear        y = x W^T; before it a norm, after it bias, activation, scale, softcap, clip and residual
+    fused_linear  y = x W^T; before it a norm, after it bias, activation, scale, softcap, clip and residual
     rms_norm      a norm that no product follows
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
-computes. Nothing here is one vendor's. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
+computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
 tests/test_triton.py checks it. triton_weights.py has what depends on the weight's format.
 
 In shape comments M is tokens, N outputs, which are the rows of W, and K inputs, which are the columns of W.

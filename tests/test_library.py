@@ -64,6 +64,8 @@ def test_llm(chatty, cli):
     assert "".join(llm.generate(messages, max_new_tokens=12)) == answers[0]
     assert "".join(llm.generate("Hello", max_new_tokens=12, stop=(text[4:6],))) == text.split(text[4:6])[0]
     assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        next(llm.generate("", max_new_tokens=12))
     with pytest.raises(UsageError, match="exceed max_seq_len, 160"):
         next(llm.generate("Hello", max_new_tokens=160))
     assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
