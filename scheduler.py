@@ -37,9 +37,9 @@ from steps import (
     apply_repetition_penalty,
     build_model_step,
     check_finite,
-    chunked_prefill,
     kv_bytes_per_token,
     make_kv_cache,
+    prefill_logits,
 )
 from tokenizer import common_prefix_length
 
@@ -148,11 +148,10 @@ class Scheduler:
         start = self.copy_shared_prefix(request.prompt_ids, slot)
         tokens = torch.tensor([request.prompt_ids[start:]], device=self.kv_cache.device)
         start_pos = torch.tensor([start], device=self.kv_cache.device)
-        for hidden in chunked_prefill(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1)):
-            last_hidden = hidden[:, -1:]
+        logits = prefill_logits(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1))
         sequence = Sequence(request, list(request.prompt_ids), torch.Generator().manual_seed(request.seed))
         self.running[slot], self.cached[slot] = sequence, sequence.ids
-        return self.sample_next([slot], self.model.compute_logits(last_hidden), tokens, start_pos)
+        return self.sample_next([slot], logits, tokens, start_pos)
 
     def decode(self) -> list[NewToken]:
         """The next token of the sequences in all of self.running."""

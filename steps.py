@@ -76,9 +76,8 @@ def build_steps(
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model):
-            last_hidden = hidden[:, -1:]
-        return next_ids(model.compute_logits(last_hidden), tokens, start_pos)
+        logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
+        return next_ids(logits, tokens, start_pos)
 
     return Steps(prefill, build_model_step(model, kv_cache, next_ids, compile))
 
@@ -99,6 +98,15 @@ def apply_repetition_penalty(
 
 
 # ---- Prefill --------------------------------------------------------------------------------------------------------
+
+
+def prefill_logits(
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
+) -> Tensor:
+    """The logits after the last of tokens [B, T]: [B, 1, V]. The arguments are chunked_prefill's."""
+    for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model):
+        last_hidden = hidden[:, -1:]
+    return model.compute_logits(last_hidden)
 
 
 def chunked_prefill(

@@ -149,8 +149,8 @@ def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, T
 
 
 def make_theirs(files: dict[str, Path], threads: int) -> str:
-    """llama.cpp's formats: BF16 from the GGUF file, if there is one, and the others from BF16. Returns llama.cpp's
-    description of its build."""
+    """Those of files that are in llama.cpp's formats: BF16 from the GGUF file, if there is one, and the others from
+    BF16. Returns llama.cpp's description of its build."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
@@ -159,7 +159,7 @@ def make_theirs(files: dict[str, Path], threads: int) -> str:
     params.allow_requantize = True  # the file may be quantized
     for name, number in THEIRS.items():
         source = files.get("file") if name == "BF16" else files["BF16"]
-        if source is None:  # write_gguf has made BF16
+        if source is None or name not in files:  # write_gguf has made BF16
             continue
         params.ftype = number
         if llama_cpp.llama_model_quantize(str(source).encode(), str(files[name]).encode(), params) != 0:

@@ -44,6 +44,7 @@ import platform
 import re
 import tempfile
 import time
+from collections.abc import Callable
 
 import tables
 import torch
@@ -80,8 +81,7 @@ def main():
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
-        draw = plot_parallel if args.parallel else plot
-        draw(result, args.plot)
+        plot(result, args.plot, draw_curves if args.parallel else draw_bars)
 
 
 def compare(args: argparse.Namespace) -> dict:
@@ -97,6 +97,8 @@ def compare(args: argparse.Namespace) -> dict:
             pairs, files = PAIRS + PAIRS_OF_FILE, files | {"file": args.gguf}
         if args.parallel:
             pairs = PARALLEL_PAIRS
+            needed = {"file", *(name for pair in pairs for name in pair)}
+            files = {name: file for name, file in files.items() if name in needed}
         if not args.gguf:
             write_gguf(files["bf16"], files["BF16"])
         with new_process() as process:
@@ -154,12 +156,19 @@ def cpu_name() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
-def plot(result: dict, path: Path):
+def plot(result: dict, path: Path, draw: Callable):
+    """draw(axes, rows) draws the pairs of result."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    rows = result["pairs"]
+    draw(axes, result["pairs"])
+    axes.set_title(f"{result['model']}, {result['threads']} threads of {result['cpu']}, {result['date']}")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def draw_bars(axes, rows: list[dict]):
     for side, label, shift in (("ours", "this project", -0.2), ("theirs", "llama.cpp", 0.2)):
         x = [i + shift for i in range(len(rows))]
         bars = axes.bar(x, [row[side]["decode"] for row in rows], 0.38, label=label)
@@ -169,17 +178,10 @@ def plot(result: dict, path: Path):
     limit_bars.set_label("bus limit: read bandwidth / bytes per token")
     axes.set_xticks(range(len(rows)), [f"{row['ours']['file']}\n{row['theirs']['file']}" for row in rows])
     axes.set_ylabel("decode, tokens/s")
-    axes.set_title(f"{result['model']}, {result['threads']} threads of {result['cpu']}, {result['date']}")
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
 
 
-def plot_parallel(result: dict, path: Path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, row in enumerate(result["pairs"]):
+def draw_curves(axes, rows: list[dict]):
+    for i, row in enumerate(rows):
         for side, label, line in (("ours", "this project", "o-"), ("theirs", "llama.cpp", "o--")):
             sizes = [n for n in row[side] if isinstance(n, int)]
             axes.plot(sizes, [row[side][n] for n in sizes], line, color=f"C{i}", label=f"{label}, {row[side]['file']}")
@@ -187,9 +189,6 @@ def plot_parallel(result: dict, path: Path):
     axes.set_xticks(sizes, sizes)
     axes.set_xlabel("sequences at a time")
     axes.set_ylabel("decode, tokens/s of all together")
-    axes.set_title(f"{result['model']}, {result['threads']} threads of {result['cpu']}, {result['date']}")
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
