@@ -55,9 +55,9 @@ from scheduler import Request
 from speculate import (
     PromptLookup,
     Proposer,
-    Speculation,
+    SpeculativeDecoder,
     build_draft_model,
-    build_speculation,
+    build_speculative_decoder,
     proposal_sizes,
     speculate,
 )
@@ -211,7 +211,9 @@ def main():
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     if args.speculative:
         proposer = build_proposer(args, model, draft, max_seq_len, device)
-        speculation = build_speculation(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
+        speculation = build_speculative_decoder(
+            model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile
+        )
         generate_tokens = partial(speculate, speculation)
     else:
         speculation = None
@@ -281,8 +283,9 @@ def build_proposer(
 
 @torch.inference_mode()
 def warm_up(
-    args: argparse.Namespace, steps: Steps, speculation: Speculation | None, n_prompt_tokens: int, device: torch.device
-):
+    args: argparse.Namespace, steps: Steps, speculation: SpeculativeDecoder | None, n_prompt_tokens: int,
+    device: torch.device,
+):  # fmt: skip
     """Compiles and records all steps that will be used. The prompt overwrites what this writes to the KV caches."""
 
     def zeros(*shape: int) -> Tensor:

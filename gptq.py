@@ -26,11 +26,11 @@ from evaluation.scoring import windows_of
 from kernels.formats import (
     Int4,
     Tensors,
+    choose_qparams,
     decode_zeros,
     encode_zeros,
     pack_int4,
     round_int4,
-    scales_and_zeros,
     split_groups,
 )
 from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
@@ -226,7 +226,7 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
     improved by rounding and least squares in turn."""
     best_loss, best_scales, best_zeros = torch.inf, 0, 0
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6):
-        scales, zeros = scales_and_zeros(groups * shrink)
+        scales, zeros = choose_qparams(groups * shrink)
         for _ in range(4):
             scale, zero = scales.float()[..., None], decode_zeros(zeros)[..., None]
             q = round_int4(groups, scale, zero)

@@ -59,11 +59,11 @@ def load_model(
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, parse_formats(quantization))
     is_tied = config.tie_embeddings and model.lm_head.format.quantization is None and "lm_head.weight" not in tensors
-    keep_dtype = quantized_tensors(model)
-    check_tensors(path, model, tensors, is_tied, keep_dtype)
+    quantized_names = quantized_tensors(model)
+    check_tensors(path, model, tensors, is_tied, quantized_names)
     n_ranks = tp.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # packing copies all weights
-        itemsizes = {name: t.itemsize if name in keep_dtype else dtype.itemsize for name, t in tensors.items()}
+        itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},", OOM_HINT)
 
@@ -72,7 +72,7 @@ def load_model(
         is_tied = False
 
     shard = tp.shard(model, device) if n_ranks > 1 else None
-    moved = move_tensors(tensors, device, dtype, keep_dtype, shard)
+    moved = move_tensors(tensors, device, dtype, quantized_names, shard)
     if is_tied:
         moved["lm_head.weight"] = moved["embed_tokens.weight"]
     model.load_state_dict(moved, assign=True)
@@ -81,7 +81,7 @@ def load_model(
     model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
     if use_kernels:
-        model.pack_weights(mapped=True)
+        model.prepare_kernels(mapped=True)
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model
@@ -96,16 +96,16 @@ def quantized_tensors(model: Transformer) -> set[str]:
     return names
 
 
-def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: bool, keep_dtype: set[str]):
+def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: bool, quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs. is_tied: the head is
-    the embedding, so the checkpoint holds no tensor for it. keep_dtype: the names of those that will not be converted.
+    the embedding, so the checkpoint holds no tensor for it. quantized_names: of the tensors that will not be converted.
     """
     needed = model.state_dict()
     if is_tied:
         del needed["lm_head.weight"]
     for name in needed.keys() | tensors.keys():
         fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
-        if fits and name in keep_dtype:
+        if fits and name in quantized_names:
             fits = tensors[name].dtype == needed[name].dtype
         elif fits:
             fits = tensors[name].is_floating_point()
@@ -114,14 +114,14 @@ def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: boo
 
 
 def move_tensors(
-    tensors: Tensors, device: torch.device, dtype: torch.dtype, keep_dtype: set[str],
+    tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
     shard: Callable[[str, Tensor], Tensor] | None,
 ) -> Tensors:  # fmt: skip
-    """A checkpoint's tensors (with shard: this rank's part of each) on device, in dtype, except those of keep_dtype."""
+    """A checkpoint's tensors (with shard: this rank's part of each) on device, in dtype, except quantized_names."""
     moved = {}
     for name, tensor in tensors.items():
         part = tensor if shard is None else shard(name, tensor)
-        moved[name] = part.to(device, tensor.dtype if name in keep_dtype else dtype)
+        moved[name] = part.to(device, tensor.dtype if name in quantized_names else dtype)
         if moved[name] is not tensor:
             drop_pages(tensor)
     return moved

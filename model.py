@@ -70,10 +70,10 @@ class Transformer(nn.Module):
         """Whether the head's weight is the embedding, too: one parameter, once in memory."""
         return self.embed_tokens.weight is self.lm_head.weight
 
-    def pack_weights(self, mapped: bool = False):
-        """Switches to the kernels for the model's device: see kernels.pack_weights."""
+    def prepare_kernels(self, mapped: bool = False):
+        """Switches to the kernels for the model's device: see kernels.prepare_kernels."""
         is_tied = self.is_tied
-        kernels.pack_weights(self, mapped)
+        kernels.prepare_kernels(self, mapped)
         if is_tied:  # the head's weight may have moved
             self.embed_tokens.weight = self.lm_head.weight
 
@@ -113,7 +113,7 @@ def empty_model(config: ModelConfig, formats: WeightFormats = ALL_DENSE) -> Tran
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
-    unknown = formats.exceptions.keys() - linears.keys()
+    unknown = formats.overrides.keys() - linears.keys()
     if unknown:
         raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
     model.format = formats.default

@@ -37,10 +37,10 @@ from kernels.formats import (
     Int8,
     Tensors,
     WeightFormat,
+    choose_qparams,
     decode_zeros,
     encode_zeros,
     round_int4,
-    scales_and_zeros,
     split_groups,
 )
 from loading import load
@@ -55,7 +55,7 @@ class Int4HQQ(Int4):
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        scales, zeros = scales_and_zeros(groups)
+        scales, zeros = choose_qparams(groups)
         return self.round_groups(groups, scales, hqq_zeros(groups, scales, zeros), w.shape[-1])
 
 

@@ -1,7 +1,7 @@
 """Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies them all in one step.
 
     proposer = PromptLookup(max_ngram=3, device=device)
-    speculation = build_speculation(model, kv_cache, steps, sampling, proposer, k=5)
+    speculation = build_speculative_decoder(model, kv_cache, steps, sampling, proposer, k=5)
     for tokens in speculate(speculation, history, start=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five, so verifying costs hardly more than decoding. The model
@@ -52,8 +52,8 @@ class Proposer(Protocol):
 
 
 @dataclass(frozen=True)
-class Speculation:
-    """A model's steps, and the proposer whose tokens they verify. Made by build_speculation."""
+class SpeculativeDecoder:
+    """A model's steps, and the proposer whose tokens they verify. Made by build_speculative_decoder."""
 
     steps: Steps
     # (tokens [1, k + 1], start_pos [1], *proposal) -> rejection_sample's result: one tensor of the number of accepted
@@ -73,7 +73,7 @@ class Speculation:
         return n_accepted, next_tokens[: n_accepted + 1]
 
 
-def build_speculation(
+def build_speculative_decoder(
     model: Transformer,
     kv_cache: KVCache,
     steps: Steps,
@@ -81,7 +81,7 @@ def build_speculation(
     proposer: Proposer,
     k: int,
     compile: bool = False,
-) -> Speculation:
+) -> SpeculativeDecoder:
     """Builds the step that verifies proposals. steps: those of build_steps, for the same kv_cache and sampling."""
 
     def postprocess(
@@ -91,12 +91,12 @@ def build_speculation(
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
     verify_step = build_model_step(model, kv_cache, postprocess, compile)
-    return Speculation(steps, verify_step, proposer, k, device_of(model), verify_cost(model))
+    return SpeculativeDecoder(steps, verify_step, proposer, k, device_of(model), verify_cost(model))
 
 
 @torch.inference_mode()
 def speculate(
-    speculation: Speculation, history: list[int], start: int, max_new_tokens: int
+    speculation: SpeculativeDecoder, history: list[int], start: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
     """Continues history, whose first start tokens are in the KV cache, by max_new_tokens. Yields the tokens of each
     step, [n][1]: one or several tokens for a batch of one."""

@@ -14,7 +14,7 @@ They are called leaf operations. A step that is recorded on a CPU (record.py) ca
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
 Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
-a GPU. A step with more tokens runs in plain PyTorch. pack_weights(model) chooses the backend for the model's device,
+a GPU. A step with more tokens runs in plain PyTorch. prepare_kernels(model) chooses the backend for the model's device,
 and packs its weights.
 """
 
@@ -197,7 +197,7 @@ def dequantize(layer, dtype: torch.dtype, experts=slice(None)) -> Tensor:
         return layer.format.dequantize(tensors, dtype)
     if is_matrix:
         ops = torch.ops.gptfast if layer.backend == "cpu" else torch.ops.gptfast_triton
-        group_size = layer.format.inputs_per_scale(layer.in_features)
+        group_size = layer.format.scale_group_size(layer.in_features)
         return ops.dequantize(
             tensors["weight"], tensors.get("scales"), tensors.get("zeros"), layer.format.format_id,
             layer.out_features, group_size, layer.in_features, dtype,
@@ -217,16 +217,16 @@ def norm_arguments(norm) -> tuple[Tensor | None, float]:
 
 def weight_arguments(layer) -> tuple:
     """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
-    group_size = layer.format.inputs_per_scale(layer.in_features)
+    group_size = layer.format.scale_group_size(layer.in_features)
     return layer.weight, layer.scales, layer.zeros, layer.format.format_id, layer.out_features, group_size
 
 
 # ---- Choosing a backend ---------------------------------------------------------------------------------------------
 
 
-def pack_weights(model: torch.nn.Module, mapped: bool = False):
+def prepare_kernels(model: torch.nn.Module, mapped: bool = False):
     """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
-    copies, so an embedding that was tied to the head must be tied again (Transformer.pack_weights).
+    copies, so an embedding that was tied to the head must be tied again (Transformer.prepare_kernels).
 
     On a CPU without kernels, quantized weights are dequantized to the dtype of the embedding.
 

@@ -60,7 +60,7 @@ class WeightFormat:
         """The format of such a shard."""
         return self
 
-    def inputs_per_scale(self, in_features: int) -> int:
+    def scale_group_size(self, in_features: int) -> int:
         """How many inputs of an output share a scale."""
         return in_features
 
@@ -135,13 +135,13 @@ class Int8(WeightFormat):
         if backend != "cpu":
             return tensors
         # ^ 128 on a byte adds 128. In one expression, so that this temporary is freed before the next copy.
-        words = interleave_rows((tensors["weight"].view(torch.uint8) ^ 128).view(torch.int32))
+        words = to_blocked_layout((tensors["weight"].view(torch.uint8) ^ 128).view(torch.int32))
         return {"weight": words, "scales": tensors["scales"]}
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend != "cpu":
             return tensors
-        unsigned = separate_rows(tensors["weight"], out_features).view(torch.uint8)
+        unsigned = from_blocked_layout(tensors["weight"], out_features).view(torch.uint8)
         return {"weight": (unsigned ^ 128).view(torch.int8), "scales": tensors["scales"]}
 
 
@@ -176,7 +176,7 @@ class Int4(WeightFormat):
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        scales, zeros = scales_and_zeros(groups)
+        scales, zeros = choose_qparams(groups)
         return self.round_groups(groups, scales, zeros, w.shape[-1])
 
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
@@ -204,7 +204,7 @@ class Int4(WeightFormat):
     def shard_format(self, length):
         return Int4(math.gcd(length, self.group_size))  # small enough that no group spans two groups of W
 
-    def inputs_per_scale(self, in_features):
+    def scale_group_size(self, in_features):
         return self.group_size
 
     def fits_kernels(self, in_features):
@@ -216,7 +216,7 @@ class Int4(WeightFormat):
         triton: tiles, drawn in triton_int4.py; scales and zeros in words, column by column (pack_scales there)."""
         if backend == "cpu":
             words = {"weight": tensors["weight"].view(torch.int32)}
-            return {name: interleave_rows(t) for name, t in (tensors | words).items()}
+            return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
         from kernels.triton_int4 import pack_int4_tiles, pack_scales  # here, since a CPU may lack Triton
 
         tiles = pack_int4_tiles(unpack_int4(tensors["weight"]))
@@ -229,28 +229,28 @@ class Int4(WeightFormat):
             scales, zeros = unpack_scales(tensors["scales"])
             weight = pack_int4(unpack_int4_tiles(tensors["weight"], out_features, in_features))
             return {"weight": weight, "scales": scales, "zeros": zeros}
-        rows = {name: separate_rows(t, out_features) for name, t in tensors.items()}
+        rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
         return rows | {"weight": rows["weight"].view(torch.uint8)}
 
 
 @dataclass(frozen=True)
 class WeightFormats:
-    """The format of every linear layer of a model: most have the same, and a checkpoint may name exceptions."""
+    """The format of every linear layer of a model: most have the same, and a checkpoint may name others."""
 
     default: WeightFormat
-    exceptions: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
+    overrides: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
 
     def of_layer(self, name: str) -> WeightFormat:
-        return self.exceptions.get(name, self.default)
+        return self.overrides.get(name, self.default)
 
 
 def parse_formats(quantization: dict | None) -> WeightFormats:
     """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
     name. Raises UsageError."""
-    exceptions = quantization.get("layers", {}) if isinstance(quantization, dict) else {}
-    if not isinstance(exceptions, dict):
-        raise UsageError(f"the checkpoint's quantized layers are {exceptions!r}, which this version does not read")
-    return WeightFormats(parse_format(quantization), {name: parse_format(value) for name, value in exceptions.items()})
+    overrides = quantization.get("layers", {}) if isinstance(quantization, dict) else {}
+    if not isinstance(overrides, dict):
+        raise UsageError(f"the checkpoint's quantized layers are {overrides!r}, which this version does not read")
+    return WeightFormats(parse_format(quantization), {name: parse_format(value) for name, value in overrides.items()})
 
 
 def parse_format(quantization: dict | None) -> WeightFormat:
@@ -285,7 +285,7 @@ def split_groups(w: Tensor, group_size: int) -> Tensor:
     return w.unflatten(-1, (-1, group_size))
 
 
-def scales_and_zeros(groups: Tensor) -> tuple[Tensor, Tensor]:
+def choose_qparams(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Scales (bfloat16) and zeros (uint8) [...] with which q = 0..15 spans each group [..., group_size] and 0."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = ((high - low) / 15).to(torch.bfloat16)
@@ -323,12 +323,12 @@ def unpack_int4(weight: Tensor) -> Tensor:
 # ---- The layout of the CPU kernels ----------------------------------------------------------------------------------
 
 
-def interleave_rows(t: Tensor) -> Tensor:
+def to_blocked_layout(t: Tensor) -> Tensor:
     """[..., N, X] -> [..., N / 16, X, 16], with N padded with zeros to a multiple of 16."""
     t = F.pad(t, (0, 0, 0, -t.shape[-2] % CPU_BLOCK_N))
     return t.unflatten(-2, (-1, CPU_BLOCK_N)).mT.contiguous()
 
 
-def separate_rows(t: Tensor, n: int) -> Tensor:
-    """The inverse of interleave_rows, without the padding: the first n rows."""
+def from_blocked_layout(t: Tensor, n: int) -> Tensor:
+    """The inverse of to_blocked_layout, without the padding: the first n rows."""
     return t.mT.flatten(-3, -2)[..., :n, :].contiguous()

@@ -14,8 +14,8 @@ Only leaf operations can be on a tape: the operations in kernels/__init__.py, of
 else that step computes on a CPU raises, since it would happen once, while recording, and never again. A collective is
 no leaf operation, so it runs between two tapes:
 
-        embed  linear  attend  linear  linear  linear  ...  linear |   all_reduce    | add  linear  attend ...
-        [------------------------- tape -------------------------]  graph_break()  [-------- tape --------
+        embed  fused_linear  attend  fused_linear  ...  fused_linear |  all_reduce   | add  fused_linear  attend ...
+        [--------------------------- tape --------------------------] graph_break() [----------- tape ----------
 """
 
 import ctypes

@@ -2,7 +2,7 @@
 
     pack_int4_tiles, unpack_int4_tiles    from elements to this order and back, in PyTorch
     tiles_to_floats                       in a kernel: from this order to a matrix unit's factor
-    pack_scales, unpack_scales, scales_and_zeros      the same of what a group of elements shares
+    pack_scales, unpack_scales, unpack_scale_words      the same of what a group of elements shares
 
 A row of W is an output, a column an input. W is stored in tiles of 16 rows and 64 columns: 128 words of 8 elements. A
 warp loads a tile with one instruction: lane l gets words 4 l to 4 l + 3. They hold exactly the elements that the matrix
@@ -96,7 +96,7 @@ def offset_of(DTYPE: tl.constexpr):
 
 
 @triton.jit
-def scales_and_zeros(words):
+def unpack_scale_words(words):
     """What pack_scales packed: scales, and zeros in steps of the scale, both float32."""
     return (words & -65536).to(tl.float32, bitcast=True), (words & 255).to(tl.float32) * 0.0625
 

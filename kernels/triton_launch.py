@@ -102,7 +102,7 @@ def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr)
 
 
 @cache
-def done_counters(device: torch.device) -> Tensor:
+def semaphores(device: torch.device) -> Tensor:
     """Counters for kernels whose last program to finish has more to do. They are zero before and after every kernel.
     All kernels share them: of two that overlap, the second counts only after its gdc_wait, when the first has ended."""
     return torch.zeros(2**14, dtype=torch.int32, device=device)

@@ -126,9 +126,9 @@ def linear_kernel(
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     y_offsets = y_index[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
     mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
-    output_scale, bias, residual = None, None, None
+    channel_scale, bias, residual = None, None, None
     if FORMAT_ID == INT8:
-        output_scale = tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        channel_scale = tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if residual_ptr is not None:
@@ -158,7 +158,7 @@ def linear_kernel(
     # Epilogue
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
     if FORMAT_ID == INT8:
-        y *= output_scale
+        y *= channel_scale
     if norm_weight_ptr is not None:
         y *= inverse_rms(squares, eps, M, K, BLOCK_M)[None, :]
     y = epilogue(y, bias, scale, softcap, clip, residual, ACTIVATION)  # [BLOCK_OUT, BLOCK_M]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.formats import Dense, Int4, Int8
 from kernels.schema import triton_op
-from kernels.triton_int4 import TILE_K, TILE_N, TILE_WORDS, scales_and_zeros, tiles_to_floats
+from kernels.triton_int4 import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats, unpack_scale_words
 
 DENSE, INT8, INT4 = (tl.constexpr(format.format_id) for format in (Dense, Int8, Int4))
 WORD_BYTES = tl.constexpr(4)
@@ -122,7 +122,7 @@ def load_int4_scales(scales_ptr, offs_n, mask_n, slice_k, N, K: tl.constexpr, GR
     [K_SLICES, BLOCK_N, 1]. A slice lies in one group."""
     offsets = (slice_k // GROUP_SIZE)[:, None] * N + offs_n[None, :]
     mask = (slice_k < K)[:, None] & mask_n[None, :]
-    scale, zero = scales_and_zeros(tl.load(scales_ptr + offsets, mask=mask, other=0))
+    scale, zero = unpack_scale_words(tl.load(scales_ptr + offsets, mask=mask, other=0))
     return scale[:, :, None], zero[:, :, None]
 
 
@@ -157,7 +157,7 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, FORMAT_ID: tl.
         words = tl.load(w_ptr + tile * TILE_WORDS + tl.arange(0, TILE_WORDS))
         q = tl.reshape(tiles_to_floats(words[None, :], 0, 1, TILE_K, tl.float32), [TILE_N, TILE_K])
         group = (offs_k // GROUP_SIZE).to(tl.int64)[None, :] * N + offs_n[:, None]
-        scale, zero = scales_and_zeros(tl.load(scales_ptr + group, mask=mask, other=0))
+        scale, zero = unpack_scale_words(tl.load(scales_ptr + group, mask=mask, other=0))
         w = (q - zero) * scale
     else:
         w = tl.load(w_ptr + offsets, mask=mask, other=0).to(tl.float32)

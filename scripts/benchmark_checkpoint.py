@@ -116,7 +116,7 @@ def bits_per_weight(file: Path) -> float:
     return 8 * n_bytes / n_weights
 
 
-# ---- Speculation -----------------------------------------------------------------------------------------------------
+# ---- Speculation ----------------------------------------------------------------------------------------------------
 
 # An edit repeats most of what it was given; a story little, and drawn at temperature 1 less still
 STORY = "Tell me a story about a clockmaker who finds a letter."

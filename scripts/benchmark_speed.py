@@ -149,7 +149,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     model = random_model(config, format, device, getattr(torch, args.precision))
     weights_bytes = sum(t.nbytes for t in checkpoint_tensors(model).values())
     if args.kernels == "auto":
-        model.pack_weights()
+        model.prepare_kernels()
     synchronize(device)
     result = {
         "make_weights_seconds": time.perf_counter() - began,

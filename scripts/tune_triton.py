@@ -43,7 +43,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     weights = make_weights(n, k, format, device)
     x = torch.randn(1, kernels.MAX_TRITON_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_of(x.device).tuned  # choose_tiles looks into it
-    group_size = format.inputs_per_scale(k)
+    group_size = format.scale_group_size(k)
     key = table_key(format.format_id, n, k, gated, group_size)
     tuned.pop(key, None)
     guess = choose_tiles(x, format.format_id, n, gated, group_size)

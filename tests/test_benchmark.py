@@ -94,9 +94,10 @@ def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
     empty = empty_model(config, WeightFormats(format))
-    needed, keep_dtype = empty.state_dict(), quantized_tensors(empty)
+    needed, quantized_names = empty.state_dict(), quantized_tensors(empty)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
-    assert held == {name: (t.shape, t.dtype if name in keep_dtype else torch.float16) for name, t in needed.items()}
+    dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}
+    assert held == {name: (t.shape, dtypes[name]) for name, t in needed.items()}
     is_tied = model.lm_head.weight is model.embed_tokens.weight
     assert is_tied == (not moe and format == Dense())
     left_out = needed.keys() - benchmark_speed.checkpoint_tensors(model).keys()

@@ -28,7 +28,7 @@ built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ c
 
 def packed(module):
     """module on the kernels, for as many tokens as these can take."""
-    kernels.pack_weights(module)
+    kernels.prepare_kernels(module)
     for layer in module.modules():
         if isinstance(layer, Linear):
             assert layer.backend == "cpu" and 8 <= layer.max_tokens <= kernels.MAX_CPU_TOKENS
@@ -718,10 +718,10 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         expected = [w.dequantized_weight(torch.bfloat16) for w in (module.linear, module.experts)]
         with monkeypatch.context() as context:
             context.setattr(kernels, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)
-            kernels.pack_weights(module)
+            kernels.prepare_kernels(module)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "every token dequantizes" in said and module.linear.format == format
-        kernels.pack_weights(module)
+        kernels.prepare_kernels(module)
         for w, matrix in zip((module.linear, module.experts), expected, strict=True):
             assert w.format.name == format.name and w.scales is w.zeros is None
             assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.bfloat16), matrix)

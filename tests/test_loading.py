@@ -64,8 +64,8 @@ def test_layers_in_other_formats(folder, tmp_path):
     layers = {"lm_head": None, name: other.quantization}
     shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
     path, tokens = tmp_path / "model.pth", torch.arange(9)[None]
-    for exceptions, error in [(layers, None), ({"lm_heat": None}, "lm_heat, which is no linear"), ([1], "layers are")]:
-        save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": exceptions})
+    for overrides, error in [(layers, None), ({"lm_heat": None}, "lm_heat, which is no linear"), ([1], "layers are")]:
+        save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": overrides})
         if error:
             with pytest.raises(UsageError, match=error):
                 load_model(path)

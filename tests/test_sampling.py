@@ -9,7 +9,7 @@ from config import UsageError
 from generate import build_steps, build_token_generator, make_kv_cache
 from sampling import SamplingParams, probabilities, sample
 from scheduler import Request, Scheduler
-from speculate import PromptLookup, build_speculation, speculate
+from speculate import PromptLookup, build_speculative_decoder, speculate
 
 
 def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_repetition_penalty_equals_transformers(pair):
     rest = generate_tokens(ids + expected[:5], 44, n - 5)  # as a conversation goes on
     assert [i for ((i,),) in rest] == expected[5:]
 
-    lookup = build_speculation(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
+    lookup = build_speculative_decoder(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
     steps_of_lookup = list(speculate(lookup, ids, 0, n))
     assert [i for step in steps_of_lookup for (i,) in step] == expected
 

@@ -23,10 +23,10 @@ from sampling import SamplingParams, multinomial, probabilities, sample
 from speculate import (
     DraftModel,
     PromptLookup,
-    Speculation,
+    SpeculativeDecoder,
     best_size,
     build_draft_model,
-    build_speculation,
+    build_speculative_decoder,
     proposal_sizes,
     rejection_sample,
     speculate,
@@ -43,7 +43,7 @@ TEXT = torch.randint(3, 97, (20,), generator=torch.Generator().manual_seed(1)).t
 TEXT = TEXT + TEXT[:12]  # something to look up
 
 
-def speculation_of(model, draft, length: int, k: int, compile: bool = False) -> Speculation:
+def speculation_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeDecoder:
     """As generate.py makes it, with caches of this length; but proposals cost nothing, so that there always is one."""
     kv_cache = KVCache(model, 1, length)
     steps = build_steps(model, kv_cache, GREEDY, compile)
@@ -52,7 +52,7 @@ def speculation_of(model, draft, length: int, k: int, compile: bool = False) -> 
     else:
         proposer = build_draft_model(draft, KVCache(draft, 1, length), model, GREEDY, compile)
         proposer.cost = 0.0
-    return build_speculation(model, kv_cache, steps, GREEDY, proposer, k, compile)
+    return build_speculative_decoder(model, kv_cache, steps, GREEDY, proposer, k, compile)
 
 
 def plain(model, text: list[int], n: int) -> list[int]:
@@ -195,7 +195,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         proposer = PromptLookup(3, CPU)
     else:
         proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
-    speculation = Speculation(Steps(prefill, decode), verify, proposer, k=2, device=CPU)
+    speculation = SpeculativeDecoder(Steps(prefill, decode), verify, proposer, k=2, device=CPU)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0

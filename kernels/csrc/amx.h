@@ -190,8 +190,8 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
   if constexpr (N > 2) _tile_stored(2, out + 32, 64);
   if constexpr (N > 3) _tile_stored(3, out + 48, 64);
   asm volatile("" ::: "memory");
-  if (w.output_scales) {
-    const Vec scale = w.output_scale(block);
+  if (w.channel_scales) {
+    const Vec scale = w.channel_scale(block);
     for (int i = 0; i < 16 * N; i++) out[i] *= scale;
   }
 }

@@ -84,7 +84,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedToken* toke
     }
   }
   for (int b = 0; b < BLOCKS; b++) {
-    const Vec scale = w.output_scale(blocks[b]);
+    const Vec scale = w.channel_scale(blocks[b]);
     for (int m = 0; m < M; m++) out[b][m] = total[b][m] * scale;
   }
 }
@@ -145,7 +145,7 @@ void dot_weight_only(const Weights& w, int64_t block, const PreparedToken* token
       }
     }
   }
-  for (int m = 0; m < M; m++) out[m] = total[m] * w.output_scale(block);
+  for (int m = 0; m < M; m++) out[m] = total[m] * w.channel_scale(block);
 }
 
 // ---- Dense weights --------------------------------------------------------------------------------------------------

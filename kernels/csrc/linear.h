@@ -156,7 +156,7 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
     const int64_t n_outputs = std::min(BLOCK_N, w.n - b * BLOCK_N);
     for (int64_t k = 0, group = 0; k < w.k; group++) {
       const auto [group_scale, zero] = F::scales_and_zeros(w, b, group);
-      const Vec scale = group_scale * w.output_scale(b);
+      const Vec scale = group_scale * w.channel_scale(b);
       for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
         const int64_t n = std::min(LINE, end - k);
         for (int64_t r = 0; r < n_outputs; r++) {

@@ -80,7 +80,7 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
       return result;
     case Format::INT8:
       check(ScalarType::Int, scales.has_value());
-      result.bits = 8, result.output_scales = ptr<float>(scales);
+      result.bits = 8, result.channel_scales = ptr<float>(scales);
       return result;
     case Format::INT4:
       check(ScalarType::Int, scales && zeros);

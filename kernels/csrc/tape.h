@@ -4,12 +4,12 @@
 // operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the operation to
 // it, with the addresses of inputs and outputs. Replaying the tape executes all of them in one parallel region:
 //
-//     tape_begin   linear(...)  attend(...)  linear(...)  ...   tape_end        records: nothing is computed
+//     tape_begin   fused_linear(...)  attend(...)  fused_linear(...)  ...   tape_end        records: nothing is computed
 //     tape_replay                                                               computes, on the same addresses
 //
-//     thread 0     | linear's first half  | attend: RoPE | keys | out | linear ...
-//     thread 1     | linear's second half | attend: RoPE | keys | out | linear ...
-//                                         ^ barrier      ^      ^     ^
+//     thread 0     | fused_linear: first half   | attend: RoPE | keys | out | fused_linear ...
+//     thread 1     | fused_linear: second half  | attend: RoPE | keys | out | fused_linear ...
+//                                               ^ barrier      ^      ^     ^
 //
 // Separate calls are slower: they ran a small model at 0.4 to 0.7 of a tape's speed (docs/how_it_works.md).
 #pragma once

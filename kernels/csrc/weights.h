@@ -31,20 +31,20 @@ struct Weights {
   int64_t expert_bytes;  // of a matrix of the stack, with its padding
   int64_t n, k;
   int64_t group_size, n_groups;  // how many inputs share a scale, and how many groups an output has. INT8: k and 1
-  const float* output_scales;    // INT8: [n]
+  const float* channel_scales;    // INT8: [n]
   const bf16* scales;            // INT4: [n / 16, n_groups, 16]
   const uint8_t* zeros;          // INT4: [n / 16, n_groups, 16], zero points in sixteenths of a step of q
 
   int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
   const char* block_data(int64_t block) const { return data + block * BLOCK_N * k * bits / 8; }
   // The scales of a block's 16 outputs, or ones.
-  Vec output_scale(int64_t block) const {
-    return output_scales ? load_partial(output_scales, block * BLOCK_N, n) : Vec{} + 1;
+  Vec channel_scale(int64_t block) const {
+    return channel_scales ? load_partial(channel_scales, block * BLOCK_N, n) : Vec{} + 1;
   }
   Weights expert(int64_t e) const {
     Weights w = *this;
     w.data += e * expert_bytes;
-    if (output_scales) w.output_scales += e * n;
+    if (channel_scales) w.channel_scales += e * n;
     if (scales) w.scales += e * n_blocks() * n_groups * BLOCK_N;
     if (zeros) w.zeros += e * n_blocks() * n_groups * BLOCK_N;
     return w;
@@ -58,7 +58,7 @@ struct Weights {
 // A format that lacks one of these does not compile.
 
 // An element q of a quantized weight stands for (q - zero) * scale, and that times its output's scale if the format has
-// output_scales. These are the scales and zeros of a block's 16 outputs in one group of inputs.
+// channel_scales. These are the scales and zeros of a block's 16 outputs in one group of inputs.
 struct ScalesAndZeros { Vec scales, zeros; };
 
 struct Dense {
