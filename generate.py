@@ -29,7 +29,6 @@ import cli
 if __name__ == "__main__":
     cli.exit_on_interrupt()
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,33 +40,22 @@ import tp
 from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
 from cli.complete import complete_in_parallel, complete_in_turn
-from cli.prompts import Prompt, read_prompts
-from cli.ranks import communication_share, process_group
+from cli.prepare import build_speculation, load_draft, needed_seq_len, parallel_stats, warm_up
+from cli.prompts import read_prompts
+from cli.ranks import process_group
 from cli.terminal import converse
 from completion import Completion, generate_many
 from config import UsageError
-from kernels import MAX_CPU_TOKENS
 from loading import load, load_model
 from machine import OOM_HINT, pick_device
-from model import KVCache, Transformer
+from model import KVCache
 from sampling import SamplingParams
 from scheduler import Request
-from speculate import (
-    PromptLookup,
-    Proposer,
-    SpeculativeDecoder,
-    build_draft_model,
-    build_speculative_decoder,
-    proposal_sizes,
-    speculate,
-)
+from speculate import speculate
 from steps import Steps, build_steps, check_finite, make_kv_cache
-from tokenizer import Tokenizer
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
-
-CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
 
 
 @torch.inference_mode()
@@ -197,32 +185,25 @@ def main():
     options = {"device": device, "dtype": getattr(torch, args.precision), "use_kernels": args.kernels == "auto"}
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **options)
-    load_seconds = time.perf_counter() - start
+    stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}
     draft = None
     if args.draft_checkpoint_path:
         draft = load_draft(args.draft_checkpoint_path, tokenizer, sharded=args.draft_tp != "off", **options)
     prompts = [] if args.conversation else read_prompts(args, tokenizer, model.config)
     if args.parallel:
-        complete_in_parallel(args, model, tokenizer, prompts, {"compile_seconds": 0.0, "load_seconds": load_seconds})
+        complete_in_parallel(args, model, tokenizer, prompts, stats)
         return
     max_seq_len = needed_seq_len(args, prompts, model, draft)
 
     kv_cache = make_kv_cache(model, args.batch_size, max_seq_len)
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
+    speculation, generate_tokens = None, build_token_generator(steps, kv_cache)
     if args.speculative:
-        proposer = build_proposer(args, model, draft, max_seq_len, device)
-        speculation = build_speculative_decoder(
-            model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile
-        )
+        speculation = build_speculation(args, model, draft, kv_cache, steps)
         generate_tokens = partial(speculate, speculation)
-    else:
-        speculation = None
-        generate_tokens = build_token_generator(steps, kv_cache)
     start = time.perf_counter()
-    # A conversation's first message may have any length: compile for one that the kernels do not take.
-    n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
-    warm_up(args, steps, speculation, n_prompt_tokens, device)
-    stats = {"compile_seconds": time.perf_counter() - start, "load_seconds": load_seconds}
+    warm_up(args, steps, speculation, prompts, device)
+    stats["compile_seconds"] = time.perf_counter() - start
     if args.json and tp.world_size() > 1:
         stats |= parallel_stats(args, steps, device)
 
@@ -232,82 +213,6 @@ def main():
         converse(conversation, args.max_new_tokens)
         return
     complete_in_turn(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
-
-
-# ---- Before the first token -----------------------------------------------------------------------------------------
-
-
-def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
-    """Loads the draft model. Raises UsageError if its tokens differ from tokenizer's, in a sample of 1000."""
-    draft, draft_tokenizer = load(path, **options)
-    n_tokens = tokenizer.vocab_size
-    if draft_tokenizer.vocab_size != n_tokens:
-        raise UsageError(f"the draft's vocabulary has {draft_tokenizer.vocab_size} tokens, the model's {n_tokens}")
-    for i in range(0, n_tokens, max(1, n_tokens // 1000)):
-        ours, theirs = tokenizer.token_bytes(i), draft_tokenizer.token_bytes(i)
-        if ours != theirs:
-            raise UsageError(
-                f"the draft's vocabulary is another: token {i} is {theirs!r} there, and in the model {ours!r}"
-            )
-    return draft
-
-
-def needed_seq_len(
-    args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
-) -> int:
-    """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
-    name, context = "model", model.config.max_seq_len
-    if draft is not None and draft.config.max_seq_len < context:
-        name, context = "draft", draft.config.max_seq_len
-    if args.conversation:
-        if name == "draft" and context <= CONVERSATION_LENGTH:
-            print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
-        return min(context, CONVERSATION_LENGTH)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    if longest + args.max_new_tokens > context:
-        raise UsageError(
-            f"{longest} prompt tokens and {args.max_new_tokens} new ones exceed the {name}'s context of {context}; "
-            "lower --max_new_tokens or shorten the prompt"
-        )
-    return longest + args.max_new_tokens
-
-
-def build_proposer(
-    args: argparse.Namespace, model: Transformer, draft: Transformer | None, max_seq_len: int, device: torch.device
-) -> Proposer:
-    if draft is None:
-        return PromptLookup(args.prompt_lookup, device)
-    draft_cache = make_kv_cache(draft, 1, max_seq_len)
-    return build_draft_model(draft, draft_cache, model, args.sampling, args.compile)
-
-
-@torch.inference_mode()
-def warm_up(
-    args: argparse.Namespace, steps: Steps, speculation: SpeculativeDecoder | None, n_prompt_tokens: int,
-    device: torch.device,
-):  # fmt: skip
-    """Compiles and records all steps that will be used. The prompt overwrites what this writes to the KV caches."""
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.long, device=device)
-
-    if args.compile_prefill:
-        # At position 0, T would equal S, and torch.compile would specialize on that. So start at position 1.
-        steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
-    if not args.compile:
-        return
-    steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
-    if speculation is not None:
-        for k in proposal_sizes(args.speculate_k):
-            if k < args.max_new_tokens:
-                proposal = speculation.proposer.propose([0, 0, 0], k)
-                speculation.verify(zeros(1, 1), zeros(1), proposal)
-
-
-def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
-    tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
-    share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
-    return {"world_size": tp.world_size(), "communication_share": share}
 
 
 if __name__ == "__main__":

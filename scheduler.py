@@ -34,8 +34,8 @@ from machine import OOM_HINT, free_memory
 from model import Transformer
 from sampling import SamplingParams, sample
 from steps import (
+    ModelStep,
     apply_repetition_penalty,
-    build_model_step,
     check_finite,
     kv_bytes_per_token,
     make_kv_cache,
@@ -102,7 +102,7 @@ class Scheduler:
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len, oom_hint)
         # torch.compile would compile anew for every number of running sequences, so not without kernels.
         compile = compile and model.uses_kernels(n_slots, 1)
-        self.decode_step = build_model_step(model, self.kv_cache, return_logits, compile)
+        self.decode_step = ModelStep(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence | None] = []  # by slot; None: it has ended
         self.cached: list[list[int]] = [[]] * n_slots  # by slot: the ids of its sequence; keys and values

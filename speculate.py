@@ -25,7 +25,7 @@ from torch import Tensor
 import tp
 from model import KVCache, Transformer
 from sampling import SamplingParams, multinomial, probabilities, sample
-from steps import Step, Steps, apply_repetition_penalty, build_model_step, build_steps, check_finite, device_of
+from steps import ModelStep, Step, Steps, apply_repetition_penalty, build_steps, check_finite, device_of
 
 MAX_PROPOSED = 32  # limit of --speculate_k and --prompt_lookup
 # Time to verify one more token, as a fraction of a step's time
@@ -90,7 +90,7 @@ def build_speculative_decoder(
         logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
-    verify_step = build_model_step(model, kv_cache, postprocess, compile)
+    verify_step = ModelStep(model, kv_cache, postprocess, compile)
     return SpeculativeDecoder(steps, verify_step, proposer, k, device_of(model), verify_cost(model))
 
 
@@ -293,6 +293,6 @@ def build_draft_model(
         return tp.broadcast(multinomial(probs)), probs
 
     prefill = build_steps(draft, kv_cache, SamplingParams()).prefill
-    step = build_model_step(draft, kv_cache, postprocess, compile)
+    step = ModelStep(draft, kv_cache, postprocess, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, device_of(model), cost)

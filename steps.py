@@ -18,7 +18,7 @@ Shapes: B sequences, T new tokens of each, V vocabulary. start_pos [B] are those
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def build_steps(
         logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
         return next_ids(logits, tokens, start_pos)
 
-    return Steps(prefill, build_model_step(model, kv_cache, next_ids, compile))
+    return Steps(prefill, ModelStep(model, kv_cache, next_ids, compile))
 
 
 def apply_repetition_penalty(
@@ -128,71 +128,74 @@ def chunked_prefill(
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
-def build_model_step(model: Transformer, kv_cache: KVCache, postprocess: Callable, compile: bool = False) -> Callable:
-    """The function (tokens [B, T], start_pos [B], *extra_inputs) -> postprocess(logits [B, T, V], tokens, start_pos,
-    *extra_inputs), all of tensors. The B sequences are the first of kv_cache.
+class ModelStep:
+    """The model and what follows it, as one step: step(tokens [B, T], start_pos [B], *extra_inputs), all of tensors, is
+    postprocess(logits [B, T, V], tokens, start_pos, *extra_inputs). The B sequences are the first of kv_cache.
 
     What it returns may lie in static buffers, as with CUDA graphs: the next call may overwrite the logits that
     postprocess gets and, on a GPU with compile, its result. Clone what must last."""
-    device = device_of(model)
-    uses_kernels = cache(model.uses_kernels)  # it goes through all modules
 
-    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        return model(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
+    def __init__(self, model: Transformer, kv_cache: KVCache, postprocess: Callable, compile: bool = False):
+        self.postprocess, self.compile = postprocess, compile
+        self.device_type = device_of(model).type
+        self.uses_kernels = cache(model.uses_kernels)  # it goes through all modules
+        self.eager_step = EagerStep(model, kv_cache, postprocess)
+        self.recorded_step, self.recorded_logits = record(self.eager_step), record(self.eager_step.logits)
+        self.compiled_step = CompiledStep(model, kv_cache, postprocess)
+        if self.device_type == "cuda" and can_be_one_graph(model):
+            self.compiled_step = record(self.compiled_step)
 
-    def forward_without_kernels(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        # PyTorch's attention looks at every position that it is given.
-        used = kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return model(tokens, start_pos, used)
-
-    if device.type == "cpu":  # a recording on a CPU holds nothing but kernels, and there are none for sampling
-        step_with_kernels = compose(record(forward), postprocess)
-    elif device.type == "cuda" and compile:
-        step_with_kernels = record(compose(forward, postprocess))
-    else:
-        step_with_kernels = compose(forward, postprocess)
-
-    if compile:
-        step_without_kernels = build_compiled_step(model, kv_cache, postprocess)
-    else:
-        step_without_kernels = compose(forward_without_kernels, postprocess)
-
-    def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
-        chosen = step_with_kernels if uses_kernels(*tokens.shape) else step_without_kernels
-        return chosen(tokens, start_pos, *extra_inputs)
-
-    return step
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+        if not self.uses_kernels(*tokens.shape):
+            step = self.compiled_step if self.compile else self.eager_step.narrowed
+        elif self.device_type == "cpu":
+            # A recording on a CPU holds nothing but kernels, and there are none for sampling.
+            return self.postprocess(self.recorded_logits(tokens, start_pos), tokens, start_pos, *extra_inputs)
+        else:
+            step = self.recorded_step if self.compile and self.device_type == "cuda" else self.eager_step
+        return step(tokens, start_pos, *extra_inputs)
 
 
-def compose(forward: Callable, postprocess: Callable) -> Callable:
-    """The step that computes logits by forward(tokens, start_pos), and selects tokens by these."""
+class EagerStep:
+    """A ModelStep operation by operation. It can be recorded if all operations are kernels."""
 
-    def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
-        return postprocess(forward(tokens, start_pos), tokens, start_pos, *extra_inputs)
+    def __init__(self, model: Transformer, kv_cache: KVCache, postprocess: Callable):
+        self.model, self.kv_cache, self.postprocess = model, kv_cache, postprocess
 
-    return step
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+        return self.postprocess(self.logits(tokens, start_pos), tokens, start_pos, *extra_inputs)
+
+    def logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        return self.model(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
+
+    def narrowed(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+        """The same with the used part of the cache: PyTorch's attention looks at every position that it is given."""
+        used = self.kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(start_pos.max()) + tokens.shape[1])
+        return self.postprocess(self.model(tokens, start_pos, used), tokens, start_pos, *extra_inputs)
 
 
-def build_compiled_step(model: Transformer, kv_cache: KVCache, postprocess: Callable) -> Callable:
-    """build_model_step's function by torch.compile, in two pieces: one block, which serves all layers, and the output
-    head with postprocess. That takes a third of the time of compiling the whole step, and runs as fast."""
-    one_graph = can_be_one_graph(model)
+class CompiledStep:
+    """A ModelStep by torch.compile, in two pieces: one block, which serves all layers, and the output head with
+    postprocess. Compiling these takes a third of the time of compiling the whole step, and they run as fast."""
 
-    def select_from_hidden(hidden: Tensor, *inputs: Tensor):
-        return postprocess(model.compute_logits(hidden), *inputs)
+    def __init__(self, model: Transformer, kv_cache: KVCache, postprocess: Callable):
+        self.model, self.kv_cache, self.postprocess = model, kv_cache, postprocess
 
-    @cache
-    def compiled() -> tuple[Transformer, Callable]:
-        """Made when it is needed: importing the compiler takes a second and 150 MB."""
-        options = {"fullgraph": one_graph, "dynamic": False}
-        return compile_blocks(model, **options), torch.compile(select_from_hidden, **options)
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+        model, head = self.compiled_pieces
+        hidden = model.compute_hidden(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
+        return head(hidden, tokens, start_pos, *extra_inputs)
 
-    def step(tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
-        compiled_model, compiled_select = compiled()
-        hidden = compiled_model.compute_hidden(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
-        return compiled_select(hidden, tokens, start_pos, *extra_inputs)
+    @cached_property
+    def compiled_pieces(self) -> tuple[Transformer, Callable]:
+        """Made when they are needed: importing the compiler takes a second and 150 MB."""
+        model, postprocess = self.model, self.postprocess
 
-    return record(step) if device_of(model).type == "cuda" and one_graph else step
+        def head(hidden: Tensor, *inputs: Tensor):
+            return postprocess(model.compute_logits(hidden), *inputs)
+
+        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
+        return compile_blocks(model, **options), torch.compile(head, **options)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

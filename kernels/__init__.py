@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from kernels import cpu, reference
 from kernels.formats import QUANTIZE_CHUNK, Dequantized, Tensors, WeightFormat
+from kernels.layers import AttentionLayer, LayerCache, LinearLayer, NormLayer
 from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages
 
@@ -46,18 +47,21 @@ def ops_of_backend(backend: str, n_tokens: int):
     return None
 
 
-def ops_of_layer(layer, n_tokens: int, activation: str | None = None):
-    """ops_of_backend of the backend of layer, a model.Linear. None also if PyTorch is faster with so many tokens, or if
-    the kernels lack activation."""
+def ops_of_layer(layer: LinearLayer, n_tokens: int, activation: str | None = None):
+    """ops_of_backend of layer's backend. None also if PyTorch is faster with so many tokens, or if the kernels lack
+    activation."""
     if n_tokens > layer.max_tokens or activation not in ACTIVATION_IDS:
         return None
     return ops_of_backend(layer.backend, n_tokens)
 
 
-def fused_linear(x: Tensor, layer, norm=None, residual=None, activation: str | None = None, out_dtype=None) -> Tensor:
-    """x [..., K] -> [..., N], by layer, a model.Linear.
+def fused_linear(
+    x: Tensor, layer: LinearLayer, norm: NormLayer | None = None, residual: Tensor | None = None,
+    activation: str | None = None, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., K] -> [..., N], by layer.
 
-    norm: a model.RMSNorm that is applied to x first.
+    norm: is applied to x first.
     activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
     [..., N / 2].
     residual: added last, after layer.scale, layer.softcap and layer.clip.
@@ -109,19 +113,9 @@ def embed(tokens: Tensor, weight: Tensor, scale: float, backend: str) -> Tensor:
     return reference.embed(tokens, weight, scale)
 
 
-def attend(qkv: Tensor, layer, cache, start_pos: Tensor) -> Tensor:
-    """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D].
-
-    layer: the model.Attention. These attributes are read:
-        n_heads           H
-        q_norm, k_norm    model.RMSNorms or None, applied before RoPE to every head, or to all heads together if they
-                          are so wide
-        window            how many tokens a token sees, itself included; 0: all
-        scale             the scores are multiplied by it
-        softcap           if not 0, scores then become softcap * tanh(score / softcap)
-        sinks             [H] or None: scores of a key whose value is zero
-    cache: a model.LayerCache. The new keys and values are written to it, the first at start_pos [B]. If it has
-    alibi_slopes [H], slope * (position of the key - position of the query) is added to the scores, after softcap."""
+def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Tensor) -> Tensor:
+    """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The new keys and values
+    are written to cache, the first at start_pos [B]."""
     batch, n_tokens, _ = qkv.shape
     if not has_attention_kernel(layer.backend, batch, n_tokens, layer.n_heads // cache.k.shape[1]):
         return reference.attend(qkv, layer, cache, start_pos)
@@ -153,7 +147,9 @@ def route(
     return (ops or reference).route(logits, top_k, normalize, n_shared_experts)
 
 
-def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation: str | None = None) -> Tensor:
+def experts_gate_up(
+    x: Tensor, layer: LinearLayer, topk_ids: Tensor, norm: NormLayer | None = None, activation: str | None = None
+) -> Tensor:
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
     [B, T, top_k, F]. norm and activation are as in fused_linear."""
     ops = ops_of_layer(layer, count_tokens(x), activation)
@@ -168,7 +164,9 @@ def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation: s
     )  # fmt: skip
 
 
-def experts_down(hidden: Tensor, layer, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
+def experts_down(
+    hidden: Tensor, layer: LinearLayer, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
     [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
     ops = ops_of_layer(layer, count_tokens(topk_ids))
@@ -186,8 +184,8 @@ def sample(logits: Tensor, temperature: float) -> Tensor:
     return torch.ops.gptfast_triton.sample(logits.contiguous(), noise, temperature)
 
 
-def dequantize(layer, dtype: torch.dtype, experts=slice(None)) -> Tensor:
-    """The weight of layer, a model.Linear, as a matrix [N, K] in dtype. For experts: the matrices that experts
+def dequantize(layer: LinearLayer, dtype: torch.dtype, experts=slice(None)) -> Tensor:
+    """The weight of layer as a matrix [N, K] in dtype. For experts: the matrices that experts
     selects, an index, a slice or a tensor of indices."""
     tensors = layer.tensors()
     if layer.n_experts is not None:
@@ -211,11 +209,11 @@ def count_tokens(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def norm_arguments(norm) -> tuple[Tensor | None, float]:
+def norm_arguments(norm: NormLayer | None) -> tuple[Tensor | None, float]:
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
 
-def weight_arguments(layer) -> tuple:
+def weight_arguments(layer: LinearLayer) -> tuple:
     """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
     group_size = layer.format.scale_group_size(layer.in_features)
     return layer.weight, layer.scales, layer.zeros, layer.format.format_id, layer.out_features, group_size
@@ -242,7 +240,7 @@ def prepare_kernels(model: torch.nn.Module, mapped: bool = False):
         pack_for_triton(linears)
 
 
-def pack_for_cpu(linears: list, mapped: bool):
+def pack_for_cpu(linears: list[LinearLayer], mapped: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
     is_quantized = any(layer.format.quantization for layer in linears)
@@ -260,7 +258,7 @@ def pack_for_cpu(linears: list, mapped: bool):
         layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
-def dequantize_weights(linears: list, dtype: torch.dtype, mapped: bool):
+def dequantize_weights(linears: list[LinearLayer], dtype: torch.dtype, mapped: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
     so and leaves them as they are."""
@@ -291,7 +289,7 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     return weight.view(*outputs, in_features)
 
 
-def pack_for_triton(linears: list):
+def pack_for_triton(linears: list[LinearLayer]):
     from kernels import triton_weights
 
     for layer in linears:

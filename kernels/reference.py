@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.layers import AttentionLayer, LayerCache, LinearLayer, NormLayer
 
-def fused_linear(x, layer, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
+
+def fused_linear(
+    x: Tensor, layer: LinearLayer, norm: NormLayer | None = None, residual: Tensor | None = None,
+    activation: str | None = None, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
     y = F.linear(x, layer.dequantized_weight(x.dtype), layer.bias)
@@ -69,7 +74,7 @@ def embed(tokens: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def attend(qkv: Tensor, layer, cache, start_pos: Tensor) -> Tensor:
+def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Tensor) -> Tensor:
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
     q, k, v = qkv.view(B, T, -1, D).split([layer.n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if layer.q_norm is not None:
@@ -94,7 +99,7 @@ def attend(qkv: Tensor, layer, cache, start_pos: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
-def sdpa_attention(q: Tensor, layer, cache, positions: Tensor, fills_cache: bool) -> Tensor:
+def sdpa_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor, fills_cache: bool) -> Tensor:
     """By PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]. fills_cache:
     the T tokens are all that the cache holds."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
@@ -111,7 +116,7 @@ def sdpa_attention(q: Tensor, layer, cache, positions: Tensor, fills_cache: bool
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=True)
 
 
-def eager_attention(q: Tensor, layer, cache, positions: Tensor) -> Tensor:
+def eager_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor) -> Tensor:
     """What SDPA cannot do: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
@@ -131,7 +136,7 @@ def eager_attention(q: Tensor, layer, cache, positions: Tensor) -> Tensor:
     return (p @ cache.v[:, :, None]).view(B, H, T, D)
 
 
-def norm_heads(x: Tensor, norm) -> Tensor:
+def norm_heads(x: Tensor, norm: NormLayer) -> Tensor:
     """x [B, T, H, D], normed over each head, or over all heads together if the norm has so many weights."""
     if norm.weight.numel() == x.shape[-1]:
         return rms_norm(x, norm.weight, norm.eps)
@@ -170,7 +175,9 @@ def route(logits: Tensor, top_k: int, normalize: bool, n_shared_experts: int = 0
     return topk_weights, topk_ids
 
 
-def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation=None) -> Tensor:
+def experts_gate_up(
+    x: Tensor, layer: LinearLayer, topk_ids: Tensor, norm: NormLayer | None = None, activation: str | None = None
+) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
@@ -179,14 +186,16 @@ def experts_gate_up(x: Tensor, layer, topk_ids: Tensor, norm=None, activation=No
     return glu(y, activation) if activation else y
 
 
-def experts_down(hidden: Tensor, layer, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
+def experts_down(
+    hidden: Tensor, layer: LinearLayer, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+) -> Tensor:
     y = expert_products(hidden.flatten(0, -2), layer, topk_ids.flatten(), n_tokens=hidden.shape[-3])
     y = y.view(*topk_ids.shape, layer.out_features) * topk_weights[..., None].to(y.dtype)
     y = y.sum(-2)
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, layer, expert_ids: Tensor, n_tokens: int) -> Tensor:
+def expert_products(x: Tensor, layer: LinearLayer, expert_ids: Tensor, n_tokens: int) -> Tensor:
     """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_tokens: new tokens per sequence."""
     if not torch.compiler.is_compiling():
         return by_expert(x, layer, expert_ids)
@@ -195,7 +204,7 @@ def expert_products(x: Tensor, layer, expert_ids: Tensor, n_tokens: int) -> Tens
     return torch.compiler.disable(by_expert)(x, layer, expert_ids)
 
 
-def by_expert(x: Tensor, layer, expert_ids: Tensor) -> Tensor:
+def by_expert(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
     """One product per expert, with all of its rows. The host waits to read which experts are used."""
     y = x.new_empty(len(x), layer.out_features)
     for e in expert_ids.unique().tolist():
@@ -204,7 +213,7 @@ def by_expert(x: Tensor, layer, expert_ids: Tensor) -> Tensor:
     return y
 
 
-def by_row(x: Tensor, layer, expert_ids: Tensor) -> Tensor:
+def by_row(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
     """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
     product and sum into one loop. Not compiled, this would first copy the experts' weights."""
     y = (layer.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)

@@ -27,7 +27,7 @@ from machine import peak_memory, read_bandwidth, synchronize
 from model import KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
-from steps import Steps, build_model_step, build_steps, device_of
+from steps import ModelStep, Steps, build_steps, device_of
 
 SAMPLES = 3  # of every timing; their median counts
 PREFILLS = (512, 2048)  # prompt tokens
@@ -243,7 +243,7 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 @torch.inference_mode()
 def measure_verify(model: Transformer, compile: bool) -> float:
     """What a step of 5 tokens, as speculation verifies them, costs over a step of one. They take turns."""
-    step = build_model_step(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
+    step = ModelStep(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=device_of(model))
     position = torch.zeros(1, dtype=torch.long, device=device_of(model))
     seconds = {1: [], 5: []}

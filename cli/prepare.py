@@ -1,0 +1,112 @@
+"""What generate.py's command line prepares before the first token: a draft model, the cache's length, speculation, and
+everything that is compiled or recorded.
+
+This file has no command line; see generate.py.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tp
+from cli.prompts import Prompt
+from cli.ranks import communication_share
+from config import UsageError
+from kernels import MAX_CPU_TOKENS
+from loading import load
+from model import KVCache, Transformer
+from speculate import (
+    PromptLookup,
+    Proposer,
+    SpeculativeDecoder,
+    build_draft_model,
+    build_speculative_decoder,
+    proposal_sizes,
+)
+from steps import Steps, make_kv_cache
+from tokenizer import Tokenizer
+
+CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
+
+
+def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
+    """Loads the draft model. Raises UsageError if its tokens differ from tokenizer's, in a sample of 1000."""
+    draft, draft_tokenizer = load(path, **options)
+    n_tokens = tokenizer.vocab_size
+    if draft_tokenizer.vocab_size != n_tokens:
+        raise UsageError(f"the draft's vocabulary has {draft_tokenizer.vocab_size} tokens, the model's {n_tokens}")
+    for i in range(0, n_tokens, max(1, n_tokens // 1000)):
+        ours, theirs = tokenizer.token_bytes(i), draft_tokenizer.token_bytes(i)
+        if ours != theirs:
+            raise UsageError(
+                f"the draft's vocabulary is another: token {i} is {theirs!r} there, and in the model {ours!r}"
+            )
+    return draft
+
+
+def needed_seq_len(
+    args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
+) -> int:
+    """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
+    name, context = "model", model.config.max_seq_len
+    if draft is not None and draft.config.max_seq_len < context:
+        name, context = "draft", draft.config.max_seq_len
+    if args.conversation:
+        if name == "draft" and context <= CONVERSATION_LENGTH:
+            print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
+        return min(context, CONVERSATION_LENGTH)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if longest + args.max_new_tokens > context:
+        raise UsageError(
+            f"{longest} prompt tokens and {args.max_new_tokens} new ones exceed the {name}'s context of {context}; "
+            "lower --max_new_tokens or shorten the prompt"
+        )
+    return longest + args.max_new_tokens
+
+
+def build_speculation(
+    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: Steps
+) -> SpeculativeDecoder:
+    """Speculation as args ask for it: with draft or, without one, by looking up the prompt."""
+    if draft is None:
+        proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
+    else:
+        draft_cache = make_kv_cache(draft, 1, kv_cache.max_seq_len)
+        proposer = build_draft_model(draft, draft_cache, model, args.sampling, args.compile)
+    return build_speculative_decoder(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
+
+
+@torch.inference_mode()
+def warm_up(
+    args: argparse.Namespace, steps: Steps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
+    device: torch.device,
+):  # fmt: skip
+    """Compiles and records all steps that will be used. The prompt overwrites what this writes to the KV caches."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=device)
+
+    if args.compile_prefill:
+        # A conversation's first message may have any length: compile for one that the kernels do not take.
+        n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
+        # At position 0, T would equal S, and torch.compile would specialize on that. So start at position 1.
+        steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
+    if not args.compile:
+        return
+    steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
+    if speculation is not None:
+        for k in proposal_sizes(args.speculate_k):
+            if k < args.max_new_tokens:
+                proposal = speculation.proposer.propose([0, 0, 0], k)
+                speculation.verify(zeros(1, 1), zeros(1), proposal)
+
+
+def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
+    """More fields of --json if there are several ranks."""
+    tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
+    share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
+    return {"world_size": tp.world_size(), "communication_share": share}
