@@ -10,12 +10,12 @@ from functools import partial
 
 from config import ModelConfig, UsageError
 from converters.hf_config import (
-    NEUTRAL_VALUES,
+    HF_NEUTRAL_VALUES,
     Family,
     all_sliding,
     full_attention_every,
     layer_numbers,
-    read_config,
+    read_hf_config,
     required,
     sliding_from_max_window_layers,
     unsupported_part,
@@ -30,7 +30,7 @@ def config_from_hf(hf: dict, generation: dict | None = None) -> ModelConfig:
     if not isinstance(hf, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
     try:
-        return read_config(hf, generation, find_family(hf))
+        return read_hf_config(hf, generation, find_family(hf))
     except UsageError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -146,7 +146,7 @@ def gemma3_layer_types(hf: dict) -> list[str]:
     return full_attention_every(hf.get("sliding_window_pattern") or 6, hf)
 
 
-DBRX_NAMES = {
+DBRX_FIELDS_TO_LLAMA = {
     "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
     "max_seq_len": "max_position_embeddings",
 }  # fmt: skip
@@ -154,14 +154,14 @@ DBRX_NAMES = {
 
 def rename_dbrx(hf: dict) -> dict:
     """DBRX has other names for most fields, and half of them in attn_config and ffn_config."""
-    hf = {DBRX_NAMES.get(name, name): value for name, value in hf.items()}
+    hf = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf.items()}
     attention = hf.get("attn_config") or {}
     ffn = hf.get("ffn_config") or {}
     rope = hf.get("rope_parameters") or {}
     if "rope_theta" in attention:  # it counts: transformers 5 writes its default into rope_parameters
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
-    if activation.get("name", "silu") not in NEUTRAL_VALUES["hidden_act"]:
+    if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:
         raise UsageError(f"config.json: ffn_act_fn = {activation!r} is not supported")
     p = ffn.get("moe_normalize_expert_weights", 1)  # the weights of a token's experts are divided by their p-norm
     if p not in (None, 1):

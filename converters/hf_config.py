@@ -23,7 +23,7 @@ class Family:
     sliding_layers: str = "none"  # which layers have it: "none", "all", or "layer_types", as that field lists them
     default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json has none; None: it must have them
     needs_use_sliding_window: bool = False  # no layer has it unless use_sliding_window is true
-    scales_sliding_rope: bool = True  # layers with a sliding window have rope_scaling, too
+    scales_sliding_rope: bool = True  # False: rope_scaling is only for the layers without a sliding window
 
     # Feed-forward
     ffn_dim_field: str = "intermediate_size"
@@ -33,7 +33,7 @@ class Family:
     experts_bias: bool = False  # the router and the experts have biases
 
     # Everything else that changes the maths
-    supported_fields: tuple[str, ...] = ()  # fields of NEUTRAL_VALUES that may have any value
+    supported_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES that may have any value
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig that the whole family shares
     read_overrides: Callable[[dict], dict] = lambda hf: {}  # config.json -> more fields of ModelConfig
 
@@ -47,7 +47,7 @@ class Family:
 
 # Fields that change the maths -> the values with which they change nothing, besides null and false. Another value is
 # refused, unless the family has the field in supported_fields.
-NEUTRAL_VALUES = {
+HF_NEUTRAL_VALUES = {
     "hidden_act": ("silu", "swish"),
     "quantization_config": (),
     "attn_logit_softcapping": (),
@@ -79,7 +79,7 @@ UNSUPPORTED_PARTS = {
 
 
 def check_neutral_values(fields: dict, family: Family):
-    for name, neutral in NEUTRAL_VALUES.items():
+    for name, neutral in HF_NEUTRAL_VALUES.items():
         if name not in family.supported_fields and fields.get(name) not in (None, False, *neutral):
             raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
 
@@ -107,7 +107,7 @@ def unsupported_part(hf: dict) -> str | None:
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_config(hf: dict, generation: dict, family: Family) -> ModelConfig:
+def read_hf_config(hf: dict, generation: dict, family: Family) -> ModelConfig:
     hf = family.rename_fields(hf)
     if hf.get("rope_scaling"):  # an older name of rope_parameters; it replaces the family's default for these, too
         hf = {"rope_parameters": None} | hf

@@ -16,41 +16,42 @@ from torch import Tensor
 
 from config import ModelConfig, UsageError
 from converters.hf_config import Family
-from converters.model_tensors import EMBEDDING, HEAD, Reader, Tensors
+from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
-# Parts of a family's names -> those in model_tensors.py: HF_SOURCES. There, as in Llama, input_layernorm comes before
-# attention and post_attention_layernorm before the feed-forward. Renames are made in order: the first of GEMMA_NORMS
-# frees a name that the second one takes.
-GEMMA_NORMS = {
+# Parts of a family's names -> those in model_tensors.py: HF_SOURCES, which are Llama's. There input_layernorm comes
+# before attention and post_attention_layernorm before the feed-forward. Renames are made in order: the first one of
+# GEMMA_NORMS_TO_LLAMA frees a name that the second one takes.
+GEMMA_NORMS_TO_LLAMA = {
     ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
     ".post_feedforward_layernorm.": ".post_ffn_norm.",
 }  # fmt: skip
-GLM4_NORMS = {".post_self_attn_layernorm.": ".post_attention_norm.", ".post_mlp_layernorm.": ".post_ffn_norm."}
-META_FEED_FORWARD = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
-MIXTRAL_NAMES = META_FEED_FORWARD | {".block_sparse_moe.": ".mlp."}
-GROK_NAMES = {
+GLM4_NORMS_TO_LLAMA = {".post_self_attn_layernorm.": ".post_attention_norm.", ".post_mlp_layernorm.": ".post_ffn_norm."}
+META_FFN_TO_HF = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+MIXTRAL_TO_LLAMA = META_FFN_TO_HF | {".block_sparse_moe.": ".mlp."}
+GROK_TO_LLAMA = {
     ".pre_attn_norm.scale": ".input_layernorm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",
     ".pre_moe_norm.scale": ".post_attention_layernorm.weight", ".post_moe_norm.scale": ".post_ffn_norm.weight",
     "model.norm.scale": "model.norm.weight", ".attn.": ".self_attn.", ".moe_block.": ".mlp.",
     ".linear_v.": ".up_proj.", ".linear_1.": ".down_proj.", ".linear.": ".gate_proj.",
 }  # fmt: skip
-DBRX_NAMES = {
+DBRX_TO_LLAMA = {
     "transformer.wte.": "model.embed_tokens.", "transformer.norm_f.": "model.norm.",
     "transformer.blocks.": "model.layers.", ".norm_attn_norm.norm_1.": ".input_layernorm.",
     ".norm_attn_norm.norm_2.": ".post_attention_layernorm.", ".norm_attn_norm.attn.": ".self_attn.",
     ".Wqkv.": ".qkv_proj.", ".out_proj.": ".o_proj.", ".ffn.router.layer.": ".mlp.gate.",
     ".ffn.experts.mlp.": ".mlp.experts.",
 }  # fmt: skip
-FAMILY_NAMES = {  # by model_type
-    "gemma2": GEMMA_NORMS, "gemma3_text": GEMMA_NORMS, "olmo2": GEMMA_NORMS, "olmo3": GEMMA_NORMS, "glm4": GLM4_NORMS,
-    "mixtral": MIXTRAL_NAMES, "gpt_oss": {".mlp.router.": ".mlp.gate."}, "grok-1": GROK_NAMES,
-    "baichuan": {".W_pack.": ".qkv_proj."}, "dbrx": DBRX_NAMES,
+FAMILY_TO_LLAMA = {  # by model_type
+    "gemma2": GEMMA_NORMS_TO_LLAMA, "gemma3_text": GEMMA_NORMS_TO_LLAMA, "olmo2": GEMMA_NORMS_TO_LLAMA,
+    "olmo3": GEMMA_NORMS_TO_LLAMA, "glm4": GLM4_NORMS_TO_LLAMA, "mixtral": MIXTRAL_TO_LLAMA,
+    "gpt_oss": {".mlp.router.": ".mlp.gate."}, "grok-1": GROK_TO_LLAMA, "baichuan": {".W_pack.": ".qkv_proj."},
+    "dbrx": DBRX_TO_LLAMA,
 }  # fmt: skip
 
 
-def rename(name: str, new_names: dict[str, str]) -> str:
+def rename_tensor(name: str, new_names: dict[str, str]) -> str:
     for old, new in new_names.items():
         name = name.replace(old, new)
     return name
@@ -61,12 +62,12 @@ def rename(name: str, new_names: dict[str, str]) -> str:
 BAICHUAN_1_VOCAB = 64000  # Baichuan 2 has a larger vocabulary, and scales every row of its head to length one
 
 
-def adapt(tensors: Tensors, config: ModelConfig, family: Family) -> Reader:
+def adapt(tensors: HFTensors, config: ModelConfig, family: Family) -> TensorReader:
     """Renames and splits tensors, in place. Returns the function that reads one of them: what changes its data is done
     there, so that only one is in memory at a time."""
-    new_names = FAMILY_NAMES.get(family.model_type, {})
+    new_names = FAMILY_TO_LLAMA.get(family.model_type, {})
     for name in list(tensors):
-        tensors[rename(name, new_names)] = tensors.pop(name)
+        tensors[rename_tensor(name, new_names)] = tensors.pop(name)
     is_gpt_oss = family.model_type == "gpt_oss"
     dequantize = split_mxfp4(tensors) if is_gpt_oss else {}
     split_fused(tensors, config)
@@ -127,7 +128,7 @@ def center_outputs(name: str, tensor: Tensor) -> Tensor:
 # ---- Splitting: views, without reading ------------------------------------------------------------------------------
 
 
-def pop_matches(tensors: Tensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+def pop_matches(tensors: HFTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """Removes every tensor whose name matches, and yields it with the groups of the match. One of fewer dimensions than
     min_dim stays, since it cannot be split; convert will name what is missing instead."""
     for name in list(tensors):
@@ -136,7 +137,7 @@ def pop_matches(tensors: Tensors, pattern: str, min_dim: int = 2) -> Iterator[tu
             yield tensors.pop(name), match.groups()
 
 
-def split_fused(tensors: Tensors, config: ModelConfig):
+def split_fused(tensors: HFTensors, config: ModelConfig):
     """Splits qkv_proj and gate_up_proj, as Phi-3 has them."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
@@ -146,7 +147,7 @@ def split_fused(tensors: Tensors, config: ModelConfig):
         tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = tensor.tensor_split(2)
 
 
-def split_experts(tensors: Tensors, is_transposed: bool):
+def split_experts(tensors: HFTensors, is_transposed: bool):
     """Splits what holds all experts of a layer: gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5
     writes them. gpt-oss has them transposed, the rows of gate and up in turn, and biases."""
     for experts, (prefix, projection, is_bias) in pop_matches(
@@ -164,7 +165,7 @@ def split_experts(tensors: Tensors, is_transposed: bool):
             tensors[f"{prefix}.{e}.up_proj.{kind}"] = up
 
 
-def split_shared_expert(tensors: Tensors, config: ModelConfig):
+def split_shared_expert(tensors: HFTensors, config: ModelConfig):
     """Splits a shared expert, n_shared_experts times as wide as the others, into experts of their width. It is the sum
     of these."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts
@@ -174,7 +175,7 @@ def split_shared_expert(tensors: Tensors, config: ModelConfig):
             tensors[f"{prefix}.experts.{n_experts + i}.{projection}.weight"] = part
 
 
-def split_dbrx_experts(tensors: Tensors, config: ModelConfig):
+def split_dbrx_experts(tensors: HFTensors, config: ModelConfig):
     """Splits DBRX's w1, v1 and w2, each of all experts [E F, dim]. w2's are transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
@@ -187,7 +188,7 @@ def split_dbrx_experts(tensors: Tensors, config: ModelConfig):
 FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # of the numbers 0 to 7; 8 to 15 are the same, negative
 
 
-def split_mxfp4(tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
+def split_mxfp4(tensors: HFTensors) -> dict[str, Callable[[], Tensor]]:
     """Splits the experts' projections, each stored as blocks and scales, into one bfloat16 matrix for each expert.
     tensors gets these without data, on the meta device. Returns for each of their names the function that makes it."""
     dequantize = {}

@@ -45,8 +45,8 @@ MOE_SOURCES = HF_SOURCES | {
 COMPUTED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables of RoPE in some checkpoints; we compute them
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-Tensors = dict[str, Tensor]
-Reader = Callable[[str], Tensor]
+HFTensors = dict[str, Tensor]  # by Hugging Face's names
+TensorReader = Callable[[str], Tensor]  # Hugging Face's name of a tensor -> the tensor with its data
 
 
 @dataclass
@@ -58,7 +58,7 @@ class TensorPlan:
     sources: list[str]
 
 
-def convert(path: Path, config: ModelConfig, tensors: Tensors, read: Reader):
+def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader):
     """Writes model.pth. Of tensors only names, shapes and dtypes count: they may be on the meta device. read(name)
     gives the data. Raises UsageError naming a tensor that is missing, left over, of the wrong shape or of a dtype other
     than float32, float16 and bfloat16."""
@@ -77,7 +77,7 @@ def convert(path: Path, config: ModelConfig, tensors: Tensors, read: Reader):
     save_checkpoint(path, config, shapes, stack_tensors(plans, read))
 
 
-def plan_tensors(config: ModelConfig, tensors: Tensors) -> dict[str, TensorPlan]:
+def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPlan]:
     """A plan for every tensor of our checkpoint. Raises UsageError if tensors lack what it needs."""
     try:
         one_layer = empty_model(config.with_layers(1)).state_dict()  # the shapes are the same in every layer
@@ -118,7 +118,7 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
     return shapes
 
 
-def common_dtype(sources: dict[str, list[int]], tensors: Tensors) -> torch.dtype:
+def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dtype:
     """The narrowest dtype in which no source loses anything. Raises UsageError for one that is missing or wrong."""
     dtype = None
     for name, shape in sources.items():
@@ -133,7 +133,7 @@ def common_dtype(sources: dict[str, list[int]], tensors: Tensors) -> torch.dtype
     return dtype
 
 
-def stack_tensors(plans: dict[str, TensorPlan], read: Reader) -> Iterator[tuple[str, Tensor]]:
+def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
     """Our tensors, one at a time."""
     for name, plan in plans.items():
         ours = torch.empty(plan.shape, dtype=plan.dtype)

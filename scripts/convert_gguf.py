@@ -41,7 +41,7 @@ from converters.gguf_config import (
 from converters.gguf_file import StoredTensor, read_gguf
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import Reader, Tensors, convert
+from converters.model_tensors import HFTensors, TensorReader, convert
 
 HF_NAMES = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
     "token_embd": "model.embed_tokens",
@@ -100,7 +100,9 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
     write_folder(folder, config, tensors, read, tokenizer)
 
 
-def write_folder(folder: Path, config: ModelConfig, tensors: Tensors, read: Reader, tokenizer: dict[str, bytes]):
+def write_folder(
+    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, tokenizer: dict[str, bytes]
+):  # fmt: skip
     """model.pth gets its name last: where it is, its tokenizer is too."""
     unnamed = folder / "model.pth.tmp"
     try:
@@ -123,7 +125,7 @@ def write_folder(folder: Path, config: ModelConfig, tensors: Tensors, read: Read
 
 def rename_tensors(
     stored: dict[str, StoredTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
-) -> tuple[Tensors, Reader]:
+) -> tuple[HFTensors, TensorReader]:
     """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
     of them, its rows in our order. Gemma's norms need nothing: a GGUF has 1 + w already."""
     sources: dict[str, StoredTensor] = {}

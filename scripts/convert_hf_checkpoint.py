@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from checkpoint import is_table, load_pickle, read_json
 from config import ModelConfig, UsageError
 from converters.families import config_from_hf, find_family
-from converters.hf_tensors import META_FEED_FORWARD, adapt, rename, reorder_heads, rope_order
-from converters.model_tensors import EMBEDDING, HEAD, Reader, Tensors, convert
+from converters.hf_tensors import META_FFN_TO_HF, adapt, rename_tensor, reorder_heads, rope_order
+from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader, convert
 
 
 def main():
@@ -49,7 +49,7 @@ def convert_folder(folder: Path):
 # ---- Hugging Face's folders -----------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path) -> Tensors:
+def read_folder(folder: Path) -> HFTensors:
     """All tensors of a folder, memory-mapped: none is read yet."""
     load, files = load_safetensors, list_files(folder, "model.safetensors")
     if files is None:
@@ -81,7 +81,7 @@ def list_files(folder: Path, whole: str) -> list[str] | None:
     return files
 
 
-def load_safetensors(file: Path) -> Tensors:
+def load_safetensors(file: Path) -> HFTensors:
     if not file.is_file():
         raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
     try:
@@ -94,7 +94,7 @@ def load_safetensors(file: Path) -> Tensors:
         raise
 
 
-def load_bin(file: Path) -> Tensors:
+def load_bin(file: Path) -> HFTensors:
     tensors = load_pickle(file, legacy=True)
     if not is_table(tensors):
         raise UsageError(f"{file} is not a table of tensors")
@@ -103,16 +103,16 @@ def load_bin(file: Path) -> Tensors:
 
 # ---- tinyllamas -----------------------------------------------------------------------------------------------------
 
-META_NAMES = META_FEED_FORWARD | {  # parts of Meta's names -> Hugging Face's
+META_TO_HF = META_FFN_TO_HF | {  # parts of Meta's names -> Hugging Face's
     "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
 }  # fmt: skip
 
 
-def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Reader]:
+def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]:
     """karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names and Meta's order of RoPE's rows, which
-    the Reader changes to Hugging Face's."""
+    reading changes to Hugging Face's."""
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
@@ -124,7 +124,7 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Reader]:
         tensors = {}
         for name, tensor in data["model"].items():
             name = name.removeprefix("_orig_mod.")  # torch.compile's
-            tensors[HEAD if name == "output.weight" else "model." + rename(name, META_NAMES)] = tensor
+            tensors[HEAD if name == "output.weight" else "model." + rename_tensor(name, META_TO_HF)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
     except UsageError:
         raise
@@ -135,7 +135,7 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, Tensors, Reader]:
     return config, tensors, lambda name: reorder_heads(name, tensors[name], order)
 
 
-def tinyllamas_config(args: dict, tensors: Tensors) -> ModelConfig:
+def tinyllamas_config(args: dict, tensors: HFTensors) -> ModelConfig:
     return ModelConfig(
         dim=args["dim"], n_layers=args["n_layers"], n_heads=args["n_heads"],
         n_kv_heads=args.get("n_kv_heads") or args["n_heads"], head_dim=args["dim"] // args["n_heads"],
