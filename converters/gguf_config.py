@@ -1,6 +1,6 @@
 """Reads a GGUF's metadata into a ModelConfig, as the config.json of the same model would be read.
 
-    config = read_config(meta, tensors)    # what gguf_file.py reads
+    config = read_gguf_config(meta, tensors)    # what gguf_file.py reads
 
 To add an architecture, add a row to ARCHITECTURES; its family must be in families.py. This file has no command line.
 """
@@ -25,7 +25,7 @@ REQUIRED_FIELDS = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-FIELDS = REQUIRED_FIELDS | {
+GGUF_FIELDS = REQUIRED_FIELDS | {
     "feed_forward_length": "intermediate_size",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
@@ -42,7 +42,7 @@ FIELDS = REQUIRED_FIELDS | {
     "logit_scale": "logits_scaling",
 }
 # Fields that change the maths in a way that model.py does not implement -> the values with which they change nothing
-NEUTRAL_VALUES = {
+GGUF_NEUTRAL_VALUES = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -68,9 +68,9 @@ class Architecture:
     """How the GGUF files of one architecture are read."""
 
     family: str  # in families.py
-    fields: dict[str, str] = field(default_factory=dict)  # more of FIELDS
+    fields: dict[str, str] = field(default_factory=dict)  # more of GGUF_FIELDS
     extra_fields: Callable[[dict], dict] = lambda hf: {}  # config.json's fields that the metadata lack
-    names: dict[str, str] = field(default_factory=dict)  # what differs from convert_gguf.py: HF_NAMES
+    names: dict[str, str] = field(default_factory=dict)  # what differs from convert_gguf.py: GGUF_TO_HF
     ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
     interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a pair's side by side
 
@@ -151,10 +151,10 @@ def find_architecture(meta: dict) -> Architecture:
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_config(meta: dict, tensors: dict[str, StoredTensor]) -> ModelConfig:
+def read_gguf_config(meta: dict, tensors: dict[str, StoredTensor]) -> ModelConfig:
     """Raises UsageError for what is not supported, and other errors for metadata that are missing or broken."""
     try:
-        config = config_from_hf(make_config_json(meta, tensors))
+        config = config_from_hf(gguf_to_config_json(meta, tensors))
     except UsageError as e:
         raise UsageError(str(e).replace("config.json", "the GGUF's metadata")) from None
     config = replace(
@@ -168,12 +168,12 @@ def read_config(meta: dict, tensors: dict[str, StoredTensor]) -> ModelConfig:
     return config
 
 
-def make_config_json(meta: dict, tensors: dict[str, StoredTensor]) -> dict:
+def gguf_to_config_json(meta: dict, tensors: dict[str, StoredTensor]) -> dict:
     """What Hugging Face's config.json of the same model says."""
     name, architecture = meta["general.architecture"], find_architecture(meta)
     fields = {key.removeprefix(f"{name}."): value for key, value in meta.items()}
     check_fields(fields, name)
-    hf = {ours: fields[theirs] for theirs, ours in (FIELDS | architecture.fields).items() if theirs in fields}
+    hf = {ours: fields[theirs] for theirs, ours in (GGUF_FIELDS | architecture.fields).items() if theirs in fields}
     hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
     if fields.get("attention.value_length", hf["head_dim"]) != hf["head_dim"]:
         raise UsageError(f"{name}.attention.value_length differs from key_length, which is not supported")
@@ -197,7 +197,7 @@ def make_config_json(meta: dict, tensors: dict[str, StoredTensor]) -> dict:
 
 
 def check_fields(fields: dict, name: str):
-    for key, neutral in NEUTRAL_VALUES.items():
+    for key, neutral in GGUF_NEUTRAL_VALUES.items():
         if key in fields and fields[key] not in neutral:
             raise UsageError(f"{name}.{key} = {fields[key]!r} is not supported")
     for key in REQUIRED_FIELDS:

@@ -36,14 +36,14 @@ from converters.gguf_config import (
     SHORT_FACTORS,
     Architecture,
     find_architecture,
-    read_config,
+    read_gguf_config,
 )
 from converters.gguf_file import StoredTensor, read_gguf
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import HFTensors, TensorReader, convert
 
-HF_NAMES = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
+GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -89,8 +89,8 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
         raise UsageError(f"{file} does not exist")
     meta, stored = read_gguf(file)
     try:
-        config = read_config(meta, stored)
-        tensors, read = rename_tensors(stored, config, dtype, find_architecture(meta))
+        config = read_gguf_config(meta, stored)
+        tensors, read = rename_gguf_tensors(stored, config, dtype, find_architecture(meta))
         tokenizer = tokenizer_files(meta)
     except UsageError:
         raise
@@ -123,7 +123,7 @@ def write_folder(
 # ---- From the GGUF's tensors to Hugging Face's ----------------------------------------------------------------------
 
 
-def rename_tensors(
+def rename_gguf_tensors(
     stored: dict[str, StoredTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[HFTensors, TensorReader]:
     """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
@@ -155,7 +155,7 @@ def split_tensor(
     below the other, or those of all experts."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
-    names = HF_NAMES | architecture.names
+    names = GGUF_TO_HF | architecture.names
     if module == "attn_qkv":
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         parts = zip(QKV, np.split(tensor.data, [q, q + kv]), strict=True)

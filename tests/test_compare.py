@@ -22,9 +22,9 @@ import compare_llama_cpp as compare  # isort: skip
 import compare_speed  # isort: skip
 import tables  # isort: skip
 from benchmark_speed import checkpoint_tensors, random_model  # isort: skip
-from convert_gguf import rename_tensors  # isort: skip
+from convert_gguf import rename_gguf_tensors  # isort: skip
 from converters.model_tensors import convert  # isort: skip
-from converters.gguf_config import find_architecture, read_config  # isort: skip
+from converters.gguf_config import find_architecture, read_gguf_config  # isort: skip
 from converters.gguf_file import read_gguf  # isort: skip
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512, norm_eps=2**-16, rope_theta=5e5)  # an eps that is the same in float32
@@ -50,8 +50,8 @@ def model(request, tmp_path):
 def test_both_sides_hold_the_same_weights(model, tmp_path):
     config, weights = model
     meta, stored = read_gguf(tmp_path / "BF16.gguf")
-    back = read_config(meta, stored)
-    renamed = rename_tensors(stored, back, torch.bfloat16, find_architecture(meta))
+    back = read_gguf_config(meta, stored)
+    renamed = rename_gguf_tensors(stored, back, torch.bfloat16, find_architecture(meta))
     convert(tmp_path / "back.pth", back, *renamed)
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
     assert back == config

@@ -14,7 +14,7 @@ from tests.tiny import LINEAR, LLAMA3, ROOT, YARN, make_hf, same_logits
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 
 from convert_gguf import convert_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
-from converters.gguf_config import make_config_json  # isort: skip
+from converters.gguf_config import gguf_to_config_json  # isort: skip
 from converters.gguf_file import read_gguf  # isort: skip
 
 
@@ -98,7 +98,7 @@ def test_what_metadata_lack(tmp_path):
         meta = dict(zip(keys, sizes, strict=True)) | {"context_length": 9, "attention.layer_norm_rms_epsilon": 1e-6}
         meta = {f"{name}.{key}": value for key, value in meta.items()} | {"general.architecture": name}
         _, stored = read_gguf(write_gguf(tmp_path / "m.gguf", make_hf("gemma")))
-        assert make_config_json(meta, stored)["query_pre_attn_scalar"] == query_dim
+        assert gguf_to_config_json(meta, stored)["query_pre_attn_scalar"] == query_dim
 
 
 # ---- Several files --------------------------------------------------------------------------------------------------
