@@ -429,18 +429,20 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
             factors = scaling.long_factor if length > original else scaling.short_factor
             return freqs / torch.tensor(factors)
         case "yarn":
-            keep = yarn_ramp(scaling, dim, theta)
+            unscaled = yarn_ramp(scaling, dim, theta)
         case "llama3":
             turns = original * freqs / (2 * math.pi)  # in the trained context
-            keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    # keep 1: many turns in the trained context, frequency unchanged. keep 0: less than one turn, divided by factor.
-    keep = keep.clamp(0, 1)
-    return keep * freqs + (1 - keep) * freqs / scaling.factor
+            unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    # unscaled is the weight of the trained frequency in a mean of it and of the frequency divided by factor. A pair
+    # that turns many times in the trained context has 1, and keeps its frequency. One that never turns once has 0.
+    unscaled = unscaled.clamp(0, 1)
+    return unscaled * freqs + (1 - unscaled) * freqs / scaling.factor
 
 
 def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
-    """YaRN's share of each frequency that stays as it is (arXiv:2309.00071), before it is clamped: [dim/2]. It falls
-    from the pair that turns beta_fast times in the trained context to the one that turns beta_slow times."""
+    """YaRN's weight of the trained frequency for each pair, before it is clamped to 0 ... 1: [dim/2]
+    (arXiv:2309.00071). It falls linearly from the pair that turns beta_fast times in the trained context to the one
+    that turns beta_slow times."""
 
     def pair_that_turns(n: float) -> float:
         return dim * math.log(scaling.original_max_seq_len / (n * 2 * math.pi)) / (2 * math.log(theta))

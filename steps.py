@@ -32,9 +32,11 @@ from machine import OOM_HINT, check_memory
 from model import KVCache, Transformer
 from sampling import SamplingParams, penalize, sample
 
-PREFILL_CHUNK = 512  # tokens of each sequence that prefill takes at a time, which bounds its memory
-GPU_PREFILL_CHUNK = 4096  # the same on a GPU, of all sequences together: every chunk dequantizes all weights again
-MIN_COMPILED = 9  # tokens of a chunk of prefill that is worth a compilation
+# How many tokens prefill takes at a time, which bounds the memory of its activations. Every chunk dequantizes all
+# weights again, so a GPU, which has the memory, takes larger ones.
+PREFILL_CHUNK = 512  # of each sequence, on a CPU
+GPU_PREFILL_CHUNK = 4096  # of all sequences together
+MIN_COMPILED = 9  # a chunk of fewer tokens is not worth a compilation
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next token ids [B]

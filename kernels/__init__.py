@@ -34,7 +34,8 @@ from machine import drop_pages, free_memory, use_huge_pages
 MAX_CPU_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
 MAX_TRITON_TOKENS = 8  # that the Triton kernels take
 MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in registers
-# Of out_features, to fuse an activation: gate and up are half of them each, and kernels compute 16 outputs at a time.
+# Kernels compute 16 outputs at a time. To fuse an activation, the gate's and the up projection's outputs, each half of
+# out_features, must both be a multiple of 16. Otherwise glu() is a call of its own.
 FUSED_GLU_MULTIPLE = 32
 
 

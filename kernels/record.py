@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.schema import SCHEMAS
 
-# Recordings that a step keeps, since each holds the memory of all its activations. To record again costs some
-# milliseconds, as much as to call the operations one by one (docs/measurements.md).
+# How many recordings, those used last, a step keeps on a CPU. Each holds the memory of all its activations. Recording
+# again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
 current: "Recorder | None" = None  # the one that is recording now
 
