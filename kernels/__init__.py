@@ -227,16 +227,20 @@ def prepare_kernels(model: torch.nn.Module, mapped: bool = False):
     """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
     copies, so an embedding that was tied to the head must be tied again (Transformer.prepare_kernels).
 
-    On a CPU without kernels, quantized weights are dequantized to the dtype of the embedding.
+    On a CPU, quantized weights for which there are no kernels are dequantized to the dtype of the embedding.
 
     mapped: the weights lie in a memory-mapped file. Its pages are released as soon as a weight is packed, so that no
     weight is in memory twice."""
     first = next(iter(model.state_dict().values()))
     linears = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
-    if first.device.type == "cpu" and cpu.library():
-        pack_for_cpu(linears, mapped)
-    elif first.device.type == "cpu" and first.is_floating_point():
-        dequantize_weights([layer for layer in linears if layer.format.quantization], first.dtype, mapped)
+    if first.device.type == "cpu":
+        has_kernels = cpu.library() is not None
+        fitting = [m for m in linears if has_kernels and m.format.fits_kernels("cpu", m.in_features)]
+        if first.is_floating_point():
+            without_kernels = [m for m in linears if m.format.quantization and m not in fitting]
+            dequantize_weights(without_kernels, first.dtype, mapped)
+        if has_kernels:
+            pack_for_cpu(linears, mapped)
     elif first.device.type == "cuda" and load_triton_kernels(first.device):
         pack_for_triton(linears)
 
@@ -246,7 +250,7 @@ def pack_for_cpu(linears: list[LinearLayer], mapped: bool):
     memory = cpu.HugePages()
     is_quantized = any(layer.format.quantization for layer in linears)
     for layer in tqdm(linears, "load", disable=None, leave=False):
-        if not layer.format.fits_kernels(layer.in_features):
+        if not layer.format.fits_kernels("cpu", layer.in_features):
             continue
         unpacked = layer.tensors()
         for name, packed in layer.format.pack(unpacked, "cpu").items():

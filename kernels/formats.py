@@ -1,13 +1,18 @@
-"""How weights are stored: Dense (16 or 32 bits), Int8, Int4. A format is one class here and a branch in each kernel.
+"""How weights are stored: Dense (16 or 32 bits), Int8, Int4, GroupedInt8. A format is a class here and a branch in each
+kernel.
 
 For a weight W [..., N, K] (N outputs, K inputs, experts in front) a format knows: which tensors a checkpoint holds, how
 to make them (quantize), what they mean (dequantize, which is the reference for the kernels), which part of them a
 tensor-parallel rank keeps (shard_inputs), and the order in which a backend's kernels read them (pack, unpack).
 
-    Dense    weight [N, K]
-    Int8     weight [N, K] int8, scales [N] float32                            w = q * scale
-    Int4     weight [N, K / 2] uint8,                                          w = (q - zero / 16) * scale
-             scales [N, n_groups] bfloat16, zeros [N, n_groups] uint8          group_size inputs share scale and zero
+    Dense          weight [N, K]
+    Int8           weight [N, K] int8, scales [N] float32                      w = q * scale
+    Int4           weight [N, K / 2] uint8,                                    w = (q - zero / 16) * scale
+                   scales [N, n_groups], zeros [N, n_groups] uint8
+    GroupedInt8    weight [N, K] uint8, scales and zeros as Int4               w = (q - zero) * scale
+
+In Int4 and GroupedInt8 group_size inputs of an output share a scale and a zero point. The scales are bfloat16, or
+float16 where another project's checkpoint has those, since bfloat16 has fewer bits.
 
 Int4 stores 8 elements in 4 bytes. Byte j holds element j in its low half and element j + 4 in its high half:
 
@@ -18,7 +23,8 @@ Int4 stores 8 elements in 4 bytes. Byte j holds element j in its low half and el
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +34,9 @@ from config import UsageError
 
 Tensors = dict[str, Tensor]  # "weight" and, if quantized, "scales" and "zeros"
 CPU_BLOCK_N = 16  # rows of W that the CPU kernels read side by side
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 128, 256)  # of Int4
+INT8_GROUP_SIZES = (16, *GROUP_SIZES)
+SCALE_DTYPES = ("bfloat16", "float16")  # of scales that a group shares
 QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 copies stay in the processor's cache
 
 
@@ -64,8 +72,8 @@ class WeightFormat:
         """How many inputs of an output share a scale."""
         return in_features
 
-    def fits_kernels(self, in_features: int) -> bool:
-        """Whether the kernels, C++ or Triton, take a W with in_features inputs."""
+    def fits_kernels(self, backend: str, in_features: int) -> bool:
+        """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs."""
         return True
 
     def pack(self, tensors: Tensors, backend: str) -> Tensors:
@@ -126,7 +134,7 @@ class Int8(WeightFormat):
     def dequantize(self, tensors, dtype):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
 
-    def fits_kernels(self, in_features):
+    def fits_kernels(self, backend, in_features):
         return in_features % 8 == 0
 
     def pack(self, tensors, backend):
@@ -146,28 +154,32 @@ class Int8(WeightFormat):
 
 
 @dataclass(frozen=True)
-class Int4(WeightFormat):
-    """Asymmetric, q from 0 to 15. Every group_size inputs of an output share a scale and a zero point. The last group
-    may be shorter."""
+class GroupedFormat(WeightFormat):
+    """What Int4 and GroupedInt8 have in common. Asymmetric, q from 0 up. Every group_size inputs of an output share a
+    scale and a zero point. The last group may be shorter."""
 
     group_size: int
-    format_id = 2
-    pack_factor = 8
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    mode: ClassVar[str]
+    elements_per_byte: ClassVar[int]
+    zeros_per_step: ClassVar[int]  # zero points are stored in this part of a step of q
 
     @property
     def name(self):
-        return f"int4.g{self.group_size}"
+        return f"{self.mode}.g{self.group_size}"
 
     @property
     def quantization(self):
-        return {"mode": "int4", "groupsize": self.group_size}
+        entry = {"mode": self.mode, "groupsize": self.group_size}
+        return entry | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape
         n_groups = math.ceil(k / self.group_size)
         return {
-            "weight": torch.empty((*outputs, k // 2), dtype=torch.uint8, device=device),
-            "scales": torch.empty((*outputs, n_groups), dtype=torch.bfloat16, device=device),
+            "weight": torch.empty((*outputs, k // self.elements_per_byte), dtype=torch.uint8, device=device),
+            "scales": torch.empty((*outputs, n_groups), dtype=self.scale_dtype, device=device),
             "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
         }
 
@@ -175,26 +187,24 @@ class Int4(WeightFormat):
         return in_chunks(self.quantize_rows, w)
 
     def quantize_rows(self, w: Tensor) -> Tensors:
-        groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        scales, zeros = choose_qparams(groups)
-        return self.round_groups(groups, scales, zeros, w.shape[-1])
+        """quantize for w [N, K]."""
+        raise NotImplementedError
 
-    def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
-        """The tensors for groups [N, n_groups, group_size], whose last one is padded beyond the k elements of a row."""
-        q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
-        return {"weight": pack_int4(q.to(torch.uint8).flatten(-2)[:, :k]), "scales": scales, "zeros": zeros}
+    def unpack_elements(self, weight: Tensor) -> Tensor:
+        """q [..., N, K] uint8 of the tensor "weight"."""
+        return weight
 
     def dequantize(self, tensors, dtype):
-        q = unpack_int4(tensors["weight"])  # [..., N, K]
+        q = self.unpack_elements(tensors["weight"])
         scales, zeros = (
             t.repeat_interleave(self.group_size, -1)[..., : q.shape[-1]]
-            for t in (tensors["scales"].float(), decode_zeros(tensors["zeros"]))
+            for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_per_step)
         )
         return ((q - zeros) * scales).to(dtype)
 
     def shard_inputs(self, name, tensor, start, length):
         if name == "weight":
-            return tensor[..., start // 2 : (start + length) // 2].clone()
+            return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if name in ("scales", "zeros"):  # for each group of the shard, those of the group of W that it lies in
             step = self.shard_format(length).group_size
             first_inputs = torch.arange(start, start + length, step, device=tensor.device)
@@ -202,35 +212,93 @@ class Int4(WeightFormat):
         return tensor
 
     def shard_format(self, length):
-        return Int4(math.gcd(length, self.group_size))  # small enough that no group spans two groups of W
+        # Small enough that no group spans two groups of W
+        return replace(self, group_size=math.gcd(length, self.group_size))
 
     def scale_group_size(self, in_features):
         return self.group_size
 
-    def fits_kernels(self, in_features):
-        return in_features % 8 == 0
+    def pack(self, tensors, backend):
+        """cpu: words of four bytes. The words of 16 rows lie side by side, then their next words: int32
+        [N / 16, bytes of a row / 4, 16]; scales and zeros alike, [N / 16, n_groups, 16]."""
+        if backend != "cpu":
+            return tensors
+        words = {"weight": tensors["weight"].view(torch.int32)}
+        return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend != "cpu":
+            return tensors
+        rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
+        return rows | {"weight": rows["weight"].view(torch.uint8)}
+
+
+class Int4(GroupedFormat):
+    """q from 0 to 15, zero points in sixteenths of a step."""
+
+    format_id = 2
+    mode = "int4"
+    pack_factor = 8
+    elements_per_byte = 2
+    zeros_per_step = 16
+
+    def quantize_rows(self, w):
+        groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
+        scales, zeros = choose_qparams(groups, self.scale_dtype)
+        return self.round_groups(groups, scales, zeros, w.shape[-1])
+
+    def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
+        """The tensors for groups [N, n_groups, group_size], whose last one is padded beyond the k elements of a row."""
+        q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
+        return {"weight": pack_int4(q.to(torch.uint8).flatten(-2)[:, :k]), "scales": scales, "zeros": zeros}
+
+    def unpack_elements(self, weight):
+        return unpack_int4(weight)
+
+    def fits_kernels(self, backend, in_features):
+        return in_features % 8 == 0 and self.scale_dtype == torch.bfloat16
 
     def pack(self, tensors, backend):
-        """cpu: words of 8 elements. The words of 16 rows lie side by side, then their next words: int32
-        [N / 16, K / 8, 16]; scales and zeros alike, [N / 16, n_groups, 16].
-        triton: tiles, drawn in triton_int4.py; scales and zeros in words, column by column (pack_scales there)."""
+        """triton: tiles, drawn in triton_int4.py; scales and zeros in words, column by column (pack_scales there)."""
         if backend == "cpu":
-            words = {"weight": tensors["weight"].view(torch.int32)}
-            return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+            return super().pack(tensors, backend)
         from kernels.triton_int4 import pack_int4_tiles, pack_scales  # here, since a CPU may lack Triton
 
         tiles = pack_int4_tiles(unpack_int4(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
     def unpack(self, tensors, backend, out_features, in_features):
-        if backend != "cpu":
-            from kernels.triton_int4 import unpack_int4_tiles, unpack_scales
+        if backend == "cpu":
+            return super().unpack(tensors, backend, out_features, in_features)
+        from kernels.triton_int4 import unpack_int4_tiles, unpack_scales
 
-            scales, zeros = unpack_scales(tensors["scales"])
-            weight = pack_int4(unpack_int4_tiles(tensors["weight"], out_features, in_features))
-            return {"weight": weight, "scales": scales, "zeros": zeros}
-        rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
-        return rows | {"weight": rows["weight"].view(torch.uint8)}
+        scales, zeros = unpack_scales(tensors["scales"])
+        weight = pack_int4(unpack_int4_tiles(tensors["weight"], out_features, in_features))
+        return {"weight": weight, "scales": scales, "zeros": zeros}
+
+
+class GroupedInt8(GroupedFormat):
+    """q from 0 to 255, and so is the zero point."""
+
+    format_id = 3
+    mode = "int8"
+    elements_per_byte = 1
+    zeros_per_step = 1
+
+    def quantize_rows(self, w):
+        groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
+        # Not 255, so that 0..255 spans a group even if its scale is rounded down
+        scales, zeros = choose_range(groups, 254, self.scale_dtype)
+        zeros = zeros.round().clamp(0, 255)
+        q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
+        return {
+            "weight": q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]].contiguous(),
+            "scales": scales,
+            "zeros": zeros.to(torch.uint8),
+        }
+
+    def fits_kernels(self, backend, in_features):
+        return False
 
 
 @dataclass(frozen=True)
@@ -259,10 +327,14 @@ def parse_format(quantization: dict | None) -> WeightFormat:
         return Dense()
     if isinstance(quantization, dict):
         mode, group_size = quantization.get("mode"), quantization.get("groupsize")
-        if mode == "int8":
+        scale_dtype = quantization.get("scale_dtype", "bfloat16")
+        if mode == "int8" and not quantization.keys() & {"groupsize", "scale_dtype"}:
             return Int8()
-        if mode == "int4" and group_size in GROUP_SIZES:
-            return Int4(group_size)
+        if scale_dtype in SCALE_DTYPES:
+            if mode == "int8" and group_size in INT8_GROUP_SIZES:
+                return GroupedInt8(group_size, getattr(torch, scale_dtype))
+            if mode == "int4" and group_size in GROUP_SIZES:
+                return Int4(group_size, getattr(torch, scale_dtype))
     raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")
 
 
@@ -273,7 +345,7 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     return {name: torch.cat([tensors[name] for tensors in done]).unflatten(0, w.shape[:-1]) for name in done[0]}
 
 
-# ---- The arithmetic of Int4, which quantize.py and gptq.py share ----------------------------------------------------
+# ---- The arithmetic of groups, which quantize.py and gptq.py share --------------------------------------------------
 
 
 def split_groups(w: Tensor, group_size: int) -> Tensor:
@@ -285,12 +357,19 @@ def split_groups(w: Tensor, group_size: int) -> Tensor:
     return w.unflatten(-1, (-1, group_size))
 
 
-def choose_qparams(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (bfloat16) and zeros (uint8) [...] with which q = 0..15 spans each group [..., group_size] and 0."""
+def choose_range(groups: Tensor, max_q: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales in scale_dtype and zero points in float32 [...], in steps of the scale, with which q = 0..max_q spans each
+    group [..., group_size] and 0."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = ((high - low) / 15).to(torch.bfloat16)
+    scales = ((high - low) / max_q).to(scale_dtype)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return scales, encode_zeros(-low / scales.float())
+    return scales, -low / scales.float()
+
+
+def choose_qparams(groups: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (uint8) [...] with which q = 0..15 spans each group [..., group_size] and 0."""
+    scales, zero = choose_range(groups, 15, scale_dtype)
+    return scales, encode_zeros(zero)
 
 
 def round_int4(w: Tensor, scale: Tensor | float, zero: Tensor) -> Tensor:

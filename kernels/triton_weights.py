@@ -25,7 +25,7 @@ WORD_BYTES = tl.constexpr(4)
 def supports(layer) -> bool:
     """Whether the kernels can read the weight of layer, a model.Linear."""
     format = layer.format
-    if not isinstance(format, Dense | Int8 | Int4) or not format.fits_kernels(layer.in_features):
+    if not isinstance(format, Dense | Int8 | Int4) or not format.fits_kernels("triton", layer.in_features):
         return False
     if not isinstance(format, Int4):
         return True

@@ -145,7 +145,8 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
     device = pick_device(args.device)
     args.device = str(device)
-    format = parse_format({"mode": args.mode, "groupsize": args.groupsize} if args.mode else None)
+    group_size = {"groupsize": args.groupsize} if args.mode == "int4" else {}
+    format = parse_format({"mode": args.mode} | group_size if args.mode else None)
     if args.tune:
         tune(config, format, device)
     torch.manual_seed(1234)

@@ -22,7 +22,7 @@ from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
 from converters.families import config_from_hf
 from generate import generate
-from kernels.formats import Dense, Int4, Int8, Tensors, WeightFormat
+from kernels.formats import Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
 from machine import peak_memory, read_bandwidth, synchronize
 from model import KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import SamplingParams
@@ -118,6 +118,10 @@ def fill_weight(linear: Linear, std: float):
             linear.weight.random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
             linear.scales.uniform_(std / 5, std / 4)
             linear.zeros.random_(100, 141)  # sixteenths, so about 7.5, the mean of 0 to 15
+        case GroupedInt8():
+            linear.weight.random_(0, 256)  # whose standard deviation is 74
+            linear.scales.fill_(std / 74)
+            linear.zeros.random_(127, 129)  # about the mean of 0 to 255
         case Dense():
             linear.weight.normal_(std=std)
         case format:

@@ -294,7 +294,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
     kernels.pack_for_triton([w])
-    assert w.backend == ("triton" if format.fits_kernels(ffn_dim) else "torch")
+    assert w.backend == ("triton" if format.fits_kernels("triton", ffn_dim) else "torch")
     for n_rows in row_counts:
         topk_weights, topk_ids = reference.route(torch.randn(1, n_rows, n_experts) * 3, TOP_K, True)
         hidden = integers(1, n_rows, TOP_K, ffn_dim, dtype=dtype)

@@ -11,7 +11,7 @@ import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
 from generate import load, load_model
-from kernels.formats import Int4, Int8
+from kernels.formats import GroupedInt8, Int4, Int8
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
 from tests.tiny import call
@@ -58,10 +58,16 @@ def test_layers_in_other_formats(folder, tmp_path):
     """A file may say the format of each layer. The head that is left in 16 bits is tied."""
     config, quantization, tensors = read_checkpoint(folder / "model_int8.pth")
     original = read_checkpoint(folder / "model.pth")[2]
-    other, name = Int4(32), "layers.1.feed_forward.gate_up_proj"
+    others = {
+        "layers.1.feed_forward.gate_up_proj": Int4(32),
+        "layers.0.feed_forward.down_proj": Int4(32, torch.float16),
+        "layers.0.attention.o_proj": GroupedInt8(16),
+        "layers.1.attention.o_proj": GroupedInt8(32, torch.float16),
+    }
     del tensors["lm_head.weight"], tensors["lm_head.scales"]
-    tensors |= {f"{name}.{part}": t for part, t in other.quantize(original[f"{name}.weight"]).items()}
-    layers = {"lm_head": None, name: other.quantization}
+    for name, other in others.items():
+        tensors |= {f"{name}.{part}": t for part, t in other.quantize(original[f"{name}.weight"]).items()}
+    layers = {"lm_head": None} | {name: other.quantization for name, other in others.items()}
     shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
     path, tokens = tmp_path / "model.pth", torch.arange(9)[None]
     for overrides, error in [(layers, None), ({"lm_heat": None}, "lm_heat, which is no linear"), ([1], "layers are")]:
@@ -72,7 +78,8 @@ def test_layers_in_other_formats(folder, tmp_path):
     save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": layers})
     model = load_model(path, dtype=torch.float32)
     plain = load_model(path, dtype=torch.float32, use_kernels=False)
-    assert model.is_tied and model.format == Int8() and model.get_submodule(name).format == other
+    assert model.is_tied and model.format == Int8()
+    assert all(plain.get_submodule(name).format == other for name, other in others.items())
     dense = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
     for layer, linear in plain.quantizable_linears():
         dense.get_submodule(layer).set_tensor("weight", linear.dequantized_weight(torch.float32))

@@ -12,7 +12,7 @@ import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
-from kernels.formats import Int4, Int8, split_groups
+from kernels.formats import Dense, GroupedInt8, Int4, Int8, parse_format, parse_formats, split_groups
 from loading import load_model
 from model import KVCache, Linear
 from quantize import Int4HQQ
@@ -20,6 +20,12 @@ from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from tokenizer import load_tokenizer
 
 FORMATS = {"int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
+IMPORTED = {  # which converters write, but quantize.py does not
+    "int4.g64 float16": Int4(64, torch.float16),
+    "int8.g16": GroupedInt8(16),
+    "int8.g64 float16": GroupedInt8(64, torch.float16),
+}
+EVERY = FORMATS | IMPORTED
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
 FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
@@ -65,7 +71,7 @@ def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [8, 24, 64, 72, 200])
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("format", EVERY.values(), ids=EVERY)
 def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
     w = random_matrix(50, k)
     w[7] = 0
@@ -79,7 +85,8 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
         levels = torch.arange(-127, 128) * steps[..., None]  # [N, 1, 255]
     else:
         steps, zeros = (tensors[n].float().repeat_interleave(format.group_size, -1)[:, :k] for n in ("scales", "zeros"))
-        levels = (torch.arange(16) - zeros[..., None] / 16) * steps[..., None]  # [N, K, 16]
+        q = torch.arange(256 if isinstance(format, GroupedInt8) else 16)
+        levels = (q - zeros[..., None] / format.zeros_per_step) * steps[..., None]  # [N, K, len(q)]
     nearest = (levels - w[..., None]).abs().amin(-1)
     tolerance = FLOAT_ERROR * w.abs().amax(-1, keepdim=True)
     assert (error <= nearest + tolerance).all()
@@ -93,6 +100,41 @@ def test_stored_weights_quantize_to_themselves(format):
     """Exactly: the largest and smallest of them give the same range again."""
     w = rounded(format, random_matrix(20, 72))
     assert torch.equal(rounded(format, w), w)
+
+
+@pytest.mark.parametrize("format", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("start, length", [(0, 80), (80, 80), (128, 32), (8, 8)])
+def test_a_shard_means_its_part_of_the_weight(format, start, length):
+    w = random_matrix(6, 160)
+    tensors, shard_format = format.quantize(w), format.shard_format(length)
+    shard = {name: format.shard_inputs(name, t, start, length) for name, t in tensors.items()}
+    assert shapes_of(shard) == shapes_of(shard_format.empty(torch.Size((6, length)), w.dtype, "cpu"))
+    expected = format.dequantize(tensors, torch.float32)[:, start : start + length]
+    assert torch.equal(shard_format.dequantize(shard, torch.float32), expected)
+
+
+@pytest.mark.parametrize("format", [Dense(), *FORMATS.values(), *IMPORTED.values()], ids=lambda format: format.name)
+def test_a_header_names_its_format(format):
+    parsed = parse_format(format.quantization)
+    assert parsed.quantization == format.quantization and parsed.name == format.name
+    assert parse_formats({"mode": "int8", "layers": {"a": format.quantization}}).of_layer("a") == parsed
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        "int4", {}, {"mode": "int2"}, {"mode": "int4"}, {"mode": "int4", "groupsize": 16},
+        {"mode": "int4", "groupsize": 32, "scale_dtype": "float32"},
+        {"mode": "int4", "groupsize": 32, "scale_dtype": ["float16"]},
+        {"mode": "int4", "groupsize": 32, "scale_dtype": None},
+        {"mode": "int8", "groupsize": 8}, {"mode": "int8", "groupsize": None}, {"mode": "int8", "groupsize": [32]},
+        {"mode": "int8", "groupsize": 32, "scale_dtype": "int8"}, {"mode": "int8", "scale_dtype": "float16"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_names_none(quantization):
+    with pytest.raises(UsageError, match="the checkpoint is quantized as .*, which this version does not read"):
+        parse_format(quantization)
 
 
 def test_hqq_and_fitted_scales_beat_the_plain_range():
