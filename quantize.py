@@ -1,6 +1,7 @@
 """Quantize the linear layers of a checkpoint, output head included, to 8 or 4 bits.
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int8                 -> model_int8.pth
+    python quantize.py --checkpoint_path checkpoints/M/model.pth --mode fp8                  -> model_fp8.pth
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4 --groupsize 64  -> model_int4.g64.pth
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
@@ -8,6 +9,9 @@ int8        symmetric, one scale per output channel
 int4        asymmetric, a scale and a zero point per group along the input
 int4-hqq    the same format; zero points refined without data (half-quadratic quantization, Badri & Shaji 2023)
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
+fp8         8-bit floats (e4m3), one scale per output channel
+mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats); of its two
+            exponents that can be right the one with the smaller squared error
 
 Norms, biases, routers and the embedding are not quantized. kernels/formats.py describes the formats. One tensor at a
 time is in memory (for int4-gptq: one layer). The file appears under its name when it is complete.
@@ -33,6 +37,8 @@ from checkpoint import read_checkpoint, read_text, save_checkpoint
 from config import ModelConfig, UsageError
 from kernels.formats import (
     GROUP_SIZES,
+    MXFP4,
+    Float8,
     Int4,
     Int8,
     Tensors,
@@ -82,7 +88,10 @@ MODES: dict[str, Callable[[int], WeightFormat]] = {
     "int4": Int4,
     "int4-hqq": Int4HQQ,
     "int4-gptq": Int4,
+    "fp8": lambda group_size: Float8(),
+    "mxfp4": lambda group_size: MXFP4(),
 }
+UNGROUPED_MODES = ("int8", "fp8", "mxfp4")  # which have no --groupsize
 
 
 DEFAULT_GROUP_SIZE = 32
@@ -111,7 +120,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_device(group)
     cli.add_threads(parser)
     args = parser.parse_args()
-    if args.mode == "int8" and args.groupsize is not None:
+    if args.mode in UNGROUPED_MODES and args.groupsize is not None:
         raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
     if args.groupsize is None:
         args.groupsize = DEFAULT_GROUP_SIZE
@@ -172,9 +181,10 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
 
 def check_sizes(weights: dict[str, Tensor], format: WeightFormat):
     for name, w in weights.items():
-        k, factor = w.shape[-1], format.pack_factor
+        k, factor = w.shape[-1], format.input_multiple
         if k % factor:
-            raise UsageError(f"{name}.weight has {k} inputs; int4 needs a multiple of {factor}: use --mode int8")
+            mode = format.quantization["mode"]
+            raise UsageError(f"{name}.weight has {k} inputs; {mode} needs a multiple of {factor}: use --mode int8")
 
 
 def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> Iterator[tuple[str, Tensors]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from config import ModelConfig, UsageError
 from converters.hf_config import Family
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
+from kernels.float_bits import decode_mxfp4
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
@@ -185,8 +186,6 @@ def split_dbrx_experts(tensors: HFTensors, config: ModelConfig):
 
 # ---- gpt-oss's weights of four bits ---------------------------------------------------------------------------------
 
-FP4_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # of the numbers 0 to 7; 8 to 15 are the same, negative
-
 
 def split_mxfp4(tensors: HFTensors) -> dict[str, Callable[[], Tensor]]:
     """Splits the experts' projections, each stored as blocks and scales, into one bfloat16 matrix for each expert.
@@ -224,8 +223,6 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, rows: slice) -> Tensor:
 
     blocks [N, K / 32, 16]: 32 numbers of four bits, two a byte, the lower half first.
     scales [N, K / 32]: the exponents of powers of two, with a bias of 127."""
-    values = torch.tensor(FP4_VALUES + [-value for value in FP4_VALUES])
-    blocks = blocks[rows].int()
-    numbers = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [rows, K / 32, 32]
-    exponents = scales[rows].int()[..., None] - 127
-    return torch.ldexp(values[numbers], exponents).flatten(-2).to(torch.bfloat16)
+    blocks = blocks[rows]
+    q = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [rows, K / 32, 32]
+    return decode_mxfp4(q, scales[rows]).flatten(-2).to(torch.bfloat16)

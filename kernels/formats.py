@@ -1,5 +1,5 @@
-"""How weights are stored: Dense (16 or 32 bits), Int8, Int4, GroupedInt8. A format is a class here and a branch in each
-kernel.
+"""How weights are stored: Dense (16 or 32 bits), Int8, Int4, GroupedInt8, Float8, MXFP4. A format is a class here and a
+branch in each kernel.
 
 For a weight W [..., N, K] (N outputs, K inputs, experts in front) a format knows: which tensors a checkpoint holds, how
 to make them (quantize), what they mean (dequantize, which is the reference for the kernels), which part of them a
@@ -10,11 +10,13 @@ tensor-parallel rank keeps (shard_inputs), and the order in which a backend's ke
     Int4           weight [N, K / 2] uint8,                                    w = (q - zero / 16) * scale
                    scales [N, n_groups], zeros [N, n_groups] uint8
     GroupedInt8    weight [N, K] uint8, scales and zeros as Int4               w = (q - zero) * scale
+    Float8         weight [N, K] float8_e4m3fn, scales [N, n_groups] float32   w = q * scale
+    MXFP4          weight [N, K / 2] uint8, scales [N, K / 32] uint8           w = e2m1(q) * 2^(scale - 127)
 
 In Int4 and GroupedInt8 group_size inputs of an output share a scale and a zero point. The scales are bfloat16, or
 float16 where another project's checkpoint has those, since bfloat16 has fewer bits.
 
-Int4 stores 8 elements in 4 bytes. Byte j holds element j in its low half and element j + 4 in its high half:
+Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in its low half and element j + 4 in its high half:
 
              byte        0        1        2        3
              low half    q0       q1       q2       q3
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UsageError
+from kernels.float_bits import FLOAT8_MAX, decode_mxfp4, round_mxfp4
 
 Tensors = dict[str, Tensor]  # "weight" and, if quantized, "scales" and "zeros"
 CPU_BLOCK_N = 16  # rows of W that the CPU kernels read side by side
@@ -47,6 +50,7 @@ class WeightFormat:
     name: str | None = None  # in the output of --json
     quantization: dict | None = None  # in model.pth
     pack_factor = 1  # inputs that share a word: W can only be cut at multiples of it
+    input_multiple = 1  # a whole W must have a multiple of so many inputs
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
         """Uninitialized tensors, as a checkpoint holds them, for W of this shape and dtype."""
@@ -205,10 +209,8 @@ class GroupedFormat(WeightFormat):
     def shard_inputs(self, name, tensor, start, length):
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
-        if name in ("scales", "zeros"):  # for each group of the shard, those of the group of W that it lies in
-            step = self.shard_format(length).group_size
-            first_inputs = torch.arange(start, start + length, step, device=tensor.device)
-            return tensor[..., first_inputs // self.group_size]
+        if name in ("scales", "zeros"):
+            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
         return tensor
 
     def shard_format(self, length):
@@ -238,7 +240,7 @@ class Int4(GroupedFormat):
 
     format_id = 2
     mode = "int4"
-    pack_factor = 8
+    pack_factor = input_multiple = 8
     elements_per_byte = 2
     zeros_per_step = 16
 
@@ -302,6 +304,108 @@ class GroupedInt8(GroupedFormat):
 
 
 @dataclass(frozen=True)
+class Float8(WeightFormat):
+    """8-bit floats, e4m3: 4 bits of exponent, 3 of mantissa, up to 448, no infinity. Every group_size inputs of an
+    output share a scale; None: all of its inputs do."""
+
+    group_size: int | None = None
+    format_id = 4
+
+    @property
+    def name(self):
+        return "fp8" if self.group_size is None else f"fp8.g{self.group_size}"
+
+    @property
+    def quantization(self):
+        return {"mode": "fp8"} | ({} if self.group_size is None else {"groupsize": self.group_size})
+
+    def empty(self, shape, dtype, device):
+        *outputs, k = shape
+        n_groups = math.ceil(k / self.scale_group_size(k))
+        return {
+            "weight": torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
+            "scales": torch.empty((*outputs, n_groups), dtype=torch.float32, device=device),
+        }
+
+    def quantize(self, w):
+        return in_chunks(self.quantize_rows, w)
+
+    def quantize_rows(self, w: Tensor) -> Tensors:
+        k = w.shape[-1]
+        groups = split_groups(w.float(), self.scale_group_size(k))
+        scales = (groups.abs().amax(-1) / FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        q = (groups / scales[..., None]).flatten(-2)[:, :k]
+        return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
+
+    def dequantize(self, tensors, dtype):
+        q = tensors["weight"].float()
+        group_size = self.scale_group_size(q.shape[-1])
+        scales = tensors["scales"].repeat_interleave(group_size, -1)[..., : q.shape[-1]]
+        return (q * scales).to(dtype)
+
+    def shard_inputs(self, name, tensor, start, length):
+        if name == "scales" and self.group_size is not None:
+            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
+        return super().shard_inputs(name, tensor, start, length)
+
+    def shard_format(self, length):
+        return self if self.group_size is None else Float8(math.gcd(length, self.group_size))
+
+    def scale_group_size(self, in_features):
+        return self.group_size or in_features
+
+    def fits_kernels(self, backend, in_features):
+        return False
+
+
+@dataclass(frozen=True)
+class MXFP4(WeightFormat):
+    """4-bit floats, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. 32 inputs of an output share a power of two,
+    of which the scale is the exponent (OCP Microscaling Formats, version 1.0)."""
+
+    group_size: int = 32  # smaller only in a shard that cuts through a group
+    format_id = 5
+    name = "mxfp4"
+    quantization = {"mode": "mxfp4"}
+    pack_factor = 8
+    input_multiple = 32
+
+    def empty(self, shape, dtype, device):
+        *outputs, k = shape
+        return {
+            "weight": torch.empty((*outputs, k // 2), dtype=torch.uint8, device=device),
+            "scales": torch.empty((*outputs, k // self.group_size), dtype=torch.uint8, device=device),
+        }
+
+    def quantize(self, w):
+        return in_chunks(self.quantize_rows, w)
+
+    def quantize_rows(self, w: Tensor) -> Tensors:
+        q, scales = round_mxfp4(w.float().unflatten(-1, (-1, self.group_size)))
+        return {"weight": pack_int4(q.flatten(-2)), "scales": scales}
+
+    def dequantize(self, tensors, dtype):
+        q = unpack_int4(tensors["weight"]).unflatten(-1, (-1, self.group_size))
+        return decode_mxfp4(q, tensors["scales"]).flatten(-2).to(dtype)
+
+    def shard_inputs(self, name, tensor, start, length):
+        if name == "weight":
+            return tensor[..., start // 2 : (start + length) // 2].clone()
+        if name == "scales":
+            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
+        return tensor
+
+    def shard_format(self, length):
+        return MXFP4(math.gcd(length, self.group_size))
+
+    def scale_group_size(self, in_features):
+        return self.group_size
+
+    def fits_kernels(self, backend, in_features):
+        return False
+
+
+@dataclass(frozen=True)
 class WeightFormats:
     """The format of every linear layer of a model: most have the same, and a checkpoint may name others."""
 
@@ -335,6 +439,10 @@ def parse_format(quantization: dict | None) -> WeightFormat:
                 return GroupedInt8(group_size, getattr(torch, scale_dtype))
             if mode == "int4" and group_size in GROUP_SIZES:
                 return Int4(group_size, getattr(torch, scale_dtype))
+        if mode == "fp8" and group_size in (None, *GROUP_SIZES):
+            return Float8(group_size)
+        if mode == "mxfp4" and group_size is None:
+            return MXFP4()
     raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")
 
 
@@ -343,6 +451,13 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     chunks = w.flatten(0, -2).split(max(1, QUANTIZE_CHUNK // w.shape[-1]))
     done = [quantize_rows(chunk) for chunk in chunks]
     return {name: torch.cat([tensors[name] for tensors in done]).unflatten(0, w.shape[:-1]) for name in done[0]}
+
+
+def shard_groups(t: Tensor, start: int, length: int, group_size: int, shard_group_size: int) -> Tensor:
+    """Scales or zeros t [..., n_groups] for W's inputs [start, start + length), which now are in groups of
+    shard_group_size: for each of these, those of the group of W that it lies in."""
+    first_inputs = torch.arange(start, start + length, shard_group_size, device=t.device)
+    return t[..., first_inputs // group_size]
 
 
 # ---- The arithmetic of groups, which quantize.py and gptq.py share --------------------------------------------------

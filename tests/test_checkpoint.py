@@ -30,6 +30,7 @@ def test_what_is_saved_is_read(tmp_path):
     tensors = {
         "int": torch.arange(6, dtype=torch.uint8).view(2, 3),
         "half": torch.randn(3, 4).bfloat16(),
+        "float8": torch.randn(3, 4).to(torch.float8_e4m3fn),
         "transposed": torch.randn(4, 3).T,
         "empty": torch.ones(0, 3),
         "scalar": torch.tensor(1.5),

@@ -12,20 +12,35 @@ import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
-from kernels.formats import Dense, GroupedInt8, Int4, Int8, parse_format, parse_formats, split_groups
+from kernels.float_bits import E2M1_VALUES, round_mxfp4
+from kernels.formats import (
+    MXFP4,
+    Dense,
+    Float8,
+    GroupedInt8,
+    Int4,
+    Int8,
+    parse_format,
+    parse_formats,
+    split_groups,
+)
 from loading import load_model
 from model import KVCache, Linear
 from quantize import Int4HQQ
 from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from tokenizer import load_tokenizer
 
-FORMATS = {"int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
+FORMATS = {
+    "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),
+    "mxfp4": MXFP4(),
+}  # fmt: skip
 IMPORTED = {  # which converters write, but quantize.py does not
     "int4.g64 float16": Int4(64, torch.float16),
     "int8.g16": GroupedInt8(16),
     "int8.g64 float16": GroupedInt8(64, torch.float16),
 }
 EVERY = FORMATS | IMPORTED
+INTEGERS = {name: format for name, format in EVERY.items() if not isinstance(format, Float8 | MXFP4)}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
 FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
@@ -71,7 +86,7 @@ def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [8, 24, 64, 72, 200])
-@pytest.mark.parametrize("format", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("format", INTEGERS.values(), ids=INTEGERS)
 def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
     w = random_matrix(50, k)
     w[7] = 0
@@ -98,7 +113,7 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_stored_weights_quantize_to_themselves(format):
     """Exactly: the largest and smallest of them give the same range again."""
-    w = rounded(format, random_matrix(20, 72))
+    w = rounded(format, random_matrix(20, 96))
     assert torch.equal(rounded(format, w), w)
 
 
@@ -137,6 +152,50 @@ def test_a_header_that_names_none(quantization):
         parse_format(quantization)
 
 
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all of its values, and two NaN
+E2M1 = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])
+
+
+@pytest.mark.parametrize("format", [Float8(), Float8(32), MXFP4()], ids=lambda format: format.name)
+def test_floats_are_rounded_to_the_nearest_the_format_has(format):
+    w = random_matrix(50, 96)
+    w[7] = 0
+    w[8] *= 1e-30
+    w[9] *= torch.logspace(-30, 30, 96)
+    tensors = format.quantize(w)
+    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    error = (format.dequantize(tensors, torch.float32) - w).abs()
+    assert not error[7].any()
+    if isinstance(format, MXFP4):
+        values, steps = E2M1, (tensors["scales"].float() - 127).exp2()
+    else:
+        values, steps = E4M3[~E4M3.isnan()], tensors["scales"]
+        assert torch.equal(steps.max(1).values, w.abs().amax(1).div(448).clamp(min=2.0**-126))  # 448 is e4m3's largest
+    levels = steps.repeat_interleave(format.scale_group_size(96), 1)[..., None] * values  # [N, K, values]
+    nearest = (levels - w[..., None]).abs().amin(-1)
+    assert (error <= nearest * (1 + FLOAT_ERROR) + 1e-37).all()
+
+
+def test_ties_and_exponents_of_mxfp4():
+    """Ties go to the even mantissa. The exponent is the standard's or the next, whichever has the smaller error."""
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+    even = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0])
+    w = torch.cat([ties, -ties, 4 * torch.ones(16)])[None]
+    assert torch.equal(MXFP4().dequantize(MXFP4().quantize(w), torch.float32)[0, :16], torch.cat([even, -even]))
+    assert MXFP4().quantize(w)["scales"].item() == 127
+    w = random_matrix(500, 32)
+    q, scales = round_mxfp4(w)
+    error = (MXFP4().dequantize(MXFP4().quantize(w), torch.float32) - w).square().sum(-1)
+    standard = w.abs().amax(-1).log2().floor() - 2
+    losses = []
+    for exponents in (standard, standard + 1):
+        levels = exponents.exp2()[:, None, None] * E2M1
+        losses.append((levels - w[..., None]).abs().amin(-1).square().sum(-1))
+    torch.testing.assert_close(error, torch.minimum(*losses))
+    takes_next = scales == standard + 128
+    assert takes_next.any() and (takes_next | (scales == standard + 127)).all()
+
+
 def test_hqq_and_fitted_scales_beat_the_plain_range():
     w = random_matrix(256, 128) ** 3  # heavy tails
     plain, hqq = rounded(Int4(64), w), rounded(Int4HQQ(64), w)
@@ -156,13 +215,13 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
     run_quantize(monkeypatch, path, f"--mode={mode}", *options)
     (folder(family) / f"model_{name}.pth").rename(tmp_path / "any name")
     config, quantization, tensors = read_checkpoint(tmp_path / "any name")
-    assert quantization == ({"mode": "int4", "groupsize": int(group_size)} if group_size else {"mode": "int8"})
+    assert quantization == ({"mode": "int4", "groupsize": int(group_size)} if group_size else {"mode": name})
 
     ours, plain = (load_model(p, "cpu", torch.float32, use_kernels=False) for p in (tmp_path / "any name", path))
     quantized = dict(plain.quantizable_linears())
     for linear_name, linear in quantized.items():
         module = ours.get_submodule(linear_name)
-        assert module.weight.dtype in (torch.int8, torch.uint8) and not linear_name.endswith("router")
+        assert module.weight.itemsize == 1 and not linear_name.endswith("router")
         expected = format.quantize(linear.weight.data)
         assert module.tensors().keys() == expected.keys()
         for kind, tensor in expected.items():
@@ -313,6 +372,8 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--percdamp=0"], "--percdamp"),
         (["--percdamp=0", "--mode=int4-gptq"], "--percdamp"),
         (["--mode=int8", "--groupsize=64"], "--groupsize belongs to int4"),
+        (["--mode=fp8", "--groupsize=64"], "--groupsize belongs to int4"),
+        (["--mode=mxfp4", "--groupsize=32"], "--groupsize belongs to int4"),
         (["--threads=0"], "--threads must be 1 to"),
     ],
 )
@@ -334,18 +395,28 @@ def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
     tensors[name] = tensors[name].clone()
     tensors[name][3, 4] = torch.nan
     save_checkpoint(tmp_path / "model.pth", config, shapes_of(tensors), tensors.items())
-    for mode in ("int8", "int4"):
+    for mode in ("int8", "int4", "fp8", "mxfp4"):
         with pytest.raises(SystemExit) as e:
             cli.run(lambda mode=mode: run_quantize(monkeypatch, tmp_path / "model.pth", f"--mode={mode}"))
         assert e.value.code == 2 and f"{name} holds NaN" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model.pth"]
 
 
-def test_int4_takes_inputs_in_eights():
+def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
     weights = {"lm_head": torch.zeros(3, 12)}
-    quantize.check_sizes(weights, Int8())
-    with pytest.raises(UsageError, match="lm_head.weight has 12 inputs; int4 needs a multiple of 8: use --mode int8"):
-        quantize.check_sizes(weights, Int4(32))
+    for format in (Int8(), Float8()):
+        quantize.check_sizes(weights, format)
+    for format, multiple in ((Int4(32), "int4 needs a multiple of 8"), (MXFP4(), "mxfp4 needs a multiple of 32")):
+        with pytest.raises(UsageError, match=f"lm_head.weight has 12 inputs; {multiple}: use --mode int8"):
+            quantize.check_sizes(weights, format)
+
+
+def test_what_a_checkpoint_says_of_its_format_is_read():
+    for format in (Int8(), Int4(64), Float8(), Float8(128), MXFP4()):
+        assert parse_format(format.quantization) == format
+    for wrong in ({"mode": "fp8", "groupsize": 48}, {"mode": "fp4"}, {"mode": "mxfp4", "groupsize": 64}):
+        with pytest.raises(UsageError, match="which this version does not read"):
+            parse_format(wrong)
 
 
 def test_a_full_disk_leaves_the_old_file(folder, tmp_path):
