@@ -22,6 +22,8 @@ from chat_template import LLAMA2_TEMPLATE, render
 from checkpoint import read_json
 from config import UsageError
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files that are one; the first that is there counts
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "chat_template.jinja")
 SENTINEL = str(secrets.randbits(128))  # occurs in no text; only digits, so that no filter of a template changes it
 MATCHES_NOTHING = "(?!)"  # a regular expression
 SAMPLE_LENGTH = 16  # characters for each token that a text may have, by which exceeds judges it

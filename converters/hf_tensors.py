@@ -16,6 +16,7 @@ from torch import Tensor
 
 from config import ModelConfig, UsageError
 from converters.hf_config import Family
+from converters.lora import Adapter, Merge, replace_tensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
 from kernels.float_bits import decode_mxfp4
 
@@ -63,25 +64,27 @@ def rename_tensor(name: str, new_names: dict[str, str]) -> str:
 BAICHUAN_1_VOCAB = 64000  # Baichuan 2 has a larger vocabulary, and scales every row of its head to length one
 
 
-def adapt(tensors: HFTensors, config: ModelConfig, family: Family) -> TensorReader:
+def adapt(
+    tensors: HFTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
+) -> TensorReader:  # fmt: skip
     """Renames and splits tensors, in place. Returns the function that reads one of them: what changes its data is done
-    there, so that only one is in memory at a time."""
-    new_names = FAMILY_TO_LLAMA.get(family.model_type, {})
+    there, so that only one is in memory at a time. adapter: is merged into them."""
+    rename = partial(rename_tensor, new_names=FAMILY_TO_LLAMA.get(family.model_type, {}))
+    split = partial(split_tensors, config=config, family=family)
     for name in list(tensors):
-        tensors[rename_tensor(name, new_names)] = tensors.pop(name)
-    is_gpt_oss = family.model_type == "gpt_oss"
-    dequantize = split_mxfp4(tensors) if is_gpt_oss else {}
-    split_fused(tensors, config)
-    split_experts(tensors, is_transposed=is_gpt_oss)
-    if config.moe is not None and config.moe.n_shared_experts:
-        split_shared_expert(tensors, config)
-    if family.model_type == "dbrx":
-        split_dbrx_experts(tensors, config)
+        tensors[rename(name)] = tensors.pop(name)
+    dequantize = split_mxfp4(tensors) if family.model_type == "gpt_oss" else {}
+    if adapter is not None:
+        replace_tensors(adapter, tensors, config, rename)
+    split(tensors)
+    merge = Merge(adapter, tensors, config, rename, split) if adapter is not None else None
     order = rope_order(config, family.interleaved_rope)
     normalizes_head = family.model_type == "baichuan" and config.vocab_size > BAICHUAN_1_VOCAB
 
     def read(name: str) -> Tensor:
         tensor = dequantize[name]() if name in dequantize else tensors[name]
+        if merge is not None:
+            tensor = merge(name, tensor)
         tensor = reorder_heads(name, tensor, order)
         if normalizes_head and name == HEAD:
             tensor = F.normalize(tensor.float()).to(tensor.dtype)
@@ -127,6 +130,16 @@ def center_outputs(name: str, tensor: Tensor) -> Tensor:
 
 
 # ---- Splitting: views, without reading ------------------------------------------------------------------------------
+
+
+def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
+    """Splits what Llama has in several tensors, or for each expert."""
+    split_fused(tensors, config)
+    split_experts(tensors, is_transposed=family.model_type == "gpt_oss")
+    if config.moe is not None and config.moe.n_shared_experts:
+        split_shared_expert(tensors, config)
+    if family.model_type == "dbrx":
+        split_dbrx_experts(tensors, config)
 
 
 def pop_matches(tensors: HFTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:

@@ -6,6 +6,7 @@ It renames tensors and stacks those that are always used together: q, k and v; g
 one tensor is in memory at a time. This file has no command line.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -75,6 +76,28 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
         raise UsageError(f"{what} ({len(left_over)} left over)")
     shapes = {name: (plan.shape, plan.dtype) for name, plan in plans.items()}
     save_checkpoint(path, config, shapes, stack_tensors(plans, read))
+
+
+def write_folder(
+    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, files: dict[str, bytes | None]
+):  # fmt: skip
+    """Writes model.pth and files to folder; a file that is None is removed. model.pth gets its name last: where it is,
+    its tokenizer is too. Raises UsageError, as convert does."""
+    unnamed = folder / "model.pth.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        convert(unnamed, config, tensors, read)
+        for name, data in files.items():
+            if data is None:
+                (folder / name).unlink(missing_ok=True)
+                continue
+            (folder / f"{name}.tmp").write_bytes(data)
+            os.replace(folder / f"{name}.tmp", folder / name)
+        os.replace(unnamed, folder / "model.pth")
+    except OSError as e:
+        raise UsageError(f"cannot write to {folder}: {e.strerror}") from None
+    finally:
+        unnamed.unlink(missing_ok=True)
 
 
 def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPlan]:

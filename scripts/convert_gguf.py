@@ -9,7 +9,6 @@ vocabulary becomes tokenizer.json (byte-level BPE) or tokenizer.model (sentencep
 tokenizer_config.json.
 """
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -41,7 +40,8 @@ from converters.gguf_config import (
 from converters.gguf_file import StoredTensor, read_gguf
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import HFTensors, TensorReader, convert
+from converters.model_tensors import HFTensors, TensorReader, write_folder
+from tokenizer import TOKENIZER_FILES
 
 GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
     "token_embd": "model.embed_tokens",
@@ -97,27 +97,7 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
     except Exception as e:  # whatever odd metadata runs into; tokenizers raises bare Exception
         why = f"{type(e).__name__} {e}".splitlines()[0]
         raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
-    write_folder(folder, config, tensors, read, tokenizer)
-
-
-def write_folder(
-    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, tokenizer: dict[str, bytes]
-):  # fmt: skip
-    """model.pth gets its name last: where it is, its tokenizer is too."""
-    unnamed = folder / "model.pth.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        convert(unnamed, config, tensors, read)
-        for name, data in tokenizer.items():
-            (folder / f"{name}.tmp").write_bytes(data)
-            os.replace(folder / f"{name}.tmp", folder / name)
-        for of_another_model in {"tokenizer.json", "tokenizer.model", "chat_template.jinja"} - tokenizer.keys():
-            (folder / of_another_model).unlink(missing_ok=True)
-        os.replace(unnamed, folder / "model.pth")
-    except OSError as e:
-        raise UsageError(f"cannot write to {folder}: {e.strerror}") from None
-    finally:
-        unnamed.unlink(missing_ok=True)
+    write_folder(folder, config, tensors, read, dict.fromkeys(TOKENIZER_FILES) | tokenizer)
 
 
 # ---- From the GGUF's tensors to Hugging Face's ----------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """A Hugging Face checkpoint's folder, or karpathy's tinyllamas, to model.pth.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B
+    python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B --lora my-adapter
 
-The folder holds config.json and safetensors or pytorch_model.bin, in one file or many; or one .pt of tinyllamas.
+The folder holds config.json and safetensors or pytorch_model.bin, in one file or many; or one .pt of tinyllamas. --lora
+merges a LoRA adapter of PEFT into it. The result is my-adapter/model.pth, with the base's tokenizer beside it unless
+the adapter has its own. The base's model.pth stays as it is.
 """
 
 import sys
@@ -15,90 +18,81 @@ if __name__ == "__main__":
     cli.exit_on_interrupt()
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from checkpoint import is_table, load_pickle, read_json
 from config import ModelConfig, UsageError
 from converters.families import config_from_hf, find_family
+from converters.hf_files import read_folder
 from converters.hf_tensors import META_FFN_TO_HF, adapt, rename_tensor, reorder_heads, rope_order
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader, convert
+from converters.lora import ADAPTER_CONFIG, read_adapter
+from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader, convert, write_folder
+from tokenizer import TOKENIZER_FILES, TOKENIZERS
 
 
 def main():
     parser = cli.make_parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
-    folder = parser.parse_args().checkpoint_dir
-    convert_folder(folder)
-    print(f"wrote {folder / 'model.pth'}")
+    help = "merge the LoRA adapter in this folder (adapter_config.json), and write model.pth there"
+    parser.add_argument("--lora", type=Path, metavar="FOLDER", help=help)
+    args = parser.parse_args()
+    print(f"wrote {convert_folder(args.checkpoint_dir, args.lora)}")
 
 
-def convert_folder(folder: Path):
+def convert_folder(folder: Path, lora: Path | None = None) -> Path:
+    """Writes model.pth of a checkpoint's folder into it or, with an adapter in the folder lora, of both into that.
+    Returns its path."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
+    if lora is not None:
+        return merge_folders(folder, lora)
+    path = folder / "model.pth"
     if (folder / "config.json").is_file():
-        generation = read_json(folder / "generation_config.json", {})
-        hf = read_json(folder / "config.json")
-        config, tensors = config_from_hf(hf, generation), read_folder(folder)
+        config, hf = read_configs(folder)
+        tensors = read_folder(folder)
         read = adapt(tensors, config, find_family(hf))
+    elif (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base model"
+        what = f"{folder} holds an adapter, not a model"
+        raise UsageError(f"{what}: give the folder of {base} as --checkpoint_dir, and this one as --lora")
     else:
         config, tensors, read = read_tinyllamas(folder)
-    convert(folder / "model.pth", config, tensors, read)
+    convert(path, config, tensors, read)
+    return path
 
 
-# ---- Hugging Face's folders -----------------------------------------------------------------------------------------
+def read_configs(folder: Path) -> tuple[ModelConfig, dict]:
+    """The model's config, and config.json, from which it is."""
+    generation = read_json(folder / "generation_config.json", {})
+    hf = read_json(folder / "config.json")
+    return config_from_hf(hf, generation), hf
 
 
-def read_folder(folder: Path) -> HFTensors:
-    """All tensors of a folder, memory-mapped: none is read yet."""
-    load, files = load_safetensors, list_files(folder, "model.safetensors")
-    if files is None:
-        load, files = load_bin, list_files(folder, "pytorch_model.bin")
-    if files is None:
-        raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
-    tensors = {}
-    for file in files:
-        tensors.update(load(folder / file))
-    return tensors
+def merge_folders(folder: Path, lora: Path) -> Path:
+    """Writes model.pth of the model in folder and the adapter in lora, into lora."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
+    if lora.resolve() == folder.resolve():
+        raise UsageError("put the adapter into a folder of its own: model.pth goes there, and the base has one, too")
+    adapter = read_adapter(lora)
+    check_not_quantized(folder)
+    config, hf = read_configs(folder)
+    tensors = read_folder(folder)
+    read = adapt(tensors, config, find_family(hf), adapter)
+    files = {}
+    if not any((lora / name).is_file() for name in TOKENIZERS):
+        of_base = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
+        files = {name: (folder / name).read_bytes() for name in of_base}
+    write_folder(lora, config, tensors, read, files)
+    return lora / "model.pth"
 
 
-def list_files(folder: Path, whole: str) -> list[str] | None:
-    """The names of a checkpoint's files: whole, if it is one file, or those that its index names. None: neither is
-    there."""
-    if (folder / whole).is_file():
-        return [whole]
-    index = folder / f"{whole}.index.json"
-    if not index.is_file():
-        return None
-    content = read_json(index)
-    file_of = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
-        raise UsageError(f"{index} has no weight_map of file names")
-    files = sorted(set(file_of.values()))
-    for file in files:
-        if Path(file).name != file:
-            raise UsageError(f"{index} names {file!r}, which is not a file of the folder itself")
-    return files
-
-
-def load_safetensors(file: Path) -> HFTensors:
-    if not file.is_file():
-        raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise UsageError(f"{file} is truncated or not safetensors: {e}") from None
-    except ValueError as e:
-        if "UntypedStorage" in str(e):  # about every second Ctrl-C in load_file; PyTorch hides the KeyboardInterrupt
-            raise KeyboardInterrupt from None
-        raise
-
-
-def load_bin(file: Path) -> HFTensors:
-    tensors = load_pickle(file, legacy=True)
-    if not is_table(tensors):
-        raise UsageError(f"{file} is not a table of tensors")
-    return tensors
+def check_not_quantized(folder: Path):
+    """Raises UsageError for a base of quantized weights; not for gpt-oss, whose attention is not."""
+    hf = read_json(folder / "config.json")
+    quantization = hf.get("quantization_config") if isinstance(hf, dict) else None
+    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
+        what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"
+        raise UsageError(f"{what}: give the model that it was made from")
 
 
 # ---- tinyllamas -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,65 @@
+"""Opens Hugging Face's weights: safetensors and pytorch_model.bin, in one file or many. This file has no command line.
+
+    tensors = read_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # memory-mapped: none is read yet
+"""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from checkpoint import is_table, load_pickle, read_json
+from config import UsageError
+from converters.model_tensors import HFTensors
+
+
+def read_folder(folder: Path) -> HFTensors:
+    """All tensors of a folder, memory-mapped: none is read yet."""
+    load, files = load_safetensors, list_files(folder, "model.safetensors")
+    if files is None:
+        load, files = load_bin, list_files(folder, "pytorch_model.bin")
+    if files is None:
+        raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
+    tensors = {}
+    for file in files:
+        tensors.update(load(folder / file))
+    return tensors
+
+
+def list_files(folder: Path, whole: str) -> list[str] | None:
+    """The names of a checkpoint's files: whole, if it is one file, or those that its index names. None: neither is
+    there."""
+    if (folder / whole).is_file():
+        return [whole]
+    index = folder / f"{whole}.index.json"
+    if not index.is_file():
+        return None
+    content = read_json(index)
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise UsageError(f"{index} has no weight_map of file names")
+    files = sorted(set(file_of.values()))
+    for file in files:
+        if Path(file).name != file:
+            raise UsageError(f"{index} names {file!r}, which is not a file of the folder itself")
+    return files
+
+
+def load_safetensors(file: Path) -> HFTensors:
+    if not file.is_file():
+        raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise UsageError(f"{file} is truncated or not safetensors: {e}") from None
+    except ValueError as e:
+        if "UntypedStorage" in str(e):  # about every second Ctrl-C in load_file; PyTorch hides the KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        raise
+
+
+def load_bin(file: Path) -> HFTensors:
+    tensors = load_pickle(file, legacy=True)
+    if not is_table(tensors):
+        raise UsageError(f"{file} is not a table of tensors")
+    return tensors

@@ -1,0 +1,238 @@
+"""Merges a LoRA adapter, as PEFT saves it, into the weights of its base model. This file has no command line.
+
+    adapter = read_adapter(Path("checkpoints/my-adapter"))    # adapter_config.json, adapter_model.safetensors or .bin
+    merge = Merge(adapter, tensors, config, rename, split)    # in hf_tensors.py: adapt
+    weight = merge(name, tensors[name])
+
+LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]: it becomes W + scale * B A, with A [r, K], B [N, r].
+PEFT has more than this. What it has and this file does not compute is refused by name.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import read_json
+from config import ModelConfig, UsageError
+from converters.hf_files import load_bin, load_safetensors
+from converters.model_tensors import EMBEDDING, HEAD, HFTensors
+
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
+
+# Fields of adapter_config.json that change the maths, unless they are null, false or empty
+UNSUPPORTED_FIELDS = {
+    "use_dora": "DoRA", "lora_bias": "biases of LoRA's own", "fan_in_fan_out": "transposed weights",
+    "layer_replication": "layers that are used several times", "target_parameters": "LoRA of whole stacks of experts",
+    "trainable_token_indices": "single trained tokens", "alora_invocation_tokens": "LoRA that begins at a token",
+    "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
+    "monteclora_config": "MonteCLoRA", "ensure_weight_tying": "LoRA of an embedding and a head together",
+}  # fmt: skip
+# How A and B began, where W stayed as it was. The other ways, such as PiSSA, trained A and B beside another W.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one weight, scale * B A."""
+
+    a: Tensor  # [r, K]
+    b: Tensor  # [N, r]
+    scale: float
+
+    def delta(self) -> Tensor:
+        return self.scale * (self.b.float() @ self.a.float())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    changes: dict[str, LowRank]  # transformers' name of a weight -> its change
+    replaced: HFTensors  # whole tensors, trained besides (modules_to_save)
+    has_all_layers: bool  # it has the same weights in every layer of its model
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder. Raises UsageError."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}")
+    config = read_json(path)
+    try:
+        check_config(config)
+        halves, replaced = sort_tensors(read_tensors(folder))
+        changes = {f"{module}.weight": make_change(module, config, *ab) for module, ab in halves.items()}
+    except UsageError as e:
+        raise UsageError(f"{folder}: {e}") from None
+    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
+        raise UsageError(f"{path} holds something of the wrong kind ({e})") from None
+    targets = config.get("target_modules")
+    is_list = isinstance(targets, list) or targets == "all-linear"
+    may_lack_layers = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    return Adapter(changes, replaced, has_all_layers=is_list and not may_lack_layers)
+
+
+def check_config(config: dict):
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise UsageError(f"an adapter of type {peft_type!r} is not supported; LORA is")
+    for name, meaning in UNSUPPORTED_FIELDS.items():
+        if config.get(name):
+            raise UsageError(f"{ADAPTER_CONFIG}: {name} means {meaning}, which is not supported")
+    if config.get("bias", "none") != "none":
+        raise UsageError(f"{ADAPTER_CONFIG}: bias = {config['bias']!r} is not supported; 'none' is")
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        why = "its base is not the original model: save it with PEFT's path_initial_model_for_weight_conversion"
+        raise UsageError(f"{ADAPTER_CONFIG}: init_lora_weights = {start!r} is not supported, for {why}")
+
+
+def read_tensors(folder: Path) -> HFTensors:
+    """All tensors, by transformers' names. Raises UsageError if one is not finite."""
+    if (folder / "adapter_model.safetensors").is_file():
+        tensors = load_safetensors(folder / "adapter_model.safetensors")
+    elif (folder / "adapter_model.bin").is_file():
+        tensors = load_bin(folder / "adapter_model.bin")
+    else:
+        raise UsageError("neither adapter_model.safetensors nor adapter_model.bin is there")
+    if not tensors:
+        raise UsageError("the adapter has no tensors")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UsageError(f"tensor {name} is not finite; the adapter is broken")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], HFTensors]:
+    """(A and B of each module, the whole tensors)."""
+    halves, replaced = {}, {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.default)?(\.weight)?", name)
+        if match is None:
+            if ".lora_" in name:
+                raise UsageError(f"tensor {name} is of a kind of LoRA that is not supported")
+            replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = tensor
+            continue
+        module, is_embedding, half, *_ = match.groups()
+        if tensor.dim() != 2:
+            raise UsageError(f"tensor {name} is no matrix but {list(tensor.shape)}")
+        if is_embedding:  # its weight is [V, dim], and its A [r, V] and B [dim, r]: B A is the change transposed
+            tensor, half = tensor.mT, {"A": "B", "B": "A"}[half]
+        halves.setdefault(module, {})[half] = tensor
+    for module, half in halves.items():
+        if len(half) != 2:
+            raise UsageError(f"of {module}, lora_{'B' if 'A' in half else 'A'} is missing")
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}, replaced
+
+
+def make_change(module: str, config: dict, a: Tensor, b: Tensor) -> LowRank:
+    if not is_target(module, config.get("target_modules")):
+        raise UsageError(f"there are tensors for {module}, which target_modules of {ADAPTER_CONFIG} does not name")
+    r = find_pattern(config.get("rank_pattern"), module, config["r"] if "r" in config else 8)
+    alpha = find_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if len(a) != r or b.shape[1] != r:
+        raise UsageError(f"{ADAPTER_CONFIG} gives {module} the rank {r}; its tensors have {len(a)} and {b.shape[1]}")
+    return LowRank(a, b, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+
+
+def is_target(module: str, target_modules: str | list[str]) -> bool:
+    """Whether target_modules names this module: "all-linear", a regular expression, or a list of names' ends."""
+    if isinstance(target_modules, str):
+        return target_modules == "all-linear" or re.fullmatch(target_modules, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in target_modules)
+
+
+def find_pattern(value_of: dict | None, module: str, default: float) -> float:
+    """The value of the first regular expression that matches the end of a module's name."""
+    for pattern, value in (value_of or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+# ---- Merging --------------------------------------------------------------------------------------------------------
+
+
+def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str]):
+    """Puts the adapter's whole tensors in the place of the model's. If a tied embedding or head changes, the other one
+    stays as it is; so the head, which may be left out, becomes a tensor of its own."""
+    names = {rename(name) for name in (*adapter.changes, *adapter.replaced)}
+    if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
+        tensors.setdefault(HEAD, tensors[EMBEDDING])
+    for name, tensor in adapter.replaced.items():
+        base = tensors.get(rename(name))
+        if base is None:
+            raise UsageError(f"the adapter replaces {name}, which the base model does not have")
+        if tensor.shape != base.shape:
+            shapes = f"{list(tensor.shape)}, the base's {list(base.shape)}"
+            raise UsageError(f"the adapter's {name} is {shapes}: it was made for another model, or tokens were added")
+        tensors[rename(name)] = tensor.to(base.dtype)
+
+
+class Merge:
+    """merge(name, weight): the weight of this name with the adapter's change. Conversion renames and splits a weight,
+    so it does the same to the weight's change. Raises UsageError if a change does not fit the model."""
+
+    def __init__(
+        self, adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str],
+        split: Callable[[HFTensors], None],
+    ):  # fmt: skip
+        """tensors: the base model's, renamed and split."""
+        self.rename, self.split = rename, split
+        self.change_of: dict[str, tuple[str, LowRank]] = {}  # name of a tensor -> transformers' name, change
+        for name, change in adapter.changes.items():
+            shape = len(change.b), change.a.shape[1]
+            for part, delta in self.split_delta(name, torch.empty(shape, device="meta")).items():
+                check_fit(name, shape, delta, tensors.get(part), part in self.change_of)
+                self.change_of[part] = name, change
+        if adapter.has_all_layers:
+            check_layers(self.change_of, config.n_layers)
+        self.last: tuple[str, HFTensors] = "", {}  # the change that was computed last, in its parts
+
+    def split_delta(self, name: str, delta: Tensor) -> HFTensors:
+        parts = {self.rename(name): delta}
+        self.split(parts)
+        return parts
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self.change_of:
+            return weight
+        whole, change = self.change_of[name]
+        if self.last[0] != whole:
+            self.last = whole, self.split_delta(whole, change.delta())
+        merged = (weight.float() + self.last[1][name]).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise UsageError(f"{whole} is not finite with the adapter; one of them is broken")
+        return merged
+
+
+def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor | None, is_changed: bool):
+    if weight is None:
+        raise UsageError(f"the adapter changes {name}, which the base model does not have")
+    if delta.shape != weight.shape:
+        base = f"the base's are {list(weight.shape)}, not {list(delta.shape)}"
+        raise UsageError(f"the adapter's {name} is {list(shape)}: {base}; it was made for another model")
+    if weight.is_meta:
+        raise UsageError(f"the adapter changes {name}, which the base model stores in four bits")
+    if is_changed:
+        raise UsageError(f"the adapter changes {name} twice")
+
+
+def check_layers(changed: dict[str, tuple[str, LowRank]], n_layers: int):
+    """Raises UsageError unless every layer has the same changes, or none has any."""
+    layers_of: dict[str, set[int]] = {}  # name within a layer -> layers
+    for name in changed:
+        match = re.match(r"model\.layers\.(\d+)\.(.+)", name)
+        if match is not None:
+            layers_of.setdefault(match[2], set()).add(int(match[1]))
+    for name, layers in layers_of.items():
+        if len(layers) != n_layers:
+            what = f"the adapter changes {name} in {len(layers)} of {n_layers} layers"
+            raise UsageError(f"{what}: it is incomplete, or was made for another model")
