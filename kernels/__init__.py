@@ -295,10 +295,10 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 
 
 def pack_for_triton(linears: list[LinearLayer]):
-    from kernels import triton_weights
+    from kernels import triton_formats
 
     for layer in linears:
-        if triton_weights.supports(layer):
+        if triton_formats.supports(layer):
             for name, packed in layer.format.pack(layer.tensors(), "triton").items():
                 layer.set_tensor(name, packed)
             layer.backend, layer.max_tokens = "triton", MAX_TRITON_TOKENS

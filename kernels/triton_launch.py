@@ -39,9 +39,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.formats import Dense, Int4, Int8
+from kernels.triton_formats import kernel_format
 
 TUNED = Path(__file__).with_name("triton_tuned.json")
-FORMAT_NAMES = {Dense.format_id: "dense", Int8.format_id: "int8", Int4.format_id: "int4"}  # that the kernels read
 
 
 class Gpu(NamedTuple):
@@ -129,16 +129,9 @@ class TileConfig(NamedTuple):
     num_stages: int  # of the loop's software pipeline, as in Triton
 
 
-def format_name(format_id: int) -> str:
-    """Raises ValueError for a format that the kernels do not read, before they take it for another one."""
-    if format_id not in FORMAT_NAMES:
-        raise ValueError(f"the Triton kernels read the formats {FORMAT_NAMES}, not {format_id}")
-    return FORMAT_NAMES[format_id]
-
-
 def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
     """What triton_tuned.json calls a product with W [n, k]."""
-    key = f"{format_name(format_id)}, {n} x {k}"
+    key = f"{kernel_format(format_id).name}, {n} x {k}"
     if format_id == Int4.format_id and group_size == 32:
         key += ", g32"
     return f"{key}, gated" if gated else key

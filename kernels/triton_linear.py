@@ -5,7 +5,7 @@
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
 computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
-tests/test_triton.py checks it. triton_weights.py has what depends on the weight's format.
+tests/test_triton.py checks it. triton_formats.py has what depends on the weight's format.
 
 In shape comments M is tokens, N outputs, which are the rows of W, and K inputs, which are the columns of W.
 """
@@ -15,28 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import Int4
 from kernels.schema import ACTIVATION_IDS, triton_op
-from kernels.triton_int4 import TILE_K, TILE_N, TILE_WORDS, magic_word, offset_of, tiles_to_floats
+from kernels.triton_formats import kernel_format
+from kernels.triton_int4 import magic_word
 from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_previous_kernel
-from kernels.triton_weights import (
-    INT4,
-    INT8,
-    check_format,
-    int4_product,
-    load_int4_scales,
-    load_int4_tiles,
-    load_rows,
-    prefetch_weights,
-    program_outputs,
-    slice_starts,
-)
+from kernels.triton_weights import elements_per_output, prefetch_weights, program_outputs, slice_columns, slice_starts
 
 SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["silu"]), tl.constexpr(ACTIVATION_IDS["gelu_tanh"])
 CLAMPED_SWIGLU = tl.constexpr(ACTIVATION_IDS["clamped_swiglu"])
 PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the previous kernel: about what its loop does
 
-# ---- linear ---------------------------------------------------------------------------------------------------------
+# ---- fused_linear ---------------------------------------------------------------------------------------------------
 #
 # A program computes BLOCK_N outputs of all tokens. In each step of its loop it multiplies a tile of W with a tile of x:
 #
@@ -66,10 +55,10 @@ PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the p
 
 
 @triton.jit
-def linear_kernel(
+def fused_linear_kernel(
     w_ptr, scales_ptr,  # W [N, K], of experts [E, N, K], and its scales, as the format packs them
     bias_ptr,  # [N], of experts [E, N]
-    x_ptr,  # [M, K]; if X_HAS_PAIRS [M * TOP_K, K]
+    x_ptr,  # [M, K]; if X_IS_PER_PAIR [M * TOP_K, K]
     norm_weight_ptr,  # [K]
     residual_ptr,  # [M, N_OUT]
     topk_ids_ptr,  # [M, TOP_K]
@@ -77,8 +66,9 @@ def linear_kernel(
     eps,  # of the norm
     scale, softcap, clip,  # of the epilogue
     magic, N,  # magic: see triton_int4.nibble_pair
-    M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_HAS_PAIRS: tl.constexpr,
-    FORMAT_ID: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of the products' factors
+    M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
+    MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # of the format
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of the products' factors
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see triton_launch.py
@@ -90,8 +80,6 @@ def linear_kernel(
     With topk_ids W is a stack of experts. A pair is a token and one of its experts; y has a result for each pair.
     Grid: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs of all tokens that have the pair's expert,
     so that an expert is read once. If an earlier pair has the same expert, there is nothing left to do."""
-    check_format(FORMAT_ID)
-    IS_TILED: tl.constexpr = FORMAT_ID == INT4
     SLICE_K: tl.constexpr = BLOCK_K // K_SLICES
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION else BLOCK_N
     N_OUT = N // 2 if ACTIVATION else N
@@ -108,15 +96,15 @@ def linear_kernel(
         pair = tl.program_id(1)
         expert = tl.load(topk_ids_ptr + pair)
         if M == 1:
-            x_ptr += pair * K if X_HAS_PAIRS else 0
+            x_ptr += pair * K if X_IS_PER_PAIR else 0
             y_ptr += pair * N_OUT
         else:
             y_index, mask_m = pairs_of(expert, topk_ids_ptr, offs_m, M, TOP_K)
             if tl.min(tl.where(mask_m, y_index, M * TOP_K), axis=0) < pair:
                 return
-            x_index = y_index if X_HAS_PAIRS else x_index
+            x_index = y_index if X_IS_PER_PAIR else x_index
         first_output = expert * N  # among those of all experts
-        w_ptr += first_output * (tl.cdiv(K, TILE_K) * (TILE_WORDS // TILE_N) if IS_TILED else K)
+        w_ptr += first_output * elements_per_output(K, IS_TILED)
         if scales_ptr is not None:
             scales_ptr += first_output * tl.cdiv(K, GROUP_SIZE)
         if bias_ptr is not None:
@@ -127,7 +115,7 @@ def linear_kernel(
     y_offsets = y_index[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
     mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
     channel_scale, bias, residual = None, None, None
-    if FORMAT_ID == INT8:
+    if HAS_CHANNEL_SCALES:
         channel_scale = tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -140,24 +128,17 @@ def linear_kernel(
     starts = slice_starts(IS_TILED, SLICE_K, K_SLICES)
     for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         slice_k = k + starts  # [K_SLICES]
-        offs_k = slice_k[:, None] + tl.arange(0, SLICE_K)[None, :]  # [K_SLICES, SLICE_K]
+        offs_k = slice_columns(slice_k, SLICE_K)  # [K_SLICES, SLICE_K]
         x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, M, K, DTYPE)  # [K_SLICES, SLICE_K, BLOCK_M]
         if norm_weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, M, K)
-        if FORMAT_ID == INT4:
-            words = load_int4_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, BLOCK_K)
-            group_scale, zero = load_int4_scales(scales_ptr, offs_n, mask_n, slice_k, N, K, GROUP_SIZE)
-            q = tiles_to_floats(words, magic, BLOCK_N // TILE_N, SLICE_K, DTYPE)  # [K_SLICES, BLOCK_N, SLICE_K]
-            acc += int4_product(q, x, group_scale, zero + offset_of(DTYPE))
-        else:
-            w = load_rows(w_ptr, offs_n, mask_n, offs_k, K)  # [K_SLICES, BLOCK_N, SLICE_K]
-            acc = tl.dot(w.to(DTYPE), x, acc, input_precision="ieee")
+        acc = MULTIPLY(acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
     # Epilogue
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
-    if FORMAT_ID == INT8:
+    if HAS_CHANNEL_SCALES:
         y *= channel_scale
     if norm_weight_ptr is not None:
         y *= inverse_rms(squares, eps, M, K, BLOCK_M)[None, :]
@@ -260,32 +241,33 @@ def apply_softcap(x, softcap):
     return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)
 
 
-def launch_linear(
+def launch_fused_linear(
     y: Tensor, x: Tensor,
     weight: Tensor, scales: Tensor | None, format_id: int, n: int, group_size: int, bias: Tensor | None = None,
     norm_weight: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
     activation: int = 0, scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
     topk_ids: Tensor | None = None,
 ):  # fmt: skip
-    """Fills y with linear_kernel. With topk_ids [M, top_k] y has a result for each id, and x an input for each token or
-    for each id."""
+    """Fills y with fused_linear_kernel. With topk_ids [M, top_k] y has a result for each id, and x a vector for each
+    token or for each id."""
     k = x.shape[-1]
     n_inputs = x.numel() // k  # vectors [K] in x
     n_tokens, n_pairs, top_k = n_inputs, 1, 1
     if topk_ids is not None:
         n_pairs, top_k = topk_ids.numel(), topk_ids.shape[-1]
         n_tokens = n_pairs // top_k
-    tiles = choose_tiles(x, format_id, n, activation > 0, group_size)
+    format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size)
     block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
-    if format_id == Int4.format_id and group_size == 32:
-        slice_k = 32  # a slice has one scale, so it lies in one group
+    has_channel_scales = scales is not None and scales.dtype == torch.float32 and group_size >= k
+    if scales is not None and not has_channel_scales:
+        slice_k = min(slice_k, group_size)  # a slice has one scale, so it lies in one group
     grid = triton.cdiv(n, tiles.block_n), n_pairs
-    linear_kernel[grid](
+    fused_linear_kernel[grid](
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
         eps, scale if scale != 1 else None, softcap or None, clip or None, magic_word(x.dtype), n,
         n_tokens, k, group_size, top_k, n_inputs > n_tokens,
-        format_id, activation, dot_dtype(x),
+        format.multiply, format.is_tiled, has_channel_scales, activation, dot_dtype(x),
         BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(n_tokens)),
         BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,
@@ -308,7 +290,7 @@ def fused_linear(
     MAX_TRITON_TOKENS tokens and W [n, K]."""
     dtype = torch.float32 if float32_out else x.dtype
     y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
-    launch_linear(
+    launch_fused_linear(
         y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps, residual, activation, scale, softcap,
         clip,
     )  # fmt: skip

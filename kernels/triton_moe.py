@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import schema
 from kernels.schema import triton_op
 from kernels.triton_launch import overlap_options, wait_for_previous_kernel
-from kernels.triton_linear import launch_linear
+from kernels.triton_linear import launch_fused_linear
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def experts_gate_up(
     """x [..., dim] times the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and activation
     as in fused_linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
     y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
-    launch_linear(
+    launch_fused_linear(
         y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps,
         activation=activation, topk_ids=topk_ids,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def experts_down(
     """hidden [..., top_k, F] times the experts topk_ids [..., top_k] of W [E, n, F], plus bias [E, n], summed with
     topk_weights: [residual +] [..., n]."""
     y = hidden.new_empty(*topk_ids.shape, n, dtype=torch.float32)
-    launch_linear(y, hidden, weight, scales, format_id, n, group_size, bias, topk_ids=topk_ids)
+    launch_fused_linear(y, hidden, weight, scales, format_id, n, group_size, bias, topk_ids=topk_ids)
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
     grid = triton.cdiv(n, 512), out.numel() // n
     moe_combine_kernel[grid](

@@ -35,8 +35,8 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-PRODUCTS = Counter(linear_kernel=8, dequantize_kernel=3)  # launches of launch_products
-OTHERS = Counter(linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
+PRODUCTS = Counter(fused_linear_kernel=8, dequantize_kernel=3)  # launches of launch_products
+OTHERS = Counter(fused_linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
 OTHERS.update(attend_kernel=3, sample_kernel=2)
 
 
