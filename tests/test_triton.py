@@ -135,16 +135,17 @@ class Unknown(Int4):
 
 
 def test_unknown_format():
-    """It is an error, and not read as another format. A format that is no subclass of a known one stays in PyTorch."""
-    w = use_triton(make(16, 64, Unknown(32), torch.float32))
-    with pytest.raises(ValueError, match="not 99"):
-        kernels.fused_linear(torch.zeros(1, 64), w)
-    with pytest.raises(Exception, match="no kernel for this weight format"):
-        w.dequantized_weight(torch.float32)
-    w = make(16, 64, Dense(), torch.float32)
-    w.format = WeightFormat()
-    kernels.pack_for_triton([w])
-    assert w.backend == "torch"
+    """It stays in PyTorch. If it comes to the kernels, it is an error, and not read as another format."""
+    for format in (Unknown(32), WeightFormat()):
+        w = make(16, 64, Int4(32), torch.float32)
+        w.format = format
+        kernels.pack_for_triton([w])
+        assert w.backend == "torch"
+    w.format = Int4(32)
+    use_triton(w).format = Unknown(32)
+    for call in (lambda: kernels.fused_linear(torch.zeros(1, 64), w), lambda: w.dequantized_weight(torch.float32)):
+        with pytest.raises(ValueError, match="not 99"):
+            call()
 
 
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
