@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton_launch import dot_dtype, gpu_of, overlap_options, semaphores, wait_for_previous_kernel
+from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
 from kernels.triton_linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: T is up to 8, but tl.dot takes no fewer than 16
@@ -363,7 +363,7 @@ def attend(
     grid = n_splits, n_kv_heads, batch
     attend_kernel[grid](
         qkv, k_cache, v_cache, start_pos, rope, q_norm_weight, k_norm_weight, sinks, alibi_slopes,
-        out, splits, stats, semaphores(qkv.device),
+        out, splits, stats, done_counters(qkv.device),
         eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
         k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,
         n_heads, n_kv_heads, head_dim, window,

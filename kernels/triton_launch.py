@@ -102,9 +102,12 @@ def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr)
 
 
 @cache
-def semaphores(device: torch.device) -> Tensor:
-    """Counters for kernels whose last program to finish has more to do. They are zero before and after every kernel.
-    All kernels share them: of two that overlap, the second counts only after its gdc_wait, when the first has ended."""
+def done_counters(device: torch.device) -> Tensor:
+    """Zeros, in which a kernel's programs count themselves when they are done. So one of them learns that it is the
+    last, combines what all have stored, and sets the counter back to zero.
+
+    All kernels count in this one tensor. Two kernels that overlap do not disturb each other: the second one counts only
+    after its gdc_wait, and by then the first has ended."""
     return torch.zeros(2**14, dtype=torch.int32, device=device)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton_launch import overlap_options, semaphores, wait_for_previous_kernel
+from kernels.triton_launch import done_counters, overlap_options, wait_for_previous_kernel
 
 BLOCK_V = 2048  # tokens of the vocabulary for a program
 
@@ -74,7 +74,7 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits, noise, tokens, block_scores, block_tokens, semaphores(logits.device), temperature, vocab_size,
+        logits, noise, tokens, block_scores, block_tokens, done_counters(logits.device), temperature, vocab_size,
         BLOCK_V, n_blocks, triton.next_power_of_2(n_blocks), **overlap_options(logits.device, grid),
     )  # fmt: skip
     return tokens

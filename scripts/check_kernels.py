@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py check --precision bfloat16
 
-tests/check_triton.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. To them come
+triton_checks.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. To them come
 whole models whose steps are recorded, which only a GPU can do.
 """
 
@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+import error_bounds as bounds
 import torch
 from benchmark_speed import random_model
+from triton_checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
 
 import kernels
 from config import ModelConfig, MoEConfig, UsageError
@@ -26,8 +28,6 @@ from machine import pick_device
 from model import KVCache
 from sampling import SamplingParams
 from steps import build_steps
-from tests import bounds
-from tests.check_triton import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
 
 RECORDED_MODELS = [  # options of a ModelConfig
     {},

@@ -19,10 +19,12 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 import kernels
+import tests.tiny  # noqa: F401  (puts scripts/ on the path)
 from kernels import triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401
 from kernels.formats import Dense, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, LayerCache
-from tests.test_kernels import attend, make, make_norm
+
+from exact_results import attend, make, make_norm  # isort: skip
 
 TYPES = {
     torch.bfloat16: "bf16",

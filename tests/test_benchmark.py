@@ -21,8 +21,6 @@ from converters.families import config_from_hf
 from kernels.formats import Dense, GroupedInt8, Int4, Int8, WeightFormats
 from loading import load_model, quantized_tensors
 from model import empty_model
-from tests import check_triton
-from tests.exact import DTYPES
 from tests.tiny import ROOT, call, convert, write_folder
 
 import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
@@ -30,6 +28,8 @@ import benchmark_checkpoint  # isort: skip
 import benchmark_gpu  # isort: skip
 import benchmark_speed  # isort: skip
 import check_kernels  # isort: skip
+import triton_checks  # isort: skip
+from exact_results import DTYPES  # isort: skip
 
 PUBLISHED = {  # parameters; a tied head counts once
     "SmolLM2-135M": 134515008,
@@ -248,9 +248,10 @@ def test_tune(tmp_path, monkeypatch):
 
 def few_checks(dtype, sizes):
     """Of two operations, and one that has a mistake in its arguments."""
-    rms_norms = [check for check in check_triton.all_checks(dtype, sizes) if check.func is check_triton.check_rms_norm]
-    linear = partial(check_triton.check_linear, dtype, Dense(), (64, 72, True, (1,)))
-    return [*rms_norms, linear, partial(check_triton.check_linear, dtype, Dense(), (64, 72, True, ("one",)))]
+    checks = triton_checks.all_checks(dtype, sizes)
+    rms_norms = [check for check in checks if check.func is triton_checks.check_rms_norm]
+    linear = partial(triton_checks.check_linear, dtype, Dense(), (64, 72, True, (1,)))
+    return [*rms_norms, linear, partial(triton_checks.check_linear, dtype, Dense(), (64, 72, True, ("one",)))]
 
 
 def test_check(monkeypatch, capsys):
@@ -279,14 +280,14 @@ def test_check_that_fails(monkeypatch, capsys):
 def test_check_finds_nan():
     outcome = check_kernels.Outcome()
     right = torch.ones(3)
-    outcome.add(check_triton.Comparison("linear", "NaN", right * torch.nan, right, right))
+    outcome.add(triton_checks.Comparison("linear", "NaN", right * torch.nan, right, right))
     assert outcome.failed == {"linear NaN": "error nan"}
 
 
 def test_checks_of_a_gpu_can_be_sent_to_processes():
     for dtype in DTYPES:
-        checks = check_triton.all_checks(dtype, check_triton.gpu_sizes(dtype))
-        assert [check_triton.name_of(pickle.loads(pickle.dumps(check))) for check in checks]
+        checks = triton_checks.all_checks(dtype, triton_checks.gpu_sizes(dtype))
+        assert [triton_checks.name_of(pickle.loads(pickle.dumps(check))) for check in checks]
 
 
 # ---- Of checkpoints -------------------------------------------------------------------------------------------------

@@ -17,9 +17,21 @@ from config import ModelConfig
 from kernels import reference
 from kernels.formats import Dense, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, alibi_slopes, rope_table
-from tests import bounds
-from tests.exact import DTYPES, FORMATS, QUANTIZED, attend, make, make_norm, names
 from tests.tiny import ROOT
+
+import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
+from exact_results import (  # isort: skip
+    DTYPES,
+    FORMATS,
+    QUANTIZED,
+    attend,
+    exact_attention,
+    exact_cache,
+    make,
+    make_norm,
+    names,
+    of_glu,
+)
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 ACTIVATIONS = list(reference.ACTIVATIONS)
@@ -132,21 +144,8 @@ def check_glu(ours: torch.Tensor, activation: str, gate_up: torch.Tensor, error:
     """ours is activation(gate) * up of a gate_up that is off by no more than error."""
     if not fused:  # then gate and up are rounded before
         error = error + bounds.of_rounding(gate_up.abs() + error, ours.dtype)
-    y, bound = of_glu(activation, gate_up, error)
+    y, bound = of_glu(gate_up, error, activation)
     bounds.check(ours, y, bound + bounds.of_rounding(y.abs() + bound, ours.dtype))
-
-
-def of_glu(activation: str, gate_up: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """activation(gate) * up in float64, and how far it may be off if gate_up is off by no more than error. The slope of
-    an activation is at most 1.13, GELU's."""
-    (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
-    y, one = reference.glu(gate_up, activation), torch.ones_like(up)
-    if activation == "clamped_swiglu":
-        up, one = up.clamp(-7, 7) + 1, one - 1
-    activated = reference.ACTIVATIONS[activation](gate, one).abs()
-    bound = 1.13 * gate_error * (up.abs() + up_error) + (activated + 1.13 * gate_error) * up_error
-    # exp(z) is good to 2^-21 or so. Rounding z changes a sigmoid s by z s (1 - s) < 0.23 times some 2^-22.
-    return y, bound + 2**-20 * y.abs() + 2**-23 * (gate * up).abs()
 
 
 @built
@@ -174,7 +173,7 @@ def test_linear_scale_and_softcap(format, dtype):
             total = y + residual.double()
             bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound + bounds.of_rounding(total, dtype))
             if n % 32 == 0:
-                y, bound = of_cap(*of_glu("gelu_tanh", product, error), scale, softcap, clip)
+                y, bound = of_cap(*of_glu(product, error, "gelu_tanh"), scale, softcap, clip)
                 ours = kernels.fused_linear(x, w, activation="gelu_tanh")
                 bounds.check(ours, y, bound + bounds.of_rounding(y, dtype))
 
@@ -325,59 +324,26 @@ def test_rms_norm(dtype):
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def exact_attention(
-    qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
-) -> tuple[torch.Tensor, ...]:
-    """The output in float64, given what is in the cache; and the error that float32 sums and FLIPS may make."""
-    (B, T, _), (_, G, _, D), dtype = qkv.shape, cache.k.shape, qkv.dtype
-    q = qkv.view(B, T, -1, D)[:, :, :n_heads]
-    if norms[0] is not None:
-        q = reference.norm_heads(q, norms[0])
-    scale = D**-0.5 if scale is None else scale
-    positions = start_pos[:, None] + torch.arange(T)
-    q = reference.apply_rope(q, cache.rope[positions]).double().unflatten(2, (G, -1))  # [B, T, G, H / G, D]
-    k, v = cache.k.double(), cache.v.double()
-    keys = torch.arange(k.shape[2])
-    sees = keys <= positions[..., None]
-    if window:
-        sees &= keys > positions[..., None] - window
-    sees = sees[:, :, None, None]  # [B, T, 1, 1, S]
-    k, v = k.nan_to_num(), v.nan_to_num()  # what no token sees
-    scores = torch.einsum("btghd,bgsd->btghs", q, k) * scale
-    if softcap:
-        scores = reference.apply_softcap(scores, softcap)
-    farthest = 0
-    if cache.alibi_slopes is not None:
-        distances = (positions[..., None] - keys)[:, :, None, None].where(sees, 0)  # [B, T, 1, 1, S]
-        bias = cache.alibi_slopes.double().view(G, -1, 1) * distances
-        scores, farthest = scores - bias, bias.max()
-    scores = scores.masked_fill(~sees, -torch.inf)
-    if sinks is not None:
-        sink_scores = sinks.double().view(G, -1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink_scores], -1)
-    p = scores.softmax(-1)[..., : k.shape[2]]
-    y = torch.einsum("btghs,bgsd->btghd", p, v).flatten(2)
-    largest_score = torch.einsum("btghd,bgsd->btghs", q.abs(), k.abs()).max() * scale
-    u, u_stored = bounds.U[torch.float32], bounds.U[dtype]
-    score_error = (D + 8) * u * largest_score + 2**-20 * softcap  # exp is good to 2^-21 or so
-    score_error += 4 * u * farthest  # ALiBi's product and sum
-    score_error += bounds.FLIPS * 2 * u_stored * q.abs().max() * k.abs().max() * scale
-    sum_error = (k.shape[2] + 32) * u  # of softmax's sum and of the weighted values
-    bound = (torch.expm1(2 * score_error) + 2 * sum_error) * v.abs().max() + bounds.of_rounding(y, dtype)
-    return y, bound
+def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms, **options):
+    """Of so many new tokens in each sequence, at the positions starts. The cache holds NaN where nothing has been
+    written yet; afterwards the new tokens' keys and values are where they belong, and nothing else has changed."""
+    (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
+    start_pos = torch.tensor(starts)
+    qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+    before = cache._replace(k=cache.k.clone(), v=cache.v.clone())
+    ours = attend(qkv, cache, start_pos, n_heads, "cpu", window, *norms, **options)
+    bounds.check(ours, *exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options))
+    k, v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
+    bounds.check(cache.k.nan_to_num(9), k.nan_to_num(9), k_error)
+    assert torch.equal(cache.v.nan_to_num(9), v.nan_to_num(9))
 
 
-def check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms):
-    """Of so many new tokens in each row, at the positions starts, in a cache as long as rope."""
-    B = len(starts)
-    start_pos, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-    k, v = torch.randn(2, B, n_kv_heads, len(rope), d).to(dtype).unbind()
+def make_cache(starts, n_kv_heads, d, dtype, rope, alibi=None) -> LayerCache:
+    """As long as rope, with sequences of so many tokens."""
+    k, v = torch.randn(2, len(starts), n_kv_heads, len(rope), d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-    theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope)
-    ours = attend(qkv, cache, start_pos, n_heads, "cpu", window, *norms)
-    check_cache(qkv, cache, theirs, start_pos, n_heads, norms)
-    bounds.check(ours, *exact_attention(qkv, cache, start_pos, n_heads, window, norms))
+    return LayerCache(k, v, rope, alibi)
 
 
 @built
@@ -392,7 +358,7 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
     for qk_norm in (False, True):
         norms = [make_norm(d, dtype) if qk_norm else None for _ in "qk"]
         for tokens, starts in [(1, [0]), (1, [600]), (1, [255, 3, 639]), (4, [3, 510]), (8, [509]), (8, [0])]:
-            check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms)
+            check_attention(starts, tokens, n_heads, make_cache(starts, n_kv_heads, d, dtype, rope), window, norms)
 
 
 @built
@@ -405,7 +371,8 @@ def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
     for window, tokens, starts in [
         (0, 9, [510]), (0, 64, [0]), (0, 33, [1340]), (300, 7, [0, 1390, 3, 600]), (0, 1, list(range(0, 1020, 60))),
     ]:  # fmt: skip
-        check_attention(tokens, starts, n_heads, n_kv_heads, d, window, dtype, rope, norms=(None, None))
+        cache = make_cache(starts, n_kv_heads, d, dtype, rope)
+        check_attention(starts, tokens, n_heads, cache, window, norms=(None, None))
 
 
 @built
@@ -426,31 +393,8 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
         (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}, slopes),
     ]:  # fmt: skip
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
-            B = len(starts)
-            start_pos, qkv = torch.tensor(starts), torch.randn(B, tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-            k, v = torch.randn(2, B, n_kv_heads, 640, d).to(dtype).unbind()
-            theirs, cache = LayerCache(k.clone(), v.clone(), rope), LayerCache(k, v, rope, alibi)
-            ours = attend(qkv, cache, start_pos, n_heads, "cpu", window, *norms, **options)
-            check_cache(qkv, cache, theirs, start_pos, n_heads, norms)
-            bounds.check(ours, *exact_attention(qkv, cache, start_pos, n_heads, window, norms, **options))
-
-
-def check_cache(qkv, ours: LayerCache, before: LayerCache, start_pos, n_heads: int, norms):
-    """The new keys and values are where they belong, and nothing else has changed."""
-    (B, T, _), (_, G, _, D) = qkv.shape, ours.k.shape
-    heads = qkv.view(B, T, -1, D)
-    k, v = heads[:, :, n_heads : n_heads + G], heads[:, :, n_heads + G :]
-    if norms[1] is not None:
-        k = reference.norm_heads(k, norms[1])
-    for b, start in enumerate(start_pos.tolist()):
-        new = slice(start, start + T)
-        rotated = reference.apply_rope(k[b : b + 1], ours.rope[None, new])[0].transpose(0, 1)
-        relative = (G * D + 8) * bounds.U[torch.float32] + 4 * bounds.U[qkv.dtype]  # a norm's sum; roundings, flips
-        bounds.check(ours.k[b, :, new], rotated, relative * rotated.double().abs().max().expand(rotated.shape))
-        assert torch.equal(ours.v[b, :, new], v[b].transpose(0, 1))
-        before.k[b, :, new], before.v[b, :, new] = ours.k[b, :, new], ours.v[b, :, new]
-    assert torch.equal(ours.k.nan_to_num(9), before.k.nan_to_num(9))
-    assert torch.equal(ours.v.nan_to_num(9), before.v.nan_to_num(9))
+            cache = make_cache(starts, n_kv_heads, d, dtype, rope, alibi)
+            check_attention(starts, tokens, n_heads, cache, window, norms, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -462,8 +406,8 @@ def test_attention_reference(dtype):
         start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16).to(dtype)
         k, v = torch.randn(2, len(starts), 2, 64, 16).to(dtype).unbind()
         cache = LayerCache(k, v, rope)
+        y, bound = exact_attention(qkv, cache, start_pos, 6, window, (None, None), factor=dtype)
         ours = attend(qkv, cache, start_pos, 6, "torch", window)
-        y, bound = exact_attention(qkv, cache, start_pos, 6, window, (None, None))
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
 
@@ -479,8 +423,8 @@ def test_attention_reference_sinks_scale_softcap():
             start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
             cache = LayerCache(k, v, rope, alibi)
+            y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, factor=torch.float32, **options)
             ours = attend(qkv, cache, start_pos, 6, "torch", window, *norms, **options)
-            y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
 
 

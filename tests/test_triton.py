@@ -1,7 +1,7 @@
 """The Triton kernels against exact results, in Triton's interpreter (conftest.py turns it on); and compiled for GPUs.
 
-tests/check_triton.py has the cases that a GPU is checked with, too. Here are besides: what cannot differ there, what is
-not a result, and whole models.
+scripts/triton_checks.py has the cases that a GPU is checked with, too. Here are besides: what cannot differ there, what
+is not a result, and whole models.
 """
 
 import os
@@ -17,8 +17,11 @@ from kernels import reference, triton_attention, triton_launch, triton_linear, t
 from kernels.formats import Dense, Int4, Int8, WeightFormat
 from kernels.triton_int4 import pack_int4_tiles, unpack_int4_tiles
 from model import KVCache, LayerCache, rope_table
-from tests import bounds, check_triton
-from tests.exact import (
+from tests.tiny import ROOT, make_hf, to_ours
+
+import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
+import triton_checks  # isort: skip
+from exact_results import (  # isort: skip
     DTYPES,
     QUANTIZED,
     attend,
@@ -30,7 +33,6 @@ from tests.exact import (
     of_exact_sums,
     use_triton,
 )
-from tests.tiny import ROOT, make_hf, to_ours
 
 U32 = bounds.U[torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about rows and columns of padding
@@ -44,9 +46,9 @@ def small_gpu(monkeypatch):
 
 
 CHECKS = {  # one that does not depend on dtype is here once
-    check_triton.name_of(check): check
+    triton_checks.name_of(check): check
     for dtype in DTYPES
-    for check in check_triton.all_checks(dtype, check_triton.interpreter_sizes(dtype))
+    for check in triton_checks.all_checks(dtype, triton_checks.interpreter_sizes(dtype))
 }
 
 
@@ -135,16 +137,17 @@ class Unknown(Int4):
 
 
 def test_unknown_format():
-    """It is an error, and not read as another format. A format that is no subclass of a known one stays in PyTorch."""
-    w = use_triton(make(16, 64, Unknown(32), torch.float32))
-    with pytest.raises(ValueError, match="not 99"):
-        kernels.fused_linear(torch.zeros(1, 64), w)
-    with pytest.raises(Exception, match="no kernel for this weight format"):
-        w.dequantized_weight(torch.float32)
-    w = make(16, 64, Dense(), torch.float32)
-    w.format = WeightFormat()
-    kernels.pack_for_triton([w])
-    assert w.backend == "torch"
+    """It stays in PyTorch. If it comes to the kernels, it is an error, and not read as another format."""
+    for format in (Unknown(32), WeightFormat()):
+        w = make(16, 64, Int4(32), torch.float32)
+        w.format = format
+        kernels.pack_for_triton([w])
+        assert w.backend == "torch"
+    w.format = Int4(32)
+    use_triton(w).format = Unknown(32)
+    for call in (lambda: kernels.fused_linear(torch.zeros(1, 64), w), lambda: w.dequantized_weight(torch.float32)):
+        with pytest.raises(ValueError, match="not 99"):
+            call()
 
 
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What the tests of the kernels share: random layers, data whose sums are exact, exact results, and how far a Triton
+"""What the checks of the kernels share: random layers, data whose sums are exact, exact results, and how far a Triton
 kernel may be from them, on a GPU or in Triton's interpreter. The bounds are derived from the arithmetic
-(tests/bounds.py), for sums in any order.
+(error_bounds.py), for sums in any order.
 
 In exact data x is small integers, norms' weights are powers of two, and weights in 16 or 32 bits multiples of 1/16.
 Then nothing is lost to int4's OFFSET either (triton_int4.nibble_pair), and the smallest error in a zero point shows.
@@ -10,13 +10,13 @@ Everything is made on PyTorch's default device: `with torch.device("cuda"):` mak
 
 from types import SimpleNamespace
 
+import error_bounds as bounds
 import torch
 
 import kernels
 from kernels import reference
 from kernels.formats import GROUP_SIZES, Dense, Int4, Int8
 from model import LayerCache, Linear, RMSNorm
-from tests import bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
@@ -152,11 +152,13 @@ def of_glu(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tup
     """activation(gate) * up of a gate_up that is off by no more than error, and how far that may be off. The slope of
     every activation is at most 1.13, and what becomes of up has a slope of at most 1."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
-    y = reference.glu(gate_up, activation)
+    y, one = reference.glu(gate_up, activation), torch.ones_like(up)
     if activation == "clamped_swiglu":
-        gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
-    bound = 1.13 * gate_error * (up.abs() + up_error) + gate.abs() * up_error
-    # The exponential is good to 2^-21 or so. The sigmoid's argument is rounded; argument times slope is at most 1/4
+        gate, up, one = gate.clamp(max=7), up.clamp(-7, 7) + 1, one - 1
+    activated = reference.ACTIVATIONS[activation](gate, one).abs()
+    bound = 1.13 * gate_error * (up.abs() + up_error) + activated * up_error
+    # The exponential is good to 2^-21 or so. Rounding the argument z of the sigmoid s changes it by z s (1 - s) < 1/4
+    # times some 2^-22.
     return y, bound + 2**-20 * y.abs() + 2 * U32 * (gate * up).abs()
 
 
@@ -182,30 +184,32 @@ def of_pytorch(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attention_factors(
-    qkv: torch.Tensor, cache: LayerCache, start_pos: torch.Tensor, n_heads: int, norms
+    qkv: torch.Tensor, cache: LayerCache, start_pos: torch.Tensor, n_heads: int, norms, factor: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [B, T, G, H / G, D], and k and v [B, G, S, D], of what the kernel multiplies: with the new tokens, normed,
-    rotated, and rounded to the type of its factors. In float64."""
-    (B, T, _), (_, G, _, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
+    rotated, and rounded to factor. In float64."""
+    (B, T, _), (_, G, _, D) = qkv.shape, cache.k.shape
     positions = start_pos[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
         q, k = (reference.norm_heads(t, norm) for t, norm in zip((q, k), norms, strict=True))
     q, k = (reference.apply_rope(t, cache.rope[positions]).to(factor) for t in (q, k))
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where no token looks
-    rows = torch.arange(B)[:, None]
-    k_all[rows, :, positions], v_all[rows, :, positions] = k.double(), v.double()
+    sequences = torch.arange(B)[:, None]
+    k_all[sequences, :, positions], v_all[sequences, :, positions] = k.double(), v.double()
     return q.double().unflatten(2, (G, -1)), k_all, v_all
 
 
 def exact_attention(
-    qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output in float64 of the factors that the kernel multiplies, given the cache before; and its error."""
-    (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor_dtype(qkv.dtype)
+    qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0,
+    factor: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The output in float64, given the cache before; and how far a kernel may be off whose products have factors of
+    type factor (None: those of the Triton kernels)."""
+    (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor or factor_dtype(qkv.dtype)
     scale = D**-0.5 if scale is None else scale
     positions = start_pos[:, None] + torch.arange(T)
-    q, k_all, v_all = attention_factors(qkv, cache, start_pos, n_heads, norms)
+    q, k_all, v_all = attention_factors(qkv, cache, start_pos, n_heads, norms, factor)
     keys = torch.arange(S)
     sees = keys <= positions[..., None]
     if window:
@@ -232,7 +236,8 @@ def exact_attention(
     score_error = (longest_sum + 8) * U32 * largest_score + flips + of_cap(softcap) + 4 * U32 * farthest
     # Sums of S numbers, over a sum of S numbers; of weights that are rounded as factors
     relative = torch.expm1(2 * score_error) + 2 * (S + 32) * U32 + bounds.U[factor]
-    error = relative * torch.einsum("btghs,bgsd->btghd", p, v_all.abs()).flatten(2)
+    tiny = torch.finfo(torch.float32).tiny  # below it, a weight may become zero
+    error = torch.einsum("btghs,bgsd->btghd", relative * p + tiny, v_all.abs()).flatten(2)
     return y, error + of_rounding(y.abs() + error, qkv.dtype)
 
 

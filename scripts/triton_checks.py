@@ -3,8 +3,8 @@
     python scripts/benchmark.py check --precision bfloat16      # on a GPU
     python -m pytest tests/test_triton.py                       # in the interpreter
 
-A check is a generator of Comparisons. A new kernel is a new check in all_checks. tests/exact.py has the data, the exact
-results and the bounds. Everything is made on PyTorch's default device.
+A check is a generator of Comparisons. A new kernel is a new check in all_checks. exact_results.py has the data, the
+exact results and the bounds. Everything is made on PyTorch's default device.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,9 @@ from functools import partial
 from itertools import product
 from typing import NamedTuple
 
+import error_bounds as bounds
 import torch
-from torch import Tensor
-
-import kernels
-from config import ModelConfig
-from kernels import reference
-from kernels.formats import Dense, Int4, Int8, WeightFormat
-from kernels.schema import ACTIVATION_IDS
-from model import ExpertsDown, ExpertsGateUp, LayerCache, alibi_slopes, rope_table
-from sampling import multinomial
-from tests import bounds
-from tests.exact import (
+from exact_results import (
     FORMATS,
     OFFSETS,
     U32,
@@ -51,6 +42,15 @@ from tests.exact import (
     use_triton,
     with_residual,
 )
+from torch import Tensor
+
+import kernels
+from config import ModelConfig
+from kernels import reference
+from kernels.formats import Dense, Int4, Int8, WeightFormat
+from kernels.schema import ACTIVATION_IDS
+from model import ExpertsDown, ExpertsGateUp, LayerCache, alibi_slopes, rope_table
+from sampling import multinomial
 
 
 class Comparison(NamedTuple):
@@ -67,21 +67,21 @@ Check = partial[Iterator[Comparison]]
 
 ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
 ACTIVATIONS = [name for name in ACTIVATION_IDS if name]
-NORMS = [(1, 5), (3, 37), (8, 64), (3, 1032), (8, 5120)]  # rows, dim
+NORMS = [(1, 5), (3, 37), (8, 64), (3, 1032), (8, 5120)]  # tokens, dim
 TOP_K = 2  # experts of a token
 EPILOGUES = [(0.22, 0.0, 6.0), (1.0, 5.0, 0.0), (3.0, 30.0, 20.0)]  # scale, softcap, clip
-ROUTERS = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3)]  # rows, experts, top_k, shared
+ROUTERS = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3)]  # tokens, experts, top_k, shared
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What depends on the device: the interpreter is slow at large shapes, a GPU's compiler at many of them."""
 
-    linears: list[tuple]  # N, K, whether there is a bias, numbers of rows
-    random_linears: list[tuple]  # N, K, rows
+    linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
+    random_linears: list[tuple]  # N, K, tokens
     matrices: list[tuple]  # N, K
     expert_formats: list[WeightFormat]
-    experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of rows
+    experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of tokens
     attention: list[tuple]  # (n_heads, n_kv_heads, head_dim), window, caches (see check_attention), options
     vocab_sizes: list[int]
 
@@ -105,7 +105,7 @@ def gpu_sizes(dtype: torch.dtype) -> Sizes:
 
 
 def interpreter_sizes(dtype: torch.dtype) -> Sizes:
-    """The largest product is beyond the rows of a program and two steps of its loop on a GPU of two multiprocessors."""
+    """The largest product is more than a program's outputs and two steps of its loop, with two multiprocessors."""
     caches = [(1, [0], 96), (4, [3, 150], 160), (8, [140], 160)]
     windows = {torch.float32: [0, 90], torch.bfloat16: [7], torch.float16: [0]}[dtype]
     heads = [(4, 4, 8), (6, 2, 64), (8, 1, 40)]
@@ -156,13 +156,13 @@ def name_of(check: Check) -> str:
 
 def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     """With exact data, in which the smallest mistake shows."""
-    n, k, has_bias, row_counts = size
+    n, k, has_bias, token_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
-    for n_rows in row_counts:
-        case = f"{names(format)} {n}x{k} of {n_rows} rows"
-        x, residual = integers(1, n_rows, k, dtype=dtype), torch.randn(1, n_rows, n).to(dtype)
+    for n_tokens in token_counts:
+        case = f"{names(format)} {n}x{k} of {n_tokens} tokens"
+        x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
         y, terms = exact_product(x, matrix, bias)
         ours = kernels.fused_linear(x, w, out_dtype=torch.float32)
         yield Comparison("float32_linear", case, ours, y, of_exact_sums(terms, k, format))
@@ -180,15 +180,15 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     """Not with integers, so that sums and the product with the norm's weight are rounded, and int4's OFFSET costs
     bits."""
-    n, k, n_rows = size
+    n, k, n_tokens = size
     w, norm = make(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
     if isinstance(format, Int4):  # OFFSET + q times x, less OFFSET + zero times x
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * OFFSETS[factor_dtype(dtype)] * wide_scales
     use_triton(w)
-    x = torch.randn(1, n_rows, k).to(dtype)
-    case = f"{names(format)} {n}x{k} of {n_rows} rows, random"
+    x = torch.randn(1, n_tokens, k).to(dtype)
+    case = f"{names(format)} {n}x{k} of {n_tokens} tokens, random"
     y = x.double() @ matrix.T
     error = bounds.of_product(x, magnitude, y, torch.float32)
     yield Comparison("float32_linear", case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
@@ -215,13 +215,13 @@ def check_activation(dtype: torch.dtype, activation: str):
     w = exact_linear(n, k, Dense(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
-    for n_rows in (1, 5):
-        x = integers(1, n_rows, k, dtype=dtype)
+    for n_tokens in (1, 5):
+        x = integers(1, n_tokens, k, dtype=dtype)
         y, terms = exact_product(x, matrix, bias)
-        assert n_rows == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
+        assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
         y, error = exact_stored_glu(y, of_exact_sums(terms, k, Dense()), activation, dtype, fused=True)
         ours = kernels.fused_linear(x, w, activation=activation)
-        yield Comparison(operation, f"{n}x{k} of {n_rows} rows", ours, y, error)
+        yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan
     is_nan = kernels.fused_linear(x, w, activation=activation).isnan()
     expected = x.isnan().any(-1, keepdim=True).expand(is_nan.shape)
@@ -241,9 +241,9 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
             y, error = reference.apply_softcap(y, softcap), error + of_cap(softcap)
         return y.clamp(-clip, clip) if clip else y, error
 
-    for n_rows in (1, 5):
-        case = f"scale {scale}, softcap {softcap}, clip {clip}, {n_rows} rows"
-        x, residual = integers(1, n_rows, k, dtype=dtype), torch.randn(1, n_rows, n).to(dtype)
+    for n_tokens in (1, 5):
+        case = f"scale {scale}, softcap {softcap}, clip {clip}, {n_tokens} tokens"
+        x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
         products, terms = exact_product(x, matrix, bias)
         sum_error = of_exact_sums(terms, k, Int8())
         y, error = epilogue(products, sum_error)
@@ -256,56 +256,56 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         yield Comparison(operation, f"{case}, silu", ours, y, of_stored(y, error, dtype))
 
 
-def check_rms_norm(dtype: torch.dtype, n_rows: int, dim: int):
-    norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_rows, dim) * 3).to(dtype)
+def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
+    norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_tokens, dim) * 3).to(dtype)
     y = exact_rms_norm(x, norm)
     error = (dim + 8) * U32 * y.abs()
-    yield Comparison("rms_norm", f"{n_rows}x{dim}", norm(x, backend="triton"), y, of_stored(y, error, dtype))
+    yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x, backend="triton"), y, of_stored(y, error, dtype))
     total, error = with_residual(y, error, residual)
     ours = norm(x, residual, "triton")
-    yield Comparison("rms_norm", f"{n_rows}x{dim}, residual", ours, total, of_stored(total, error, dtype))
+    yield Comparison("rms_norm", f"{n_tokens}x{dim}, residual", ours, total, of_stored(total, error, dtype))
 
 
 # ---- Mixture of experts ----------------------------------------------------------------------------------------------
 
 
 def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Of rows that share experts. PyTorch computes what the kernels do not take."""
-    n_experts, dim, ffn_dim, has_bias, row_counts = size
+    """Of tokens that share experts. PyTorch computes what the kernels do not take."""
+    n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
     w = exact_linear(n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
-    for n_rows in row_counts:
-        _, topk_ids = reference.route(torch.randn(1, n_rows, n_experts) * 3, TOP_K, True)
-        x = integers(1, n_rows, dim, dtype=dtype)
+    for n_tokens in token_counts:
+        _, topk_ids = reference.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
+        x = integers(1, n_tokens, dim, dtype=dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
         y, terms = (t.squeeze(-2) for t in exact_product(x[..., None, None, :], matrix[topk_ids], chosen_bias, norm))
-        by_kernel = n_rows <= kernels.MAX_TRITON_TOKENS
+        by_kernel = n_tokens <= kernels.MAX_TRITON_TOKENS
         error = of_exact_sums(terms, dim, format) if by_kernel else of_pytorch(terms, dim, dtype)
         y, error = exact_stored_glu(y, error, "silu", dtype, fused=by_kernel and n % kernels.FUSED_GLU_MULTIPLE == 0)
-        case = f"{names(format)}, {n_experts} of {n}x{dim}, {n_rows} rows"
+        case = f"{names(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
         yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "silu"), y, error)
 
 
 def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    n_experts, dim, ffn_dim, has_bias, row_counts = size
+    n_experts, dim, ffn_dim, has_bias, token_counts = size
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
     kernels.pack_for_triton([w])
     assert w.backend == ("triton" if format.fits_kernels("triton", ffn_dim) else "torch")
-    for n_rows in row_counts:
-        topk_weights, topk_ids = reference.route(torch.randn(1, n_rows, n_experts) * 3, TOP_K, True)
-        hidden = integers(1, n_rows, TOP_K, ffn_dim, dtype=dtype)
-        residual = torch.randn(1, n_rows, dim).to(dtype)
+    for n_tokens in token_counts:
+        topk_weights, topk_ids = reference.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
+        hidden = integers(1, n_tokens, TOP_K, ffn_dim, dtype=dtype)
+        residual = torch.randn(1, n_tokens, dim).to(dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, top_k, 1, F] times [B, T, top_k, F, N], weighted and summed over top_k
         products = exact_product(hidden[..., None, :], matrix[topk_ids], chosen_bias)
         y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
-        by_kernel = n_rows <= kernels.MAX_TRITON_TOKENS and w.backend == "triton"
+        by_kernel = n_tokens <= kernels.MAX_TRITON_TOKENS and w.backend == "triton"
         error = of_exact_sums(terms, ffn_dim, format) if by_kernel else of_pytorch(terms, ffn_dim, dtype)
-        case = f"{names(format)}, {n_experts} of {dim}x{ffn_dim}, {n_rows} rows"
+        case = f"{names(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
         yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, of_stored(y, error, dtype))
         if not by_kernel:
             error = of_stored(y, error, dtype)
@@ -314,11 +314,11 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         yield Comparison("experts_down", f"{case}, residual", ours, total, of_stored(total, error, dtype))
 
 
-def check_route(n_rows: int, n_experts: int, top_k: int, n_shared_experts: int, normalize: bool):
-    logits = torch.randn(1, n_rows, n_experts + (n_shared_experts > 0)) * 3
+def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, normalize: bool):
+    logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
     topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared_experts)
     our_weights, our_ids = kernels.route(logits, top_k, normalize, "triton", n_shared_experts)
-    case = f"{top_k} of {n_experts} for {n_rows} rows, shared experts: {n_shared_experts}, normalized: {normalize}"
+    case = f"{top_k} of {n_experts} for {n_tokens} tokens, shared experts: {n_shared_experts}, normalized: {normalize}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
 
@@ -327,7 +327,7 @@ def check_route(n_rows: int, n_experts: int, top_k: int, n_shared_experts: int, 
 
 
 def check_sample(vocab_size: int):
-    """The likeliest token, the first of equals; with noise as the formula says; -1 for a row that is not finite."""
+    """The likeliest token, the first of equals; with noise as the formula says; -1 if a logit is not finite."""
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
@@ -360,20 +360,20 @@ def check_distribution(operation: str):
 
 
 def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list, options: tuple):
-    """Rows at positions of their own, in a cache that holds NaN where nothing has been written yet, and is a view of a
-    longer one. Compared are the output, and both caches whole: only the new tokens' places may change.
+    """Sequences at positions of their own, in a cache that holds NaN where nothing has been written yet, and is a view
+    of a longer one. Compared are the output, and both caches whole: only the new tokens' places may change.
 
-    caches: each the number of new tokens, the position of the first for every row, and the cache's length."""
+    caches: each the number of new tokens, the position of the first in every sequence, and the cache's length."""
     n_heads, n_kv_heads, head_dim = heads
     norms, slopes, arguments = make_options(options, heads, dtype)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
     for n_tokens, starts, length in caches:
-        rows, full_length = len(starts), length + 40
+        n_sequences, full_length = len(starts), length + 40
         rope, start_pos = rope_table(config, full_length), torch.tensor(starts)
-        qkv = torch.randn(rows, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
-        k, v = torch.randn(2, rows, n_kv_heads, full_length, head_dim).to(dtype).unbind()
-        for row, start in enumerate(starts):
-            k[row, :, start:], v[row, :, start:] = torch.nan, torch.nan
+        qkv = torch.randn(n_sequences, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
+        k, v = torch.randn(2, n_sequences, n_kv_heads, full_length, head_dim).to(dtype).unbind()
+        for b, start in enumerate(starts):
+            k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
         before = LayerCache(k.clone(), v.clone(), rope, slopes)
         view = LayerCache(k[:, :, :length], v[:, :, :length], rope, slopes)
         ours = attend(qkv, view, start_pos, n_heads, "triton", window, *norms, **arguments)
