@@ -24,6 +24,7 @@ from config import UsageError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files that are one; the first that is there counts
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "chat_template.jinja")
+TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 SENTINEL = str(secrets.randbits(128))  # occurs in no text; only digits, so that no filter of a template changes it
 MATCHES_NOTHING = "(?!)"  # a regular expression
 SAMPLE_LENGTH = 16  # characters for each token that a text may have, by which exceeds judges it
@@ -374,7 +375,7 @@ class SentencePieceTokenizer(Tokenizer):
 def read_tokenizer_model(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         data = path.read_bytes()
-        if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", data[:200]):
+        if re.match(TIKTOKEN_LINE, data[:200]):
             raise UsageError(f"{path} is a tiktoken file; use tokenizer.json of the same repository")
         library = sentencepiece.SentencePieceProcessor()
         library.load_from_serialized_proto(data)

@@ -269,7 +269,7 @@ def test_folders_that_do_not_fit(llama, tmp_path):
     base, _, halves = llama
     refused(base, tmp_path, "holds no adapter: it has no adapter_config.json")
     write_adapter(tmp_path, halves, base_model_name_or_path="meta-llama/Llama-3.2-1B")
-    with pytest.raises(UsageError, match="holds an adapter, not a model: give the folder of meta-llama/Llama-3.2-1B"):
+    with pytest.raises(UsageError, match=r"holds an adapter, not a model: .*the folder of meta-llama/Llama-3.2-1B"):
         convert_folder(tmp_path)
     refused(tmp_path, tmp_path, "has no config.json: --lora needs a model in Hugging Face's format")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")

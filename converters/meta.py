@@ -1,0 +1,252 @@
+"""Reads Llama in Meta's own format: consolidated.00.pth, consolidated.01.pth ... and params.json. No command line.
+
+    config, tensors, read, files = read_meta(Path("checkpoints/Llama3.2-1B"))    # for model_tensors.py: write_folder
+
+Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files are of this format, and
+so are karpathy's tinyllamas, but for their params, which read_tinyllamas finds in the file itself.
+
+params.json does not say how long the context is. This goes by what tells the generations apart:
+
+    Mistral      hidden_dim                                    32768
+    Llama 3.1    use_scaled_rope                              131072   RoPE is stretched 8-fold
+    Llama 3.2    use_scaled_rope, the head is the embedding   131072   32-fold
+    Llama 3      rope_theta 500000                              8192
+    CodeLlama    another rope_theta                            16384
+    Llama 1      norm_eps 1e-6                                  2048
+    Llama 2      none of these                                  4096
+"""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import is_table, load_pickle, read_json
+from config import ModelConfig, RopeScaling, UsageError
+from converters.hf_files import load_bin, load_safetensors
+from converters.hf_tensors import META_FFN_TO_HF, rename_tensor, reorder_heads, rope_order
+from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
+from converters.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens, tokenizer_files
+from tokenizer import read_tokenizer_model
+
+PARAMS = "params.json"
+META_TO_HF = META_FFN_TO_HF | {  # parts of Meta's names -> Hugging Face's
+    "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
+    ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
+}  # fmt: skip
+KNOWN_PARAMS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of",
+    "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "sliding_window", "max_seq_len",
+    "max_batch_size", "model_parallel_size",
+}  # fmt: skip
+LLAMA31_CONTEXT, LLAMA31_TRAINED_CONTEXT = 131072, 8192
+LLAMA3_THETA = 500000
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of Meta's tensors."""
+    return HEAD if name == "output.weight" else "model." + rename_tensor(name, META_TO_HF)
+
+
+# ---- Meta's folders -------------------------------------------------------------------------------------------------
+
+
+def read_meta(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader, dict[str, bytes], str]:
+    """The config; the tensors by Hugging Face's names, on the meta device; the function that reads one of them; the
+    tokenizer's files that are not there yet; a line about what params.json leaves open. Raises UsageError."""
+    path = folder / PARAMS
+    params, files = read_json(path), shard_files(folder)
+    shards = collect_shards(files)
+    try:
+        check_params(params)
+        check_shard_count(folder, params, shards, len(files))
+        dims = {name: shard_dim(name, shards[name][0], params["dim"]) for name in shards}
+        tensors = {name: join([t.to("meta") for t in shards[name]], dims[name]) for name in shards}
+        has_tied_head = HEAD not in shards or torch.equal(*(join(shards[n], dims[n]) for n in (HEAD, EMBEDDING)))
+        config, note = meta_config(params, tensors, has_tied_head)
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        why = f"{type(e).__name__} {e}".splitlines()[0]
+        raise UsageError(f"{path} has something of the wrong kind, or tensors do not fit it: {why}") from None
+    config, tokenizer = read_meta_tokenizer(folder, config)
+    order = rope_order(config, interleaved=True)
+
+    def read(name: str) -> Tensor:
+        return reorder_heads(name, join(shards[name], dims[name]), order)
+
+    return config, tensors, read, tokenizer, note
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """In the order of their numbers. Raises UsageError if one is missing."""
+    files = sorted(folder.glob("consolidated.*.pth"))
+    for i, file in enumerate(files):
+        if file.name != f"consolidated.{i:02d}.pth":
+            raise UsageError(f"{folder} holds {file.name}, but no consolidated.{i:02d}.pth")
+    if files:
+        return files
+    files = [file for pattern in ("consolidated*.safetensors", "*.pt") for file in folder.glob(pattern)]
+    if len(files) != 1:
+        raise UsageError(f"{folder} holds {PARAMS}, but no consolidated.00.pth, nor a single .safetensors or .pt of it")
+    return files
+
+
+def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
+    """Hugging Face's name of a tensor -> its part in each file, memory-mapped. Raises UsageError."""
+    contents = [load_safetensors(file) if file.suffix == ".safetensors" else load_bin(file) for file in files]
+    for file, tensors in zip(files, contents, strict=True):
+        if difference := tensors.keys() ^ contents[0].keys():
+            raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")
+    names = [name for name in contents[0] if name != "rope.freqs"]  # a table, which we compute
+    return {hf_name(name): [tensors[name] for tensors in contents] for name in names}
+
+
+def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
+    """Along which dimension a tensor was cut; None: every shard has all of it. Llama 3 cuts the rows of the embedding,
+    whose shards then have all columns, and Llama 1 and 2 cut its columns."""
+    if shard.dim() < 2:
+        return None
+    if name == EMBEDDING:
+        return 0 if shard.shape[1] == dim else 1
+    return 1 if re.search(r"\.(o_proj|down_proj)\.", name) else 0
+
+
+def join(shards: list[Tensor], dim: int | None) -> Tensor:
+    return shards[0] if dim is None or len(shards) == 1 else torch.cat(shards, dim)
+
+
+# ---- params.json ----------------------------------------------------------------------------------------------------
+
+
+def check_params(params: dict):
+    params = {name: value for name, value in params.items() if value is not None and value is not False}
+    for name in ("dim", "n_layers", "n_heads", "norm_eps"):
+        if name not in params:
+            raise UsageError(f"{PARAMS}: {name} is missing")
+    if unknown := params.keys() - KNOWN_PARAMS:
+        raise UsageError(f"{PARAMS}: {min(unknown)} = {params[min(unknown)]!r} is not supported")
+
+
+def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]], n_files: int):
+    """Raises UsageError if attention's last projection [dim, n_heads * head_dim] shows that shards are missing."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    if name not in shards or shards[name][0].dim() != 2:
+        return
+    n_rows, n_columns = shards[name][0].shape
+    n_needed, rest = divmod(params["n_heads"] * meta_head_dim(params), n_columns)
+    if n_rows == params["dim"] and rest == 0 and n_needed != n_files:
+        raise UsageError(f"{folder}: the model is in {n_needed} files consolidated.*; {n_files} are there")
+
+
+def meta_head_dim(params: dict) -> int:
+    return params.get("head_dim") or params["dim"] // params["n_heads"]
+
+
+def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
+    """The config, and a line about what comes from the generation; "" if there is nothing."""
+    generation, context, factor = tell_generation(params, has_tied_head)
+    stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
+    note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"
+    if params.get("max_seq_len"):
+        context, note = params["max_seq_len"], ""
+    vocab_size = params.get("vocab_size", -1)
+    scaling = RopeScaling("llama3", factor, original_max_seq_len=LLAMA31_TRAINED_CONTEXT) if factor else None
+    config = ModelConfig(
+        dim=params["dim"], n_layers=params["n_layers"], n_heads=params["n_heads"],
+        n_kv_heads=params.get("n_kv_heads") or params["n_heads"], head_dim=meta_head_dim(params),
+        ffn_dim=params.get("hidden_dim") or meta_ffn_dim(params),
+        vocab_size=len(tensors[EMBEDDING]) if vocab_size == -1 else vocab_size, max_seq_len=context,
+        norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta") or 10000.0, rope_scaling=scaling,
+        sliding_window=params.get("sliding_window"), tie_embeddings=has_tied_head,
+    )  # fmt: skip
+    return config, note
+
+
+def tell_generation(params: dict, has_tied_head: bool) -> tuple[str, int, float]:
+    """(name, context, how far RoPE is stretched or 0), by the table above."""
+    theta = params.get("rope_theta") or 10000
+    if params.get("hidden_dim"):
+        return "Mistral", 32768, 0
+    if params.get("use_scaled_rope"):
+        return ("Llama 3.2", LLAMA31_CONTEXT, 32.0) if has_tied_head else ("Llama 3.1", LLAMA31_CONTEXT, 8.0)
+    if theta == LLAMA3_THETA:
+        return "Llama 3", LLAMA31_TRAINED_CONTEXT, 0
+    if theta != 10000:
+        return "CodeLlama", 16384, 0
+    return ("Llama 1", 2048, 0) if params["norm_eps"] < 5e-6 else ("Llama 2", 4096, 0)
+
+
+def meta_ffn_dim(params: dict) -> int:
+    """Two thirds of 4 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
+    ffn_dim, multiple_of = int(2 * 4 * params["dim"] / 3), params.get("multiple_of") or 256
+    if params.get("ffn_dim_multiplier"):
+        ffn_dim = int(params["ffn_dim_multiplier"] * ffn_dim)
+    return math.ceil(ffn_dim / multiple_of) * multiple_of
+
+
+# ---- The tokenizer --------------------------------------------------------------------------------------------------
+
+
+def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
+    """The config with the tokenizer's bos and end tokens; the files to write. tokenizer.model is in the model's folder
+    or, as Meta's download puts it, in the one above. Raises UsageError."""
+    here, above = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
+    path = here if here.is_file() else above
+    if not path.is_file():
+        return config, {}
+    if not is_tiktoken(path):
+        library = read_tokenizer_model(path)
+        files = {} if path == here else {path.name: path.read_bytes()}
+        bos_id, eos_id = library.bos_id(), library.eos_id()  # -1: there is none
+        return replace(config, bos_id=bos_id if bos_id >= 0 else None, eos_ids=(eos_id,) if eos_id >= 0 else ()), files
+    ranks = read_tiktoken(path)
+    n = len(ranks)
+    special = special_tokens(config.vocab_size - n, is_first=config.rope_scaling is None)
+    ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    eos_ids = tuple(n + i for i, token in enumerate(special) if token in ends)
+    has_files = (folder / "tokenizer.json").is_file()
+    return replace(config, bos_id=n, eos_ids=eos_ids), {} if has_files else tokenizer_files(ranks, special)
+
+
+# ---- tinyllamas -----------------------------------------------------------------------------------------------------
+
+
+def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]:
+    """karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names and Meta's order of RoPE's rows, which
+    reading changes to Hugging Face's."""
+    files = sorted(folder.glob("*.pt"))
+    if len(files) != 1:
+        raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
+    (file,) = files
+    try:
+        data = dict(load_pickle(file, legacy=True))
+        if not is_table(data["model"]):
+            raise UsageError(f"{file} is not a table of tensors")
+        tensors = {}
+        for name, tensor in data["model"].items():
+            name = name.removeprefix("_orig_mod.")  # torch.compile's
+            tensors[hf_name(name)] = tensor
+        config = tinyllamas_config(data["model_args"], tensors)
+    except UsageError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        raise UsageError(f"{file} is not one of tinyllamas: {type(e).__name__} {e}") from None
+
+    order = rope_order(config, interleaved=True)
+    return config, tensors, lambda name: reorder_heads(name, tensors[name], order)
+
+
+def tinyllamas_config(args: dict, tensors: HFTensors) -> ModelConfig:
+    return ModelConfig(
+        dim=args["dim"], n_layers=args["n_layers"], n_heads=args["n_heads"],
+        n_kv_heads=args.get("n_kv_heads") or args["n_heads"], head_dim=args["dim"] // args["n_heads"],
+        ffn_dim=tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        vocab_size=args["vocab_size"], max_seq_len=args["max_seq_len"],
+        tie_embeddings=torch.equal(tensors[HEAD], tensors[EMBEDDING]),
+        bos_id=1, eos_ids=(1,),  # a story ends where the next would begin
+    )  # fmt: skip

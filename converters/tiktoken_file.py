@@ -1,0 +1,119 @@
+"""Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json. This file has no command line.
+
+    ranks = read_tiktoken(Path("checkpoints/Llama3.2-1B/tokenizer.model"))
+    files = tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
+
+Its lines are tokens, in base64, each with its rank, which is its id. tiktoken cuts a text into words with a regular
+expression. A word that is a token is that token. In others it joins neighbours as long as the bytes of two are a token,
+that of the lowest rank first. tokenizer.json has in place of the ranks a list of the pairs to join.
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+
+from config import UsageError
+from tokenizer import TIKTOKEN_LINE, byte_level_alphabet
+
+# The words of Llama 3: 's and such, letters, up to three digits, punctuation, line ends, other white space
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# The special tokens that have a name; "" stands for a reserved one.
+LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id", "end_header_id", "", "eot_id"]
+LLAMA31_NAMES = [
+    "begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id", "eom_id",
+    "eot_id", "python_tag",
+]  # fmt: skip
+# Of the models for chats. Other models have not learnt it.
+LLAMA3_TEMPLATE = """
+{{- bos_token }}
+{%- for m in messages -%}
+{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"""
+
+
+def is_tiktoken(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return re.match(TIKTOKEN_LINE, file.read(200)) is not None
+
+
+def read_tiktoken(path: Path) -> dict[bytes, int]:
+    """The rank of each token. Raises UsageError unless the ranks are 0, 1, 2 ... and every byte is a token."""
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except ValueError:
+        raise UsageError(f"{path}: line {len(ranks) + 1} is not a token in base64 and its rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UsageError(f"{path}: the {len(ranks)} tokens do not have the ranks from 0 on")
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise UsageError(f"{path} lacks tokens of single bytes")
+    return ranks
+
+
+def special_tokens(n: int, is_first: bool) -> list[str]:
+    """The names of the n special tokens, whose ids follow the others'. is_first: of Llama 3.0. Raises UsageError."""
+    names = LLAMA3_NAMES if is_first else LLAMA31_NAMES
+    if n < len(names):
+        raise UsageError(f"Llama 3 has at least {len(names)} special tokens; this vocabulary leaves room for {n}")
+    tokens, n_reserved = [], 0
+    for name in names + [""] * (n - len(names)):
+        tokens.append(f"<|{name or f'reserved_special_token_{n_reserved}'}|>")
+        n_reserved += not name
+    return tokens
+
+
+def tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json."""
+    character_of = {byte: character for character, byte in byte_level_alphabet().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(character_of[byte] for byte in token)
+
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    merges = [(spell(left), spell(right)) for left, right in find_merges(ranks)]
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))  # a word that is a token is not cut
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    bos = special[0]
+    library.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, library.token_to_id(bos))])
+    config = {"bos_token": bos, "eos_token": special[1], "chat_template": LLAMA3_TEMPLATE}
+    return {
+        "tokenizer.json": library.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+    }
+
+
+def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens that are joined to each token, in the order of the ranks. A token that arises only as a whole word
+    has none."""
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = join_pairs(token, ranks, ranks[token])
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def join_pairs(word: bytes, ranks: dict[bytes, int], end: int) -> list[bytes]:
+    """The tokens of a word, if only those of ranks below end are there."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while len(parts) > 1:
+        pair_ranks = [ranks.get(left + right, end) for left, right in zip(parts, parts[1:], strict=False)]
+        lowest = min(pair_ranks)
+        if lowest >= end:
+            break
+        i = pair_ranks.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
