@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from config import UsageError
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import GREEDY, Logprobs, Request, Scheduler
+from scheduler import GREEDY, Logprobs, Request, Scheduler, finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer
 
 
@@ -51,13 +51,11 @@ class Completion:
 
     def add_token(self, token: int):
         self.tokens.append(token)
-        is_end = token in self.eos_ids  # an end token has no text
-        if not is_end:
+        self.finish_reason = finish_reason(token, len(self.tokens), self.request.max_new_tokens, self.eos_ids)
+        if self.finish_reason != "stop":  # an end token has no text
             self.text += self.detokenizer.push(token)
-        if is_end or self.detokenizer.found_stop:
+        if self.detokenizer.found_stop:
             self.finish_reason = "stop"
-        elif len(self.tokens) == self.request.max_new_tokens:
-            self.finish_reason = "length"
         if self.finish_reason:
             self.text += self.detokenizer.end()
 

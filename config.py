@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """The user's input cannot work. The message is one sentence: what is wrong and what would be right."""
 
 
+class OutOfMemoryError(UsageError):
+    """Memory is too small for what was asked for. What would be right depends on the program: see cli.run."""
+
+
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")  # of the gate; kernels/reference.py has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_OBJECTS = 2**16  # layers, heads or experts; a broken config must not create millions of them

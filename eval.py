@@ -26,10 +26,11 @@ from checkpoint import read_text
 from cli.ranks import process_group
 from config import UsageError
 from evaluation.lm_harness import evaluate, harness_model, task_manager
-from evaluation.scoring import OOM_HINT, perplexity
+from evaluation.scoring import perplexity
 from loading import load
 from machine import pick_device
 
+OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
 TEXT_WINDOW = 1024  # tokens of a window of text, unless the model's context is shorter
 
 

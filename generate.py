@@ -47,15 +47,17 @@ from cli.terminal import converse
 from completion import Completion, generate_many
 from config import UsageError
 from loading import load, load_model
-from machine import OOM_HINT, pick_device
+from machine import pick_device
 from model import KVCache
 from sampling import SamplingParams
-from scheduler import Request
+from scheduler import Request, check_length
 from speculate import speculate
 from steps import Steps, build_steps, check_finite, make_kv_cache
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
+
+OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
 
 @torch.inference_mode()
@@ -143,11 +145,7 @@ class LLM:
             if self.tokenizer.exceeds(text, self.max_seq_len):
                 raise UsageError(f"a prompt of {len(text)} characters exceeds max_seq_len, {self.max_seq_len} tokens")
         history = self.tokenizer.encode_prompt(prompt) if prompt else []
-        if not history:
-            raise UsageError("the prompt is empty; give some text")
-        if len(history) + max_new_tokens > self.max_seq_len:
-            n = len(history)
-            raise UsageError(f"{n} prompt tokens and {max_new_tokens} new ones exceed max_seq_len, {self.max_seq_len}")
+        check_length(len(history), max_new_tokens, self.max_seq_len, f"max_seq_len, {self.max_seq_len}")
         request = Request(history, max_new_tokens, self.sampling, stop=stop, is_chat=is_chat)
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         generate_tokens = self.free_generators.pop() if self.free_generators else self.new_token_generator()

@@ -18,7 +18,7 @@ import tp
 from checkpoint import read_checkpoint
 from config import UsageError
 from kernels.formats import Tensors, parse_formats
-from machine import OOM_HINT, check_memory, drop_pages
+from machine import check_memory, drop_pages
 from model import Transformer, empty_model
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -65,7 +65,7 @@ def load_model(
     if use_kernels and device.type == "cpu":  # packing copies all weights
         itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
-        check_memory(n_bytes // n_ranks, f"{path}, in {dtype},", OOM_HINT)
+        check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
 
     if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only some rows of the head
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]

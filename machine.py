@@ -1,7 +1,7 @@
 """The machine: its devices, how much memory is free, how fast that memory is read, and how many threads may run.
 
     device = pick_device(None)                     # the accelerator, or the CPU if there is none
-    check_memory(2 * 10**9, "the KV cache", "take fewer tokens")
+    check_memory(2 * 10**9, "the KV cache")        # raises OutOfMemoryError
     read_bandwidth(device)                         # bytes per second
     limit_threads()                                # to what the process may use
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import UsageError
+from config import OutOfMemoryError, UsageError
 
 READ_BYTES = 2**29  # read by read_bandwidth at a time: more than any cache holds
 UNKNOWN_CACHE_BYTES = 2**28  # of a processor that does not say what its cache holds
@@ -37,9 +37,6 @@ MEMORY_FILES = [
 ]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which PyTorch reads
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # Linux's codes for madvise
-OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"  # what needs less memory
-
-
 
 def pick_device(name: str | None) -> torch.device:
     """The device called name. None: the accelerator, or the CPU if there is none. Raises UsageError if the machine has
@@ -174,13 +171,12 @@ def cgroup_folders(controller: str) -> list[Path]:
     return folders
 
 
-def check_memory(n_bytes: int, what: str, oom_hint: str):
-    """Raises UsageError if main memory has no room for n_bytes. Its message names what needs them, and ends with
-    oom_hint, which says what would help."""
+def check_memory(n_bytes: int, what: str):
+    """Raises OutOfMemoryError if main memory has no room for n_bytes. what: what needs them, for the message."""
     free = free_memory()
     if n_bytes > free:
-        lack = f"{what} takes {n_bytes / 1e9:.2f} GB of memory, of which {free / 1e9:.2f} are free"
-        raise UsageError(f"{lack}; {oom_hint}")
+        taken, left = f"{n_bytes / 1e9:.2f}", f"{free / 1e9:.2f}"
+        raise OutOfMemoryError(f"{what} takes {taken} GB of memory, of which {left} are free")
 
 
 def lacks_memory(e: Exception) -> bool:

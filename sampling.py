@@ -18,9 +18,10 @@ import kernels
 from config import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
-CHUNK = 64  # neighbouring tokens that a CPU skips together if none of them has enough probability
-SMALL_VOCABULARY = 1000  # tokens that are sorted sooner than searched
+# How sorted_nucleus avoids sorting a whole vocabulary on a CPU
+SMALL_VOCABULARY = 1000  # so many tokens are sorted faster than searched
 FIRST_THRESHOLD = 2**-10  # fewer than 1024 tokens can have more probability than this
+CHUNK = 64  # neighbouring tokens; all are skipped if the largest probability among them is below the threshold
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # above 1: tokens that the text has already are less likely; see penalize
 
     def __post_init__(self):
-        """Raises UsageError, in a sentence that begins with the field's name."""
+        """Raises UsageError, whose message begins with the field's name."""
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -47,6 +48,11 @@ class SamplingParams:
             raise UsageError(f"min_p must be 0 to 1, not {self.min_p}")
         if not 0 < self.repetition_penalty < math.inf:
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        # These values change nothing. As None they keep the fast path of sample.
+        if self.top_p == 1:
+            object.__setattr__(self, "top_p", None)
+        if self.min_p == 0:
+            object.__setattr__(self, "min_p", None)
 
     @property
     def is_greedy(self) -> bool:
@@ -54,13 +60,13 @@ class SamplingParams:
 
     @property
     def filters_tokens(self) -> bool:
-        """Whether an option beside temperature and repetition_penalty may keep tokens from being drawn."""
+        """Whether another option than temperature and repetition_penalty is on: one that rules tokens out."""
         return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
 
 
 def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]; -1 for a row that is not finite. backend: see kernels. uniform: a random
-    number for each row, see multinomial."""
+    """float32 logits [B, V] -> token ids [B]; -1 where a sequence's logits are not finite. backend: see kernels.
+    uniform: a random number for each sequence, see multinomial."""
     if backend == "triton" and uniform is None and (sampling.is_greedy or not sampling.filters_tokens):
         return kernels.sample(logits, sampling.temperature)
     if sampling.is_greedy:
@@ -81,70 +87,69 @@ def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """The tokens that sample draws from: their probabilities and ids, both [B, C]. The probabilities of a row need not
+    """The tokens that sample draws from: their probabilities and ids, both [B, C]. A sequence's probabilities need not
     sum to one. ids None: all tokens."""
-    # The largest score becomes 0, so that a small temperature makes the others underflow and nothing overflow.
+    # The largest score becomes 0. Then a small temperature makes the others underflow, and nothing overflows.
     scores = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, SMALLEST_TEMPERATURE)
     has_top_k = sampling.top_k is not None and sampling.top_k < scores.shape[-1]
-    has_top_p = sampling.top_p is not None and sampling.top_p < 1
     ids = None
     if has_top_k:
         scores, ids = scores.topk(sampling.top_k)  # the likeliest first
     probs = scores.softmax(-1)
-    if has_top_p:
+    if sampling.top_p is not None:
         if not has_top_k:
             probs, ids = sorted_nucleus(probs, sampling.top_p)
         before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # what all likelier tokens have together
         probs = probs.masked_fill(before >= sampling.top_p, 0)
-    if sampling.min_p:
+    if sampling.min_p is not None:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
     return probs, ids
 
 
 def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row of probs [B, V], at least as many as have top_p together: their probabilities
-    and ids, both [B, C], the likeliest first. Of equally likely tokens, lower ids come first. Rows that have fewer than
-    C such tokens end with zeros."""
-    # On a GPU and when compiled, C must not depend on the probabilities.
+    """By probs [B, V]: the likeliest tokens of each sequence, at least so many that their probabilities sum to top_p.
+    Returns their probabilities and ids, both [B, C], the likeliest first. Of equally likely tokens, lower ids come
+    first. A sequence that needs fewer than C tokens ends with zeros."""
+    # On a GPU and when compiled, C must not depend on the probabilities, so all V tokens are sorted.
     if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
         return probs.sort(dim=-1, descending=True, stable=True)
-    values, ids = zip(*[sorted_nucleus_of_row(row, top_p) for row in probs], strict=True)
+    values, ids = zip(*[search_nucleus(row, top_p) for row in probs], strict=True)
     return pad_sequence(values, batch_first=True), pad_sequence(ids, batch_first=True)
 
 
-def sorted_nucleus_of_row(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """sorted_nucleus for one row [V], without sorting all of it: sorts only the tokens above a threshold, and lowers it
-    eightfold until they have top_p together. Mostly the first one serves."""
+def search_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """sorted_nucleus for one sequence [V]. It sorts only the tokens above a threshold. If their probabilities sum to
+    less than top_p, it tries again with an eighth of the threshold. Mostly the first one serves."""
     missing = -len(probs) % CHUNK
     chunks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, CHUNK)
     largest = chunks.amax(-1)
     threshold = FIRST_THRESHOLD
-    while threshold > (1 - top_p) / len(probs):  # all tokens below this have less than 1 - top_p together
+    while threshold > (1 - top_p) / len(probs):  # below that, so few tokens are left out that all may be sorted
         chunk_ids = (largest > threshold).nonzero()[:, 0]
         values = chunks[chunk_ids].flatten()
-        places = (values > threshold).nonzero()[:, 0]  # in values
-        values, order = values[places].sort(descending=True, stable=True)
+        indices = (values > threshold).nonzero()[:, 0]  # in values
+        values, order = values[indices].sort(descending=True, stable=True)
         if len(values) and values.cumsum(-1)[-1] >= top_p:
-            places = places[order]
-            return values, chunk_ids[places // CHUNK] * CHUNK + places % CHUNK
+            indices = indices[order]
+            return values, chunk_ids[indices // CHUNK] * CHUNK + indices % CHUNK
         threshold /= 8
     return probs.sort(descending=True, stable=True)
 
 
 def penalize(logits: Tensor, penalty: float | Tensor) -> Tensor:
-    """What the logits of a repeated token become: less likely if penalty is above 1."""
+    """What the logits of repeated tokens become. A penalty above 1 makes these tokens less likely."""
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """A token [B] for every row of probs [B, V], which need not sum to one. Never a token of probability 0. uniform
-    [B, 1]: the random numbers in [0, 1) that choose; None: PyTorch's next ones."""
+    """Draws a token [B] for each sequence of probs [B, V], whose probabilities need not sum to one. It never draws a
+    token of probability 0. uniform [B, 1]: the random numbers in [0, 1) that choose; None: PyTorch's next ones."""
     if probs.is_cuda and uniform is None:
-        # An exponential race, as the Gumbel-max trick: with E[i] drawn from Exp(1), the argmax of p[i] / E[i] is i with
-        # probability p[i]. One elementwise kernel and an argmax; a cumulative sum along a row is slow on a GPU.
+        # An exponential race, like the Gumbel-max trick: with E[i] drawn from Exp(1), the argmax of p[i] / E[i] is i
+        # with probability p[i]. An elementwise kernel and an argmax are faster on a GPU than a cumulative sum.
         exponential = torch.empty_like(probs, dtype=torch.float64).exponential_()
         return (probs / exponential).argmax(-1)
-    # The first token at which the cumulative sum exceeds a random number. Some devices have no float64.
+    # The first token at which the cumulative sum exceeds a random number. Not all devices have float64.
     dtype = torch.float64 if probs.device.type == "cpu" else torch.float32
     cumulative = probs.cumsum(-1, dtype=dtype)
     if uniform is None:

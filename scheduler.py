@@ -9,20 +9,20 @@
 completion.py makes texts of the tokens.
 
 A slot of the KV cache holds one sequence, at a position of its own. When a sequence ends, the next prompt is prefilled
-into its slot. The running sequences are always in the first slots, so that a step computes them and nothing else: there
-is no padding. Prompts that begin alike are prefilled once, since all slots keep their keys and values for the next:
+into its slot. The running sequences are always in the first slots, so that a step computes no padding. A slot keeps its
+keys and values after its sequence has ended. A prompt that begins like the tokens of any slot copies what they share:
 
     slot 0   Question: 2 + 2?  Answer: 4       runs
     slot 1   Question: 3 + 5?  Answer:         has copied "Question: " from slot 0
-    slot 2   (has ended)                       is the next prompt's, which copies what it shares with any of the slots
+    slot 2   (has ended)                       is free for the next prompt
 
-Each prompt has random numbers of its own, so that its text does not depend on what runs beside it. (RoPE of the types
-dynamic and longrope depends on max_seq_len, as in every KV cache.)
+Each prompt has random numbers of its own, so that its text does not depend on what runs beside it. It does depend on
+max_seq_len if RoPE is of the types dynamic and longrope, as in every KV cache.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 import tp
 from config import UsageError
-from machine import OOM_HINT, free_memory
+from machine import free_memory
 from model import Transformer
 from sampling import SamplingParams, sample
 from steps import (
@@ -60,6 +60,24 @@ class Request:
     start_time: float | None = None  # when its prefill began
 
 
+def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit: str | None = None):
+    """Raises UsageError if the prompt is empty, or if prompt and new tokens exceed max_seq_len. limit: what the message
+    calls max_seq_len."""
+    if n_prompt_tokens == 0:
+        raise UsageError("the prompt is empty; give some text")
+    if n_prompt_tokens + max_new_tokens > max_seq_len:
+        excess = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed"
+        raise UsageError(f"{excess} {limit or max_seq_len}")
+
+
+def finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
+    """Why token, the last of n_new_tokens, ends a text: "stop": it is an end token; "length": it is the last one that
+    was asked for. None: the text goes on. (Stop texts are completion.py's.)"""
+    if token in eos_ids:
+        return "stop"
+    return "length" if n_new_tokens == max_new_tokens else None
+
+
 class Logprobs(NamedTuple):
     """Natural logarithms of the model's probabilities, before temperature and the other options of sampling."""
 
@@ -70,7 +88,7 @@ class Logprobs(NamedTuple):
 class NewToken(NamedTuple):
     request: Request
     token: int
-    finish_reason: str | None  # "stop": token is an end token; "length": it is the last one; None: more will follow
+    finish_reason: str | None  # see the function of this name
     logprobs: Logprobs | None
 
 
@@ -79,42 +97,32 @@ class Sequence:
     """A request that is running."""
 
     request: Request
-    ids: list[int]  # the prompt and the new tokens; all but the last are in the KV cache
-    random: torch.Generator
-
-    def finish_reason(self, eos_ids: set[int]) -> str | None:
-        if self.ids[-1] in eos_ids:
-            return "stop"
-        is_last = len(self.ids) == len(self.request.prompt_ids) + self.request.max_new_tokens
-        return "length" if is_last else None
+    generator: torch.Generator  # of its random numbers
+    new_ids: list[int] = field(default_factory=list)  # the last one has not been fed to the model yet
 
 
 class Scheduler:
     def __init__(
         self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
-        compile: bool = False, oom_hint: str = OOM_HINT,
+        compile: bool = False,
     ):  # fmt: skip
         """n_slots: sequences at a time. max_seq_len: most tokens of a sequence, its prompt included. eos_ids: the
-        tokens that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises UsageError if
-        memory is too small for the KV cache."""
+        tokens that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises
+        OutOfMemoryError if memory is too small for the KV cache."""
         self.model, self.n_slots, self.max_seq_len = model, n_slots, max_seq_len
         self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
-        self.kv_cache = make_kv_cache(model, n_slots, max_seq_len, oom_hint)
+        self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
         # torch.compile would compile anew for every number of running sequences, so not without kernels.
         compile = compile and model.uses_kernels(n_slots, 1)
         self.decode_step = ModelStep(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence | None] = []  # by slot; None: it has ended
-        self.cached: list[list[int]] = [[]] * n_slots  # by slot: the ids of its sequence; keys and values
-        # are there for ids[:-1], since the newest token has not been fed to the model yet
+        # By slot, also of sequences that have ended: the ids of the tokens whose keys and values are there.
+        self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
 
     def submit(self, request: Request):
         """Queues request. Raises UsageError if it does not fit a slot."""
-        n = len(request.prompt_ids)
-        if n + request.max_new_tokens > self.max_seq_len:
-            raise UsageError(f"{n} prompt tokens and {request.max_new_tokens} new ones exceed {self.max_seq_len}")
-        if n == 0:
-            raise UsageError("the prompt is empty; give some text")
+        check_length(len(request.prompt_ids), request.max_new_tokens, self.max_seq_len)
         self.waiting.append(request)
 
     def cancel(self, request: Request):
@@ -149,66 +157,72 @@ class Scheduler:
         tokens = torch.tensor([request.prompt_ids[start:]], device=self.kv_cache.device)
         start_pos = torch.tensor([start], device=self.kv_cache.device)
         logits = prefill_logits(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1))
-        sequence = Sequence(request, list(request.prompt_ids), torch.Generator().manual_seed(request.seed))
-        self.running[slot], self.cached[slot] = sequence, sequence.ids
-        return self.sample_next([slot], logits, tokens, start_pos)
+        self.cached_ids[slot] = list(request.prompt_ids)
+        self.running[slot] = Sequence(request, torch.Generator().manual_seed(request.seed))
+        return self.sample_next(range(slot, slot + 1), logits, tokens, start_pos)
 
     def decode(self) -> list[NewToken]:
         """The next token of the sequences in all of self.running."""
         device = self.kv_cache.device
-        last_ids = torch.tensor([sequence.ids[-1:] for sequence in self.running], device=device)
-        start_pos = torch.tensor([len(sequence.ids) - 1 for sequence in self.running], device=device)
+        slots = range(len(self.running))
+        last_ids = torch.tensor([sequence.new_ids[-1:] for sequence in self.running], device=device)
+        start_pos = torch.tensor([len(self.cached_ids[slot]) for slot in slots], device=device)
         logits = self.decode_step(last_ids, start_pos)
-        return self.sample_next(list(range(len(self.running))), logits, last_ids, start_pos)
+        for slot in slots:
+            self.cached_ids[slot].append(self.running[slot].new_ids[-1])
+        return self.sample_next(slots, logits, last_ids, start_pos)
 
-    def sample_next(self, slots: list[int], logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
-        """Samples a token for each of n slots, one beside the other, from the logits [n, 1, V] after tokens [n, T]. The
-        slots of sequences that end become free."""
-        sequences = [self.running[slot] for slot in slots]
+    def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
+        """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. The slots of
+        sequences that end become free."""
+        sequences = self.running[slots.start : slots.stop]
         scores = self.penalize(slots, logits, tokens, start_pos)
         ids = tp.broadcast(sample_each(scores[:, -1], sequences)).tolist()
         check_finite(ids)
         new_tokens = []
         for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):
-            sequence.ids.append(token)
-            finish_reason, n = sequence.finish_reason(self.eos_ids), sequence.request.n_logprobs
-            logprobs = None if n is None else logprobs_of(logits[i, -1], token, n)
-            new_tokens.append(NewToken(sequence.request, token, finish_reason, logprobs))
-            if finish_reason:
+            request = sequence.request
+            sequence.new_ids.append(token)
+            reason = finish_reason(token, len(sequence.new_ids), request.max_new_tokens, self.eos_ids)
+            logprobs = None
+            if request.n_logprobs is not None:
+                logprobs = compute_logprobs(logits[i, -1], token, request.n_logprobs)
+            new_tokens.append(NewToken(request, token, reason, logprobs))
+            if reason:
                 self.running[slot] = None
         return new_tokens
 
-    def penalize(self, slots: list[int], logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        """The logits with each sequence's repetition_penalty."""
-        kv_cache = self.kv_cache.narrow_batch(slots[0], len(slots))
+    def penalize(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        """The logits [n, 1, V] with each sequence's repetition_penalty."""
+        kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
         penalties = [self.running[slot].request.sampling.repetition_penalty for slot in slots]
         if all(penalty == 1 for penalty in penalties):
-            kv_cache.store_token_ids(tokens, start_pos)  # for a request that copies them and has a penalty
+            kv_cache.store_token_ids(tokens, start_pos)  # a later request may copy this slot and have a penalty
             return logits
-        column = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
-        return apply_repetition_penalty(logits, tokens, start_pos, kv_cache, column)
+        by_sequence = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
+        return apply_repetition_penalty(logits, tokens, start_pos, kv_cache, by_sequence)
 
     def copy_shared_prefix(self, prompt: list[int], slot: int) -> int:
-        """Copies to slot what it lacks of the longest beginning that prompt shares with any slot. Returns how many
-        tokens that is: at least one of prompt is left, since the model must compute something."""
-        shared = [common_prefix_length(ids[:-1], prompt[:-1]) for ids in self.cached]
+        """Finds the slot that shares the longest beginning with prompt, and copies that beginning to slot, unless slot
+        has it. Returns how many tokens it has. That is never all of prompt, since logits follow only from a token that
+        is computed."""
+        shared = [common_prefix_length(ids, prompt[:-1]) for ids in self.cached_ids]
         n = max(shared)
         source = slot if shared[slot] == n else shared.index(n)
         if source != slot:
             self.kv_cache.copy_sequence(source, slot, n)
-        self.cached[slot] = [*prompt[:n], -1]  # until prefill is complete
+        self.cached_ids[slot] = prompt[:n]
         return n
 
     def compact(self):
-        """Moves the last sequences into the slots of those that have ended."""
+        """Moves the last sequences into the slots of those that have ended. Their old slots keep what they had."""
         while None in self.running:
             sequence = self.running.pop()
             if sequence is None:
                 continue
             source, target = len(self.running), self.running.index(None)
-            self.kv_cache.copy_sequence(source, target, len(sequence.ids) - 1)
-            self.running[target], self.cached[target] = sequence, sequence.ids
-            self.cached[source] = list(sequence.ids)  # what is in there stays; the sequence grows elsewhere
+            self.kv_cache.copy_sequence(source, target, len(self.cached_ids[source]))
+            self.running[target], self.cached_ids[target] = sequence, list(self.cached_ids[source])
 
 
 def slots_that_fit(model: Transformer, max_seq_len: int) -> int:
@@ -223,17 +237,16 @@ def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
 
 def sample_each(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """A token [n] for each of n sequences, from its logits [n, V], its sampling options and its random numbers."""
-    uniform = [torch.rand(1, dtype=torch.float64, generator=sequence.random) for sequence in sequences]
-    uniform = torch.stack(uniform).to(logits.device)  # [n, 1]
-    samplings = [sequence.request.sampling for sequence in sequences]
-    if len(set(samplings)) == 1:
-        return sample(logits, samplings[0], uniform=uniform)
-    return torch.cat(
-        [sample(logits[i : i + 1], samplings[i], uniform=uniform[i : i + 1]) for i in range(len(sequences))]
-    )
+    sampling, *others = {sequence.request.sampling for sequence in sequences}
+    if others:
+        return torch.cat([sample_each(logits[i : i + 1], [sequence]) for i, sequence in enumerate(sequences)])
+    if sampling.is_greedy:
+        return sample(logits, sampling)
+    uniform = [torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in sequences]
+    return sample(logits, sampling, uniform=torch.stack(uniform).to(logits.device))
 
 
-def logprobs_of(logits: Tensor, token: int, n: int) -> Logprobs:
+def compute_logprobs(logits: Tensor, token: int, n: int) -> Logprobs:
     """By logits [V]: the log-probability of token, and the n likeliest tokens."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, len(logprobs)))

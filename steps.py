@@ -28,7 +28,7 @@ import tp
 from config import UsageError
 from kernels.cpu import find_compiler
 from kernels.record import record
-from machine import OOM_HINT, check_memory
+from machine import check_memory
 from model import KVCache, Transformer
 from sampling import SamplingParams, penalize, sample
 
@@ -47,11 +47,11 @@ class Steps(NamedTuple):
     decode: Step
 
 
-def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int, oom_hint: str = OOM_HINT) -> KVCache:
-    """A KVCache for model. Raises UsageError if a CPU's memory is too small for it; oom_hint says what helps."""
+def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
+    """A KVCache for model. Raises OutOfMemoryError if a CPU's memory is too small for it."""
     if device_of(model).type == "cpu":
         n_bytes = batch_size * max_seq_len * kv_bytes_per_token(model)
-        check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens", oom_hint)
+        check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
     return KVCache(model, batch_size, max_seq_len)
 
 

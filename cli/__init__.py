@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from config import UsageError
+from config import OutOfMemoryError, UsageError
 
 EXIT_INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
@@ -56,8 +56,9 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
     """Calls a script's main, with no more threads than machine.limit_threads allows. Turns these errors into an exit
     status and at most one line on stderr:
 
-    - UsageError, an error of the file system, also within torch.compile, or out of memory (oom_hint says what needs
-      less): status 2
+    - UsageError: status 2
+    - out of memory: status 2, and the line ends with oom_hint, which says what needs less
+    - an error of the file system, also within torch.compile: status 2
     - Ctrl-C: status 130
     - the reader of stdout has closed it, as in `| head`: status 0
 
@@ -74,6 +75,8 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
             main()
     except KeyboardInterrupt:
         exit_interrupted()
+    except OutOfMemoryError as e:
+        exit_with(f"{e}; {oom_hint}")
     except UsageError as e:
         exit_with(str(e))
     except (MemoryError, RuntimeError) as e:

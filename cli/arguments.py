@@ -15,8 +15,9 @@ from speculate import MAX_PROPOSED
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-# --speculate_k. Looking up costs nothing, so it is as many as all kernels take together with the last token.
-DEFAULT_K = {"draft": 5, "lookup": MAX_TRITON_TOKENS - 1}
+# --speculate_k, unless it is given. To look tokens up costs nothing. So it is the most for which the step that verifies
+# them, with the last token before them, fits the GPU's kernels.
+DEFAULT_SPECULATE_K = {"draft": 5, "lookup": MAX_TRITON_TOKENS - 1}
 
 
 def parse_args(doc: str) -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse_args(doc: str) -> argparse.Namespace:
         speculative     whether steps verify proposed tokens
         sampling        temperature, top_k and so on as a SamplingParams
 
-    max_new_tokens is sys.maxsize in a conversation, which has no limit but the context, unless it was given.
+    Without --max_new_tokens, max_new_tokens is sys.maxsize in a conversation: only the context limits an answer.
     Raises UsageError for invalid values and for options that exclude each other. doc: the script's docstring."""
     args = make_parser(doc).parse_args()
     has_prompt = args.prompt is not None or args.prompt_file is not None
@@ -43,50 +44,20 @@ def parse_args(doc: str) -> argparse.Namespace:
     check_environment(args)
     args.sampling = make_sampling(args)
     if args.logprobs is not None and args.parallel is None:
-        args.parallel = 1  # scheduler.py computes them
+        args.parallel = 1  # since the scheduler reports log-probabilities, and the plain loop does not
     if args.speculate_k is None:
-        args.speculate_k = DEFAULT_K["lookup" if args.prompt_lookup else "draft"]
+        args.speculate_k = DEFAULT_SPECULATE_K["lookup" if args.prompt_lookup else "draft"]
     return args
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = cli.make_parser(doc)
-    add = parser.add_argument
     cli.add_checkpoint_path(parser, DEMO, "model.pth, its tokenizer beside it (default: the demo's)")
-    # the prompt
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
-    help = "one prompt a line; in a .jsonl file a line is {\"prompt\": ...} or {\"messages\": [...]}"
-    prompt.add_argument("--prompt_file", type=Path, help=help)
-    prompt.add_argument("--prompt_tokens", type=int, metavar="N", help="N random tokens, for benchmarks")
-    add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
-    add("--interactive", action="store_true", help="a conversation: the same as --chat without --prompt")
-    add("--system", help="system message of a chat")
-    help = "complete N prompts of --prompt_file at a time; a GPU's kernels take up to 8"
-    add("--parallel", type=int, metavar="N", help=help)
-    # sampling
-    add("--num_samples", type=int, default=1, help="how often each prompt is continued (default: %(default)s)")
-    help = f"default: {DEFAULT_MAX_NEW_TOKENS}; in a conversation what is left of the context"
-    add("--max_new_tokens", type=int, help=help)
-    add("--batch_size", type=int, default=1, help="independent samples at a time; the first streams (default: 1)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top_k", type=int, help="sample among the k likeliest tokens only")
-    add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
-    add("--min_p", type=float, help="sample among tokens at least p times as likely as the likeliest")
-    help = "above 1: what the text has already becomes less likely (default: %(default)s)"
-    add("--repetition_penalty", type=float, default=1.0, help=help)
-    add("--seed", type=int, default=1234, help="default: %(default)s")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
-    add("--ignore_eos", action="store_true", help="go on after an end token, for benchmarks")
-    # speculation
-    add("--draft_checkpoint_path", type=Path, help="a smaller model of the same vocabulary, to speculate")
-    add("--draft_tp", choices=["on", "off"], help="off: of several ranks, each has all of the draft (default: on)")
-    lookup = "speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)"
-    add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N", help=lookup)
-    k = "tokens to propose at a time, at most (default: {draft}, looked up: {lookup})".format(**DEFAULT_K)
-    k += f"; on a GPU, more than {MAX_TRITON_TOKENS - 1} are verified without the kernels, several times slower"
-    add("--speculate_k", type=int, metavar="K", help=k)
-    # how it runs
+    add_prompt_options(parser)
+    add_length_options(parser)
+    add_sampling_options(parser)
+    add_speculation_options(parser)
+    add = parser.add_argument
     add("--compile", action="store_true", help="compile or, on a GPU, record the decode step")
     add("--compile_prefill", action="store_true", help="compile prefill too")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")
@@ -97,6 +68,53 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--logprobs", type=int, metavar="N", help="in --json, each token's log-probability and the N likeliest tokens")
     add("--json", action="store_true", help="one JSON object for each prompt on stdout instead of text")
     return parser
+
+
+def add_prompt_options(parser: argparse.ArgumentParser):
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
+    help = "one prompt a line; in a .jsonl file a line is {\"prompt\": ...} or {\"messages\": [...]}"
+    prompt.add_argument("--prompt_file", type=Path, help=help)
+    prompt.add_argument("--prompt_tokens", type=int, metavar="N", help="N random tokens, for benchmarks")
+    add = parser.add_argument
+    add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
+    add("--interactive", action="store_true", help="a conversation: the same as --chat without --prompt")
+    add("--system", help="system message of a chat")
+    help = "complete N prompts of --prompt_file at a time; a GPU's kernels take up to 8"
+    add("--parallel", type=int, metavar="N", help=help)
+    add("--num_samples", type=int, default=1, help="how often each prompt is continued (default: %(default)s)")
+    add("--batch_size", type=int, default=1, help="independent samples at a time; the first streams (default: 1)")
+
+
+def add_length_options(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    help = f"default: {DEFAULT_MAX_NEW_TOKENS}; in a conversation what is left of the context"
+    add("--max_new_tokens", type=int, help=help)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--ignore_eos", action="store_true", help="go on after an end token, for benchmarks")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser):
+    """--seed, and the fields of SamplingParams."""
+    add = parser.add_argument
+    add("--seed", type=int, default=1234, help="default: %(default)s")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top_k", type=int, help="sample among the k likeliest tokens only")
+    add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
+    add("--min_p", type=float, help="sample among tokens at least p times as likely as the likeliest")
+    help = "above 1: what the text has already becomes less likely (default: %(default)s)"
+    add("--repetition_penalty", type=float, default=1.0, help=help)
+
+
+def add_speculation_options(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    add("--draft_checkpoint_path", type=Path, help="a smaller model of the same vocabulary, to speculate")
+    add("--draft_tp", choices=["on", "off"], help="off: of several ranks, each has all of the draft (default: on)")
+    lookup = "speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)"
+    add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N", help=lookup)
+    k = "tokens to propose at a time, at most (default: {draft}, looked up: {lookup})".format(**DEFAULT_SPECULATE_K)
+    k += f"; on a GPU, more than {MAX_TRITON_TOKENS - 1} are verified without the kernels, several times slower"
+    add("--speculate_k", type=int, metavar="K", help=k)
 
 
 def check_counts(args: argparse.Namespace):
@@ -130,7 +148,7 @@ def check_speculation(args: argparse.Namespace):
     if args.speculate_k and not args.speculative:
         raise UsageError("--speculate_k belongs to --draft_checkpoint_path or --prompt_lookup")
     if args.speculative and args.batch_size > 1:
-        raise UsageError("speculation is for one row: leave out --batch_size")
+        raise UsageError("speculation is for one sequence: leave out --batch_size")
     if args.prompt_lookup is not None and args.prompt_lookup < 2:
         raise UsageError(f"--prompt_lookup looks for at least 2 tokens, not {args.prompt_lookup}")
     for name in ("speculate_k", "prompt_lookup"):
@@ -138,8 +156,8 @@ def check_speculation(args: argparse.Namespace):
         if value is not None and value > MAX_PROPOSED:
             raise UsageError(f"--{name} must be at most {MAX_PROPOSED}, not {value}")
     if args.speculate_k and args.speculate_k >= MAX_TRITON_TOKENS and pick_device(args.device).type == "cuda":
-        said = f"More than {MAX_TRITON_TOKENS - 1} tokens at a time are verified without the kernels."
-        print(said, file=sys.stderr)
+        note = f"More than {MAX_TRITON_TOKENS - 1} tokens at a time are verified without the kernels."
+        print(note, file=sys.stderr)
 
 
 def check_parallel(args: argparse.Namespace):

@@ -19,7 +19,7 @@ from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import print_result, result_of
 from completion import Completion, complete_all
-from config import UsageError
+from config import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
 from scheduler import Request, Scheduler, slots_that_fit
 from tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def complete_in_turn(
             if not args.json:
                 print()
                 for k, completion in enumerate(samples[-1][1:], start=1):
-                    print(f"--- row {k}\n{completion.text}")
+                    print(f"--- sequence {k}\n{completion.text}")
         print_result(args, result_of(args, model, kv_cache, prompt, samples) | stats, model)
 
 
@@ -49,7 +49,7 @@ def complete_once(
 ) -> list[Completion]:
     """Completes prompt in every sequence of a batch, until all have ended. Prints the first sequence as it is
     generated, unless --json is given."""
-    request, ends = make_request(args, prompt, args.seed), eos_ids_of(args, model)
+    request, ends = make_request(args, prompt, args.seed), choose_eos_ids(args, model)
     request.start_time = time.perf_counter()
     completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
     for step_tokens in generate_tokens(prompt.ids, 0, args.max_new_tokens):
@@ -90,11 +90,15 @@ def complete_in_parallel(
 
 
 def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[Prompt]) -> Scheduler:
-    """With room for the longest of prompts that fit the model's context. Raises UsageError if memory is too small."""
+    """A Scheduler with room for the longest of those prompts that fit the model's context. Raises UsageError if memory
+    is too small."""
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
     max_seq_len, n_slots = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
-    hint = f"--parallel {slots_that_fit(model, max_seq_len)} fits, or fewer --max_new_tokens"
-    return Scheduler(model, n_slots, max_seq_len, eos_ids_of(args, model), args.compile, hint)
+    try:
+        return Scheduler(model, n_slots, max_seq_len, choose_eos_ids(args, model), args.compile)
+    except OutOfMemoryError as e:
+        n_fitting = slots_that_fit(model, max_seq_len)
+        raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
 
 
 def print_json(
@@ -115,7 +119,7 @@ def make_request(args: argparse.Namespace, prompt: Prompt, seed: int) -> Request
     return Request(prompt.ids, args.max_new_tokens, args.sampling, seed, stop, prompt.is_chat, args.logprobs)
 
 
-def eos_ids_of(args: argparse.Namespace, model: Transformer) -> set[int]:
+def choose_eos_ids(args: argparse.Namespace, model: Transformer) -> set[int]:
     """The tokens that end a sequence."""
     return set() if args.ignore_eos else set(model.config.eos_ids)
 

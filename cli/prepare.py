@@ -19,6 +19,7 @@ from config import UsageError
 from kernels import MAX_CPU_TOKENS
 from loading import load
 from model import KVCache, Transformer
+from scheduler import check_length
 from speculate import (
     PromptLookup,
     Proposer,
@@ -60,11 +61,8 @@ def needed_seq_len(
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(prompt.ids) for prompt in prompts)
-    if longest + args.max_new_tokens > context:
-        raise UsageError(
-            f"{longest} prompt tokens and {args.max_new_tokens} new ones exceed the {name}'s context of {context}; "
-            "lower --max_new_tokens or shorten the prompt"
-        )
+    limit = f"the {name}'s context of {context}; lower --max_new_tokens or shorten the prompt"
+    check_length(longest, args.max_new_tokens, context, limit)
     return longest + args.max_new_tokens
 
 

@@ -111,7 +111,7 @@ def print_summary(result: dict, model: Transformer):
         share = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
     # All sequences of a batch take every step together, so this is the speed of each of them.
     n = len(result["tokens"])
-    sequences, each = (f" in {n} rows,", " each") if n > 1 else ("", "")
+    sequences, each = (f" in {n} sequences,", " each") if n > 1 else ("", "")
     print(
         f"{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.2f} s, "
         f"{result['generated_tokens']} generated{sequences} at {result['decode_tokens_per_sec']:.1f} tokens/s"

@@ -7,6 +7,7 @@ lm_eval is imported when it is needed, so that this file can be imported without
 eval.py.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from chat_template import render
 from completion import complete_all
 from config import UsageError
-from evaluation.scoring import OOM_HINT, ScoredSequence, scores_of
+from evaluation.scoring import ScoredSequence, scores_of
 from model import Transformer
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
@@ -145,14 +146,14 @@ class HarnessModel:
         answers = [self.answer_request(*request.args, seed=i) for i, request in enumerate(requests)]
         max_seq_len = max((len(answer.prompt_ids) + answer.max_new_tokens for answer in answers), default=1)
         n_slots = max(1, min(self.max_batch_size, len(answers)))
-        scheduler = Scheduler(self.model, n_slots, max_seq_len, compile=self.compile, oom_hint=OOM_HINT)
+        scheduler = Scheduler(self.model, n_slots, max_seq_len, compile=self.compile)
         completions = complete_all(scheduler, self.tokenizer, answers)
         bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
         return [completion.text for completion in bar]
 
     def answer_request(self, text: str, kwargs: dict, seed: int) -> Request:
         """A generation request of lm_eval: the prompt's text, and the options of the answer."""
-        options = options_of(kwargs)
+        options = read_options(kwargs)
         return Request(self.prompt_ids(text, options), seed=seed, **options._asdict())
 
     def prompt_ids(self, text: str, options: "Options") -> list[int]:
@@ -172,22 +173,16 @@ class Options(NamedTuple):
     stop: tuple[str, ...]  # texts that end the answer
 
 
-def options_of(kwargs: dict) -> Options:
-    """Reads the keyword arguments of a generation request of lm_eval."""
-    temperature = float(kwargs.get("temperature") or 0)
+def read_options(kwargs: dict) -> Options:
+    """The options in the keyword arguments of lm_eval's generation request."""
+    # An option that is None or 0 is off, so SamplingParams keeps its default.
+    sampling = {field.name: kwargs[field.name] for field in fields(SamplingParams) if kwargs.get(field.name)}
     if kwargs.get("do_sample") is False:
-        temperature = 0.0
+        sampling["temperature"] = 0.0
     elif kwargs.get("do_sample") and "temperature" not in kwargs:
-        temperature = 1.0
-    sampling = SamplingParams(
-        temperature,
-        top_k=kwargs.get("top_k") or None,
-        top_p=kwargs.get("top_p"),
-        min_p=kwargs.get("min_p"),
-        repetition_penalty=kwargs.get("repetition_penalty") or 1.0,
-    )
+        sampling["temperature"] = 1.0
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []
     until = [until] if isinstance(until, str) else until
-    return Options(sampling, max_new_tokens, tuple(text for text in until if text))
+    return Options(SamplingParams(**sampling), max_new_tokens, tuple(text for text in until if text))

@@ -21,7 +21,6 @@ from model import Transformer
 from steps import NOT_FINITE, chunked_prefill, compile_blocks, device_of, make_kv_cache
 from tokenizer import Tokenizer
 
-OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
 LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
 
 
@@ -79,7 +78,7 @@ def scores_of(
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
     device = device_of(model)
-    kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1, OOM_HINT)
+    kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1)
     start_pos = torch.zeros(batch_size, dtype=torch.long, device=device)
     compiled_model = compile_blocks(model, dynamic=True) if compile else None
     for start in range(0, len(order), batch_size):

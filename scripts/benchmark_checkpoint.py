@@ -22,7 +22,7 @@ import tables
 import torch
 
 from checkpoint import read_checkpoint
-from cli.arguments import DEFAULT_K
+from cli.arguments import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from config import UsageError
 from machine import pick_device, read_bandwidth
@@ -133,7 +133,7 @@ PROMPTS = {"edit": (EDIT, 0.0), "story": (STORY, 0.0), "story, drawn": (STORY, 1
 def speculation(args: argparse.Namespace):
     """Tokens/s of a chat model with speculation over those without it."""
     draft, device = args.draft_checkpoint_path, pick_device(args.device)
-    k = DEFAULT_K["draft" if draft else "lookup"] if args.speculate_k is None else args.speculate_k
+    k = DEFAULT_SPECULATE_K["draft" if draft else "lookup"] if args.speculate_k is None else args.speculate_k
     flags = ["--checkpoint_path", args.checkpoint_path, "--device", device, "--precision", args.precision]
     flags += ["--chat", "--max_new_tokens", 160, "--num_samples", 3]
     if args.compile:

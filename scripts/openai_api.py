@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import accumulate
 
 from cli.prompts import is_message
@@ -14,13 +15,11 @@ from tokenizer import Tokenizer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # that one request may ask for
 UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
-SAMPLING = {  # default, least and greatest value; the last three fields are vLLM's, not OpenAI's
-    "temperature": (1.0, 0, 2),
-    "top_p": (1.0, 0, 1),
-    "top_k": (None, 1, 2**31),
-    "min_p": (0.0, 0, 1),
-    "repetition_penalty": (1.0, 0.01, 100),
+SAMPLING_RANGES = {  # least and greatest value, where SamplingParams allows more
+    "temperature": (0, 2),  # OpenAI's
+    "repetition_penalty": (0.01, 100),  # others could make logits infinite, which ends the texts of all clients
 }
+MAX_SAMPLING_VALUE = 2**31
 
 
 def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[Request]:
@@ -41,16 +40,26 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: i
     require(room > 0 and all(prompts), f"a prompt must have 1 to {max_seq_len - 1} tokens")
     max_tokens = number(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
     max_tokens = number(body, "max_completion_tokens", max_tokens, 1, room)
-    sampling = SamplingParams(**{name: number(body, name, *limits) for name, limits in SAMPLING.items()})
     seed = number(body, "seed", secrets.randbits(31), -(2**62), 2**62)
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
     require(is_valid and len(stop) <= MAX_STOPS, f"stop must be {MAX_STOPS} texts of {MAX_STOP_LENGTH} letters at most")
     return [
-        Request(prompts[i // n], max_tokens, sampling, seed + i, tuple(stop), is_chat, n_logprobs)
+        Request(prompts[i // n], max_tokens, read_sampling(body), seed + i, tuple(stop), is_chat, n_logprobs)
         for i in range(n * len(prompts))
     ]
+
+
+def read_sampling(body: dict) -> SamplingParams:
+    """OpenAI's API has temperature and top_p. The other fields of SamplingParams are called as in vLLM's API."""
+    options = {"temperature": 1.0}  # OpenAI's default
+    for field in fields(SamplingParams):
+        kind = int if field.type == int | None else float
+        value = number(body, field.name, None, *SAMPLING_RANGES.get(field.name, (0, MAX_SAMPLING_VALUE)), kind)
+        if value is not None:
+            options[field.name] = value
+    return SamplingParams(**options)
 
 
 def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
@@ -76,12 +85,14 @@ def read_message(fields) -> dict:
     return message
 
 
-def number(body: dict, name: str, default, low: float, high: float):
-    """A field from low to high: if default is a float, any number, else an integer."""
-    value, kinds = body.get(name), (int, float) if isinstance(default, float) else (int,)
-    is_valid = value is None or (type(value) in kinds and low <= value <= high)
-    require(is_valid, f"{name} must be {'a number' if float in kinds else 'an integer'} from {low} to {high}")
-    return default if value is None else value
+def number(body: dict, name: str, default: int | None, low: float, high: float, kind: type = int):
+    """A field of body that holds an integer, or with kind float any number, from low to high."""
+    value = body.get(name)
+    if value is None:
+        return default
+    is_valid = type(value) in (int, kind) and low <= value <= high
+    require(is_valid, f"{name} must be {'an integer' if kind is int else 'a number'} from {low} to {high}")
+    return value
 
 
 def require(condition, message: str):

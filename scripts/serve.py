@@ -72,7 +72,7 @@ def main():
     listener = listen(args.host, args.port)
     model, tokenizer = load(args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision))
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
-    scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile, oom_hint=OOM_HINT)
+    scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
     model_name = args.checkpoint_path.absolute().parent.name
     server = Server(Engine(scheduler, args.device), tokenizer, model_name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host

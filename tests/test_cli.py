@@ -12,6 +12,7 @@ import pytest
 import cli as shell
 import generate
 import machine
+import scheduler
 from cli import report
 from config import MoEConfig
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
@@ -162,8 +163,22 @@ def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain
     monkeypatch.setattr(report, "read_bandwidth_of", refuse)
     shell.run(generate.main)
     out, err = capsys.readouterr()
-    assert out.count("--- row 2") == 3 and "%" not in err
-    assert len(re.findall(r"12 generated in 3 rows, at [\d.]+ tokens/s each: [\d.]+ GB/s \(load", err)) == 3
+    assert out.count("--- sequence 2") == 3 and "%" not in err
+    assert len(re.findall(r"12 generated in 3 sequences, at [\d.]+ tokens/s each: [\d.]+ GB/s \(load", err)) == 3
+
+
+@pytest.mark.parametrize("is_parallel, hint", [(False, generate.OOM_HINT), (True, "--parallel 0 fits")])
+def test_an_error_for_lack_of_memory_ends_with_what_helps(chain, tmp_path, monkeypatch, capsys, is_parallel, hint):
+    (tmp_path / "prompts").write_text("a\nb\n")
+    flags = [f"--prompt_file={tmp_path}/prompts", "--kernels=off", *(["--parallel=2"] if is_parallel else [])]
+    set_up(monkeypatch, chain / "model.pth", flags)
+    for module in (machine, scheduler):
+        monkeypatch.setattr(module, "free_memory", lambda: 1000)
+    with pytest.raises(SystemExit) as stopped:
+        shell.run(generate.main, generate.OOM_HINT)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert f" tokens takes 0.00 GB of memory, of which 0.00 are free; {hint}" in line
 
 
 @pytest.mark.parametrize("caches_hold_it", [False, True])

@@ -181,13 +181,13 @@ def test_requests_of_many_kinds_are_compiled_once(tmp_path):
 
 
 def test_options_of_requests():
-    greedy, options_of = SamplingParams(temperature=0.0), lm_harness.options_of
-    assert options_of({}) == Options(greedy, 256, ())
+    greedy, read_options = SamplingParams(temperature=0.0), lm_harness.read_options
+    assert read_options({}) == Options(greedy, 256, ())
     cold = {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 1}
-    assert options_of(cold) == Options(greedy, 5, ("\n",))
-    assert options_of({"do_sample": True, "top_k": 3}) == Options(SamplingParams(1.0, top_k=3), 256, ())
+    assert read_options(cold) == Options(greedy, 5, ("\n",))
+    assert read_options({"do_sample": True, "top_k": 3}) == Options(SamplingParams(1.0, top_k=3), 256, ())
     options = {"temperature": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}
-    assert options_of(options).sampling == SamplingParams(0.5, min_p=0.1, repetition_penalty=1.2)
+    assert read_options(options).sampling == SamplingParams(0.5, min_p=0.1, repetition_penalty=1.2)
 
 
 @pytest.fixture

@@ -140,6 +140,14 @@ def test_top_p_compiled():
     torch.testing.assert_close(ours, sorted_distribution(logits, 0.7))
 
 
+def test_options_that_change_nothing_are_off():
+    """So sample may use the GPU's kernel, and the scheduler samples such requests together."""
+    sampling = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
+    assert sampling == SamplingParams(0.8, repetition_penalty=1.1) and not sampling.filters_tokens
+    for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert SamplingParams(0.8, **options).filters_tokens
+
+
 def test_greedy_takes_the_lowest_of_tied_tokens():
     ties = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
     assert sample(ties, SamplingParams()).tolist() == [1, 0]

@@ -15,7 +15,7 @@ from kernels import prepare_kernels
 from kernels.formats import Int4, Int8
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import Request, Scheduler
+from scheduler import Request, Scheduler, Sequence, sample_each
 from tests.tiny import make_hf, to_ours
 from tokenizer import StopFinder
 
@@ -130,6 +130,16 @@ def test_random_numbers_are_a_prompts_own(pair):
         [Request(prompts[1], 8), Request(prompts[1], 8, sampling, seed=1)],  # each with options of its own
     )
     assert sampled == first[1] and greedy == run_alone(model, prompts[1], 8)
+
+
+def test_the_likeliest_token_takes_no_random_numbers():
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    samplings = SamplingParams(), SamplingParams(1.0)
+    states = [generator.get_state() for generator in generators]
+    sequences = [Sequence(Request([1], 1, s), generator) for s, generator in zip(samplings, generators, strict=True)]
+    sample_each(torch.randn(2, 50), sequences)
+    is_same = [torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)]
+    assert is_same == [True, False]
 
 
 def test_nothing_is_computed_twice_or_in_vain(pair):

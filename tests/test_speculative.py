@@ -373,7 +373,7 @@ def test_mistakes(folders, capsys, monkeypatch):
     for flags, said in [
         ([*draft, "--prompt_lookup"], "choose one"),
         (["--speculate_k=3"], "belongs to"),
-        ([*draft, "--batch_size=2"], "one row"),
+        ([*draft, "--batch_size=2"], "one sequence"),
         (["--prompt_lookup=1"], "at least 2"),
         ([*draft, "--speculate_k=0"], "at least 1"),
         (["--draft_checkpoint_path", str(other / "model.pth")], "vocabulary"),
