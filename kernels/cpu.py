@@ -226,7 +226,7 @@ def load_library(library: Path) -> ctypes.CDLL:
     torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
     functions.tape_begin.restype = ctypes.c_void_p
-    functions.tape_replay.argtypes = [ctypes.c_void_p]
+    functions.tape_replay.argtypes = [ctypes.c_void_p, ctypes.c_bool]
     functions.tape_replay.restype = ctypes.c_char_p
     functions.tape_free.argtypes = [ctypes.c_void_p]
     return functions

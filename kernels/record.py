@@ -92,6 +92,8 @@ class CPUGraph:
         with recorder:
             self.outputs = step(*self.inputs)
         self.segments, self.keepalive = recorder.segments, recorder.keepalive
+        if len(self.segments) == 1:
+            self.segments[0].adapt_threads = True
 
     def __call__(self, args: tuple):
         copy_all(args, self.inputs)
@@ -158,14 +160,14 @@ class Recorder(TorchDispatchMode):
 
 class Tape:
     """A tape of kernels/csrc/tape.h. Its constructor begins to record, and end_tape() of Recorder ends that. A call
-    replays it."""
+    replays it. adapt_threads: with fewer threads, while other programs need the cores (kernels/csrc/threads.h)."""
 
     def __init__(self, functions: ctypes.CDLL):
-        self.functions, self.address = functions, functions.tape_begin()
+        self.functions, self.address, self.adapt_threads = functions, functions.tape_begin(), False
         weakref.finalize(self, functions.tape_free, self.address)
 
     def __call__(self):
-        error = self.functions.tape_replay(self.address)
+        error = self.functions.tape_replay(self.address, self.adapt_threads)
         if error:
             raise RuntimeError(error.decode())
 

@@ -1,4 +1,4 @@
-// Operations, the threads that share their work, and tapes of operations.
+// Operations, and tapes of operations.
 //
 // All threads of an OpenMP parallel region execute an operation together, each a range of it. Called from Python, an
 // operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the operation to
@@ -14,46 +14,13 @@
 // Separate calls are slower: they ran a small model at 0.4 to 0.7 of a tape's speed (docs/how_it_works.md).
 #pragma once
 
-#include <omp.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "simd.h"
-
-// ---- Threads --------------------------------------------------------------------------------------------------------
-
-// Where the threads of a parallel region wait for each other. It spins only briefly, unlike OpenMP's barrier, and then
-// yields the CPU: on a busy machine, the thread that is still missing may need it.
-class Barrier {
-  std::atomic<int> arrived{0}, round{0};
-
- public:
-  void wait() {
-    const int this_round = round.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {  // the last one
-      arrived.store(0, std::memory_order_relaxed);
-      round.store(this_round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round.load(std::memory_order_acquire) == this_round; spins++) {
-      if (spins > 2000) std::this_thread::yield();
-#if defined(__x86_64__)
-      else _mm_pause();
-#endif
-    }
-  }
-};
-
-// The range [begin, end) of n tasks that this thread does.
-struct Range { int64_t begin, end; };
-inline Range thread_range(int64_t n) {
-  const int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-  return {n * thread / n_threads, n * (thread + 1) / n_threads};
-}
+#include "threads.h"
 
 // Scratch memory that starts on a cache line. It grows as needed and is kept for the next operation.
 class Scratch {
@@ -102,23 +69,43 @@ template <typename Operation> class OpOf : public Op {
   }
 };
 
-using Tape = std::vector<std::unique_ptr<Op>>;
+using Ops = std::vector<std::unique_ptr<Op>>;
+struct Tape {
+  Ops ops;
+  ThreadCount thread_count;
+};
 
-// Executes a tape in one parallel region. If an input's value is wrong, computes nothing and returns the message.
-inline const char* replay(const Tape& tape) {
+// Executes ops in one parallel region. Returns how long its threads stalled, all together.
+inline double execute(const Ops& ops, int n_threads) {
   static thread_local Scratch scratch;
   size_t n_bytes = 0;
-  for (const auto& op : tape) {
-    if (const char* error = op->error()) return error;
-    n_bytes = std::max(n_bytes, op->shared_bytes());
-  }
+  for (const auto& op : ops) n_bytes = std::max(n_bytes, op->shared_bytes());
   char* shared = scratch.at_least<char>(n_bytes);
   Barrier barrier;
-#pragma omp parallel num_threads(torch::stable::get_num_threads())
-  for (const auto& op : tape) {
+#pragma omp parallel num_threads(n_threads)
+  for (const auto& op : ops) {
     op->execute(shared, barrier);
     barrier.wait();
   }
+  return barrier.stalled_seconds();
+}
+
+// What is wrong with the values of the inputs, or null.
+inline const char* find_error(const Ops& ops) {
+  for (const auto& op : ops)
+    if (const char* error = op->error()) return error;
+  return nullptr;
+}
+
+// Executes a tape. If an input's value is wrong, computes nothing and returns the message. adapt_threads: take fewer
+// threads while other programs need the cores. Not for one of several tapes that follow each other: changing the number
+// of threads between them would cost more than it gains.
+inline const char* replay(Tape& tape, bool adapt_threads) {
+  if (const char* error = find_error(tape.ops)) return error;
+  const int most = torch::stable::get_num_threads();
+  const auto start = Clock::now();
+  const double stalled = execute(tape.ops, adapt_threads ? tape.thread_count.next(most) : most);
+  if (adapt_threads) tape.thread_count.add(seconds_since(start), stalled);
   return nullptr;
 }
 
@@ -127,13 +114,14 @@ inline thread_local Tape* recording = nullptr;
 // Appends an operation to the tape that is being recorded. If there is none, executes it.
 inline void submit_op(std::unique_ptr<Op> op) {
   if (recording) {
-    recording->push_back(std::move(op));
+    recording->ops.push_back(std::move(op));
     return;
   }
-  Tape tape;
-  tape.push_back(std::move(op));
-  const char* error = replay(tape);
+  Ops ops;
+  ops.push_back(std::move(op));
+  const char* error = find_error(ops);
   STD_TORCH_CHECK(!error, error ? error : "");
+  execute(ops, torch::stable::get_num_threads());
 }
 template <typename Operation> void submit(const Operation& operation) {
   submit_op(std::make_unique<OpOf<Operation>>(operation));
@@ -143,6 +131,6 @@ template <typename Operation> void submit(const Operation& operation) {
 extern "C" {
 Tape* tape_begin() { return recording = new Tape; }
 void tape_end() { recording = nullptr; }
-const char* tape_replay(const Tape* tape) { return replay(*tape); }
+const char* tape_replay(Tape* tape, bool adapt_threads) { return replay(*tape, adapt_threads); }
 void tape_free(Tape* tape) { delete tape; }
 }

@@ -1,0 +1,58 @@
+"""How the threads of the CPU kernels share work, and how many of them there are: kernels/csrc/threads.h."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kernels.formats import CPU_BLOCK_N
+
+SOURCE = Path(__file__).with_name("threads_test.cpp")
+
+
+@pytest.fixture(scope="module")
+def simulate(tmp_path_factory):
+    """A function (n_cpus, n_repetitions, (busy_cpus, from, to)...) -> how many threads each repetition took."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    program = tmp_path_factory.mktemp("threads") / "threads_test"
+    subprocess.run([compiler, "-std=c++20", "-O1", "-fopenmp", SOURCE, "-o", program], check=True)
+
+    def run(n_cpus: int, n_repetitions: int, *busy: tuple[int, int, int]) -> list[int]:
+        numbers = (n_cpus, n_repetitions, *(number for times in busy for number in times))
+        output = subprocess.run([program, *map(str, numbers)], check=True, capture_output=True, text=True).stdout
+        return [int(line) for line in output.split()]
+
+    return run
+
+
+@pytest.mark.parametrize("n_cpus", [1, 2, 3, 16])
+def test_idle_machine(simulate, n_cpus):
+    """Nothing is ever tried."""
+    assert set(simulate(n_cpus, 2000)) == {n_cpus}
+
+
+@pytest.mark.parametrize(("n_cpus", "busy"), [(2, 1), (4, 1), (8, 2), (16, 3), (64, 5)])
+def test_busy_cpus(simulate, n_cpus, busy):
+    """Other programs take some CPUs for a while: most repetitions do without these CPUs, and later with them again."""
+    chosen = simulate(n_cpus, 12000, (busy, 1000, 6000))
+    assert set(chosen[:1000]) == {n_cpus}
+    assert sum(n <= n_cpus - busy for n in chosen[2000:6000]) > 0.9 * 4000
+    assert chosen[-1] > 0.95 * n_cpus  # to gain less is not worth a trial
+
+
+def test_too_few_idle_cpus(simulate):
+    """If fewer threads are no faster, all are kept."""
+    chosen = simulate(4, 4000, (4, 0, 4000))
+    assert sum(n == 4 for n in chosen) > 0.9 * len(chosen)
+
+
+@pytest.mark.parametrize("n_outputs", [6144, 4096, 28672 // 2, 128256])
+def test_shares_of_llama_8b(n_outputs):
+    """thread_range's arithmetic: no thread has more than 1.15 times the mean of an 8B model's weights."""
+    n_blocks = n_outputs // CPU_BLOCK_N
+    for n_threads in range(1, 33):
+        ends = [n_blocks * thread // n_threads for thread in range(n_threads + 1)]
+        largest = max(end - start for start, end in zip(ends[:-1], ends[1:], strict=True))
+        assert largest <= 1.15 * n_blocks / n_threads
