@@ -11,17 +11,17 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-import cli
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cli
 
-if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    cli.start()
 
 import argparse
 import json
 
 import torch
 
+import cli
 from checkpoint import read_text
 from cli.ranks import process_group
 from config import UsageError

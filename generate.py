@@ -23,11 +23,10 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-import cli
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cli
 
-if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    cli.start()
 
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import cli
 import tp
 from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args

@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-import cli
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cli
 
-if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    cli.start()
 
 import torch
 from torch import Tensor
 
+import cli
 import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
 from config import ModelConfig, UsageError

@@ -23,12 +23,11 @@ decode step reads: the weights that it needs, and the keys and values of the tok
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cli
-
 if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
+
+    cli.start()
 
 import argparse
 import json
@@ -45,6 +44,7 @@ import tokenizers
 import torch
 from benchmark_speed import CONFIGS, config_of, measure_speed, save_random_checkpoint
 
+import cli
 import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, WeightFormat, parse_format

@@ -8,7 +8,6 @@ made as they are stored, on the device that needs them: a model in int4 never ex
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
 from converters.families import config_from_hf

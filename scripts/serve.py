@@ -12,11 +12,11 @@ second signal ends it at once.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
-
 if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
+
+    cli.start()
 
 import asyncio
 import hmac
@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from openai_api import Reply, require
 
+import cli
 from completion import Completion
 from config import UsageError
 from loading import load
