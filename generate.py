@@ -128,7 +128,7 @@ class LLM:
         """device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
         have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
         self.sampling, self.compile = SamplingParams(**sampling), compile
-        self.model, self.tokenizer = load(checkpoint_path, pick_device(device), dtype)
+        self.model, self.tokenizer = load(checkpoint_path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         self.free_generators: list[TokenGenerator] = []  # those that no text is using
 

@@ -199,7 +199,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
     dtype of its weights."""
     device, limit = pick_device(args.device), args.calibration_limit
     text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
-    model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, use_kernels=False)
+    model, tokenizer = load(args.checkpoint_path, dtype=dtype, use_kernels=False)
     context = model.config.max_seq_len
     length = args.calibration_seq_length or min(512, context)
     if length > context:

@@ -42,7 +42,7 @@ import benchmark_gpu
 import check_kernels
 import tokenizers
 import torch
-from benchmark_speed import CONFIGS, config_of, measure_speed, save_random_checkpoint
+from benchmark_speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
 
 import cli
 import kernels
@@ -139,7 +139,7 @@ def add_checkpoint_commands(subparsers):
 
 def speed(args: argparse.Namespace):
     """Speed and memory of one shape: the default."""
-    config = config_of(args.config)
+    config = find_config(args.config)
     check_speed_options(args, config)
     if args.cold_start:
         args.compile, args.max_new_tokens = True, 2

@@ -1,6 +1,6 @@
 """A shape's speed and memory with random weights: what the command "speed" of benchmark.py measures.
 
-    config = config_of("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
+    config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
 
 Weights have mean 0 and variance 1 / inputs, so that a layer neither grows nor shrinks what goes through it. They are
@@ -53,14 +53,14 @@ CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_d
 }
 
 
-def config_of(name: str) -> ModelConfig:
+def find_config(name: str) -> ModelConfig:
     """The shape that --config means: one of CONFIGS, or that of a file. Raises UsageError."""
     if name in CONFIGS:
         return CONFIGS[name]
     if name.endswith(".json"):
         return config_from_hf(read_json(Path(name)))
     if name.endswith(".pth"):
-        return read_checkpoint(Path(name))[0]
+        return read_checkpoint(Path(name)).config
     raise UsageError(f"--config {name!r} is neither a config.json, a model.pth nor one of {', '.join(CONFIGS)}")
 
 

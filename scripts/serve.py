@@ -71,7 +71,8 @@ def main():
     cli.set_threads(args.threads)
 
     listener = listen(args.host, args.port)
-    model, tokenizer = load(args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision))
+    device, dtype = pick_device(args.device), getattr(torch, args.precision)
+    model, tokenizer = load(args.checkpoint_path, device=device, dtype=dtype)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
     scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
     model_name = args.checkpoint_path.absolute().parent.name
