@@ -4,9 +4,9 @@
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
-Every turn writes out the whole conversation with the checkpoint's chat template. The KV cache still holds the tokens of
-earlier turns, so the model only gets those behind the common beginning. What the context has no room for any more is
-forgotten, the oldest messages first. cli/terminal.py leads a conversation on a terminal.
+In every turn the checkpoint's chat template writes out the whole conversation. The KV cache still holds the tokens of
+earlier turns, so the model computes only the tokens after the beginning that both have in common. When the context is
+nearly full, the oldest messages are forgotten. cli/terminal.py leads a conversation on a terminal.
 """
 
 import sys
@@ -16,12 +16,14 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from config import UsageError
+from scheduler import finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer, common_prefix_length
 
-# If less than an eighth of the context is left for an answer, the oldest messages are forgotten, until a quarter is
-# left. That is more than is needed, so that the tokens behind them are not computed anew in every turn.
-MIN_ROOM, ROOM = 1 / 8, 1 / 4
-CUT = ("length", "context", "interrupted")  # what finish_reason is after an answer that can go on
+# If less than FORGET_BELOW of the context is free for an answer, the oldest messages are forgotten until FORGET_UNTIL
+# is free. Forgetting a message moves all tokens behind it, so that they must be computed again. So that this does not
+# happen in every turn, more is freed than one answer needs.
+FORGET_BELOW, FORGET_UNTIL = 1 / 8, 1 / 4
+CUT = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
 
 
 class ContextFull(UsageError):
@@ -29,12 +31,12 @@ class ContextFull(UsageError):
 
 
 class TokenGenerator(Protocol):
-    """What continues a text: generate.build_token_generator makes one, and partial(speculate, speculation) of
-    speculate.py is one."""
+    """Continues a text. There are two: what generate.build_token_generator returns, and, with speculate.py,
+    partial(speculate, speculation)."""
 
     def __call__(self, history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues history, the token ids of a text, of which the first start tokens are in the KV cache. Yields the
-        new tokens of each step, [n][B]: n tokens of each of B sequences."""
+        """Continues history, the token ids of a text. Its first start tokens are in the KV cache. Yields the new tokens
+        of each step, [n][B]: n tokens of each of B sequences."""
 
 
 class Conversation:
@@ -48,32 +50,32 @@ class Conversation:
         self.max_seq_len, self.eos_ids = max_seq_len, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
-        self.cached: list[int] = []  # the tokens whose keys and values are in the KV cache
+        self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_forgotten = 0  # how many messages were forgotten to make room for the last answer
-        # Of the last answer:
+        # About the last answer
         self.answer_ids: list[int] = []  # its tokens, without the end token
-        self.token_times: list[float] = []  # when each token arrived, its end token included; since it went on
-        self.finish_reason: str | None = None  # "stop" (an end token), one of CUT, or None: there is no answer
+        self.token_times: list[float] = []  # when each token arrived, also the end token; only since it last went on
+        self.finish_reason: str | None = None  # "stop": an end token; or one of CUT; None: there is no answer
         self.detokenizer = IncrementalDetokenizer(tokenizer)
         self.encode("Hello", [])  # raises if there is no chat template
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
-        """The token ids of the conversation with one more message. earlier: the messages before it, by default all."""
+        """The token ids of the conversation with one more message. earlier: the messages before message; None: all."""
         earlier = self.messages if earlier is None else earlier
         return self.tokenizer.encode_chat([*self.system, *earlier, {"role": "user", "content": message}])
 
     def answer(self, message: str, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
         """Yields the answer to message, piece by piece, as long as the context has room. Raises ContextFull if there is
         no room for the message alone. If the caller stops early, the conversation keeps the part of the answer that
-        was generated; if there is none, it drops the message too."""
+        was generated. If nothing was generated, it drops the message, too."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         self.answer_ids, self.detokenizer = [], IncrementalDetokenizer(self.tokenizer)
         turn = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, turn)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Goes on with the last answer, token by token where it was cut, and yields what follows. Raises ContextFull if
-        the answer takes the whole context, and UsageError if it was not cut."""
+        """Goes on with the last answer after its last token, and yields what follows. Raises ContextFull if the answer
+        takes the whole context, and UsageError if it was not cut."""
         if not self.messages or self.finish_reason not in CUT:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
@@ -81,20 +83,21 @@ class Conversation:
         return self.stream(ids, max_new_tokens, [])
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
-        """The token ids of the conversation: earlier messages, message, and as much of its answer as there is. If that
-        leaves little room, forgets the oldest of the earlier messages, in pairs of a message and its answer."""
+        """The token ids of the conversation: the earlier messages, message, and answer_ids, its answer so far. If these
+        leave little room, forgets the oldest of the earlier messages, always a message with its answer."""
 
         def ids_without(n_pairs: int) -> list[int]:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
 
-        def has_room(n_pairs: int) -> bool:
-            return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * ROOM
+        def is_enough(n_pairs: int) -> bool:
+            return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * FORGET_UNTIL
 
         if self.tokenizer.exceeds(message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
-        if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * MIN_ROOM):
-            n_pairs = bisect_left(range(len(earlier) // 2), True, key=has_room)  # all, if even that is not enough
+        if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * FORGET_BELOW):
+            # The least number that is enough; all pairs, if none is.
+            n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)
             ids = ids_without(n_pairs)
         if len(ids) >= self.max_seq_len:
             what, hint = ("Message and answer take", "") if answer_ids else ("That takes", ": shorten it")
@@ -104,16 +107,16 @@ class Conversation:
         return ids
 
     def stream(self, ids: list[int], max_new_tokens: int, turn: list[dict]) -> Iterator[str]:
-        """Yields what follows ids, and adds it to the last message. turn: messages that are added before. A character
-        whose last bytes are missing when the answer is cut comes when it goes on."""
+        """Yields what follows ids, and adds it to the last message. turn: messages to add first. If the answer is cut
+        within a character, the character comes when the answer goes on."""
         n_free = self.max_seq_len - len(ids)
+        limit = min(max_new_tokens, n_free)
         self.messages += turn
-        self.token_times, self.finish_reason = [], "interrupted"
-        has_ended = False
+        self.token_times, self.finish_reason, reason = [], "interrupted", "length"
         try:
-            for token in self.new_tokens(ids, min(max_new_tokens, n_free)):
-                has_ended = token in self.eos_ids
-                if has_ended:
+            for token in self.new_tokens(ids, limit):
+                reason = finish_reason(token, len(self.token_times), limit, self.eos_ids)
+                if reason == "stop":
                     piece = self.detokenizer.end()
                 else:
                     self.answer_ids.append(token)
@@ -121,28 +124,27 @@ class Conversation:
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
-            is_full = len(self.token_times) == n_free
-            self.finish_reason = "stop" if has_ended else "context" if is_full else "length"
+                if reason:
+                    break
+            self.finish_reason = "context" if reason == "length" and limit == n_free else reason
         finally:
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]
 
     def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Yields the tokens that follow ids, up to an end token. Updates self.cached, which is all tokens but the
-        newest: that one is fed to the model only in the next step."""
-        # The model needs at least one token to continue from.
-        n_cached = min(common_prefix_length(self.cached, ids), len(ids) - 1)
-        del self.cached[n_cached:]
+        """Yields the tokens that follow ids, max_new_tokens at most. Keeps self.cached_ids up to date: all tokens but
+        the newest, which the model gets only in the next step."""
+        # At least one token is computed, since logits follow only from such a token.
+        n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
+        del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
         for step_tokens in self.generate_tokens(ids, n_cached, max_new_tokens):
             for (token,) in step_tokens:
                 self.token_times.append(time.perf_counter())
-                self.cached += not_cached
+                self.cached_ids += not_cached
                 not_cached = [token]
                 yield token
-                if token in self.eos_ids:
-                    return
 
     def forget_oldest(self) -> list[dict]:
         """Forgets the oldest message and its answer, and returns them."""
@@ -158,8 +160,8 @@ class Conversation:
         return [*self.system, *self.messages]
 
     def load(self, messages: list[dict]):
-        """Replaces all messages, the system message included, by those that to_list gave. Raises UsageError if they are
-        not a conversation, or not one that the chat template takes; then nothing has changed."""
+        """Replaces all messages, the system message included, by messages, in to_list's form. Raises UsageError, and
+        changes nothing, if they are not a conversation, or not one that the chat template takes."""
         messages = check_messages(messages)
         self.tokenizer.encode_chat([*messages, {"role": "user", "content": "Hello"}])
         n_system = len(messages) % 2

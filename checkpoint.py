@@ -1,6 +1,7 @@
 """model.pth: one file with a model's config and weights.
 
-    config, quantization, tensors = read_checkpoint(Path("checkpoints/M/model.pth"))
+    checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
+    checkpoint.config, checkpoint.quantization, checkpoint.tensors
 
 It is a file of torch.save with this dict:
 
@@ -22,7 +23,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ RENAMED_FIELDS = {
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 NamedTensor = tuple[str, Tensor]
+
+
+class Checkpoint(NamedTuple):
+    config: ModelConfig
+    quantization: dict | None  # None: no weight is quantized; else see kernels/formats.py: parse_formats
+    tensors: dict[str, Tensor]  # memory-mapped
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -77,7 +84,8 @@ def save_checkpoint(
 
 
 def replace_file(temporary: Path, path: Path):
-    """Renames temporary to path. Raises UsageError if another process has taken it for a left-over of a killed one."""
+    """Renames temporary to path. Raises UsageError if temporary is gone: then another process has begun to write path,
+    and has deleted temporary as if a killed process had left it."""
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
@@ -85,8 +93,8 @@ def replace_file(temporary: Path, path: Path):
 
 
 def lay_out(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
-    """Writes the checkpoint without the tensors' bytes, but with room for them. Returns a fake tensor for each of
-    shapes: it has no data, but it knows the tensor's offset in the file."""
+    """Writes the checkpoint with room for the tensors' bytes, but without these. Returns a fake tensor for each of
+    shapes. It has no data, but it knows the real tensor's offset in the file."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with skip_data(materialize_fake_tensors=True):
@@ -116,9 +124,9 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, Tensor]]:
-    """(config, quantization, tensors) of a checkpoint. The tensors are memory-mapped, on the CPU: whoever has read one
-    may release its pages (machine.drop_pages). Raises UsageError if path is not a checkpoint."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Maps a checkpoint's tensors into memory, on the CPU. Whoever has read a tensor may release its pages
+    (machine.drop_pages). Raises UsageError if path is not a checkpoint."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_pickle(path)
@@ -130,18 +138,19 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, dict | None, dict[str, Ten
         raise UsageError(f"{path} holds no table of tensors; convert it again")
     if data["format"] in EARLIER_VERSIONS:
         config, tensors = rename(config, tensors)
-    return ModelConfig.from_dict(config), data.get("quantization"), tensors
+    return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
 def is_table(tensors) -> bool:
-    """Whether tensors is a dict from names to tensors."""
+    """Whether tensors is a dict of tensors by name."""
     if not isinstance(tensors, dict):
         return False
     return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())
 
 
 def rename(config, tensors: dict[str, Tensor]) -> tuple:
-    """The config and tensors of an earlier format with today's names. ModelConfig.from_dict checks the config later."""
+    """The config and tensors of an earlier format with today's names. The config may still be anything:
+    ModelConfig.from_dict checks it later."""
     if isinstance(config, dict):
         config = dict(config)
         for name in ("moe", "rope_scaling"):

@@ -11,17 +11,17 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-import cli
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cli
 
-if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    cli.start()
 
 import argparse
 import json
 
 import torch
 
+import cli
 from checkpoint import read_text
 from cli.ranks import process_group
 from config import UsageError
@@ -68,7 +68,7 @@ def main():
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
     device, dtype = pick_device(args.device), getattr(torch, args.precision)
-    model, tokenizer = load(args.checkpoint_path, device, dtype, use_kernels=args.kernels == "auto")
+    model, tokenizer = load(args.checkpoint_path, device=device, dtype=dtype, use_kernels=args.kernels == "auto")
     length = context = model.config.max_seq_len
     if args.max_seq_length is not None:
         length = args.max_seq_length

@@ -23,11 +23,10 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-import cli
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cli
 
-if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    cli.start()
 
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import cli
 import tp
 from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
@@ -128,7 +128,7 @@ class LLM:
         """device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
         have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
         self.sampling, self.compile = SamplingParams(**sampling), compile
-        self.model, self.tokenizer = load(checkpoint_path, pick_device(device), dtype)
+        self.model, self.tokenizer = load(checkpoint_path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         self.free_generators: list[TokenGenerator] = []  # those that no text is using
 

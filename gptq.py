@@ -22,7 +22,7 @@ from torch import Tensor
 
 from config import UsageError
 from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
-from evaluation.scoring import windows_of
+from evaluation.scoring import split_windows
 from kernels.formats import (
     Int4,
     Tensors,
@@ -61,7 +61,7 @@ def quantize_model(
     for i, layer in enumerate(model.layers):
         layer.to(device)
         cache = LayerCache(*(t if t is None else t.to(device) for t in caches[i]))
-        hessians = hessians_of(model, i, xs, start_pos, cache)
+        hessians = compute_hessians(model, i, xs, start_pos, cache)
         for name in list(hessians):
             hessian = hessians.pop(name)  # so that its memory is free afterwards
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
@@ -92,7 +92,7 @@ def check_finite_weight(name: str, weight: Tensor):
         raise UsageError(f"{name}.weight holds NaN or infinite weights")
 
 
-def hessians_of(
+def compute_hessians(
     model: Transformer, i: int, xs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
     """The Hessians of the linear layers in block i, whose inputs are xs, by name: [K, K], for experts [E, K, K]."""
@@ -135,7 +135,7 @@ def sum_of_outer_products(x: Tensor) -> Tensor:
 
 def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int) -> Tensor:
     """At most limit windows of length tokens, spread evenly over text: [n, length]."""
-    windows = [w for w in windows_of(tokenizer, text, length) if len(w) == length]
+    windows = [w for w in split_windows(tokenizer, text, length) if len(w) == length]
     if not windows:
         raise UsageError(f"the calibration text is shorter than one window of --calibration_seq_length {length} tokens")
     step = max(1, len(windows) / limit)

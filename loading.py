@@ -23,16 +23,10 @@ from model import Transformer, empty_model
 from tokenizer import Tokenizer, load_tokenizer
 
 
-def load(
-    path: Path | str,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    use_kernels: bool = True,
-    sharded: bool = True,
-) -> tuple[Transformer, Tokenizer]:
-    """load_model, and the tokenizer from the same folder. The tokenizer's end tokens become the model's, too. Raises
-    UsageError if the tokenizer has more tokens than the model, special tokens aside."""
-    model = load_model(path, device, dtype, use_kernels, sharded)
+def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
+    """The model in path, and the tokenizer from the same folder. options: load_model's. The tokenizer's end tokens
+    become the model's, too. Raises UsageError if the tokenizer has more tokens than the model, special tokens aside."""
+    model = load_model(path, **options)
     tokenizer = load_tokenizer(Path(path).parent)
     vocab_size = model.config.vocab_size
     tokenizer.drop_special_tokens(vocab_size)
@@ -53,6 +47,7 @@ def load_model(
 ) -> Transformer:
     """Reads the model in path onto device, in dtype, ready for inference. Raises UsageError.
 
+    dtype: of all tensors but those of quantized weights.
     use_kernels: run on this project's kernels where they are available; False: plain PyTorch.
     sharded: with several ranks, this rank gets its shard (tp.py); False: it gets the whole model."""
     path, device = Path(path), torch.device(device)
@@ -62,12 +57,12 @@ def load_model(
     quantized_names = quantized_tensors(model)
     check_tensors(path, model, tensors, is_tied, quantized_names)
     n_ranks = tp.world_size() if sharded else 1
-    if use_kernels and device.type == "cpu":  # packing copies all weights
+    if use_kernels and device.type == "cpu":  # where packing copies all weights
         itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
 
-    if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only some rows of the head
+    if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only a part of the head
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
         is_tied = False
 
@@ -88,7 +83,7 @@ def load_model(
 
 
 def quantized_tensors(model: Transformer) -> set[str]:
-    """The names of the tensors that quantized weights consist of. They keep their dtypes, whatever the model's is."""
+    """The names of the tensors that quantized weights consist of. Loading does not change their dtypes."""
     names = set()
     for name, linear in model.quantizable_linears():
         if linear.format.quantization:
@@ -97,9 +92,10 @@ def quantized_tensors(model: Transformer) -> set[str]:
 
 
 def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: bool, quantized_names: set[str]):
-    """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs. is_tied: the head is
-    the embedding, so the checkpoint holds no tensor for it. quantized_names: of the tensors that will not be converted.
-    """
+    """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
+
+    is_tied: the head is the embedding, so the checkpoint holds no tensor for it.
+    quantized_names: the tensors whose dtypes must fit, too."""
     needed = model.state_dict()
     if is_tied:
         del needed["lm_head.weight"]
@@ -117,7 +113,8 @@ def move_tensors(
     tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
     shard: Callable[[str, Tensor], Tensor] | None,
 ) -> Tensors:  # fmt: skip
-    """A checkpoint's tensors (with shard: this rank's part of each) on device, in dtype, except quantized_names."""
+    """A checkpoint's tensors on device, in dtype; those of quantized_names keep their dtypes. shard: cuts this rank's
+    part of a tensor; None: there is one rank."""
     moved = {}
     for name, tensor in tensors.items():
         part = tensor if shard is None else shard(name, tensor)

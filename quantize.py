@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-import cli
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cli
 
-if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    cli.start()
 
 import torch
 from torch import Tensor
 
+import cli
 import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
 from config import ModelConfig, UsageError
@@ -199,7 +199,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
     dtype of its weights."""
     device, limit = pick_device(args.device), args.calibration_limit
     text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
-    model, tokenizer = load(args.checkpoint_path, torch.device("cpu"), dtype, use_kernels=False)
+    model, tokenizer = load(args.checkpoint_path, dtype=dtype, use_kernels=False)
     context = model.config.max_seq_len
     length = args.calibration_seq_length or min(512, context)
     if length > context:

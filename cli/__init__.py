@@ -1,17 +1,19 @@
 """What every script shares: how it handles Ctrl-C and errors, and command-line options.
 
-A script begins and ends like this:
+A script begins and ends like this, with .parent.parent in a folder below:
 
-    import cli
     if __name__ == "__main__":
-        cli.exit_on_interrupt()
+        sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that python -I finds cli
+        import cli
+
+        cli.start()
 
     import torch  # and everything else that is slow to import
     ...
     if __name__ == "__main__":
         cli.run(main)
 
-This file must not import torch, which takes seconds: until exit_on_interrupt() has run, Ctrl-C prints a traceback.
+This file must not import torch, which takes seconds: until start() has run, Ctrl-C prints a traceback.
 """
 
 import argparse
@@ -40,9 +42,18 @@ MAX_THREADS = 1024
 # ---- Errors and Ctrl-C ----------------------------------------------------------------------------------------------
 
 
+def start():
+    """Prepares a script's imports: Ctrl-C ends them without a traceback, and what lies beside the script can be
+    imported, which python -I would not allow."""
+    exit_on_interrupt()
+    folder = str(Path(sys.argv[0]).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def exit_on_interrupt():
-    """From now on Ctrl-C ends the process at once, without a message. For the time of the imports; then see run(). An
-    interactive interpreter that runs the script (%run) goes on after it, so there it does nothing."""
+    """From now on Ctrl-C ends the process at once, without a message. It does nothing in an interactive interpreter,
+    which goes on after the script (%run)."""
     if hasattr(sys, "ps1"):
         return
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from chat import TokenGenerator
 from cli.prompts import Prompt
 from cli.ranks import rank_path
-from cli.report import print_result, result_of
+from cli.report import build_result, print_result
 from completion import Completion, complete_all
 from config import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
@@ -41,7 +41,7 @@ def complete_in_turn(
                 print()
                 for k, completion in enumerate(samples[-1][1:], start=1):
                     print(f"--- sequence {k}\n{completion.text}")
-        print_result(args, result_of(args, model, kv_cache, prompt, samples) | stats, model)
+        print_result(args, build_result(args, model, kv_cache, prompt, samples) | stats, model)
 
 
 def complete_once(
@@ -108,7 +108,7 @@ def print_json(
     if completion.error:
         print(json.dumps({"error": completion.error, "prompt": prompt.source}), flush=True)
         return
-    result = result_of(args, model, scheduler.kv_cache, prompt, samples=[[completion]]) | stats
+    result = build_result(args, model, scheduler.kv_cache, prompt, samples=[[completion]]) | stats
     if args.logprobs is not None:
         result["logprobs"] = [[logprobs._asdict() for logprobs in completion.logprobs]]
     print_result(args, result, model)

@@ -14,7 +14,7 @@ from model import KVCache, Transformer
 from steps import device_of
 
 
-def result_of(
+def build_result(
     args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, samples: list[list[Completion]]
 ) -> dict:
     """The part of --json's object that differs from prompt to prompt. samples: each is the completions of a batch. The
@@ -29,7 +29,7 @@ def result_of(
     accept_counts = None
     if args.speculative:  # in how many steps 0, 1 ... k proposed tokens were accepted; a step yields one token more
         accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
-    texts = [texts_of(batch) for batch in samples]
+    texts = [describe_batch(batch) for batch in samples]
     return texts[-1] | {
         "samples": texts,
         "prompt": prompt.source,
@@ -49,7 +49,7 @@ def result_of(
     }
 
 
-def texts_of(batch: list[Completion]) -> dict:
+def describe_batch(batch: list[Completion]) -> dict:
     return {
         "text": [completion.text for completion in batch],
         "tokens": [completion.tokens for completion in batch],

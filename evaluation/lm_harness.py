@@ -16,7 +16,7 @@ from tqdm import tqdm
 from chat_template import render
 from completion import complete_all
 from config import UsageError
-from evaluation.scoring import ScoredSequence, scores_of
+from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
@@ -121,7 +121,7 @@ class HarnessModel:
         if any(sequence.n_scored >= len(sequence.ids) for sequence in sequences):
             raise UsageError(f"an answer to score is longer than --max_seq_length {self.max_length}")
         results = [(0.0, True)] * len(sequences)
-        scores = scores_of(self.model, sequences, self.max_batch_size, self.compile) if sequences else []
+        scores = compute_scores(self.model, sequences, self.max_batch_size, self.compile) if sequences else []
         for score in tqdm(scores, "log-likelihoods", len(sequences), disable=disable_tqdm or None):
             results[score.index] = score.logprobs.double().sum().item(), bool(score.is_greedy.all())
         return results

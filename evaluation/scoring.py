@@ -1,6 +1,6 @@
 """How likely a model finds given tokens: scores of sequences, and the perplexity of a text.
 
-    for score in scores_of(model, [ScoredSequence(ids, n_scored=3)]): ...
+    for score in compute_scores(model, [ScoredSequence(ids, n_scored=3)]): ...
     perplexity(model, tokenizer, text, length=1024)
 
 This file has no command line; see eval.py.
@@ -24,7 +24,7 @@ from tokenizer import Tokenizer
 LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
 
 
-def windows_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
+def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
     """text as windows of length token ids, the last one maybe shorter. Each begins with the tokenizer's bos_ids."""
     bos = tokenizer.bos_ids
     ids = tokenizer.encode(text)[len(bos) :]
@@ -37,11 +37,11 @@ def perplexity(
 ) -> dict:
     """exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. A window's first token is
     given, the others are predicted."""
-    windows = windows_of(tokenizer, text, length)
+    windows = split_windows(tokenizer, text, length)
     sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
     if not sequences:
         raise UsageError("the text is too short: there must be a token to predict")
-    scores = scores_of(model, sequences, batch_size, compile)
+    scores = compute_scores(model, sequences, batch_size, compile)
     nll, n_tokens = 0.0, 0
     for score in tqdm(scores, "windows", len(sequences), disable=None, leave=False):
         nll -= score.logprobs.double().sum().item()
@@ -70,7 +70,7 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def scores_of(
+def compute_scores(
     model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
 ) -> Iterator[Score]:
     """Yields the score of every sequence, the longest first. In a batch, shorter ones are padded on the right, which

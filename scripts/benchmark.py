@@ -23,12 +23,11 @@ decode step reads: the weights that it needs, and the keys and values of the tok
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cli
-
 if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
+
+    cli.start()
 
 import argparse
 import json
@@ -43,8 +42,9 @@ import benchmark_gpu
 import check_kernels
 import tokenizers
 import torch
-from benchmark_speed import CONFIGS, config_of, measure_speed, save_random_checkpoint
+from benchmark_speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
 
+import cli
 import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, WeightFormat, parse_format
@@ -139,7 +139,7 @@ def add_checkpoint_commands(subparsers):
 
 def speed(args: argparse.Namespace):
     """Speed and memory of one shape: the default."""
-    config = config_of(args.config)
+    config = find_config(args.config)
     check_speed_options(args, config)
     if args.cold_start:
         args.compile, args.max_new_tokens = True, 2

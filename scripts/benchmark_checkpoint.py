@@ -45,7 +45,7 @@ MODES = {UNQUANTIZED: [], "int8": ["--mode", "int8"]} | {  # a row's name -> fla
 
 def quantization(args: argparse.Namespace):
     """Size, perplexity and speed of a checkpoint, quantized in each way."""
-    if read_checkpoint(args.checkpoint_path)[1]:
+    if read_checkpoint(args.checkpoint_path).quantization:
         raise UsageError(f"{args.checkpoint_path} is quantized already; start from the model.pth it came from")
     texts = {name: describe_text(getattr(args, name)) for name in ("text_file", "calibration_text")}
     rows, files = {}, {}

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from benchmark_speed import config_of, copy_bandwidth
+from benchmark_speed import copy_bandwidth, find_config
 
 from config import UsageError
 
@@ -120,7 +120,7 @@ def transformers(args: argparse.Namespace):
     """Decoding by Hugging Face transformers on a GPU, in bfloat16, with its static cache, which compiles the step."""
     import transformers as hf
 
-    config = config_of(args.config)
+    config = find_config(args.config)
     hf_config = hf.LlamaConfig(
         hidden_size=config.dim,
         intermediate_size=config.ffn_dim,

@@ -1,6 +1,6 @@
 """A shape's speed and memory with random weights: what the command "speed" of benchmark.py measures.
 
-    config = config_of("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
+    config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
 
 Weights have mean 0 and variance 1 / inputs, so that a layer neither grows nor shrinks what goes through it. They are
@@ -8,7 +8,6 @@ made as they are stored, on the device that needs them: a model in int4 never ex
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
 from converters.families import config_from_hf
@@ -55,14 +53,14 @@ CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_d
 }
 
 
-def config_of(name: str) -> ModelConfig:
+def find_config(name: str) -> ModelConfig:
     """The shape that --config means: one of CONFIGS, or that of a file. Raises UsageError."""
     if name in CONFIGS:
         return CONFIGS[name]
     if name.endswith(".json"):
         return config_from_hf(read_json(Path(name)))
     if name.endswith(".pth"):
-        return read_checkpoint(Path(name))[0]
+        return read_checkpoint(Path(name)).config
     raise UsageError(f"--config {name!r} is neither a config.json, a model.pth nor one of {', '.join(CONFIGS)}")
 
 

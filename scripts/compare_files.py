@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
-from benchmark_speed import config_of, save_random_checkpoint
+from benchmark_speed import find_config, save_random_checkpoint
 from compare_speed import PREFILL
 from torch import Tensor
 
@@ -49,10 +49,10 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
         from convert_gguf import convert_gguf
 
         convert_gguf(gguf_file, path.parent, torch.bfloat16)
-        config = read_checkpoint(path.with_name("model.pth").rename(path))[0]
+        config = read_checkpoint(path.with_name("model.pth").rename(path)).config
         check_sizes(config)
     else:
-        config = config_of(config_name)
+        config = find_config(config_name)
         check_sizes(config)
         check_like_llama(config)
         save_random_checkpoint(path, config, torch.bfloat16)

@@ -28,12 +28,11 @@ the weights that a decode step reads, and the keys and values of the tokens in t
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cli
-
 if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
+
+    cli.start()
 
 import argparse
 import importlib.metadata
@@ -64,6 +63,7 @@ from compare_speed import (
 )
 from tqdm import tqdm
 
+import cli
 from config import UsageError
 from kernels import cpu
 

@@ -92,7 +92,7 @@ def answer(future: Future):
 
 def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
     """What a decode step reads on average, for each file by name. The cache holds 16-bit numbers on both sides."""
-    config = read_checkpoint(files["bf16"])[0]
+    config = read_checkpoint(files["bf16"]).config
     n_attended = mean(config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
     cache_bytes = round(4 * config.n_layers * config.n_kv_heads * config.head_dim * n_attended)
     sizes = {}

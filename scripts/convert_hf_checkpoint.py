@@ -16,12 +16,13 @@ base's tokenizer beside it unless the adapter has its own. The base's model.pth 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cli
-
 if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
 
+    cli.start()
+
+import cli
 from converters.folder import convert_folder
 
 

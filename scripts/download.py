@@ -10,16 +10,17 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cli
-
 if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
+
+    cli.start()
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 
+import cli
 from config import UsageError
 
 TOKENIZERS = {"tokenizer.json", "tokenizer.model"}

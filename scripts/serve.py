@@ -12,11 +12,11 @@ second signal ends it at once.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
-
 if __name__ == "__main__":
-    cli.exit_on_interrupt()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
+
+    cli.start()
 
 import asyncio
 import hmac
@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from openai_api import Reply, require
 
+import cli
 from completion import Completion
 from config import UsageError
 from loading import load
@@ -70,7 +71,8 @@ def main():
     cli.set_threads(args.threads)
 
     listener = listen(args.host, args.port)
-    model, tokenizer = load(args.checkpoint_path, pick_device(args.device), getattr(torch, args.precision))
+    device, dtype = pick_device(args.device), getattr(torch, args.precision)
+    model, tokenizer = load(args.checkpoint_path, device=device, dtype=dtype)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
     scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
     model_name = args.checkpoint_path.absolute().parent.name

@@ -187,7 +187,7 @@ def test_jobs_have_commands():
     for arguments in jobs.values():
         args = benchmark.make_parser().parse_args(arguments)
         if args.command is not check_kernels.check:
-            benchmark_speed.config_of(args.config)
+            benchmark_speed.find_config(args.config)
     assert "--tune" in jobs["ours Llama-2-7B int4"] and "--tune" not in jobs["plain Llama-2-7B int4"]
 
 

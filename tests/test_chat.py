@@ -157,8 +157,8 @@ def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
         assert answer == bytes(expected).decode()
         assert conversation.to_list() == [*messages, {"role": "assistant", "content": answer}]
         assert n_fed == [len(ids) - len(os.path.commonprefix([ids, cached]))]
-        cached = (ids + expected)[: len(conversation.cached)]
-        assert conversation.cached == cached
+        cached = (ids + expected)[: len(conversation.cached_ids)]
+        assert conversation.cached_ids == cached
         n_forgotten.append(conversation.n_forgotten)
         all_ids = conversation.tokenizer.encode_chat([*before, question])
         assert (len(all_ids) + 12 > CONTEXT) == (n_forgotten[-1] > 0)
@@ -302,4 +302,4 @@ def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
         assert "think" not in conversation.tokenizer.decode(ids)
         assert list(conversation.answer(message, 12)) == ["<think>", "a", "</think>", "B"]
         assert conversation.messages[-1]["content"] == "<think>a</think>B"
-        assert conversation.cached == ids + conversation.answer_ids
+        assert conversation.cached_ids == ids + conversation.answer_ids

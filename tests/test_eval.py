@@ -16,7 +16,7 @@ import gptq
 from config import UsageError
 from evaluation import lm_harness
 from evaluation.lm_harness import Options, harness_model
-from evaluation.scoring import ScoredSequence, scores_of
+from evaluation.scoring import ScoredSequence, compute_scores
 from loading import load_model
 from sampling import SamplingParams
 from tests.tiny import convert, write_folder
@@ -114,9 +114,9 @@ def test_score_does_not_depend_on_the_batch(ours):
     model, _ = ours
     lengths = [(9, 1), (40, 39), (2, 1), (25, 3), (7, 6)]
     sequences = [ScoredSequence(torch.randint(0, 256, (n,)).tolist(), n_scored) for n, n_scored in lengths]
-    alone = [next(scores_of(model, [sequence], batch_size=1)) for sequence in sequences]
+    alone = [next(compute_scores(model, [sequence], batch_size=1)) for sequence in sequences]
     for batch_size in (2, 9):
-        together = {score.index: score for score in scores_of(model, sequences, batch_size)}
+        together = {score.index: score for score in compute_scores(model, sequences, batch_size)}
         assert together.keys() == set(range(len(sequences)))
         for i, expected in enumerate(alone):
             assert len(expected.logprobs) == sequences[i].n_scored

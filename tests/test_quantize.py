@@ -287,7 +287,7 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         keep("down", lambda args, kwargs: (args[0][0], args[1][0])), with_kwargs=True
     )
     with torch.inference_mode():
-        hessians = gptq.hessians_of(model, 0, [model.embed(tokens)], torch.zeros(1, dtype=torch.long), cache)
+        hessians = gptq.compute_hessians(model, 0, [model.embed(tokens)], torch.zeros(1, dtype=torch.long), cache)
     hidden, topk_ids = seen["down"]  # [T, top_k, F], [T, top_k]
     names = ("attention.qkv_proj", "attention.o_proj", "feed_forward.gate_up_proj", "feed_forward.down_proj")
     assert hessians.keys() == {f"layers.0.{name}" for name in names}
