@@ -238,4 +238,4 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, rows: slice) -> Tensor:
     scales [N, K / 32]: the exponents of powers of two, with a bias of 127."""
     blocks = blocks[rows]
     q = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [rows, K / 32, 32]
-    return decode_mxfp4(q, scales[rows]).flatten(-2).to(torch.bfloat16)
+    return decode_mxfp4(q, scales[rows][..., None]).flatten(-2).to(torch.bfloat16)

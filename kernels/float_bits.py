@@ -33,8 +33,8 @@ def round_mxfp4(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_mxfp4(q: Tensor, scales: Tensor) -> Tensor:
-    """What q [..., group_size] and scales [...] stand for: [..., group_size] float32, which is exact."""
-    return decode_e2m1(q) * decode_e8m0(scales)[..., None]
+    """What q with these scales stand for, float32, which is exact. Both are uint8, of shapes that broadcast."""
+    return decode_e2m1(q) * decode_e8m0(scales)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:

@@ -355,7 +355,22 @@ class Float8(WeightFormat):
         return self.group_size or in_features
 
     def fits_kernels(self, backend, in_features):
-        return False
+        return backend == "cpu" and in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
+        then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16]."""
+        if backend != "cpu":
+            return tensors
+        words = to_blocked_layout(tensors["weight"].view(torch.int32))
+        return {"weight": swap_bytes(words, 4, 2), "scales": to_blocked_layout(tensors["scales"])}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend != "cpu":
+            return tensors
+        words = from_blocked_layout(swap_bytes(tensors["weight"], 2, 4), out_features)
+        scales = from_blocked_layout(tensors["scales"], out_features)
+        return {"weight": words.view(torch.float8_e4m3fn), "scales": scales}
 
 
 @dataclass(frozen=True)
@@ -374,19 +389,20 @@ class MXFP4(WeightFormat):
         *outputs, k = shape
         return {
             "weight": torch.empty((*outputs, k // 2), dtype=torch.uint8, device=device),
-            "scales": torch.empty((*outputs, k // self.group_size), dtype=torch.uint8, device=device),
+            "scales": torch.empty((*outputs, math.ceil(k / self.group_size)), dtype=torch.uint8, device=device),
         }
 
     def quantize(self, w):
         return in_chunks(self.quantize_rows, w)
 
     def quantize_rows(self, w: Tensor) -> Tensors:
-        q, scales = round_mxfp4(w.float().unflatten(-1, (-1, self.group_size)))
-        return {"weight": pack_int4(q.flatten(-2)), "scales": scales}
+        q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
+        return {"weight": pack_int4(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
 
     def dequantize(self, tensors, dtype):
-        q = unpack_int4(tensors["weight"]).unflatten(-1, (-1, self.group_size))
-        return decode_mxfp4(q, tensors["scales"]).flatten(-2).to(dtype)
+        q = unpack_int4(tensors["weight"])
+        scales = tensors["scales"].repeat_interleave(self.group_size, -1)[..., : q.shape[-1]]
+        return decode_mxfp4(q, scales).to(dtype)
 
     def shard_inputs(self, name, tensor, start, length):
         if name == "weight":
@@ -402,7 +418,20 @@ class MXFP4(WeightFormat):
         return self.group_size
 
     def fits_kernels(self, backend, in_features):
-        return False
+        return backend == "cpu" and in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """cpu: words and scales, blocked as Int4's."""
+        if backend != "cpu":
+            return tensors
+        words = {"weight": tensors["weight"].view(torch.int32)}
+        return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend != "cpu":
+            return tensors
+        rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
+        return rows | {"weight": rows["weight"].view(torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -521,6 +550,13 @@ def to_blocked_layout(t: Tensor) -> Tensor:
     """[..., N, X] -> [..., N / 16, X, 16], with N padded with zeros to a multiple of 16."""
     t = F.pad(t, (0, 0, 0, -t.shape[-2] % CPU_BLOCK_N))
     return t.unflatten(-2, (-1, CPU_BLOCK_N)).mT.contiguous()
+
+
+def swap_bytes(words: Tensor, rows: int, columns: int) -> Tensor:
+    """Words int32 [..., 16] of a blocked layout, with every 16 bytes, which are rows * columns pairs of bytes,
+    transposed. Swapping rows and columns undoes it."""
+    pairs = words.view(torch.int16).unflatten(-1, (-1, rows, columns))
+    return pairs.mT.contiguous().flatten(-3).view(torch.int32)
 
 
 def from_blocked_layout(t: Tensor, n: int) -> Tensor:

@@ -11,6 +11,9 @@ enough (the borders are thousands of float32 steps apart) for no more than FLIPS
 import torch
 from torch import Tensor
 
+from kernels.float_bits import decode_e8m0
+from kernels.formats import MXFP4, Float8
+
 U = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest step
 FLIPS = 8
@@ -24,6 +27,11 @@ def magnitudes(w) -> Tensor:
         return weight.abs()
     if w.format.name == "int8":
         return (weight.abs() + 256) * scales.double()[..., None]
+    if isinstance(w.format, Float8):
+        return w.dequantized_weight(torch.float64).abs()
+    if isinstance(w.format, MXFP4):  # 12 + 2 e2m1, and 12, times half the scale
+        wide = decode_e8m0(scales).repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
+        return w.dequantized_weight(torch.float64) + 12 * wide
     ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}
     zeros = w.zeros.double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
     wide = w.scales.abs().double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]

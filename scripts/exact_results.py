@@ -15,12 +15,13 @@ import torch
 
 import kernels
 from kernels import reference
-from kernels.formats import GROUP_SIZES, Dense, Int4, Int8
+from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, Int4, Int8
 from model import LayerCache, Linear, RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
+CPU_FORMATS = [*FORMATS, Float8(), Float8(32), MXFP4()]  # Triton has no kernels for these
 U32 = bounds.U[torch.float32]
 OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_int4.offset_of
 

@@ -15,15 +15,14 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels import reference
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, alibi_slopes, rope_table
 from tests.tiny import ROOT
 
 import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
 from exact_results import (  # isort: skip
+    CPU_FORMATS,
     DTYPES,
-    FORMATS,
-    QUANTIZED,
     attend,
     exact_attention,
     exact_cache,
@@ -55,9 +54,13 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
     return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)
 
 
+def rounds_activations(format, dtype: torch.dtype) -> bool:
+    return isinstance(format, Int8 | Int4 | MXFP4) and dtype != torch.float32
+
+
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
     """x as a product with weights of this format takes it."""
-    return x if isinstance(format, Dense) or x.dtype == torch.float32 else rounded_activations(x)
+    return rounded_activations(x) if rounds_activations(format, x.dtype) else x
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one_thread", "two_threads"])
@@ -72,7 +75,7 @@ def threads(request):
 
 
 @built
-@pytest.mark.parametrize("format", FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(format, dtype):
     torch.manual_seed(0)
@@ -101,7 +104,7 @@ def test_linear(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("format", FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_tokens(format, dtype):
     """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but int4
@@ -206,7 +209,7 @@ def test_softcap_of_extremes():
 
 
 @built
-@pytest.mark.parametrize("format", FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
 def test_linear_near_its_reference(format, rows):
     """Within the rounding of activations of the weight-only product, whichever path the number of rows takes."""
@@ -223,13 +226,13 @@ def test_linear_near_its_reference(format, rows):
             exact = x.double() @ matrix.T
             bound = bounds.of_product(x, bounds.magnitudes(plain), exact, dtype)
             bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
-            if not isinstance(format, Dense) and dtype != torch.float32:
+            if rounds_activations(format, dtype):
                 half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
                 bound = bound + 5 * half_step * matrix.norm(dim=1)
             bounds.check(ours, exact, bound)
 
 
-@pytest.mark.parametrize("format", QUANTIZED, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=names)
 @pytest.mark.parametrize("n_experts", [None, 3])
 def test_packing_is_undone_exactly(format, n_experts):
     for n, k in SIZES:
@@ -240,7 +243,7 @@ def test_packing_is_undone_exactly(format, n_experts):
 
 
 @built
-@pytest.mark.parametrize("format", QUANTIZED, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_packed(format, dtype):
     for n, k in SIZES:
@@ -257,7 +260,7 @@ def test_dequantize_packed(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("format", FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
 def test_extremes(format):
     """Weights and scales at the ends of their ranges, and activations that are not finite."""
     for dtype in DTYPES:
@@ -266,6 +269,11 @@ def test_extremes(format):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
         elif isinstance(format, Int4):
             w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
+        elif isinstance(format, Float8):
+            w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0
+            w.weight[20:32] = (w.weight[20:32].float() * 2.0**-13).to(w.weight.dtype)  # most are subnormal, or 0
+        elif isinstance(format, MXFP4):
+            w.weight[:8], w.weight[8:16], w.scales[16:20], w.scales[20:24] = 255, 0x77, 0, 1
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         x = torch.randn(2, 64).to(dtype)
         seen = as_seen(x, format)
@@ -280,6 +288,27 @@ def test_extremes(format):
             assert y[0].isfinite().all()
             finite = y[1].isfinite()
             assert not finite.all() if isinstance(format, Dense) else not finite.any()
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_value_of_8_and_4_bits(dtype):
+    """Exactly, as a matrix and as a product with one-hot vectors, of few tokens and of many."""
+    bytes_of_w = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(1, 2)  # [N, K] of Float8, [N, K / 2] of MXFP4
+    float8 = torch.where(bytes_of_w % 128 == 127, 0, bytes_of_w).view(torch.float8_e4m3fn)  # but no NaN
+    ones = torch.full((16, 1), 127, dtype=torch.uint8)
+    for format, k, tensors in [
+        (Float8(), 32, {"weight": float8, "scales": torch.full((16, 1), 0.25)}),
+        (MXFP4(), 64, {"weight": bytes_of_w, "scales": torch.cat([ones, ones + 1], 1)}),
+    ]:
+        w = make(16, k, format, dtype)
+        for name, tensor in tensors.items():
+            w.set_tensor(name, tensor)
+        matrix = w.dequantized_weight(dtype)
+        packed(w)
+        assert torch.equal(w.dequantized_weight(dtype), matrix)
+        for x in torch.eye(k, dtype=dtype).split([1, 2, 8, k - 11]):
+            assert torch.equal(kernels.fused_linear(127 * x, w), (127 * x.float() @ matrix.float().T).to(dtype))
 
 
 @built
@@ -462,12 +491,11 @@ def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
     """Two products deep: a few roundings of the type, and where activations are quantized, of theirs to 8 bits (half a
     step of 1/127 of a group's largest, some three times the others: 0.7 % of an activation, twice)."""
     error = (ours.double() - expected.double()).norm() / expected.double().norm()
-    quantized = not isinstance(format, Dense) and ours.dtype != torch.float32
-    assert error < (3e-2 if quantized else 16 * bounds.U[ours.dtype])
+    assert error < (3e-2 if rounds_activations(format, ours.dtype) else 16 * bounds.U[ours.dtype])
 
 
 @built
-@pytest.mark.parametrize("format", FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_feed_forward(format, dtype):
     torch.manual_seed(0)
@@ -484,7 +512,7 @@ def test_feed_forward(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("format", FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts(format, dtype):
     torch.manual_seed(0)
@@ -653,7 +681,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
     monkeypatch.setattr(kernels.cpu, "library", lambda: None)
     monkeypatch.setattr(kernels, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
-    for format in QUANTIZED:
+    for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
         module = torch.nn.Module()
         module.embed_tokens = torch.nn.Embedding(2, 2, dtype=torch.bfloat16)

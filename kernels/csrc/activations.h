@@ -60,6 +60,11 @@ struct QuantizedGroup {
 // float32) nothing is.
 template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVATIONS && !std::is_same_v<T, float>;
 
+// Whether they become float, for a product with weights of format F.
+template <typename F, typename T>
+constexpr bool WIDENS_TO_FLOAT = std::is_same_v<F, Float8> && !std::is_same_v<T, float> &&
+                                 !(std::is_same_v<T, bf16> && HAS_FLOAT8_BF16);
+
 // Quantizes x [k] to groups [padded k / ACT_GROUP], two groups at a time, each in half of a Vec. F: w's format.
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
@@ -86,7 +91,8 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 
 // ---- The activations of a product -----------------------------------------------------------------------------------
 
-// A token's activations, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, else T [k].
+// A token's activations, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, float [k] if is_widened,
+// else T [k].
 using PreparedToken = const void*;
 
 // The activations x [m, k] of a product with w. They are normed first if norm_weight [k] is not null.
@@ -101,12 +107,16 @@ template <typename T> struct Activations {
   bool is_quantized() const {
     return !for_amx && dispatch_format(w.format, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
   }
+  bool is_widened() const {
+    return !for_amx && dispatch_format(w.format, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
+  }
   int64_t padded_m() const { return for_amx ? (m + TILE_M - 1) / TILE_M * TILE_M : m; }
   int64_t padded_k() const { return (w.k + TILE_K - 1) / TILE_K * TILE_K; }
 
   // The size of a prepared token; 0 if that is the row of x itself.
   int64_t token_bytes() const {
     if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
+    if (is_widened()) return padded_k() * sizeof(float);
     return norm_weight || for_amx ? padded_k() * sizeof(T) : 0;
   }
   int64_t bytes() const { return padded_m() * token_bytes(); }
@@ -132,11 +142,14 @@ template <typename T> struct Activations {
     char* out = memory + i * token_bytes();
     const T* token = x + i * w.k;
     if (norm_weight) {
-      const bool is_last_step = !is_quantized() && !for_amx;
+      const bool is_last_step = !is_quantized() && !is_widened() && !for_amx;
       T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(padded_k());
       token = apply_norm(token, norm_weight, inverse_rms(token, eps, w.k), w.k, normed);
     }
     if (is_quantized()) quantize(token, reinterpret_cast<QuantizedGroup*>(out));
+    if (is_widened())
+      for (int64_t k = 0; k < w.k; k += LANES)
+        store_partial(load_partial(token, k, w.k), reinterpret_cast<float*>(out), k, w.k);
     if (for_amx) copy_to_tiles(token, i, memory);
   }
 

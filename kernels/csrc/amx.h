@@ -26,7 +26,9 @@ inline bool has_amx() {
 // Whether the product of m tokens' activations of type T with w is done here.
 template <typename T> bool uses_amx(const Weights& w, int64_t m) {
   const int64_t min_tokens = dispatch_format(w.format, [](auto format) { return format.MIN_AMX_TOKENS; });
-  return std::is_same_v<T, bf16> && m >= min_tokens && has_amx();
+  // A tile must not reach into the next group of inputs if the sums are scaled (dot_amx).
+  const bool has_whole_tiles = w.format != Format::FLOAT8 || w.n_groups == 1 || w.group_size % TILE_K == 0;
+  return std::is_same_v<T, bf16> && m >= min_tokens && has_whole_tiles && has_amx();
 }
 
 // While it lives, this thread's tile registers have 16 rows of 64 bytes each.
@@ -76,7 +78,8 @@ inline void transpose(IntVec* v) {
 //
 //     WeightTiles(w, block)
 //     read(begin, end, lines)    the next tile, of inputs [begin, end): in line i inputs 2 i and 2 i + 1 of each of the
-//                                16 outputs, as AMX wants it (VNNI layout). Output scales are left to dot_amx.
+//                                16 outputs, as AMX wants it (VNNI layout). Output scales, and FLOAT8's, are left to
+//                                dot_amx.
 template <typename F> class WeightTiles;
 
 template <> class WeightTiles<Dense> {
@@ -162,17 +165,67 @@ template <> class WeightTiles<Int4> {
   }
 };
 
+template <> class WeightTiles<Float8> {
+  const char* data;
+
+ public:
+  WeightTiles(const Weights& w, int64_t block) : data(w.block_data(block)) {}
+
+  void read(int64_t begin, int64_t end, IntVec* lines) {
+    for (int64_t k = begin; k < end; k += 4, lines += 2, data += 64) {
+      const auto [inputs01, inputs23] = float8_to_bf16(load_ahead(data));
+      lines[0] = inputs01, lines[1] = inputs23;
+    }
+  }
+};
+
+template <> class WeightTiles<MXFP4> {
+  const Weights& w;
+  const int64_t block;
+  const char* data;
+  int64_t group = 0, group_end = 0;  // the next group
+  Vec scale = {};
+
+ public:
+  WeightTiles(const Weights& w, int64_t block) : w(w), block(block), data(w.block_data(block)) {}
+
+  void read(int64_t begin, int64_t end, IntVec* lines) {
+    const Vec values = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    for (int64_t k = begin; k < end; k += 8, lines += 4, data += 64) {
+      if (k == group_end) scale = MXFP4::scales(w, block, group++), group_end += w.group_size;
+      const IntVec words = load_ahead(data);
+      const auto element = [&](int shift) {  // the instruction looks at the lowest four bits of each word
+        return (Vec)_mm512_permutexvar_ps((__m512i)(words >> shift), (__m512)values) * scale;
+      };
+      for (int i = 0; i < 2; i++) {
+        lines[i] = bf16_pairs(element(16 * i), element(16 * i + 8));
+        lines[i + 2] = bf16_pairs(element(16 * i + 4), element(16 * i + 12));
+      }
+    }
+  }
+};
+
 // ---- The product ----------------------------------------------------------------------------------------------------
 
 // out [16 N, BLOCK_N] = activations [16 N, k], as tiles [k / TILE_K, N], times a block of w.
 template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* tiles, Vec* out) {
   WeightTiles<F> weights(w, block);
   IntVec lines[TILE_K / 2];
+  const auto zero_sums = [] {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  };
+  const auto store_sums = [](Vec* sums) {
+    _tile_stored(0, sums, 64);
+    if constexpr (N > 1) _tile_stored(1, sums + 16, 64);
+    if constexpr (N > 2) _tile_stored(2, sums + 32, 64);
+    if constexpr (N > 3) _tile_stored(3, sums + 48, 64);
+    asm volatile("" ::: "memory");
+  };
   // Register numbers are part of the instructions: 0 to 3 for sums, 4 to 6 for activations, 7 for weights.
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int64_t k = 0; k < w.k; k += TILE_K, tiles += N * TILE_BYTES) {
     const int64_t end = std::min(w.k, k + TILE_K);
     if (end < k + TILE_K) std::fill_n(lines, TILE_K / 2, IntVec{});
@@ -184,12 +237,16 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
     if constexpr (N > 1) { _tile_loadd(5, tiles + TILE_BYTES, 64); _tile_dpbf16ps(1, 5, 7); }
     if constexpr (N > 2) { _tile_loadd(6, tiles + 2 * TILE_BYTES, 64); _tile_dpbf16ps(2, 6, 7); }
     if constexpr (N > 3) { _tile_loadd(4, tiles + 3 * TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
+    if constexpr (std::is_same_v<F, Float8>) {
+      if (end < w.k && end % w.group_size) continue;
+      Vec sums[16 * N];  // of a group of inputs
+      store_sums(sums), zero_sums();
+      const int64_t group = (end - 1) / w.group_size;
+      const Vec scale = Float8::scales_and_zeros(w, block, group).scales;
+      for (int i = 0; i < 16 * N; i++) out[i] = sums[i] * scale + (group ? out[i] : Vec{});
+    }
   }
-  _tile_stored(0, out, 64);
-  if constexpr (N > 1) _tile_stored(1, out + 16, 64);
-  if constexpr (N > 2) _tile_stored(2, out + 32, 64);
-  if constexpr (N > 3) _tile_stored(3, out + 48, 64);
-  asm volatile("" ::: "memory");
+  if constexpr (!std::is_same_v<F, Float8>) store_sums(out);
   if (w.channel_scales) {
     const Vec scale = w.channel_scale(block);
     for (int i = 0; i < 16 * N; i++) out[i] *= scale;

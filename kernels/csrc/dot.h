@@ -7,6 +7,7 @@
 //
 //     dot_w8a8, dot_w4a8    8- and 4-bit weights, activations rounded to 8 bits
 //     dot_weight_only       8- and 4-bit weights, float32 activations
+//     dot_float8            8-bit floats as weights, bf16 or float32 activations
 //     dot_dense             weights of the activations' type
 #pragma once
 
@@ -14,11 +15,6 @@
 #include <utility>
 
 #include "activations.h"
-
-// Prefetch distances, in bytes: how far ahead of their use weights are fetched into a cache.
-constexpr int64_t PREFETCH_L2 = 1024;
-constexpr int64_t PREFETCH_L2_FAR = 8192;  // where a loop reads several streams or computes much for each weight
-constexpr int64_t PREFETCH_L1 = 512;
 
 // Whether a Vec is one register, of which there are 32.
 #if defined(__AVX512F__)
@@ -89,15 +85,15 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedToken* toke
   }
 }
 
-// Int4 weights, M tokens. Zero points stay in sixteenths here; compensation was divided by 16 instead.
-template <int M, int BLOCKS>
+// Weights of format F, Int4 or MXFP4, M tokens. Zero points stay in sixteenths here; compensation was divided by 16
+// instead.
+template <typename F, int M, int BLOCKS>
 void dot_w4a8(const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(tokens[m]);
   const IntVec low = IntVec{} + 0x0f0f0f0f;
-  const int64_t n_groups = w.n_groups;
   Vec total[BLOCKS][M] = {};
   for (int64_t g = 0, end, group = 0; g < w.k / ACT_GROUP; g = end, group++) {  // a group of the weights
     end = std::min(w.k, g * ACT_GROUP + w.group_size) / ACT_GROUP;
@@ -109,7 +105,7 @@ void dot_w4a8(const Weights& w, const int64_t* blocks, const PreparedToken* toke
         prefetch_l2(words + PREFETCH_L2_FAR);
         if (M > 1) prefetch_l1(words + PREFETCH_L1);
         const IntVec v = load<IntVec>(words);
-        lo[b] = v & low, hi[b] = (v >> 4) & low;
+        lo[b] = F::unsigned_bytes(v & low), hi[b] = F::unsigned_bytes((v >> 4) & low);
       }
       for (int m = 0; m < M; m++) {
         const IntVec q0 = broadcast4(x[m][g].q), q4 = broadcast4(x[m][g].q + 4);
@@ -121,8 +117,7 @@ void dot_w4a8(const Weights& w, const int64_t* blocks, const PreparedToken* toke
       }
     }
     for (int b = 0; b < BLOCKS; b++) {
-      const int64_t first = (blocks[b] * n_groups + group) * BLOCK_N;
-      const Vec scale = load_vec(w.scales + first), zero = load_vec(w.zeros + first);
+      const auto [scale, zero] = F::scales_and_sixteenths(w, blocks[b], group);
       for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].compensation) * scale;
     }
   }
@@ -146,6 +141,63 @@ void dot_weight_only(const Weights& w, int64_t block, const PreparedToken* token
     }
   }
   for (int m = 0; m < M; m++) out[m] = total[m] * w.channel_scale(block);
+}
+
+// ---- 8-bit floats ---------------------------------------------------------------------------------------------------
+
+// Two bf16 in every lane; two floats in every pair of lanes.
+inline IntVec broadcast2(const bf16* x) { return IntVec{} + load<int32_t>(x); }
+inline Vec broadcast2(const float* x) { return (Vec)(LongVec{} + load<int64_t>(x)); }
+
+// acc[lane] += w[lane][0] * x[lane][0] + w[lane][1] * x[lane][1], of bf16.
+inline void add_bf16_products(Vec& acc, IntVec w, IntVec x) {
+#if defined(__AVX512BF16__)
+  acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#else
+  const IntVec upper = IntVec{} + int32_t(0xffff0000);
+  acc += (Vec)(w << 16) * (Vec)(x << 16) + (Vec)(w & upper) * (Vec)(x & upper);
+#endif
+}
+
+// The sums of the pairs of lanes of a, and those of b.
+inline Vec add_pairs(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// M tokens of activations of type X, bf16 or float, times a block. Each group of inputs is summed up and then scaled.
+template <int M, typename X> void dot_float8(const Weights& w, int64_t block, const PreparedToken* tokens, Vec* out) {
+  constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
+  constexpr int UNROLL = M <= 2 ? 2 : 1;  // independent sums along k, so that no addition waits for the one before
+  const char* data = w.block_data(block);
+  Vec total[M] = {};
+  for (int64_t k = 0, group = 0; k < w.k; group++) {
+    Vec acc[M][UNROLL][2] = {};
+    for (const int64_t end = std::min(w.k, k + w.group_size); k < end; k += 4 * UNROLL)
+      for (int u = 0; u < UNROLL; u++, data += 64) {
+        prefetch_l2(data + (M > 1 ? PREFETCH_L2_FAR : PREFETCH_L2));
+        if (M > 1) prefetch_l1(data + PREFETCH_L1);
+        const auto line = [&] {
+          if constexpr (IS_BF16) return float8_to_bf16(load<IntVec>(data));
+          else return float8_to_float(load<IntVec>(data));
+        }();
+        for (int m = 0; m < M; m++) {
+          const X* x = static_cast<const X*>(tokens[m]) + k + 4 * u;
+          const auto x01 = broadcast2(x), x23 = broadcast2(x + 2);
+          if constexpr (IS_BF16) {
+            add_bf16_products(acc[m][u][0], line.inputs01, x01), add_bf16_products(acc[m][u][1], line.inputs23, x23);
+          } else {
+            for (int h = 0; h < 2; h++) acc[m][u][h] += line.inputs01[h] * x01 + line.inputs23[h] * x23;
+          }
+        }
+      }
+    const Vec scale = Float8::scales_and_zeros(w, block, group).scales;
+    for (int m = 0; m < M; m++) {
+      for (int u = 1; u < UNROLL; u++) acc[m][0][0] += acc[m][u][0], acc[m][0][1] += acc[m][u][1];
+      total[m] += scale * (IS_BF16 ? acc[m][0][0] + acc[m][0][1] : add_pairs(acc[m][0][0], acc[m][0][1]));
+    }
+  }
+  for (int m = 0; m < M; m++) out[m] = total[m];
 }
 
 // ---- Dense weights --------------------------------------------------------------------------------------------------
@@ -230,8 +282,18 @@ void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const PreparedTok
 }
 template <int M, int BLOCKS, typename T>
 void dot_blocks(Int4, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
-  if constexpr (ROUNDS_TO_INT8<Int4, T>) dot_w4a8<M, BLOCKS>(w, blocks, tokens, out);
+  if constexpr (ROUNDS_TO_INT8<Int4, T>) dot_w4a8<Int4, M, BLOCKS>(w, blocks, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int4, M>(w, blocks[b], tokens, out[b]);
+}
+template <int M, int BLOCKS, typename T>
+void dot_blocks(MXFP4, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  if constexpr (ROUNDS_TO_INT8<MXFP4, T>) dot_w4a8<MXFP4, M, BLOCKS>(w, blocks, tokens, out);
+  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<MXFP4, M>(w, blocks[b], tokens, out[b]);
+}
+template <int M, int BLOCKS, typename T>
+void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  using X = std::conditional_t<WIDENS_TO_FLOAT<Float8, T>, float, T>;
+  for (int b = 0; b < BLOCKS; b++) dot_float8<M, X>(w, blocks[b], tokens, out[b]);
 }
 
 // dot for M tokens, at most BLOCK_M.

@@ -137,12 +137,13 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// out = (q - zero) * scale for n_words words of one output. words: its first, in a block of packed format F.
-template <typename F> void dequantize_words(const char* words, int64_t n_words, float scale, float zero, float* out) {
+// out = (q - zero) * scale for n_words words of an output. line: that of their first, in a block of packed format F.
+template <typename F>
+void dequantize_words(const char* line, int64_t output, int64_t n_words, float scale, float zero, float* out) {
   for (int64_t word = 0; word < n_words; word++)
 #pragma GCC unroll 1  // compiles in a third of the time
     for (int64_t j = 0; j < 4; j++) {
-      const uint8_t byte = words[64 * word + j];  // elements j, j + 4 ... of the word
+      const uint8_t byte = line[64 * word + F::byte_offset(output, j)];  // elements j, j + 4 ... of the word
       for (int i = 0; i < F::PER_WORD; i += 4) out[F::PER_WORD * word + j + i] = (F::element(byte, i) - zero) * scale;
     }
 }
@@ -161,7 +162,7 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
         const int64_t n = std::min(LINE, end - k);
         for (int64_t r = 0; r < n_outputs; r++) {
           float values[LINE];
-          dequantize_words<F>(data + 4 * r, n / F::PER_WORD, scale[r], zero[r], values);
+          dequantize_words<F>(data, r, n / F::PER_WORD, scale[r], zero[r], values);
           T* line = out + (b * BLOCK_N + r) * w.k + k;
           for (int64_t i = 0; i < n; i += LANES) store_partial(load_vec(values + i), line, i, n);
         }

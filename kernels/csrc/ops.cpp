@@ -87,8 +87,18 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
       result.bits = 4, result.scales = ptr<bf16>(scales), result.zeros = ptr<uint8_t>(zeros);
       result.n_groups = (k + group_size - 1) / group_size;
       return result;
+    case Format::FLOAT8:
+      check(ScalarType::Int, scales.has_value());
+      result.bits = 8, result.float_scales = ptr<float>(scales);
+      result.n_groups = (k + group_size - 1) / group_size;
+      return result;
+    case Format::MXFP4:
+      check(ScalarType::Int, scales.has_value());
+      result.bits = 4, result.exponents = ptr<uint8_t>(scales);
+      result.n_groups = (k + group_size - 1) / group_size;
+      return result;
   }
-  STD_TORCH_CHECK(false, "these kernels know dense, int8 and int4 weights");
+  STD_TORCH_CHECK(false, "these kernels do not know this format of weights");
 }
 
 // The activation of a number of ACTIVATION_IDS in kernels/schema.py.

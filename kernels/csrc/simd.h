@@ -19,6 +19,7 @@ constexpr int64_t LANES = 16;  // floats in a Vec
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint32_t UIntVec __attribute__((vector_size(64)));
+typedef int64_t LongVec __attribute__((vector_size(64)));
 typedef uint16_t ShortVec __attribute__((vector_size(32)));
 typedef int8_t ByteVec __attribute__((vector_size(16)));
 
@@ -84,8 +85,36 @@ template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int6
   std::memcpy(p + first, padded, std::max<int64_t>(n - first, 0) * sizeof(T));
 }
 
+// Prefetch distances, in bytes: how far ahead of their use weights are fetched into a cache.
+constexpr int64_t PREFETCH_L2 = 1024;
+constexpr int64_t PREFETCH_L2_FAR = 8192;  // where a loop reads several streams or computes much for each weight
+constexpr int64_t PREFETCH_L1 = 512;
+
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// table[byte] for every byte of bytes, which are 0 to 15.
+inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
+#if defined(__AVX512BW__)
+  return (IntVec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), (__m512i)bytes);
+#elif defined(__AVX2__)
+  const __m256i table_twice = _mm256_broadcastsi128_si256(load<__m128i>(table));
+  __m256i* v = reinterpret_cast<__m256i*>(&bytes);
+  for (int h = 0; h < 2; h++) v[h] = _mm256_shuffle_epi8(table_twice, v[h]);
+  return bytes;
+#else
+  uint8_t* v = reinterpret_cast<uint8_t*>(&bytes);
+  for (size_t i = 0; i < sizeof bytes; i++) v[i] = table[v[i]];
+  return bytes;
+#endif
+}
+
+// 2^(exponent - 127) of 16 exponents, which a float has in the same way. 2^-127 is a subnormal number with one bit set.
+inline Vec exp2_vec(const uint8_t* exponents) {
+  typedef uint8_t UByteVec __attribute__((vector_size(16)));
+  const IntVec bits = __builtin_convertvector(load<UByteVec>(exponents), IntVec) << 23, smallest = IntVec{} + (1 << 22);
+  return (Vec)(bits > smallest ? bits : smallest);
+}
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 

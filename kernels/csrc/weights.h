@@ -4,24 +4,27 @@
 // batch, and of the KV cache.
 #pragma once
 
+#include "float8.h"
 #include "tape.h"
 
 constexpr int64_t MAX_TOKENS = 64;  // that an operation takes; also in kernels/__init__.py
 constexpr int64_t BLOCK_M = 8;      // tokens of a block, whose sums are kept in registers
 constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes of one Vec
 
-enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2 };  // Format.format_id in kernels/formats.py
+enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2, FLOAT8 = 4, MXFP4 = 5 };  // format_id in kernels/formats.py
 
 // A matrix [n, k], or the first of a stack [n_experts, n, k]. Dense weights are stored output by output. Quantized ones
 // are packed block by block, in words of 4 bytes. The words of a block's 16 outputs lie side by side:
 //
 //                64 bytes, one load
-//     word 0     output 0   output 1   output 2   ...   output 15      elements 0-3 (INT8) or 0-7 (INT4) of each
+//     word 0     output 0   output 1   output 2   ...   output 15      elements 0-3 (8 bits) or 0-7 (4 bits) of each
 //     word 1     output 0   output 1   output 2   ...   output 15      the next elements
 //     ...                                                              then the next block
 //
 //     INT8       byte j is element j, stored as q + 128
 //     INT4       byte j holds element j in its low half and element j + 4 in its high half
+//     MXFP4      the same
+//     FLOAT8     the bytes of 4 outputs' words are in another order, drawn in float8.h
 //
 // The last block is filled up to 16 outputs.
 struct Weights {
@@ -34,6 +37,8 @@ struct Weights {
   const float* channel_scales;    // INT8: [n]
   const bf16* scales;            // INT4: [n / 16, n_groups, 16]
   const uint8_t* zeros;          // INT4: [n / 16, n_groups, 16], zero points in sixteenths of a step of q
+  const float* float_scales;     // FLOAT8: [n / 16, n_groups, 16]
+  const uint8_t* exponents;      // MXFP4: [n / 16, n_groups, 16], a scale is 2^(exponent - 127)
 
   int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
   const char* block_data(int64_t block) const { return data + block * BLOCK_N * k * bits / 8; }
@@ -47,6 +52,8 @@ struct Weights {
     if (channel_scales) w.channel_scales += e * n;
     if (scales) w.scales += e * n_blocks() * n_groups * BLOCK_N;
     if (zeros) w.zeros += e * n_blocks() * n_groups * BLOCK_N;
+    if (float_scales) w.float_scales += e * n_blocks() * n_groups * BLOCK_N;
+    if (exponents) w.exponents += e * n_blocks() * n_groups * BLOCK_N;
     return w;
   }
 };
@@ -70,6 +77,8 @@ struct Int8 {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
   static constexpr int PER_WORD = 4;  // elements of a word
+  // Where in a line of 16 words the byte is that holds element j of an output.
+  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
   // Element j of a word, or of each of 16 words.
   static auto element(auto words, int j) { return (words >> (8 * j)) & 255; }
   static ScalesAndZeros scales_and_zeros(const Weights&, int64_t, int64_t) { return {Vec{} + 1, Vec{} + 128}; }
@@ -81,12 +90,65 @@ struct Int4 {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
   static constexpr int PER_WORD = 8;
+  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
   static auto element(auto words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
-  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t block, int64_t group) {
+  // What is multiplied for each byte 0 to 15 of nibbles.
+  static IntVec unsigned_bytes(IntVec nibbles) { return nibbles; }
+  // Scales, and zeros in sixteenths.
+  static ScalesAndZeros scales_and_sixteenths(const Weights& w, int64_t block, int64_t group) {
     const int64_t first = (block * w.n_groups + group) * BLOCK_N;
-    return {load_vec(w.scales + first), load_vec(w.zeros + first) * (1 / 16.0f)};
+    return {load_vec(w.scales + first), load_vec(w.zeros + first)};
+  }
+  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t block, int64_t group) {
+    const auto [scales, sixteenths] = scales_and_sixteenths(w, block, group);
+    return {scales, sixteenths * (1 / 16.0f)};
   }
   static float compensation(int32_t sum_q, float scale, float before) { return before + sum_q * scale / 16; }
+};
+
+// 8-bit floats: float8.h.
+struct Float8 {
+  static constexpr bool INT8_ACTIVATIONS = false;
+  static constexpr int64_t MIN_AMX_TOKENS = 3;
+  static constexpr int PER_WORD = 4;
+  static int64_t byte_offset(int64_t output, int64_t j) {
+    return output / 4 * 16 + j / 2 * 8 + output % 4 * 2 + j % 2;
+  }
+  static float element(uint8_t byte, int) { return FLOAT8_VALUES[byte]; }
+  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t block, int64_t group) {
+    return {load_vec(w.float_scales + (block * w.n_groups + group) * BLOCK_N) * FLOAT8_FACTOR, Vec{}};
+  }
+};
+
+// Twice an e2m1 is an integer from -12 to 12. So it is taken for one of 8 bits with zero 12 and half the scale.
+struct MXFP4 {
+  static constexpr bool INT8_ACTIVATIONS = true;
+  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
+  static constexpr int PER_WORD = 8;
+  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
+  // 12 + 2 e2m1. Twice the magnitudes 0 to 7 stand for are 0 1 2 3 4 6 8 12: four bits each of a constant.
+  static auto element(auto words, int j) {
+    const auto nibble = Int4::element(words, j), sign = nibble >> 3;
+    const auto magnitude = ((nibble * 0 + int32_t(0xc8643210)) >> (4 * (nibble & 7))) & 15;
+    return 12 + (magnitude ^ -sign) + sign;
+  }
+  // The same for every byte of nibbles.
+  static IntVec unsigned_bytes(IntVec nibbles) {
+    alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    return lookup_bytes(TABLE, nibbles);
+  }
+  static Vec scales(const Weights& w, int64_t block, int64_t group) {
+    return exp2_vec(w.exponents + (block * w.n_groups + group) * BLOCK_N);
+  }
+  static ScalesAndZeros scales_and_sixteenths(const Weights& w, int64_t block, int64_t group) {
+    return {scales(w, block, group) * 0.5f, Vec{} + 12 * 16};
+  }
+  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t block, int64_t group) {
+    return {scales(w, block, group) * 0.5f, Vec{} + 12};
+  }
+  static float compensation(int32_t sum_q, float scale, float before) {
+    return Int4::compensation(sum_q, scale, before);
+  }
 };
 
 // Calls function with an object of the format's struct.
@@ -95,6 +157,8 @@ template <typename Function> auto dispatch_format(Format format, Function functi
     case Format::DENSE: return function(Dense{});
     case Format::INT8: return function(Int8{});
     case Format::INT4: return function(Int4{});
+    case Format::FLOAT8: return function(Float8{});
+    case Format::MXFP4: return function(MXFP4{});
   }
   __builtin_unreachable();  // ops.cpp refuses other numbers
 }
