@@ -108,7 +108,7 @@ class ModelConfig:
     rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
     rope_layers: tuple[bool, ...] | None = None  # which layers have RoPE; None: all
     window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
-    alibi: bool = False  # scores fall with the distance, in each head by another slope (model.py: alibi_slopes)
+    alibi: bool = False  # scores fall with the distance, in each head by another slope (rope.py: alibi_slopes)
 
     # Multipliers
     embed_scale: float = 1.0  # multiplies the embedding's output

@@ -15,7 +15,7 @@ import torch
 from config import ModelConfig, RopeScaling, UsageError
 from converters.families import config_from_hf
 from converters.gguf_file import StoredTensor
-from model import rope_frequencies
+from rope import rope_frequencies
 
 # The metadata's fields, after "llama." or the like -> the fields of config.json that say the same
 REQUIRED_FIELDS = {

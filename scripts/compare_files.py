@@ -22,8 +22,8 @@ from checkpoint import read_checkpoint
 from config import ModelConfig, UsageError
 from converters.model_tensors import source_shapes
 from kernels.formats import Int4, Int8, Tensors
-from model import rope_frequencies
 from quantize import linear_weights, quantize_each, write
+from rope import rope_frequencies
 
 OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
 THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama.cpp's numbers of file types

@@ -49,7 +49,8 @@ from config import ModelConfig
 from kernels import reference
 from kernels.formats import Dense, Int4, Int8, WeightFormat
 from kernels.schema import ACTIVATION_IDS
-from model import ExpertsDown, ExpertsGateUp, LayerCache, alibi_slopes, rope_table
+from model import ExpertsDown, ExpertsGateUp, LayerCache
+from rope import alibi_slopes, rope_table
 from sampling import multinomial
 
 

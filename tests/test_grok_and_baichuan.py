@@ -15,7 +15,8 @@ from config import UsageError
 from converters.families import config_from_hf
 from generate import generate
 from loading import load_model
-from model import KVCache, alibi_slopes
+from model import KVCache
+from rope import alibi_slopes
 from sampling import SamplingParams
 from steps import build_steps
 from tests.tiny import call, convert, make_hf

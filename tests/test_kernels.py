@@ -16,7 +16,8 @@ import kernels
 from config import ModelConfig
 from kernels import reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
-from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, alibi_slopes, rope_table
+from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear
+from rope import alibi_slopes, rope_table
 from tests.tiny import ROOT
 
 import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)

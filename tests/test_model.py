@@ -7,7 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from config import ModelConfig, MoEConfig, UsageError
 from converters.families import MODEL_TYPES, config_from_hf
-from model import KVCache, rope_table
+from model import KVCache
+from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 
 

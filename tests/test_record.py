@@ -7,7 +7,8 @@ import kernels
 from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Int4, Int8
 from kernels.record import MAX_CPU_GRAPHS, graph_break, record
-from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer, rope_table
+from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer
+from rope import rope_table
 from tests.test_kernels import attend, make, make_norm, packed
 
 built = pytest.mark.skipif(not kernels.cpu.library(), reason="no C++ compiler")

@@ -16,7 +16,8 @@ from config import ModelConfig
 from kernels import reference, triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401  (some register operations)
 from kernels.formats import Dense, Int4, Int8, WeightFormat
 from kernels.triton_int4 import pack_int4_tiles, unpack_int4_tiles
-from model import KVCache, LayerCache, rope_table
+from model import KVCache, LayerCache
+from rope import rope_table
 from tests.tiny import ROOT, make_hf, to_ours
 
 import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
