@@ -1,14 +1,14 @@
-"""Calibrated int4: weights are rounded so that the layers' outputs on a text change little (GPTQ, arXiv:2210.17323).
+"""Calibrated int4: rounds weights so that the layers' outputs on a text change little (GPTQ, arXiv:2210.17323).
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
-The layers are quantized one after the other. A linear layer's Hessian H is the sum of x x^T over its inputs x, which
-are computed through the quantized layers before it. The columns of its weight are rounded one by one, and each column's
-rounding error is compensated in the columns that are not rounded yet.
+The layers are quantized one after the other. The inputs x of a linear layer come through the quantized layers before
+it. The layer's Hessian H is the sum of x x^T over all its inputs. Then the columns of its weight are rounded one by
+one. The rounding error of a column is compensated by changing the columns that are not rounded yet.
 
-The groups are static, unlike the paper's: each group's scale and zero are fixed before the first column is rounded.
-They are the candidates with the least rounding error, weighted by diag(H). So act_order, which rounds the columns in
-another order, does not change the groups.
+The groups are static, unlike the paper's: before the first column is rounded, every group gets its scale and zero. Of
+several candidates it gets those with the least rounding error, weighted by diag(H). So the groups do not depend on the
+order of rounding, which act_order changes.
 """
 
 import sys
@@ -36,14 +36,14 @@ from kernels.formats import (
 from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
 from tokenizer import Tokenizer
 
-CHUNK_WEIGHTS = 2**24  # weights rounded at a time, which bounds the memory of their float32 copies
+CHUNK_WEIGHTS = 2**24  # weights rounded at a time; bounds the memory of their float32 copies
 
 
 @dataclass(frozen=True)
 class GPTQConfig:
     group_size: int
-    damp: float  # this fraction of the Hessian's mean diagonal is added to its diagonal, so that it has an inverse
-    block_size: int  # columns rounded before their errors are applied to the columns behind the block
+    damp: float  # this fraction of the diagonal's mean is added to the Hessian's diagonal, so that it has an inverse
+    block_size: int  # so many columns are rounded before their errors are compensated in all columns behind them
     act_order: bool  # round the columns with the largest inputs first
 
 
@@ -53,9 +53,10 @@ def quantize_model(
 ) -> Iterator[tuple[str, Tensors]]:
     """Quantizes the linear layers of model, calibrated on windows [n, T] of tokens. Yields (name, tensors).
 
-    model is on the CPU. Its blocks move to device one by one, and to meta when they are done, to free their memory."""
+    model is on the CPU. Its blocks move to device one by one. A block that is done moves to meta, which frees its
+    memory."""
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
-    # Every window begins at position 0 and overwrites what is in the cache.
+    # One cache for all windows: each begins at position 0 and overwrites what is there.
     caches = KVCache(model, 1, windows.shape[1]).layers
     xs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, layer in enumerate(model.layers):
@@ -63,7 +64,7 @@ def quantize_model(
         cache = LayerCache(*(t if t is None else t.to(device) for t in caches[i]))
         hessians = compute_hessians(model, i, xs, start_pos, cache)
         for name in list(hessians):
-            hessian = hessians.pop(name)  # so that its memory is free afterwards
+            hessian = hessians.pop(name)  # frees its memory after this turn
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
         xs = [layer(x, start_pos, cache) for x in xs]
         layer.to("meta")
@@ -74,8 +75,8 @@ def quantize_model(
 
 
 def quantize_linear(name: str, linear: Linear, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """The int4 tensors of linear, on the CPU. linear itself gets the rounded weight, so that the Hessians of the layers
-    after it include its rounding error."""
+    """The int4 tensors of linear, on the CPU. Also rounds the weight of linear itself, so that the inputs of the layers
+    after it include the rounding error."""
     check_finite_weight(name, linear.weight)
     is_zero = hessian.diagonal(dim1=-2, dim2=-1) == 0  # [K], for experts [E, K]
     n_unseen = is_zero.all(-1).sum().item()
@@ -95,7 +96,7 @@ def check_finite_weight(name: str, weight: Tensor):
 def compute_hessians(
     model: Transformer, i: int, xs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
-    """The Hessians of the linear layers in block i, whose inputs are xs, by name: [K, K], for experts [E, K, K]."""
+    """The Hessians of the linear layers in block i by name: [K, K], for experts [E, K, K]. xs: the block's inputs."""
     sums, hooks = {}, []
 
     def add_inputs(name: str, linear: Linear, args: tuple, kwargs: dict):
@@ -125,7 +126,7 @@ def compute_hessians(
 
 
 def sum_of_outer_products(x: Tensor) -> Tensor:
-    """x [..., K] -> the sum of x x^T over all vectors in it: [K, K], float32."""
+    """The sum of x x^T over all vectors in x [..., K]: [K, K], float32."""
     x = x.flatten(0, -2).float()
     return x.T @ x
 
@@ -134,7 +135,7 @@ def sum_of_outer_products(x: Tensor) -> Tensor:
 
 
 def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int) -> Tensor:
-    """At most limit windows of length tokens, spread evenly over text: [n, length]."""
+    """Windows of length tokens, spread evenly over text, at most limit of them: [n, length]."""
     windows = [w for w in split_windows(tokenizer, text, length) if len(w) == length]
     if not windows:
         raise UsageError(f"the calibration text is shorter than one window of --calibration_seq_length {length} tokens")
@@ -171,10 +172,10 @@ def task_text(tasks: list[str], limit: int) -> str:
 
 
 def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """Rounds w [..., N, K] so that (w - rounded) x is small for the inputs x that hessian [..., K, K] sums over."""
+    """Rounds w [..., N, K]. For the inputs x that hessian [..., K, K] sums over, (w - rounded) x becomes small."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()  # [..., K]
     mean = diagonal.mean(-1, keepdim=True)
-    mean[mean == 0] = 1  # no inputs, so all columns get the same weight
+    mean[mean == 0] = 1  # without inputs all columns count the same
     damping = (config.damp * mean).expand_as(diagonal)
     if config.act_order:
         order = diagonal.argsort(-1, descending=True)
@@ -193,14 +194,17 @@ def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
 
 
 def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor, config: GPTQConfig) -> Tensors:
-    """gptq_quantize for some rows of w. order [..., K]: the columns in the order of rounding. upper [..., K, K]: the
-    Cholesky factor of the inverse Hessian, in the same order."""
+    """gptq_quantize for some rows of w.
+
+    diagonal [..., K]: of the damped Hessian, in the order of w's columns.
+    order [..., K]: the columns in the order of rounding.
+    upper [..., K, K]: the upper Cholesky factor of the inverse Hessian, in the order of rounding."""
     group_size, k = config.group_size, w.shape[-1]
-    padded = F.pad(diagonal[..., None, :], (0, -k % group_size))  # the padding of a short last group has no importance
+    padded = F.pad(diagonal[..., None, :], (0, -k % group_size))  # what fills a short last group has importance 0
     importance = padded.unflatten(-1, (-1, group_size))
     scales, zeros = fit_scales_and_zeros(split_groups(w, group_size), importance)  # [..., N, n_groups]
 
-    # Transposed to [..., K, N], so that a column is contiguous, and in the order of rounding.
+    # Put the columns in the order of rounding, and transpose to [..., K, N], so that a column is contiguous.
     group_ids = order[..., None, :] // group_size
     column_scales = scales.float().take_along_dim(group_ids, -1).mT.contiguous()
     column_zeros = decode_zeros(zeros).take_along_dim(group_ids, -1).mT.contiguous()
@@ -213,6 +217,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]
             q = round_int4(column, scale, zero)
             error = (column - (q - zero) * scale) / upper[..., i, i, None]
+            # The columns behind this one in its block are corrected now, those behind the block all at once after it.
             columns[..., i + 1 : stop, :] -= upper[..., i, i + 1 : stop, None] * error[..., None, :]
             columns[..., i, :], errors[..., i - start, :] = q, error
         columns[..., stop:, :] -= upper[..., start:stop, stop:].mT @ errors
@@ -222,8 +227,8 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
 
 def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """The scales and zeros [..., n_groups] that round groups [..., n_groups, group_size] with the least sum of squared
-    errors, weighted by importance. The candidates: each group's range, shrunk by several factors, and each of these
-    improved by rounding and least squares in turn."""
+    errors, weighted by importance. The candidates are those of each group's range, shrunk by several factors. Each
+    candidate is improved in turns: round, then fit scale and zero to the rounded numbers."""
     best_loss, best_scales, best_zeros = torch.inf, 0, 0
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6):
         scales, zeros = choose_qparams(groups * shrink)
@@ -240,8 +245,8 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
 
 
 def least_squares(groups: Tensor, q: Tensor, importance: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. Where that
-    scale would not be positive, as when all q of a group are equal, the given one is kept."""
+    """The scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. A group
+    keeps its given scale if the fitted one is not positive, as when all its q are equal."""
     total = importance.sum(-1)
     weighted = q * importance
     q_mean, w_mean = weighted.sum(-1) / total, (groups * importance).sum(-1) / total

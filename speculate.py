@@ -28,27 +28,29 @@ from sampling import SamplingParams, multinomial, probabilities, sample
 from steps import ModelStep, Step, Steps, apply_repetition_penalty, build_steps, check_finite, device_of
 
 MAX_PROPOSED = 32  # limit of --speculate_k and --prompt_lookup
-# Time to verify one more token, as a fraction of a step's time
-VERIFY_COST = 0.1  # measured: 0.01 with 16-bit weights, 0.02 with 8, 0.15 with 4
-EMA_DECAY = 0.9  # each step multiplies the counts of accepted and rejected tokens by this
-IDLE_DECAY = 0.97  # the same in a step without a proposal, so that after a while another one is tried
-PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # what the counts start from
+# The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
+# 8-bit and 0.15 with 4-bit weights.
+VERIFY_COST = 0.1
+# How AcceptanceRate forgets. Without a proposal it forgets, too, so that after a while another one is tried.
+EMA_DECAY = 0.9  # a step that verified tokens multiplies the old counts by this
+IDLE_DECAY = 0.97  # a step without a proposal multiplies them by this
+PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # the counts before the first step
 
 
 class Proposal(NamedTuple):
     tokens: Tensor  # [k]
-    probs: Tensor | None  # [k, V]: the distributions that they were sampled from; None if they were not sampled
+    probs: Tensor | None  # [k, V]: the distribution from which each token was sampled; None: they were not sampled
 
 
 class Proposer(Protocol):
     cost: float  # time to propose one token, as a fraction of the model's step
 
     def propose(self, history: list[int], k: int) -> Proposal | None:
-        """k tokens that may follow history, or None if it has no guess. Between two calls history only grows, unless
-        rewind is called."""
+        """k tokens that may follow history, or None if there is no guess. From one call to the next history only grows,
+        unless rewind is called."""
 
     def rewind(self, n: int):
-        """Tells it that only the first n tokens of history are still the same."""
+        """Says that only the first n tokens of history are still the same."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class SpeculativeDecoder:
     """A model's steps, and the proposer whose tokens they verify. Made by build_speculative_decoder."""
 
     steps: Steps
-    # (tokens [1, k + 1], start_pos [1], *proposal) -> rejection_sample's result: one tensor of the number of accepted
-    # tokens and the tokens, so that one copy to the host is enough.
+    # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V] if there are any) -> what rejection_sample
+    # returns. tokens: the last token of the text, then draft_tokens.
     verify_step: Callable[..., Tensor]
     proposer: Proposer
     k: int  # most tokens to propose at a time
@@ -65,11 +67,11 @@ class SpeculativeDecoder:
     verify_cost: float = VERIFY_COST  # time to verify one proposed token, as a fraction of a step
 
     def verify(self, last_token: Tensor, start_pos: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
-        """Verifies a proposal for what follows last_token [1, 1]. Returns how many tokens are accepted, and the
-        accepted tokens plus one more."""
+        """Verifies what may follow last_token [1, 1]. Returns n_accepted, and n_accepted + 1 tokens: the accepted ones,
+        and the model's own after them."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
-        given = [tensor for tensor in proposal if tensor is not None]
-        n_accepted, *next_tokens = self.verify_step(tokens, start_pos, *given).tolist()
+        inputs = [tensor for tensor in proposal if tensor is not None]
+        n_accepted, *next_tokens = self.verify_step(tokens, start_pos, *inputs).tolist()
         return n_accepted, next_tokens[: n_accepted + 1]
 
 
@@ -98,8 +100,8 @@ def build_speculative_decoder(
 def speculate(
     speculation: SpeculativeDecoder, history: list[int], start: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
-    """Continues history, whose first start tokens are in the KV cache, by max_new_tokens. Yields the tokens of each
-    step, [n][1]: one or several tokens for a batch of one."""
+    """Continues history by max_new_tokens. Its first start tokens are in the KV cache. Yields the tokens of each step,
+    [n][1]: one or several tokens, for a batch of one."""
     proposer, device = speculation.proposer, speculation.device
     history, n_left = list(history), max_new_tokens
     acceptance = AcceptanceRate()
@@ -113,7 +115,8 @@ def speculate(
         n_left -= len(tokens)
         if n_left == 0:
             return
-        proposer.rewind(len(history) - 1)  # the last token is the model's own, not a proposed one
+        # The proposer may have taken another token for the last one, which is the model's own.
+        proposer.rewind(len(history) - 1)
         possible_sizes = [size for size in proposal_sizes(speculation.k) if size < n_left]
         k = best_size(possible_sizes, acceptance.rate, proposer.cost + speculation.verify_cost)
         proposal = proposer.propose(history, k) if k > 0 else None
@@ -130,28 +133,29 @@ def speculate(
 def rejection_sample(
     logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams
 ) -> Tensor:
-    """Returns one tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid.
+    """Returns [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. It is one tensor, so
+    that one copy to the host is enough.
 
     logits [k + 1, V]: the model's, after the last token and after each of the draft_tokens [k].
     draft_probs [k, V or fewer]: the distributions from which the draft_tokens were sampled."""
     if draft_probs is None:
-        # The model samples a token at each position. A proposed token is accepted if it is the same.
+        # The model samples a token at each position, and accepts a proposed token that is the same.
         tokens = sample(logits, sampling)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
     probs = probabilities(logits, sampling)  # [k + 1, V]
     draft_probs = F.pad(draft_probs, (0, probs.shape[1] - draft_probs.shape[1], 0, 1))  # [k + 1, V]
-    # Accept a token with probability p / q, up to the first that is not accepted.
+    # Accept each token with probability p / q. After the first that is not accepted, none counts.
     p = probs[:-1].gather(1, draft_tokens[:, None])[:, 0]
     q = draft_probs[:-1].gather(1, draft_tokens[:, None])[:, 0]
     is_accepted = torch.rand(len(draft_tokens), device=logits.device) * q < p
     n_accepted = is_accepted.cumprod(0).sum()[None]
-    # The token after the accepted ones is sampled from max(0, p - q). After all k were accepted, q is 0 (the padding).
+    # Sample the token after the accepted ones from max(0, p - q). If all k were accepted, q is the padding: 0.
     residual = (probs - draft_probs).clamp(min=0)[n_accepted]
-    residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may leave nothing
+    residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may have left nothing
     tokens = torch.cat([draft_tokens, draft_tokens[:1]]).scatter(0, n_accepted, multinomial(residual))
     result = torch.cat([n_accepted, tokens])
-    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # none accepted, then -1, for which check_finite raises
+    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # n_accepted is 0, the token -1: check_finite raises
     return torch.where(logits.sum().isfinite(), result, not_finite)
 
 
@@ -161,7 +165,7 @@ def rejection_sample(
 @dataclass
 class AcceptanceRate:
     """How often the model accepts a proposed token, as an exponential moving average. A step rejects at most one token,
-    since the ones behind it are not verified."""
+    since the tokens behind it do not count."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -183,13 +187,15 @@ class AcceptanceRate:
 
 
 def proposal_sizes(k: int) -> list[int]:
-    """The numbers of tokens that may be proposed: k and a third of it. Only two, since each needs a step of its own."""
+    """The numbers of tokens that may be proposed: k and a third of k. Only two, since each number needs a compiled or
+    recorded step of its own."""
     return sorted({k, max(1, k // 3)})
 
 
 def verify_cost(model: Transformer) -> float:
-    """Time to verify one proposed token, as a fraction of model's step. In a mixture of experts it brings experts of
-    its own: if 5 tokens choose independently, they use 6.1 of Mixtral's 8 experts, where one token uses 2."""
+    """Time to verify one proposed token, as a fraction of model's step. In a mixture of experts a token brings experts
+    of its own, which must be read: one token uses 2 of Mixtral's 8 experts, and 5 tokens that choose independently use
+    6.1 of them."""
     moe = model.config.moe
     if moe is None:
         return VERIFY_COST
@@ -198,11 +204,12 @@ def verify_cost(model: Transformer) -> float:
 
 
 def best_size(sizes: list[int], acceptance_rate: float, cost: float) -> int:
-    """The number of tokens to propose, one of sizes or 0, with the most expected tokens per time. cost: time to propose
+    """How many tokens to propose: the one of sizes, or 0, that promises the most tokens per time. cost: time to propose
     and verify one token, as a fraction of a step."""
 
     def tokens_per_time(k: int) -> float:
-        expected_tokens = sum(acceptance_rate**i for i in range(k + 1))  # token i needs i accepted tokens before it
+        # A step's token i, from 0, needs i accepted tokens before it.
+        expected_tokens = sum(acceptance_rate**i for i in range(k + 1))
         return expected_tokens / (1 + k * cost)
 
     return max([0, *sizes], key=tokens_per_time)
@@ -217,7 +224,7 @@ class PromptLookup:
     cost = 0.0
 
     def __init__(self, max_ngram: int, device: torch.device):
-        """max_ngram: how many tokens to look for. If these do not occur, it looks for fewer, down to two."""
+        """max_ngram: how many tokens to look for. If they do not occur, propose looks for fewer, down to two."""
         self.max_ngram, self.device = max_ngram, device
         self.next_index: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
         self.n_known = 0  # tokens of the text whose n-grams are in next_index
@@ -228,12 +235,12 @@ class PromptLookup:
             index = self.next_index.get(tuple(history[-n:]))
             if index is not None:
                 found = history[index:]
-                tokens = [found[i % len(found)] for i in range(k)]  # at the end of the text, repeat
+                tokens = [found[i % len(found)] for i in range(k)]  # if they are fewer than k, repeat them
                 return Proposal(torch.tensor(tokens, device=self.device), None)
         return None
 
     def learn(self, history: list[int]):
-        """Adds the n-grams of the new tokens to next_index. Not the last n-gram, which no token follows yet."""
+        """Adds the n-grams of the new tokens to next_index, except the last n-grams, which no token follows yet."""
         for index in range(max(self.n_known, 2), len(history)):
             for n in range(2, self.max_ngram + 1):
                 self.next_index[tuple(history[max(0, index - n) : index])] = index
@@ -255,8 +262,9 @@ class DraftModel:
         self.n_cached = 0  # tokens of the text that are in the draft's cache
 
     def propose(self, history: list[int], k: int) -> Proposal:
-        # The draft has never computed on its own last proposed token. If that was accepted, two tokens are missing from
-        # its cache, else one. The first step always takes two, so that it is recorded or compiled for one shape only.
+        # A token's keys and values come from a step that takes it as input, and no step has taken the last proposed
+        # token. If that was accepted, the draft's cache lacks two tokens, else one. The first step takes two tokens in
+        # either case, so that only one shape is recorded or compiled.
         n_before = len(history) - 2
         start = min(self.n_cached, n_before)
         tokens = torch.tensor([history[start:]], device=self.device).clamp(max=self.vocab_size - 1)
@@ -267,7 +275,7 @@ class DraftModel:
         draft_tokens, draft_probs = [], []
         for _ in range(k):
             token, probs = self.step(tokens, start_pos)
-            draft_tokens.append(token.clone())  # since the next step may overwrite it
+            draft_tokens.append(token.clone())  # the next step may overwrite token
             if probs is not None:
                 draft_probs.append(probs.clone())
             start_pos = start_pos + tokens.shape[1]
@@ -286,7 +294,8 @@ def build_draft_model(
     vocab_size = model.config.vocab_size
 
     def postprocess(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = logits[:, -1, :vocab_size]  # models of one family may pad the same vocabulary to different sizes
+        # Of the draft's logits those that the model has, too: one family pads one vocabulary to several sizes.
+        logits = logits[:, -1, :vocab_size]
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None
         probs = probabilities(logits, sampling)
