@@ -23,7 +23,7 @@ class Completion:
     """What follows the prompt of a request."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0):
-        """index: the request's number, for the caller."""
+        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request."""
         self.request, self.eos_ids, self.index = request, eos_ids, index
         prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
@@ -32,7 +32,7 @@ class Completion:
         self.logprobs: list[Logprobs] = []  # of each token, if the request asks for them
         self.step_times: list[float] = []  # when the tokens of each step arrived; the first step is prefill
         self.step_sizes: list[int] = []  # how many tokens each step gave
-        self.finish_reason: str | None = None  # "stop", "length", or "error": the prompt cannot be completed
+        self.finish_reason: str | None = None  # "stop", also for a stop text; "length"; "error": it cannot be completed
         self.error: str | None = None
 
     def add_step(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> str:
@@ -68,8 +68,8 @@ class Completion:
 
 
 def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Completion]:
-    """Yields what follows each of requests, in their order. After Ctrl-C it yields what is complete by then, and raises
-    KeyboardInterrupt again. A request that scheduler refuses does not stop the others."""
+    """Yields what follows each of requests, in their order. A request that scheduler refuses does not stop the others.
+    After Ctrl-C it yields what is complete by then, and raises KeyboardInterrupt again."""
     completions = {}
     for i, request in enumerate(requests):
         completions[request] = Completion(request, tokenizer, scheduler.eos_ids, i)

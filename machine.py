@@ -72,8 +72,8 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
-    """The same for a CPU, with tensors in place of 512 MiB of new memory. It reads no more of them than it needs. None
-    if the processor's caches hold half of them or more."""
+    """read_bandwidth of a CPU, measured on tensors instead of new memory. It reads only as many of them as it needs.
+    None if the processor's caches hold half of them or more."""
     cached, n_bytes, chosen = cache_bytes(), 0, []
     for tensor in tensors:
         if n_bytes >= max(2 * cached, READ_BYTES // 2):
@@ -97,11 +97,11 @@ def sum_bandwidth(tensors: list[Tensor]) -> float:
 
 
 def join_neighbours(tensors: list[Tensor]) -> list[Tensor]:
-    """The memory of a CPU's tensors as int64 tensors. Tensors that lie next to each other become one, since to start
-    the sum of a small tensor takes longer than the sum."""
+    """The memory of a CPU's tensors as int64 tensors. Tensors that lie next to each other become one: a small tensor's
+    sum takes less time than the call."""
     spans: list[list[int]] = []  # [start, end)
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors):
-        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so what is between them is in pages of theirs
+        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so the gap lies in pages of theirs and can be read
             spans[-1][1] = max(end, spans[-1][1])
         else:
             spans.append([start, end])
@@ -110,7 +110,7 @@ def join_neighbours(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def cache_bytes() -> int:
-    """What a CPU's last level of caches holds, all of its parts together."""
+    """The bytes that a CPU's last level of caches holds, all of its parts together."""
     for level in ("index3", "index2"):
         parts = {}  # the CPUs that share a cache -> its size
         with contextlib.suppress(OSError, ValueError):

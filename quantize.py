@@ -69,7 +69,7 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
     """Refines zeros so that each group's sum of |w - dequantized|^0.5 gets small, by half-quadratic splitting. Each
     step shrinks the rounding errors towards 0, subtracts what remains of them (the outliers) from the weights, and fits
     the zero points to the difference."""
-    w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # both in steps of the scale
+    w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # both in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
         q = round_int4(w, 1.0, zero)

@@ -25,9 +25,9 @@ from config import UsageError
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files that are one; the first that is there counts
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "chat_template.jinja")
 TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
-SENTINEL = str(secrets.randbits(128))  # occurs in no text; only digits, so that no filter of a template changes it
+SENTINEL = str(secrets.randbits(128))  # in no text; it has only digits, which no filter of a template changes
 MATCHES_NOTHING = "(?!)"  # a regular expression
-SAMPLE_LENGTH = 16  # characters for each token that a text may have, by which exceeds judges it
+SAMPLE_LENGTH = 16  # exceeds encodes so many characters for each token that a text may have
 
 Part = str | int  # a piece of a prompt: text, or the id of a special token
 
@@ -193,8 +193,8 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
 
 
 class StopFinder:
-    """Ends a text, which arrives in pieces, before the first of some stop texts. It holds back what may be the
-    beginning of one."""
+    """Ends a text that arrives in pieces, before the first of some stop texts. It holds back an end of the text that
+    may be the beginning of a stop text."""
 
     def __init__(self, stop: Iterable[str]):
         self.stop = tuple(stop)

@@ -47,8 +47,8 @@ class ShardSpec:
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
     """The linear layers that are cut, by the last component of their name. Every rank has all other tensors whole.
 
-    Where the q/k norms are over all heads together, every rank also computes attention for all heads, and only o_proj
-    is cut."""
+    If a q/k norm is over all heads together, a rank needs all heads for it. So every rank computes all of attention,
+    and of its layers only o_proj is cut."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     cuts_heads = not config.qk_norm_all_heads
     qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), granularity=config.head_dim)} if cuts_heads else {}
@@ -85,7 +85,8 @@ def check_divides(config: ModelConfig, format: WeightFormat, n_ranks: int):
 
 
 def divides(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
-    """Whether n_ranks ranks can have equal parts. They may share key/value heads; the vocabulary need not divide."""
+    """Whether n_ranks ranks can have equal parts. Ranks may share key/value heads. The vocabulary need not divide, as
+    it is padded."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
     if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
         return False
@@ -104,7 +105,7 @@ def check_device(device: torch.device):
 
 
 def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    """Shrinks model, which is on the meta device in its checkpoint's format, to this rank's part. Returns the function
+    """Shrinks model to this rank's part. model is on the meta device, in its checkpoint's format. Returns the function
     (name, tensor of the checkpoint) -> this rank's part of the tensor. Raises UsageError for sizes that cannot be cut
     and for missing devices."""
     plan, n_ranks = tp_plan(model.config), world_size()
@@ -114,8 +115,8 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     check_divides(model.config, max(formats.values(), key=lambda format: format.pack_factor), n_ranks)
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
-        """A copy of the part, so that only that much of a memory-mapped tensor is read. tensor itself if every rank has
-        it whole."""
+        """A copy of this rank's part, so that nothing else of a memory-mapped tensor is read; tensor itself if every
+        rank has it whole."""
         module_name, _, tensor_name = name.rpartition(".")
         if tensor_name == "sinks":
             start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
@@ -140,14 +141,19 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             linear.out_features = n
     for module in model.modules():
         if isinstance(module, Attention) and "qkv_proj" in plan:
-            module.n_heads //= n_ranks
-            if module.sinks is not None:
-                module.sinks = nn.Parameter(module.sinks[: module.n_heads], requires_grad=False)
-            if module.alibi_slopes is not None:
-                start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
-                module.alibi_slopes = module.alibi_slopes[start : start + length]
-            module.n_kv_heads = -(-module.n_kv_heads // n_ranks)  # at least one
+            shrink_attention(module, n_ranks)
     return shard_tensor
+
+
+def shrink_attention(attention: Attention, n_ranks: int):
+    """Leaves attention the heads of this rank."""
+    start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
+    attention.n_heads = length
+    attention.n_kv_heads = -(-attention.n_kv_heads // n_ranks)  # at least one
+    if attention.sinks is not None:  # on the meta device: the values come with the checkpoint's tensors
+        attention.sinks = nn.Parameter(attention.sinks[:length], requires_grad=False)
+    if attention.alibi_slopes is not None:
+        attention.alibi_slopes = attention.alibi_slopes[start : start + length]
 
 
 def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
@@ -160,8 +166,8 @@ def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: Weig
 
 
 def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
-    """This rank's outputs of every section, along dim. Padded with zeros where the rank's range reaches beyond the
-    section."""
+    """This rank's outputs of every section, along dim. Where the rank's range reaches beyond the section, zeros fill
+    it."""
     parts = []
     for size, section in zip(spec.sections, tensor.split(spec.sections, dim), strict=True):
         start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
@@ -187,12 +193,12 @@ def insert_collectives(model: Transformer):
 
 class RowParallelLinear(nn.Module):
     """A linear layer cut along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the ranks' partial
-    results. The residual is added after it, since otherwise every rank would add it."""
+    results. The residual is added after that, or else every rank would add it."""
 
     def __init__(
         self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_range: tuple[int, int] | None = None
     ):
-        """input_range: (start, length) of this rank's inputs, if it is given the inputs of all ranks."""
+        """input_range: (start, length) of this rank's inputs in x; None: x holds only this rank's inputs."""
         super().__init__()
         self.linear, self.all_reduce, self.input_range = linear, all_reduce, input_range
         self.backend = linear.backend
@@ -218,7 +224,7 @@ class ParallelHead(nn.Module):
         return graph_break(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
-        """[..., X] of every rank, the last of which may be padded -> [..., V]."""
+        """Joins the logits [..., X] of every rank to [..., V]. The last ranks' logits may end with padding."""
         gathered = collective("all_gather_into_tensor", world_size(), logits)  # [ranks * ..., X]
         by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
         return by_rank.movedim(0, -2).flatten(-2)[..., : self.vocab_size]
@@ -239,7 +245,7 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Rank 0's x on every rank. Ranks that sample with different random numbers so continue with the same token."""
+    """Rank 0's x on every rank. Ranks draw different random numbers; so they still continue with the same token."""
     return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
 
 
@@ -263,8 +269,8 @@ def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def can_one_shot(like: Tensor) -> bool:
-    """Whether this rank's GPU can read the memory of all the others, and PyTorch has the operation: it exists for these
-    dtypes, and with these numbers of ranks it adds in the same order on every rank."""
+    """Whether this rank's GPU can read the memory of all the others, and PyTorch's operation fits. It exists for two
+    dtypes. It adds in the same order on every rank only if there are 2, 4 or 8 ranks."""
     n_ranks = world_size()
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
         return False
@@ -276,8 +282,8 @@ def can_one_shot(like: Tensor) -> bool:
 
 @cache
 def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """All-reduce in one kernel, over PyTorch's symmetric memory. A custom op that owns the buffer, so that CUDA graphs
-    see a fixed address."""
+    """All-reduce in one kernel, over PyTorch's symmetric memory. It is a custom op with a buffer of its own, so that
+    CUDA graphs see a fixed address."""
     import torch.distributed._symmetric_memory as symmetric_memory  # here, since only several GPUs need it
 
     group_name = dist.group.WORLD.group_name

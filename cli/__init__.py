@@ -32,8 +32,8 @@ EXIT_INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 PRECISIONS = ["bfloat16", "float16", "float32"]
 
-# oneDNN, and PyTorch's layer above it, cache a compiled matrix product for every number of rows that occurs, 0.3 to 1
-# MB each. These variables limit how many are cached, 1024 by default, if they are set before the first product.
+# oneDNN, and PyTorch's layer above it, cache a compiled matrix product for every number of tokens that occurs. Each
+# takes 0.3 to 1 MB, and 1024 are cached by default. These variables lower that, if set before the first product.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
 MAX_THREADS = 1024
@@ -91,7 +91,7 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
     except UsageError as e:
         exit_with(str(e))
     except (MemoryError, RuntimeError) as e:
-        # Ctrl-C within torch.save becomes a RuntimeError: on closing its file, it finds that the file is too short.
+        # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds that it is too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
         why = explain_lack_of_memory(e, oom_hint) or explain_lack_of_files(e)
@@ -99,7 +99,7 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
             raise
         exit_with(why)
     except OSError as e:
-        # Python flushes stdout at exit. If that is what failed, it would fail again, so send the rest to /dev/null.
+        # Python flushes stdout at exit. If stdout has failed, that would fail again, so send the rest to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(e, BrokenPipeError):
             exit_with(str(e))

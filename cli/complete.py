@@ -29,8 +29,8 @@ def complete_in_turn(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator,
     kv_cache: KVCache, prompts: list[Prompt], stats: dict,
 ):  # fmt: skip
-    """Completes each of prompts num_samples times, in all sequences of kv_cache, and prints the results. stats: more
-    fields of --json."""
+    """Completes each of prompts num_samples times, each time in all sequences of kv_cache, and prints the results.
+    stats: more fields of --json."""
     for prompt in prompts:
         samples = []
         for i in range(args.num_samples):

@@ -26,7 +26,8 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
-    """config: the model's. Raises UsageError if there is none, and for one that is empty, malformed or far too long."""
+    """The prompts that args ask for. config: the model's. Raises UsageError if there is no prompt, or if one is empty,
+    malformed or far too long."""
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
@@ -53,8 +54,8 @@ def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokeni
 
 
 def check_text(text: str, tokenizer: Tokenizer, context: int):
-    """Raises UsageError for what Python makes of an argument's bytes that are not UTF-8, and for a text that certainly
-    exceeds the context, before it takes long to encode it."""
+    """Raises UsageError if text comes from bytes that are not UTF-8, and if it certainly exceeds the context: to encode
+    it would take long."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -30,8 +30,8 @@ TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun 
 def process_group() -> Iterator[None]:
     """Joins the process group that torchrun set up, for as long as the context lasts. Without torchrun, does nothing.
 
-    Only rank 0 prints, also the one-line error that ends a script. The other ranks exit after it, since torchrun kills
-    all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
+    Only rank 0 prints, also the one-line error that ends a script. The other ranks exit after rank 0 has printed, since
+    torchrun kills all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
     names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some of them
     if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
@@ -61,8 +61,8 @@ def silence(errors: io.StringIO) -> Iterator[None]:
 
 
 def wait_for_rank_0(errors: str):
-    """Called before a rank exits with an error. Rank 0 has printed its error and tells the others; they wait for that.
-    If rank 0 does not exit, this rank prints its own errors."""
+    """Called before a rank exits with an error. Rank 0, which has printed its error, tells the others so. The others
+    wait for that. If rank 0 has no error and does not tell, this rank prints its own errors."""
     store = dist.distributed_c10d._get_default_store()  # a key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")
@@ -73,12 +73,13 @@ def wait_for_rank_0(errors: str):
         print(errors, end="", file=sys.stderr)
 
 
-line_numbers = count()  # of all calls of input_lines: a key that an earlier call has set would be read too soon
+# One count for all calls of input_lines: no key may be one that an earlier call has set.
+line_numbers = count()
 
 
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
-    """Yields on every rank what read returns on rank 0, until it returns None. It waits for as long as the user types,
-    without a time-out and without using the processor."""
+    """Yields on every rank what read returns on rank 0, until read returns None. While the user types, the other ranks
+    wait without a time-out and without using the processor."""
     if world_size() == 1:
         yield from iter(read, None)
         return
@@ -102,8 +103,8 @@ def rank_path(path: Path) -> Path:
 @torch.inference_mode()
 def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
     """The fraction of a step's time that this rank spends in collectives, including the wait for other ranks. It is
-    measured with the profiler, which sees collectives in compiled steps too. On a CPU with the older profiler
-    (use_kineto=False), which has less overhead."""
+    measured with the profiler, which also sees the collectives in compiled steps. On a CPU it is PyTorch's older
+    profiler (use_kineto=False), which has less overhead."""
     device_type = step().device.type  # the first call may record or compile
     on_cpu = device_type == "cpu"
     with torch.autograd.profiler.profile(use_device=None if on_cpu else device_type, use_kineto=not on_cpu) as profile:

@@ -17,8 +17,8 @@ from steps import device_of
 def build_result(
     args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, samples: list[list[Completion]]
 ) -> dict:
-    """The part of --json's object that differs from prompt to prompt. samples: each is the completions of a batch. The
-    bytes that a draft model reads are not counted."""
+    """The part of --json's object that differs from prompt to prompt. samples: each is a batch of completions. The
+    bandwidth does not count what a draft model reads."""
     longest = [max(batch, key=lambda completion: len(completion.step_times)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
     decoded = [c for c in longest if len(c.step_times) > 1]  # with decode steps after prefill
@@ -27,7 +27,7 @@ def build_result(
     halfway = len(prompt.ids) + len(last.tokens) // 2  # tokens in the cache, on average over the steps
     bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
-    if args.speculative:  # in how many steps 0, 1 ... k proposed tokens were accepted; a step yields one token more
+    if args.speculative:  # how many steps accepted 0, 1 ... k proposed tokens; each gave one token more
         accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
     texts = [describe_batch(batch) for batch in samples]
     return texts[-1] | {
@@ -72,9 +72,9 @@ def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, comp
 
 @lru_cache(maxsize=1)
 def measured_bandwidth(model: Transformer) -> float | None:
-    """Bytes per second at which the machine reads memory, measured once. On a CPU it reads weights of model, which are
-    in memory: those that every step reads. None if they are so few that they lie in the processor's caches, or if
-    there is no memory to measure it."""
+    """Bytes per second at which the machine reads memory, measured once. On a CPU it is measured on those weights of
+    model that every step reads. None if they are so few that the processor's caches hold them, or if memory is too
+    small for the measurement."""
     device = device_of(model)
     linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
     try:
@@ -98,7 +98,7 @@ def print_result(args: argparse.Namespace, result: dict, model: Transformer):
 
 
 def tokens_per_step(accept_counts: list[int]) -> float:
-    """From the numbers of steps that accepted 0, 1 ... proposed tokens: each gives one token more."""
+    """accept_counts: how many steps accepted 0, 1, 2 ... proposed tokens. Such a step gives 1, 2, 3 ... tokens."""
     return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
 
 

@@ -25,7 +25,7 @@ HELP = (
     "them, /save FILE writes them, /load FILE reads them, /exit ends."
 )
 TAKES_FILE = {"/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True}
-COMMAND = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # on one line: what begins with / on several lines is a message
+COMMAND = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; with more lines it is a message
 LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
 CUT_NOTES = {  # how an answer ended: what is said of it
     "length": "Cut by --max_new_tokens; /continue goes on.",
@@ -38,7 +38,7 @@ Reader = Callable[[], str | None]  # returns the next message or command, None a
 
 def converse(conversation: Conversation, max_new_tokens: int):
     """Leads conversation until standard input ends. Ctrl-C stops an answer. A line that cannot be answered is refused
-    with a note. If there was one and standard input is no terminal, raises UsageError at the end."""
+    with a note. If standard input is no terminal, a refused line also raises UsageError at the end."""
     note(HELP)
     read = make_reader()
     shell = Shell(conversation, max_new_tokens)
@@ -85,8 +85,8 @@ class Shell:
             note(" ".join(str(e).split()))
 
     def next_line(self, read: Reader) -> str | None:
-        """On rank 0: the next line for all ranks; None after the last. Does /save itself. /load gets the contents of
-        the file in place of its name."""
+        """The next line for all ranks, read on rank 0; None after the last. It does what touches files, which rank 0
+        alone may: it carries out /save, and puts the file's contents in the place of the name in /load."""
         self.has_read = True
         while (line := read()) is not None:
             command, argument = parse(line)

@@ -98,7 +98,7 @@ class HarnessModel:
         raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Special tokens written in the text become special tokens, since a chat template's arrive as text."""
+        """Text that is written like a special token becomes one, since lm_eval passes on a chat template's as text."""
         ids = self.tokenizer.encode_parts(self.tokenizer.split_special(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
@@ -127,7 +127,7 @@ class HarnessModel:
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows."""
+        """The log-likelihood of whole texts, which are cut into windows."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows = []

@@ -54,7 +54,7 @@ def perplexity(
 
 
 class ScoredSequence(NamedTuple):
-    """Tokens, the last n_scored of which are scored. At least one token must come before these. For example,
+    """Token ids of which the last n_scored are scored. At least one must come before these. For example,
     ScoredSequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
 
     ids: list[int]
@@ -73,8 +73,8 @@ class Score(NamedTuple):
 def compute_scores(
     model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
 ) -> Iterator[Score]:
-    """Yields the score of every sequence, the longest first. In a batch, shorter ones are padded on the right, which
-    causal attention ignores."""
+    """Yields the score of every sequence, the longest first. In a batch the shorter ones are padded on the right.
+    Causal attention does not see the padding."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
     device = device_of(model)

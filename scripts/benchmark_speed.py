@@ -3,8 +3,8 @@
     config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
 
-Weights have mean 0 and variance 1 / inputs, so that a layer neither grows nor shrinks what goes through it. They are
-made as they are stored, on the device that needs them: a model in int4 never exists in 16 bits.
+Weights have mean 0 and variance 1 / inputs, so that what goes through a layer neither grows nor shrinks. They are made
+in the format in which they are stored, on their device: a model in int4 never exists in 16 bits.
 """
 
 import argparse

@@ -55,6 +55,7 @@ from compare_speed import (
     PROMPT,
     STEPS,
     TASKS,
+    Pair,
     answer,
     bytes_per_token,
     measure,
@@ -67,10 +68,13 @@ import cli
 from config import UsageError
 from kernels import cpu
 
-PAIRS = [("bf16", "BF16"), ("int8", "Q8_0"), ("int4.g32", "Q4_0"), ("int4.g32", "Q4_1"), ("int4.g32", "Q4_K_M")]
+PAIRS = [
+    Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
+    Pair("int4.g32", "Q4_K_M"),
+]  # fmt: skip
 MAX_SEQUENCES = PREFILL // PROMPT  # whose prompts fit one batch
 PARALLEL_PAIRS = PAIRS[:3]
-PAIRS_OF_FILE = [("bf16", "file"), ("int8", "file"), ("int4.g32", "file")]  # with --gguf
+PAIRS_OF_FILE = [Pair("bf16", "file"), Pair("int8", "file"), Pair("int4.g32", "file")]  # with --gguf
 
 
 def main():

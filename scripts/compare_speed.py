@@ -1,6 +1,6 @@
 """How fast this project and llama.cpp decode and read a prompt: what compare_llama_cpp.py measures.
 
-    rounds = measure(files, ("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, progress_bar)
+    rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, progress_bar)
     rounds = measure(..., tasks=[8, 16])     # tokens per second of so many sequences at a time, all together
 
 Each side of a pair is a process of its own, which waits for its turns. This file has no command line. It needs gguf and
@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -33,18 +34,25 @@ from steps import build_steps
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
 TASKS = ("decode", "prefill")
-PAUSE = 0.1  # seconds until the other side's threads, which wait for more work, have given up
+PAUSE = 0.1  # seconds before each measurement: the other side's threads still spin for a while, waiting for work
 CPU = torch.device("cpu")
 
 
+class Pair(NamedTuple):
+    """The names of two files that are compared."""
+
+    ours: str
+    theirs: str
+
+
 def measure(
-    files: dict[str, Path], pair: tuple[str, str], sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm,
+    files: dict[str, Path], pair: Pair, sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm,
     tasks: Sequence[str | int] = TASKS,
 ) -> list[dict]:  # fmt: skip
     """Measures the two files of a pair in turns. Returns for each round memory's read bandwidth and, for each side,
     tokens per second in each of tasks, and which share of the bandwidth "decode" uses. A task that is a number is to
     decode so many sequences at a time."""
-    names = dict(zip(("ours", "theirs"), pair, strict=True))
+    names = pair._asdict()
     order, rounds = ["ours", "theirs"], []
     with new_process() as our_process, new_process() as their_process:
         processes = {"ours": our_process, "theirs": their_process}
@@ -59,13 +67,13 @@ def measure(
             rounds.append(result)
             order.reverse()
             bar.update()
-    return rounds[1:]  # the first loads the files and warms up
+    return rounds[1:]  # without the first, which loads the files and warms up
 
 
-def summarize(pair: tuple[str, str], rounds: list[dict], sizes: dict[str, float]) -> dict:
+def summarize(pair: Pair, rounds: list[dict], sizes: dict[str, float]) -> dict:
     """The medians of what measure returns for a pair, and of the rounds' ratios of ours to theirs."""
     row = {"read_bytes_per_sec": median(r["read_bytes_per_sec"] for r in rounds)}
-    for side, name in zip(("ours", "theirs"), pair, strict=True):
+    for side, name in pair._asdict().items():
         row[side] = {key: median(r[side][key] for r in rounds) for key in rounds[0][side]}
         row[side] |= {"file": name, "bytes_per_token": sizes[name]}
     for task in rounds[0]["ours"].keys() - {"share_of_read"}:
@@ -74,8 +82,8 @@ def summarize(pair: tuple[str, str], rounds: list[dict], sizes: dict[str, float]
 
 
 def new_process() -> ProcessPoolExecutor:
-    """A process that does one task after the other. PyTorch starts no threads in llama.cpp's: it is imported there, but
-    not called."""
+    """A process that does one task after the other. In llama.cpp's process PyTorch is imported, but not called, so it
+    starts no threads there."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=cli.exit_on_interrupt)
 

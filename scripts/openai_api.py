@@ -101,7 +101,7 @@ def require(condition, message: str):
 
 
 class Reply:
-    """What the response to a request says, or the responses of a stream: each has what is new."""
+    """What the response to a request says. In a stream there are several responses, each with what is new."""
 
     def __init__(self, body: dict, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         """body: the request. Takes seconds to tokenize megabytes. Raises UsageError."""
@@ -118,7 +118,7 @@ class Reply:
         return self.header | {"choices": [self.new_choice(completion) for completion in completions]}
 
     def new_responses(self) -> Iterator[dict]:
-        """The next ones of a stream, one for each text that has grown."""
+        """A stream's next responses, one for each text that has grown."""
         for completion in self.completions:
             if len(completion.tokens) > self.sent[completion.index][1]:
                 yield self.response([completion])

@@ -112,7 +112,7 @@ class Engine:
                 for completion in completions:
                     if completion.error is not None:
                         raise HTTPException(500, completion.error)
-                is_complete = all(completion.finish_reason for completion in completions)  # now: some may grow below
+                is_complete = all(completion.finish_reason for completion in completions)  # before yield
                 yield
         finally:
             for completion in completions:
@@ -126,7 +126,7 @@ class Engine:
                     completion.add_step([new.token], new.logprobs)
                     if completion.finish_reason:
                         self.end(completion)
-        except Exception as e:  # such as NaN logits: all that waits or runs fails, and the server goes on
+        except Exception as e:  # such as logits that are NaN: all requests fail, and the server goes on
             traceback.print_exc()
             for completion in list(self.completions.values()):
                 completion.fail(str(e))

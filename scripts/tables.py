@@ -101,7 +101,7 @@ def rows(name: str, result: dict) -> list[dict]:
     match name:
         case "speed":
             quantized = {None: result["precision"], "int8": "int8", "int4": f"int4 g{result['groupsize']}"}
-            # When the quantized ones were measured, quantizing random weights took memory, too
+            # Not of quantized weights: when these were measured, quantizing took memory, too.
             overhead = "" if result["mode"] else f"{result['peak_over_weights_and_kv_bytes'] / 1e6:.0f}"
             return [result | {"weights": quantized[result["mode"]], "overhead_mb": overhead}]
         case "llama_cpp":

@@ -111,21 +111,21 @@ def test_rounds(model, tmp_path, monkeypatch):
     compare_files.make_ours(tmp_path)
     files = {"int4.g32": tmp_path / "int4.g32.pth", "file": tmp_path / "bf16.pth"}
     sizes = {"int4.g32": 1000, "file": 2000}
-    bar = tqdm(disable=True)
-    rounds = compare_speed.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
+    pair, bar = compare_speed.Pair("int4.g32", "file"), tqdm(disable=True)
+    rounds = compare_speed.measure(files, pair, sizes, 2, 1, bar)
     assert len(rounds) == 2
     for side in (r[side] for r in rounds for side in ("ours", "theirs")):
         assert side.keys() == {"decode", "prefill", "share_of_read"} and min(side.values()) > 0
     for r in rounds:
         assert r["theirs"]["share_of_read"] == r["theirs"]["decode"] * 2000 / r["read_bytes_per_sec"]
-    rounds = compare_speed.measure(files, ("int4.g32", "file"), sizes, 1, 1, bar, tasks=[1, 9])
-    row = compare_speed.summarize(("int4.g32", "file"), rounds, sizes)
+    rounds = compare_speed.measure(files, pair, sizes, 1, 1, bar, tasks=[1, 9])
+    row = compare_speed.summarize(pair, rounds, sizes)
     assert row["ours"].keys() == {1, 9, "file", "bytes_per_token"} and row["9_ratio"] > 0
     lines = tables.table("parallel", {"pairs": [row] * 3}).splitlines()
     assert len(lines) == 4 and lines[-1].startswith("| 9 |")
     files["file"].unlink()
     with pytest.raises(UsageError, match="bf16.pth does not exist"):
-        compare_speed.measure(files, ("int4.g32", "file"), sizes, 2, 1, bar)
+        compare_speed.measure(files, pair, sizes, 2, 1, bar)
 
 
 def test_medians_over_rounds():
