@@ -16,6 +16,7 @@ from config import UsageError
 # Files from which model.pth is made; without weights there is nothing to make it from.
 SETTINGS = ("config.json", "params.json")
 WEIGHTS = ("*.safetensors", "*.bin", "consolidated.*.pth", "*.pt")
+PART, LATER_PART = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"  # the end of the name of a split GGUF's file
 
 
 def model_file(path: Path | str) -> Path:
@@ -36,7 +37,8 @@ def model_of_folder(folder: Path) -> str:
     if is_newest(model, [*weights, *find_files(folder, SETTINGS)]) or (model.is_file() and not weights):
         return str(model)
     if not weights:
-        models, ggufs = find_files(folder, ["model*.pth"]), find_files(folder, ["*.gguf"])
+        models = find_files(folder, ["model*.pth"])
+        ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_PART, file.stem)]
         if len(models) == 1:
             return str(models[0])
         if len(models or ggufs) > 1:
@@ -55,7 +57,7 @@ def model_of_gguf(file: Path) -> str:
     """In a folder beside the file, since a tokenizer comes with it."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
-    name = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)  # of a split file
+    name = re.sub(PART, "", file.stem)
     model = file.with_name(f"{name}-gguf") / "model.pth"
     if is_newest(model, [file]):
         return str(model)

@@ -86,6 +86,14 @@ def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
         model_file(tmp_path)
 
 
+def test_a_split_gguf_is_one_model(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", make_llama(vocab_size=4), tensors_per_part=10)
+    parts = sorted(tmp_path.glob("tiny-*-of-*.gguf"))
+    assert len(parts) > 1
+    for path in (tmp_path, parts[-1]):
+        assert model_file(path) == tmp_path / "tiny-gguf/model.pth"
+
+
 def test_a_folder_without_sources(folder):
     """Only what was made of them is left."""
     convert(folder)
