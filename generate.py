@@ -39,6 +39,7 @@ import cli
 import tp
 from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
+from cli.checkpoints import model_file
 from cli.complete import complete_in_parallel, complete_in_turn
 from cli.prepare import build_speculation, load_draft, needed_seq_len, parallel_stats, warm_up
 from cli.prompts import read_prompts
@@ -125,10 +126,12 @@ class LLM:
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
         max_seq_len: int = 2048, compile: bool = False, **sampling,
     ):  # fmt: skip
-        """device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
+        """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (cli/checkpoints.py).
+        device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
         have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
         self.sampling, self.compile = SamplingParams(**sampling), compile
-        self.model, self.tokenizer = load(checkpoint_path, device=pick_device(device), dtype=dtype)
+        path = model_file(checkpoint_path)
+        self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         self.free_generators: list[TokenGenerator] = []  # those that no text is using
 

@@ -34,6 +34,7 @@ from torch import Tensor
 import cli
 import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
+from cli.checkpoints import model_file
 from config import ModelConfig, UsageError
 from kernels.formats import (
     GROUP_SIZES,
@@ -103,7 +104,7 @@ DEFAULT_GROUP_SIZE = 32
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    cli.add_checkpoint_path(parser, help="model.pth; the result goes beside it")
+    cli.add_checkpoint_path(parser, help="model.pth, or a model's folder or .gguf; the result goes beside model.pth")
     add("--mode", default="int8", help=f"{', '.join(MODES)} (default: %(default)s)")
     add("--groupsize", type=int, help=f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})")
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
@@ -149,7 +150,7 @@ def check_args(args: argparse.Namespace):
 def main():
     args = parse_args()
     cli.set_threads(args.threads)
-    path = args.checkpoint_path
+    path = args.checkpoint_path = model_file(args.checkpoint_path)
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")

@@ -37,6 +37,7 @@ PRECISIONS = ["bfloat16", "float16", "float32"]
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
 MAX_THREADS = 1024
+CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .gguf, which is converted once"
 
 
 # ---- Errors and Ctrl-C ----------------------------------------------------------------------------------------------
@@ -170,8 +171,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_checkpoint_path(
-    parser: argparse.ArgumentParser, default: Path | None = None, help: str = "model.pth, its tokenizer beside it"
-):
+    parser: argparse.ArgumentParser, default: Path | None = None, help: str = CHECKPOINT_HELP
+):  # fmt: skip
     parser.add_argument("--checkpoint_path", type=Path, default=default, required=default is None, help=help)
 
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import cli
+from cli.checkpoints import model_file
 from config import UsageError
 from kernels import MAX_TRITON_TOKENS
 from machine import pick_device
@@ -47,12 +48,15 @@ def parse_args(doc: str) -> argparse.Namespace:
         args.parallel = 1  # since the scheduler reports log-probabilities, and the plain loop does not
     if args.speculate_k is None:
         args.speculate_k = DEFAULT_SPECULATE_K["lookup" if args.prompt_lookup else "draft"]
+    args.checkpoint_path = model_file(args.checkpoint_path)
+    if args.draft_checkpoint_path:
+        args.draft_checkpoint_path = model_file(args.draft_checkpoint_path)
     return args
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = cli.make_parser(doc)
-    cli.add_checkpoint_path(parser, DEMO, "model.pth, its tokenizer beside it (default: the demo's)")
+    cli.add_checkpoint_path(parser, DEMO, f"{cli.CHECKPOINT_HELP} (default: the demo's)")
     add_prompt_options(parser)
     add_length_options(parser)
     add_sampling_options(parser)

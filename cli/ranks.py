@@ -1,4 +1,4 @@
-"""The processes of a tensor-parallel run: how they join, who prints and reads, how they end together. See tp.py.
+"""The processes of a tensor-parallel run: how they join, who prints, reads and converts, how they end. See tp.py.
 
     with process_group():
         cli.run(main)
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from config import UsageError
 from tp import world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun ends the others at once
@@ -74,7 +75,7 @@ def wait_for_rank_0(errors: str):
 
 
 # One count for all calls of input_lines: no key may be one that an earlier call has set.
-line_numbers = count()
+key_numbers = count()
 
 
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
@@ -84,15 +85,36 @@ def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
         yield from iter(read, None)
         return
     store = dist.distributed_c10d._get_default_store()
-    for i in line_numbers:
-        key = f"line {i}"
-        if dist.get_rank() == 0:
-            store.set(key, json.dumps(read()))
-        store.wait([key], timedelta(days=1000))
-        line = json.loads(store.get(key))
-        if line is None:
-            return
+    while (line := share(store, read)) is not None:
         yield line
+
+
+def share(store: dist.Store, function: Callable[[], object]):
+    """What function returns on rank 0, as JSON can write it. Waits for as long as it takes."""
+    key = f"result {next(key_numbers)}"
+    if dist.get_rank() == 0:
+        store.set(key, json.dumps(function()))
+    store.wait([key], timedelta(days=1000))
+    return json.loads(store.get(key))
+
+
+def call_on_rank_0(function: Callable[[], str]) -> str:
+    """Calls function on rank 0, while the others wait, and returns its result on every rank. A UsageError is raised on
+    every rank, too."""
+
+    def result_or_error() -> tuple[str | None, str | None]:
+        try:
+            return function(), None
+        except UsageError as e:
+            return None, str(e)
+
+    if world_size() == 1:
+        return function()
+    store = dist.distributed_c10d._get_default_store()
+    result, error = share(store, result_or_error)
+    if result is None:
+        raise UsageError(error)
+    return result
 
 
 def rank_path(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Reads Llama in Meta's own format: consolidated.00.pth, consolidated.01.pth ... and params.json. No command line.
 
-    config, tensors, read, files = read_meta(Path("checkpoints/Llama3.2-1B"))    # for model_tensors.py: write_folder
+    config, tensors, read, files, note = read_meta(Path("checkpoints/Llama3.2-1B"))
 
 Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files are of this format, and
 so are karpathy's tinyllamas, but for their params, which read_tinyllamas finds in the file itself.

@@ -23,6 +23,7 @@ import torch
 
 from checkpoint import read_checkpoint
 from cli.arguments import DEFAULT_SPECULATE_K
+from cli.checkpoints import model_file
 from cli.report import tokens_per_step
 from config import UsageError
 from machine import pick_device, read_bandwidth
@@ -45,12 +46,13 @@ MODES = {UNQUANTIZED: [], "int8": ["--mode", "int8"]} | {  # a row's name -> fla
 
 def quantization(args: argparse.Namespace):
     """Size, perplexity and speed of a checkpoint, quantized in each way."""
-    if read_checkpoint(args.checkpoint_path).quantization:
-        raise UsageError(f"{args.checkpoint_path} is quantized already; start from the model.pth it came from")
+    path = model_file(args.checkpoint_path)
+    if read_checkpoint(path).quantization:
+        raise UsageError(f"{path} is quantized already; start from the model.pth it came from")
     texts = {name: describe_text(getattr(args, name)) for name in ("text_file", "calibration_text")}
     rows, files = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        source = link_checkpoint(args.checkpoint_path, Path(folder))
+        source = link_checkpoint(path, Path(folder))
         for mode in MODES:
             began = time.perf_counter()
             files[mode] = quantized_file(source, mode, args.calibration_text)
@@ -60,7 +62,7 @@ def quantization(args: argparse.Namespace):
         speeds, reads = measure_speeds(files)
     for mode in MODES:
         rows[mode]["decode_tokens_per_sec"] = speeds[mode]
-    result = {"checkpoint": args.checkpoint_path.parent.name, **texts, "read_gb_per_sec": reads, "modes": rows}
+    result = {"checkpoint": path.parent.name, **texts, "read_gb_per_sec": reads, "modes": rows}
     write_result("quantization", result, args.json_file)
 
 

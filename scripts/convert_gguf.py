@@ -9,7 +9,6 @@ vocabulary becomes tokenizer.json (byte-level BPE) or tokenizer.model (sentencep
 tokenizer_config.json.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -21,55 +20,12 @@ if __name__ == "__main__":
 
 import cli
 
+import torch
+
 try:
-    import gguf
-    import numpy as np
+    from converters.gguf_tensors import convert_gguf
 except ImportError as e:
     cli.exit_with(f"this script needs `pip install gguf protobuf` ({e})")
-import torch
-from torch import Tensor
-
-from config import ModelConfig, UsageError
-from converters.families import FAMILIES
-from converters.gguf_config import (
-    LONG_FACTORS,
-    ROPE_FACTORS,
-    SHORT_FACTORS,
-    Architecture,
-    find_architecture,
-    read_gguf_config,
-)
-from converters.gguf_file import StoredTensor, read_gguf
-from converters.gguf_tokenizer import tokenizer_files
-from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import HFTensors, TensorReader, write_folder
-from tokenizer import TOKENIZER_FILES
-
-GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_sinks": "self_attn",
-    "post_attention_norm": "post_attention_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_ffn_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
-    "ffn_up_exps": "mlp.experts.{e}.up_proj",
-    "ffn_down_exps": "mlp.experts.{e}.down_proj",
-}
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose rows attn_qkv has
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 def main():
@@ -81,80 +37,6 @@ def main():
     args = parser.parse_args()
     convert_gguf(args.file, args.checkpoint_dir, getattr(torch, args.dtype))
     print(f"wrote {args.checkpoint_dir / 'model.pth'}")
-
-
-def convert_gguf(file: Path, folder: Path, dtype: torch.dtype):
-    """Writes model.pth, its weights in dtype, and the tokenizer's files to folder."""
-    if file.is_dir():
-        raise UsageError(f"{file} is a folder; give a .gguf file")
-    if not file.is_file():
-        raise UsageError(f"{file} does not exist")
-    meta, stored = read_gguf(file)
-    try:
-        config = read_gguf_config(meta, stored)
-        tensors, read = rename_gguf_tensors(stored, config, dtype, find_architecture(meta))
-        tokenizer = tokenizer_files(meta)
-    except UsageError:
-        raise
-    except Exception as e:  # whatever odd metadata runs into; tokenizers raises bare Exception
-        why = f"{type(e).__name__} {e}".splitlines()[0]
-        raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
-    write_folder(folder, config, tensors, read, dict.fromkeys(TOKENIZER_FILES) | tokenizer)
-
-
-# ---- From the GGUF's tensors to Hugging Face's ----------------------------------------------------------------------
-
-
-def rename_gguf_tensors(
-    stored: dict[str, StoredTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
-) -> tuple[HFTensors, TensorReader]:
-    """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
-    of them, its rows in our order. Gemma's norms need nothing: a GGUF has 1 + w already."""
-    sources: dict[str, StoredTensor] = {}
-    for name, tensor in stored.items():
-        if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
-            sources |= split_tensor(name, tensor, config, architecture)
-    tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
-    is_interleaved = architecture.interleaved_rope or FAMILIES[architecture.family].interleaved_rope
-    order = rope_order(config, is_interleaved)
-
-    def read(name: str) -> Tensor:
-        source = sources[name]
-        try:
-            values = gguf.dequantize(source.data, source.type)
-        except NotImplementedError:
-            raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
-        tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
-        return reorder_heads(name, tensor, order)
-
-    return tensors, read
-
-
-def split_tensor(
-    name: str, tensor: StoredTensor, config: ModelConfig, architecture: Architecture
-) -> dict[str, StoredTensor]:
-    """The tensors in Hugging Face's tables that one of the GGUF holds, by name: itself, those whose rows it has one
-    below the other, or those of all experts."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    layer, module, kind = match.groups() if match else (None, "", None)
-    names = GGUF_TO_HF | architecture.names
-    if module == "attn_qkv":
-        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        parts = zip(QKV, np.split(tensor.data, [q, q + kv]), strict=True)
-    elif module == "ffn_up" and architecture.ffn_up_has_gate:
-        parts = zip(GATE_UP, np.array_split(tensor.data, 2), strict=True)
-    elif module in names:
-        parts = [(names[module], tensor.data)]
-    else:
-        raise UsageError(f"the GGUF's tensor {name} has no place in this model")
-    prefix = "" if layer is None else f"model.layers.{layer}."
-    suffix = "sinks" if module == "attn_sinks" else kind
-    sources = {}
-    for hf_module, rows in parts:
-        experts = rows if "{e}" in hf_module else [rows]
-        for e, data in enumerate(experts):
-            sources[f"{prefix}{hf_module.format(e=e)}.{suffix}"] = StoredTensor(tensor.type, data)
-    return sources
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from openai_api import Reply, require
 
 import cli
+from cli.checkpoints import model_file
 from completion import Completion
 from config import UsageError
 from loading import load
@@ -72,10 +73,11 @@ def main():
 
     listener = listen(args.host, args.port)
     device, dtype = pick_device(args.device), getattr(torch, args.precision)
-    model, tokenizer = load(args.checkpoint_path, device=device, dtype=dtype)
+    checkpoint_path = model_file(args.checkpoint_path)
+    model, tokenizer = load(checkpoint_path, device=device, dtype=dtype)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
     scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
-    model_name = args.checkpoint_path.absolute().parent.name
+    model_name = checkpoint_path.absolute().parent.name
     server = Server(Engine(scheduler, args.device), tokenizer, model_name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)

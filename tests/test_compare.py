@@ -22,7 +22,7 @@ import compare_llama_cpp as compare  # isort: skip
 import compare_speed  # isort: skip
 import tables  # isort: skip
 from benchmark_speed import checkpoint_tensors, random_model  # isort: skip
-from convert_gguf import rename_gguf_tensors  # isort: skip
+from converters.gguf_tensors import rename_gguf_tensors  # isort: skip
 from converters.model_tensors import convert  # isort: skip
 from converters.gguf_config import find_architecture, read_gguf_config  # isort: skip
 from converters.gguf_file import read_gguf  # isort: skip

@@ -77,7 +77,7 @@ class Evil:
 
 WRONG_FILES = {  # what is in place of model.pth, and a word of what is said of it
     "missing": (lambda path, data: None, "does not exist"),
-    "directory": (lambda path, data: path.mkdir(), "is a folder"),
+    "directory": (lambda path, data: path.mkdir(), "holds no config.json"),
     "empty": (lambda path, data: path.touch(), "truncated or not a PyTorch file"),
     "text": (lambda path, data: path.write_text("Hello\n"), "not"),
     "truncated": (lambda path, data: path.write_bytes(data[: len(data) // 2]), "truncated"),
@@ -97,9 +97,9 @@ def test_wrong_checkpoint_file(chain, refused, tmp_path, kind):
 
 def test_wrong_checkpoint_path(refused, tmp_path):
     refused(tmp_path / "nowhere" / "model.pth", ["--prompt=0"], "nowhere/model.pth does not exist")
-    for name, script in (("a.gguf", "convert_gguf.py"), ("a.safetensors", "convert_hf_checkpoint.py")):
-        (tmp_path / name).touch()
-        refused(tmp_path / name, ["--prompt=0"], f"scripts/{script} makes one of it")
+    refused(tmp_path / "nowhere.gguf", ["--prompt=0"], "nowhere.gguf does not exist")
+    (tmp_path / "a.safetensors").touch()
+    refused(tmp_path / "a.safetensors", ["--prompt=0"], "scripts/convert_hf_checkpoint.py makes one of it")
 
 
 def small_embedding(data):

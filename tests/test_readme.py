@@ -168,7 +168,7 @@ def test_imports_go_one_way():
     names = [Path(name).stem for name in re.findall(r"^    (\w+(?:\.py|/)) ", text, re.M)]
     assert names[0] == "config" and names[-1] == "generate"
     everything = {path.stem for path in ROOT.glob("*.py")} | set(PACKAGES)
-    assert {*names, "chat_template", "converters", "eval", "gptq", "quantize"} == everything
+    assert {*names, "chat_template", "eval", "gptq", "quantize"} == everything
     for i, name in enumerate(names):
         folder = ROOT / name
         for path in folder.glob("*.py") if folder.is_dir() else [ROOT / f"{name}.py"]:

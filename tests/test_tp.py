@@ -6,6 +6,7 @@ tp_ranks.py is what torchrun runs.
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def files(tmp_path_factory) -> Path:
             next(p for p in path.parent.glob("model_*.pth")).replace(path)
     write_folder("llama3", folder / "whole")
     (folder / "whole/generation_config.json").write_text(json.dumps({"eos_token_id": list(range(32))}))
+    shutil.copytree(folder / "whole", folder / "unconverted")
     convert(folder / "whole")
     return folder
 

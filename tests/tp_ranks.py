@@ -77,6 +77,7 @@ COMMANDS = {  # name: (what generate.py gets beside the checkpoint, its standard
         "Hello\n/save FOLDER/said\n/continue\nWho?\n/drop\n/load FOLDER/said\n//drop it\n/continue\n/exit\nHi\n",
     ),
     "text": (["--batch_size", "2", "--profile", "PROFILE"], None),
+    "folder": (["--checkpoint_path", "UNCONVERTED", *GREEDY], None),
 }
 N_ROWS, N_PROMPT, N_NEW = 3, 12, 20
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def run_command(main, arguments: list, stdin: str | None = None) -> str:
 def run_commands(folder: Path) -> dict[str, str]:
     """What COMMANDS print, and a perplexity."""
     path, results = folder / "whole/model.pth", {}
-    files = {"PROFILE": folder / "trace.json", "DRAFT": path}
+    files = {"PROFILE": folder / "trace.json", "DRAFT": path, "UNCONVERTED": folder / "unconverted"}
     common = ["--checkpoint_path", path, "--precision", "float32", "--device", "cpu"]
     for name, (arguments, stdin) in COMMANDS.items():
         arguments = [files.get(argument, argument) for argument in arguments]

@@ -1,0 +1,136 @@
+"""--checkpoint_path may be a model's folder or a .gguf: it is converted at the first start, and found at the next."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import cli
+import eval
+import generate
+import quantize
+from cli.checkpoints import model_file
+from config import UsageError
+from tests.test_lora import linear_names, random_halves, write_adapter
+from tests.test_meta import PARAMS, SCALED, make_ranks, write_meta, write_tiktoken
+from tests.tiny import call, convert, make_hf, write_folder
+from tests.tiny_gguf import make_llama, write_gguf
+
+import convert_hf_checkpoint  # isort: skip  (tests.tiny put scripts/ on the path)
+
+RUN = ["--prompt", "Hi", "--max_new_tokens", 3, "--temperature", 0, "--device", "cpu", "--ignore_eos"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_folder("llama3", tmp_path / "M")
+    return tmp_path / "M"
+
+
+def make_older(path: Path, seconds: float):
+    time = path.stat().st_mtime - seconds
+    os.utime(path, (time, time))
+
+
+def test_a_folder_is_converted_once(folder, capsys):
+    model = folder / "model.pth"
+    call(generate.main, "--checkpoint_path", folder, *RUN)
+    out, err = capsys.readouterr()
+    assert f"Converting {folder} to {model}, once.\n" in err
+    first = model.stat().st_mtime_ns
+    for path in (folder, model):
+        call(generate.main, "--checkpoint_path", path, *RUN)
+        again, err = capsys.readouterr()
+        assert (again, model.stat().st_mtime_ns) == (out, first) and "Converting" not in err
+    make_older(model, 3600)  # than its sources
+    call(generate.main, "--checkpoint_path", folder, *RUN, "--draft_checkpoint_path", folder)
+    again, err = capsys.readouterr()
+    assert again == out and err.count("Converting") == 1 and model.stat().st_mtime_ns > first
+
+
+def test_every_command_takes_a_folder(folder, capsys):
+    call(quantize.main, "--checkpoint_path", folder)
+    assert capsys.readouterr().out == f"wrote {folder / 'model_int8.pth'}\n"
+    call(eval.main, "--checkpoint_path", folder, "--text_file", folder / "config.json", "--device", "cpu", "--json")
+    out, err = capsys.readouterr()
+    assert "perplexity" in out and "Converting" not in err
+    shutil.rmtree(folder)
+    write_folder("llama3", folder)
+    assert "".join(generate.LLM(folder, "cpu").generate("Hi", max_new_tokens=3)) is not None
+    assert (folder / "model.pth").is_file()
+
+
+def test_metas_folder(tmp_path, capsys):
+    ranks = make_ranks()
+    write_meta(tmp_path, make_hf("llama2", num_key_value_heads=2, vocab_size=len(ranks) + 16), PARAMS | SCALED)
+    write_tiktoken(tmp_path / "tokenizer.model", ranks)
+    call(generate.main, "--checkpoint_path", tmp_path, *RUN)
+    assert "131072" in capsys.readouterr().err
+
+
+def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
+    """To a folder of its own, since another model's may have the file's name."""
+    file = write_gguf(tmp_path / "tiny.Q8_0.gguf", make_llama(vocab_size=4), "Q8_0")
+    model = tmp_path / "tiny.Q8_0-gguf/model.pth"
+    call(generate.main, "--checkpoint_path", file, *RUN, "--prompt", "ab")
+    out, err = capsys.readouterr()
+    assert f"Converting {file} to {model}, once.\n" in err
+    for path in (file, model.parent, tmp_path):  # a folder with a single GGUF is that
+        call(generate.main, "--checkpoint_path", path, *RUN, "--prompt", "ab")
+        again, err = capsys.readouterr()
+        assert again == out and "Converting" not in err
+    shutil.copy(file, tmp_path / "b.gguf")
+    with pytest.raises(UsageError, match="holds b.gguf, tiny.Q8_0.gguf: choose one of them"):
+        model_file(tmp_path)
+
+
+def test_a_split_gguf_is_one_model(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", make_llama(vocab_size=4), tensors_per_part=10)
+    parts = sorted(tmp_path.glob("tiny-*-of-*.gguf"))
+    assert len(parts) > 1
+    for path in (tmp_path, parts[-1]):
+        assert model_file(path) == tmp_path / "tiny-gguf/model.pth"
+
+
+def test_a_folder_without_sources(folder):
+    """Only what was made of them is left."""
+    convert(folder)
+    (folder / "model.safetensors").unlink()
+    make_older(folder / "model.pth", 3600)
+    assert model_file(folder) == folder / "model.pth"
+    (folder / "model.pth").rename(folder / "model_int8.pth")
+    assert model_file(str(folder)) == folder / "model_int8.pth"
+    shutil.copy(folder / "model_int8.pth", folder / "model_int4.g32.pth")
+    with pytest.raises(UsageError, match="holds model_int4.g32.pth, model_int8.pth: choose one of them"):
+        model_file(folder)
+
+
+def test_an_adapters_folder(folder, tmp_path, capsys):
+    theirs = make_hf("llama3", vocab_size=320, hidden_size=64, intermediate_size=96)
+    weights = dict(theirs.named_parameters())
+    lora = tmp_path / "lora"
+    write_adapter(lora, {name: random_halves(*weights[f"{name}.weight"].shape) for name in linear_names(theirs)})
+    with pytest.raises(UsageError, match="holds an adapter, not a model: merge it with .* --lora"):
+        model_file(lora)
+    call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
+    assert model_file(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
+
+
+def test_mistakes(folder, tmp_path, monkeypatch, capsys):
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    for path, said in [
+        (folder, f"generate.py: {folder}/model.safetensors is truncated or not safetensors"),
+        (tmp_path / "empty", "generate.py: .*empty holds no config.json"),
+        (tmp_path / "bad.gguf", "generate.py: .*bad.gguf"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint_path", str(path)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(generate.main)
+        *before, last = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and len(before) <= 1
+        assert re.match(said, last)
+    assert not list(tmp_path.glob("**/model.pth*"))
