@@ -12,28 +12,28 @@ from checkpoint import read_json
 from config import ModelConfig, UsageError
 from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
+from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import adapt
 from converters.lora import ADAPTER_CONFIG, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
-from converters.model_tensors import convert, write_folder
+from converters.model_tensors import HFTensors, convert, write_folder
 from tokenizer import TOKENIZER_FILES, TOKENIZERS
 
 
 def convert_folder(folder: Path, lora: Path | None = None) -> Path:
     """Writes model.pth of a checkpoint's folder into it or, with an adapter in the folder lora, of both into that.
-    Returns its path."""
+    Returns the path of what it has written: quantized weights are in a file of another name."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     if lora is not None:
         return merge_folders(folder, lora)
-    path = folder / "model.pth"
     if (folder / "config.json").is_file():
         config, hf = read_configs(folder)
-        tensors = read_folder(folder)
+        tensors = read_tensors(folder, hf, config)
         read = adapt(tensors, config, find_family(hf))
     elif (folder / PARAMS).is_file():
         config, tensors, read, files, note = read_meta(folder)
-        write_folder(folder, config, tensors, read, files)
+        path = write_folder(folder, config, tensors, read, files)
         if note:
             print(note, file=sys.stderr)
         return path
@@ -41,8 +41,7 @@ def convert_folder(folder: Path, lora: Path | None = None) -> Path:
         raise UsageError(f"{folder} holds an adapter, not a model: {how_to_merge(folder)}")
     else:
         config, tensors, read = read_tinyllamas(folder)
-    convert(path, config, tensors, read)
-    return path
+    return convert(folder / "model.pth", config, tensors, read)
 
 
 def how_to_merge(lora: Path) -> str:
@@ -58,6 +57,15 @@ def read_configs(folder: Path) -> tuple[ModelConfig, dict]:
     return config_from_hf(hf, generation), hf
 
 
+def read_tensors(folder: Path, hf: dict, config: ModelConfig) -> HFTensors:
+    """All tensors, memory-mapped, and the quantized weights. hf: config.json."""
+    quantization = read_quantization(hf)
+    tensors = read_folder(folder)
+    if quantization is not None:
+        collect_quantized(tensors, quantization, config)
+    return tensors
+
+
 def merge_folders(folder: Path, lora: Path) -> Path:
     """Writes model.pth of the model in folder and the adapter in lora, into lora."""
     if not (folder / "config.json").is_file():
@@ -67,14 +75,13 @@ def merge_folders(folder: Path, lora: Path) -> Path:
     adapter = read_adapter(lora)
     check_not_quantized(folder)
     config, hf = read_configs(folder)
-    tensors = read_folder(folder)
+    tensors = read_tensors(folder, hf, config)
     read = adapt(tensors, config, find_family(hf), adapter)
     files = {}
     if not any((lora / name).is_file() for name in TOKENIZERS):
         of_base = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
         files = {name: (folder / name).read_bytes() for name in of_base}
-    write_folder(lora, config, tensors, read, files)
-    return lora / "model.pth"
+    return write_folder(lora, config, tensors, read, files)
 
 
 def check_not_quantized(folder: Path):

@@ -49,7 +49,6 @@ class Family:
 # refused, unless the family has the field in supported_fields.
 HF_NEUTRAL_VALUES = {
     "hidden_act": ("silu", "swish"),
-    "quantization_config": (),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "clip_qkv": (),

@@ -7,7 +7,8 @@ constants added. This file has no command line.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from config import ModelConfig, UsageError
 from converters.hf_config import Family
 from converters.lora import Adapter, Merge, replace_tensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
-from kernels.float_bits import decode_mxfp4
+from converters.quantized_weight import QuantizedWeight
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
@@ -73,7 +74,6 @@ def adapt(
     split = partial(split_tensors, config=config, family=family)
     for name in list(tensors):
         tensors[rename(name)] = tensors.pop(name)
-    dequantize = split_mxfp4(tensors) if family.model_type == "gpt_oss" else {}
     if adapter is not None:
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)
@@ -81,11 +81,15 @@ def adapt(
     order = rope_order(config, family.interleaved_rope)
     normalizes_head = family.model_type == "baichuan" and config.vocab_size > BAICHUAN_1_VOCAB
 
-    def read(name: str) -> Tensor:
-        tensor = dequantize[name]() if name in dequantize else tensors[name]
+    def read(name: str) -> Tensor | QuantizedWeight:
+        tensor = tensors[name]
         if merge is not None:
             tensor = merge(name, tensor)
         tensor = reorder_heads(name, tensor, order)
+        if isinstance(tensor, QuantizedWeight):
+            if family.layer_norm or normalizes_head and name == HEAD:
+                raise UsageError(f"{name} is quantized, and this family's conversion changes it: take 16-bit weights")
+            return tensor
         if normalizes_head and name == HEAD:
             tensor = F.normalize(tensor.float()).to(tensor.dtype)
         if family.norm_offset and re.search(r"norm\.weight$", name):
@@ -111,11 +115,31 @@ def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     return torch.cat([first, rest_first, second, rest_second])
 
 
-def reorder_heads(name: str, tensor: Tensor, order: Tensor | None) -> Tensor:
+def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, order: Tensor | None) -> Tensor | QuantizedWeight:
     """The tensor of this name with the rows of each head in rope_order's order, if it is of queries or keys."""
     if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
-    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+    return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(order)))[:, order].flatten())
+
+
+def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | QuantizedWeight:
+    return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
+
+
+def sort_input_orders(tensors: HFTensors):
+    """Where act-order has scattered the inputs of down_proj's groups, puts each group's together. down_proj's inputs
+    are the rows of gate_proj and up_proj, so these are put in the same order, and the model stays the same."""
+    for name, down in tensors.items():
+        prefix, is_down, _ = name.rpartition("down_proj.weight")
+        if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
+            continue
+        sources = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
+        sources = [source for source in sources if source in tensors]
+        if any(isinstance(tensors[source], Tensor) and tensors[source].dim() > 1 for source in sources):
+            continue  # copies of these would stay in memory
+        for source in sources:
+            tensors[source] = select_rows(tensors[source], down.input_order)
+        tensors[name] = replace(down, input_order=None)
 
 
 def center_outputs(name: str, tensor: Tensor) -> Tensor:
@@ -135,6 +159,7 @@ def center_outputs(name: str, tensor: Tensor) -> Tensor:
 def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
     """Splits what Llama has in several tensors, or for each expert."""
     split_fused(tensors, config)
+    sort_input_orders(tensors)
     split_experts(tensors, is_transposed=family.model_type == "gpt_oss")
     if config.moe is not None and config.moe.n_shared_experts:
         split_shared_expert(tensors, config)
@@ -195,47 +220,3 @@ def split_dbrx_experts(tensors: HFTensors, config: ModelConfig):
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
         for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
             tensors[f"{prefix}.{e}.{projections[kind]}.weight"] = tensor.mT if kind == "w2" else tensor
-
-
-# ---- gpt-oss's weights of four bits ---------------------------------------------------------------------------------
-
-
-def split_mxfp4(tensors: HFTensors) -> dict[str, Callable[[], Tensor]]:
-    """Splits the experts' projections, each stored as blocks and scales, into one bfloat16 matrix for each expert.
-    tensors gets these without data, on the meta device. Returns for each of their names the function that makes it."""
-    dequantize = {}
-    for blocks, (name, prefix, projection) in pop_matches(
-        tensors, r"((.*\.experts)\.(gate_up_proj|down_proj))_blocks", min_dim=0
-    ):
-        if f"{name}_scales" not in tensors:
-            raise UsageError(f"the checkpoint has no tensor {name}_scales")
-        scales = tensors.pop(f"{name}_scales")
-        check_mxfp4(name, blocks, scales)
-        n_experts, n_rows, n_groups, n_bytes = blocks.shape
-        rows_of = {"down_proj": slice(None)}
-        if projection == "gate_up_proj":  # their rows in turn
-            rows_of = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
-        for e in range(n_experts):
-            for part, rows in rows_of.items():
-                shape = len(range(n_rows)[rows]), n_groups * n_bytes * 2
-                part_name = f"{prefix}.{e}.{part}.weight"
-                tensors[part_name] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-                dequantize[part_name] = partial(dequantize_mxfp4, blocks[e], scales[e], rows)
-    return dequantize
-
-
-def check_mxfp4(name: str, blocks: Tensor, scales: Tensor):
-    is_bytes = blocks.dtype == scales.dtype == torch.uint8
-    if not is_bytes or scales.dim() != 3 or blocks.shape != (*scales.shape, 16):
-        names = f"{name}_blocks and {name}_scales"
-        raise UsageError(f"tensors {names} are not MXFP4: bytes [E, N, K/32, 16] and [E, N, K/32]")
-
-
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, rows: slice) -> Tensor:
-    """Some rows of a matrix in the Open Compute Project's MXFP4 -> [rows, K] bfloat16, which is exact.
-
-    blocks [N, K / 32, 16]: 32 numbers of four bits, two a byte, the lower half first.
-    scales [N, K / 32]: the exponents of powers of two, with a bias of 127."""
-    blocks = blocks[rows]
-    q = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [rows, K / 32, 32]
-    return decode_mxfp4(q, scales[rows][..., None]).flatten(-2).to(torch.bfloat16)

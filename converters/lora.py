@@ -21,6 +21,7 @@ from checkpoint import read_json
 from config import ModelConfig, UsageError
 from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors
+from converters.quantized_weight import QuantizedWeight
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
@@ -219,7 +220,7 @@ def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor |
     if delta.shape != weight.shape:
         base = f"the base's are {list(weight.shape)}, not {list(delta.shape)}"
         raise UsageError(f"the adapter's {name} is {list(shape)}: {base}; it was made for another model")
-    if weight.is_meta:
+    if isinstance(weight, QuantizedWeight):
         raise UsageError(f"the adapter changes {name}, which the base model stores in four bits")
     if is_changed:
         raise UsageError(f"the adapter changes {name} twice")

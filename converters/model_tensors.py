@@ -3,11 +3,13 @@
     convert(Path("model.pth"), config, tensors, read)
 
 It renames tensors and stacks those that are always used together: q, k and v; gate and up; the experts of a layer. Only
-one tensor is in memory at a time. This file has no command line.
+one weight is in memory at a time. Quantized weights stay quantized. This file has no command line.
 """
 
 import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from checkpoint import save_checkpoint
 from config import ModelConfig, UsageError
+from converters.quantized_weight import QuantizedWeight, common_format
+from kernels.formats import Dense, WeightFormat
 from model import empty_model
 
 # Our module -> Hugging Face's modules, whose weights are concatenated along dim 0 to ours
@@ -46,8 +50,8 @@ MOE_SOURCES = HF_SOURCES | {
 COMPUTED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables of RoPE in some checkpoints; we compute them
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-HFTensors = dict[str, Tensor]  # by Hugging Face's names
-TensorReader = Callable[[str], Tensor]  # Hugging Face's name of a tensor -> the tensor with its data
+HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names
+TensorReader = Callable[[str], Tensor | QuantizedWeight]  # Hugging Face's name of a tensor -> the tensor with its data
 
 
 @dataclass
@@ -57,15 +61,20 @@ class TensorPlan:
     shape: torch.Size
     dtype: torch.dtype
     sources: list[str]
+    linear_format: WeightFormat | None = None  # if it is a linear layer's weight; then it becomes this format's tensors
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.linear_format or Dense()
 
 
-def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader):
+def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader) -> Path:
     """Writes model.pth. Of tensors only names, shapes and dtypes count: they may be on the meta device. read(name)
-    gives the data. Raises UsageError naming a tensor that is missing, left over, of the wrong shape or of a dtype other
-    than float32, float16 and bfloat16."""
-    if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
-        if not torch.equal(read(HEAD), read(EMBEDDING)):  # whatever config.json says; transformers takes the head, too
-            config = replace(config, tie_embeddings=False)
+    gives the data. If some are quantized, so is the result, and its name says how: model_int4.g128.pth. Returns the
+    path of what it wrote. Raises UsageError naming a tensor that is missing, left over, of the wrong shape or of a
+    dtype other than float32, float16 and bfloat16."""
+    if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
+        config = replace(config, tie_embeddings=False)  # whatever config.json says; transformers takes the head, too
     plans = plan_tensors(config, tensors)
     used = {source for plan in plans.values() for source in plan.sources}
     if config.tie_embeddings:
@@ -74,47 +83,71 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     if left_over:
         what = f"the checkpoint's tensor {min(left_over)} has no place in this model"
         raise UsageError(f"{what} ({len(left_over)} left over)")
-    shapes = {name: (plan.shape, plan.dtype) for name, plan in plans.items()}
-    save_checkpoint(path, config, shapes, stack_tensors(plans, read))
+    default = most_common_format(plans)
+    if default.quantization is not None:
+        path = path.with_name(f"{path.stem}_{default.name}{path.suffix}")
+        tell_what_became_dense(plans, tensors)
+    shapes = {}
+    for name, plan in plans.items():
+        for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():
+            shapes[name_part(name, tensor_name)] = (tuple(t.shape), t.dtype)
+    save_checkpoint(path, config, shapes, stack_tensors(plans, read), describe_formats(plans, default))
+    return path
+
+
+def has_tied_head(tensors: HFTensors, read: TensorReader) -> bool:
+    head, embedding = read(HEAD), read(EMBEDDING)
+    return isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
+
+
+def name_part(name: str, tensor_name: str) -> str:
+    """The name in model.pth of one of the tensors that our tensor called name is stored as."""
+    return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
 
 def write_folder(
     folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, files: dict[str, bytes | None]
-):  # fmt: skip
+) -> Path:  # fmt: skip
     """Writes model.pth and files to folder; a file that is None is removed. model.pth gets its name last: where it is,
-    its tokenizer is too. Raises UsageError, as convert does."""
-    unnamed = folder / "model.pth.tmp"
+    its tokenizer is too. Returns its path, as convert does. Raises UsageError."""
+    unnamed = folder / "model.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        convert(unnamed, config, tensors, read)
+        unnamed = convert(unnamed, config, tensors, read)
         for name, data in files.items():
             if data is None:
                 (folder / name).unlink(missing_ok=True)
                 continue
             (folder / f"{name}.tmp").write_bytes(data)
             os.replace(folder / f"{name}.tmp", folder / name)
-        os.replace(unnamed, folder / "model.pth")
+        os.replace(unnamed, unnamed.with_suffix(".pth"))
     except OSError as e:
         raise UsageError(f"cannot write to {folder}: {e.strerror}") from None
     finally:
         unnamed.unlink(missing_ok=True)
+    return unnamed.with_suffix(".pth")
 
 
 def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPlan]:
     """A plan for every tensor of our checkpoint. Raises UsageError if tensors lack what it needs."""
     try:
-        one_layer = empty_model(config.with_layers(1)).state_dict()  # the shapes are the same in every layer
+        model = empty_model(config.with_layers(1))  # the shapes are the same in every layer
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
+    one_layer = model.state_dict()
     if config.tie_embeddings:
         del one_layer["lm_head.weight"]
+    quantizable = {f"{name}.weight" for name, _ in model.quantizable_linears()}
     plans = {}
     for i in range(config.n_layers):
-        for name, tensor in one_layer.items():
-            name = name.replace("layers.0.", f"layers.{i}.")
+        for name_in_layer_0, tensor in one_layer.items():
+            name = name_in_layer_0.replace("layers.0.", f"layers.{i}.")
             if name not in plans:
                 sources = source_shapes(name, tensor.shape, config)
-                plans[name] = TensorPlan(tensor.shape, common_dtype(sources, tensors), list(sources))
+                dtype, format = common_dtype(sources, tensors), None
+                if name_in_layer_0 in quantizable:
+                    format = common_format([tensors[source] for source in sources])
+                plans[name] = TensorPlan(tensor.shape, dtype, list(sources), format)
     return plans
 
 
@@ -157,13 +190,55 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, one at a time."""
+    """Our tensors, those of one weight at a time."""
     for name, plan in plans.items():
-        ours = torch.empty(plan.shape, dtype=plan.dtype)
+        ours = plan.format.empty(plan.shape, plan.dtype, "cpu")
         start = 0
         for source in plan.sources:
-            theirs = read(source).detach()
-            rows = ours.flatten(0, 1) if ours.dim() > theirs.dim() else ours  # [E, N, ...] -> [E N, ...]
-            rows[start : start + len(theirs)].copy_(theirs)
-            start += len(theirs)
-        yield name, ours
+            weight = read(source)
+            is_quantized = isinstance(weight, QuantizedWeight)
+            theirs = weight.read_as(plan.format) if is_quantized else {"weight": weight.detach()}
+            for tensor_name, t in theirs.items():
+                rows = ours[tensor_name]
+                rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
+                rows[start : start + len(t)].copy_(t)
+            start += weight.shape[0]
+        for tensor_name, t in ours.items():
+            yield name_part(name, tensor_name), t
+
+
+# ---- Formats --------------------------------------------------------------------------------------------------------
+
+
+def most_common_format(plans: dict[str, TensorPlan]) -> WeightFormat:
+    """The format of most of the quantized weights. Dense if none is quantized."""
+    counts = Counter(plan.format for plan in plans.values() if plan.format.quantization is not None)
+    return counts.most_common(1)[0][0] if counts else Dense()
+
+
+def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dict | None:
+    """The header's "quantization": default, and what other linear layers have."""
+    if default.quantization is None:
+        return None
+    layers = {} if "lm_head.weight" in plans else {"lm_head": None}  # a tied head
+    for name, plan in plans.items():
+        if plan.linear_format not in (None, default):
+            layers[name.removesuffix(".weight")] = plan.format.quantization
+    return default.quantization | ({"layers": layers} if layers else {})
+
+
+def tell_what_became_dense(plans: dict[str, TensorPlan], tensors: HFTensors):
+    """Says on stderr which weights are stored in 16 bits, though the checkpoint has them quantized."""
+    scattered, mixed = [], []
+    for plan in plans.values():
+        quantized = [name for name in plan.sources if isinstance(tensors[name], QuantizedWeight)]
+        if plan.format.quantization is None and quantized:
+            is_scattered = any(tensors[name].input_order is not None for name in quantized)
+            (scattered if is_scattered else mixed).extend(quantized)
+    if scattered:
+        why = "act-order (desc_act) has scattered the inputs of their groups"
+        hint = "a checkpoint without it becomes a smaller file"
+        print(f"{len(scattered)} weights are stored in 16 bits, as {scattered[0]}: {why}; {hint}", file=sys.stderr)
+    if mixed:
+        why = "there is no format for them together with what they are stacked with"
+        print(f"{len(mixed)} weights are stored in 16 bits, as {mixed[0]}: {why}", file=sys.stderr)

@@ -225,8 +225,6 @@ WRONG = [
     ("granite", {"logits_scaling": 0}, "wrong kind"),
     ("granite", {"residual_multiplier": "x"}, "residual_scale must be a positive number"),
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
-    ("gpt-oss", {"quantization_config": {"quant_method": "fp8"}}, "'fp8' are not supported; mxfp4 is"),
-    ("llama2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
     ("dbrx", {"attn_config": {"clip_qkv": -1}}, "clip_qkv must be a positive number"),
     ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn = {'name': 'gelu'} is not supported"),

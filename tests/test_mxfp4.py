@@ -1,4 +1,4 @@
-"""gpt-oss as published, with its experts in MXFP4: the conversion dequantizes it as transformers does."""
+"""gpt-oss as published, with its experts in MXFP4: the conversion keeps them, and they mean what transformers says."""
 
 import json
 
@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from checkpoint import read_checkpoint
+from converters.hf_floats import mxfp4_weight
 from tests.test_convert import refused
+from tests.test_hf_quantized import dequantized
 from tests.tiny import convert, make_hf, same_logits
-
-from converters.hf_tensors import dequantize_mxfp4  # isort: skip  (tests.tiny put scripts/ on the path)
 
 
 @pytest.fixture
@@ -41,19 +40,20 @@ def mxfp4(tmp_path):
 def test_mxfp4(mxfp4):
     folder, _, theirs = mxfp4
     path = convert(folder)
-    ours = read_checkpoint(path)[2]
+    assert path == folder / "model_mxfp4.pth"
+    ours = dequantized(path)
     for i, layer in enumerate(theirs.model.layers):
         gate_up, down = layer.mlp.experts.gate_up_proj.mT, layer.mlp.experts.down_proj.mT
         gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
-        assert torch.equal(ours[f"layers.{i}.feed_forward.gate_up_proj.weight"].float(), gate_up)
-        assert torch.equal(ours[f"layers.{i}.feed_forward.down_proj.weight"].float(), down)
+        assert torch.equal(ours[f"layers.{i}.feed_forward.gate_up_proj.weight"], gate_up)
+        assert torch.equal(ours[f"layers.{i}.feed_forward.down_proj.weight"], down)
     same_logits(path, theirs)
 
 
 def test_mxfp4_of_every_byte_and_scale():
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 250, 16, 16)
     scales = torch.arange(250, dtype=torch.uint8).view(1, 250, 1).expand(1, 250, 16)  # with the next, 6 * 2^126, inf
-    ours = dequantize_mxfp4(blocks[0], scales[0], slice(None))
+    ours = mxfp4_weight("experts", blocks[0], scales[0]).dequantize()
     assert torch.equal(ours, convert_moe_packed_tensors(blocks, scales)[0].mT)
 
 
@@ -67,6 +67,7 @@ def test_wrong_mxfp4_is_named(mxfp4):
         f"{name}_blocks and {name}_scales are not MXFP4": tensors | {f"{name}_scales": scales[:, 1:].clone()},
         f"{name}_blocks and .* are not MXFP4": tensors | {f"{name}_blocks": blocks.float()},
         f"tensors {name}_blocks .* are not MXFP4": tensors | {f"{name}_blocks": blocks[0].clone()},
+        f"{name}_scales holds scales that are not finite": tensors | {f"{name}_scales": scales.clone().fill_(255)},
     }
     for match, content in wrong.items():
         save_file(content, folder / "model.safetensors")

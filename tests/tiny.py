@@ -149,9 +149,8 @@ def make_hf(family: str, **sizes):
 
 
 def convert(folder: Path) -> Path:
-    """Makes model.pth of a Hugging Face folder, in it."""
-    convert_folder(folder)
-    return folder / "model.pth"
+    """Makes model.pth of a Hugging Face folder, in it, or the quantized file that the folder becomes."""
+    return convert_folder(folder)
 
 
 def call(main, *args):

@@ -1,0 +1,226 @@
+"""Weights of 4 and 8 bits as GPTQ, AWQ and compressed-tensors store them -> QuantizedWeight, without rounding.
+
+All three have w = (q - zero) * scale, with a scale and a zero point for every group of inputs of an output. They differ
+in where the numbers lie. A word is an int32 and holds 8 numbers of 4 bits or 4 of 8 bits, the lowest bits first. This
+is for 4 bits:
+
+                          q                         scales         zero points
+    GPTQ                  qweight [K / 8, N]        [n_groups, N]  qzeros [n_groups, N / 8]; version 1: minus one
+    AWQ                   qweight [K, N / 8]        [n_groups, N]  qzeros [n_groups, N / 8]
+    pack-quantized        weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups]; without: 8
+    int-quantized         weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8; without: 0
+
+A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. The last two formats are compressed-tensors'. This file has
+no command line.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import UsageError
+from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
+from kernels.formats import GroupedInt8, Int4, Int8, Tensors, pack_int4, shard_groups
+
+AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
+
+
+@dataclass
+class Integers:
+    """w = (q - zero) * scale for a weight [N, K]. q and zero are unsigned."""
+
+    shape: torch.Size
+    bits: int
+    group_size: int
+    scales: Tensor  # [N, n_groups]
+    read_q: Callable[[], Tensor]  # gives [N, K] uint8
+    read_zeros: Callable[[], Tensor]  # gives [N, n_groups] uint8
+    input_order: Tensor | None = None  # the order of the inputs in which each group's stand together
+
+    @property
+    def middle(self) -> int:
+        """The zero point of symmetric weights."""
+        return 1 << (self.bits - 1)
+
+    def to_weight(self) -> QuantizedWeight:
+        """The same values in a format of ours."""
+        if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
+            return QuantizedWeight(Int8(), self.shape, self.read_int8)
+        format_class = Int4 if self.bits == 4 else GroupedInt8
+        format = format_class(stored_group_size(self.group_size, self.shape[1]), stored_dtype(self.scales))
+        return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
+
+    def read_int8(self) -> Tensors:
+        signed = (self.read_q() ^ self.middle).view(torch.int8)
+        return {"weight": signed, "scales": self.scales[:, 0].float()}
+
+    def read_groups(self, format: Int4 | GroupedInt8) -> Tensors:
+        q, k = self.read_q(), self.shape[1]
+        if self.input_order is not None:
+            q = q[:, self.input_order]
+        tensors = {"scales": self.scales.to(format.scale_dtype), "zeros": self.read_zeros() * format.zeros_per_step}
+        sizes = min(self.group_size, k), format.group_size
+        groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
+        return {"weight": pack_int4(q) if self.bits == 4 else q.contiguous()} | groups
+
+
+def stored_dtype(scales: Tensor) -> torch.dtype:
+    """The dtype that scales have. Of float32: a dtype of 16 bits that holds them exactly, or float16 if that rounds
+    them by no more than 2^-11. Of tiny scales it does not; they stay float32, for which we have no format."""
+    if scales.dtype != torch.float32:
+        return scales.dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scales.to(dtype).float(), scales):
+            return dtype
+    float16, magnitudes = torch.finfo(torch.float16), scales.abs()
+    is_normal = (magnitudes == 0) | (magnitudes >= float16.tiny) & (magnitudes <= float16.max)
+    return torch.float16 if is_normal.all() else torch.float32
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 [..., n] -> uint8 [..., n * 32 / bits], the lowest bits first."""
+    octets = words.contiguous().view(torch.uint8)
+    return octets if bits == 8 else torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
+
+
+def bits_of(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
+    """How many bits a number has, if n_numbers fill n_words. Raises UsageError for others than 4 and 8."""
+    for bits in (4, 8):
+        if math.ceil(n_numbers * bits / 32) == n_words:
+            return bits
+    raise UsageError(f"the weight of {layer.name} has {32 * n_words / n_numbers:g} bits; 4 and 8 are supported")
+
+
+def stated_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
+    """The group size that config.json states, checked; -1, all inputs, becomes k."""
+    group_size = stated if isinstance(stated, int) and stated > 0 else k
+    if math.ceil(k / group_size) != n_groups:
+        layer.refuse(f"{n_groups} scales for {k} inputs", f"group_size {stated}")
+    return group_size
+
+
+def read_input_order(layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int) -> Tensor | None:
+    """kind: the tensor that says for each input in which group it is. None: each group's inputs stand together."""
+    if kind not in layer.tensors:
+        return None
+    g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
+    layer.expect_shape(kind, k)
+    unknown = g_idx[(g_idx < 0) | (g_idx >= n_groups)]
+    if len(unknown):
+        raise UsageError(f"tensor {layer.name}.{kind} names group {int(unknown[0])}; there are {n_groups}")
+    groups = torch.arange(k) // group_size
+    if torch.equal(g_idx.long(), groups):
+        return None
+    order = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[order].long(), groups):
+        raise UsageError(f"tensor {layer.name}.{kind} does not make groups of {group_size} inputs")
+    return order
+
+
+# ---- GPTQ and AWQ ---------------------------------------------------------------------------------------------------
+
+
+def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
+    """config: quantization_config. If it has "dynamic", layers may differ from what it says."""
+    qweight, qzeros, scales = take_qweight(layer)
+    n_groups, n = scales.shape
+    bits = bits_of(layer, qzeros.shape[1], n)
+    k = qweight.shape[0] * 32 // bits
+    layer.expect_shape("qweight", qweight.shape[0], n)
+    layer.expect_shape("qzeros", n_groups, qzeros.shape[1])
+    group_size = math.ceil(k / n_groups)
+    if not config.get("dynamic"):
+        layer.expect("bits", bits, config.get("bits"))
+        group_size = stated_group_size(layer, config.get("group_size"), k, n_groups)
+
+    def read_zeros() -> Tensor:
+        zeros = unpack_words(qzeros, bits)
+        if is_minus_one(zeros, bits, config):
+            one_each = 0x11111111 if bits == 4 else 0x01010101
+            zeros = unpack_words(qzeros + one_each, bits)  # with carries, since it was subtracted with borrows
+        return zeros.T[:n]
+
+    order = read_input_order(layer, "g_idx", k, group_size, n_groups)
+    shape = torch.Size([n, k])
+    return Integers(
+        shape, bits, group_size, scales.T, lambda: unpack_words(qweight.T, bits), read_zeros, order
+    ).to_weight()
+
+
+def is_minus_one(zeros: Tensor, bits: int, config: dict) -> bool:
+    """Whether zeros, as stored, are one less than the zero points: in version 1 of GPTQ's format. Symmetric weights,
+    whose zero points are all in the middle, tell it themselves. For others it is what config.json says."""
+    middle = 1 << (bits - 1)
+    if (zeros == middle).all():
+        return False
+    return bool((zeros == middle - 1).all()) or config.get("checkpoint_format") != "gptq_v2"
+
+
+def awq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
+    qweight, qzeros, scales = take_qweight(layer)
+    (k, n_words), (n_groups, n) = qweight.shape, scales.shape
+    bits = bits_of(layer, n_words, n)
+    layer.expect("bits", bits, config.get("bits", config.get("w_bit")))
+    if bits != 4:
+        raise UsageError(f"{layer.name} is AWQ of {bits} bits; 4 are supported")
+    layer.expect_shape("qzeros", n_groups, n_words)
+    group_size = stated_group_size(layer, config.get("group_size", config.get("q_group_size")), k, n_groups)
+
+    def in_order(words: Tensor) -> Tensor:
+        return unpack_words(words, 4).unflatten(-1, (-1, 8))[..., AWQ_POSITIONS].flatten(-2).T
+
+    shape = torch.Size([n, k])
+    return Integers(shape, 4, group_size, scales.T, lambda: in_order(qweight), lambda: in_order(qzeros)).to_weight()
+
+
+def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
+    qweight, qzeros = layer.take("qweight", (torch.int32,), 2), layer.take("qzeros", (torch.int32,), 2)
+    return qweight, qzeros, layer.take_scales("scales", 2)
+
+
+# ---- compressed-tensors ---------------------------------------------------------------------------------------------
+
+
+def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
+    """pack-quantized. stated: what config.json says about the layer's weight."""
+    packed = layer.take("weight_packed", (torch.int32,), 2)
+    shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
+    if len(shape) != 2 or min(shape) < 1 or shape[0] != len(packed):
+        raise UsageError(f"tensor {layer.name}.weight_shape is {shape}, but weight_packed {list(packed.shape)}")
+    n, k = shape
+    bits = bits_of(layer, packed.shape[1], k)
+    return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_words(packed, bits)[:, :k])
+
+
+def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
+    """int-quantized."""
+    weight = layer.take("weight", (torch.int8,), 2)
+    return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
+
+
+def compressed_weight(
+    layer: StoredLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
+) -> QuantizedWeight:
+    n, k = shape
+    layer.expect("num_bits", bits, stated.get("num_bits"))
+    scales = layer.take_row_scales("weight_scale", n)
+    n_groups = scales.shape[1]
+    has_groups = stated.get("strategy") == "group"
+    group_size = stated_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
+    middle = 1 << (bits - 1)
+
+    def read_zeros() -> Tensor:
+        if "weight_zero_point" not in layer.tensors:
+            return torch.full((n, n_groups), middle, dtype=torch.uint8)
+        zeros = layer.take("weight_zero_point", (torch.int32, torch.int8), 2)
+        if zeros.dtype == torch.int8:
+            layer.expect_shape("weight_zero_point", n, n_groups)
+            return (zeros.short() + middle).to(torch.uint8)
+        layer.expect_shape("weight_zero_point", math.ceil(n * bits / 32), n_groups)
+        return unpack_words(zeros.T, bits)[:, :n].T
+
+    order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups)
+    return Integers(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()

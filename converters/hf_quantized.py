@@ -1,0 +1,160 @@
+"""Finds the quantized layers of a Hugging Face checkpoint. They keep their values: nothing is rounded again.
+
+    quantization = read_quantization(hf)                # of config.json
+    collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
+
+Which layers are quantized is what the tensors say. What config.json says about them must agree. The formats are in
+hf_integers.py and hf_floats.py; docs/quantized_checkpoints.md says which there are. This file has no command line.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from config import ModelConfig, UsageError
+from converters.hf_floats import float8_weight, split_mxfp4
+from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
+from converters.quantized_weight import QuantizedWeight, StoredLayer
+
+METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4")
+AWQ_VERSIONS = ("gemm",)
+GPTQ_FORMATS = ("gptq", "gptq_v2")
+COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+MIXED = "mixed-precision"  # each of config_groups has its own format
+# Scales of activations and of the KV cache, which keep their 16 bits here
+ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?(scale|zero_point|scale_ub)$")
+OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
+
+
+def read_quantization(hf: dict) -> dict | None:
+    """config.json's quantization_config, None if it has none. Raises UsageError for what is not supported."""
+    quantization = hf.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise UsageError("config.json: quantization_config must be an object")
+    with wrong_kinds_refused():
+        check_supported(quantization)
+    return quantization
+
+
+def check_supported(quantization: dict):
+    method = quantization.get("quant_method")
+    if method == "bitsandbytes" or quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
+        what = "its weights are in bitsandbytes' own formats"
+        raise UsageError(f"config.json: quant_method bitsandbytes is not supported: {what}; take the 16-bit checkpoint")
+    if method not in METHODS:
+        raise UsageError(f"config.json: quant_method {method!r} is not supported; {', '.join(METHODS)} are")
+    if method == "gptq":
+        check_one_of("checkpoint_format", quantization.get("checkpoint_format", "gptq"), GPTQ_FORMATS)
+    if method == "awq":
+        check_one_of("version", str(quantization.get("version", "gemm")).lower(), AWQ_VERSIONS)
+    if method == "compressed-tensors":
+        schemes = list(quantization.get("config_groups", {}).values())
+        for format in [quantization.get("format"), *(scheme.get("format") for scheme in schemes)]:
+            if format is not None:
+                check_one_of("format", format, (*COMPRESSED_FORMATS, MIXED))
+
+
+@contextlib.contextmanager
+def wrong_kinds_refused() -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
+        raise UsageError(f"config.json: quantization_config holds something of the wrong kind ({e})") from None
+
+
+def check_one_of(field: str, value, supported: tuple[str, ...]):
+    if value not in supported:
+        raise UsageError(f"config.json: quantization_config's {field} {value!r} is not one of {', '.join(supported)}")
+
+
+def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization: dict, config: ModelConfig):
+    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place, and drops what has no meaning
+    here. Raises UsageError if quantization contradicts the tensors, or there are none."""
+    n_before = len(tensors)
+    if quantization["quant_method"] == "mxfp4":
+        split_mxfp4(tensors)
+    else:
+        for name in [name for name in tensors if ACTIVATION_SCALES.search(name)]:
+            del tensors[name]
+        for layer in find_layers(tensors):
+            with wrong_kinds_refused():
+                weight = read_layer(layer, quantization)
+            for kind in layer.tensors:
+                del tensors[f"{layer.name}.{kind}"]
+            tensors[f"{layer.name}.weight"] = weight
+            bias = tensors.get(f"{layer.name}.bias")
+            if bias is not None and not has_bias(layer.name, config) and not bias.any():
+                del tensors[f"{layer.name}.bias"]
+    if not any(isinstance(tensor, QuantizedWeight) for tensor in tensors.values()):
+        method = quantization["quant_method"]
+        raise UsageError(f"config.json says quant_method {method}; none of the checkpoint's {n_before} tensors is that")
+
+
+def has_bias(layer_name: str, config: ModelConfig) -> bool:
+    """Whether the model has a bias there. Where it has none, AutoGPTQ used to write one of zeros."""
+    if layer_name.endswith("o_proj"):
+        return config.out_bias
+    return config.qkv_bias if "attn" in layer_name else config.ffn_bias
+
+
+def find_layers(tensors: dict[str, Tensor]) -> list[StoredLayer]:
+    """The quantized layers, with the tensors of their weights."""
+    layers: dict[str, StoredLayer] = {}
+    for name, tensor in tensors.items():
+        layer_name, _, kind = name.rpartition(".")
+        if OF_WEIGHT.fullmatch(kind):
+            layers.setdefault(layer_name, StoredLayer(layer_name, {})).tensors[kind] = tensor
+    return [layer for layer in layers.values() if is_quantized(layer.tensors)]
+
+
+def is_quantized(tensors: dict[str, Tensor]) -> bool:
+    if "weight" in tensors:
+        return tensors["weight"].dtype.itemsize == 1
+    return "qweight" in tensors or "weight_packed" in tensors
+
+
+def read_layer(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+    method = quantization["quant_method"]
+    if method == "gptq":
+        return gptq_weight(layer, quantization)
+    if method == "awq":
+        return awq_weight(layer, quantization)
+    if method == "compressed-tensors":
+        return read_compressed(layer, find_scheme(layer.name, quantization))
+    return float8_weight(layer, quantization.get("weight_block_size"))
+
+
+def read_compressed(layer: StoredLayer, scheme: dict) -> QuantizedWeight:
+    """scheme: what config.json says about the layer's weight."""
+    is_float = "weight" in layer.tensors and layer.tensors["weight"].dtype != torch.int8
+    layer.expect("type", "float" if is_float else "int", scheme.get("type"))
+    if is_float:
+        has_blocks = scheme.get("strategy") == "block"
+        return float8_weight(layer, scheme["block_structure"] if has_blocks else None)
+    return packed_weight(layer, scheme) if "weight_packed" in layer.tensors else int8_weight(layer, scheme)
+
+
+def find_scheme(name: str, quantization: dict) -> dict:
+    """What config_groups says about the weight of the layer called name. A group's targets are layers' names, patterns
+    after "re:", and types of layers. A name or pattern counts more than a type."""
+    schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
+    for scheme in schemes:
+        if any(is_target(name, target) for target in scheme["targets"]):
+            return scheme["weights"]
+    for scheme in schemes:
+        if "Linear" in scheme["targets"]:
+            return scheme["weights"]
+    raise UsageError(f"config.json: no target of config_groups is {name}, whose weight is quantized")
+
+
+def is_target(name: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target == name

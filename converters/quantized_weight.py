@@ -1,0 +1,184 @@
+"""A weight that another project's checkpoint holds quantized, and that keeps its values in ours.
+
+    weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() gives the tensors of that format
+
+Converters rename, split and reorder it like a tensor, without reading it. What only moves its rows moves the rows of
+each of its tensors. This file has no command line.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from config import UsageError
+from kernels.formats import (
+    GROUP_SIZES,
+    Dense,
+    Float8,
+    GroupedFormat,
+    GroupedInt8,
+    Int4,
+    Tensors,
+    WeightFormat,
+    parse_format,
+    shard_groups,
+    unpack_int4,
+)
+
+CHANNEL_GROUP_SIZE = 128  # for a scale that all inputs share
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [N, K] that is not read yet.
+
+    read: gives the tensors of format.
+    input_order: the k-th input of these tensors is input input_order[k] of the weight. None: they are in order. Such an
+    order comes from GPTQ's act-order, which quantizes the inputs that matter most first: a group's are anywhere."""
+
+    format: WeightFormat
+    shape: torch.Size
+    read: Callable[[], Tensors]
+    input_order: Tensor | None = None
+
+    dtype: ClassVar[torch.dtype] = torch.bfloat16  # where it cannot stay quantized
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def select_rows(self, rows: Tensor) -> "QuantizedWeight":
+        """Its outputs number rows."""
+        n_rows = torch.Size([len(rows), self.shape[1]])
+        return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
+
+    def select_inputs(self, start: int, length: int) -> "QuantizedWeight":
+        if self.input_order is not None:
+            dense = QuantizedWeight(Dense(), self.shape, lambda: {"weight": self.dequantize()})
+            return dense.select_inputs(start, length)
+
+        def read() -> Tensors:
+            return {name: self.format.shard_inputs(name, t, start, length) for name, t in self.read().items()}
+
+        return QuantizedWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
+
+    def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
+        """As Tensor.tensor_split."""
+        parts = torch.arange(self.shape[dim]).tensor_split(sections)
+        if dim == 0:
+            return [self.select_rows(part) for part in parts]
+        return [self.select_inputs(int(part[0]), len(part)) for part in parts]
+
+    def dequantize(self) -> Tensor:
+        weight = self.format.dequantize(self.read(), self.dtype)
+        if self.input_order is None:
+            return weight
+        in_order = torch.empty_like(weight)
+        in_order[:, self.input_order] = weight
+        return in_order
+
+    def read_as(self, format: WeightFormat) -> Tensors:
+        """The tensors of another format that has the same values, as common_format gives it."""
+        if isinstance(format, Dense):
+            return {"weight": self.dequantize()}
+        tensors, k = self.read(), self.shape[1]
+        if isinstance(self.format, Int4) and isinstance(format, GroupedInt8):
+            steps = self.format.zeros_per_step
+            tensors = tensors | {"weight": unpack_int4(tensors["weight"]), "zeros": tensors["zeros"] // steps}
+        if self.format.scale_group_size(k) != format.scale_group_size(k):
+            groups = {name: t for name, t in tensors.items() if name != "weight"}
+            sizes = self.format.scale_group_size(k), format.scale_group_size(k)
+            tensors = tensors | {name: shard_groups(t, 0, k, *sizes) for name, t in groups.items()}
+        return tensors
+
+
+def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
+    """The format of the weight that parts, one above the other, become: one that holds each of them exactly. Dense if
+    there is none."""
+    for part in parts:
+        if not isinstance(part, QuantizedWeight) or part.input_order is not None or not is_storable(part):
+            return Dense()
+    formats = list({part.format: None for part in parts})
+    if len(formats) == 1:
+        return formats[0]
+    if all(isinstance(format, Float8) for format in formats):
+        return Float8(math.gcd(*(format.group_size or 0 for format in formats)))
+    if all(isinstance(format, GroupedFormat) for format in formats):
+        group_size = math.gcd(*(format.group_size for format in formats))
+        scale_dtypes = {format.scale_dtype for format in formats}
+        format_class = Int4 if all(isinstance(format, Int4) for format in formats) else GroupedInt8
+        if len(scale_dtypes) == 1:
+            return format_class(group_size, *scale_dtypes)
+    return Dense()
+
+
+def stored_group_size(group_size: int, k: int) -> int:
+    """A group size of our formats in which scales for group_size of k inputs can be repeated."""
+    if group_size >= k and group_size not in GROUP_SIZES:
+        return CHANNEL_GROUP_SIZE
+    fitting = [size for size in GROUP_SIZES if group_size % size == 0]
+    return max(fitting, default=group_size)
+
+
+def is_storable(weight: QuantizedWeight) -> bool:
+    """Whether model.pth can hold it in its format."""
+    try:
+        is_known = parse_format(weight.format.quantization) == weight.format
+    except UsageError:
+        return False
+    return is_known and weight.shape[1] % weight.format.input_multiple == 0
+
+
+# ---- Reading another project's layer --------------------------------------------------------------------------------
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass
+class StoredLayer:
+    """The tensors of a linear layer in another project's checkpoint, by the last part of their names."""
+
+    name: str
+    tensors: Tensors
+
+    def take(self, kind: str, dtypes: tuple[torch.dtype, ...], *dims: int) -> Tensor:
+        """The tensor called kind. Raises UsageError if it is missing, or is not of dtypes and dims."""
+        tensor = self.tensors.get(kind)
+        if tensor is None:
+            raise UsageError(f"the checkpoint has no tensor {self.name}.{kind}")
+        if tensor.dtype not in dtypes or tensor.dim() not in dims or not tensor.numel():
+            found = f"{list(tensor.shape)} {tensor.dtype}"
+            raise UsageError(f"tensor {self.name}.{kind} is {found}, which is no part of a weight quantized like this")
+        return tensor
+
+    def take_scales(self, kind: str, *dims: int) -> Tensor:
+        """take, for finite numbers of 16 or 32 bits."""
+        scales = self.take(kind, FLOATS, *dims)
+        if not scales.isfinite().all():
+            raise UsageError(f"tensor {self.name}.{kind} holds scales that are not finite")
+        return scales
+
+    def take_row_scales(self, kind: str, n: int) -> Tensor:
+        """Scales [N, n_groups], of which the checkpoint may hold [N] or one for all outputs."""
+        scales = self.take_scales(kind, 0, 1, 2)
+        if scales.dim() < 2:
+            scales = scales.reshape(-1, 1)
+        if len(scales) not in (1, n):
+            raise UsageError(f"tensor {self.name}.{kind} is {list(self.tensors[kind].shape)} for {n} outputs")
+        return scales.expand(n, -1)
+
+    def expect_shape(self, kind: str, *shape: int):
+        found = list(self.tensors[kind].shape)
+        if found != list(shape):
+            raise UsageError(f"tensor {self.name}.{kind} is {found}; the layer's other tensors make it {list(shape)}")
+
+    def expect(self, what: str, found, stated):
+        """Raises UsageError if config.json states another value than the tensors have."""
+        if stated is not None and found != stated:
+            self.refuse(f"{what} {found}", f"{what} {stated}")
+
+    def refuse(self, found: str, stated: str):
+        raise UsageError(f"config.json says {stated}; the tensors of {self.name} have {found}")
