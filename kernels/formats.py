@@ -258,24 +258,27 @@ class Int4(GroupedFormat):
         return unpack_int4(weight)
 
     def fits_kernels(self, backend, in_features):
-        return in_features % 8 == 0 and self.scale_dtype == torch.bfloat16
+        return in_features % 8 == 0 and (backend == "triton" or self.scale_dtype == torch.bfloat16)
 
     def pack(self, tensors, backend):
-        """triton: tiles, drawn in triton_int4.py; scales and zeros in words, column by column (pack_scales there)."""
+        """triton: tiles, drawn in triton_tiles.py; scales and zeros in words, column by column (triton_elements.py:
+        pack_scales)."""
         if backend == "cpu":
             return super().pack(tensors, backend)
-        from kernels.triton_int4 import pack_int4_tiles, pack_scales  # here, since a CPU may lack Triton
+        from kernels.triton_elements import pack_scales  # here, since a CPU may lack Triton
+        from kernels.triton_tiles import pack_tiles
 
-        tiles = pack_int4_tiles(unpack_int4(tensors["weight"]))
+        tiles = pack_tiles(unpack_int4(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
-        from kernels.triton_int4 import unpack_int4_tiles, unpack_scales
+        from kernels.triton_elements import unpack_scales
+        from kernels.triton_tiles import unpack_tiles
 
-        scales, zeros = unpack_scales(tensors["scales"])
-        weight = pack_int4(unpack_int4_tiles(tensors["weight"], out_features, in_features))
+        scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
+        weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))
         return {"weight": weight, "scales": scales, "zeros": zeros}
 
 
@@ -300,7 +303,24 @@ class GroupedInt8(GroupedFormat):
         }
 
     def fits_kernels(self, backend, in_features):
-        return False
+        return backend == "triton" and in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """triton: rows of int8, each q - 128; scales and zeros as Int4's."""
+        if backend == "cpu":
+            return super().pack(tensors, backend)
+        from kernels.triton_elements import pack_scales
+
+        weight = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128, or adds it
+        return {"weight": weight, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend == "cpu":
+            return super().unpack(tensors, backend, out_features, in_features)
+        from kernels.triton_elements import unpack_scales
+
+        scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
+        return {"weight": tensors["weight"].view(torch.uint8) ^ 128, "scales": scales, "zeros": zeros}
 
 
 @dataclass(frozen=True)
@@ -355,22 +375,27 @@ class Float8(WeightFormat):
         return self.group_size or in_features
 
     def fits_kernels(self, backend, in_features):
-        return backend == "cpu" and in_features % 8 == 0
+        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
-        then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16]."""
-        if backend != "cpu":
-            return tensors
-        words = to_blocked_layout(tensors["weight"].view(torch.int32))
-        return {"weight": swap_bytes(words, 4, 2), "scales": to_blocked_layout(tensors["scales"])}
+        then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16].
+        triton: rows of words of four elements (triton_elements.py: pack_words); scales column by column."""
+        if backend == "cpu":
+            words = to_blocked_layout(tensors["weight"].view(torch.int32))
+            return {"weight": swap_bytes(words, 4, 2), "scales": to_blocked_layout(tensors["scales"])}
+        from kernels.triton_elements import by_column, pack_words
+
+        return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
 
     def unpack(self, tensors, backend, out_features, in_features):
-        if backend != "cpu":
-            return tensors
-        words = from_blocked_layout(swap_bytes(tensors["weight"], 2, 4), out_features)
-        scales = from_blocked_layout(tensors["scales"], out_features)
-        return {"weight": words.view(torch.float8_e4m3fn), "scales": scales}
+        if backend == "cpu":
+            words = from_blocked_layout(swap_bytes(tensors["weight"], 2, 4), out_features)
+            scales = from_blocked_layout(tensors["scales"], out_features)
+            return {"weight": words.view(torch.float8_e4m3fn), "scales": scales}
+        from kernels.triton_elements import unpack_words
+
+        return {"weight": unpack_words(tensors["weight"]).view(torch.float8_e4m3fn), "scales": tensors["scales"]}
 
 
 @dataclass(frozen=True)
@@ -418,20 +443,27 @@ class MXFP4(WeightFormat):
         return self.group_size
 
     def fits_kernels(self, backend, in_features):
-        return backend == "cpu" and in_features % 8 == 0
+        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
-        """cpu: words and scales, blocked as Int4's."""
-        if backend != "cpu":
-            return tensors
-        words = {"weight": tensors["weight"].view(torch.int32)}
-        return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+        """cpu: words and scales, blocked as Int4's.
+        triton: tiles, as Int4's; scales column by column."""
+        if backend == "cpu":
+            words = {"weight": tensors["weight"].view(torch.int32)}
+            return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+        from kernels.triton_elements import by_column
+        from kernels.triton_tiles import pack_tiles
+
+        return {"weight": pack_tiles(unpack_int4(tensors["weight"])), "scales": by_column(tensors["scales"])}
 
     def unpack(self, tensors, backend, out_features, in_features):
-        if backend != "cpu":
-            return tensors
-        rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
-        return rows | {"weight": rows["weight"].view(torch.uint8)}
+        if backend == "cpu":
+            rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
+            return rows | {"weight": rows["weight"].view(torch.uint8)}
+        from kernels.triton_tiles import unpack_tiles
+
+        weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))
+        return {"weight": weight, "scales": tensors["scales"]}
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,19 @@ import triton.language as tl
 from torch import Tensor
 from triton import JITFunction
 
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from kernels.schema import triton_op
-from kernels.triton_int4 import TILE_K, TILE_N, TILE_WORDS, offset_of, tiles_to_floats, unpack_scale_words
-from kernels.triton_weights import load_group_scales, load_rows, load_tiles
+from kernels.triton_elements import (
+    e2m1_pair,
+    e2m1_power,
+    e4m3_to_floats,
+    e8m0_to_float,
+    int4_pair,
+    offset_of,
+    unpack_scale_words,
+)
+from kernels.triton_tiles import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats
+from kernels.triton_weights import load_rows, load_scales, load_slice_scales, load_tiles
 
 # ---- Dense and Int8 -------------------------------------------------------------------------------------------------
 
@@ -37,37 +46,30 @@ def multiply_rows(
 
 
 @triton.jit
-def dequantize_rows(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
-    w = tl.load(w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask=mask, other=0).to(tl.float32)
-    if scales_ptr is not None:
-        w *= tl.load(scales_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
-    return w
+def dequantize_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
+    q = tl.load(w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask=mask, other=0)
+    return q.to(tl.float32) * tl.load(scales_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
 
 
-# ---- Int4 -----------------------------------------------------------------------------------------------------------
+# ---- GroupedInt8, whose q are stored as q - 128 ---------------------------------------------------------------------
 
 
 @triton.jit
-def multiply_int4(
+def multiply_grouped_int8(
     acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    words = load_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, x.shape[0] * x.shape[1])
-    scale_words = load_group_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE)
+    q = load_rows(w_ptr, slice_k, offs_n, mask_n, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
+    scale_words = load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE)
     scale, zero = unpack_scale_words(scale_words)
-    q = tiles_to_floats(words, magic, BLOCK_N // TILE_N, x.shape[1], x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
-    return acc + product_with_zeros(q, x, scale, zero + offset_of(x.dtype))
+    return acc + product_with_zeros(q.to(x.dtype), x, scale, zero - 128)
 
 
 @triton.jit
-def dequantize_int4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
-    tile = tile_n.to(tl.int64) * tl.cdiv(K, TILE_K) + tile_k
-    words = tl.load(w_ptr + tile * TILE_WORDS + tl.arange(0, TILE_WORDS))
-    q = tl.reshape(tiles_to_floats(words[None, :], 0, 1, TILE_K, tl.float32), [TILE_N, TILE_K])
-    group = (offs_k // GROUP_SIZE).to(tl.int64)[None, :] * N + offs_n[:, None]
-    scale, zero = unpack_scale_words(tl.load(scales_ptr + group, mask=mask, other=0))
-    return (q - zero) * scale
+def dequantize_grouped_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
+    q = tl.load(w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask=mask, other=0)
+    scale, zero = unpack_scale_words(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
+    return (q.to(tl.float32) - (zero - 128)) * scale
 
 
 @triton.jit
@@ -85,6 +87,84 @@ def product_with_zeros(q, x, scale, zero):
     return scale * (tl.dot(q, x, input_precision="ieee") - zero * sum_x)
 
 
+# ---- Float8 ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def multiply_float8(
+    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    words = load_rows(w_ptr, slice_k // 4, offs_n, mask_n, K // 4, x.shape[1] // 4)  # [K_SLICES, BLOCK_N, SLICE_K / 4]
+    w = e4m3_to_floats(words, x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
+    if GROUP_SIZE >= K:
+        return tl.dot(w, x, acc, input_precision="ieee")
+    else:
+        scale = load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE)
+        return acc + scale * tl.dot(w, x, input_precision="ieee")
+
+
+@triton.jit
+def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
+    offs_word = tile_k * (TILE_K // 4) + tl.arange(0, TILE_K // 4)
+    offsets = offs_n.to(tl.int64)[:, None] * (K // 4) + offs_word[None, :]
+    words = tl.load(w_ptr + offsets, mask=(offs_n < N)[:, None] & (offs_word < K // 4)[None, :], other=0)
+    w = tl.reshape(e4m3_to_floats(words[None], tl.float32), [TILE_N, TILE_K])
+    return w * load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE)
+
+
+# ---- Int4 -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def multiply_int4(
+    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    words = load_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, x.shape[0] * x.shape[1])
+    scale_words = load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE)
+    scale, zero = unpack_scale_words(scale_words)
+    q = tiles_to_floats(words, magic, int4_pair, BLOCK_N // TILE_N, x.shape[1], x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
+    return acc + product_with_zeros(q, x, scale, zero * 0.0625 + offset_of(x.dtype))
+
+
+@triton.jit
+def dequantize_int4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
+    q = dequantize_tile(w_ptr, tile_n, tile_k, K, int4_pair)
+    scale, zero = unpack_scale_words(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
+    return (q - zero * 0.0625) * scale
+
+
+@triton.jit
+def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
+    """The elements of a tile, as DECODE decodes them: [TILE_N, TILE_K], float32."""
+    tile = tile_n.to(tl.int64) * tl.cdiv(K, TILE_K) + tile_k
+    words = tl.load(w_ptr + tile * TILE_WORDS + tl.arange(0, TILE_WORDS))
+    return tl.reshape(tiles_to_floats(words[None, :], 0, DECODE, 1, TILE_K, tl.float32), [TILE_N, TILE_K])
+
+
+# ---- MXFP4 ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def multiply_mxfp4(
+    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    words = load_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, x.shape[0] * x.shape[1])
+    scale = e8m0_to_float(load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE))
+    q = tiles_to_floats(words, magic, e2m1_pair, BLOCK_N // TILE_N, x.shape[1], x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
+    return acc + scale * tl.dot(q * e2m1_power(x.dtype), x, input_precision="ieee")
+
+
+@triton.jit
+def dequantize_mxfp4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
+    q = dequantize_tile(w_ptr, tile_n, tile_k, K, e2m1_pair) * e2m1_power(tl.float32)
+    return q * e8m0_to_float(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
+
+
 # ---- The table ------------------------------------------------------------------------------------------------------
 
 
@@ -94,13 +174,20 @@ class KernelFormat(NamedTuple):
     name: str  # in triton_tuned.json
     is_tiled: bool  # whether W lies in tiles, or in rows
     multiply: JITFunction
-    dequantize: JITFunction
+    dequantize: JITFunction | None  # None: W is not quantized
+
+    def stride(self, weight: Tensor) -> int:
+        """How many elements, or words of several elements, the packed weight has for each output."""
+        return weight.stride(-3) // TILE_N.value if self.is_tiled else weight.stride(-2)
 
 
 FORMATS = {
-    Dense.format_id: KernelFormat("dense", False, multiply_rows, dequantize_rows),
-    Int8.format_id: KernelFormat("int8", False, multiply_rows, dequantize_rows),
+    Dense.format_id: KernelFormat("dense", False, multiply_rows, None),
+    Int8.format_id: KernelFormat("int8", False, multiply_rows, dequantize_int8),
     Int4.format_id: KernelFormat("int4", True, multiply_int4, dequantize_int4),
+    GroupedInt8.format_id: KernelFormat("grouped int8", False, multiply_grouped_int8, dequantize_grouped_int8),
+    Float8.format_id: KernelFormat("fp8", False, multiply_float8, dequantize_float8),
+    MXFP4.format_id: KernelFormat("mxfp4", True, multiply_mxfp4, dequantize_mxfp4),
 }
 
 
@@ -118,11 +205,11 @@ def supports(layer) -> bool:
     known = FORMATS.get(getattr(format, "format_id", None))
     if known is None or not format.fits_kernels("triton", layer.in_features):
         return False
-    if not known.is_tiled:
-        return True
+    group_size, narrowest_slice = format.scale_group_size(layer.in_features), 32 if known.is_tiled else 16
+    if group_size < layer.in_features and group_size % narrowest_slice:
+        return False
     # An expert's tiles lie right behind the previous expert's, so they must be whole
-    has_whole_tiles = layer.n_experts is None or layer.out_features % TILE_N.value == 0
-    return format.group_size % 32 == 0 and has_whole_tiles
+    return not known.is_tiled or layer.n_experts is None or layer.out_features % TILE_N.value == 0
 
 
 # ---- dequantize -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import Dense
 from kernels.triton_formats import kernel_format
 
 TUNED = Path(__file__).with_name("triton_tuned.json")
@@ -135,8 +135,8 @@ class TileConfig(NamedTuple):
 def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
     """What triton_tuned.json calls a product with W [n, k]."""
     key = f"{kernel_format(format_id).name}, {n} x {k}"
-    if format_id == Int4.format_id and group_size == 32:
-        key += ", g32"
+    if group_size < min(64, k):  # then slices are narrower
+        key += f", g{group_size}"
     return f"{key}, gated" if gated else key
 
 
@@ -154,17 +154,19 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
         is_float32 = format_id == Dense.format_id and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
         return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
-    if format_id == Int4.format_id:
-        return guess_int4(n / gpu.num_sms, gated, group_size)
+    if kernel_format(format_id).is_tiled:
+        return guess_tiled(n / gpu.num_sms, gated, group_size)
+    if group_size <= 16:  # a warp has so many slices that their sums must fit in registers
+        return TileConfig(block_n, num_warps=4, warp_k=64 if gated else 128, num_stages=3)
     if k <= 1024 and not gated:  # one step
         return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)
-    warp_k = 64 if format_id == Int8.format_id and gated else 128
+    warp_k = 64 if format_id != Dense.format_id and gated else 128
     return TileConfig(block_n, num_warps=4, warp_k=warp_k, num_stages=3)
 
 
-def guess_int4(outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
-    """outputs_per_sm: n divided by the number of multiprocessors. In a step a program reads 8 KB of W; 16 KB if there
-    are enough outputs for programs of 64, which share what they load of x."""
+def guess_tiled(outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
+    """For weights of 4 bits. outputs_per_sm: n divided by the number of multiprocessors. In a step a program reads 8 KB
+    of W; 16 KB if there are enough outputs for programs of 64, which share what they load of x."""
     has_two_tiles = gated or outputs_per_sm >= 32
     if group_size == 32:  # twice as many slices, whose sums must fit in registers
         if has_two_tiles:

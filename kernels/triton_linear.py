@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import ACTIVATION_IDS, triton_op
+from kernels.triton_elements import magic_word
 from kernels.triton_formats import kernel_format
-from kernels.triton_int4 import magic_word
 from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_previous_kernel
-from kernels.triton_weights import elements_per_output, prefetch_weights, program_outputs, slice_columns, slice_starts
+from kernels.triton_weights import prefetch_weights, program_outputs, slice_columns, slice_starts
 
 SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["silu"]), tl.constexpr(ACTIVATION_IDS["gelu_tanh"])
 CLAMPED_SWIGLU = tl.constexpr(ACTIVATION_IDS["clamped_swiglu"])
@@ -65,9 +65,10 @@ def fused_linear_kernel(
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
     eps,  # of the norm
     scale, softcap, clip,  # of the epilogue
-    magic, N,  # magic: see triton_int4.nibble_pair
+    magic, N,  # magic: see triton_elements.int4_pair
     M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # of the format
+    W_STRIDE: tl.constexpr,  # elements or words that W stores for an output
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of the products' factors
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
@@ -86,7 +87,7 @@ def fused_linear_kernel(
     offs_n = program_outputs(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
     if USE_PDL and topk_ids_ptr is None:
-        prefetch_weights(w_ptr, N, N_OUT, K, IS_TILED, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
+        prefetch_weights(w_ptr, N, N_OUT, W_STRIDE, IS_TILED, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
 
     # Where the tokens' inputs and results are in x and y: at the token's number, or at its pair's
@@ -104,7 +105,7 @@ def fused_linear_kernel(
                 return
             x_index = y_index if X_IS_PER_PAIR else x_index
         first_output = expert * N  # among those of all experts
-        w_ptr += first_output * elements_per_output(K, IS_TILED)
+        w_ptr += first_output * W_STRIDE
         if scales_ptr is not None:
             scales_ptr += first_output * tl.cdiv(K, GROUP_SIZE)
         if bias_ptr is not None:
@@ -267,7 +268,7 @@ def launch_fused_linear(
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
         eps, scale if scale != 1 else None, softcap or None, clip or None, magic_word(x.dtype), n,
         n_tokens, k, group_size, top_k, n_inputs > n_tokens,
-        format.multiply, format.is_tiled, has_channel_scales, activation, dot_dtype(x),
+        format.multiply, format.is_tiled, has_channel_scales, format.stride(weight), activation, dot_dtype(x),
         BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(n_tokens)),
         BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,

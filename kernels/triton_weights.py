@@ -2,18 +2,16 @@
 
     program_outputs    which outputs, that is rows of W, a program computes
     prefetch_weights   starts to bring them into the cache
-    slice_starts, load_rows, load_tiles, load_group_scales    what a step of fused_linear's loop multiplies
+    slice_starts, load_rows, load_tiles, load_slice_scales    what a step of fused_linear's loop multiplies
 
 There are two layouts. W in rows is [N, K], row after row. W in tiles (IS_TILED) is stored in tiles of 16 rows and 64
-columns, which triton_int4.py draws. triton_formats.py says which format has which layout, and how it is multiplied.
+columns, which triton_tiles.py draws. triton_formats.py says which format has which layout, and how it is multiplied.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.triton_int4 import TILE_K, TILE_N, TILE_WORDS
-
-WORD_BYTES = tl.constexpr(4)
+from kernels.triton_tiles import TILE_K, TILE_N, TILE_WORDS
 
 
 @triton.jit
@@ -33,17 +31,9 @@ def program_outputs(i, BLOCK_OUT: tl.constexpr, N_OUT):
 
 
 @triton.jit
-def elements_per_output(K: tl.constexpr, IS_TILED: tl.constexpr):
-    """How many elements, or words of tiles, W stores for each output."""
-    if IS_TILED:
-        return tl.cdiv(K, TILE_K) * (TILE_WORDS // TILE_N)
-    return K
-
-
-@triton.jit
 def prefetch_weights(
     w_ptr, N, N_OUT,
-    K: tl.constexpr, IS_TILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    W_STRIDE: tl.constexpr, IS_TILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
     PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
 ):  # fmt: skip
     """Starts to bring the first PREFETCH_BYTES of a program's weights into the L2 cache: as many of each row, or, if
@@ -51,8 +41,7 @@ def prefetch_weights(
     are slow."""
     UNIT_N: tl.constexpr = TILE_N if IS_TILED else 1  # rows that are stored together
     N_UNITS: tl.constexpr = BLOCK_N // UNIT_N
-    ELEMENT_BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    UNIT_BYTES: tl.constexpr = (K + TILE_K - 1) // TILE_K * TILE_WORDS * WORD_BYTES if IS_TILED else K * ELEMENT_BYTES
+    UNIT_BYTES: tl.constexpr = UNIT_N * W_STRIDE * w_ptr.dtype.element_ty.primitive_bitwidth // 8
     PREFETCHED: tl.constexpr = min(UNIT_BYTES, PREFETCH_BYTES // N_UNITS) // 16 * 16  # bytes of each unit
     if PREFETCHED > 0 and UNIT_BYTES % 16 == 0:  # the instruction takes multiples of 16
         thread = tl.arange(0, N_THREADS)
@@ -109,9 +98,16 @@ def load_tiles(
 
 
 @triton.jit
-def load_group_scales(scales_ptr, slice_k, offs_n, mask_n, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """Of scales that are stored column by column, [n_groups, N]: those of outputs offs_n [BLOCK_N] and of the slices
     that begin at columns slice_k [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
     offsets = (slice_k // GROUP_SIZE)[:, None] * N + offs_n[None, :]
     mask = (slice_k < K)[:, None] & mask_n[None, :]
     return tl.load(scales_ptr + offsets, mask=mask, other=0)[:, :, None]
+
+
+@triton.jit
+def load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE):
+    """Of scales that are stored column by column: those of outputs offs_n [X] and columns offs_k [Y]: [X, Y]."""
+    offsets = (offs_k // GROUP_SIZE).to(tl.int64)[None, :] * N + offs_n[:, None]
+    return tl.load(scales_ptr + offsets, mask=mask, other=0)

@@ -3,7 +3,7 @@ kernel may be from them, on a GPU or in Triton's interpreter. The bounds are der
 (error_bounds.py), for sums in any order.
 
 In exact data x is small integers, norms' weights are powers of two, and weights in 16 or 32 bits multiples of 1/16.
-Then nothing is lost to int4's OFFSET either (triton_int4.nibble_pair), and the smallest error in a zero point shows.
+Then nothing is lost to int4's OFFSET either (triton_elements.int4_pair), and the smallest error in a zero point shows.
 
 Everything is made on PyTorch's default device: `with torch.device("cuda"):` makes it there.
 """
@@ -23,7 +23,7 @@ FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
 CPU_FORMATS = [*FORMATS, Float8(), Float8(32), MXFP4()]  # Triton has no kernels for these
 U32 = bounds.U[torch.float32]
-OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_int4.offset_of
+OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_elements.offset_of
 
 
 def is_interpreted() -> bool:

@@ -15,7 +15,7 @@ import kernels
 from config import ModelConfig
 from kernels import reference, triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401  (some register operations)
 from kernels.formats import Dense, Int4, Int8, WeightFormat
-from kernels.triton_int4 import pack_int4_tiles, unpack_int4_tiles
+from kernels.triton_tiles import pack_tiles, unpack_tiles
 from model import KVCache, LayerCache
 from rope import rope_table
 from tests.tiny import ROOT, make_hf, to_ours
@@ -115,12 +115,12 @@ def test_packing_is_undone_exactly(format, n_experts):
 
 @pytest.mark.parametrize("shape", [(16, 64), (5, 8), (33, 200), (2, 16, 72)])
 def test_int4_tiles(shape):
-    """Every element is where the drawing in triton_int4.py has it; the rest is zeros."""
+    """Every element is where the drawing in triton_tiles.py has it; the rest is zeros."""
     q = torch.randint(16, shape, dtype=torch.uint8)
     n, k = shape[-2:]
-    tiles = pack_int4_tiles(q)
+    tiles = pack_tiles(q)
     assert tiles.shape == (*shape[:-2], -(-n // 16), -(-k // 64), 128)
-    assert torch.equal(unpack_int4_tiles(tiles, n, k), q)
+    assert torch.equal(unpack_tiles(tiles, n, k), q)
     columns_of_bits = {0: 0, 4: 2, 8: 16, 12: 18, 16: 1, 20: 3, 24: 17, 28: 19}
     drawn = torch.zeros(*shape[:-2], tiles.shape[-3] * 16, tiles.shape[-2] * 64, dtype=torch.int32)
     for lane in range(32):

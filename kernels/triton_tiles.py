@@ -1,8 +1,7 @@
-"""The order in which the Triton kernels read int4 weights, and how they turn them into floats.
+"""The order in which the Triton kernels read weights of 4 bits.
 
-    pack_int4_tiles, unpack_int4_tiles    from elements to this order and back, in PyTorch
-    tiles_to_floats                       in a kernel: from this order to a matrix unit's factor
-    pack_scales, unpack_scales, unpack_scale_words      the same of what a group of elements shares
+    pack_tiles, unpack_tiles    from elements to this order and back, in PyTorch
+    tiles_to_floats             in a kernel: from this order to a matrix unit's factor
 
 A row of W is an output, a column an input. W is stored in tiles of 16 rows and 64 columns: 128 words of 8 elements. A
 warp loads a tile with one instruction: lane l gets words 4 l to 4 l + 3. They hold exactly the elements that the matrix
@@ -42,7 +41,7 @@ TILE_N, TILE_K = tl.constexpr(16), tl.constexpr(64)  # rows and columns of a til
 TILE_WORDS = tl.constexpr(128)
 
 
-def pack_int4_tiles(q: Tensor) -> Tensor:
+def pack_tiles(q: Tensor) -> Tensor:
     """Elements q [..., N, K] uint8 in 0..15 -> tiles [..., N / 16, K / 64, 128] int32, filled up with zeros."""
     q = F.pad(q, (0, -q.shape[-1] % 64, 0, -q.shape[-2] % 16))
     q = q.unflatten(-1, (-1, 2, 2, 4, 2, 2))  # a column's digits: tile, 32, 16, lane % 4, 2, 1
@@ -55,7 +54,7 @@ def pack_int4_tiles(q: Tensor) -> Tensor:
     return tiles.flatten(-6).contiguous().view(torch.int32)
 
 
-def unpack_int4_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
+def unpack_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
     """The inverse: q [..., n, k]."""
     tiles = tiles.view(torch.uint8).unflatten(-1, (8, 4, 2, 2, 2, 2))
     tile_n, tile_k, lane_row, lane_column, row_8, column_32, column_1, column_16 = range(-8, 0)
@@ -65,68 +64,24 @@ def unpack_int4_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
     return q.flatten(-6).flatten(-4, -2)[..., :n, :k].contiguous()
 
 
-def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
-    """scales [..., N, n_groups] bfloat16 and zeros uint8 -> words int32 of the same shape, stored column by column. A
-    scale is a word's upper half, which as a float32 has the same value, and a zero its lowest byte."""
-    words = scales.view(torch.int16).int() << 16 | zeros.int()
-    return words.mT.contiguous().mT
-
-
-def unpack_scales(words: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse."""
-    return (words >> 16).to(torch.int16).view(torch.bfloat16), (words & 255).to(torch.uint8)
-
-
 def order_last(t: Tensor, axes: tuple[int, ...]) -> Tensor:
     """t with its last axes, all that axes names, in the order of axes."""
     first = range(t.dim() - len(axes))
     return t.permute(*first, *axes)
 
 
-def magic_word(dtype: torch.dtype) -> int:
-    """OFFSET (see nibble_pair) as a float of dtype, in both halves of a word."""
-    return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
-
-
 @triton.jit
-def offset_of(DTYPE: tl.constexpr):
-    """OFFSET (see nibble_pair)."""
-    OFFSET: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
-    return OFFSET
-
-
-@triton.jit
-def unpack_scale_words(words):
-    """What pack_scales packed: scales, and zeros in steps of the scale, both float32."""
-    return (words & -65536).to(tl.float32, bitcast=True), (words & 255).to(tl.float32) * 0.0625
-
-
-@triton.jit
-def nibble_pair(words, magic, DTYPE: tl.constexpr):
-    """words -> the elements q in bits 0-3 and 16-19, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts OFFSET.
-
-    OR the nibble into the mantissa of 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q. magic is this
-    float in both halves of a word, so two elements take one and-or instruction (lop3). magic is a runtime argument
-    because the mask already takes lop3's immediate. For float32 OFFSET is 0, and elements are converted."""
-    nibbles = words & 0x000F000F
-    if DTYPE == tl.float32:
-        low, high = (nibbles & 15).to(DTYPE), (nibbles >> 16).to(DTYPE)
-    else:
-        floats = nibbles | magic
-        low, high = floats.to(tl.int16).to(DTYPE, bitcast=True), (floats >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return tl.join(low, high)
-
-
-@triton.jit
-def tiles_to_floats(words, magic, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr):
-    """The words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles -> OFFSET + q of DTYPE, in slices of SLICE_K
-    columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. A slice is a tile wide (64) or half a tile (32). Then all left
-    halves come before all right halves."""
+def tiles_to_floats(
+    words, magic, DECODE: tl.constexpr, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles -> what DECODE, int4_pair or e2m1_pair, makes
+    of their elements, in slices of SLICE_K columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. A slice is a tile wide
+    (64) or half a tile (32). Then all left halves come before all right halves."""
     TILES_K: tl.constexpr = words.shape[0] // TILES_N
     words = tl.reshape(words, [TILES_N, TILES_K, 8, 4, 4])  # tile_n, tile_k, lane / 4, lane % 4, word
     # Bits 0 and 16 hold columns c + 0 and c + 1, bits 8 and 24 columns c + 16 and c + 17, and so on: see the drawing
-    columns_0_1_16_17 = tl.join(nibble_pair(words, magic, DTYPE), nibble_pair(words >> 8, magic, DTYPE))
-    columns_2_3_18_19 = tl.join(nibble_pair(words >> 4, magic, DTYPE), nibble_pair(words >> 12, magic, DTYPE))
+    columns_0_1_16_17 = tl.join(DECODE(words, magic, DTYPE), DECODE(words >> 8, magic, DTYPE))
+    columns_2_3_18_19 = tl.join(DECODE(words >> 4, magic, DTYPE), DECODE(words >> 12, magic, DTYPE))
     q = tl.join(columns_0_1_16_17, columns_2_3_18_19)
     # Now there is an axis for every digit of an element's place:
     #

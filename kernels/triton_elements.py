@@ -1,0 +1,155 @@
+"""How the stored elements and scales of a weight become floats in the Triton kernels, and how they are packed for that.
+
+    int4_pair, e2m1_pair                    two elements of 4 bits, out of a word of triton_tiles.py
+    pack_words, e4m3_to_floats              elements of 8 bits, four in a word
+    pack_scales, unpack_scale_words         a scale and a zero point in one word
+    e8m0_to_float                           a scale that is a power of two
+
+The floats are of DTYPE, which is x's. Two 16-bit floats share a register, so elements are taken out of a word in pairs:
+16 bits apart, and side by side in their row. For float32 they are taken out one by one.
+
+e4m3 and e2m1 are floats themselves. Exponent and mantissa go where DTYPE's exponent ends and its mantissa begins:
+
+    bits of a bfloat16    15      14 ... 7    6 ... 0
+                          sign    exponent    mantissa
+    e4m3 (FP8)            s       0000eeee    mmm0000
+    e2m1 (FP4)            s       000000ee    m000000
+
+This is the element times 2^-120 or 2^-126, for DTYPE's exponent has another bias. It is so for subnormal elements, too,
+since they become subnormal floats. A product with POWER undoes it, and is exact.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIGNS = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008000, as an int32
+
+
+@triton.jit
+def join_halves(words, DTYPE: tl.constexpr):
+    """The 16-bit floats in the low and the high half of each word: [..., 2]."""
+    return tl.join(words.to(tl.int16).to(DTYPE, bitcast=True), (words >> 16).to(tl.int16).to(DTYPE, bitcast=True))
+
+
+@triton.jit
+def join_bfloat16_halves(words, DTYPE: tl.constexpr):
+    """The same of bfloat16 for DTYPE bfloat16 or float32, of which a bfloat16 is the upper half."""
+    if DTYPE == tl.bfloat16:
+        return join_halves(words, DTYPE)
+    else:
+        return tl.join((words << 16).to(DTYPE, bitcast=True), (words & -65536).to(DTYPE, bitcast=True))
+
+
+# ---- Int4 -----------------------------------------------------------------------------------------------------------
+
+
+def magic_word(dtype: torch.dtype) -> int:
+    """OFFSET (see int4_pair) as a float of dtype, in both halves of a word."""
+    return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
+
+
+@triton.jit
+def offset_of(DTYPE: tl.constexpr):
+    """OFFSET (see int4_pair)."""
+    OFFSET: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
+    return OFFSET
+
+
+@triton.jit
+def int4_pair(words, magic, DTYPE: tl.constexpr):
+    """words -> the elements q in bits 0-3 and 16-19, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts OFFSET.
+
+    OR the nibble into the mantissa of 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q. magic is this
+    float in both halves of a word, so two elements take one and-or instruction (lop3). magic is a runtime argument
+    because the mask already takes lop3's immediate. For float32 OFFSET is 0, and elements are converted."""
+    nibbles = words & 0x000F000F
+    if DTYPE == tl.float32:
+        return tl.join((nibbles & 15).to(DTYPE), (nibbles >> 16).to(DTYPE))
+    else:
+        return join_halves(nibbles | magic, DTYPE)
+
+
+def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
+    """scales [..., N, n_groups] bfloat16 or float16 and zeros uint8 -> words int32 of the same shape, stored column by
+    column. A word is the scale as a float32, whose lowest 8 bits are zero, with the zero point in these."""
+    return by_column(scales.float().view(torch.int32) | zeros.int())
+
+
+def unpack_scales(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inverse, for scales of dtype."""
+    return (words & -256).view(torch.float32).to(dtype), (words & 255).to(torch.uint8)
+
+
+@triton.jit
+def unpack_scale_words(words):
+    """What pack_scales packed: scales, and zero points as they are stored, both float32."""
+    return (words & -256).to(tl.float32, bitcast=True), (words & 255).to(tl.float32)
+
+
+def by_column(scales: Tensor) -> Tensor:
+    """scales [..., N, n_groups] in the same shape, but stored column by column."""
+    return scales.mT.contiguous().mT
+
+
+# ---- Float8: e4m3 ---------------------------------------------------------------------------------------------------
+
+
+def pack_words(weight: Tensor) -> Tensor:
+    """[..., K] of elements of 8 bits -> words int32 [..., K / 4]. A word has four neighbours, in the order 0 2 1 3: so
+    the first two are 16 bits apart, and the last two."""
+    return swap_middle(weight.view(torch.uint8)).view(torch.int32)
+
+
+def unpack_words(words: Tensor) -> Tensor:
+    """The inverse, uint8."""
+    return swap_middle(words.view(torch.uint8))
+
+
+def swap_middle(t: Tensor) -> Tensor:
+    """t [..., K] with the second and the third of every four elements swapped."""
+    return t.unflatten(-1, (-1, 2, 2)).mT.flatten(-3)
+
+
+@triton.jit
+def e4m3_to_floats(words, DTYPE: tl.constexpr):
+    """pack_words of e4m3, [X, Y, Z] -> floats of DTYPE, [X, Y, 4 Z]. NaN becomes 480."""
+    POWER: tl.constexpr = 2.0**8 if DTYPE == tl.float16 else 2.0**120
+    pairs = tl.join(e4m3_pair(words << 8, DTYPE), e4m3_pair(words, DTYPE))  # [X, Y, Z, element of its pair, pair]
+    pairs = tl.permute(pairs, 0, 1, 2, 4, 3)
+    return tl.reshape(pairs, [words.shape[0], words.shape[1], 4 * words.shape[2]]) * POWER
+
+
+@triton.jit
+def e4m3_pair(words, DTYPE: tl.constexpr):
+    """The elements in bits 8-15 and 24-31 of words, divided by POWER: [..., 2]."""
+    if DTYPE == tl.float16:
+        return join_halves(((words >> 1) & 0x3F803F80) | (words & SIGNS), DTYPE)
+    else:
+        return join_bfloat16_halves(((words >> 4) & 0x07F007F0) | (words & SIGNS), DTYPE)
+
+
+# ---- MXFP4: e2m1 and e8m0 -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def e2m1_power(DTYPE: tl.constexpr):
+    """POWER of e2m1."""
+    POWER: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
+    return POWER
+
+
+@triton.jit
+def e2m1_pair(words, magic, DTYPE: tl.constexpr):
+    """The elements in bits 0-3 and 16-19 of words, divided by POWER: [..., 2]."""
+    if DTYPE == tl.float16:
+        return join_halves(((words << 9) & 0x0E000E00) | ((words << 12) & SIGNS), DTYPE)
+    else:
+        return join_bfloat16_halves(((words << 6) & 0x01C001C0) | ((words << 12) & SIGNS), DTYPE)
+
+
+@triton.jit
+def e8m0_to_float(scales):
+    """uint8 -> 2^(scale - 127), float32. For 0 that is a subnormal number, of which one bit is set."""
+    return tl.maximum(scales.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
