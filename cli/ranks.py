@@ -74,7 +74,7 @@ def wait_for_rank_0(errors: str):
         print(errors, end="", file=sys.stderr)
 
 
-# One count for all calls of input_lines: no key may be one that an earlier call has set.
+# One count for all calls: no key may be one that an earlier call has set.
 key_numbers = count()
 
 

@@ -18,8 +18,6 @@ if __name__ == "__main__":
 
     cli.start()
 
-import cli
-
 import torch
 
 try:
