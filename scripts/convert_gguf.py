@@ -20,6 +20,8 @@ if __name__ == "__main__":
 
 import torch
 
+import cli
+
 try:
     from converters.gguf_tensors import convert_gguf
 except ImportError as e:
