@@ -21,9 +21,7 @@ PART, LATER_PART = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"  # the end 
 
 def model_file(path: Path | str) -> Path:
     """Of a folder or a .gguf its model.pth, which is converted now if it is missing or older than what it is made from.
-    Any other path stays as it is. Raises UsageError.
-
-    With several ranks, one converts while the others wait."""
+    Any other path stays as it is. With several ranks, one converts while the others wait. Raises UsageError."""
     path = Path(path)
     if path.is_dir():
         return Path(call_on_rank_0(partial(model_of_folder, path)))
@@ -33,23 +31,17 @@ def model_file(path: Path | str) -> Path:
 
 
 def model_of_folder(folder: Path) -> str:
-    model, weights = folder / "model.pth", find_files(folder, WEIGHTS)
-    if is_newest(model, [*weights, *find_files(folder, SETTINGS)]) or (model.is_file() and not weights):
+    weights = find_files(folder, WEIGHTS)
+    model = find_model(folder, [*weights, *find_files(folder, SETTINGS)] if weights else [])
+    if model is not None:
         return str(model)
-    if not weights:
-        models = find_files(folder, ["model*.pth"])
-        ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_PART, file.stem)]
-        if len(models) == 1:
-            return str(models[0])
-        if len(models or ggufs) > 1:
-            names = ", ".join(file.name for file in models or ggufs)
-            raise UsageError(f"{folder} holds {names}: choose one of them")
-        if ggufs:
-            return model_of_gguf(ggufs[0])
+    ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_PART, file.stem)]
+    if ggufs and not weights:
+        return model_of_gguf(the_one(ggufs))
     from converters.folder import convert_folder  # here, since it is seldom needed
 
     if find_files(folder, (*SETTINGS, "*.pt")):  # else convert_folder says what the folder lacks
-        say_that_it_converts(folder, model)
+        say_that_it_converts(folder, folder)
     return str(convert_folder(folder))
 
 
@@ -58,27 +50,37 @@ def model_of_gguf(file: Path) -> str:
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     name = re.sub(PART, "", file.stem)
-    model = file.with_name(f"{name}-gguf") / "model.pth"
-    if is_newest(model, [file]):
+    folder = file.with_name(f"{name}-gguf")
+    model = find_model(folder, [file])
+    if model is not None:
         return str(model)
     try:
         from converters.gguf_tensors import convert_gguf  # here, since it needs packages that others do without
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 
-    say_that_it_converts(file, model)
-    convert_gguf(file, model.parent)
-    return str(model)
+    say_that_it_converts(file, folder)
+    return str(convert_gguf(file, folder))
+
+
+def find_model(folder: Path, sources: list[Path]) -> Path | None:
+    """The model.pth in folder or, if there is none, the one model_FORMAT.pth, to which quantized weights are converted.
+    None if there is none that was written after all of sources."""
+    models = find_files(folder, ["model.pth"]) or find_files(folder, ["model*.pth"])
+    newest = max((file.stat().st_mtime for file in sources), default=0)
+    models = [model for model in models if model.stat().st_mtime >= newest]
+    return the_one(models) if models else None
+
+
+def the_one(files: list[Path]) -> Path:
+    if len(files) > 1:
+        raise UsageError(f"{files[0].parent} holds {', '.join(file.name for file in files)}: choose one of them")
+    return files[0]
 
 
 def find_files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:
     return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
 
 
-def is_newest(model: Path, sources: list[Path]) -> bool:
-    """Whether model is there and was written after all of sources."""
-    return bool(sources) and model.is_file() and model.stat().st_mtime >= max(file.stat().st_mtime for file in sources)
-
-
-def say_that_it_converts(source: Path, model: Path):
-    print(f"Converting {source} to {model}, once.", file=sys.stderr, flush=True)
+def say_that_it_converts(source: Path, folder: Path):
+    print(f"Converting {source}, once: the result stays in {folder}.", file=sys.stderr, flush=True)

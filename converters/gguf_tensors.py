@@ -54,8 +54,8 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose rows
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
-def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16):
-    """Writes model.pth, its weights in dtype, and the tokenizer's files to folder."""
+def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Writes model.pth, its weights in dtype, and the tokenizer's files to folder. Returns model.pth's path."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
@@ -70,7 +70,7 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16):
     except Exception as e:  # whatever odd metadata runs into; tokenizers raises bare Exception
         why = f"{type(e).__name__} {e}".splitlines()[0]
         raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
-    write_folder(folder, config, tensors, read, dict.fromkeys(TOKENIZER_FILES) | tokenizer)
+    return write_folder(folder, config, tensors, read, dict.fromkeys(TOKENIZER_FILES) | tokenizer)
 
 
 # ---- From the GGUF's tensors to Hugging Face's ----------------------------------------------------------------------

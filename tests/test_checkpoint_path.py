@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
 import eval
@@ -13,9 +14,11 @@ import generate
 import quantize
 from cli.checkpoints import model_file
 from config import UsageError
+from converters.folder import convert_folder
 from tests.test_lora import linear_names, random_halves, write_adapter
 from tests.test_meta import PARAMS, SCALED, make_ranks, write_meta, write_tiktoken
-from tests.tiny import call, convert, make_hf, write_folder
+from tests.test_mxfp4 import mxfp4  # noqa: F401  (a fixture)
+from tests.tiny import call, convert, make_hf, same_logits, write_folder
 from tests.tiny_gguf import make_llama, write_gguf
 
 import convert_hf_checkpoint  # isort: skip  (tests.tiny put scripts/ on the path)
@@ -38,7 +41,7 @@ def test_a_folder_is_converted_once(folder, capsys):
     model = folder / "model.pth"
     call(generate.main, "--checkpoint_path", folder, *RUN)
     out, err = capsys.readouterr()
-    assert f"Converting {folder} to {model}, once.\n" in err
+    assert f"Converting {folder}, once: the result stays in {folder}.\n" in err
     first = model.stat().st_mtime_ns
     for path in (folder, model):
         call(generate.main, "--checkpoint_path", path, *RUN)
@@ -76,7 +79,7 @@ def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
     model = tmp_path / "tiny.Q8_0-gguf/model.pth"
     call(generate.main, "--checkpoint_path", file, *RUN, "--prompt", "ab")
     out, err = capsys.readouterr()
-    assert f"Converting {file} to {model}, once.\n" in err
+    assert f"Converting {file}, once: the result stays in {model.parent}.\n" in err
     for path in (file, model.parent, tmp_path):  # a folder with a single GGUF is that
         call(generate.main, "--checkpoint_path", path, *RUN, "--prompt", "ab")
         again, err = capsys.readouterr()
@@ -92,6 +95,22 @@ def test_a_split_gguf_is_one_model(tmp_path):
     assert len(parts) > 1
     for path in (tmp_path, parts[-1]):
         assert model_file(path) == tmp_path / "tiny-gguf/model.pth"
+
+
+def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F811
+    """Under the name of their format; also with an adapter merged into the others."""
+    folder, _, theirs = mxfp4
+    assert model_file(folder) == model_file(folder) == folder / "model_mxfp4.pth"
+    assert capsys.readouterr().err.count("Converting") == 1
+    lora, weights = tmp_path / "lora", dict(theirs.named_parameters())
+    halves = {name: random_halves(*weights[f"{name}.weight"].shape) for name in linear_names(theirs)}
+    write_adapter(lora, halves)
+    convert_folder(folder, lora)
+    assert model_file(lora) == lora / "model_mxfp4.pth"
+    with torch.inference_mode():
+        for name, (a, b) in halves.items():
+            weights[f"{name}.weight"].copy_((weights[f"{name}.weight"] + 1.5 * b @ a).bfloat16())
+    same_logits(lora / "model_mxfp4.pth", theirs)
 
 
 def test_a_folder_without_sources(folder):
