@@ -76,7 +76,7 @@ def load_model(
     model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
     if use_kernels:
-        model.prepare_kernels(mapped=True)
+        model.prepare_kernels(in_mapped_file=True)
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model

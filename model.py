@@ -69,10 +69,10 @@ class Transformer(nn.Module):
         """Whether the head's weight is the embedding, too: one parameter, once in memory."""
         return self.embed_tokens.weight is self.lm_head.weight
 
-    def prepare_kernels(self, mapped: bool = False):
+    def prepare_kernels(self, in_mapped_file: bool = False):
         """Switches to the kernels for the model's device: see kernels.prepare_kernels."""
         is_tied = self.is_tied
-        kernels.prepare_kernels(self, mapped)
+        kernels.prepare_kernels(self, in_mapped_file)
         if is_tied:  # the head's weight may have moved
             self.embed_tokens.weight = self.lm_head.weight
 

@@ -223,14 +223,14 @@ def weight_arguments(layer: LinearLayer) -> tuple:
 # ---- Choosing a backend ---------------------------------------------------------------------------------------------
 
 
-def prepare_kernels(model: torch.nn.Module, mapped: bool = False):
+def prepare_kernels(model: torch.nn.Module, in_mapped_file: bool = False):
     """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
     copies, so an embedding that was tied to the head must be tied again (Transformer.prepare_kernels).
 
     On a CPU, quantized weights for which there are no kernels are dequantized to the dtype of the embedding.
 
-    mapped: the weights lie in a memory-mapped file. Its pages are released as soon as a weight is packed, so that no
-    weight is in memory twice."""
+    in_mapped_file: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
+    so that no weight is in memory twice."""
     first = next(iter(model.state_dict().values()))
     linears = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
     if first.device.type == "cpu":
@@ -238,14 +238,14 @@ def prepare_kernels(model: torch.nn.Module, mapped: bool = False):
         fitting = [m for m in linears if has_kernels and m.format.fits_kernels("cpu", m.in_features)]
         if first.is_floating_point():
             without_kernels = [m for m in linears if m.format.quantization and m not in fitting]
-            dequantize_weights(without_kernels, first.dtype, mapped)
+            dequantize_weights(without_kernels, first.dtype, in_mapped_file)
         if has_kernels:
-            pack_for_cpu(linears, mapped)
+            pack_for_cpu(linears, in_mapped_file)
     elif first.device.type == "cuda" and load_triton_kernels(first.device):
         pack_for_triton(linears)
 
 
-def pack_for_cpu(linears: list[LinearLayer], mapped: bool):
+def pack_for_cpu(linears: list[LinearLayer], in_mapped_file: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
     is_quantized = any(layer.format.quantization for layer in linears)
@@ -255,7 +255,7 @@ def pack_for_cpu(linears: list[LinearLayer], mapped: bool):
         unpacked = layer.tensors()
         for name, packed in layer.format.pack(unpacked, "cpu").items():
             layer.set_tensor(name, memory.copy(packed))
-            if mapped:
+            if in_mapped_file:
                 drop_pages(unpacked[name])
         layer.backend = "cpu"
         # In a quantized model dense layers, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be faster:
@@ -263,7 +263,7 @@ def pack_for_cpu(linears: list[LinearLayer], mapped: bool):
         layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
-def dequantize_weights(linears: list[LinearLayer], dtype: torch.dtype, mapped: bool):
+def dequantize_weights(linears: list[LinearLayer], dtype: torch.dtype, in_mapped_file: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
     so and leaves them as they are."""
@@ -278,7 +278,7 @@ def dequantize_weights(linears: list[LinearLayer], dtype: torch.dtype, mapped: b
         layer.set_tensor("weight", dequantize_rows(layer.format, quantized, layer.in_features, dtype))
         layer.scales = layer.zeros = None
         layer.format = Dequantized(layer.format.name)
-        for tensor in quantized.values() if mapped else ():
+        for tensor in quantized.values() if in_mapped_file else ():
             drop_pages(tensor)
 
 
