@@ -89,7 +89,8 @@ def add_command(subparsers, command: Callable[[argparse.Namespace], None]) -> ar
 def add_speed(subparsers):
     p = add_command(subparsers, speed)
     p.add_argument("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
-    p.add_argument("--mode", choices=["int8", "int4"], help="weights in this format (default: in --precision)")
+    modes = ["int8", "int4", "fp8", "mxfp4"]
+    p.add_argument("--mode", choices=modes, help="weights in this format (default: in --precision)")
     p.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4 (default: %(default)s)")
     p.add_argument("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
     cli.add_device(p)

@@ -35,9 +35,10 @@ ROUNDS = 5
 # ---- Quantization ----------------------------------------------------------------------------------------------------
 
 # Perplexities are those of the stored weights, as prefill multiplies them; a decode step on a CPU also rounds
-# activations to 8 bits.
+# activations to 8 bits, except with fp8.
 UNQUANTIZED = "16 bits"
-MODES = {UNQUANTIZED: [], "int8": ["--mode", "int8"]} | {  # a row's name -> flags of quantize.py
+MODES = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in ("int8", "fp8", "mxfp4")}  # -> flags of quantize.py
+MODES |= {
     f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
     for mode in ("int4", "int4-hqq", "int4-gptq")
     for size in (32, 64, 128)

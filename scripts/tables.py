@@ -100,10 +100,11 @@ def rows(name: str, result: dict) -> list[dict]:
     """What a JSON file holds, as the values of each row of the table."""
     match name:
         case "speed":
-            quantized = {None: result["precision"], "int8": "int8", "int4": f"int4 g{result['groupsize']}"}
+            mode = result["mode"] or result["precision"]
+            weights = f"int4 g{result['groupsize']}" if mode == "int4" else mode
             # Not of quantized weights: when these were measured, quantizing took memory, too.
             overhead = "" if result["mode"] else f"{result['peak_over_weights_and_kv_bytes'] / 1e6:.0f}"
-            return [result | {"weights": quantized[result["mode"]], "overhead_mb": overhead}]
+            return [result | {"weights": weights, "overhead_mb": overhead}]
         case "llama_cpp":
             model = result["model"].removesuffix(".Q4_1.gguf")  # the demo's
             return [pair | {"name": model} for pair in result["pairs"]]

@@ -18,7 +18,7 @@ import torch
 import kernels
 from config import UsageError
 from converters.families import config_from_hf
-from kernels.formats import Dense, GroupedInt8, Int4, Int8, WeightFormats
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormats
 from loading import load_model, quantized_tensors
 from model import empty_model
 from tests.tiny import ROOT, call, convert, write_folder
@@ -79,7 +79,7 @@ def test_shapes_have_the_published_number_of_parameters():
     assert counts == PUBLISHED
 
 
-@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32), GroupedInt8(32)])
+@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32), GroupedInt8(32), Float8(), Float8(128), MXFP4()])
 def test_random_weights_keep_the_size_of_activations(format):
     """Mean 0 and variance 1 / inputs, whatever they are stored as."""
     w = benchmark_speed.random_linear((200, 600), format, CPU, torch.bfloat16).dequantized_weight(torch.float32).float()

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from config import ModelConfig, MoEConfig
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import Dense, Float8, Int4, Int8
 from kernels.record import MAX_CPU_GRAPHS, graph_break, record
 from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer
 from rope import rope_table
@@ -39,7 +39,7 @@ def make_model(format, dtype: torch.dtype, **config) -> Transformer:
 @built
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=["dense", "int8", "int4"])
+@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32), Float8()], ids=["dense", "int8", "int4", "fp8"])
 def test_replayed_is_computed(format, dtype, family):
     """With one thread or two, for steps of one token and of several, at any start_pos, one shape after the other."""
     model = make_model(format, dtype, **FAMILIES[family])

@@ -12,7 +12,7 @@ from completion import complete_all, generate_many
 from config import UsageError
 from generate import build_steps, generate, load, make_kv_cache
 from kernels import prepare_kernels
-from kernels.formats import Int4, Int8
+from kernels.formats import MXFP4, Float8, Int4, Int8
 from model import Transformer
 from sampling import SamplingParams
 from scheduler import Request, Scheduler, Sequence, sample_each
@@ -75,7 +75,7 @@ def test_a_conversation_that_has_moved_goes_on(pair):
     assert found == [run_alone(model, prompt, 8) for prompt in prompts]
 
 
-@pytest.mark.parametrize("format", [Int8(), Int4(32)], ids=["int8", "int4"])
+@pytest.mark.parametrize("format", [Int8(), Int4(32), Float8(), MXFP4()], ids=["int8", "int4", "fp8", "mxfp4"])
 def test_quantized(format):
     model = to_ours(make_hf("llama3"), use_kernels=False)
     for _, linear in model.quantizable_linears():

@@ -111,8 +111,14 @@ inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 
 // 2^(exponent - 127) of 16 exponents, which a float has in the same way. 2^-127 is a subnormal number with one bit set.
 inline Vec exp2_vec(const uint8_t* exponents) {
-  typedef uint8_t UByteVec __attribute__((vector_size(16)));
-  const IntVec bits = __builtin_convertvector(load<UByteVec>(exponents), IntVec) << 23, smallest = IntVec{} + (1 << 22);
+#if defined(__AVX512F__)
+  IntVec bits = (IntVec)_mm512_cvtepu8_epi32(load<__m128i>(exponents));
+#else
+  IntVec bits;
+  for (int i = 0; i < LANES; i++) bits[i] = exponents[i];
+#endif
+  bits <<= 23;
+  const IntVec smallest = IntVec{} + (1 << 22);
   return (Vec)(bits > smallest ? bits : smallest);
 }
 
