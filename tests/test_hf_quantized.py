@@ -138,7 +138,7 @@ def compressed(format: str, weights: dict, **fields) -> dict:
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups, "ignore": ["lm_head"]}
 
 
-def write_quantized(folder: Path, family: str, config: dict, quantize: Callable):
+def write_quantized(folder: Path, family: str, config: dict, quantize: Callable, is_linear: re.Pattern = IS_LINEAR):
     """Writes a tiny model with each linear layer of its blocks quantized. Returns transformers' model with the weights
     that the formats' projects would compute with, float32. quantize(name, w) -> (tensors, w dequantized)."""
     theirs = make_hf(family, **sizes_of(family))
@@ -146,7 +146,7 @@ def write_quantized(folder: Path, family: str, config: dict, quantize: Callable)
     theirs.save_pretrained(folder)
     stored, dense = {}, load_file(folder / "model.safetensors")
     for name, w in dense.items():
-        if IS_LINEAR.search(name):
+        if is_linear.search(name):
             tensors, dense[name] = quantize(name.removesuffix(".weight"), w)
             stored |= tensors
         else:
@@ -371,6 +371,31 @@ def test_layers_that_differ(tmp_path, capsys):
     assert formats_of(path) == expected | {"lm_head": None}
     assert read_checkpoint(path)[1]["layers"]["layers.1.attention.qkv_proj"] is None
     check_weights(path, tmp_path / "m/reference", is_exact=False)
+
+
+def test_config_groups_that_differ(tmp_path):
+    """A target that names layers counts more than their type. The head may be quantized, too."""
+    _, _, four_bits, quantize_4 = packed_case("", "", 4, 32, False)
+    _, _, eight_bits, quantize_8 = packed_case("", "", 8, -1, True)
+    _, _, float8_bits, quantize_float8 = CASES["float channel"]
+    four, eight, float8 = (config["config_groups"]["group_0"] for config in (four_bits, eight_bits, float8_bits))
+    groups = {
+        "group_0": four | {"format": "pack-quantized"},
+        "group_1": eight | {"targets": ["re:.*down_proj$"], "format": "pack-quantized"},
+        "group_2": float8 | {"targets": ["lm_head"], "format": "float-quantized"},
+    }
+    config = four_bits | {"format": "mixed-precision", "config_groups": groups}
+    how = {"down_proj": quantize_8, "lm_head": quantize_float8}
+
+    def quantize(name: str, w: Tensor):
+        return how.get(name.split(".")[-1], quantize_4)(name, w)
+
+    theirs = write_quantized(tmp_path / "m", "qwen3", config, quantize, re.compile(rf"{IS_LINEAR.pattern}|^lm_head"))
+    path = convert(tmp_path / "m")
+    of_others = dict.fromkeys(("qkv_proj", "o_proj", "gate_up_proj"), "int4.g32")
+    assert formats_of(path) == of_others | {"down_proj": "int8", "lm_head": "fp8"}
+    check_weights(path, tmp_path / "m/reference", is_exact=True)
+    same_logits(path, theirs)
 
 
 def test_scales_of_32_bits(tmp_path):
