@@ -6,9 +6,17 @@ A format is two functions, which are compiled into the kernels, and a line in FO
                       BLOCK_M]; acc [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice; where the step is, from k on.
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
 
-Scales of a whole output (channel scales) are none of multiply's business: fused_linear applies them after its loop. For
-scales of a group of columns, the slices are so narrow that each lies in one group. In shape comments a row of W is an
-output, and a column an input. triton_weights.py loads.
+    format         W                                        scales
+    Dense          rows                                     none
+    Int8           rows                                     float32 [N]: after fused_linear's loop
+    GroupedInt8    rows of int8, q - 128                    int32 [n_groups, N]: scale and zero point in one word
+    Float8         rows of words of 4 e4m3                  float32 [n_groups, N]; after the loop if there is one group
+    Int4           tiles of words of 8 elements             int32 [n_groups, N], as GroupedInt8
+    MXFP4          tiles of words of 8 e2m1                 uint8 [n_groups, N]: exponents
+
+triton_weights.py loads from rows and tiles, triton_elements.py makes floats of what is loaded. Where several columns
+share a scale, the slices are so narrow that each lies in one group: a scale multiplies a slice's sum. In shape comments
+a row of W is an output, and a column an input.
 """
 
 from typing import NamedTuple
@@ -205,8 +213,8 @@ def supports(layer) -> bool:
     known = FORMATS.get(getattr(format, "format_id", None))
     if known is None or not format.fits_kernels("triton", layer.in_features):
         return False
-    group_size, narrowest_slice = format.scale_group_size(layer.in_features), 32 if known.is_tiled else 16
-    if group_size < layer.in_features and group_size % narrowest_slice:
+    group_size, narrowest_slice = getattr(format, "group_size", None), 32 if known.is_tiled else 16
+    if group_size is not None and group_size % narrowest_slice:
         return False
     # An expert's tiles lie right behind the previous expert's, so they must be whole
     return not known.is_tiled or layer.n_experts is None or layer.out_features % TILE_N.value == 0

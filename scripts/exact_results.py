@@ -15,13 +15,16 @@ import torch
 
 import kernels
 from kernels import reference
-from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, Int4, Int8
+from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from model import LayerCache, Linear, RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
-CPU_FORMATS = [*FORMATS, Float8(), Float8(32), MXFP4()]  # Triton has no kernels for these
+CPU_FORMATS = [*FORMATS, Float8(), Float8(32), MXFP4()]
+TRITON_FORMATS = [
+    *FORMATS, Int4(32, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16), Float8(), Float8(32), MXFP4(),
+]  # fmt: skip
 U32 = bounds.U[torch.float32]
 OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_elements.offset_of
 
@@ -118,10 +121,11 @@ def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def of_exact_sums(terms: torch.Tensor, k: int, format) -> torch.Tensor:
-    """The error of an output in float32, from exact sums: int4 has one for each slice of 32 or more columns, which are
-    added up; a few roundings (scale, 1 / rms, bias, residual) follow. terms: the sum of all magnitudes."""
-    n_slices = k / 32 if isinstance(format, Int4) else 0
-    return (n_slices + 12) * U32 * terms
+    """The error of an output in float32, from sums that are exact within a slice of 16 or more columns. The slices'
+    sums are scaled and added up; a few roundings (1 / rms, bias, residual) follow. float8 has a wider range than a sum
+    of float32, so every term may be rounded. terms: the sum of all magnitudes."""
+    n_sums = 0 if isinstance(format, Dense | Int8) else k if isinstance(format, Float8) else k / 16
+    return (n_sums + 12) * U32 * terms
 
 
 def exact_product(

@@ -18,6 +18,7 @@ import torch
 from exact_results import (
     FORMATS,
     OFFSETS,
+    TRITON_FORMATS,
     U32,
     attend,
     exact_attention,
@@ -47,7 +48,7 @@ from torch import Tensor
 import kernels
 from config import ModelConfig
 from kernels import reference
-from kernels.formats import Dense, Int4, Int8, WeightFormat
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
 from kernels.schema import ACTIVATION_IDS
 from model import ExpertsDown, ExpertsGateUp, LayerCache
 from rope import alibi_slopes, rope_table
@@ -81,6 +82,7 @@ class Sizes:
     linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
     random_linears: list[tuple]  # N, K, tokens
     matrices: list[tuple]  # N, K
+    few_linears: list[tuple]  # as linears, but of the formats beyond FORMATS, with K a multiple of 32
     expert_formats: list[WeightFormat]
     experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of tokens
     attention: list[tuple]  # (n_heads, n_kv_heads, head_dim), window, caches (see check_attention), options
@@ -98,7 +100,8 @@ def gpu_sizes(dtype: torch.dtype) -> Sizes:
         linears,
         random_linears=[(1056, 1544, 5), (38, 72, 2)],
         matrices=[(n, k) for n, k, *_ in linears],
-        expert_formats=FORMATS,
+        few_linears=[(1056, 1568, True, (1, 5, 8)), (38, 96, False, (2,))],
+        expert_formats=TRITON_FORMATS,
         experts=[(8, 256, 512, False, (1,)), (8, 256, 512, True, (5,))],
         attention=attention,
         vocab_sizes=[5, 2048, 128_256],
@@ -116,6 +119,8 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
         options = [*((name,) for name in ATTENTION_OPTIONS), ATTENTION_OPTIONS]
         attention += product([(4, 4, 8), (6, 2, 24), (8, 1, 64)], windows[:1], [caches[:2]], options)
     experts = [(4, 64, 48, True, (1, 7, 9))]
+    if dtype == torch.float16:
+        experts = [(4, 64, 64, True, (7,))]
     if dtype == torch.float32:
         experts += [(4, 64, ffn_dim, False, (1, 7, 9)) for ffn_dim in (40, 44)]  # PyTorch does these, in part or whole
     large = (96, 264) if dtype == torch.float32 else (160, 1032)
@@ -123,7 +128,8 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
         linears=[(6, 32, False, (1,)), (70, 72, True, (3,)), (*large, False, (2,))],
         random_linears=[(38, 72, 2)],
         matrices=[(5, 8), (33, 136)],
-        expert_formats=[Dense(), Int8(), Int4(32)],
+        few_linears=[] if dtype == torch.bfloat16 else [(70, 96, True, (3,))],  # it is float32 in the interpreter
+        expert_formats=[Float8(32), MXFP4()] if dtype == torch.float16 else [Dense(), Int8(), Int4(32)],
         experts=experts,
         attention=attention,
         vocab_sizes=[5, 2048, 5000],
@@ -135,11 +141,15 @@ def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     checks = [partial(check_linear, dtype, *case) for case in product(FORMATS, sizes.linears)]
     checks += [partial(check_random_linear, dtype, *case) for case in product(FORMATS, sizes.random_linears)]
     checks += [partial(check_dequantize, dtype, *case) for case in product(FORMATS, sizes.matrices)]
+    for format, (n, k, has_bias, token_counts) in product(TRITON_FORMATS[len(FORMATS) :], sizes.few_linears):
+        checks.append(partial(check_linear, dtype, format, (n, k, has_bias, token_counts)))
+        checks.append(partial(check_random_linear, dtype, format, (n, k, token_counts[-1])))
+        checks.append(partial(check_dequantize, dtype, format, (n, k)))
     checks += [partial(check_activation, dtype, activation) for activation in ACTIVATIONS]
     checks += [partial(check_epilogue, dtype, *epilogue) for epilogue in EPILOGUES]
     checks += [partial(check_rms_norm, dtype, *norm) for norm in NORMS]
     for format, size in product(sizes.expert_formats, sizes.experts):
-        if size[2] % format.pack_factor == 0:
+        if size[2] % format.input_multiple == 0:
             checks += [partial(check_gate_up, dtype, format, size), partial(check_down, dtype, format, size)]
     checks += [partial(check_route, *router, normalize) for router in ROUTERS for normalize in (False, True)]
     checks += [partial(check_sample, vocab_size) for vocab_size in sizes.vocab_sizes]
@@ -184,9 +194,10 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n, k, n_tokens = size
     w, norm = make(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-    if isinstance(format, Int4):  # OFFSET + q times x, less OFFSET + zero times x
+    if isinstance(format, Int4 | GroupedInt8):  # OFFSET + q times x, less OFFSET + zero times x
+        offset = OFFSETS[factor_dtype(dtype)] if isinstance(format, Int4) else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
-        magnitude = magnitude + 2 * OFFSETS[factor_dtype(dtype)] * wide_scales
+        magnitude = magnitude + 2 * offset * wide_scales
     use_triton(w)
     x = torch.randn(1, n_tokens, k).to(dtype)
     case = f"{names(format)} {n}x{k} of {n_tokens} tokens, random"

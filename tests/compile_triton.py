@@ -21,7 +21,7 @@ from triton.runtime import JITFunction
 import kernels
 import tests.tiny  # noqa: F401  (puts scripts/ on the path)
 from kernels import triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, LayerCache
 
 from exact_results import attend, make, make_norm  # isort: skip
@@ -37,7 +37,7 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-PRODUCTS = Counter(fused_linear_kernel=8, dequantize_kernel=3)  # launches of launch_products
+PRODUCTS = Counter(fused_linear_kernel=13, dequantize_kernel=8)  # launches of launch_products
 OTHERS = Counter(fused_linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
 OTHERS.update(attend_kernel=3, sample_kernel=2)
 
@@ -115,6 +115,11 @@ def launch_products(dtype: torch.dtype):
         kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="silu")
         if not isinstance(format, Dense):
             w.dequantized_weight(dtype)
+    for format in (GroupedInt8(16), GroupedInt8(64), Float8(), Float8(128), MXFP4()):
+        w = make(256, 2048, format, dtype)
+        kernels.pack_for_triton([w])
+        kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="silu")
+        w.dequantized_weight(dtype)
 
 
 def launch_others(dtype: torch.dtype):
