@@ -49,6 +49,7 @@ import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, WeightFormat, parse_format
 from machine import pick_device
+from scheduler import check_length
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
@@ -171,9 +172,8 @@ def check_speed_options(args: argparse.Namespace, config: ModelConfig):
     max_new_tokens = 2 if args.cold_start else args.max_new_tokens
     if args.prompt_tokens < 1 or max_new_tokens < 2:
         raise UsageError("--prompt_tokens must be at least 1, and --max_new_tokens 2: the first is prefill's")
-    length = args.prompt_tokens + max_new_tokens
-    if length > config.max_seq_len:
-        raise UsageError(f"{length} prompt and new tokens exceed the model's context of {config.max_seq_len}")
+    context = config.max_seq_len
+    check_length(args.prompt_tokens, max_new_tokens, context, f"the model's context of {context}")
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
