@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes a model of the Hugging Face hub ready to run: download, convert, quantize to int8 (MODES="int8 int4": to both).
+# A repository of quantized weights stays as it is: its file is not model.pth.
 #   ./scripts/prepare.sh OWNER/NAME      or      MODEL_REPO=OWNER/NAME ./scripts/prepare.sh
 # TINY_FAMILY=mixtral, or another name in tests/tiny.py, makes a tiny random model in checkpoints/OWNER/NAME instead.
 set -euo pipefail
@@ -18,5 +19,6 @@ else
 fi
 $python scripts/convert_hf_checkpoint.py --checkpoint_dir "checkpoints/$repo"
 for mode in ${MODES-int8}; do
+    if [ ! -f "checkpoints/$repo/model.pth" ]; then break; fi
     $python quantize.py --checkpoint_path "checkpoints/$repo/model.pth" --mode "$mode"
 done
