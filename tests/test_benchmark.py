@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import kernels
+from checkpoint import Checkpoint
 from config import UsageError
 from converters.families import config_from_hf
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormats
@@ -347,7 +348,8 @@ def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
 
 
 def test_quantized_checkpoints_are_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(benchmark_checkpoint, "read_checkpoint", lambda path: (None, {"mode": "int8"}, {}))
+    quantized = Checkpoint(None, {"mode": "int8"}, {})
+    monkeypatch.setattr(benchmark_checkpoint, "read_checkpoint", lambda path: quantized)
     flags = ["--checkpoint_path", checkpoint, "--text_file", "a", "--calibration_text", "b"]
     with pytest.raises(UsageError, match="is quantized already"):
         call(benchmark.main, "quantization", *flags)
