@@ -18,7 +18,7 @@ else
     $python scripts/download.py --repo_id "$repo"
 fi
 $python scripts/convert_hf_checkpoint.py --checkpoint_dir "checkpoints/$repo"
+if [ ! -f "checkpoints/$repo/model.pth" ] && ls "checkpoints/$repo"/model_*.pth >/dev/null 2>&1; then exit; fi
 for mode in ${MODES-int8}; do
-    if [ ! -f "checkpoints/$repo/model.pth" ]; then break; fi
     $python quantize.py --checkpoint_path "checkpoints/$repo/model.pth" --mode "$mode"
 done
