@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import triton_launch
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from tests.tiny import ROOT
 
 MEASURED = json.loads((ROOT / "benchmarks/gpu_H100_80GB_products.json").read_text())
@@ -15,10 +15,10 @@ N_PROCESSORS = 132
 FORMAT_IDS = {4: Int4.format_id, 8: Int8.format_id, 16: Dense.format_id}  # by bits
 
 
-def choose(monkeypatch, gpu: triton_launch.Gpu, bits: int, n: int, k: int, gated: bool, group_size: int = 64):
+def choose(monkeypatch, gpu: triton_launch.Gpu, format_id: int, n: int, k: int, gated: bool, group_size: int = 64):
     monkeypatch.setattr(triton_launch, "gpu_of", lambda device: gpu)
     x = torch.empty(1, k, dtype=torch.bfloat16)
-    return triton_launch.choose_tiles(x, FORMAT_IDS[bits], n, gated, group_size)
+    return triton_launch.choose_tiles(x, format_id, n, gated, group_size)
 
 
 def measured_name(tiles: triton_launch.TileConfig) -> str:
@@ -32,7 +32,7 @@ def test_guess_is_near_the_best(monkeypatch):
     n_checked = 0
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
-        name, microseconds = measured_name(choose(monkeypatch, gpu, bits, n, k, gated == 2)), product["us"]
+        name, microseconds = measured_name(choose(monkeypatch, gpu, FORMAT_IDS[bits], n, k, gated == 2)), product["us"]
         if name in microseconds:
             assert microseconds[name] <= 1.1 * min(microseconds.values()), key
             n_checked += 1
@@ -47,30 +47,33 @@ def test_measured_tiles_are_used(monkeypatch):
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
         assert triton_launch.table_key(FORMAT_IDS[bits], n, k, gated == 2, 64) in table
-        tiles = choose(monkeypatch, gpu, bits, n, k, gated == 2)
+        tiles = choose(monkeypatch, gpu, FORMAT_IDS[bits], n, k, gated == 2)
         assert product["us"][measured_name(tiles)] <= 1.01 * min(product["us"].values())
 
 
-@pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 64), (4, 128), (8, 64), (16, 64)])
+@pytest.mark.parametrize(
+    "format, bits, group_size",
+    [(Int4, 4, 32), (Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32), (Int8, 8, 576), (GroupedInt8, 8, 16),
+     (GroupedInt8, 8, 32), (Float8, 8, 128), (Dense, 16, 576)],
+)  # fmt: skip
 @pytest.mark.parametrize("gated", [False, True])
-def test_guess_fits(bits, group_size, gated, monkeypatch):
+def test_guess_fits(format, bits, group_size, gated, monkeypatch):
     """Whatever the size: the loads under way fit 99 KB, and a warp has no more than 8 sums of 16 rows by 8."""
     for n in (64, 576, 1536, 4096, 16384, 57344, 128256):
         for num_sms in (1, 16, 132, 300):
             gpu = triton_launch.Gpu(num_sms, min_block_m=8, can_overlap=True, tuned={})
-            tiles = choose(monkeypatch, gpu, bits, n, 576, gated, group_size)
+            tiles = choose(monkeypatch, gpu, format.format_id, n, 576, gated, group_size)
             elements_in_step = tiles.block_n * tiles.num_warps * tiles.warp_k
             assert (tiles.num_stages - 1) * elements_in_step * bits // 8 <= 99 * 1024
-            slices_of_a_warp = tiles.warp_k // (32 if group_size == 32 else 64)
+            slices_of_a_warp = tiles.warp_k // min(64, group_size)
             assert tiles.block_n // 16 * slices_of_a_warp <= 8
             assert tiles.block_n % 32 == 0 or not gated
 
 
 def test_unknown_format(monkeypatch):
     gpu = triton_launch.Gpu(N_PROCESSORS, min_block_m=8, can_overlap=True, tuned={})
-    monkeypatch.setitem(FORMAT_IDS, 6, 99)
     with pytest.raises(ValueError, match="formats .* not 99"):
-        choose(monkeypatch, gpu, 6, 64, 64, gated=False)
+        choose(monkeypatch, gpu, 99, 64, 64, gated=False)
 
 
 def test_overlap_options(monkeypatch):
