@@ -258,7 +258,7 @@ class Int4(GroupedFormat):
         return unpack_int4(weight)
 
     def fits_kernels(self, backend, in_features):
-        return in_features % 8 == 0 and (backend == "triton" or self.scale_dtype == torch.bfloat16)
+        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """triton: tiles, drawn in triton_tiles.py; scales and zeros in words, column by column (triton_elements.py:
@@ -303,7 +303,7 @@ class GroupedInt8(GroupedFormat):
         }
 
     def fits_kernels(self, backend, in_features):
-        return backend == "triton" and in_features % 8 == 0
+        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """triton: rows of int8, each q - 128; scales and zeros as Int4's."""

@@ -15,7 +15,7 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels import reference
-from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
+from kernels.formats import MXFP4, Dense, Float8, GroupedFormat, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear
 from rope import alibi_slopes, rope_table
 from tests.tiny import ROOT
@@ -56,7 +56,7 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounds_activations(format, dtype: torch.dtype) -> bool:
-    return isinstance(format, Int8 | Int4 | MXFP4) and dtype != torch.float32
+    return isinstance(format, Int8 | GroupedFormat | MXFP4) and dtype != torch.float32
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
@@ -108,8 +108,8 @@ def test_linear(format, dtype):
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_tokens(format, dtype):
-    """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but int4
-    weights are."""
+    """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but
+    weights whose scales are those of groups are."""
     torch.manual_seed(0)
     on_amx = dtype == torch.bfloat16 and kernels.cpu.library().has_amx_bf16()
     odd = [(21, 37)] if isinstance(format, Dense) else []  # quantized, K must be a multiple of 8
@@ -128,7 +128,7 @@ def test_linear_of_many_tokens(format, dtype):
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
                 step += bounds.step_of(normed.nan_to_num(), quantized=False)
                 bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
-                if on_amx and isinstance(format, Int4):
+                if on_amx and isinstance(format, GroupedFormat):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
                 ours = kernels.fused_linear(x, w, given_norm, residual)
                 total = y + residual.double()
@@ -268,7 +268,7 @@ def test_extremes(format):
         w = make(32, 64, format, dtype)
         if isinstance(format, Int8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
-        elif isinstance(format, Int4):
+        elif isinstance(format, GroupedFormat):
             w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
         elif isinstance(format, Float8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0

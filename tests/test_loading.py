@@ -86,7 +86,8 @@ def test_layers_in_other_formats(folder, tmp_path):
     with torch.inference_mode():
         logits = [m(tokens, torch.zeros(1, dtype=torch.long), KVCache(m, 1, 9)) for m in (model, plain, dense)]
     assert torch.equal(logits[1], logits[2])
-    torch.testing.assert_close(logits[0], logits[1])
+    # The kernels add in another order. Sums of some 100 products in float32 are off by up to 100 * 2^-24 of their terms
+    assert (logits[0] - logits[1]).norm() < 1e-5 * logits[1].norm()
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,9 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //
 // The last sum is the same for all outputs. So it is computed once, here:
 //
-//     Int8   The zero is 128 everywhere. compensation = -128 * (sum of q) is added to the group's sum of w * q.
-//     Int4   A group of weights has a zero, and is as long as several groups of activations. compensation is the sum of
-//            x from the first of these to this one, divided by 16, since zeros are in sixteenths. The last of these has
-//            the whole sum.
+//     Int8           The zero is 128 everywhere. compensation = -128 * (sum of q) is added to the group's sum of w * q.
+//     the others     A group of weights has a zero, and is as long as several groups of activations. compensation is
+//                    the sum of x from the first of these to this one. The last of these has the whole sum.
 struct QuantizedGroup {
   float scale;  // NaN if one of x is not finite; then the outputs are NaN, too
   float compensation;

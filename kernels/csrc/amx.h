@@ -4,8 +4,8 @@
 //
 //     activations [16 tokens, 32 inputs]  *  weights [32 inputs, 16 outputs]  ->  sums [16 tokens, 16 outputs], float32
 //
-// Weights of any format become bf16 on the way, once for all tokens. INT4's are rounded to it, as they are in prefill's
-// matrix products. Activations are not quantized.
+// Weights of any format become bf16 on the way, once for all tokens. Those with scales of groups are rounded to it, as
+// they are in prefill's matrix products. Activations are not quantized.
 #pragma once
 
 #include <optional>
@@ -118,32 +118,30 @@ template <> class WeightTiles<Int8> {
   }
 };
 
-template <> class WeightTiles<Int4> {
-  const char* data;
-  const bf16* scales;  // of the next group
-  const uint8_t* zeros;
-  const int64_t group_size;
-  int64_t group_end = 0;
+// Dequantizes the element q in bits BIT to BIT + SIZE - 1 of each word, without shifting it to bit 0 and converting it:
+// OR q into the mantissa of 1.0f, and the float is 1 + q / 2^(23 - BIT). With scale and offset as set computes them,
+//
+//     (q - zero) * s  =  (1 + q / 2^(23 - BIT)) * scale + offset
+template <int BIT, int SIZE> struct ElementAt {
+  Vec scale = {}, offset = {};
+  void set(const ScalesAndZeros& group) {
+    scale = group.scales * float(1 << (23 - BIT)), offset = -group.zeros * group.scales - scale;
+  }
+  Vec operator()(IntVec words) const {
+    const Vec one_and_q = (Vec)((words & (((1 << SIZE) - 1) << BIT)) | 0x3f800000);  // the bits of 1.0f
+    return (Vec)((UIntVec)(one_and_q * scale + offset) + 0x8000);  // to be cut to bf16, so this rounds to nearest
+  }
+};
 
-  // Dequantizes the nibble q in bits BIT to BIT + 3 of each word, without shifting it to bit 0 and converting it: OR q
-  // into the mantissa of 1.0f, and the float is 1 + q / 2^(23 - BIT). With scale and offset as set computes them,
-  //
-  //     (q - zero) * s  =  (1 + q / 2^(23 - BIT)) * scale + offset
-  template <int BIT> struct Nibble {
-    Vec scale = {}, offset = {};
-    void set(Vec s, Vec zero) { scale = s * float(1 << (23 - BIT)), offset = -zero * s - scale; }
-    Vec operator()(IntVec words) const {
-      const Vec one_and_q = (Vec)((words & (15 << BIT)) | 0x3f800000);  // the bits of 1.0f
-      return (Vec)((UIntVec)(one_and_q * scale + offset) + 0x8000);  // to be cut to bf16, so this rounds to nearest
-    }
-  };
-  Nibble<12> low;   // of a byte in bits 12 to 19
-  Nibble<16> high;
+template <> class WeightTiles<Int4> {
+  const Weights& w;
+  const char* data;
+  int64_t group, group_end = 0;  // the next group, and where it begins
+  ElementAt<12, 4> low;          // of a byte in bits 12 to 19
+  ElementAt<16, 4> high;
 
  public:
-  WeightTiles(const Weights& w, int64_t block)
-      : data(w.block_data(block)), scales(w.scales + block * w.n_groups * BLOCK_N),
-        zeros(w.zeros + block * w.n_groups * BLOCK_N), group_size(w.group_size) {}
+  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), group(block * w.n_groups) {}
 
   void read(int64_t begin, int64_t end, IntVec* lines) {
     for (int64_t k = begin; k < end; k += 8, lines += 4, data += 64) {
@@ -159,9 +157,34 @@ template <> class WeightTiles<Int4> {
 
  private:
   void next_group() {
-    const Vec scale = load_vec(scales), zero = load_vec(zeros) * (1 / 16.0f);
-    low.set(scale, zero), high.set(scale, zero);
-    scales += BLOCK_N, zeros += BLOCK_N, group_end += group_size;
+    const ScalesAndZeros of_group = Int4::scales_and_zeros(w, group++);
+    low.set(of_group), high.set(of_group);
+    group_end += w.group_size;
+  }
+};
+
+template <> class WeightTiles<GroupedInt8> {
+  const Weights& w;
+  const char* data;
+  int64_t group, group_end = 0;
+  ElementAt<15, 8> byte;
+
+ public:
+  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), group(block * w.n_groups) {}
+
+  void read(int64_t begin, int64_t end, IntVec* lines) {
+    for (int64_t k = begin; k < end; k += 4, lines += 2, data += 64) {
+      if (k == group_end) next_group();
+      const IntVec words = load_ahead(data);
+      lines[0] = bf16_pairs(byte(words << 15), byte(words << 7));
+      lines[1] = bf16_pairs(byte(words >> 1), byte(words >> 9));
+    }
+  }
+
+ private:
+  void next_group() {
+    byte.set(GroupedInt8::scales_and_zeros(w, group++));
+    group_end += w.group_size;
   }
 };
 
@@ -181,18 +204,17 @@ template <> class WeightTiles<Float8> {
 
 template <> class WeightTiles<MXFP4> {
   const Weights& w;
-  const int64_t block;
   const char* data;
-  int64_t group = 0, group_end = 0;  // the next group
+  int64_t group, group_end = 0;  // the next group, and where it begins
   Vec scale = {};
 
  public:
-  WeightTiles(const Weights& w, int64_t block) : w(w), block(block), data(w.block_data(block)) {}
+  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), group(block * w.n_groups) {}
 
   void read(int64_t begin, int64_t end, IntVec* lines) {
     const Vec values = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
     for (int64_t k = begin; k < end; k += 8, lines += 4, data += 64) {
-      if (k == group_end) scale = MXFP4::scales(w, block, group++), group_end += w.group_size;
+      if (k == group_end) scale = MXFP4::scales(w, group++), group_end += w.group_size;
       const IntVec words = load_ahead(data);
       const auto element = [&](int shift) {  // the instruction looks at the lowest four bits of each word
         return (Vec)_mm512_permutexvar_ps((__m512i)(words >> shift), (__m512)values) * scale;
@@ -242,7 +264,7 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
       Vec sums[16 * N];  // of a group of inputs
       store_sums(sums), zero_sums();
       const int64_t group = (end - 1) / w.group_size;
-      const Vec scale = Float8::scales_and_zeros(w, block, group).scales;
+      const Vec scale = Float8::scales_and_zeros(w, block * w.n_groups + group).scales;
       for (int i = 0; i < 16 * N; i++) out[i] = sums[i] * scale + (group ? out[i] : Vec{});
     }
   }

@@ -5,10 +5,11 @@
 // registers have room for the sums of BLOCK_M tokens. With more tokens, the loops go through a block of weights several
 // times, while it is in the cache.
 //
-//     dot_w8a8, dot_w4a8    8- and 4-bit weights, activations rounded to 8 bits
-//     dot_weight_only       8- and 4-bit weights, float32 activations
-//     dot_float8            8-bit floats as weights, bf16 or float32 activations
-//     dot_dense             weights of the activations' type
+//     dot_w8a8           8-bit weights, activations rounded to 8 bits
+//     dot_grouped        the same for 8- or 4-bit weights of which groups share scales and zeros
+//     dot_weight_only    8- and 4-bit weights, float32 activations
+//     dot_float8         8-bit floats as weights, bf16 or float32 activations
+//     dot_dense          weights of the activations' type
 #pragma once
 
 #include <array>
@@ -85,39 +86,47 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedToken* toke
   }
 }
 
-// Weights of format F, Int4 or MXFP4, M tokens. Zero points stay in sixteenths here; compensation was divided by 16
-// instead.
+// A block's weights for ACT_GROUP inputs, as bytes: elements 0-3 of each output and elements 4-7.
+struct BytePair { IntVec first, second; };
+template <typename F> BytePair load_bytes(const char* words) {
+  const IntVec v = load<IntVec>(words), low = IntVec{} + 0x0f0f0f0f;
+  if constexpr (F::PER_WORD == 4) return {v, load<IntVec>(words + 64)};
+  else return {F::unsigned_bytes(v & low), F::unsigned_bytes((v >> 4) & low)};
+}
+
+// Weights of format F, Int4, MXFP4 or GroupedInt8, M tokens.
 template <typename F, int M, int BLOCKS>
-void dot_w4a8(const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+void dot_grouped(const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  constexpr int64_t N_BYTES = 64 * ACT_GROUP / F::PER_WORD;  // of a block's weights for ACT_GROUP inputs
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(tokens[m]);
-  const IntVec low = IntVec{} + 0x0f0f0f0f;
   Vec total[BLOCKS][M] = {};
   for (int64_t g = 0, end, group = 0; g < w.k / ACT_GROUP; g = end, group++) {  // a group of the weights
     end = std::min(w.k, g * ACT_GROUP + w.group_size) / ACT_GROUP;
     Vec partial[BLOCKS][M] = {};
-    for (; g < end; g++) {  // 8 inputs: one word of each output, 64 bytes
-      IntVec lo[BLOCKS], hi[BLOCKS];
+    for (; g < end; g++) {
+      BytePair bytes[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
-        const char* words = data[b] + g * 64;
-        prefetch_l2(words + PREFETCH_L2_FAR);
-        if (M > 1) prefetch_l1(words + PREFETCH_L1);
-        const IntVec v = load<IntVec>(words);
-        lo[b] = F::unsigned_bytes(v & low), hi[b] = F::unsigned_bytes((v >> 4) & low);
+        const char* words = data[b] + g * N_BYTES;
+        for (int line = 0; line < N_BYTES; line += 64) {
+          prefetch_l2(words + line + PREFETCH_L2_FAR);
+          if (M > 1) prefetch_l1(words + line + PREFETCH_L1);
+        }
+        bytes[b] = load_bytes<F>(words);
       }
       for (int m = 0; m < M; m++) {
         const IntVec q0 = broadcast4(x[m][g].q), q4 = broadcast4(x[m][g].q + 4);
         for (int b = 0; b < BLOCKS; b++) {
           IntVec acc = {};
-          dot4(acc, lo[b], q0), dot4(acc, hi[b], q4);
+          dot4(acc, bytes[b].first, q0), dot4(acc, bytes[b].second, q4);
           partial[b][m] += as_float(acc) * x[m][g].scale;
         }
       }
     }
     for (int b = 0; b < BLOCKS; b++) {
-      const auto [scale, zero] = F::scales_and_sixteenths(w, blocks[b], group);
+      const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);
       for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].compensation) * scale;
     }
   }
@@ -130,8 +139,8 @@ template <typename F, int M>
 void dot_weight_only(const Weights& w, int64_t block, const PreparedToken* tokens, Vec* out) {
   const char* data = w.block_data(block);
   Vec total[M] = {};
-  for (int64_t k = 0, group = 0; k < w.k; group++) {
-    const auto [scale, zero] = F::scales_and_zeros(w, block, group);
+  for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
+    const auto [scale, zero] = F::scales_and_zeros(w, group);
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; data += 64) {
       const IntVec words = load<IntVec>(data);
       for (int j = 0; j < F::PER_WORD; j++, k++) {
@@ -171,7 +180,7 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
   constexpr int UNROLL = M <= 2 ? 2 : 1;  // independent sums along k, so that no addition waits for the one before
   const char* data = w.block_data(block);
   Vec total[M] = {};
-  for (int64_t k = 0, group = 0; k < w.k; group++) {
+  for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
     Vec acc[M][UNROLL][2] = {};
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; k += 4 * UNROLL)
       for (int u = 0; u < UNROLL; u++, data += 64) {
@@ -191,7 +200,7 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
           }
         }
       }
-    const Vec scale = Float8::scales_and_zeros(w, block, group).scales;
+    const Vec scale = Float8::scales_and_zeros(w, group).scales;
     for (int m = 0; m < M; m++) {
       for (int u = 1; u < UNROLL; u++) acc[m][0][0] += acc[m][u][0], acc[m][0][1] += acc[m][u][1];
       total[m] += scale * (IS_BF16 ? acc[m][0][0] + acc[m][0][1] : add_pairs(acc[m][0][0], acc[m][0][1]));
@@ -278,17 +287,14 @@ void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const PreparedTo
 template <int M, int BLOCKS, typename T>
 void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
   if constexpr (ROUNDS_TO_INT8<Int8, T>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
-  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
+  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<GroupedInt8, M>(w, blocks[b], tokens, out[b]);
 }
-template <int M, int BLOCKS, typename T>
-void dot_blocks(Int4, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
-  if constexpr (ROUNDS_TO_INT8<Int4, T>) dot_w4a8<Int4, M, BLOCKS>(w, blocks, tokens, out);
-  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int4, M>(w, blocks[b], tokens, out[b]);
-}
-template <int M, int BLOCKS, typename T>
-void dot_blocks(MXFP4, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
-  if constexpr (ROUNDS_TO_INT8<MXFP4, T>) dot_w4a8<MXFP4, M, BLOCKS>(w, blocks, tokens, out);
-  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<MXFP4, M>(w, blocks[b], tokens, out[b]);
+// Int4, MXFP4, GroupedInt8.
+template <int M, int BLOCKS, typename T, typename F>
+void dot_blocks(F, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  static_assert(F::INT8_ACTIVATIONS, "this format needs an overload");
+  if constexpr (ROUNDS_TO_INT8<F, T>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
+  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename T>
 void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {

@@ -155,8 +155,8 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
   for (int64_t b = 0; b < w.n_blocks(); b++) {
     const char* data = w.block_data(b);
     const int64_t n_outputs = std::min(BLOCK_N, w.n - b * BLOCK_N);
-    for (int64_t k = 0, group = 0; k < w.k; group++) {
-      const auto [group_scale, zero] = F::scales_and_zeros(w, b, group);
+    for (int64_t k = 0, group = b * w.n_groups; k < w.k; group++) {
+      const auto [group_scale, zero] = F::scales_and_zeros(w, group);
       const Vec scale = group_scale * w.channel_scale(b);
       for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
         const int64_t n = std::min(LINE, end - k);

@@ -83,9 +83,12 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
       result.bits = 8, result.channel_scales = ptr<float>(scales);
       return result;
     case Format::INT4:
-      check(ScalarType::Int, scales && zeros);
-      result.bits = 4, result.scales = ptr<bf16>(scales), result.zeros = ptr<uint8_t>(zeros);
-      result.n_groups = (k + group_size - 1) / group_size;
+    case Format::GROUPED_INT8:
+      check(ScalarType::Int, scales && zeros && (scales->scalar_type() == ScalarType::BFloat16 ||
+                                                 scales->scalar_type() == ScalarType::Half));
+      result.bits = result.format == Format::INT4 ? 4 : 8;
+      result.scales = ptr<uint16_t>(scales), result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
+      result.zeros = ptr<uint8_t>(zeros), result.n_groups = (k + group_size - 1) / group_size;
       return result;
     case Format::FLOAT8:
       check(ScalarType::Int, scales.has_value());

@@ -46,6 +46,12 @@ inline Vec load_vec(const bf16* p) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu
 inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
 inline Vec load_vec(const uint8_t* p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
 #else
+#if defined(__F16C__)
+inline Vec load_vec(const f16* p) {
+  const __m256 halves[] = {_mm256_cvtph_ps(load<__m128i>(p)), _mm256_cvtph_ps(load<__m128i>(p + 8))};
+  return load<Vec>(halves);
+}
+#endif
 template <typename T> inline Vec load_vec(const T* p) {
   Vec v;
   for (int i = 0; i < LANES; i++) v[i] = to_float(p[i]);

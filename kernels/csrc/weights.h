@@ -11,7 +11,8 @@ constexpr int64_t MAX_TOKENS = 64;  // that an operation takes; also in kernels/
 constexpr int64_t BLOCK_M = 8;      // tokens of a block, whose sums are kept in registers
 constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes of one Vec
 
-enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2, FLOAT8 = 4, MXFP4 = 5 };  // format_id in kernels/formats.py
+// format_id in kernels/formats.py
+enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2, GROUPED_INT8 = 3, FLOAT8 = 4, MXFP4 = 5 };
 
 // A matrix [n, k], or the first of a stack [n_experts, n, k]. Dense weights are stored output by output. Quantized ones
 // are packed block by block, in words of 4 bytes. The words of a block's 16 outputs lie side by side:
@@ -21,10 +22,10 @@ enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2, FLOAT8 = 4, MXFP4 =
 //     word 1     output 0   output 1   output 2   ...   output 15      the next elements
 //     ...                                                              then the next block
 //
-//     INT8       byte j is element j, stored as q + 128
-//     INT4       byte j holds element j in its low half and element j + 4 in its high half
-//     MXFP4      the same
-//     FLOAT8     the bytes of 4 outputs' words are in another order, drawn in float8.h
+//     INT8            byte j is element j, stored as q + 128
+//     GROUPED_INT8    byte j is element j
+//     INT4, MXFP4     byte j holds element j in its low half and element j + 4 in its high half
+//     FLOAT8          the bytes of 4 outputs' words are in another order, drawn in float8.h
 //
 // The last block is filled up to 16 outputs.
 struct Weights {
@@ -34,9 +35,10 @@ struct Weights {
   int64_t expert_bytes;  // of a matrix of the stack, with its padding
   int64_t n, k;
   int64_t group_size, n_groups;  // how many inputs share a scale, and how many groups an output has. INT8: k and 1
-  const float* channel_scales;    // INT8: [n]
-  const bf16* scales;            // INT4: [n / 16, n_groups, 16]
-  const uint8_t* zeros;          // INT4: [n / 16, n_groups, 16], zero points in sixteenths of a step of q
+  const float* channel_scales;   // INT8: [n]
+  const uint16_t* scales;        // INT4, GROUPED_INT8: [n / 16, n_groups, 16]
+  bool has_f16_scales;           // else they are bf16
+  const uint8_t* zeros;          // INT4, GROUPED_INT8: [n / 16, n_groups, 16]; INT4's in sixteenths of a step of q
   const float* float_scales;     // FLOAT8: [n / 16, n_groups, 16]
   const uint8_t* exponents;      // MXFP4: [n / 16, n_groups, 16], a scale is 2^(exponent - 127)
 
@@ -46,6 +48,13 @@ struct Weights {
   Vec channel_scale(int64_t block) const {
     return channel_scales ? load_partial(channel_scales, block * BLOCK_N, n) : Vec{} + 1;
   }
+  // The scales and zeros of a block's 16 outputs in a group of inputs: block * n_groups + its number in the block.
+  Vec group_scales(int64_t group) const {
+    const uint16_t* first = scales + group * BLOCK_N;
+    if (has_f16_scales) return load_vec(reinterpret_cast<const f16*>(first));
+    return load_vec(reinterpret_cast<const bf16*>(first));
+  }
+  Vec group_zeros(int64_t group) const { return load_vec(zeros + group * BLOCK_N); }
   Weights expert(int64_t e) const {
     Weights w = *this;
     w.data += e * expert_bytes;
@@ -81,7 +90,7 @@ struct Int8 {
   static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
   // Element j of a word, or of each of 16 words.
   static auto element(auto words, int j) { return (words >> (8 * j)) & 255; }
-  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t, int64_t) { return {Vec{} + 1, Vec{} + 128}; }
+  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + 128}; }
   // See QuantizedGroup in activations.h.
   static float compensation(int32_t sum_q, float, float) { return -128 * sum_q; }
 };
@@ -94,16 +103,26 @@ struct Int4 {
   static auto element(auto words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // What is multiplied for each byte 0 to 15 of nibbles.
   static IntVec unsigned_bytes(IntVec nibbles) { return nibbles; }
-  // Scales, and zeros in sixteenths.
-  static ScalesAndZeros scales_and_sixteenths(const Weights& w, int64_t block, int64_t group) {
-    const int64_t first = (block * w.n_groups + group) * BLOCK_N;
-    return {load_vec(w.scales + first), load_vec(w.zeros + first)};
+  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
+    return {w.group_scales(group), w.group_zeros(group) * (1 / 16.0f)};
   }
-  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t block, int64_t group) {
-    const auto [scales, sixteenths] = scales_and_sixteenths(w, block, group);
-    return {scales, sixteenths * (1 / 16.0f)};
+  static float compensation(int32_t sum_q, float scale, float before) { return before + sum_q * scale; }
+};
+
+struct GroupedInt8 {
+  static constexpr bool INT8_ACTIVATIONS = true;
+  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
+  static constexpr int PER_WORD = 4;
+  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
+  static auto element(auto words, int j) { return Int8::element(words, j); }
+  // Int8's elements lie in the same places, so both share dot_weight_only, which compiles slowly.
+  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
+    if (w.format == Format::INT8) return Int8::scales_and_zeros(w, group);
+    return {w.group_scales(group), w.group_zeros(group)};
   }
-  static float compensation(int32_t sum_q, float scale, float before) { return before + sum_q * scale / 16; }
+  static float compensation(int32_t sum_q, float scale, float before) {
+    return Int4::compensation(sum_q, scale, before);
+  }
 };
 
 // 8-bit floats: float8.h.
@@ -115,8 +134,8 @@ struct Float8 {
     return output / 4 * 16 + j / 2 * 8 + output % 4 * 2 + j % 2;
   }
   static float element(uint8_t byte, int) { return FLOAT8_VALUES[byte]; }
-  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t block, int64_t group) {
-    return {load_vec(w.float_scales + (block * w.n_groups + group) * BLOCK_N) * FLOAT8_FACTOR, Vec{}};
+  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
+    return {load_vec(w.float_scales + group * BLOCK_N) * FLOAT8_FACTOR, Vec{}};
   }
 };
 
@@ -137,14 +156,9 @@ struct MXFP4 {
     alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
     return lookup_bytes(TABLE, nibbles);
   }
-  static Vec scales(const Weights& w, int64_t block, int64_t group) {
-    return exp2_vec(w.exponents + (block * w.n_groups + group) * BLOCK_N);
-  }
-  static ScalesAndZeros scales_and_sixteenths(const Weights& w, int64_t block, int64_t group) {
-    return {scales(w, block, group) * 0.5f, Vec{} + 12 * 16};
-  }
-  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t block, int64_t group) {
-    return {scales(w, block, group) * 0.5f, Vec{} + 12};
+  static Vec scales(const Weights& w, int64_t group) { return exp2_vec(w.exponents + group * BLOCK_N); }
+  static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
+    return {scales(w, group) * 0.5f, Vec{} + 12};
   }
   static float compensation(int32_t sum_q, float scale, float before) {
     return Int4::compensation(sum_q, scale, before);
@@ -157,6 +171,7 @@ template <typename Function> auto dispatch_format(Format format, Function functi
     case Format::DENSE: return function(Dense{});
     case Format::INT8: return function(Int8{});
     case Format::INT4: return function(Int4{});
+    case Format::GROUPED_INT8: return function(GroupedInt8{});
     case Format::FLOAT8: return function(Float8{});
     case Format::MXFP4: return function(MXFP4{});
   }
