@@ -21,15 +21,12 @@ from model import LayerCache, Linear, RMSNorm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
-<<<<<<< HEAD
-CPU_FORMATS = [*FORMATS, Float8(), Float8(32), MXFP4()]
-TRITON_FORMATS = [
-    *FORMATS, Int4(32, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16), Float8(), Float8(32), MXFP4(),
-=======
-CPU_FORMATS = [  # of which Triton's kernels are checked in triton_checks.py
+CPU_FORMATS = [
     Dense(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(8), GroupedInt8(64, torch.float16),
     Float8(), Float8(32), MXFP4(),
->>>>>>> c6215d8 (C++ kernels for Int4 with float16 scales and for GroupedInt8)
+]  # fmt: skip
+TRITON_FORMATS = [
+    *FORMATS, Int4(32, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16), Float8(), Float8(32), MXFP4(),
 ]  # fmt: skip
 U32 = bounds.U[torch.float32]
 OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_elements.offset_of
