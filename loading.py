@@ -53,7 +53,8 @@ def load_model(
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, parse_formats(quantization))
-    is_tied = config.tie_embeddings and model.lm_head.format.quantization is None and "lm_head.weight" not in tensors
+    has_same_format = model.lm_head.format == model.embed_tokens.format
+    is_tied = config.tie_embeddings and has_same_format and "lm_head.weight" not in tensors
     quantized_names = quantized_tensors(model)
     check_tensors(path, model, tensors, is_tied, quantized_names)
     n_ranks = tp.world_size() if sharded else 1
@@ -62,17 +63,18 @@ def load_model(
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
 
+    head = {f"lm_head.{name}": f"embed_tokens.{name}" for name in model.lm_head.tensors()} if is_tied else {}
     if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only a part of the head
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+        tensors |= {name: tensors[source] for name, source in head.items()}
         is_tied = False
 
     shard = tp.shard(model, device) if n_ranks > 1 else None
     moved = move_tensors(tensors, device, dtype, quantized_names, shard)
     if is_tied:
-        moved["lm_head.weight"] = moved["embed_tokens.weight"]
+        moved |= {name: moved[source] for name, source in head.items()}
     model.load_state_dict(moved, assign=True)
     if is_tied:
-        model.lm_head.weight = model.embed_tokens.weight
+        model.tie_embedding()
     model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
     if use_kernels:
@@ -85,9 +87,9 @@ def load_model(
 def quantized_tensors(model: Transformer) -> set[str]:
     """The names of the tensors that quantized weights consist of. Loading does not change their dtypes."""
     names = set()
-    for name, linear in model.quantizable_linears():
-        if linear.format.quantization:
-            names |= {f"{name}.{tensor_name}" for tensor_name in linear.tensors()}
+    for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
+        if matrix.format.quantization:
+            names |= {f"{name}.{tensor_name}" for tensor_name in matrix.tensors()}
     return names
 
 
@@ -98,7 +100,7 @@ def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: boo
     quantized_names: the tensors whose dtypes must fit, too."""
     needed = model.state_dict()
     if is_tied:
-        del needed["lm_head.weight"]
+        needed = {name: tensor for name, tensor in needed.items() if not name.startswith("lm_head.")}
     for name in needed.keys() | tensors.keys():
         fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
         if fits and name in quantized_names:

@@ -4,6 +4,7 @@
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys and values of earlier tokens; allocated once and passed in
     Linear            y = x W^T, W in the checkpoint's format (kernels/formats.py)
+    Embedding         a row of W for every token
 
 It computes only by the operations of kernels/__init__.py, so one forward runs everywhere: in plain PyTorch, and on the
 kernels of a CPU or a GPU.
@@ -38,8 +39,7 @@ class Transformer(nn.Module):
         self.config = config
         self.format: WeightFormat = DENSE  # of most linear layers
         self.embed_scale = config.embed_scale
-        # from_pretrained skips nn.Embedding's initialization, which imports PyTorch's compiler: 1 s and 150 MB.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
+        self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, scale=config.logit_scale, softcap=config.logit_softcap)
@@ -57,24 +57,39 @@ class Transformer(nn.Module):
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, dim]. The embedding has no backend of its own; the head's is the whole model's."""
-        return kernels.embed(tokens, self.embed_tokens.weight, self.embed_scale, self.lm_head.backend)
+        """[B, T] -> [B, T, dim]."""
+        return self.embed_tokens(tokens, self.embed_scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
         return self.lm_head(x, norm=self.norm, out_dtype=torch.float32)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, and of all weights that are not quantized."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
     def is_tied(self) -> bool:
         """Whether the head's weight is the embedding, too: one parameter, once in memory."""
         return self.embed_tokens.weight is self.lm_head.weight
+
+    def tie_embedding(self):
+        """Makes the head's weight the embedding, too."""
+        embedding, head = self.embed_tokens, self.lm_head
+        embedding.weight, embedding.scales, embedding.zeros = head.weight, head.scales, head.zeros
+        embedding.format, embedding.backend = head.format, head.backend
 
     def prepare_kernels(self, in_mapped_file: bool = False):
         """Switches to the kernels for the model's device: see kernels.prepare_kernels."""
         is_tied = self.is_tied
         kernels.prepare_kernels(self, in_mapped_file)
-        if is_tied:  # the head's weight may have moved
-            self.embed_tokens.weight = self.lm_head.weight
+        if is_tied:  # the head's weight may have been packed
+            self.tie_embedding()
 
     def quantizable_linears(self) -> Iterator[tuple[str, "Linear"]]:
         """(name, layer) of every linear layer that quantization rewrites: all but the routers."""
@@ -87,6 +102,8 @@ class Transformer(nn.Module):
         be recorded."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
+        if self.embed_tokens.format.quantization:  # otherwise a CPU always has a kernel, and a GPU needs none
+            backends.add(self.embed_tokens.backend)
         if len(backends) > 1 or self.config.activation not in kernels.ACTIVATION_IDS:
             return False
         if batch * n_tokens > min(linear.max_tokens for linear in linears):
@@ -107,17 +124,18 @@ class Transformer(nn.Module):
 
 
 def empty_model(config: ModelConfig, formats: WeightFormats = ALL_DENSE) -> Transformer:
-    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. Raises UsageError
-    if formats names a layer that the model does not have."""
+    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
+    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
-    unknown = formats.overrides.keys() - linears.keys()
+    unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
     if unknown:
         raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
     model.format = formats.default
     for name, linear in linears.items():
         linear.set_format(formats.of_layer(name))
+    model.embed_tokens.set_format(formats.overrides.get("embed_tokens", DENSE))
     return model
 
 
@@ -222,31 +240,25 @@ class MoE(nn.Module):
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
 
 
-class Linear(nn.Module):
-    """y = x W^T [+ bias], with W [N, K], or [E, N, K] for a layer of experts.
+class Matrix(nn.Module):
+    """W [N, K], or [E, N, K] for a layer of experts: what Linear and Embedding have in common.
 
     format: how W is stored (kernels/formats.py).
-    backend: whose kernels compute it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
+    backend: whose kernels read it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
     checkpoint.
-    max_tokens: how many tokens they compute at a time. More are computed in plain PyTorch."""
+    is_table: whether a step reads only some of the rows."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
-        scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
-    ):  # fmt: skip
+    is_table = False
+
+    def __init__(self, in_features: int, out_features: int, n_experts: int | None = None):
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
-        self.scale, self.softcap, self.clip = scale, softcap, clip
         self.format: WeightFormat = DENSE
-        self.backend, self.max_tokens = "torch", 0
+        self.backend = "torch"
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(shape[:-1]), requires_grad=False) if bias else None
         self.register_buffer("scales", None)
         self.register_buffer("zeros", None)
-
-    def forward(self, x: Tensor, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
-        return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
 
     def tensors(self) -> Tensors:
         """The tensors that W is stored as, by name."""
@@ -270,6 +282,34 @@ class Linear(nn.Module):
         """W [N, K], dequantized to dtype. For experts: those that experts selects, an index, a slice or a tensor of
         indices."""
         return kernels.dequantize(self, dtype, experts)
+
+
+class Embedding(Matrix):
+    """A row of W [V, dim] for every token."""
+
+    is_table = True
+
+    def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """tokens [B, T] -> their rows times scale: [B, T, dim] in dtype."""
+        return kernels.embed(tokens, self, scale, dtype)
+
+
+class Linear(Matrix):
+    """y = x W^T [+ bias].
+
+    max_tokens: how many tokens the kernels compute at a time. More are computed in plain PyTorch."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
+        scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, n_experts)
+        self.scale, self.softcap, self.clip = scale, softcap, clip
+        self.max_tokens = 0
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
+        return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
 
 
 class ExpertsGateUp(Linear):
@@ -321,18 +361,17 @@ class KVCache:
         if max_seq_len > model.config.max_seq_len:
             raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
-        weight = model.embed_tokens.weight
-        self.device = weight.device
+        self.device = model.device
         # What the text says, for sampling that depends on it; see store_token_ids.
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
-        tables = RopeTables(model.config, max_seq_len, weight.device)
+        tables = RopeTables(model.config, max_seq_len, self.device)
         self.layers = []
         for i, layer in enumerate(model.layers):
             attention, slopes = layer.attention, None
             if attention.alibi_slopes is not None:
-                slopes = torch.tensor(attention.alibi_slopes, dtype=torch.float32, device=weight.device)
+                slopes = torch.tensor(attention.alibi_slopes, dtype=torch.float32, device=self.device)
             shape = (batch_size, attention.n_kv_heads, max_seq_len, attention.head_dim)
-            k, v = weight.new_zeros(shape), weight.new_zeros(shape)
+            k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
             self.layers.append(LayerCache(k, v, tables.of_layer(i), slopes))
 
     def store_token_ids(self, tokens: Tensor, start_pos: Tensor):

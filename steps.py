@@ -61,7 +61,7 @@ def kv_bytes_per_token(model: Transformer) -> int:
 
 
 def device_of(model: Transformer) -> torch.device:
-    return model.embed_tokens.weight.device
+    return model.device
 
 
 def build_steps(

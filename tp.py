@@ -180,7 +180,7 @@ def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
 
 def insert_collectives(model: Transformer):
     """Adds the collectives to a model that shard has cut. The last step of loading it."""
-    reduce = choose_all_reduce(model.embed_tokens.weight)
+    reduce = choose_all_reduce(model.norm.weight)
     for layer in model.layers:
         o_proj = layer.attention.o_proj
         q_width = layer.attention.n_heads * layer.attention.head_dim

@@ -22,9 +22,10 @@ from converters.gguf_config import (
     read_gguf_config,
 )
 from converters.gguf_file import StoredTensor, read_gguf
+from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import HFTensors, TensorReader, write_folder
+from converters.model_tensors import HFTensors, TensorReader, plan_tensors, write_folder
 from tokenizer import TOKENIZER_FILES
 
 GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
@@ -54,8 +55,10 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose rows
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
-def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Writes model.pth, its weights in dtype, and the tokenizer's files to folder. Returns model.pth's path."""
+def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, keep: bool = False) -> Path:
+    """Writes model.pth, its weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
+
+    keep: what is quantized stays so, as the path then says. How close it is to the GGUF is printed."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
@@ -63,14 +66,21 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     meta, stored = read_gguf(file)
     try:
         config = read_gguf_config(meta, stored)
-        tensors, read = rename_gguf_tensors(stored, config, dtype, find_architecture(meta))
+        architecture = find_architecture(meta)
+        tensors, read = rename_gguf_tensors(stored, config, dtype, architecture)
+        kept = keep_quantized(stored, config, tensors, architecture) if keep else None
         tokenizer = tokenizer_files(meta)
     except UsageError:
         raise
     except Exception as e:  # whatever odd metadata runs into; tokenizers raises bare Exception
         why = f"{type(e).__name__} {e}".splitlines()[0]
         raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
-    return write_folder(folder, config, tensors, read, dict.fromkeys(TOKENIZER_FILES) | tokenizer)
+    files = dict.fromkeys(TOKENIZER_FILES) | tokenizer
+    if kept is None:
+        return write_folder(folder, config, tensors, read, files)
+    path = write_folder(folder, config, tensors | kept.weights, kept.reader(read), files)
+    print(*kept.report(), sep="\n")
+    return path
 
 
 # ---- From the GGUF's tensors to Hugging Face's ----------------------------------------------------------------------
@@ -81,13 +91,9 @@ def rename_gguf_tensors(
 ) -> tuple[HFTensors, TensorReader]:
     """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
     of them, its rows in our order. Gemma's norms need nothing: a GGUF has 1 + w already."""
-    sources: dict[str, StoredTensor] = {}
-    for name, tensor in stored.items():
-        if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
-            sources |= split_tensor(name, tensor, config, architecture)
+    sources = split_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
-    is_interleaved = architecture.interleaved_rope or FAMILIES[architecture.family].interleaved_rope
-    order = rope_order(config, is_interleaved)
+    order = gguf_rope_order(config, architecture)
 
     def read(name: str) -> Tensor:
         source = sources[name]
@@ -99,6 +105,30 @@ def rename_gguf_tensors(
         return reorder_heads(name, tensor, order)
 
     return tensors, read
+
+
+def keep_quantized(
+    stored: dict[str, StoredTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
+) -> KeptWeights:
+    """What stays quantized of tensors, which rename_gguf_tensors has made of stored."""
+    sources = split_tensors(stored, config, architecture)
+    return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
+
+
+def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor | None:
+    is_interleaved = architecture.interleaved_rope or FAMILIES[architecture.family].interleaved_rope
+    return rope_order(config, is_interleaved)
+
+
+def split_tensors(
+    stored: dict[str, StoredTensor], config: ModelConfig, architecture: Architecture
+) -> dict[str, StoredTensor]:
+    """The GGUF's tensors by Hugging Face's names."""
+    sources: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
+            sources |= split_tensor(name, tensor, config, architecture)
+    return sources
 
 
 def split_tensor(

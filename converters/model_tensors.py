@@ -61,7 +61,7 @@ class TensorPlan:
     shape: torch.Size
     dtype: torch.dtype
     sources: list[str]
-    linear_format: WeightFormat | None = None  # if it is a linear layer's weight; then it becomes this format's tensors
+    linear_format: WeightFormat | None = None  # if it may be quantized: then it becomes this format's tensors
 
     @property
     def format(self) -> WeightFormat:
@@ -137,7 +137,7 @@ def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPla
     one_layer = model.state_dict()
     if config.tie_embeddings:
         del one_layer["lm_head.weight"]
-    quantizable = {f"{name}.weight" for name, _ in model.quantizable_linears()}
+    quantizable = {f"{name}.weight" for name, _ in model.quantizable_linears()} | {"embed_tokens.weight"}
     plans = {}
     for i in range(config.n_layers):
         for name_in_layer_0, tensor in one_layer.items():
@@ -220,9 +220,13 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
     """The header's "quantization": default, and what other linear layers have."""
     if default.quantization is None:
         return None
-    layers = {} if "lm_head.weight" in plans else {"lm_head": None}  # a tied head
+    layers, embedding = {}, plans["embed_tokens.weight"].format
+    if "lm_head.weight" not in plans and embedding != default:  # a tied head
+        layers["lm_head"] = embedding.quantization
+    if embedding.quantization is not None:  # it has no default
+        layers["embed_tokens"] = embedding.quantization
     for name, plan in plans.items():
-        if plan.linear_format not in (None, default):
+        if plan.linear_format not in (None, default) and name != "embed_tokens.weight":
             layers[name.removesuffix(".weight")] = plan.format.quantization
     return default.quantization | ({"layers": layers} if layers else {})
 

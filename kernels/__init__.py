@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from kernels import cpu, reference
 from kernels.formats import QUANTIZE_CHUNK, Dequantized, Tensors, WeightFormat
-from kernels.layers import AttentionLayer, LayerCache, LinearLayer, NormLayer
+from kernels.layers import AttentionLayer, LayerCache, LinearLayer, Matrix, NormLayer
 from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages
 
@@ -107,11 +107,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, bac
     return ops.rms_norm(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
 
 
-def embed(tokens: Tensor, weight: Tensor, scale: float, backend: str) -> Tensor:
-    """tokens [B, T] -> their rows of weight [V, dim], times scale: [B, T, dim]."""
-    if backend == "cpu" and ops_of_backend(backend, tokens.numel()):
-        return torch.ops.gptfast.embed(tokens.contiguous(), weight, scale)
-    return reference.embed(tokens, weight, scale)
+def embed(tokens: Tensor, table: Matrix, scale: float, dtype: torch.dtype) -> Tensor:
+    """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
+    if table.format.quantization:  # only the kernels can read what is packed for them, for however many tokens
+        ops = ops_of_backend(table.backend, 1)
+    else:
+        ops = ops_of_backend(table.backend, tokens.numel()) if table.backend == "cpu" else None
+    if ops is None:
+        return reference.embed(tokens, table, scale, dtype)
+    return ops.embed(tokens.contiguous(), *weight_arguments(table), table.in_features, dtype, scale)
 
 
 def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Tensor) -> Tensor:
@@ -214,7 +218,7 @@ def norm_arguments(norm: NormLayer | None) -> tuple[Tensor | None, float]:
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
 
-def weight_arguments(layer: LinearLayer) -> tuple:
+def weight_arguments(layer: Matrix) -> tuple:
     """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
     group_size = layer.format.scale_group_size(layer.in_features)
     return layer.weight, layer.scales, layer.zeros, layer.format.format_id, layer.out_features, group_size
@@ -227,43 +231,47 @@ def prepare_kernels(model: torch.nn.Module, in_mapped_file: bool = False):
     """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
     copies, so an embedding that was tied to the head must be tied again (Transformer.prepare_kernels).
 
-    On a CPU, quantized weights for which there are no kernels are dequantized to the dtype of the embedding.
+    On a CPU, quantized weights for which there are no kernels are dequantized to the dtype of the others.
 
     in_mapped_file: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
     so that no weight is in memory twice."""
-    first = next(iter(model.state_dict().values()))
-    linears = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
-    if first.device.type == "cpu":
+    device = next(model.parameters()).device
+    layers = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
+    layers = list({layer.weight: layer for layer in layers}.values())  # of a tied weight the head, which comes last
+    if device.type == "cpu":
         has_kernels = cpu.library() is not None
-        fitting = [m for m in linears if has_kernels and m.format.fits_kernels("cpu", m.in_features)]
-        if first.is_floating_point():
-            without_kernels = [m for m in linears if m.format.quantization and m not in fitting]
-            dequantize_weights(without_kernels, first.dtype, in_mapped_file)
+        fitting = [m for m in layers if has_kernels and m.format.fits_kernels("cpu", m.in_features)]
+        dtypes = [p.dtype for p in model.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        if dtypes:
+            without_kernels = [m for m in layers if m.format.quantization and m not in fitting]
+            dequantize_weights(without_kernels, dtypes[0], in_mapped_file)
         if has_kernels:
-            pack_for_cpu(linears, in_mapped_file)
-    elif first.device.type == "cuda" and load_triton_kernels(first.device):
-        pack_for_triton(linears)
+            pack_for_cpu(layers, in_mapped_file)
+    elif device.type == "cuda" and load_triton_kernels(device):
+        pack_for_triton(layers)
 
 
-def pack_for_cpu(linears: list[LinearLayer], in_mapped_file: bool):
+def pack_for_cpu(linears: list[Matrix], in_mapped_file: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
     is_quantized = any(layer.format.quantization for layer in linears)
     for layer in tqdm(linears, "load", disable=None, leave=False):
         if not layer.format.fits_kernels("cpu", layer.in_features):
             continue
+        layer.backend = "cpu"
+        if layer.is_table and not layer.format.quantization:  # it may stay in the file: few of its pages are read
+            continue
         unpacked = layer.tensors()
         for name, packed in layer.format.pack(unpacked, "cpu").items():
             layer.set_tensor(name, memory.copy(packed))
             if in_mapped_file:
                 drop_pages(unpacked[name])
-        layer.backend = "cpu"
         # In a quantized model dense layers, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be faster:
         # one operation outside the kernels would make the whole step impossible to record.
         layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
-def dequantize_weights(linears: list[LinearLayer], dtype: torch.dtype, in_mapped_file: bool):
+def dequantize_weights(linears: list[Matrix], dtype: torch.dtype, in_mapped_file: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
     so and leaves them as they are."""
@@ -294,7 +302,7 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     return weight.view(*outputs, in_features)
 
 
-def pack_for_triton(linears: list[LinearLayer]):
+def pack_for_triton(linears: list[Matrix]):
     from kernels import triton_formats
 
     for layer in linears:

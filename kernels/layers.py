@@ -11,8 +11,8 @@ from torch import Tensor
 from kernels.formats import Tensors, WeightFormat
 
 
-class LinearLayer(Protocol):
-    """A weight W [N, K], or one for each expert [E, N, K], and what is applied to its products."""
+class Matrix(Protocol):
+    """A weight W [N, K], or one for each expert [E, N, K]."""
 
     out_features: int  # N
     in_features: int  # K
@@ -20,19 +20,25 @@ class LinearLayer(Protocol):
     weight: Tensor  # W, or what its format stores in its place
     scales: Tensor | None  # of a quantized W
     zeros: Tensor | None  # of a quantized W
-    bias: Tensor | None  # [N] or [E, N]
-    scale: float  # the product is multiplied by it
-    softcap: float  # if not 0, the product then becomes softcap * tanh(product / softcap)
-    clip: float  # if not 0, the product is then clamped to -clip ... clip
     format: WeightFormat  # how W is stored
     backend: str  # for which it is packed: "cpu" or "triton". "torch": as in the checkpoint
-    max_tokens: int  # for which the backend's kernels are faster than plain PyTorch
+    is_table: bool  # whether a step reads only a few of its rows, as of an embedding
 
     def tensors(self) -> Tensors:
         """weight, scales and zeros by name, without those that are None."""
 
     def set_tensor(self, name: str, tensor: Tensor | None) -> Tensor | None:
         """Replaces one of these."""
+
+
+class LinearLayer(Matrix, Protocol):
+    """A weight, and what is applied to its products."""
+
+    bias: Tensor | None  # [N] or [E, N]
+    scale: float  # the product is multiplied by it
+    softcap: float  # if not 0, the product then becomes softcap * tanh(product / softcap)
+    clip: float  # if not 0, the product is then clamped to -clip ... clip
+    max_tokens: int  # for which the backend's kernels are faster than plain PyTorch
 
     def dequantized_weight(self, dtype: torch.dtype, experts=slice(None)) -> Tensor:
         """W in dtype. For experts: the matrices that experts selects."""

@@ -1,14 +1,15 @@
 """The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
 kernels/__init__.py describes each. Weights of every format are read through layer.dequantized_weight(dtype). If the
-weights are packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch".
+weights are packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch", and so does
+a quantized embedding.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layers import AttentionLayer, LayerCache, LinearLayer, NormLayer
+from kernels.layers import AttentionLayer, LayerCache, LinearLayer, Matrix, NormLayer
 
 
 def fused_linear(
@@ -66,8 +67,11 @@ def glu(gate_up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate, up)
 
 
-def embed(tokens: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-    x = F.embedding(tokens, weight)
+def embed(tokens: Tensor, table: Matrix, scale: float, dtype: torch.dtype) -> Tensor:
+    if table.format.quantization is None:
+        x = F.embedding(tokens, table.weight)
+    else:
+        x = table.format.dequantize({name: t[tokens] for name, t in table.tensors().items()}, dtype)
     return x if scale == 1 else x * scale
 
 

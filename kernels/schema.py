@@ -68,9 +68,9 @@ def rms_norm(x, weight, eps, residual):
     return torch.empty_like(x)
 
 
-@define("(Tensor tokens, Tensor weight, float scale) -> Tensor")
-def embed(tokens, weight, scale):
-    return weight.new_empty(*tokens.shape, weight.shape[1])
+@define(f"(Tensor tokens, {WEIGHT}, int k, ScalarType dtype, float scale) -> Tensor")
+def embed(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype, scale):
+    return weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
 @define(

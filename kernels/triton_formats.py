@@ -208,7 +208,7 @@ def kernel_format(format_id: int) -> KernelFormat:
 
 
 def supports(layer) -> bool:
-    """Whether the kernels can read the weight of layer, a model.Linear."""
+    """Whether the kernels can read the weight of layer, a model.Linear or Embedding."""
     format = layer.format
     known = FORMATS.get(getattr(format, "format_id", None))
     if known is None or not format.fits_kernels("triton", layer.in_features):
@@ -220,7 +220,7 @@ def supports(layer) -> bool:
     return not known.is_tiled or layer.n_experts is None or layer.out_features % TILE_N.value == 0
 
 
-# ---- dequantize -----------------------------------------------------------------------------------------------------
+# ---- dequantize and embed -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -242,4 +242,34 @@ def dequantize(
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](weight, scales, y, n, k, group_size, kernel_format(format_id).dequantize)
+    return y
+
+
+@triton.jit
+def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, DEQUANTIZE: tl.constexpr):
+    """y [n_tokens, K] = the rows of W at tokens, times scale. Program (i, j) has token i, columns [64 j, 64 (j + 1)).
+    It dequantizes the tile that they lie in, and stores one row of it."""
+    i, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.load(tokens_ptr + i)
+    tile_n = token // TILE_N
+    offs_n, offs_k = tile_n * TILE_N + tl.arange(0, TILE_N), tile_k * TILE_K + tl.arange(0, TILE_K)
+    mask = (offs_n == token)[:, None] & (offs_k < K)[None, :]
+    w = DEQUANTIZE(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE)
+    y = w.to(y_ptr.dtype.element_ty).to(tl.float32) * scale  # rounded twice, as the plain operations do
+    y_ptrs = y_ptr + i * K + offs_k[None, :] + tl.zeros_like(offs_n)[:, None]
+    tl.store(y_ptrs, y, mask=mask)
+
+
+@triton_op
+def embed(
+    tokens: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
+    group_size: int, k: int, dtype: torch.dtype, scale: float,
+) -> Tensor:  # fmt: skip
+    """The rows [..., k] of a quantized weight [n, k] at tokens, times scale."""
+    y = weight.new_empty(*tokens.shape, k, dtype=dtype)
+    grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
+    if tokens.numel():
+        embed_kernel[grid](
+            tokens, weight, scales, y, scale, n, k, group_size, kernel_format(format_id).dequantize
+        )  # fmt: skip
     return y

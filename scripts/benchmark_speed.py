@@ -23,7 +23,7 @@ from converters.families import config_from_hf
 from generate import generate
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, Tensors, WeightFormat
 from machine import peak_memory, read_bandwidth, synchronize
-from model import KVCache, Linear, RMSNorm, Transformer, empty_model
+from model import Embedding, KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from steps import ModelStep, Steps, build_steps, device_of
@@ -99,7 +99,7 @@ def fill_randomly(module: nn.Module):
     """Fills the tensors of a single module. Norms become one and biases zero."""
     if isinstance(module, RMSNorm):
         module.weight.fill_(1)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, Embedding):
         module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
     elif isinstance(module, Linear):
         fill_weight(module, std=module.in_features**-0.5)

@@ -2,11 +2,16 @@
 
     python scripts/convert_gguf.py model.Q4_1.gguf --checkpoint_dir checkpoints/model
     python scripts/convert_gguf.py model-00001-of-00003.gguf --checkpoint_dir checkpoints/model    # and the other parts
+    python scripts/convert_gguf.py model.Q4_1.gguf --checkpoint_dir checkpoints/model --keep       # stays quantized
 
 Reads the architectures llama (Mixtral, too), qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, phi3, olmo2 (Olmo 3, too),
 smollm3, granite, glm4 and gpt-oss, in F32, F16, BF16 and every quantized type that the gguf package dequantizes. The
 vocabulary becomes tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece); bos, eos and chat template go to
 tokenizer_config.json.
+
+With --keep quantized weights are not rounded again, if that is possible in 1.1 times the GGUF's size. The result is
+named as most of them are stored: model_int4.g32.pth. What became of each type is printed. These types can be kept:
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K.
 """
 
 import sys
@@ -34,9 +39,11 @@ def main():
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth and the tokenizer go there")
     help = "of the stored weights (default: %(default)s)"
     parser.add_argument("--dtype", choices=cli.PRECISIONS, default="bfloat16", help=help)
+    help = "leave quantized weights quantized, and name the file as most of them are stored: model_int4.g32.pth"
+    parser.add_argument("--keep", action="store_true", help=help)
     args = parser.parse_args()
-    convert_gguf(args.file, args.checkpoint_dir, getattr(torch, args.dtype))
-    print(f"wrote {args.checkpoint_dir / 'model.pth'}")
+    path = convert_gguf(args.file, args.checkpoint_dir, getattr(torch, args.dtype), args.keep)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

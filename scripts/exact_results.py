@@ -16,7 +16,7 @@ import torch
 import kernels
 from kernels import reference
 from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
-from model import LayerCache, Linear, RMSNorm
+from model import Embedding, LayerCache, Linear, RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
@@ -63,11 +63,20 @@ def make(
     torch.nn.init.normal_(w.weight)
     if bias:
         w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
-    stored = format.quantize(w.weight.data.to(dtype))
-    w.set_format(format)
-    for name, tensor in stored.items():
-        w.set_tensor(name, tensor)
-    return w
+    return store(w, w.weight.data.to(dtype), format)
+
+
+def make_table(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
+    """A random Embedding as in a checkpoint."""
+    return store(Embedding(k, n), torch.randn(n, k).to(dtype), format)
+
+
+def store(matrix, w: torch.Tensor, format):
+    """Makes w the weight of matrix, a Linear or an Embedding, in format."""
+    matrix.set_format(format)
+    for name, tensor in format.quantize(w).items():
+        matrix.set_tensor(name, tensor)
+    return matrix
 
 
 def use_triton(module: torch.nn.Module) -> torch.nn.Module:

@@ -140,11 +140,11 @@ def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     """Partials of this file's functions, so that they can be sent to other processes."""
     checks = [partial(check_linear, dtype, *case) for case in product(FORMATS, sizes.linears)]
     checks += [partial(check_random_linear, dtype, *case) for case in product(FORMATS, sizes.random_linears)]
-    checks += [partial(check_dequantize, dtype, *case) for case in product(FORMATS, sizes.matrices)]
+    checks += [partial(check_rows, dtype, *case) for case in product(FORMATS, sizes.matrices)]
     for format, (n, k, has_bias, token_counts) in product(TRITON_FORMATS[len(FORMATS) :], sizes.few_linears):
         checks.append(partial(check_linear, dtype, format, (n, k, has_bias, token_counts)))
         checks.append(partial(check_random_linear, dtype, format, (n, k, token_counts[-1])))
-        checks.append(partial(check_dequantize, dtype, format, (n, k)))
+        checks.append(partial(check_rows, dtype, format, (n, k)))
     checks += [partial(check_activation, dtype, activation) for activation in ACTIVATIONS]
     checks += [partial(check_epilogue, dtype, *epilogue) for epilogue in EPILOGUES]
     checks += [partial(check_rms_norm, dtype, *norm) for norm in NORMS]
@@ -212,13 +212,18 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     yield Comparison("float32_linear", case, kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
 
 
-def check_dequantize(dtype: torch.dtype, format: WeightFormat, size: tuple):
+def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n, k = size
     w = make(n, k, format, dtype)
     exact = w.dequantized_weight(torch.float32)
     use_triton(w)
     ours = w.dequantized_weight(dtype)
-    yield Comparison("dequantize", f"{names(format)} {n}x{k}", ours, exact, of_rounding(exact, dtype))
+    case = f"{names(format)} {n}x{k}"
+    yield Comparison("dequantize", case, ours, exact, of_rounding(exact, dtype))
+    tokens, scale = torch.randint(n, (3, 4)), 1.7
+    rows = exact[tokens]
+    error = scale * of_rounding(rows, dtype) + of_rounding(2 * scale * rows, dtype)
+    yield Comparison("embed", case, kernels.embed(tokens, w, scale, dtype), scale * rows.double(), error)
 
 
 def check_activation(dtype: torch.dtype, activation: str):

@@ -37,7 +37,7 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-PRODUCTS = Counter(fused_linear_kernel=13, dequantize_kernel=8)  # launches of launch_products
+PRODUCTS = Counter(fused_linear_kernel=13, dequantize_kernel=8, embed_kernel=8)  # launches of launch_products
 OTHERS = Counter(fused_linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
 OTHERS.update(attend_kernel=3, sample_kernel=2)
 
@@ -115,11 +115,13 @@ def launch_products(dtype: torch.dtype):
         kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="silu")
         if not isinstance(format, Dense):
             w.dequantized_weight(dtype)
+            kernels.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
     for format in (GroupedInt8(16), GroupedInt8(64), Float8(), Float8(128), MXFP4()):
         w = make(256, 2048, format, dtype)
         kernels.pack_for_triton([w])
         kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="silu")
         w.dequantized_weight(dtype)
+        kernels.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
 
 
 def launch_others(dtype: torch.dtype):

@@ -1,5 +1,6 @@
 """kernels/csrc/ against its PyTorch references: odd shapes, every format, on what this CPU has and without it."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from exact_results import (  # isort: skip
     exact_cache,
     make,
     make_norm,
+    make_table,
     names,
     of_glu,
 )
@@ -315,11 +317,8 @@ def test_every_value_of_8_and_4_bits(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_operations(dtype):
-    """embed, add and glu are their references to the last bit, or for glu's exponential nearly."""
+    """add and glu are their references to the last bit, or for glu's exponential nearly."""
     torch.manual_seed(0)
-    weight, tokens = torch.randn(50, 37).to(dtype), torch.randint(50, (2, 3))
-    for scale in (1.0, 48**0.5):
-        assert torch.equal(kernels.embed(tokens, weight, scale, "cpu"), reference.embed(tokens, weight, scale))
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(kernels.add(x, y, "cpu"), x + y)
     gate_up = torch.randn(2, 3, 74).to(dtype) * 5
@@ -328,8 +327,24 @@ def test_small_operations(dtype):
     for activation in ACTIVATIONS:
         check_glu(kernels.glu(gate_up, activation, "cpu"), activation, gate_up.double(), no_error, fused=True)
         assert kernels.glu(gate_up * torch.nan, activation, "cpu").isnan().all()
-    with pytest.raises(RuntimeError, match="vocabulary"):
-        kernels.embed(torch.tensor([[50]]), weight, 1.0, "cpu")
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed(dtype):
+    """To the last bit its reference, for any number of tokens, also where a row's last group is short."""
+    torch.manual_seed(0)
+    for format in CPU_FORMATS:
+        for k in (37,) if isinstance(format, Dense) else (64, 72):
+            table = make_table(50, k, format, dtype)
+            (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
+            assert on_kernels.backend == "cpu"
+            for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
+                tokens = torch.randint(50, (2, n_tokens))
+                expected = reference.embed(tokens, table, scale, dtype)
+                assert torch.equal(kernels.embed(tokens, on_kernels, scale, dtype), expected)
+            with pytest.raises(RuntimeError, match="vocabulary"):
+                kernels.embed(torch.tensor([[50]]), on_kernels, 1.0, dtype)
 
 
 @built

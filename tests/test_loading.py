@@ -14,14 +14,15 @@ from generate import load, load_model
 from kernels.formats import GroupedInt8, Int4, Int8
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
-from tests.tiny import call
+from tests.tiny import call, quantize_embedding
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose embedding is its head too, in 32 and in 8 bits."""
+    """A model whose embedding is its head too, in 32, 8 and 4 bits."""
     folder = random_folder(tmp_path_factory.mktemp("tied"), max_seq_len=64, tie_embeddings=True)
-    call(quantize.main, "--checkpoint_path", folder / "model.pth", "--mode", "int8")
+    for mode in ("int8", "int4"):
+        call(quantize.main, "--checkpoint_path", folder / "model.pth", "--mode", mode)
     return folder
 
 
@@ -90,6 +91,38 @@ def test_layers_in_other_formats(folder, tmp_path):
     assert (logits[0] - logits[1]).norm() < 1e-5 * logits[1].norm()
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
+    """Everywhere the logits of the dequantized weights. Once in memory if it is the head, too."""
+    (quantized,) = folder.glob(f"model_{mode}*.pth")
+    path, tokens = quantize_embedding(quantized, tmp_path / "model.pth", is_tied), torch.arange(80).view(2, 40)
+    models = {
+        "kernels": load_model(path, dtype=torch.float32),
+        "PyTorch": load_model(path, dtype=torch.float32, use_kernels=False),
+        "dense": load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False),
+    }
+    with monkeypatch.context() as context:
+        context.setattr("kernels.cpu.library", lambda: None)
+        models["no compiler"] = load_model(path, dtype=torch.float32)
+    plain, dense = models["PyTorch"], models["dense"]
+    for name, linear in plain.quantizable_linears():
+        dense.get_submodule(name).set_tensor("weight", linear.dequantized_weight(torch.float32))
+    dense.embed_tokens.set_tensor("weight", plain.embed_tokens.dequantized_weight(torch.float32))
+    logits = {}
+    for name, model in models.items():
+        assert name == "dense" or model.is_tied == is_tied
+        with torch.inference_mode():
+            cache = KVCache(model, 2, 41)
+            prompt = model(tokens, torch.tensor([0, 0]), cache)
+            logits[name] = prompt, model(tokens[:, :1], torch.tensor([40, 40]), cache)
+    assert plain.embed_tokens.format.quantization and models["kernels"].uses_kernels(2, 1)
+    for ours, expected in zip(logits["kernels"], logits["dense"], strict=True):
+        torch.testing.assert_close(ours, expected)
+    for name in ("PyTorch", "no compiler"):
+        assert all(map(torch.equal, logits[name], logits["dense"]))
+
+
 @pytest.mark.parametrize(
     "name, dtype",
     [("lm_head.scales", torch.float64), ("lm_head.weight", torch.int32), ("norm.weight", torch.int8)],
@@ -99,6 +132,10 @@ def test_types_of_a_quantized_checkpoint(folder, tmp_path, name, dtype):
     rewrite(folder / "model_int8.pth", path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     with pytest.raises(UsageError, match=f"tensor {name} is missing, left over or of the wrong shape"):
         load_model(path)
+    if name.startswith("lm_head"):  # as the embedding's
+        quantize_embedding(path, path)
+        with pytest.raises(UsageError, match=f"tensor {name.replace('lm_head', 'embed_tokens')} is missing"):
+            load_model(path)
 
 
 BOT = 259  # <|bot|>

@@ -21,7 +21,7 @@ import tp
 from config import ModelConfig, UsageError
 from kernels.formats import Dense, Int4
 from tests import test_grok_and_baichuan
-from tests.tiny import ROOT, convert, make_hf, write_folder
+from tests.tiny import ROOT, convert, make_hf, quantize_embedding, write_folder
 from tests.tp_ranks import CASES, COMMANDS, run_command, run_commands
 
 RANKS = ROOT / "tests/tp_ranks.py"
@@ -54,6 +54,8 @@ def files(tmp_path_factory) -> Path:
         if mode:
             run_command(quantize.main, ["--checkpoint_path", path, "--mode", *mode])
             next(p for p in path.parent.glob("model_*.pth")).replace(path)
+        if name == "quantized embedding":
+            quantize_embedding(path, path)
     write_folder("llama3", folder / "whole")
     (folder / "whole/generation_config.json").write_text(json.dumps({"eos_token_id": list(range(32))}))
     shutil.copytree(folder / "whole", folder / "unconverted")

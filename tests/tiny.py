@@ -13,6 +13,7 @@ import tokenizers
 import torch
 import transformers as hf
 
+from checkpoint import read_checkpoint, save_checkpoint
 from generate import load_model
 from model import KVCache
 
@@ -228,3 +229,16 @@ def write_tokenizer(folder: Path):
 
 if __name__ == "__main__":
     write_folder(sys.argv[1], Path(sys.argv[2]))
+
+
+def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path:
+    """Writes to target what source holds, a quantized checkpoint of a model whose embedding is its head, with the
+    head's quantized tensors as the embedding. is_tied: they are in the file once."""
+    config, quantization, tensors = read_checkpoint(source)
+    head = {name: t for name, t in tensors.items() if name.startswith("lm_head.")}
+    others = {name: t for name, t in tensors.items() if not name.startswith(("lm_head.", "embed_tokens."))}
+    tensors = {name.replace("lm_head", "embed_tokens"): t for name, t in head.items()} | others
+    tensors |= {} if is_tied else head
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    save_checkpoint(target, config, shapes, tensors.items(), quantization | {"layers": {"embed_tokens": quantization}})
+    return target

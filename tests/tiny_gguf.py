@@ -34,13 +34,16 @@ def make_llama(config_class=hf.LlamaConfig, **changes):
     return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def write_gguf(path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE, tensors_per_part: int = 0) -> Path:
+def write_gguf(
+    path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE, tensors_per_part: int = 0,
+    others: dict[str, str] | None = None,
+) -> Path:  # fmt: skip
     """theirs, transformers' model, as a GGUF; its weights become what the stored ones stand for. tensors_per_part: if
-    not 0, it is split into several files."""
+    not 0, it is split into several files. others: the types of matrices whose names hold a key, instead of qtype."""
     writer = gguf.GGUFWriter(path, architecture(theirs), split_max_tensors=tensors_per_part)
     if theirs is not None:
         add_config(writer, theirs)
-        add_tensors(writer, theirs, gguf.GGMLQuantizationType[qtype])
+        add_tensors(writer, theirs, qtype, others or {})
     add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
     for key, value in meta.items():
         add[type(value)](key, value)
@@ -122,7 +125,7 @@ def add_rope(writer: gguf.GGUFWriter, theirs):
         writer.add_tensor("rope_freqs.weight", (frequencies / inv_freq).numpy())
 
 
-def add_tensors(writer: gguf.GGUFWriter, theirs, qtype: gguf.GGMLQuantizationType):
+def add_tensors(writer: gguf.GGUFWriter, theirs, default_type: str, others: dict[str, str]):
     config = theirs.config
     rng = np.random.default_rng(0)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -132,11 +135,11 @@ def add_tensors(writer: gguf.GGUFWriter, theirs, qtype: gguf.GGMLQuantizationTyp
             continue
         data, kind = t.numpy(), gguf.GGMLQuantizationType.F32
         is_matrix = t.dim() > 1 and name.endswith(".weight") and "mlp.gate." not in name and "mlp.router." not in name
-        if is_matrix and (qtype.name != "MXFP4" or ".experts." in name):
-            kind = qtype
-            if "_K" in qtype.name:  # which gguf cannot make; any bytes will do that make small scales
-                shape = gguf.quant_shape_to_byte_shape(data.shape, qtype)
-                data = rng.integers(0, 0x20, shape, dtype=np.uint8)
+        qtype = next((kind for key, kind in others.items() if key in name), default_type)
+        if is_matrix and (qtype != "MXFP4" or ".experts." in name):
+            kind = qtype = gguf.GGMLQuantizationType[qtype]
+            if "_K" in qtype.name:  # which gguf cannot make
+                data = random_blocks(qtype, data.shape, rng)
             else:
                 data = gguf.quantize(np.ascontiguousarray(data), qtype)
             t.copy_(torch.tensor(gguf.dequantize(data, qtype)))
@@ -148,6 +151,24 @@ def add_tensors(writer: gguf.GGUFWriter, theirs, qtype: gguf.GGMLQuantizationTyp
             data = data + 1
         name = names.get_name(name, (".weight", ".bias"))
         writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
+
+
+def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng) -> np.ndarray:
+    """Weights of some 0.05 in random bytes. The floats are the scales of blocks. Where these have a minimum, too, it is
+    some of their codes away from 0, but not more than there are."""
+    blocks = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, qtype), dtype=np.uint8)
+    blocks = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[qtype][1])
+    floats = {  # where they are, and how large
+        "Q4_0": {0: 0.01}, "Q4_1": {0: 0.01, 2: -0.07}, "Q5_0": {0: 0.005}, "Q5_1": {0: 0.005, 2: -0.07},
+        "Q8_0": {0: 0.001}, "Q2_K": {80: 0.003, 82: 0.003}, "Q3_K": {108: 0.001}, "Q4_K": {0: 2e-4, 2: 7e-4},
+        "Q5_K": {0: 1e-4, 2: 7e-4}, "Q6_K": {208: 3e-5},
+    }  # fmt: skip
+    for start, size in floats[qtype.name].items():
+        values = size * rng.uniform(0.8, 1.2, (len(blocks), 1))
+        blocks[:, start : start + 2] = values.astype(np.float16).view(np.uint8)
+    if qtype.name in ("Q4_K", "Q5_K"):
+        blocks[:, 4:8] |= 0b10100000  # scales of 32 to 63
+    return blocks.reshape(gguf.quant_shape_to_byte_shape(shape, qtype))
 
 
 def unfused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -27,8 +27,8 @@ import loading  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import read_checkpoint  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
-from kernels.formats import parse_format  # noqa: E402
-from model import KVCache, Transformer  # noqa: E402
+from kernels.formats import parse_formats  # noqa: E402
+from model import KVCache, Transformer, empty_model  # noqa: E402
 from sampling import SamplingParams  # noqa: E402
 from steps import build_steps  # noqa: E402
 
@@ -54,6 +54,7 @@ CASES = {
     "dbrx": ("dbrx", {}, [], (2,)),
     "alibi": ("baichuan 13B", {}, [], (2,)),
     "int8": ("llama3", {}, ["int8"], (2, 4)),
+    "quantized embedding": ("qwen2", {"tie_word_embeddings": True}, ["int4", "--groupsize", "32"], (2,)),
     "int4 g32": ("llama-bias", {}, ["int4", "--groupsize", "32"], (4,)),
     "int4 g64": ("llama3", {}, ["int4-hqq", "--groupsize", "64"], (2, 4)),
     "int4 g128": ("qwen3", {}, ["int4", "--groupsize", "128"], (2, 4)),
@@ -218,11 +219,9 @@ class BytesRead(TorchDispatchMode):
 def bytes_read(path: Path) -> dict:
     """What is read of the file for this rank's part, how much that must be, and the size of all that is cut."""
     config, quantization, tensors = read_checkpoint(path)
-    tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
-    with torch.device("meta"):
-        model = Transformer(config)
-    for _, linear in model.quantizable_linears():
-        linear.set_format(parse_format(quantization))
+    if "lm_head.weight" not in tensors:
+        tensors |= {name.replace("embed_tokens", "lm_head"): t for name, t in tensors.items() if "embed_tokens" in name}
+    model = empty_model(config, parse_formats(quantization))
     shard_tensor = tp.shard(model, CPU)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-// linear, the operations that it can fuse (rms_norm, glu, add), embed, and dequantize.
+// linear, the operations that it can fuse (rms_norm, glu, add), dequantize, and embed.
 #pragma once
 
 #include "amx.h"
@@ -113,30 +113,6 @@ template <typename T> struct AddOp {
   }
 };
 
-// out [m, dim] = weight [vocab_size, dim] at tokens [m], times scale
-template <typename T> struct EmbedOp {
-  const int64_t* tokens;
-  int64_t m;
-  const T* weight;
-  int64_t vocab_size, dim;
-  float scale;
-  T* out;
-
-  const char* error() const {
-    for (int64_t i = 0; i < m; i++)
-      if (tokens[i] < 0 || tokens[i] >= vocab_size) return "a token is not in the vocabulary";
-    return nullptr;
-  }
-  void execute(char*, Barrier&) const {
-    const Range range = thread_range(m);
-    for (int64_t i = range.begin; i < range.end; i++) {
-      const T* from = weight + tokens[i] * dim;
-      T* to = out + i * dim;
-      for (int64_t j = 0; j < dim; j += LANES) store_partial(load_partial(from, j, dim) * scale, to, j, dim);
-    }
-  }
-};
-
 // out = (q - zero) * scale for n_words words of an output. line: that of their first, in a block of packed format F.
 template <typename F>
 void dequantize_words(const char* line, int64_t output, int64_t n_words, float scale, float zero, float* out) {
@@ -148,9 +124,61 @@ void dequantize_words(const char* line, int64_t output, int64_t n_words, float s
     }
 }
 
+template <typename T> constexpr int64_t LINE = 64 / sizeof(T);  // elements of a cache line
+
+// The same for n elements, at most LINE of them.
+template <typename F, typename T>
+void dequantize_line(const char* line, int64_t output, int64_t n, float scale, float zero, T* out) {
+  float values[LINE<T>];
+  dequantize_words<F>(line, output, n / F::PER_WORD, scale, zero, values);
+  for (int64_t i = 0; i < n; i += LANES) store_partial(load_vec(values + i), out, i, n);
+}
+
+// out [k] = one row of the matrix. Its words lie in the lines of its block, beside those of the 15 other rows.
+template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
+  const int64_t block = row / BLOCK_N, lane = row % BLOCK_N;
+  const char* line = w.block_data(block);
+  for (int64_t k = 0, group = 0; k < w.k; group++) {
+    const auto [group_scale, zero] = F::scales_and_zeros(w, block, group);
+    const Vec scale = group_scale * w.channel_scale(block);
+    for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
+      const int64_t n = std::min(LINE<T>, end - k);
+      dequantize_line<F>(line, lane, n, scale[lane], zero[lane], out + k);
+      line += 64 * (n / F::PER_WORD), k += n;
+    }
+  }
+}
+
+// out [m, w.k] = the rows of W [vocab_size, dim] at tokens [m], times scale
+template <typename T> struct EmbedOp {
+  const int64_t* tokens;
+  int64_t m;
+  Weights w;
+  float scale;
+  T* out;
+
+  const char* error() const {
+    for (int64_t i = 0; i < m; i++)
+      if (tokens[i] < 0 || tokens[i] >= w.n) return "a token is not in the vocabulary";
+    return nullptr;
+  }
+  void execute(char*, Barrier&) const {
+    const Range range = thread_range(m);
+    for (int64_t i = range.begin; i < range.end; i++) {
+      T* to = out + i * w.k;
+      const T* from = to;
+      dispatch_format(w.format, [&]<typename F>(F) {
+        if constexpr (std::is_same_v<F, Dense>) from = reinterpret_cast<const T*>(w.data) + tokens[i] * w.k;
+        else dequantize_row<F>(w, tokens[i], to);
+      });
+      if (from == to && scale == 1) continue;
+      for (int64_t j = 0; j < w.k; j += LANES) store_partial(load_partial(from, j, w.k) * scale, to, j, w.k);
+    }
+  }
+};
+
 // out [n, k] = the matrix that weights of packed format F stand for. For prefill, so it is not recorded on a tape.
 template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
-  constexpr int64_t LINE = 64 / sizeof(T);  // elements of a cache line; one line of each output is written at a time
 #pragma omp parallel for num_threads(torch::stable::get_num_threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
     const char* data = w.block_data(b);
@@ -159,13 +187,9 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
       const auto [group_scale, zero] = F::scales_and_zeros(w, group);
       const Vec scale = group_scale * w.channel_scale(b);
       for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
-        const int64_t n = std::min(LINE, end - k);
-        for (int64_t r = 0; r < n_outputs; r++) {
-          float values[LINE];
-          dequantize_words<F>(data, r, n / F::PER_WORD, scale[r], zero[r], values);
-          T* line = out + (b * BLOCK_N + r) * w.k + k;
-          for (int64_t i = 0; i < n; i += LANES) store_partial(load_vec(values + i), line, i, n);
-        }
+        const int64_t n = std::min(LINE<T>, end - k);
+        for (int64_t r = 0; r < n_outputs; r++)
+          dequantize_line<F>(data, r, n, scale[r], zero[r], out + (b * BLOCK_N + r) * w.k + k);
         data += 64 * (n / F::PER_WORD), k += n;
       }
     }

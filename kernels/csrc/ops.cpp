@@ -167,13 +167,13 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-Tensor embed(Tensor tokens, Tensor weight, double scale) {
-  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() && weight.is_contiguous(),
-                  "tokens must be int64");
-  Tensor out = torch::stable::new_empty(weight, extended(tokens, weight.size(1)));
-  dispatch_type(weight.scalar_type(), [&]<typename T>(T) {
-    submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .weight = ptr<T>(weight),
-                      .vocab_size = weight.size(0), .dim = weight.size(1), .scale = float(scale),
+Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+             int64_t group_size, int64_t k, ScalarType type, double scale) {
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous(), "tokens must be int64");
+  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, type);
+  Tensor out = torch::stable::new_empty(weight, extended(tokens, k), type);
+  dispatch_type(type, [&]<typename T>(T) {
+    submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .w = w, .scale = float(scale),
                       .out = mutable_ptr<T>(out)});
   });
   return out;

@@ -1,0 +1,359 @@
+"""Quantized tensors of a GGUF to weights in our formats. What a GGUF stores for an input is kept where a format can.
+
+    kept = KeptWeights(plans, sources, order)    # chooses the formats
+    convert(path, config, tensors | kept.weights, kept.reader(read))
+    print(*kept.report(), sep="\\n")              # what became of each type
+
+A GGUF stores codes of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a minimum. Codes of 4 bits
+become Int4, all others GroupedInt8, with the same groups: all exact but for the rounding of scales and zeros. What is
+stacked, such as q, k and v, has one format. If that makes the file larger than SIZE_LIMIT times the GGUF, weights are
+rounded again to fewer bits, those first that save the most bytes for what they lose. This file has no command line.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil, prod, sqrt
+
+import torch
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from config import UsageError
+from converters.gguf_file import StoredTensor
+from converters.hf_tensors import reorder_heads
+from converters.model_tensors import TensorPlan, TensorReader
+from converters.quantized_weight import QuantizedWeight
+from kernels.formats import QUANTIZE_CHUNK, Dense, GroupedFormat, GroupedInt8, Int4, Tensors, WeightFormat, pack_int4
+
+SIZE_LIMIT = 1.1  # of the result, in sizes of the GGUF's tensors
+FLOATS = (Type.F32, Type.F16, Type.BF16)
+INT4 = Int4(32, torch.float16)
+SMALLER_INT8 = GroupedInt8(128, torch.float16)
+# What an input loses if it is rounded again, by the bits of its code. llama.cpp gave more to those that matter more.
+LOSS_OF_INT4 = {5: 1.0, 6: 2.0, 8: 8.0}
+LOSS_OF_INT8 = 0.01
+
+
+# ---- Types ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, and for each group of a block's inputs scales
+    and offsets [..., n_groups] float32. An input is q * scale + offset."""
+
+    bits: int  # of a code
+    group_size: int
+    decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    has_minimum: bool = False  # whether offset / scale can be any number
+
+
+def half(blocks: Tensor, start: int) -> Tensor:
+    """The float16 at byte start of each block, as float32: [..., 1]."""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """[..., n] -> [..., 2 n]: all low halves, then all high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def bits_of(packed: Tensor, bit: int, n: int = 1) -> Tensor:
+    return packed >> bit & ((1 << n) - 1)
+
+
+def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
+    """The codes of Q4_0, Q4_1, Q5_0 and Q5_1, whose blocks begin with n_header bytes. The fifth bits of Q5's 32 codes
+    come before the others."""
+    start = n_header + (4 if fifth_bit else 0)
+    q = nibbles(blocks[..., start : start + 16])
+    if fifth_bit:
+        high = blocks[..., n_header:start, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [..., 4, 8]
+        q = q | high.flatten(-2) << 4
+    return q
+
+
+def symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """Q4_0 and Q5_0: a scale."""
+    scale = half(blocks, 0)
+    return decode_q4(blocks, 2, **options), scale, -zero * scale
+
+
+def asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """Q4_1 and Q5_1: a scale and the minimum."""
+    return decode_q4(blocks, 4, **options), half(blocks, 0), half(blocks, 2)
+
+
+def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale = half(blocks, 0)
+    return blocks[..., 2:] ^ 128, scale, -128 * scale  # ^ 128 adds 128 to an int8
+
+
+def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """32 bytes hold the codes of two groups: one in the low halves, the next in the high ones."""
+    scales, offsets = k_scales(blocks)
+    return nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
+
+
+def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
+    scales, offsets = k_scales(blocks)
+    qh, low = blocks[..., 16:48], nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
+    high = torch.cat([bits_of(qh, group) for group in range(8)], dim=-1)
+    return low | high << 4, scales, offsets
+
+
+def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Q4_K and Q5_K: d and dmin in float16, which 6-bit integers multiply: [..., 8]. In 12 bytes are first the lower 6
+    bits of scales and minima 0 to 3, then 4 lower bits of scales and minima 4 to 7. Their upper 2 bits are in the rest
+    of the first 8 bytes."""
+    first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
+    minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
+    return half(blocks, 0) * scales, -half(blocks, 2) * minima
+
+
+def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Twice 128 inputs: 64 bytes of lower halves, 32 bytes with 2 upper bits of 4 inputs each. Scales are int8."""
+    ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
+    high = torch.cat([bits_of(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
+    q = (nibbles(ql) | high << 4).flatten(-2)
+    scales = half(blocks, 208) * blocks[..., 192:208].view(torch.int8)
+    return q, scales, -32 * scales
+
+
+TYPES = {
+    Type.Q4_0: BlockType(4, 32, partial(symmetric, zero=8)),
+    Type.Q4_1: BlockType(4, 32, asymmetric, has_minimum=True),
+    Type.Q5_0: BlockType(5, 32, partial(symmetric, zero=16, fifth_bit=True)),
+    Type.Q5_1: BlockType(5, 32, partial(asymmetric, fifth_bit=True), has_minimum=True),
+    Type.Q8_0: BlockType(8, 32, decode_q8_0),
+    Type.Q4_K: BlockType(4, 32, decode_q4_k, has_minimum=True),
+    Type.Q5_K: BlockType(5, 32, decode_q5_k, has_minimum=True),
+    Type.Q6_K: BlockType(6, 16, decode_q6_k),
+}
+
+
+# ---- Rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Groups:
+    """Rows [N, K] of a GGUF's tensor: (q - zero) * scale, with scales and zeros [N, n_groups] in float32."""
+
+    type: BlockType
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def expand(self, per_group: Tensor) -> Tensor:
+        """[N, n_groups] -> [N, K]."""
+        return per_group[..., None].expand(*per_group.shape, self.type.group_size).flatten(-2)
+
+    def dequantize(self) -> Tensor:
+        return (self.q - self.expand(self.zeros)) * self.expand(self.scales)
+
+
+def decode_rows(rows: Tensor, ggml_type: Type) -> Groups:
+    """rows: [N, bytes] uint8."""
+    type, (_, block_bytes) = TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
+    q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
+    groups, is_constant = Groups(type, q, scales, -offsets / scales), scales == 0
+    if is_constant.any():  # all inputs of such a group are its offset: (1 - 0) * offset or (0 - 1) * -offset
+        groups.scales = torch.where(is_constant, offsets.abs(), scales)
+        groups.zeros = torch.where(is_constant, (offsets < 0).float(), groups.zeros)
+        groups.q = torch.where(groups.expand(is_constant), groups.expand((offsets > 0).to(torch.uint8)), q)
+    return groups
+
+
+def keeps_codes(type: BlockType, format: GroupedFormat) -> bool:
+    return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
+
+
+def convert_groups(groups: Groups, format: GroupedFormat) -> tuple[Tensors, Tensor]:
+    """The tensors of format, and which groups [N, n_groups] keep their codes. The others are rounded again."""
+    if not keeps_codes(groups.type, format):
+        return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
+    # Zeros that are no integers: in 8 bits a code of 4 or 5 takes larger steps, and its zero smaller ones
+    factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
+    zeros = (groups.zeros * factor * format.zeros_per_step).round()
+    is_kept = (zeros >= 0) & (zeros <= 255)
+    scales, zeros = (groups.scales / factor).to(format.scale_dtype), zeros.clamp(0, 255).to(torch.uint8)
+    per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
+    repeats = groups.type.group_size // format.group_size
+    tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
+    if not is_kept.all():  # 0 is far outside of some groups' ranges
+        again = format.quantize(groups.dequantize())
+        again["q"] = format.unpack_elements(again["weight"])
+        where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
+        tensors = {name: torch.where(kept, tensors[name], again[name]) for name, kept in where.items()}
+    weight = pack_int4(tensors["q"]) if isinstance(format, Int4) else tensors["q"]
+    return {"weight": weight, "scales": tensors["scales"], "zeros": tensors["zeros"]}, is_kept
+
+
+# ---- Choosing formats -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stack:
+    """A weight of ours, and the GGUF's tensors that it stacks. formats: those that it may have, the first without loss,
+    each smaller than the one before."""
+
+    name: str
+    plan: TensorPlan
+    parts: list[StoredTensor]
+    formats: list[WeightFormat] = field(init=False)
+
+    def __post_init__(self):
+        if any(part.type in FLOATS for part in self.parts):
+            self.formats = [Dense()]
+            return
+        types = [TYPES[part.type] for part in self.parts]
+        exact = GroupedInt8(min(type.group_size for type in types), torch.float16)
+        self.formats = [INT4] if all(type.bits == 4 for type in types) else [exact, SMALLER_INT8, INT4]
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.formats[0]
+
+    def nbytes(self, format: WeightFormat) -> int:
+        return sum(t.nbytes for t in format.empty(self.plan.shape, self.plan.dtype, "meta").values())
+
+    def loss(self, format: GroupedFormat) -> float:
+        total = 0.0
+        for part in self.parts:
+            type = TYPES[part.type]
+            if not keeps_codes(type, format):
+                total += (LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8) * prod(part.shape())
+        return total
+
+    def price(self) -> float:
+        """What is lost for each byte that is saved by the next format."""
+        now, smaller, *_ = self.formats
+        return (self.loss(smaller) - self.loss(now)) / (self.nbytes(now) - self.nbytes(smaller))
+
+
+def choose_formats(stacks: list[Stack], n_bytes: float):
+    """Sets the format of each of stacks, so that together they take at most n_bytes, if that is possible."""
+    total = sum(stack.nbytes(stack.format) for stack in stacks)
+    stacks = from_the_middle(stacks)  # of those of equal prices, the layers in the middle first
+    while total > n_bytes:
+        reducible = [stack for stack in stacks if len(stack.formats) > 1]
+        if not reducible:
+            break
+        stack = min(reducible, key=Stack.price)
+        before = stack.formats.pop(0)
+        total -= stack.nbytes(before) - stack.nbytes(stack.format)
+
+
+def from_the_middle(stacks: list[Stack]) -> list[Stack]:
+    """Sorted by the distance of their layer from the middle one: the first and last layers matter most."""
+    layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
+    middle = max(layers.values(), default=0) / 2
+    return sorted(stacks, key=lambda stack: abs(layers.get(stack.name, 2 * middle) - middle))
+
+
+# ---- All weights ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Deviation:
+    """How far weights of one type are from the GGUF's."""
+
+    n_tensors: int = 0
+    largest: float = 0.0  # error of the groups that keep their codes, in steps of these
+    n_groups: int = 0
+    n_rounded: int = 0  # groups that are rounded again
+    squared_errors: float = 0.0  # of the latter's inputs, in sum
+    squared_steps: float = 0.0
+
+    def add(self, groups: Groups, format: GroupedFormat, tensors: Tensors, is_kept: Tensor):
+        errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
+        errors = errors.unflatten(-1, (-1, groups.type.group_size))  # [N, n_groups, group_size]
+        steps = groups.scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
+        self.largest = max(self.largest, (errors.amax(-1) / steps).where(is_kept, 0).max().item())
+        self.n_groups += is_kept.numel()
+        if not is_kept.all():
+            rounded = errors[~is_kept]
+            self.n_rounded += len(rounded)
+            self.squared_errors += rounded.square().sum().item()
+            self.squared_steps += steps[~is_kept].square().sum().item() * rounded.shape[-1]
+
+    def __str__(self) -> str:
+        rounded_by = f"by {sqrt(self.squared_errors / self.squared_steps):.2f} of a step" if self.squared_steps else ""
+        if self.n_rounded == self.n_groups:
+            return f"rounded again, {rounded_by} on average"
+        kept = "exact" if self.largest == 0 else f"within {ceil(self.largest * 100) / 100:.2f} of a step"
+        if self.n_rounded == 0:
+            return kept
+        return f"{kept}, but {self.n_rounded} of {self.n_groups} groups are rounded again, {rounded_by}"
+
+
+class KeptWeights:
+    """weights: a QuantizedWeight for each of sources, tensors of a GGUF by Hugging Face's names, that stays quantized.
+    plans: our tensors. order: see reorder_heads. Raises UsageError for a type that no format can hold."""
+
+    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, StoredTensor], order: Tensor | None):
+        linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
+        for plan in linears.values():
+            for source in plan.sources:
+                check_type(source, sources[source].type)
+        stacks = [Stack(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
+        others = [plan for name, plan in plans.items() if name not in linears]
+        other_bytes = sum(prod(plan.shape) * plan.dtype.itemsize for plan in others)
+        self.stored_bytes = sum(source.data.nbytes for source in sources.values())
+        choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
+        self.n_bytes = other_bytes + sum(stack.nbytes(stack.format) for stack in stacks)
+        self.deviations: dict[tuple[str, str], Deviation] = defaultdict(Deviation)
+        self.became_dense: Counter[str] = Counter()  # since they are stacked with floats
+        self.weights: dict[str, QuantizedWeight] = {}
+        for stack in stacks:
+            if isinstance(stack.format, Dense):
+                self.became_dense.update(part.type.name for part in stack.parts if part.type not in FLOATS)
+                continue
+            for source in stack.plan.sources:
+                read = partial(self.read, source, sources[source], stack.format, order)
+                self.weights[source] = QuantizedWeight(stack.format, torch.Size(sources[source].shape()), read)
+
+    def reader(self, read: TensorReader) -> TensorReader:
+        """read, for what does not stay quantized."""
+        return lambda name: self.weights[name] if name in self.weights else read(name)
+
+    def read(self, name: str, stored: StoredTensor, format: GroupedFormat, order: Tensor | None) -> Tensors:
+        """The tensors of format for the GGUF's tensor called name."""
+        deviation = self.deviations[stored.type.name, format.name]
+        deviation.n_tensors += 1
+        n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
+        parts = []
+        for start in range(0, len(stored.data), n_rows):
+            groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.type)
+            if not (groups.scales.isfinite().all() and groups.zeros.isfinite().all()):
+                raise UsageError(f"tensor {name} holds scales that are not finite")
+            tensors, is_kept = convert_groups(groups, format)
+            deviation.add(groups, format, tensors, is_kept)
+            parts.append(tensors)
+        whole = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+        return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
+
+    def report(self) -> list[str]:
+        """What became of each type, a line each, and of the size. Once all is read."""
+        lines = []
+        for (type_name, format_name), deviation in sorted(self.deviations.items()):
+            lines.append(f"{type_name}: {deviation.n_tensors} tensors to {format_name}, {deviation}")
+        for type_name, n in self.became_dense.items():
+            lines.append(f"{type_name}: {n} tensors to floats, as what they are stacked with")
+        ratio = self.n_bytes / self.stored_bytes
+        lines.append(f"{self.n_bytes / 1e6:.1f} MB, {ratio:.2f} times the GGUF's")
+        if any(deviation.n_rounded == deviation.n_groups for deviation in self.deviations.values()):
+            lines[-1] += f": what is rounded again would make it larger than {SIZE_LIMIT} times"
+        return lines
+
+
+def check_type(name: str, type: Type):
+    if type not in TYPES and type not in FLOATS:
+        kept = ", ".join(known.name for known in TYPES)
+        raise UsageError(f"{name} is {type.name}, and --keep takes {kept}; leave it out")

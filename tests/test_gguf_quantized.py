@@ -1,0 +1,187 @@
+"""convert_gguf.py --keep: what a GGUF stores quantized stays so, as close as the formats allow, and no larger."""
+
+import re
+from collections import Counter
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from checkpoint import read_checkpoint
+from config import UsageError
+from converters.gguf_file import read_gguf
+from converters.gguf_quantized import (
+    INT4,
+    SIZE_LIMIT,
+    SMALLER_INT8,
+    Deviation,
+    convert_groups,
+    decode_rows,
+    keeps_codes,
+)
+from converters.gguf_tensors import convert_gguf
+from kernels.formats import GroupedInt8
+from loading import load_model
+from model import KVCache
+from tests.tiny import make_hf
+from tests.tiny_gguf import make_llama, random_blocks, write_gguf
+
+INT8_G16, INT8_G32 = GroupedInt8(16, torch.float16), GroupedInt8(32, torch.float16)
+F16 = 2.0**-11  # of a number, by which it may be rounded
+# What may be rounded, in steps of a code. A zero: to sixteenths of a step, of 5 bits to eighths. A product of scales:
+# it is rounded to float16, and counts as often as a code is away from the zero, at most 32 (16 and 16, for 4 and 5 bits
+# as random_blocks makes them).
+BOUNDS = {
+    "Q4_0": 0, "Q5_0": 0, "Q8_0": 0, "Q4_1": 1 / 32, "Q5_1": 1 / 16, "Q4_K": 1 / 32 + 32 * F16,
+    "Q5_K": 1 / 16 + 64 * F16, "Q6_K": 32 * F16,
+}  # fmt: skip
+FLOAT32 = 1e-4  # of a step, for the float32 arithmetic of the comparison
+
+
+def random_rows(name: str, n: int = 20, k: int = 512) -> torch.Tensor:
+    return torch.tensor(random_blocks(Type[name], (n, k), np.random.default_rng(0)))
+
+
+def theirs_of(rows: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.tensor(gguf.dequantize(rows.numpy(), Type[name]))
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_codes_are_kept(name):
+    """Blocks mean what the gguf package says, and our formats come as close as they can."""
+    rows = random_rows(name)
+    rows[0] = 0  # scales and minima of 0
+    if name in ("Q4_1", "Q5_1"):  # a group of one number
+        rows[1, :4] = torch.tensor([0.0, -0.5], dtype=torch.float16).view(torch.uint8)
+        rows[2, :4] = torch.tensor([0.0, 0.5], dtype=torch.float16).view(torch.uint8)
+    groups, expected = decode_rows(rows, Type[name]), theirs_of(rows, name)
+    steps = groups.expand(groups.scales.abs()).clamp(min=1e-9)
+    assert ((groups.dequantize() - expected).abs() <= FLOAT32 * steps).all()
+    for format in (INT4, INT8_G32, INT8_G16):
+        if keeps_codes(groups.type, format):
+            tensors, is_kept = convert_groups(groups, format)
+            ours = format.dequantize(tensors, torch.float32)
+            deviation = Deviation()
+            deviation.add(groups, format, tensors, is_kept)
+            assert ((ours - expected).abs() <= (BOUNDS[name] + FLOAT32) * steps).all()
+            assert is_kept[1 if name in ("Q4_1", "Q5_1") else 0 :].all() and BOUNDS[name] < 0.1
+            assert deviation.largest <= BOUNDS[name] + FLOAT32
+            said = "exact" if BOUNDS[name] == 0 else r"within 0\.0\d of a step"
+            assert re.match(said, str(deviation))
+
+
+def test_groups_far_from_zero_are_rounded_again():
+    """Int4 and GroupedInt8 have 0 among their numbers, or nearly. A group far from it has no zero that fits."""
+    rows = random_rows("Q4_1", n=4, k=64)
+    rows[0, 2:4] = torch.tensor([2.0], dtype=torch.float16).view(torch.uint8)  # a minimum of some 200 steps
+    groups, expected = decode_rows(rows, Type.Q4_1), theirs_of(rows, "Q4_1")
+    for format, n_codes in ((INT4, 15), (INT8_G32, 254), (INT8_G16, 254)):
+        tensors, is_kept = convert_groups(groups, format)
+        error = (format.dequantize(tensors, torch.float32) - expected).abs()
+        assert not is_kept[0, 0] and is_kept.sum() == is_kept.numel() - 1
+        assert error[0, :32].max() <= (0.5 + 16 * F16) * expected[0, :32].max() / n_codes * 1.01
+        assert (error[1:] <= (BOUNDS["Q4_1"] + FLOAT32) * groups.expand(groups.scales)[1:]).all()
+        deviation = Deviation()
+        deviation.add(groups, format, tensors, is_kept)
+        assert re.search("within 0.0[34] of a step, but 1 of 8 groups are rounded again, by", str(deviation))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "largest"), [("Q6_K", SMALLER_INT8, 0.25), ("Q6_K", INT4, 2.5), ("Q5_0", INT4, 1)]
+)
+def test_what_is_rounded_again_says_so(name, format, largest):
+    """The error of rounding to steps of a 254th, or a 15th, of the range of a group's codes: a step over root 12."""
+    groups = decode_rows(random_rows(name), Type[name])
+    tensors, is_kept = convert_groups(groups, format)
+    deviation = Deviation()
+    deviation.add(groups, format, tensors, is_kept)
+    assert not is_kept.any() and re.fullmatch(r"rounded again, by \d\.\d\d of a step on average", str(deviation))
+    assert 0.05 < (deviation.squared_errors / deviation.squared_steps) ** 0.5 < largest
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+FOUR_LAYERS, SMALL = {"num_hidden_layers": 4}, {"hidden_size": 64, "intermediate_size": 64}
+Q4_K_M = {"layers.0.self_attn.v": "Q6_K", "layers.0.mlp.down": "Q6_K", "lm_head": "Q6_K"}
+# name -> (family, sizes, type of most matrices, types of others; formats of our weights; what is said; how far weights
+# may be off, relatively). 0.1 of a step of 4 bits is some 0.02.
+MIXTURES = {
+    "Q4_0": ("llama", FOUR_LAYERS, "Q4_0", {"lm_head": "Q6_K"}, {INT4: 17, INT8_G16: 1},
+             "Q4_0: 29 tensors to int4.g32, exact", 1e-3),
+    "Q8_0": ("llama", FOUR_LAYERS, "Q8_0", {}, {INT8_G32: 18}, "Q8_0: 30 tensors to int8.g32, exact", 0),
+    "Q4_1": ("llama", FOUR_LAYERS, "Q4_1", {"embed": "Q8_0"}, {INT4: 17, INT8_G32: 1},
+             r"Q4_1: 29 tensors to int4.g32, within 0\.0\d of a step\nQ8_0", 0.02),
+    "Q4_K_M": ("llama", FOUR_LAYERS, "Q4_K", Q4_K_M, {INT4: 16, INT8_G16: 0},
+               r"Q4_K: \d+ tensors to int4.g32, within 0\.0\d of a step", 0.15),
+    "Q5_K_M": ("llama", FOUR_LAYERS, "Q5_K", Q4_K_M, {}, r"Q5_K: \d+ tensors to int4.g32, rounded again", 0.15),
+    "Gemma 3": ("gemma3", SMALL | {"vocab_size": 4000}, "Q5_0", {"down": "Q8_0", "embed": "Q8_0"}, {},
+                r"Q5_0: \d tensors to int8.g128, .*\n.*\nQ8_0: 4 tensors to int8.g32, exact", 0.01),
+    "experts": ("mixtral", SMALL, "Q4_0", {}, {INT4: 14}, r"Q4_0: \d+ tensors to int4.g32, exact", 0),
+    "phi3": ("phi3", SMALL, "Q4_0", {}, {}, r"Q4_0: \d+ tensors to int4.g32, exact", 0),
+    "floats": ("llama", {}, "Q4_0", {"o_proj": "F16", "layers.0.self_attn.v": "BF16"}, {},
+               "Q4_0: .* exact\nQ4_0: 2 tensors to floats", 1e-3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_files(name, tmp_path, capsys):
+    """Against the same file in float32: weights, and the logits that all of them give."""
+    family, sizes, default, others, formats, said, error = MIXTURES[name]
+    theirs = make_llama(**sizes) if family == "llama" else make_hf(family, **sizes)
+    file = write_gguf(tmp_path / "m.gguf", theirs, default, others=others)
+    convert_gguf(file, tmp_path / "dense", torch.float32)
+    assert capsys.readouterr().out == ""
+    path = convert_gguf(file, tmp_path / "kept", torch.float32, keep=True)
+    out = capsys.readouterr().out
+    assert re.search(said, out), out
+    dense = load_model(tmp_path / "dense/model.pth", dtype=torch.float32, use_kernels=False)
+    ours = load_model(path, dtype=torch.float32, use_kernels=False)
+    matrices = {"embed_tokens": ours.embed_tokens} | dict(ours.quantizable_linears())
+    found = Counter(matrix.format for matrix in matrices.values())
+    assert path.name == f"model_{ours.format.name}.pth" and {*path.parent.glob("*.pth*")} == {path}
+    assert all(found[format] == n for format, n in formats.items())
+    for layer, matrix in matrices.items():
+        expected = dense.get_submodule(layer).dequantized_weight(torch.float32)
+        difference = matrix.dequantized_weight(torch.float32) - expected
+        assert difference.norm() <= error * expected.norm(), layer
+    stored = sum(tensor.data.nbytes for tensor in read_gguf(file)[1].values())
+    kept = sum(t.nbytes for t in read_checkpoint(path)[2].values())
+    is_float = "floats" in name  # in float32 here
+    assert is_float or kept <= SIZE_LIMIT * stored
+    assert f"{kept / 1e6:.1f} MB, {kept / stored:.2f} times the GGUF's" in out
+    assert ("would make it larger" in out) == ("rounded again" in re.sub("larger.*", "", out))
+    tokens, start = torch.arange(3, 40)[None], torch.zeros(1, dtype=torch.long)
+    with torch.inference_mode():
+        logits = [model(tokens, start, KVCache(model, 1, 40)) for model in (ours, load_model(path), dense)]
+    assert (logits[0] - logits[2]).norm() <= (20 * error + 1e-5) * logits[2].norm()
+    assert (logits[1] - logits[2]).norm() <= (20 * error + 0.1) * logits[2].norm()  # in bfloat16, on the kernels
+
+
+# ---- What cannot be kept --------------------------------------------------------------------------------------------
+
+
+def test_broken_and_unknown_types_are_refused(tmp_path):
+    """In one line, and nothing is written."""
+    theirs, file, out = make_llama(**SMALL), tmp_path / "m.gguf", tmp_path / "out"
+    write_gguf(file, theirs, "Q8_0", others={"layers.1.mlp.down": "Q4_1"})
+    good = file.read_bytes()
+    _, stored = read_gguf(file)
+    data = stored["blk.1.ffn_down.weight"].data
+    start = good.index(data.tobytes())
+    for number in (np.nan, np.inf):
+        for offset in (0, 2):  # scale and minimum of the last block
+            at = start + data.nbytes - 20 + offset
+            file.write_bytes(good[:at] + np.float16(number).tobytes() + good[at + 2 :])
+            with pytest.raises(UsageError, match="mlp.down_proj.weight holds scales that are not finite") as e:
+                convert_gguf(file, out, keep=True)
+            assert "\n" not in str(e.value) and not list(out.iterdir())
+    file.write_bytes(good[:-40])
+    with pytest.raises(UsageError, match="truncated or not GGUF"):
+        convert_gguf(file, out, keep=True)
+    file.unlink()
+    write_gguf(file, make_llama(), "Q4_0", others={"layers.1.mlp.down": "Q3_K"})
+    with pytest.raises(UsageError, match="down_proj.weight is Q3_K, and --keep takes Q4_0, .*; leave it out"):
+        convert_gguf(file, out, keep=True)
+    assert not list(out.iterdir())
