@@ -196,7 +196,10 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
           if constexpr (IS_BF16) {
             add_bf16_products(acc[m][u][0], line.inputs01, x01), add_bf16_products(acc[m][u][1], line.inputs23, x23);
           } else {
-            for (int h = 0; h < 2; h++) acc[m][u][h] += line.inputs01[h] * x01, acc[m][u][h] += line.inputs23[h] * x23;
+            for (int h = 0; h < 2; h++) {
+              acc[m][u][h] += line.inputs01[h] * x01;
+              acc[m][u][h] += line.inputs23[h] * x23;
+            }
           }
         }
       }

@@ -1,4 +1,6 @@
-// Weights that are 8-bit floats, e4m3, and their products. A line of a block is 64 bytes, 4 inputs of 16 outputs:
+// Weights that are 8-bit floats, e4m3: how they become bf16 or float in registers, for the products in dot.h and amx.h.
+//
+// A line of a block is 64 bytes, 4 inputs of 16 outputs:
 //
 //     bits       s eeee mmm        (1 + m / 8) * 2^(e - 7), or m / 8 * 2^-6 where e is 0; s is the sign
 //     16 bytes   of 4 outputs a, b, c, d: inputs 0 and 1 of each, then inputs 2 and 3
@@ -8,15 +10,16 @@
 // So the lower and the upper half of each 16 bytes, widened to 16 bits, are registers with a pair of inputs for each of
 // the 16 outputs. That is what the instructions for bf16 multiply.
 //
-// Every function here gives 1/256 of a weight, since then e needs no addition on its way to another type. Activations
-// are not rounded: they are bf16 where the CPU has what that takes, else float.
+// Every function here gives 1/256 of a weight, which FLOAT8_FACTOR makes good in the scale. Then the bits of e stay as
+// they are on the way to f16, whose exponent has a bias of 15 where e's is 7.
 #pragma once
 
 #include <array>
 
 #include "simd.h"
 
-// Whether the products are of bf16: the CPU multiplies it, and converts to it with few instructions.
+// Whether bf16 activations are multiplied as they are: the CPU has instructions for that, and for float8_to_bf16.
+// Otherwise they become float.
 #if defined(__AVX512BF16__) && defined(__GFNI__) && defined(__AVX512VBMI__)
 constexpr bool HAS_FLOAT8_BF16 = true;
 #else
@@ -46,7 +49,8 @@ inline Bf16Line float8_to_bf16(IntVec line) {
   //     lower   e mmm0000
   // Where eeee is 0, both come from tables of the numbers m / 8 * 2^-14 instead.
   const __m512i bytes = (__m512i)line;
-  const __m512i upper_table = _mm512_set1_epi64(0x3838383837373700), lower_table = _mm512_set1_epi64(0x60402000c0800000);
+  const __m512i upper_table = _mm512_set1_epi64(0x3838383837373700);
+  const __m512i lower_table = _mm512_set1_epi64(0x60402000c0800000);
   const __mmask64 is_subnormal = _mm512_testn_epi8_mask(bytes, _mm512_set1_epi8(0x78));
   __m512i upper = _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(0x1020400000000000), 0x38);
   __m512i lower = _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(0x0000000001020408), 0);

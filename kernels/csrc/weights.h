@@ -139,13 +139,14 @@ struct Float8 {
   }
 };
 
-// Twice an e2m1 is an integer from -12 to 12. So it is taken for one of 8 bits with zero 12 and half the scale.
+// 4-bit floats, e2m1. Twice such a number is an integer from -12 to 12. So it is multiplied as an integer from 0 to 24
+// with a zero point of 12, and with half the scale.
 struct MXFP4 {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
   static constexpr int PER_WORD = 8;
   static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
-  // 12 + 2 e2m1. Twice the magnitudes 0 to 7 stand for are 0 1 2 3 4 6 8 12: four bits each of a constant.
+  // 12 + 2 e2m1. The constant holds twice the eight magnitudes, 0 1 2 3 4 6 8 12, in four bits each.
   static auto element(auto words, int j) {
     const auto nibble = Int4::element(words, j), sign = nibble >> 3;
     const auto magnitude = ((nibble * 0 + int32_t(0xc8643210)) >> (4 * (nibble & 7))) & 15;
