@@ -9,6 +9,7 @@ Everything is made on PyTorch's default device: `with torch.device("cuda"):` mak
 """
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import error_bounds as bounds
 import torch
@@ -30,6 +31,14 @@ TRITON_FORMATS = [
 ]  # fmt: skip
 U32 = bounds.U[torch.float32]
 OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_elements.offset_of
+
+
+class Comparison(NamedTuple):
+    operation: str
+    case: str
+    ours: torch.Tensor
+    exact: torch.Tensor
+    bound: torch.Tensor  # how far ours may be from exact, for each element or for all
 
 
 def is_interpreted() -> bool:

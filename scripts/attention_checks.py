@@ -1,0 +1,53 @@
+"""Attention's part of triton_checks.py."""
+
+import torch
+from exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
+from torch import Tensor
+
+from config import ModelConfig
+from model import LayerCache
+from rope import alibi_slopes, rope_table
+
+ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
+
+
+def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list, options: tuple):
+    """Sequences at positions of their own, in a cache that holds NaN where nothing has been written yet, and is a view
+    of a longer one. Compared are the output, and both caches whole: only the new tokens' places may change.
+
+    caches: each the number of new tokens, the position of the first in every sequence, and the cache's length."""
+    n_heads, n_kv_heads, head_dim = heads
+    norms, slopes, arguments = make_options(options, heads, dtype)
+    config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
+    for n_tokens, starts, length in caches:
+        n_sequences, full_length = len(starts), length + 40
+        rope, start_pos = rope_table(config, full_length), torch.tensor(starts)
+        qkv = torch.randn(n_sequences, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
+        k, v = torch.randn(2, n_sequences, n_kv_heads, full_length, head_dim).to(dtype).unbind()
+        for b, start in enumerate(starts):
+            k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
+        before = LayerCache(k.clone(), v.clone(), rope, slopes)
+        view = LayerCache(k[:, :, :length], v[:, :, :length], rope, slopes)
+        ours = attend(qkv, view, start_pos, n_heads, "triton", window, *norms, **arguments)
+        case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
+        y, error = exact_attention(qkv, before, start_pos, n_heads, window, norms, **arguments)
+        yield Comparison("attend", case, ours, y, error)
+        exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
+        yield Comparison("attend", f"{case}: keys", k.nan_to_num(9), exact_k.nan_to_num(9), k_error)
+        yield Comparison("attend", f"{case}: values", v.nan_to_num(9), exact_v.nan_to_num(9), torch.zeros(()))
+
+
+def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list, Tensor | None, dict]:
+    """The norms of queries and keys, ALiBi's slopes, and the other arguments of attention. The first of the sinks takes
+    nearly everything."""
+    n_heads, n_kv_heads, head_dim = heads
+    norms, arguments = [None, None], {}
+    if "head_norms" in options:
+        norms = [make_norm(head_dim, dtype) for _ in "qk"]
+    if "wide_norms" in options:
+        norms = [make_norm(n * head_dim, dtype) for n in (n_heads, n_kv_heads)]
+    if "sinks" in options:
+        arguments["sinks"] = torch.cat([torch.tensor([9.0]), torch.randn(n_heads - 1)]).to(dtype)
+    arguments |= {name: value for name, value in (("scale", 0.3), ("softcap", 1.5)) if name in options}
+    slopes = torch.tensor(alibi_slopes(n_heads)) if "alibi" in options else None
+    return norms, slopes, arguments
