@@ -138,8 +138,8 @@ void dequantize_line(const char* line, int64_t output, int64_t n, float scale, f
 template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
   const int64_t block = row / BLOCK_N, lane = row % BLOCK_N;
   const char* line = w.block_data(block);
-  for (int64_t k = 0, group = 0; k < w.k; group++) {
-    const auto [group_scale, zero] = F::scales_and_zeros(w, block, group);
+  for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
+    const auto [group_scale, zero] = F::scales_and_zeros(w, group);
     const Vec scale = group_scale * w.channel_scale(block);
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
       const int64_t n = std::min(LINE<T>, end - k);
