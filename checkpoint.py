@@ -53,7 +53,7 @@ NamedTensor = tuple[str, Tensor]
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # None: no weight is quantized; else see kernels/formats.py: parse_formats
+    quantization: dict | None  # None: no weight is quantized; else see kernels/formats/__init__.py: parse_formats
     tensors: dict[str, Tensor]  # memory-mapped
 
 

@@ -23,16 +23,9 @@ from torch import Tensor
 from config import UsageError
 from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
 from evaluation.scoring import split_windows
-from kernels.formats import (
-    Int4,
-    Tensors,
-    choose_qparams,
-    decode_zeros,
-    encode_zeros,
-    pack_int4,
-    round_int4,
-    split_groups,
-)
+from kernels.formats import Int4, Tensors
+from kernels.formats.base import pack_int4
+from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
 from tokenizer import Tokenizer
 

@@ -3,7 +3,7 @@
     Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys and values of earlier tokens; allocated once and passed in
-    Linear            y = x W^T, W in the checkpoint's format (kernels/formats.py)
+    Linear            y = x W^T, W in the checkpoint's format (kernels/formats/)
     Embedding         a row of W for every token
 
 It computes only by the operations of kernels/__init__.py, so one forward runs everywhere: in plain PyTorch, and on the
@@ -243,7 +243,7 @@ class MoE(nn.Module):
 class Matrix(nn.Module):
     """W [N, K], or [E, N, K] for a layer of experts: what Linear and Embedding have in common.
 
-    format: how W is stored (kernels/formats.py).
+    format: how W is stored (kernels/formats/).
     backend: whose kernels read it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
     checkpoint.
     is_table: whether a step reads only some of the rows."""

@@ -13,7 +13,7 @@ fp8         8-bit floats (e4m3), one scale per output channel
 mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats); of its two
             exponents that can be right the one with the smaller squared error
 
-Norms, biases, routers and the embedding are not quantized. kernels/formats.py describes the formats. One tensor at a
+Norms, biases, routers and the embedding are not quantized. kernels/formats/ describes the formats. One tensor at a
 time is in memory (for int4-gptq: one layer). The file appears under its name when it is complete.
 """
 
@@ -36,20 +36,8 @@ import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
 from cli.checkpoints import model_file
 from config import ModelConfig, UsageError
-from kernels.formats import (
-    GROUP_SIZES,
-    MXFP4,
-    Float8,
-    Int4,
-    Int8,
-    Tensors,
-    WeightFormat,
-    choose_qparams,
-    decode_zeros,
-    encode_zeros,
-    round_int4,
-    split_groups,
-)
+from kernels.formats import GROUP_SIZES, MXFP4, Float8, Int4, Int8, Tensors, WeightFormat
+from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from loading import load
 from machine import drop_pages, pick_device
 from model import empty_model

@@ -27,7 +27,9 @@ from converters.gguf_file import StoredTensor
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
 from converters.quantized_weight import QuantizedWeight
-from kernels.formats import QUANTIZE_CHUNK, Dense, GroupedFormat, GroupedInt8, Int4, Tensors, WeightFormat, pack_int4
+from kernels.formats import Dense, GroupedInt8, Int4, Tensors, WeightFormat
+from kernels.formats.base import QUANTIZE_CHUNK, pack_int4
+from kernels.formats.integers import GroupedFormat
 
 SIZE_LIMIT = 1.1  # of the result, in sizes of the GGUF's tensors
 FLOATS = (Type.F32, Type.F16, Type.BF16)

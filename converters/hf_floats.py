@@ -17,7 +17,8 @@ from torch import Tensor
 
 from config import UsageError
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
-from kernels.formats import MXFP4, Float8, Tensors, pack_int4, shard_groups
+from kernels.formats import MXFP4, Float8, Tensors
+from kernels.formats.base import pack_int4, shard_groups
 
 E4M3_NAN = 0x7F  # of either sign
 E8M0_NAN = 0xFF

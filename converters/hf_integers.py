@@ -23,7 +23,8 @@ from torch import Tensor
 
 from config import UsageError
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
-from kernels.formats import GroupedInt8, Int4, Int8, Tensors, pack_int4, shard_groups
+from kernels.formats import GroupedInt8, Int4, Int8, Tensors
+from kernels.formats.base import pack_int4, shard_groups
 
 AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
 

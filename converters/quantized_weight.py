@@ -15,19 +15,9 @@ import torch
 from torch import Tensor
 
 from config import UsageError
-from kernels.formats import (
-    GROUP_SIZES,
-    Dense,
-    Float8,
-    GroupedFormat,
-    GroupedInt8,
-    Int4,
-    Tensors,
-    WeightFormat,
-    parse_format,
-    shard_groups,
-    unpack_int4,
-)
+from kernels.formats import GROUP_SIZES, Dense, Float8, GroupedInt8, Int4, Tensors, WeightFormat, parse_format
+from kernels.formats.base import shard_groups, unpack_int4
+from kernels.formats.integers import GroupedFormat
 
 CHANNEL_GROUP_SIZE = 128  # for a scale that all inputs share
 

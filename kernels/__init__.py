@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import cpu, reference
-from kernels.formats import QUANTIZE_CHUNK, Dequantized, Tensors, WeightFormat
+from kernels.formats import Dequantized, Tensors, WeightFormat
+from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.layers import AttentionLayer, LayerCache, LinearLayer, Matrix, NormLayer
 from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages

@@ -11,8 +11,8 @@ enough (the borders are thousands of float32 steps apart) for no more than FLIPS
 import torch
 from torch import Tensor
 
-from kernels.float_bits import decode_e8m0
 from kernels.formats import MXFP4, Float8
+from kernels.formats.float_bits import decode_e8m0
 
 U = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest step

@@ -16,7 +16,8 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels import reference
-from kernels.formats import MXFP4, Dense, Float8, GroupedFormat, Int4, Int8
+from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
+from kernels.formats.integers import GroupedFormat
 from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear
 from rope import alibi_slopes, rope_table
 from tests.tiny import ROOT

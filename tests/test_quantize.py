@@ -12,18 +12,9 @@ import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
-from kernels.float_bits import E2M1_VALUES, round_mxfp4
-from kernels.formats import (
-    MXFP4,
-    Dense,
-    Float8,
-    GroupedInt8,
-    Int4,
-    Int8,
-    parse_format,
-    parse_formats,
-    split_groups,
-)
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
+from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
+from kernels.formats.integers import split_groups
 from loading import load_model
 from model import KVCache, Linear
 from quantize import Int4HQQ

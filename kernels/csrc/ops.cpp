@@ -63,7 +63,7 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// The tensors of a weight, checked. format_id: Format.format_id in kernels/formats.py. type: the activations'.
+// The tensors of a weight, checked. format_id: Format.format_id in kernels/formats/. type: the activations'.
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
                 int64_t k, int64_t group_size, ScalarType type) {
   const auto check = [&](ScalarType stored_type, bool has_its_tensors) {

@@ -1,4 +1,4 @@
-// Weights as kernels/formats.py packs them, and what is different from format to format.
+// Weights as kernels/formats/ packs them, and what is different from format to format.
 //
 // In y [m, n] = x [m, k] W [n, k]^T a token is a row of x, and an output is a row of W. A sequence is a row of the
 // batch, and of the KV cache.
@@ -11,7 +11,7 @@ constexpr int64_t MAX_TOKENS = 64;  // that an operation takes; also in kernels/
 constexpr int64_t BLOCK_M = 8;      // tokens of a block, whose sums are kept in registers
 constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes of one Vec
 
-// format_id in kernels/formats.py
+// format_id in kernels/formats/
 enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2, GROUPED_INT8 = 3, FLOAT8 = 4, MXFP4 = 5 };
 
 // A matrix [n, k], or the first of a stack [n_experts, n, k]. Dense weights are stored output by output. Quantized ones

@@ -1,0 +1,79 @@
+"""How weights are stored: Dense (16 or 32 bits), Int8, Int4, GroupedInt8, Float8, MXFP4. A format is a class, and a
+branch in each kernel. Integers are in integers.py, floats in floats.py, what they have in common in base.py.
+
+For a weight W [..., N, K] (N outputs, K inputs, experts in front) a format knows: which tensors a checkpoint holds, how
+to make them (quantize), what they mean (dequantize, which is the reference for the kernels), which part of them a
+tensor-parallel rank keeps (shard_inputs), and the order in which a backend's kernels read them (pack, unpack).
+
+    Dense          weight [N, K]
+    Int8           weight [N, K] int8, scales [N] float32                      w = q * scale
+    Int4           weight [N, K / 2] uint8,                                    w = (q - zero / 16) * scale
+                   scales [N, n_groups], zeros [N, n_groups] uint8
+    GroupedInt8    weight [N, K] uint8, scales and zeros as Int4               w = (q - zero) * scale
+    Float8         weight [N, K] float8_e4m3fn, scales [N, n_groups] float32   w = q * scale
+    MXFP4          weight [N, K / 2] uint8, scales [N, K / 32] uint8           w = e2m1(q) * 2^(scale - 127)
+
+In Int4 and GroupedInt8 group_size inputs of an output share a scale and a zero point. The scales are bfloat16, or
+float16 where another project's checkpoint has those, since bfloat16 has fewer bits.
+
+Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in its low half and element j + 4 in its high half:
+
+             byte        0        1        2        3
+             low half    q0       q1       q2       q3
+             high half   q4       q5       q6       q7
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from config import UsageError
+from kernels.formats.base import Dense, Dequantized, Tensors, WeightFormat
+from kernels.formats.floats import MXFP4, Float8
+from kernels.formats.integers import GROUP_SIZES, INT8_GROUP_SIZES, SCALE_DTYPES, GroupedInt8, Int4, Int8
+
+__all__ = [
+    "Dense", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "WeightFormats",
+    "Tensors", "GROUP_SIZES", "parse_formats", "parse_format",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightFormats:
+    """The format of every linear layer of a model: most have the same, and a checkpoint may name others."""
+
+    default: WeightFormat
+    overrides: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
+
+    def of_layer(self, name: str) -> WeightFormat:
+        return self.overrides.get(name, self.default)
+
+
+def parse_formats(quantization: dict | None) -> WeightFormats:
+    """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
+    name. Raises UsageError."""
+    overrides = quantization.get("layers", {}) if isinstance(quantization, dict) else {}
+    if not isinstance(overrides, dict):
+        raise UsageError(f"the checkpoint's quantized layers are {overrides!r}, which this version does not read")
+    return WeightFormats(parse_format(quantization), {name: parse_format(value) for name, value in overrides.items()})
+
+
+def parse_format(quantization: dict | None) -> WeightFormat:
+    """The format that one entry of "quantization" describes. Raises UsageError."""
+    if quantization is None:
+        return Dense()
+    if isinstance(quantization, dict):
+        mode, group_size = quantization.get("mode"), quantization.get("groupsize")
+        scale_dtype = quantization.get("scale_dtype", "bfloat16")
+        if mode == "int8" and not quantization.keys() & {"groupsize", "scale_dtype"}:
+            return Int8()
+        if scale_dtype in SCALE_DTYPES:
+            if mode == "int8" and group_size in INT8_GROUP_SIZES:
+                return GroupedInt8(group_size, getattr(torch, scale_dtype))
+            if mode == "int4" and group_size in GROUP_SIZES:
+                return Int4(group_size, getattr(torch, scale_dtype))
+        if mode == "fp8" and group_size in (None, *GROUP_SIZES):
+            return Float8(group_size)
+        if mode == "mxfp4" and group_size is None:
+            return MXFP4()
+    raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")

@@ -1,0 +1,128 @@
+"""What the weight formats have in common: their interface, Dense, and the layouts in which elements are packed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tensors = dict[str, Tensor]  # "weight" and, if quantized, "scales" and "zeros"
+CPU_BLOCK_N = 16  # rows of W that the CPU kernels read side by side
+QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 copies stay in the processor's cache
+
+
+class WeightFormat:
+    """The interface of a format, with what most formats have in common."""
+
+    format_id: int  # the format's number in the kernels
+    name: str | None = None  # in the output of --json
+    quantization: dict | None = None  # in model.pth
+    pack_factor = 1  # inputs that share a word: W can only be cut at multiples of it
+    input_multiple = 1  # a whole W must have a multiple of so many inputs
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
+        """Uninitialized tensors, as a checkpoint holds them, for W of this shape and dtype."""
+        raise NotImplementedError
+
+    def quantize(self, w: Tensor) -> Tensors:
+        """The tensors for w [..., N, K], each element rounded to the nearest value that the format can store."""
+        raise NotImplementedError
+
+    def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """W [..., N, K] in dtype, from a checkpoint's tensors."""
+        raise NotImplementedError
+
+    def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
+        """The part of one of the tensors that belongs to W's inputs [start, start + length)."""
+        return tensor[..., start : start + length].clone() if name == "weight" else tensor
+
+    def shard_format(self, length: int) -> "WeightFormat":
+        """The format of such a shard."""
+        return self
+
+    def scale_group_size(self, in_features: int) -> int:
+        """How many inputs of an output share a scale."""
+        return in_features
+
+    def fits_kernels(self, backend: str, in_features: int) -> bool:
+        """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs."""
+        return True
+
+    def pack(self, tensors: Tensors, backend: str) -> Tensors:
+        """A checkpoint's tensors in the order in which the kernels of backend ("cpu" or "triton") read them."""
+        return tensors
+
+    def unpack(self, tensors: Tensors, backend: str, out_features: int, in_features: int) -> Tensors:
+        """The inverse of pack, for W [..., out_features, in_features]."""
+        return tensors
+
+
+@dataclass(frozen=True)
+class Dense(WeightFormat):
+    """16 or 32 bits, unchanged."""
+
+    format_id = 0
+
+    def empty(self, shape, dtype, device):
+        return {"weight": torch.empty(shape, dtype=dtype, device=device)}
+
+    def quantize(self, w):
+        return {"weight": w}
+
+    def dequantize(self, tensors, dtype):
+        return tensors["weight"]
+
+
+@dataclass(frozen=True)
+class Dequantized(Dense):
+    """What a quantized weight becomes where there are no kernels for it (dequantize_weights in __init__.py)."""
+
+    name: str  # of the format that the checkpoint has
+
+
+def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
+    """quantize_rows, which takes [rows, K], applied to w [..., N, K] a few rows at a time."""
+    chunks = w.flatten(0, -2).split(max(1, QUANTIZE_CHUNK // w.shape[-1]))
+    done = [quantize_rows(chunk) for chunk in chunks]
+    return {name: torch.cat([tensors[name] for tensors in done]).unflatten(0, w.shape[:-1]) for name in done[0]}
+
+
+def shard_groups(t: Tensor, start: int, length: int, group_size: int, shard_group_size: int) -> Tensor:
+    """Scales or zeros t [..., n_groups] for W's inputs [start, start + length), which now are in groups of
+    shard_group_size: for each of these, those of the group of W that it lies in."""
+    first_inputs = torch.arange(start, start + length, shard_group_size, device=t.device)
+    return t[..., first_inputs // group_size]
+
+
+# ---- Layouts --------------------------------------------------------------------------------------------------------
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """q [..., K] uint8 in 0..15 -> [..., K / 2], as drawn at the top of this file."""
+    low, high = q.unflatten(-1, (-1, 2, 4)).unbind(-2)
+    return (low | high << 4).flatten(-2)
+
+
+def unpack_int4(weight: Tensor) -> Tensor:
+    """The inverse of pack_int4."""
+    octets = weight.unflatten(-1, (-1, 4))  # [..., K / 8, 4]
+    return torch.cat([octets & 15, octets >> 4], dim=-1).flatten(-2)
+
+
+def to_blocked_layout(t: Tensor) -> Tensor:
+    """[..., N, X] -> [..., N / 16, X, 16], with N padded with zeros to a multiple of 16."""
+    t = F.pad(t, (0, 0, 0, -t.shape[-2] % CPU_BLOCK_N))
+    return t.unflatten(-2, (-1, CPU_BLOCK_N)).mT.contiguous()
+
+
+def swap_bytes(words: Tensor, rows: int, columns: int) -> Tensor:
+    """Words int32 [..., 16] of a blocked layout, with every 16 bytes, which are rows * columns pairs of bytes,
+    transposed. Swapping rows and columns undoes it."""
+    pairs = words.view(torch.int16).unflatten(-1, (-1, rows, columns))
+    return pairs.mT.contiguous().flatten(-3).view(torch.int32)
+
+
+def from_blocked_layout(t: Tensor, n: int) -> Tensor:
+    """The inverse of to_blocked_layout, without the padding: the first n rows."""
+    return t.mT.flatten(-3, -2)[..., :n, :].contiguous()

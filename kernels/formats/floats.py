@@ -1,0 +1,164 @@
+"""Float8 and MXFP4: weights as floats of 8 and 4 bits (float_bits.py) with a scale."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.formats.base import (
+    Tensors,
+    WeightFormat,
+    from_blocked_layout,
+    in_chunks,
+    pack_int4,
+    shard_groups,
+    swap_bytes,
+    to_blocked_layout,
+    unpack_int4,
+)
+from kernels.formats.float_bits import FLOAT8_MAX, decode_mxfp4, round_mxfp4
+from kernels.formats.integers import split_groups
+
+
+@dataclass(frozen=True)
+class Float8(WeightFormat):
+    """8-bit floats, e4m3: 4 bits of exponent, 3 of mantissa, up to 448, no infinity. Every group_size inputs of an
+    output share a scale; None: all of its inputs do."""
+
+    group_size: int | None = None
+    format_id = 4
+
+    @property
+    def name(self):
+        return "fp8" if self.group_size is None else f"fp8.g{self.group_size}"
+
+    @property
+    def quantization(self):
+        return {"mode": "fp8"} | ({} if self.group_size is None else {"groupsize": self.group_size})
+
+    def empty(self, shape, dtype, device):
+        *outputs, k = shape
+        n_groups = math.ceil(k / self.scale_group_size(k))
+        return {
+            "weight": torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
+            "scales": torch.empty((*outputs, n_groups), dtype=torch.float32, device=device),
+        }
+
+    def quantize(self, w):
+        return in_chunks(self.quantize_rows, w)
+
+    def quantize_rows(self, w: Tensor) -> Tensors:
+        k = w.shape[-1]
+        groups = split_groups(w.float(), self.scale_group_size(k))
+        scales = (groups.abs().amax(-1) / FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        q = (groups / scales[..., None]).flatten(-2)[:, :k]
+        return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
+
+    def dequantize(self, tensors, dtype):
+        q = tensors["weight"].float()
+        group_size = self.scale_group_size(q.shape[-1])
+        scales = tensors["scales"].repeat_interleave(group_size, -1)[..., : q.shape[-1]]
+        return (q * scales).to(dtype)
+
+    def shard_inputs(self, name, tensor, start, length):
+        if name == "scales" and self.group_size is not None:
+            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
+        return super().shard_inputs(name, tensor, start, length)
+
+    def shard_format(self, length):
+        return self if self.group_size is None else Float8(math.gcd(length, self.group_size))
+
+    def scale_group_size(self, in_features):
+        return self.group_size or in_features
+
+    def fits_kernels(self, backend, in_features):
+        return in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
+        then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16].
+        triton: rows of words of four elements (triton_elements.py: pack_words); scales column by column."""
+        if backend == "cpu":
+            words = to_blocked_layout(tensors["weight"].view(torch.int32))
+            return {"weight": swap_bytes(words, 4, 2), "scales": to_blocked_layout(tensors["scales"])}
+        from kernels.triton_elements import by_column, pack_words
+
+        return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend == "cpu":
+            words = from_blocked_layout(swap_bytes(tensors["weight"], 2, 4), out_features)
+            scales = from_blocked_layout(tensors["scales"], out_features)
+            return {"weight": words.view(torch.float8_e4m3fn), "scales": scales}
+        from kernels.triton_elements import unpack_words
+
+        return {"weight": unpack_words(tensors["weight"]).view(torch.float8_e4m3fn), "scales": tensors["scales"]}
+
+
+@dataclass(frozen=True)
+class MXFP4(WeightFormat):
+    """4-bit floats, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. 32 inputs of an output share a power of two,
+    of which the scale is the exponent (OCP Microscaling Formats, version 1.0)."""
+
+    group_size: int = 32  # smaller only in a shard that cuts through a group
+    format_id = 5
+    name = "mxfp4"
+    quantization = {"mode": "mxfp4"}
+    pack_factor = 8
+    input_multiple = 32
+
+    def empty(self, shape, dtype, device):
+        *outputs, k = shape
+        return {
+            "weight": torch.empty((*outputs, k // 2), dtype=torch.uint8, device=device),
+            "scales": torch.empty((*outputs, math.ceil(k / self.group_size)), dtype=torch.uint8, device=device),
+        }
+
+    def quantize(self, w):
+        return in_chunks(self.quantize_rows, w)
+
+    def quantize_rows(self, w: Tensor) -> Tensors:
+        q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
+        return {"weight": pack_int4(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
+
+    def dequantize(self, tensors, dtype):
+        q = unpack_int4(tensors["weight"])
+        scales = tensors["scales"].repeat_interleave(self.group_size, -1)[..., : q.shape[-1]]
+        return decode_mxfp4(q, scales).to(dtype)
+
+    def shard_inputs(self, name, tensor, start, length):
+        if name == "weight":
+            return tensor[..., start // 2 : (start + length) // 2].clone()
+        if name == "scales":
+            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
+        return tensor
+
+    def shard_format(self, length):
+        return MXFP4(math.gcd(length, self.group_size))
+
+    def scale_group_size(self, in_features):
+        return self.group_size
+
+    def fits_kernels(self, backend, in_features):
+        return in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """cpu: words and scales, blocked as Int4's.
+        triton: tiles, as Int4's; scales column by column."""
+        if backend == "cpu":
+            words = {"weight": tensors["weight"].view(torch.int32)}
+            return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+        from kernels.triton_elements import by_column
+        from kernels.triton_tiles import pack_tiles
+
+        return {"weight": pack_tiles(unpack_int4(tensors["weight"])), "scales": by_column(tensors["scales"])}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend == "cpu":
+            rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
+            return rows | {"weight": rows["weight"].view(torch.uint8)}
+        from kernels.triton_tiles import unpack_tiles
+
+        weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))
+        return {"weight": weight, "scales": tensors["scales"]}

@@ -1,0 +1,276 @@
+"""Int8, Int4 and GroupedInt8: weights as integers with a scale, and how they are rounded to these."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.formats.base import (
+    Tensors,
+    WeightFormat,
+    from_blocked_layout,
+    in_chunks,
+    pack_int4,
+    shard_groups,
+    to_blocked_layout,
+    unpack_int4,
+)
+
+GROUP_SIZES = (32, 64, 128, 256)  # of Int4
+INT8_GROUP_SIZES = (16, *GROUP_SIZES)  # of GroupedInt8
+SCALE_DTYPES = ("bfloat16", "float16")  # of scales that a group shares
+
+
+@dataclass(frozen=True)
+class Int8(WeightFormat):
+    """Symmetric, q from -127 to 127, one scale for each output."""
+
+    format_id = 1
+    name = "int8"
+    quantization = {"mode": "int8"}
+
+    def empty(self, shape, dtype, device):
+        return {
+            "weight": torch.empty(shape, dtype=torch.int8, device=device),
+            "scales": torch.empty(shape[:-1], dtype=torch.float32, device=device),
+        }
+
+    def quantize(self, w):
+        return in_chunks(self.quantize_rows, w)
+
+    def quantize_rows(self, w: Tensor) -> Tensors:
+        w = w.float()
+        scales = w.abs().amax(-1) / 127
+        q = (w / scales.clamp(min=1e-38)[:, None]).round()
+        return {"weight": q.to(torch.int8), "scales": scales}
+
+    def dequantize(self, tensors, dtype):
+        return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
+
+    def fits_kernels(self, backend, in_features):
+        return in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """cpu: words of four elements, each q + 128. The words of 16 rows lie side by side, then their next words:
+        int32 [N / 16, K / 4, 16]."""
+        if backend != "cpu":
+            return tensors
+        # ^ 128 on a byte adds 128. In one expression, so that this temporary is freed before the next copy.
+        words = to_blocked_layout((tensors["weight"].view(torch.uint8) ^ 128).view(torch.int32))
+        return {"weight": words, "scales": tensors["scales"]}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend != "cpu":
+            return tensors
+        unsigned = from_blocked_layout(tensors["weight"], out_features).view(torch.uint8)
+        return {"weight": (unsigned ^ 128).view(torch.int8), "scales": tensors["scales"]}
+
+
+@dataclass(frozen=True)
+class GroupedFormat(WeightFormat):
+    """What Int4 and GroupedInt8 have in common. Asymmetric, q from 0 up. Every group_size inputs of an output share a
+    scale and a zero point. The last group may be shorter."""
+
+    group_size: int
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    mode: ClassVar[str]
+    elements_per_byte: ClassVar[int]
+    zeros_per_step: ClassVar[int]  # zero points are stored in this part of a step of q
+
+    @property
+    def name(self):
+        return f"{self.mode}.g{self.group_size}"
+
+    @property
+    def quantization(self):
+        entry = {"mode": self.mode, "groupsize": self.group_size}
+        return entry | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
+
+    def empty(self, shape, dtype, device):
+        *outputs, k = shape
+        n_groups = math.ceil(k / self.group_size)
+        return {
+            "weight": torch.empty((*outputs, k // self.elements_per_byte), dtype=torch.uint8, device=device),
+            "scales": torch.empty((*outputs, n_groups), dtype=self.scale_dtype, device=device),
+            "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
+        }
+
+    def quantize(self, w):
+        return in_chunks(self.quantize_rows, w)
+
+    def quantize_rows(self, w: Tensor) -> Tensors:
+        """quantize for w [N, K]."""
+        raise NotImplementedError
+
+    def unpack_elements(self, weight: Tensor) -> Tensor:
+        """q [..., N, K] uint8 of the tensor "weight"."""
+        return weight
+
+    def dequantize(self, tensors, dtype):
+        q = self.unpack_elements(tensors["weight"])
+        scales, zeros = (
+            t.repeat_interleave(self.group_size, -1)[..., : q.shape[-1]]
+            for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_per_step)
+        )
+        return ((q - zeros) * scales).to(dtype)
+
+    def shard_inputs(self, name, tensor, start, length):
+        if name == "weight":
+            return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
+        if name in ("scales", "zeros"):
+            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
+        return tensor
+
+    def shard_format(self, length):
+        # Small enough that no group spans two groups of W
+        return replace(self, group_size=math.gcd(length, self.group_size))
+
+    def scale_group_size(self, in_features):
+        return self.group_size
+
+    def pack(self, tensors, backend):
+        """cpu: words of four bytes. The words of 16 rows lie side by side, then their next words: int32
+        [N / 16, bytes of a row / 4, 16]; scales and zeros alike, [N / 16, n_groups, 16]."""
+        if backend != "cpu":
+            return tensors
+        words = {"weight": tensors["weight"].view(torch.int32)}
+        return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend != "cpu":
+            return tensors
+        rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
+        return rows | {"weight": rows["weight"].view(torch.uint8)}
+
+
+class Int4(GroupedFormat):
+    """q from 0 to 15, zero points in sixteenths of a step."""
+
+    format_id = 2
+    mode = "int4"
+    pack_factor = input_multiple = 8
+    elements_per_byte = 2
+    zeros_per_step = 16
+
+    def quantize_rows(self, w):
+        groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
+        scales, zeros = choose_qparams(groups, self.scale_dtype)
+        return self.round_groups(groups, scales, zeros, w.shape[-1])
+
+    def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
+        """The tensors for groups [N, n_groups, group_size], whose last one is padded beyond the k elements of a row."""
+        q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
+        return {"weight": pack_int4(q.to(torch.uint8).flatten(-2)[:, :k]), "scales": scales, "zeros": zeros}
+
+    def unpack_elements(self, weight):
+        return unpack_int4(weight)
+
+    def fits_kernels(self, backend, in_features):
+        return in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """triton: tiles, drawn in triton_tiles.py; scales and zeros in words, column by column (triton_elements.py:
+        pack_scales)."""
+        if backend == "cpu":
+            return super().pack(tensors, backend)
+        from kernels.triton_elements import pack_scales  # here, since a CPU may lack Triton
+        from kernels.triton_tiles import pack_tiles
+
+        tiles = pack_tiles(unpack_int4(tensors["weight"]))
+        return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend == "cpu":
+            return super().unpack(tensors, backend, out_features, in_features)
+        from kernels.triton_elements import unpack_scales
+        from kernels.triton_tiles import unpack_tiles
+
+        scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
+        weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))
+        return {"weight": weight, "scales": scales, "zeros": zeros}
+
+
+class GroupedInt8(GroupedFormat):
+    """q from 0 to 255, and so is the zero point."""
+
+    format_id = 3
+    mode = "int8"
+    elements_per_byte = 1
+    zeros_per_step = 1
+
+    def quantize_rows(self, w):
+        groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
+        # Not 255, so that 0..255 spans a group even if its scale is rounded down
+        scales, zeros = choose_range(groups, 254, self.scale_dtype)
+        zeros = zeros.round().clamp(0, 255)
+        q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
+        return {
+            "weight": q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]].contiguous(),
+            "scales": scales,
+            "zeros": zeros.to(torch.uint8),
+        }
+
+    def fits_kernels(self, backend, in_features):
+        return in_features % 8 == 0
+
+    def pack(self, tensors, backend):
+        """triton: rows of int8, each q - 128; scales and zeros as Int4's."""
+        if backend == "cpu":
+            return super().pack(tensors, backend)
+        from kernels.triton_elements import pack_scales
+
+        weight = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128, or adds it
+        return {"weight": weight, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        if backend == "cpu":
+            return super().unpack(tensors, backend, out_features, in_features)
+        from kernels.triton_elements import unpack_scales
+
+        scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
+        return {"weight": tensors["weight"].view(torch.uint8) ^ 128, "scales": scales, "zeros": zeros}
+
+
+# ---- The arithmetic of groups, which quantize.py and gptq.py share --------------------------------------------------
+
+
+def split_groups(w: Tensor, group_size: int) -> Tensor:
+    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with its last element, which does not
+    change the group's minimum and maximum."""
+    missing = -w.shape[-1] % group_size
+    if missing:
+        w = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], dim=-1)
+    return w.unflatten(-1, (-1, group_size))
+
+
+def choose_range(groups: Tensor, max_q: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales in scale_dtype and zero points in float32 [...], in steps of the scale, with which q = 0..max_q spans each
+    group [..., group_size] and 0."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / max_q).to(scale_dtype)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return scales, -low / scales.float()
+
+
+def choose_qparams(groups: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (uint8) [...] with which q = 0..15 spans each group [..., group_size] and 0."""
+    scales, zero = choose_range(groups, 15, scale_dtype)
+    return scales, encode_zeros(zero)
+
+
+def round_int4(w: Tensor, scale: Tensor | float, zero: Tensor) -> Tensor:
+    """The q in 0..15, as float32, with which (q - zero) * scale is nearest to w. The arguments are float32."""
+    return (w / scale + zero).round_().clamp_(0, 15)
+
+
+def encode_zeros(zero: Tensor) -> Tensor:
+    """Zero points, in steps of the scale, as the checkpoint stores them: uint8, in sixteenths of a step."""
+    return (zero * 16).round().clamp(0, 255).to(torch.uint8)
+
+
+def decode_zeros(zeros: Tensor) -> Tensor:
+    """The inverse of encode_zeros, float32."""
+    return zeros.float() / 16
