@@ -134,14 +134,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         maker = "scripts/convert_hf_checkpoint.py"
         raise UsageError(f"{path} is not a {CHECKPOINT_VERSION} checkpoint; make one with {maker}")
     config, tensors = data.get("config"), data.get("tensors")
-    if not is_table(tensors):
+    if not is_state_dict(tensors):
         raise UsageError(f"{path} holds no table of tensors; convert it again")
     if data["format"] in EARLIER_VERSIONS:
         config, tensors = rename(config, tensors)
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
-def is_table(tensors) -> bool:
+def is_state_dict(tensors) -> bool:
     """Whether tensors is a dict of tensors by name."""
     if not isinstance(tensors, dict):
         return False

@@ -17,13 +17,13 @@ class OutOfMemoryError(UsageError):
 
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")  # of the gate; kernels/reference.py has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
-MAX_OBJECTS = 2**16  # layers, heads or experts; a broken config must not create millions of them
+MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not create millions of them
 MAX_SIZE = 2**31
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's wavelengths are stretched for contexts longer than original_max_seq_len. rope_frequencies in model.py
+    """How RoPE's wavelengths are stretched for contexts longer than original_max_seq_len. rope.py: rope_frequencies
     has the formula of each type."""
 
     rope_type: str
@@ -57,7 +57,7 @@ class MoEConfig:
     bias: bool = False  # of the router and of the experts' projections
 
     @property
-    def fraction_read(self) -> float:
+    def active_fraction(self) -> float:
         """Which part of all experts a token uses."""
         return (self.top_k + self.n_shared_experts) / (self.n_experts + self.n_shared_experts)
 
@@ -68,7 +68,7 @@ class MoEConfig:
             raise UsageError(f"the number of shared experts must be an integer, not {self.n_shared_experts!r}")
         if not 0 < self.top_k <= self.n_experts:
             raise UsageError(f"a token cannot use {self.top_k} of {self.n_experts} experts")
-        if self.n_experts + self.n_shared_experts > MAX_OBJECTS:
+        if self.n_experts + self.n_shared_experts > MAX_MODULES:
             raise UsageError(f"{self.n_experts + self.n_shared_experts} experts are more than any model has")
 
 
@@ -136,7 +136,7 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 check_positive_number(f"the model's {name}", getattr(self, name))
         for name in ("n_layers", "n_heads"):
-            if getattr(self, name) > MAX_OBJECTS:
+            if getattr(self, name) > MAX_MODULES:
                 raise UsageError(f"{getattr(self, name)} {name[2:]} are more than any model has")
         if self.n_heads % self.n_kv_heads:
             raise UsageError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")

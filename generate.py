@@ -41,7 +41,7 @@ from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
 from cli.checkpoints import model_file
 from cli.complete import complete_in_parallel, complete_in_turn
-from cli.prepare import build_speculation, load_draft, needed_seq_len, parallel_stats, warm_up
+from cli.prepare import build_speculation, load_draft, needed_seq_len, tp_stats, warm_up
 from cli.prompts import read_prompts
 from cli.ranks import process_group
 from cli.terminal import converse
@@ -70,9 +70,9 @@ def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> I
     start_pos = start_pos + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
-        # A GPU gets its next step before the host waits for this step's tokens, so that it computes while the host
-        # handles them. That step may overwrite tokens, a recorded step's buffer; the copy to the host is before it in
-        # the same stream. On a CPU the call would compute the step, which is wasted if the caller stops after this one.
+        # A GPU gets its next step before the host waits for the tokens of this one, so that it computes while the host
+        # handles them. The next step may overwrite tokens, the buffer of a recorded step. But the copy to the host
+        # precedes that step in the stream. A CPU would compute the next step now, in vain if the caller stops here.
         next_is_queued = tokens.is_cuda and n_left > 0
         if next_is_queued:
             tokens, start_pos = decode(steps, tokens, start_pos)
@@ -206,7 +206,7 @@ def main():
     warm_up(args, steps, speculation, prompts, device)
     stats["compile_seconds"] = time.perf_counter() - start
     if args.json and tp.world_size() > 1:
-        stats |= parallel_stats(args, steps, device)
+        stats |= tp_stats(args, steps, device)
 
     torch.manual_seed(args.seed)
     if args.conversation:

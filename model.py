@@ -17,7 +17,6 @@ This file has no command line; see generate.py.
 
 import copy
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import Dense, Tensors, WeightFormat, WeightFormats
+from kernels.layers import LayerCache
 from rope import RopeTables, alibi_slopes
 
 DENSE = Dense()
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
             if name.startswith("embed_tokens"):
                 continue
             is_experts = self.config.moe and ".feed_forward." in name and ".router." not in name
-            total += tensor.nbytes * (self.config.moe.fraction_read if is_experts else 1)
+            total += tensor.nbytes * (self.config.moe.active_fraction if is_experts else 1)
         return round(total)
 
 
@@ -154,7 +154,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
 
-    def forward(self, x: Tensor, start_pos: Tensor, cache: "LayerCache") -> Tensor:
+    def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
         # x = x + [post_norm] attention([norm] x)
         # x = x + [post_norm] feed_forward([norm] x)
@@ -192,7 +192,7 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
 
     def forward(
-        self, x: Tensor, start_pos: Tensor, cache: "LayerCache", norm: "RMSNorm | None", residual: Tensor | None = None
+        self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: "RMSNorm | None", residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
         y = kernels.attend(qkv, self, cache, start_pos)  # [B, T, H D]
@@ -240,15 +240,15 @@ class MoE(nn.Module):
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
 
 
-class Matrix(nn.Module):
+class WeightMatrix(nn.Module):
     """W [N, K], or [E, N, K] for a layer of experts: what Linear and Embedding have in common.
 
     format: how W is stored (kernels/formats/).
     backend: whose kernels read it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
     checkpoint.
-    is_table: whether a step reads only some of the rows."""
+    is_embedding: whether a step reads only some of the rows."""
 
-    is_table = False
+    is_embedding = False
 
     def __init__(self, in_features: int, out_features: int, n_experts: int | None = None):
         super().__init__()
@@ -284,17 +284,17 @@ class Matrix(nn.Module):
         return kernels.dequantize(self, dtype, experts)
 
 
-class Embedding(Matrix):
+class Embedding(WeightMatrix):
     """A row of W [V, dim] for every token."""
 
-    is_table = True
+    is_embedding = True
 
     def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """tokens [B, T] -> their rows times scale: [B, T, dim] in dtype."""
         return kernels.embed(tokens, self, scale, dtype)
 
 
-class Linear(Matrix):
+class Linear(WeightMatrix):
     """y = x W^T [+ bias].
 
     max_tokens: how many tokens the kernels compute at a time. More are computed in plain PyTorch."""
@@ -340,15 +340,6 @@ class RMSNorm(nn.Module):
 
 
 # ---- Cache and positions --------------------------------------------------------------------------------------------
-
-
-class LayerCache(NamedTuple):
-    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights."""
-
-    k: Tensor  # [B, G, S, D]
-    v: Tensor  # [B, G, S, D]
-    rope: Tensor  # [S, D/2, 2]: cos and sin of every position's angles, float32
-    alibi_slopes: Tensor | None = None  # [H], float32
 
 
 class KVCache:

@@ -114,10 +114,11 @@ class Scheduler:
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
         # torch.compile would compile anew for every number of running sequences, so not without kernels.
         compile = compile and model.uses_kernels(n_slots, 1)
-        self.decode_step = ModelStep(model, self.kv_cache, return_logits, compile)
+        self.decode_step = ModelStep(model, self.kv_cache, lambda logits, *_: logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence | None] = []  # by slot; None: it has ended
-        # By slot, also of sequences that have ended: the ids of the tokens whose keys and values are there.
+        # Of each slot, the ids of the tokens whose keys and values are in it. They stay when its sequence has ended,
+        # for a later prompt that begins alike.
         self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
 
     def submit(self, request: Request):
@@ -228,11 +229,6 @@ class Scheduler:
 def slots_that_fit(model: Transformer, max_seq_len: int) -> int:
     """For how many sequences of max_seq_len tokens main memory has room."""
     return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
-
-
-def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-    """What a step returns: logits [n, 1, V], from which sample_next samples."""
-    return logits
 
 
 def sample_each(logits: Tensor, sequences: list[Sequence]) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 import tp
 from model import KVCache, Transformer
 from sampling import SamplingParams, multinomial, probabilities, sample
-from steps import ModelStep, Step, Steps, apply_repetition_penalty, build_steps, check_finite, device_of
+from steps import ModelStep, Step, Steps, apply_repetition_penalty, build_steps, check_finite
 
 MAX_PROPOSED = 32  # limit of --speculate_k and --prompt_lookup
 # The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
@@ -93,7 +93,7 @@ def build_speculative_decoder(
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
     verify_step = ModelStep(model, kv_cache, postprocess, compile)
-    return SpeculativeDecoder(steps, verify_step, proposer, k, device_of(model), verify_cost(model))
+    return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, verify_cost(model))
 
 
 @torch.inference_mode()
@@ -262,9 +262,9 @@ class DraftModel:
         self.n_cached = 0  # tokens of the text that are in the draft's cache
 
     def propose(self, history: list[int], k: int) -> Proposal:
-        # A token's keys and values come from a step that takes it as input, and no step has taken the last proposed
-        # token. If that was accepted, the draft's cache lacks two tokens, else one. The first step takes two tokens in
-        # either case, so that only one shape is recorded or compiled.
+        # The draft's cache never has the last proposed token, since no step has taken it as input. If that token was
+        # accepted, the cache lacks two tokens, else one. The first step takes two tokens in either case, so that only
+        # one shape is recorded or compiled.
         n_before = len(history) - 2
         start = min(self.n_cached, n_before)
         tokens = torch.tensor([history[start:]], device=self.device).clamp(max=self.vocab_size - 1)
@@ -304,4 +304,4 @@ def build_draft_model(
     prefill = build_steps(draft, kv_cache, SamplingParams()).prefill
     step = ModelStep(draft, kv_cache, postprocess, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
-    return DraftModel(prefill, step, draft.config.vocab_size, device_of(model), cost)
+    return DraftModel(prefill, step, draft.config.vocab_size, model.device, cost)

@@ -49,7 +49,7 @@ class Steps(NamedTuple):
 
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
     """A KVCache for model. Raises OutOfMemoryError if a CPU's memory is too small for it."""
-    if device_of(model).type == "cpu":
+    if model.device.type == "cpu":
         n_bytes = batch_size * max_seq_len * kv_bytes_per_token(model)
         check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
     return KVCache(model, batch_size, max_seq_len)
@@ -58,10 +58,6 @@ def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCa
 def kv_bytes_per_token(model: Transformer) -> int:
     """Bytes of keys and values for one token of one sequence."""
     return KVCache(model, 1, 1).bytes_per_position()
-
-
-def device_of(model: Transformer) -> torch.device:
-    return model.device
 
 
 def build_steps(
@@ -131,15 +127,20 @@ def chunked_prefill(
 
 
 class ModelStep:
-    """The model and what follows it, as one step: step(tokens [B, T], start_pos [B], *extra_inputs), all of tensors, is
-    postprocess(logits [B, T, V], tokens, start_pos, *extra_inputs). The B sequences are the first of kv_cache.
+    """Runs the model, and postprocess on its logits, in the fastest way for the step's shape:
 
-    What it returns may lie in static buffers, as with CUDA graphs: the next call may overwrite the logits that
-    postprocess gets and, on a GPU with compile, its result. Clone what must last."""
+        kernels compute all of it    recorded on a CPU; on a GPU recorded with compile, else eager
+        they do not                  compiled with compile, else eager
+
+    step(tokens [B, T], start_pos [B], *extra_inputs) returns postprocess(logits [B, T, V], tokens, start_pos,
+    *extra_inputs). All of these are tensors. The B sequences are the first of kv_cache.
+
+    The result may lie in a static buffer, which the next call overwrites, and so may the logits that postprocess gets.
+    Clone what must last."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, postprocess: Callable, compile: bool = False):
         self.postprocess, self.compile = postprocess, compile
-        self.device_type = device_of(model).type
+        self.device_type = model.device.type
         self.uses_kernels = cache(model.uses_kernels)  # it goes through all modules
         self.eager_step = EagerStep(model, kv_cache, postprocess)
         self.recorded_step, self.recorded_logits = record(self.eager_step), record(self.eager_step.logits)
@@ -149,7 +150,7 @@ class ModelStep:
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
         if not self.uses_kernels(*tokens.shape):
-            step = self.compiled_step if self.compile else self.eager_step.narrowed
+            step = self.compiled_step if self.compile else self.eager_step.on_used_cache
         elif self.device_type == "cpu":
             # A recording on a CPU holds nothing but kernels, and there are none for sampling.
             return self.postprocess(self.recorded_logits(tokens, start_pos), tokens, start_pos, *extra_inputs)
@@ -170,7 +171,7 @@ class EagerStep:
     def logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         return self.model(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
 
-    def narrowed(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+    def on_used_cache(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
         """The same with the used part of the cache: PyTorch's attention looks at every position that it is given."""
         used = self.kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(start_pos.max()) + tokens.shape[1])
         return self.postprocess(self.model(tokens, start_pos, used), tokens, start_pos, *extra_inputs)

@@ -37,11 +37,11 @@ def model_of_folder(folder: Path) -> str:
         return str(model)
     ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_PART, file.stem)]
     if ggufs and not weights:
-        return model_of_gguf(the_one(ggufs))
+        return model_of_gguf(require_single(ggufs))
     from converters.folder import convert_folder  # here, since it is seldom needed
 
     if find_files(folder, (*SETTINGS, "*.pt")):  # else convert_folder says what the folder lacks
-        say_that_it_converts(folder, folder)
+        announce_conversion(folder, folder)
     return str(convert_folder(folder))
 
 
@@ -59,7 +59,7 @@ def model_of_gguf(file: Path) -> str:
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 
-    say_that_it_converts(file, folder)
+    announce_conversion(file, folder)
     return str(convert_gguf(file, folder))
 
 
@@ -69,10 +69,10 @@ def find_model(folder: Path, sources: list[Path]) -> Path | None:
     models = find_files(folder, ["model.pth"]) or find_files(folder, ["model*.pth"])
     newest = max((file.stat().st_mtime for file in sources), default=0)
     models = [model for model in models if model.stat().st_mtime >= newest]
-    return the_one(models) if models else None
+    return require_single(models) if models else None
 
 
-def the_one(files: list[Path]) -> Path:
+def require_single(files: list[Path]) -> Path:
     if len(files) > 1:
         raise UsageError(f"{files[0].parent} holds {', '.join(file.name for file in files)}: choose one of them")
     return files[0]
@@ -82,5 +82,5 @@ def find_files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path
     return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
 
 
-def say_that_it_converts(source: Path, folder: Path):
+def announce_conversion(source: Path, folder: Path):
     print(f"Converting {source}, once: the result stays in {folder}.", file=sys.stderr, flush=True)

@@ -103,7 +103,7 @@ def warm_up(
                 speculation.verify(zeros(1, 1), zeros(1), proposal)
 
 
-def parallel_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
+def tp_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
     """More fields of --json if there are several ranks."""
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))

@@ -11,7 +11,6 @@ from cli.prompts import Prompt
 from completion import Completion
 from machine import lacks_memory, peak_memory, read_bandwidth, read_bandwidth_of
 from model import KVCache, Transformer
-from steps import device_of
 
 
 def build_result(
@@ -41,8 +40,8 @@ def build_result(
         "total_tokens_per_sec": tokens_per_second * len(last_batch),
         "model_bytes": model.active_weight_bytes(),
         "bandwidth_gb_per_sec": bytes_per_step * steps_per_second / 1e9,
-        "peak_memory_bytes": peak_memory(device_of(model)),
-        "device": str(device_of(model)),
+        "peak_memory_bytes": peak_memory(model.device),
+        "device": str(model.device),
         "precision": args.precision,
         "quantization": model.format.name,
         "accept_counts": accept_counts,
@@ -75,7 +74,7 @@ def measured_bandwidth(model: Transformer) -> float | None:
     """Bytes per second at which the machine reads memory, measured once. On a CPU it is measured on those weights of
     model that every step reads. None if they are so few that the processor's caches hold them, or if memory is too
     small for the measurement."""
-    device = device_of(model)
+    device = model.device
     linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
     try:
         if device.type == "cpu":

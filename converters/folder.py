@@ -13,7 +13,7 @@ from config import ModelConfig, UsageError
 from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
-from converters.hf_tensors import adapt
+from converters.hf_tensors import to_llama_layout
 from converters.lora import ADAPTER_CONFIG, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import HFTensors, convert, write_folder
@@ -30,7 +30,7 @@ def convert_folder(folder: Path, lora: Path | None = None) -> Path:
     if (folder / "config.json").is_file():
         config, hf = read_configs(folder)
         tensors = read_tensors(folder, hf, config)
-        read = adapt(tensors, config, find_family(hf))
+        read = to_llama_layout(tensors, config, find_family(hf))
     elif (folder / PARAMS).is_file():
         config, tensors, read, files, note = read_meta(folder)
         path = write_folder(folder, config, tensors, read, files)
@@ -76,7 +76,7 @@ def merge_folders(folder: Path, lora: Path) -> Path:
     check_not_quantized(folder)
     config, hf = read_configs(folder)
     tensors = read_tensors(folder, hf, config)
-    read = adapt(tensors, config, find_family(hf), adapter)
+    read = to_llama_layout(tensors, config, find_family(hf), adapter)
     files = {}
     if not any((lora / name).is_file() for name in TOKENIZERS):
         of_base = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]

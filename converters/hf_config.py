@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from config import MAX_OBJECTS, ModelConfig, MoEConfig, RopeScaling, UsageError
+from config import MAX_MODULES, ModelConfig, MoEConfig, RopeScaling, UsageError
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def full_attention_every(n: int, hf: dict) -> list[str]:
 
 def layer_numbers(hf: dict) -> range:
     """From 0. A config.json with a senseless number of layers, which ModelConfig refuses, must not fill the memory."""
-    return range(min(required(hf, "num_hidden_layers"), MAX_OBJECTS))
+    return range(min(required(hf, "num_hidden_layers"), MAX_MODULES))
 
 
 # ---- RoPE -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Gives the tensors of any family in a Hugging Face checkpoint the names and the layout that Llama's have.
 
-    read = adapt(tensors, config, family)    # of families.py; docs/add_a_model.md says what a new one needs here
+    read = to_llama_layout(tensors, config, family)    # docs/add_a_model.md says what a new family needs here
 
 What is the same computation with other weights never reaches the model: fused matrices are split, heads reordered,
 constants added. This file has no command line.
@@ -65,7 +65,7 @@ def rename_tensor(name: str, new_names: dict[str, str]) -> str:
 BAICHUAN_1_VOCAB = 64000  # Baichuan 2 has a larger vocabulary, and scales every row of its head to length one
 
 
-def adapt(
+def to_llama_layout(
     tensors: HFTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:  # fmt: skip
     """Renames and splits tensors, in place. Returns the function that reads one of them: what changes its data is done

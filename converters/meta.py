@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import is_table, load_pickle, read_json
+from checkpoint import is_state_dict, load_pickle, read_json
 from config import ModelConfig, RopeScaling, UsageError
 from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import META_FFN_TO_HF, rename_tensor, reorder_heads, rope_order
@@ -149,7 +149,7 @@ def meta_head_dim(params: dict) -> int:
 
 def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
     """The config, and a line about what comes from the generation; "" if there is nothing."""
-    generation, context, factor = tell_generation(params, has_tied_head)
+    generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
     note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"
     if params.get("max_seq_len"):
@@ -167,7 +167,7 @@ def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[
     return config, note
 
 
-def tell_generation(params: dict, has_tied_head: bool) -> tuple[str, int, float]:
+def infer_llama_version(params: dict, has_tied_head: bool) -> tuple[str, int, float]:
     """(name, context, how far RoPE is stretched or 0), by the table above."""
     theta = params.get("rope_theta") or 10000
     if params.get("hidden_dim"):
@@ -225,7 +225,7 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]
     (file,) = files
     try:
         data = dict(load_pickle(file, legacy=True))
-        if not is_table(data["model"]):
+        if not is_state_dict(data["model"]):
             raise UsageError(f"{file} is not a table of tensors")
         tensors = {}
         for name, tensor in data["model"].items():

@@ -86,7 +86,7 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     default = most_common_format(plans)
     if default.quantization is not None:
         path = path.with_name(f"{path.stem}_{default.name}{path.suffix}")
-        tell_what_became_dense(plans, tensors)
+        warn_dequantized(plans, tensors)
     shapes = {}
     for name, plan in plans.items():
         for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():
@@ -231,7 +231,7 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
     return default.quantization | ({"layers": layers} if layers else {})
 
 
-def tell_what_became_dense(plans: dict[str, TensorPlan], tensors: HFTensors):
+def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
     """Says on stderr which weights are stored in 16 bits, though the checkpoint has them quantized."""
     scattered, mixed = [], []
     for plan in plans.values():

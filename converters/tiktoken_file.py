@@ -17,13 +17,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from config import UsageError
+from converters.gguf_tokenizer import LLAMA3_WORDS
 from tokenizer import TIKTOKEN_LINE, byte_level_alphabet
 
-# The words of Llama 3: 's and such, letters, up to three digits, punctuation, line ends, other white space
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 # The special tokens that have a name; "" stands for a reserved one.
 LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id", "end_header_id", "", "eot_id"]
 LLAMA31_NAMES = [
@@ -82,7 +78,7 @@ def tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, by
     vocab = {spell(token): rank for token, rank in ranks.items()}
     merges = [(spell(left), spell(right)) for left, right in find_merges(ranks)]
     library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))  # a word that is a token is not cut
-    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
     library.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])

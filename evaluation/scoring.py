@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import UsageError
 from model import Transformer
-from steps import NOT_FINITE, chunked_prefill, compile_blocks, device_of, make_kv_cache
+from steps import NOT_FINITE, chunked_prefill, compile_blocks, make_kv_cache
 from tokenizer import Tokenizer
 
 LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
@@ -77,7 +77,7 @@ def compute_scores(
     Causal attention does not see the padding."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
-    device = device_of(model)
+    device = model.device
     kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1)
     start_pos = torch.zeros(batch_size, dtype=torch.long, device=device)
     compiled_model = compile_blocks(model, dynamic=True) if compile else None

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from kernels import cpu, reference
 from kernels.formats import Dequantized, Tensors, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
-from kernels.layers import AttentionLayer, LayerCache, LinearLayer, Matrix, NormLayer
+from kernels.layers import AttentionLayer, LayerCache, LinearLayer, MatrixLayer, NormLayer
 from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages
 
@@ -108,7 +108,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, bac
     return ops.rms_norm(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
 
 
-def embed(tokens: Tensor, table: Matrix, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: MatrixLayer, scale: float, dtype: torch.dtype) -> Tensor:
     """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
     if table.format.quantization:  # only the kernels can read what is packed for them, for however many tokens
         ops = ops_of_backend(table.backend, 1)
@@ -219,7 +219,7 @@ def norm_arguments(norm: NormLayer | None) -> tuple[Tensor | None, float]:
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
 
-def weight_arguments(layer: Matrix) -> tuple:
+def weight_arguments(layer: MatrixLayer) -> tuple:
     """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
     group_size = layer.format.scale_group_size(layer.in_features)
     return layer.weight, layer.scales, layer.zeros, layer.format.format_id, layer.out_features, group_size
@@ -252,7 +252,7 @@ def prepare_kernels(model: torch.nn.Module, in_mapped_file: bool = False):
         pack_for_triton(layers)
 
 
-def pack_for_cpu(linears: list[Matrix], in_mapped_file: bool):
+def pack_for_cpu(linears: list[MatrixLayer], in_mapped_file: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
     is_quantized = any(layer.format.quantization for layer in linears)
@@ -260,7 +260,7 @@ def pack_for_cpu(linears: list[Matrix], in_mapped_file: bool):
         if not layer.format.fits_kernels("cpu", layer.in_features):
             continue
         layer.backend = "cpu"
-        if layer.is_table and not layer.format.quantization:  # it may stay in the file: few of its pages are read
+        if layer.is_embedding and not layer.format.quantization:  # it may stay in the file: few of its pages are read
             continue
         unpacked = layer.tensors()
         for name, packed in layer.format.pack(unpacked, "cpu").items():
@@ -272,7 +272,7 @@ def pack_for_cpu(linears: list[Matrix], in_mapped_file: bool):
         layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
-def dequantize_weights(linears: list[Matrix], dtype: torch.dtype, in_mapped_file: bool):
+def dequantize_weights(linears: list[MatrixLayer], dtype: torch.dtype, in_mapped_file: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
     so and leaves them as they are."""
@@ -303,7 +303,7 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     return weight.view(*outputs, in_features)
 
 
-def pack_for_triton(linears: list[Matrix]):
+def pack_for_triton(linears: list[MatrixLayer]):
     from kernels import triton_formats
 
     for layer in linears:

@@ -1,9 +1,9 @@
-"""What the operations must know of a model's layers: the attributes that they read.
+"""What the operations must know of a model's layers: the attributes that they read, and a layer's cache.
 
 model.py has the layers themselves. Tests and benchmarks pass others with these attributes.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.formats import Tensors, WeightFormat
 
 
-class Matrix(Protocol):
+class MatrixLayer(Protocol):
     """A weight W [N, K], or one for each expert [E, N, K]."""
 
     out_features: int  # N
@@ -22,7 +22,7 @@ class Matrix(Protocol):
     zeros: Tensor | None  # of a quantized W
     format: WeightFormat  # how W is stored
     backend: str  # for which it is packed: "cpu" or "triton". "torch": as in the checkpoint
-    is_table: bool  # whether a step reads only a few of its rows, as of an embedding
+    is_embedding: bool  # whether a step reads only a few of its rows, as of an embedding
 
     def tensors(self) -> Tensors:
         """weight, scales and zeros by name, without those that are None."""
@@ -31,7 +31,7 @@ class Matrix(Protocol):
         """Replaces one of these."""
 
 
-class LinearLayer(Matrix, Protocol):
+class LinearLayer(MatrixLayer, Protocol):
     """A weight, and what is applied to its products."""
 
     bias: Tensor | None  # [N] or [E, N]
@@ -62,10 +62,10 @@ class AttentionLayer(Protocol):
     backend: str
 
 
-class LayerCache(Protocol):
-    """The keys and values of a layer, and the tables of its positions."""
+class LayerCache(NamedTuple):
+    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
     rope: Tensor  # [S, D/2, 2]: cos and sin of every position's angles, float32
-    alibi_slopes: Tensor | None  # [H], float32: slope * (key's position - query's) is added to the scores, at the end
+    alibi_slopes: Tensor | None = None  # [H], float32: slope * (key's position - query's) is added to the scores

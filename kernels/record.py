@@ -32,7 +32,7 @@ from kernels.schema import SCHEMAS
 # How many recordings, those used last, a step keeps on a CPU. Each holds the memory of all its activations. Recording
 # again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
-current: "Recorder | None" = None  # the one that is recording now
+active_recorder: "Recorder | None" = None
 
 
 def record(step: Callable) -> Callable:
@@ -57,9 +57,9 @@ def record(step: Callable) -> Callable:
 def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """fn(*inputs). While a CPUGraph is recorded, this is a graph break: the tape ends and another one begins. Replaying
     calls fn between the two. Its result must always have the same shape."""
-    if current is None:
+    if active_recorder is None:
         return fn(*inputs)
-    return current.graph_break(fn, inputs)
+    return active_recorder.graph_break(fn, inputs)
 
 
 class CUDAGraph:
@@ -90,7 +90,7 @@ class CPUGraph:
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
         recorder = Recorder()
         with recorder:
-            self.outputs = step(*self.inputs)
+            self.outputs = step(*self.inputs)  # nothing is computed: the kernels only append themselves to a tape
         self.segments, self.keepalive = recorder.segments, recorder.keepalive
         if len(self.segments) == 1:
             self.segments[0].adapt_threads = True
@@ -134,13 +134,13 @@ class Recorder(TorchDispatchMode):
         return False
 
     def begin_tape(self):
-        global current
-        current = self
+        global active_recorder
+        active_recorder = self
         self.segments.append(Tape(cpu.library()))
 
     def end_tape(self):
-        global current
-        current = None
+        global active_recorder
+        active_recorder = None
         cpu.library().tape_end()
 
     def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layers import AttentionLayer, LayerCache, LinearLayer, Matrix, NormLayer
+from kernels.layers import AttentionLayer, LayerCache, LinearLayer, MatrixLayer, NormLayer
 
 
 def fused_linear(
@@ -67,7 +67,7 @@ def glu(gate_up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate, up)
 
 
-def embed(tokens: Tensor, table: Matrix, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: MatrixLayer, scale: float, dtype: torch.dtype) -> Tensor:
     if table.format.quantization is None:
         x = F.embedding(tokens, table.weight)
     else:
@@ -202,13 +202,13 @@ def experts_down(
 def expert_products(x: Tensor, layer: LinearLayer, expert_ids: Tensor, n_tokens: int) -> Tensor:
     """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_tokens: new tokens per sequence."""
     if not torch.compiler.is_compiling():
-        return by_expert(x, layer, expert_ids)
+        return loop_over_experts(x, layer, expert_ids)
     if n_tokens == 1:
-        return by_row(x, layer, expert_ids)
-    return torch.compiler.disable(by_expert)(x, layer, expert_ids)
+        return gather_experts(x, layer, expert_ids)
+    return torch.compiler.disable(loop_over_experts)(x, layer, expert_ids)
 
 
-def by_expert(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
     """One product per expert, with all of its rows. The host waits to read which experts are used."""
     y = x.new_empty(len(x), layer.out_features)
     for e in expert_ids.unique().tolist():
@@ -217,7 +217,7 @@ def by_expert(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
     return y
 
 
-def by_row(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
+def gather_experts(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
     """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
     product and sum into one loop. Not compiled, this would first copy the experts' weights."""
     y = (layer.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)

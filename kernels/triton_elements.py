@@ -15,8 +15,8 @@ e4m3 and e2m1 are floats themselves. Exponent and mantissa go where DTYPE's expo
     e4m3 (FP8)            s       0000eeee    mmm0000
     e2m1 (FP4)            s       000000ee    m000000
 
-This is the element times 2^-120 or 2^-126, for DTYPE's exponent has another bias. It is so for subnormal elements, too,
-since they become subnormal floats. A product with POWER undoes it, and is exact.
+The exponent of DTYPE has another bias, so the float is the element times 2^-120 or 2^-126. That holds for subnormal
+elements, too, which become subnormal floats. The product with POWER is the element again, exactly.
 """
 
 import torch

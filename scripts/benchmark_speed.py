@@ -26,7 +26,7 @@ from machine import peak_memory, read_bandwidth, synchronize
 from model import Embedding, KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
-from steps import ModelStep, Steps, build_steps, device_of
+from steps import ModelStep, Steps, build_steps
 
 SAMPLES = 3  # of every timing; their median counts
 PREFILLS = (512, 2048)  # prompt tokens
@@ -185,7 +185,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
 
 def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool) -> dict:
     """Decoding, and the peak of memory up to the first text."""
-    device, kv_cache = device_of(model), KVCache(model, 1, n_prompt + n_new)
+    device, kv_cache = model.device, KVCache(model, 1, n_prompt + n_new)
     began = time.perf_counter()
     steps = build_steps(model, kv_cache, SAMPLING, compile)
     if compile:
@@ -216,7 +216,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
 
 def time_tokens(model: Transformer, steps: Steps, start: int, n_prompt: int, n_new: int) -> list[float]:
     """Seconds of prefill and the first token, then of every decode step, for a random prompt at position start."""
-    prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=device_of(model))
+    prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=model.device)
     times = [time.perf_counter()]
     for _ in generate(steps, prompt, start, n_new):
         times.append(time.perf_counter())
@@ -255,8 +255,8 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 def measure_verify(model: Transformer, compile: bool) -> float:
     """What a step of 5 tokens, as speculation verifies them, costs over a step of one. They take turns."""
     step = ModelStep(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
-    tokens = torch.zeros(1, 5, dtype=torch.long, device=device_of(model))
-    position = torch.zeros(1, dtype=torch.long, device=device_of(model))
+    tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
+    position = torch.zeros(1, dtype=torch.long, device=model.device)
     seconds = {1: [], 5: []}
     for _ in range(1 + 3 * SAMPLES):
         for n in seconds:

@@ -121,7 +121,7 @@ def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
         del tensors["token_embd.weight"]
     total = 0
     for name, tensor in tensors.items():
-        total += tensor.data.nbytes * (config.moe.fraction_read if "_exps." in name else 1)
+        total += tensor.data.nbytes * (config.moe.active_fraction if "_exps." in name else 1)
     return round(total)
 
 

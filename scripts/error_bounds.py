@@ -43,10 +43,10 @@ def of_product(x: Tensor, magnitude: Tensor, y: Tensor, dtype: torch.dtype, step
     k = x.shape[-1]
     total = x.double().abs() @ magnitude.mT
     flips = FLIPS * step * magnitude.max()
-    return (k + 8) * U[torch.float32] * total + flips + of_rounding(y, dtype)
+    return (k + 8) * U[torch.float32] * total + flips + rounding_error(y, dtype)
 
 
-def of_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
+def rounding_error(y: Tensor, dtype: torch.dtype) -> Tensor:
     return U[dtype] * y.double().abs() + SMALLEST[dtype]
 
 

@@ -51,9 +51,9 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and is_interpreted() else dtype
 
 
-def of_rounding(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Of a result y in dtype. The interpreter does not round to bfloat16, it cuts bits off."""
-    return bounds.of_rounding(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
+    return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
 
 def names(value) -> str:
@@ -141,7 +141,7 @@ def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(-4, 5, shape).to(dtype)
 
 
-def of_exact_sums(terms: torch.Tensor, k: int, format) -> torch.Tensor:
+def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
     """The error of an output in float32, from sums that are exact within a slice of 16 or more columns. The slices'
     sums are scaled and added up; a few roundings (1 / rms, bias, residual) follow. float8 has a wider range than a sum
     of float32, so every term may be rounded. terms: the sum of all magnitudes."""
@@ -169,12 +169,12 @@ def with_residual(y: torch.Tensor, error: torch.Tensor, residual: torch.Tensor) 
     return total, error + U32 * total.abs()
 
 
-def of_stored(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The error of a result that is off by no more than error and then stored in dtype."""
-    return error + of_rounding(y.abs() + error, dtype)
+    return error + rounding_error(y.abs() + error, dtype)
 
 
-def of_glu(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tuple[torch.Tensor, torch.Tensor]:
+def glu_with_error(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tuple[torch.Tensor, torch.Tensor]:
     """activation(gate) * up of a gate_up that is off by no more than error, and how far that may be off. The slope of
     every activation is at most 1.13, and what becomes of up has a slope of at most 1."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
@@ -194,17 +194,17 @@ def exact_stored_glu(
     """The same, stored in dtype. If it is not fused with the product, PyTorch computes it from a stored gate_up, and
     stores what it computes on the way."""
     if not fused:
-        error = of_stored(gate_up, error, dtype)
-    y, error = of_glu(gate_up, error, activation)
-    return y, error + of_rounding(y.abs() + error, dtype) * (1 if fused else 4)
+        error = stored_error(gate_up, error, dtype)
+    y, error = glu_with_error(gate_up, error, activation)
+    return y, error + rounding_error(y.abs() + error, dtype) * (1 if fused else 4)
 
 
-def of_cap(softcap: float) -> float:
+def softcap_error(softcap: float) -> float:
     """The error of softcap * tanh(x / softcap), by a sigmoid."""
     return 2**-20 * softcap
 
 
-def of_pytorch(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
+def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
     """The error of a product by PyTorch's operations, which round the factors, the result, and what they make of it."""
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
@@ -259,12 +259,12 @@ def exact_attention(
     # Where a rotated element lies next to the border between two roundings, the kernel may take the other: 2 in a score
     flips = 2 * 2 * bounds.U[factor] * q.abs().max() * k_all.abs().max() * scale
     longest_sum = max([D] + [norm.weight.numel() for norm in norms if norm is not None])
-    score_error = (longest_sum + 8) * U32 * largest_score + flips + of_cap(softcap) + 4 * U32 * farthest
+    score_error = (longest_sum + 8) * U32 * largest_score + flips + softcap_error(softcap) + 4 * U32 * farthest
     # Sums of S numbers, over a sum of S numbers; of weights that are rounded as factors
     relative = torch.expm1(2 * score_error) + 2 * (S + 32) * U32 + bounds.U[factor]
     tiny = torch.finfo(torch.float32).tiny  # below it, a weight may become zero
     error = torch.einsum("btghs,bgsd->btghd", relative * p + tiny, v_all.abs()).flatten(2)
-    return y, error + of_rounding(y.abs() + error, qkv.dtype)
+    return y, error + rounding_error(y.abs() + error, qkv.dtype)
 
 
 def exact_cache(

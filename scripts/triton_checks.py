@@ -26,18 +26,18 @@ from exact_results import (
     exact_product,
     exact_rms_norm,
     exact_stored_glu,
+    exact_sums_error,
     factor_dtype,
+    glu_with_error,
     integers,
     make,
     make_norm,
     matrix_and_bias,
     names,
-    of_cap,
-    of_exact_sums,
-    of_glu,
-    of_pytorch,
-    of_rounding,
-    of_stored,
+    pytorch_error,
+    rounding_error,
+    softcap_error,
+    stored_error,
     use_triton,
     with_residual,
 )
@@ -162,13 +162,13 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
         y, terms = exact_product(x, matrix, bias)
         ours = kernels.fused_linear(x, w, out_dtype=torch.float32)
-        yield Comparison("float32_linear", case, ours, y, of_exact_sums(terms, k, format))
+        yield Comparison("float32_linear", case, ours, y, exact_sums_error(terms, k, format))
 
         y, terms = exact_product(x, matrix, bias, norm)
-        error = of_exact_sums(terms, k, format)
+        error = exact_sums_error(terms, k, format)
         total, total_error = with_residual(y, error, residual)
         ours = kernels.fused_linear(x, w, norm, residual)
-        yield Comparison("linear", case, ours, total, of_stored(total, total_error, dtype))
+        yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
 
         y, error = exact_stored_glu(y, error, "silu", dtype, fused=n % kernels.FUSED_GLU_MULTIPLE == 0)
         yield Comparison("silu_linear", case, kernels.fused_linear(x, w, norm, activation="silu"), y, error)
@@ -205,10 +205,10 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     use_triton(w)
     ours = w.dequantized_weight(dtype)
     case = f"{names(format)} {n}x{k}"
-    yield Comparison("dequantize", case, ours, exact, of_rounding(exact, dtype))
+    yield Comparison("dequantize", case, ours, exact, rounding_error(exact, dtype))
     tokens, scale = torch.randint(n, (3, 4)), 1.7
     rows = exact[tokens]
-    error = scale * of_rounding(rows, dtype) + of_rounding(2 * scale * rows, dtype)
+    error = scale * rounding_error(rows, dtype) + rounding_error(2 * scale * rows, dtype)
     yield Comparison("embed", case, kernels.embed(tokens, w, scale, dtype), scale * rows.double(), error)
 
 
@@ -222,7 +222,7 @@ def check_activation(dtype: torch.dtype, activation: str):
         x = integers(1, n_tokens, k, dtype=dtype)
         y, terms = exact_product(x, matrix, bias)
         assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
-        y, error = exact_stored_glu(y, of_exact_sums(terms, k, Dense()), activation, dtype, fused=True)
+        y, error = exact_stored_glu(y, exact_sums_error(terms, k, Dense()), activation, dtype, fused=True)
         ours = kernels.fused_linear(x, w, activation=activation)
         yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan
@@ -241,32 +241,32 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
     def epilogue(y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         y, error = y * scale, error * scale + 2 * U32 * abs(y * scale)
         if softcap:
-            y, error = reference.apply_softcap(y, softcap), error + of_cap(softcap)
+            y, error = reference.apply_softcap(y, softcap), error + softcap_error(softcap)
         return y.clamp(-clip, clip) if clip else y, error
 
     for n_tokens in (1, 5):
         case = f"scale {scale}, softcap {softcap}, clip {clip}, {n_tokens} tokens"
         x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
         products, terms = exact_product(x, matrix, bias)
-        sum_error = of_exact_sums(terms, k, Int8())
+        sum_error = exact_sums_error(terms, k, Int8())
         y, error = epilogue(products, sum_error)
         yield Comparison(operation, case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
         total, error = with_residual(y, error, residual)
         ours = kernels.fused_linear(x, w, residual=residual)
-        yield Comparison(operation, f"{case}, residual", ours, total, of_stored(total, error, dtype))
-        y, error = epilogue(*of_glu(products, sum_error))
+        yield Comparison(operation, f"{case}, residual", ours, total, stored_error(total, error, dtype))
+        y, error = epilogue(*glu_with_error(products, sum_error))
         ours = kernels.fused_linear(x, w, activation="silu")
-        yield Comparison(operation, f"{case}, silu", ours, y, of_stored(y, error, dtype))
+        yield Comparison(operation, f"{case}, silu", ours, y, stored_error(y, error, dtype))
 
 
 def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
     norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_tokens, dim) * 3).to(dtype)
     y = exact_rms_norm(x, norm)
     error = (dim + 8) * U32 * y.abs()
-    yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x, backend="triton"), y, of_stored(y, error, dtype))
+    yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x, backend="triton"), y, stored_error(y, error, dtype))
     total, error = with_residual(y, error, residual)
     ours = norm(x, residual, "triton")
-    yield Comparison("rms_norm", f"{n_tokens}x{dim}, residual", ours, total, of_stored(total, error, dtype))
+    yield Comparison("rms_norm", f"{n_tokens}x{dim}, residual", ours, total, stored_error(total, error, dtype))
 
 
 # ---- Mixture of experts ----------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
         y, terms = (t.squeeze(-2) for t in exact_product(x[..., None, None, :], matrix[topk_ids], chosen_bias, norm))
         by_kernel = n_tokens <= kernels.MAX_TRITON_TOKENS
-        error = of_exact_sums(terms, dim, format) if by_kernel else of_pytorch(terms, dim, dtype)
+        error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         y, error = exact_stored_glu(y, error, "silu", dtype, fused=by_kernel and n % kernels.FUSED_GLU_MULTIPLE == 0)
         case = f"{names(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
         yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "silu"), y, error)
@@ -307,14 +307,14 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         products = exact_product(hidden[..., None, :], matrix[topk_ids], chosen_bias)
         y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
         by_kernel = n_tokens <= kernels.MAX_TRITON_TOKENS and w.backend == "triton"
-        error = of_exact_sums(terms, ffn_dim, format) if by_kernel else of_pytorch(terms, ffn_dim, dtype)
+        error = exact_sums_error(terms, ffn_dim, format) if by_kernel else pytorch_error(terms, ffn_dim, dtype)
         case = f"{names(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
-        yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, of_stored(y, error, dtype))
+        yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, stored_error(y, error, dtype))
         if not by_kernel:
-            error = of_stored(y, error, dtype)
+            error = stored_error(y, error, dtype)
         total, error = with_residual(y, error, residual)
         ours = w(hidden, topk_ids, topk_weights, residual)
-        yield Comparison("experts_down", f"{case}, residual", ours, total, of_stored(total, error, dtype))
+        yield Comparison("experts_down", f"{case}, residual", ours, total, stored_error(total, error, dtype))
 
 
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, normalize: bool):

@@ -33,7 +33,7 @@ from exact_results import (  # isort: skip
     make_norm,
     make_table,
     names,
-    of_glu,
+    glu_with_error,
 )
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
@@ -97,10 +97,10 @@ def test_linear(format, dtype):
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
             wide_bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
             bounds.check(kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
-            bounds.check(kernels.fused_linear(x, w, norm), y, wide_bound + bounds.of_rounding(y, dtype))
+            bounds.check(kernels.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype))
             total = y + residual.double()
             ours = kernels.fused_linear(x, w, norm, residual)
-            bounds.check(ours, total, wide_bound + bounds.of_rounding(total, dtype))
+            bounds.check(ours, total, wide_bound + bounds.rounding_error(total, dtype))
             if n % 2 == 0:
                 for activation in ACTIVATIONS:
                     ours = kernels.fused_linear(x, w, norm, activation=activation)
@@ -137,7 +137,7 @@ def test_linear_of_many_tokens(format, dtype):
                 total = y + residual.double()
                 assert ours[4].isnan().all()
                 others = torch.arange(tokens) != 4
-                bounds.check(ours[others], total[others], (bound + bounds.of_rounding(total, dtype))[others])
+                bounds.check(ours[others], total[others], (bound + bounds.rounding_error(total, dtype))[others])
                 if n % 32 == 0:
                     ours = kernels.fused_linear(x, w, given_norm, activation="silu")
                     check_glu(ours[others], "silu", y[others], bound[others], fused=True)
@@ -150,9 +150,9 @@ def test_linear_of_many_tokens(format, dtype):
 def check_glu(ours: torch.Tensor, activation: str, gate_up: torch.Tensor, error: torch.Tensor, fused: bool):
     """ours is activation(gate) * up of a gate_up that is off by no more than error."""
     if not fused:  # then gate and up are rounded before
-        error = error + bounds.of_rounding(gate_up.abs() + error, ours.dtype)
-    y, bound = of_glu(gate_up, error, activation)
-    bounds.check(ours, y, bound + bounds.of_rounding(y.abs() + bound, ours.dtype))
+        error = error + bounds.rounding_error(gate_up.abs() + error, ours.dtype)
+    y, bound = glu_with_error(gate_up, error, activation)
+    bounds.check(ours, y, bound + bounds.rounding_error(y.abs() + bound, ours.dtype))
 
 
 @built
@@ -175,17 +175,18 @@ def test_linear_scale_and_softcap(format, dtype):
             product = seen.double() @ matrix.T + w.bias.double()
             step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
             error = bounds.of_product(seen, magnitude, product, torch.float32, step)
-            y, bound = of_cap(product, error, scale, softcap, clip)
+            y, bound = softcap_error(product, error, scale, softcap, clip)
             bounds.check(kernels.fused_linear(x, w, out_dtype=torch.float32), y, bound)
             total = y + residual.double()
-            bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound + bounds.of_rounding(total, dtype))
+            bound = bound + bounds.rounding_error(total, dtype)
+            bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound)
             if n % 32 == 0:
-                y, bound = of_cap(*of_glu(product, error, "gelu_tanh"), scale, softcap, clip)
+                y, bound = softcap_error(*glu_with_error(product, error, "gelu_tanh"), scale, softcap, clip)
                 ours = kernels.fused_linear(x, w, activation="gelu_tanh")
-                bounds.check(ours, y, bound + bounds.of_rounding(y, dtype))
+                bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
 
 
-def of_cap(
+def softcap_error(
     y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y * scale, capped and clipped, and how far it may be off if y is off by no more than error. No slope of cap's is
@@ -359,10 +360,11 @@ def test_rms_norm(dtype):
             exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
             # The sum of squares, and the rounding before the product with the weight
             bound = ((k + 8) * bounds.U[torch.float32] + bounds.U[dtype]) * exact.abs() + bounds.SMALLEST[dtype]
-            bound = bound + bounds.of_rounding(exact, dtype) * (2 if rows > 64 else 1)  # PyTorch rounds the product too
+            n_roundings = 2 if rows > 64 else 1  # PyTorch rounds the product too
+            bound = bound + bounds.rounding_error(exact, dtype) * n_roundings
             bounds.check(norm(x, backend="cpu"), exact, bound)
             total = exact + residual.double()
-            bounds.check(norm(x, residual, "cpu"), total, bound + bounds.of_rounding(total, dtype))
+            bounds.check(norm(x, residual, "cpu"), total, bound + bounds.rounding_error(total, dtype))
     with pytest.raises(RuntimeError, match="shape"):
         norm(x[:, :2], residual[:, :1], "cpu")
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from checkpoint import read_checkpoint
 from config import UsageError
-from converters.tiktoken_file import WORDS
+from converters.gguf_tokenizer import LLAMA3_WORDS
 from tests.test_convert import TINYLLAMAS_NAMES
 from tests.tiny import LLAMA3, convert, make_hf, same_logits
 from tests.tiny_gguf import in_meta_order
@@ -150,8 +150,8 @@ def llama3(tmp_path_factory) -> tuple[Path, dict[bytes, int]]:
 def test_tokens_are_tiktokens(llama3):
     folder, ranks = llama3
     tokenizer, n = load_tokenizer(folder), len(ranks)
-    assert WORDS == LLAMA3_SPLIT
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    assert LLAMA3_WORDS == LLAMA3_SPLIT
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
     texts = [*TEXTS, *FORGED, " zebra", "日本語 のテキスト", "zebra🦓 zebra", Path(__file__).read_text()]
     for text in texts:
         expected = []

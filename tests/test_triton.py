@@ -32,7 +32,7 @@ from exact_results import (  # isort: skip
     integers,
     make,
     names,
-    of_exact_sums,
+    exact_sums_error,
     use_triton,
 )
 
@@ -74,7 +74,7 @@ def test_rows(format, rows):
     matrix, x = w.dequantized_weight(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
     y = x.double() @ matrix.T
     if rows:
-        bound = of_exact_sums(x.double().abs() @ matrix.abs().T, 64, format)
+        bound = exact_sums_error(x.double().abs() @ matrix.abs().T, 64, format)
         bounds.check(kernels.fused_linear(x, use_triton(w)), y, bound)
     else:
         assert kernels.fused_linear(x, use_triton(w)).shape == y.shape

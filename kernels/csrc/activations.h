@@ -47,8 +47,9 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 // The last sum is the same for all outputs. So it is computed once, here:
 //
 //     Int8           The zero is 128 everywhere. compensation = -128 * (sum of q) is added to the group's sum of w * q.
-//     the others     A group of weights has a zero, and is as long as several groups of activations. compensation is
-//                    the sum of x from the first of these to this one. The last of these has the whole sum.
+//     the others     A group of weights has a zero of its own, and is as long as several groups of activations.
+//                    compensation is the running sum of x within the group of weights. The loops read it at the last
+//                    group of activations, where it is the sum of x over the group of weights.
 struct QuantizedGroup {
   float scale;  // NaN if one of x is not finite; then the outputs are NaN, too
   float compensation;

@@ -272,8 +272,8 @@ template <typename T> struct AttendOp {
     else attend_to_chunk<0>(shared, task);
   }
 
-  // All queries of the tokens, up to MAX_Q heads of one token at a time. The first of them read the chunk from memory,
-  // so they prefetch: score_keys prefetches the chunk's values, accumulate_pv the next chunk's keys.
+  // Token by token, up to MAX_Q heads at a time. Only the first of these passes reads the chunk from memory, so only that
+  // one prefetches: score_keys prefetches the chunk's values, accumulate_pv the next chunk's keys.
   template <int64_t D> void attend_to_chunk(const Shared& shared, const Task& task) const {
     const auto [b, kv_head, chunk, token_block] = task;
     const int64_t d = D ? D : head_dim;

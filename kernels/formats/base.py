@@ -18,7 +18,7 @@ class WeightFormat:
     format_id: int  # the format's number in the kernels
     name: str | None = None  # in the output of --json
     quantization: dict | None = None  # in model.pth
-    pack_factor = 1  # inputs that share a word: W can only be cut at multiples of it
+    pack_factor = 1  # inputs that a checkpoint packs together: a shard of W is cut at multiples of it
     input_multiple = 1  # a whole W must have a multiple of so many inputs
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
@@ -27,6 +27,10 @@ class WeightFormat:
 
     def quantize(self, w: Tensor) -> Tensors:
         """The tensors for w [..., N, K], each element rounded to the nearest value that the format can store."""
+        return in_chunks(self.quantize_rows, w)
+
+    def quantize_rows(self, w: Tensor) -> Tensors:
+        """The same for some rows of one matrix, w [rows, K]."""
         raise NotImplementedError
 
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
@@ -46,8 +50,9 @@ class WeightFormat:
         return in_features
 
     def fits_kernels(self, backend: str, in_features: int) -> bool:
-        """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs."""
-        return True
+        """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs. Here, as all quantized
+        formats have it: they read 8 elements at a time."""
+        return in_features % 8 == 0
 
     def pack(self, tensors: Tensors, backend: str) -> Tensors:
         """A checkpoint's tensors in the order in which the kernels of backend ("cpu" or "triton") read them."""
@@ -69,6 +74,9 @@ class Dense(WeightFormat):
 
     def quantize(self, w):
         return {"weight": w}
+
+    def fits_kernels(self, backend, in_features):
+        return True
 
     def dequantize(self, tensors, dtype):
         return tensors["weight"]

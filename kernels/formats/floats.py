@@ -10,7 +10,6 @@ from kernels.formats.base import (
     Tensors,
     WeightFormat,
     from_blocked_layout,
-    in_chunks,
     pack_int4,
     shard_groups,
     swap_bytes,
@@ -45,9 +44,6 @@ class Float8(WeightFormat):
             "scales": torch.empty((*outputs, n_groups), dtype=torch.float32, device=device),
         }
 
-    def quantize(self, w):
-        return in_chunks(self.quantize_rows, w)
-
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
         groups = split_groups(w.float(), self.scale_group_size(k))
@@ -71,9 +67,6 @@ class Float8(WeightFormat):
 
     def scale_group_size(self, in_features):
         return self.group_size or in_features
-
-    def fits_kernels(self, backend, in_features):
-        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
@@ -115,9 +108,6 @@ class MXFP4(WeightFormat):
             "scales": torch.empty((*outputs, math.ceil(k / self.group_size)), dtype=torch.uint8, device=device),
         }
 
-    def quantize(self, w):
-        return in_chunks(self.quantize_rows, w)
-
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
         return {"weight": pack_int4(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
@@ -139,9 +129,6 @@ class MXFP4(WeightFormat):
 
     def scale_group_size(self, in_features):
         return self.group_size
-
-    def fits_kernels(self, backend, in_features):
-        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """cpu: words and scales, blocked as Int4's.

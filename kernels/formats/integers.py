@@ -11,7 +11,6 @@ from kernels.formats.base import (
     Tensors,
     WeightFormat,
     from_blocked_layout,
-    in_chunks,
     pack_int4,
     shard_groups,
     to_blocked_layout,
@@ -37,9 +36,6 @@ class Int8(WeightFormat):
             "scales": torch.empty(shape[:-1], dtype=torch.float32, device=device),
         }
 
-    def quantize(self, w):
-        return in_chunks(self.quantize_rows, w)
-
     def quantize_rows(self, w: Tensor) -> Tensors:
         w = w.float()
         scales = w.abs().amax(-1) / 127
@@ -48,9 +44,6 @@ class Int8(WeightFormat):
 
     def dequantize(self, tensors, dtype):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
-
-    def fits_kernels(self, backend, in_features):
-        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """cpu: words of four elements, each q + 128. The words of 16 rows lie side by side, then their next words:
@@ -97,9 +90,6 @@ class GroupedFormat(WeightFormat):
             "scales": torch.empty((*outputs, n_groups), dtype=self.scale_dtype, device=device),
             "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
         }
-
-    def quantize(self, w):
-        return in_chunks(self.quantize_rows, w)
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         """quantize for w [N, K]."""
@@ -168,9 +158,6 @@ class Int4(GroupedFormat):
     def unpack_elements(self, weight):
         return unpack_int4(weight)
 
-    def fits_kernels(self, backend, in_features):
-        return in_features % 8 == 0
-
     def pack(self, tensors, backend):
         """triton: tiles, drawn in triton_tiles.py; scales and zeros in words, column by column (triton_elements.py:
         pack_scales)."""
@@ -212,9 +199,6 @@ class GroupedInt8(GroupedFormat):
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
-
-    def fits_kernels(self, backend, in_features):
-        return in_features % 8 == 0
 
     def pack(self, tensors, backend):
         """triton: rows of int8, each q - 128; scales and zeros as Int4's."""
