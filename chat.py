@@ -112,7 +112,9 @@ class Conversation:
         n_free = self.max_seq_len - len(ids)
         limit = min(max_new_tokens, n_free)
         self.messages += turn
-        self.token_times, self.finish_reason, reason = [], "interrupted", "length"
+        self.token_times = []
+        self.finish_reason = "interrupted"  # it stays so if the caller stops early
+        reason = "length"
         try:
             for token in self.new_tokens(ids, limit):
                 reason = finish_reason(token, len(self.token_times), limit, self.eos_ids)
