@@ -13,6 +13,7 @@ import ctypes
 import math
 import mmap
 import os
+import platform
 import re
 import resource
 import sys
@@ -58,6 +59,12 @@ def pick_device(name: str | None) -> torch.device:
 def synchronize(device: torch.device):
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 # ---- Bandwidth ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
     python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of so many sequences together
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
+    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs (benchmark_busy.py)
 
 Those are of the command "speed", which need not be named. Two commands are for GPUs:
 
@@ -37,9 +38,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import benchmark_busy
 import benchmark_checkpoint
 import benchmark_gpu
 import check_kernels
+import tables
 import tokenizers
 import torch
 from benchmark_speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
@@ -102,6 +105,8 @@ def add_speed(subparsers):
     p.add_argument("--decode_only", action="store_true", help="no prefill, no verification")
     help = "only time decoding of so many sequences at a time, all together (scheduler.py)"
     p.add_argument("--parallel", type=int, nargs="+", metavar="N", help=help)
+    help = "only time decoding beside a busy process, and two at once: medians of so many rounds (default: 3)"
+    p.add_argument("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=help)
     p.add_argument("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
     p.add_argument("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     p.add_argument("--json", action="store_true", help="one JSON object too, as the last line")
@@ -155,10 +160,15 @@ def speed(args: argparse.Namespace):
     result = {name: getattr(args, name) for name in REPORTED_OPTIONS}
     if args.cold_start:
         result |= measure_cold_start(args, config)
+    elif args.busy:
+        result |= benchmark_busy.measure_busy(args, config, format)
     else:
         result |= measure_speed(args, config, format, device)
-    for key, value in result.items():
-        print(f"{key:32}{value:,.3f}" if isinstance(value, float) else f"{key:32}{value}")
+    if args.busy:
+        print(tables.table("busy", result))
+    else:
+        for key, value in result.items():
+            print(f"{key:32}{value:,.3f}" if isinstance(value, float) else f"{key:32}{value}")
     if args.json:
         print(json.dumps(result))
 
@@ -169,11 +179,23 @@ def check_speed_options(args: argparse.Namespace, config: ModelConfig):
         raise UsageError("--cold_start is measured without --mode")
     if args.parallel and min(args.parallel) < 1:
         raise UsageError("--parallel must be at least 1")
+    if args.busy is not None:
+        check_busy_options(args)
     max_new_tokens = 2 if args.cold_start else args.max_new_tokens
     if args.prompt_tokens < 1 or max_new_tokens < 2:
         raise UsageError("--prompt_tokens must be at least 1, and --max_new_tokens 2: the first is prefill's")
     context = config.max_seq_len
     check_length(args.prompt_tokens, max_new_tokens, context, f"the model's context of {context}")
+
+
+def check_busy_options(args: argparse.Namespace):
+    """Raises UsageError."""
+    if args.busy < 1:
+        raise UsageError("--busy must be at least 1")
+    if args.cold_start or args.parallel or args.compile or args.tune:
+        raise UsageError("--busy is measured without --cold_start, --parallel, --compile and --tune")
+    if pick_device(args.device).type != "cpu":
+        raise UsageError("--busy is for CPUs: give --device cpu")
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):

@@ -39,8 +39,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -67,6 +65,7 @@ from tqdm import tqdm
 import cli
 from config import UsageError
 from kernels import cpu
+from machine import cpu_name
 
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
@@ -152,12 +151,6 @@ def parse_args() -> argparse.Namespace:
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"{package} is missing; pip install llama-cpp-python gguf matplotlib")
     return args
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return match[1] if match else platform.processor() or platform.machine()
 
 
 def plot(result: dict, path: Path, draw: Callable):

@@ -35,6 +35,16 @@ TABLES = {  # name -> columns: the head, and the template of a cell, filled with
         ("int8 / Q8_0", "{int8}"),
         ("int4.g32 / Q4_0", "{int4}"),
     ],
+    "busy": [
+        ("shape", "{config}, {weights}"),
+        ("alone, tokens/s", "{alone_tokens_per_sec:.1f}"),
+        ("beside a busy process", "{beside_busy_tokens_per_sec:.1f}"),
+        ("one thread beside it", "{one_thread_beside_busy_tokens_per_sec:.1f}"),
+        ("all threads / one", "**{beside_busy_over_one_thread:.2f}**"),
+        ("two at once", "{first_of_two_tokens_per_sec:.1f}, {second_of_two_tokens_per_sec:.1f}"),
+        ("their sum", "{two_tokens_per_sec:.1f}"),
+        ("sum / alone", "**{two_over_alone:.2f}**"),
+    ],
     "quantization": [
         ("", "{mode}"),
         ("file, MB", "{file_mb:.0f}"),
@@ -100,11 +110,11 @@ def rows(name: str, result: dict) -> list[dict]:
     """What a JSON file holds, as the values of each row of the table."""
     match name:
         case "speed":
-            mode = result["mode"] or result["precision"]
-            weights = f"int4 g{result['groupsize']}" if mode == "int4" else mode
             # Not of quantized weights: when these were measured, quantizing took memory, too.
             overhead = "" if result["mode"] else f"{result['peak_over_weights_and_kv_bytes'] / 1e6:.0f}"
-            return [result | {"weights": weights, "overhead_mb": overhead}]
+            return [result | {"weights": weights_name(result), "overhead_mb": overhead}]
+        case "busy":
+            return [result | {"weights": weights_name(result)}]
         case "llama_cpp":
             model = result["model"].removesuffix(".Q4_1.gguf")  # the demo's
             return [pair | {"name": model} for pair in result["pairs"]]
@@ -122,6 +132,11 @@ def rows(name: str, result: dict) -> list[dict]:
         case "speculation":
             proposer = Path(result["draft"]).stem
             return [row | {"proposer": proposer, "prompt": prompt} for prompt, row in result["prompts"].items()]
+
+
+def weights_name(result: dict) -> str:
+    mode = result["mode"] or result["precision"]
+    return f"int4 g{result['groupsize']}" if mode == "int4" else mode
 
 
 def both_and_ratio(pair: dict, key: str | int) -> str:

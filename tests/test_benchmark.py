@@ -161,6 +161,9 @@ def test_parallel_speed(config_json, capsys):
         ("--config TinyLlama-1.1B --prompt_tokens 2000", "exceed the model's context of 2048"),
         ("--config TinyLlama-1.1B --device cpu --tune", "--tune is for GPUs"),
         ("--config TinyLlama-1.1B --parallel 8 0", "--parallel must be at least 1"),
+        ("--config TinyLlama-1.1B --busy 0", "--busy must be at least 1"),
+        ("--config TinyLlama-1.1B --busy --parallel 8", "--busy is measured without --cold_start, --parallel"),
+        ("--config TinyLlama-1.1B --busy --device cpu --max_new_tokens 1", "--max_new_tokens 2"),
     ],
 )
 def test_mistakes(flags, words):

@@ -35,7 +35,7 @@ COMMANDS = [
     if re.match(r"    (\w+=\S+ )*(python|torchrun|\./)", line)
 ]
 ELSEWHERE = ["demo.sh", "download.py", "convert_gguf.py", "compare_llama_cpp.py"]  # each has a test file of its own,
-ELSEWHERE += ["benchmark.py quantization", "benchmark.py speculation"]  # these test_benchmark.py
+ELSEWHERE += ["benchmark.py quantization", "benchmark.py speculation", "--busy"]  # these test_benchmark*.py
 MAINS = {
     "convert_hf_checkpoint.py": convert_hf_checkpoint.main,
     "quantize.py": quantize.main,

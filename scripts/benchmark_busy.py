@@ -1,0 +1,183 @@
+"""How fast decoding is beside other work: what --busy of benchmark.py measures.
+
+    python scripts/benchmark.py --config TinyLlama-1.1B --busy        # three rounds
+    python scripts/benchmark.py --config TinyLlama-1.1B --busy 9      # nine
+
+If another program needs a core, kernels/csrc/threads.h: ThreadCount takes fewer threads. Every round decodes a text in
+each of these ways, one after the other:
+
+    alone                     with all threads
+    beside_busy               with all threads, beside a process that keeps one core busy
+    one_thread_beside_busy    with one thread, beside that process; more threads should not be slower
+    two                       two processes at once, each with all threads; together they should give 0.9 of one alone
+
+Every text begins with all threads, so its time includes the search for the number that is best. The other processes
+hold the end of a pipe from this one. When it ends, for whatever reason, the pipe ends, and so do they.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from statistics import median
+
+import torch
+from benchmark_speed import SAMPLING, random_model, time_tokens
+from compare_speed import PAUSE
+from tqdm import tqdm
+
+from config import ModelConfig, OutOfMemoryError, UsageError
+from generate import generate
+from kernels.formats import WeightFormat
+from machine import cpu_name
+from model import KVCache
+from steps import Steps, build_steps
+
+CPU = torch.device("cpu")
+# Prints a line, then keeps a core busy until stdin ends
+SPIN = "import select\nprint(flush=True)\nwhile not select.select([0], [], [], 0)[0]: pass"
+
+
+def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFormat) -> dict:
+    """Medians over the rounds, the rounds, and the machine. args: the options of benchmark.py."""
+    n_threads = torch.get_num_threads()
+    with second_process(n_threads, args, config, format) as second:
+        decoder = Decoder(args, config, format)
+        rounds = [measure_round(decoder, second, n_threads) for _ in range(1 + args.busy)]
+    del rounds[0]  # it warms up
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": n_threads,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        **{name: median(row[name] for row in rounds) for name in rounds[0]},
+        "rounds": rounds,
+    }
+
+
+def measure_round(decoder: "Decoder", second: Connection, n_threads: int) -> dict[str, float]:
+    alone = tokens_per_sec(decoder.time_text(n_threads))
+    with busy_process():
+        beside_busy = tokens_per_sec(decoder.time_text(n_threads))
+        one_thread = tokens_per_sec(decoder.time_text(1))
+    ask(second, "decode")
+    times = decoder.time_text(n_threads)
+    their_times = ask(second, "stop")
+    first_of_two = tokens_per_sec(times)
+    n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # while both decoded
+    second_of_two = n_theirs / (times[-1] - times[0])
+    return {
+        "alone_tokens_per_sec": alone,
+        "beside_busy_tokens_per_sec": beside_busy,
+        "one_thread_beside_busy_tokens_per_sec": one_thread,
+        "beside_busy_over_one_thread": beside_busy / one_thread,
+        "first_of_two_tokens_per_sec": first_of_two,
+        "second_of_two_tokens_per_sec": second_of_two,
+        "two_tokens_per_sec": first_of_two + second_of_two,
+        "two_over_alone": (first_of_two + second_of_two) / alone,
+    }
+
+
+def tokens_per_sec(times: list[float]) -> float:
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+class Decoder:
+    """A model with random weights that decodes one text after the other."""
+
+    def __init__(self, args: argparse.Namespace, config: ModelConfig, format: WeightFormat):
+        self.model = random_model(config, format, CPU, getattr(torch, args.precision))
+        if args.kernels == "auto":
+            self.model.prepare_kernels()
+        self.n_prompt, self.n_new = args.prompt_tokens, args.max_new_tokens
+        self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
+
+    def new_steps(self, n_threads: int) -> Steps:
+        """Steps that have just been recorded: they know nothing yet of how busy the machine is."""
+        torch.set_num_threads(n_threads)
+        steps = build_steps(self.model, self.kv_cache, SAMPLING)
+        time_tokens(self.model, steps, 0, 1, 2)  # records
+        return steps
+
+    def token_times(self, steps: Steps) -> Iterator[float]:
+        """Decodes a text. Yields the time after prefill and after every decode step, by a clock that all processes
+        share."""
+        prompt = torch.randint(self.model.config.vocab_size, (1, self.n_prompt))
+        for _ in generate(steps, prompt, 0, self.n_new):
+            yield time.monotonic()
+
+    def time_text(self, n_threads: int) -> list[float]:
+        time.sleep(PAUSE)
+        return list(self.token_times(self.new_steps(n_threads)))
+
+
+# ---- Other processes -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[subprocess.Popen]:
+    """Within this context a process keeps one core busy."""
+    command, pipe = [sys.executable, "-I", "-c", SPIN], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        yield process
+
+
+@contextlib.contextmanager
+def second_process(*arguments) -> Iterator[Connection]:
+    """Within this context a process does decode_when_told(connection, *arguments): see ask."""
+    spawn = multiprocessing.get_context("spawn")
+    connection, their_end = spawn.Pipe()
+    process = spawn.Process(target=decode_when_told, args=(their_end, *arguments), daemon=True)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it, and says nothing at Ctrl-C
+    process.start()
+    signal.signal(signal.SIGINT, on_interrupt)
+    their_end.close()
+    try:
+        yield connection
+    finally:
+        process.kill()
+        process.join()
+
+
+def ask(second: Connection, word: str) -> list[float] | None:
+    """Tells the second process to "decode", which it answers as soon as it does, or to "stop": then it answers when its
+    tokens came. Raises what it raised."""
+    try:
+        second.send(word)
+        answer = second.recv()
+    except (EOFError, ConnectionError):
+        raise OutOfMemoryError("the process of the second decode was killed") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def decode_when_told(connection: Connection, n_threads: int, *arguments):
+    """What the second process does: see ask."""
+    tqdm.set_lock(threading.RLock())  # its own is one of the system, which a killed process would leave behind
+    try:
+        decoder = Decoder(*arguments)
+        while True:
+            connection.recv()  # "decode"
+            steps, times = decoder.new_steps(n_threads), []
+            connection.send(None)
+            while not connection.poll():
+                for now in decoder.token_times(steps):
+                    times.append(now)
+                    if connection.poll():
+                        break
+            connection.recv()  # "stop"
+            connection.send(times)
+    except (EOFError, ConnectionError):
+        pass  # the pipe has ended
+    except (UsageError, MemoryError, RuntimeError) as e:
+        connection.send(e)
