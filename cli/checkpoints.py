@@ -14,8 +14,8 @@ from cli.ranks import call_on_rank_0
 from config import UsageError
 
 # Files from which model.pth is made; without weights there is nothing to make it from.
-SETTINGS = ("config.json", "params.json")
-WEIGHTS = ("*.safetensors", "*.bin", "consolidated.*.pth", "*.pt")
+SETTINGS = ("config.json", "generation_config.json", "params.json")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
 PART, LATER_PART = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"  # the end of the name of a split GGUF's file
 
 
@@ -31,7 +31,7 @@ def model_file(path: Path | str) -> Path:
 
 
 def model_of_folder(folder: Path) -> str:
-    weights = find_files(folder, WEIGHTS)
+    weights = find_files(folder, WEIGHTS) or find_files(folder, ["*.pt"])
     model = find_model(folder, [*weights, *find_files(folder, SETTINGS)] if weights else [])
     if model is not None:
         return str(model)
@@ -64,11 +64,12 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """The model.pth in folder or, if there is none, the one model_FORMAT.pth, to which quantized weights are converted.
-    None if there is none that was written after all of sources."""
-    models = find_files(folder, ["model.pth"]) or find_files(folder, ["model*.pth"])
+    """Of the files in folder that were written after all of sources: model.pth or, without it, the one
+    model_FORMAT.pth, to which quantized weights are converted. None if there is none."""
     newest = max((file.stat().st_mtime for file in sources), default=0)
-    models = [model for model in models if model.stat().st_mtime >= newest]
+    models = [model for model in find_files(folder, ["model*.pth"]) if model.stat().st_mtime >= newest]
+    if folder / "model.pth" in models:
+        return folder / "model.pth"
     return require_single(models) if models else None
 
 

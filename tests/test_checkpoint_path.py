@@ -59,10 +59,25 @@ def test_every_command_takes_a_folder(folder, capsys):
     call(eval.main, "--checkpoint_path", folder, "--text_file", folder / "config.json", "--device", "cpu", "--json")
     out, err = capsys.readouterr()
     assert "perplexity" in out and "Converting" not in err
-    shutil.rmtree(folder)
-    write_folder("llama3", folder)
-    assert "".join(generate.LLM(folder, "cpu").generate("Hi", max_new_tokens=3)) is not None
+    text = "".join(generate.LLM(folder / "model.pth", "cpu").generate("Hi", max_new_tokens=3))
+    (folder / "model.pth").unlink()
+    (folder / "model_int8.pth").unlink()
+    assert "".join(generate.LLM(folder, "cpu").generate("Hi", max_new_tokens=3)) == text
     assert (folder / "model.pth").is_file()
+
+
+def test_files_that_hold_no_weights(folder, tmp_path):
+    """A trainer leaves other files of these names, and settings may change after weights."""
+    model = model_file(folder)
+    for name in ("training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(b"not weights")
+    assert model_file(folder) == model
+    make_older(model, 3600)
+    os.rename(folder / "model.pth", folder / "old.pth")
+    quantized = folder / "model_int4.g128.pth"  # of the same weights, converted later
+    shutil.copy(folder / "old.pth", quantized)
+    os.rename(folder / "old.pth", folder / "model.pth")
+    assert model_file(folder) == quantized
 
 
 def test_metas_folder(tmp_path, capsys):

@@ -49,10 +49,10 @@ def test_too_few_idle_cpus(simulate):
 
 
 @pytest.mark.parametrize("n_outputs", [6144, 4096, 28672 // 2, 128256])
-def test_shares_of_llama_8b(n_outputs):
-    """thread_range's arithmetic: no thread has more than 1.15 times the mean of an 8B model's weights."""
+def test_shares_of_llama_8b(simulate, n_outputs):
+    """Of an 8B model's weights, no thread has more than 1.15 times the mean."""
     n_blocks = n_outputs // CPU_BLOCK_N
-    for n_threads in range(1, 33):
-        ends = [n_blocks * thread // n_threads for thread in range(n_threads + 1)]
-        largest = max(end - start for start, end in zip(ends[:-1], ends[1:], strict=True))
-        assert largest <= 1.15 * n_blocks / n_threads
+    most_of_a_thread = simulate(0, n_blocks)
+    assert len(most_of_a_thread) == 64
+    for n_threads, most in enumerate(most_of_a_thread[:32], start=1):
+        assert most <= 1.15 * n_blocks / n_threads

@@ -1,8 +1,12 @@
-// For test_threads.py: a program that prints which numbers of threads ThreadCount chooses on a simulated machine.
+// For test_threads.py.
+//
+//     threads_test 0 N_TASKS
+//
+// prints the most tasks that one of 1, 2 ... 64 threads has.
 //
 //     threads_test N_CPUS N_REPETITIONS [BUSY_CPUS FROM TO]...
 //
-// In repetitions FROM ... TO - 1 other programs keep BUSY_CPUS busy. A thread that shares its CPU takes three times as long
+// prints which numbers of threads ThreadCount chooses on a simulated machine. In repetitions FROM ... TO - 1 other programs keep BUSY_CPUS busy. A thread that shares its CPU takes three times as long
 // as the others, which wait for it: it gets half of the time, in slices.
 #include <cstdio>
 #include <cstdlib>
@@ -11,8 +15,16 @@
 
 int main(int argc, char** argv) {
   const int n_cpus = atoi(argv[1]), n_repetitions = atoi(argv[2]);
+  for (int n_threads = 1; n_cpus == 0 && n_threads <= 64; n_threads++) {
+    int64_t most = 0;
+    for (int thread = 0; thread < n_threads; thread++) {
+      const Range range = range_of_thread(thread, n_threads, n_repetitions);
+      most = std::max(most, range.end - range.begin);
+    }
+    printf("%d\n", int(most));
+  }
   ThreadCount count;
-  for (int i = 0; i < n_repetitions; i++) {
+  for (int i = 0; n_cpus && i < n_repetitions; i++) {
     int busy = 0;
     for (int j = 3; j + 2 < argc; j += 3)
       if (i >= atoi(argv[j + 1]) && i < atoi(argv[j + 2])) busy = atoi(argv[j]);

@@ -19,10 +19,10 @@ inline double seconds_since(Clock::time_point start) {
 
 // The range [begin, end) of n tasks that a thread does.
 struct Range { int64_t begin, end; };
-inline Range thread_range(int64_t n) {
-  const int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
+inline Range range_of_thread(int64_t thread, int64_t n_threads, int64_t n) {
   return {n * thread / n_threads, n * (thread + 1) / n_threads};
 }
+inline Range thread_range(int64_t n) { return range_of_thread(omp_get_thread_num(), omp_get_num_threads(), n); }
 
 // Where the threads of a parallel region wait for each other. It spins only briefly, unlike OpenMP's barrier, and then
 // yields the CPU: on a busy machine, the thread that is still missing may need it. The time from then on is a stall.

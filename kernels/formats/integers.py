@@ -24,7 +24,7 @@ SCALE_DTYPES = ("bfloat16", "float16")  # of scales that a group shares
 
 @dataclass(frozen=True)
 class Int8(WeightFormat):
-    """Symmetric, q from -127 to 127, one scale for each output."""
+    """Symmetric, q from -127 to 127 where quantize.py made it, one scale for each output."""
 
     format_id = 1
     name = "int8"
@@ -90,10 +90,6 @@ class GroupedFormat(WeightFormat):
             "scales": torch.empty((*outputs, n_groups), dtype=self.scale_dtype, device=device),
             "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
         }
-
-    def quantize_rows(self, w: Tensor) -> Tensors:
-        """quantize for w [N, K]."""
-        raise NotImplementedError
 
     def unpack_elements(self, weight: Tensor) -> Tensor:
         """q [..., N, K] uint8 of the tensor "weight"."""
