@@ -8,17 +8,16 @@ from pathlib import Path
 import cli
 from cli.checkpoints import model_file
 from config import UsageError
-from kernels import MAX_TRITON_TOKENS
-from machine import pick_device
+from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from sampling import SamplingParams
 from speculate import MAX_PROPOSED
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-# --speculate_k, unless it is given. To look tokens up costs nothing. So it is the most for which the step that verifies
-# them, with the last token before them, fits the GPU's kernels.
-DEFAULT_SPECULATE_K = {"draft": 5, "lookup": MAX_TRITON_TOKENS - 1}
+# --speculate_k, unless it is given. To look tokens up costs nothing. So it is the most that a GPU verifies at the price
+# of one: with the last token before them they are 8, which its matrix units multiply at a time.
+DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 
 def parse_args(doc: str) -> argparse.Namespace:
@@ -84,7 +83,7 @@ def add_prompt_options(parser: argparse.ArgumentParser):
     add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
     add("--interactive", action="store_true", help="a conversation: the same as --chat without --prompt")
     add("--system", help="system message of a chat")
-    help = "complete N prompts of --prompt_file at a time; a GPU's kernels take up to 8"
+    help = f"complete N prompts of --prompt_file at a time; a GPU's kernels take up to {MAX_TRITON_TOKENS}"
     add("--parallel", type=int, metavar="N", help=help)
     add("--num_samples", type=int, default=1, help="how often each prompt is continued (default: %(default)s)")
     add("--batch_size", type=int, default=1, help="independent samples at a time; the first streams (default: 1)")
@@ -117,7 +116,8 @@ def add_speculation_options(parser: argparse.ArgumentParser):
     lookup = "speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)"
     add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N", help=lookup)
     k = "tokens to propose at a time, at most (default: {draft}, looked up: {lookup})".format(**DEFAULT_SPECULATE_K)
-    k += f"; on a GPU, more than {MAX_TRITON_TOKENS - 1} are verified without the kernels, several times slower"
+    k += f"; on a GPU, more than {MAX_TRITON_NEW_TOKENS - 1} (fewer if more than 4 query heads share a key/value head) "
+    k += "are verified without the kernels, several times slower"
     add("--speculate_k", type=int, metavar="K", help=k)
 
 
@@ -159,9 +159,6 @@ def check_speculation(args: argparse.Namespace):
         value = getattr(args, name)
         if value is not None and value > MAX_PROPOSED:
             raise UsageError(f"--{name} must be at most {MAX_PROPOSED}, not {value}")
-    if args.speculate_k and args.speculate_k >= MAX_TRITON_TOKENS and pick_device(args.device).type == "cuda":
-        note = f"More than {MAX_TRITON_TOKENS - 1} tokens at a time are verified without the kernels."
-        print(note, file=sys.stderr)
 
 
 def check_parallel(args: argparse.Namespace):

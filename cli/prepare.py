@@ -70,12 +70,20 @@ def build_speculation(
     args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: Steps
 ) -> SpeculativeDecoder:
     """Speculation as args ask for it: with draft or, without one, by looking up the prompt."""
+    warn_about_size(args.speculate_k, model)
     if draft is None:
         proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
     else:
         draft_cache = make_kv_cache(draft, 1, kv_cache.max_seq_len)
         proposer = build_draft_model(draft, draft_cache, model, args.sampling, args.compile)
     return build_speculative_decoder(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
+
+
+def warn_about_size(k: int, model: Transformer):
+    """Says so if a GPU verifies k proposed tokens without the kernels."""
+    most = max((i for i in range(1, k + 1) if model.uses_kernels(1, i + 1)), default=0)
+    if model.lm_head.backend == "triton" and most < k:
+        print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
 @torch.inference_mode()

@@ -33,8 +33,9 @@ from kernels.schema import ACTIVATION_IDS
 from machine import drop_pages, free_memory, use_huge_pages
 
 MAX_CPU_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
-MAX_TRITON_TOKENS = 8  # that the Triton kernels take
-MAX_TRITON_QUERIES = 64  # of a key/value head, which one program holds in registers
+MAX_TRITON_TOKENS = 64  # that the Triton kernels take
+MAX_TRITON_NEW_TOKENS = 16  # of a sequence, which one program of attention holds in registers
+MAX_TRITON_QUERIES = 64  # of a key/value head, likewise
 # Kernels compute 16 outputs at a time. To fuse an activation, the gate's and the up projection's outputs, each half of
 # out_features, must both be a multiple of 16. Otherwise glu() is a call of its own.
 FUSED_GLU_MULTIPLE = 32
@@ -138,7 +139,9 @@ def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_h
     """Whether backend has a kernel for n_tokens new tokens in each of batch sequences."""
     if ops_of_backend(backend, batch * n_tokens) is None:
         return False
-    return backend == "cpu" or n_tokens * heads_per_kv_head <= MAX_TRITON_QUERIES
+    if backend == "cpu":
+        return True
+    return n_tokens <= MAX_TRITON_NEW_TOKENS and n_tokens * heads_per_kv_head <= MAX_TRITON_QUERIES
 
 
 def route(
@@ -249,7 +252,7 @@ def prepare_kernels(model: torch.nn.Module, in_mapped_file: bool = False):
         if has_kernels:
             pack_for_cpu(layers, in_mapped_file)
     elif device.type == "cuda" and load_triton_kernels(device):
-        pack_for_triton(layers)
+        pack_for_triton(layers, model.dtype)
 
 
 def pack_for_cpu(linears: list[MatrixLayer], in_mapped_file: bool):
@@ -303,14 +306,17 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     return weight.view(*outputs, in_features)
 
 
-def pack_for_triton(linears: list[MatrixLayer]):
-    from kernels import triton_formats
+def pack_for_triton(linears: list[MatrixLayer], dtype: torch.dtype = torch.bfloat16):
+    """dtype: of the activations. Without matrix units PyTorch is faster with more than a few tokens."""
+    from kernels import triton_formats, triton_launch
 
     for layer in linears:
         if triton_formats.supports(layer):
             for name, packed in layer.format.pack(layer.tensors(), "triton").items():
                 layer.set_tensor(name, packed)
-            layer.backend, layer.max_tokens = "triton", MAX_TRITON_TOKENS
+            has_matrix_units = triton_launch.min_block_m_of(layer.weight.new_empty(0, dtype=dtype)) > 1
+            layer.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else triton_launch.FEW_TOKENS
+            layer.backend = "triton"
 
 
 def load_triton_kernels(device: torch.device) -> bool:

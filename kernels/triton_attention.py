@@ -22,7 +22,7 @@ from kernels.schema import triton_op
 from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
 from kernels.triton_linear import apply_softcap
 
-BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: T is up to 8, but tl.dot takes no fewer than 16
+BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: MAX_TRITON_NEW_TOKENS; tl.dot takes no fewer
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -350,7 +350,7 @@ def attend(
     0. Scores are q k^T times scale, then, if softcap is not 0, capped. alibi_slopes: [H] float32; slope * (position of
     the key - position of the query) is added to the scores then.
 
-    T H / G may be up to 64: a program has that much room."""
+    T may be up to 16, and T H / G up to 64: a program has that much room."""
     (batch, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_of(qkv.device).num_sms, batch * n_kv_heads, cache_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))

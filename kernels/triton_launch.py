@@ -42,6 +42,8 @@ from kernels.formats import Dense
 from kernels.triton_formats import kernel_format
 
 TUNED = Path(__file__).with_name("triton_tuned.json")
+# A matrix unit multiplies 8 tokens at a time, so up to 8 cost what one costs. What was measured is about these.
+FEW_TOKENS = 8
 
 
 class Gpu(NamedTuple):
@@ -128,7 +130,7 @@ class TileConfig(NamedTuple):
 
     block_n: int  # outputs of a program (BLOCK_N): a multiple of 16
     num_warps: int
-    warp_k: int  # inputs that a warp takes in a step: a multiple of 64, or 32
+    warp_k: int  # inputs that a warp takes in a step: a multiple of 64, or 32 or 16
     num_stages: int  # of the loop's software pipeline, as in Triton
 
 
@@ -140,12 +142,16 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
     return f"{key}, gated" if gated else key
 
 
-def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int) -> TileConfig:
+def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
     """For x [..., K] and W [n, K]: what triton_tuned.json says, or a guess. gated: W is a gate projection above an up
-    projection, and a program needs 16 outputs of both. The guess gives no program more than 99 KB of shared memory,
-    or 64 KB on GPUs whose min_block_m is not 8."""
+    projection, and a program needs 16 outputs of both. n_tokens: of a product; x may have more, since each is with
+    another expert. The guess gives no program more than 99 KB of shared memory, or 64 KB on GPUs whose min_block_m is
+    not 8."""
     gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
     k = x.shape[-1]
+    if n_tokens > FEW_TOKENS and min_block_m > 1:
+        tiles = guess_for_many(triton.next_power_of_2(n_tokens), format_id, n, k, gated, group_size, gpu.num_sms)
+        return tiles if min_block_m == 8 else tiles._replace(num_stages=2)
     key = table_key(format_id, n, k, gated, group_size)
     if key in gpu.tuned and min_block_m > 1:
         return TileConfig(**gpu.tuned[key])
@@ -177,3 +183,34 @@ def guess_tiled(outputs_per_sm: float, gated: bool, group_size: int) -> TileConf
     if has_two_tiles:
         return TileConfig(block_n=32, num_warps=2, warp_k=256, num_stages=3)
     return TileConfig(block_n=16, num_warps=4, warp_k=256, num_stages=3)
+
+
+def guess_for_many(
+    block_m: int, format_id: int, n: int, k: int, gated: bool, group_size: int, num_sms: int
+) -> TileConfig:
+    """For more than FEW_TOKENS tokens. Together the programs read W once, but each of them reads all of x: with 32
+    outputs of int8 and 64 tokens that is four times as much. So block_n is what gives the busiest multiprocessor the
+    least to read.
+
+    A warp has block_n * block_m sums for each slice. If a slice's product is multiplied with a scale before it is
+    added, there are twice as many. In a step a warp executes 64 instructions of the matrix unit (128 with zero points)
+    or fewer. So everything fits in its registers."""
+    is_tiled = kernel_format(format_id).is_tiled
+    bits = 16 if format_id == Dense.format_id else 4 if is_tiled else 8
+    has_slice_scales = is_tiled or group_size < k
+    slice_k, max_sums = (min(64, group_size), 2048) if has_slice_scales else (64, 4096)
+
+    def bits_of_column(block_n: int) -> float:
+        scale_bits = 32 / slice_k if has_slice_scales else 0
+        return block_n * (bits + scale_bits) + block_m * 16
+
+    def bits_of_busiest(block_n: int) -> float:
+        return math.ceil(n / block_n / num_sms) * bits_of_column(block_n)
+
+    candidates = [size for size in (16, 32, 64, 128) if size * block_m <= max_sums and size >= 32 * gated]
+    block_n, num_warps = min(candidates, key=bits_of_busiest), 4
+    warp_k = min(128, 2048 * slice_k // (block_n * block_m))
+    step_bytes = num_warps * warp_k * bits_of_column(block_n) / 8
+    if 2 * step_bytes > 99 * 1024:
+        warp_k, step_bytes = warp_k // 2, step_bytes / 2
+    return TileConfig(block_n, num_warps, warp_k, num_stages=min(4, 1 + int(99 * 1024 // step_bytes)))

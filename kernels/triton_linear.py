@@ -18,7 +18,14 @@ from torch import Tensor
 from kernels.schema import ACTIVATION_IDS, triton_op
 from kernels.triton_elements import magic_word
 from kernels.triton_formats import kernel_format
-from kernels.triton_launch import choose_tiles, dot_dtype, min_block_m_of, overlap_options, wait_for_previous_kernel
+from kernels.triton_launch import (
+    FEW_TOKENS,
+    choose_tiles,
+    dot_dtype,
+    min_block_m_of,
+    overlap_options,
+    wait_for_previous_kernel,
+)
 from kernels.triton_weights import prefetch_weights, program_outputs, slice_columns, slice_starts
 
 SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["silu"]), tl.constexpr(ACTIVATION_IDS["gelu_tanh"])
@@ -66,6 +73,7 @@ def fused_linear_kernel(
     eps,  # of the norm
     scale, softcap, clip,  # of the epilogue
     magic, N,  # magic: see triton_elements.int4_pair
+    n_tokens,  # None: M; else M is BLOCK_M, so that one compiled kernel serves all numbers of tokens up to that
     M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # of the format
     W_STRIDE: tl.constexpr,  # elements or words that W stores for an output
@@ -92,7 +100,8 @@ def fused_linear_kernel(
 
     # Where the tokens' inputs and results are in x and y: at the token's number, or at its pair's
     offs_m = tl.arange(0, BLOCK_M)
-    x_index, y_index, mask_m = offs_m, offs_m, offs_m < M
+    m_end = M if n_tokens is None else n_tokens
+    x_index, y_index, mask_m = offs_m, offs_m, offs_m < m_end
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
         expert = tl.load(topk_ids_ptr + pair)
@@ -100,7 +109,7 @@ def fused_linear_kernel(
             x_ptr += pair * K if X_IS_PER_PAIR else 0
             y_ptr += pair * N_OUT
         else:
-            y_index, mask_m = pairs_of(expert, topk_ids_ptr, offs_m, M, TOP_K)
+            y_index, mask_m = pairs_of(expert, topk_ids_ptr, offs_m, m_end, TOP_K)
             if tl.min(tl.where(mask_m, y_index, M * TOP_K), axis=0) < pair:
                 return
             x_index = y_index if X_IS_PER_PAIR else x_index
@@ -111,7 +120,8 @@ def fused_linear_kernel(
         if bias_ptr is not None:
             bias_ptr += first_output
 
-    # Load for the epilogue. It is done before the loop, so that nothing has to wait after it
+    # Load for the epilogue. It is done before the loop, so that nothing has to wait after it. But registers have no
+    # room for the residual of many tokens
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     y_offsets = y_index[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
     mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
@@ -120,7 +130,7 @@ def fused_linear_kernel(
         channel_scale = tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if residual_ptr is not None:
+    if residual_ptr is not None and n_tokens is None:
         residual = tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
 
     # Accumulate
@@ -138,6 +148,8 @@ def fused_linear_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     # Epilogue
+    if residual_ptr is not None and n_tokens is not None:
+        residual = tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
     if HAS_CHANNEL_SCALES:
         y *= channel_scale
@@ -148,11 +160,11 @@ def fused_linear_kernel(
 
 
 @triton.jit
-def pairs_of(expert, topk_ids_ptr, token, M: tl.constexpr, TOP_K: tl.constexpr):
+def pairs_of(expert, topk_ids_ptr, token, m_end, TOP_K: tl.constexpr):
     """Which pair every token [BLOCK_M] has with expert, and whether it has one. A token has an expert once at most."""
     pair, has_pair = token * TOP_K, token < 0
     for i in tl.static_range(TOP_K):
-        is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < M, other=-1) == expert
+        is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < m_end, other=-1) == expert
         pair = tl.where(is_expert, token * TOP_K + i, pair)
         has_pair |= is_expert
     return pair, has_pair
@@ -257,7 +269,12 @@ def launch_fused_linear(
     if topk_ids is not None:
         n_pairs, top_k = topk_ids.numel(), topk_ids.shape[-1]
         n_tokens = n_pairs // top_k
-    format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size)
+    has_few_tokens = n_tokens <= FEW_TOKENS
+    if norm_weight is not None and not has_few_tokens:  # registers have no room for the sums of their squares
+        x, norm_weight = rms_norm(x, norm_weight, eps, None), None
+    block_m = max(min_block_m_of(x), triton.next_power_of_2(n_tokens))
+    token_counts = (None, n_tokens) if has_few_tokens else (n_tokens, block_m)  # the kernel's n_tokens and M
+    format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size, n_tokens)
     block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
     has_channel_scales = scales is not None and scales.dtype == torch.float32 and group_size >= k
@@ -267,9 +284,9 @@ def launch_fused_linear(
     fused_linear_kernel[grid](
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
         eps, scale if scale != 1 else None, softcap or None, clip or None, magic_word(x.dtype), n,
-        n_tokens, k, group_size, top_k, n_inputs > n_tokens,
+        *token_counts, k, group_size, top_k, n_inputs > n_tokens,
         format.multiply, format.is_tiled, has_channel_scales, format.stride(weight), activation, dot_dtype(x),
-        BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(n_tokens)),
+        BLOCK_M=block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,
         K_SLICES=block_k // slice_k,

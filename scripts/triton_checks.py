@@ -47,7 +47,8 @@ import kernels
 from kernels import reference
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
 from kernels.schema import ACTIVATION_IDS
-from model import ExpertsDown, ExpertsGateUp
+from kernels.triton_launch import FEW_TOKENS
+from model import ExpertsDown, ExpertsGateUp, RMSNorm
 from sampling import multinomial
 
 Check = partial[Iterator[Comparison]]
@@ -81,14 +82,15 @@ def gpu_sizes(dtype: torch.dtype) -> Sizes:
     attention = [(h, window, caches, ("head_norms",) if h[2] == 40 else ()) for h in heads for window in (0, 1000)]
     attention += [(h, 1000, caches[-2:], ATTENTION_OPTIONS) for h in heads[:2]]
     real_linears = [(4096, 4096, False, (1, 5))] if dtype == torch.bfloat16 else []  # in one type, which saves time
-    linears = [(1056, 1544, True, (1, 2, 5, 8)), (6, 72, False, (1, 3)), *real_linears]
+    many = (9, 33, 64) if dtype != torch.float32 else ()  # without matrix units the kernels are made for few
+    linears = [(1056, 1544, True, (1, 2, 5, 8, *many)), (6, 72, False, (1, 3)), *real_linears]
     return Sizes(
         linears,
         random_linears=[(1056, 1544, 5), (38, 72, 2)],
         matrices=[(n, k) for n, k, *_ in linears],
-        few_linears=[(1056, 1568, True, (1, 5, 8)), (38, 96, False, (2,))],
+        few_linears=[(1056, 1568, True, (1, 5, 8, *many)), (38, 96, False, (2,))],
         expert_formats=TRITON_FORMATS,
-        experts=[(8, 256, 512, False, (1,)), (8, 256, 512, True, (5,))],
+        experts=[(8, 256, 512, False, (1,)), (8, 256, 512, True, (5, *many))],
         attention=attention,
         vocab_sizes=[5, 2048, 128_256],
     )
@@ -101,20 +103,26 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
     heads = [(4, 4, 8), (6, 2, 64), (8, 1, 40)]
     attention = list(product(heads, windows, [caches], [()]))
     attention += product(heads if dtype == torch.bfloat16 else heads[-1:], windows, [caches], [("head_norms",)])
-    if dtype != torch.float16:
+    if dtype == torch.float16:
+        attention.append(((6, 2, 24), 7, [(16, [140], 160)], ()))  # the most new tokens
+    else:
         options = [*((name,) for name in ATTENTION_OPTIONS), ATTENTION_OPTIONS]
         attention += product([(4, 4, 8), (6, 2, 24), (8, 1, 64)], windows[:1], [caches[:2]], options)
-    experts = [(4, 64, 48, True, (1, 7, 9))]
+    experts = [(4, 64, 48, True, (1, 7, 65 if dtype == torch.float32 else 9))]
     if dtype == torch.float16:
-        experts = [(4, 64, 64, True, (7,))]
+        experts = [(4, 64, 64, True, (12,))]
     if dtype == torch.float32:
-        experts += [(4, 64, ffn_dim, False, (1, 7, 9)) for ffn_dim in (40, 44)]  # PyTorch does these, in part or whole
+        experts += [(4, 64, ffn_dim, False, (1, 7, 65)) for ffn_dim in (40, 44)]  # PyTorch does these, in part or whole
+    many_linears = [(38, 136, False, (9, 64))] if dtype == torch.float16 else []
+    few_linears = [(70, 160, True, (3, 16) if dtype == torch.float16 else (3,))]
+    if dtype == torch.bfloat16:  # it is float32 in the interpreter
+        few_linears = []
     large = (96, 264) if dtype == torch.float32 else (160, 1032)
     return Sizes(
-        linears=[(6, 32, False, (1,)), (70, 72, True, (3,)), (*large, False, (2,))],
+        linears=[(6, 32, False, (1,)), (70, 72, True, (3,)), (*large, False, (2,)), *many_linears],
         random_linears=[(38, 72, 2)],
         matrices=[(5, 8), (33, 136)],
-        few_linears=[] if dtype == torch.bfloat16 else [(70, 160, True, (3,))],  # it is float32 in the interpreter
+        few_linears=few_linears,
         expert_formats=[Float8(32), MXFP4()] if dtype == torch.float16 else [Dense(), Int8(), Int4(32)],
         experts=experts,
         attention=attention,
@@ -165,7 +173,7 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         yield Comparison("float32_linear", case, ours, y, exact_sums_error(terms, k, format))
 
         y, terms = exact_product(x, matrix, bias, norm)
-        error = exact_sums_error(terms, k, format)
+        error = exact_sums_error(terms, k, format) + separate_norm_error(x, norm, matrix)
         total, total_error = with_residual(y, error, residual)
         ours = kernels.fused_linear(x, w, norm, residual)
         yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
@@ -194,8 +202,16 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     normed = exact_rms_norm(x, norm)
     y = normed @ matrix.T
     rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
-    error = bounds.of_product(normed, magnitude, y, torch.float32) + rounded_factors
+    error = bounds.of_product(normed, magnitude, y, torch.float32) + rounded_factors + separate_norm_error(x, norm, matrix)
     yield Comparison("float32_linear", case, kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
+
+
+def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
+    """What is added to the error of x [B, T, ..., K] times matrix [..., N, K], if T is so many that the norm is a
+    kernel of its own: the norm's errors, and, since exact data is rounded then, those of the sums."""
+    normed = exact_rms_norm(x, norm)
+    error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
+    return error * (x.shape[1] > FEW_TOKENS)
 
 
 def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
@@ -285,8 +301,9 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
         y, terms = (t.squeeze(-2) for t in exact_product(x[..., None, None, :], matrix[topk_ids], chosen_bias, norm))
-        by_kernel = n_tokens <= kernels.MAX_TRITON_TOKENS
+        by_kernel = n_tokens <= w.max_tokens
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
+        error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
         y, error = exact_stored_glu(y, error, "silu", dtype, fused=by_kernel and n % kernels.FUSED_GLU_MULTIPLE == 0)
         case = f"{names(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
         yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "silu"), y, error)
@@ -306,7 +323,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         # [B, T, top_k, 1, F] times [B, T, top_k, F, N], weighted and summed over top_k
         products = exact_product(hidden[..., None, :], matrix[topk_ids], chosen_bias)
         y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
-        by_kernel = n_tokens <= kernels.MAX_TRITON_TOKENS and w.backend == "triton"
+        by_kernel = n_tokens <= w.max_tokens
         error = exact_sums_error(terms, ffn_dim, format) if by_kernel else pytorch_error(terms, ffn_dim, dtype)
         case = f"{names(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
         yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, stored_error(y, error, dtype))

@@ -19,7 +19,7 @@ from triton.testing import do_bench_cudagraph
 import kernels
 from config import ModelConfig
 from kernels.formats import WeightFormat
-from kernels.triton_launch import TUNED, TileConfig, choose_tiles, gpu_of, table_key
+from kernels.triton_launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from model import Linear, RMSNorm, empty_model
 
 # What is tried besides the guess: block_n, num_warps, warp_k, num_stages
@@ -38,10 +38,10 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 
 def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
-    """Writes down the fastest tile sizes for W [n, k], of those that also work with the most tokens. gated: W is a gate
-    and an up projection, with the activation."""
+    """Writes down the fastest tile sizes for W [n, k], of those that also work with FEW_TOKENS tokens. gated: W is a
+    gate and an up projection, with the activation."""
     weights = make_weights(n, k, format, device)
-    x = torch.randn(1, kernels.MAX_TRITON_TOKENS, k, device=device, dtype=torch.bfloat16)
+    x = torch.randn(1, FEW_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_of(x.device).tuned  # choose_tiles looks into it
     group_size = format.scale_group_size(k)
     key = table_key(format.format_id, n, k, gated, group_size)
@@ -61,7 +61,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
         candidates = [tiles for tiles in candidates if tiles.block_n % 32 == 0]
     times = {tiles: microseconds(tiles, n_tokens=1) for tiles in candidates}
     for tiles in sorted(times, key=times.get):
-        if times[tiles] < math.inf and microseconds(tiles, kernels.MAX_TRITON_TOKENS) < math.inf:
+        if times[tiles] < math.inf and microseconds(tiles, FEW_TOKENS) < math.inf:
             print(f"{key}: {tuple(tiles)} takes {times[tiles]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
             write_tiles(key, tiles)
             return

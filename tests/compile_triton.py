@@ -38,6 +38,8 @@ TYPES = {
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 PRODUCTS = Counter(fused_linear_kernel=13, dequantize_kernel=8, embed_kernel=8)  # launches of launch_products
+MANY_TOKENS = [(16, Dense()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
+MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
 OTHERS.update(attend_kernel=3, sample_kernel=2)
 
@@ -51,6 +53,10 @@ class Gpu:
     min_block_m: int  # of triton_launch.Gpu
     num_sms: int = 100
     can_overlap: bool = False
+
+    @property
+    def has_matrix_units(self) -> bool:
+        return self.dtype != torch.float32 and self.min_block_m > 1
 
 
 GPUS = [
@@ -83,7 +89,7 @@ class Compiler:
         sizes = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         assert code.metadata.shared <= self.gpu.shared_kb * 2**10, (name, code.metadata.shared, sizes)
         has_products = "DTYPE" in values
-        if has_products and self.gpu.dtype != torch.float32 and self.gpu.min_block_m > 1:
+        if has_products and self.gpu.has_matrix_units:
             ((kind, pattern),) = [item for item in MATRIX_INSTRUCTIONS.items() if item[0] in code.asm]
             assert re.search(pattern, code.asm[kind]), (name, sizes)
 
@@ -124,6 +130,15 @@ def launch_products(dtype: torch.dtype):
         kernels.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
 
 
+def launch_many(dtype: torch.dtype):
+    """As decode steps of many sequences do."""
+    norm = make_norm(2048, dtype)
+    for n_tokens, format in MANY_TOKENS:
+        w, x = make(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
+        kernels.pack_for_triton([w])
+        kernels.fused_linear(x, w, norm, activation="silu")
+
+
 def launch_others(dtype: torch.dtype):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     norm(x, x, "triton")
@@ -159,9 +174,14 @@ def compile_for(gpu: Gpu):
     triton_linear.dot_dtype = triton_attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
     launch_products(gpu.dtype)
     assert compiler.compiled == PRODUCTS
+    expected = Counter(PRODUCTS)
     if gpu.num_sms > 1:  # tiles are a matter of products alone
         launch_others(gpu.dtype)
-        assert compiler.compiled == PRODUCTS + OTHERS
+        expected += OTHERS
+    if gpu.has_matrix_units and gpu.name != "Ampere":  # which saves time: the one with larger tiles is the same
+        launch_many(gpu.dtype)
+        expected += MANY
+    assert compiler.compiled == expected
 
 
 def main():

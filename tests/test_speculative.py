@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,9 +15,9 @@ import generate
 import quantize
 import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
-from cli import arguments
-from config import UsageError
-from model import KVCache
+from cli.prepare import warn_about_size
+from config import ModelConfig, UsageError
+from model import KVCache, empty_model
 from sampling import SamplingParams, multinomial, probabilities, sample
 from speculate import (
     DraftModel,
@@ -385,13 +384,15 @@ def test_mistakes(folders, capsys, monkeypatch):
             run_main(capsys, monkeypatch, model, *flags)
 
 
-def test_only_a_gpu_verifies_without_kernels(folders, capsys, monkeypatch):
-    monkeypatch.setattr(arguments, "pick_device", torch.device)
-    for device, k, warns in [("cuda", 7, False), ("cuda", 8, True), ("cpu", 32, False)]:
-        flags = ["--prompt_lookup", f"--speculate_k={k}", "--device", device]
-        monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint_path", str(folders[0] / "model.pth"), *flags])
-        assert arguments.parse_args("").speculate_k == k
-        assert ("without the kernels" in capsys.readouterr().err) == warns
+@pytest.mark.parametrize("heads_per_kv_head, most", [(1, 15), (4, 15), (7, 8), (16, 3)])
+def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
+    model = empty_model(ModelConfig(64, 1, 16 * heads_per_kv_head, 16, 4, 64, 64, 64))
+    for backend, k, warns in [("triton", most, False), ("triton", most + 1, True), ("cpu", 32, False)]:
+        for _, linear in model.quantizable_linears():
+            linear.backend, linear.max_tokens = backend, 64
+        warn_about_size(k, model)
+        said = f"More than {most} tokens at a time are verified without the kernels.\n"
+        assert capsys.readouterr().err == said * warns
 
 
 @pytest.fixture(scope="module")

@@ -66,9 +66,9 @@ def test_check(name, small_gpu):
 
 
 @pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=names)
-@pytest.mark.parametrize("rows", range(10))
+@pytest.mark.parametrize("rows", [*range(10), 64, 65])
 def test_rows(format, rows):
-    """0 to 8, and a 9th that goes to the matrix product."""
+    """0 to 64, and a 65th that goes to the matrix product."""
     torch.manual_seed(0)
     w = exact_linear(12, 64, format, torch.float32)
     matrix, x = w.dequantized_weight(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
@@ -259,6 +259,30 @@ def test_model(family, format, small_gpu):
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
 
 
+def test_many_sequences(small_gpu):
+    """Twelve sequences, each at its own position: every product, the attention and the norms are kernels."""
+    model, start_pos = tiny_model("llama3", n_layers=1), torch.arange(12) * 5
+    for _, w in model.quantizable_linears():
+        tensors = Int8().quantize(w.weight.data)
+        w.set_format(Int8())
+        for name, tensor in tensors.items():
+            w.set_tensor(name, tensor)
+    k_and_v = torch.randn(2, *KVCache(model, 12, 64).layers[0].k.shape)
+
+    def step() -> torch.Tensor:
+        kv_cache = KVCache(model, 12, 64)
+        for cache, values in zip(kv_cache.layers[0][:2], k_and_v, strict=True):
+            cache.copy_(values)
+        with torch.inference_mode():
+            return model(torch.arange(3, 15)[:, None], start_pos, kv_cache)
+
+    expected = step()
+    use_triton(model)
+    assert model.uses_kernels(12, 1) and model.uses_kernels(64, 1) and not model.uses_kernels(65, 1)
+    # 5 products and the head follow each other, as in test_model
+    assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
+
+
 def test_torch_compile(small_gpu):
     """A step in one graph, whose calls write into the caches that it is given."""
     model, prompt = use_triton(tiny_model("qwen3-moe", n_layers=1)), torch.arange(3, 27)
@@ -266,7 +290,7 @@ def test_torch_compile(small_gpu):
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def step(tokens, start_pos, kv_cache):
-        return (compiled if tokens.numel() <= kernels.MAX_TRITON_TOKENS else model)(tokens, start_pos, kv_cache)
+        return (compiled if tokens.numel() <= triton_launch.FEW_TOKENS else model)(tokens, start_pos, kv_cache)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

@@ -1,9 +1,11 @@
 """The tile sizes of products on a GPU, guessed and tuned, against measurements of an H100."""
 
+import itertools
 import json
 
 import pytest
 import torch
+import triton
 
 from kernels import triton_launch
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
@@ -68,6 +70,32 @@ def test_guess_fits(format, bits, group_size, gated, monkeypatch):
             slices_of_a_warp = tiles.warp_k // min(64, group_size)
             assert tiles.block_n // 16 * slices_of_a_warp <= 8
             assert tiles.block_n % 32 == 0 or not gated
+
+
+@pytest.mark.parametrize("n_tokens", [9, 16, 33, 64])
+@pytest.mark.parametrize("gated", [False, True])
+def test_guess_for_many_tokens_fits(n_tokens, gated):
+    """The loads under way fit 99 KB, and the sums and the products of one step a warp's registers."""
+    formats = [(Dense, 16, 576), (Int8, 8, 576), (Float8, 8, 576), (Float8, 8, 128), (GroupedInt8, 8, 16)]
+    formats += [(Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32)]
+    block_m = triton.next_power_of_2(n_tokens)
+    sizes = itertools.product(formats, (64, 1536, 4096, 57344, 128256), (1, 16, 132, 300))
+    for (format, bits, group_size), n, num_sms in sizes:
+        tiles = triton_launch.guess_for_many(block_m, format.format_id, n, 576, gated, group_size, num_sms)
+        block_n, num_warps, warp_k, num_stages = tiles
+        bits_of_step = num_warps * warp_k * (block_n * bits + block_m * 16)
+        assert num_stages >= 2 and (num_stages - 1) * bits_of_step <= 99 * 1024 * 8
+        slices = max(1, warp_k // min(64, group_size))
+        assert slices * block_n * block_m <= (4096 if group_size == 576 else 2048)
+        assert block_n * block_m * warp_k <= 64 * 16 * 8 * 16  # instructions [16, 16] times [16, 8]
+        assert block_n % (32 if gated else 16) == 0
+
+
+def test_programs_share_what_they_read():
+    """Programs have many outputs if there are enough for all multiprocessors. A program of few reads less."""
+    for n, block_n in [(576, 16), (4096, 32), (57344, 64)]:
+        tiles = triton_launch.guess_for_many(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
+        assert tiles.block_n == block_n
 
 
 def test_unknown_format(monkeypatch):
