@@ -283,6 +283,15 @@ def test_many_sequences(small_gpu):
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 
 
+def test_without_matrix_units(monkeypatch):
+    """The kernels take few tokens in float32, and on a GPU whose matrix units Triton does not use."""
+    for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
+        monkeypatch.setattr(triton_launch, "gpu_of", lambda device, m=min_block_m: triton_launch.Gpu(2, m, False, {}))
+        w = make(16, 64, Int8(), torch.float32)
+        kernels.pack_for_triton([w], dtype)
+        assert w.max_tokens == most
+
+
 def test_torch_compile(small_gpu):
     """A step in one graph, whose calls write into the caches that it is given."""
     model, prompt = use_triton(tiny_model("qwen3-moe", n_layers=1)), torch.arange(3, 27)
