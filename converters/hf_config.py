@@ -169,7 +169,9 @@ def read_eos_ids(hf: dict, generation: dict) -> tuple[int, ...]:
     for source in (hf, generation):
         ids = source.get("eos_token_id")
         for i in ids if isinstance(ids, list) else [ids]:
-            if isinstance(i, int) and i not in eos_ids:
+            if not isinstance(i, int | None):
+                raise UsageError(f"config.json: eos_token_id {ids!r} is not a token's number, nor a list of these")
+            if i is not None and i not in eos_ids:
                 eos_ids.append(i)
     return tuple(eos_ids)
 

@@ -113,6 +113,8 @@ def write_folder(
     unnamed = folder / "model.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob("model*.tmp"):  # of a process that was killed
+            left_over.unlink(missing_ok=True)
         unnamed = convert(unnamed, config, tensors, read)
         for name, data in files.items():
             if data is None:

@@ -263,6 +263,14 @@ def test_what_is_no_checkpoint_folder(tmp_path):
         convert(tmp_path / "a.pt")
 
 
+def test_end_tokens_are_numbers(llama):
+    folder, _ = llama
+    config = json.loads((folder / "config.json").read_text())
+    for wrong in ("</s>", [2, "</s>"], 2.0):
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": wrong}))
+        refused(folder, "eos_token_id .* is not a token's number")
+
+
 def test_a_config_of_huge_sizes_takes_no_memory(llama):
     folder, _ = llama
     config, huge = json.loads((folder / "config.json").read_text()), 2**31 - 4
