@@ -64,7 +64,7 @@ def nibbles(packed: Tensor) -> Tensor:
     return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
-def bits_of(packed: Tensor, bit: int, n: int = 1) -> Tensor:
+def select_bits(packed: Tensor, bit: int, n: int = 1) -> Tensor:
     return packed >> bit & ((1 << n) - 1)
 
 
@@ -105,7 +105,7 @@ def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
     scales, offsets = k_scales(blocks)
     qh, low = blocks[..., 16:48], nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
-    high = torch.cat([bits_of(qh, group) for group in range(8)], dim=-1)
+    high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
     return low | high << 4, scales, offsets
 
 
@@ -122,7 +122,7 @@ def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Twice 128 inputs: 64 bytes of lower halves, 32 bytes with 2 upper bits of 4 inputs each. Scales are int8."""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
-    high = torch.cat([bits_of(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
+    high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
     q = (nibbles(ql) | high << 4).flatten(-2)
     scales = half(blocks, 208) * blocks[..., 192:208].view(torch.int8)
     return q, scales, -32 * scales

@@ -91,7 +91,7 @@ def rename_gguf_tensors(
 ) -> tuple[HFTensors, TensorReader]:
     """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
     of them, its rows in our order. Gemma's norms need nothing: a GGUF has 1 + w already."""
-    sources = split_tensors(stored, config, architecture)
+    sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
     order = gguf_rope_order(config, architecture)
 
@@ -111,7 +111,7 @@ def keep_quantized(
     stored: dict[str, StoredTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
 ) -> KeptWeights:
     """What stays quantized of tensors, which rename_gguf_tensors has made of stored."""
-    sources = split_tensors(stored, config, architecture)
+    sources = split_gguf_tensors(stored, config, architecture)
     return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
 
 
@@ -120,7 +120,7 @@ def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor |
     return rope_order(config, is_interleaved)
 
 
-def split_tensors(
+def split_gguf_tensors(
     stored: dict[str, StoredTensor], config: ModelConfig, architecture: Architecture
 ) -> dict[str, StoredTensor]:
     """The GGUF's tensors by Hugging Face's names."""

@@ -81,13 +81,13 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
     return torch.float16 if is_normal.all() else torch.float32
 
 
-def unpack_words(words: Tensor, bits: int) -> Tensor:
+def unpack_numbers(words: Tensor, bits: int) -> Tensor:
     """int32 [..., n] -> uint8 [..., n * 32 / bits], the lowest bits first."""
     octets = words.contiguous().view(torch.uint8)
     return octets if bits == 8 else torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
 
 
-def bits_of(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
+def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
     """How many bits a number has, if n_numbers fill n_words. Raises UsageError for others than 4 and 8."""
     for bits in (4, 8):
         if math.ceil(n_numbers * bits / 32) == n_words:
@@ -128,7 +128,7 @@ def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     """config: quantization_config. If it has "dynamic", layers may differ from what it says."""
     qweight, qzeros, scales = take_qweight(layer)
     n_groups, n = scales.shape
-    bits = bits_of(layer, qzeros.shape[1], n)
+    bits = infer_bits(layer, qzeros.shape[1], n)
     k = qweight.shape[0] * 32 // bits
     layer.expect_shape("qweight", qweight.shape[0], n)
     layer.expect_shape("qzeros", n_groups, qzeros.shape[1])
@@ -138,16 +138,16 @@ def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
         group_size = stated_group_size(layer, config.get("group_size"), k, n_groups)
 
     def read_zeros() -> Tensor:
-        zeros = unpack_words(qzeros, bits)
+        zeros = unpack_numbers(qzeros, bits)
         if is_minus_one(zeros, bits, config):
             one_each = 0x11111111 if bits == 4 else 0x01010101
-            zeros = unpack_words(qzeros + one_each, bits)  # with carries, since it was subtracted with borrows
+            zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since it was subtracted with borrows
         return zeros.T[:n]
 
     order = read_input_order(layer, "g_idx", k, group_size, n_groups)
     shape = torch.Size([n, k])
     return Integers(
-        shape, bits, group_size, scales.T, lambda: unpack_words(qweight.T, bits), read_zeros, order
+        shape, bits, group_size, scales.T, lambda: unpack_numbers(qweight.T, bits), read_zeros, order
     ).to_weight()
 
 
@@ -163,7 +163,7 @@ def is_minus_one(zeros: Tensor, bits: int, config: dict) -> bool:
 def awq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
-    bits = bits_of(layer, n_words, n)
+    bits = infer_bits(layer, n_words, n)
     layer.expect("bits", bits, config.get("bits", config.get("w_bit")))
     if bits != 4:
         raise UsageError(f"{layer.name} is AWQ of {bits} bits; 4 are supported")
@@ -171,7 +171,7 @@ def awq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     group_size = stated_group_size(layer, config.get("group_size", config.get("q_group_size")), k, n_groups)
 
     def in_order(words: Tensor) -> Tensor:
-        return unpack_words(words, 4).unflatten(-1, (-1, 8))[..., AWQ_POSITIONS].flatten(-2).T
+        return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_POSITIONS].flatten(-2).T
 
     shape = torch.Size([n, k])
     return Integers(shape, 4, group_size, scales.T, lambda: in_order(qweight), lambda: in_order(qzeros)).to_weight()
@@ -192,8 +192,8 @@ def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
     if len(shape) != 2 or min(shape) < 1 or shape[0] != len(packed):
         raise UsageError(f"tensor {layer.name}.weight_shape is {shape}, but weight_packed {list(packed.shape)}")
     n, k = shape
-    bits = bits_of(layer, packed.shape[1], k)
-    return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_words(packed, bits)[:, :k])
+    bits = infer_bits(layer, packed.shape[1], k)
+    return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_numbers(packed, bits)[:, :k])
 
 
 def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
@@ -221,7 +221,7 @@ def compressed_weight(
             layer.expect_shape("weight_zero_point", n, n_groups)
             return (zeros.short() + middle).to(torch.uint8)
         layer.expect_shape("weight_zero_point", math.ceil(n * bits / 32), n_groups)
-        return unpack_words(zeros.T, bits)[:, :n].T
+        return unpack_numbers(zeros.T, bits)[:, :n].T
 
     order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups)
     return Integers(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()

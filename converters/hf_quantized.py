@@ -146,7 +146,7 @@ def find_scheme(name: str, quantization: dict) -> dict:
     after "re:", and types of layers. A name or pattern counts more than a type."""
     schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
     for scheme in schemes:
-        if any(is_target(name, target) for target in scheme["targets"]):
+        if any(matches_target(name, target) for target in scheme["targets"]):
             return scheme["weights"]
     for scheme in schemes:
         if "Linear" in scheme["targets"]:
@@ -154,7 +154,7 @@ def find_scheme(name: str, quantization: dict) -> dict:
     raise UsageError(f"config.json: no target of config_groups is {name}, whose weight is quantized")
 
 
-def is_target(name: str, target: str) -> bool:
+def matches_target(name: str, target: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
     return target == name

@@ -68,7 +68,7 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_json(path)
     try:
         check_config(config)
-        halves, replaced = sort_tensors(read_tensors(folder))
+        halves, replaced = sort_tensors(read_adapter_tensors(folder))
         changes = {f"{module}.weight": make_change(module, config, *ab) for module, ab in halves.items()}
     except UsageError as e:
         raise UsageError(f"{folder}: {e}") from None
@@ -77,7 +77,8 @@ def read_adapter(folder: Path) -> Adapter:
     targets = config.get("target_modules")
     is_list = isinstance(targets, list) or targets == "all-linear"
     may_lack_layers = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-    return Adapter(changes, replaced, has_all_layers=is_list and not may_lack_layers)
+    names_layers = isinstance(targets, list) and any(re.search(r"(^|\.)\d+\.", target) for target in targets)
+    return Adapter(changes, replaced, has_all_layers=is_list and not may_lack_layers and not names_layers)
 
 
 def check_config(config: dict):
@@ -95,7 +96,7 @@ def check_config(config: dict):
         raise UsageError(f"{ADAPTER_CONFIG}: init_lora_weights = {start!r} is not supported, for {why}")
 
 
-def read_tensors(folder: Path) -> HFTensors:
+def read_adapter_tensors(folder: Path) -> HFTensors:
     """All tensors, by transformers' names. Raises UsageError if one is not finite."""
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")

@@ -5,14 +5,15 @@
 Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files are of this format, and
 so are karpathy's tinyllamas, but for their params, which read_tinyllamas finds in the file itself.
 
-params.json does not say how long the context is. This goes by what tells the generations apart:
+params.json does not say how long the context is. This goes by what tells the generations apart,
+from the top down:
 
-    Mistral      hidden_dim                                    32768
     Llama 3.1    use_scaled_rope                              131072   RoPE is stretched 8-fold
     Llama 3.2    use_scaled_rope, the head is the embedding   131072   32-fold
+    Mistral      hidden_dim                                    32768
     Llama 3      rope_theta 500000                              8192
     CodeLlama    another rope_theta                            16384
-    Llama 1      norm_eps 1e-6                                  2048
+    Llama 1      norm_eps 1e-6, or 80 layers, no n_kv_heads     2048   the 65B has norm_eps 1e-5
     Llama 2      none of these                                  4096
 """
 
@@ -170,15 +171,16 @@ def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[
 def infer_llama_version(params: dict, has_tied_head: bool) -> tuple[str, int, float]:
     """(name, context, how far RoPE is stretched or 0), by the table above."""
     theta = params.get("rope_theta") or 10000
-    if params.get("hidden_dim"):
-        return "Mistral", 32768, 0
     if params.get("use_scaled_rope"):
         return ("Llama 3.2", LLAMA31_CONTEXT, 32.0) if has_tied_head else ("Llama 3.1", LLAMA31_CONTEXT, 8.0)
+    if params.get("hidden_dim"):
+        return "Mistral", 32768, 0
     if theta == LLAMA3_THETA:
         return "Llama 3", LLAMA31_TRAINED_CONTEXT, 0
     if theta != 10000:
         return "CodeLlama", 16384, 0
-    return ("Llama 1", 2048, 0) if params["norm_eps"] < 5e-6 else ("Llama 2", 4096, 0)
+    is_65b = params["n_layers"] == 80 and not params.get("n_kv_heads")
+    return ("Llama 1", 2048, 0) if params["norm_eps"] < 5e-6 or is_65b else ("Llama 2", 4096, 0)
 
 
 def meta_ffn_dim(params: dict) -> int:

@@ -136,6 +136,14 @@ def test_target_modules(llama, tmp_path, names):
     same_logits(convert_folder(base, tmp_path), merged(model, halves))
 
 
+def test_target_modules_with_the_number_of_a_layer(llama, tmp_path):
+    """A list of full names, which PEFT writes if a pattern chose the layers: the others have no changes."""
+    base, model, halves = llama
+    halves = {name: ab for name, ab in halves.items() if "layers.1." in name}
+    write_adapter(tmp_path, halves, target_modules=list(halves))
+    same_logits(convert_folder(base, tmp_path), merged(model, halves))
+
+
 def test_bfloat16_is_rounded_once(tmp_path):
     """The sum is float32, and the result has the base's dtype."""
     base, lora = tmp_path / "base", tmp_path / "lora"

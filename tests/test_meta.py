@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from checkpoint import read_checkpoint
 from config import UsageError
 from converters.gguf_tokenizer import LLAMA3_WORDS
+from converters.meta import infer_llama_version
 from tests.test_convert import TINYLLAMAS_NAMES
 from tests.tiny import LLAMA3, convert, make_hf, same_logits
 from tests.tiny_gguf import in_meta_order
@@ -92,6 +93,15 @@ def test_logits(generation, tmp_path, capsys):
     assert (config.rope_scaling.factor if config.rope_scaling else 0) == changes.get("rope_parameters", {}).get(
         "factor", 0
     )
+
+
+def test_versions_that_look_like_others():
+    """hidden_dim may stand beside use_scaled_rope. Llama 1's 65B has Llama 2's norm_eps; Llama 2's 70B has as many
+    layers."""
+    assert infer_llama_version(PARAMS | SCALED | {"hidden_dim": 80}, False) == ("Llama 3.1", 131072, 8.0)
+    large = {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5}
+    assert infer_llama_version(large, False) == ("Llama 1", 2048, 0)
+    assert infer_llama_version(large | {"n_kv_heads": 8}, False) == ("Llama 2", 4096, 0)
 
 
 def test_what_params_may_say(tmp_path, capsys):
