@@ -7,7 +7,7 @@
 A GGUF stores codes of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a minimum. Codes of 4 bits
 become Int4, all others GroupedInt8, with the same groups: all exact but for the rounding of scales and zeros. What is
 stacked, such as q, k and v, has one format. If that makes the file larger than SIZE_LIMIT times the GGUF, weights are
-rounded again to fewer bits, those first that save the most bytes for what they lose. This file has no command line.
+rounded again to smaller formats, first those that save the most bytes for what they lose. No command line.
 """
 
 import re
@@ -27,17 +27,18 @@ from converters.gguf_file import StoredTensor
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
 from converters.quantized_weight import QuantizedWeight
-from kernels.formats import Dense, GroupedInt8, Int4, Tensors, WeightFormat
+from kernels.formats import Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK, pack_int4
 from kernels.formats.integers import GroupedFormat
 
 SIZE_LIMIT = 1.1  # of the result, in sizes of the GGUF's tensors
 FLOATS = (Type.F32, Type.F16, Type.BF16)
-INT4 = Int4(32, torch.float16)
-SMALLER_INT8 = GroupedInt8(128, torch.float16)
-# What an input loses if it is rounded again, by the bits of its code. llama.cpp gave more to those that matter more.
-LOSS_OF_INT4 = {5: 1.0, 6: 2.0, 8: 8.0}
-LOSS_OF_INT8 = 0.01
+INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
+SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
+# What an input loses if it is rounded again. To 4 bits, by the bits of its code: llama.cpp gave more to those that
+# matter more. To 8 bits, by the format: the more inputs share a scale, the larger it is.
+LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}
+LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
 
 # ---- Types ----------------------------------------------------------------------------------------------------------
@@ -172,11 +173,13 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> Groups:
     return groups
 
 
-def keeps_codes(type: BlockType, format: GroupedFormat) -> bool:
+def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
+    if not isinstance(format, GroupedFormat):
+        return False
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
 
 
-def convert_groups(groups: Groups, format: GroupedFormat) -> tuple[Tensors, Tensor]:
+def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tensor]:
     """The tensors of format, and which groups [N, n_groups] keep their codes. The others are rounded again."""
     if not keeps_codes(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
@@ -209,14 +212,21 @@ class Stack:
     plan: TensorPlan
     parts: list[StoredTensor]
     formats: list[WeightFormat] = field(init=False)
+    n_bytes: dict[WeightFormat, int] = field(init=False)
 
     def __post_init__(self):
         if any(part.type in FLOATS for part in self.parts):
-            self.formats = [Dense()]
-            return
-        types = [TYPES[part.type] for part in self.parts]
-        exact = GroupedInt8(min(type.group_size for type in types), torch.float16)
-        self.formats = [INT4] if all(type.bits == 4 for type in types) else [exact, SMALLER_INT8, INT4]
+            formats = [Dense()]
+        elif all(TYPES[part.type].bits == 4 for part in self.parts):
+            formats = [INT4, SMALLER_INT4]
+        else:
+            exact = GroupedInt8(min(TYPES[part.type].group_size for part in self.parts), torch.float16)
+            formats = [exact, SMALLER_INT8, SMALLEST_INT8, INT4]
+        self.n_bytes = {format: self.nbytes(format) for format in formats}
+        self.formats = formats[:1]
+        for format in formats[1:]:  # of few inputs a larger group or one scale for all saves nothing
+            if self.n_bytes[format] < self.n_bytes[self.formats[-1]]:
+                self.formats.append(format)
 
     @property
     def format(self) -> WeightFormat:
@@ -225,31 +235,41 @@ class Stack:
     def nbytes(self, format: WeightFormat) -> int:
         return sum(t.nbytes for t in format.empty(self.plan.shape, self.plan.dtype, "meta").values())
 
-    def loss(self, format: GroupedFormat) -> float:
+    def loss(self, format: WeightFormat) -> float:
         total = 0.0
         for part in self.parts:
             type = TYPES[part.type]
             if not keeps_codes(type, format):
-                total += (LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8) * prod(part.shape())
+                loss = LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8[format]
+                total += loss * prod(part.shape())
         return total
 
-    def price(self) -> float:
-        """What is lost for each byte that is saved by the next format."""
-        now, smaller, *_ = self.formats
-        return (self.loss(smaller) - self.loss(now)) / (self.nbytes(now) - self.nbytes(smaller))
+    def cheapest_step(self, n_excess: float) -> tuple[float, int]:
+        """What is lost for each byte that is saved by a smaller format, and which of formats that is. Of the bytes that
+        are saved only n_excess count, since no more are needed."""
+        now, *smaller = self.formats
+        prices = []
+        for format in smaller:
+            n_saved = min(self.n_bytes[now] - self.n_bytes[format], n_excess)
+            prices.append((self.loss(format) - self.loss(now)) / n_saved)
+        price = min(prices)
+        return price, prices.index(price) + 1
 
 
 def choose_formats(stacks: list[Stack], n_bytes: float):
     """Sets the format of each of stacks, so that together they take at most n_bytes, if that is possible."""
-    total = sum(stack.nbytes(stack.format) for stack in stacks)
+    n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
     stacks = from_the_middle(stacks)  # of those of equal prices, the layers in the middle first
-    while total > n_bytes:
-        reducible = [stack for stack in stacks if len(stack.formats) > 1]
-        if not reducible:
+    while n_excess > 0:
+        steps = [(*stack.cheapest_step(n_excess), stack) for stack in stacks if len(stack.formats) > 1]
+        if not steps:
             break
-        stack = min(reducible, key=Stack.price)
-        before = stack.formats.pop(0)
-        total -= stack.nbytes(before) - stack.nbytes(stack.format)
+        _, i, stack = min(steps, key=lambda step: step[0])
+        n_excess -= stack.n_bytes[stack.format] - stack.n_bytes[stack.formats[i]]
+        del stack.formats[:i]
+    if n_excess > 0:
+        for stack in stacks:  # out of reach: then 4 bits are not rounded to 4 bits in vain
+            stack.formats = [INT4] if stack.format == SMALLER_INT4 else stack.formats
 
 
 def from_the_middle(stacks: list[Stack]) -> list[Stack]:
@@ -273,7 +293,7 @@ class Deviation:
     squared_errors: float = 0.0  # of the latter's inputs, in sum
     squared_steps: float = 0.0
 
-    def add(self, groups: Groups, format: GroupedFormat, tensors: Tensors, is_kept: Tensor):
+    def add(self, groups: Groups, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
         errors = errors.unflatten(-1, (-1, groups.type.group_size))  # [N, n_groups, group_size]
         steps = groups.scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
@@ -309,7 +329,7 @@ class KeptWeights:
         other_bytes = sum(prod(plan.shape) * plan.dtype.itemsize for plan in others)
         self.stored_bytes = sum(source.data.nbytes for source in sources.values())
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
-        self.n_bytes = other_bytes + sum(stack.nbytes(stack.format) for stack in stacks)
+        self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.deviations: dict[tuple[str, str], Deviation] = defaultdict(Deviation)
         self.became_dense: Counter[str] = Counter()  # since they are stacked with floats
         self.weights: dict[str, QuantizedWeight] = {}
@@ -325,7 +345,7 @@ class KeptWeights:
         """read, for what does not stay quantized."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
-    def read(self, name: str, stored: StoredTensor, format: GroupedFormat, order: Tensor | None) -> Tensors:
+    def read(self, name: str, stored: StoredTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
         """The tensors of format for the GGUF's tensor called name."""
         deviation = self.deviations[stored.type.name, format.name]
         deviation.n_tensors += 1
@@ -336,6 +356,8 @@ class KeptWeights:
             if not (groups.scales.isfinite().all() and groups.zeros.isfinite().all()):
                 raise UsageError(f"tensor {name} holds scales that are not finite")
             tensors, is_kept = convert_groups(groups, format)
+            if not tensors["scales"].isfinite().all():
+                raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")
             deviation.add(groups, format, tensors, is_kept)
             parts.append(tensors)
         whole = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}

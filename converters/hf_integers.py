@@ -23,7 +23,7 @@ from torch import Tensor
 
 from config import UsageError
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
-from kernels.formats import GroupedInt8, Int4, Int8, Tensors
+from kernels.formats import GROUP_SIZES, GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import pack_int4, shard_groups
 
 AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
@@ -50,8 +50,9 @@ class Integers:
         """The same values in a format of ours."""
         if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
-        format_class = Int4 if self.bits == 4 else GroupedInt8
-        format = format_class(stored_group_size(self.group_size, self.shape[1]), stored_dtype(self.scales))
+        group_size = stored_group_size(self.group_size, self.shape[1])
+        format_class = Int4 if self.bits == 4 and group_size in GROUP_SIZES else GroupedInt8  # which has groups of 16
+        format = format_class(group_size, stored_dtype(self.scales))
         return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
 
     def read_int8(self) -> Tensors:
@@ -65,7 +66,7 @@ class Integers:
         tensors = {"scales": self.scales.to(format.scale_dtype), "zeros": self.read_zeros() * format.zeros_per_step}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
-        return {"weight": pack_int4(q) if self.bits == 4 else q.contiguous()} | groups
+        return {"weight": pack_int4(q) if isinstance(format, Int4) else q.contiguous()} | groups
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:
@@ -211,16 +212,16 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") == "group"
     group_size = stated_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
-    middle = 1 << (bits - 1)
+    middle, zeros = 1 << (bits - 1), None
+    if "weight_zero_point" in layer.tensors:
+        zeros = layer.take("weight_zero_point", (torch.int32, torch.int8), 2)
+        layer.expect_shape("weight_zero_point", n if zeros.dtype == torch.int8 else math.ceil(n * bits / 32), n_groups)
 
     def read_zeros() -> Tensor:
-        if "weight_zero_point" not in layer.tensors:
+        if zeros is None:
             return torch.full((n, n_groups), middle, dtype=torch.uint8)
-        zeros = layer.take("weight_zero_point", (torch.int32, torch.int8), 2)
         if zeros.dtype == torch.int8:
-            layer.expect_shape("weight_zero_point", n, n_groups)
             return (zeros.short() + middle).to(torch.uint8)
-        layer.expect_shape("weight_zero_point", math.ceil(n * bits / 32), n_groups)
         return unpack_numbers(zeros.T, bits)[:, :n].T
 
     order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups)

@@ -86,6 +86,7 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
         for layer in find_layers(tensors):
             with wrong_kinds_refused():
                 weight = read_layer(layer, quantization)
+                layer.check_all_taken()
             for kind in layer.tensors:
                 del tensors[f"{layer.name}.{kind}"]
             tensors[f"{layer.name}.weight"] = weight

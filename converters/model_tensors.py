@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import save_checkpoint
 from config import ModelConfig, UsageError
-from converters.quantized_weight import QuantizedWeight, common_format
+from converters.quantized_weight import QuantizedWeight, common_format, is_storable
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
 
@@ -177,7 +177,8 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
 
 
 def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dtype:
-    """The narrowest dtype in which no source loses anything. Raises UsageError for one that is missing or wrong."""
+    """The narrowest dtype in which no source loses anything; quantized ones take the others', or bfloat16 if there are
+    none. Raises UsageError for one that is missing or wrong."""
     dtype = None
     for name, shape in sources.items():
         if name not in tensors:
@@ -185,10 +186,12 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
         tensor = tensors[name]
         if list(tensor.shape) != shape:
             raise UsageError(f"tensor {name} is {list(tensor.shape)}; the config makes it {shape}")
+        if isinstance(tensor, QuantizedWeight):
+            continue
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise UsageError(f"tensor {name} is {tensor.dtype}, not float32, float16 or bfloat16")
         dtype = torch.promote_types(dtype or tensor.dtype, tensor.dtype)
-    return dtype
+    return dtype or torch.bfloat16
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
@@ -199,7 +202,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
         for source in plan.sources:
             weight = read(source)
             is_quantized = isinstance(weight, QuantizedWeight)
-            theirs = weight.read_as(plan.format) if is_quantized else {"weight": weight.detach()}
+            theirs = weight.read_as(plan.format, plan.dtype) if is_quantized else {"weight": weight.detach()}
             for tensor_name, t in theirs.items():
                 rows = ours[tensor_name]
                 rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
@@ -234,17 +237,21 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
 
 
 def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
-    """Says on stderr which weights are stored in 16 bits, though the checkpoint has them quantized."""
-    scattered, mixed = [], []
+    """Says on stderr which weights do not stay quantized, though the checkpoint has them so, and why."""
+    names_of: dict[str, list[str]] = {}  # reason -> names
     for plan in plans.values():
-        quantized = [name for name in plan.sources if isinstance(tensors[name], QuantizedWeight)]
+        quantized = {name: tensors[name] for name in plan.sources if isinstance(tensors[name], QuantizedWeight)}
         if plan.format.quantization is None and quantized:
-            is_scattered = any(tensors[name].input_order is not None for name in quantized)
-            (scattered if is_scattered else mixed).extend(quantized)
-    if scattered:
+            names_of.setdefault(why_dequantized(list(quantized.values())), []).extend(quantized)
+    for why, names in names_of.items():
+        print(f"{len(names)} weights are not kept quantized, as {names[0]}: {why}", file=sys.stderr)
+
+
+def why_dequantized(weights: list[QuantizedWeight]) -> str:
+    """weights: those that are stacked."""
+    if any(weight.input_order is not None or isinstance(weight.format, Dense) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
-        hint = "a checkpoint without it becomes a smaller file"
-        print(f"{len(scattered)} weights are stored in 16 bits, as {scattered[0]}: {why}; {hint}", file=sys.stderr)
-    if mixed:
-        why = "there is no format for them together with what they are stacked with"
-        print(f"{len(mixed)} weights are stored in 16 bits, as {mixed[0]}: {why}", file=sys.stderr)
+        return f"{why}; a checkpoint without it becomes a smaller file"
+    if not all(is_storable(weight) for weight in weights):
+        return "no format here has their group size, number of inputs, or scales of float32"
+    return "there is no format for them together with what they are stacked with"

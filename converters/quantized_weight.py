@@ -8,8 +8,7 @@ each of its tensors. This file has no command line.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,8 +34,6 @@ class QuantizedWeight:
     read: Callable[[], Tensors]
     input_order: Tensor | None = None
 
-    dtype: ClassVar[torch.dtype] = torch.bfloat16  # where it cannot stay quantized
-
     def dim(self) -> int:
         return len(self.shape)
 
@@ -47,7 +44,7 @@ class QuantizedWeight:
 
     def select_inputs(self, start: int, length: int) -> "QuantizedWeight":
         if self.input_order is not None:
-            dense = QuantizedWeight(Dense(), self.shape, lambda: {"weight": self.dequantize()})
+            dense = QuantizedWeight(Dense(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
             return dense.select_inputs(start, length)
 
         def read() -> Tensors:
@@ -62,18 +59,18 @@ class QuantizedWeight:
             return [self.select_rows(part) for part in parts]
         return [self.select_inputs(int(part[0]), len(part)) for part in parts]
 
-    def dequantize(self) -> Tensor:
-        weight = self.format.dequantize(self.read(), self.dtype)
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        weight = self.format.dequantize(self.read(), dtype)
         if self.input_order is None:
             return weight
         in_order = torch.empty_like(weight)
         in_order[:, self.input_order] = weight
         return in_order
 
-    def read_as(self, format: WeightFormat) -> Tensors:
-        """The tensors of another format that has the same values, as common_format gives it."""
+    def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
+        """The tensors of another format that has the same values, as common_format gives it. dtype: of Dense."""
         if isinstance(format, Dense):
-            return {"weight": self.dequantize()}
+            return {"weight": self.dequantize(dtype)}
         tensors, k = self.read(), self.shape[1]
         if isinstance(self.format, Int4) and isinstance(format, GroupedInt8):
             steps = self.format.zeros_per_step
@@ -125,6 +122,7 @@ def is_storable(weight: QuantizedWeight) -> bool:
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+MAY_BE_LEFT_OVER = {"weight_shape"}  # which weights that are not packed have anyway
 
 
 @dataclass
@@ -133,6 +131,7 @@ class StoredLayer:
 
     name: str
     tensors: Tensors
+    taken: set[str] = field(default_factory=set)
 
     def take(self, kind: str, dtypes: tuple[torch.dtype, ...], *dims: int) -> Tensor:
         """The tensor called kind. Raises UsageError if it is missing, or is not of dtypes and dims."""
@@ -142,6 +141,7 @@ class StoredLayer:
         if tensor.dtype not in dtypes or tensor.dim() not in dims or not tensor.numel():
             found = f"{list(tensor.shape)} {tensor.dtype}"
             raise UsageError(f"tensor {self.name}.{kind} is {found}, which is no part of a weight quantized like this")
+        self.taken.add(kind)
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
@@ -159,6 +159,12 @@ class StoredLayer:
         if len(scales) not in (1, n):
             raise UsageError(f"tensor {self.name}.{kind} is {list(self.tensors[kind].shape)} for {n} outputs")
         return scales.expand(n, -1)
+
+    def check_all_taken(self):
+        """Raises UsageError for a tensor that nothing has read: the weight would mean something else with it."""
+        left_over = self.tensors.keys() - self.taken - MAY_BE_LEFT_OVER
+        if left_over:
+            raise UsageError(f"tensor {self.name}.{min(left_over)} is no part of a weight quantized like this")
 
     def expect_shape(self, kind: str, *shape: int):
         found = list(self.tensors[kind].shape)

@@ -133,7 +133,7 @@ def float8(name: str, w: Tensor, rows: int | None, columns: int | None, kind: st
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def compressed(format: str, weights: dict, **fields) -> dict:
+def compressed(format: str, weights: dict) -> dict:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups, "ignore": ["lm_head"]}
 
@@ -323,7 +323,7 @@ def test_act_order(family, tmp_path, capsys):
     capsys.readouterr()
     path = convert(tmp_path / "m")
     error = capsys.readouterr().err
-    assert re.fullmatch(r"\d+ weights are stored in 16 bits, as .*_proj.weight: act-order .*\n", error)
+    assert re.fullmatch(r"\d+ weights are not kept quantized, as .*_proj.weight: act-order .*\n", error)
     expected = {"qkv_proj": None, "o_proj": None, "gate_up_proj": None, "down_proj": "int4.g64", "lm_head": None}
     assert formats_of(path) == expected
     sort_feed_forward(tmp_path / "m")
@@ -366,11 +366,34 @@ def test_layers_that_differ(tmp_path, capsys):
     capsys.readouterr()
     path = convert(tmp_path / "m")
     error = capsys.readouterr().err
-    assert re.fullmatch("2 weights are stored in 16 bits, as model.layers.1.self_attn.k_proj.weight: .*\n", error)
+    why = "there is no format for them together with what they are stacked with"
+    assert error == f"2 weights are not kept quantized, as model.layers.1.self_attn.k_proj.weight: {why}\n"
     expected = {"qkv_proj": "int4.g32", "o_proj": None, "gate_up_proj": "int8.g64", "down_proj": "int8.g128"}
     assert formats_of(path) == expected | {"lm_head": None}
     assert read_checkpoint(path)[1]["layers"]["layers.1.attention.qkv_proj"] is None
     check_weights(path, tmp_path / "m/reference", is_exact=False)
+
+
+def test_a_stack_with_16_bits_has_their_dtype(tmp_path):
+    """q of float16 above k and v that are quantized."""
+    _, _, config, quantize_4 = gptq_case("llama2", "")
+
+    def quantize(name: str, w: Tensor):
+        return ({f"{name}.weight": w.half()}, w.half().float()) if "q_proj" in name else quantize_4(name, w)
+
+    write_quantized(tmp_path / "m", "llama2", config, quantize)
+    ours, theirs = (read_checkpoint(convert(tmp_path / folder))[2] for folder in ("m", "m/reference"))
+    qkv, expected = (tensors["layers.0.attention.qkv_proj.weight"] for tensors in (ours, theirs))
+    assert qkv.dtype == torch.float16 and torch.equal(qkv, expected.half())
+
+
+def test_four_bits_in_groups_of_16(tmp_path):
+    """Int4 has none; GroupedInt8 holds them exactly."""
+    family, _, config, quantize = packed_case("llama2", "", 4, 16, False)
+    write_quantized(tmp_path / "m", family, config, quantize)
+    path = convert(tmp_path / "m")
+    assert path.name == "model_int8.g16.pth"
+    check_weights(path, tmp_path / "m/reference", is_exact=True)
 
 
 def test_config_groups_that_differ(tmp_path):
@@ -398,7 +421,7 @@ def test_config_groups_that_differ(tmp_path):
     same_logits(path, theirs)
 
 
-def test_scales_of_32_bits(tmp_path):
+def test_scales_of_32_bits(tmp_path, capsys):
     """They become float16. Where they are too small for it, the weight becomes 16 bits."""
     how = {"bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": torch.float32}
     family, _, config, _ = packed_case("llama2", "int4.g32", **how)
@@ -408,6 +431,7 @@ def test_scales_of_32_bits(tmp_path):
 
     write_quantized(tmp_path / "m", family, config, quantize)
     path = convert(tmp_path / "m")
+    assert "as model.layers.0.self_attn.o_proj.weight: no format here has" in capsys.readouterr().err
     assert read_checkpoint(path)[2]["layers.0.attention.qkv_proj.scales"].dtype == torch.float16
     assert formats_of(path)["qkv_proj"] == "int4.g32" and formats_of(path)["o_proj"] is None
     check_weights(path, tmp_path / "m/reference", is_exact=False)
@@ -438,18 +462,18 @@ def test_unsupported_methods_are_named(tmp_path):
 
 
 def broken_checkpoint(folder: Path, case: str) -> Callable:
-    """A folder of one of CASES, and the function that checks that it is refused with changed tensors or config."""
+    """Writes one of CASES to folder. Returns the function that checks that changed tensors or config are refused."""
     family, _, config, quantize = CASES[case]
     write_quantized(folder, family, config, quantize)
     (folder / "model_old.pth").write_text("old")
     tensors = load_file(folder / "model.safetensors")
 
-    def refuse(match: str, changes: dict[str, Tensor | None] | None = None, config_changes: dict | None = None):
-        """changes: of the tensors of layer 1's k_proj; None removes one."""
+    def refuse(match: str, changes: dict | None = None, config_changes: dict | None = None):
+        """changes: of the tensors of layer 1's k_proj: a function of one, a new one or, to remove it, None."""
         changed = dict(tensors)
         for kind, tensor in (changes or {}).items():
             name = f"model.layers.1.self_attn.k_proj.{kind}"
-            changed[name] = tensor(tensors[name].clone()) if tensor is not None else None
+            changed[name] = tensor(tensors[name].clone()) if callable(tensor) else tensor
         save_file({n: t.contiguous() for n, t in changed.items() if t is not None}, folder / "model.safetensors")
         set_quantization(folder, config | (config_changes or {}))
         refused(folder, match)
@@ -499,7 +523,9 @@ def test_broken_awq_and_packed(tmp_path):
     refuse("have 3 scales for 192 inputs", config_changes={"group_size": 128})
     refuse(r"qzeros is \[1, 4\]; .* \[2, 4\]", {"qzeros": lambda t: t[1:]})
     refuse("is AWQ of 8 bits; 4 are", {"scales": lambda t: t[:, ::2]}, {"bits": None})
+    refuse("k_proj.g_idx is no part of a weight", {"g_idx": torch.arange(128)})
     refuse = broken_checkpoint(tmp_path / "packed", "packed asymmetric")
+    refuse("k_proj.weight_global_scale is no part of a weight", {"weight_global_scale": torch.ones(1)})
     refuse(r"weight_shape is \[64, 128\], but weight_packed", {"weight_shape": with_first(64)})
     refuse(r"weight_shape is \[-1, 128\]", {"weight_shape": with_first(-1)})
     refuse("says num_bits 4; .* have num_bits 8", {"weight_shape": lambda t: t // torch.tensor([1, 2])})
@@ -517,6 +543,10 @@ def test_broken_awq_and_packed(tmp_path):
 
 
 def test_broken_float8(tmp_path):
+    refuse = broken_checkpoint(tmp_path / "channels", "float channel")
+    refuse("k_proj.weight_global_scale is no part of a weight", {"weight_global_scale": torch.ones(1)})
+    refuse("k_proj.weight_zero_point is no part of a weight", {"weight_zero_point": torch.ones(64, 1)})
+    refuse(r"k_proj.weight_scale(_inv)? is no part of a weight", {"weight_scale_inv": torch.ones(64, 1)})
     refuse = broken_checkpoint(tmp_path / "blocks", "fp8 blocks")
     refuse(r"weight_scale_inv is \[1, 1, 1\]", {"weight_scale_inv": lambda t: t[None]})
     refuse(r"blocks that make them \[2, 4\]; .* scales \[1, 1\]", config_changes={"weight_block_size": [64, 32]})
