@@ -206,7 +206,7 @@ def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tenso
 @dataclass
 class Stack:
     """A weight of ours, and the GGUF's tensors that it stacks. formats: those that it may have, the first without loss,
-    each smaller than the one before."""
+    each smaller than the one before. n_bytes: what it takes in each."""
 
     name: str
     plan: TensorPlan
@@ -222,7 +222,8 @@ class Stack:
         else:
             exact = GroupedInt8(min(TYPES[part.type].group_size for part in self.parts), torch.float16)
             formats = [exact, SMALLER_INT8, SMALLEST_INT8, INT4]
-        self.n_bytes = {format: self.nbytes(format) for format in formats}
+        empty = {format: format.empty(self.plan.shape, self.plan.dtype, "meta") for format in formats}
+        self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
         self.formats = formats[:1]
         for format in formats[1:]:  # of few inputs a larger group or one scale for all saves nothing
             if self.n_bytes[format] < self.n_bytes[self.formats[-1]]:
@@ -231,9 +232,6 @@ class Stack:
     @property
     def format(self) -> WeightFormat:
         return self.formats[0]
-
-    def nbytes(self, format: WeightFormat) -> int:
-        return sum(t.nbytes for t in format.empty(self.plan.shape, self.plan.dtype, "meta").values())
 
     def loss(self, format: WeightFormat) -> float:
         total = 0.0

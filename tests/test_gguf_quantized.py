@@ -142,7 +142,7 @@ def test_which_weights_are_rounded_again():
             stacks.append(stack(f"layers.{i}.feed_forward.down_proj", w=(more, 4096, 14336)))
         limit = size_limit(stacks)
         choose_formats(stacks, limit)
-        assert 0.95 * limit < sum(stack.nbytes(stack.format) for stack in stacks) <= limit
+        assert 0.95 * limit < sum(stack.n_bytes[stack.format] for stack in stacks) <= limit
         with_loss = [stack for stack in stacks if stack.loss(stack.format) > 0.1 * prod(stack.plan.shape)]
         if default == "Q4_K":
             assert 0 < len(with_loss) <= 16 and all(stack.name.endswith("qkv_proj") for stack in with_loss)
