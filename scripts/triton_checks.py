@@ -113,7 +113,7 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
         experts = [(4, 64, 64, True, (12,))]
     if dtype == torch.float32:
         experts += [(4, 64, ffn_dim, False, (1, 7, 65)) for ffn_dim in (40, 44)]  # PyTorch does these, in part or whole
-    many_linears = [(38, 136, False, (9, 64))] if dtype == torch.float16 else []
+    many_linears = [(38, 136, False, (33,))] if dtype == torch.float16 else []
     few_linears = [(70, 160, True, (3, 16) if dtype == torch.float16 else (3,))]
     if dtype == torch.bfloat16:  # it is float32 in the interpreter
         few_linears = []
