@@ -60,17 +60,18 @@ class Barrier {
 // tries more again from time to time, since the other program may have ended. After a trial in vain, the next one waits
 // twice as long. On an idle machine nobody stalls, and nothing is tried.
 class ThreadCount {
-  static constexpr int WINDOW = 8;                            // repetitions that are timed for a decision
+  static constexpr int MIN_WINDOW = 2, MAX_WINDOW = 8;        // repetitions that are timed for a decision,
+  static constexpr double WINDOW_SECONDS = 0.03;              // and how long that takes at least, up to MAX_WINDOW
   static constexpr double MAX_STALLED = 0.15;                 // of the waiting threads' time; above it fewer are tried
   static constexpr double MIN_GAIN = 0.03;                    // of the time; a trial that gains less is in vain
-  static constexpr int MIN_PATIENCE = 4, MAX_PATIENCE = 64;   // windows between two trials
+  static constexpr int MIN_PATIENCE = 16, MAX_PATIENCE = 256;  // windows between two trials
 
   int most = 0, current = 0;  // threads
   int before_trial = 0;       // threads before the trial that is going on; 0: there is none
   int drop = 1;               // threads that the next trial leaves out
   int patience = MIN_PATIENCE, n_windows = MIN_PATIENCE;  // n_windows: since the last trial
   int n_timed = 0;                                        // repetitions of this window
-  double seconds = 0, stalled = 0, seconds_before = 0;    // of this window, and of the one before the trial
+  double seconds = 0, stalled = 0, seconds_before = 0;    // of a repetition, in this window and before the trial
 
  public:
   // How many threads the next repetition takes, of n.
@@ -82,7 +83,9 @@ class ThreadCount {
   // Tells it how long that repetition took, and how long its threads stalled, all together.
   void add(double repetition_seconds, double stalled_seconds) {
     seconds += repetition_seconds, stalled += stalled_seconds;
-    if (++n_timed < WINDOW) return;
+    n_timed++;
+    if (n_timed < MIN_WINDOW || (n_timed < MAX_WINDOW && seconds < WINDOW_SECONDS)) return;
+    seconds /= n_timed, stalled /= n_timed;
     if (before_trial) end_trial();
     else if (++n_windows >= patience) begin_trial();
     n_timed = 0, seconds = stalled = 0;
