@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint import read_checkpoint
 from config import UsageError
 from converters.families import MODEL_TYPES, config_from_hf
-from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, same_logits
+from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, refused, same_logits
 from tests.tiny_gguf import in_meta_order
 
 
@@ -125,15 +125,6 @@ def llama(tmp_path):
     make_hf("llama2").save_pretrained(tmp_path)
     (tmp_path / "model.pth").write_text("old")
     return tmp_path, {name: t.clone() for name, t in load_file(tmp_path / "model.safetensors").items()}
-
-
-def refused(folder: Path, match: str):
-    """convert fails in one line that matches, leaving the folder as it was."""
-    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    with pytest.raises(UsageError, match=match) as e:
-        convert(folder)
-    assert "\n" not in str(e.value)
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
 def test_wrong_tensors_are_named(llama):

@@ -15,8 +15,7 @@ from torch import Tensor
 from checkpoint import read_checkpoint
 from kernels.formats import parse_formats
 from model import empty_model
-from tests.test_convert import refused
-from tests.tiny import FAMILIES, convert, make_hf, same_logits
+from tests.tiny import FAMILIES, convert, make_hf, refused, same_logits
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
 EXPERT_SIZES = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 256}

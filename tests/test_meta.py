@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint import read_checkpoint
-from config import UsageError
 from converters.gguf_tokenizer import LLAMA3_WORDS
 from converters.meta import infer_llama_version
 from tests.test_convert import TINYLLAMAS_NAMES
-from tests.tiny import LLAMA3, convert, make_hf, same_logits
+from tests.tiny import LLAMA3, convert, make_hf, refused, same_logits
 from tests.tiny_gguf import in_meta_order
 from tests.tiny_tokenizers import FORGED, LLAMA3_SPLIT, MISTRAL, TEXTS, train_byte_level
 from tokenizer import byte_level_alphabet, load_tokenizer
@@ -221,14 +220,6 @@ def meta(tmp_path) -> Path:
     write_meta(tmp_path, make_hf("llama2", num_key_value_heads=2, vocab_size=96), PARAMS, n_shards=2)
     (tmp_path / "model.pth").write_text("old")
     return tmp_path
-
-
-def refused(folder: Path, match: str):
-    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    with pytest.raises(UsageError, match=match) as e:
-        convert(folder)
-    assert "\n" not in str(e.value)
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
 def test_wrong_shards(meta):

@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from converters.hf_floats import mxfp4_weight
-from tests.test_convert import refused
 from tests.test_hf_quantized import dequantized
-from tests.tiny import convert, make_hf, same_logits
+from tests.tiny import convert, make_hf, refused, same_logits
 
 
 @pytest.fixture

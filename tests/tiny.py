@@ -9,11 +9,13 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import tokenizers
 import torch
 import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
+from config import UsageError
 from generate import load_model
 from model import KVCache
 
@@ -152,6 +154,15 @@ def make_hf(family: str, **sizes):
 def convert(folder: Path) -> Path:
     """Makes model.pth of a Hugging Face folder, in it, or the quantized file that the folder becomes."""
     return convert_folder(folder)
+
+
+def refused(folder: Path, match: str):
+    """convert fails in one line that matches, leaving the folder as it was."""
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    with pytest.raises(UsageError, match=match) as e:
+        convert(folder)
+    assert "\n" not in str(e.value)
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
 def call(main, *args):

@@ -103,11 +103,16 @@ def shard_groups(t: Tensor, start: int, length: int, group_size: int, shard_grou
     return t[..., first_inputs // group_size]
 
 
+def repeat_groups(t: Tensor, group_size: int, k: int) -> Tensor:
+    """Scales or zeros t [..., n_groups] for each of the k inputs: [..., k]."""
+    return t.repeat_interleave(group_size, -1)[..., :k]
+
+
 # ---- Layouts --------------------------------------------------------------------------------------------------------
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """q [..., K] uint8 in 0..15 -> [..., K / 2], as drawn at the top of this file."""
+    """q [..., K] uint8 in 0..15 -> [..., K / 2], as drawn in __init__.py."""
     low, high = q.unflatten(-1, (-1, 2, 4)).unbind(-2)
     return (low | high << 4).flatten(-2)
 
@@ -134,3 +139,15 @@ def swap_bytes(words: Tensor, rows: int, columns: int) -> Tensor:
 def from_blocked_layout(t: Tensor, n: int) -> Tensor:
     """The inverse of to_blocked_layout, without the padding: the first n rows."""
     return t.mT.flatten(-3, -2)[..., :n, :].contiguous()
+
+
+def to_blocked_words(tensors: Tensors) -> Tensors:
+    """All in the blocked layout, with "weight" in words of four bytes: int32 [N / 16, bytes of a row / 4, 16]."""
+    words = {"weight": tensors["weight"].view(torch.int32)}
+    return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+
+
+def from_blocked_words(tensors: Tensors, n: int) -> Tensors:
+    """The inverse of to_blocked_words."""
+    rows = {name: from_blocked_layout(t, n) for name, t in tensors.items()}
+    return rows | {"weight": rows["weight"].view(torch.uint8)}

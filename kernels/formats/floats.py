@@ -10,10 +10,13 @@ from kernels.formats.base import (
     Tensors,
     WeightFormat,
     from_blocked_layout,
+    from_blocked_words,
     pack_int4,
+    repeat_groups,
     shard_groups,
     swap_bytes,
     to_blocked_layout,
+    to_blocked_words,
     unpack_int4,
 )
 from kernels.formats.float_bits import FLOAT8_MAX, decode_mxfp4, round_mxfp4
@@ -53,9 +56,8 @@ class Float8(WeightFormat):
 
     def dequantize(self, tensors, dtype):
         q = tensors["weight"].float()
-        group_size = self.scale_group_size(q.shape[-1])
-        scales = tensors["scales"].repeat_interleave(group_size, -1)[..., : q.shape[-1]]
-        return (q * scales).to(dtype)
+        k = q.shape[-1]
+        return (q * repeat_groups(tensors["scales"], self.scale_group_size(k), k)).to(dtype)
 
     def shard_inputs(self, name, tensor, start, length):
         if name == "scales" and self.group_size is not None:
@@ -114,7 +116,7 @@ class MXFP4(WeightFormat):
 
     def dequantize(self, tensors, dtype):
         q = unpack_int4(tensors["weight"])
-        scales = tensors["scales"].repeat_interleave(self.group_size, -1)[..., : q.shape[-1]]
+        scales = repeat_groups(tensors["scales"], self.group_size, q.shape[-1])
         return decode_mxfp4(q, scales).to(dtype)
 
     def shard_inputs(self, name, tensor, start, length):
@@ -134,8 +136,7 @@ class MXFP4(WeightFormat):
         """cpu: words and scales, blocked as Int4's.
         triton: tiles, as Int4's; scales column by column."""
         if backend == "cpu":
-            words = {"weight": tensors["weight"].view(torch.int32)}
-            return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+            return to_blocked_words(tensors)
         from kernels.triton_elements import by_column
         from kernels.triton_tiles import pack_tiles
 
@@ -143,8 +144,7 @@ class MXFP4(WeightFormat):
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
-            rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
-            return rows | {"weight": rows["weight"].view(torch.uint8)}
+            return from_blocked_words(tensors, out_features)
         from kernels.triton_tiles import unpack_tiles
 
         weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))

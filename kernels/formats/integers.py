@@ -11,9 +11,12 @@ from kernels.formats.base import (
     Tensors,
     WeightFormat,
     from_blocked_layout,
+    from_blocked_words,
     pack_int4,
+    repeat_groups,
     shard_groups,
     to_blocked_layout,
+    to_blocked_words,
     unpack_int4,
 )
 
@@ -98,7 +101,7 @@ class GroupedFormat(WeightFormat):
     def dequantize(self, tensors, dtype):
         q = self.unpack_elements(tensors["weight"])
         scales, zeros = (
-            t.repeat_interleave(self.group_size, -1)[..., : q.shape[-1]]
+            repeat_groups(t, self.group_size, q.shape[-1])
             for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_per_step)
         )
         return ((q - zeros) * scales).to(dtype)
@@ -122,14 +125,12 @@ class GroupedFormat(WeightFormat):
         [N / 16, bytes of a row / 4, 16]; scales and zeros alike, [N / 16, n_groups, 16]."""
         if backend != "cpu":
             return tensors
-        words = {"weight": tensors["weight"].view(torch.int32)}
-        return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
+        return to_blocked_words(tensors)
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend != "cpu":
             return tensors
-        rows = {name: from_blocked_layout(t, out_features) for name, t in tensors.items()}
-        return rows | {"weight": rows["weight"].view(torch.uint8)}
+        return from_blocked_words(tensors, out_features)
 
 
 class Int4(GroupedFormat):
