@@ -54,7 +54,7 @@ inline IntVec bf16_pairs(Vec a, Vec b) { return (IntVec)(((UIntVec)a >> 16) | ((
 
 // A line of memory, while lines ahead of it are fetched.
 inline IntVec load_ahead(const char* data) {
-  prefetch_l2(data + PREFETCH_L2_FAR);
+  prefetch_l2(data + PREFETCH_L2);
   prefetch_l1(data + PREFETCH_L1);
   return load<IntVec>(data);
 }

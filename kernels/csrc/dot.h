@@ -66,8 +66,8 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedToken* toke
     for (int b = 0; b < BLOCKS; b++) {
       const char* words = data[b] + g * 128;
       for (int line = 0; line < 128; line += 64) {
-        prefetch_l2(words + line + (M > 1 ? PREFETCH_L2_FAR : PREFETCH_L2));
-        if (M > 1) prefetch_l1(words + line + PREFETCH_L1);
+        prefetch_l2(words + line + PREFETCH_L2);
+        prefetch_l1(words + line + PREFETCH_L1);
       }
       first[b] = load<IntVec>(words), second[b] = load<IntVec>(words + 64);
     }
@@ -111,8 +111,8 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const PreparedToken* t
       for (int b = 0; b < BLOCKS; b++) {
         const char* words = data[b] + g * N_BYTES;
         for (int line = 0; line < N_BYTES; line += 64) {
-          prefetch_l2(words + line + PREFETCH_L2_FAR);
-          if (M > 1) prefetch_l1(words + line + PREFETCH_L1);
+          prefetch_l2(words + line + PREFETCH_L2);
+          prefetch_l1(words + line + PREFETCH_L1);
         }
         bytes[b] = load_bytes<F>(words);
       }
@@ -184,8 +184,8 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
     Vec acc[M][UNROLL][2] = {};
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; k += 4 * UNROLL)
       for (int u = 0; u < UNROLL; u++, data += 64) {
-        prefetch_l2(data + (M > 1 ? PREFETCH_L2_FAR : PREFETCH_L2));
-        if (M > 1) prefetch_l1(data + PREFETCH_L1);
+        prefetch_l2(data + PREFETCH_L2);
+        prefetch_l1(data + PREFETCH_L1);
         const auto line = [&] {
           if constexpr (IS_BF16) return float8_to_bf16(load<IntVec>(data));
           else return float8_to_float(load<IntVec>(data));
@@ -254,8 +254,8 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
           const int64_t to = i + bytes / int64_t(sizeof(T));
           return weight[j] + to + (to < k ? 0 : (R - 1) * k);
         };
-        prefetch_l2(ahead(R == 1 ? PREFETCH_L2 : PREFETCH_L2_FAR));
-        if (R > 1) prefetch_l1(ahead(PREFETCH_L1));
+        prefetch_l2(ahead(PREFETCH_L2));
+        prefetch_l1(ahead(PREFETCH_L1));
         for (int m = 0; m < M; m++) multiply_add(acc[m][j][u], weight[j] + i, x[m] + i);
       }
     };

@@ -91,9 +91,9 @@ template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int6
   std::memcpy(p + first, padded, std::max<int64_t>(n - first, 0) * sizeof(T));
 }
 
-// Prefetch distances, in bytes: how far ahead of their use weights are fetched into a cache.
-constexpr int64_t PREFETCH_L2 = 1024;
-constexpr int64_t PREFETCH_L2_FAR = 8192;  // where a loop reads several streams or computes much for each weight
+// Prefetch distances, in bytes: how far ahead of their use weights are fetched into a cache. A core that takes 20 GB/s
+// from memory with a latency of 250 ns has 5,000 bytes on the way.
+constexpr int64_t PREFETCH_L2 = 8192;
 constexpr int64_t PREFETCH_L1 = 512;
 
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
