@@ -597,14 +597,18 @@ def test_router_of_nan(logits, normalize):
 
 @built
 @pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
-@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
 def test_without_this_cpus_instructions(march):
-    """The same tests, on the code for CPUs with AVX2 alone and for those of any kind. How the threads share the work is
-    the same code everywhere."""
+    """The same tests, on the code for CPUs with AVX2 alone, for those of any kind, and for those that have AVX2 and
+    AVX-VNNI, which only the products use. How the threads share the work is the same code everywhere."""
     if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
         return
+    needs_vnni = "avxvnni" in march
+    if needs_vnni and "avx_vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX-VNNI")
     env = os.environ | {"CXXFLAGS": f"-march={march}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "one_thread", __file__]
+    cases = "one_thread and test_linear" if needs_vnni else "one_thread"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", cases, __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

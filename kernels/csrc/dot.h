@@ -35,6 +35,10 @@ inline IntVec broadcast4(const int8_t* x) { return IntVec{} + load<int32_t>(x); 
 inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #if defined(__AVX512VNNI__)
   acc = (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+  __m256i* a = reinterpret_cast<__m256i*>(&acc);
+  const __m256i *v = reinterpret_cast<const __m256i*>(&w), *b = reinterpret_cast<const __m256i*>(&x);
+  for (int h = 0; h < 2; h++) a[h] = _mm256_dpbusd_avx_epi32(a[h], v[h], b[h]);
 #elif defined(__AVX2__)
   // maddubs adds two products in 16 bits and saturates. With 4 bits of w at a time they always fit.
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), b = *reinterpret_cast<const __m256i*>(&x);
