@@ -108,3 +108,14 @@ inline FloatLine float8_to_float(IntVec line) {
   return floats;
 #endif
 }
+
+// A line's 4 inputs, 1/256 of them: [4 inputs, 16 outputs].
+inline void float8_to_inputs(IntVec line, Vec* out) {
+  const FloatLine pairs = float8_to_float(line);
+  const Vec* halves[] = {pairs.inputs01, pairs.inputs23};
+  for (int i = 0; i < 2; i++) {
+    const Vec a = halves[i][0], b = halves[i][1];
+    out[2 * i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    out[2 * i + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  }
+}

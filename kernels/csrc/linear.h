@@ -177,20 +177,32 @@ template <typename T> struct EmbedOp {
   }
 };
 
+// The inputs in a line of a block, [F::PER_WORD, 16 outputs].
+template <typename F> void line_to_inputs(F, const char* line, Vec* out) {
+  const IntVec words = load<IntVec>(line);
+  for (int j = 0; j < F::PER_WORD; j++) out[j] = as_float(F::element(words, j));
+}
+inline void line_to_inputs(Float8, const char* line, Vec* out) { float8_to_inputs(load<IntVec>(line), out); }
+
 // out [n, k] = the matrix that weights of packed format F stand for. For prefill, so it is not recorded on a tape.
+//
+// A line holds a few inputs of 16 outputs, but a row of out is one output. So 16 inputs at a time, a Vec each, are
+// transposed: then each Vec is a piece of a row.
 template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
 #pragma omp parallel for num_threads(torch::stable::get_num_threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
-    const char* data = w.block_data(b);
+    const char* line = w.block_data(b);
     const int64_t n_outputs = std::min(BLOCK_N, w.n - b * BLOCK_N);
-    for (int64_t k = 0, group = b * w.n_groups; k < w.k; group++) {
+    for (int64_t begin = 0, end, group = b * w.n_groups; begin < w.k; begin = end, group++) {
+      end = std::min(w.k, begin + w.group_size);
       const auto [group_scale, zero] = F::scales_and_zeros(w, group);
       const Vec scale = group_scale * w.channel_scale(b);
-      for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
-        const int64_t n = std::min(LINE<T>, end - k);
-        for (int64_t r = 0; r < n_outputs; r++)
-          dequantize_line<F>(data, r, n, scale[r], zero[r], out + (b * BLOCK_N + r) * w.k + k);
-        data += 64 * (n / F::PER_WORD), k += n;
+      for (int64_t k = begin; k < end; k += LANES) {
+        Vec tile[LANES] = {};
+        for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, line += 64) line_to_inputs(F{}, line, tile + i);
+        for (Vec& inputs : tile) inputs = (inputs - zero) * scale;
+        transpose(tile);
+        for (int64_t r = 0; r < n_outputs; r++) store_partial(tile[r], out + (b * BLOCK_N + r) * w.k, k, end);
       }
     }
   }

@@ -164,6 +164,21 @@ inline Vec transpose_reduce_add(Vec* v) {
   return v[0];
 }
 
+// Transposes 16 Vecs: lane j of v[i] and lane i of v[j] change places. An element's place is 8 bits, 4 of its Vec's
+// number and 4 of its lane's. Each step rotates them by one, since lane j of v[i] moves to v[2 i + (j >= 8)] if i < 8.
+inline void transpose(Vec* v) {
+  for (int step = 0; step < 4; step++) {
+    Vec from[16];
+    std::copy(v, v + 16, from);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      const Vec a = from[i], b = from[i + 8];
+      v[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      v[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+  }
+}
+
 // Lane i gets lane i ^ D, for a power of two D: neighbouring groups of D lanes change places.
 template <int D> inline IntVec swap_lanes(IntVec v) {
   return __builtin_shufflevector(v, v, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
