@@ -36,7 +36,8 @@ import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
 from cli.checkpoints import model_file
 from config import ModelConfig, UsageError
-from kernels.formats import GROUP_SIZES, MXFP4, Float8, Int4, Int8, Tensors, WeightFormat
+from kernels import formats
+from kernels.formats import Int4, Tensors, WeightFormat
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from loading import load
 from machine import drop_pages, pick_device
@@ -71,18 +72,8 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
     return encode_zeros(best[..., 0])
 
 
-# --mode -> the format that it makes, for a group size. int4-gptq rounds in another way (gptq.py) to the format of int4.
-MODES: dict[str, Callable[[int], WeightFormat]] = {
-    "int8": lambda group_size: Int8(),
-    "int4": Int4,
-    "int4-hqq": Int4HQQ,
-    "int4-gptq": Int4,
-    "fp8": lambda group_size: Float8(),
-    "mxfp4": lambda group_size: MXFP4(),
-}
-UNGROUPED_MODES = ("int8", "fp8", "mxfp4")  # which have no --groupsize
-
-
+# --mode -> the format that it makes. int4-gptq rounds in another way (gptq.py) to the format of int4.
+MODES = formats.MODES | {"int4-hqq": Int4HQQ, "int4-gptq": Int4}
 DEFAULT_GROUP_SIZE = 32
 
 
@@ -109,19 +100,20 @@ def parse_args() -> argparse.Namespace:
     cli.add_device(group)
     cli.add_threads(parser)
     args = parser.parse_args()
-    if args.mode in UNGROUPED_MODES and args.groupsize is not None:
-        raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
+    check_args(args)
     if args.groupsize is None:
         args.groupsize = DEFAULT_GROUP_SIZE
-    check_args(args)
     return args
 
 
 def check_args(args: argparse.Namespace):
     if args.mode not in MODES:
         raise UsageError(f"--mode must be one of {', '.join(MODES)}, not {args.mode}")
-    if args.groupsize not in GROUP_SIZES:
-        raise UsageError(f"--groupsize must be one of {', '.join(map(str, GROUP_SIZES))}, not {args.groupsize}")
+    group_sizes = MODES[args.mode].groupsize_options
+    if args.groupsize is not None and not group_sizes:
+        raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
+    if args.groupsize is not None and args.groupsize not in group_sizes:
+        raise UsageError(f"--groupsize must be one of {', '.join(map(str, group_sizes))}, not {args.groupsize}")
     if min(args.calibration_limit, args.blocksize) < 1 or not args.percdamp > 0:
         raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0")
     if args.calibration_seq_length is not None and args.calibration_seq_length < 2:
@@ -142,14 +134,14 @@ def main():
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
-    format = MODES[args.mode](args.groupsize)
+    format = MODES[args.mode].from_options(args.groupsize)
     weights = linear_weights(path, config, tensors)
     check_sizes(weights, format)
     if args.mode == "int4-gptq":
         quantized = quantize_calibrated(args, weights["lm_head"].dtype)
     else:
         quantized = quantize_each(weights, format.quantize)
-    suffix = format.name.replace("int4", args.mode)  # int4.g32 -> int4-hqq.g32
+    suffix = format.name.replace(format.mode, args.mode)  # int4.g32 -> int4-hqq.g32
     out = path.with_name(f"{path.stem}{args.label}{suffix}.pth")
     write(out, config, tensors, weights, quantized, format)
     print(f"wrote {out}")
@@ -172,8 +164,8 @@ def check_sizes(weights: dict[str, Tensor], format: WeightFormat):
     for name, w in weights.items():
         k, factor = w.shape[-1], format.input_multiple
         if k % factor:
-            mode = format.quantization["mode"]
-            raise UsageError(f"{name}.weight has {k} inputs; {mode} needs a multiple of {factor}: use --mode int8")
+            needs = f"{format.mode} needs a multiple of {factor}"
+            raise UsageError(f"{name}.weight has {k} inputs; {needs}: use --mode int8")
 
 
 def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> Iterator[tuple[str, Tensors]]:

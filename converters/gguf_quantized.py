@@ -28,7 +28,7 @@ from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
 from converters.quantized_weight import QuantizedWeight
 from kernels.formats import Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
-from kernels.formats.base import QUANTIZE_CHUNK, pack_int4
+from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat
 
 SIZE_LIMIT = 1.1  # of the result, in sizes of the GGUF's tensors
@@ -196,7 +196,7 @@ def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tenso
         again["q"] = format.unpack_elements(again["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
         tensors = {name: torch.where(kept, tensors[name], again[name]) for name, kept in where.items()}
-    weight = pack_int4(tensors["q"]) if isinstance(format, Int4) else tensors["q"]
+    weight = format.pack_elements(tensors["q"])
     return {"weight": weight, "scales": tensors["scales"], "zeros": tensors["zeros"]}, is_kept
 
 

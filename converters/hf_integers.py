@@ -23,8 +23,9 @@ from torch import Tensor
 
 from config import UsageError
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
-from kernels.formats import GROUP_SIZES, GroupedInt8, Int4, Int8, Tensors
-from kernels.formats.base import pack_int4, shard_groups
+from kernels.formats import GroupedInt8, Int4, Int8, Tensors
+from kernels.formats.base import shard_groups
+from kernels.formats.integers import GroupedFormat
 
 AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
 
@@ -51,7 +52,8 @@ class Integers:
         if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
-        format_class = Int4 if self.bits == 4 and group_size in GROUP_SIZES else GroupedInt8  # which has groups of 16
+        # GroupedInt8 has groups of 16, too
+        format_class = Int4 if self.bits == 4 and group_size in Int4.group_sizes else GroupedInt8
         format = format_class(group_size, stored_dtype(self.scales))
         return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
 
@@ -59,14 +61,14 @@ class Integers:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
         return {"weight": signed, "scales": self.scales[:, 0].float()}
 
-    def read_groups(self, format: Int4 | GroupedInt8) -> Tensors:
+    def read_groups(self, format: GroupedFormat) -> Tensors:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
         tensors = {"scales": self.scales.to(format.scale_dtype), "zeros": self.read_zeros() * format.zeros_per_step}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
-        return {"weight": pack_int4(q) if isinstance(format, Int4) else q.contiguous()} | groups
+        return {"weight": format.pack_elements(q)} | groups
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import save_checkpoint
 from config import ModelConfig, UsageError
-from converters.quantized_weight import QuantizedWeight, common_format, is_storable
+from converters.quantized_weight import QuantizedWeight, common_format
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
 
@@ -252,6 +252,6 @@ def why_dequantized(weights: list[QuantizedWeight]) -> str:
     if any(weight.input_order is not None or isinstance(weight.format, Dense) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
         return f"{why}; a checkpoint without it becomes a smaller file"
-    if not all(is_storable(weight) for weight in weights):
+    if not all(weight.is_storable() for weight in weights):
         return "no format here has their group size, number of inputs, or scales of float32"
     return "there is no format for them together with what they are stacked with"

@@ -6,7 +6,6 @@ Converters rename, split and reorder it like a tensor, without reading it. What 
 each of its tensors. This file has no command line.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 
 from config import UsageError
-from kernels.formats import GROUP_SIZES, Dense, Float8, GroupedInt8, Int4, Tensors, WeightFormat, parse_format
-from kernels.formats.base import shard_groups, unpack_int4
-from kernels.formats.integers import GroupedFormat
+from kernels.formats import GROUP_SIZES, Dense, Tensors, WeightFormat
 
 CHANNEL_GROUP_SIZE = 128  # for a scale that all inputs share
 
@@ -69,37 +66,28 @@ class QuantizedWeight:
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
         """The tensors of another format that has the same values, as common_format gives it. dtype: of Dense."""
-        if isinstance(format, Dense):
+        if format == Dense():
             return {"weight": self.dequantize(dtype)}
-        tensors, k = self.read(), self.shape[1]
-        if isinstance(self.format, Int4) and isinstance(format, GroupedInt8):
-            steps = self.format.zeros_per_step
-            tensors = tensors | {"weight": unpack_int4(tensors["weight"]), "zeros": tensors["zeros"] // steps}
-        if self.format.scale_group_size(k) != format.scale_group_size(k):
-            groups = {name: t for name, t in tensors.items() if name != "weight"}
-            sizes = self.format.scale_group_size(k), format.scale_group_size(k)
-            tensors = tensors | {name: shard_groups(t, 0, k, *sizes) for name, t in groups.items()}
-        return tensors
+        return self.format.widen(self.read(), format, self.shape[1])
+
+    def is_storable(self) -> bool:
+        """Whether model.pth can hold it in its format."""
+        quantization = self.format.quantization
+        is_known = quantization is None or self.format.parse(quantization) == self.format
+        return is_known and self.shape[1] % self.format.input_multiple == 0
 
 
 def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
     """The format of the weight that parts, one above the other, become: one that holds each of them exactly. Dense if
     there is none."""
+    common = None
     for part in parts:
-        if not isinstance(part, QuantizedWeight) or part.input_order is not None or not is_storable(part):
+        if not isinstance(part, QuantizedWeight) or part.input_order is not None or not part.is_storable():
             return Dense()
-    formats = list({part.format: None for part in parts})
-    if len(formats) == 1:
-        return formats[0]
-    if all(isinstance(format, Float8) for format in formats):
-        return Float8(math.gcd(*(format.group_size or 0 for format in formats)))
-    if all(isinstance(format, GroupedFormat) for format in formats):
-        group_size = math.gcd(*(format.group_size for format in formats))
-        scale_dtypes = {format.scale_dtype for format in formats}
-        format_class = Int4 if all(isinstance(format, Int4) for format in formats) else GroupedInt8
-        if len(scale_dtypes) == 1:
-            return format_class(group_size, *scale_dtypes)
-    return Dense()
+        common = part.format if common is None else common.common_format(part.format)
+        if common is None:
+            return Dense()
+    return common
 
 
 def stored_group_size(group_size: int, k: int) -> int:
@@ -108,15 +96,6 @@ def stored_group_size(group_size: int, k: int) -> int:
         return CHANNEL_GROUP_SIZE
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
     return max(fitting, default=group_size)
-
-
-def is_storable(weight: QuantizedWeight) -> bool:
-    """Whether model.pth can hold it in its format."""
-    try:
-        is_known = parse_format(weight.format.quantization) == weight.format
-    except UsageError:
-        return False
-    return is_known and weight.shape[1] % weight.format.input_multiple == 0
 
 
 # ---- Reading another project's layer --------------------------------------------------------------------------------

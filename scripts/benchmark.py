@@ -50,7 +50,7 @@ from benchmark_speed import CONFIGS, find_config, measure_speed, save_random_che
 import cli
 import kernels
 from config import ModelConfig, UsageError
-from kernels.formats import GROUP_SIZES, WeightFormat, parse_format
+from kernels.formats import GROUP_SIZES, MODES, Dense, WeightFormat
 from machine import pick_device
 from scheduler import check_length
 
@@ -93,8 +93,7 @@ def add_command(subparsers, command: Callable[[argparse.Namespace], None]) -> ar
 def add_speed(subparsers):
     p = add_command(subparsers, speed)
     p.add_argument("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
-    modes = ["int8", "int4", "fp8", "mxfp4"]
-    p.add_argument("--mode", choices=modes, help="weights in this format (default: in --precision)")
+    p.add_argument("--mode", choices=MODES, help="weights in this format (default: in --precision)")
     p.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4 (default: %(default)s)")
     p.add_argument("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
     cli.add_device(p)
@@ -152,8 +151,7 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
     device = pick_device(args.device)
     args.device = str(device)
-    group_size = {"groupsize": args.groupsize} if args.mode == "int4" else {}
-    format = parse_format({"mode": args.mode} | group_size if args.mode else None)
+    format = MODES[args.mode].from_options(args.groupsize) if args.mode else Dense()
     if args.tune:
         tune(config, format, device)
     torch.manual_seed(1234)

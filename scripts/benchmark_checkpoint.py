@@ -21,6 +21,7 @@ from statistics import median
 import tables
 import torch
 
+import quantize
 from checkpoint import read_checkpoint
 from cli.arguments import DEFAULT_SPECULATE_K
 from cli.checkpoints import model_file
@@ -37,10 +38,12 @@ ROUNDS = 5
 # Perplexities are those of the stored weights, as prefill multiplies them; a decode step on a CPU also rounds
 # activations to 8 bits, except with fp8.
 UNQUANTIZED = "16 bits"
-MODES = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in ("int8", "fp8", "mxfp4")}  # -> flags of quantize.py
+WITHOUT_GROUPSIZE = [mode for mode, format_class in quantize.MODES.items() if not format_class.groupsize_options]
+MODES = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUPSIZE}  # -> flags of quantize.py
 MODES |= {
     f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
-    for mode in ("int4", "int4-hqq", "int4-gptq")
+    for mode in quantize.MODES
+    if mode not in WITHOUT_GROUPSIZE
     for size in (32, 64, 128)
 }
 

@@ -8,7 +8,6 @@ in the format in which they are stored, on their device: a model in int4 never e
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -21,7 +20,7 @@ from checkpoint import read_checkpoint, read_json, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling, UsageError
 from converters.families import config_from_hf
 from generate import generate
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, Tensors, WeightFormat
+from kernels.formats import Dense, Tensors, WeightFormat
 from machine import peak_memory, read_bandwidth, synchronize
 from model import Embedding, KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import SamplingParams
@@ -102,37 +101,9 @@ def fill_randomly(module: nn.Module):
     elif isinstance(module, Embedding):
         module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
     elif isinstance(module, Linear):
-        fill_weight(module, std=module.in_features**-0.5)
+        module.format.fill_randomly(module.tensors(), std=module.in_features**-0.5)
         if module.bias is not None:
             module.bias.zero_()
-
-
-def fill_weight(linear: Linear, std: float):
-    """W with mean 0 and this standard deviation, in its format."""
-    match linear.format:
-        case Int8():
-            linear.weight.random_(-127, 128)  # whose standard deviation is 73
-            linear.scales.fill_(std / 73)
-        case Int4():
-            linear.weight.random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
-            linear.scales.uniform_(std / 5, std / 4)
-            linear.zeros.random_(100, 141)  # sixteenths, so about 7.5, the mean of 0 to 15
-        case GroupedInt8():
-            linear.weight.random_(0, 256)  # whose standard deviation is 74
-            linear.scales.fill_(std / 74)
-            linear.zeros.random_(127, 129)  # about the mean of 0 to 255
-        case Float8():
-            linear.weight.view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; the standard deviation is 68.5
-            linear.scales.fill_(std / 68.5)
-        case MXFP4():
-            linear.weight.random_(0, 256)  # two numbers a byte; their standard deviation is 2.93
-            exponent = math.floor(math.log2(std / 2.93))
-            excess = (std / 2.93 / 2**exponent) ** 2  # 1 to 4: of the variance with this exponent for all
-            linear.scales.bernoulli_((excess - 1) / 3).add_(exponent + 127)  # so many get the next one
-        case Dense():
-            linear.weight.normal_(std=std)
-        case format:
-            raise NotImplementedError(f"random weights in {format.name}")
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:

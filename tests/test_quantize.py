@@ -12,6 +12,7 @@ import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
+from kernels import formats
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
 from kernels.formats.integers import split_groups
@@ -20,6 +21,8 @@ from model import KVCache, Linear
 from quantize import Int4HQQ
 from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from tokenizer import load_tokenizer
+
+import exact_results  # isort: skip  (tests.tiny put scripts/ on the path)
 
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),
@@ -117,6 +120,14 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
     assert shapes_of(shard) == shapes_of(shard_format.empty(torch.Size((6, length)), w.dtype, "cpu"))
     expected = format.dequantize(tensors, torch.float32)[:, start : start + length]
     assert torch.equal(shard_format.dequantize(shard, torch.float32), expected)
+
+
+def test_every_format_is_tested():
+    """Here and on the kernels, which have a number for each."""
+    for tested in ([Dense(), *EVERY.values()], exact_results.CPU_FORMATS, exact_results.TRITON_FORMATS):
+        assert {type(format) for format in tested} >= set(formats.FORMATS)
+    assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
+    assert quantize.MODES.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
 
 
 @pytest.mark.parametrize("format", [Dense(), *FORMATS.values(), *IMPORTED.values()], ids=lambda format: format.name)

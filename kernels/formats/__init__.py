@@ -25,17 +25,18 @@ Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in its low ha
 
 from dataclasses import dataclass, field
 
-import torch
-
 from config import UsageError
 from kernels.formats.base import Dense, Dequantized, Tensors, WeightFormat
 from kernels.formats.floats import MXFP4, Float8
-from kernels.formats.integers import GROUP_SIZES, INT8_GROUP_SIZES, SCALE_DTYPES, GroupedInt8, Int4, Int8
+from kernels.formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
 
 __all__ = [
     "Dense", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "WeightFormats",
-    "Tensors", "GROUP_SIZES", "parse_formats", "parse_format",
+    "Tensors", "FORMATS", "MODES", "GROUP_SIZES", "parse_formats", "parse_format",
 ]  # fmt: skip
+
+FORMATS: tuple[type[WeightFormat], ...] = (Dense, Int8, Int4, GroupedInt8, Float8, MXFP4)
+MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_option}  # by --mode
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,8 @@ def parse_format(quantization: dict | None) -> WeightFormat:
     if quantization is None:
         return Dense()
     if isinstance(quantization, dict):
-        mode, group_size = quantization.get("mode"), quantization.get("groupsize")
-        scale_dtype = quantization.get("scale_dtype", "bfloat16")
-        if mode == "int8" and not quantization.keys() & {"groupsize", "scale_dtype"}:
-            return Int8()
-        if scale_dtype in SCALE_DTYPES:
-            if mode == "int8" and group_size in INT8_GROUP_SIZES:
-                return GroupedInt8(group_size, getattr(torch, scale_dtype))
-            if mode == "int4" and group_size in GROUP_SIZES:
-                return Int4(group_size, getattr(torch, scale_dtype))
-        if mode == "fp8" and group_size in (None, *GROUP_SIZES):
-            return Float8(group_size)
-        if mode == "mxfp4" and group_size is None:
-            return MXFP4()
+        for format_class in FORMATS:
+            format = format_class.parse(quantization)
+            if format is not None:
+                return format
     raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")

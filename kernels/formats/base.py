@@ -16,10 +16,25 @@ class WeightFormat:
     """The interface of a format, with what most formats have in common."""
 
     format_id: int  # the format's number in the kernels
-    name: str | None = None  # in the output of --json
+    mode: str | None = None  # its name in model.pth
+    is_option = True  # whether --mode has it, by that name. False: it is no choice, or only converters make it
+    groupsize_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
+    name: str | None = None  # in the output of --json and in a file's name
     quantization: dict | None = None  # in model.pth
     pack_factor = 1  # inputs that a checkpoint packs together: a shard of W is cut at multiples of it
     input_multiple = 1  # a whole W must have a multiple of so many inputs
+
+    @classmethod
+    def from_options(cls, group_size: int) -> "WeightFormat":
+        """What --mode with --groupsize makes."""
+        return cls(group_size) if cls.groupsize_options else cls()
+
+    @classmethod
+    def parse(cls, quantization: dict) -> "WeightFormat | None":
+        """The format that an entry of model.pth's "quantization" describes. None: it is none of this class. Here, for
+        classes that have no options."""
+        is_ours = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
+        return cls() if is_ours else None
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
         """Uninitialized tensors, as a checkpoint holds them, for W of this shape and dtype."""
@@ -36,6 +51,23 @@ class WeightFormat:
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """W [..., N, K] in dtype, from a checkpoint's tensors."""
         raise NotImplementedError
+
+    def fill_randomly(self, tensors: Tensors, std: float):
+        """Fills a checkpoint's tensors in place, so that W has mean 0 and this standard deviation."""
+        raise NotImplementedError
+
+    def common_format(self, other: "WeightFormat") -> "WeightFormat | None":
+        """The format that holds exactly what other projects' weights in this one and in other hold. None: there is
+        none."""
+        return self if self == other else None
+
+    def widen(self, tensors: Tensors, wider: "WeightFormat", in_features: int) -> Tensors:
+        """The tensors of wider, a format that common_format gives, with the same values. Here: of shorter groups."""
+        sizes = self.scale_group_size(in_features), wider.scale_group_size(in_features)
+        if sizes[0] == sizes[1]:
+            return tensors
+        groups = {name: shard_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
+        return tensors | groups
 
     def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
         """The part of one of the tensors that belongs to W's inputs [start, start + length)."""
@@ -68,12 +100,20 @@ class Dense(WeightFormat):
     """16 or 32 bits, unchanged."""
 
     format_id = 0
+    is_option = False
+
+    @classmethod
+    def parse(cls, quantization):
+        return None  # model.pth has no entry for it
 
     def empty(self, shape, dtype, device):
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
 
     def quantize(self, w):
         return {"weight": w}
+
+    def fill_randomly(self, tensors, std):
+        tensors["weight"].normal_(std=std)
 
     def fits_kernels(self, backend, in_features):
         return True

@@ -19,8 +19,8 @@ from kernels.formats.base import (
     to_blocked_words,
     unpack_int4,
 )
-from kernels.formats.float_bits import FLOAT8_MAX, decode_mxfp4, round_mxfp4
-from kernels.formats.integers import split_groups
+from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
+from kernels.formats.integers import GROUP_SIZES, split_groups
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,22 @@ class Float8(WeightFormat):
 
     group_size: int | None = None
     format_id = 4
+    mode = "fp8"
 
     @property
     def name(self):
-        return "fp8" if self.group_size is None else f"fp8.g{self.group_size}"
+        return self.mode if self.group_size is None else f"{self.mode}.g{self.group_size}"
 
     @property
     def quantization(self):
-        return {"mode": "fp8"} | ({} if self.group_size is None else {"groupsize": self.group_size})
+        return {"mode": self.mode} | ({} if self.group_size is None else {"groupsize": self.group_size})
+
+    @classmethod
+    def parse(cls, quantization):
+        group_size = quantization.get("groupsize")
+        if quantization.get("mode") == cls.mode and group_size in (None, *GROUP_SIZES):
+            return cls(group_size)
+        return None
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape
@@ -58,6 +66,15 @@ class Float8(WeightFormat):
         q = tensors["weight"].float()
         k = q.shape[-1]
         return (q * repeat_groups(tensors["scales"], self.scale_group_size(k), k)).to(dtype)
+
+    def fill_randomly(self, tensors, std):
+        tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; the standard deviation is 68.5
+        tensors["scales"].fill_(std / 68.5)
+
+    def common_format(self, other):
+        if not isinstance(other, Float8):
+            return None
+        return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)
 
     def shard_inputs(self, name, tensor, start, length):
         if name == "scales" and self.group_size is not None:
@@ -98,8 +115,8 @@ class MXFP4(WeightFormat):
 
     group_size: int = 32  # smaller only in a shard that cuts through a group
     format_id = 5
-    name = "mxfp4"
-    quantization = {"mode": "mxfp4"}
+    mode = name = "mxfp4"
+    quantization = {"mode": mode}
     pack_factor = 8
     input_multiple = 32
 
@@ -118,6 +135,12 @@ class MXFP4(WeightFormat):
         q = unpack_int4(tensors["weight"])
         scales = repeat_groups(tensors["scales"], self.group_size, q.shape[-1])
         return decode_mxfp4(q, scales).to(dtype)
+
+    def fill_randomly(self, tensors, std):
+        tensors["weight"].random_(0, 256)  # two numbers a byte; their standard deviation is 2.93
+        exponent = math.floor(math.log2(std / 2.93))
+        excess = (std / 2.93 / 2**exponent) ** 2  # 1 to 4: of the variance with this exponent for all
+        tensors["scales"].bernoulli_((excess - 1) / 3).add_(exponent + E8M0_BIAS)  # so many get the next one
 
     def shard_inputs(self, name, tensor, start, length):
         if name == "weight":

@@ -30,8 +30,13 @@ class Int8(WeightFormat):
     """Symmetric, q from -127 to 127 where quantize.py made it, one scale for each output."""
 
     format_id = 1
-    name = "int8"
-    quantization = {"mode": "int8"}
+    mode = name = "int8"
+    quantization = {"mode": mode}
+
+    @classmethod
+    def parse(cls, quantization):
+        is_ours = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
+        return cls() if is_ours else None
 
     def empty(self, shape, dtype, device):
         return {
@@ -47,6 +52,10 @@ class Int8(WeightFormat):
 
     def dequantize(self, tensors, dtype):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
+
+    def fill_randomly(self, tensors, std):
+        tensors["weight"].random_(-127, 128)  # whose standard deviation is 73
+        tensors["scales"].fill_(std / 73)
 
     def pack(self, tensors, backend):
         """cpu: words of four elements, each q + 128. The words of 16 rows lie side by side, then their next words:
@@ -73,6 +82,7 @@ class GroupedFormat(WeightFormat):
     scale_dtype: torch.dtype = torch.bfloat16
 
     mode: ClassVar[str]
+    group_sizes: ClassVar[tuple[int, ...]]  # that model.pth may have
     elements_per_byte: ClassVar[int]
     zeros_per_step: ClassVar[int]  # zero points are stored in this part of a step of q
 
@@ -85,6 +95,12 @@ class GroupedFormat(WeightFormat):
         entry = {"mode": self.mode, "groupsize": self.group_size}
         return entry | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
 
+    @classmethod
+    def parse(cls, quantization):
+        group_size, scale_dtype = quantization.get("groupsize"), quantization.get("scale_dtype", "bfloat16")
+        is_ours = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
+        return cls(group_size, getattr(torch, scale_dtype)) if is_ours and scale_dtype in SCALE_DTYPES else None
+
     def empty(self, shape, dtype, device):
         *outputs, k = shape
         n_groups = math.ceil(k / self.group_size)
@@ -94,8 +110,12 @@ class GroupedFormat(WeightFormat):
             "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
         }
 
+    def pack_elements(self, q: Tensor) -> Tensor:
+        """The tensor "weight" of q [..., N, K] uint8."""
+        return q.contiguous()
+
     def unpack_elements(self, weight: Tensor) -> Tensor:
-        """q [..., N, K] uint8 of the tensor "weight"."""
+        """The inverse of pack_elements."""
         return weight
 
     def dequantize(self, tensors, dtype):
@@ -105,6 +125,13 @@ class GroupedFormat(WeightFormat):
             for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_per_step)
         )
         return ((q - zeros) * scales).to(dtype)
+
+    def common_format(self, other):
+        """Other projects' zero points are whole steps, which GroupedInt8 has, too."""
+        if not isinstance(other, GroupedFormat) or other.scale_dtype != self.scale_dtype:
+            return None
+        format_class = type(self) if type(self) is type(other) else GroupedInt8
+        return format_class(math.gcd(self.group_size, other.group_size), self.scale_dtype)
 
     def shard_inputs(self, name, tensor, start, length):
         if name == "weight":
@@ -138,6 +165,7 @@ class Int4(GroupedFormat):
 
     format_id = 2
     mode = "int4"
+    group_sizes = groupsize_options = GROUP_SIZES
     pack_factor = input_multiple = 8
     elements_per_byte = 2
     zeros_per_step = 16
@@ -150,7 +178,21 @@ class Int4(GroupedFormat):
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
         """The tensors for groups [N, n_groups, group_size], whose last one is padded beyond the k elements of a row."""
         q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
-        return {"weight": pack_int4(q.to(torch.uint8).flatten(-2)[:, :k]), "scales": scales, "zeros": zeros}
+        return {"weight": self.pack_elements(q.to(torch.uint8).flatten(-2)[:, :k]), "scales": scales, "zeros": zeros}
+
+    def fill_randomly(self, tensors, std):
+        tensors["weight"].random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
+        tensors["scales"].uniform_(std / 5, std / 4)
+        tensors["zeros"].random_(100, 141)  # sixteenths, so about 7.5, the mean of 0 to 15
+
+    def widen(self, tensors, wider, in_features):
+        if isinstance(wider, GroupedInt8):
+            q, zeros = self.unpack_elements(tensors["weight"]), tensors["zeros"] // self.zeros_per_step
+            tensors = tensors | {"weight": q, "zeros": zeros}
+        return super().widen(tensors, wider, in_features)
+
+    def pack_elements(self, q):
+        return pack_int4(q)
 
     def unpack_elements(self, weight):
         return unpack_int4(weight)
@@ -163,7 +205,7 @@ class Int4(GroupedFormat):
         from kernels.triton_elements import pack_scales  # here, since a CPU may lack Triton
         from kernels.triton_tiles import pack_tiles
 
-        tiles = pack_tiles(unpack_int4(tensors["weight"]))
+        tiles = pack_tiles(self.unpack_elements(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
     def unpack(self, tensors, backend, out_features, in_features):
@@ -173,7 +215,7 @@ class Int4(GroupedFormat):
         from kernels.triton_tiles import unpack_tiles
 
         scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
-        weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))
+        weight = self.pack_elements(unpack_tiles(tensors["weight"], out_features, in_features))
         return {"weight": weight, "scales": scales, "zeros": zeros}
 
 
@@ -181,7 +223,9 @@ class GroupedInt8(GroupedFormat):
     """q from 0 to 255, and so is the zero point."""
 
     format_id = 3
-    mode = "int8"
+    mode = "int8"  # with a group size, which Int8 has not
+    is_option = False
+    group_sizes = INT8_GROUP_SIZES
     elements_per_byte = 1
     zeros_per_step = 1
 
@@ -192,10 +236,15 @@ class GroupedInt8(GroupedFormat):
         zeros = zeros.round().clamp(0, 255)
         q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
         return {
-            "weight": q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]].contiguous(),
+            "weight": self.pack_elements(q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]]),
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
+
+    def fill_randomly(self, tensors, std):
+        tensors["weight"].random_(0, 256)  # whose standard deviation is 74
+        tensors["scales"].fill_(std / 74)
+        tensors["zeros"].random_(127, 129)  # about the mean of 0 to 255
 
     def pack(self, tensors, backend):
         """triton: rows of int8, each q - 128; scales and zeros as Int4's."""
