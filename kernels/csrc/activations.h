@@ -62,8 +62,8 @@ template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVA
 
 // Whether they become float, for a product with weights of format F.
 template <typename F, typename T>
-constexpr bool WIDENS_TO_FLOAT = std::is_same_v<F, Float8> && !std::is_same_v<T, float> &&
-                                 !(std::is_same_v<T, bf16> && HAS_FLOAT8_BF16);
+constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Dense> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
+                                 !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
 // Quantizes x [k] to groups [padded k / ACT_GROUP], two groups at a time, each in half of a Vec. F: w's format.
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {

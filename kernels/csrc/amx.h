@@ -25,10 +25,11 @@ inline bool has_amx() {
 
 // Whether the product of m tokens' activations of type T with w is done here.
 template <typename T> bool uses_amx(const Weights& w, int64_t m) {
-  const int64_t min_tokens = dispatch_format(w.format, [](auto format) { return format.MIN_AMX_TOKENS; });
-  // A tile must not reach into the next group of inputs if the sums are scaled (dot_amx).
-  const bool has_whole_tiles = w.format != Format::FLOAT8 || w.n_groups == 1 || w.group_size % TILE_K == 0;
-  return std::is_same_v<T, bf16> && m >= min_tokens && has_whole_tiles && has_amx();
+  return dispatch_format(w.format, [&]<typename F>(F) {
+    // A tile must not reach into the next group of inputs if the sums are scaled (dot_amx).
+    const bool has_whole_tiles = !std::is_same_v<F, Float8> || w.n_groups == 1 || w.group_size % TILE_K == 0;
+    return std::is_same_v<T, bf16> && m >= F::MIN_AMX_TOKENS && has_whole_tiles && has_amx();
+  });
 }
 
 // While it lives, this thread's tile registers have 16 rows of 64 bytes each.
@@ -74,13 +75,121 @@ inline void transpose(IntVec* v) {
   }
 }
 
-// Reads a block of weights of format F as tiles of TILE_K inputs, the first one first:
+// Rounds to the nearest bf16 once it is cut.
+inline Vec round_to_be_cut(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
+
+// Makes bf16 of a line, 16 words of format F:
 //
-//     WeightTiles(w, block)
-//     read(begin, end, lines)    the next tile, of inputs [begin, end): in line i inputs 2 i and 2 i + 1 of each of the
-//                                16 outputs, as AMX wants it (VNNI layout). Output scales, and FLOAT8's, are left to
-//                                dot_amx.
-template <typename F> class WeightTiles;
+//     set_group(w, group)    for the lines of this group of inputs
+//     decode(words, lines)   PER_WORD / 2 lines of a tile: in line i elements 2 i and 2 i + 1 of each of the 16 outputs,
+//                            as AMX wants it (VNNI layout). Output scales, and Float8's, are left to dot_amx.
+//
+// This one serves any format. The others are faster.
+template <typename F> struct LineDecoder {
+  ScalesAndZeros group = {};
+
+  void set_group(const Weights& w, int64_t i) { group = F::scales_and_zeros(w, i); }
+  void decode(IntVec words, IntVec* lines) const {
+    const auto weight = [&](int j) {
+      return round_to_be_cut((as_float(F::element(words, j)) - group.zeros) * group.scales);
+    };
+    for (int j = 0; j < F::PER_WORD; j += 2) lines[j / 2] = bf16_pairs(weight(j), weight(j + 1));
+  }
+};
+
+template <> struct LineDecoder<Int8> {
+  void set_group(const Weights&, int64_t) {}
+  void decode(IntVec words, IntVec* lines) const {
+    words ^= 0x80808080;  // q + 128 becomes q
+    const auto q = [&](int j) { return as_float(words << (24 - 8 * j) >> 24); };
+    lines[0] = bf16_pairs(q(0), q(1)), lines[1] = bf16_pairs(q(2), q(3));
+  }
+};
+
+// Dequantizes the element q in bits BIT to BIT + SIZE - 1 of each word, without shifting it to bit 0 and converting it:
+// OR q into the mantissa of 1.0f, and the float is 1 + q / 2^(23 - BIT). With scale and offset as set computes them,
+//
+//     (q - zero) * s  =  (1 + q / 2^(23 - BIT)) * scale + offset
+template <int BIT, int SIZE> struct ElementAt {
+  Vec scale = {}, offset = {};
+  void set(const ScalesAndZeros& group) {
+    scale = group.scales * float(1 << (23 - BIT)), offset = -group.zeros * group.scales - scale;
+  }
+  Vec operator()(IntVec words) const {
+    const Vec one_and_q = (Vec)((words & (((1 << SIZE) - 1) << BIT)) | 0x3f800000);  // the bits of 1.0f
+    return round_to_be_cut(one_and_q * scale + offset);
+  }
+};
+
+template <> struct LineDecoder<Int4> {
+  ElementAt<12, 4> low;  // of a byte in bits 12 to 19
+  ElementAt<16, 4> high;
+
+  void set_group(const Weights& w, int64_t i) {
+    const ScalesAndZeros group = Int4::scales_and_zeros(w, i);
+    low.set(group), high.set(group);
+  }
+  void decode(IntVec words, IntVec* lines) const {
+    const IntVec byte[] = {words << 12, words << 4, words >> 4, words >> 12};  // each in bits 12 to 19
+    for (int i = 0; i < 2; i++) {
+      lines[i] = bf16_pairs(low(byte[2 * i]), low(byte[2 * i + 1]));
+      lines[i + 2] = bf16_pairs(high(byte[2 * i]), high(byte[2 * i + 1]));
+    }
+  }
+};
+
+template <> struct LineDecoder<GroupedInt8> {
+  ElementAt<15, 8> byte;
+
+  void set_group(const Weights& w, int64_t i) { byte.set(GroupedInt8::scales_and_zeros(w, i)); }
+  void decode(IntVec words, IntVec* lines) const {
+    lines[0] = bf16_pairs(byte(words << 15), byte(words << 7));
+    lines[1] = bf16_pairs(byte(words >> 1), byte(words >> 9));
+  }
+};
+
+template <> struct LineDecoder<Float8> {
+  void set_group(const Weights&, int64_t) {}
+  void decode(IntVec words, IntVec* lines) const {
+    const auto [inputs01, inputs23] = float8_to_bf16(words);
+    lines[0] = inputs01, lines[1] = inputs23;
+  }
+};
+
+template <> struct LineDecoder<MXFP4> {
+  Vec scale = {};
+
+  void set_group(const Weights& w, int64_t i) { scale = MXFP4::scales(w, i); }
+  void decode(IntVec words, IntVec* lines) const {
+    const Vec values = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    const auto element = [&](int shift) {  // the instruction looks at the lowest four bits of each word
+      return (Vec)_mm512_permutexvar_ps((__m512i)(words >> shift), (__m512)values) * scale;
+    };
+    for (int i = 0; i < 2; i++) {
+      lines[i] = bf16_pairs(element(16 * i), element(16 * i + 8));
+      lines[i + 2] = bf16_pairs(element(16 * i + 4), element(16 * i + 12));
+    }
+  }
+};
+
+// Reads a block of weights as tiles of TILE_K inputs, the first one first: read(begin, end, lines) gives the next tile,
+// of inputs [begin, end), line by line as LineDecoder does.
+template <typename F> class WeightTiles {
+  const Weights& w;
+  const char* data;
+  int64_t group, group_end = 0;  // the next group, and where it begins
+  LineDecoder<F> decoder;
+
+ public:
+  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), group(block * w.n_groups) {}
+
+  void read(int64_t begin, int64_t end, IntVec* lines) {
+    for (int64_t k = begin; k < end; k += F::PER_WORD, lines += F::PER_WORD / 2, data += 64) {
+      if (k == group_end) decoder.set_group(w, group++), group_end += w.group_size;
+      decoder.decode(load_ahead(data), lines);
+    }
+  }
+};
 
 template <> class WeightTiles<Dense> {
   const int64_t output_bytes, n_outputs;
@@ -100,130 +209,6 @@ template <> class WeightTiles<Dense> {
       else std::memcpy(&lines[i], source, n_bytes);
     }
     transpose(lines);
-  }
-};
-
-template <> class WeightTiles<Int8> {
-  const char* data;
-
- public:
-  WeightTiles(const Weights& w, int64_t block) : data(w.block_data(block)) {}
-
-  void read(int64_t begin, int64_t end, IntVec* lines) {
-    for (int64_t k = begin; k < end; k += 4, lines += 2, data += 64) {
-      const IntVec words = load_ahead(data) ^ 0x80808080;  // q + 128 becomes q
-      const auto q = [&](int j) { return as_float(words << (24 - 8 * j) >> 24); };
-      lines[0] = bf16_pairs(q(0), q(1)), lines[1] = bf16_pairs(q(2), q(3));
-    }
-  }
-};
-
-// Dequantizes the element q in bits BIT to BIT + SIZE - 1 of each word, without shifting it to bit 0 and converting it:
-// OR q into the mantissa of 1.0f, and the float is 1 + q / 2^(23 - BIT). With scale and offset as set computes them,
-//
-//     (q - zero) * s  =  (1 + q / 2^(23 - BIT)) * scale + offset
-template <int BIT, int SIZE> struct ElementAt {
-  Vec scale = {}, offset = {};
-  void set(const ScalesAndZeros& group) {
-    scale = group.scales * float(1 << (23 - BIT)), offset = -group.zeros * group.scales - scale;
-  }
-  Vec operator()(IntVec words) const {
-    const Vec one_and_q = (Vec)((words & (((1 << SIZE) - 1) << BIT)) | 0x3f800000);  // the bits of 1.0f
-    return (Vec)((UIntVec)(one_and_q * scale + offset) + 0x8000);  // to be cut to bf16, so this rounds to nearest
-  }
-};
-
-template <> class WeightTiles<Int4> {
-  const Weights& w;
-  const char* data;
-  int64_t group, group_end = 0;  // the next group, and where it begins
-  ElementAt<12, 4> low;          // of a byte in bits 12 to 19
-  ElementAt<16, 4> high;
-
- public:
-  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), group(block * w.n_groups) {}
-
-  void read(int64_t begin, int64_t end, IntVec* lines) {
-    for (int64_t k = begin; k < end; k += 8, lines += 4, data += 64) {
-      if (k == group_end) next_group();
-      const IntVec words = load_ahead(data);
-      const IntVec byte[] = {words << 12, words << 4, words >> 4, words >> 12};  // each in bits 12 to 19
-      for (int i = 0; i < 2; i++) {
-        lines[i] = bf16_pairs(low(byte[2 * i]), low(byte[2 * i + 1]));
-        lines[i + 2] = bf16_pairs(high(byte[2 * i]), high(byte[2 * i + 1]));
-      }
-    }
-  }
-
- private:
-  void next_group() {
-    const ScalesAndZeros of_group = Int4::scales_and_zeros(w, group++);
-    low.set(of_group), high.set(of_group);
-    group_end += w.group_size;
-  }
-};
-
-template <> class WeightTiles<GroupedInt8> {
-  const Weights& w;
-  const char* data;
-  int64_t group, group_end = 0;
-  ElementAt<15, 8> byte;
-
- public:
-  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), group(block * w.n_groups) {}
-
-  void read(int64_t begin, int64_t end, IntVec* lines) {
-    for (int64_t k = begin; k < end; k += 4, lines += 2, data += 64) {
-      if (k == group_end) next_group();
-      const IntVec words = load_ahead(data);
-      lines[0] = bf16_pairs(byte(words << 15), byte(words << 7));
-      lines[1] = bf16_pairs(byte(words >> 1), byte(words >> 9));
-    }
-  }
-
- private:
-  void next_group() {
-    byte.set(GroupedInt8::scales_and_zeros(w, group++));
-    group_end += w.group_size;
-  }
-};
-
-template <> class WeightTiles<Float8> {
-  const char* data;
-
- public:
-  WeightTiles(const Weights& w, int64_t block) : data(w.block_data(block)) {}
-
-  void read(int64_t begin, int64_t end, IntVec* lines) {
-    for (int64_t k = begin; k < end; k += 4, lines += 2, data += 64) {
-      const auto [inputs01, inputs23] = float8_to_bf16(load_ahead(data));
-      lines[0] = inputs01, lines[1] = inputs23;
-    }
-  }
-};
-
-template <> class WeightTiles<MXFP4> {
-  const Weights& w;
-  const char* data;
-  int64_t group, group_end = 0;  // the next group, and where it begins
-  Vec scale = {};
-
- public:
-  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), group(block * w.n_groups) {}
-
-  void read(int64_t begin, int64_t end, IntVec* lines) {
-    const Vec values = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-    for (int64_t k = begin; k < end; k += 8, lines += 4, data += 64) {
-      if (k == group_end) scale = MXFP4::scales(w, group++), group_end += w.group_size;
-      const IntVec words = load_ahead(data);
-      const auto element = [&](int shift) {  // the instruction looks at the lowest four bits of each word
-        return (Vec)_mm512_permutexvar_ps((__m512i)(words >> shift), (__m512)values) * scale;
-      };
-      for (int i = 0; i < 2; i++) {
-        lines[i] = bf16_pairs(element(16 * i), element(16 * i + 8));
-        lines[i + 2] = bf16_pairs(element(16 * i + 4), element(16 * i + 12));
-      }
-    }
   }
 };
 
@@ -269,8 +254,8 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
     }
   }
   if constexpr (!std::is_same_v<F, Float8>) store_sums(out);
-  if (w.channel_scales) {
-    const Vec scale = w.channel_scale(block);
+  if constexpr (F::HAS_OUTPUT_SCALES) {
+    const Vec scale = F::output_scales(w, block);
     for (int i = 0; i < 16 * N; i++) out[i] *= scale;
   }
 }

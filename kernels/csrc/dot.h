@@ -7,7 +7,7 @@
 //
 //     dot_w8a8           8-bit weights, activations rounded to 8 bits
 //     dot_grouped        the same for 8- or 4-bit weights of which groups share scales and zeros
-//     dot_weight_only    8- and 4-bit weights, float32 activations
+//     dot_weight_only    weights of any packed format, float32 activations
 //     dot_float8         8-bit floats as weights, bf16 or float32 activations
 //     dot_dense          weights of the activations' type
 #pragma once
@@ -85,7 +85,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedToken* toke
     }
   }
   for (int b = 0; b < BLOCKS; b++) {
-    const Vec scale = w.channel_scale(blocks[b]);
+    const Vec scale = Int8::output_scales(w, blocks[b]);
     for (int m = 0; m < M; m++) out[b][m] = total[b][m] * scale;
   }
 }
@@ -153,7 +153,7 @@ void dot_weight_only(const Weights& w, int64_t block, const PreparedToken* token
       }
     }
   }
-  for (int m = 0; m < M; m++) out[m] = total[m] * w.channel_scale(block);
+  for (int m = 0; m < M; m++) out[m] = total[m] * F::output_scales(w, block);
 }
 
 // ---- 8-bit floats ---------------------------------------------------------------------------------------------------
@@ -286,7 +286,13 @@ template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t 
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// The product of M tokens with BLOCKS blocks of weights: an overload for each format. T: the activations' type.
+// The product of M tokens with BLOCKS blocks of weights, for any packed format, and overloads for some. T: the
+// activations' type.
+template <int M, int BLOCKS, typename T, typename F>
+void dot_blocks(F, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
+  if constexpr (ROUNDS_TO_INT8<F, T>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
+  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
+}
 template <int M, int BLOCKS, typename T>
 void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
   for (int b = 0; b < BLOCKS; b++) dot_dense<M, T>(w, blocks[b], tokens, out[b]);
@@ -294,14 +300,7 @@ void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const PreparedTo
 template <int M, int BLOCKS, typename T>
 void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
   if constexpr (ROUNDS_TO_INT8<Int8, T>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
-  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<GroupedInt8, M>(w, blocks[b], tokens, out[b]);
-}
-// Int4, MXFP4, GroupedInt8.
-template <int M, int BLOCKS, typename T, typename F>
-void dot_blocks(F, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {
-  static_assert(F::INT8_ACTIVATIONS, "this format needs an overload");
-  if constexpr (ROUNDS_TO_INT8<F, T>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
-  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
+  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename T>
 void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const PreparedToken* tokens, Vec* const* out) {

@@ -140,7 +140,7 @@ template <typename F, typename T> void dequantize_row(const Weights& w, int64_t 
   const char* line = w.block_data(block);
   for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
     const auto [group_scale, zero] = F::scales_and_zeros(w, group);
-    const Vec scale = group_scale * w.channel_scale(block);
+    const Vec scale = group_scale * F::output_scales(w, block);
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
       const int64_t n = std::min(LINE<T>, end - k);
       dequantize_line<F>(line, lane, n, scale[lane], zero[lane], out + k);
@@ -196,7 +196,7 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
     for (int64_t begin = 0, end, group = b * w.n_groups; begin < w.k; begin = end, group++) {
       end = std::min(w.k, begin + w.group_size);
       const auto [group_scale, zero] = F::scales_and_zeros(w, group);
-      const Vec scale = group_scale * w.channel_scale(b);
+      const Vec scale = group_scale * F::output_scales(w, b);
       for (int64_t k = begin; k < end; k += LANES) {
         Vec tile[LANES] = {};
         for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, line += 64) line_to_inputs(F{}, line, tile + i);

@@ -63,45 +63,27 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// The tensors of a weight, checked. format_id: Format.format_id in kernels/formats/. type: the activations'.
+// The tensors of a weight, checked. format_id: WeightFormat.format_id in kernels/formats/. type: the activations'.
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
                 int64_t k, int64_t group_size, ScalarType type) {
-  const auto check = [&](ScalarType stored_type, bool has_its_tensors) {
-    STD_TORCH_CHECK(w.is_contiguous() && w.scalar_type() == stored_type && has_its_tensors,
-                    "weights must be packed for the CPU, or of the activations' type");
-  };
-  Weights result{.format = Format(format_id), .data = ptr<char>(w),
-                 .expert_bytes = w.stride(0) * int64_t(w.element_size()), .n = n, .k = k,
-                 .group_size = group_size, .n_groups = 1};
-  switch (result.format) {
-    case Format::DENSE:
-      check(type, true);
+  STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
+  const auto stride = [](const Tensor& t) { return t.stride(0) * int64_t(t.element_size()); };
+  Weights result{.format = format_id, .data = ptr<char>(w), .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
+                 .data_stride = stride(w), .scales_stride = scales ? stride(*scales) : 0,
+                 .zeros_stride = zeros ? stride(*zeros) : 0, .n = n, .k = k, .group_size = group_size, .n_groups = 1};
+  const bool is_right = dispatch_format(format_id, [&]<typename F>(F) {
+    if constexpr (std::is_same_v<F, Dense>) {
       result.bits = 8 * w.element_size();
-      return result;
-    case Format::INT8:
-      check(ScalarType::Int, scales.has_value());
-      result.bits = 8, result.channel_scales = ptr<float>(scales);
-      return result;
-    case Format::INT4:
-    case Format::GROUPED_INT8:
-      check(ScalarType::Int, scales && zeros && (scales->scalar_type() == ScalarType::BFloat16 ||
-                                                 scales->scalar_type() == ScalarType::Half));
-      result.bits = result.format == Format::INT4 ? 4 : 8;
-      result.scales = ptr<uint16_t>(scales), result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
-      result.zeros = ptr<uint8_t>(zeros), result.n_groups = (k + group_size - 1) / group_size;
-      return result;
-    case Format::FLOAT8:
-      check(ScalarType::Int, scales.has_value());
-      result.bits = 8, result.float_scales = ptr<float>(scales);
-      result.n_groups = (k + group_size - 1) / group_size;
-      return result;
-    case Format::MXFP4:
-      check(ScalarType::Int, scales.has_value());
-      result.bits = 4, result.exponents = ptr<uint8_t>(scales);
-      result.n_groups = (k + group_size - 1) / group_size;
-      return result;
-  }
-  STD_TORCH_CHECK(false, "these kernels do not know this format of weights");
+      return w.scalar_type() == type;
+    } else {
+      if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
+      result.bits = 32 / F::PER_WORD, result.n_groups = (k + group_size - 1) / group_size;
+      result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
+      return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;
+    }
+  });
+  STD_TORCH_CHECK(w.is_contiguous() && is_right, "weights must be packed for the CPU, or of the activations' type");
+  return result;
 }
 
 // The activation of a number of ACTIVATION_IDS in kernels/schema.py.

@@ -11,9 +11,6 @@ constexpr int64_t MAX_TOKENS = 64;  // that an operation takes; also in kernels/
 constexpr int64_t BLOCK_M = 8;      // tokens of a block, whose sums are kept in registers
 constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes of one Vec
 
-// format_id in kernels/formats/
-enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2, GROUPED_INT8 = 3, FLOAT8 = 4, MXFP4 = 5 };
-
 // A matrix [n, k], or the first of a stack [n_experts, n, k]. Dense weights are stored output by output. Quantized ones
 // are packed block by block, in words of 4 bytes. The words of a block's 16 outputs lie side by side:
 //
@@ -22,130 +19,123 @@ enum class Format : int64_t { DENSE = 0, INT8 = 1, INT4 = 2, GROUPED_INT8 = 3, F
 //     word 1     output 0   output 1   output 2   ...   output 15      the next elements
 //     ...                                                              then the next block
 //
-//     INT8            byte j is element j, stored as q + 128
-//     GROUPED_INT8    byte j is element j
-//     INT4, MXFP4     byte j holds element j in its low half and element j + 4 in its high half
-//     FLOAT8          the bytes of 4 outputs' words are in another order, drawn in float8.h
+//     Int8           byte j is element j, stored as q + 128
+//     GroupedInt8    byte j is element j
+//     Int4, MXFP4    byte j holds element j in its low half and element j + 4 in its high half
+//     Float8         the bytes of 4 outputs' words are in another order, drawn in float8.h
 //
 // The last block is filled up to 16 outputs.
 struct Weights {
-  Format format;
-  const char* data;
-  int64_t bits;          // of an element
-  int64_t expert_bytes;  // of a matrix of the stack, with its padding
+  int64_t format;  // format_id in kernels/formats/
+  const char *data, *scales, *zeros;                      // scales and zeros: as the format reads them, or null
+  int64_t data_stride, scales_stride, zeros_stride;       // bytes from a matrix of the stack to the next
+  int64_t bits;                                           // of an element
   int64_t n, k;
-  int64_t group_size, n_groups;  // how many inputs share a scale, and how many groups an output has. INT8: k and 1
-  const float* channel_scales;   // INT8: [n]
-  const uint16_t* scales;        // INT4, GROUPED_INT8: [n / 16, n_groups, 16]
-  bool has_f16_scales;           // else they are bf16
-  const uint8_t* zeros;          // INT4, GROUPED_INT8: [n / 16, n_groups, 16]; INT4's in sixteenths of a step of q
-  const float* float_scales;     // FLOAT8: [n / 16, n_groups, 16]
-  const uint8_t* exponents;      // MXFP4: [n / 16, n_groups, 16], a scale is 2^(exponent - 127)
+  int64_t group_size, n_groups;  // how many inputs share a scale, and how many groups an output has. Int8: k and 1
+  bool has_f16_scales;           // scales of 16 bits are f16, else bf16
 
   int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
   const char* block_data(int64_t block) const { return data + block * BLOCK_N * k * bits / 8; }
-  // The scales of a block's 16 outputs, or ones.
-  Vec channel_scale(int64_t block) const {
-    return channel_scales ? load_partial(channel_scales, block * BLOCK_N, n) : Vec{} + 1;
-  }
-  // The scales and zeros of a block's 16 outputs in a group of inputs: block * n_groups + its number in the block.
-  Vec group_scales(int64_t group) const {
-    const uint16_t* first = scales + group * BLOCK_N;
-    if (has_f16_scales) return load_vec(reinterpret_cast<const f16*>(first));
-    return load_vec(reinterpret_cast<const bf16*>(first));
-  }
-  Vec group_zeros(int64_t group) const { return load_vec(zeros + group * BLOCK_N); }
   Weights expert(int64_t e) const {
     Weights w = *this;
-    w.data += e * expert_bytes;
-    if (channel_scales) w.channel_scales += e * n;
-    if (scales) w.scales += e * n_blocks() * n_groups * BLOCK_N;
-    if (zeros) w.zeros += e * n_blocks() * n_groups * BLOCK_N;
-    if (float_scales) w.float_scales += e * n_blocks() * n_groups * BLOCK_N;
-    if (exponents) w.exponents += e * n_blocks() * n_groups * BLOCK_N;
+    w.data += e * data_stride;
+    if (scales) w.scales += e * scales_stride;
+    if (zeros) w.zeros += e * zeros_stride;
     return w;
+  }
+
+  // Scales and zeros lie in memory as [n_blocks, n_groups, 16]. These are the addresses of a block's 16 in one group of
+  // inputs. group: block * n_groups + its number in the block.
+  template <typename T> const T* scales_of(int64_t group) const {
+    return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
+  }
+  const uint8_t* zeros_of(int64_t group) const { return reinterpret_cast<const uint8_t*>(zeros) + group * BLOCK_N; }
+  // Scales of 16 bits.
+  Vec half_scales(int64_t group) const {
+    return has_f16_scales ? load_vec(scales_of<f16>(group)) : load_vec(scales_of<bf16>(group));
   }
 };
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// A struct for each format has what the loops must know of it, and dispatch_format turns a format's number into its
-// struct. Its own loops are an overload for this struct (dot_blocks in dot.h) or a specialization (amx.h: WeightTiles).
-// A format that lacks one of these does not compile.
+// A struct for each format has what the loops must know of it. A new one needs PER_WORD, SCALE_BYTES, element and
+// scales_and_zeros, and its name in Formats; then the loops that serve any format serve it. One with loops of its own is
+// an overload of dot_blocks (dot.h) or a specialization of LineDecoder (amx.h).
 
 // An element q of a quantized weight stands for (q - zero) * scale, and that times its output's scale if the format has
-// channel_scales. These are the scales and zeros of a block's 16 outputs in one group of inputs.
+// HAS_OUTPUT_SCALES. These are the scales and zeros of a block's 16 outputs in one group of inputs.
 struct ScalesAndZeros { Vec scales, zeros; };
 
-struct Dense {
+// What is true of a format that does not say otherwise.
+struct AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = false;  // whether 16-bit activations are rounded to int8 for the product
-  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M / 2 + 1;  // from so many tokens on, amx.h is faster than dot.h
-};
-
-struct Int8 {
-  static constexpr bool INT8_ACTIVATIONS = true;
-  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
-  static constexpr int PER_WORD = 4;  // elements of a word
+  static constexpr bool BF16_ACTIVATIONS = false;  // whether bf16 ones are multiplied as they are; else they become float
+  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from so many tokens on, amx.h is faster than dot.h
+  static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
+  static constexpr bool HAS_OUTPUT_SCALES = false;        // whether sums are multiplied by a scale of their output
+  static Vec output_scales(const Weights&, int64_t) { return Vec{} + 1; }  // of a block
   // Where in a line of 16 words the byte is that holds element j of an output.
   static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
+  // With INT8_ACTIVATIONS: see QuantizedGroup in activations.h.
+  static float compensation(int32_t sum_q, float scale, float before) { return before + sum_q * scale; }
+};
+
+struct Dense : AnyFormat {
+  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M / 2 + 1;
+};
+
+struct Int8 : AnyFormat {
+  static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
+  static constexpr int PER_WORD = 4;     // elements of a word
+  static constexpr int SCALE_BYTES = 4;  // of a scale: 4 for float, 2 for f16 or bf16, 1 for an exponent
   // Element j of a word, or of each of 16 words.
   static auto element(auto words, int j) { return (words >> (8 * j)) & 255; }
   static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + 128}; }
-  // See QuantizedGroup in activations.h.
+  static Vec output_scales(const Weights& w, int64_t block) {
+    return load_partial(reinterpret_cast<const float*>(w.scales), block * BLOCK_N, w.n);
+  }
   static float compensation(int32_t sum_q, float, float) { return -128 * sum_q; }
 };
 
-struct Int4 {
-  static constexpr bool INT8_ACTIVATIONS = true;
-  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
-  static constexpr int PER_WORD = 8;
-  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
+struct Int4 : AnyFormat {
+  static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
+  static constexpr int PER_WORD = 8, SCALE_BYTES = 2;
   static auto element(auto words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // What is multiplied for each byte 0 to 15 of nibbles.
   static IntVec unsigned_bytes(IntVec nibbles) { return nibbles; }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
-    return {w.group_scales(group), w.group_zeros(group) * (1 / 16.0f)};
+    return {w.half_scales(group), load_vec(w.zeros_of(group)) * (1 / 16.0f)};
   }
-  static float compensation(int32_t sum_q, float scale, float before) { return before + sum_q * scale; }
 };
 
-struct GroupedInt8 {
-  static constexpr bool INT8_ACTIVATIONS = true;
-  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
-  static constexpr int PER_WORD = 4;
-  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
+struct GroupedInt8 : AnyFormat {
+  static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
+  static constexpr int PER_WORD = 4, SCALE_BYTES = 2;
   static auto element(auto words, int j) { return Int8::element(words, j); }
-  // Int8's elements lie in the same places, so both share dot_weight_only, which compiles slowly.
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
-    if (w.format == Format::INT8) return Int8::scales_and_zeros(w, group);
-    return {w.group_scales(group), w.group_zeros(group)};
-  }
-  static float compensation(int32_t sum_q, float scale, float before) {
-    return Int4::compensation(sum_q, scale, before);
+    return {w.half_scales(group), load_vec(w.zeros_of(group))};
   }
 };
 
 // 8-bit floats: float8.h.
-struct Float8 {
-  static constexpr bool INT8_ACTIVATIONS = false;
+struct Float8 : AnyFormat {
+  static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16;
   static constexpr int64_t MIN_AMX_TOKENS = 3;
-  static constexpr int PER_WORD = 4;
+  static constexpr int PER_WORD = 4, SCALE_BYTES = 4;
   static int64_t byte_offset(int64_t output, int64_t j) {
     return output / 4 * 16 + j / 2 * 8 + output % 4 * 2 + j % 2;
   }
   static float element(uint8_t byte, int) { return FLOAT8_VALUES[byte]; }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
-    return {load_vec(w.float_scales + group * BLOCK_N) * FLOAT8_FACTOR, Vec{}};
+    return {load_vec(w.scales_of<float>(group)) * FLOAT8_FACTOR, Vec{}};
   }
 };
 
 // 4-bit floats, e2m1. Twice such a number is an integer from -12 to 12. So it is multiplied as an integer from 0 to 24
 // with a zero point of 12, and with half the scale.
-struct MXFP4 {
+struct MXFP4 : AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = true;
-  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;
-  static constexpr int PER_WORD = 8;
-  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
+  static constexpr int PER_WORD = 8, SCALE_BYTES = 1;
   // 12 + 2 e2m1. The constant holds twice the eight magnitudes, 0 1 2 3 4 6 8 12, in four bits each.
   static auto element(auto words, int j) {
     const auto nibble = Int4::element(words, j), sign = nibble >> 3;
@@ -157,24 +147,22 @@ struct MXFP4 {
     alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
     return lookup_bytes(TABLE, nibbles);
   }
-  static Vec scales(const Weights& w, int64_t group) { return exp2_vec(w.exponents + group * BLOCK_N); }
+  static Vec scales(const Weights& w, int64_t group) { return exp2_vec(w.scales_of<uint8_t>(group)); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {scales(w, group) * 0.5f, Vec{} + 12};
   }
-  static float compensation(int32_t sum_q, float scale, float before) {
-    return Int4::compensation(sum_q, scale, before);
-  }
 };
 
-// Calls function with an object of the format's struct.
-template <typename Function> auto dispatch_format(Format format, Function function) {
-  switch (format) {
-    case Format::DENSE: return function(Dense{});
-    case Format::INT8: return function(Int8{});
-    case Format::INT4: return function(Int4{});
-    case Format::GROUPED_INT8: return function(GroupedInt8{});
-    case Format::FLOAT8: return function(Float8{});
-    case Format::MXFP4: return function(MXFP4{});
-  }
-  __builtin_unreachable();  // ops.cpp refuses other numbers
+template <typename... F> struct FormatList { static constexpr int64_t SIZE = sizeof...(F); };
+using Formats = FormatList<Dense, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id, as in kernels/formats/
+
+// Calls function with an object of the struct at index in the list.
+template <typename First, typename... Others, typename Function>
+auto dispatch(FormatList<First, Others...>, int64_t index, Function function) {
+  if constexpr (sizeof...(Others) > 0)
+    if (index > 0) return dispatch(FormatList<Others...>{}, index - 1, function);
+  return function(First{});
+}
+template <typename Function> auto dispatch_format(int64_t format_id, Function function) {
+  return dispatch(Formats{}, format_id, function);
 }
