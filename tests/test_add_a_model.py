@@ -1,6 +1,7 @@
-"""docs/add_a_model.md: its excerpts stand in the files that they name; its diff, applied to a copy of the tree, adds
-top_n_sigma."""
+"""docs/add_a_model.md: its excerpts stand in the files that they name; its diffs, each applied to a copy of the tree,
+add top_n_sigma and NF4."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,8 +13,8 @@ from tests.tiny import PACKAGES, ROOT
 
 PAGE = (ROOT / "docs/add_a_model.md").read_text()
 EXCERPTS = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.S)
-(DIFF,) = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
-MORE = '''
+TOP_N_SIGMA_DIFF, NF4_DIFF = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
+TOP_N_SIGMA_TESTS = '''
 import pytest
 import torch
 
@@ -41,9 +42,56 @@ def test_top_n_sigma_option():
 '''
 
 
+NF4_TESTS = '''
+import pytest
+import torch
+
+import kernels
+from kernels.formats.nf4 import NF4, VALUES
+from tests import tiny  # puts scripts/ on the path
+
+from benchmark_speed import random_linear  # isort: skip
+
+
+def test_nf4_rounds_to_the_nearest():
+    w = torch.randn(20, 136)
+    tensors = NF4().quantize(w)
+    scales = tensors["scales"].float().repeat_interleave(64, 1)[:, :136, None]
+    nearest = (scales * torch.tensor(VALUES) - w[..., None]).abs().amin(-1)
+    error = (NF4().dequantize(tensors, w.dtype) - w).abs()
+    torch.testing.assert_close(error, nearest, atol=1e-6, rtol=0)
+
+
+def test_nf4_at_random():
+    w = random_linear((200, 600), NF4(), torch.device("cpu"), torch.bfloat16).dequantized_weight(torch.float32)
+    assert abs(w.mean()) < 0.05 * 600**-0.5 and w.std().item() == pytest.approx(600**-0.5, rel=0.1)
+
+
+@pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_on_a_cpu(dtype):
+    """A sum of K products in float32, of weights that AMX rounds to bfloat16, and rounded to dtype."""
+    for n, k, n_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
+        w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
+        exact = w.dequantized_weight(torch.float32)
+        kernels.prepare_kernels(w)
+        assert w.backend == "cpu" and torch.equal(kernels.dequantize(w, torch.float32), exact)
+        w.max_tokens = kernels.MAX_CPU_TOKENS
+        x = torch.randn(n_tokens, k).to(dtype)
+        y, terms = x.double() @ exact.double().T, x.double().abs() @ exact.double().abs().T
+        u = torch.finfo(dtype).eps / 2
+        bound = ((k + 8) * 2**-24 + (u if dtype == torch.bfloat16 else 0)) * terms + u * y.abs() + 2**-25
+        assert ((kernels.fused_linear(x, w).double() - y).abs() <= bound).all()
+'''
+EXAMPLES = {  # name -> diff, tests of ours, and which of the tree's tests also try it
+    "top_n_sigma": (TOP_N_SIGMA_DIFF, TOP_N_SIGMA_TESTS, ["tests/test_sampling.py"]),
+    "nf4": (NF4_DIFF, NF4_TESTS, ["tests/test_quantize.py", "-k", "nf4"]),
+}
+
+
 def test_every_block_is_checked():
     assert len(EXCERPTS) == PAGE.count("```python")
-    assert len(EXCERPTS) + 1 == PAGE.count("```") / 2
+    assert len(EXCERPTS) + len(EXAMPLES) == PAGE.count("```") / 2
 
 
 @pytest.mark.parametrize("file, excerpt", EXCERPTS, ids=[file for file, _ in EXCERPTS])
@@ -58,22 +106,24 @@ def test_excerpts_are_the_code(file, excerpt):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the sources with the page's diff."""
+    """A copy of the sources."""
     for name in (*PACKAGES, "scripts", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, tmp_path)
-    subprocess.run(["git", "apply", "-"], input=DIFF, text=True, cwd=tmp_path, check=True)
     return tmp_path
 
 
-def test_top_n_sigma(tree):
-    (tree / "tests/test_more.py").write_text(MORE)
-    files = ["tests/test_more.py", "tests/test_sampling.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_diff_does_what_the_page_says(name, tree):
+    diff, tests, others = EXAMPLES[name]
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tree, check=True)
+    (tree / "tests/test_more.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_more.py", *others]
+    env = os.environ | {"CXXFLAGS": "-O0"}  # if it compiles the kernels anew, that takes less time so
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout
     (n_passed,) = re.findall(r"(\d+) passed", done.stdout)
     assert int(n_passed) > 5 and "failed" not in done.stdout
-    changed = re.findall(r"^\+\+\+ b/(.*\.py)$", DIFF, re.M)
+    changed = re.findall(r"^\+\+\+ b/(.*\.py)$", diff, re.M)
     subprocess.run([sys.executable, "-m", "ruff", "check", "-q", *changed], cwd=tree, check=True)

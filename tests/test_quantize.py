@@ -15,7 +15,7 @@ from config import UsageError
 from kernels import formats
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
-from kernels.formats.integers import split_groups
+from kernels.formats.integers import GroupedFormat, split_groups
 from loading import load_model
 from model import KVCache, Linear
 from quantize import Int4HQQ
@@ -34,7 +34,7 @@ IMPORTED = {  # which converters write, but quantize.py does not
     "int8.g64 float16": GroupedInt8(64, torch.float16),
 }
 EVERY = FORMATS | IMPORTED
-INTEGERS = {name: format for name, format in EVERY.items() if not isinstance(format, Float8 | MXFP4)}
+INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | GroupedFormat)}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
 FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
@@ -123,8 +123,8 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
 
 
 def test_every_format_is_tested():
-    """Here and on the kernels, which have a number for each."""
-    for tested in ([Dense(), *EVERY.values()], exact_results.CPU_FORMATS, exact_results.TRITON_FORMATS):
+    """Here and on a CPU's kernels. They have a number for each."""
+    for tested in ([Dense(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
     assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
     assert quantize.MODES.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}

@@ -162,9 +162,7 @@ template <> struct LineDecoder<MXFP4> {
   void set_group(const Weights& w, int64_t i) { scale = MXFP4::scales(w, i); }
   void decode(IntVec words, IntVec* lines) const {
     const Vec values = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-    const auto element = [&](int shift) {  // the instruction looks at the lowest four bits of each word
-      return (Vec)_mm512_permutexvar_ps((__m512i)(words >> shift), (__m512)values) * scale;
-    };
+    const auto element = [&](int shift) { return lookup(values, words >> shift) * scale; };
     for (int i = 0; i < 2; i++) {
       lines[i] = bf16_pairs(element(16 * i), element(16 * i + 8));
       lines[i + 2] = bf16_pairs(element(16 * i + 4), element(16 * i + 12));

@@ -115,6 +115,17 @@ inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 #endif
 }
 
+// table[index], where the lowest four bits of each index count.
+inline Vec lookup(Vec table, IntVec indices) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_permutexvar_ps((__m512i)indices, (__m512)table);
+#else
+  Vec v;
+  for (int i = 0; i < LANES; i++) v[i] = table[indices[i] & 15];
+  return v;
+#endif
+}
+
 // 2^(exponent - 127) of 16 exponents, which a float has in the same way. 2^-127 is a subnormal number with one bit set.
 inline Vec exp2_vec(const uint8_t* exponents) {
 #if defined(__AVX512F__)
@@ -131,6 +142,7 @@ inline Vec exp2_vec(const uint8_t* exponents) {
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
 inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
+inline Vec as_float(Vec v) { return v; }
 
 const Vec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 

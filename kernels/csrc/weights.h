@@ -88,7 +88,7 @@ struct Int8 : AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
   static constexpr int PER_WORD = 4;     // elements of a word
   static constexpr int SCALE_BYTES = 4;  // of a scale: 4 for float, 2 for f16 or bf16, 1 for an exponent
-  // Element j of a word, or of each of 16 words.
+  // Element j of a word, or of each of 16 words. Of a byte (linear.h: dequantize_words) j is 0 or, with 4 bits, 4.
   static auto element(auto words, int j) { return (words >> (8 * j)) & 255; }
   static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + 128}; }
   static Vec output_scales(const Weights& w, int64_t block) {

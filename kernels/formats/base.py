@@ -1,7 +1,8 @@
 """What the weight formats have in common: their interface, Dense, and the layouts in which elements are packed."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ class WeightFormat:
     groupsize_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
     name: str | None = None  # in the output of --json and in a file's name
     quantization: dict | None = None  # in model.pth
+    group_size: int | None  # inputs of an output that share a scale. None: all of its inputs do, or there is none
+    elements_per_byte = 1  # of "weight"
     pack_factor = 1  # inputs that a checkpoint packs together: a shard of W is cut at multiples of it
     input_multiple = 1  # a whole W must have a multiple of so many inputs
 
@@ -71,15 +74,19 @@ class WeightFormat:
 
     def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
         """The part of one of the tensors that belongs to W's inputs [start, start + length)."""
-        return tensor[..., start : start + length].clone() if name == "weight" else tensor
+        if name == "weight":
+            return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
+        if self.group_size is None:
+            return tensor
+        return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
 
     def shard_format(self, length: int) -> "WeightFormat":
-        """The format of such a shard."""
-        return self
+        """The format of such a shard. Its groups are so small that none spans two groups of W."""
+        return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 
     def scale_group_size(self, in_features: int) -> int:
         """How many inputs of an output share a scale."""
-        return in_features
+        return self.group_size or in_features
 
     def fits_kernels(self, backend: str, in_features: int) -> bool:
         """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs. Here, as all quantized
@@ -87,12 +94,16 @@ class WeightFormat:
         return in_features % 8 == 0
 
     def pack(self, tensors: Tensors, backend: str) -> Tensors:
-        """A checkpoint's tensors in the order in which the kernels of backend ("cpu" or "triton") read them."""
-        return tensors
+        """A checkpoint's tensors in the order in which the kernels of backend ("cpu" or "triton") read them. Here:
+
+        cpu: words of four bytes. The words of 16 rows lie side by side, then their next words: int32
+        [N / 16, bytes of a row / 4, 16]; scales and zeros alike, [N / 16, n_groups, 16].
+        triton: as they are."""
+        return to_blocked_words(tensors) if backend == "cpu" else tensors
 
     def unpack(self, tensors: Tensors, backend: str, out_features: int, in_features: int) -> Tensors:
         """The inverse of pack, for W [..., out_features, in_features]."""
-        return tensors
+        return from_blocked_words(tensors, out_features) if backend == "cpu" else tensors
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class Dense(WeightFormat):
 
     format_id = 0
     is_option = False
+    group_size = None
 
     @classmethod
     def parse(cls, quantization):
@@ -120,6 +132,12 @@ class Dense(WeightFormat):
 
     def dequantize(self, tensors, dtype):
         return tensors["weight"]
+
+    def pack(self, tensors, backend):
+        return tensors
+
+    def unpack(self, tensors, backend, out_features, in_features):
+        return tensors
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,10 @@ from kernels.formats.base import (
     Tensors,
     WeightFormat,
     from_blocked_layout,
-    from_blocked_words,
     pack_int4,
     repeat_groups,
-    shard_groups,
     swap_bytes,
     to_blocked_layout,
-    to_blocked_words,
     unpack_int4,
 )
 from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
@@ -76,17 +73,6 @@ class Float8(WeightFormat):
             return None
         return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)
 
-    def shard_inputs(self, name, tensor, start, length):
-        if name == "scales" and self.group_size is not None:
-            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
-        return super().shard_inputs(name, tensor, start, length)
-
-    def shard_format(self, length):
-        return self if self.group_size is None else Float8(math.gcd(length, self.group_size))
-
-    def scale_group_size(self, in_features):
-        return self.group_size or in_features
-
     def pack(self, tensors, backend):
         """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
         then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16].
@@ -118,6 +104,7 @@ class MXFP4(WeightFormat):
     mode = name = "mxfp4"
     quantization = {"mode": mode}
     pack_factor = 8
+    elements_per_byte = 2
     input_multiple = 32
 
     def empty(self, shape, dtype, device):
@@ -142,24 +129,10 @@ class MXFP4(WeightFormat):
         excess = (std / 2.93 / 2**exponent) ** 2  # 1 to 4: of the variance with this exponent for all
         tensors["scales"].bernoulli_((excess - 1) / 3).add_(exponent + E8M0_BIAS)  # so many get the next one
 
-    def shard_inputs(self, name, tensor, start, length):
-        if name == "weight":
-            return tensor[..., start // 2 : (start + length) // 2].clone()
-        if name == "scales":
-            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
-        return tensor
-
-    def shard_format(self, length):
-        return MXFP4(math.gcd(length, self.group_size))
-
-    def scale_group_size(self, in_features):
-        return self.group_size
-
     def pack(self, tensors, backend):
-        """cpu: words and scales, blocked as Int4's.
-        triton: tiles, as Int4's; scales column by column."""
+        """triton: tiles, as Int4's; scales column by column."""
         if backend == "cpu":
-            return to_blocked_words(tensors)
+            return super().pack(tensors, backend)
         from kernels.triton_elements import by_column
         from kernels.triton_tiles import pack_tiles
 
@@ -167,7 +140,7 @@ class MXFP4(WeightFormat):
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
-            return from_blocked_words(tensors, out_features)
+            return super().unpack(tensors, backend, out_features, in_features)
         from kernels.triton_tiles import unpack_tiles
 
         weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))

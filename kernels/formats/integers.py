@@ -1,7 +1,7 @@
 """Int8, Int4 and GroupedInt8: weights as integers with a scale, and how they are rounded to these."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,12 +11,9 @@ from kernels.formats.base import (
     Tensors,
     WeightFormat,
     from_blocked_layout,
-    from_blocked_words,
     pack_int4,
     repeat_groups,
-    shard_groups,
     to_blocked_layout,
-    to_blocked_words,
     unpack_int4,
 )
 
@@ -31,6 +28,7 @@ class Int8(WeightFormat):
 
     format_id = 1
     mode = name = "int8"
+    group_size = None
     quantization = {"mode": mode}
 
     @classmethod
@@ -83,7 +81,6 @@ class GroupedFormat(WeightFormat):
 
     mode: ClassVar[str]
     group_sizes: ClassVar[tuple[int, ...]]  # that model.pth may have
-    elements_per_byte: ClassVar[int]
     zeros_per_step: ClassVar[int]  # zero points are stored in this part of a step of q
 
     @property
@@ -132,32 +129,6 @@ class GroupedFormat(WeightFormat):
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
         return format_class(math.gcd(self.group_size, other.group_size), self.scale_dtype)
-
-    def shard_inputs(self, name, tensor, start, length):
-        if name == "weight":
-            return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
-        if name in ("scales", "zeros"):
-            return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
-        return tensor
-
-    def shard_format(self, length):
-        # Small enough that no group spans two groups of W
-        return replace(self, group_size=math.gcd(length, self.group_size))
-
-    def scale_group_size(self, in_features):
-        return self.group_size
-
-    def pack(self, tensors, backend):
-        """cpu: words of four bytes. The words of 16 rows lie side by side, then their next words: int32
-        [N / 16, bytes of a row / 4, 16]; scales and zeros alike, [N / 16, n_groups, 16]."""
-        if backend != "cpu":
-            return tensors
-        return to_blocked_words(tensors)
-
-    def unpack(self, tensors, backend, out_features, in_features):
-        if backend != "cpu":
-            return tensors
-        return from_blocked_words(tensors, out_features)
 
 
 class Int4(GroupedFormat):
@@ -226,7 +197,6 @@ class GroupedInt8(GroupedFormat):
     mode = "int8"  # with a group size, which Int8 has not
     is_option = False
     group_sizes = INT8_GROUP_SIZES
-    elements_per_byte = 1
     zeros_per_step = 1
 
     def quantize_rows(self, w):
