@@ -26,10 +26,10 @@ constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes o
 //
 // The last block is filled up to 16 outputs.
 struct Weights {
-  int64_t format;  // format_id in kernels/formats/
-  const char *data, *scales, *zeros;                      // scales and zeros: as the format reads them, or null
-  int64_t data_stride, scales_stride, zeros_stride;       // bytes from a matrix of the stack to the next
-  int64_t bits;                                           // of an element
+  int64_t format;                                    // format_id in kernels/formats/
+  const char *data, *scales, *zeros;                 // scales and zeros: as the format reads them, or null
+  int64_t data_stride, scales_stride, zeros_stride;  // bytes from a matrix of the stack to the next
+  int64_t bits;                                      // of an element
   int64_t n, k;
   int64_t group_size, n_groups;  // how many inputs share a scale, and how many groups an output has. Int8: k and 1
   bool has_f16_scales;           // scales of 16 bits are f16, else bf16
