@@ -30,6 +30,7 @@ from torch import Tensor
 
 import tp
 from config import UsageError
+from kernels.record import with_tape_threads
 from machine import free_memory
 from model import Transformer
 from sampling import SamplingParams, sample
@@ -171,7 +172,7 @@ class Scheduler:
         logits = self.decode_step(last_ids, start_pos)
         for slot in slots:
             self.cached_ids[slot].append(self.running[slot].new_ids[-1])
-        return self.sample_next(slots, logits, last_ids, start_pos)
+        return with_tape_threads(self.sample_next, slots, logits, last_ids, start_pos)
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. The slots of

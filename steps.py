@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import tp
 from config import UsageError
 from kernels.cpu import find_compiler
-from kernels.record import record
+from kernels.record import record, with_tape_threads
 from machine import check_memory
 from model import KVCache, Transformer
 from sampling import SamplingParams, penalize, sample
@@ -153,7 +153,8 @@ class ModelStep:
             step = self.compiled_step if self.compile else self.eager_step.on_used_cache
         elif self.device_type == "cpu":
             # A recording on a CPU holds nothing but kernels, and there are none for sampling.
-            return self.postprocess(self.recorded_logits(tokens, start_pos), tokens, start_pos, *extra_inputs)
+            logits = self.recorded_logits(tokens, start_pos)
+            return with_tape_threads(self.postprocess, logits, tokens, start_pos, *extra_inputs)
         else:
             step = self.recorded_step if self.compile and self.device_type == "cuda" else self.eager_step
         return step(tokens, start_pos, *extra_inputs)

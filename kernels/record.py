@@ -33,6 +33,7 @@ from kernels.schema import SCHEMAS
 # again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
 active_recorder: "Recorder | None" = None
+tape_functions: ctypes.CDLL | None = None  # once there is a tape
 
 
 def record(step: Callable) -> Callable:
@@ -60,6 +61,20 @@ def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if active_recorder is None:
         return fn(*inputs)
     return active_recorder.graph_break(fn, inputs)
+
+
+def with_tape_threads(fn: Callable, *args):
+    """fn(*args), which a caller does between two replays, with no more of PyTorch's threads than a tape takes now. More
+    would wait for the cores that other programs need, and then spin there for milliseconds."""
+    n_threads = torch.get_num_threads()
+    n_tape_threads = n_threads if tape_functions is None else tape_functions.tape_threads()
+    if n_tape_threads == n_threads:
+        return fn(*args)
+    torch.set_num_threads(n_tape_threads)
+    try:
+        return fn(*args)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class CUDAGraph:
@@ -134,9 +149,9 @@ class Recorder(TorchDispatchMode):
         return False
 
     def begin_tape(self):
-        global active_recorder
-        active_recorder = self
-        self.segments.append(Tape(cpu.library()))
+        global active_recorder, tape_functions
+        active_recorder, tape_functions = self, cpu.library()
+        self.segments.append(Tape(tape_functions))
 
     def end_tape(self):
         global active_recorder

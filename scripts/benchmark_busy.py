@@ -11,8 +11,9 @@ each of these ways, one after the other:
     one_thread_beside_busy    with one thread, beside that process; more threads should not be slower
     two                       two processes at once, each with all threads; together they should give 0.9 of one alone
 
-Every text begins with all threads, so its time includes the search for the number that is best. The other processes
-hold the end of a pipe from this one. When it ends, for whatever reason, the pipe ends, and so do they.
+Every text follows a pause, after which it begins with all threads. So its time includes the search for the number that
+is best. The other processes hold the end of a pipe from this one. When it ends, for whatever reason, the pipe ends, and
+so do they.
 """
 
 import argparse
@@ -30,7 +31,6 @@ from statistics import median
 
 import torch
 from benchmark_speed import SAMPLING, random_model, time_tokens
-from compare_speed import PAUSE
 from tqdm import tqdm
 
 from config import ModelConfig, OutOfMemoryError, UsageError
@@ -41,6 +41,7 @@ from model import KVCache
 from steps import Steps, build_steps
 
 CPU = torch.device("cpu")
+PAUSE = 1.1  # seconds, after which ThreadCount has forgotten how busy the machine was
 # Prints a line, then keeps a core busy until stdin ends
 SPIN = "import select\nprint(flush=True)\nwhile not select.select([0], [], [], 0)[0]: pass"
 
@@ -101,7 +102,7 @@ class Decoder:
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 
     def new_steps(self, n_threads: int) -> Steps:
-        """Steps that have just been recorded: they know nothing yet of how busy the machine is."""
+        """Steps that have just been recorded."""
         torch.set_num_threads(n_threads)
         steps = build_steps(self.model, self.kv_cache, SAMPLING)
         time_tokens(self.model, steps, 0, 1, 2)  # records

@@ -6,7 +6,7 @@ import torch
 import kernels
 from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Float8, Int4, Int8
-from kernels.record import MAX_CPU_GRAPHS, graph_break, record
+from kernels.record import MAX_CPU_GRAPHS, graph_break, record, with_tape_threads
 from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer
 from rope import rope_table
 from tests.test_kernels import packed
@@ -160,6 +160,23 @@ def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
         with pytest.raises(RuntimeError, match=said):
             recorded(torch.tensor([[token]]), torch.tensor([position]))
         assert torch.equal(kv_cache.layers[0].k, before)
+
+
+def test_between_replays_pytorch_takes_the_tapes_threads(monkeypatch):
+    """And then again what the user has set, also after an error."""
+
+    class Functions:
+        tape_threads = staticmethod(lambda: 2)
+
+    monkeypatch.setattr(kernels.record, "tape_functions", Functions)
+    torch.set_num_threads(3)
+    try:
+        assert with_tape_threads(lambda x: (x, torch.get_num_threads()), 5) == (5, 2) and torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError):
+            with_tape_threads(lambda x: 1 / x, 0)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
 
 
 @built

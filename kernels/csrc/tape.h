@@ -72,7 +72,8 @@ template <typename Operation> class OpOf : public Op {
 using Ops = std::vector<std::unique_ptr<Op>>;
 struct Tape {
   Ops ops;
-  ThreadCount thread_count;
+  int n_replays = 0;
+  double second_seconds = 0;  // of the second replay; the first one also waits for new memory
 };
 
 // Executes ops in one parallel region. Returns how long its threads stalled, all together.
@@ -97,15 +98,21 @@ inline const char* find_error(const Ops& ops) {
   return nullptr;
 }
 
+// How many threads the tapes take that this thread replays. One number serves all, since to change it from tape to tape
+// would cost more than it gains.
+inline thread_local ThreadCount thread_count;
+
 // Executes a tape. If an input's value is wrong, computes nothing and returns the message. adapt_threads: take fewer
-// threads while other programs need the cores. Not for one of several tapes that follow each other: changing the number
-// of threads between them would cost more than it gains.
+// threads while other programs need the cores. Not for one of several tapes with functions between them.
 inline const char* replay(Tape& tape, bool adapt_threads) {
+  static thread_local double last_end = 0;
   if (const char* error = find_error(tape.ops)) return error;
   const int most = torch::stable::get_num_threads();
-  const auto start = Clock::now();
-  const double stalled = execute(tape.ops, adapt_threads ? tape.thread_count.next(most) : most);
-  if (adapt_threads) tape.thread_count.add(seconds_since(start), stalled);
+  const double start = now();
+  const double stalled = execute(tape.ops, adapt_threads ? thread_count.next(most, start - last_end) : most);
+  const double end = last_end = now();
+  if (++tape.n_replays == 2) tape.second_seconds = end - start;
+  if (adapt_threads && tape.n_replays > 2) thread_count.add(end, end - start, stalled, tape.second_seconds);
   return nullptr;
 }
 
@@ -132,5 +139,6 @@ extern "C" {
 Tape* tape_begin() { return recording = new Tape; }
 void tape_end() { recording = nullptr; }
 const char* tape_replay(Tape* tape, bool adapt_threads) { return replay(*tape, adapt_threads); }
+int tape_threads() { return thread_count.next(torch::stable::get_num_threads()); }
 void tape_free(Tape* tape) { delete tape; }
 }

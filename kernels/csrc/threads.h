@@ -12,9 +12,9 @@
 #include <cstdint>
 #include <thread>
 
-using Clock = std::chrono::steady_clock;
-inline double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
+// Seconds, by a clock that all programs share.
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // The range [begin, end) of n tasks that a thread does.
@@ -44,69 +44,88 @@ class Barrier {
       _mm_pause();
 #endif
     }
-    const auto start = Clock::now();
+    const double start = now();
     while (round.load(std::memory_order_acquire) == this_round) std::this_thread::yield();
-    stalled_ns.fetch_add(int64_t(seconds_since(start) * 1e9), std::memory_order_relaxed);
+    stalled_ns.fetch_add(int64_t((now() - start) * 1e9), std::memory_order_relaxed);
   }
 
   // The stalls of all threads together.
   double stalled_seconds() const { return stalled_ns.load(std::memory_order_relaxed) * 1e-9; }
 };
 
-// How many threads a repeated computation takes. If another program needs a core, the thread on it stops for
-// milliseconds at a time, and all others wait for it at the next barrier. Then fewer threads are faster.
+// How many threads repeated computations take. If another program needs a core, the thread on it stops for milliseconds
+// at a time, and all others wait for it at the next barrier. Then fewer threads are faster.
 //
 // If threads stall, it tries fewer of them for some repetitions, and keeps the number that took less time. Later it
 // tries more again from time to time, since the other program may have ended. After a trial in vain, the next one waits
-// twice as long. On an idle machine nobody stalls, and nothing is tried.
+// twice as long. On an idle machine nobody stalls, and nothing is tried. After a pause all of that is forgotten.
+//
+// Two programs that decode at the same time are only faster if both take fewer threads. So both should try it together,
+// without knowing of each other. A trial begins when their common clock passes a multiple of the time to wait:
+//
+//     windows of the clock    0   1   2   3   4   5   6   7   8      trials every 2 windows at first, then every 4 ...
+//     one program                     |trial  |       |trial          every 2, then every 4
+//     another, just started                           |trial
+//
+// Several computations may take turns, such as decoding and verifying. Then their times cannot be compared, so each is
+// divided by what the same computation took once.
 class ThreadCount {
-  static constexpr int MIN_WINDOW = 2, MAX_WINDOW = 8;        // repetitions that are timed for a decision,
-  static constexpr double WINDOW_SECONDS = 0.03;              // and how long that takes at least, up to MAX_WINDOW
-  static constexpr double MAX_STALLED = 0.15;                 // of the waiting threads' time; above it fewer are tried
-  static constexpr double MIN_GAIN = 0.03;                    // of the time; a trial that gains less is in vain
-  static constexpr int MIN_PATIENCE = 16, MAX_PATIENCE = 256;  // windows between two trials
+  static constexpr double WINDOW_SECONDS = 0.03;             // a decision takes so long, or longer, until it has timed
+  static constexpr int MIN_TIMED = 2;                        // so many repetitions
+  static constexpr double MAX_STALLED = 0.15;                // of the waiting threads' time; above it fewer are tried
+  static constexpr double MIN_GAIN = 0.03;                   // of the time; a trial that gains less is in vain
+  static constexpr double MAX_LOSS = 0.25;                   // of a repetition; above it a trial of more threads ends
+  static constexpr int LESS_PATIENCE = 2, MORE_PATIENCE = 16, MAX_PATIENCE = 256;  // windows between two trials
+  static constexpr double PAUSE_SECONDS = 1;
 
   int most = 0, current = 0;  // threads
   int before_trial = 0;       // threads before the trial that is going on; 0: there is none
-  int drop = 1;               // threads that the next trial leaves out
-  int patience = MIN_PATIENCE, n_windows = MIN_PATIENCE;  // n_windows: since the last trial
-  int n_timed = 0;                                        // repetitions of this window
-  double seconds = 0, stalled = 0, seconds_before = 0;    // of a repetition, in this window and before the trial
+  int divisor = 2;            // the next trial of fewer threads leaves out one of so many
+  int patience = LESS_PATIENCE;
+  int64_t first_window = 0;          // of the clock, in which the repetitions began that are being timed
+  int n_timed = 0;                   // how many these are
+  double seconds = 0, stalled = 0;   // of all of these
+  double time = 0, time_before = 0;  // of one of these and of one before the trial, as a multiple of what it took once
 
  public:
-  // How many threads the next repetition takes, of n.
-  int next(int n) {
-    if (n != most) *this = ThreadCount{}, most = current = n;
+  // How many threads the next repetition takes, of n. pause_seconds: since the last one.
+  int next(int n, double pause_seconds = 0) {
+    if (n != most || pause_seconds > PAUSE_SECONDS) *this = ThreadCount{}, most = current = n;
     return current;
   }
 
-  // Tells it how long that repetition took, and how long its threads stalled, all together.
-  void add(double repetition_seconds, double stalled_seconds) {
-    seconds += repetition_seconds, stalled += stalled_seconds;
-    n_timed++;
-    if (n_timed < MIN_WINDOW || (n_timed < MAX_WINDOW && seconds < WINDOW_SECONDS)) return;
-    seconds /= n_timed, stalled /= n_timed;
+  // Tells it when that repetition ended, how long it took, how long its threads stalled, all together, and how long the
+  // same computation took once.
+  void add(double end, double repetition_seconds, double stalled_seconds, double once_seconds) {
+    const int64_t window = int64_t(end / WINDOW_SECONDS);
+    const double repetition = repetition_seconds / once_seconds;
+    if (n_timed++ == 0) first_window = int64_t((end - repetition_seconds) / WINDOW_SECONDS);
+    seconds += repetition_seconds, stalled += stalled_seconds, time += repetition;
+    const bool is_hopeless = before_trial && current > before_trial && repetition > (1 + MAX_LOSS) * time_before;
+    if ((n_timed < MIN_TIMED || window == first_window) && !is_hopeless) return;
+    time /= n_timed;
     if (before_trial) end_trial();
-    else if (++n_windows >= patience) begin_trial();
-    n_timed = 0, seconds = stalled = 0;
+    else if (window / patience != first_window / patience) begin_trial();
+    n_timed = 0, seconds = stalled = time = 0;
   }
 
  private:
   void begin_trial() {
     int n = current;
-    if (current > 1 && stalled > MAX_STALLED * (current - 1) * seconds) n = std::max(1, current - drop);
+    if (current > 1 && stalled > MAX_STALLED * (current - 1) * seconds) n = current - std::max(1, current / divisor);
     else if (current < most) n = current + (most - current + 1) / 2;
     if (n == current) return;
-    before_trial = current, current = n, seconds_before = seconds;
+    before_trial = current, current = n, time_before = time;
   }
 
   void end_trial() {
-    if (seconds < (1 - MIN_GAIN) * seconds_before) {
-      drop = 1, patience = MIN_PATIENCE;
+    const bool is_drop = current < before_trial;
+    if (time < (1 - MIN_GAIN) * time_before) {
+      divisor = 2, patience = is_drop ? MORE_PATIENCE : LESS_PATIENCE;
     } else {
-      if (current < before_trial) drop = std::min(2 * drop, most);
       current = before_trial, patience = std::min(2 * patience, MAX_PATIENCE);
+      if (is_drop) divisor = divisor < current ? 2 * divisor : 2;
     }
-    before_trial = n_windows = 0;
+    before_trial = 0;
   }
 };
