@@ -19,11 +19,11 @@ from config import UsageError
 from scheduler import finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer, common_prefix_length
 
-# If less than FORGET_BELOW of the context is free for an answer, the oldest messages are forgotten until FORGET_UNTIL
+# If less than DROP_BELOW of the context is free for an answer, the oldest messages are forgotten until DROP_UNTIL
 # is free. Forgetting a message moves all tokens behind it, so that they must be computed again. So that this does not
 # happen in every turn, more is freed than one answer needs.
-FORGET_BELOW, FORGET_UNTIL = 1 / 8, 1 / 4
-CUT = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
+DROP_BELOW, DROP_UNTIL = 1 / 8, 1 / 4
+RESUMABLE = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
 
 
 class ContextFull(UsageError):
@@ -34,9 +34,9 @@ class TokenGenerator(Protocol):
     """Continues a text. There are two: what generate.build_token_generator returns, and, with speculate.py,
     partial(speculate, speculation)."""
 
-    def __call__(self, history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues history, the token ids of a text. Its first start tokens are in the KV cache. Yields the new tokens
-        of each step, [n][B]: n tokens of each of B sequences."""
+    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Continues the text token_ids. Yields the new tokens of each step, [n][B]: n tokens of each of B sequences.
+        n_cached: how many of token_ids are in the KV cache."""
 
 
 class Conversation:
@@ -51,11 +51,11 @@ class Conversation:
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
-        self.n_forgotten = 0  # how many messages were forgotten to make room for the last answer
+        self.n_dropped = 0  # how many messages were forgotten to make room for the last answer
         # About the last answer
         self.answer_ids: list[int] = []  # its tokens, without the end token
         self.token_times: list[float] = []  # when each token arrived, also the end token; only since it last went on
-        self.finish_reason: str | None = None  # "stop": an end token; or one of CUT; None: there is no answer
+        self.finish_reason: str | None = None  # "stop": an end token; or one of RESUMABLE; None: there is no answer
         self.detokenizer = IncrementalDetokenizer(tokenizer)
         self.encode("Hello", [])  # raises if there is no chat template
 
@@ -76,7 +76,7 @@ class Conversation:
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
         """Goes on with the last answer after its last token, and yields what follows. Raises ContextFull if the answer
         takes the whole context, and UsageError if it was not cut."""
-        if not self.messages or self.finish_reason not in CUT:
+        if not self.messages or self.finish_reason not in RESUMABLE:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
         ids = self.make_room(earlier, question["content"], self.answer_ids, max_new_tokens)
@@ -90,20 +90,20 @@ class Conversation:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
 
         def is_enough(n_pairs: int) -> bool:
-            return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * FORGET_UNTIL
+            return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * DROP_UNTIL
 
         if self.tokenizer.exceeds(message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
-        if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * FORGET_BELOW):
+        if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):
             # The least number that is enough; all pairs, if none is.
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)
             ids = ids_without(n_pairs)
         if len(ids) >= self.max_seq_len:
             what, hint = ("Message and answer take", "") if answer_ids else ("That takes", ": shorten it")
             raise ContextFull(f"{what} {len(ids)} tokens, and the context has {self.max_seq_len}{hint}.")
-        self.n_forgotten = 2 * n_pairs
-        del self.messages[: self.n_forgotten]
+        self.n_dropped = 2 * n_pairs
+        del self.messages[: self.n_dropped]
         return ids
 
     def stream(self, ids: list[int], max_new_tokens: int, turn: list[dict]) -> Iterator[str]:
@@ -148,13 +148,13 @@ class Conversation:
                 not_cached = [token]
                 yield token
 
-    def forget_oldest(self) -> list[dict]:
+    def drop_oldest(self) -> list[dict]:
         """Forgets the oldest message and its answer, and returns them."""
         forgotten = self.messages[:2]
         del self.messages[:2]
         return forgotten
 
-    def forget_all(self):
+    def drop_all(self):
         self.messages.clear()
 
     def to_list(self) -> list[dict]:

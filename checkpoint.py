@@ -5,7 +5,7 @@
 
 It is a file of torch.save with this dict:
 
-    {"format": "gpt-fast/4", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/5", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
 It is read with torch.load(mmap=True, weights_only=True), so it cannot run code. It is written tensor by tensor under a
 temporary name and renamed at the end, so a file with its real name is always complete. If two processes write the same
@@ -32,12 +32,12 @@ from torch.serialization import skip_data
 from tqdm import tqdm
 
 from config import ModelConfig, UsageError
-from machine import lacks_memory
+from machine import is_out_of_memory
 
-CHECKPOINT_VERSION = "gpt-fast/4"
+CHECKPOINT_VERSION = "gpt-fast/5"
 
-# Earlier versions of the format differ in names only: parts of the tensors' names, and fields of the config's objects.
-EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3")
+# Earlier versions of the format differ in names only: of tensors, of the config's fields, and of activations.
+EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
@@ -45,7 +45,9 @@ RENAMED_TENSORS = {
 }  # fmt: skip
 RENAMED_FIELDS = {
     "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
+    "window_layers": "layer_has_window", "rope_layers": "layer_has_rope",
 }  # fmt: skip
+RENAMED_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu_tanh"}
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 NamedTensor = tuple[str, Tensor]
@@ -72,7 +74,7 @@ def save_checkpoint(
         for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
         with open(temporary, "w+b") as file:
-            placeholders = lay_out(file, header, shapes)
+            placeholders = reserve_space(file, header, shapes)
             write_tensors(file, placeholders, tensors)
             file.flush()
             os.fsync(file.fileno())
@@ -92,7 +94,7 @@ def replace_file(temporary: Path, path: Path):
         raise UsageError(f"cannot write {path}: another process has begun to write it, and only that one may") from None
 
 
-def lay_out(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
+def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
     """Writes the checkpoint with room for the tensors' bytes, but without these. Returns a fake tensor for each of
     shapes. It has no data, but it knows the real tensor's offset in the file."""
     with FakeTensorMode():
@@ -105,7 +107,7 @@ def lay_out(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[NamedTensor]):
-    """Writes the tensors' bytes where lay_out has left room for them."""
+    """Writes the tensors' bytes where reserve_space has left room for them."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -129,7 +131,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     (machine.drop_pages). Raises UsageError if path is not a checkpoint."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
-    data = load_pickle(path)
+    data = load_torch_file(path)
     if not isinstance(data, dict) or data.get("format") not in (CHECKPOINT_VERSION, *EARLIER_VERSIONS):
         maker = "scripts/convert_hf_checkpoint.py"
         raise UsageError(f"{path} is not a {CHECKPOINT_VERSION} checkpoint; make one with {maker}")
@@ -137,7 +139,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not is_state_dict(tensors):
         raise UsageError(f"{path} holds no table of tensors; convert it again")
     if data["format"] in EARLIER_VERSIONS:
-        config, tensors = rename(config, tensors)
+        config, tensors = rename_earlier(config, tensors)
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
@@ -148,14 +150,16 @@ def is_state_dict(tensors) -> bool:
     return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())
 
 
-def rename(config, tensors: dict[str, Tensor]) -> tuple:
-    """The config and tensors of an earlier format with today's names. The config may still be anything:
+def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
+    """(config, tensors) of an earlier version, with today's names. The config may still be anything:
     ModelConfig.from_dict checks it later."""
     if isinstance(config, dict):
-        config = dict(config)
+        config = rename_fields(config)
         for name in ("moe", "rope_scaling"):
             if isinstance(config.get(name), dict):
-                config[name] = {RENAMED_FIELDS.get(field, field): value for field, value in config[name].items()}
+                config[name] = rename_fields(config[name])
+        if isinstance(activation := config.get("activation"), str):
+            config["activation"] = RENAMED_ACTIVATIONS.get(activation, activation)
     renamed = {}
     for name, tensor in tensors.items():
         for old, new in RENAMED_TENSORS.items():
@@ -164,7 +168,11 @@ def rename(config, tensors: dict[str, Tensor]) -> tuple:
     return config, renamed
 
 
-def load_pickle(path: Path, legacy: bool = False):
+def rename_fields(fields: dict) -> dict:
+    return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+
+
+def load_torch_file(path: Path, legacy: bool = False):
     """Reads what torch.save has written to path, memory-mapped. Raises UsageError for anything but weights, since other
     pickles can run code. legacy: also read files from before PyTorch 1.6, which cannot be mapped."""
     if not path.is_file():
@@ -175,7 +183,7 @@ def load_pickle(path: Path, legacy: bool = False):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on broken input
-        if lacks_memory(e):
+        if is_out_of_memory(e):
             raise
         raise UsageError(explain_load_error(path, e)) from None
 

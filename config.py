@@ -15,7 +15,7 @@ class OutOfMemoryError(UsageError):
     """Memory is too small for what was asked for. What would be right depends on the program: see cli.run."""
 
 
-ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")  # of the gate; kernels/reference.py has their formulas
+ACTIVATIONS = ("swiglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not create millions of them
 MAX_SIZE = 2**31
@@ -85,7 +85,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
     post_norm: bool = False  # RMSNorm after them, before the residual is added
-    activation: str = "silu"  # one of ACTIVATIONS
+    activation: str = "swiglu"  # one of ACTIVATIONS
     qkv_bias: bool = False
     out_bias: bool = False
     ffn_bias: bool = False
@@ -96,7 +96,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
     qk_norm_all_heads: bool = False  # qk_norm is over all heads of a token together
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    window_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all
+    layer_has_window: tuple[bool, ...] | None = None  # for each layer whether it has the window; None: all have it
     sinks: bool = False  # every head has a score for attending to nothing
     attention_scale: float | None = None  # multiplies the scores; None: 1 / sqrt(head_dim)
     attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: unchanged
@@ -106,7 +106,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
-    rope_layers: tuple[bool, ...] | None = None  # which layers have RoPE; None: all
+    layer_has_rope: tuple[bool, ...] | None = None  # for each layer whether it has RoPE; None: all have it
     window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
     alibi: bool = False  # scores fall with the distance, in each head by another slope (rope.py: alibi_slopes)
 
@@ -157,7 +157,7 @@ class ModelConfig:
             raise UsageError(f"RoPE with theta {self.rope_theta} and {rotary_dim} elements cannot be scaled")
 
     def check_options(self):
-        for name in ("window_layers", "rope_layers"):
+        for name in ("layer_has_window", "layer_has_rope"):
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.n_layers:
                 raise UsageError(f"{name} is about {len(layers)} layers; the model has {self.n_layers}")
@@ -173,13 +173,13 @@ class ModelConfig:
 
     def with_layers(self, n: int) -> "ModelConfig":
         """The same model with only its first n layers."""
-        window_layers = self.window_layers and self.window_layers[:n]
-        rope_layers = self.rope_layers and self.rope_layers[:n]
-        return replace(self, n_layers=n, window_layers=window_layers, rope_layers=rope_layers)
+        has_window = self.layer_has_window and self.layer_has_window[:n]
+        has_rope = self.layer_has_rope and self.layer_has_rope[:n]
+        return replace(self, n_layers=n, layer_has_window=has_window, layer_has_rope=has_rope)
 
     def window(self, layer: int) -> int:
         """How many tokens a token sees in this layer, itself included; 0: all."""
-        has_window = self.window_layers is None or self.window_layers[layer]
+        has_window = self.layer_has_window is None or self.layer_has_window[layer]
         return (self.sliding_window or 0) if has_window else 0
 
     def mean_attended_tokens(self, n_tokens: int) -> float:

@@ -55,7 +55,7 @@ def load_model(
     model = empty_model(config, parse_formats(quantization))
     has_same_format = model.lm_head.format == model.embed_tokens.format
     is_tied = config.tie_embeddings and has_same_format and "lm_head.weight" not in tensors
-    quantized_names = quantized_tensors(model)
+    quantized_names = quantized_tensor_names(model)
     check_tensors(path, model, tensors, is_tied, quantized_names)
     n_ranks = tp.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # where packing copies all weights
@@ -78,13 +78,13 @@ def load_model(
     model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
     if use_kernels:
-        model.prepare_kernels(in_mapped_file=True)
+        model.prepare_kernels(is_mmapped=True)
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model
 
 
-def quantized_tensors(model: Transformer) -> set[str]:
+def quantized_tensor_names(model: Transformer) -> set[str]:
     """The names of the tensors that quantized weights consist of. Loading does not change their dtypes."""
     names = set()
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:

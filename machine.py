@@ -72,7 +72,7 @@ def cpu_name() -> str:
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second at which a sum over 512 MiB reads memory, the best of five. A step cannot read its weights
-    faster. Raises MemoryError or RuntimeError (see lacks_memory) if there is no room for 512 MiB."""
+    faster. Raises MemoryError or RuntimeError (see is_out_of_memory) if there is no room for 512 MiB."""
     if device.type == "cpu" and free_memory() < READ_BYTES:
         raise MemoryError
     return sum_bandwidth([torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)])
@@ -87,7 +87,7 @@ def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
             break
         chosen.append(tensor)
         n_bytes += tensor.nbytes
-    return sum_bandwidth(join_neighbours(chosen)) if chosen and n_bytes >= 2 * cached else None
+    return sum_bandwidth(merge_adjacent(chosen)) if chosen and n_bytes >= 2 * cached else None
 
 
 def sum_bandwidth(tensors: list[Tensor]) -> float:
@@ -103,7 +103,7 @@ def sum_bandwidth(tensors: list[Tensor]) -> float:
     return sum(tensor.nbytes for tensor in tensors) / min(seconds)
 
 
-def join_neighbours(tensors: list[Tensor]) -> list[Tensor]:
+def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
     """The memory of a CPU's tensors as int64 tensors. Tensors that lie next to each other become one: a small tensor's
     sum takes less time than the call."""
     spans: list[list[int]] = []  # [start, end)
@@ -186,7 +186,7 @@ def check_memory(n_bytes: int, what: str):
         raise OutOfMemoryError(f"{what} takes {taken} GB of memory, of which {left} are free")
 
 
-def lacks_memory(e: Exception) -> bool:
+def is_out_of_memory(e: Exception) -> bool:
     """Whether e means that memory ran out. PyTorch's allocators raise RuntimeError for that."""
     if isinstance(e, RuntimeError):
         return re.search("out of memory|allocate memory|bad_alloc", str(e)) is not None

@@ -84,10 +84,10 @@ class Transformer(nn.Module):
         embedding.weight, embedding.scales, embedding.zeros = head.weight, head.scales, head.zeros
         embedding.format, embedding.backend = head.format, head.backend
 
-    def prepare_kernels(self, in_mapped_file: bool = False):
+    def prepare_kernels(self, is_mmapped: bool = False):
         """Switches to the kernels for the model's device: see kernels.prepare_kernels."""
         is_tied = self.is_tied
-        kernels.prepare_kernels(self, in_mapped_file)
+        kernels.prepare_kernels(self, is_mmapped)
         if is_tied:  # the head's weight may have been packed
             self.tie_embedding()
 

@@ -34,7 +34,7 @@ from torch import Tensor
 import cli
 import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
-from cli.checkpoints import model_file
+from cli.checkpoints import resolve_checkpoint
 from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, MXFP4, Float8, Int4, Int8, Tensors, WeightFormat
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
@@ -138,7 +138,7 @@ def check_args(args: argparse.Namespace):
 def main():
     args = parse_args()
     cli.set_threads(args.threads)
-    path = args.checkpoint_path = model_file(args.checkpoint_path)
+    path = args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")

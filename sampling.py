@@ -21,7 +21,7 @@ SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
 # How sorted_nucleus avoids sorting a whole vocabulary on a CPU
 SMALL_VOCABULARY = 1000  # so many tokens are sorted faster than searched
 FIRST_THRESHOLD = 2**-10  # fewer than 1024 tokens can have more probability than this
-CHUNK = 64  # neighbouring tokens; all are skipped if the largest probability among them is below the threshold
+VOCAB_BLOCK = 64  # neighbouring tokens; all are skipped if the largest probability among them is below the threshold
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,18 @@ def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 def search_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """sorted_nucleus for one sequence [V]. It sorts only the tokens above a threshold. If their probabilities sum to
     less than top_p, it tries again with an eighth of the threshold. Mostly the first one serves."""
-    missing = -len(probs) % CHUNK
-    chunks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, CHUNK)
-    largest = chunks.amax(-1)
+    missing = -len(probs) % VOCAB_BLOCK
+    blocks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, VOCAB_BLOCK)
+    largest = blocks.amax(-1)
     threshold = FIRST_THRESHOLD
     while threshold > (1 - top_p) / len(probs):  # below that, so few tokens are left out that all may be sorted
-        chunk_ids = (largest > threshold).nonzero()[:, 0]
-        values = chunks[chunk_ids].flatten()
+        block_ids = (largest > threshold).nonzero()[:, 0]
+        values = blocks[block_ids].flatten()
         indices = (values > threshold).nonzero()[:, 0]  # in values
         values, order = values[indices].sort(descending=True, stable=True)
         if len(values) and values.cumsum(-1)[-1] >= top_p:
             indices = indices[order]
-            return values, chunk_ids[indices // CHUNK] * CHUNK + indices % CHUNK
+            return values, block_ids[indices // VOCAB_BLOCK] * VOCAB_BLOCK + indices % VOCAB_BLOCK
         threshold /= 8
     return probs.sort(descending=True, stable=True)
 

@@ -1,6 +1,6 @@
 """Many prompts at once: continuous batching over a static KV cache.
 
-    scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
+    scheduler = Scheduler(model, parallel=16, max_seq_len=2048)
     scheduler.submit(Request(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
         for new in scheduler.step():
@@ -34,7 +34,7 @@ from machine import free_memory
 from model import Transformer
 from sampling import SamplingParams, sample
 from steps import (
-    ModelStep,
+    ModelRunner,
     apply_repetition_penalty,
     check_finite,
     kv_bytes_per_token,
@@ -103,23 +103,23 @@ class Sequence:
 
 class Scheduler:
     def __init__(
-        self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
+        self, model: Transformer, parallel: int, max_seq_len: int, eos_ids: set[int] | None = None,
         compile: bool = False,
     ):  # fmt: skip
-        """n_slots: sequences at a time. max_seq_len: most tokens of a sequence, its prompt included. eos_ids: the
+        """parallel: sequences at a time. max_seq_len: most tokens of a sequence, its prompt included. eos_ids: the
         tokens that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises
         OutOfMemoryError if memory is too small for the KV cache."""
-        self.model, self.n_slots, self.max_seq_len = model, n_slots, max_seq_len
+        self.model, self.parallel, self.max_seq_len = model, parallel, max_seq_len
         self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
-        self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
+        self.kv_cache = make_kv_cache(model, parallel, max_seq_len)
         # torch.compile would compile anew for every number of running sequences, so not without kernels.
-        compile = compile and model.uses_kernels(n_slots, 1)
-        self.decode_step = ModelStep(model, self.kv_cache, lambda logits, *_: logits, compile)
+        compile = compile and model.uses_kernels(parallel, 1)
+        self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence | None] = []  # by slot; None: it has ended
         # Of each slot, the ids of the tokens whose keys and values are in it. They stay when its sequence has ended,
         # for a later prompt that begins alike.
-        self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
+        self.cached_ids: list[list[int]] = [[] for _ in range(parallel)]
 
     def submit(self, request: Request):
         """Queues request. Raises UsageError if it does not fit a slot."""
@@ -130,7 +130,9 @@ class Scheduler:
         """Ends request, whether it waits or runs."""
         if request in self.waiting:
             self.waiting.remove(request)
-        self.running = [s if s is not None and s.request is not request else None for s in self.running]
+        for slot, sequence in enumerate(self.running):
+            if sequence is not None and sequence.request is request:
+                self.running[slot] = None
 
     def has_work(self) -> bool:
         return bool(self.waiting) or any(self.running)
@@ -146,7 +148,7 @@ class Scheduler:
     def find_free_slot(self) -> int | None:
         if None in self.running:
             return self.running.index(None)
-        if len(self.running) == self.n_slots:
+        if len(self.running) == self.parallel:
             return None
         self.running.append(None)
         return len(self.running) - 1
@@ -154,9 +156,9 @@ class Scheduler:
     def prefill(self, request: Request, slot: int) -> list[NewToken]:
         """Starts request in a slot of the cache, with its first new token."""
         request.start_time = time.perf_counter()
-        start = self.copy_shared_prefix(request.prompt_ids, slot)
-        tokens = torch.tensor([request.prompt_ids[start:]], device=self.kv_cache.device)
-        start_pos = torch.tensor([start], device=self.kv_cache.device)
+        n_cached = self.copy_shared_prefix(request.prompt_ids, slot)
+        tokens = torch.tensor([request.prompt_ids[n_cached:]], device=self.kv_cache.device)
+        start_pos = torch.tensor([n_cached], device=self.kv_cache.device)
         logits = prefill_logits(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1))
         self.cached_ids[slot] = list(request.prompt_ids)
         self.running[slot] = Sequence(request, torch.Generator().manual_seed(request.seed))
@@ -226,7 +228,12 @@ class Scheduler:
             self.running[target], self.cached_ids[target] = sequence, list(self.cached_ids[source])
 
 
-def slots_that_fit(model: Transformer, max_seq_len: int) -> int:
+def return_logits(logits: Tensor, *_) -> Tensor:
+    """A sampler for ModelRunner that leaves sampling to the scheduler: each sequence has its own options."""
+    return logits
+
+
+def max_parallel(model: Transformer, max_seq_len: int) -> int:
     """For how many sequences of max_seq_len tokens main memory has room."""
     return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 

@@ -56,7 +56,7 @@ class Tokenizer:
         """The ids of a text to continue, in which special tokens may be written. They begin with the checkpoint's
         beginning-of-sequence token, if it has one and bos is True; it is not added to a text that begins with it. There
         is no end-of-sequence token, even if the tokenizer's settings append one."""
-        ids = self.encode_parts(self.split_special(text))
+        ids = self.encode_parts(self.split_at_special_tokens(text))
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return self.bos_ids + ids if bos and not has_bos else ids
 
@@ -83,8 +83,8 @@ class Tokenizer:
         """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}], written out by the
         checkpoint's chat template. Special tokens that are written in a message stay text. Raises UsageError if there
         is no template, or if it fails."""
-        marked = [message | {"content": self.mark_as_text(message["content"])} for message in messages]
-        return self.encode_parts(self.split_special(self.render_chat(marked, add_generation_prompt)))
+        marked = [message | {"content": self.escape_special_tokens(message["content"])} for message in messages]
+        return self.encode_parts(self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt)))
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """A conversation's text, in which the template's special tokens are written. Raises UsageError."""
@@ -109,7 +109,7 @@ class Tokenizer:
             _, found, rest = self.render_chat(messages, add_generation_prompt=False).rpartition(answer)
         except UsageError:
             return None
-        parts = self.split_special(rest)
+        parts = self.split_at_special_tokens(rest)
         follows_directly = found and len(parts) > 1 and not parts[0].strip()
         return parts[1] if follows_directly else None
 
@@ -121,13 +121,13 @@ class Tokenizer:
             self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
             self.vocab_size = min(self.vocab_size, n_tokens)
 
-    def mark_as_text(self, text: str) -> str:
+    def escape_special_tokens(self, text: str) -> str:
         """Inserts SENTINEL after the first character of everything that looks like a special token, so that
-        split_special leaves it as text."""
+        split_at_special_tokens leaves it as text."""
         starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special_token_ids)
         return re.sub(starts or MATCHES_NOTHING, rf"\g<0>{SENTINEL}", text)
 
-    def split_special(self, text: str) -> list[Part]:
+    def split_at_special_tokens(self, text: str) -> list[Part]:
         """Splits text at the special tokens in it, which become ids, and removes every SENTINEL."""
         longest_first = sorted(self.special_token_ids, key=len, reverse=True)
         pieces = "|".join(map(re.escape, longest_first))
@@ -151,7 +151,7 @@ class IncrementalDetokenizer:
     the first of the stop texts."""
 
     def __init__(self, tokenizer: Tokenizer, prefix_ids: Iterable[int] = (), stop: Iterable[str] = ()):
-        self.tokenizer, self.stop_finder = tokenizer, StopFinder(stop)
+        self.tokenizer, self.stop_finder = tokenizer, StopStringFinder(stop)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in prefix_ids)
 
@@ -192,7 +192,7 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-class StopFinder:
+class StopStringFinder:
     """Ends a text that arrives in pieces, before the first of some stop texts. It holds back an end of the text that
     may be the beginning of a stop text."""
 
@@ -260,7 +260,7 @@ class JsonTokenizer(Tokenizer):
         super().__init__(config)
         self.library = read_tokenizer_json(path)
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
-        self.make_special(config.special_tokens_map)
+        self.mark_special(config.special_tokens_map)
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
         self.add_placeholders()
@@ -271,7 +271,7 @@ class JsonTokenizer(Tokenizer):
         self.byte_level = self.library.decoder.decode(["Ċ"]) == "\n"
         self.byte_of = byte_level_alphabet()
 
-    def make_special(self, special_tokens_map: dict[str, str]):
+    def mark_special(self, special_tokens_map: dict[str, str]):
         """Makes the tokens special that tokenizer_config.json names, even if tokenizer.json does not mark them so."""
         known = {t.content for t in self.library.get_added_tokens_decoder().values() if t.special}
         named = [name for name in special_tokens_map.values() if self.library.token_to_id(name) is not None]

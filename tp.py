@@ -72,11 +72,11 @@ def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[i
     return rank * length, length
 
 
-def check_divides(config: ModelConfig, format: WeightFormat, n_ranks: int):
+def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
     """Raises UsageError, which names the possible numbers, if the model cannot be cut into n_ranks equal parts."""
-    if divides(config, format, n_ranks):
+    if can_shard(config, format, n_ranks):
         return
-    possible = [str(n) for n in range(2, config.n_heads + 1) if divides(config, format, n)]
+    possible = [str(n) for n in range(2, config.n_heads + 1) if can_shard(config, format, n)]
     packed = f", of which {format.name} keeps {format.pack_factor} together," if format.pack_factor > 1 else ""
     raise UsageError(
         f"{config.n_heads} heads, {config.n_kv_heads} key/value heads and a feed-forward of width {config.ffn_dim}"
@@ -84,7 +84,7 @@ def check_divides(config: ModelConfig, format: WeightFormat, n_ranks: int):
     )
 
 
-def divides(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
+def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
     """Whether n_ranks ranks can have equal parts. Ranks may share key/value heads. The vocabulary need not divide, as
     it is padded."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
@@ -112,7 +112,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     linears = dict(model.quantizable_linears())
     formats = {name: linear.format for name, linear in linears.items()}  # of the checkpoint; the model's will change
     check_device(device)
-    check_divides(model.config, max(formats.values(), key=lambda format: format.pack_factor), n_ranks)
+    check_can_shard(model.config, max(formats.values(), key=lambda format: format.pack_factor), n_ranks)
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
         """A copy of this rank's part, so that nothing else of a memory-mapped tensor is read; tensor itself if every
@@ -141,11 +141,11 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             linear.out_features = n
     for module in model.modules():
         if isinstance(module, Attention) and "qkv_proj" in plan:
-            shrink_attention(module, n_ranks)
+            shard_attention(module, n_ranks)
     return shard_tensor
 
 
-def shrink_attention(attention: Attention, n_ranks: int):
+def shard_attention(attention: Attention, n_ranks: int):
     """Leaves attention the heads of this rank."""
     start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
     attention.n_heads = length
@@ -205,11 +205,11 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.input_range is not None:
-            x = graph_break(self.own_inputs, x)
+            x = graph_break(self.select_own_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
 
-    def own_inputs(self, x: Tensor) -> Tensor:
+    def select_own_inputs(self, x: Tensor) -> Tensor:
         return x.narrow(-1, *self.input_range).contiguous()
 
 

@@ -88,22 +88,22 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
     except KeyboardInterrupt:
         exit_interrupted()
     except OutOfMemoryError as e:
-        exit_with(f"{e}; {oom_hint}")
+        exit_with_error(f"{e}; {oom_hint}")
     except UsageError as e:
-        exit_with(str(e))
+        exit_with_error(str(e))
     except (MemoryError, RuntimeError) as e:
         # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds that it is too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
-        why = explain_lack_of_memory(e, oom_hint) or explain_lack_of_files(e)
+        why = explain_out_of_memory(e, oom_hint) or explain_file_error(e)
         if why is None:
             raise
-        exit_with(why)
+        exit_with_error(why)
     except OSError as e:
         # Python flushes stdout at exit. If stdout has failed, that would fail again, so send the rest to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(e, BrokenPipeError):
-            exit_with(str(e))
+            exit_with_error(str(e))
 
 
 def replace_closed_streams():
@@ -134,16 +134,16 @@ def exit_interrupted() -> NoReturn:
     sys.exit(EXIT_INTERRUPTED)
 
 
-def exit_with(error: str) -> NoReturn:
+def exit_with_error(error: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {' '.join(error.split())}", file=sys.stderr)  # on one line
     sys.exit(EXIT_USAGE_ERROR)
 
 
-def explain_lack_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
+def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
     """The one line that explains e; None if e does not mean that memory ran out."""
-    from machine import free_memory, lacks_memory  # here, since machine imports torch (see above)
+    from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see above)
 
-    if not lacks_memory(e):
+    if not is_out_of_memory(e):
         return None
     # PyTorch's allocators report how much they tried to get; on a GPU also how much is free.
     match = re.search(r"(?i)(tried|unable) to (allocate|mmap) [\d.]+ \w+(.*? is free)?", str(e))
@@ -153,7 +153,7 @@ def explain_lack_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str 
     return f"out of memory ({details}): {oom_hint}"
 
 
-def explain_lack_of_files(e: MemoryError | RuntimeError) -> str | None:
+def explain_file_error(e: MemoryError | RuntimeError) -> str | None:
     """The one line that explains e; None unless torch.compile could not write its files, or not load them."""
     reasons = "No space left on device|File too large|Read-only file system|Permission denied|failed to map segment"
     match = re.search(f"[^\n]*?({reasons})", str(e))

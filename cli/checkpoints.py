@@ -1,6 +1,6 @@
 """What --checkpoint_path may be besides a model.pth: a folder that holds a model, or a GGUF file.
 
-    path = model_file(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # its model.pth, which is made if it is not there
+    path = resolve_checkpoint(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # its model.pth, made if it is missing
 
 Conversion is imported only where something has to be converted.
 """
@@ -16,10 +16,11 @@ from config import UsageError
 # Files from which model.pth is made; without weights there is nothing to make it from.
 SETTINGS = ("config.json", "generation_config.json", "params.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
-PART, LATER_PART = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"  # the end of the name of a split GGUF's file
+# How the names of a split GGUF's files end: those of all, and those of all but the first
+SPLIT_SUFFIX, LATER_SPLIT_SUFFIX = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"
 
 
-def model_file(path: Path | str) -> Path:
+def resolve_checkpoint(path: Path | str) -> Path:
     """Of a folder or a .gguf its model.pth, which is converted now if it is missing or older than what it is made from.
     Any other path stays as it is. With several ranks, one converts while the others wait. Raises UsageError."""
     path = Path(path)
@@ -35,7 +36,7 @@ def model_of_folder(folder: Path) -> str:
     model = find_model(folder, [*weights, *find_files(folder, SETTINGS)] if weights else [])
     if model is not None:
         return str(model)
-    ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_PART, file.stem)]
+    ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_SPLIT_SUFFIX, file.stem)]
     if ggufs and not weights:
         return model_of_gguf(require_single(ggufs))
     from converters.folder import convert_folder  # here, since it is seldom needed
@@ -49,7 +50,7 @@ def model_of_gguf(file: Path) -> str:
     """In a folder beside the file, since a tokenizer comes with it."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
-    name = re.sub(PART, "", file.stem)
+    name = re.sub(SPLIT_SUFFIX, "", file.stem)
     folder = file.with_name(f"{name}-gguf")
     model = find_model(folder, [file])
     if model is not None:

@@ -26,9 +26,9 @@ from speculate import (
     SpeculativeDecoder,
     build_draft_model,
     build_speculative_decoder,
-    proposal_sizes,
+    draft_lengths,
 )
-from steps import Steps, make_kv_cache
+from steps import GenerationSteps, make_kv_cache
 from tokenizer import Tokenizer
 
 CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
@@ -49,7 +49,7 @@ def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
     return draft
 
 
-def needed_seq_len(
+def required_seq_len(
     args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
 ) -> int:
     """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
@@ -67,7 +67,7 @@ def needed_seq_len(
 
 
 def build_speculation(
-    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: Steps
+    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
     """Speculation as args ask for it: with draft or, without one, by looking up the prompt."""
     warn_about_size(args.speculate_k, model)
@@ -88,7 +88,7 @@ def warn_about_size(k: int, model: Transformer):
 
 @torch.inference_mode()
 def warm_up(
-    args: argparse.Namespace, steps: Steps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
+    args: argparse.Namespace, steps: GenerationSteps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
     device: torch.device,
 ):  # fmt: skip
     """Compiles and records all steps that will be used. The prompt overwrites what this writes to the KV caches."""
@@ -105,13 +105,13 @@ def warm_up(
         return
     steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
     if speculation is not None:
-        for k in proposal_sizes(args.speculate_k):
+        for k in draft_lengths(args.speculate_k):
             if k < args.max_new_tokens:
                 proposal = speculation.proposer.propose([0, 0, 0], k)
                 speculation.verify(zeros(1, 1), zeros(1), proposal)
 
 
-def tp_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
+def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.device) -> dict:
     """More fields of --json if there are several ranks."""
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))

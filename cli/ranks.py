@@ -75,7 +75,7 @@ def wait_for_rank_0(errors: str):
 
 
 # One count for all calls: no key may be one that an earlier call has set.
-key_numbers = count()
+broadcast_numbers = count()
 
 
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
@@ -85,13 +85,13 @@ def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
         yield from iter(read, None)
         return
     store = dist.distributed_c10d._get_default_store()
-    while (line := share(store, read)) is not None:
+    while (line := broadcast_json(store, read)) is not None:
         yield line
 
 
-def share(store: dist.Store, function: Callable[[], object]):
+def broadcast_json(store: dist.Store, function: Callable[[], object]):
     """What function returns on rank 0, as JSON can write it. Waits for as long as it takes."""
-    key = f"result {next(key_numbers)}"
+    key = f"result {next(broadcast_numbers)}"
     if dist.get_rank() == 0:
         store.set(key, json.dumps(function()))
     store.wait([key], timedelta(days=1000))
@@ -111,7 +111,7 @@ def call_on_rank_0(function: Callable[[], str]) -> str:
     if world_size() == 1:
         return function()
     store = dist.distributed_c10d._get_default_store()
-    result, error = share(store, result_or_error)
+    result, error = broadcast_json(store, result_or_error)
     if result is None:
         raise UsageError(error)
     return result

@@ -9,7 +9,7 @@ from functools import lru_cache
 import tp
 from cli.prompts import Prompt
 from completion import Completion
-from machine import lacks_memory, peak_memory, read_bandwidth, read_bandwidth_of
+from machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 from model import KVCache, Transformer
 
 
@@ -81,7 +81,7 @@ def measured_bandwidth(model: Transformer) -> float | None:
             return read_bandwidth_of(tensor for linear in linears for tensor in linear.tensors().values())
         return read_bandwidth(device)
     except (MemoryError, RuntimeError) as e:
-        if lacks_memory(e):
+        if is_out_of_memory(e):
             return None
         raise
 

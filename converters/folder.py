@@ -28,9 +28,9 @@ def convert_folder(folder: Path, lora: Path | None = None) -> Path:
     if lora is not None:
         return merge_folders(folder, lora)
     if (folder / "config.json").is_file():
-        config, hf = read_configs(folder)
-        tensors = read_tensors(folder, hf, config)
-        read = to_llama_layout(tensors, config, find_family(hf))
+        config, hf_config = read_configs(folder)
+        tensors = read_tensors(folder, hf_config, config)
+        read = to_llama_layout(tensors, config, find_family(hf_config))
     elif (folder / PARAMS).is_file():
         config, tensors, read, files, note = read_meta(folder)
         path = write_folder(folder, config, tensors, read, files)
@@ -53,13 +53,13 @@ def how_to_merge(lora: Path) -> str:
 def read_configs(folder: Path) -> tuple[ModelConfig, dict]:
     """The model's config, and config.json, from which it is."""
     generation = read_json(folder / "generation_config.json", {})
-    hf = read_json(folder / "config.json")
-    return config_from_hf(hf, generation), hf
+    hf_config = read_json(folder / "config.json")
+    return config_from_hf(hf_config, generation), hf_config
 
 
-def read_tensors(folder: Path, hf: dict, config: ModelConfig) -> HFTensors:
-    """All tensors, memory-mapped, and the quantized weights. hf: config.json."""
-    quantization = read_quantization(hf)
+def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> HFTensors:
+    """All tensors, memory-mapped, and the quantized weights. hf_config: config.json."""
+    quantization = read_quantization(hf_config)
     tensors = read_folder(folder)
     if quantization is not None:
         collect_quantized(tensors, quantization, config)
@@ -74,9 +74,9 @@ def merge_folders(folder: Path, lora: Path) -> Path:
         raise UsageError("put the adapter into a folder of its own: model.pth goes there, and the base has one, too")
     adapter = read_adapter(lora)
     check_not_quantized(folder)
-    config, hf = read_configs(folder)
-    tensors = read_tensors(folder, hf, config)
-    read = to_llama_layout(tensors, config, find_family(hf), adapter)
+    config, hf_config = read_configs(folder)
+    tensors = read_tensors(folder, hf_config, config)
+    read = to_llama_layout(tensors, config, find_family(hf_config), adapter)
     files = {}
     if not any((lora / name).is_file() for name in TOKENIZERS):
         of_base = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
@@ -86,8 +86,8 @@ def merge_folders(folder: Path, lora: Path) -> Path:
 
 def check_not_quantized(folder: Path):
     """Raises UsageError for a base of quantized weights; not for gpt-oss, whose attention is not."""
-    hf = read_json(folder / "config.json")
-    quantization = hf.get("quantization_config") if isinstance(hf, dict) else None
+    hf_config = read_json(folder / "config.json")
+    quantization = hf_config.get("quantization_config") if isinstance(hf_config, dict) else None
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"
         raise UsageError(f"{what}: give the model that it was made from")

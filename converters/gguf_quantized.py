@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from config import UsageError
-from converters.gguf_file import StoredTensor
+from converters.gguf_file import GGUFTensor
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
 from converters.quantized_weight import QuantizedWeight
@@ -55,12 +55,12 @@ class BlockType:
     has_minimum: bool = False  # whether offset / scale can be any number
 
 
-def half(blocks: Tensor, start: int) -> Tensor:
+def read_float16(blocks: Tensor, start: int) -> Tensor:
     """The float16 at byte start of each block, as float32: [..., 1]."""
     return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
 
 
-def nibbles(packed: Tensor) -> Tensor:
+def unpack_nibbles(packed: Tensor) -> Tensor:
     """[..., n] -> [..., 2 n]: all low halves, then all high halves."""
     return torch.cat([packed & 15, packed >> 4], dim=-1)
 
@@ -73,67 +73,67 @@ def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
     """The codes of Q4_0, Q4_1, Q5_0 and Q5_1, whose blocks begin with n_header bytes. The fifth bits of Q5's 32 codes
     come before the others."""
     start = n_header + (4 if fifth_bit else 0)
-    q = nibbles(blocks[..., start : start + 16])
+    q = unpack_nibbles(blocks[..., start : start + 16])
     if fifth_bit:
         high = blocks[..., n_header:start, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [..., 4, 8]
         q = q | high.flatten(-2) << 4
     return q
 
 
-def symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
+def decode_symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
     """Q4_0 and Q5_0: a scale."""
-    scale = half(blocks, 0)
+    scale = read_float16(blocks, 0)
     return decode_q4(blocks, 2, **options), scale, -zero * scale
 
 
-def asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
+def decode_asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
     """Q4_1 and Q5_1: a scale and the minimum."""
-    return decode_q4(blocks, 4, **options), half(blocks, 0), half(blocks, 2)
+    return decode_q4(blocks, 4, **options), read_float16(blocks, 0), read_float16(blocks, 2)
 
 
 def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale = half(blocks, 0)
+    scale = read_float16(blocks, 0)
     return blocks[..., 2:] ^ 128, scale, -128 * scale  # ^ 128 adds 128 to an int8
 
 
 def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """32 bytes hold the codes of two groups: one in the low halves, the next in the high ones."""
-    scales, offsets = k_scales(blocks)
-    return nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
+    scales, offsets = decode_k_scales(blocks)
+    return unpack_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
 
 
 def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
-    scales, offsets = k_scales(blocks)
-    qh, low = blocks[..., 16:48], nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
+    scales, offsets = decode_k_scales(blocks)
+    qh, low = blocks[..., 16:48], unpack_nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
     high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
     return low | high << 4, scales, offsets
 
 
-def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Q4_K and Q5_K: d and dmin in float16, which 6-bit integers multiply: [..., 8]. In 12 bytes are first the lower 6
     bits of scales and minima 0 to 3, then 4 lower bits of scales and minima 4 to 7. Their upper 2 bits are in the rest
     of the first 8 bytes."""
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
-    return half(blocks, 0) * scales, -half(blocks, 2) * minima
+    return read_float16(blocks, 0) * scales, -read_float16(blocks, 2) * minima
 
 
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Twice 128 inputs: 64 bytes of lower halves, 32 bytes with 2 upper bits of 4 inputs each. Scales are int8."""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
-    q = (nibbles(ql) | high << 4).flatten(-2)
-    scales = half(blocks, 208) * blocks[..., 192:208].view(torch.int8)
+    q = (unpack_nibbles(ql) | high << 4).flatten(-2)
+    scales = read_float16(blocks, 208) * blocks[..., 192:208].view(torch.int8)
     return q, scales, -32 * scales
 
 
-TYPES = {
-    Type.Q4_0: BlockType(4, 32, partial(symmetric, zero=8)),
-    Type.Q4_1: BlockType(4, 32, asymmetric, has_minimum=True),
-    Type.Q5_0: BlockType(5, 32, partial(symmetric, zero=16, fifth_bit=True)),
-    Type.Q5_1: BlockType(5, 32, partial(asymmetric, fifth_bit=True), has_minimum=True),
+BLOCK_TYPES = {
+    Type.Q4_0: BlockType(4, 32, partial(decode_symmetric, zero=8)),
+    Type.Q4_1: BlockType(4, 32, decode_asymmetric, has_minimum=True),
+    Type.Q5_0: BlockType(5, 32, partial(decode_symmetric, zero=16, fifth_bit=True)),
+    Type.Q5_1: BlockType(5, 32, partial(decode_asymmetric, fifth_bit=True), has_minimum=True),
     Type.Q8_0: BlockType(8, 32, decode_q8_0),
     Type.Q4_K: BlockType(4, 32, decode_q4_k, has_minimum=True),
     Type.Q5_K: BlockType(5, 32, decode_q5_k, has_minimum=True),
@@ -145,7 +145,7 @@ TYPES = {
 
 
 @dataclass
-class Groups:
+class QuantizedRows:
     """Rows [N, K] of a GGUF's tensor: (q - zero) * scale, with scales and zeros [N, n_groups] in float32."""
 
     type: BlockType
@@ -161,11 +161,11 @@ class Groups:
         return (self.q - self.expand(self.zeros)) * self.expand(self.scales)
 
 
-def decode_rows(rows: Tensor, ggml_type: Type) -> Groups:
+def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
     """rows: [N, bytes] uint8."""
-    type, (_, block_bytes) = TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
+    type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
     q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
-    groups, is_constant = Groups(type, q, scales, -offsets / scales), scales == 0
+    groups, is_constant = QuantizedRows(type, q, scales, -offsets / scales), scales == 0
     if is_constant.any():  # all inputs of such a group are its offset: (1 - 0) * offset or (0 - 1) * -offset
         groups.scales = torch.where(is_constant, offsets.abs(), scales)
         groups.zeros = torch.where(is_constant, (offsets < 0).float(), groups.zeros)
@@ -179,7 +179,7 @@ def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
 
 
-def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tensor]:
+def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
     """The tensors of format, and which groups [N, n_groups] keep their codes. The others are rounded again."""
     if not keeps_codes(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
@@ -204,23 +204,23 @@ def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tenso
 
 
 @dataclass
-class Stack:
+class StackedWeight:
     """A weight of ours, and the GGUF's tensors that it stacks. formats: those that it may have, the first without loss,
     each smaller than the one before. n_bytes: what it takes in each."""
 
     name: str
     plan: TensorPlan
-    parts: list[StoredTensor]
+    parts: list[GGUFTensor]
     formats: list[WeightFormat] = field(init=False)
     n_bytes: dict[WeightFormat, int] = field(init=False)
 
     def __post_init__(self):
         if any(part.type in FLOATS for part in self.parts):
             formats = [Dense()]
-        elif all(TYPES[part.type].bits == 4 for part in self.parts):
+        elif all(BLOCK_TYPES[part.type].bits == 4 for part in self.parts):
             formats = [INT4, SMALLER_INT4]
         else:
-            exact = GroupedInt8(min(TYPES[part.type].group_size for part in self.parts), torch.float16)
+            exact = GroupedInt8(min(BLOCK_TYPES[part.type].group_size for part in self.parts), torch.float16)
             formats = [exact, SMALLER_INT8, SMALLEST_INT8, INT4]
         empty = {format: format.empty(self.plan.shape, self.plan.dtype, "meta") for format in formats}
         self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
@@ -236,13 +236,13 @@ class Stack:
     def loss(self, format: WeightFormat) -> float:
         total = 0.0
         for part in self.parts:
-            type = TYPES[part.type]
+            type = BLOCK_TYPES[part.type]
             if not keeps_codes(type, format):
                 loss = LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8[format]
                 total += loss * prod(part.shape())
         return total
 
-    def cheapest_step(self, n_excess: float) -> tuple[float, int]:
+    def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
         """What is lost for each byte that is saved by a smaller format, and which of formats that is. Of the bytes that
         are saved only n_excess count, since no more are needed."""
         now, *smaller = self.formats
@@ -254,12 +254,12 @@ class Stack:
         return price, prices.index(price) + 1
 
 
-def choose_formats(stacks: list[Stack], n_bytes: float):
+def choose_formats(stacks: list[StackedWeight], n_bytes: float):
     """Sets the format of each of stacks, so that together they take at most n_bytes, if that is possible."""
     n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
-    stacks = from_the_middle(stacks)  # of those of equal prices, the layers in the middle first
+    stacks = middle_layers_first(stacks)  # of those of equal prices, the layers in the middle first
     while n_excess > 0:
-        steps = [(*stack.cheapest_step(n_excess), stack) for stack in stacks if len(stack.formats) > 1]
+        steps = [(*stack.cheapest_downgrade(n_excess), stack) for stack in stacks if len(stack.formats) > 1]
         if not steps:
             break
         _, i, stack = min(steps, key=lambda step: step[0])
@@ -270,7 +270,7 @@ def choose_formats(stacks: list[Stack], n_bytes: float):
             stack.formats = [INT4] if stack.format == SMALLER_INT4 else stack.formats
 
 
-def from_the_middle(stacks: list[Stack]) -> list[Stack]:
+def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
     """Sorted by the distance of their layer from the middle one: the first and last layers matter most."""
     layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
     middle = max(layers.values(), default=0) / 2
@@ -281,7 +281,7 @@ def from_the_middle(stacks: list[Stack]) -> list[Stack]:
 
 
 @dataclass
-class Deviation:
+class RoundingErrors:
     """How far weights of one type are from the GGUF's."""
 
     n_tensors: int = 0
@@ -291,7 +291,7 @@ class Deviation:
     squared_errors: float = 0.0  # of the latter's inputs, in sum
     squared_steps: float = 0.0
 
-    def add(self, groups: Groups, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
+    def add(self, groups: QuantizedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
         errors = errors.unflatten(-1, (-1, groups.type.group_size))  # [N, n_groups, group_size]
         steps = groups.scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
@@ -317,18 +317,18 @@ class KeptWeights:
     """weights: a QuantizedWeight for each of sources, tensors of a GGUF by Hugging Face's names, that stays quantized.
     plans: our tensors. order: see reorder_heads. Raises UsageError for a type that no format can hold."""
 
-    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, StoredTensor], order: Tensor | None):
+    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], order: Tensor | None):
         linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
         for plan in linears.values():
             for source in plan.sources:
                 check_type(source, sources[source].type)
-        stacks = [Stack(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
+        stacks = [StackedWeight(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
         others = [plan for name, plan in plans.items() if name not in linears]
         other_bytes = sum(prod(plan.shape) * plan.dtype.itemsize for plan in others)
         self.stored_bytes = sum(source.data.nbytes for source in sources.values())
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
-        self.deviations: dict[tuple[str, str], Deviation] = defaultdict(Deviation)
+        self.deviations: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)
         self.became_dense: Counter[str] = Counter()  # since they are stacked with floats
         self.weights: dict[str, QuantizedWeight] = {}
         for stack in stacks:
@@ -343,7 +343,7 @@ class KeptWeights:
         """read, for what does not stay quantized."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
-    def read(self, name: str, stored: StoredTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
+    def read(self, name: str, stored: GGUFTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
         """The tensors of format for the GGUF's tensor called name."""
         deviation = self.deviations[stored.type.name, format.name]
         deviation.n_tensors += 1
@@ -376,6 +376,6 @@ class KeptWeights:
 
 
 def check_type(name: str, type: Type):
-    if type not in TYPES and type not in FLOATS:
-        kept = ", ".join(known.name for known in TYPES)
+    if type not in BLOCK_TYPES and type not in FLOATS:
+        kept = ", ".join(known.name for known in BLOCK_TYPES)
         raise UsageError(f"{name} is {type.name}, and --keep takes {kept}; leave it out")

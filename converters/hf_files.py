@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoint import is_state_dict, load_pickle, read_json
+from checkpoint import is_state_dict, load_torch_file, read_json
 from config import UsageError
 from converters.model_tensors import HFTensors
 
@@ -59,7 +59,7 @@ def load_safetensors(file: Path) -> HFTensors:
 
 
 def load_bin(file: Path) -> HFTensors:
-    tensors = load_pickle(file, legacy=True)
+    tensors = load_torch_file(file, legacy=True)
     if not is_state_dict(tensors):
         raise UsageError(f"{file} is not a table of tensors")
     return tensors

@@ -26,11 +26,11 @@ from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_gro
 from kernels.formats import GROUP_SIZES, GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import pack_int4, shard_groups
 
-AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
+AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
 
 
 @dataclass
-class Integers:
+class IntegerWeight:
     """w = (q - zero) * scale for a weight [N, K]. q and zero are unsigned."""
 
     shape: torch.Size
@@ -96,7 +96,7 @@ def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
     raise UsageError(f"the weight of {layer.name} has {32 * n_words / n_numbers:g} bits; 4 and 8 are supported")
 
 
-def stated_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
+def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
     """The group size that config.json states, checked; -1, all inputs, becomes k."""
     group_size = stated if isinstance(stated, int) and stated > 0 else k
     if math.ceil(k / group_size) != n_groups:
@@ -136,23 +136,23 @@ def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     group_size = math.ceil(k / n_groups)
     if not config.get("dynamic"):
         layer.expect("bits", bits, config.get("bits"))
-        group_size = stated_group_size(layer, config.get("group_size"), k, n_groups)
+        group_size = check_group_size(layer, config.get("group_size"), k, n_groups)
 
     def read_zeros() -> Tensor:
         zeros = unpack_numbers(qzeros, bits)
-        if is_minus_one(zeros, bits, config):
+        if has_v1_zeros(zeros, bits, config):
             one_each = 0x11111111 if bits == 4 else 0x01010101
             zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since it was subtracted with borrows
         return zeros.T[:n]
 
     order = read_input_order(layer, "g_idx", k, group_size, n_groups)
     shape = torch.Size([n, k])
-    return Integers(
+    return IntegerWeight(
         shape, bits, group_size, scales.T, lambda: unpack_numbers(qweight.T, bits), read_zeros, order
     ).to_weight()
 
 
-def is_minus_one(zeros: Tensor, bits: int, config: dict) -> bool:
+def has_v1_zeros(zeros: Tensor, bits: int, config: dict) -> bool:
     """Whether zeros, as stored, are one less than the zero points: in version 1 of GPTQ's format. Symmetric weights,
     whose zero points are all in the middle, tell it themselves. For others it is what config.json says."""
     middle = 1 << (bits - 1)
@@ -169,13 +169,14 @@ def awq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     if bits != 4:
         raise UsageError(f"{layer.name} is AWQ of {bits} bits; 4 are supported")
     layer.expect_shape("qzeros", n_groups, n_words)
-    group_size = stated_group_size(layer, config.get("group_size", config.get("q_group_size")), k, n_groups)
+    group_size = check_group_size(layer, config.get("group_size", config.get("q_group_size")), k, n_groups)
 
-    def in_order(words: Tensor) -> Tensor:
-        return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_POSITIONS].flatten(-2).T
+    def unpack_awq(words: Tensor) -> Tensor:
+        return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_UNPACK_ORDER].flatten(-2).T
 
     shape = torch.Size([n, k])
-    return Integers(shape, 4, group_size, scales.T, lambda: in_order(qweight), lambda: in_order(qzeros)).to_weight()
+    stored = IntegerWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
+    return stored.to_weight()
 
 
 def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +212,7 @@ def compressed_weight(
     scales = layer.take_row_scales("weight_scale", n)
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") == "group"
-    group_size = stated_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
+    group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
     middle, zeros = 1 << (bits - 1), None
     if "weight_zero_point" in layer.tensors:
         zeros = layer.take("weight_zero_point", (torch.int32, torch.int8), 2)
@@ -225,4 +226,4 @@ def compressed_weight(
         return unpack_numbers(zeros.T, bits)[:, :n].T
 
     order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups)
-    return Integers(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()
+    return IntegerWeight(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from config import ModelConfig, UsageError
 from converters.hf_config import Family
-from converters.lora import Adapter, Merge, replace_tensors
+from converters.lora import Adapter, LoraMerger, replace_tensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
 from converters.quantized_weight import QuantizedWeight
 
@@ -77,7 +77,7 @@ def to_llama_layout(
     if adapter is not None:
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)
-    merge = Merge(adapter, tensors, config, rename, split) if adapter is not None else None
+    merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     order = rope_order(config, family.interleaved_rope)
     normalizes_head = family.model_type == "baichuan" and config.vocab_size > BAICHUAN_1_VOCAB
 
@@ -126,7 +126,7 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
     return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
 
 
-def sort_input_orders(tensors: HFTensors):
+def undo_act_order(tensors: HFTensors):
     """Where act-order has scattered the inputs of down_proj's groups, puts each group's together. down_proj's inputs
     are the rows of gate_proj and up_proj, so these are put in the same order, and the model stays the same."""
     for name, down in tensors.items():
@@ -159,7 +159,7 @@ def center_outputs(name: str, tensor: Tensor) -> Tensor:
 def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
     """Splits what Llama has in several tensors, or for each expert."""
     split_fused(tensors, config)
-    sort_input_orders(tensors)
+    undo_act_order(tensors)
     split_experts(tensors, is_transposed=family.model_type == "gpt_oss")
     if config.moe is not None and config.moe.n_shared_experts:
         split_shared_expert(tensors, config)

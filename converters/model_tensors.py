@@ -47,7 +47,7 @@ MOE_SOURCES = HF_SOURCES | {
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
-COMPUTED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables of RoPE in some checkpoints; we compute them
+ROPE_BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables of RoPE in some checkpoints; we compute them
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names
@@ -79,7 +79,7 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     used = {source for plan in plans.values() for source in plan.sources}
     if config.tie_embeddings:
         used.add(HEAD)
-    left_over = [name for name in tensors if name not in used and not COMPUTED.search(name)]
+    left_over = [name for name in tensors if name not in used and not ROPE_BUFFERS.search(name)]
     if left_over:
         what = f"the checkpoint's tensor {min(left_over)} has no place in this model"
         raise UsageError(f"{what} ({len(left_over)} left over)")
@@ -90,7 +90,7 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     shapes = {}
     for name, plan in plans.items():
         for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():
-            shapes[name_part(name, tensor_name)] = (tuple(t.shape), t.dtype)
+            shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
     save_checkpoint(path, config, shapes, stack_tensors(plans, read), describe_formats(plans, default))
     return path
 
@@ -100,7 +100,7 @@ def has_tied_head(tensors: HFTensors, read: TensorReader) -> bool:
     return isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
 
 
-def name_part(name: str, tensor_name: str) -> str:
+def stored_name(name: str, tensor_name: str) -> str:
     """The name in model.pth of one of the tensors that our tensor called name is stored as."""
     return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
@@ -209,7 +209,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
                 rows[start : start + len(t)].copy_(t)
             start += weight.shape[0]
         for tensor_name, t in ours.items():
-            yield name_part(name, tensor_name), t
+            yield stored_name(name, tensor_name), t
 
 
 # ---- Formats --------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class HarnessModel:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Text that is written like a special token becomes one, since lm_eval passes on a chat template's as text."""
-        ids = self.tokenizer.encode_parts(self.tokenizer.split_special(string))
+        ids = self.tokenizer.encode_parts(self.tokenizer.split_at_special_tokens(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
         return self.tokenizer.bos_ids + ids if add_special_tokens else ids
@@ -143,20 +143,20 @@ class HarnessModel:
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The model's answers, max_batch_size of them computed at a time."""
-        answers = [self.answer_request(*request.args, seed=i) for i, request in enumerate(requests)]
+        answers = [self.make_request(*request.args, seed=i) for i, request in enumerate(requests)]
         max_seq_len = max((len(answer.prompt_ids) + answer.max_new_tokens for answer in answers), default=1)
-        n_slots = max(1, min(self.max_batch_size, len(answers)))
-        scheduler = Scheduler(self.model, n_slots, max_seq_len, compile=self.compile)
+        parallel = max(1, min(self.max_batch_size, len(answers)))
+        scheduler = Scheduler(self.model, parallel, max_seq_len, compile=self.compile)
         completions = complete_all(scheduler, self.tokenizer, answers)
         bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
         return [completion.text for completion in bar]
 
-    def answer_request(self, text: str, kwargs: dict, seed: int) -> Request:
+    def make_request(self, text: str, kwargs: dict, seed: int) -> Request:
         """A generation request of lm_eval: the prompt's text, and the options of the answer."""
         options = read_options(kwargs)
         return Request(self.prompt_ids(text, options), seed=seed, **options._asdict())
 
-    def prompt_ids(self, text: str, options: "Options") -> list[int]:
+    def prompt_ids(self, text: str, options: "GenerationOptions") -> list[int]:
         """The token ids of text. If they leave no room for an answer, the first ones are dropped."""
         asked = options.max_new_tokens
         n = self.max_length - asked
@@ -165,7 +165,7 @@ class HarnessModel:
         return self.tok_encode(text)[-n:] or [self.prefix_token_id]
 
 
-class Options(NamedTuple):
+class GenerationOptions(NamedTuple):
     """The options of a generation request."""
 
     sampling: SamplingParams
@@ -173,7 +173,7 @@ class Options(NamedTuple):
     stop: tuple[str, ...]  # texts that end the answer
 
 
-def read_options(kwargs: dict) -> Options:
+def read_options(kwargs: dict) -> GenerationOptions:
     """The options in the keyword arguments of lm_eval's generation request."""
     # An option that is None or 0 is off, so SamplingParams keeps its default.
     sampling = {field.name: kwargs[field.name] for field in fields(SamplingParams) if kwargs.get(field.name)}
@@ -185,4 +185,4 @@ def read_options(kwargs: dict) -> Options:
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []
     until = [until] if isinstance(until, str) else until
-    return Options(SamplingParams(**sampling), max_new_tokens, tuple(text for text in until if text))
+    return GenerationOptions(SamplingParams(**sampling), max_new_tokens, tuple(text for text in until if text))

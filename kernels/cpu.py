@@ -235,8 +235,8 @@ def load_library(library: Path) -> ctypes.CDLL:
 class HugePages:
     """Copies tensors into huge pages, one behind the other. With small pages, TLB misses cost time."""
 
-    CHUNK = 2**26  # bytes that are allocated at a time, or more for a larger tensor
-    PAGE = 2**21
+    MIN_ALLOCATION = 2**26  # bytes that are allocated at a time, or more for a larger tensor
+    PAGE_BYTES = 2**21
     ALIGNMENT = 64  # a cache line
 
     def __init__(self):
@@ -244,8 +244,8 @@ class HugePages:
 
     def copy(self, t: Tensor) -> Tensor:
         if self.used + t.nbytes > self.memory.numel():  # a new chunk, with room to start at the beginning of a page
-            self.memory = torch.empty(max(t.nbytes, self.CHUNK) + 2 * self.PAGE, dtype=torch.uint8)
-            self.used = -self.memory.data_ptr() % self.PAGE
+            self.memory = torch.empty(max(t.nbytes, self.MIN_ALLOCATION) + 2 * self.PAGE_BYTES, dtype=torch.uint8)
+            self.used = -self.memory.data_ptr() % self.PAGE_BYTES
             use_huge_pages(self.memory[self.used :])
         copy = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
         self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT

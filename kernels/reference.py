@@ -45,11 +45,11 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap)
 
 
-def silu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
@@ -59,7 +59,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "clamped_swiglu": clamped_swiglu}
+ACTIVATIONS = {"swiglu": swiglu, "geglu_tanh": geglu_tanh, "clamped_swiglu": clamped_swiglu}
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:
@@ -166,10 +166,10 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
 
 
-def route(logits: Tensor, top_k: int, normalize: bool, n_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
     n_experts = logits.shape[-1] - (1 if n_shared_experts else 0)
     topk_weights, topk_ids = F.softmax(logits[..., :n_experts], dim=-1).topk(top_k, dim=-1)
-    if normalize:
+    if norm_topk_prob:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
     if n_shared_experts:
         shared_ids = torch.arange(n_experts, n_experts + n_shared_experts, device=logits.device)

@@ -61,7 +61,7 @@ def measure(
             for task in tasks:
                 for side in order:
                     arguments = LOADERS[side], str(files[names[side]]), threads, task
-                    result[side][task] = answer(processes[side].submit(tokens_per_second, *arguments))
+                    result[side][task] = result_of(processes[side].submit(tokens_per_second, *arguments))
             for side, name in names.items() if "decode" in tasks else ():
                 result[side]["share_of_read"] = result[side]["decode"] * sizes[name] / result["read_bytes_per_sec"]
             rounds.append(result)
@@ -88,7 +88,7 @@ def new_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=cli.exit_on_interrupt)
 
 
-def answer(future: Future):
+def result_of(future: Future):
     try:
         return future.result()
     except BrokenProcessPool:

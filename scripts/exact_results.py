@@ -56,7 +56,7 @@ def rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
 
-def names(value) -> str:
+def format_label(value) -> str:
     """Of a format, or anything else: in a test's name."""
     return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
 
@@ -64,7 +64,7 @@ def names(value) -> str:
 # ---- Layers of random weights ---------------------------------------------------------------------------------------
 
 
-def make(
+def make_linear(
     n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
 ):
     """A random Linear as in a checkpoint."""
@@ -72,15 +72,15 @@ def make(
     torch.nn.init.normal_(w.weight)
     if bias:
         w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
-    return store(w, w.weight.data.to(dtype), format)
+    return set_weight(w, w.weight.data.to(dtype), format)
 
 
 def make_table(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
     """A random Embedding as in a checkpoint."""
-    return store(Embedding(k, n), torch.randn(n, k).to(dtype), format)
+    return set_weight(Embedding(k, n), torch.randn(n, k).to(dtype), format)
 
 
-def store(matrix, w: torch.Tensor, format):
+def set_weight(matrix, w: torch.Tensor, format):
     """Makes w the weight of matrix, a Linear or an Embedding, in format."""
     matrix.set_format(format)
     for name, tensor in format.quantize(w).items():
@@ -125,7 +125,7 @@ def attend(
 
 def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
     """A Linear whose sums with integers are exact in float32, up to int4's last step: scale times a group's sum."""
-    w = make(n, k, format, dtype, **options)
+    w = make_linear(n, k, format, dtype, **options)
     if isinstance(format, Dense):
         w.weight.data = (w.weight.data * 16).round() / 16
     return w
@@ -174,7 +174,9 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
     return error + rounding_error(y.abs() + error, dtype)
 
 
-def glu_with_error(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tuple[torch.Tensor, torch.Tensor]:
+def glu_with_error(
+    gate_up: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """activation(gate) * up of a gate_up that is off by no more than error, and how far that may be off. The slope of
     every activation is at most 1.13, and what becomes of up has a slope of at most 1."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)

@@ -86,7 +86,7 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
     def multiply():
         for w in weights:
-            kernels.fused_linear(x, w, norm, activation="silu" if gated else None)
+            kernels.fused_linear(x, w, norm, activation="swiglu" if gated else None)
 
     return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
 

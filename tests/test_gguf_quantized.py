@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 from checkpoint import read_checkpoint
 from config import UsageError
-from converters.gguf_file import StoredTensor, read_gguf
+from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import (
     INT4,
     SIZE_LIMIT,
@@ -117,7 +117,7 @@ def test_what_is_rounded_again_says_so(name, format, largest):
 def make_stack(name: str, **parts: tuple[str, int, int]) -> Stack:
     """parts: types, outputs and inputs of what it stacks. They have no numbers."""
     shapes = [(Type[kind], gguf.quant_shape_to_byte_shape((n, k), Type[kind])) for kind, n, k in parts.values()]
-    stored = [StoredTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
+    stored = [GGUFTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
     shape = torch.Size([sum(part.shape()[0] for part in stored), stored[0].shape()[1]])
     return Stack(name, TensorPlan(shape, torch.bfloat16, []), stored)
 

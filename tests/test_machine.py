@@ -96,7 +96,7 @@ def test_bandwidth_is_measured_in_memory_that_is_there(monkeypatch):
     """Neighbours are read as one. Not if caches may hold them."""
     memory = torch.arange(2**16)
     parts = [memory[:1000], memory[40_000:], memory[1002:3000], memory[3000:3001].view(torch.int8)[:3]]
-    joined = machine.join_neighbours(parts)
+    joined = machine.merge_adjacent(parts)
     assert [len(t) for t in joined] == [3000, 2**16 - 40_000] and torch.equal(joined[0], memory[:3000])
     monkeypatch.setattr(machine, "cache_bytes", lambda: memory.nbytes // 2)
     assert machine.read_bandwidth_of(memory.chunk(7)) > 0

@@ -23,15 +23,15 @@ from speculate import (
     DraftModel,
     PromptLookup,
     SpeculativeDecoder,
-    best_size,
+    best_draft_length,
     build_draft_model,
     build_speculative_decoder,
-    proposal_sizes,
+    draft_lengths,
     rejection_sample,
     speculate,
     verify_cost,
 )
-from steps import Steps, build_steps
+from steps import GenerationSteps, build_steps
 from tests.byte_models import random_folder, set_up
 from tests.tiny import FAMILIES, PACKAGES, ROOT, call, convert, make_hf, to_ours, write_folder
 
@@ -194,7 +194,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         proposer = PromptLookup(3, CPU)
     else:
         proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
-    speculation = SpeculativeDecoder(Steps(prefill, decode), verify, proposer, k=2, device=CPU)
+    speculation = SpeculativeDecoder(GenerationSteps(prefill, decode), verify, proposer, k=2, device=CPU)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
@@ -250,11 +250,11 @@ def test_lookup_proposes_what_came_after():
 
 
 def test_the_number_of_tokens_follows_what_is_accepted():
-    assert proposal_sizes(5) == [1, 5] and proposal_sizes(1) == [1]
-    assert best_size([5, 2, 1], 1.0, 0.3) == 5
-    assert best_size([5, 2, 1], 0.3, 0.2) == 1
-    assert best_size([5, 2, 1], 0.05, 0.3) == 0
-    assert best_size([], 1.0, 0.1) == 0
+    assert draft_lengths(5) == [1, 5] and draft_lengths(1) == [1]
+    assert best_draft_length([5, 2, 1], 1.0, 0.3) == 5
+    assert best_draft_length([5, 2, 1], 0.3, 0.2) == 1
+    assert best_draft_length([5, 2, 1], 0.05, 0.3) == 0
+    assert best_draft_length([], 1.0, 0.1) == 0
     rate = speculate_module.AcceptanceRate()
     first = rate.rate
     for _ in range(20):
@@ -268,7 +268,7 @@ def test_the_number_of_tokens_follows_what_is_accepted():
 def test_experts_cost_more_to_verify(pair):
     dense, moe = pair("llama3")[1], pair("mixtral")[1]
     assert verify_cost(dense) < 0.2 < verify_cost(moe) < 1
-    assert best_size([1, 2, 5], 0.3, verify_cost(dense)) > best_size([1, 2, 5], 0.3, verify_cost(moe))
+    assert best_draft_length([1, 2, 5], 0.3, verify_cost(dense)) > best_draft_length([1, 2, 5], 0.3, verify_cost(moe))
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
