@@ -1,7 +1,6 @@
 """ModelConfig: a model's sizes and options. converters/families.py reads it from a checkpoint's config.json.
 
-Every option has a default with which it changes nothing, so that a family only names what it needs. This file has no
-command line.
+Every option has a default with which it changes nothing. So a family states only the options that it needs.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ class UsageError(ValueError):
 
 
 class OutOfMemoryError(UsageError):
-    """Memory is too small for what was asked for. What would be right depends on the program: see cli.run."""
+    """Memory is too small. Each script has its own advice, which cli.run appends to the message."""
 
 
 ACTIVATIONS = ("swiglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py has their formulas
@@ -58,7 +57,7 @@ class MoEConfig:
 
     @property
     def active_fraction(self) -> float:
-        """Which part of all experts a token uses."""
+        """The fraction of all experts that a token uses."""
         return (self.top_k + self.n_shared_experts) / (self.n_experts + self.n_shared_experts)
 
     def __post_init__(self):
@@ -120,7 +119,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        """Raises UsageError for what no model can have."""
+        """Raises UsageError for values that no model can have."""
         self.check_sizes()
         self.check_rope()
         self.check_options()
@@ -172,7 +171,7 @@ class ModelConfig:
             raise UsageError(f"eos_ids must be token ids, not {self.eos_ids}")
 
     def with_layers(self, n: int) -> "ModelConfig":
-        """The same model with only its first n layers."""
+        """This config with only the first n layers."""
         has_window = self.layer_has_window and self.layer_has_window[:n]
         has_rope = self.layer_has_rope and self.layer_has_rope[:n]
         return replace(self, n_layers=n, layer_has_window=has_window, layer_has_rope=has_rope)
@@ -183,7 +182,7 @@ class ModelConfig:
         return (self.sliding_window or 0) if has_window else 0
 
     def mean_attended_tokens(self, n_tokens: int) -> float:
-        """How many of n_tokens in the cache the last one sees, itself included, in the mean of all layers."""
+        """How many of n_tokens tokens the last one sees, itself included: the mean over all layers."""
         visible = [min(n_tokens, self.window(i) or n_tokens) for i in range(self.n_layers)]
         return sum(visible) / self.n_layers
 

@@ -41,9 +41,9 @@ from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
 from cli.checkpoints import resolve_checkpoint
 from cli.complete import complete_in_parallel, complete_one_by_one
-from cli.prepare import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.prompts import read_prompts
 from cli.ranks import process_group
+from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from completion import Completion, generate_many
 from config import UsageError
@@ -137,7 +137,7 @@ class LLM:
         self.free_generators: list[TokenGenerator] = []  # those that no text is using
 
     def new_token_generator(self) -> TokenGenerator:
-        """With a KV cache of its own."""
+        """A TokenGenerator with a new KV cache."""
         kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
@@ -167,7 +167,7 @@ class LLM:
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
         stop: tuple[str, ...] = (), seed: int = 0,
     ) -> Iterator[tuple[int, str]]:  # fmt: skip
-        """Yields (number, continuation) of each of prompts: see completion.generate_many."""
+        """Yields (number, continuation) for each of prompts: see completion.generate_many."""
         options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
         return generate_many(self.model, self.tokenizer, prompts, *options)
 

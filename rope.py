@@ -2,8 +2,6 @@
 
     RopeTables(config, length, device).of_layer(i)    cos and sin of every position's angles, [length, D/2, 2]
     alibi_slopes(n_heads)                             how fast each head's scores fall with the distance
-
-This file has no command line.
 """
 
 import math
@@ -69,7 +67,7 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
         case "yarn":
             ramp = yarn_ramp(scaling, dim, theta)
         case "llama3":
-            rotations = original * freqs / (2 * math.pi)  # in the trained context
+            rotations = original * freqs / (2 * math.pi)  # within the trained context
             ramp = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     # The result is a mean of the trained frequency and of the same divided by factor; ramp is the weight of the trained
     # one. It is 1 for a pair that rotates many times within the trained context: such a pair keeps its frequency. It is
@@ -79,9 +77,9 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
 
 
 def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
-    """YaRN's weight of the trained frequency for each pair, before it is clamped to 0 ... 1: [dim/2]
-    (arXiv:2309.00071). It falls linearly from the pair that rotates beta_fast times in the trained context to the one
-    that rotates beta_slow times."""
+    """For each pair, YaRN's weight of the trained frequency, before it is clamped to 0 ... 1: [dim/2]
+    (arXiv:2309.00071). The weight falls linearly from the pair that rotates beta_fast times in the trained context to
+    the one that rotates beta_slow times."""
 
     def pair_with_rotations(n: float) -> float:
         return dim * math.log(scaling.original_max_seq_len / (n * 2 * math.pi)) / (2 * math.log(theta))
@@ -96,9 +94,11 @@ def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
-    """By how much the scores of each head fall with every position between a query and a key (ALiBi: arXiv:2108.12409).
-    For a power of two they are equal ratios down to 1/256: of eight heads 1/2, 1/4 ... 1/256. For other numbers they
-    are those of the power of two below and, for the heads that remain, every second one of twice that power."""
+    """For each head, how much its scores fall with every position between a query and a key (ALiBi: arXiv:2108.12409).
+
+    If n_heads is a power of two, the slopes are a geometric series down to 1/256: for eight heads 1/2, 1/4 ... 1/256.
+    Otherwise the first heads have the slopes of the next lower power of two. The other heads have every second slope of
+    the next higher one."""
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     between = [2 ** (-4 * i / power) for i in range(1, 2 * power, 2)]

@@ -94,7 +94,7 @@ class NewToken(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """A request that is running."""
+    """A request that is running, in a slot."""
 
     request: Request
     generator: torch.Generator  # of its random numbers
@@ -117,8 +117,8 @@ class Scheduler:
         self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence | None] = []  # by slot; None: it has ended
-        # Of each slot, the ids of the tokens whose keys and values are in it. They stay when its sequence has ended,
-        # for a later prompt that begins alike.
+        # For each slot, the ids of the tokens whose keys and values it holds. They stay after the slot's sequence has
+        # ended, for a later prompt that begins with the same tokens.
         self.cached_ids: list[list[int]] = [[] for _ in range(parallel)]
 
     def submit(self, request: Request):
@@ -205,20 +205,21 @@ class Scheduler:
         by_sequence = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
         return apply_repetition_penalty(logits, tokens, start_pos, kv_cache, by_sequence)
 
-    def copy_shared_prefix(self, prompt: list[int], slot: int) -> int:
-        """Finds the slot that shares the longest beginning with prompt, and copies that beginning to slot, unless slot
-        has it. Returns how many tokens it has. That is never all of prompt, since logits follow only from a token that
-        is computed."""
-        shared = [common_prefix_length(ids, prompt[:-1]) for ids in self.cached_ids]
+    def copy_shared_prefix(self, prompt_ids: list[int], slot: int) -> int:
+        """Finds the slot whose tokens share the longest prefix with prompt_ids, and copies that prefix to slot, unless
+        it is there. Returns the length of the prefix. At least the last token is left, since logits come only from a
+        token that is computed."""
+        shared = [common_prefix_length(ids, prompt_ids[:-1]) for ids in self.cached_ids]
         n = max(shared)
         source = slot if shared[slot] == n else shared.index(n)
         if source != slot:
             self.kv_cache.copy_sequence(source, slot, n)
-        self.cached_ids[slot] = prompt[:n]
+        self.cached_ids[slot] = prompt_ids[:n]
         return n
 
     def compact(self):
-        """Moves the last sequences into the slots of those that have ended. Their old slots keep what they had."""
+        """Moves the last sequences into the slots of sequences that have ended, so that the first slots are all in use.
+        The keys and values in the old slots stay there, for later prompts."""
         while None in self.running:
             sequence = self.running.pop()
             if sequence is None:
@@ -234,12 +235,13 @@ def return_logits(logits: Tensor, *_) -> Tensor:
 
 
 def max_parallel(model: Transformer, max_seq_len: int) -> int:
-    """For how many sequences of max_seq_len tokens main memory has room."""
+    """How many sequences of max_seq_len tokens main memory has room for."""
     return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 
 
 def sample_each(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """A token [n] for each of n sequences, from its logits [n, V], its sampling options and its random numbers."""
+    """Samples a token for each of n sequences: logits [n, V] -> ids [n]. Each sequence has its own sampling options and
+    random numbers."""
     sampling, *others = {sequence.request.sampling for sequence in sequences}
     if others:
         return torch.cat([sample_each(logits[i : i + 1], [sequence]) for i, sequence in enumerate(sequences)])
@@ -250,7 +252,7 @@ def sample_each(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 
 
 def compute_logprobs(logits: Tensor, token: int, n: int) -> Logprobs:
-    """By logits [V]: the log-probability of token, and the n likeliest tokens."""
+    """The log-probability of token and the n likeliest tokens, from logits [V]."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, len(logprobs)))
     return Logprobs(logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -31,7 +31,7 @@ MAX_DRAFT_TOKENS = 32  # limit of --speculate_k and --prompt_lookup
 # The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
 # 8-bit and 0.15 with 4-bit weights.
 VERIFY_COST = 0.1
-# How AcceptanceRate forgets. Without a proposal it forgets, too, so that after a while another one is tried.
+# How fast AcceptanceRate forgets. It also forgets in steps without a proposal, so that proposing is tried again later.
 EMA_DECAY = 0.9  # a step that verified tokens multiplies the old counts by this
 IDLE_DECAY = 0.97  # a step without a proposal multiplies them by this
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # the counts before the first step
@@ -164,8 +164,8 @@ def rejection_sample(
 
 @dataclass
 class AcceptanceRate:
-    """How often the model accepts a proposed token, as an exponential moving average. A step rejects at most one token,
-    since the tokens behind it do not count."""
+    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step rejects at most one
+    token: the tokens after the rejected one do not count."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -215,7 +215,7 @@ def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -
     return max([0, *lengths], key=tokens_per_time)
 
 
-# ---- Who proposes them ----------------------------------------------------------------------------------------------
+# ---- Proposers ----------------------------------------------------------------------------------------------
 
 
 class PromptLookup:
@@ -226,13 +226,13 @@ class PromptLookup:
     def __init__(self, max_ngram: int, device: torch.device):
         """max_ngram: how many tokens to look for. If they do not occur, propose looks for fewer, down to two."""
         self.max_ngram, self.device = max_ngram, device
-        self.ngram_ends: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
-        self.n_indexed = 0  # tokens of the text whose n-grams are in ngram_ends
+        self.ngram_index: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
+        self.n_indexed = 0  # tokens of the text whose n-grams are in ngram_index
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
         self.index_ngrams(token_ids)
         for n in range(self.max_ngram, 1, -1):
-            index = self.ngram_ends.get(tuple(token_ids[-n:]))
+            index = self.ngram_index.get(tuple(token_ids[-n:]))
             if index is not None:
                 found = token_ids[index:]
                 tokens = [found[i % len(found)] for i in range(k)]  # if they are fewer than k, repeat them
@@ -240,15 +240,15 @@ class PromptLookup:
         return None
 
     def index_ngrams(self, token_ids: list[int]):
-        """Adds the n-grams of the new tokens to ngram_ends, except the last n-grams, which no token follows yet."""
+        """Adds the n-grams of the new tokens to ngram_index, except the last n-grams, which no token follows yet."""
         for index in range(max(self.n_indexed, 2), len(token_ids)):
             for n in range(2, self.max_ngram + 1):
-                self.ngram_ends[tuple(token_ids[max(0, index - n) : index])] = index
+                self.ngram_index[tuple(token_ids[max(0, index - n) : index])] = index
         self.n_indexed = len(token_ids)
 
     def rewind(self, n: int):
         if n < self.n_indexed:
-            self.ngram_ends.clear()
+            self.ngram_index.clear()
             self.n_indexed = 0
 
 
@@ -294,7 +294,7 @@ def build_draft_model(
     vocab_size = model.config.vocab_size
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
-        # Of the draft's logits those that the model has, too: one family pads one vocabulary to several sizes.
+        # A family may pad one vocabulary to several sizes. So drop the logits of tokens that the model does not have.
         logits = logits[:, -1, :vocab_size]
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None

@@ -43,7 +43,7 @@ StepFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [
 
 
 class GenerationSteps(NamedTuple):
-    """What generate.generate needs to continue a text."""
+    """Prefill and decode, which generate.generate calls."""
 
     prefill: StepFunction  # any T
     decode: StepFunction  # T = 1
@@ -70,8 +70,7 @@ def build_steps(
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
     def sample_next(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        """Logits [B, 1, V] after the last of tokens [B, T] -> the next token of each sequence [B], equal on all ranks.
-        """
+        """The sampler: logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
         logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
@@ -130,23 +129,23 @@ def chunked_prefill(
 
 
 class ModelRunner:
-    """Runs the model, and sampler on its logits, in the fastest way for the step's shape:
+    """Executes steps: the model, then sampler on its logits. For the shape of each step it takes the fastest way:
 
-        kernels compute all of it    recorded on a CPU; on a GPU recorded with compile, else eager
-        they do not                  compiled with compile, else eager
+        kernels compute all operations    recorded on a CPU; on a GPU recorded with compile, else eager
+        they do not                       compiled with compile, else eager
 
-    step(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
-    *sampler_inputs). All of these are tensors. The B sequences are the first of kv_cache.
+    runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
+    *sampler_inputs). All arguments are tensors. The B sequences are the first of kv_cache.
 
-    The result may lie in a static buffer, which the next call overwrites, and so may the logits that sampler gets.
-    Clone what must last."""
+    The result may lie in a static buffer, which the next call overwrites. So may the logits that sampler gets. Clone
+    what must last."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
         self.sampler, self.compile = sampler, compile
         self.device_type = model.device.type
         self.uses_kernels = cache(model.uses_kernels)  # it goes through all modules
         self.eager_runner = EagerRunner(model, kv_cache, sampler)
-        self.recorded_step, self.recorded_logits = record(self.eager_runner), record(self.eager_runner.logits)
+        self.recorded_runner, self.recorded_logits = record(self.eager_runner), record(self.eager_runner.logits)
         self.compiled_runner = CompiledRunner(model, kv_cache, sampler)
         if self.device_type == "cuda" and can_be_one_graph(model):
             self.compiled_runner = record(self.compiled_runner)
@@ -158,12 +157,12 @@ class ModelRunner:
             # A recording on a CPU holds nothing but kernels, and there are none for sampling.
             return self.sampler(self.recorded_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
         else:
-            step = self.recorded_step if self.compile and self.device_type == "cuda" else self.eager_runner
+            step = self.recorded_runner if self.compile and self.device_type == "cuda" else self.eager_runner
         return step(tokens, start_pos, *sampler_inputs)
 
 
 class EagerRunner:
-    """A ModelRunner operation by operation. It can be recorded if all operations are kernels."""
+    """Executes a step operation by operation. It can be recorded if all operations are kernels."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
         self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
@@ -175,14 +174,15 @@ class EagerRunner:
         return self.model(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
 
     def run_on_used_cache(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        """The same with the used part of the cache: PyTorch's attention looks at every position that it is given."""
+        """__call__ with only the used part of the cache, since PyTorch's attention computes scores for every
+        position."""
         used = self.kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(start_pos.max()) + tokens.shape[1])
         return self.sampler(self.model(tokens, start_pos, used), tokens, start_pos, *sampler_inputs)
 
 
 class CompiledRunner:
-    """A ModelRunner by torch.compile, in two pieces: one block, which serves all layers, and the output head with
-    sampler. Compiling these takes a third of the time of compiling the whole step, and they run as fast."""
+    """Executes a step compiled by torch.compile, in two pieces: a block, which serves all layers, and the output head
+    with the sampler. Compiling the pieces takes a third of the time that the whole step takes, and they run as fast."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
         self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
@@ -194,7 +194,8 @@ class CompiledRunner:
 
     @cached_property
     def compiled_pieces(self) -> tuple[Transformer, Callable]:
-        """Made when they are needed: importing the compiler takes a second and 150 MB."""
+        """Returns (model with compiled blocks, compiled head). They are made at first use: importing the compiler takes
+        a second and 150 MB."""
         model, sampler = self.model, self.sampler
 
         def head(hidden: Tensor, *inputs: Tensor):
@@ -224,8 +225,8 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Whether torch.compile can trace the model without a break. Not a mixture of experts with many tokens: the host
-    reads which experts they need."""
+    """Whether torch.compile can trace the model without a graph break. It cannot trace a mixture of experts with many
+    tokens, since the host reads which experts the tokens need."""
     return model.config.moe is None
 
 

@@ -1,4 +1,7 @@
-"""What every script shares: how it handles Ctrl-C and errors, and command-line options.
+"""The command line. This file is what every script shares: Ctrl-C, errors, and common options.
+
+    __init__.py  checkpoints.py  ranks.py                                            for all scripts
+    arguments.py  prompts.py  startup.py  complete.py  report.py  terminal.py        for generate.py
 
 A script begins and ends like this, with .parent.parent in a folder below:
 
@@ -44,8 +47,8 @@ CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .g
 
 
 def start():
-    """Prepares a script's imports: Ctrl-C ends them without a traceback, and what lies beside the script can be
-    imported, which python -I would not allow."""
+    """Prepares a script's imports: Ctrl-C ends them without a traceback, and files beside the script can be imported,
+    which python -I would not allow."""
     exit_on_interrupt()
     folder = str(Path(sys.argv[0]).resolve().parent)
     if folder not in sys.path:
@@ -53,8 +56,8 @@ def start():
 
 
 def exit_on_interrupt():
-    """From now on Ctrl-C ends the process at once, without a message. It does nothing in an interactive interpreter,
-    which goes on after the script (%run)."""
+    """From now on Ctrl-C ends the process at once, without a message. In an interactive interpreter, which goes on
+    after the script (%run), nothing changes."""
     if hasattr(sys, "ps1"):
         return
 

@@ -1,6 +1,4 @@
-"""Completes the prompts of generate.py's command line, one after the other or in parallel, and prints what follows.
-
-This file has no command line; see generate.py.
+"""Completes the prompts of generate.py's command line, one by one or in parallel, and prints the results.
 """
 
 import argparse

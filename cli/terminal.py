@@ -24,10 +24,12 @@ HELP = (
     "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "
     "them, /save FILE writes them, /load FILE reads them, /exit ends."
 )
-COMMANDS = {"/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True}
+COMMANDS = {  # whether each takes a file's name
+    "/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True,
+}  # fmt: skip
 COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; with more lines it is a message
 LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
-CUT_NOTES = {  # how an answer ended: what is said of it
+CUT_NOTES = {  # finish_reason of an answer -> the note that follows it
     "length": "Cut by --max_new_tokens; /continue goes on.",
     "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
     "interrupted": "Stopped; /continue goes on.",
@@ -77,7 +79,7 @@ class Shell:
 
     @contextlib.contextmanager
     def errors_as_notes(self) -> Iterator[None]:
-        """A UsageError in this context becomes a note."""
+        """Within this context, a UsageError is printed as a note and counted."""
         try:
             yield
         except UsageError as e:
@@ -125,7 +127,7 @@ class Shell:
         if command == "/continue":
             self.stream_answer(lambda: conversation.continue_answer(self.max_new_tokens))
         elif command == "/drop":
-            forgotten = [shorten(m["content"]) for m in conversation.drop_oldest()]
+            forgotten = [shorten(message["content"]) for message in conversation.drop_oldest()]
             what = f'"{forgotten[0]}" and its answer are forgotten' if forgotten else "There is nothing to forget"
             print_note(f"{what}; {len(conversation.messages)} messages left.")
         elif command == "/reset":
@@ -138,7 +140,8 @@ class Shell:
             self.stream_answer(lambda: conversation.answer(argument, self.max_new_tokens))
 
     def stream_answer(self, start: Callable[[], Iterator[str]]):
-        """Prints the answer that start begins, and says how it ended. Ctrl-C stops it, not the conversation."""
+        """Prints the answer that start() begins, piece by piece, and a note on how it ended. Ctrl-C ends the answer,
+        but not the conversation."""
         conversation, is_stopped = self.conversation, False
         try:
             pieces = start()
@@ -249,7 +252,8 @@ def read_line() -> str | None:
 
 
 def print_unread():
-    """After an error: says how many lines of a pipe are lost. Does not wait for those that are still to be written."""
+    """After an error: prints how many lines of a pipe were not read. Does not wait for lines that are not written
+    yet."""
     if sys.stdin is None or sys.stdin.isatty():
         return
     pipe = sys.stdin.buffer

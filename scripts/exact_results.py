@@ -75,7 +75,7 @@ def make_linear(
     return set_weight(w, w.weight.data.to(dtype), format)
 
 
-def make_table(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
+def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
     """A random Embedding as in a checkpoint."""
     return set_weight(Embedding(k, n), torch.randn(n, k).to(dtype), format)
 

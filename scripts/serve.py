@@ -31,6 +31,7 @@ import torch
 from openai_api import Reply, require
 
 import cli
+from chat_template import check_unicode
 from cli.checkpoints import resolve_checkpoint
 from completion import Completion
 from config import UsageError
@@ -190,7 +191,7 @@ async def read_body(client: http.Request) -> dict:
             raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
     try:
         body = json.loads(data)
-        json.dumps(body, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is not text
+        check_unicode(json.dumps(body, ensure_ascii=False))
     except (ValueError, RecursionError) as e:
         raise UsageError(f"the request is not JSON: {e}") from None
     require(isinstance(body, dict), "the request must be a JSON object")

@@ -20,7 +20,7 @@ from checkpoint import Checkpoint
 from config import UsageError
 from converters.families import config_from_hf
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormats
-from loading import load_model, quantized_tensors
+from loading import load_model, quantized_tensor_names
 from model import empty_model
 from tests.tiny import ROOT, call, convert, write_folder
 
@@ -95,7 +95,7 @@ def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
     empty = empty_model(config, WeightFormats(format))
-    needed, quantized_names = empty.state_dict(), quantized_tensors(empty)
+    needed, quantized_names = empty.state_dict(), quantized_tensor_names(empty)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}
     assert held == {name: (t.shape, dtypes[name]) for name, t in needed.items()}
