@@ -12,15 +12,17 @@ temporary name and renamed at the end, so a file with its real name is always co
 file, the one that started later wins, and the other fails.
 """
 
+import contextlib
 import ctypes
 import glob
 import json
 import os
 import pickle
+import re
 import secrets
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -95,8 +97,8 @@ def replace_file(temporary: Path, path: Path):
 
 
 def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
-    """Writes the checkpoint with room for the tensors' bytes, but without these. Returns a fake tensor for each of
-    shapes. It has no data, but it knows the real tensor's offset in the file."""
+    """Writes the checkpoint except for the tensors' bytes, for which the file gets room. Returns a fake tensor for each
+    of shapes: it has no data, but it knows the offset of the real tensor in the file."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with skip_data(materialize_fake_tensors=True):
@@ -107,7 +109,7 @@ def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Ten
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[NamedTensor]):
-    """Writes the tensors' bytes where reserve_space has left room for them."""
+    """Writes the tensors' bytes where reserve_space has made room for them."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -197,6 +199,18 @@ def explain_load_error(path: Path, e: Exception) -> str:
     if path.suffix in converters:
         return f"{path} is not a {CHECKPOINT_VERSION} checkpoint; scripts/{converters[path.suffix]} makes one of it"
     return f"{path} is truncated or not a PyTorch file ({type(e).__name__})"
+
+
+@contextlib.contextmanager
+def wrong_kinds_refused(where: str) -> Iterator[None]:
+    """Within this context, an error that a value of the wrong type or size causes becomes a UsageError. where: the file
+    with the value."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
+        raise UsageError(f"{where} holds something of the wrong kind ({e})") from None
 
 
 def read_text(path: Path) -> str:

@@ -10,8 +10,8 @@ int4        asymmetric, a scale and a zero point per group along the input
 int4-hqq    the same format; zero points refined without data (half-quadratic quantization, Badri & Shaji 2023)
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 fp8         8-bit floats (e4m3), one scale per output channel
-mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats); of its two
-            exponents that can be right the one with the smaller squared error
+mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats). Of two possible
+            powers it is the one with the smaller squared error
 
 Norms, biases, routers and the embedding are not quantized. kernels/formats/ describes the formats. One tensor at a
 time is in memory (for int4-gptq: one layer). The file appears under its name when it is complete.
@@ -80,9 +80,7 @@ MODES: dict[str, Callable[[int], WeightFormat]] = {
     "fp8": lambda group_size: Float8(),
     "mxfp4": lambda group_size: MXFP4(),
 }
-UNGROUPED_MODES = ("int8", "fp8", "mxfp4")  # which have no --groupsize
-
-
+UNGROUPED_MODES = ("int8", "fp8", "mxfp4")  # modes without --groupsize
 DEFAULT_GROUP_SIZE = 32
 
 
@@ -151,7 +149,7 @@ def main():
         quantized = quantize_each(weights, format.quantize)
     suffix = format.name.replace("int4", args.mode)  # int4.g32 -> int4-hqq.g32
     out = path.with_name(f"{path.stem}{args.label}{suffix}.pth")
-    write(out, config, tensors, weights, quantized, format)
+    write_quantized(out, config, tensors, weights, quantized, format)
     print(f"wrote {out}")
 
 
@@ -198,7 +196,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
     return gptq.quantize_model(model, windows, device, config)
 
 
-def write(
+def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
 ):  # fmt: skip
@@ -210,14 +208,14 @@ def write(
         for tensor_name, t in format.empty(w.shape, w.dtype, "meta").items():
             shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
 
-    def results() -> Iterator[tuple[str, Tensor]]:
+    def all_tensors() -> Iterator[tuple[str, Tensor]]:
         yield from kept.items()
         for name, quantized_tensors in quantized:
             for tensor_name, t in quantized_tensors.items():
                 yield f"{name}.{tensor_name}", t
             drop_pages(weights[name])  # otherwise the file's pages would count as memory in use
 
-    save_checkpoint(path, config, shapes, results(), format.quantization)
+    save_checkpoint(path, config, shapes, all_tensors(), format.quantization)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     config = config_from_hf(json.load(open("config.json")))
 
-To add a family, add a row. docs/add_a_model.md has an example; hf_config.py: Family explains the columns. This file has
-no command line.
+To add a family, add a row. docs/add_a_model.md has an example; hf_config.py: Family explains the columns.
 """
 
 from functools import partial
 
+from checkpoint import wrong_kinds_refused
 from config import ModelConfig, UsageError
 from converters.hf_config import (
     HF_NEUTRAL_VALUES,
@@ -29,12 +29,8 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
-    try:
+    with wrong_kinds_refused("config.json"):
         return read_hf_config(hf_config, generation, find_family(hf_config))
-    except UsageError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise UsageError(f"config.json holds something of the wrong kind ({e})") from None
 
 
 def find_family(hf_config: dict) -> Family:
@@ -69,7 +65,8 @@ def gemma2(hf_config: dict) -> dict:
 
 
 def smollm3(hf_config: dict) -> dict:
-    """Every no_rope_layer_interval-th layer has no RoPE, or those where no_rope_layers has a 0."""
+    """The layers without RoPE are those where no_rope_layers has a 0. Without that list, every
+    no_rope_layer_interval-th layer has none."""
     n_layers = required(hf_config, "num_hidden_layers")
     interval = hf_config.get("no_rope_layer_interval") or 4
     has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
@@ -118,7 +115,8 @@ def grok(hf_config: dict) -> dict:
 
 
 def baichuan(hf_config: dict) -> dict:
-    """7B has RoPE, 13B ALiBi. They say so by the name of the field that holds the context's length."""
+    """Baichuan 7B has RoPE, 13B has ALiBi. Which one it is shows in the name of the field for the context's length:
+    max_position_embeddings means RoPE, model_max_length ALiBi."""
     dim = required(hf_config, "hidden_size")
     if hf_config.get("max_position_embeddings") is None:
         return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
@@ -149,12 +147,12 @@ DBRX_FIELDS_TO_LLAMA = {
 
 
 def rename_dbrx(hf_config: dict) -> dict:
-    """DBRX has other names for most fields, and half of them in attn_config and ffn_config."""
+    """Renames the fields of DBRX, and lifts those of attn_config and ffn_config to the top level."""
     hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
     attention = hf_config.get("attn_config") or {}
     ffn = hf_config.get("ffn_config") or {}
     rope = hf_config.get("rope_parameters") or {}
-    if "rope_theta" in attention:  # it counts: transformers 5 writes its default into rope_parameters
+    if "rope_theta" in attention:  # this one is right: transformers 5 writes its default into rope_parameters
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
     if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:

@@ -2,7 +2,7 @@
 
     config = read_gguf_config(metadata, tensors)    # what gguf_file.py reads
 
-To add an architecture, add a row to ARCHITECTURES; its family must be in families.py. This file has no command line.
+To add an architecture, add a row to ARCHITECTURES; its family must be in families.py.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class Architecture:
 
     family: str  # in families.py
     fields: dict[str, str] = field(default_factory=dict)  # more of GGUF_FIELDS
-    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # config.json's fields that the metadata lack
+    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that the metadata lack
     names: dict[str, str] = field(default_factory=dict)  # what differs from gguf_tensors.py: GGUF_TO_HF
     ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
     interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a pair's side by side
@@ -89,7 +89,7 @@ def gemma3(hf_config: dict) -> dict:
 
 
 def query_dim(hf_config: dict, n_layers_of_27b: int) -> int:
-    """Gemma divides its scores by the square root of this: head_dim, but another size in the models of 27B."""
+    """The square root of this divides the scores: head_dim, but dim / n_heads in the models of 27B."""
     if hf_config["num_hidden_layers"] == n_layers_of_27b:
         return hf_config["hidden_size"] // hf_config["num_attention_heads"]
     return hf_config["head_dim"]
@@ -169,7 +169,7 @@ def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelCon
 
 
 def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
-    """What Hugging Face's config.json of the same model says."""
+    """The contents of config.json that the same model would have."""
     name, architecture = metadata["general.architecture"], find_architecture(metadata)
     fields = {key.removeprefix(f"{name}."): value for key, value in metadata.items()}
     check_fields(fields, name)
@@ -207,7 +207,8 @@ def check_fields(fields: dict, name: str):
 
 
 def window_pattern(pattern: int | list | None) -> dict:
-    """config.json's field for which layers have the window: all but every pattern-th, or those where a list is True."""
+    """The field of config.json that says which layers have the window. A list pattern has an entry for each layer; a
+    number means that every pattern-th layer has no window."""
     if isinstance(pattern, list):
         return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
     return {} if pattern is None else {"sliding_window_pattern": pattern}

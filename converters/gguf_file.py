@@ -2,8 +2,7 @@
 
     metadata, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
 
-The gguf package's own reader takes seconds for a vocabulary, and loops as often as a broken header tells it to. This
-file has no command line.
+The gguf package's own reader takes seconds for a vocabulary, and loops as often as a broken header tells it to.
 """
 
 import math
@@ -28,7 +27,7 @@ MAX_COUNT = 2**24  # tensors, fields, elements or characters
 
 @dataclass
 class GGUFTensor:
-    """As the file has it."""
+    """A tensor as the file stores it, perhaps quantized."""
 
     type: GGMLQuantizationType
     data: np.ndarray  # uint8 [..., bytes of a row]
@@ -102,7 +101,7 @@ def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
 
 
 class Header:
-    """What a GGUF file begins with, value by value."""
+    """Reads the beginning of a GGUF file value by value: metadata and the tensors' names, shapes and offsets."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.offset = data, 0

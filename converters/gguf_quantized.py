@@ -1,13 +1,13 @@
-"""Quantized tensors of a GGUF to weights in our formats. What a GGUF stores for an input is kept where a format can.
+"""Converts quantized tensors of a GGUF to our formats, and keeps the stored codes where a format can hold them.
 
     kept = KeptWeights(plans, sources, order)    # chooses the formats
     convert(path, config, tensors | kept.weights, kept.reader(read))
-    print(*kept.report(), sep="\\n")              # what became of each type
+    print(*kept.report(), sep="\\n")              # how each type was converted
 
-A GGUF stores codes of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a minimum. Codes of 4 bits
-become Int4, all others GroupedInt8, with the same groups: all exact but for the rounding of scales and zeros. What is
-stacked, such as q, k and v, has one format. If that makes the file larger than SIZE_LIMIT times the GGUF, weights are
-rounded again to smaller formats, first those that save the most bytes for what they lose. No command line.
+A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
+minimum. Codes of 4 bits become Int4, all others GroupedInt8, with the same groups. Only scales and zeros are rounded.
+Weights that are stacked, such as q, k and v, get one format. If that makes the file larger than SIZE_LIMIT times the
+GGUF, weights are rounded again to smaller formats, first those that save the most bytes for what they lose.
 """
 
 import re
@@ -35,8 +35,9 @@ SIZE_LIMIT = 1.1  # of the result, in sizes of the GGUF's tensors
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
-# What an input loses if it is rounded again. To 4 bits, by the bits of its code: llama.cpp gave more to those that
-# matter more. To 8 bits, by the format: the more inputs share a scale, the larger it is.
+# The loss of an input that is rounded again. Rounded to 4 bits, it depends on the bits of the input's code, since
+# llama.cpp gave more bits to inputs that matter more. Rounded to 8 bits, it grows with the number of inputs that share
+# a scale.
 LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}
 LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
@@ -46,8 +47,9 @@ LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
 @dataclass(frozen=True)
 class BlockType:
-    """decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, and for each group of a block's inputs scales
-    and offsets [..., n_groups] float32. An input is q * scale + offset."""
+    """A quantized type of GGUF. An input is q * scale + offset.
+
+    decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, scales and offsets [..., n_groups] float32."""
 
     bits: int  # of a code
     group_size: int
@@ -81,13 +83,13 @@ def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
 
 
 def decode_symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Q4_0 and Q5_0: a scale."""
+    """Q4_0 and Q5_0 have a scale and a fixed zero point."""
     scale = read_float16(blocks, 0)
     return decode_q4(blocks, 2, **options), scale, -zero * scale
 
 
 def decode_asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Q4_1 and Q5_1: a scale and the minimum."""
+    """Q4_1 and Q5_1 have a scale and a minimum."""
     return decode_q4(blocks, 4, **options), read_float16(blocks, 0), read_float16(blocks, 2)
 
 
@@ -103,7 +105,7 @@ def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
+    """The low 4 bits are as in Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
     scales, offsets = decode_k_scales(blocks)
     qh, low = blocks[..., 16:48], unpack_nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
     high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
@@ -121,7 +123,8 @@ def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Twice 128 inputs: 64 bytes of lower halves, 32 bytes with 2 upper bits of 4 inputs each. Scales are int8."""
+    """A block has two parts of 128 inputs. For each part, ql has 64 bytes with the lower 4 bits, and qh has 32 bytes,
+    each with the upper 2 bits of 4 inputs. Scales are int8."""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
     q = (unpack_nibbles(ql) | high << 4).flatten(-2)
@@ -146,7 +149,7 @@ BLOCK_TYPES = {
 
 @dataclass
 class QuantizedRows:
-    """Rows [N, K] of a GGUF's tensor: (q - zero) * scale, with scales and zeros [N, n_groups] in float32."""
+    """Rows of a GGUF's tensor, w = (q - zero) * scale: q [N, K], scales and zeros [N, n_groups] in float32."""
 
     type: BlockType
     q: Tensor
@@ -180,10 +183,12 @@ def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
 
 
 def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
-    """The tensors of format, and which groups [N, n_groups] keep their codes. The others are rounded again."""
+    """Returns (the tensors of format, whether each group keeps its codes [N, n_groups]). Other groups are rounded
+    again."""
     if not keeps_codes(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # Zeros that are no integers: in 8 bits a code of 4 or 5 takes larger steps, and its zero smaller ones
+    # A minimum makes zeros that are no integers. Codes of 4 or 5 bits are multiplied to fill 8 bits, so that zeros,
+    # which are rounded to integers, get smaller steps.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
     zeros = (groups.zeros * factor * format.zeros_per_step).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
@@ -191,7 +196,7 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
     repeats = groups.type.group_size // format.group_size
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
-    if not is_kept.all():  # 0 is far outside of some groups' ranges
+    if not is_kept.all():  # the zero of some groups is beyond 0 ... 255
         again = format.quantize(groups.dequantize())
         again["q"] = format.unpack_elements(again["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
@@ -205,8 +210,10 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
 
 @dataclass
 class StackedWeight:
-    """A weight of ours, and the GGUF's tensors that it stacks. formats: those that it may have, the first without loss,
-    each smaller than the one before. n_bytes: what it takes in each."""
+    """One of our weights, and the GGUF's tensors that it stacks.
+
+    formats: the formats that the weight may have, each smaller than the one before; the first loses nothing.
+    n_bytes: the weight's size in each format."""
 
     name: str
     plan: TensorPlan
@@ -225,7 +232,7 @@ class StackedWeight:
         empty = {format: format.empty(self.plan.shape, self.plan.dtype, "meta") for format in formats}
         self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
         self.formats = formats[:1]
-        for format in formats[1:]:  # of few inputs a larger group or one scale for all saves nothing
+        for format in formats[1:]:  # with few inputs, larger groups save nothing
             if self.n_bytes[format] < self.n_bytes[self.formats[-1]]:
                 self.formats.append(format)
 
@@ -243,8 +250,8 @@ class StackedWeight:
         return total
 
     def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
-        """What is lost for each byte that is saved by a smaller format, and which of formats that is. Of the bytes that
-        are saved only n_excess count, since no more are needed."""
+        """Returns (price, index) of the smaller format that loses least for each byte that it saves. price: the loss
+        for each byte. index: into formats. At most n_excess of the saved bytes count, since no more are needed."""
         now, *smaller = self.formats
         prices = []
         for format in smaller:
@@ -257,7 +264,7 @@ class StackedWeight:
 def choose_formats(stacks: list[StackedWeight], n_bytes: float):
     """Sets the format of each of stacks, so that together they take at most n_bytes, if that is possible."""
     n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
-    stacks = middle_layers_first(stacks)  # of those of equal prices, the layers in the middle first
+    stacks = middle_layers_first(stacks)  # at equal prices, layers in the middle come first
     while n_excess > 0:
         steps = [(*stack.cheapest_downgrade(n_excess), stack) for stack in stacks if len(stack.formats) > 1]
         if not steps:
@@ -266,12 +273,12 @@ def choose_formats(stacks: list[StackedWeight], n_bytes: float):
         n_excess -= stack.n_bytes[stack.format] - stack.n_bytes[stack.formats[i]]
         del stack.formats[:i]
     if n_excess > 0:
-        for stack in stacks:  # out of reach: then 4 bits are not rounded to 4 bits in vain
+        for stack in stacks:  # n_bytes is out of reach, so do not round codes of 4 bits again in vain
             stack.formats = [INT4] if stack.format == SMALLER_INT4 else stack.formats
 
 
 def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
-    """Sorted by the distance of their layer from the middle one: the first and last layers matter most."""
+    """stacks, sorted by the distance of their layer from the middle one: the first and last layers matter most."""
     layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
     middle = max(layers.values(), default=0) / 2
     return sorted(stacks, key=lambda stack: abs(layers.get(stack.name, 2 * middle) - middle))
@@ -282,14 +289,14 @@ def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
 
 @dataclass
 class RoundingErrors:
-    """How far weights of one type are from the GGUF's."""
+    """How far the converted weights of one type are from the GGUF's."""
 
     n_tensors: int = 0
     largest: float = 0.0  # error of the groups that keep their codes, in steps of these
     n_groups: int = 0
     n_rounded: int = 0  # groups that are rounded again
-    squared_errors: float = 0.0  # of the latter's inputs, in sum
-    squared_steps: float = 0.0
+    squared_errors: float = 0.0  # sum over the inputs that are rounded again
+    squared_steps: float = 0.0  # likewise, of a group's scale
 
     def add(self, groups: QuantizedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
@@ -314,8 +321,10 @@ class RoundingErrors:
 
 
 class KeptWeights:
-    """weights: a QuantizedWeight for each of sources, tensors of a GGUF by Hugging Face's names, that stays quantized.
-    plans: our tensors. order: see reorder_heads. Raises UsageError for a type that no format can hold."""
+    """The weights of a GGUF that stay quantized, by Hugging Face's names (weights).
+
+    plans: our tensors. sources: the GGUF's tensors by Hugging Face's names. order: see reorder_heads. Raises UsageError
+    for a type that no format can hold."""
 
     def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], order: Tensor | None):
         linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
@@ -328,8 +337,8 @@ class KeptWeights:
         self.stored_bytes = sum(source.data.nbytes for source in sources.values())
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
-        self.deviations: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)
-        self.became_dense: Counter[str] = Counter()  # since they are stacked with floats
+        self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
+        self.became_dense: Counter[str] = Counter()  # tensors of each type that are stacked with floats
         self.weights: dict[str, QuantizedWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Dense):
@@ -340,13 +349,13 @@ class KeptWeights:
                 self.weights[source] = QuantizedWeight(stack.format, torch.Size(sources[source].shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
-        """read, for what does not stay quantized."""
+        """Returns a TensorReader: of self.weights for those that stay quantized, of read for all others."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
     def read(self, name: str, stored: GGUFTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
         """The tensors of format for the GGUF's tensor called name."""
-        deviation = self.deviations[stored.type.name, format.name]
-        deviation.n_tensors += 1
+        errors = self.errors[stored.type.name, format.name]
+        errors.n_tensors += 1
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
@@ -356,21 +365,21 @@ class KeptWeights:
             tensors, is_kept = convert_groups(groups, format)
             if not tensors["scales"].isfinite().all():
                 raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")
-            deviation.add(groups, format, tensors, is_kept)
+            errors.add(groups, format, tensors, is_kept)
             parts.append(tensors)
         whole = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
         return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
 
     def report(self) -> list[str]:
-        """What became of each type, a line each, and of the size. Once all is read."""
+        """Lines that say how each type was converted, and how large the result is. Call when all weights are read."""
         lines = []
-        for (type_name, format_name), deviation in sorted(self.deviations.items()):
-            lines.append(f"{type_name}: {deviation.n_tensors} tensors to {format_name}, {deviation}")
+        for (type_name, format_name), errors in sorted(self.errors.items()):
+            lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")
         for type_name, n in self.became_dense.items():
             lines.append(f"{type_name}: {n} tensors to floats, as what they are stacked with")
         ratio = self.n_bytes / self.stored_bytes
         lines.append(f"{self.n_bytes / 1e6:.1f} MB, {ratio:.2f} times the GGUF's")
-        if any(deviation.n_rounded == deviation.n_groups for deviation in self.deviations.values()):
+        if any(errors.n_rounded == errors.n_groups for errors in self.errors.values()):
             lines[-1] += f": what is rounded again would make it larger than {SIZE_LIMIT} times"
         return lines
 

@@ -1,4 +1,4 @@
-"""A GGUF file to model.pth and its tokenizer. This file has no command line; see scripts/convert_gguf.py.
+"""Converts a GGUF file to model.pth and a tokenizer. scripts/convert_gguf.py is the command.
 
     convert_gguf(Path("model.Q4_1.gguf"), Path("checkpoints/model"))
 """
@@ -89,8 +89,8 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, 
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[HFTensors, TensorReader]:
-    """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
-    of them, its rows in our order. Gemma's norms need nothing: a GGUF has 1 + w already."""
+    """The arguments of convert: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that
+    reads one of them, with its rows in our order. Gemma's norms stay as they are, since a GGUF has 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
     order = gguf_rope_order(config, architecture)
@@ -110,7 +110,7 @@ def rename_gguf_tensors(
 def keep_quantized(
     stored: dict[str, GGUFTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
 ) -> KeptWeights:
-    """What stays quantized of tensors, which rename_gguf_tensors has made of stored."""
+    """The weights among tensors that stay quantized. tensors: those that rename_gguf_tensors makes of stored."""
     sources = split_gguf_tensors(stored, config, architecture)
     return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
 
@@ -134,8 +134,8 @@ def split_gguf_tensors(
 def split_tensor(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """The tensors in Hugging Face's tables that one of the GGUF holds, by name: itself, those whose rows it has one
-    below the other, or those of all experts."""
+    """Hugging Face's tensors that one tensor of the GGUF holds, by name: a single one, several stacked along the rows,
+    or those of all experts."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_HF | architecture.names

@@ -1,9 +1,9 @@
-"""Makes a tokenizer's files of the vocabulary in a GGUF's metadata.
+"""Makes a tokenizer's files from the vocabulary in a GGUF's metadata.
 
     files = tokenizer_files(metadata)    # their contents by name
 
 They are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a value
-of tokenizer.ggml.pre, add a row to SPLITS. This file has no command line.
+of tokenizer.ggml.pre, add a row to SPLITS.
 """
 
 import json

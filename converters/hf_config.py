@@ -1,6 +1,6 @@
 """Reads Hugging Face's config.json into a ModelConfig, as a Family says; the families are in families.py.
 
-Fields that change the maths and that model.py does not implement are refused. This file has no command line.
+Fields that change the maths and that model.py does not implement are refused.
 """
 
 import math
@@ -64,7 +64,7 @@ HF_NEUTRAL_VALUES = {
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
 }
-# Fields by which config.json shows that an unknown architecture has what model.py has not
+# Fields by which config.json shows that an unknown architecture has parts that model.py lacks
 UNSUPPORTED_PARTS = {
     "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
@@ -85,7 +85,7 @@ def check_neutral_values(fields: dict, family: Family):
 
 
 def check_layer_types(hf_config: dict):
-    """Raises UsageError for a list that does not fit the layers, or for kinds of attention that model.py has not."""
+    """Raises UsageError for a list that does not fit the layers, or for kinds of attention that model.py lacks."""
     types, n_layers = hf_config.get("layer_types"), required(hf_config, "num_hidden_layers")
     if types is None:
         return
@@ -97,7 +97,7 @@ def check_layer_types(hf_config: dict):
 
 
 def unsupported_part(hf_config: dict) -> str | None:
-    """What an unknown architecture has that model.py has not."""
+    """The reason why an unknown architecture cannot run: a part that model.py lacks. None: no such part is known."""
     for name, meaning in UNSUPPORTED_PARTS.items():
         if hf_config.get(name):
             return f"config.json's {name} means {meaning}"
@@ -135,7 +135,7 @@ def required(hf_config: dict, *names: str):
 
 
 def read_sizes(hf_config: dict, family: Family) -> dict:
-    """ModelConfig's sizes, and what else is one field in config.json as it is here."""
+    """The sizes of ModelConfig, and other fields that config.json has in the same form."""
     n_heads = required(hf_config, "num_attention_heads")
     has_attention_bias = bool(hf_config.get("attention_bias"))
     return dict(
@@ -193,7 +193,7 @@ def read_moe(hf_config: dict, family: Family) -> MoEConfig | None:
 
 
 def read_n_shared_experts(hf_config: dict, family: Family) -> int:
-    """config.json has one wide shared expert. This is the number of experts of the usual width that it is made of."""
+    """How many experts of the usual width the shared expert makes, which is one wide expert in config.json."""
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
@@ -242,7 +242,8 @@ def full_attention_every(n: int, hf_config: dict) -> list[str]:
 
 
 def layer_numbers(hf_config: dict) -> range:
-    """From 0. A config.json with a senseless number of layers, which ModelConfig refuses, must not fill the memory."""
+    """The numbers of the layers, from 0. At most MAX_MODULES, so that a senseless number in config.json, which
+    ModelConfig refuses later, does not fill the memory."""
     return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 

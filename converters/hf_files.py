@@ -1,4 +1,4 @@
-"""Opens Hugging Face's weights: safetensors and pytorch_model.bin, in one file or many. This file has no command line.
+"""Opens Hugging Face's weights: safetensors and pytorch_model.bin, in one file or many.
 
     tensors = read_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # memory-mapped: none is read yet
 """

@@ -10,8 +10,7 @@ is for 4 bits:
     pack-quantized        weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups]; without: 8
     int-quantized         weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8; without: 0
 
-A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. The last two formats are compressed-tensors'. This file has
-no command line.
+A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. The last two formats are compressed-tensors'.
 """
 
 import math
@@ -26,7 +25,7 @@ from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_gro
 from kernels.formats import GROUP_SIZES, GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import pack_int4, shard_groups
 
-AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
+AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word holds the outputs 0 to 7
 
 
 @dataclass
@@ -47,11 +46,11 @@ class IntegerWeight:
         return 1 << (self.bits - 1)
 
     def to_weight(self) -> QuantizedWeight:
-        """The same values in a format of ours."""
+        """The weight in one of our formats, with the same values."""
         if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
-        format_class = Int4 if self.bits == 4 and group_size in GROUP_SIZES else GroupedInt8  # which has groups of 16
+        format_class = Int4 if self.bits == 4 and group_size in GROUP_SIZES else GroupedInt8  # it also has groups of 16
         format = format_class(group_size, stored_dtype(self.scales))
         return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
 
@@ -70,8 +69,9 @@ class IntegerWeight:
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:
-    """The dtype that scales have. Of float32: a dtype of 16 bits that holds them exactly, or float16 if that rounds
-    them by no more than 2^-11. Of tiny scales it does not; they stay float32, for which we have no format."""
+    """The dtype in which our format stores scales. Scales of 16 bits keep theirs. For float32 it is a 16-bit dtype that
+    holds them exactly, or else float16 if all are within its normal range, where rounding changes a scale by at most
+    2^-11 of itself. Otherwise it is float32, for which we have no format."""
     if scales.dtype != torch.float32:
         return scales.dtype
     for dtype in (torch.bfloat16, torch.float16):
@@ -97,7 +97,8 @@ def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
 
 
 def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
-    """The group size that config.json states, checked; -1, all inputs, becomes k."""
+    """The group size that config.json states; k if it states -1, which means all inputs. Raises UsageError if it does
+    not fit the number of groups."""
     group_size = stated if isinstance(stated, int) and stated > 0 else k
     if math.ceil(k / group_size) != n_groups:
         layer.refuse(f"{n_groups} scales for {k} inputs", f"group_size {stated}")
@@ -105,7 +106,8 @@ def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: i
 
 
 def read_input_order(layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int) -> Tensor | None:
-    """kind: the tensor that says for each input in which group it is. None: each group's inputs stand together."""
+    """The order of the inputs in which each group's inputs stand together. None: they do so already. kind: the name of
+    the tensor that has the group of each input."""
     if kind not in layer.tensors:
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
@@ -153,8 +155,8 @@ def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
 
 
 def has_v1_zeros(zeros: Tensor, bits: int, config: dict) -> bool:
-    """Whether zeros, as stored, are one less than the zero points: in version 1 of GPTQ's format. Symmetric weights,
-    whose zero points are all in the middle, tell it themselves. For others it is what config.json says."""
+    """Whether zeros, as stored, are one less than the zero points, as in version 1 of GPTQ's format. The zero points of
+    symmetric weights are all in the middle, so their zeros show it. For other weights config.json says it."""
     middle = 1 << (bits - 1)
     if (zeros == middle).all():
         return False
@@ -188,7 +190,7 @@ def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """pack-quantized. stated: what config.json says about the layer's weight."""
+    """Reads pack-quantized. stated: what config.json says about the layer's weight."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
     if len(shape) != 2 or min(shape) < 1 or shape[0] != len(packed):
@@ -199,7 +201,7 @@ def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
 
 
 def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """int-quantized."""
+    """Reads int-quantized. stated: what config.json says about the layer's weight."""
     weight = layer.take("weight", (torch.int8,), 2)
     return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
 

@@ -1,11 +1,11 @@
-"""Merges a LoRA adapter, as PEFT saves it, into the weights of its base model. This file has no command line.
+"""Merges a LoRA adapter, as PEFT saves it, into the weights of its base model.
 
     adapter = read_adapter(Path("checkpoints/my-adapter"))    # adapter_config.json, adapter_model.safetensors or .bin
     merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_llama_layout
     weight = merge(name, tensors[name])
 
-LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]: it becomes W + scale * B A, with A [r, K], B [N, r].
-PEFT has more than this. What it has and this file does not compute is refused by name.
+LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]. W becomes W + scale * B A, with A [r, K] and
+B [N, r]. PEFT has other kinds of adapters, too. They are refused by name.
 """
 
 import math
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import read_json
+from checkpoint import read_json, wrong_kinds_refused
 from config import ModelConfig, UsageError
 from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors
@@ -34,7 +34,7 @@ UNSUPPORTED_FIELDS = {
     "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "monteclora_config": "MonteCLoRA", "ensure_weight_tying": "LoRA of an embedding and a head together",
 }  # fmt: skip
-# How A and B began, where W stayed as it was. The other ways, such as PiSSA, trained A and B beside another W.
+# Initializations of A and B that leave W as it is. Others, such as PiSSA, change W, so that the adapter needs that W.
 SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -54,7 +54,7 @@ class LoraDelta:
 class Adapter:
     deltas: dict[str, LoraDelta]  # by transformers' name of the weight
     whole_tensors: HFTensors  # trained in full (modules_to_save): they replace the base model's
-    has_all_layers: bool  # it has the same weights in every layer of its model
+    has_all_layers: bool  # whether it must have the same deltas in every layer of its model
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -66,14 +66,13 @@ def read_adapter(folder: Path) -> Adapter:
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}")
     config = read_json(path)
-    try:
-        check_config(config)
-        lora_pairs, whole_tensors = sort_tensors(read_adapter_tensors(folder))
-        deltas = {f"{module}.weight": make_delta(module, config, *ab) for module, ab in lora_pairs.items()}
-    except UsageError as e:
-        raise UsageError(f"{folder}: {e}") from None
-    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
-        raise UsageError(f"{path} holds something of the wrong kind ({e})") from None
+    with wrong_kinds_refused(str(path)):
+        try:
+            check_config(config)
+            lora_pairs, whole_tensors = sort_tensors(read_adapter_tensors(folder))
+            deltas = {f"{module}.weight": make_delta(module, config, *ab) for module, ab in lora_pairs.items()}
+        except UsageError as e:
+            raise UsageError(f"{folder}: {e}") from None
     targets = config.get("target_modules")
     is_list = isinstance(targets, list) or targets == "all-linear"
     may_lack_layers = config.get("layers_to_transform") is not None or config.get("exclude_modules")
@@ -113,7 +112,7 @@ def read_adapter_tensors(folder: Path) -> HFTensors:
 
 
 def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], HFTensors]:
-    """(A and B of each module, the whole tensors)."""
+    """Returns (A and B of each module by name, the whole tensors by name)."""
     lora_pairs, whole_tensors = {}, {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.default)?(\.weight)?", name)
@@ -163,8 +162,8 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 
 
 def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str]):
-    """Puts the adapter's whole tensors in the place of the model's. If a tied embedding or head changes, the other one
-    stays as it is; so the head, which may be left out, becomes a tensor of its own."""
+    """Replaces tensors of the model by whole tensors of the adapter. If the adapter changes only one of a tied
+    embedding and head, they are no longer tied: the head becomes a tensor of its own."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
     if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
@@ -179,8 +178,8 @@ def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, r
 
 
 class LoraMerger:
-    """merge(name, weight): the weight of this name with the adapter's change. Conversion renames and splits a weight,
-    so it does the same to the weight's change. Raises UsageError if a change does not fit the model."""
+    """merge(name, weight) returns the weight called name with its delta added. Conversion renames and splits weights,
+    so the deltas are renamed and split likewise. Raises UsageError if a delta does not fit the model."""
 
     def __init__(
         self, adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str],
@@ -196,7 +195,7 @@ class LoraMerger:
                 self.delta_of[part] = name, delta
         if adapter.has_all_layers:
             check_layers(self.delta_of, config.n_layers)
-        self.last: tuple[str, HFTensors] = "", {}  # the change that was computed last, in its parts
+        self.last: tuple[str, HFTensors] = "", {}  # the delta that was computed last: its name, its parts
 
     def split_delta(self, name: str, delta: Tensor) -> HFTensors:
         parts = {self.rename(name): delta}

@@ -1,12 +1,11 @@
-"""Reads Llama in Meta's own format: consolidated.00.pth, consolidated.01.pth ... and params.json. No command line.
+"""Reads Llama in Meta's own format: consolidated.00.pth, consolidated.01.pth ... and params.json.
 
     config, tensors, read, files, note = read_meta(Path("checkpoints/Llama3.2-1B"))
 
-Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files are of this format, and
-so are karpathy's tinyllamas, but for their params, which read_tinyllamas finds in the file itself.
+Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have this format, too.
+karpathy's tinyllamas also have it, except that their params are in the file itself (read_tinyllamas).
 
-params.json does not say how long the context is. This goes by what tells the generations apart,
-from the top down:
+params.json does not state the length of the context. infer_llama_version finds it by the first line that applies:
 
     Llama 3.1    use_scaled_rope                              131072   RoPE is stretched 8-fold
     Llama 3.2    use_scaled_rope, the head is the embedding   131072   32-fold
@@ -85,7 +84,7 @@ def read_meta(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader, dict[
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """In the order of their numbers. Raises UsageError if one is missing."""
+    """The files of the shards, in the order of their numbers. Raises UsageError if one is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     for i, file in enumerate(files):
         if file.name != f"consolidated.{i:02d}.pth":
@@ -150,7 +149,7 @@ def meta_head_dim(params: dict) -> int:
 
 
 def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
-    """The config, and a line about what comes from the generation; "" if there is nothing."""
+    """The config, and a line about what was inferred; "" if nothing was."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
     note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"

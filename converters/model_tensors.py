@@ -1,9 +1,9 @@
-"""Writes model.pth from tensors with Hugging Face's names for Llama. Both converters end with this.
+"""Writes model.pth from tensors with Hugging Face's names for Llama. All converters end with this.
 
     convert(Path("model.pth"), config, tensors, read)
 
 It renames tensors and stacks those that are always used together: q, k and v; gate and up; the experts of a layer. Only
-one weight is in memory at a time. Quantized weights stay quantized. This file has no command line.
+one weight is in memory at a time. Quantized weights stay quantized.
 """
 
 import os
@@ -47,7 +47,8 @@ MOE_SOURCES = HF_SOURCES | {
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
-ROPE_BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables of RoPE in some checkpoints; we compute them
+# Tables of RoPE in some checkpoints, which are computed here
+ROPE_BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names
@@ -195,7 +196,7 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, those of one weight at a time."""
+    """Yields (name, tensor) of our tensors. Only one weight is in memory at a time."""
     for name, plan in plans.items():
         ours = plan.format.empty(plan.shape, plan.dtype, "cpu")
         start = 0
@@ -237,7 +238,7 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
 
 
 def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
-    """Says on stderr which weights do not stay quantized, though the checkpoint has them so, and why."""
+    """Prints which of the checkpoint's quantized weights become dense, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for plan in plans.values():
         quantized = {name: tensors[name] for name in plan.sources if isinstance(tensors[name], QuantizedWeight)}
@@ -248,7 +249,7 @@ def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
 
 
 def why_dequantized(weights: list[QuantizedWeight]) -> str:
-    """weights: those that are stacked."""
+    """The reason why weights, which are stacked, become dense."""
     if any(weight.input_order is not None or isinstance(weight.format, Dense) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
         return f"{why}; a checkpoint without it becomes a smaller file"

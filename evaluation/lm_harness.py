@@ -3,8 +3,7 @@
     lm = harness_model(model, tokenizer, max_length=2048, batch_size=8, compile=False)
     results, table = evaluate(lm, ["hellaswag"], task_manager(["hellaswag"], None), limit=100)
 
-lm_eval is imported when it is needed, so that this file can be imported without it. There is no command line here; see
-eval.py.
+lm_eval is imported at first use, so that this file can be imported without it. eval.py is the command.
 """
 
 from dataclasses import fields
@@ -47,7 +46,7 @@ def task_manager(tasks: list[str], include_path: Path | None):
 
 
 def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = False) -> tuple[dict, str]:
-    """(lm_eval's results by task and metric, the same as a table)."""
+    """Returns (lm_eval's results by task and metric, the same as a table)."""
     lm_eval = import_lm_eval()
     load_tasks = getattr(manager, "load", None) or manager.load_task_or_group  # versions differ
     try:
@@ -115,7 +114,8 @@ class HarnessModel:
         return text
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """For requests (_, context ids, answer ids): the answer's log-likelihood, and whether it is the greedy one."""
+        """Requests are (_, context ids, answer ids). Returns for each the answer's log-likelihood, and whether greedy
+        decoding gives the answer."""
         longest = self.max_length + 1
         sequences = [ScoredSequence((context + answer)[-longest:], len(answer)) for _, context, answer in requests]
         if any(sequence.n_scored >= len(sequence.ids) for sequence in sequences):

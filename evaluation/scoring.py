@@ -3,7 +3,7 @@
     for score in compute_scores(model, [ScoredSequence(ids, n_scored=3)]): ...
     perplexity(model, tokenizer, text, length=1024)
 
-This file has no command line; see eval.py.
+eval.py is the command.
 """
 
 import math
@@ -62,7 +62,7 @@ class ScoredSequence(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The model's judgement of a sequence's last n tokens, each given the tokens before it."""
+    """The scores of a sequence's last n tokens, each given the tokens before it."""
 
     index: int  # of the sequence
     logprobs: Tensor  # [n]

@@ -214,7 +214,7 @@ def dequantize(layer: LinearLayer, dtype: torch.dtype, experts=slice(None)) -> T
 
 
 def count_tokens(x: Tensor) -> int:
-    """Of x [..., width]."""
+    """The number of tokens in x [..., width]."""
     return x.numel() // x.shape[-1]
 
 

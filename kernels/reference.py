@@ -33,7 +33,7 @@ def fused_linear(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """arXiv:1910.07467. In float32, except for the product with the weight."""
+    """RMSNorm (arXiv:1910.07467), in float32 except for the product with the weight."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = normed.to(x.dtype) * weight
@@ -104,8 +104,8 @@ def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Ten
 
 
 def sdpa_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor, fills_cache: bool) -> Tensor:
-    """By PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]. fills_cache:
-    the T tokens are all that the cache holds."""
+    """Attention by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D].
+    fills_cache: the T tokens are all that the cache holds."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
         mask = causal_mask(positions, S, layer.window)
@@ -121,7 +121,7 @@ def sdpa_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, position
 
 
 def eager_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor) -> Tensor:
-    """What SDPA cannot do: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """Attention with what SDPA lacks: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * layer.scale  # [B, G, H/G, T, S]

@@ -1,4 +1,4 @@
-"""What PyTorch must know of each operation that has kernels: its schema, and the shape of its result.
+"""The schema of each operation that has kernels, and the shape of its result, as PyTorch needs them.
 
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 take the arguments of this schema, so a change here is a change in both. kernels/__init__.py says what each one does.

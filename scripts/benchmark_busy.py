@@ -1,4 +1,4 @@
-"""How fast decoding is beside other work: what --busy of benchmark.py measures.
+"""Measures how fast decoding is beside other work, for --busy of benchmark.py.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --busy        # three rounds
     python scripts/benchmark.py --config TinyLlama-1.1B --busy 9      # nine
@@ -162,7 +162,7 @@ def ask(second: Connection, word: str) -> list[float] | None:
 
 
 def serve_decode_requests(connection: Connection, n_threads: int, *arguments):
-    """What the second process does: see ask."""
+    """The main loop of the second process, which answers the requests of ask."""
     tqdm.set_lock(threading.RLock())  # its own is one of the system, which a killed process would leave behind
     try:
         decoder = Decoder(*arguments)

@@ -46,7 +46,7 @@ MODES |= {
 
 
 def quantization(args: argparse.Namespace):
-    """Size, perplexity and speed of a checkpoint, quantized in each variant."""
+    """Size, perplexity and speed of a checkpoint, quantized in each mode."""
     path = resolve_checkpoint(args.checkpoint_path)
     if read_checkpoint(path).quantization:
         raise UsageError(f"{path} is quantized already; start from the model.pth it came from")
@@ -79,7 +79,7 @@ def measure_file(file: Path, text_file: Path) -> dict:
 
 
 def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float]]:
-    """Of each mode's file, decoded tokens per second; and the memory's bandwidth in GB/s after each round."""
+    """Returns decoded tokens per second by mode, and the memory's bandwidth in GB/s after each round."""
     variants, rounds, reads = {}, [], []
     for mode, file in files.items():
         variants[mode] = ["--checkpoint_path", file, "--prompt_tokens", 5, "--max_new_tokens", 128, "--ignore_eos"]
@@ -170,7 +170,7 @@ def compare_speeds(plain_flags: list, speculative_flags: list) -> dict[str, floa
 
 
 def run_rounds(variants: dict[str, list]) -> Iterator[dict[str, dict]]:
-    """Of each round, what generate.py says of every variant, whose flags these are."""
+    """Yields for each round the --json results of generate.py by variant. variants: name -> flags."""
     for seed in range(ROUNDS):
         results = {}
         for variant, flags in variants.items():
@@ -179,7 +179,7 @@ def run_rounds(variants: dict[str, list]) -> Iterator[dict[str, dict]]:
 
 
 def run_script(script: str, *arguments) -> str:
-    """What a script of ours prints. Raises UsageError if it fails."""
+    """Runs a script of this project, and returns what it prints. Raises UsageError if it fails."""
     done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise UsageError(f"{script} failed; what it said is above")

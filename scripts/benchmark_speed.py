@@ -1,4 +1,4 @@
-"""A shape's speed and memory with random weights: what the command "speed" of benchmark.py measures.
+"""Measures a shape's speed and memory with random weights, for the command "speed" of benchmark.py.
 
     config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
@@ -136,7 +136,7 @@ def fill_weight(linear: Linear, std: float):
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:
-    """What a checkpoint of model holds: a tied head is there once, as the embedding."""
+    """The tensors of model as a checkpoint holds them: a tied head only once, as the embedding."""
     tensors = model.state_dict()
     if model.is_tied:
         del tensors["lm_head.weight"]
@@ -253,7 +253,7 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 
 @torch.inference_mode()
 def measure_verify(model: Transformer, compile: bool) -> float:
-    """What a step of 5 tokens, as speculation verifies them, costs over a step of one. They take turns."""
+    """The time of a step of 5 tokens, as in a verification, over that of a step of one token. The two take turns."""
     step = ModelRunner(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
     position = torch.zeros(1, dtype=torch.long, device=model.device)

@@ -41,7 +41,7 @@ RECORDED_MODELS = [  # options of a ModelConfig
 
 
 class CheckResult:
-    """Of some comparisons: those that failed, and each operation's largest error."""
+    """The result of some comparisons: those that failed, and the largest error of each operation."""
 
     def __init__(self):
         self.failed: dict[str, str] = {}  # by case: why

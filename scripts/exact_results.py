@@ -1,4 +1,4 @@
-"""What the checks of the kernels share: random layers, data whose sums are exact, exact results, and how far a Triton
+"""Shared by all checks of the kernels: random layers, data whose sums are exact, exact results, and how far a Triton
 kernel may be from them, on a GPU or in Triton's interpreter. The bounds are derived from the arithmetic
 (error_bounds.py), for sums in any order.
 
@@ -52,12 +52,12 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of a result y in dtype. The interpreter does not round to bfloat16, it cuts bits off."""
+    """The rounding error of a result y in dtype. Triton's interpreter does not round to bfloat16, it truncates."""
     return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
 
 def format_label(value) -> str:
-    """Of a format, or anything else: in a test's name."""
+    """The label of a format, or of any other parameter, in a test's name."""
     return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
 
 
@@ -97,7 +97,7 @@ def use_triton(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def matrix_and_bias(w: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float64."""
+    """W [..., N, K] and the bias of a Linear, in float64."""
     bias = torch.zeros(()) if w.bias is None else w.bias
     return w.dequantized_weight(torch.float32).double(), bias.double()
 
@@ -158,7 +158,7 @@ def exact_product(
 
 
 def exact_rms_norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-    """In float64."""
+    """norm of x, in float64."""
     rms = (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
     return x.double() / rms * norm.weight.double()
 

@@ -64,7 +64,8 @@ ROUTERS = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """What depends on the device: the interpreter is slow at large shapes, a GPU's compiler at many of them."""
+    """The sizes to check. They depend on the device: the interpreter is slow at large shapes, a GPU's compiler at
+    many."""
 
     linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
     random_linears: list[tuple]  # N, K, tokens
@@ -160,7 +161,7 @@ def name_of(check: Check) -> str:
 
 
 def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """With exact data, in which the smallest mistake shows."""
+    """A product of exact data, which shows the smallest mistake."""
     n, k, has_bias, token_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
@@ -183,7 +184,7 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Not with integers, so that sums and the product with the norm's weight are rounded, and int4's OFFSET costs
+    """A product of random data: sums and the product with the norm's weight are rounded, and int4's OFFSET costs
     bits."""
     n, k, n_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
@@ -196,19 +197,19 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     x = torch.randn(1, n_tokens, k).to(dtype)
     case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens, random"
     y = x.double() @ matrix.T
-    error = bounds.of_product(x, magnitude, y, torch.float32)
+    error = bounds.product_error(x, magnitude, y, torch.float32)
     yield Comparison("float32_linear", case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
 
     normed = exact_rms_norm(x, norm)
     y = normed @ matrix.T
     rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
-    error = bounds.of_product(normed, magnitude, y, torch.float32) + rounded_factors
+    error = bounds.product_error(normed, magnitude, y, torch.float32) + rounded_factors
     yield Comparison("float32_linear", case, kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
-    """What is added to the error of x [B, T, ..., K] times matrix [..., N, K], if T is so many that the norm is a
-    kernel of its own: the norm's errors, and, since exact data is rounded then, those of the sums."""
+    """The additional error of x [B, T, ..., K] times matrix [..., N, K] if T is so large that the norm is a kernel of
+    its own: the error of the norm, and, since it rounds exact data, the errors of the sums."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
     return error * (x.shape[1] > FEW_TOKENS)
@@ -229,7 +230,7 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_activation(dtype: torch.dtype, activation: str):
-    """Near zero, where it bends, and beyond where it is clamped. What is not finite stays so."""
+    """An activation near zero, where it bends, and beyond its clamp. NaN stays NaN."""
     n, k, operation = 96, 72, f"{activation}_linear"
     w = exact_linear(n, k, Dense(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
@@ -289,7 +290,8 @@ def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
 
 
 def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Of tokens that share experts. PyTorch computes what the kernels do not take."""
+    """Products with the gate and up projections of experts that tokens share. PyTorch computes sizes that kernels
+    lack."""
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
     w = exact_linear(n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp)

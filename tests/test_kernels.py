@@ -95,7 +95,7 @@ def test_linear(format, dtype):
             seen = as_seen(normed, format)
             y = seen.double() @ matrix.T + bias
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
-            wide_bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
+            wide_bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
             bounds.check(kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
             bounds.check(kernels.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype))
             total = y + residual.double()
@@ -130,7 +130,7 @@ def test_linear_of_many_tokens(format, dtype):
                 y = seen.double() @ matrix.T + bias
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
                 step += bounds.step_of(normed.nan_to_num(), quantized=False)
-                bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
+                bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
                 if on_amx and isinstance(format, GroupedFormat):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
                 ours = kernels.fused_linear(x, w, given_norm, residual)
@@ -174,7 +174,7 @@ def test_linear_scale_and_softcap(format, dtype):
             seen = as_seen(x, format)
             product = seen.double() @ matrix.T + w.bias.double()
             step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
-            error = bounds.of_product(seen, magnitude, product, torch.float32, step)
+            error = bounds.product_error(seen, magnitude, product, torch.float32, step)
             y, bound = softcap_error(product, error, scale, softcap, clip)
             bounds.check(kernels.fused_linear(x, w, out_dtype=torch.float32), y, bound)
             total = y + residual.double()
@@ -229,7 +229,7 @@ def test_linear_near_its_reference(format, rows):
         if rows:
             matrix = plain.dequantized_weight(torch.float32).double()
             exact = x.double() @ matrix.T
-            bound = bounds.of_product(x, bounds.magnitudes(plain), exact, dtype)
+            bound = bounds.product_error(x, bounds.magnitudes(plain), exact, dtype)
             bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
             if rounds_activations(format, dtype):
                 half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
@@ -285,7 +285,7 @@ def test_extremes(format):
         packed(w)
         y = seen.double() @ matrix.T
         step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
-        bounds.check(kernels.fused_linear(x, w), y, bounds.of_product(seen, magnitude, y, dtype, step))
+        bounds.check(kernels.fused_linear(x, w), y, bounds.product_error(seen, magnitude, y, dtype, step))
         assert not kernels.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
         for bad in (torch.nan, torch.inf, -torch.inf):
             x[1, 3] = bad

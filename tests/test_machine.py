@@ -39,7 +39,7 @@ def test_limits_of_a_group_and_of_those_around_it(files, free, limited_group, tm
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     lines = "0::/a/b\n" if files is V2 else "12:cpu,cpuacct:/a/b\n4:memory:/a/b\n3:pids:/x\n0::/\n"
     (tmp_path / "cgroup").write_text(lines)
-    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "PROCESS_CGROUPS", tmp_path / "cgroup")
     assert min(map(machine.free_in_cgroup, machine.cgroup_folders("memory"))) == 600 == machine.free_memory()
     assert min(map(machine.cpu_quota, machine.cgroup_folders("cpu"))) == 1.5
     if limited_group == "":
@@ -50,7 +50,7 @@ def test_limits_of_a_group_and_of_those_around_it(files, free, limited_group, tm
 def test_without_control_groups(tmp_path, monkeypatch):
     write_group(tmp_path, V2_FREE, "")
     assert machine.free_in_cgroup(tmp_path) == machine.cpu_quota(tmp_path) == math.inf
-    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "missing")
+    monkeypatch.setattr(machine, "PROCESS_CGROUPS", tmp_path / "missing")
     assert machine.cgroup_folders("cpu") == [] and machine.allowed_threads() >= 1
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.startup import warn_about_size
 
 import generate
 import quantize
 import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
+from cli.startup import warn_about_size
 from config import ModelConfig, UsageError
 from model import KVCache, empty_model
 from sampling import SamplingParams, multinomial, probabilities, sample

@@ -93,7 +93,7 @@ def test_extremes(format):
     for scale in (1.0, 1e10, 1e-15):
         x = torch.randn(2, 64) * scale
         y = x.double() @ matrix.T
-        bounds.check(kernels.fused_linear(x, w), y, bounds.of_product(x, magnitude, y, torch.float32))
+        bounds.check(kernels.fused_linear(x, w), y, bounds.product_error(x, magnitude, y, torch.float32))
     assert not kernels.fused_linear(torch.zeros(1, 64), w).any()
     for bad in (torch.nan, torch.inf):
         x[1, 3] = bad
