@@ -6,7 +6,7 @@
 
 In every turn the checkpoint's chat template writes out the whole conversation. The KV cache still holds the tokens of
 earlier turns, so the model computes only the tokens after the beginning that both have in common. When the context is
-nearly full, the oldest messages are forgotten. cli/terminal.py leads a conversation on a terminal.
+nearly full, the oldest messages are dropped. cli/terminal.py leads a conversation on a terminal.
 """
 
 import sys
@@ -15,15 +15,16 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from chat_template import check_unicode
 from config import UsageError
 from scheduler import finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer, common_prefix_length
 
-# If less than FORGET_BELOW of the context is free for an answer, the oldest messages are forgotten until FORGET_UNTIL
-# is free. Forgetting a message moves all tokens behind it, so that they must be computed again. So that this does not
+# If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
+# free. Without a message, all tokens after it have other positions and must be computed again. So that this does not
 # happen in every turn, more is freed than one answer needs.
-FORGET_BELOW, FORGET_UNTIL = 1 / 8, 1 / 4
-CUT = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
+DROP_BELOW, DROP_UNTIL = 1 / 8, 1 / 4
+RESUMABLE = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
 
 
 class ContextFull(UsageError):
@@ -31,12 +32,12 @@ class ContextFull(UsageError):
 
 
 class TokenGenerator(Protocol):
-    """Continues a text. There are two: what generate.build_token_generator returns, and, with speculate.py,
+    """Continues a text, token by token. Made by generate.build_token_generator or, with speculation, as
     partial(speculate, speculation)."""
 
-    def __call__(self, history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues history, the token ids of a text. Its first start tokens are in the KV cache. Yields the new tokens
-        of each step, [n][B]: n tokens of each of B sequences."""
+    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Continues the text token_ids. Yields the new tokens of each step, [n][B]: n tokens of each of B sequences.
+        n_cached: how many of token_ids are in the KV cache."""
 
 
 class Conversation:
@@ -51,11 +52,11 @@ class Conversation:
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # the user's and the model's, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
-        self.n_forgotten = 0  # how many messages were forgotten to make room for the last answer
+        self.n_dropped = 0  # how many messages were dropped to make room for the last answer
         # About the last answer
         self.answer_ids: list[int] = []  # its tokens, without the end token
         self.token_times: list[float] = []  # when each token arrived, also the end token; only since it last went on
-        self.finish_reason: str | None = None  # "stop": an end token; or one of CUT; None: there is no answer
+        self.finish_reason: str | None = None  # "stop": an end token; or one of RESUMABLE; None: there is no answer
         self.detokenizer = IncrementalDetokenizer(tokenizer)
         self.encode("Hello", [])  # raises if there is no chat template
 
@@ -70,13 +71,13 @@ class Conversation:
         was generated. If nothing was generated, it drops the message, too."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         self.answer_ids, self.detokenizer = [], IncrementalDetokenizer(self.tokenizer)
-        turn = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
-        return self.stream(ids, max_new_tokens, turn)
+        new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
+        return self.stream(ids, max_new_tokens, new_messages)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
         """Goes on with the last answer after its last token, and yields what follows. Raises ContextFull if the answer
         takes the whole context, and UsageError if it was not cut."""
-        if not self.messages or self.finish_reason not in CUT:
+        if not self.messages or self.finish_reason not in RESUMABLE:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
         ids = self.make_room(earlier, question["content"], self.answer_ids, max_new_tokens)
@@ -84,34 +85,34 @@ class Conversation:
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
         """The token ids of the conversation: the earlier messages, message, and answer_ids, its answer so far. If these
-        leave little room, forgets the oldest of the earlier messages, always a message with its answer."""
+        leave little room, the oldest of the earlier messages are dropped, each with its answer."""
 
         def ids_without(n_pairs: int) -> list[int]:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
 
         def is_enough(n_pairs: int) -> bool:
-            return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * FORGET_UNTIL
+            return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * DROP_UNTIL
 
         if self.tokenizer.exceeds(message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
-        if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * FORGET_BELOW):
+        if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):
             # The least number that is enough; all pairs, if none is.
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)
             ids = ids_without(n_pairs)
         if len(ids) >= self.max_seq_len:
             what, hint = ("Message and answer take", "") if answer_ids else ("That takes", ": shorten it")
             raise ContextFull(f"{what} {len(ids)} tokens, and the context has {self.max_seq_len}{hint}.")
-        self.n_forgotten = 2 * n_pairs
-        del self.messages[: self.n_forgotten]
+        self.n_dropped = 2 * n_pairs
+        del self.messages[: self.n_dropped]
         return ids
 
-    def stream(self, ids: list[int], max_new_tokens: int, turn: list[dict]) -> Iterator[str]:
-        """Yields what follows ids, and adds it to the last message. turn: messages to add first. If the answer is cut
-        within a character, the character comes when the answer goes on."""
+    def stream(self, ids: list[int], max_new_tokens: int, new_messages: list[dict]) -> Iterator[str]:
+        """Yields the text that follows ids, and appends it to the last message. new_messages: are added first. If the
+        answer is cut within a character, the character comes when the answer goes on."""
         n_free = self.max_seq_len - len(ids)
         limit = min(max_new_tokens, n_free)
-        self.messages += turn
+        self.messages += new_messages
         self.token_times = []
         self.finish_reason = "interrupted"  # it stays so if the caller stops early
         reason = "length"
@@ -137,7 +138,7 @@ class Conversation:
     def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
         """Yields the tokens that follow ids, max_new_tokens at most. Keeps self.cached_ids up to date: all tokens but
         the newest, which the model gets only in the next step."""
-        # At least one token is computed, since logits follow only from such a token.
+        # Compute at least one token: logits come only from tokens that are computed.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
@@ -148,13 +149,13 @@ class Conversation:
                 not_cached = [token]
                 yield token
 
-    def forget_oldest(self) -> list[dict]:
-        """Forgets the oldest message and its answer, and returns them."""
-        forgotten = self.messages[:2]
+    def drop_oldest(self) -> list[dict]:
+        """Drops the oldest message and its answer, and returns both."""
+        dropped = self.messages[:2]
         del self.messages[:2]
-        return forgotten
+        return dropped
 
-    def forget_all(self):
+    def drop_all(self):
         self.messages.clear()
 
     def to_list(self) -> list[dict]:
@@ -176,11 +177,11 @@ def check_messages(messages) -> list[dict]:
     try:
         if not isinstance(messages, list):
             raise TypeError
-        copy = [{"role": m["role"], "content": m["content"]} for m in messages]
-        "".join(m["content"] for m in copy).encode()  # raises for half of a surrogate pair, which is not text
+        copy = [{"role": message["role"], "content": message["content"]} for message in messages]
+        check_unicode("".join(message["content"] for message in copy))
     except (KeyError, TypeError, UnicodeError):
         raise UsageError('A conversation is a list of {"role": ..., "content": text}.') from None
     roles = ["system"] * (len(copy) % 2) + ["user", "assistant"] * (len(copy) // 2)
-    if [m["role"] for m in copy] != roles:
+    if [message["role"] for message in copy] != roles:
         raise UsageError("A conversation is at most one system message, then user's and assistant's messages in turn.")
     return copy

@@ -42,11 +42,16 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
     try:
         with time_limit(MAX_SECONDS):
             text = compile_template(template).render(names | values)
-        text.encode()  # raises for half of a surrogate pair, which is not text
+        check_unicode(text)
         return text
     except Exception as e:  # a template is a program and fails like one
         why = " ".join(str(e).split()) or type(e).__name__
         raise UsageError(f"the checkpoint's chat template failed: {why}") from None
+
+
+def check_unicode(text: str):
+    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair, which UTF-8 cannot encode."""
+    text.encode()
 
 
 @cache

@@ -5,22 +5,24 @@
 
 It is a file of torch.save with this dict:
 
-    {"format": "gpt-fast/4", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/5", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
 It is read with torch.load(mmap=True, weights_only=True), so it cannot run code. It is written tensor by tensor under a
 temporary name and renamed at the end, so a file with its real name is always complete. If two processes write the same
 file, the one that started later wins, and the other fails.
 """
 
+import contextlib
 import ctypes
 import glob
 import json
 import os
 import pickle
+import re
 import secrets
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -32,12 +34,12 @@ from torch.serialization import skip_data
 from tqdm import tqdm
 
 from config import ModelConfig, UsageError
-from machine import lacks_memory
+from machine import is_out_of_memory
 
-CHECKPOINT_VERSION = "gpt-fast/4"
+CHECKPOINT_VERSION = "gpt-fast/5"
 
-# Earlier versions of the format differ in names only: parts of the tensors' names, and fields of the config's objects.
-EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3")
+# Earlier versions of the format differ in names only: of tensors, of the config's fields, and of activations.
+EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
@@ -45,7 +47,9 @@ RENAMED_TENSORS = {
 }  # fmt: skip
 RENAMED_FIELDS = {
     "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
+    "window_layers": "layer_has_window", "rope_layers": "layer_has_rope",
 }  # fmt: skip
+RENAMED_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu_tanh"}
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 NamedTensor = tuple[str, Tensor]
@@ -72,7 +76,7 @@ def save_checkpoint(
         for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
         with open(temporary, "w+b") as file:
-            placeholders = lay_out(file, header, shapes)
+            placeholders = reserve_space(file, header, shapes)
             write_tensors(file, placeholders, tensors)
             file.flush()
             os.fsync(file.fileno())
@@ -92,9 +96,9 @@ def replace_file(temporary: Path, path: Path):
         raise UsageError(f"cannot write {path}: another process has begun to write it, and only that one may") from None
 
 
-def lay_out(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
-    """Writes the checkpoint with room for the tensors' bytes, but without these. Returns a fake tensor for each of
-    shapes. It has no data, but it knows the real tensor's offset in the file."""
+def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
+    """Writes the checkpoint except for the tensors' bytes, for which the file gets room. Returns a fake tensor for each
+    of shapes: it has no data, but it knows the offset of the real tensor in the file."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with skip_data(materialize_fake_tensors=True):
@@ -105,7 +109,7 @@ def lay_out(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[NamedTensor]):
-    """Writes the tensors' bytes where lay_out has left room for them."""
+    """Writes the tensors' bytes where reserve_space has made room for them."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -129,7 +133,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     (machine.drop_pages). Raises UsageError if path is not a checkpoint."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
-    data = load_pickle(path)
+    data = load_torch_file(path)
     if not isinstance(data, dict) or data.get("format") not in (CHECKPOINT_VERSION, *EARLIER_VERSIONS):
         maker = "scripts/convert_hf_checkpoint.py"
         raise UsageError(f"{path} is not a {CHECKPOINT_VERSION} checkpoint; make one with {maker}")
@@ -137,7 +141,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not is_state_dict(tensors):
         raise UsageError(f"{path} holds no table of tensors; convert it again")
     if data["format"] in EARLIER_VERSIONS:
-        config, tensors = rename(config, tensors)
+        config, tensors = rename_earlier(config, tensors)
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
@@ -148,14 +152,16 @@ def is_state_dict(tensors) -> bool:
     return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())
 
 
-def rename(config, tensors: dict[str, Tensor]) -> tuple:
-    """The config and tensors of an earlier format with today's names. The config may still be anything:
+def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
+    """(config, tensors) of an earlier version, with today's names. The config may still be anything:
     ModelConfig.from_dict checks it later."""
     if isinstance(config, dict):
-        config = dict(config)
+        config = rename_fields(config)
         for name in ("moe", "rope_scaling"):
             if isinstance(config.get(name), dict):
-                config[name] = {RENAMED_FIELDS.get(field, field): value for field, value in config[name].items()}
+                config[name] = rename_fields(config[name])
+        if isinstance(activation := config.get("activation"), str):
+            config["activation"] = RENAMED_ACTIVATIONS.get(activation, activation)
     renamed = {}
     for name, tensor in tensors.items():
         for old, new in RENAMED_TENSORS.items():
@@ -164,7 +170,11 @@ def rename(config, tensors: dict[str, Tensor]) -> tuple:
     return config, renamed
 
 
-def load_pickle(path: Path, legacy: bool = False):
+def rename_fields(fields: dict) -> dict:
+    return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+
+
+def load_torch_file(path: Path, legacy: bool = False):
     """Reads what torch.save has written to path, memory-mapped. Raises UsageError for anything but weights, since other
     pickles can run code. legacy: also read files from before PyTorch 1.6, which cannot be mapped."""
     if not path.is_file():
@@ -175,7 +185,7 @@ def load_pickle(path: Path, legacy: bool = False):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on broken input
-        if lacks_memory(e):
+        if is_out_of_memory(e):
             raise
         raise UsageError(explain_load_error(path, e)) from None
 
@@ -189,6 +199,18 @@ def explain_load_error(path: Path, e: Exception) -> str:
     if path.suffix in converters:
         return f"{path} is not a {CHECKPOINT_VERSION} checkpoint; scripts/{converters[path.suffix]} makes one of it"
     return f"{path} is truncated or not a PyTorch file ({type(e).__name__})"
+
+
+@contextlib.contextmanager
+def wrong_kinds_refused(where: str) -> Iterator[None]:
+    """Within this context, an error that a value of the wrong type or size causes becomes a UsageError. where: the file
+    with the value."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
+        raise UsageError(f"{where} holds something of the wrong kind ({e})") from None
 
 
 def read_text(path: Path) -> str:

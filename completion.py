@@ -1,4 +1,4 @@
-"""Prompts in, texts out: what follows each prompt, as it is generated.
+"""Completions: the text after each prompt, as it is generated, up to an end token or a stop string.
 
     completion = Completion(Request(prompt_ids, max_new_tokens=100), tokenizer, eos_ids)
     completion.add_step([token, ...])         # the tokens of each step; returns the new text
@@ -20,7 +20,7 @@ from tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Completion:
-    """What follows the prompt of a request."""
+    """The new text and tokens after the prompt of a request."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0):
         """eos_ids: the tokens that end the text. index: a number by which the caller knows the request."""
@@ -68,8 +68,8 @@ class Completion:
 
 
 def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Completion]:
-    """Yields what follows each of requests, in their order. A request that scheduler refuses does not stop the others.
-    After Ctrl-C it yields what is complete by then, and raises KeyboardInterrupt again."""
+    """Yields the completion of each of requests, in their order. A request that scheduler refuses does not stop the
+    others. After Ctrl-C, yields the completions that are complete and raises KeyboardInterrupt again."""
     completions = {}
     for i, request in enumerate(requests):
         completions[request] = Completion(request, tokenizer, scheduler.eos_ids, i)
@@ -97,9 +97,9 @@ def generate_many(
     max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
     compile: bool = False,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
-    """Yields (number, continuation) of each of prompts, in order, parallel of them computed at a time. A prompt is a
-    text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: texts at which a
-    continuation ends; they are not part of it. compile: record the steps on a GPU, too. Raises UsageError."""
+    """Yields (number, continuation) for each of prompts, in order. parallel: how many are computed at a time. A prompt
+    is a text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: stop strings,
+    which end a continuation and are not part of it. compile: record the steps on a GPU, too. Raises UsageError."""
     requests = []
     for i, prompt in enumerate(prompts):
         ids, is_chat = tokenizer.encode_prompt(prompt), not isinstance(prompt, str)

@@ -1,7 +1,6 @@
 """ModelConfig: a model's sizes and options. converters/families.py reads it from a checkpoint's config.json.
 
-Every option has a default with which it changes nothing, so that a family only names what it needs. This file has no
-command line.
+Every option has a default with which it changes nothing. So a family states only the options that it needs.
 """
 
 from dataclasses import dataclass, replace
@@ -12,10 +11,10 @@ class UsageError(ValueError):
 
 
 class OutOfMemoryError(UsageError):
-    """Memory is too small for what was asked for. What would be right depends on the program: see cli.run."""
+    """Memory is too small. Each script has its own advice, which cli.run appends to the message."""
 
 
-ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")  # of the gate; kernels/reference.py has their formulas
+ACTIVATIONS = ("swiglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not create millions of them
 MAX_SIZE = 2**31
@@ -58,7 +57,7 @@ class MoEConfig:
 
     @property
     def active_fraction(self) -> float:
-        """Which part of all experts a token uses."""
+        """The fraction of all experts that a token uses."""
         return (self.top_k + self.n_shared_experts) / (self.n_experts + self.n_shared_experts)
 
     def __post_init__(self):
@@ -85,7 +84,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
     post_norm: bool = False  # RMSNorm after them, before the residual is added
-    activation: str = "silu"  # one of ACTIVATIONS
+    activation: str = "swiglu"  # one of ACTIVATIONS
     qkv_bias: bool = False
     out_bias: bool = False
     ffn_bias: bool = False
@@ -96,7 +95,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
     qk_norm_all_heads: bool = False  # qk_norm is over all heads of a token together
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    window_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all
+    layer_has_window: tuple[bool, ...] | None = None  # for each layer whether it has the window; None: all have it
     sinks: bool = False  # every head has a score for attending to nothing
     attention_scale: float | None = None  # multiplies the scores; None: 1 / sqrt(head_dim)
     attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: unchanged
@@ -106,7 +105,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
-    rope_layers: tuple[bool, ...] | None = None  # which layers have RoPE; None: all
+    layer_has_rope: tuple[bool, ...] | None = None  # for each layer whether it has RoPE; None: all have it
     window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
     alibi: bool = False  # scores fall with the distance, in each head by another slope (rope.py: alibi_slopes)
 
@@ -120,7 +119,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        """Raises UsageError for what no model can have."""
+        """Raises UsageError for values that no model can have."""
         self.check_sizes()
         self.check_rope()
         self.check_options()
@@ -157,7 +156,7 @@ class ModelConfig:
             raise UsageError(f"RoPE with theta {self.rope_theta} and {rotary_dim} elements cannot be scaled")
 
     def check_options(self):
-        for name in ("window_layers", "rope_layers"):
+        for name in ("layer_has_window", "layer_has_rope"):
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.n_layers:
                 raise UsageError(f"{name} is about {len(layers)} layers; the model has {self.n_layers}")
@@ -172,18 +171,18 @@ class ModelConfig:
             raise UsageError(f"eos_ids must be token ids, not {self.eos_ids}")
 
     def with_layers(self, n: int) -> "ModelConfig":
-        """The same model with only its first n layers."""
-        window_layers = self.window_layers and self.window_layers[:n]
-        rope_layers = self.rope_layers and self.rope_layers[:n]
-        return replace(self, n_layers=n, window_layers=window_layers, rope_layers=rope_layers)
+        """This config with only the first n layers."""
+        has_window = self.layer_has_window and self.layer_has_window[:n]
+        has_rope = self.layer_has_rope and self.layer_has_rope[:n]
+        return replace(self, n_layers=n, layer_has_window=has_window, layer_has_rope=has_rope)
 
     def window(self, layer: int) -> int:
         """How many tokens a token sees in this layer, itself included; 0: all."""
-        has_window = self.window_layers is None or self.window_layers[layer]
+        has_window = self.layer_has_window is None or self.layer_has_window[layer]
         return (self.sliding_window or 0) if has_window else 0
 
     def mean_attended_tokens(self, n_tokens: int) -> float:
-        """How many of n_tokens in the cache the last one sees, itself included, in the mean of all layers."""
+        """How many of n_tokens tokens the last one sees, itself included: the mean over all layers."""
         visible = [min(n_tokens, self.window(i) or n_tokens) for i in range(self.n_layers)]
         return sum(visible) / self.n_layers
 

@@ -23,7 +23,7 @@ import torch
 
 import cli
 from checkpoint import read_text
-from cli.checkpoints import model_file
+from cli.checkpoints import resolve_checkpoint
 from cli.ranks import process_group
 from config import UsageError
 from evaluation.lm_harness import evaluate, harness_model, task_manager
@@ -69,7 +69,7 @@ def main():
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
     device, dtype = pick_device(args.device), getattr(torch, args.precision)
-    path = model_file(args.checkpoint_path)
+    path = resolve_checkpoint(args.checkpoint_path)
     model, tokenizer = load(path, device=device, dtype=dtype, use_kernels=args.kernels == "auto")
     length = context = model.config.max_seq_len
     if args.max_seq_length is not None:

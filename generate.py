@@ -15,7 +15,7 @@ The parts of LLM, which do batches and more:
     prompt = torch.tensor([tokenizer.encode("Hello")])
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
     steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8))
-    for ids in generate(steps, prompt, start=0, max_new_tokens=50):
+    for ids in generate(steps, prompt, n_cached=0, max_new_tokens=50):
         print(tokenizer.decode(ids))
 """
 
@@ -39,11 +39,11 @@ import cli
 import tp
 from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
-from cli.checkpoints import model_file
-from cli.complete import complete_in_parallel, complete_in_turn
-from cli.prepare import build_speculation, load_draft, needed_seq_len, tp_stats, warm_up
+from cli.checkpoints import resolve_checkpoint
+from cli.complete import complete_in_parallel, complete_one_by_one
 from cli.prompts import read_prompts
 from cli.ranks import process_group
+from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from completion import Completion, generate_many
 from config import UsageError
@@ -53,7 +53,7 @@ from model import KVCache
 from sampling import SamplingParams
 from scheduler import Request, check_length
 from speculate import speculate
-from steps import Steps, build_steps, check_finite, make_kv_cache
+from steps import GenerationSteps, build_steps, check_finite, make_kv_cache
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
@@ -62,10 +62,11 @@ OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --b
 
 
 @torch.inference_mode()
-def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Yields the next token of each sequence, max_new_tokens times. prompt [B, T] begins at position start. The KV
-    cache must have room for start + T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite."""
-    start_pos = torch.full(prompt.shape[:1], start, device=prompt.device)
+def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    """Yields the next token of each sequence, max_new_tokens times. prompt [B, T] follows n_cached tokens that are in
+    the KV cache, which must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits are not
+    finite."""
+    start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
     tokens = steps.prefill(prompt, start_pos)
     start_pos = start_pos + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
@@ -83,7 +84,7 @@ def generate(steps: Steps, prompt: Tensor, start: int, max_new_tokens: int) -> I
             tokens, start_pos = decode(steps, tokens, start_pos)
 
 
-def decode(steps: Steps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
+def decode(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
     """One decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
     # Logits that are not finite give token -1, which the embedding does not have. On a GPU this step starts before the
     # host has checked the tokens.
@@ -107,13 +108,13 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def build_token_generator(steps: Steps, kv_cache: KVCache) -> TokenGenerator:
+def build_token_generator(steps: GenerationSteps, kv_cache: KVCache) -> TokenGenerator:
     """A TokenGenerator that continues a text in every sequence of kv_cache, one token a step. speculate.speculate does
     the same with several tokens a step."""
 
-    def generate_tokens(history: list[int], start: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        prompt = torch.tensor([history[start:]] * kv_cache.batch_size, device=kv_cache.device)
-        for ids in generate(steps, prompt, start, max_new_tokens):
+    def generate_tokens(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        prompt = torch.tensor([token_ids[n_cached:]] * kv_cache.batch_size, device=kv_cache.device)
+        for ids in generate(steps, prompt, n_cached, max_new_tokens):
             yield [ids]
 
     return generate_tokens
@@ -130,13 +131,13 @@ class LLM:
         device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
         have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
         self.sampling, self.compile = SamplingParams(**sampling), compile
-        path = model_file(checkpoint_path)
+        path = resolve_checkpoint(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         self.free_generators: list[TokenGenerator] = []  # those that no text is using
 
     def new_token_generator(self) -> TokenGenerator:
-        """With a KV cache of its own."""
+        """A TokenGenerator with a new KV cache."""
         kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
@@ -147,13 +148,13 @@ class LLM:
         for text in [message["content"] for message in prompt] if is_chat else [prompt]:
             if self.tokenizer.exceeds(text, self.max_seq_len):
                 raise UsageError(f"a prompt of {len(text)} characters exceeds max_seq_len, {self.max_seq_len} tokens")
-        history = self.tokenizer.encode_prompt(prompt) if prompt else []
-        check_length(len(history), max_new_tokens, self.max_seq_len, f"max_seq_len, {self.max_seq_len}")
-        request = Request(history, max_new_tokens, self.sampling, stop=stop, is_chat=is_chat)
+        prompt_ids = self.tokenizer.encode_prompt(prompt) if prompt else []
+        check_length(len(prompt_ids), max_new_tokens, self.max_seq_len, f"max_seq_len, {self.max_seq_len}")
+        request = Request(prompt_ids, max_new_tokens, self.sampling, stop=stop, is_chat=is_chat)
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         generate_tokens = self.free_generators.pop() if self.free_generators else self.new_token_generator()
         try:
-            for step_tokens in generate_tokens(history, 0, max_new_tokens):
+            for step_tokens in generate_tokens(prompt_ids, 0, max_new_tokens):
                 text = completion.add_step(sequences[0] for sequences in step_tokens)
                 if text:
                     yield text
@@ -166,7 +167,7 @@ class LLM:
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
         stop: tuple[str, ...] = (), seed: int = 0,
     ) -> Iterator[tuple[int, str]]:  # fmt: skip
-        """Yields (number, continuation) of each of prompts: see completion.generate_many."""
+        """Yields (number, continuation) for each of prompts: see completion.generate_many."""
         options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
         return generate_many(self.model, self.tokenizer, prompts, *options)
 
@@ -194,7 +195,7 @@ def main():
     if args.parallel:
         complete_in_parallel(args, model, tokenizer, prompts, stats)
         return
-    max_seq_len = needed_seq_len(args, prompts, model, draft)
+    max_seq_len = required_seq_len(args, prompts, model, draft)
 
     kv_cache = make_kv_cache(model, args.batch_size, max_seq_len)
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
@@ -213,7 +214,7 @@ def main():
         conversation = Conversation(tokenizer, generate_tokens, max_seq_len, model.config.eos_ids, args.system)
         converse(conversation, args.max_new_tokens)
         return
-    complete_in_turn(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
+    complete_one_by_one(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros,
 from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
 from tokenizer import Tokenizer
 
-CHUNK_WEIGHTS = 2**24  # weights rounded at a time; bounds the memory of their float32 copies
+MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time; bounds the memory of their float32 copies
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ def quantize_model(
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
     # One cache for all windows: each begins at position 0 and overwrites what is there.
     caches = KVCache(model, 1, windows.shape[1]).layers
-    xs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
+    layer_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, layer in enumerate(model.layers):
         layer.to(device)
         cache = LayerCache(*(t if t is None else t.to(device) for t in caches[i]))
-        hessians = compute_hessians(model, i, xs, start_pos, cache)
+        hessians = compute_hessians(model, i, layer_inputs, start_pos, cache)
         for name in list(hessians):
             hessian = hessians.pop(name)  # frees its memory after this turn
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
-        xs = [layer(x, start_pos, cache) for x in xs]
+        layer_inputs = [layer(x, start_pos, cache) for x in layer_inputs]
         layer.to("meta")
     model.norm.to(device)
     model.lm_head.to(device)
-    hessian = sum(sum_of_outer_products(model.norm(x)) for x in xs)
+    hessian = sum(sum_of_outer_products(model.norm(x)) for x in layer_inputs)
     yield "lm_head", quantize_linear("lm_head", model.lm_head, hessian, config)
 
 
@@ -87,9 +87,10 @@ def check_finite_weight(name: str, weight: Tensor):
 
 
 def compute_hessians(
-    model: Transformer, i: int, xs: list[Tensor], start_pos: Tensor, cache: LayerCache
+    model: Transformer, i: int, layer_inputs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
-    """The Hessians of the linear layers in block i by name: [K, K], for experts [E, K, K]. xs: the block's inputs."""
+    """The Hessians of the linear layers in block i, by name: [K, K], for experts [E, K, K]. layer_inputs: the
+    inputs of the block, [1, T, dim] for each window."""
     sums, hooks = {}, []
 
     def add_inputs(name: str, linear: Linear, args: tuple, kwargs: dict):
@@ -111,7 +112,7 @@ def compute_hessians(
         experts = () if linear.n_experts is None else (linear.n_experts,)
         sums[name] = torch.zeros(*experts, linear.in_features, linear.in_features, device=linear.weight.device)
         hooks.append(linear.register_forward_pre_hook(partial(add_inputs, name), with_kwargs=True))
-    for x in xs:
+    for x in layer_inputs:
         model.layers[i](x, start_pos, cache)
     for hook in hooks:
         hook.remove()
@@ -140,24 +141,24 @@ def task_text(tasks: list[str], limit: int) -> str:
     """The texts that lm_eval gives a model to score in the first limit examples of each task."""
     manager, texts = task_manager(tasks, None), []
 
-    class Listener(import_lm_eval().api.model.LM):
+    class RequestCollector(import_lm_eval().api.model.LM):
         """A model that records every request and returns a dummy answer."""
 
-        def listen(self, requests, answer) -> list:
+        def collect(self, requests, answer) -> list:
             for request in requests:
                 texts.append("".join(argument for argument in request.args if isinstance(argument, str)))
             return [answer] * len(requests)
 
         def loglikelihood(self, requests):
-            return self.listen(requests, (0.0, False))
+            return self.collect(requests, (0.0, False))
 
         def loglikelihood_rolling(self, requests):
-            return self.listen(requests, 0.0)
+            return self.collect(requests, 0.0)
 
         def generate_until(self, requests):
-            return self.listen(requests, "")
+            return self.collect(requests, "")
 
-    evaluate(Listener(), tasks, manager, limit)
+    evaluate(RequestCollector(), tasks, manager, limit)
     return "\n\n".join(texts)
 
 
@@ -181,7 +182,7 @@ def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
         upper = torch.linalg.cholesky(inverse).mT.contiguous()
     except torch.linalg.LinAlgError:
         raise UsageError("a Hessian has no inverse: raise --percdamp, unless the model overflows") from None
-    chunks = w.split(max(1, CHUNK_WEIGHTS * w.shape[-2] // w.numel()), dim=-2)  # some rows each
+    chunks = w.split(max(1, MAX_WEIGHTS_PER_PASS * w.shape[-2] // w.numel()), dim=-2)  # some rows each
     done = [gptq_quantize_rows(rows.float(), diagonal + damping, order, upper, config) for rows in chunks]
     return {name: torch.cat([tensors[name] for tensors in done], dim=-2) for name in done[0]}
 

@@ -55,7 +55,7 @@ def load_model(
     model = empty_model(config, parse_formats(quantization))
     has_same_format = model.lm_head.format == model.embed_tokens.format
     is_tied = config.tie_embeddings and has_same_format and "lm_head.weight" not in tensors
-    quantized_names = quantized_tensors(model)
+    quantized_names = quantized_tensor_names(model)
     check_tensors(path, model, tensors, is_tied, quantized_names)
     n_ranks = tp.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # where packing copies all weights
@@ -63,29 +63,32 @@ def load_model(
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
 
-    head = {f"lm_head.{name}": f"embed_tokens.{name}" for name in model.lm_head.tensors()} if is_tied else {}
+    # A tied head's tensors -> the embedding's
+    head_sources = {}
+    if is_tied:
+        head_sources = {f"lm_head.{name}": f"embed_tokens.{name}" for name in model.lm_head.tensors()}
     if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only a part of the head
-        tensors |= {name: tensors[source] for name, source in head.items()}
+        tensors |= {name: tensors[source] for name, source in head_sources.items()}
         is_tied = False
 
-    shard = tp.shard(model, device) if n_ranks > 1 else None
-    moved = move_tensors(tensors, device, dtype, quantized_names, shard)
+    shard_tensor = tp.shard(model, device) if n_ranks > 1 else None
+    moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
     if is_tied:
-        moved |= {name: moved[source] for name, source in head.items()}
+        moved |= {name: moved[source] for name, source in head_sources.items()}
     model.load_state_dict(moved, assign=True)
     if is_tied:
         model.tie_embedding()
     model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
     if use_kernels:
-        model.prepare_kernels(in_mapped_file=True)
+        model.prepare_kernels(is_mmapped=True)
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model
 
 
-def quantized_tensors(model: Transformer) -> set[str]:
-    """The names of the tensors that quantized weights consist of. Loading does not change their dtypes."""
+def quantized_tensor_names(model: Transformer) -> set[str]:
+    """The names of the tensors of quantized weights. Loading does not change the dtypes of these tensors."""
     names = set()
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
         if matrix.format.quantization:
@@ -113,14 +116,14 @@ def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: boo
 
 def move_tensors(
     tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
-    shard: Callable[[str, Tensor], Tensor] | None,
+    shard_tensor: Callable[[str, Tensor], Tensor] | None,
 ) -> Tensors:  # fmt: skip
-    """A checkpoint's tensors on device, in dtype; those of quantized_names keep their dtypes. shard: cuts this rank's
-    part of a tensor; None: there is one rank."""
+    """A checkpoint's tensors on device, in dtype; those of quantized_names keep their dtypes. shard_tensor: gives
+    this rank's shard of a tensor; None: there is one rank."""
     moved = {}
     for name, tensor in tensors.items():
-        part = tensor if shard is None else shard(name, tensor)
-        moved[name] = part.to(device, tensor.dtype if name in quantized_names else dtype)
+        shard = tensor if shard_tensor is None else shard_tensor(name, tensor)
+        moved[name] = shard.to(device, tensor.dtype if name in quantized_names else dtype)
         if moved[name] is not tensor:
             drop_pages(tensor)
     return moved

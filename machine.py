@@ -30,13 +30,13 @@ READ_BYTES = 2**29  # read by read_bandwidth at a time: more than any cache hold
 UNKNOWN_CACHE_BYTES = 2**28  # of a processor that does not say what its cache holds
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
-GROUPS_OF_THIS_PROCESS = Path("/proc/self/cgroup")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
 # The files of a control group, of version 2 and 1
 MEMORY_FILES = [
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 ]
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which PyTorch reads
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables that PyTorch reads
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # Linux's codes for madvise
 
 def pick_device(name: str | None) -> torch.device:
@@ -52,8 +52,8 @@ def pick_device(name: str | None) -> torch.device:
             torch.accelerator.set_device_index(device.index)  # PyTorch measures the current device
         return device
     except Exception:  # each backend raises its own type
-        here = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
-        raise UsageError(f"device {name!r} is not available here; this machine has: {here}") from None
+        available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise UsageError(f"device {name!r} is not available here; this machine has: {available}") from None
 
 
 def synchronize(device: torch.device):
@@ -72,22 +72,22 @@ def cpu_name() -> str:
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second at which a sum over 512 MiB reads memory, the best of five. A step cannot read its weights
-    faster. Raises MemoryError or RuntimeError (see lacks_memory) if there is no room for 512 MiB."""
+    faster. Raises MemoryError or RuntimeError (see is_out_of_memory) if there is no room for 512 MiB."""
     if device.type == "cpu" and free_memory() < READ_BYTES:
         raise MemoryError
     return sum_bandwidth([torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)])
 
 
 def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
-    """read_bandwidth of a CPU, measured on tensors instead of new memory. It reads only as many of them as it needs.
-    None if the processor's caches hold half of them or more."""
+    """read_bandwidth of a CPU, measured on some of tensors instead of new memory. None if the processor's caches could
+    hold half of the tensors or more."""
     cached, n_bytes, chosen = cache_bytes(), 0, []
     for tensor in tensors:
         if n_bytes >= max(2 * cached, READ_BYTES // 2):
             break
         chosen.append(tensor)
         n_bytes += tensor.nbytes
-    return sum_bandwidth(join_neighbours(chosen)) if chosen and n_bytes >= 2 * cached else None
+    return sum_bandwidth(merge_adjacent(chosen)) if chosen and n_bytes >= 2 * cached else None
 
 
 def sum_bandwidth(tensors: list[Tensor]) -> float:
@@ -103,12 +103,12 @@ def sum_bandwidth(tensors: list[Tensor]) -> float:
     return sum(tensor.nbytes for tensor in tensors) / min(seconds)
 
 
-def join_neighbours(tensors: list[Tensor]) -> list[Tensor]:
-    """The memory of a CPU's tensors as int64 tensors. Tensors that lie next to each other become one: a small tensor's
-    sum takes less time than the call."""
+def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
+    """The memory of CPU tensors as int64 tensors. Tensors that lie next to each other become one, since the sum of a
+    small tensor takes less time than the call."""
     spans: list[list[int]] = []  # [start, end)
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors):
-        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so the gap lies in pages of theirs and can be read
+        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # then their pages hold the gap, too
             spans[-1][1] = max(end, spans[-1][1])
         else:
             spans.append([start, end])
@@ -117,15 +117,15 @@ def join_neighbours(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def cache_bytes() -> int:
-    """The bytes that a CPU's last level of caches holds, all of its parts together."""
+    """The size of a CPU's last-level caches together."""
     for level in ("index3", "index2"):
-        parts = {}  # the CPUs that share a cache -> its size
+        sizes = {}  # list of the CPUs that share a cache -> size of the cache
         with contextlib.suppress(OSError, ValueError):
             for folder in CPUS.glob(f"cpu[0-9]*/cache/{level}"):
                 kilobytes = (folder / "size").read_text().strip().removesuffix("K")
-                parts[(folder / "shared_cpu_list").read_text()] = int(kilobytes) * 1024
-            if parts:
-                return sum(parts.values())
+                sizes[(folder / "shared_cpu_list").read_text()] = int(kilobytes) * 1024
+            if sizes:
+                return sum(sizes.values())
     return UNKNOWN_CACHE_BYTES
 
 
@@ -152,8 +152,8 @@ def free_memory() -> float:
 
 def free_in_cgroup(folder: Path) -> float:
     """Bytes that a control group's limit leaves; infinite without a limit. Cached copies of files, such as a checkpoint
-    just read, count as memory in use. The ones not used lately (inactive_file) are dropped when memory is needed, so
-    here they count as free."""
+    just read, count as memory in use. Those that were not used lately (inactive_file) are dropped when memory is
+    needed, so here they count as free."""
     for limit_file, usage_file, inactive in MEMORY_FILES:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means none
             limit = int((folder / limit_file).read_text())
@@ -168,7 +168,7 @@ def cgroup_folders(controller: str) -> list[Path]:
     group. Groups are in other groups, whose limits count too."""
     folders = []
     with contextlib.suppress(OSError, ValueError):
-        for line in GROUPS_OF_THIS_PROCESS.read_text().splitlines():  # 0::/a/b, or in version 1: 4:memory:/a/b
+        for line in PROCESS_CGROUPS.read_text().splitlines():  # 0::/a/b, or in version 1: 4:memory:/a/b
             _, controllers, group = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue
@@ -182,11 +182,11 @@ def check_memory(n_bytes: int, what: str):
     """Raises OutOfMemoryError if main memory has no room for n_bytes. what: what needs them, for the message."""
     free = free_memory()
     if n_bytes > free:
-        taken, left = f"{n_bytes / 1e9:.2f}", f"{free / 1e9:.2f}"
-        raise OutOfMemoryError(f"{what} takes {taken} GB of memory, of which {left} are free")
+        sizes = f"{n_bytes / 1e9:.2f} GB of memory, of which {free / 1e9:.2f} are free"
+        raise OutOfMemoryError(f"{what} takes {sizes}")
 
 
-def lacks_memory(e: Exception) -> bool:
+def is_out_of_memory(e: Exception) -> bool:
     """Whether e means that memory ran out. PyTorch's allocators raise RuntimeError for that."""
     if isinstance(e, RuntimeError):
         return re.search("out of memory|allocate memory|bad_alloc", str(e)) is not None
@@ -194,10 +194,10 @@ def lacks_memory(e: Exception) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory that this process has used at a time, in bytes. On a GPU: by tensors; else: main memory."""
+    """The most bytes of memory that this process has used at a time: on a GPU those of tensors, else main memory."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated()
-    with contextlib.suppress(OSError, ValueError):  # on Linux a child's ru_maxrss starts at its parent's, so not that
+    with contextlib.suppress(OSError, ValueError):  # not ru_maxrss, which in a child process starts at the parent's
         words = Path("/proc/self/status").read_text().split()
         return int(words[words.index("VmHWM:") + 1]) * 1024
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
@@ -229,7 +229,7 @@ def madvise(t: Tensor, advice: int):
 
 def limit_threads():
     """Makes PyTorch use no more threads than this process may run at a time. PyTorch itself takes the physical cores
-    that the process may run on. A variable of THREAD_VARIABLES is the user's choice and wins."""
+    that the process may run on. Does nothing if the user has set one of THREAD_VARIABLES."""
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         n_threads = min(torch.get_num_threads(), allowed_threads())
         if n_threads < torch.get_num_threads():

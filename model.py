@@ -11,8 +11,6 @@ kernels of a CPU or a GPU.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
 heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.
-
-This file has no command line; see generate.py.
 """
 
 import copy
@@ -66,7 +64,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations, and of all weights that are not quantized."""
+        """The dtype of the activations, and of all weights that are not quantized."""
         return self.norm.weight.dtype
 
     @property
@@ -75,34 +73,34 @@ class Transformer(nn.Module):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head's weight is the embedding, too: one parameter, once in memory."""
+        """Whether embedding and head share one weight, which is then in memory once."""
         return self.embed_tokens.weight is self.lm_head.weight
 
     def tie_embedding(self):
-        """Makes the head's weight the embedding, too."""
+        """Makes the embedding share the head's weight."""
         embedding, head = self.embed_tokens, self.lm_head
         embedding.weight, embedding.scales, embedding.zeros = head.weight, head.scales, head.zeros
         embedding.format, embedding.backend = head.format, head.backend
 
-    def prepare_kernels(self, in_mapped_file: bool = False):
+    def prepare_kernels(self, is_mmapped: bool = False):
         """Switches to the kernels for the model's device: see kernels.prepare_kernels."""
         is_tied = self.is_tied
-        kernels.prepare_kernels(self, in_mapped_file)
+        kernels.prepare_kernels(self, is_mmapped)
         if is_tied:  # the head's weight may have been packed
             self.tie_embedding()
 
     def quantizable_linears(self) -> Iterator[tuple[str, "Linear"]]:
-        """(name, layer) of every linear layer that quantization rewrites: all but the routers."""
+        """Yields (name, layer) for every linear layer that quantization rewrites: all but the routers."""
         for name, module in self.named_modules():
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
     def uses_kernels(self, batch: int, n_tokens: int) -> bool:
-        """Whether kernels compute every operation of a step of n_tokens in each of batch sequences. If so, the step can
-        be recorded."""
+        """Whether kernels compute every operation of a step with n_tokens new tokens in each of batch sequences. If so,
+        the step can be recorded."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
-        if self.embed_tokens.format.quantization:  # otherwise a CPU always has a kernel, and a GPU needs none
+        if self.embed_tokens.format.quantization:  # a dense one has a kernel on every CPU, and needs none on a GPU
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1 or self.config.activation not in kernels.ACTIVATION_IDS:
             return False
@@ -113,7 +111,7 @@ class Transformer(nn.Module):
         return kernels.has_attention_kernel(backend, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
 
     def active_weight_bytes(self) -> int:
-        """Bytes of weights that a decode step of one token reads: all but the embedding and the idle experts."""
+        """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
         total = 0
         for name, tensor in self.state_dict().items():
             if name.startswith("embed_tokens"):
@@ -141,7 +139,7 @@ def empty_model(config: ModelConfig, formats: WeightFormats = ALL_DENSE) -> Tran
 
 class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
-        """layer: its number, since layers may differ."""
+        """layer: the number of the layer, since layers may differ."""
         super().__init__()
 
         def norm(enabled: bool) -> RMSNorm | None:
@@ -241,12 +239,11 @@ class MoE(nn.Module):
 
 
 class WeightMatrix(nn.Module):
-    """W [N, K], or [E, N, K] for a layer of experts: what Linear and Embedding have in common.
+    """A weight W [N, K], or [E, N, K] for a layer of experts. The base of Linear and Embedding.
 
     format: how W is stored (kernels/formats/).
-    backend: whose kernels read it, "cpu" or "triton", for which W is packed. "torch": plain PyTorch, W as in the
-    checkpoint.
-    is_embedding: whether a step reads only some of the rows."""
+    backend: whose kernels W is packed for, "cpu" or "triton". "torch": W is as in the checkpoint, for plain PyTorch.
+    is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
 
@@ -261,43 +258,44 @@ class WeightMatrix(nn.Module):
         self.register_buffer("zeros", None)
 
     def tensors(self) -> Tensors:
-        """The tensors that W is stored as, by name."""
+        """The tensors that store W, by name: weight and, if W is quantized, scales and perhaps zeros."""
         named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def set_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """Replaces the tensor called name. Returns the new one, a Parameter if it is the weight or the bias."""
+        """Replaces the tensor called name. Returns the new tensor; weight and bias become Parameters."""
         if name in ("weight", "bias"):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(self, name, tensor)
         return tensor
 
     def set_format(self, format: WeightFormat):
-        """Replaces W by empty tensors of another format."""
+        """Changes the format of W. Its tensors are new and uninitialized."""
         for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
             self.set_tensor(name, tensor)
         self.format = format
 
     def dequantized_weight(self, dtype: torch.dtype, experts=slice(None)) -> Tensor:
-        """W [N, K], dequantized to dtype. For experts: those that experts selects, an index, a slice or a tensor of
-        indices."""
+        """W [N, K] in dtype. In a layer of experts, the matrices [..., N, K] that experts selects: an index, a slice or
+        a tensor of indices."""
         return kernels.dequantize(self, dtype, experts)
 
 
 class Embedding(WeightMatrix):
-    """A row of W [V, dim] for every token."""
+    """Looks up a row of W [V, dim] for every token."""
 
     is_embedding = True
 
     def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """tokens [B, T] -> their rows times scale: [B, T, dim] in dtype."""
+        """tokens [B, T] -> the rows of the tokens, times scale: [B, T, dim] in dtype."""
         return kernels.embed(tokens, self, scale, dtype)
 
 
 class Linear(WeightMatrix):
     """y = x W^T [+ bias].
 
-    max_tokens: how many tokens the kernels compute at a time. More are computed in plain PyTorch."""
+    scale, softcap, clip: applied to y in this order, see kernels.fused_linear; by default they change nothing.
+    max_tokens: up to how many tokens the kernels compute y. With more tokens plain PyTorch does."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
@@ -347,13 +345,13 @@ class KVCache:
     every step says at which positions its tokens are written."""
 
     def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
-        """Allocates it on the device and in the dtype of model's weights. Raises UsageError if max_seq_len exceeds the
-        model's own."""
+        """Allocates the cache on the device and in the dtype of model's weights. Raises UsageError if max_seq_len
+        exceeds the model's context."""
         if max_seq_len > model.config.max_seq_len:
             raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
-        # What the text says, for sampling that depends on it; see store_token_ids.
+        # The ids of the tokens, for sampling that depends on the text; see store_token_ids.
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
         tables = RopeTables(model.config, max_seq_len, self.device)
         self.layers = []
@@ -366,12 +364,13 @@ class KVCache:
             self.layers.append(LayerCache(k, v, tables.of_layer(i), slopes))
 
     def store_token_ids(self, tokens: Tensor, start_pos: Tensor):
-        """Remembers the ids of tokens [B, T], the first at start_pos [B]. For sampling that depends on them."""
+        """Stores the ids of tokens [B, T], the first at start_pos [B], for sampling that depends on the text."""
         positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=self.device)
         self.token_ids.scatter_(1, positions, tokens)
 
     def token_presence_mask(self, last_positions: Tensor, vocab_size: int) -> Tensor:
-        """Which tokens the text has up to each of last_positions [B, n], if all were stored: bool [B, n, V]."""
+        """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
+        The ids of the text must have been stored."""
         is_later = torch.arange(self.max_seq_len, device=self.device) > last_positions[..., None]  # [B, n, S]
         ids = self.token_ids[:, None].masked_fill(is_later, vocab_size)
         seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
@@ -382,25 +381,28 @@ class KVCache:
         that it gets, so a shorter one costs less."""
         view = copy.copy(self)
         view.max_seq_len, view.token_ids = n, self.token_ids[:, :n]
-        view.layers = [c._replace(k=c.k[:, :, :n], v=c.v[:, :, :n], rope=c.rope[:n]) for c in self.layers]
+        view.layers = [
+            cache._replace(k=cache.k[:, :, :n], v=cache.v[:, :, :n], rope=cache.rope[:n]) for cache in self.layers
+        ]
         return view
 
     def narrow_batch(self, start: int, n: int) -> "KVCache":
-        """A view of n sequences, from number start on."""
+        """A view of n sequences, the first of which is number start."""
         if n == self.batch_size:  # as in every step but those of a scheduler
             return self
         view = copy.copy(self)
         view.batch_size, view.token_ids = n, self.token_ids[start : start + n]
-        view.layers = [c._replace(k=c.k[start : start + n], v=c.v[start : start + n]) for c in self.layers]
+        rows = slice(start, start + n)
+        view.layers = [cache._replace(k=cache.k[rows], v=cache.v[rows]) for cache in self.layers]
         return view
 
     def copy_sequence(self, source: int, target: int, n: int):
         """Copies the first n tokens of sequence source to sequence target."""
         self.token_ids[target, :n] = self.token_ids[source, :n]
-        for c in self.layers:
-            c.k[target, :, :n] = c.k[source, :, :n]
-            c.v[target, :, :n] = c.v[source, :, :n]
+        for cache in self.layers:
+            cache.k[target, :, :n] = cache.k[source, :, :n]
+            cache.v[target, :, :n] = cache.v[source, :, :n]
 
     def bytes_per_position(self) -> int:
         """Bytes of keys and values for one token of every sequence."""
-        return sum(c.k[:, :, :1].nbytes + c.v[:, :, :1].nbytes for c in self.layers)
+        return sum(cache.k[:, :, :1].nbytes + cache.v[:, :, :1].nbytes for cache in self.layers)

@@ -10,8 +10,8 @@ int4        asymmetric, a scale and a zero point per group along the input
 int4-hqq    the same format; zero points refined without data (half-quadratic quantization, Badri & Shaji 2023)
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 fp8         8-bit floats (e4m3), one scale per output channel
-mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats); of its two
-            exponents that can be right the one with the smaller squared error
+mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats). Of two possible
+            powers it is the one with the smaller squared error
 
 Norms, biases, routers and the embedding are not quantized. kernels/formats/ describes the formats. One tensor at a
 time is in memory (for int4-gptq: one layer). The file appears under its name when it is complete.
@@ -34,7 +34,7 @@ from torch import Tensor
 import cli
 import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
-from cli.checkpoints import model_file
+from cli.checkpoints import resolve_checkpoint
 from config import ModelConfig, UsageError
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
@@ -130,7 +130,7 @@ def check_args(args: argparse.Namespace):
 def main():
     args = parse_args()
     cli.set_threads(args.threads)
-    path = args.checkpoint_path = model_file(args.checkpoint_path)
+    path = args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
@@ -143,7 +143,7 @@ def main():
         quantized = quantize_each(weights, format.quantize)
     suffix = format.name.replace(format.mode, args.mode)  # int4.g32 -> int4-hqq.g32
     out = path.with_name(f"{path.stem}{args.label}{suffix}.pth")
-    write(out, config, tensors, weights, quantized, format)
+    write_quantized(out, config, tensors, weights, quantized, format)
     print(f"wrote {out}")
 
 
@@ -190,7 +190,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
     return gptq.quantize_model(model, windows, device, config)
 
 
-def write(
+def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
 ):  # fmt: skip
@@ -202,14 +202,14 @@ def write(
         for tensor_name, t in format.empty(w.shape, w.dtype, "meta").items():
             shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
 
-    def results() -> Iterator[tuple[str, Tensor]]:
+    def all_tensors() -> Iterator[tuple[str, Tensor]]:
         yield from kept.items()
         for name, quantized_tensors in quantized:
             for tensor_name, t in quantized_tensors.items():
                 yield f"{name}.{tensor_name}", t
             drop_pages(weights[name])  # otherwise the file's pages would count as memory in use
 
-    save_checkpoint(path, config, shapes, results(), format.quantization)
+    save_checkpoint(path, config, shapes, all_tensors(), format.quantization)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
     RopeTables(config, length, device).of_layer(i)    cos and sin of every position's angles, [length, D/2, 2]
     alibi_slopes(n_heads)                             how fast each head's scores fall with the distance
-
-This file has no command line.
 """
 
 import math
@@ -25,12 +23,12 @@ class RopeTables:
         if config.window_rope_theta is not None:
             window_config = replace(config, rope_theta=config.window_rope_theta, rope_scaling=None)
             self.window = rope_table(window_config, length).to(device)
-        if config.rope_layers is not None:
+        if config.layer_has_rope is not None:
             cos, sin = torch.ones_like(self.full[..., 0]), torch.zeros_like(self.full[..., 1])
             self.identity = torch.stack([cos, sin], dim=-1)
 
     def of_layer(self, i: int) -> Tensor:
-        if self.config.rope_layers is not None and not self.config.rope_layers[i]:
+        if self.config.layer_has_rope is not None and not self.config.layer_has_rope[i]:
             return self.identity
         return self.window if self.config.window(i) else self.full
 
@@ -43,9 +41,9 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     if config.rope_scaling is not None:
         table *= config.rope_scaling.attention_factor
-    n_fixed = config.head_dim // 2 - len(frequencies)
-    fixed = torch.tensor([1.0, 0.0]).expand(length, n_fixed, 2)
-    return torch.cat([table, fixed], dim=1)
+    n_unrotated = config.head_dim // 2 - len(frequencies)
+    unrotated = torch.tensor([1.0, 0.0]).expand(length, n_unrotated, 2)
+    return torch.cat([table, unrotated], dim=1)
 
 
 def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
@@ -67,25 +65,26 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
             factors = scaling.long_factor if length > original else scaling.short_factor
             return freqs / torch.tensor(factors)
         case "yarn":
-            unscaled = yarn_ramp(scaling, dim, theta)
+            ramp = yarn_ramp(scaling, dim, theta)
         case "llama3":
-            turns = original * freqs / (2 * math.pi)  # in the trained context
-            unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    # unscaled is the weight of the trained frequency in a mean of it and of the frequency divided by factor. A pair
-    # that turns many times in the trained context has 1, and keeps its frequency. One that never turns once has 0.
-    unscaled = unscaled.clamp(0, 1)
-    return unscaled * freqs + (1 - unscaled) * freqs / scaling.factor
+            rotations = original * freqs / (2 * math.pi)  # within the trained context
+            ramp = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    # The result is a mean of the trained frequency and of the same divided by factor; ramp is the weight of the trained
+    # one. It is 1 for a pair that rotates many times within the trained context: such a pair keeps its frequency. It is
+    # 0 for a pair that does not rotate once.
+    ramp = ramp.clamp(0, 1)
+    return ramp * freqs + (1 - ramp) * freqs / scaling.factor
 
 
 def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
-    """YaRN's weight of the trained frequency for each pair, before it is clamped to 0 ... 1: [dim/2]
-    (arXiv:2309.00071). It falls linearly from the pair that turns beta_fast times in the trained context to the one
-    that turns beta_slow times."""
+    """For each pair, YaRN's weight of the trained frequency, before it is clamped to 0 ... 1: [dim/2]
+    (arXiv:2309.00071). The weight falls linearly from the pair that rotates beta_fast times in the trained context to
+    the one that rotates beta_slow times."""
 
-    def pair_that_turns(n: float) -> float:
+    def pair_with_rotations(n: float) -> float:
         return dim * math.log(scaling.original_max_seq_len / (n * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    low, high = pair_with_rotations(scaling.beta_fast), pair_with_rotations(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -95,9 +94,11 @@ def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
-    """By how much the scores of each head fall with every position between a query and a key (ALiBi: arXiv:2108.12409).
-    For a power of two they are equal ratios down to 1/256: of eight heads 1/2, 1/4 ... 1/256. For other numbers they
-    are those of the power of two below and, for the heads that remain, every second one of twice that power."""
+    """For each head, how much its scores fall with every position between a query and a key (ALiBi: arXiv:2108.12409).
+
+    If n_heads is a power of two, the slopes are a geometric series down to 1/256: for eight heads 1/2, 1/4 ... 1/256.
+    Otherwise the first heads have the slopes of the next lower power of two. The other heads have every second slope of
+    the next higher one."""
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     between = [2 ** (-4 * i / power) for i in range(1, 2 * power, 2)]

@@ -19,9 +19,9 @@ from config import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
 # How sorted_nucleus avoids sorting a whole vocabulary on a CPU
-SMALL_VOCABULARY = 1000  # so many tokens are sorted faster than searched
-FIRST_THRESHOLD = 2**-10  # fewer than 1024 tokens can have more probability than this
-CHUNK = 64  # neighbouring tokens; all are skipped if the largest probability among them is below the threshold
+SMALL_VOCABULARY = 1000  # up to so many tokens, sorting all is faster than searching
+FIRST_THRESHOLD = 2**-10  # a probability, which fewer than 1024 tokens can exceed
+VOCAB_BLOCK = 64  # tokens with neighbouring ids, skipped together if none of them exceeds the threshold
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SamplingParams:
 
     @property
     def filters_tokens(self) -> bool:
-        """Whether another option than temperature and repetition_penalty is on: one that rules tokens out."""
+        """Whether top_k, top_p or min_p is set, which exclude tokens."""
         return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
 
 
@@ -87,8 +87,8 @@ def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """The tokens that sample draws from: their probabilities and ids, both [B, C]. A sequence's probabilities need not
-    sum to one. ids None: all tokens."""
+    """Returns the probabilities and the ids of the tokens that sample draws from, both [B, C]. The probabilities of a
+    sequence need not sum to one. If ids is None, C is V: all tokens in order."""
     # The largest score becomes 0. Then a small temperature makes the others underflow, and nothing overflows.
     scores = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, SMALLEST_TEMPERATURE)
     has_top_k = sampling.top_k is not None and sampling.top_k < scores.shape[-1]
@@ -107,9 +107,9 @@ def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Te
 
 
 def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """By probs [B, V]: the likeliest tokens of each sequence, at least so many that their probabilities sum to top_p.
-    Returns their probabilities and ids, both [B, C], the likeliest first. Of equally likely tokens, lower ids come
-    first. A sequence that needs fewer than C tokens ends with zeros."""
+    """Finds the likeliest tokens of each sequence, at least so many that their probabilities sum to top_p. probs [B, V]
+    -> probabilities and ids, both [B, C], the likeliest first. Equally likely tokens are in the order of their ids. A
+    sequence that needs fewer than C tokens is padded with zeros."""
     # On a GPU and when compiled, C must not depend on the probabilities, so all V tokens are sorted.
     if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
         return probs.sort(dim=-1, descending=True, stable=True)
@@ -118,26 +118,26 @@ def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def search_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """sorted_nucleus for one sequence [V]. It sorts only the tokens above a threshold. If their probabilities sum to
-    less than top_p, it tries again with an eighth of the threshold. Mostly the first one serves."""
-    missing = -len(probs) % CHUNK
-    chunks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, CHUNK)
-    largest = chunks.amax(-1)
+    """sorted_nucleus for one sequence [V]. Only the tokens above a threshold are sorted. If their probabilities sum to
+    less than top_p, the threshold is divided by 8 and the search begins again. The first threshold mostly serves."""
+    missing = -len(probs) % VOCAB_BLOCK
+    blocks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, VOCAB_BLOCK)
+    largest = blocks.amax(-1)
     threshold = FIRST_THRESHOLD
     while threshold > (1 - top_p) / len(probs):  # below that, so few tokens are left out that all may be sorted
-        chunk_ids = (largest > threshold).nonzero()[:, 0]
-        values = chunks[chunk_ids].flatten()
-        indices = (values > threshold).nonzero()[:, 0]  # in values
+        block_ids = (largest > threshold).nonzero()[:, 0]
+        values = blocks[block_ids].flatten()
+        indices = (values > threshold).nonzero()[:, 0]  # into values
         values, order = values[indices].sort(descending=True, stable=True)
         if len(values) and values.cumsum(-1)[-1] >= top_p:
             indices = indices[order]
-            return values, chunk_ids[indices // CHUNK] * CHUNK + indices % CHUNK
+            return values, block_ids[indices // VOCAB_BLOCK] * VOCAB_BLOCK + indices % VOCAB_BLOCK
         threshold /= 8
     return probs.sort(descending=True, stable=True)
 
 
 def penalize(logits: Tensor, penalty: float | Tensor) -> Tensor:
-    """What the logits of repeated tokens become. A penalty above 1 makes these tokens less likely."""
+    """Applies the repetition penalty to logits. A penalty above 1 makes their tokens less likely."""
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 

@@ -1,6 +1,6 @@
 """Many prompts at once: continuous batching over a static KV cache.
 
-    scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
+    scheduler = Scheduler(model, parallel=16, max_seq_len=2048)
     scheduler.submit(Request(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
         for new in scheduler.step():
@@ -35,7 +35,7 @@ from machine import free_memory
 from model import Transformer
 from sampling import SamplingParams, sample
 from steps import (
-    ModelStep,
+    ModelRunner,
     apply_repetition_penalty,
     check_finite,
     kv_bytes_per_token,
@@ -95,7 +95,7 @@ class NewToken(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """A request that is running."""
+    """A request that is running, in a slot."""
 
     request: Request
     generator: torch.Generator  # of its random numbers
@@ -104,23 +104,23 @@ class Sequence:
 
 class Scheduler:
     def __init__(
-        self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
+        self, model: Transformer, parallel: int, max_seq_len: int, eos_ids: set[int] | None = None,
         compile: bool = False,
     ):  # fmt: skip
-        """n_slots: sequences at a time. max_seq_len: most tokens of a sequence, its prompt included. eos_ids: the
+        """parallel: sequences at a time. max_seq_len: most tokens of a sequence, its prompt included. eos_ids: the
         tokens that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises
         OutOfMemoryError if memory is too small for the KV cache."""
-        self.model, self.n_slots, self.max_seq_len = model, n_slots, max_seq_len
+        self.model, self.parallel, self.max_seq_len = model, parallel, max_seq_len
         self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
-        self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
+        self.kv_cache = make_kv_cache(model, parallel, max_seq_len)
         # torch.compile would compile anew for every number of running sequences, so not without kernels.
-        compile = compile and model.uses_kernels(n_slots, 1)
-        self.decode_step = ModelStep(model, self.kv_cache, lambda logits, *_: logits, compile)
+        compile = compile and model.uses_kernels(parallel, 1)
+        self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence | None] = []  # by slot; None: it has ended
-        # Of each slot, the ids of the tokens whose keys and values are in it. They stay when its sequence has ended,
-        # for a later prompt that begins alike.
-        self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
+        # For each slot, the ids of the tokens whose keys and values it holds. They stay after the slot's sequence has
+        # ended, for a later prompt that begins with the same tokens.
+        self.cached_ids: list[list[int]] = [[] for _ in range(parallel)]
 
     def submit(self, request: Request):
         """Queues request. Raises UsageError if it does not fit a slot."""
@@ -131,7 +131,9 @@ class Scheduler:
         """Ends request, whether it waits or runs."""
         if request in self.waiting:
             self.waiting.remove(request)
-        self.running = [s if s is not None and s.request is not request else None for s in self.running]
+        for slot, sequence in enumerate(self.running):
+            if sequence is not None and sequence.request is request:
+                self.running[slot] = None
 
     def has_work(self) -> bool:
         return bool(self.waiting) or any(self.running)
@@ -147,7 +149,7 @@ class Scheduler:
     def find_free_slot(self) -> int | None:
         if None in self.running:
             return self.running.index(None)
-        if len(self.running) == self.n_slots:
+        if len(self.running) == self.parallel:
             return None
         self.running.append(None)
         return len(self.running) - 1
@@ -155,9 +157,9 @@ class Scheduler:
     def prefill(self, request: Request, slot: int) -> list[NewToken]:
         """Starts request in a slot of the cache, with its first new token."""
         request.start_time = time.perf_counter()
-        start = self.copy_shared_prefix(request.prompt_ids, slot)
-        tokens = torch.tensor([request.prompt_ids[start:]], device=self.kv_cache.device)
-        start_pos = torch.tensor([start], device=self.kv_cache.device)
+        n_cached = self.copy_shared_prefix(request.prompt_ids, slot)
+        tokens = torch.tensor([request.prompt_ids[n_cached:]], device=self.kv_cache.device)
+        start_pos = torch.tensor([n_cached], device=self.kv_cache.device)
         logits = prefill_logits(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1))
         self.cached_ids[slot] = list(request.prompt_ids)
         self.running[slot] = Sequence(request, torch.Generator().manual_seed(request.seed))
@@ -204,20 +206,21 @@ class Scheduler:
         by_sequence = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
         return apply_repetition_penalty(logits, tokens, start_pos, kv_cache, by_sequence)
 
-    def copy_shared_prefix(self, prompt: list[int], slot: int) -> int:
-        """Finds the slot that shares the longest beginning with prompt, and copies that beginning to slot, unless slot
-        has it. Returns how many tokens it has. That is never all of prompt, since logits follow only from a token that
-        is computed."""
-        shared = [common_prefix_length(ids, prompt[:-1]) for ids in self.cached_ids]
+    def copy_shared_prefix(self, prompt_ids: list[int], slot: int) -> int:
+        """Finds the slot whose tokens share the longest prefix with prompt_ids, and copies that prefix to slot, unless
+        it is there. Returns the length of the prefix. At least the last token is left, since logits come only from a
+        token that is computed."""
+        shared = [common_prefix_length(ids, prompt_ids[:-1]) for ids in self.cached_ids]
         n = max(shared)
         source = slot if shared[slot] == n else shared.index(n)
         if source != slot:
             self.kv_cache.copy_sequence(source, slot, n)
-        self.cached_ids[slot] = prompt[:n]
+        self.cached_ids[slot] = prompt_ids[:n]
         return n
 
     def compact(self):
-        """Moves the last sequences into the slots of those that have ended. Their old slots keep what they had."""
+        """Moves the last sequences into the slots of sequences that have ended, so that the first slots are all in use.
+        The keys and values in the old slots stay there, for later prompts."""
         while None in self.running:
             sequence = self.running.pop()
             if sequence is None:
@@ -227,13 +230,19 @@ class Scheduler:
             self.running[target], self.cached_ids[target] = sequence, list(self.cached_ids[source])
 
 
-def slots_that_fit(model: Transformer, max_seq_len: int) -> int:
-    """For how many sequences of max_seq_len tokens main memory has room."""
+def return_logits(logits: Tensor, *_) -> Tensor:
+    """A sampler for ModelRunner that leaves sampling to the scheduler: each sequence has its own options."""
+    return logits
+
+
+def max_parallel(model: Transformer, max_seq_len: int) -> int:
+    """How many sequences of max_seq_len tokens main memory has room for."""
     return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 
 
 def sample_each(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """A token [n] for each of n sequences, from its logits [n, V], its sampling options and its random numbers."""
+    """Samples a token for each of n sequences: logits [n, V] -> ids [n]. Each sequence has its own sampling options and
+    random numbers."""
     sampling, *others = {sequence.request.sampling for sequence in sequences}
     if others:
         return torch.cat([sample_each(logits[i : i + 1], [sequence]) for i, sequence in enumerate(sequences)])
@@ -244,7 +253,7 @@ def sample_each(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 
 
 def compute_logprobs(logits: Tensor, token: int, n: int) -> Logprobs:
-    """By logits [V]: the log-probability of token, and the n likeliest tokens."""
+    """The log-probability of token and the n likeliest tokens, from logits [V]."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, len(logprobs)))
     return Logprobs(logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -2,7 +2,7 @@
 
     proposer = PromptLookup(max_ngram=3, device=device)
     speculation = build_speculative_decoder(model, kv_cache, steps, sampling, proposer, k=5)
-    for tokens in speculate(speculation, history, start=0, max_new_tokens=100): ...
+    for tokens in speculate(speculation, token_ids, n_cached=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five, so verifying costs hardly more than decoding. The model
 accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling gives the output exactly the
@@ -25,13 +25,13 @@ from torch import Tensor
 import tp
 from model import KVCache, Transformer
 from sampling import SamplingParams, multinomial, probabilities, sample
-from steps import ModelStep, Step, Steps, apply_repetition_penalty, build_steps, check_finite
+from steps import GenerationSteps, ModelRunner, StepFunction, apply_repetition_penalty, build_steps, check_finite
 
-MAX_PROPOSED = 32  # limit of --speculate_k and --prompt_lookup
+MAX_DRAFT_TOKENS = 32  # limit of --speculate_k and --prompt_lookup
 # The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
 # 8-bit and 0.15 with 4-bit weights.
 VERIFY_COST = 0.1
-# How AcceptanceRate forgets. Without a proposal it forgets, too, so that after a while another one is tried.
+# How fast AcceptanceRate forgets. It also forgets in steps without a proposal, so that proposing is tried again later.
 EMA_DECAY = 0.9  # a step that verified tokens multiplies the old counts by this
 IDLE_DECAY = 0.97  # a step without a proposal multiplies them by this
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # the counts before the first step
@@ -45,19 +45,19 @@ class Proposal(NamedTuple):
 class Proposer(Protocol):
     cost: float  # time to propose one token, as a fraction of the model's step
 
-    def propose(self, history: list[int], k: int) -> Proposal | None:
-        """k tokens that may follow history, or None if there is no guess. From one call to the next history only grows,
-        unless rewind is called."""
+    def propose(self, token_ids: list[int], k: int) -> Proposal | None:
+        """Returns k tokens that may follow the text token_ids, or None if there is no guess. From one call to the next
+        the text only grows, unless rewind is called."""
 
     def rewind(self, n: int):
-        """Says that only the first n tokens of history are still the same."""
+        """Tells the proposer that only the first n tokens of the text are still the same."""
 
 
 @dataclass(frozen=True)
 class SpeculativeDecoder:
     """A model's steps, and the proposer whose tokens they verify. Made by build_speculative_decoder."""
 
-    steps: Steps
+    steps: GenerationSteps
     # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V] if there are any) -> what rejection_sample
     # returns. tokens: the last token of the text, then draft_tokens.
     verify_step: Callable[..., Tensor]
@@ -78,7 +78,7 @@ class SpeculativeDecoder:
 def build_speculative_decoder(
     model: Transformer,
     kv_cache: KVCache,
-    steps: Steps,
+    steps: GenerationSteps,
     sampling: SamplingParams,
     proposer: Proposer,
     k: int,
@@ -86,42 +86,42 @@ def build_speculative_decoder(
 ) -> SpeculativeDecoder:
     """Builds the step that verifies proposals. steps: those of build_steps, for the same kv_cache and sampling."""
 
-    def postprocess(
+    def sampler(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
         logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
 
-    verify_step = ModelStep(model, kv_cache, postprocess, compile)
-    return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, verify_cost(model))
+    verify_step = ModelRunner(model, kv_cache, sampler, compile)
+    return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, estimate_verify_cost(model))
 
 
 @torch.inference_mode()
 def speculate(
-    speculation: SpeculativeDecoder, history: list[int], start: int, max_new_tokens: int
+    speculation: SpeculativeDecoder, token_ids: list[int], n_cached: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
-    """Continues history by max_new_tokens. Its first start tokens are in the KV cache. Yields the tokens of each step,
-    [n][1]: one or several tokens, for a batch of one."""
+    """Continues the text token_ids by max_new_tokens tokens. Yields the tokens of each step, [n][1]: one or several
+    tokens, for a batch of one. n_cached: how many of token_ids are in the KV cache."""
     proposer, device = speculation.proposer, speculation.device
-    history, n_left = list(history), max_new_tokens
+    token_ids, n_left = list(token_ids), max_new_tokens
     acceptance = AcceptanceRate()
-    proposer.rewind(start)
-    prompt = torch.tensor([history[start:]], device=device)
-    tokens = speculation.steps.prefill(prompt, torch.tensor([start], device=device)).tolist()
+    proposer.rewind(n_cached)
+    prompt = torch.tensor([token_ids[n_cached:]], device=device)
+    tokens = speculation.steps.prefill(prompt, torch.tensor([n_cached], device=device)).tolist()
     while True:
         check_finite(tokens)
         yield [[token] for token in tokens]
-        history += tokens
+        token_ids += tokens
         n_left -= len(tokens)
         if n_left == 0:
             return
         # The proposer may have taken another token for the last one, which is the model's own.
-        proposer.rewind(len(history) - 1)
-        possible_sizes = [size for size in proposal_sizes(speculation.k) if size < n_left]
-        k = best_size(possible_sizes, acceptance.rate, proposer.cost + speculation.verify_cost)
-        proposal = proposer.propose(history, k) if k > 0 else None
-        last_token = torch.tensor([history[-1:]], device=device)
-        start_pos = torch.tensor([len(history) - 1], device=device)
+        proposer.rewind(len(token_ids) - 1)
+        lengths = [length for length in draft_lengths(speculation.k) if length < n_left]
+        k = best_draft_length(lengths, acceptance.rate, proposer.cost + speculation.verify_cost)
+        proposal = proposer.propose(token_ids, k) if k > 0 else None
+        last_token = torch.tensor([token_ids[-1:]], device=device)
+        start_pos = torch.tensor([len(token_ids) - 1], device=device)
         if proposal is None:
             tokens = speculation.steps.decode(last_token, start_pos).tolist()
             acceptance.decay(IDLE_DECAY)
@@ -164,8 +164,8 @@ def rejection_sample(
 
 @dataclass
 class AcceptanceRate:
-    """How often the model accepts a proposed token, as an exponential moving average. A step rejects at most one token,
-    since the tokens behind it do not count."""
+    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step rejects at most one
+    token: the tokens after the rejected one do not count."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -186,13 +186,13 @@ class AcceptanceRate:
         self.n_rejected = PRIOR_REJECTED + factor * (self.n_rejected - PRIOR_REJECTED)
 
 
-def proposal_sizes(k: int) -> list[int]:
+def draft_lengths(k: int) -> list[int]:
     """The numbers of tokens that may be proposed: k and a third of k. Only two, since each number needs a compiled or
     recorded step of its own."""
     return sorted({k, max(1, k // 3)})
 
 
-def verify_cost(model: Transformer) -> float:
+def estimate_verify_cost(model: Transformer) -> float:
     """Time to verify one proposed token, as a fraction of model's step. In a mixture of experts a token brings experts
     of its own, which must be read: one token uses 2 of Mixtral's 8 experts, and 5 tokens that choose independently use
     6.1 of them."""
@@ -203,19 +203,19 @@ def verify_cost(model: Transformer) -> float:
     return max(VERIFY_COST, (used_by_5 / moe.top_k - 1) / 4)
 
 
-def best_size(sizes: list[int], acceptance_rate: float, cost: float) -> int:
-    """How many tokens to propose: the one of sizes, or 0, that promises the most tokens per time. cost: time to propose
-    and verify one token, as a fraction of a step."""
+def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -> int:
+    """How many tokens to propose: 0 or one of lengths, whichever gives the most tokens per time. cost: the time to
+    propose and verify one token, as a fraction of a step."""
 
     def tokens_per_time(k: int) -> float:
         # A step's token i, from 0, needs i accepted tokens before it.
         expected_tokens = sum(acceptance_rate**i for i in range(k + 1))
         return expected_tokens / (1 + k * cost)
 
-    return max([0, *sizes], key=tokens_per_time)
+    return max([0, *lengths], key=tokens_per_time)
 
 
-# ---- Who proposes them ----------------------------------------------------------------------------------------------
+# ---- Proposers ----------------------------------------------------------------------------------------------
 
 
 class PromptLookup:
@@ -226,52 +226,52 @@ class PromptLookup:
     def __init__(self, max_ngram: int, device: torch.device):
         """max_ngram: how many tokens to look for. If they do not occur, propose looks for fewer, down to two."""
         self.max_ngram, self.device = max_ngram, device
-        self.next_index: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
-        self.n_known = 0  # tokens of the text whose n-grams are in next_index
+        self.ngram_index: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
+        self.n_indexed = 0  # tokens of the text whose n-grams are in ngram_index
 
-    def propose(self, history: list[int], k: int) -> Proposal | None:
-        self.learn(history)
+    def propose(self, token_ids: list[int], k: int) -> Proposal | None:
+        self.index_ngrams(token_ids)
         for n in range(self.max_ngram, 1, -1):
-            index = self.next_index.get(tuple(history[-n:]))
+            index = self.ngram_index.get(tuple(token_ids[-n:]))
             if index is not None:
-                found = history[index:]
+                found = token_ids[index:]
                 tokens = [found[i % len(found)] for i in range(k)]  # if they are fewer than k, repeat them
                 return Proposal(torch.tensor(tokens, device=self.device), None)
         return None
 
-    def learn(self, history: list[int]):
-        """Adds the n-grams of the new tokens to next_index, except the last n-grams, which no token follows yet."""
-        for index in range(max(self.n_known, 2), len(history)):
+    def index_ngrams(self, token_ids: list[int]):
+        """Adds the n-grams of the new tokens to ngram_index, except the last n-grams, which no token follows yet."""
+        for index in range(max(self.n_indexed, 2), len(token_ids)):
             for n in range(2, self.max_ngram + 1):
-                self.next_index[tuple(history[max(0, index - n) : index])] = index
-        self.n_known = len(history)
+                self.ngram_index[tuple(token_ids[max(0, index - n) : index])] = index
+        self.n_indexed = len(token_ids)
 
     def rewind(self, n: int):
-        if n < self.n_known:
-            self.next_index.clear()
-            self.n_known = 0
+        if n < self.n_indexed:
+            self.ngram_index.clear()
+            self.n_indexed = 0
 
 
 class DraftModel:
     """Proposes what a smaller model samples, token by token. It has a KV cache of its own."""
 
-    def __init__(self, prefill: Step, step: Callable, vocab_size: int, device: torch.device, cost: float = 0.0):
+    def __init__(self, prefill: StepFunction, step: Callable, vocab_size: int, device: torch.device, cost: float = 0.0):
         """step: (tokens [1, T], start_pos [1]) -> (token [1], its distribution [1, V] or None). vocab_size: the
         draft's, which may be smaller than the model's."""
         self.prefill, self.step, self.vocab_size, self.device, self.cost = prefill, step, vocab_size, device, cost
         self.n_cached = 0  # tokens of the text that are in the draft's cache
 
-    def propose(self, history: list[int], k: int) -> Proposal:
+    def propose(self, token_ids: list[int], k: int) -> Proposal:
         # The draft's cache never has the last proposed token, since no step has taken it as input. If that token was
         # accepted, the cache lacks two tokens, else one. The first step takes two tokens in either case, so that only
         # one shape is recorded or compiled.
-        n_before = len(history) - 2
-        start = min(self.n_cached, n_before)
-        tokens = torch.tensor([history[start:]], device=self.device).clamp(max=self.vocab_size - 1)
-        start_pos = torch.tensor([start], device=self.device)
-        if start < n_before:
+        n_before = len(token_ids) - 2
+        n_cached = min(self.n_cached, n_before)
+        tokens = torch.tensor([token_ids[n_cached:]], device=self.device).clamp(max=self.vocab_size - 1)
+        start_pos = torch.tensor([n_cached], device=self.device)
+        if n_cached < n_before:
             self.prefill(tokens[:, :-2], start_pos)
-        tokens, start_pos = tokens[:, -2:], start_pos + (n_before - start)
+        tokens, start_pos = tokens[:, -2:], start_pos + (n_before - n_cached)
         draft_tokens, draft_probs = [], []
         for _ in range(k):
             token, probs = self.step(tokens, start_pos)
@@ -280,7 +280,7 @@ class DraftModel:
                 draft_probs.append(probs.clone())
             start_pos = start_pos + tokens.shape[1]
             tokens = draft_tokens[-1][None]
-        self.n_cached = len(history) + k - 1  # all but the last proposed token
+        self.n_cached = len(token_ids) + k - 1  # all but the last proposed token
         return Proposal(torch.cat(draft_tokens), torch.cat(draft_probs) if draft_probs else None)
 
     def rewind(self, n: int):
@@ -293,8 +293,8 @@ def build_draft_model(
     """A proposer for model that samples from draft. kv_cache: the draft's."""
     vocab_size = model.config.vocab_size
 
-    def postprocess(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
-        # Of the draft's logits those that the model has, too: one family pads one vocabulary to several sizes.
+    def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+        # A family may pad one vocabulary to several sizes. So drop the logits of tokens that the model does not have.
         logits = logits[:, -1, :vocab_size]
         if sampling.is_greedy:
             return tp.broadcast(logits.argmax(-1)), None
@@ -302,6 +302,6 @@ def build_draft_model(
         return tp.broadcast(multinomial(probs)), probs
 
     prefill = build_steps(draft, kv_cache, SamplingParams()).prefill
-    step = ModelStep(draft, kv_cache, postprocess, compile)
+    step = ModelRunner(draft, kv_cache, sampler, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, model.device, cost)

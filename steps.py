@@ -2,8 +2,8 @@
 
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=300)
     steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8))
-    next_ids = steps.prefill(prompt, start_pos)  # [B, T] -> [B]
-    next_ids = steps.decode(next_ids[:, None], start_pos + prompt.shape[1])
+    tokens = steps.prefill(prompt, start_pos)  # [B, T] -> [B]
+    tokens = steps.decode(tokens[:, None], start_pos + prompt.shape[1])
 
 prefill takes a prompt of any length, in chunks. decode takes one token of every sequence. A third kind of step verifies
 several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
@@ -34,17 +34,19 @@ from sampling import SamplingParams, penalize, sample
 
 # How many tokens prefill takes at a time, which bounds the memory of its activations. Every chunk dequantizes all
 # weights again, so a GPU, which has the memory, takes larger ones.
-PREFILL_CHUNK = 512  # of each sequence, on a CPU
-GPU_PREFILL_CHUNK = 4096  # of all sequences together
-MIN_COMPILED = 9  # a chunk of fewer tokens is not worth a compilation
+CPU_PREFILL_CHUNK_TOKENS = 512  # of each sequence, on a CPU
+GPU_PREFILL_CHUNK_TOKENS = 4096  # of all sequences together
+MIN_COMPILED_TOKENS = 9  # a chunk of fewer tokens is not worth a compilation
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
-Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next token ids [B]
+StepFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next token ids [B]
 
 
-class Steps(NamedTuple):
-    prefill: Step
-    decode: Step
+class GenerationSteps(NamedTuple):
+    """Prefill and decode, which generate.generate calls."""
+
+    prefill: StepFunction  # any T
+    decode: StepFunction  # T = 1
 
 
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
@@ -63,21 +65,20 @@ def kv_bytes_per_token(model: Transformer) -> int:
 def build_steps(
     model: Transformer, kv_cache: KVCache, sampling: SamplingParams, compile: bool = False,
     compile_prefill: bool = False,
-) -> Steps:  # fmt: skip
+) -> GenerationSteps:  # fmt: skip
     """The steps of plain generation with model, for the sequences of kv_cache."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
-    def next_ids(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        """Logits [B, 1, V] after the last of tokens [B, T] -> the next token of each sequence [B], equal on all ranks.
-        """
+    def sample_next(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        """The sampler: logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
         logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
         logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
-        return next_ids(logits, tokens, start_pos)
+        return sample_next(logits, tokens, start_pos)
 
-    return Steps(prefill, ModelStep(model, kv_cache, next_ids, compile))
+    return GenerationSteps(prefill, ModelRunner(model, kv_cache, sample_next, compile))
 
 
 def apply_repetition_penalty(
@@ -113,90 +114,93 @@ def chunked_prefill(
     """model.compute_hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the
     cache. compiled_model, made by compile_blocks, does the chunks that have too many tokens for the kernels."""
     batch_size, n_tokens = tokens.shape
-    chunk_size = PREFILL_CHUNK if tokens.device.type == "cpu" else max(1, GPU_PREFILL_CHUNK // batch_size)
-    start = int(start_pos.max())
+    on_cpu = tokens.device.type == "cpu"
+    chunk_size = CPU_PREFILL_CHUNK_TOKENS if on_cpu else max(1, GPU_PREFILL_CHUNK_TOKENS // batch_size)
+    n_cached = int(start_pos.max())
     for offset in range(0, n_tokens, chunk_size):
         chunk = tokens[:, offset : offset + chunk_size]
-        runs_eagerly = compiled_model is None or chunk.numel() < MIN_COMPILED or model.uses_kernels(*chunk.shape)
-        chunk_model = model if runs_eagerly else compiled_model
-        end = start + offset + chunk.shape[1]
-        yield chunk_model.compute_hidden(chunk, start_pos + offset, kv_cache.narrow_length(end))
+        is_eager = compiled_model is None or chunk.numel() < MIN_COMPILED_TOKENS or model.uses_kernels(*chunk.shape)
+        chunk_model = model if is_eager else compiled_model
+        used_length = n_cached + offset + chunk.shape[1]
+        yield chunk_model.compute_hidden(chunk, start_pos + offset, kv_cache.narrow_length(used_length))
 
 
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
-class ModelStep:
-    """Runs the model, and postprocess on its logits, in the fastest way for the step's shape:
+class ModelRunner:
+    """Executes steps: the model, then sampler on its logits. For the shape of each step it takes the fastest way:
 
-        kernels compute all of it    recorded on a CPU; on a GPU recorded with compile, else eager
-        they do not                  compiled with compile, else eager
+        kernels compute all operations    recorded on a CPU; on a GPU recorded with compile, else eager
+        they do not                       compiled with compile, else eager
 
-    step(tokens [B, T], start_pos [B], *extra_inputs) returns postprocess(logits [B, T, V], tokens, start_pos,
-    *extra_inputs). All of these are tensors. The B sequences are the first of kv_cache.
+    runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
+    *sampler_inputs). All arguments are tensors. The B sequences are the first of kv_cache.
 
-    The result may lie in a static buffer, which the next call overwrites, and so may the logits that postprocess gets.
-    Clone what must last."""
+    The result may lie in a static buffer, which the next call overwrites. So may the logits that sampler gets. Clone
+    what must last."""
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, postprocess: Callable, compile: bool = False):
-        self.postprocess, self.compile = postprocess, compile
+    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
+        self.sampler, self.compile = sampler, compile
         self.device_type = model.device.type
         self.uses_kernels = cache(model.uses_kernels)  # it goes through all modules
-        self.eager_step = EagerStep(model, kv_cache, postprocess)
-        self.recorded_step, self.recorded_logits = record(self.eager_step), record(self.eager_step.logits)
-        self.compiled_step = CompiledStep(model, kv_cache, postprocess)
+        self.eager_runner = EagerRunner(model, kv_cache, sampler)
+        self.recorded_runner, self.recorded_logits = record(self.eager_runner), record(self.eager_runner.logits)
+        self.compiled_runner = CompiledRunner(model, kv_cache, sampler)
         if self.device_type == "cuda" and can_be_one_graph(model):
-            self.compiled_step = record(self.compiled_step)
+            self.compiled_runner = record(self.compiled_runner)
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         if not self.uses_kernels(*tokens.shape):
-            step = self.compiled_step if self.compile else self.eager_step.on_used_cache
+            step = self.compiled_runner if self.compile else self.eager_runner.run_on_used_cache
         elif self.device_type == "cpu":
             # A recording on a CPU holds nothing but kernels, and there are none for sampling.
             logits = self.recorded_logits(tokens, start_pos)
-            return with_tape_threads(self.postprocess, logits, tokens, start_pos, *extra_inputs)
+            return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
         else:
-            step = self.recorded_step if self.compile and self.device_type == "cuda" else self.eager_step
-        return step(tokens, start_pos, *extra_inputs)
+            step = self.recorded_runner if self.compile and self.device_type == "cuda" else self.eager_runner
+        return step(tokens, start_pos, *sampler_inputs)
 
 
-class EagerStep:
-    """A ModelStep operation by operation. It can be recorded if all operations are kernels."""
+class EagerRunner:
+    """Executes a step operation by operation. It can be recorded if all operations are kernels."""
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, postprocess: Callable):
-        self.model, self.kv_cache, self.postprocess = model, kv_cache, postprocess
+    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
+        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
-        return self.postprocess(self.logits(tokens, start_pos), tokens, start_pos, *extra_inputs)
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        return self.sampler(self.logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
 
     def logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         return self.model(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
 
-    def on_used_cache(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
-        """The same with the used part of the cache: PyTorch's attention looks at every position that it is given."""
+    def run_on_used_cache(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        """__call__ with only the used part of the cache, since PyTorch's attention computes scores for every
+        position."""
         used = self.kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return self.postprocess(self.model(tokens, start_pos, used), tokens, start_pos, *extra_inputs)
+        return self.sampler(self.model(tokens, start_pos, used), tokens, start_pos, *sampler_inputs)
 
 
-class CompiledStep:
-    """A ModelStep by torch.compile, in two pieces: one block, which serves all layers, and the output head with
-    postprocess. Compiling these takes a third of the time of compiling the whole step, and they run as fast."""
+class CompiledRunner:
+    """Executes a step compiled by torch.compile, in two pieces: a block, which serves all layers, and the output head
+    with the sampler. Compiling the pieces takes a third of the time that the whole step takes, and they run as fast."""
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, postprocess: Callable):
-        self.model, self.kv_cache, self.postprocess = model, kv_cache, postprocess
+    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
+        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *extra_inputs: Tensor):
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         model, head = self.compiled_pieces
         hidden = model.compute_hidden(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
-        return head(hidden, tokens, start_pos, *extra_inputs)
+        return head(hidden, tokens, start_pos, *sampler_inputs)
 
     @cached_property
     def compiled_pieces(self) -> tuple[Transformer, Callable]:
-        """Made when they are needed: importing the compiler takes a second and 150 MB."""
-        model, postprocess = self.model, self.postprocess
+        """Returns (model with compiled blocks, compiled head). They are made at first use: importing the compiler takes
+        a second and 150 MB."""
+        model, sampler = self.model, self.sampler
 
         def head(hidden: Tensor, *inputs: Tensor):
-            return postprocess(model.compute_logits(hidden), *inputs)
+            return sampler(model.compute_logits(hidden), *inputs)
 
         options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
         return compile_blocks(model, **options), torch.compile(head, **options)
@@ -222,8 +226,8 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Whether torch.compile can trace the model without a break. Not a mixture of experts with many tokens: the host
-    reads which experts they need."""
+    """Whether torch.compile can trace the model without a graph break. It cannot trace a mixture of experts with many
+    tokens, since the host reads which experts the tokens need."""
     return model.config.moe is None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from chat_template import LLAMA2_TEMPLATE, render
+from chat_template import LLAMA2_TEMPLATE, check_unicode, render
 from checkpoint import read_json
 from config import UsageError
 
@@ -56,13 +56,13 @@ class Tokenizer:
         """The ids of a text to continue, in which special tokens may be written. They begin with the checkpoint's
         beginning-of-sequence token, if it has one and bos is True; it is not added to a text that begins with it. There
         is no end-of-sequence token, even if the tokenizer's settings append one."""
-        ids = self.encode_parts(self.split_special(text))
+        ids = self.encode_parts(self.split_at_special_tokens(text))
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return self.bos_ids + ids if bos and not has_bos else ids
 
     def exceeds(self, text: str, n_tokens: int) -> bool:
-        """Whether a very long text certainly has more than n_tokens tokens. It takes minutes to encode 100 MB, so this
-        encodes only the beginning. What follows can change the last tokens of that, but not half of them."""
+        """Whether text is so long that it certainly has more than n_tokens tokens. Only its beginning is encoded, since
+        100 MB take minutes. The rest of the text can change the last tokens of the beginning, but not half of them."""
         if len(text) <= SAMPLE_LENGTH * n_tokens:
             return False
         beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow the white space before it
@@ -83,8 +83,8 @@ class Tokenizer:
         """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}], written out by the
         checkpoint's chat template. Special tokens that are written in a message stay text. Raises UsageError if there
         is no template, or if it fails."""
-        marked = [message | {"content": self.mark_as_text(message["content"])} for message in messages]
-        return self.encode_parts(self.split_special(self.render_chat(marked, add_generation_prompt)))
+        marked = [message | {"content": self.escape_special_tokens(message["content"])} for message in messages]
+        return self.encode_parts(self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt)))
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """A conversation's text, in which the template's special tokens are written. Raises UsageError."""
@@ -109,31 +109,31 @@ class Tokenizer:
             _, found, rest = self.render_chat(messages, add_generation_prompt=False).rpartition(answer)
         except UsageError:
             return None
-        parts = self.split_special(rest)
+        parts = self.split_at_special_tokens(rest)
         follows_directly = found and len(parts) > 1 and not parts[0].strip()
         return parts[1] if follows_directly else None
 
     def drop_special_tokens(self, n_tokens: int):
-        """Makes text of the special tokens whose ids are n_tokens or more, if no other token's are. Gemma 3's tokenizer
-        has such a token, for images, and its smallest model has no embedding for it."""
+        """Treats special tokens with ids from n_tokens on as text, unless other tokens have such ids, too. Gemma 3's
+        tokenizer has such a token, for images, and its smallest model has no embedding for it."""
         special_ids = set(self.special_token_ids.values())
         if all(i in special_ids for i in range(n_tokens, self.vocab_size)):
             self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
             self.vocab_size = min(self.vocab_size, n_tokens)
 
-    def mark_as_text(self, text: str) -> str:
+    def escape_special_tokens(self, text: str) -> str:
         """Inserts SENTINEL after the first character of everything that looks like a special token, so that
-        split_special leaves it as text."""
+        split_at_special_tokens leaves it as text."""
         starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special_token_ids)
         return re.sub(starts or MATCHES_NOTHING, rf"\g<0>{SENTINEL}", text)
 
-    def split_special(self, text: str) -> list[Part]:
+    def split_at_special_tokens(self, text: str) -> list[Part]:
         """Splits text at the special tokens in it, which become ids, and removes every SENTINEL."""
         longest_first = sorted(self.special_token_ids, key=len, reverse=True)
         pieces = "|".join(map(re.escape, longest_first))
         parts: list[Part] = []
-        for k, fragment in enumerate(re.split(f"({pieces or MATCHES_NOTHING})(?!{SENTINEL})", text)):
-            is_text = k % 2 == 0  # text, token, text, token ... text
+        for number, fragment in enumerate(re.split(f"({pieces or MATCHES_NOTHING})(?!{SENTINEL})", text)):
+            is_text = number % 2 == 0  # text, token, text, token ... text
             parts.append(fragment.replace(SENTINEL, "") if is_text else self.special_token_ids[fragment])
         return parts
 
@@ -148,15 +148,15 @@ class Tokenizer:
 
 class IncrementalDetokenizer:
     """Decodes ids as they arrive, whole characters only. The pieces join to tokenizer.decode(ids, prefix_ids), up to
-    the first of the stop texts."""
+    the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prefix_ids: Iterable[int] = (), stop: Iterable[str] = ()):
-        self.tokenizer, self.stop_finder = tokenizer, StopFinder(stop)
+        self.tokenizer, self.stop_finder = tokenizer, StopStringFinder(stop)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in prefix_ids)
 
     def push(self, i: int) -> str:
-        """The text that one more id completes: "" if it ends within a character or perhaps within a stop text."""
+        """Returns the text that id i completes: "" if it ends within a character, or perhaps within a stop string."""
         data = self.tokenizer.token_bytes(i)
         if self.at_start and data:
             data = data.removeprefix(b" ")
@@ -164,7 +164,7 @@ class IncrementalDetokenizer:
         return self.stop_finder.push(self.utf8.decode(data))
 
     def end(self) -> str:
-        """Call it after the last id: what was held back. U+FFFD stands for a character that is not complete."""
+        """Call after the last id. Returns the text that was held back. U+FFFD stands for an incomplete character."""
         return self.stop_finder.push(self.utf8.decode(b"", final=True)) + self.stop_finder.end()
 
     @property
@@ -192,24 +192,24 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-class StopFinder:
-    """Ends a text that arrives in pieces, before the first of some stop texts. It holds back an end of the text that
-    may be the beginning of a stop text."""
+class StopStringFinder:
+    """Ends a text that arrives in pieces before the first stop string. Holds back the end of the text while it may be
+    the beginning of a stop string."""
 
     def __init__(self, stop: Iterable[str]):
         self.stop = tuple(stop)
-        self.held = ""  # the end of the text, which may be the beginning of a stop text
+        self.held = ""  # the end of the text, which may be the beginning of a stop string
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that is now known to come before a stop text."""
+        """Returns the text that now certainly comes before any stop string."""
         text, self.held = self.held + piece, ""
         if self.found:
             return ""
         places = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
         if places:
             self.found = True
-            _, start = min(places)  # of the stop text that is complete first
+            _, start = min(places)  # of the stop string that is complete first
             return text[:start]
         n_held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         n_known = len(text) - n_held
@@ -217,7 +217,7 @@ class StopFinder:
         return text[:n_known]
 
     def end(self) -> str:
-        """Call it after the last piece: what was held back."""
+        """Call after the last piece. Returns the text that was held back."""
         rest, self.held = self.held, ""
         return rest
 
@@ -240,7 +240,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
                 special_tokens_map[key] = value if isinstance(value, str) else value["content"]
-                special_tokens_map[key].encode()  # raises ValueError for half of a surrogate pair, which is not text
+                check_unicode(special_tokens_map[key])
         template = fields.get("chat_template")
         if isinstance(template, list):  # several templates, each with a name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -260,7 +260,7 @@ class JsonTokenizer(Tokenizer):
         super().__init__(config)
         self.library = read_tokenizer_json(path)
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
-        self.make_special(config.special_tokens_map)
+        self.mark_special(config.special_tokens_map)
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
         self.add_placeholders()
@@ -271,8 +271,8 @@ class JsonTokenizer(Tokenizer):
         self.byte_level = self.library.decoder.decode(["Ċ"]) == "\n"
         self.byte_of = byte_level_alphabet()
 
-    def make_special(self, special_tokens_map: dict[str, str]):
-        """Makes the tokens special that tokenizer_config.json names, even if tokenizer.json does not mark them so."""
+    def mark_special(self, special_tokens_map: dict[str, str]):
+        """Marks the tokens that tokenizer_config.json names as special, even if tokenizer.json does not."""
         known = {t.content for t in self.library.get_added_tokens_decoder().values() if t.special}
         named = [name for name in special_tokens_map.values() if self.library.token_to_id(name) is not None]
         self.library.add_special_tokens([name for name in named if name not in known])
@@ -354,10 +354,10 @@ class SentencePieceTokenizer(Tokenizer):
         the first part, and in tokenizers with the setting "legacy" also for other parts that do not begin with a space.
         For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and both are cut off."""
         n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
-        for k, part in enumerate(parts):
+        for number, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
-            elif k == 0 or (self.legacy and not part.startswith(" ")):
+            elif number == 0 or (self.legacy and not part.startswith(" ")):
                 ids += self.library.encode(part)
             else:
                 ids += self.library.encode(self.ANCHOR + part)[n_anchor:]

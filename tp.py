@@ -6,9 +6,9 @@ The layout is Megatron's (arXiv:1909.08053). A rank has some heads of every atte
 every feed-forward and expert, and a part of the output head's vocabulary. Every rank has the whole embedding, norms and
 routers.
 
-    qkv_proj, gate_up_proj    cut along their outputs: a rank computes some outputs in full
-    o_proj, down_proj         cut along their inputs: a rank computes partial sums, which an all-reduce adds up
-    lm_head                   cut along its outputs: an all-gather concatenates the logits
+    qkv_proj, gate_up_proj    sharded along the outputs: a rank computes some outputs in full
+    o_proj, down_proj         sharded along the inputs: a rank computes partial sums, which an all-reduce adds up
+    lm_head                   sharded along the outputs: an all-gather concatenates the logits
 
 tp_plan is this table, shard applies it to a model and its checkpoint, insert_collectives adds the communication.
 model.py does not know about ranks; cli/ranks.py joins the processes. The collectives run on gloo between CPUs and on
@@ -37,21 +37,21 @@ ONE_SHOT_BYTES = 2**18  # up to this size, one-shot all-reduce over peer memory 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a linear layer is cut."""
+    """How a linear layer is sharded."""
 
     style: str  # "colwise": along its outputs; "rowwise": along its inputs. Megatron's names, for W^T
-    sections: tuple[int, ...]  # sizes of what one weight stacks, such as q, k and v; each section is cut separately
+    sections: tuple[int, ...]  # sizes of what one weight stacks, such as q, k and v; each section is sharded separately
     granularity: int = 1  # elements that stay together, such as those of a head
 
 
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
-    """The linear layers that are cut, by the last component of their name. Every rank has all other tensors whole.
+    """The sharded linear layers, by the last component of their name. Every rank has all other tensors whole.
 
-    If a q/k norm is over all heads together, a rank needs all heads for it. So every rank computes all of attention,
-    and of its layers only o_proj is cut."""
+    If a q/k norm is over all heads together, a rank needs all heads. Then every rank computes all of attention, and
+    only o_proj is sharded."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    cuts_heads = not config.qk_norm_all_heads
-    qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), granularity=config.head_dim)} if cuts_heads else {}
+    shards_heads = not config.qk_norm_all_heads
+    qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), granularity=config.head_dim)} if shards_heads else {}
     return qkv_proj | {
         "o_proj": ShardSpec("rowwise", (q,), granularity=config.head_dim),
         "gate_up_proj": ShardSpec("colwise", (config.ffn_dim, config.ffn_dim)),
@@ -61,10 +61,10 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
 
 
 def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[int, int]:
-    """(start, length) of a rank's part of size elements, which are cut into pieces of granularity elements.
+    """(start, length) of a rank's shard of size elements, which consist of pieces of granularity elements.
 
     The length is the same on all ranks. If it does not divide size, the last ranks' ranges reach beyond the end. If
-    there are fewer pieces than ranks, as there may be of key/value heads, several ranks have the same piece."""
+    there are fewer pieces than ranks, as there may be of key/value heads, several ranks share a piece."""
     n_pieces = size // granularity
     if n_pieces < n_ranks:
         return rank * n_pieces // n_ranks * granularity, granularity
@@ -72,11 +72,11 @@ def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[i
     return rank * length, length
 
 
-def check_divides(config: ModelConfig, format: WeightFormat, n_ranks: int):
-    """Raises UsageError, which names the possible numbers, if the model cannot be cut into n_ranks equal parts."""
-    if divides(config, format, n_ranks):
+def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
+    """Raises UsageError if n_ranks ranks cannot have equal shards. The message names the numbers of ranks that can."""
+    if can_shard(config, format, n_ranks):
         return
-    possible = [str(n) for n in range(2, config.n_heads + 1) if divides(config, format, n)]
+    possible = [str(n) for n in range(2, config.n_heads + 1) if can_shard(config, format, n)]
     packed = f", of which {format.name} keeps {format.pack_factor} together," if format.pack_factor > 1 else ""
     raise UsageError(
         f"{config.n_heads} heads, {config.n_kv_heads} key/value heads and a feed-forward of width {config.ffn_dim}"
@@ -84,9 +84,9 @@ def check_divides(config: ModelConfig, format: WeightFormat, n_ranks: int):
     )
 
 
-def divides(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
-    """Whether n_ranks ranks can have equal parts. Ranks may share key/value heads. The vocabulary need not divide, as
-    it is padded."""
+def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
+    """Whether n_ranks ranks can have equal shards. Ranks may share key/value heads. The vocabulary is padded, so that
+    it may have any size."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
     if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
         return False
@@ -105,18 +105,18 @@ def check_device(device: torch.device):
 
 
 def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    """Shrinks model to this rank's part. model is on the meta device, in its checkpoint's format. Returns the function
-    (name, tensor of the checkpoint) -> this rank's part of the tensor. Raises UsageError for sizes that cannot be cut
-    and for missing devices."""
+    """Shrinks model, which is on the meta device in its checkpoint's format, to this rank's shard. Returns the function
+    (name, tensor of the checkpoint) -> this rank's shard of the tensor. Raises UsageError if the sizes do not allow
+    equal shards, or if there are too few devices."""
     plan, n_ranks = tp_plan(model.config), world_size()
     linears = dict(model.quantizable_linears())
     formats = {name: linear.format for name, linear in linears.items()}  # of the checkpoint; the model's will change
     check_device(device)
-    check_divides(model.config, max(formats.values(), key=lambda format: format.pack_factor), n_ranks)
+    check_can_shard(model.config, max(formats.values(), key=lambda format: format.pack_factor), n_ranks)
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
-        """A copy of this rank's part, so that nothing else of a memory-mapped tensor is read; tensor itself if every
-        rank has it whole."""
+        """A copy of this rank's shard, so that no other part of a memory-mapped tensor is read. If every rank has the
+        whole tensor: tensor itself."""
         module_name, _, tensor_name = name.rpartition(".")
         if tensor_name == "sinks":
             start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
@@ -141,12 +141,12 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             linear.out_features = n
     for module in model.modules():
         if isinstance(module, Attention) and "qkv_proj" in plan:
-            shrink_attention(module, n_ranks)
+            shard_attention(module, n_ranks)
     return shard_tensor
 
 
-def shrink_attention(attention: Attention, n_ranks: int):
-    """Leaves attention the heads of this rank."""
+def shard_attention(attention: Attention, n_ranks: int):
+    """Reduces attention to the heads of this rank."""
     start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
     attention.n_heads = length
     attention.n_kv_heads = -(-attention.n_kv_heads // n_ranks)  # at least one
@@ -157,7 +157,8 @@ def shrink_attention(attention: Attention, n_ranks: int):
 
 
 def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
-    """This rank's part of the weight, scales, zeros or bias (tensor_name) of a layer that is cut along its inputs."""
+    """This rank's shard of the weight, scales, zeros or bias (tensor_name) of a layer that is sharded along its
+    inputs."""
     if tensor_name == "bias":  # the all-reduce sums the ranks' biases, so only rank 0 has one that is not 0
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
     (size,) = spec.sections
@@ -166,34 +167,34 @@ def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: Weig
 
 
 def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
-    """This rank's outputs of every section, along dim. Where the rank's range reaches beyond the section, zeros fill
-    it."""
-    parts = []
+    """This rank's outputs of every section, along dim. Where the rank's range reaches beyond the section, it is padded
+    with zeros."""
+    shards = []
     for size, section in zip(spec.sections, tensor.split(spec.sections, dim), strict=True):
         start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
         available = max(0, min(length, size - start))
-        part = section.narrow(dim, min(start, size), available)
+        shard = section.narrow(dim, min(start, size), available)
         pad_after_dim = (0, 0) * (tensor.dim() - 1 - dim)  # F.pad names the last dimension first
-        parts.append(F.pad(part, (*pad_after_dim, 0, length - available)))
-    return torch.cat(parts, dim)
+        shards.append(F.pad(shard, (*pad_after_dim, 0, length - available)))
+    return torch.cat(shards, dim)
 
 
 def insert_collectives(model: Transformer):
-    """Adds the collectives to a model that shard has cut. The last step of loading it."""
+    """Adds the collectives to a sharded model, as the last step of loading it."""
     reduce = choose_all_reduce(model.norm.weight)
     for layer in model.layers:
         o_proj = layer.attention.o_proj
         q_width = layer.attention.n_heads * layer.attention.head_dim
-        cuts_input = o_proj.in_features < q_width
+        shards_input = o_proj.in_features < q_width
         start, length = shard_range(q_width, layer.attention.head_dim, dist.get_rank(), world_size())
-        layer.attention.o_proj = RowParallelLinear(o_proj, reduce, (start, length) if cuts_input else None)
+        layer.attention.o_proj = RowParallelLinear(o_proj, reduce, (start, length) if shards_input else None)
         layer.feed_forward.down_proj = RowParallelLinear(layer.feed_forward.down_proj, reduce)
     model.lm_head = ParallelHead(model.lm_head, model.config.vocab_size)
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer cut along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the ranks' partial
-    results. The residual is added after that, or else every rank would add it."""
+    """A linear layer that is sharded along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the
+    ranks' partial results. The residual is added after that, or else every rank would add it."""
 
     def __init__(
         self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_range: tuple[int, int] | None = None
@@ -205,16 +206,16 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.input_range is not None:
-            x = graph_break(self.own_inputs, x)
+            x = graph_break(self.select_own_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
 
-    def own_inputs(self, x: Tensor) -> Tensor:
+    def select_own_inputs(self, x: Tensor) -> Tensor:
         return x.narrow(-1, *self.input_range).contiguous()
 
 
 class ParallelHead(nn.Module):
-    """The output head cut along the vocabulary. The all-gather concatenates the ranks' logits."""
+    """The output head, sharded along the vocabulary. The all-gather concatenates the ranks' logits."""
 
     def __init__(self, linear: nn.Module, vocab_size: int):
         super().__init__()
@@ -224,7 +225,7 @@ class ParallelHead(nn.Module):
         return graph_break(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
-        """Joins the logits [..., X] of every rank to [..., V]. The last ranks' logits may end with padding."""
+        """Concatenates the logits [..., X] of all ranks to [..., V]. The last ranks' logits may end with padding."""
         gathered = collective("all_gather_into_tensor", world_size(), logits)  # [ranks * ..., X]
         by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
         return by_rank.movedim(0, -2).flatten(-2)[..., : self.vocab_size]
@@ -245,7 +246,8 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Rank 0's x on every rank. Ranks draw different random numbers; so they still continue with the same token."""
+    """Rank 0's x on every rank. With it all ranks continue with the same token, although they draw different random
+    numbers."""
     return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
 
 

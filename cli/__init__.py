@@ -1,4 +1,7 @@
-"""What every script shares: how it handles Ctrl-C and errors, and command-line options.
+"""The command line. This file is what every script shares: Ctrl-C, errors, and common options.
+
+    __init__.py  checkpoints.py  ranks.py                                            for all scripts
+    arguments.py  prompts.py  startup.py  complete.py  report.py  terminal.py        for generate.py
 
 A script begins and ends like this, with .parent.parent in a folder below:
 
@@ -44,8 +47,8 @@ CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .g
 
 
 def start():
-    """Prepares a script's imports: Ctrl-C ends them without a traceback, and what lies beside the script can be
-    imported, which python -I would not allow."""
+    """Prepares a script's imports: Ctrl-C ends them without a traceback, and files beside the script can be imported,
+    which python -I would not allow."""
     exit_on_interrupt()
     folder = str(Path(sys.argv[0]).resolve().parent)
     if folder not in sys.path:
@@ -53,8 +56,8 @@ def start():
 
 
 def exit_on_interrupt():
-    """From now on Ctrl-C ends the process at once, without a message. It does nothing in an interactive interpreter,
-    which goes on after the script (%run)."""
+    """From now on Ctrl-C ends the process at once, without a message. In an interactive interpreter, which goes on
+    after the script (%run), nothing changes."""
     if hasattr(sys, "ps1"):
         return
 
@@ -88,22 +91,22 @@ def run(main: Callable[[], None], oom_hint: str = "end other programs, or take a
     except KeyboardInterrupt:
         exit_interrupted()
     except OutOfMemoryError as e:
-        exit_with(f"{e}; {oom_hint}")
+        exit_with_error(f"{e}; {oom_hint}")
     except UsageError as e:
-        exit_with(str(e))
+        exit_with_error(str(e))
     except (MemoryError, RuntimeError) as e:
         # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds that it is too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
-        why = explain_lack_of_memory(e, oom_hint) or explain_lack_of_files(e)
+        why = explain_out_of_memory(e, oom_hint) or explain_file_error(e)
         if why is None:
             raise
-        exit_with(why)
+        exit_with_error(why)
     except OSError as e:
         # Python flushes stdout at exit. If stdout has failed, that would fail again, so send the rest to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(e, BrokenPipeError):
-            exit_with(str(e))
+            exit_with_error(str(e))
 
 
 def replace_closed_streams():
@@ -134,16 +137,16 @@ def exit_interrupted() -> NoReturn:
     sys.exit(EXIT_INTERRUPTED)
 
 
-def exit_with(error: str) -> NoReturn:
+def exit_with_error(error: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {' '.join(error.split())}", file=sys.stderr)  # on one line
     sys.exit(EXIT_USAGE_ERROR)
 
 
-def explain_lack_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
+def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
     """The one line that explains e; None if e does not mean that memory ran out."""
-    from machine import free_memory, lacks_memory  # here, since machine imports torch (see above)
+    from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see above)
 
-    if not lacks_memory(e):
+    if not is_out_of_memory(e):
         return None
     # PyTorch's allocators report how much they tried to get; on a GPU also how much is free.
     match = re.search(r"(?i)(tried|unable) to (allocate|mmap) [\d.]+ \w+(.*? is free)?", str(e))
@@ -153,7 +156,7 @@ def explain_lack_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str 
     return f"out of memory ({details}): {oom_hint}"
 
 
-def explain_lack_of_files(e: MemoryError | RuntimeError) -> str | None:
+def explain_file_error(e: MemoryError | RuntimeError) -> str | None:
     """The one line that explains e; None unless torch.compile could not write its files, or not load them."""
     reasons = "No space left on device|File too large|Read-only file system|Permission denied|failed to map segment"
     match = re.search(f"[^\n]*?({reasons})", str(e))

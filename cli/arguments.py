@@ -6,11 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import cli
-from cli.checkpoints import model_file
+from cli.checkpoints import resolve_checkpoint
 from config import UsageError
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from sampling import SamplingParams
-from speculate import MAX_PROPOSED
+from speculate import MAX_DRAFT_TOKENS
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
@@ -47,9 +47,9 @@ def parse_args(doc: str) -> argparse.Namespace:
         args.parallel = 1  # since the scheduler reports log-probabilities, and the plain loop does not
     if args.speculate_k is None:
         args.speculate_k = DEFAULT_SPECULATE_K["lookup" if args.prompt_lookup else "draft"]
-    args.checkpoint_path = model_file(args.checkpoint_path)
+    args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     if args.draft_checkpoint_path:
-        args.draft_checkpoint_path = model_file(args.draft_checkpoint_path)
+        args.draft_checkpoint_path = resolve_checkpoint(args.draft_checkpoint_path)
     return args
 
 
@@ -157,8 +157,8 @@ def check_speculation(args: argparse.Namespace):
         raise UsageError(f"--prompt_lookup looks for at least 2 tokens, not {args.prompt_lookup}")
     for name in ("speculate_k", "prompt_lookup"):
         value = getattr(args, name)
-        if value is not None and value > MAX_PROPOSED:
-            raise UsageError(f"--{name} must be at most {MAX_PROPOSED}, not {value}")
+        if value is not None and value > MAX_DRAFT_TOKENS:
+            raise UsageError(f"--{name} must be at most {MAX_DRAFT_TOKENS}, not {value}")
 
 
 def check_parallel(args: argparse.Namespace):

@@ -1,8 +1,8 @@
-"""What --checkpoint_path may be besides a model.pth: a folder that holds a model, or a GGUF file.
+"""Resolves --checkpoint_path: it may be a model.pth, a folder that holds a model, or a GGUF file.
 
-    path = model_file(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # its model.pth, which is made if it is not there
+    path = resolve_checkpoint(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # its model.pth, made if it is missing
 
-Conversion is imported only where something has to be converted.
+The converters are imported only if something must be converted.
 """
 
 import re
@@ -13,15 +13,16 @@ from pathlib import Path
 from cli.ranks import call_on_rank_0
 from config import UsageError
 
-# Files from which model.pth is made; without weights there is nothing to make it from.
+# The files from which model.pth is made. Without weights nothing can be made.
 SETTINGS = ("config.json", "generation_config.json", "params.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
-PART, LATER_PART = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"  # the end of the name of a split GGUF's file
+# How the names of a split GGUF's files end: those of all, and those of all but the first
+SPLIT_SUFFIX, LATER_SPLIT_SUFFIX = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"
 
 
-def model_file(path: Path | str) -> Path:
-    """Of a folder or a .gguf its model.pth, which is converted now if it is missing or older than what it is made from.
-    Any other path stays as it is. With several ranks, one converts while the others wait. Raises UsageError."""
+def resolve_checkpoint(path: Path | str) -> Path:
+    """The model.pth of a folder or a .gguf. It is made now if it is missing or older than its sources. Any other path
+    is returned as it is. With several ranks, rank 0 converts while the others wait. Raises UsageError."""
     path = Path(path)
     if path.is_dir():
         return Path(call_on_rank_0(partial(model_of_folder, path)))
@@ -35,7 +36,7 @@ def model_of_folder(folder: Path) -> str:
     model = find_model(folder, [*weights, *find_files(folder, SETTINGS)] if weights else [])
     if model is not None:
         return str(model)
-    ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_PART, file.stem)]
+    ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_SPLIT_SUFFIX, file.stem)]
     if ggufs and not weights:
         return model_of_gguf(require_single(ggufs))
     from converters.folder import convert_folder  # here, since it is seldom needed
@@ -46,10 +47,10 @@ def model_of_folder(folder: Path) -> str:
 
 
 def model_of_gguf(file: Path) -> str:
-    """In a folder beside the file, since a tokenizer comes with it."""
+    """The model.pth of a GGUF. It lies in a folder beside the file, since the tokenizer gets files of its own."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
-    name = re.sub(PART, "", file.stem)
+    name = re.sub(SPLIT_SUFFIX, "", file.stem)
     folder = file.with_name(f"{name}-gguf")
     model = find_model(folder, [file])
     if model is not None:
@@ -64,8 +65,8 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """Of the files in folder that were written after all of sources: model.pth or, without it, the one
-    model_FORMAT.pth, to which quantized weights are converted. None if there is none."""
+    """The converted model in folder: model.pth or, if it is not there, the only model_FORMAT.pth, which conversion
+    makes of quantized weights. Files older than one of sources do not count. None: there is no such file."""
     newest = max((file.stat().st_mtime for file in sources), default=0)
     models = [model for model in find_files(folder, ["model*.pth"]) if model.stat().st_mtime >= newest]
     if folder / "model.pth" in models:

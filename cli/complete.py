@@ -1,6 +1,4 @@
-"""Completes the prompts of generate.py's command line, one after the other or in parallel, and prints what follows.
-
-This file has no command line; see generate.py.
+"""Completes the prompts of generate.py's command line, one by one or in parallel, and prints the results.
 """
 
 import argparse
@@ -21,11 +19,11 @@ from cli.report import build_result, print_result
 from completion import Completion, complete_all
 from config import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
-from scheduler import Request, Scheduler, slots_that_fit
+from scheduler import Request, Scheduler, max_parallel
 from tokenizer import Tokenizer
 
 
-def complete_in_turn(
+def complete_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator,
     kv_cache: KVCache, prompts: list[Prompt], stats: dict,
 ):  # fmt: skip
@@ -36,7 +34,7 @@ def complete_in_turn(
         for i in range(args.num_samples):
             is_last = i == args.num_samples - 1
             with profiled(args.profile if is_last else None):
-                samples.append(complete_once(args, model, tokenizer, generate_tokens, prompt))
+                samples.append(complete_batch(args, model, tokenizer, generate_tokens, prompt))
             if not args.json:
                 print()
                 for k, completion in enumerate(samples[-1][1:], start=1):
@@ -44,7 +42,7 @@ def complete_in_turn(
         print_result(args, build_result(args, model, kv_cache, prompt, samples) | stats, model)
 
 
-def complete_once(
+def complete_batch(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator, prompt: Prompt
 ) -> list[Completion]:
     """Completes prompt in every sequence of a batch, until all have ended. Prints the first sequence as it is
@@ -93,11 +91,11 @@ def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[P
     """A Scheduler with room for the longest of those prompts that fit the model's context. Raises UsageError if memory
     is too small."""
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
-    max_seq_len, n_slots = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
+    max_seq_len, parallel = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
     try:
-        return Scheduler(model, n_slots, max_seq_len, choose_eos_ids(args, model), args.compile)
+        return Scheduler(model, parallel, max_seq_len, choose_eos_ids(args, model), args.compile)
     except OutOfMemoryError as e:
-        n_fitting = slots_that_fit(model, max_seq_len)
+        n_fitting = max_parallel(model, max_seq_len)
         raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from chat_template import check_unicode
 from checkpoint import read_text
 from config import ModelConfig, UsageError
 from tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def check_text(text: str, tokenizer: Tokenizer, context: int):
     """Raises UsageError if text comes from bytes that are not UTF-8, and if it certainly exceeds the context: to encode
     it would take long."""
     try:
-        text.encode()
+        check_unicode(text)
     except UnicodeEncodeError:
         raise UsageError("the prompt is not valid UTF-8") from None
     if tokenizer.exceeds(text, context):

@@ -74,8 +74,8 @@ def wait_for_rank_0(errors: str):
         print(errors, end="", file=sys.stderr)
 
 
-# One count for all calls: no key may be one that an earlier call has set.
-key_numbers = count()
+# Numbers the keys of broadcast_json: a key must not be one that an earlier call has set.
+broadcast_numbers = count()
 
 
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
@@ -85,13 +85,14 @@ def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
         yield from iter(read, None)
         return
     store = dist.distributed_c10d._get_default_store()
-    while (line := share(store, read)) is not None:
+    while (line := broadcast_json(store, read)) is not None:
         yield line
 
 
-def share(store: dist.Store, function: Callable[[], object]):
-    """What function returns on rank 0, as JSON can write it. Waits for as long as it takes."""
-    key = f"result {next(key_numbers)}"
+def broadcast_json(store: dist.Store, function: Callable[[], object]):
+    """Calls function on rank 0, and returns its result, which JSON must be able to write, on every rank. Waits without
+    a time-out."""
+    key = f"result {next(broadcast_numbers)}"
     if dist.get_rank() == 0:
         store.set(key, json.dumps(function()))
     store.wait([key], timedelta(days=1000))
@@ -111,14 +112,14 @@ def call_on_rank_0(function: Callable[[], str]) -> str:
     if world_size() == 1:
         return function()
     store = dist.distributed_c10d._get_default_store()
-    result, error = share(store, result_or_error)
+    result, error = broadcast_json(store, result_or_error)
     if result is None:
         raise UsageError(error)
     return result
 
 
 def rank_path(path: Path) -> Path:
-    """path, with this rank's number in its name if there are several ranks."""
+    """path, with the number of this rank in the name if there are several ranks."""
     return path if world_size() == 1 else path.with_stem(f"{path.stem}.rank{dist.get_rank()}")
 
 
@@ -134,10 +135,11 @@ def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
         for _ in range(n_steps):
             step().tolist()
         seconds = time.perf_counter() - start
-    collectives = [e for e in profile.key_averages() if re.search("c10d|nccl|one_shot", e.key)]
+    collectives = [event for event in profile.key_averages() if re.search("c10d|nccl|one_shot", event.key)]
     if on_cpu:
-        microseconds = sum(e.self_cpu_time_total for e in collectives)
+        microseconds = sum(event.self_cpu_time_total for event in collectives)
     else:
         cpu = torch.autograd.DeviceType.CPU
-        microseconds = sum(e.self_device_time_total for e in collectives if e.device_type != cpu)
+        on_device = [event for event in collectives if event.device_type != cpu]
+        microseconds = sum(event.self_device_time_total for event in on_device)
     return microseconds / 1e6 / seconds

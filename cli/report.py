@@ -1,4 +1,4 @@
-"""What generate.py reports about a prompt: the object that --json prints, and the summary on stderr."""
+"""Reports of generate.py about a prompt: the object that --json prints, and the summary on stderr."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from functools import lru_cache
 import tp
 from cli.prompts import Prompt
 from completion import Completion
-from machine import lacks_memory, peak_memory, read_bandwidth, read_bandwidth_of
+from machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 from model import KVCache, Transformer
 
 
@@ -20,9 +20,9 @@ def build_result(
     bandwidth does not count what a draft model reads."""
     longest = [max(batch, key=lambda completion: len(completion.step_times)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
-    decoded = [c for c in longest if len(c.step_times) > 1]  # with decode steps after prefill
-    tokens_per_second = median([sum(c.step_sizes[1:]) / c.decode_seconds for c in decoded])
-    steps_per_second = median([(len(c.step_times) - 1) / c.decode_seconds for c in decoded])
+    decoded = [one for one in longest if len(one.step_times) > 1]  # those with decode steps after prefill
+    tokens_per_second = median([sum(one.step_sizes[1:]) / one.decode_seconds for one in decoded])
+    steps_per_second = median([(len(one.step_times) - 1) / one.decode_seconds for one in decoded])
     halfway = len(prompt.ids) + len(last.tokens) // 2  # tokens in the cache, on average over the steps
     bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
@@ -81,7 +81,7 @@ def measured_bandwidth(model: Transformer) -> float | None:
             return read_bandwidth_of(tensor for linear in linears for tensor in linear.tensors().values())
         return read_bandwidth(device)
     except (MemoryError, RuntimeError) as e:
-        if lacks_memory(e):
+        if is_out_of_memory(e):
             return None
         raise
 
@@ -105,16 +105,16 @@ def print_summary(result: dict, model: Transformer):
     counts, speculation = result["accept_counts"], ""
     if counts is not None:
         speculation = f", {tokens_per_step(counts):.2f} tokens a step"
-    used, share, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
+    used, percentage, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
     if readable is not None:
-        share = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
+        percentage = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
     # All sequences of a batch take every step together, so this is the speed of each of them.
     n = len(result["tokens"])
     sequences, each = (f" in {n} sequences,", " each") if n > 1 else ("", "")
     print(
         f"{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.2f} s, "
         f"{result['generated_tokens']} generated{sequences} at {result['decode_tokens_per_sec']:.1f} tokens/s"
-        f"{each}{speculation}: {used:.1f} GB/s{share} "
+        f"{each}{speculation}: {used:.1f} GB/s{percentage} "
         f"(load {result['load_seconds']:.1f} s, compile {result['compile_seconds']:.1f} s)",
         file=sys.stderr,
     )

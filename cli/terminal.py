@@ -24,10 +24,12 @@ HELP = (
     "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "
     "them, /save FILE writes them, /load FILE reads them, /exit ends."
 )
-TAKES_FILE = {"/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True}
-COMMAND = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; with more lines it is a message
+COMMANDS = {  # whether each takes a file's name
+    "/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True,
+}  # fmt: skip
+COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; with more lines it is a message
 LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
-CUT_NOTES = {  # how an answer ended: what is said of it
+CUT_NOTES = {  # finish_reason of an answer -> the note that follows it
     "length": "Cut by --max_new_tokens; /continue goes on.",
     "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
     "interrupted": "Stopped; /continue goes on.",
@@ -39,7 +41,7 @@ Reader = Callable[[], str | None]  # returns the next message or command, None a
 def converse(conversation: Conversation, max_new_tokens: int):
     """Leads conversation until standard input ends. Ctrl-C stops an answer. A line that cannot be answered is refused
     with a note. If standard input is no terminal, a refused line also raises UsageError at the end."""
-    note(HELP)
+    print_note(HELP)
     read = make_reader()
     shell = Shell(conversation, max_new_tokens)
     try:
@@ -47,11 +49,11 @@ def converse(conversation: Conversation, max_new_tokens: int):
             command, argument = parse(line)
             if command == "/exit":
                 break
-            with shell.refusals():
+            with shell.errors_as_notes():
                 shell.run(command, argument)
     except Exception:
         if shell.has_read:
-            note_unread()
+            print_unread()
         raise
     if shell.n_refused and not is_terminal(sys.stdin):
         raise UsageError(f"lines on standard input that could not be answered: {shell.n_refused}")
@@ -59,10 +61,10 @@ def converse(conversation: Conversation, max_new_tokens: int):
 
 def parse(line: str) -> tuple[str, str]:
     """(command, its argument); ("", message) if line is a message. //drop is the message /drop."""
-    match = COMMAND.fullmatch(line)
+    match = COMMAND_PATTERN.fullmatch(line)
     if match:
         return match[1].lower(), match[2] or ""
-    is_escaped = line.startswith("//") and COMMAND.fullmatch(line[1:])
+    is_escaped = line.startswith("//") and COMMAND_PATTERN.fullmatch(line[1:])
     return "", line[1:] if is_escaped else line
 
 
@@ -76,13 +78,13 @@ class Shell:
         self.has_said_full = False
 
     @contextlib.contextmanager
-    def refusals(self) -> Iterator[None]:
-        """A UsageError in this context becomes a note."""
+    def errors_as_notes(self) -> Iterator[None]:
+        """Within this context, a UsageError is printed as a note and counted."""
         try:
             yield
         except UsageError as e:
             self.n_refused += 1
-            note(" ".join(str(e).split()))
+            print_note(" ".join(str(e).split()))
 
     def next_line(self, read: Reader) -> str | None:
         """The next line for all ranks, read on rank 0; None after the last. It does what touches files, which rank 0
@@ -93,8 +95,8 @@ class Shell:
             if not command:
                 return line
             path = Path(os.path.expanduser(argument))
-            with self.refusals():
-                if TAKES_FILE.get(command) is not bool(argument):
+            with self.errors_as_notes():
+                if COMMANDS.get(command) is not bool(argument):
                     shown = shorten(line)
                     raise UsageError(f"{shown} is none of the commands; to say it, write /{shown}. {HELP}")
                 if command == "/load":
@@ -117,44 +119,45 @@ class Shell:
             os.replace(temporary, path)
         except (OSError, ValueError) as e:
             raise UsageError(f"cannot write {path}: {e}") from None
-        note(f"{path} is written.")
+        print_note(f"{path} is written.")
 
     def run(self, command: str, argument: str):
         """Carries out a command, or with command "" answers the message in argument. Raises UsageError."""
         conversation = self.conversation
         if command == "/continue":
-            self.show(lambda: conversation.continue_answer(self.max_new_tokens))
+            self.stream_answer(lambda: conversation.continue_answer(self.max_new_tokens))
         elif command == "/drop":
-            forgotten = [shorten(m["content"]) for m in conversation.forget_oldest()]
+            forgotten = [shorten(message["content"]) for message in conversation.drop_oldest()]
             what = f'"{forgotten[0]}" and its answer are forgotten' if forgotten else "There is nothing to forget"
-            note(f"{what}; {len(conversation.messages)} messages left.")
+            print_note(f"{what}; {len(conversation.messages)} messages left.")
         elif command == "/reset":
-            conversation.forget_all()
-            note("0 messages left.")
+            conversation.drop_all()
+            print_note("0 messages left.")
         elif command == "/load":
             conversation.load(json.loads(argument))
-            note(f"{len(conversation.messages)} messages loaded.")
+            print_note(f"{len(conversation.messages)} messages loaded.")
         elif argument:
-            self.show(lambda: conversation.answer(argument, self.max_new_tokens))
+            self.stream_answer(lambda: conversation.answer(argument, self.max_new_tokens))
 
-    def show(self, start: Callable[[], Iterator[str]]):
-        """Prints the answer that start begins, and says how it ended. Ctrl-C stops it, not the conversation."""
+    def stream_answer(self, start: Callable[[], Iterator[str]]):
+        """Prints the answer that start() begins, piece by piece, and a note on how it ended. Ctrl-C ends the answer,
+        but not the conversation."""
         conversation, is_stopped = self.conversation, False
         try:
             pieces = start()
-            if conversation.n_forgotten and not self.has_said_full:
-                note("The context is full: from now on the oldest messages are forgotten.")
+            if conversation.n_dropped and not self.has_said_full:
+                print_note("The context is full: from now on the oldest messages are forgotten.")
                 self.has_said_full = True
             print_pieces(pieces)
         except KeyboardInterrupt:
             is_stopped = True
         times = conversation.token_times
         if len(times) > 1:
-            note(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
+            print_note(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
         if is_stopped and conversation.finish_reason != "interrupted":
-            note("Stopped before the answer; the message is forgotten.")
+            print_note("Stopped before the answer; the message is forgotten.")
         elif conversation.finish_reason in CUT_NOTES:
-            note(CUT_NOTES[conversation.finish_reason])
+            print_note(CUT_NOTES[conversation.finish_reason])
 
 
 def print_pieces(pieces: Iterator[str]):
@@ -166,7 +169,7 @@ def print_pieces(pieces: Iterator[str]):
         print(flush=True)
 
 
-def note(text: str):
+def print_note(text: str):
     """Prints a message of the program, not of the model."""
     if sys.stderr.isatty():
         text = f"\033[2m{text}\033[0m"  # dim
@@ -188,7 +191,7 @@ def make_reader() -> Reader:
     try:
         return make_editor()
     except ImportError as e:
-        note(f"Lines are read without editing keys and history, for prompt_toolkit cannot be imported: {e}")
+        print_note(f"Lines are read without editing keys and history, for prompt_toolkit cannot be imported: {e}")
         return read_line
 
 
@@ -226,7 +229,7 @@ def make_editor() -> Reader:
         except EOFError:
             return None
 
-    note("Enter sends, Alt-Enter begins a new line. What is pasted stays as it is.")
+    print_note("Enter sends, Alt-Enter begins a new line. What is pasted stays as it is.")
     return read
 
 
@@ -235,11 +238,11 @@ def read_line() -> str | None:
     while sys.stdin is not None:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()  # bytes, so that note_unread finds the lines behind it
+        line = sys.stdin.buffer.readline()  # bytes, so that print_unread finds the lines behind it
         if not line:
             break
         if sys.stdin.isatty() and len(line) > LONGEST_LINE:
-            note(f"This terminal cuts lines after {LONGEST_LINE} bytes, so that line is not sent.")
+            print_note(f"This terminal cuts lines after {LONGEST_LINE} bytes, so that line is not sent.")
             continue
         try:
             return line.decode(sys.stdin.encoding).strip()
@@ -248,8 +251,9 @@ def read_line() -> str | None:
     return None
 
 
-def note_unread():
-    """After an error: says how many lines of a pipe are lost. Does not wait for those that are still to be written."""
+def print_unread():
+    """After an error: prints how many lines of a pipe were not read. Does not wait for lines that are not written
+    yet."""
     if sys.stdin is None or sys.stdin.isatty():
         return
     pipe = sys.stdin.buffer
@@ -260,4 +264,4 @@ def note_unread():
     with contextlib.suppress(OSError):
         os.set_blocking(pipe.fileno(), True)
     if n:
-        note(f"Lines on standard input that were not read: {at_least}{n}.")
+        print_note(f"Lines on standard input that were not read: {at_least}{n}.")

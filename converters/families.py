@@ -2,12 +2,12 @@
 
     config = config_from_hf(json.load(open("config.json")))
 
-To add a family, add a row. docs/add_a_model.md has an example; hf_config.py: Family explains the columns. This file has
-no command line.
+To add a family, add a row. docs/add_a_model.md has an example; hf_config.py: Family explains the columns.
 """
 
 from functools import partial
 
+from checkpoint import wrong_kinds_refused
 from config import ModelConfig, UsageError
 from converters.hf_config import (
     HF_NEUTRAL_VALUES,
@@ -22,28 +22,24 @@ from converters.hf_config import (
 )
 
 
-def config_from_hf(hf: dict, generation: dict | None = None) -> ModelConfig:
-    """Reads Hugging Face's config.json (hf), in its old spelling (rope_theta, rope_scaling) or its new one
+def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
+    """Reads Hugging Face's config.json (hf_config), in its old spelling (rope_theta, rope_scaling) or its new one
     (rope_parameters). generation, if given, is generation_config.json, which may name more end tokens. Raises
     UsageError for what is not supported."""
     generation = generation or {}
-    if not isinstance(hf, dict) or not isinstance(generation, dict):
+    if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
-    try:
-        return read_hf_config(hf, generation, find_family(hf))
-    except UsageError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise UsageError(f"config.json holds something of the wrong kind ({e})") from None
+    with wrong_kinds_refused("config.json"):
+        return read_hf_config(hf_config, generation, find_family(hf_config))
 
 
-def find_family(hf: dict) -> Family:
-    model_type = hf.get("model_type")
-    names = hf.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
+def find_family(hf_config: dict) -> Family:
+    model_type = hf_config.get("model_type")
+    names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
     if name in FAMILIES:
         return FAMILIES[name]
-    part = unsupported_part(hf)
+    part = unsupported_part(hf_config)
     if part is not None:
         raise UsageError(f"architecture {name!r} is not supported: {part}")
     raise UsageError(f"architecture {name!r} is not one of {', '.join(FAMILIES)}")
@@ -52,76 +48,78 @@ def find_family(hf: dict) -> Family:
 # ---- read_overrides: fields of ModelConfig that come from config.json -----------------------------------------------
 
 
-def gemma(hf: dict) -> dict:
-    activation = hf.get("hidden_activation") or hf["hidden_act"]
+def gemma(hf_config: dict) -> dict:
+    activation = hf_config.get("hidden_activation") or hf_config["hidden_act"]
     if activation not in ("gelu", "gelu_pytorch_tanh"):  # Gemma's first config.json calls the tanh form "gelu", too
         raise UsageError(f"config.json: hidden_act or hidden_activation = {activation!r} is not supported")
-    return {"embed_scale": required(hf, "hidden_size") ** 0.5, "activation": "gelu_tanh"}
+    return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "geglu_tanh"}
 
 
-def gemma2(hf: dict) -> dict:
-    return gemma(hf) | {
+def gemma2(hf_config: dict) -> dict:
+    return gemma(hf_config) | {
         "post_norm": True,
-        "attention_scale": required(hf, "query_pre_attn_scalar") ** -0.5,
-        "attention_softcap": hf.get("attn_logit_softcapping") or 0.0,
-        "logit_softcap": hf.get("final_logit_softcapping") or 0.0,
+        "attention_scale": required(hf_config, "query_pre_attn_scalar") ** -0.5,
+        "attention_softcap": hf_config.get("attn_logit_softcapping") or 0.0,
+        "logit_softcap": hf_config.get("final_logit_softcapping") or 0.0,
     }
 
 
-def smollm3(hf: dict) -> dict:
-    """Every no_rope_layer_interval-th layer has no RoPE, or those where no_rope_layers has a 0."""
-    n_layers = required(hf, "num_hidden_layers")
-    interval = hf.get("no_rope_layer_interval") or 4
-    has_rope = hf.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf)]
+def smollm3(hf_config: dict) -> dict:
+    """The layers without RoPE are those where no_rope_layers has a 0. Without that list, every
+    no_rope_layer_interval-th layer has none."""
+    n_layers = required(hf_config, "num_hidden_layers")
+    interval = hf_config.get("no_rope_layer_interval") or 4
+    has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
     if len(has_rope) != n_layers:
         raise UsageError(f"config.json: no_rope_layers is about {len(has_rope)} layers; the model has {n_layers}")
-    return {"rope_layers": tuple(bool(x) for x in has_rope)}
+    return {"layer_has_rope": tuple(bool(x) for x in has_rope)}
 
 
-def granite(hf: dict) -> dict:
+def granite(hf_config: dict) -> dict:
     return {
-        "embed_scale": hf["embedding_multiplier"],
-        "residual_scale": hf["residual_multiplier"],
-        "attention_scale": hf["attention_multiplier"],
-        "logit_scale": 1 / hf["logits_scaling"],
+        "embed_scale": hf_config["embedding_multiplier"],
+        "residual_scale": hf_config["residual_multiplier"],
+        "attention_scale": hf_config["attention_multiplier"],
+        "logit_scale": 1 / hf_config["logits_scaling"],
     }
 
 
-def seed_oss(hf: dict) -> dict:
-    return {"out_bias": bool(hf.get("attention_out_bias"))}
+def seed_oss(hf_config: dict) -> dict:
+    return {"out_bias": bool(hf_config.get("attention_out_bias"))}
 
 
-def ernie(hf: dict) -> dict:
-    has_bias = bool(hf.get("use_bias"))
+def ernie(hf_config: dict) -> dict:
+    has_bias = bool(hf_config.get("use_bias"))
     return {"qkv_bias": has_bias, "out_bias": has_bias, "ffn_bias": has_bias}
 
 
-def qwen2_moe(hf: dict) -> dict:
-    return {"qkv_bias": bool(hf.get("qkv_bias")), "out_bias": False}
+def qwen2_moe(hf_config: dict) -> dict:
+    return {"qkv_bias": bool(hf_config.get("qkv_bias")), "out_bias": False}
 
 
-def gpt_oss(hf: dict) -> dict:
-    if hf["swiglu_alpha"] != 1.702 or hf["swiglu_limit"] != 7.0:
+def gpt_oss(hf_config: dict) -> dict:
+    if hf_config["swiglu_alpha"] != 1.702 or hf_config["swiglu_limit"] != 7.0:
         raise UsageError("config.json: only swiglu_alpha 1.702 and swiglu_limit 7 are supported")
     return {"activation": "clamped_swiglu", "sinks": True}
 
 
-def grok(hf: dict) -> dict:
+def grok(hf_config: dict) -> dict:
     return {
         "post_norm": True,
-        "activation": "gelu_tanh",
-        "embed_scale": hf["embedding_multiplier_scale"],
-        "attention_scale": hf["attn_output_multiplier"],
-        "attention_softcap": hf["max_attn_value"],
-        "logit_scale": hf["output_multiplier_scale"],
+        "activation": "geglu_tanh",
+        "embed_scale": hf_config["embedding_multiplier_scale"],
+        "attention_scale": hf_config["attn_output_multiplier"],
+        "attention_softcap": hf_config["max_attn_value"],
+        "logit_scale": hf_config["output_multiplier_scale"],
     }
 
 
-def baichuan(hf: dict) -> dict:
-    """7B has RoPE, 13B ALiBi. They say so by the name of the field that holds the context's length."""
-    dim = required(hf, "hidden_size")
-    if hf.get("max_position_embeddings") is None:
-        return {"alibi": True, "rope_layers": tuple(False for _ in layer_numbers(hf))}
+def baichuan(hf_config: dict) -> dict:
+    """Baichuan 7B has RoPE, 13B has ALiBi. Which one it is shows in the name of the field for the context's length:
+    max_position_embeddings means RoPE, model_max_length ALiBi."""
+    dim = required(hf_config, "hidden_size")
+    if hf_config.get("max_position_embeddings") is None:
+        return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
     if dim > 4096:
         raise UsageError(
             f"config.json: a Baichuan of hidden_size {dim} has ALiBi and model_max_length, not max_position_embeddings"
@@ -129,17 +127,17 @@ def baichuan(hf: dict) -> dict:
     return {}
 
 
-def dbrx(hf: dict) -> dict:
-    if hf.get("tie_word_embeddings"):  # conversion changes the embedding, and must not change the head
+def dbrx(hf_config: dict) -> dict:
+    if hf_config.get("tie_word_embeddings"):  # conversion changes the embedding, and must not change the head
         raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
-    return {"norm_eps": 1e-5, "clip_qkv": hf["clip_qkv"] or 0.0}
+    return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
 
 
 # ---- Other functions ------------------------------------------------------------------------------------------------
 
 
-def gemma3_layer_types(hf: dict) -> list[str]:
-    return full_attention_every(hf.get("sliding_window_pattern") or 6, hf)
+def gemma3_layer_types(hf_config: dict) -> list[str]:
+    return full_attention_every(hf_config.get("sliding_window_pattern") or 6, hf_config)
 
 
 DBRX_FIELDS_TO_LLAMA = {
@@ -148,13 +146,13 @@ DBRX_FIELDS_TO_LLAMA = {
 }  # fmt: skip
 
 
-def rename_dbrx(hf: dict) -> dict:
-    """DBRX has other names for most fields, and half of them in attn_config and ffn_config."""
-    hf = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf.items()}
-    attention = hf.get("attn_config") or {}
-    ffn = hf.get("ffn_config") or {}
-    rope = hf.get("rope_parameters") or {}
-    if "rope_theta" in attention:  # it counts: transformers 5 writes its default into rope_parameters
+def rename_dbrx(hf_config: dict) -> dict:
+    """Renames the fields of DBRX, and lifts those of attn_config and ffn_config to the top level."""
+    hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
+    attention = hf_config.get("attn_config") or {}
+    ffn = hf_config.get("ffn_config") or {}
+    rope = hf_config.get("rope_parameters") or {}
+    if "rope_theta" in attention:  # this one is right: transformers 5 writes its default into rope_parameters
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
     if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:
@@ -162,7 +160,7 @@ def rename_dbrx(hf: dict) -> dict:
     p = ffn.get("moe_normalize_expert_weights", 1)  # the weights of a token's experts are divided by their p-norm
     if p not in (None, 1):
         raise UsageError(f"config.json: moe_normalize_expert_weights = {p!r} is not supported; 1 and null are")
-    return hf | {
+    return hf_config | {
         "rope_parameters": rope,
         "clip_qkv": attention.get("clip_qkv"),
         "num_key_value_heads": attention.get("kv_n_heads", 1),

@@ -1,8 +1,9 @@
-"""A folder with a checkpoint to model.pth, whatever its format is. This file has no command line.
+"""Converts a folder with a checkpoint of any supported format to model.pth.
 
     path = convert_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))
 
-config.json tells Hugging Face's format, params.json Meta's; a single .pt is one of tinyllamas.
+A folder with config.json is in Hugging Face's format, one with params.json in Meta's, and a single .pt is one of
+tinyllamas.
 """
 
 import sys
@@ -21,16 +22,17 @@ from tokenizer import TOKENIZER_FILES, TOKENIZERS
 
 
 def convert_folder(folder: Path, lora: Path | None = None) -> Path:
-    """Writes model.pth of a checkpoint's folder into it or, with an adapter in the folder lora, of both into that.
-    Returns the path of what it has written: quantized weights are in a file of another name."""
+    """Writes model.pth into folder. With an adapter in the folder lora, writes model.pth of both into lora. Returns the
+    path of the file, which has another name if weights are quantized."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     if lora is not None:
         return merge_folders(folder, lora)
     if (folder / "config.json").is_file():
-        config, hf = read_configs(folder)
-        tensors = read_tensors(folder, hf, config)
-        read = to_llama_layout(tensors, config, find_family(hf))
+        hf_config = read_json(folder / "config.json")
+        config = read_config(folder, hf_config)
+        tensors = read_tensors(folder, hf_config, config)
+        read = to_llama_layout(tensors, config, find_family(hf_config))
     elif (folder / PARAMS).is_file():
         config, tensors, read, files, note = read_meta(folder)
         path = write_folder(folder, config, tensors, read, files)
@@ -50,16 +52,14 @@ def how_to_merge(lora: Path) -> str:
     return f"merge it with `scripts/convert_hf_checkpoint.py --checkpoint_dir (the folder of {base}) --lora {lora}`"
 
 
-def read_configs(folder: Path) -> tuple[ModelConfig, dict]:
-    """The model's config, and config.json, from which it is."""
-    generation = read_json(folder / "generation_config.json", {})
-    hf = read_json(folder / "config.json")
-    return config_from_hf(hf, generation), hf
+def read_config(folder: Path, hf_config: dict) -> ModelConfig:
+    """The model's config. hf_config: config.json."""
+    return config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
 
 
-def read_tensors(folder: Path, hf: dict, config: ModelConfig) -> HFTensors:
-    """All tensors, memory-mapped, and the quantized weights. hf: config.json."""
-    quantization = read_quantization(hf)
+def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> HFTensors:
+    """All tensors of the folder, memory-mapped, and quantized weights as QuantizedWeight. hf_config: config.json."""
+    quantization = read_quantization(hf_config)
     tensors = read_folder(folder)
     if quantization is not None:
         collect_quantized(tensors, quantization, config)
@@ -73,21 +73,22 @@ def merge_folders(folder: Path, lora: Path) -> Path:
     if lora.resolve() == folder.resolve():
         raise UsageError("put the adapter into a folder of its own: model.pth goes there, and the base has one, too")
     adapter = read_adapter(lora)
-    check_not_quantized(folder)
-    config, hf = read_configs(folder)
-    tensors = read_tensors(folder, hf, config)
-    read = to_llama_layout(tensors, config, find_family(hf), adapter)
+    hf_config = read_json(folder / "config.json")
+    check_not_quantized(folder, hf_config)
+    config = read_config(folder, hf_config)
+    tensors = read_tensors(folder, hf_config, config)
+    read = to_llama_layout(tensors, config, find_family(hf_config), adapter)
     files = {}
     if not any((lora / name).is_file() for name in TOKENIZERS):
-        of_base = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
-        files = {name: (folder / name).read_bytes() for name in of_base}
+        missing = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
+        files = {name: (folder / name).read_bytes() for name in missing}
     return write_folder(lora, config, tensors, read, files)
 
 
-def check_not_quantized(folder: Path):
-    """Raises UsageError for a base of quantized weights; not for gpt-oss, whose attention is not."""
-    hf = read_json(folder / "config.json")
-    quantization = hf.get("quantization_config") if isinstance(hf, dict) else None
+def check_not_quantized(folder: Path, hf_config: dict):
+    """Raises UsageError if the base model is quantized. gpt-oss may be: its attention, which adapters change, is
+    not."""
+    quantization = hf_config.get("quantization_config") if isinstance(hf_config, dict) else None
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"
         raise UsageError(f"{what}: give the model that it was made from")

@@ -1,8 +1,8 @@
 """Reads a GGUF's metadata into a ModelConfig, as the config.json of the same model would be read.
 
-    config = read_gguf_config(meta, tensors)    # what gguf_file.py reads
+    config = read_gguf_config(metadata, tensors)    # what gguf_file.py reads
 
-To add an architecture, add a row to ARCHITECTURES; its family must be in families.py. This file has no command line.
+To add an architecture, add a row to ARCHITECTURES; its family must be in families.py.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 
 from config import ModelConfig, RopeScaling, UsageError
 from converters.families import config_from_hf
-from converters.gguf_file import StoredTensor
+from converters.gguf_file import GGUFTensor
 from rope import rope_frequencies
 
 # The metadata's fields, after "llama." or the like -> the fields of config.json that say the same
@@ -69,48 +69,48 @@ class Architecture:
 
     family: str  # in families.py
     fields: dict[str, str] = field(default_factory=dict)  # more of GGUF_FIELDS
-    extra_fields: Callable[[dict], dict] = lambda hf: {}  # config.json's fields that the metadata lack
+    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that the metadata lack
     names: dict[str, str] = field(default_factory=dict)  # what differs from gguf_tensors.py: GGUF_TO_HF
     ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
     interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a pair's side by side
 
 
-def llama(hf: dict) -> dict:
-    return {"architectures": ["MixtralForCausalLM"]} if hf.get("num_local_experts") else {}
+def llama(hf_config: dict) -> dict:
+    return {"architectures": ["MixtralForCausalLM"]} if hf_config.get("num_local_experts") else {}
 
 
-def gemma2(hf: dict) -> dict:
-    window = hf.get("sliding_window", 4096)
-    return {"query_pre_attn_scalar": query_dim(hf, n_layers_of_27b=46), "sliding_window": window}
+def gemma2(hf_config: dict) -> dict:
+    window = hf_config.get("sliding_window", 4096)
+    return {"query_pre_attn_scalar": query_dim(hf_config, n_layers_of_27b=46), "sliding_window": window}
 
 
-def gemma3(hf: dict) -> dict:
-    return {"query_pre_attn_scalar": query_dim(hf, n_layers_of_27b=62)}
+def gemma3(hf_config: dict) -> dict:
+    return {"query_pre_attn_scalar": query_dim(hf_config, n_layers_of_27b=62)}
 
 
-def query_dim(hf: dict, n_layers_of_27b: int) -> int:
-    """Gemma divides its scores by the square root of this: head_dim, but another size in the models of 27B."""
-    if hf["num_hidden_layers"] == n_layers_of_27b:
-        return hf["hidden_size"] // hf["num_attention_heads"]
-    return hf["head_dim"]
+def query_dim(hf_config: dict, n_layers_of_27b: int) -> int:
+    """The square root of this divides the scores: head_dim, but dim / n_heads in the models of 27B."""
+    if hf_config["num_hidden_layers"] == n_layers_of_27b:
+        return hf_config["hidden_size"] // hf_config["num_attention_heads"]
+    return hf_config["head_dim"]
 
 
-def olmo2(hf: dict) -> dict:
+def olmo2(hf_config: dict) -> dict:
     """Olmo 3 is Olmo 2 with a window."""
-    return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf.get("sliding_window") else {}
+    return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf_config.get("sliding_window") else {}
 
 
-def granite(hf: dict) -> dict:
-    return {"attention_multiplier": hf.get("attention_multiplier") or hf["head_dim"] ** -0.5}
+def granite(hf_config: dict) -> dict:
+    return {"attention_multiplier": hf_config.get("attention_multiplier") or hf_config["head_dim"] ** -0.5}
 
 
-def qwen3moe(hf: dict) -> dict:
-    return {"norm_topk_prob": hf.get("norm_topk_prob", True)}
+def qwen3moe(hf_config: dict) -> dict:
+    return {"norm_topk_prob": hf_config.get("norm_topk_prob", True)}
 
 
-def gpt_oss(hf: dict) -> dict:
+def gpt_oss(hf_config: dict) -> dict:
     """YaRN's limits are not rounded. That is OpenAI's code; llama.cpp rounds them."""
-    return {"rope_scaling": (hf["rope_scaling"] or {}) | {"truncate": False}}
+    return {"rope_scaling": (hf_config["rope_scaling"] or {}) | {"truncate": False}}
 
 
 # Where neither extra_fields nor the metadata have a field, the family's default holds: Gemma 3's local rope_theta,
@@ -141,8 +141,8 @@ ARCHITECTURES = {
 }
 
 
-def find_architecture(meta: dict) -> Architecture:
-    name = meta["general.architecture"]
+def find_architecture(metadata: dict) -> Architecture:
+    name = metadata["general.architecture"]
     if name not in ARCHITECTURES:
         raise UsageError(f"GGUF architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
@@ -151,10 +151,10 @@ def find_architecture(meta: dict) -> Architecture:
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_gguf_config(meta: dict, tensors: dict[str, StoredTensor]) -> ModelConfig:
+def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelConfig:
     """Raises UsageError for what is not supported, and other errors for metadata that are missing or broken."""
     try:
-        config = config_from_hf(gguf_to_config_json(meta, tensors))
+        config = config_from_hf(gguf_to_config_json(metadata, tensors))
     except UsageError as e:
         raise UsageError(str(e).replace("config.json", "the GGUF's metadata")) from None
     config = replace(
@@ -168,32 +168,33 @@ def read_gguf_config(meta: dict, tensors: dict[str, StoredTensor]) -> ModelConfi
     return config
 
 
-def gguf_to_config_json(meta: dict, tensors: dict[str, StoredTensor]) -> dict:
-    """What Hugging Face's config.json of the same model says."""
-    name, architecture = meta["general.architecture"], find_architecture(meta)
-    fields = {key.removeprefix(f"{name}."): value for key, value in meta.items()}
+def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
+    """The contents of config.json that the same model would have."""
+    name, architecture = metadata["general.architecture"], find_architecture(metadata)
+    fields = {key.removeprefix(f"{name}."): value for key, value in metadata.items()}
     check_fields(fields, name)
-    hf = {ours: fields[theirs] for theirs, ours in (GGUF_FIELDS | architecture.fields).items() if theirs in fields}
-    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
-    if fields.get("attention.value_length", hf["head_dim"]) != hf["head_dim"]:
+    hf_names = GGUF_FIELDS | architecture.fields
+    hf_config = {hf_names[name]: value for name, value in fields.items() if name in hf_names}
+    hf_config.setdefault("head_dim", hf_config["hidden_size"] // hf_config["num_attention_heads"])
+    if fields.get("attention.value_length", hf_config["head_dim"]) != hf_config["head_dim"]:
         raise UsageError(f"{name}.attention.value_length differs from key_length, which is not supported")
-    rotary_dim = fields.get("rope.dimension_count", hf["head_dim"])
-    end_ids = [meta.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-    hf |= window_pattern(fields.get("attention.sliding_window_pattern")) | {
+    rotary_dim = fields.get("rope.dimension_count", hf_config["head_dim"])
+    end_ids = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    hf_config |= window_pattern(fields.get("attention.sliding_window_pattern")) | {
         "vocab_size": tensors["token_embd.weight"].data.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "partial_rotary_factor": Fraction(rotary_dim, hf["head_dim"]),  # exact, where a float may round down
+        "partial_rotary_factor": Fraction(rotary_dim, hf_config["head_dim"]),  # exact, where a float may round down
         "rope_scaling": rope_scaling(name, fields, tensors),
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [i for i in end_ids if i is not None],
     }
     defaults = {  # llama.cpp's, and not the family's
         "architectures": [architecture.family],
-        "num_key_value_heads": hf["num_attention_heads"],
+        "num_key_value_heads": hf_config["num_attention_heads"],
         "rope_theta": 10000.0,
         "sliding_window": None,
     }
-    return defaults | hf | architecture.extra_fields(hf)
+    return defaults | hf_config | architecture.extra_fields(hf_config)
 
 
 def check_fields(fields: dict, name: str):
@@ -206,13 +207,14 @@ def check_fields(fields: dict, name: str):
 
 
 def window_pattern(pattern: int | list | None) -> dict:
-    """config.json's field for which layers have the window: all but every pattern-th, or those where a list is True."""
+    """The field of config.json that says which layers have the window. A list pattern has an entry for each layer; a
+    number means that every pattern-th layer has no window."""
     if isinstance(pattern, list):
         return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
     return {} if pattern is None else {"sliding_window_pattern": pattern}
 
 
-def rope_scaling(name: str, fields: dict, tensors: dict[str, StoredTensor]) -> dict | None:
+def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dict | None:
     """config.json's rope_scaling."""
     rope_type = fields.get("rope.scaling.type", "linear")
     if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
@@ -239,7 +241,7 @@ def rope_scaling(name: str, fields: dict, tensors: dict[str, StoredTensor]) -> d
     return None
 
 
-def read_llama3_scaling(config: ModelConfig, stored: StoredTensor) -> RopeScaling:
+def read_llama3_scaling(config: ModelConfig, stored: GGUFTensor) -> RopeScaling:
     """Llama 3.1's scaling. A GGUF holds nothing of it but the numbers that config's frequencies are divided by."""
     factors = torch.tensor(stored.data.view(np.float32))
     scaling = RopeScaling("llama3", float(factors.max()))

@@ -1,9 +1,8 @@
 """Reads a GGUF file, or all parts of a split one: metadata and tensors, which stay memory-mapped.
 
-    meta, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
+    metadata, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
 
-The gguf package's own reader takes seconds for a vocabulary, and loops as often as a broken header tells it to. This
-file has no command line.
+The gguf package's own reader takes seconds for a vocabulary, and loops as often as a broken header tells it to.
 """
 
 import math
@@ -27,8 +26,8 @@ MAX_COUNT = 2**24  # tensors, fields, elements or characters
 
 
 @dataclass
-class StoredTensor:
-    """As the file has it."""
+class GGUFTensor:
+    """A tensor as the file stores it, perhaps quantized."""
 
     type: GGMLQuantizationType
     data: np.ndarray  # uint8 [..., bytes of a row]
@@ -37,26 +36,26 @@ class StoredTensor:
         return gguf.quant_shape_from_byte_shape(self.data.shape, self.type)
 
 
-def read_gguf(file: Path) -> tuple[dict, dict[str, StoredTensor]]:
+def read_gguf(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
     """The metadata and the tensors of file and, if it is one of several parts, of all of them. Raises UsageError."""
-    meta, tensors = read_part(file)
-    n_parts = meta.get("split.count", 1)
+    metadata, tensors = read_part(file)
+    n_parts = metadata.get("split.count", 1)
     if type(n_parts) is not int or n_parts <= 1:
-        return meta, tensors
+        return metadata, tensors
     parts = part_names(file, n_parts)
     for part in parts:
         if not part.is_file():
             raise UsageError(f"{part} does not exist; {file} needs all {n_parts} parts")
     contents = [read_part(part) for part in parts]
-    for i, (part_meta, _) in enumerate(contents):
-        if (part_meta.get("split.no"), part_meta.get("split.count")) != (i, n_parts):
+    for i, (part_metadata, _) in enumerate(contents):
+        if (part_metadata.get("split.no"), part_metadata.get("split.count")) != (i, n_parts):
             raise UsageError(f"{parts[i]} is not part {i + 1} of {n_parts}")
     tensors = {name: tensor for _, part_tensors in contents for name, tensor in part_tensors.items()}
-    meta, _ = contents[0]  # the others have none
-    n_tensors = meta.get("split.tensors.count", len(tensors))
+    metadata, _ = contents[0]  # the others have none
+    n_tensors = metadata.get("split.tensors.count", len(tensors))
     if n_tensors != len(tensors):
         raise UsageError(f"the {n_parts} parts of {file} hold {len(tensors)} tensors, not {n_tensors}")
-    return meta, tensors
+    return metadata, tensors
 
 
 def part_names(file: Path, n_parts: int) -> list[Path]:
@@ -66,7 +65,7 @@ def part_names(file: Path, n_parts: int) -> list[Path]:
     return [file.with_name(f"{match[1]}-{i + 1:05}-of-{match[2]}.gguf") for i in range(n_parts)]
 
 
-def read_part(file: Path) -> tuple[dict, dict[str, StoredTensor]]:
+def read_part(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
     try:
         return parse(np.memmap(file, mode="r"))
     except (MemoryError, OSError):
@@ -75,34 +74,34 @@ def read_part(file: Path) -> tuple[dict, dict[str, StoredTensor]]:
         raise UsageError(f"{file} is truncated or not GGUF ({type(e).__name__})") from None
 
 
-def parse(data: np.ndarray) -> tuple[dict, dict[str, StoredTensor]]:
+def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
     """The metadata and the tensors of one file's bytes."""
     header = Header(data)
     if header.scalar("4s") != b"GGUF" or header.scalar("I") not in (2, 3):
         raise ValueError("not GGUF")
     n_tensors, n_fields = header.count(), header.count()
-    meta = {}
+    metadata = {}
     for _ in range(n_fields):
         name = header.string()
-        meta[name] = header.value(type_id=header.scalar("I"))
+        metadata[name] = header.value(type_id=header.scalar("I"))
     infos = []
     for _ in range(n_tensors):
         name = header.string()
         shape = [header.scalar("Q") for _ in range(header.count("I"))]
         infos.append((name, shape[::-1], header.scalar("I"), header.scalar("Q")))
-    alignment = meta.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", 32)
     start = -(-header.offset // alignment) * alignment  # rounded up
     tensors = {}
     for name, shape, type_id, offset in infos:
         tensor_type = GGMLQuantizationType(type_id)
         byte_shape = gguf.quant_shape_to_byte_shape(shape, tensor_type)
         tensor = data[start + offset :][: math.prod(byte_shape)]
-        tensors[name] = StoredTensor(tensor_type, tensor.reshape(byte_shape))
-    return meta, tensors
+        tensors[name] = GGUFTensor(tensor_type, tensor.reshape(byte_shape))
+    return metadata, tensors
 
 
 class Header:
-    """What a GGUF file begins with, value by value."""
+    """Reads the beginning of a GGUF file value by value: metadata and the tensors' names, shapes and offsets."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.offset = data, 0

@@ -1,13 +1,13 @@
-"""Quantized tensors of a GGUF to weights in our formats. What a GGUF stores for an input is kept where a format can.
+"""Converts quantized tensors of a GGUF to our formats, and keeps the stored codes where a format can hold them.
 
     kept = KeptWeights(plans, sources, order)    # chooses the formats
     convert(path, config, tensors | kept.weights, kept.reader(read))
-    print(*kept.report(), sep="\\n")              # what became of each type
+    print(*kept.report(), sep="\\n")              # how each type was converted
 
-A GGUF stores codes of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a minimum. Codes of 4 bits
-become Int4, all others GroupedInt8, with the same groups: all exact but for the rounding of scales and zeros. What is
-stacked, such as q, k and v, has one format. If that makes the file larger than SIZE_LIMIT times the GGUF, weights are
-rounded again to smaller formats, first those that save the most bytes for what they lose. No command line.
+A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
+minimum. Codes of 4 bits become Int4, all others GroupedInt8, with the same groups. Only scales and zeros are rounded.
+Weights that are stacked, such as q, k and v, get one format. If that makes the file larger than SIZE_LIMIT times the
+GGUF, weights are rounded again to smaller formats, first those that save the most bytes for what they lose.
 """
 
 import re
@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from config import UsageError
-from converters.gguf_file import StoredTensor
+from converters.gguf_file import GGUFTensor
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
 from converters.quantized_weight import QuantizedWeight
@@ -35,8 +35,9 @@ SIZE_LIMIT = 1.1  # of the result, in sizes of the GGUF's tensors
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
-# What an input loses if it is rounded again. To 4 bits, by the bits of its code: llama.cpp gave more to those that
-# matter more. To 8 bits, by the format: the more inputs share a scale, the larger it is.
+# The loss of an input that is rounded again. Rounded to 4 bits, it depends on the bits of the input's code, since
+# llama.cpp gave more bits to inputs that matter more. Rounded to 8 bits, it grows with the number of inputs that share
+# a scale.
 LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}
 LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
@@ -46,8 +47,9 @@ LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
 @dataclass(frozen=True)
 class BlockType:
-    """decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, and for each group of a block's inputs scales
-    and offsets [..., n_groups] float32. An input is q * scale + offset."""
+    """A quantized type of GGUF. An input is q * scale + offset.
+
+    decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, scales and offsets [..., n_groups] float32."""
 
     bits: int  # of a code
     group_size: int
@@ -55,12 +57,12 @@ class BlockType:
     has_minimum: bool = False  # whether offset / scale can be any number
 
 
-def half(blocks: Tensor, start: int) -> Tensor:
+def read_float16(blocks: Tensor, start: int) -> Tensor:
     """The float16 at byte start of each block, as float32: [..., 1]."""
     return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
 
 
-def nibbles(packed: Tensor) -> Tensor:
+def unpack_nibbles(packed: Tensor) -> Tensor:
     """[..., n] -> [..., 2 n]: all low halves, then all high halves."""
     return torch.cat([packed & 15, packed >> 4], dim=-1)
 
@@ -73,67 +75,68 @@ def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
     """The codes of Q4_0, Q4_1, Q5_0 and Q5_1, whose blocks begin with n_header bytes. The fifth bits of Q5's 32 codes
     come before the others."""
     start = n_header + (4 if fifth_bit else 0)
-    q = nibbles(blocks[..., start : start + 16])
+    q = unpack_nibbles(blocks[..., start : start + 16])
     if fifth_bit:
         high = blocks[..., n_header:start, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [..., 4, 8]
         q = q | high.flatten(-2) << 4
     return q
 
 
-def symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Q4_0 and Q5_0: a scale."""
-    scale = half(blocks, 0)
+def decode_symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """Q4_0 and Q5_0 have a scale and a fixed zero point."""
+    scale = read_float16(blocks, 0)
     return decode_q4(blocks, 2, **options), scale, -zero * scale
 
 
-def asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Q4_1 and Q5_1: a scale and the minimum."""
-    return decode_q4(blocks, 4, **options), half(blocks, 0), half(blocks, 2)
+def decode_asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """Q4_1 and Q5_1 have a scale and a minimum."""
+    return decode_q4(blocks, 4, **options), read_float16(blocks, 0), read_float16(blocks, 2)
 
 
 def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale = half(blocks, 0)
+    scale = read_float16(blocks, 0)
     return blocks[..., 2:] ^ 128, scale, -128 * scale  # ^ 128 adds 128 to an int8
 
 
 def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """32 bytes hold the codes of two groups: one in the low halves, the next in the high ones."""
-    scales, offsets = k_scales(blocks)
-    return nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
+    scales, offsets = decode_k_scales(blocks)
+    return unpack_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
 
 
 def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
-    scales, offsets = k_scales(blocks)
-    qh, low = blocks[..., 16:48], nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
+    """The low 4 bits are as in Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
+    scales, offsets = decode_k_scales(blocks)
+    qh, low = blocks[..., 16:48], unpack_nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
     high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
     return low | high << 4, scales, offsets
 
 
-def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Q4_K and Q5_K: d and dmin in float16, which 6-bit integers multiply: [..., 8]. In 12 bytes are first the lower 6
     bits of scales and minima 0 to 3, then 4 lower bits of scales and minima 4 to 7. Their upper 2 bits are in the rest
     of the first 8 bytes."""
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
-    return half(blocks, 0) * scales, -half(blocks, 2) * minima
+    return read_float16(blocks, 0) * scales, -read_float16(blocks, 2) * minima
 
 
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Twice 128 inputs: 64 bytes of lower halves, 32 bytes with 2 upper bits of 4 inputs each. Scales are int8."""
+    """A block has two parts of 128 inputs. For each part, ql has 64 bytes with the lower 4 bits, and qh has 32 bytes,
+    each with the upper 2 bits of 4 inputs. Scales are int8."""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
-    q = (nibbles(ql) | high << 4).flatten(-2)
-    scales = half(blocks, 208) * blocks[..., 192:208].view(torch.int8)
+    q = (unpack_nibbles(ql) | high << 4).flatten(-2)
+    scales = read_float16(blocks, 208) * blocks[..., 192:208].view(torch.int8)
     return q, scales, -32 * scales
 
 
-TYPES = {
-    Type.Q4_0: BlockType(4, 32, partial(symmetric, zero=8)),
-    Type.Q4_1: BlockType(4, 32, asymmetric, has_minimum=True),
-    Type.Q5_0: BlockType(5, 32, partial(symmetric, zero=16, fifth_bit=True)),
-    Type.Q5_1: BlockType(5, 32, partial(asymmetric, fifth_bit=True), has_minimum=True),
+BLOCK_TYPES = {
+    Type.Q4_0: BlockType(4, 32, partial(decode_symmetric, zero=8)),
+    Type.Q4_1: BlockType(4, 32, decode_asymmetric, has_minimum=True),
+    Type.Q5_0: BlockType(5, 32, partial(decode_symmetric, zero=16, fifth_bit=True)),
+    Type.Q5_1: BlockType(5, 32, partial(decode_asymmetric, fifth_bit=True), has_minimum=True),
     Type.Q8_0: BlockType(8, 32, decode_q8_0),
     Type.Q4_K: BlockType(4, 32, decode_q4_k, has_minimum=True),
     Type.Q5_K: BlockType(5, 32, decode_q5_k, has_minimum=True),
@@ -145,8 +148,8 @@ TYPES = {
 
 
 @dataclass
-class Groups:
-    """Rows [N, K] of a GGUF's tensor: (q - zero) * scale, with scales and zeros [N, n_groups] in float32."""
+class QuantizedRows:
+    """Rows of a GGUF's tensor, w = (q - zero) * scale: q [N, K], scales and zeros [N, n_groups] in float32."""
 
     type: BlockType
     q: Tensor
@@ -161,11 +164,11 @@ class Groups:
         return (self.q - self.expand(self.zeros)) * self.expand(self.scales)
 
 
-def decode_rows(rows: Tensor, ggml_type: Type) -> Groups:
+def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
     """rows: [N, bytes] uint8."""
-    type, (_, block_bytes) = TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
+    type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
     q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
-    groups, is_constant = Groups(type, q, scales, -offsets / scales), scales == 0
+    groups, is_constant = QuantizedRows(type, q, scales, -offsets / scales), scales == 0
     if is_constant.any():  # all inputs of such a group are its offset: (1 - 0) * offset or (0 - 1) * -offset
         groups.scales = torch.where(is_constant, offsets.abs(), scales)
         groups.zeros = torch.where(is_constant, (offsets < 0).float(), groups.zeros)
@@ -179,11 +182,13 @@ def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
 
 
-def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tensor]:
-    """The tensors of format, and which groups [N, n_groups] keep their codes. The others are rounded again."""
+def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
+    """Returns (the tensors of format, whether each group keeps its codes [N, n_groups]). Other groups are rounded
+    again."""
     if not keeps_codes(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # Zeros that are no integers: in 8 bits a code of 4 or 5 takes larger steps, and its zero smaller ones
+    # A minimum makes zeros that are no integers. Codes of 4 or 5 bits are multiplied to fill 8 bits, so that zeros,
+    # which are rounded to integers, get smaller steps.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
     zeros = (groups.zeros * factor * format.zeros_per_step).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
@@ -191,7 +196,7 @@ def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tenso
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
     repeats = groups.type.group_size // format.group_size
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
-    if not is_kept.all():  # 0 is far outside of some groups' ranges
+    if not is_kept.all():  # the zero of some groups is beyond 0 ... 255
         again = format.quantize(groups.dequantize())
         again["q"] = format.unpack_elements(again["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
@@ -204,28 +209,30 @@ def convert_groups(groups: Groups, format: WeightFormat) -> tuple[Tensors, Tenso
 
 
 @dataclass
-class Stack:
-    """A weight of ours, and the GGUF's tensors that it stacks. formats: those that it may have, the first without loss,
-    each smaller than the one before. n_bytes: what it takes in each."""
+class StackedWeight:
+    """One of our weights, and the GGUF's tensors that it stacks.
+
+    formats: the formats that the weight may have, each smaller than the one before; the first loses nothing.
+    n_bytes: the weight's size in each format."""
 
     name: str
     plan: TensorPlan
-    parts: list[StoredTensor]
+    parts: list[GGUFTensor]
     formats: list[WeightFormat] = field(init=False)
     n_bytes: dict[WeightFormat, int] = field(init=False)
 
     def __post_init__(self):
         if any(part.type in FLOATS for part in self.parts):
             formats = [Dense()]
-        elif all(TYPES[part.type].bits == 4 for part in self.parts):
+        elif all(BLOCK_TYPES[part.type].bits == 4 for part in self.parts):
             formats = [INT4, SMALLER_INT4]
         else:
-            exact = GroupedInt8(min(TYPES[part.type].group_size for part in self.parts), torch.float16)
+            exact = GroupedInt8(min(BLOCK_TYPES[part.type].group_size for part in self.parts), torch.float16)
             formats = [exact, SMALLER_INT8, SMALLEST_INT8, INT4]
         empty = {format: format.empty(self.plan.shape, self.plan.dtype, "meta") for format in formats}
         self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
         self.formats = formats[:1]
-        for format in formats[1:]:  # of few inputs a larger group or one scale for all saves nothing
+        for format in formats[1:]:  # with few inputs, larger groups save nothing
             if self.n_bytes[format] < self.n_bytes[self.formats[-1]]:
                 self.formats.append(format)
 
@@ -236,15 +243,15 @@ class Stack:
     def loss(self, format: WeightFormat) -> float:
         total = 0.0
         for part in self.parts:
-            type = TYPES[part.type]
+            type = BLOCK_TYPES[part.type]
             if not keeps_codes(type, format):
                 loss = LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8[format]
                 total += loss * prod(part.shape())
         return total
 
-    def cheapest_step(self, n_excess: float) -> tuple[float, int]:
-        """What is lost for each byte that is saved by a smaller format, and which of formats that is. Of the bytes that
-        are saved only n_excess count, since no more are needed."""
+    def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
+        """Returns (price, index) of the smaller format that loses least for each byte that it saves. price: the loss
+        for each byte. index: into formats. At most n_excess of the saved bytes count, since no more are needed."""
         now, *smaller = self.formats
         prices = []
         for format in smaller:
@@ -254,24 +261,24 @@ class Stack:
         return price, prices.index(price) + 1
 
 
-def choose_formats(stacks: list[Stack], n_bytes: float):
+def choose_formats(stacks: list[StackedWeight], n_bytes: float):
     """Sets the format of each of stacks, so that together they take at most n_bytes, if that is possible."""
     n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
-    stacks = from_the_middle(stacks)  # of those of equal prices, the layers in the middle first
+    stacks = middle_layers_first(stacks)  # at equal prices, layers in the middle come first
     while n_excess > 0:
-        steps = [(*stack.cheapest_step(n_excess), stack) for stack in stacks if len(stack.formats) > 1]
+        steps = [(*stack.cheapest_downgrade(n_excess), stack) for stack in stacks if len(stack.formats) > 1]
         if not steps:
             break
         _, i, stack = min(steps, key=lambda step: step[0])
         n_excess -= stack.n_bytes[stack.format] - stack.n_bytes[stack.formats[i]]
         del stack.formats[:i]
     if n_excess > 0:
-        for stack in stacks:  # out of reach: then 4 bits are not rounded to 4 bits in vain
+        for stack in stacks:  # n_bytes is out of reach, so do not round codes of 4 bits again in vain
             stack.formats = [INT4] if stack.format == SMALLER_INT4 else stack.formats
 
 
-def from_the_middle(stacks: list[Stack]) -> list[Stack]:
-    """Sorted by the distance of their layer from the middle one: the first and last layers matter most."""
+def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
+    """stacks, sorted by the distance of their layer from the middle one: the first and last layers matter most."""
     layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
     middle = max(layers.values(), default=0) / 2
     return sorted(stacks, key=lambda stack: abs(layers.get(stack.name, 2 * middle) - middle))
@@ -281,17 +288,17 @@ def from_the_middle(stacks: list[Stack]) -> list[Stack]:
 
 
 @dataclass
-class Deviation:
-    """How far weights of one type are from the GGUF's."""
+class RoundingErrors:
+    """How far the converted weights of one type are from the GGUF's."""
 
     n_tensors: int = 0
     largest: float = 0.0  # error of the groups that keep their codes, in steps of these
     n_groups: int = 0
     n_rounded: int = 0  # groups that are rounded again
-    squared_errors: float = 0.0  # of the latter's inputs, in sum
-    squared_steps: float = 0.0
+    squared_errors: float = 0.0  # sum over the inputs that are rounded again
+    squared_steps: float = 0.0  # likewise, of a group's scale
 
-    def add(self, groups: Groups, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
+    def add(self, groups: QuantizedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
         errors = errors.unflatten(-1, (-1, groups.type.group_size))  # [N, n_groups, group_size]
         steps = groups.scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
@@ -314,22 +321,24 @@ class Deviation:
 
 
 class KeptWeights:
-    """weights: a QuantizedWeight for each of sources, tensors of a GGUF by Hugging Face's names, that stays quantized.
-    plans: our tensors. order: see reorder_heads. Raises UsageError for a type that no format can hold."""
+    """The weights of a GGUF that stay quantized, by Hugging Face's names (weights).
 
-    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, StoredTensor], order: Tensor | None):
+    plans: our tensors. sources: the GGUF's tensors by Hugging Face's names. order: see reorder_heads. Raises UsageError
+    for a type that no format can hold."""
+
+    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], order: Tensor | None):
         linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
         for plan in linears.values():
             for source in plan.sources:
                 check_type(source, sources[source].type)
-        stacks = [Stack(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
+        stacks = [StackedWeight(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
         others = [plan for name, plan in plans.items() if name not in linears]
         other_bytes = sum(prod(plan.shape) * plan.dtype.itemsize for plan in others)
         self.stored_bytes = sum(source.data.nbytes for source in sources.values())
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
-        self.deviations: dict[tuple[str, str], Deviation] = defaultdict(Deviation)
-        self.became_dense: Counter[str] = Counter()  # since they are stacked with floats
+        self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
+        self.became_dense: Counter[str] = Counter()  # tensors of each type that are stacked with floats
         self.weights: dict[str, QuantizedWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Dense):
@@ -340,13 +349,13 @@ class KeptWeights:
                 self.weights[source] = QuantizedWeight(stack.format, torch.Size(sources[source].shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
-        """read, for what does not stay quantized."""
+        """Returns a TensorReader: of self.weights for those that stay quantized, of read for all others."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
-    def read(self, name: str, stored: StoredTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
+    def read(self, name: str, stored: GGUFTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
         """The tensors of format for the GGUF's tensor called name."""
-        deviation = self.deviations[stored.type.name, format.name]
-        deviation.n_tensors += 1
+        errors = self.errors[stored.type.name, format.name]
+        errors.n_tensors += 1
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
@@ -356,26 +365,26 @@ class KeptWeights:
             tensors, is_kept = convert_groups(groups, format)
             if not tensors["scales"].isfinite().all():
                 raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")
-            deviation.add(groups, format, tensors, is_kept)
+            errors.add(groups, format, tensors, is_kept)
             parts.append(tensors)
         whole = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
         return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
 
     def report(self) -> list[str]:
-        """What became of each type, a line each, and of the size. Once all is read."""
+        """Lines that say how each type was converted, and how large the result is. Call when all weights are read."""
         lines = []
-        for (type_name, format_name), deviation in sorted(self.deviations.items()):
-            lines.append(f"{type_name}: {deviation.n_tensors} tensors to {format_name}, {deviation}")
+        for (type_name, format_name), errors in sorted(self.errors.items()):
+            lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")
         for type_name, n in self.became_dense.items():
             lines.append(f"{type_name}: {n} tensors to floats, as what they are stacked with")
         ratio = self.n_bytes / self.stored_bytes
         lines.append(f"{self.n_bytes / 1e6:.1f} MB, {ratio:.2f} times the GGUF's")
-        if any(deviation.n_rounded == deviation.n_groups for deviation in self.deviations.values()):
+        if any(errors.n_rounded == errors.n_groups for errors in self.errors.values()):
             lines[-1] += f": what is rounded again would make it larger than {SIZE_LIMIT} times"
         return lines
 
 
 def check_type(name: str, type: Type):
-    if type not in TYPES and type not in FLOATS:
-        kept = ", ".join(known.name for known in TYPES)
+    if type not in BLOCK_TYPES and type not in FLOATS:
+        kept = ", ".join(known.name for known in BLOCK_TYPES)
         raise UsageError(f"{name} is {type.name}, and --keep takes {kept}; leave it out")

@@ -1,4 +1,4 @@
-"""A GGUF file to model.pth and its tokenizer. This file has no command line; see scripts/convert_gguf.py.
+"""Converts a GGUF file to model.pth and a tokenizer. scripts/convert_gguf.py is the command.
 
     convert_gguf(Path("model.Q4_1.gguf"), Path("checkpoints/model"))
 """
@@ -21,7 +21,7 @@ from converters.gguf_config import (
     find_architecture,
     read_gguf_config,
 )
-from converters.gguf_file import StoredTensor, read_gguf
+from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
@@ -63,13 +63,13 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, 
         raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
-    meta, stored = read_gguf(file)
+    metadata, stored = read_gguf(file)
     try:
-        config = read_gguf_config(meta, stored)
-        architecture = find_architecture(meta)
+        config = read_gguf_config(metadata, stored)
+        architecture = find_architecture(metadata)
         tensors, read = rename_gguf_tensors(stored, config, dtype, architecture)
         kept = keep_quantized(stored, config, tensors, architecture) if keep else None
-        tokenizer = tokenizer_files(meta)
+        tokenizer = tokenizer_files(metadata)
     except UsageError:
         raise
     except Exception as e:  # whatever odd metadata runs into; tokenizers raises bare Exception
@@ -87,10 +87,10 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, 
 
 
 def rename_gguf_tensors(
-    stored: dict[str, StoredTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
+    stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[HFTensors, TensorReader]:
-    """What convert takes: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that reads one
-    of them, its rows in our order. Gemma's norms need nothing: a GGUF has 1 + w already."""
+    """The arguments of convert: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that
+    reads one of them, with its rows in our order. Gemma's norms stay as they are, since a GGUF has 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
     order = gguf_rope_order(config, architecture)
@@ -108,9 +108,9 @@ def rename_gguf_tensors(
 
 
 def keep_quantized(
-    stored: dict[str, StoredTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
+    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
 ) -> KeptWeights:
-    """What stays quantized of tensors, which rename_gguf_tensors has made of stored."""
+    """The weights among tensors that stay quantized. tensors: those that rename_gguf_tensors makes of stored."""
     sources = split_gguf_tensors(stored, config, architecture)
     return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
 
@@ -121,10 +121,10 @@ def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor |
 
 
 def split_gguf_tensors(
-    stored: dict[str, StoredTensor], config: ModelConfig, architecture: Architecture
-) -> dict[str, StoredTensor]:
+    stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
+) -> dict[str, GGUFTensor]:
     """The GGUF's tensors by Hugging Face's names."""
-    sources: dict[str, StoredTensor] = {}
+    sources: dict[str, GGUFTensor] = {}
     for name, tensor in stored.items():
         if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
             sources |= split_tensor(name, tensor, config, architecture)
@@ -132,10 +132,10 @@ def split_gguf_tensors(
 
 
 def split_tensor(
-    name: str, tensor: StoredTensor, config: ModelConfig, architecture: Architecture
-) -> dict[str, StoredTensor]:
-    """The tensors in Hugging Face's tables that one of the GGUF holds, by name: itself, those whose rows it has one
-    below the other, or those of all experts."""
+    name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
+) -> dict[str, GGUFTensor]:
+    """Hugging Face's tensors that one tensor of the GGUF holds, by name: a single one, several stacked along the rows,
+    or those of all experts."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_HF | architecture.names
@@ -154,5 +154,5 @@ def split_tensor(
     for hf_module, rows in parts:
         experts = rows if "{e}" in hf_module else [rows]
         for e, data in enumerate(experts):
-            sources[f"{prefix}{hf_module.format(e=e)}.{suffix}"] = StoredTensor(tensor.type, data)
+            sources[f"{prefix}{hf_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.type, data)
     return sources

@@ -1,9 +1,9 @@
-"""Makes a tokenizer's files of the vocabulary in a GGUF's metadata.
+"""Makes a tokenizer's files from the vocabulary in a GGUF's metadata.
 
-    files = tokenizer_files(meta)    # their contents by name
+    files = tokenizer_files(metadata)    # their contents by name
 
 They are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a value
-of tokenizer.ggml.pre, add a row to SPLITS. This file has no command line.
+of tokenizer.ggml.pre, add a row to SPLITS.
 """
 
 import json
@@ -42,43 +42,43 @@ GLM4_PREFIX = ("[gMASK]", "<sop>")
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces in tokenizer.ggml.token_type and in sentencepiece
 
 
-def tokenizer_files(meta: dict) -> dict[str, bytes]:
+def tokenizer_files(metadata: dict) -> dict[str, bytes]:
     """The contents of the files, by name. Raises UsageError for what is not supported, and other errors for metadata
     that are missing or broken."""
-    pieces = meta["tokenizer.ggml.tokens"]
-    model, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre")
-    bos, eos = meta.get("tokenizer.ggml.bos_token_id"), meta.get("tokenizer.ggml.eos_token_id")
+    pieces = metadata["tokenizer.ggml.tokens"]
+    model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
+    bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
     adds_bos_by_default = model == "llama" or pre in LIKE_LLAMA3
-    adds_bos = bos is not None and bool(meta.get("tokenizer.ggml.add_bos_token", adds_bos_by_default))
+    adds_bos = bos is not None and bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos_by_default))
     if model == "gpt2":
         prefix = [bos] if adds_bos else []
         if pre in LIKE_GLM4 and {*GLM4_PREFIX} <= {*pieces}:
             prefix = [pieces.index(piece) for piece in GLM4_PREFIX]
-        tokenizer = byte_level_bpe(meta, prefix)
+        tokenizer = byte_level_bpe(metadata, prefix)
         files = {"tokenizer.json": tokenizer.to_str().encode()}
     elif model == "llama":
-        files = {"tokenizer.model": sentencepiece_model(meta)}
+        files = {"tokenizer.model": sentencepiece_model(metadata)}
     else:
         raise UsageError(f"tokenizer.ggml.model = {model!r} is not supported; gpt2 and llama are")
     settings = {
         "bos_token": None if bos is None else pieces[bos],
         "eos_token": None if eos is None else pieces[eos],
         "add_bos_token": adds_bos,
-        "chat_template": meta.get("tokenizer.chat_template"),
+        "chat_template": metadata.get("tokenizer.chat_template"),
     }
     settings = {key: value for key, value in settings.items() if value is not None}
     files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
     return files
 
 
-def byte_level_bpe(meta: dict, prefix: list[int]) -> Tokenizer:
+def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
     """A tokenizer whose texts begin with the tokens of prefix."""
-    pieces, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    pre = meta.get("tokenizer.ggml.pre")
+    pieces, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    pre = metadata.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
         raise UsageError(f"tokenizer.ggml.pre = {pre!r} is not supported; these are: {', '.join(SPLITS)}")
     ids = {piece: i for i, piece in enumerate(pieces)}
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     for merge in merges:  # tokenizers would panic
         if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
             raise ValueError("tokenizer.ggml.merges makes what is no token")
@@ -101,24 +101,24 @@ def byte_level_bpe(meta: dict, prefix: list[int]) -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece_model(meta: dict) -> bytes:
+def sentencepiece_model(metadata: dict) -> bytes:
     """The contents of tokenizer.model."""
     try:
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
     except ImportError as e:
         raise UsageError(f"this file's tokenizer needs `pip install protobuf` ({e})") from None
 
-    pieces, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    unknown = types.index(UNKNOWN) if UNKNOWN in types else meta["tokenizer.ggml.unknown_token_id"]
+    pieces, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else metadata["tokenizer.ggml.unknown_token_id"]
     model = sentencepiece_model_pb2.ModelProto()
-    for i, (piece, score, token_type) in enumerate(zip(pieces, meta["tokenizer.ggml.scores"], types, strict=True)):
+    for i, (piece, score, token_type) in enumerate(zip(pieces, metadata["tokenizer.ggml.scores"], types, strict=True)):
         if token_type == USER_DEFINED:
             piece = piece.replace(" ", "▁")  # sentencepiece's space, which llama.cpp replaces
         model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else token_type)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.byte_fallback = BYTE in types
-    bos, eos = meta.get("tokenizer.ggml.bos_token_id", -1), meta.get("tokenizer.ggml.eos_token_id", -1)
+    bos, eos = metadata.get("tokenizer.ggml.bos_token_id", -1), metadata.get("tokenizer.ggml.eos_token_id", -1)
     for name, i in {"bos": bos, "eos": eos, "unk": unknown}.items():
         setattr(trainer, f"{name}_id", i)
         if i >= 0:  # sentencepiece looks it up by its piece
@@ -127,5 +127,5 @@ def sentencepiece_model(meta: dict) -> bytes:
     normalizer.name = "identity"
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    normalizer.add_dummy_prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+    normalizer.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     return model.SerializeToString()

@@ -1,6 +1,6 @@
 """Reads Hugging Face's config.json into a ModelConfig, as a Family says; the families are in families.py.
 
-Fields that change the maths and that model.py does not implement are refused. This file has no command line.
+Fields that change the maths and that model.py does not implement are refused.
 """
 
 import math
@@ -17,7 +17,8 @@ class Family:
     model_type: str  # the value of config.json's "model_type"
     defaults: dict  # what transformers assumes for a field that config.json leaves out
 
-    rename_fields: Callable[[dict], dict] = lambda hf: hf  # gives config.json's fields the names they have for Llama
+    # Gives the fields of config.json the names that they have for Llama
+    rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
 
     # Sliding window
     sliding_layers: str = "none"  # which layers have it: "none", "all", or "layer_types", as that field lists them
@@ -35,7 +36,7 @@ class Family:
     # Everything else that changes the maths
     supported_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES that may have any value
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig that the whole family shares
-    read_overrides: Callable[[dict], dict] = lambda hf: {}  # config.json -> more fields of ModelConfig
+    read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 
     # Tensors
     norm_offset: float = 0.0  # added to the weights of norms at conversion: Gemma computes x * (1 + w)
@@ -63,7 +64,7 @@ HF_NEUTRAL_VALUES = {
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
 }
-# Fields by which config.json shows that an unknown architecture has what model.py has not
+# Fields by which config.json shows that an unknown architecture has parts that model.py lacks
 UNSUPPORTED_PARTS = {
     "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
@@ -83,9 +84,9 @@ def check_neutral_values(fields: dict, family: Family):
             raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
 
 
-def check_layer_types(hf: dict):
-    """Raises UsageError for a list that does not fit the layers, or for kinds of attention that model.py has not."""
-    types, n_layers = hf.get("layer_types"), required(hf, "num_hidden_layers")
+def check_layer_types(hf_config: dict):
+    """Raises UsageError for a list that does not fit the layers, or for kinds of attention that model.py lacks."""
+    types, n_layers = hf_config.get("layer_types"), required(hf_config, "num_hidden_layers")
     if types is None:
         return
     if not isinstance(types, list) or len(types) != n_layers:
@@ -95,10 +96,10 @@ def check_layer_types(hf: dict):
             raise UsageError(f"config.json: layers of type {layer_type!r} are not supported")
 
 
-def unsupported_part(hf: dict) -> str | None:
-    """What an unknown architecture has that model.py has not."""
+def unsupported_part(hf_config: dict) -> str | None:
+    """The reason why an unknown architecture cannot run: a part that model.py lacks. None: no such part is known."""
     for name, meaning in UNSUPPORTED_PARTS.items():
-        if hf.get(name):
+        if hf_config.get(name):
             return f"config.json's {name} means {meaning}"
     return None
 
@@ -106,67 +107,67 @@ def unsupported_part(hf: dict) -> str | None:
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_hf_config(hf: dict, generation: dict, family: Family) -> ModelConfig:
-    hf = family.rename_fields(hf)
-    if hf.get("rope_scaling"):  # an older name of rope_parameters; it replaces the family's default for these, too
-        hf = {"rope_parameters": None} | hf
-    hf = family.defaults | hf
-    check_neutral_values(hf, family)
-    check_layer_types(hf)
-    fields = read_sizes(hf, family)
-    fields["moe"] = read_moe(hf, family)
-    bos_id = hf.get("bos_token_id")
+def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelConfig:
+    hf_config = family.rename_fields(hf_config)
+    if hf_config.get("rope_scaling"):  # an older name of rope_parameters, which also replaces the family's default
+        hf_config = {"rope_parameters": None} | hf_config
+    hf_config = family.defaults | hf_config
+    check_neutral_values(hf_config, family)
+    check_layer_types(hf_config)
+    fields = read_sizes(hf_config, family)
+    fields["moe"] = read_moe(hf_config, family)
+    bos_id = hf_config.get("bos_token_id")
     fields["bos_id"] = bos_id if isinstance(bos_id, int) else None
-    fields["eos_ids"] = read_eos_ids(hf, generation)
-    fields |= read_sliding_window(hf, family)
-    fields |= read_rope(hf, family)
+    fields["eos_ids"] = read_eos_ids(hf_config, generation)
+    fields |= read_sliding_window(hf_config, family)
+    fields |= read_rope(hf_config, family)
     fields |= family.config_overrides
-    fields |= family.read_overrides(hf)
+    fields |= family.read_overrides(hf_config)
     return ModelConfig(**fields)
 
 
-def required(hf: dict, *names: str):
+def required(hf_config: dict, *names: str):
     """The value of the first of these fields that config.json has. Raises UsageError if it has none of them."""
     for name in names:
-        if hf.get(name) is not None:
-            return hf[name]
+        if hf_config.get(name) is not None:
+            return hf_config[name]
     raise UsageError(f"config.json: {' or '.join(names)} is missing")
 
 
-def read_sizes(hf: dict, family: Family) -> dict:
-    """ModelConfig's sizes, and what else is one field in config.json as it is here."""
-    n_heads = required(hf, "num_attention_heads")
-    has_attention_bias = bool(hf.get("attention_bias"))
+def read_sizes(hf_config: dict, family: Family) -> dict:
+    """The sizes of ModelConfig, and other fields that config.json has in the same form."""
+    n_heads = required(hf_config, "num_attention_heads")
+    has_attention_bias = bool(hf_config.get("attention_bias"))
     return dict(
-        dim=required(hf, "hidden_size"),
-        n_layers=required(hf, "num_hidden_layers"),
+        dim=required(hf_config, "hidden_size"),
+        n_layers=required(hf_config, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=hf.get("num_key_value_heads") or n_heads,
-        head_dim=read_head_dim(hf),
-        ffn_dim=required(hf, family.ffn_dim_field),
-        vocab_size=required(hf, "vocab_size"),
-        max_seq_len=required(hf, "max_position_embeddings", "model_max_length"),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        n_kv_heads=hf_config.get("num_key_value_heads") or n_heads,
+        head_dim=read_head_dim(hf_config),
+        ffn_dim=required(hf_config, family.ffn_dim_field),
+        vocab_size=required(hf_config, "vocab_size"),
+        max_seq_len=required(hf_config, "max_position_embeddings", "model_max_length"),
+        norm_eps=hf_config.get("rms_norm_eps", 1e-6),
         qkv_bias=has_attention_bias,
         out_bias=has_attention_bias,
-        ffn_bias=bool(hf.get("mlp_bias")),
-        tie_embeddings=bool(hf.get("tie_word_embeddings")),
+        ffn_bias=bool(hf_config.get("mlp_bias")),
+        tie_embeddings=bool(hf_config.get("tie_word_embeddings")),
     )
 
 
-def read_head_dim(hf: dict) -> int:
-    if hf.get("head_dim") is not None:
-        return hf["head_dim"]
-    dim, n_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+def read_head_dim(hf_config: dict) -> int:
+    if hf_config.get("head_dim") is not None:
+        return hf_config["head_dim"]
+    dim, n_heads = required(hf_config, "hidden_size"), required(hf_config, "num_attention_heads")
     if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
         raise UsageError(f"config.json: hidden_size {dim!r} is not a multiple of num_attention_heads {n_heads!r}")
     return dim // n_heads
 
 
-def read_eos_ids(hf: dict, generation: dict) -> tuple[int, ...]:
+def read_eos_ids(hf_config: dict, generation: dict) -> tuple[int, ...]:
     """The end tokens of config.json and generation_config.json, without duplicates."""
     eos_ids = []
-    for source in (hf, generation):
+    for source in (hf_config, generation):
         ids = source.get("eos_token_id")
         for i in ids if isinstance(ids, list) else [ids]:
             if not isinstance(i, int | None):
@@ -176,24 +177,25 @@ def read_eos_ids(hf: dict, generation: dict) -> tuple[int, ...]:
     return tuple(eos_ids)
 
 
-def read_moe(hf: dict, family: Family) -> MoEConfig | None:
+def read_moe(hf_config: dict, family: Family) -> MoEConfig | None:
     if not family.n_experts_fields:
         return None
     norm_topk_prob = family.norm_topk_prob
     if norm_topk_prob is None:
-        norm_topk_prob = bool(hf.get("norm_topk_prob"))
+        norm_topk_prob = bool(hf_config.get("norm_topk_prob"))
     return MoEConfig(
-        n_experts=required(hf, *family.n_experts_fields),
-        top_k=required(hf, "num_experts_per_tok"),
+        n_experts=required(hf_config, *family.n_experts_fields),
+        top_k=required(hf_config, "num_experts_per_tok"),
         norm_topk_prob=norm_topk_prob,
-        n_shared_experts=read_n_shared_experts(hf, family) if family.shared_expert else 0,
+        n_shared_experts=read_n_shared_experts(hf_config, family) if family.shared_expert else 0,
         bias=family.experts_bias,
     )
 
 
-def read_n_shared_experts(hf: dict, family: Family) -> int:
-    """config.json has one wide shared expert. This is the number of experts of the usual width that it is made of."""
-    shared_dim, ffn_dim = required(hf, "shared_expert_intermediate_size"), required(hf, family.ffn_dim_field)
+def read_n_shared_experts(hf_config: dict, family: Family) -> int:
+    """How many experts of the usual width the shared expert makes, which is one wide expert in config.json."""
+    shared_dim = required(hf_config, "shared_expert_intermediate_size")
+    ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
         raise UsageError(f"config.json: a shared expert of {shared_dim} is no multiple of {ffn_dim}, an expert's width")
     return shared_dim // ffn_dim
@@ -202,85 +204,86 @@ def read_n_shared_experts(hf: dict, family: Family) -> int:
 # ---- Sliding window -------------------------------------------------------------------------------------------------
 
 
-def read_sliding_window(hf: dict, family: Family) -> dict:
-    """ModelConfig's sliding_window and, if only some layers have it, window_layers."""
-    window = hf.get("sliding_window")
+def read_sliding_window(hf_config: dict, family: Family) -> dict:
+    """ModelConfig's sliding_window and, if only some layers have it, layer_has_window."""
+    window = hf_config.get("sliding_window")
     if not window or family.sliding_layers == "none":
         return {}
-    if family.needs_use_sliding_window and not hf.get("use_sliding_window"):
+    if family.needs_use_sliding_window and not hf_config.get("use_sliding_window"):
         return {}
     if family.sliding_layers == "all":
         return {"sliding_window": window}
-    if hf.get("layer_types") is None and family.default_layer_types is not None:
-        layer_types = family.default_layer_types(hf)
+    if hf_config.get("layer_types") is None and family.default_layer_types is not None:
+        layer_types = family.default_layer_types(hf_config)
     else:
-        layer_types = required(hf, "layer_types")
+        layer_types = required(hf_config, "layer_types")
     has_window = tuple(layer_type == "sliding_attention" for layer_type in layer_types)
     if not any(has_window):
         return {}
-    return {"sliding_window": window, "window_layers": None if all(has_window) else has_window}
+    return {"sliding_window": window, "layer_has_window": None if all(has_window) else has_window}
 
 
 # Functions for Family.default_layer_types
 
 
-def all_sliding(hf: dict) -> list[str]:
-    return ["sliding_attention" for _ in layer_numbers(hf)]
+def all_sliding(hf_config: dict) -> list[str]:
+    return ["sliding_attention" for _ in layer_numbers(hf_config)]
 
 
-def sliding_from_max_window_layers(hf: dict) -> list[str]:
+def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
     """The first max_window_layers layers see all tokens."""
-    first = hf["max_window_layers"]
-    return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf)]
+    first = hf_config["max_window_layers"]
+    return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
 
 
-def full_attention_every(n: int, hf: dict) -> list[str]:
+def full_attention_every(n: int, hf_config: dict) -> list[str]:
     """Every n-th layer sees all tokens."""
-    return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf)]
+    return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
 
 
-def layer_numbers(hf: dict) -> range:
-    """From 0. A config.json with a senseless number of layers, which ModelConfig refuses, must not fill the memory."""
-    return range(min(required(hf, "num_hidden_layers"), MAX_MODULES))
+def layer_numbers(hf_config: dict) -> range:
+    """The numbers of the layers, from 0. At most MAX_MODULES, so that a senseless number in config.json, which
+    ModelConfig refuses later, does not fill the memory."""
+    return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 
 # ---- RoPE -----------------------------------------------------------------------------------------------------------
 
 
-def read_rope(hf: dict, family: Family) -> dict:
+def read_rope(hf_config: dict, family: Family) -> dict:
     """ModelConfig's fields of RoPE, and the context's length that its scaling makes possible."""
-    rope, sliding_rope = collect_rope_fields(hf, family)
+    rope, sliding_rope = collect_rope_fields(hf_config, family)
     check_neutral_values(rope, family)
-    theta, scaling = rope["rope_theta"], read_rope_scaling(rope, hf)
+    theta, scaling = rope["rope_theta"], read_rope_scaling(rope, hf_config)
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if sliding_rope is not None:
         if sliding_rope["rope_type"] != "default":
             raise UsageError("config.json: scaled RoPE in layers with a sliding window is not supported")
         if sliding_rope["rope_theta"] != theta or scaling is not None:
             fields["window_rope_theta"] = sliding_rope["rope_theta"]
-    rotary_factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1
+    rotary_factor = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) or 1
     if rotary_factor != 1:
-        fields["rotary_dim"] = int(read_head_dim(hf) * rotary_factor)
+        fields["rotary_dim"] = int(read_head_dim(hf_config) * rotary_factor)
     if scaling is not None and scaling.rope_type in ("dynamic", "yarn"):  # config.json may state the trained context
         stretched = int(scaling.original_max_seq_len * scaling.factor)
-        fields["max_seq_len"] = max(required(hf, "max_position_embeddings"), stretched)
+        fields["max_seq_len"] = max(required(hf_config, "max_position_embeddings"), stretched)
     return fields
 
 
-def collect_rope_fields(hf: dict, family: Family) -> tuple[dict, dict | None]:
+def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | None]:
     """RoPE's fields: rope_theta, rope_type, factor and so on. The second dict is for the layers with a sliding window;
     None: theirs are the same.
 
     rope_theta may stand alone in config.json. The others are in rope_parameters or, in older files, in rope_scaling.
     Either may have an object for each type of layer."""
-    unscaled = {"rope_theta": hf.get("rope_theta", 10000.0), "rope_type": "default"}
+    unscaled = {"rope_theta": hf_config.get("rope_theta", 10000.0), "rope_type": "default"}
     rope, sliding_rope = dict(unscaled), None
-    if hf.get("rope_local_base_freq") is not None:
-        sliding_rope = unscaled | {"rope_theta": hf["rope_local_base_freq"]}
+    if hf_config.get("rope_local_base_freq") is not None:
+        sliding_rope = unscaled | {"rope_theta": hf_config["rope_local_base_freq"]}
     elif not family.scales_sliding_rope:
         sliding_rope = dict(unscaled)
     for name in ("rope_parameters", "rope_scaling"):
-        fields = hf.get(name) or {}
+        fields = hf_config.get(name) or {}
         if not isinstance(fields, dict):
             raise UsageError(f"config.json: {name} must be an object, not {fields!r}")
         has_layer_types = any(isinstance(value, dict) for value in fields.values())
@@ -293,12 +296,13 @@ def collect_rope_fields(hf: dict, family: Family) -> tuple[dict, dict | None]:
     return rope, sliding_rope
 
 
-def read_rope_scaling(rope: dict, hf: dict) -> RopeScaling | None:
+def read_rope_scaling(rope: dict, hf_config: dict) -> RopeScaling | None:
     rope_type = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])  # "su": its older name
     if rope_type == "default":
         return None
-    max_seq_len = required(hf, "max_position_embeddings")
-    original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_seq_len
+    max_seq_len = required(hf_config, "max_position_embeddings")
+    name = "original_max_position_embeddings"
+    original = hf_config.get(name) or rope.get(name) or max_seq_len
     if rope_type == "dynamic":
         original = max_seq_len
     factor = rope.get("factor")

@@ -1,4 +1,4 @@
-"""Opens Hugging Face's weights: safetensors and pytorch_model.bin, in one file or many. This file has no command line.
+"""Opens Hugging Face's weights: safetensors and pytorch_model.bin, in one file or many.
 
     tensors = read_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # memory-mapped: none is read yet
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoint import is_state_dict, load_pickle, read_json
+from checkpoint import is_state_dict, load_torch_file, read_json
 from config import UsageError
 from converters.model_tensors import HFTensors
 
@@ -59,7 +59,7 @@ def load_safetensors(file: Path) -> HFTensors:
 
 
 def load_bin(file: Path) -> HFTensors:
-    tensors = load_pickle(file, legacy=True)
+    tensors = load_torch_file(file, legacy=True)
     if not is_state_dict(tensors):
         raise UsageError(f"{file} is not a table of tensors")
     return tensors

@@ -5,8 +5,7 @@
     mxfp4 (gpt-oss)              X_blocks [E, N, K / 32, 16] for E experts: bytes of two numbers, the lower half first
                                  X_scales [E, N, K / 32]: exponents of powers of two, with a bias of 127
 
-Such checkpoints also say how to round activations to 8 bits. Here they keep their 16 bits. This file has no command
-line.
+Such checkpoints also say how to round activations to 8 bits. Here they keep their 16 bits.
 """
 
 import math

@@ -10,8 +10,7 @@ is for 4 bits:
     pack-quantized        weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups]; without: 8
     int-quantized         weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8; without: 0
 
-A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. The last two formats are compressed-tensors'. This file has
-no command line.
+A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. The last two formats are compressed-tensors'.
 """
 
 import math
@@ -27,11 +26,11 @@ from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups
 from kernels.formats.integers import GroupedFormat
 
-AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]  # of the outputs 0 to 7 in a word
+AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word holds the outputs 0 to 7
 
 
 @dataclass
-class Integers:
+class IntegerWeight:
     """w = (q - zero) * scale for a weight [N, K]. q and zero are unsigned."""
 
     shape: torch.Size
@@ -48,7 +47,7 @@ class Integers:
         return 1 << (self.bits - 1)
 
     def to_weight(self) -> QuantizedWeight:
-        """The same values in a format of ours."""
+        """The weight in one of our formats, with the same values."""
         if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
@@ -72,8 +71,9 @@ class Integers:
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:
-    """The dtype that scales have. Of float32: a dtype of 16 bits that holds them exactly, or float16 if that rounds
-    them by no more than 2^-11. Of tiny scales it does not; they stay float32, for which we have no format."""
+    """The dtype in which our format stores scales. Scales of 16 bits keep theirs. For float32 it is a 16-bit dtype that
+    holds them exactly, or else float16 if all are within its normal range, where rounding changes a scale by at most
+    2^-11 of itself. Otherwise it is float32, for which we have no format."""
     if scales.dtype != torch.float32:
         return scales.dtype
     for dtype in (torch.bfloat16, torch.float16):
@@ -98,8 +98,9 @@ def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
     raise UsageError(f"the weight of {layer.name} has {32 * n_words / n_numbers:g} bits; 4 and 8 are supported")
 
 
-def stated_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
-    """The group size that config.json states, checked; -1, all inputs, becomes k."""
+def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
+    """The group size that config.json states; k if it states -1, which means all inputs. Raises UsageError if it does
+    not fit the number of groups."""
     group_size = stated if isinstance(stated, int) and stated > 0 else k
     if math.ceil(k / group_size) != n_groups:
         layer.refuse(f"{n_groups} scales for {k} inputs", f"group_size {stated}")
@@ -107,7 +108,8 @@ def stated_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: 
 
 
 def read_input_order(layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int) -> Tensor | None:
-    """kind: the tensor that says for each input in which group it is. None: each group's inputs stand together."""
+    """The order of the inputs in which each group's inputs stand together. None: they do so already. kind: the name of
+    the tensor that has the group of each input."""
     if kind not in layer.tensors:
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
@@ -138,25 +140,25 @@ def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     group_size = math.ceil(k / n_groups)
     if not config.get("dynamic"):
         layer.expect("bits", bits, config.get("bits"))
-        group_size = stated_group_size(layer, config.get("group_size"), k, n_groups)
+        group_size = check_group_size(layer, config.get("group_size"), k, n_groups)
 
     def read_zeros() -> Tensor:
         zeros = unpack_numbers(qzeros, bits)
-        if is_minus_one(zeros, bits, config):
+        if has_v1_zeros(zeros, bits, config):
             one_each = 0x11111111 if bits == 4 else 0x01010101
             zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since it was subtracted with borrows
         return zeros.T[:n]
 
     order = read_input_order(layer, "g_idx", k, group_size, n_groups)
     shape = torch.Size([n, k])
-    return Integers(
+    return IntegerWeight(
         shape, bits, group_size, scales.T, lambda: unpack_numbers(qweight.T, bits), read_zeros, order
     ).to_weight()
 
 
-def is_minus_one(zeros: Tensor, bits: int, config: dict) -> bool:
-    """Whether zeros, as stored, are one less than the zero points: in version 1 of GPTQ's format. Symmetric weights,
-    whose zero points are all in the middle, tell it themselves. For others it is what config.json says."""
+def has_v1_zeros(zeros: Tensor, bits: int, config: dict) -> bool:
+    """Whether zeros, as stored, are one less than the zero points, as in version 1 of GPTQ's format. The zero points of
+    symmetric weights are all in the middle, so their zeros show it. For other weights config.json says it."""
     middle = 1 << (bits - 1)
     if (zeros == middle).all():
         return False
@@ -171,13 +173,14 @@ def awq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     if bits != 4:
         raise UsageError(f"{layer.name} is AWQ of {bits} bits; 4 are supported")
     layer.expect_shape("qzeros", n_groups, n_words)
-    group_size = stated_group_size(layer, config.get("group_size", config.get("q_group_size")), k, n_groups)
+    group_size = check_group_size(layer, config.get("group_size", config.get("q_group_size")), k, n_groups)
 
-    def in_order(words: Tensor) -> Tensor:
-        return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_POSITIONS].flatten(-2).T
+    def unpack_awq(words: Tensor) -> Tensor:
+        return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_UNPACK_ORDER].flatten(-2).T
 
     shape = torch.Size([n, k])
-    return Integers(shape, 4, group_size, scales.T, lambda: in_order(qweight), lambda: in_order(qzeros)).to_weight()
+    stored = IntegerWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
+    return stored.to_weight()
 
 
 def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +192,7 @@ def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """pack-quantized. stated: what config.json says about the layer's weight."""
+    """Reads pack-quantized. stated: what config.json says about the layer's weight."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
     if len(shape) != 2 or min(shape) < 1 or shape[0] != len(packed):
@@ -200,7 +203,7 @@ def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
 
 
 def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """int-quantized."""
+    """Reads int-quantized. stated: what config.json says about the layer's weight."""
     weight = layer.take("weight", (torch.int8,), 2)
     return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
 
@@ -213,7 +216,7 @@ def compressed_weight(
     scales = layer.take_row_scales("weight_scale", n)
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") == "group"
-    group_size = stated_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
+    group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
     middle, zeros = 1 << (bits - 1), None
     if "weight_zero_point" in layer.tensors:
         zeros = layer.take("weight_zero_point", (torch.int32, torch.int8), 2)
@@ -227,4 +230,4 @@ def compressed_weight(
         return unpack_numbers(zeros.T, bits)[:, :n].T
 
     order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups)
-    return Integers(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()
+    return IntegerWeight(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()

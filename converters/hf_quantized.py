@@ -7,18 +7,18 @@ Which layers are quantized is what the tensors say. What config.json says about 
 hf_integers.py and hf_floats.py; docs/quantized_checkpoints.md says which there are. This file has no command line.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from checkpoint import wrong_kinds_refused
 from config import ModelConfig, UsageError
 from converters.hf_floats import float8_weight, split_mxfp4
 from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
 from converters.quantized_weight import QuantizedWeight, StoredLayer
 
+PLACE = "config.json: quantization_config"
 METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4")
 AWQ_VERSIONS = ("gemm",)
 GPTQ_FORMATS = ("gptq", "gptq_v2")
@@ -36,7 +36,7 @@ def read_quantization(hf: dict) -> dict | None:
         return None
     if not isinstance(quantization, dict):
         raise UsageError("config.json: quantization_config must be an object")
-    with wrong_kinds_refused():
+    with wrong_kinds_refused(PLACE):
         check_supported(quantization)
     return quantization
 
@@ -59,16 +59,6 @@ def check_supported(quantization: dict):
                 check_one_of("format", format, (*COMPRESSED_FORMATS, MIXED))
 
 
-@contextlib.contextmanager
-def wrong_kinds_refused() -> Iterator[None]:
-    try:
-        yield
-    except UsageError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
-        raise UsageError(f"config.json: quantization_config holds something of the wrong kind ({e})") from None
-
-
 def check_one_of(field: str, value, supported: tuple[str, ...]):
     if value not in supported:
         raise UsageError(f"config.json: quantization_config's {field} {value!r} is not one of {', '.join(supported)}")
@@ -84,7 +74,7 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
         for name in [name for name in tensors if ACTIVATION_SCALES.search(name)]:
             del tensors[name]
         for layer in find_layers(tensors):
-            with wrong_kinds_refused():
+            with wrong_kinds_refused(PLACE):
                 weight = read_layer(layer, quantization)
                 layer.check_all_taken()
             for kind in layer.tensors:

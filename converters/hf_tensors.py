@@ -2,8 +2,8 @@
 
     read = to_llama_layout(tensors, config, family)    # docs/add_a_model.md says what a new family needs here
 
-What is the same computation with other weights never reaches the model: fused matrices are split, heads reordered,
-constants added. This file has no command line.
+Differences between families that other weights can express never reach the model: fused matrices are split, heads are
+reordered, constants are added.
 """
 
 import re
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from config import ModelConfig, UsageError
 from converters.hf_config import Family
-from converters.lora import Adapter, Merge, replace_tensors
+from converters.lora import Adapter, LoraMerger, replace_tensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
 from converters.quantized_weight import QuantizedWeight
 
@@ -77,7 +77,7 @@ def to_llama_layout(
     if adapter is not None:
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)
-    merge = Merge(adapter, tensors, config, rename, split) if adapter is not None else None
+    merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     order = rope_order(config, family.interleaved_rope)
     normalizes_head = family.model_type == "baichuan" and config.vocab_size > BAICHUAN_1_VOCAB
 
@@ -102,10 +102,10 @@ def to_llama_layout(
 
 
 def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
-    """In which order to take the elements of a head, so that the two of a RoPE pair are half a head apart and those
-    that RoPE leaves alone come last in each half. None: they are in this order already.
+    """The order of a head's elements in which the two elements of a RoPE pair are half a head apart, and elements
+    without RoPE come last in each half. None: the elements are in this order already.
 
-    interleaved: the two of a pair are side by side, as in Meta's files. Then the order of six is 0 2 4 1 3 5."""
+    interleaved: the two elements of a pair are side by side, as in Meta's files. For six it is 0 2 4 1 3 5."""
     rotary_dim = config.rotary_dim or config.head_dim
     if rotary_dim == config.head_dim and not interleaved:
         return None
@@ -126,9 +126,10 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
     return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
 
 
-def sort_input_orders(tensors: HFTensors):
-    """Where act-order has scattered the inputs of down_proj's groups, puts each group's together. down_proj's inputs
-    are the rows of gate_proj and up_proj, so these are put in the same order, and the model stays the same."""
+def undo_act_order(tensors: HFTensors):
+    """Undoes act-order in down_proj, where it has scattered the inputs of groups: each group's inputs come to stand
+    together. The inputs of down_proj are the rows of gate_proj and up_proj. These are put in the same order, so the
+    model stays the same."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
         if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
@@ -143,9 +144,9 @@ def sort_input_orders(tensors: HFTensors):
 
 
 def center_outputs(name: str, tensor: Tensor) -> Tensor:
-    """The tensor of this name, made so that its outputs have mean zero if they are added to x: those of the embedding
-    and of each sublayer's last projection. Then x has mean zero, too, and LayerNorm(x) is RMSNorm(x). The model stays
-    the same: every LayerNorm would subtract that mean from x anyway."""
+    """The tensor of this name, changed so that its outputs have mean zero, if they are added to x: the embedding and
+    the last projection of each sublayer. Then x has mean zero, too, and LayerNorm(x) is RMSNorm(x). The model stays the
+    same: every LayerNorm would subtract that mean from x anyway."""
     is_embedding = name == EMBEDDING
     if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.weight$", name):
         return tensor
@@ -157,9 +158,9 @@ def center_outputs(name: str, tensor: Tensor) -> Tensor:
 
 
 def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
-    """Splits what Llama has in several tensors, or for each expert."""
+    """Splits tensors that hold several of Llama's tensors, or all experts."""
     split_fused(tensors, config)
-    sort_input_orders(tensors)
+    undo_act_order(tensors)
     split_experts(tensors, is_transposed=family.model_type == "gpt_oss")
     if config.moe is not None and config.moe.n_shared_experts:
         split_shared_expert(tensors, config)

@@ -1,11 +1,11 @@
-"""Merges a LoRA adapter, as PEFT saves it, into the weights of its base model. This file has no command line.
+"""Merges a LoRA adapter, as PEFT saves it, into the weights of its base model.
 
     adapter = read_adapter(Path("checkpoints/my-adapter"))    # adapter_config.json, adapter_model.safetensors or .bin
-    merge = Merge(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_llama_layout
+    merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_llama_layout
     weight = merge(name, tensors[name])
 
-LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]: it becomes W + scale * B A, with A [r, K], B [N, r].
-PEFT has more than this. What it has and this file does not compute is refused by name.
+LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]. W becomes W + scale * B A, with A [r, K] and
+B [N, r]. PEFT has other kinds of adapters, too. They are refused by name.
 """
 
 import math
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import read_json
+from checkpoint import read_json, wrong_kinds_refused
 from config import ModelConfig, UsageError
 from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors
@@ -34,27 +34,27 @@ UNSUPPORTED_FIELDS = {
     "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "monteclora_config": "MonteCLoRA", "ensure_weight_tying": "LoRA of an embedding and a head together",
 }  # fmt: skip
-# How A and B began, where W stayed as it was. The other ways, such as PiSSA, trained A and B beside another W.
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Initializations of A and B that leave W as it is. Others, such as PiSSA, change W, so that the adapter needs that W.
+SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """The change of one weight, scale * B A."""
+class LoraDelta:
+    """What an adapter adds to one weight: scale * B A."""
 
     a: Tensor  # [r, K]
     b: Tensor  # [N, r]
     scale: float
 
-    def delta(self) -> Tensor:
+    def compute(self) -> Tensor:
         return self.scale * (self.b.float() @ self.a.float())
 
 
 @dataclass(frozen=True)
 class Adapter:
-    changes: dict[str, LowRank]  # transformers' name of a weight -> its change
-    replaced: HFTensors  # whole tensors, trained besides (modules_to_save)
-    has_all_layers: bool  # it has the same weights in every layer of its model
+    deltas: dict[str, LoraDelta]  # by transformers' name of the weight
+    whole_tensors: HFTensors  # trained in full (modules_to_save): they replace the base model's
+    has_all_layers: bool  # whether it must have the same deltas in every layer of its model
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -66,19 +66,18 @@ def read_adapter(folder: Path) -> Adapter:
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}")
     config = read_json(path)
-    try:
-        check_config(config)
-        halves, replaced = sort_tensors(read_adapter_tensors(folder))
-        changes = {f"{module}.weight": make_change(module, config, *ab) for module, ab in halves.items()}
-    except UsageError as e:
-        raise UsageError(f"{folder}: {e}") from None
-    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
-        raise UsageError(f"{path} holds something of the wrong kind ({e})") from None
+    with wrong_kinds_refused(str(path)):
+        try:
+            check_config(config)
+            lora_pairs, whole_tensors = sort_tensors(read_adapter_tensors(folder))
+            deltas = {f"{module}.weight": make_delta(module, config, *ab) for module, ab in lora_pairs.items()}
+        except UsageError as e:
+            raise UsageError(f"{folder}: {e}") from None
     targets = config.get("target_modules")
     is_list = isinstance(targets, list) or targets == "all-linear"
     may_lack_layers = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     names_layers = isinstance(targets, list) and any(re.search(r"(^|\.)\d+\.", target) for target in targets)
-    return Adapter(changes, replaced, has_all_layers=is_list and not may_lack_layers and not names_layers)
+    return Adapter(deltas, whole_tensors, has_all_layers=is_list and not may_lack_layers and not names_layers)
 
 
 def check_config(config: dict):
@@ -91,7 +90,7 @@ def check_config(config: dict):
     if config.get("bias", "none") != "none":
         raise UsageError(f"{ADAPTER_CONFIG}: bias = {config['bias']!r} is not supported; 'none' is")
     start = config.get("init_lora_weights")
-    if start not in PLAIN_STARTS:
+    if start not in SUPPORTED_INITS:
         why = "its base is not the original model: save it with PEFT's path_initial_model_for_weight_conversion"
         raise UsageError(f"{ADAPTER_CONFIG}: init_lora_weights = {start!r} is not supported, for {why}")
 
@@ -113,35 +112,35 @@ def read_adapter_tensors(folder: Path) -> HFTensors:
 
 
 def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], HFTensors]:
-    """(A and B of each module, the whole tensors)."""
-    halves, replaced = {}, {}
+    """Returns (A and B of each module by name, the whole tensors by name)."""
+    lora_pairs, whole_tensors = {}, {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.default)?(\.weight)?", name)
         if match is None:
             if ".lora_" in name:
                 raise UsageError(f"tensor {name} is of a kind of LoRA that is not supported")
-            replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = tensor
+            whole_tensors[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = tensor
             continue
         module, is_embedding, half, *_ = match.groups()
         if tensor.dim() != 2:
             raise UsageError(f"tensor {name} is no matrix but {list(tensor.shape)}")
         if is_embedding:  # its weight is [V, dim], and its A [r, V] and B [dim, r]: B A is the change transposed
             tensor, half = tensor.mT, {"A": "B", "B": "A"}[half]
-        halves.setdefault(module, {})[half] = tensor
-    for module, half in halves.items():
+        lora_pairs.setdefault(module, {})[half] = tensor
+    for module, half in lora_pairs.items():
         if len(half) != 2:
             raise UsageError(f"of {module}, lora_{'B' if 'A' in half else 'A'} is missing")
-    return {module: (half["A"], half["B"]) for module, half in halves.items()}, replaced
+    return {module: (half["A"], half["B"]) for module, half in lora_pairs.items()}, whole_tensors
 
 
-def make_change(module: str, config: dict, a: Tensor, b: Tensor) -> LowRank:
+def make_delta(module: str, config: dict, a: Tensor, b: Tensor) -> LoraDelta:
     if not is_target(module, config.get("target_modules")):
         raise UsageError(f"there are tensors for {module}, which target_modules of {ADAPTER_CONFIG} does not name")
     r = find_pattern(config.get("rank_pattern"), module, config["r"] if "r" in config else 8)
     alpha = find_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if len(a) != r or b.shape[1] != r:
         raise UsageError(f"{ADAPTER_CONFIG} gives {module} the rank {r}; its tensors have {len(a)} and {b.shape[1]}")
-    return LowRank(a, b, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    return LoraDelta(a, b, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
 
 
 def is_target(module: str, target_modules: str | list[str]) -> bool:
@@ -163,12 +162,12 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 
 
 def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str]):
-    """Puts the adapter's whole tensors in the place of the model's. If a tied embedding or head changes, the other one
-    stays as it is; so the head, which may be left out, becomes a tensor of its own."""
-    names = {rename(name) for name in (*adapter.changes, *adapter.replaced)}
+    """Replaces tensors of the model by whole tensors of the adapter. If the adapter changes only one of a tied
+    embedding and head, they are no longer tied: the head becomes a tensor of its own."""
+    names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
     if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
-    for name, tensor in adapter.replaced.items():
+    for name, tensor in adapter.whole_tensors.items():
         base = tensors.get(rename(name))
         if base is None:
             raise UsageError(f"the adapter replaces {name}, which the base model does not have")
@@ -178,9 +177,9 @@ def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, r
         tensors[rename(name)] = tensor.to(base.dtype)
 
 
-class Merge:
-    """merge(name, weight): the weight of this name with the adapter's change. Conversion renames and splits a weight,
-    so it does the same to the weight's change. Raises UsageError if a change does not fit the model."""
+class LoraMerger:
+    """merge(name, weight) returns the weight called name with its delta added. Conversion renames and splits weights,
+    so the deltas are renamed and split likewise. Raises UsageError if a delta does not fit the model."""
 
     def __init__(
         self, adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str],
@@ -188,15 +187,15 @@ class Merge:
     ):  # fmt: skip
         """tensors: the base model's, renamed and split."""
         self.rename, self.split = rename, split
-        self.change_of: dict[str, tuple[str, LowRank]] = {}  # name of a tensor -> transformers' name, change
-        for name, change in adapter.changes.items():
-            shape = len(change.b), change.a.shape[1]
-            for part, delta in self.split_delta(name, torch.empty(shape, device="meta")).items():
-                check_fit(name, shape, delta, tensors.get(part), part in self.change_of)
-                self.change_of[part] = name, change
+        self.delta_of: dict[str, tuple[str, LoraDelta]] = {}  # tensor's name -> transformers' name, delta
+        for name, delta in adapter.deltas.items():
+            shape = len(delta.b), delta.a.shape[1]
+            for part, empty in self.split_delta(name, torch.empty(shape, device="meta")).items():
+                check_fit(name, shape, empty, tensors.get(part), part in self.delta_of)
+                self.delta_of[part] = name, delta
         if adapter.has_all_layers:
-            check_layers(self.change_of, config.n_layers)
-        self.last: tuple[str, HFTensors] = "", {}  # the change that was computed last, in its parts
+            check_layers(self.delta_of, config.n_layers)
+        self.last: tuple[str, HFTensors] = "", {}  # the delta that was computed last: its name, its parts
 
     def split_delta(self, name: str, delta: Tensor) -> HFTensors:
         parts = {self.rename(name): delta}
@@ -204,11 +203,11 @@ class Merge:
         return parts
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        if name not in self.change_of:
+        if name not in self.delta_of:
             return weight
-        whole, change = self.change_of[name]
+        whole, delta = self.delta_of[name]
         if self.last[0] != whole:
-            self.last = whole, self.split_delta(whole, change.delta())
+            self.last = whole, self.split_delta(whole, delta.compute())
         merged = (weight.float() + self.last[1][name]).to(weight.dtype)
         if not merged.isfinite().all():
             raise UsageError(f"{whole} is not finite with the adapter; one of them is broken")
@@ -227,8 +226,8 @@ def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor |
         raise UsageError(f"the adapter changes {name} twice")
 
 
-def check_layers(changed: dict[str, tuple[str, LowRank]], n_layers: int):
-    """Raises UsageError unless every layer has the same changes, or none has any."""
+def check_layers(changed: dict[str, tuple[str, LoraDelta]], n_layers: int):
+    """Raises UsageError unless every layer has the same deltas, or none has any."""
     layers_of: dict[str, set[int]] = {}  # name within a layer -> layers
     for name in changed:
         match = re.match(r"model\.layers\.(\d+)\.(.+)", name)

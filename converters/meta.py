@@ -1,12 +1,11 @@
-"""Reads Llama in Meta's own format: consolidated.00.pth, consolidated.01.pth ... and params.json. No command line.
+"""Reads Llama in Meta's own format: consolidated.00.pth, consolidated.01.pth ... and params.json.
 
     config, tensors, read, files, note = read_meta(Path("checkpoints/Llama3.2-1B"))
 
-Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files are of this format, and
-so are karpathy's tinyllamas, but for their params, which read_tinyllamas finds in the file itself.
+Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have this format, too.
+karpathy's tinyllamas also have it, except that their params are in the file itself (read_tinyllamas).
 
-params.json does not say how long the context is. This goes by what tells the generations apart,
-from the top down:
+params.json does not state the length of the context. infer_llama_version finds it by the first line that applies:
 
     Llama 3.1    use_scaled_rope                              131072   RoPE is stretched 8-fold
     Llama 3.2    use_scaled_rope, the head is the embedding   131072   32-fold
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import is_state_dict, load_pickle, read_json
+from checkpoint import is_state_dict, load_torch_file, read_json
 from config import ModelConfig, RopeScaling, UsageError
 from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import META_FFN_TO_HF, rename_tensor, reorder_heads, rope_order
@@ -34,6 +33,7 @@ from converters.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens,
 from tokenizer import read_tokenizer_model
 
 PARAMS = "params.json"
+TIED = (HEAD, EMBEDDING)  # the same tensor in models that tie them
 META_TO_HF = META_FFN_TO_HF | {  # parts of Meta's names -> Hugging Face's
     "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
@@ -48,7 +48,7 @@ LLAMA31_CONTEXT, LLAMA31_TRAINED_CONTEXT = 131072, 8192
 LLAMA3_THETA = 500000
 
 
-def hf_name(name: str) -> str:
+def to_hf_name(name: str) -> str:
     """Hugging Face's name of one of Meta's tensors."""
     return HEAD if name == "output.weight" else "model." + rename_tensor(name, META_TO_HF)
 
@@ -66,8 +66,8 @@ def read_meta(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader, dict[
         check_params(params)
         check_shard_count(folder, params, shards, len(files))
         dims = {name: shard_dim(name, shards[name][0], params["dim"]) for name in shards}
-        tensors = {name: join([t.to("meta") for t in shards[name]], dims[name]) for name in shards}
-        has_tied_head = HEAD not in shards or torch.equal(*(join(shards[n], dims[n]) for n in (HEAD, EMBEDDING)))
+        tensors = {name: concat_shards([t.to("meta") for t in shards[name]], dims[name]) for name in shards}
+        has_tied_head = HEAD not in shards or torch.equal(*(concat_shards(shards[n], dims[n]) for n in TIED))
         config, note = meta_config(params, tensors, has_tied_head)
     except UsageError:
         raise
@@ -78,13 +78,13 @@ def read_meta(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader, dict[
     order = rope_order(config, interleaved=True)
 
     def read(name: str) -> Tensor:
-        return reorder_heads(name, join(shards[name], dims[name]), order)
+        return reorder_heads(name, concat_shards(shards[name], dims[name]), order)
 
     return config, tensors, read, tokenizer, note
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """In the order of their numbers. Raises UsageError if one is missing."""
+    """The files of the shards, in the order of their numbers. Raises UsageError if one is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     for i, file in enumerate(files):
         if file.name != f"consolidated.{i:02d}.pth":
@@ -104,7 +104,7 @@ def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
         if difference := tensors.keys() ^ contents[0].keys():
             raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")
     names = [name for name in contents[0] if name != "rope.freqs"]  # a table, which we compute
-    return {hf_name(name): [tensors[name] for tensors in contents] for name in names}
+    return {to_hf_name(name): [tensors[name] for tensors in contents] for name in names}
 
 
 def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
@@ -117,7 +117,7 @@ def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
     return 1 if re.search(r"\.(o_proj|down_proj)\.", name) else 0
 
 
-def join(shards: list[Tensor], dim: int | None) -> Tensor:
+def concat_shards(shards: list[Tensor], dim: int | None) -> Tensor:
     return shards[0] if dim is None or len(shards) == 1 else torch.cat(shards, dim)
 
 
@@ -149,7 +149,7 @@ def meta_head_dim(params: dict) -> int:
 
 
 def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
-    """The config, and a line about what comes from the generation; "" if there is nothing."""
+    """The config, and a line about what was inferred; "" if nothing was."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
     note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"
@@ -226,13 +226,13 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
     (file,) = files
     try:
-        data = dict(load_pickle(file, legacy=True))
+        data = dict(load_torch_file(file, legacy=True))
         if not is_state_dict(data["model"]):
             raise UsageError(f"{file} is not a table of tensors")
         tensors = {}
         for name, tensor in data["model"].items():
             name = name.removeprefix("_orig_mod.")  # torch.compile's
-            tensors[hf_name(name)] = tensor
+            tensors[to_hf_name(name)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
     except UsageError:
         raise

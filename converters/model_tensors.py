@@ -1,9 +1,9 @@
-"""Writes model.pth from tensors with Hugging Face's names for Llama. Both converters end with this.
+"""Writes model.pth from tensors with Hugging Face's names for Llama. All converters end with this.
 
     convert(Path("model.pth"), config, tensors, read)
 
 It renames tensors and stacks those that are always used together: q, k and v; gate and up; the experts of a layer. Only
-one weight is in memory at a time. Quantized weights stay quantized. This file has no command line.
+one weight is in memory at a time. Quantized weights stay quantized.
 """
 
 import os
@@ -47,7 +47,8 @@ MOE_SOURCES = HF_SOURCES | {
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
-COMPUTED = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")  # tables of RoPE in some checkpoints; we compute them
+# Tables of RoPE in some checkpoints, which are computed here
+ROPE_BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names
@@ -79,7 +80,7 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     used = {source for plan in plans.values() for source in plan.sources}
     if config.tie_embeddings:
         used.add(HEAD)
-    left_over = [name for name in tensors if name not in used and not COMPUTED.search(name)]
+    left_over = [name for name in tensors if name not in used and not ROPE_BUFFERS.search(name)]
     if left_over:
         what = f"the checkpoint's tensor {min(left_over)} has no place in this model"
         raise UsageError(f"{what} ({len(left_over)} left over)")
@@ -90,7 +91,7 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     shapes = {}
     for name, plan in plans.items():
         for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():
-            shapes[name_part(name, tensor_name)] = (tuple(t.shape), t.dtype)
+            shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
     save_checkpoint(path, config, shapes, stack_tensors(plans, read), describe_formats(plans, default))
     return path
 
@@ -100,7 +101,7 @@ def has_tied_head(tensors: HFTensors, read: TensorReader) -> bool:
     return isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
 
 
-def name_part(name: str, tensor_name: str) -> str:
+def stored_name(name: str, tensor_name: str) -> str:
     """The name in model.pth of one of the tensors that our tensor called name is stored as."""
     return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
@@ -195,7 +196,7 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, those of one weight at a time."""
+    """Yields (name, tensor) of our tensors. Only one weight is in memory at a time."""
     for name, plan in plans.items():
         ours = plan.format.empty(plan.shape, plan.dtype, "cpu")
         start = 0
@@ -209,7 +210,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
                 rows[start : start + len(t)].copy_(t)
             start += weight.shape[0]
         for tensor_name, t in ours.items():
-            yield name_part(name, tensor_name), t
+            yield stored_name(name, tensor_name), t
 
 
 # ---- Formats --------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
 
 
 def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
-    """Says on stderr which weights do not stay quantized, though the checkpoint has them so, and why."""
+    """Prints which of the checkpoint's quantized weights become dense, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for plan in plans.values():
         quantized = {name: tensors[name] for name in plan.sources if isinstance(tensors[name], QuantizedWeight)}
@@ -248,7 +249,7 @@ def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
 
 
 def why_dequantized(weights: list[QuantizedWeight]) -> str:
-    """weights: those that are stacked."""
+    """The reason why weights, which are stacked, become dense."""
     if any(weight.input_order is not None or isinstance(weight.format, Dense) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
         return f"{why}; a checkpoint without it becomes a smaller file"

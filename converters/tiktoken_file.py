@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json. This file has no command line.
+"""Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json.
 
     ranks = read_tiktoken(Path("checkpoints/Llama3.2-1B/tokenizer.model"))
     files = tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
@@ -26,7 +26,7 @@ LLAMA31_NAMES = [
     "begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id", "eom_id",
     "eot_id", "python_tag",
 ]  # fmt: skip
-# Of the models for chats. Other models have not learnt it.
+# The chat models' template. Other models have not learnt it.
 LLAMA3_TEMPLATE = """
 {{- bos_token }}
 {%- for m in messages -%}
@@ -92,8 +92,8 @@ def tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, by
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that are joined to each token, in the order of the ranks. A token that arises only as a whole word
-    has none."""
+    """The pair of tokens that is joined to each token, in the order of the ranks. A token that arises only as a whole
+    word has no pair."""
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = join_pairs(token, ranks, ranks[token])

@@ -3,8 +3,7 @@
     lm = harness_model(model, tokenizer, max_length=2048, batch_size=8, compile=False)
     results, table = evaluate(lm, ["hellaswag"], task_manager(["hellaswag"], None), limit=100)
 
-lm_eval is imported when it is needed, so that this file can be imported without it. There is no command line here; see
-eval.py.
+lm_eval is imported at first use, so that this file can be imported without it. eval.py is the command.
 """
 
 from dataclasses import fields
@@ -47,7 +46,7 @@ def task_manager(tasks: list[str], include_path: Path | None):
 
 
 def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = False) -> tuple[dict, str]:
-    """(lm_eval's results by task and metric, the same as a table)."""
+    """Returns (lm_eval's results by task and metric, the same as a table)."""
     lm_eval = import_lm_eval()
     load_tasks = getattr(manager, "load", None) or manager.load_task_or_group  # versions differ
     try:
@@ -99,7 +98,7 @@ class HarnessModel:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Text that is written like a special token becomes one, since lm_eval passes on a chat template's as text."""
-        ids = self.tokenizer.encode_parts(self.tokenizer.split_special(string))
+        ids = self.tokenizer.encode_parts(self.tokenizer.split_at_special_tokens(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
         return self.tokenizer.bos_ids + ids if add_special_tokens else ids
@@ -115,7 +114,8 @@ class HarnessModel:
         return text
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """For requests (_, context ids, answer ids): the answer's log-likelihood, and whether it is the greedy one."""
+        """Requests are (_, context ids, answer ids). Returns for each the answer's log-likelihood, and whether greedy
+        decoding gives the answer."""
         longest = self.max_length + 1
         sequences = [ScoredSequence((context + answer)[-longest:], len(answer)) for _, context, answer in requests]
         if any(sequence.n_scored >= len(sequence.ids) for sequence in sequences):
@@ -143,20 +143,20 @@ class HarnessModel:
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The model's answers, max_batch_size of them computed at a time."""
-        answers = [self.answer_request(*request.args, seed=i) for i, request in enumerate(requests)]
+        answers = [self.make_request(*request.args, seed=i) for i, request in enumerate(requests)]
         max_seq_len = max((len(answer.prompt_ids) + answer.max_new_tokens for answer in answers), default=1)
-        n_slots = max(1, min(self.max_batch_size, len(answers)))
-        scheduler = Scheduler(self.model, n_slots, max_seq_len, compile=self.compile)
+        parallel = max(1, min(self.max_batch_size, len(answers)))
+        scheduler = Scheduler(self.model, parallel, max_seq_len, compile=self.compile)
         completions = complete_all(scheduler, self.tokenizer, answers)
         bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
         return [completion.text for completion in bar]
 
-    def answer_request(self, text: str, kwargs: dict, seed: int) -> Request:
+    def make_request(self, text: str, kwargs: dict, seed: int) -> Request:
         """A generation request of lm_eval: the prompt's text, and the options of the answer."""
         options = read_options(kwargs)
         return Request(self.prompt_ids(text, options), seed=seed, **options._asdict())
 
-    def prompt_ids(self, text: str, options: "Options") -> list[int]:
+    def prompt_ids(self, text: str, options: "GenerationOptions") -> list[int]:
         """The token ids of text. If they leave no room for an answer, the first ones are dropped."""
         asked = options.max_new_tokens
         n = self.max_length - asked
@@ -165,7 +165,7 @@ class HarnessModel:
         return self.tok_encode(text)[-n:] or [self.prefix_token_id]
 
 
-class Options(NamedTuple):
+class GenerationOptions(NamedTuple):
     """The options of a generation request."""
 
     sampling: SamplingParams
@@ -173,7 +173,7 @@ class Options(NamedTuple):
     stop: tuple[str, ...]  # texts that end the answer
 
 
-def read_options(kwargs: dict) -> Options:
+def read_options(kwargs: dict) -> GenerationOptions:
     """The options in the keyword arguments of lm_eval's generation request."""
     # An option that is None or 0 is off, so SamplingParams keeps its default.
     sampling = {field.name: kwargs[field.name] for field in fields(SamplingParams) if kwargs.get(field.name)}
@@ -185,4 +185,4 @@ def read_options(kwargs: dict) -> Options:
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []
     until = [until] if isinstance(until, str) else until
-    return Options(SamplingParams(**sampling), max_new_tokens, tuple(text for text in until if text))
+    return GenerationOptions(SamplingParams(**sampling), max_new_tokens, tuple(text for text in until if text))

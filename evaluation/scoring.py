@@ -3,7 +3,7 @@
     for score in compute_scores(model, [ScoredSequence(ids, n_scored=3)]): ...
     perplexity(model, tokenizer, text, length=1024)
 
-This file has no command line; see eval.py.
+eval.py is the command.
 """
 
 import math
@@ -21,7 +21,7 @@ from model import Transformer
 from steps import NOT_FINITE, chunked_prefill, compile_blocks, make_kv_cache
 from tokenizer import Tokenizer
 
-LOGITS_CHUNK = 256  # positions whose logits are in memory at a time
+LOGITS_CHUNK_TOKENS = 256  # positions whose logits are in memory at a time
 
 
 def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
@@ -62,7 +62,7 @@ class ScoredSequence(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The model's judgement of a sequence's last n tokens, each given the tokens before it."""
+    """The scores of a sequence's last n tokens, each given the tokens before it."""
 
     index: int  # of the sequence
     logprobs: Tensor  # [n]
@@ -101,7 +101,8 @@ def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hid
     n, last = sequence.n_scored, len(sequence.ids) - 1
     targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
     logprobs, is_greedy = [], []
-    for x, target in zip(hidden[last - n : last].split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
+    scored = hidden[last - n : last]  # [n, dim]
+    for x, target in zip(scored.split(LOGITS_CHUNK_TOKENS), targets.split(LOGITS_CHUNK_TOKENS), strict=True):
         logits = model.compute_logits(x)
         logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
         is_greedy.append(logits.argmax(-1) == target)

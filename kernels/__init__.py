@@ -145,15 +145,15 @@ def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_h
 
 
 def route(
-    logits: Tensor, top_k: int, normalize: bool, backend: str, n_shared_experts: int = 0
+    logits: Tensor, top_k: int, norm_topk_prob: bool, backend: str, n_shared_experts: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k]. normalize: scale
-    the weights so that they sum to one.
+    """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k].
+    norm_topk_prob: scale the weights so that they sum to one.
 
     n_shared_experts: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The
     sigmoid of the last one is the weight of each of them, and the results are [..., top_k + n_shared_experts]."""
     ops = ops_of_backend(backend, count_tokens(logits))
-    return (ops or reference).route(logits, top_k, normalize, n_shared_experts)
+    return (ops or reference).route(logits, top_k, norm_topk_prob, n_shared_experts)
 
 
 def experts_gate_up(
@@ -214,7 +214,7 @@ def dequantize(layer: LinearLayer, dtype: torch.dtype, experts=slice(None)) -> T
 
 
 def count_tokens(x: Tensor) -> int:
-    """Of x [..., width]."""
+    """The number of tokens in x [..., width]."""
     return x.numel() // x.shape[-1]
 
 
@@ -231,13 +231,13 @@ def weight_arguments(layer: MatrixLayer) -> tuple:
 # ---- Choosing a backend ---------------------------------------------------------------------------------------------
 
 
-def prepare_kernels(model: torch.nn.Module, in_mapped_file: bool = False):
+def prepare_kernels(model: torch.nn.Module, is_mmapped: bool = False):
     """Switches the linear layers of model to the kernels for its device, if these work here. The weights move to packed
     copies, so an embedding that was tied to the head must be tied again (Transformer.prepare_kernels).
 
     On a CPU, quantized weights for which there are no kernels are dequantized to the dtype of the others.
 
-    in_mapped_file: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
+    is_mmapped: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
     so that no weight is in memory twice."""
     device = next(model.parameters()).device
     layers = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
@@ -248,14 +248,14 @@ def prepare_kernels(model: torch.nn.Module, in_mapped_file: bool = False):
         dtypes = [p.dtype for p in model.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16)]
         if dtypes:
             without_kernels = [m for m in layers if m.format.quantization and m not in fitting]
-            dequantize_weights(without_kernels, dtypes[0], in_mapped_file)
+            dequantize_weights(without_kernels, dtypes[0], is_mmapped)
         if has_kernels:
-            pack_for_cpu(layers, in_mapped_file)
+            pack_for_cpu(layers, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
         pack_for_triton(layers, model.dtype)
 
 
-def pack_for_cpu(linears: list[MatrixLayer], in_mapped_file: bool):
+def pack_for_cpu(linears: list[MatrixLayer], is_mmapped: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
     is_quantized = any(layer.format.quantization for layer in linears)
@@ -268,14 +268,14 @@ def pack_for_cpu(linears: list[MatrixLayer], in_mapped_file: bool):
         unpacked = layer.tensors()
         for name, packed in layer.format.pack(unpacked, "cpu").items():
             layer.set_tensor(name, memory.copy(packed))
-            if in_mapped_file:
+            if is_mmapped:
                 drop_pages(unpacked[name])
         # In a quantized model dense layers, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be faster:
         # one operation outside the kernels would make the whole step impossible to record.
         layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
-def dequantize_weights(linears: list[MatrixLayer], dtype: torch.dtype, in_mapped_file: bool):
+def dequantize_weights(linears: list[MatrixLayer], dtype: torch.dtype, is_mmapped: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
     so and leaves them as they are."""
@@ -290,7 +290,7 @@ def dequantize_weights(linears: list[MatrixLayer], dtype: torch.dtype, in_mapped
         layer.set_tensor("weight", dequantize_rows(layer.format, quantized, layer.in_features, dtype))
         layer.scales = layer.zeros = None
         layer.format = Dequantized(layer.format.name)
-        for tensor in quantized.values() if in_mapped_file else ():
+        for tensor in quantized.values() if is_mmapped else ():
             drop_pages(tensor)
 
 

@@ -61,14 +61,15 @@ def find_or_compile() -> ctypes.CDLL | None:
             return load_cached(library_name(compiler)) or compile_and_load(compiler)
         except (OSError, subprocess.CalledProcessError) as e:
             why = f"kernels/csrc does not build here ({reason(e)})"
-    library = load_cached(library_name(None))  # which another compiler has made
+    library = load_cached(library_name(None))  # made earlier, by any compiler
     if library is None:
         print(f"{why}: running on PyTorch's own, slower operations", file=sys.stderr)
     return library
 
 
 def use_one_thread():
-    """In the child of a fork: OpenMP's other threads have stayed in the parent, and it would wait for them for ever."""
+    """Called in the child of a fork. OpenMP's other threads exist only in the parent, so the child would wait for them
+    for ever."""
     torch.set_num_threads(1)
 
 
@@ -109,7 +110,7 @@ def library_name(compiler: list[str] | None) -> str:
 
 
 def cpu_description() -> str:
-    """What Linux says of the first CPU's model and instruction sets; "" on other systems."""
+    """The model and the instruction sets of the first CPU, as Linux reports them; "" on other systems."""
     with contextlib.suppress(OSError):
         first_cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
         fields = dict(map(str.strip, line.partition(":")[::2]) for line in first_cpu.splitlines())
@@ -215,10 +216,10 @@ def signals_held() -> Iterator[list[int]]:
 
 
 def reason(e: Exception) -> str:
-    """The line of what a compiler has said, or of any other error, that says why."""
+    """The line that gives the reason, of a compiler's output or another error's message."""
     lines = (getattr(e, "stderr", None) or str(e)).splitlines()
-    telling = [line for word in ("No space left", "error") for line in lines if word in line]
-    return telling[0] if telling else str(e)
+    reasons = [line for word in ("No space left", "error") for line in lines if word in line]
+    return reasons[0] if reasons else str(e)
 
 
 def load_library(library: Path) -> ctypes.CDLL:
@@ -235,8 +236,8 @@ def load_library(library: Path) -> ctypes.CDLL:
 class HugePages:
     """Copies tensors into huge pages, one behind the other. With small pages, TLB misses cost time."""
 
-    CHUNK = 2**26  # bytes that are allocated at a time, or more for a larger tensor
-    PAGE = 2**21
+    MIN_ALLOCATION = 2**26  # bytes that are allocated at a time, or more for a larger tensor
+    PAGE_BYTES = 2**21
     ALIGNMENT = 64  # a cache line
 
     def __init__(self):
@@ -244,8 +245,8 @@ class HugePages:
 
     def copy(self, t: Tensor) -> Tensor:
         if self.used + t.nbytes > self.memory.numel():  # a new chunk, with room to start at the beginning of a page
-            self.memory = torch.empty(max(t.nbytes, self.CHUNK) + 2 * self.PAGE, dtype=torch.uint8)
-            self.used = -self.memory.data_ptr() % self.PAGE
+            self.memory = torch.empty(max(t.nbytes, self.MIN_ALLOCATION) + 2 * self.PAGE_BYTES, dtype=torch.uint8)
+            self.used = -self.memory.data_ptr() % self.PAGE_BYTES
             use_huge_pages(self.memory[self.used :])
         copy = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
         self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT

@@ -1,4 +1,4 @@
-"""What the operations must know of a model's layers: the attributes that they read, and a layer's cache.
+"""The attributes of a model's layers that the operations read, and the KV cache of a layer.
 
 model.py has the layers themselves. Tests and benchmarks pass others with these attributes.
 """

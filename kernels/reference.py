@@ -33,7 +33,7 @@ def fused_linear(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """arXiv:1910.07467. In float32, except for the product with the weight."""
+    """RMSNorm (arXiv:1910.07467), in float32 except for the product with the weight."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = normed.to(x.dtype) * weight
@@ -45,11 +45,11 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap)
 
 
-def silu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
@@ -59,7 +59,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "clamped_swiglu": clamped_swiglu}
+ACTIVATIONS = {"swiglu": swiglu, "geglu_tanh": geglu_tanh, "clamped_swiglu": clamped_swiglu}
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:
@@ -104,8 +104,8 @@ def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Ten
 
 
 def sdpa_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor, fills_cache: bool) -> Tensor:
-    """By PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]. fills_cache:
-    the T tokens are all that the cache holds."""
+    """Attention by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D].
+    fills_cache: the T tokens are all that the cache holds."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
         mask = causal_mask(positions, S, layer.window)
@@ -121,7 +121,7 @@ def sdpa_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, position
 
 
 def eager_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor) -> Tensor:
-    """What SDPA cannot do: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """Attention with what SDPA lacks: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * layer.scale  # [B, G, H/G, T, S]
@@ -166,10 +166,10 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
 
 
-def route(logits: Tensor, top_k: int, normalize: bool, n_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
     n_experts = logits.shape[-1] - (1 if n_shared_experts else 0)
     topk_weights, topk_ids = F.softmax(logits[..., :n_experts], dim=-1).topk(top_k, dim=-1)
-    if normalize:
+    if norm_topk_prob:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
     if n_shared_experts:
         shared_ids = torch.arange(n_experts, n_experts + n_shared_experts, device=logits.device)

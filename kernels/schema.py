@@ -1,4 +1,4 @@
-"""What PyTorch must know of each operation that has kernels: its schema, and the shape of its result.
+"""The schema of each operation that has kernels, and the shape of its result, as PyTorch needs them.
 
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 take the arguments of this schema, so a change here is a change in both. kernels/__init__.py says what each one does.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 NAMESPACES = ("gptfast", "gptfast_triton")
-ACTIVATION_IDS = {None: 0, "silu": 1, "gelu_tanh": 2, "clamped_swiglu": 3}  # of the kernels; also in csrc/simd.h
+ACTIVATION_IDS = {None: 0, "swiglu": 1, "geglu_tanh": 2, "clamped_swiglu": 3}  # of the kernels; also in csrc/simd.h
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
 SCHEMAS: dict[str, str] = {}  # name -> schema of the leaf operations, the only ones that a recorded CPU step may call
 
@@ -85,8 +85,8 @@ def attend(
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 
-@define("(Tensor logits, int top_k, bool normalize, int n_shared_experts) -> (Tensor, Tensor)")
-def route(logits, top_k, normalize, n_shared_experts):
+@define("(Tensor logits, int top_k, bool norm_topk_prob, int n_shared_experts) -> (Tensor, Tensor)")
+def route(logits, top_k, norm_topk_prob, n_shared_experts):
     shape = (*logits.shape[:-1], top_k + n_shared_experts)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 

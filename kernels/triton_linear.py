@@ -28,7 +28,7 @@ from kernels.triton_launch import (
 )
 from kernels.triton_weights import prefetch_weights, program_outputs, slice_columns, slice_starts
 
-SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["silu"]), tl.constexpr(ACTIVATION_IDS["gelu_tanh"])
+SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["swiglu"]), tl.constexpr(ACTIVATION_IDS["geglu_tanh"])
 CLAMPED_SWIGLU = tl.constexpr(ACTIVATION_IDS["clamped_swiglu"])
 PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the previous kernel: about what its loop does
 

@@ -108,15 +108,15 @@ def experts_down(
 
 
 @triton_op
-def route(logits: Tensor, top_k: int, normalize: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
-    """Of float32 logits [..., E] the top_k largest: their softmax weights, made to sum to one if normalize, and their
-    indices, both [..., top_k]. With n_shared_experts shared experts, whose weight is the sigmoid of one more logit:
-    [..., top_k + n_shared_experts]."""
-    topk_weights, topk_ids = schema.route(logits, top_k, normalize, n_shared_experts)
+def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
+    """Of float32 logits [..., E] the top_k largest: their softmax weights, made to sum to one if norm_topk_prob, and
+    their indices, both [..., top_k]. With n_shared_experts shared experts, whose weight is the sigmoid of one more
+    logit: [..., top_k + n_shared_experts]."""
+    topk_weights, topk_ids = schema.route(logits, top_k, norm_topk_prob, n_shared_experts)
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)
     route_kernel[grid](
-        logits, topk_weights, topk_ids, n_logits - 1 if n_shared_experts else n_logits, top_k, normalize,
+        logits, topk_weights, topk_ids, n_logits - 1 if n_shared_experts else n_logits, top_k, norm_topk_prob,
         n_shared_experts,
         BLOCK=triton.next_power_of_2(max(n_logits, top_k + n_shared_experts)),
         **overlap_options(logits.device, grid),

@@ -1,4 +1,4 @@
-"""How fast decoding is beside other work: what --busy of benchmark.py measures.
+"""Measures how fast decoding is beside other work, for --busy of benchmark.py.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --busy        # three rounds
     python scripts/benchmark.py --config TinyLlama-1.1B --busy 9      # nine
@@ -38,18 +38,18 @@ from generate import generate
 from kernels.formats import WeightFormat
 from machine import cpu_name
 from model import KVCache
-from steps import Steps, build_steps
+from steps import GenerationSteps, build_steps
 
 CPU = torch.device("cpu")
 PAUSE = 1.1  # seconds, after which ThreadCount has forgotten how busy the machine was
 # Prints a line, then keeps a core busy until stdin ends
-SPIN = "import select\nprint(flush=True)\nwhile not select.select([0], [], [], 0)[0]: pass"
+BUSY_LOOP = "import select\nprint(flush=True)\nwhile not select.select([0], [], [], 0)[0]: pass"
 
 
 def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFormat) -> dict:
     """Medians over the rounds, the rounds, and the machine. args: the options of benchmark.py."""
     n_threads = torch.get_num_threads()
-    with second_process(n_threads, args, config, format) as second:
+    with second_decoder(n_threads, args, config, format) as second:
         decoder = Decoder(args, config, format)
         rounds = [measure_round(decoder, second, n_threads) for _ in range(1 + args.busy)]
     del rounds[0]  # it warms up
@@ -101,14 +101,14 @@ class Decoder:
         self.n_prompt, self.n_new = args.prompt_tokens, args.max_new_tokens
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 
-    def new_steps(self, n_threads: int) -> Steps:
+    def new_steps(self, n_threads: int) -> GenerationSteps:
         """Steps that have just been recorded."""
         torch.set_num_threads(n_threads)
         steps = build_steps(self.model, self.kv_cache, SAMPLING)
         time_tokens(self.model, steps, 0, 1, 2)  # records
         return steps
 
-    def token_times(self, steps: Steps) -> Iterator[float]:
+    def token_times(self, steps: GenerationSteps) -> Iterator[float]:
         """Decodes a text. Yields the time after prefill and after every decode step, by a clock that all processes
         share."""
         prompt = torch.randint(self.model.config.vocab_size, (1, self.n_prompt))
@@ -126,18 +126,18 @@ class Decoder:
 @contextlib.contextmanager
 def busy_process() -> Iterator[subprocess.Popen]:
     """Within this context a process keeps one core busy."""
-    command, pipe = [sys.executable, "-I", "-c", SPIN], subprocess.PIPE
+    command, pipe = [sys.executable, "-I", "-c", BUSY_LOOP], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
         process.stdout.readline()
         yield process
 
 
 @contextlib.contextmanager
-def second_process(*arguments) -> Iterator[Connection]:
-    """Within this context a process does decode_when_told(connection, *arguments): see ask."""
+def second_decoder(*arguments) -> Iterator[Connection]:
+    """Within this context a process does serve_decode_requests(connection, *arguments): see ask."""
     spawn = multiprocessing.get_context("spawn")
     connection, their_end = spawn.Pipe()
-    process = spawn.Process(target=decode_when_told, args=(their_end, *arguments), daemon=True)
+    process = spawn.Process(target=serve_decode_requests, args=(their_end, *arguments), daemon=True)
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it, and says nothing at Ctrl-C
     process.start()
     signal.signal(signal.SIGINT, on_interrupt)
@@ -162,8 +162,8 @@ def ask(second: Connection, word: str) -> list[float] | None:
     return answer
 
 
-def decode_when_told(connection: Connection, n_threads: int, *arguments):
-    """What the second process does: see ask."""
+def serve_decode_requests(connection: Connection, n_threads: int, *arguments):
+    """The main loop of the second process, which answers the requests of ask."""
     tqdm.set_lock(threading.RLock())  # its own is one of the system, which a killed process would leave behind
     try:
         decoder = Decoder(*arguments)

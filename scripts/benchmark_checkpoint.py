@@ -3,8 +3,8 @@
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-Other scripts of ours do the work. Every way that is compared has its turn in each round, in a process of its own, and
-medians over the rounds count.
+The work is done by this project's other scripts. Each round runs every variant once, in a process of its own. What
+counts are medians over the rounds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 import quantize
 from checkpoint import read_checkpoint
 from cli.arguments import DEFAULT_SPECULATE_K
-from cli.checkpoints import model_file
+from cli.checkpoints import resolve_checkpoint
 from cli.report import tokens_per_step
 from config import UsageError
 from machine import pick_device, read_bandwidth
@@ -49,8 +49,8 @@ MODES |= {
 
 
 def quantization(args: argparse.Namespace):
-    """Size, perplexity and speed of a checkpoint, quantized in each way."""
-    path = model_file(args.checkpoint_path)
+    """Size, perplexity and speed of a checkpoint, quantized in each mode."""
+    path = resolve_checkpoint(args.checkpoint_path)
     if read_checkpoint(path).quantization:
         raise UsageError(f"{path} is quantized already; start from the model.pth it came from")
     texts = {name: describe_text(getattr(args, name)) for name in ("text_file", "calibration_text")}
@@ -78,15 +78,15 @@ def describe_text(file: Path) -> dict:
 def measure_file(file: Path, text_file: Path) -> dict:
     """Size and perplexity."""
     size = {"file_bytes": file.stat().st_size, "bits_per_weight": bits_per_weight(file)}
-    return size | json.loads(call("eval.py", "--checkpoint_path", file, "--text_file", text_file, "--json"))
+    return size | json.loads(run_script("eval.py", "--checkpoint_path", file, "--text_file", text_file, "--json"))
 
 
 def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float]]:
-    """Of each mode's file, decoded tokens per second; and the memory's bandwidth in GB/s after each round."""
-    ways, rounds, reads = {}, [], []
+    """Returns decoded tokens per second by mode, and the memory's bandwidth in GB/s after each round."""
+    variants, rounds, reads = {}, [], []
     for mode, file in files.items():
-        ways[mode] = ["--checkpoint_path", file, "--prompt_tokens", 5, "--max_new_tokens", 128, "--ignore_eos"]
-    for results in by_turns(ways):
+        variants[mode] = ["--checkpoint_path", file, "--prompt_tokens", 5, "--max_new_tokens", 128, "--ignore_eos"]
+    for results in run_rounds(variants):
         rounds.append(results)
         reads.append(read_bandwidth(pick_device(None)) / 1e9)
     return {mode: median(results[mode]["decode_tokens_per_sec"] for results in rounds) for mode in files}, reads
@@ -106,7 +106,7 @@ def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
     if mode == UNQUANTIZED:
         return source
     calibration = ["--calibration_text", calibration_text] if "gptq" in mode else []
-    output = call("quantize.py", "--checkpoint_path", source, *MODES[mode], *calibration)
+    output = run_script("quantize.py", "--checkpoint_path", source, *MODES[mode], *calibration)
     return Path(output.removeprefix("wrote ").strip())
 
 
@@ -157,7 +157,7 @@ def speculation(args: argparse.Namespace):
 def compare_speeds(plain_flags: list, speculative_flags: list) -> dict[str, float]:
     """A row of the table."""
     plain, speculative, steps = [], [], []
-    for results in by_turns({"plain": plain_flags, "speculative": speculative_flags}):
+    for results in run_rounds({"plain": plain_flags, "speculative": speculative_flags}):
         plain.append(results["plain"]["decode_tokens_per_sec"])
         speculative.append(results["speculative"]["decode_tokens_per_sec"])
         steps.append(tokens_per_step(results["speculative"]["accept_counts"]))
@@ -172,17 +172,17 @@ def compare_speeds(plain_flags: list, speculative_flags: list) -> dict[str, floa
 # ---- Both ------------------------------------------------------------------------------------------------------------
 
 
-def by_turns(ways: dict[str, list]) -> Iterator[dict[str, dict]]:
-    """Of each round, what generate.py says of every way, whose flags these are."""
+def run_rounds(variants: dict[str, list]) -> Iterator[dict[str, dict]]:
+    """Yields for each round the --json results of generate.py by variant. variants: name -> flags."""
     for seed in range(ROUNDS):
         results = {}
-        for way, flags in ways.items():
-            results[way] = json.loads(call("generate.py", *flags, "--seed", seed, "--json"))
+        for variant, flags in variants.items():
+            results[variant] = json.loads(run_script("generate.py", *flags, "--seed", seed, "--json"))
         yield results
 
 
-def call(script: str, *arguments) -> str:
-    """What a script of ours prints. Raises UsageError if it fails."""
+def run_script(script: str, *arguments) -> str:
+    """Runs a script of this project, and returns what it prints. Raises UsageError if it fails."""
     done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise UsageError(f"{script} failed; what it said is above")

@@ -67,7 +67,7 @@ def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
 
 
 def all_jobs(tune: bool) -> dict[str, list[str]]:
-    """What benchmark.py is to be called with, by the jobs' names; what matters most comes first."""
+    """The arguments of benchmark.py for each job, by the jobs' names. The most important jobs come first."""
     jobs = {f"check {dtype}": ["check", "--precision", dtype] for dtype in ("bfloat16", "float16", "float32")}
     engines = {"ours": ["--tune"] if tune else [], "plain": ["--kernels", "off", "--decode_only"]}
     for engine, flags in engines.items():
@@ -81,7 +81,7 @@ def all_jobs(tune: bool) -> dict[str, list[str]]:
 
 
 def start(arguments: list[str], end: float) -> dict:
-    """What benchmark.py prints last, started with these arguments; or why it printed nothing."""
+    """Runs benchmark.py with arguments. Returns the JSON object that it prints last, or {"error": reason}."""
     seconds = end - time.monotonic()
     if seconds < LEAST_SECONDS:
         return {"error": "no time left"}
@@ -118,10 +118,10 @@ def speed_cell(outcome: dict) -> str:
 
 def transformers(args: argparse.Namespace):
     """Decoding by Hugging Face transformers on a GPU, in bfloat16, with its static cache, which compiles the step."""
-    import transformers as hf
+    import transformers as hf_transformers
 
     config = find_config(args.config)
-    hf_config = hf.LlamaConfig(
+    hf_config = hf_transformers.LlamaConfig(
         hidden_size=config.dim,
         intermediate_size=config.ffn_dim,
         num_hidden_layers=config.n_layers,
@@ -134,13 +134,16 @@ def transformers(args: argparse.Namespace):
         eos_token_id=None,
     )
     with torch.device("cuda"):
-        model = hf.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
+        model = hf_transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
     step_seconds = time_transformers_step(model)
-    active_weight_bytes = sum(p.nbytes for p in model.parameters())  # of a tied head and embedding one
+    active_weight_bytes = sum(p.nbytes for p in model.parameters())  # a tied head and embedding count once
     if not config.tie_embeddings:
-        active_weight_bytes -= model.get_input_embeddings().weight.nbytes  # of which a step reads one row
-    share = active_weight_bytes / step_seconds / copy_bandwidth()
-    result = {"decode_tokens_per_sec": 1 / step_seconds, "decode_share_of_copy": share, "version": hf.__version__}
+        active_weight_bytes -= model.get_input_embeddings().weight.nbytes  # a step reads one row of it
+    result = {
+        "decode_tokens_per_sec": 1 / step_seconds,
+        "decode_share_of_copy": active_weight_bytes / step_seconds / copy_bandwidth(),
+        "version": hf_transformers.__version__,
+    }
     print(json.dumps(result))
 
 

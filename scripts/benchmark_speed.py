@@ -1,4 +1,4 @@
-"""A shape's speed and memory with random weights: what the command "speed" of benchmark.py measures.
+"""Measures a shape's speed and memory with random weights, for the command "speed" of benchmark.py.
 
     config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
@@ -25,7 +25,7 @@ from machine import peak_memory, read_bandwidth, synchronize
 from model import Embedding, KVCache, Linear, RMSNorm, Transformer, empty_model
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
-from steps import ModelStep, Steps, build_steps
+from steps import GenerationSteps, ModelRunner, build_steps
 
 SAMPLES = 3  # of every timing; their median counts
 PREFILLS = (512, 2048)  # prompt tokens
@@ -107,7 +107,7 @@ def fill_randomly(module: nn.Module):
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:
-    """What a checkpoint of model holds: a tied head is there once, as the embedding."""
+    """The tensors of model as a checkpoint holds them: a tied head only once, as the embedding."""
     tensors = model.state_dict()
     if model.is_tied:
         del tensors["lm_head.weight"]
@@ -185,7 +185,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     }
 
 
-def time_tokens(model: Transformer, steps: Steps, start: int, n_prompt: int, n_new: int) -> list[float]:
+def time_tokens(model: Transformer, steps: GenerationSteps, start: int, n_prompt: int, n_new: int) -> list[float]:
     """Seconds of prefill and the first token, then of every decode step, for a random prompt at position start."""
     prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=model.device)
     times = [time.perf_counter()]
@@ -224,8 +224,8 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 
 @torch.inference_mode()
 def measure_verify(model: Transformer, compile: bool) -> float:
-    """What a step of 5 tokens, as speculation verifies them, costs over a step of one. They take turns."""
-    step = ModelStep(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
+    """The time of a step of 5 tokens, as in a verification, over that of a step of one token. The two take turns."""
+    step = ModelRunner(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
     position = torch.zeros(1, dtype=torch.long, device=model.device)
     seconds = {1: [], 5: []}

@@ -33,15 +33,15 @@ RECORDED_MODELS = [  # options of a ModelConfig
     {},
     {"moe": MoEConfig(8, 2)},
     {
-        "post_norm": True, "qk_norm": True, "qk_norm_all_heads": True, "activation": "gelu_tanh",
+        "post_norm": True, "qk_norm": True, "qk_norm_all_heads": True, "activation": "geglu_tanh",
         "attention_scale": 0.1, "attention_softcap": 20.0, "embed_scale": 4.0, "residual_scale": 0.5,
         "logit_scale": 0.5, "logit_softcap": 9.0, "clip_qkv": 2.0, "alibi": True,
     },
 ]  # fmt: skip
 
 
-class Outcome:
-    """Of some comparisons: those that failed, and each operation's largest error."""
+class CheckResult:
+    """The result of some comparisons: those that failed, and the largest error of each operation."""
 
     def __init__(self):
         self.failed: dict[str, str] = {}  # by case: why
@@ -57,7 +57,7 @@ class Outcome:
             self.failed[f"{operation} {case}"] = f"error {error:.1e}"
         self.note_error(operation, error)
 
-    def merge(self, other: "Outcome"):
+    def merge(self, other: "CheckResult"):
         self.failed |= other.failed
         for operation, error in other.largest_errors.items():
             self.note_error(operation, error)
@@ -72,10 +72,10 @@ def check(args: argparse.Namespace):
     if not kernels.load_triton_kernels(device):
         raise UsageError("Triton does not run here, so there is nothing to check")
     sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)
-    tasks = [partial(run_on, device, check) for check in all_checks(dtype, sizes)]
+    tasks = [partial(run_on_device, device, check) for check in all_checks(dtype, sizes)]
     if device.type == "cuda" and dtype == torch.float32:  # where rounding changes no token
         tasks += [partial(run, partial(check_recorded_steps, device, options)) for options in RECORDED_MODELS]
-    total = Outcome()
+    total = CheckResult()
     for outcome in run_all(tasks, in_parallel=device.type == "cuda"):
         total.merge(outcome)
     print(json.dumps({"failed": total.failed, "largest_errors": total.largest_errors}))
@@ -83,7 +83,7 @@ def check(args: argparse.Namespace):
         sys.exit(1)
 
 
-def run_all(tasks: list[Callable[[], Outcome]], in_parallel: bool) -> list[Outcome]:
+def run_all(tasks: list[Callable[[], CheckResult]], in_parallel: bool) -> list[CheckResult]:
     """in_parallel: in processes, since most of the time is Triton's compiler's, which uses one core."""
     if not in_parallel:
         return [task() for task in tasks]
@@ -92,16 +92,16 @@ def run_all(tasks: list[Callable[[], Outcome]], in_parallel: bool) -> list[Outco
         return [future.result() for future in futures]
 
 
-def run_on(device: torch.device, check: Check) -> Outcome:
+def run_on_device(device: torch.device, check: Check) -> CheckResult:
     """run for a check of kernels, whose tensors are made on the default device."""
     kernels.load_triton_kernels(device)  # registers the operations
     with device:
         return run(check)
 
 
-def run(check: Check) -> Outcome:
+def run(check: Check) -> CheckResult:
     """All comparisons of a check, up to an exception, which fails."""
-    outcome = Outcome()
+    outcome = CheckResult()
     torch.manual_seed(0)
     try:
         for comparison in check():

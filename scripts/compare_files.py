@@ -4,7 +4,7 @@
     make_ours(folder)
     make_theirs(files_in(folder), threads)
 
-This file has no command line. It needs gguf and llama_cpp only where it imports them.
+gguf and llama_cpp are imported only where they are needed.
 """
 
 import logging
@@ -22,7 +22,7 @@ from checkpoint import read_checkpoint
 from config import ModelConfig, UsageError
 from converters.model_tensors import source_shapes
 from kernels.formats import Int4, Int8, Tensors
-from quantize import linear_weights, quantize_each, write
+from quantize import linear_weights, quantize_each, write_quantized
 from rope import rope_frequencies
 
 OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
@@ -89,7 +89,7 @@ def make_ours(folder: Path):
     weights = linear_weights(source, config, tensors)
     for name, format in OURS.items():
         quantized = quantize_each(weights, format.quantize)
-        write(folder / f"{name}.pth", config, tensors, weights, quantized, format)
+        write_quantized(folder / f"{name}.pth", config, tensors, weights, quantized, format)
 
 
 # ---- llama.cpp's formats --------------------------------------------------------------------------------------------

@@ -54,10 +54,10 @@ from compare_speed import (
     STEPS,
     TASKS,
     Pair,
-    answer,
     bytes_per_token,
     measure,
     new_process,
+    result_of,
     summarize,
 )
 from tqdm import tqdm
@@ -105,7 +105,7 @@ def compare(args: argparse.Namespace) -> dict:
         if not args.gguf:
             write_gguf(files["bf16"], files["BF16"])
         with new_process() as process:
-            system_info = answer(process.submit(make_theirs, files, args.threads))
+            system_info = result_of(process.submit(make_theirs, files, args.threads))
         sizes = bytes_per_token(files)
         os.sync()  # or what is still on its way to the disk would take its share of the bandwidth
         with tqdm(total=len(pairs) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:

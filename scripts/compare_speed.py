@@ -3,8 +3,8 @@
     rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, progress_bar)
     rounds = measure(..., tasks=[8, 16])     # tokens per second of so many sequences at a time, all together
 
-Each side of a pair is a process of its own, which waits for its turns. This file has no command line. It needs gguf and
-llama_cpp only where it imports them.
+Each side of a pair is a process of its own, which waits for its turns. gguf and llama_cpp are imported only where they
+are needed.
 """
 
 import logging
@@ -61,7 +61,7 @@ def measure(
             for task in tasks:
                 for side in order:
                     arguments = LOADERS[side], str(files[names[side]]), threads, task
-                    result[side][task] = answer(processes[side].submit(tokens_per_second, *arguments))
+                    result[side][task] = result_of(processes[side].submit(tokens_per_second, *arguments))
             for side, name in names.items() if "decode" in tasks else ():
                 result[side]["share_of_read"] = result[side]["decode"] * sizes[name] / result["read_bytes_per_sec"]
             rounds.append(result)
@@ -88,7 +88,7 @@ def new_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=cli.exit_on_interrupt)
 
 
-def answer(future: Future):
+def result_of(future: Future):
     try:
         return future.result()
     except BrokenProcessPool:
@@ -99,7 +99,8 @@ def answer(future: Future):
 
 
 def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
-    """What a decode step reads on average, for each file by name. The cache holds 16-bit numbers on both sides."""
+    """The bytes that a decode step reads on average, for each file by name. Keys and values have 16 bits on both
+    sides."""
     config = read_checkpoint(files["bf16"]).config
     n_attended = mean(config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
     cache_bytes = round(4 * config.n_layers * config.n_kv_heads * config.head_dim * n_attended)
@@ -131,8 +132,8 @@ Generate = Callable[[list[list[int]], int], Iterator]  # (prompts, n) -> takes a
 
 
 def tokens_per_second(load: Callable[[str, int, int], Generate], file: str, threads: int, task: str | int) -> float:
-    """Of "prefill", which takes PREFILL tokens, of "decode", which takes STEPS after PROMPT tokens, or of as many
-    sequences as task says, which decode together. load is one of LOADERS."""
+    """Runs a task once and returns its tokens per second. "prefill" takes PREFILL tokens, "decode" takes STEPS tokens
+    after PROMPT tokens, and a number decodes so many sequences together. load is one of LOADERS."""
     n_sequences = task if isinstance(task, int) else 1
     generate_greedily = load(file, threads, n_sequences)
     time.sleep(PAUSE)

@@ -30,7 +30,7 @@ import cli
 try:
     from converters.gguf_tensors import convert_gguf
 except ImportError as e:
-    cli.exit_with(f"this script needs `pip install gguf protobuf` ({e})")
+    cli.exit_with_error(f"this script needs `pip install gguf protobuf` ({e})")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What the converter needs of a repository on the Hugging Face hub, to checkpoints/OWNER/NAME.
+"""Download from the Hugging Face hub to checkpoints/OWNER/NAME: the files of a repository that the converter needs.
 
     python scripts/download.py --repo_id meta-llama/Llama-3.2-1B --hf_token hf_...
     python scripts/download.py --repo_id karpathy/tinyllamas/stories15M    # one of its .pt, in a folder of its own
@@ -22,11 +22,9 @@ from huggingface_hub.utils import disable_progress_bars, logging
 
 import cli
 from config import UsageError
+from tokenizer import TOKENIZER_FILES, TOKENIZERS
 
-TOKENIZERS = {"tokenizer.json", "tokenizer.model"}
-SETTINGS = {
-    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
-}  # fmt: skip
+SETTINGS = {"config.json", "generation_config.json", "special_tokens_map.json", *TOKENIZER_FILES}
 # The first of these that is there, or its index.json, makes a model of all files that match the pattern beside it.
 # consolidated*.safetensors holds the same weights again under other names.
 WEIGHTS = {
@@ -64,7 +62,7 @@ def download(repo_id: str, token: str | None):
     for file in files:
         if not (folder / file).is_file():  # snapshot_download may only warn
             raise UsageError(f"the download of {repo} stopped before {file}; run it again to go on")
-    if not TOKENIZERS & set(files):
+    if not set(TOKENIZERS) & set(files):
         print(f"{repo} has no tokenizer; put its tokenizer.model or tokenizer.json into {folder}", file=sys.stderr)
 
 
@@ -75,11 +73,11 @@ def choose_files(repo: str, names: set[str], stem: str | None = None) -> list[st
             index = f"{file}.index.json"
             if file in names or index in names:
                 weights = {name for name in names if re.fullmatch(pattern, name)}
-                return sorted((SETTINGS | TOKENIZERS | weights | {index}) & names)
+                return sorted((SETTINGS | weights | {index}) & names)
     wanted = r"[^/]+\.pt" if stem is None else re.escape(f"{stem}.pt")
     models = sorted(name for name in names if re.fullmatch(wanted, name))
     if len(models) == 1:
-        return models + sorted(TOKENIZERS & names)
+        return models + sorted(names & set(TOKENIZERS))
     if models:
         example = models[0].removesuffix(".pt")
         raise UsageError(f"{repo} holds {', '.join(models)}: choose one, as in --repo_id {repo}/{example}")

@@ -1,5 +1,5 @@
-"""How far a result may be from the exact one: bounds from the arithmetic, for sums in any order. None of them is what
-some machine printed.
+"""How far a result may be from the exact one. All bounds follow from the arithmetic, for sums in any order; none is a
+measurement.
 
 u is half the distance between 1 and the next number of a type. A float32 sum of K products is off by at most (K + 8)
 u32 times the sum of the products' magnitudes, the 8 being for what comes before and after the sum. A result that is
@@ -38,8 +38,9 @@ def magnitudes(w) -> Tensor:
     return w.format.dequantize(ones, torch.float64) + zeros / w.format.zeros_per_step * wide
 
 
-def of_product(x: Tensor, magnitude: Tensor, y: Tensor, dtype: torch.dtype, step: float = 0.0) -> Tensor:
-    """For y = x W^T, with magnitude [N, K] of W, stored in dtype. step: how much one flip changes an element of x."""
+def product_error(x: Tensor, magnitude: Tensor, y: Tensor, dtype: torch.dtype, step: float = 0.0) -> Tensor:
+    """The bound for y = x W^T, stored in dtype. magnitude [N, K]: of W. step: how much one flip changes an element of
+    x."""
     k = x.shape[-1]
     total = x.double().abs() @ magnitude.mT
     flips = FLIPS * step * magnitude.max()

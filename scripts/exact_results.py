@@ -1,4 +1,4 @@
-"""What the checks of the kernels share: random layers, data whose sums are exact, exact results, and how far a Triton
+"""Shared by all checks of the kernels: random layers, data whose sums are exact, exact results, and how far a Triton
 kernel may be from them, on a GPU or in Triton's interpreter. The bounds are derived from the arithmetic
 (error_bounds.py), for sums in any order.
 
@@ -52,19 +52,19 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of a result y in dtype. The interpreter does not round to bfloat16, it cuts bits off."""
+    """The rounding error of a result y in dtype. Triton's interpreter does not round to bfloat16, it truncates."""
     return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
 
-def names(value) -> str:
-    """Of a format, or anything else: in a test's name."""
+def format_label(value) -> str:
+    """The label of a format, or of any other parameter, in a test's name."""
     return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
 
 
 # ---- Layers of random weights ---------------------------------------------------------------------------------------
 
 
-def make(
+def make_linear(
     n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
 ):
     """A random Linear as in a checkpoint."""
@@ -72,15 +72,15 @@ def make(
     torch.nn.init.normal_(w.weight)
     if bias:
         w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
-    return store(w, w.weight.data.to(dtype), format)
+    return set_weight(w, w.weight.data.to(dtype), format)
 
 
-def make_table(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
+def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
     """A random Embedding as in a checkpoint."""
-    return store(Embedding(k, n), torch.randn(n, k).to(dtype), format)
+    return set_weight(Embedding(k, n), torch.randn(n, k).to(dtype), format)
 
 
-def store(matrix, w: torch.Tensor, format):
+def set_weight(matrix, w: torch.Tensor, format):
     """Makes w the weight of matrix, a Linear or an Embedding, in format."""
     matrix.set_format(format)
     for name, tensor in format.quantize(w).items():
@@ -97,7 +97,7 @@ def use_triton(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def matrix_and_bias(w: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float64."""
+    """W [..., N, K] and the bias of a Linear, in float64."""
     bias = torch.zeros(()) if w.bias is None else w.bias
     return w.dequantized_weight(torch.float32).double(), bias.double()
 
@@ -125,7 +125,7 @@ def attend(
 
 def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
     """A Linear whose sums with integers are exact in float32, up to int4's last step: scale times a group's sum."""
-    w = make(n, k, format, dtype, **options)
+    w = make_linear(n, k, format, dtype, **options)
     if isinstance(format, Dense):
         w.weight.data = (w.weight.data * 16).round() / 16
     return w
@@ -158,7 +158,7 @@ def exact_product(
 
 
 def exact_rms_norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-    """In float64."""
+    """norm of x, in float64."""
     rms = (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
     return x.double() / rms * norm.weight.double()
 
@@ -174,7 +174,9 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
     return error + rounding_error(y.abs() + error, dtype)
 
 
-def glu_with_error(gate_up: torch.Tensor, error: torch.Tensor, activation="silu") -> tuple[torch.Tensor, torch.Tensor]:
+def glu_with_error(
+    gate_up: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """activation(gate) * up of a gate_up that is off by no more than error, and how far that may be off. The slope of
     every activation is at most 1.13, and what becomes of up has a slope of at most 1."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)

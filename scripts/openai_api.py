@@ -101,7 +101,7 @@ def require(condition, message: str):
 
 
 class Reply:
-    """What the response to a request says. In a stream there are several responses, each with what is new."""
+    """Builds the response to a request. A stream has several responses, each with the new text."""
 
     def __init__(self, body: dict, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         """body: the request. Takes seconds to tokenize megabytes. Raises UsageError."""
@@ -129,7 +129,7 @@ class Reply:
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def new_choice(self, completion: Completion) -> dict:
-        """What completion has that is in no response yet."""
+        """The part of completion that is in no response yet."""
         n_characters, n_tokens = self.sent[completion.index]
         self.sent[completion.index] = len(completion.text), len(completion.tokens)
         logprobs = self.logprobs(completion, n_characters, n_tokens) if completion.logprobs else None

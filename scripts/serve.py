@@ -31,7 +31,8 @@ import torch
 from openai_api import Reply, require
 
 import cli
-from cli.checkpoints import model_file
+from chat_template import check_unicode
+from cli.checkpoints import resolve_checkpoint
 from completion import Completion
 from config import UsageError
 from loading import load
@@ -47,7 +48,7 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as e:
-    cli.exit_with(f"this script needs `pip install starlette uvicorn` ({e})")
+    cli.exit_with_error(f"this script needs `pip install starlette uvicorn` ({e})")
 
 OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_seq_length"
 MAX_BODY = 4 * 2**20  # bytes of a request
@@ -73,7 +74,7 @@ def main():
 
     listener = listen(args.host, args.port)
     device, dtype = pick_device(args.device), getattr(torch, args.precision)
-    checkpoint_path = model_file(args.checkpoint_path)
+    checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     model, tokenizer = load(checkpoint_path, device=device, dtype=dtype)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
     scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
@@ -190,7 +191,7 @@ async def read_body(client: http.Request) -> dict:
             raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
     try:
         body = json.loads(data)
-        json.dumps(body, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is not text
+        check_unicode(json.dumps(body, ensure_ascii=False))
     except (ValueError, RecursionError) as e:
         raise UsageError(f"the request is not JSON: {e}") from None
     require(isinstance(body, dict), "the request must be a JSON object")

@@ -98,8 +98,8 @@ def with_tables(text: str) -> str:
 
 def table(name: str, *results: dict) -> str:
     """One of TABLES, in Markdown, of what the JSON files hold."""
-    heads, templates = zip(*TABLES[name], strict=True)
-    lines = [heads, [":--"] + ["--:"] * (len(heads) - 1)]
+    headers, templates = zip(*TABLES[name], strict=True)
+    lines = [headers, [":--"] + ["--:"] * (len(headers) - 1)]
     for result in results:
         for values in rows(name, result):
             lines.append([template.format(**values) for template in templates])
@@ -107,7 +107,7 @@ def table(name: str, *results: dict) -> str:
 
 
 def rows(name: str, result: dict) -> list[dict]:
-    """What a JSON file holds, as the values of each row of the table."""
+    """The rows of the table for the contents of a JSON file: the values of each row."""
     match name:
         case "speed":
             # Not of quantized weights: when these were measured, quantizing took memory, too.

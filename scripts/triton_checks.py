@@ -28,12 +28,12 @@ from exact_results import (
     exact_stored_glu,
     exact_sums_error,
     factor_dtype,
+    format_label,
     glu_with_error,
     integers,
-    make,
+    make_linear,
     make_norm,
     matrix_and_bias,
-    names,
     pytorch_error,
     rounding_error,
     softcap_error,
@@ -64,7 +64,8 @@ ROUTERS = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """What depends on the device: the interpreter is slow at large shapes, a GPU's compiler at many of them."""
+    """The sizes to check. They depend on the device: the interpreter is slow at large shapes, a GPU's compiler at
+    many."""
 
     linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
     random_linears: list[tuple]  # N, K, tokens
@@ -145,7 +146,7 @@ def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     for format, size in product(sizes.expert_formats, sizes.experts):
         if size[2] % format.input_multiple == 0:
             checks += [partial(check_gate_up, dtype, format, size), partial(check_down, dtype, format, size)]
-    checks += [partial(check_route, *router, normalize) for router in ROUTERS for normalize in (False, True)]
+    checks += [partial(check_route, *router, norm_topk_prob) for router in ROUTERS for norm_topk_prob in (False, True)]
     checks += [partial(check_sample, vocab_size) for vocab_size in sizes.vocab_sizes]
     checks += [partial(check_distribution, operation) for operation in ("sample", "multinomial")]
     checks += [partial(check_attention, dtype, *case) for case in sizes.attention]
@@ -160,13 +161,13 @@ def name_of(check: Check) -> str:
 
 
 def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """With exact data, in which the smallest mistake shows."""
+    """A product of exact data, which shows the smallest mistake."""
     n, k, has_bias, token_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
     for n_tokens in token_counts:
-        case = f"{names(format)} {n}x{k} of {n_tokens} tokens"
+        case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens"
         x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
         y, terms = exact_product(x, matrix, bias)
         ours = kernels.fused_linear(x, w, out_dtype=torch.float32)
@@ -178,15 +179,15 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         ours = kernels.fused_linear(x, w, norm, residual)
         yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
 
-        y, error = exact_stored_glu(y, error, "silu", dtype, fused=n % kernels.FUSED_GLU_MULTIPLE == 0)
-        yield Comparison("silu_linear", case, kernels.fused_linear(x, w, norm, activation="silu"), y, error)
+        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=n % kernels.FUSED_GLU_MULTIPLE == 0)
+        yield Comparison("swiglu_linear", case, kernels.fused_linear(x, w, norm, activation="swiglu"), y, error)
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Not with integers, so that sums and the product with the norm's weight are rounded, and int4's OFFSET costs
+    """A product of random data: sums and the product with the norm's weight are rounded, and int4's OFFSET costs
     bits."""
     n, k, n_tokens = size
-    w, norm = make(n, k, format, dtype), make_norm(k, dtype)
+    w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
     if isinstance(format, Int4 | GroupedInt8):  # OFFSET + q times x, less OFFSET + zero times x
         offset = OFFSETS[factor_dtype(dtype)] if isinstance(format, Int4) else 128
@@ -194,21 +195,21 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         magnitude = magnitude + 2 * offset * wide_scales
     use_triton(w)
     x = torch.randn(1, n_tokens, k).to(dtype)
-    case = f"{names(format)} {n}x{k} of {n_tokens} tokens, random"
+    case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens, random"
     y = x.double() @ matrix.T
-    error = bounds.of_product(x, magnitude, y, torch.float32)
+    error = bounds.product_error(x, magnitude, y, torch.float32)
     yield Comparison("float32_linear", case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
 
     normed = exact_rms_norm(x, norm)
     y = normed @ matrix.T
     rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
-    error = bounds.of_product(normed, magnitude, y, torch.float32) + rounded_factors
+    error = bounds.product_error(normed, magnitude, y, torch.float32) + rounded_factors
     yield Comparison("float32_linear", case, kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
-    """What is added to the error of x [B, T, ..., K] times matrix [..., N, K], if T is so many that the norm is a
-    kernel of its own: the norm's errors, and, since exact data is rounded then, those of the sums."""
+    """The additional error of x [B, T, ..., K] times matrix [..., N, K] if T is so large that the norm is a kernel of
+    its own: the error of the norm, and, since it rounds exact data, the errors of the sums."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
     return error * (x.shape[1] > FEW_TOKENS)
@@ -216,11 +217,11 @@ def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
 
 def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n, k = size
-    w = make(n, k, format, dtype)
+    w = make_linear(n, k, format, dtype)
     exact = w.dequantized_weight(torch.float32)
     use_triton(w)
     ours = w.dequantized_weight(dtype)
-    case = f"{names(format)} {n}x{k}"
+    case = f"{format_label(format)} {n}x{k}"
     yield Comparison("dequantize", case, ours, exact, rounding_error(exact, dtype))
     tokens, scale = torch.randint(n, (3, 4)), 1.7
     rows = exact[tokens]
@@ -229,7 +230,7 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_activation(dtype: torch.dtype, activation: str):
-    """Near zero, where it bends, and beyond where it is clamped. What is not finite stays so."""
+    """An activation near zero, where it bends, and beyond its clamp. NaN stays NaN."""
     n, k, operation = 96, 72, f"{activation}_linear"
     w = exact_linear(n, k, Dense(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
@@ -271,8 +272,8 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         ours = kernels.fused_linear(x, w, residual=residual)
         yield Comparison(operation, f"{case}, residual", ours, total, stored_error(total, error, dtype))
         y, error = epilogue(*glu_with_error(products, sum_error))
-        ours = kernels.fused_linear(x, w, activation="silu")
-        yield Comparison(operation, f"{case}, silu", ours, y, stored_error(y, error, dtype))
+        ours = kernels.fused_linear(x, w, activation="swiglu")
+        yield Comparison(operation, f"{case}, swiglu", ours, y, stored_error(y, error, dtype))
 
 
 def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
@@ -289,7 +290,8 @@ def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
 
 
 def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Of tokens that share experts. PyTorch computes what the kernels do not take."""
+    """Products with the gate and up projections of experts that tokens share. PyTorch computes sizes that kernels
+    lack."""
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
     w = exact_linear(n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp)
@@ -304,9 +306,9 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         by_kernel = n_tokens <= w.max_tokens
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
-        y, error = exact_stored_glu(y, error, "silu", dtype, fused=by_kernel and n % kernels.FUSED_GLU_MULTIPLE == 0)
-        case = f"{names(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
-        yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "silu"), y, error)
+        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=by_kernel and n % kernels.FUSED_GLU_MULTIPLE == 0)
+        case = f"{format_label(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
+        yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "swiglu"), y, error)
 
 
 def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
@@ -325,7 +327,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
         by_kernel = n_tokens <= w.max_tokens
         error = exact_sums_error(terms, ffn_dim, format) if by_kernel else pytorch_error(terms, ffn_dim, dtype)
-        case = f"{names(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
+        case = f"{format_label(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
         yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, stored_error(y, error, dtype))
         if not by_kernel:
             error = stored_error(y, error, dtype)
@@ -334,11 +336,11 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         yield Comparison("experts_down", f"{case}, residual", ours, total, stored_error(total, error, dtype))
 
 
-def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, normalize: bool):
+def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
-    topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared_experts)
-    our_weights, our_ids = kernels.route(logits, top_k, normalize, "triton", n_shared_experts)
-    case = f"{top_k} of {n_experts} for {n_tokens} tokens, shared experts: {n_shared_experts}, normalized: {normalize}"
+    topk_weights, topk_ids = reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
+    our_weights, our_ids = kernels.route(logits, top_k, norm_topk_prob, "triton", n_shared_experts)
+    case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
 

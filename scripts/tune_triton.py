@@ -1,8 +1,8 @@
-"""What --tune of benchmark.py does: finds the fastest tile sizes of a model's products on this GPU.
+"""Finds the fastest tile sizes for a model's products on this GPU, for --tune of benchmark.py.
 
     python scripts/benchmark.py --config Llama-3.1-8B --mode int4 --compile --tune
 
-They go into kernels/triton_tuned.json, where the kernels find them from then on.
+The sizes are written to kernels/triton_tuned.json, where the kernels look them up.
 """
 
 import json
@@ -22,7 +22,7 @@ from kernels.formats import WeightFormat
 from kernels.triton_launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from model import Linear, RMSNorm, empty_model
 
-# What is tried besides the guess: block_n, num_warps, warp_k, num_stages
+# Candidates besides the guess: block_n, num_warps, warp_k, num_stages
 CANDIDATES = [
     (16, 4, 128, 3), (16, 4, 256, 3), (16, 4, 256, 4), (16, 2, 256, 4), (16, 4, 64, 4), (16, 4, 256, 2),
     (16, 8, 256, 3), (32, 4, 128, 3), (32, 2, 256, 3), (32, 4, 64, 4), (32, 4, 64, 3), (32, 4, 128, 4),
@@ -31,7 +31,7 @@ CANDIDATES = [
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """For every product of a model whose linears are in format. Takes some minutes."""
+    """Tunes every product of a model whose linears are in format. Takes some minutes."""
     linears = empty_model(config.with_layers(1)).quantizable_linears()
     for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
@@ -86,13 +86,14 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
     def multiply():
         for w in weights:
-            kernels.fused_linear(x, w, norm, activation="silu" if gated else None)
+            kernels.fused_linear(x, w, norm, activation="swiglu" if gated else None)
 
     return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
 
 
 def write_tiles(key: str, tiles: TileConfig):
-    """Puts them for this GPU into triton_tuned.json, which is whole at any time."""
+    """Writes tiles for this GPU into triton_tuned.json. The file is replaced in one step, so it is complete at any
+    time."""
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     table.setdefault(torch.cuda.get_device_name(), {})[key] = tiles._asdict()
     temporary = Path(f"{TUNED}.tmp")

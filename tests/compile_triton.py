@@ -24,7 +24,7 @@ from kernels import triton_attention, triton_launch, triton_linear, triton_moe, 
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from model import ExpertsDown, ExpertsGateUp, LayerCache
 
-from exact_results import attend, make, make_norm  # isort: skip
+from exact_results import attend, make_linear, make_norm  # isort: skip
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -115,17 +115,17 @@ def launch_products(dtype: torch.dtype):
     """As decode steps of one token and of eight do."""
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     for format in (Dense(), Int8(), Int4(32), Int4(64)):
-        w = make(256, 2048, format, dtype)
+        w = make_linear(256, 2048, format, dtype)
         kernels.pack_for_triton([w])
         kernels.fused_linear(x, w, norm, out_dtype=torch.float32)
-        kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="silu")
+        kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="swiglu")
         if not isinstance(format, Dense):
             w.dequantized_weight(dtype)
             kernels.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
     for format in (GroupedInt8(16), GroupedInt8(64), Float8(), Float8(128), MXFP4()):
-        w = make(256, 2048, format, dtype)
+        w = make_linear(256, 2048, format, dtype)
         kernels.pack_for_triton([w])
-        kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="silu")
+        kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="swiglu")
         w.dequantized_weight(dtype)
         kernels.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
 
@@ -134,25 +134,25 @@ def launch_many(dtype: torch.dtype):
     """As decode steps of many sequences do."""
     norm = make_norm(2048, dtype)
     for n_tokens, format in MANY_TOKENS:
-        w, x = make(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
+        w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
         kernels.pack_for_triton([w])
-        kernels.fused_linear(x, w, norm, activation="silu")
+        kernels.fused_linear(x, w, norm, activation="swiglu")
 
 
 def launch_others(dtype: torch.dtype):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     norm(x, x, "triton")
-    capped = make(256, 2048, Dense(), dtype, bias=True, scale=0.5, softcap=30.0, clip=8.0)
+    capped = make_linear(256, 2048, Dense(), dtype, bias=True, scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
-    for activation in ("gelu_tanh", "clamped_swiglu"):
+    for activation in ("geglu_tanh", "clamped_swiglu"):
         kernels.fused_linear(x, capped, activation=activation)
     kernels.route(torch.randn(1, 5, 5), 2, True, "triton", n_shared_experts=1)
     topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, "triton")
     for format in (Dense(), Int8(), Int4(64)):
-        gate_up = make(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
-        down = make(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
+        gate_up = make_linear(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
+        down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
         kernels.pack_for_triton([gate_up, down])
-        hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "silu")
+        hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "swiglu")
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
         kernels.sample(torch.randn(1, 5000), temperature)

@@ -20,7 +20,7 @@ from checkpoint import Checkpoint
 from config import UsageError
 from converters.families import config_from_hf
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormats
-from loading import load_model, quantized_tensors
+from loading import load_model, quantized_tensor_names
 from model import empty_model
 from tests.tiny import ROOT, call, convert, write_folder
 
@@ -95,7 +95,7 @@ def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
     empty = empty_model(config, WeightFormats(format))
-    needed, quantized_names = empty.state_dict(), quantized_tensors(empty)
+    needed, quantized_names = empty.state_dict(), quantized_tensor_names(empty)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}
     assert held == {name: (t.shape, dtypes[name]) for name, t in needed.items()}
@@ -282,7 +282,7 @@ def test_check_that_fails(monkeypatch, capsys):
 
 
 def test_check_finds_nan():
-    outcome = check_kernels.Outcome()
+    outcome = check_kernels.CheckResult()
     right = torch.ones(3)
     outcome.add(triton_checks.Comparison("linear", "NaN", right * torch.nan, right, right))
     assert outcome.failed == {"linear NaN": "error nan"}
@@ -306,7 +306,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def calls_here(monkeypatch):
-    """benchmark_checkpoint.call in this process, which is faster, and one round."""
+    """benchmark_checkpoint.run_script in this process, which is faster, and one round."""
 
     def call_here(script: str, *arguments) -> str:
         main = importlib.import_module(Path(script).stem).main
@@ -314,7 +314,7 @@ def calls_here(monkeypatch):
             call(main, *arguments)
         return printed.getvalue()
 
-    monkeypatch.setattr(benchmark_checkpoint, "call", call_here)
+    monkeypatch.setattr(benchmark_checkpoint, "run_script", call_here)
     monkeypatch.setattr(benchmark_checkpoint, "ROUNDS", 1)
 
 
@@ -325,9 +325,9 @@ def committed(name: str) -> dict:
 def test_calls_are_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_checkpoint, "ROOT", tmp_path)
     (tmp_path / "echo.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit('fail' in sys.argv)\n")
-    assert benchmark_checkpoint.call("echo.py", "--limit", 3) == "--limit 3\n"
+    assert benchmark_checkpoint.run_script("echo.py", "--limit", 3) == "--limit 3\n"
     with pytest.raises(UsageError, match="echo.py failed; what it said is above"):
-        benchmark_checkpoint.call("echo.py", "fail")
+        benchmark_checkpoint.run_script("echo.py", "fail")
 
 
 def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):

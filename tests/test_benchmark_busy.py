@@ -45,7 +45,7 @@ def test_report(tmp_path, capsys):
 def test_rounds(monkeypatch):
     """The first warms up, and of the others medians count."""
     speeds, args = iter([100.0, 1.0, 5.0, 3.0]), SimpleNamespace(busy=3)
-    monkeypatch.setattr(benchmark_busy, "second_process", lambda *arguments: contextlib.nullcontext())
+    monkeypatch.setattr(benchmark_busy, "second_decoder", lambda *arguments: contextlib.nullcontext())
     monkeypatch.setattr(benchmark_busy, "Decoder", lambda *arguments: None)
     monkeypatch.setattr(benchmark_busy, "measure_round", lambda *arguments: {"speed": next(speeds)})
     r = benchmark_busy.measure_busy(args, None, None)
@@ -63,7 +63,7 @@ def test_other_processes_end_with_the_benchmark():
     with pytest.raises(KeyboardInterrupt), benchmark_busy.busy_process() as busy:
         raise KeyboardInterrupt
     assert busy.returncode is not None
-    with pytest.raises(UsageError), benchmark_busy.second_process(1, None, None, None):
+    with pytest.raises(UsageError), benchmark_busy.second_decoder(1, None, None, None):
         assert len(multiprocessing.active_children()) == 1
         raise UsageError("wrong")
     assert not multiprocessing.active_children()
@@ -85,17 +85,17 @@ def test_second_decode():
     # Asked before each text and after each token: two texts of three tokens, and one token
     polls = chain([False] * 9, repeat(True))
     connection = SimpleNamespace(recv=recv, poll=lambda: next(polls), send=sent.append)
-    benchmark_busy.decode_when_told(connection, 1, SECOND, TINY, Dense())
+    benchmark_busy.serve_decode_requests(connection, 1, SECOND, TINY, Dense())
     started, times = sent
     assert started is None and len(times) == 7 and times == sorted(times)
 
 
 @pytest.fixture
 def second():
-    """The connection to decode_when_told, which a thread of this process does."""
+    """The connection to serve_decode_requests, which a thread of this process does."""
     connection, their_end = multiprocessing.Pipe()
     arguments = their_end, 1, SECOND, TINY, Dense()
-    thread = threading.Thread(target=benchmark_busy.decode_when_told, args=arguments)
+    thread = threading.Thread(target=benchmark_busy.serve_decode_requests, args=arguments)
     thread.start()
     yield connection
     connection.close()

@@ -135,7 +135,7 @@ def test_an_interrupted_answer_stays(chatty):
     assert conversation.messages == hi and len(heard) == 2
     answer = "".join(conversation.answer("bye", 12))
     assert answer == bytes(fresh_answer(chatty, [*hi, {"role": "user", "content": "bye"}])[1]).decode()
-    conversation.forget_oldest()
+    conversation.drop_oldest()
     assert [m["content"] for m in conversation.messages] == ["bye", answer]
 
 
@@ -146,24 +146,24 @@ def conversation(chatty) -> generate.Conversation:
 
 def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
     """As many as must be; and the next answer is what a model says that has never heard them."""
-    n_forgotten, cached = [], []
+    n_dropped, cached = [], []
     for i in range(12):
         before, question = conversation.to_list(), {"role": "user", "content": f"{i} " * (i + 1)}
         fed.clear()
         answer = "".join(conversation.answer(question["content"], 12))
         n_fed = list(fed)
-        messages = [before[0], *before[1 + conversation.n_forgotten :], question]
+        messages = [before[0], *before[1 + conversation.n_dropped :], question]
         ids, expected = fresh_answer(chatty, messages)
         assert answer == bytes(expected).decode()
         assert conversation.to_list() == [*messages, {"role": "assistant", "content": answer}]
         assert n_fed == [len(ids) - len(os.path.commonprefix([ids, cached]))]
         cached = (ids + expected)[: len(conversation.cached_ids)]
         assert conversation.cached_ids == cached
-        n_forgotten.append(conversation.n_forgotten)
+        n_dropped.append(conversation.n_dropped)
         all_ids = conversation.tokenizer.encode_chat([*before, question])
-        assert (len(all_ids) + 12 > CONTEXT) == (n_forgotten[-1] > 0)
-        assert n_forgotten[-1] == 0 or len(messages) == 2 or len(ids) <= CONTEXT * 3 / 4
-    assert 2 < sum(n > 0 for n in n_forgotten) < 8 and not any(n % 2 for n in n_forgotten)
+        assert (len(all_ids) + 12 > CONTEXT) == (n_dropped[-1] > 0)
+        assert n_dropped[-1] == 0 or len(messages) == 2 or len(ids) <= CONTEXT * 3 / 4
+    assert 2 < sum(n > 0 for n in n_dropped) < 8 and not any(n % 2 for n in n_dropped)
 
 
 def test_an_answer_goes_on(chatty, conversation):
@@ -186,7 +186,7 @@ def test_an_answer_goes_on(chatty, conversation):
     said, pieces = conversation.messages[-1]["content"], conversation.continue_answer(9)
     ids = conversation.encode("Ho", conversation.messages[:-2]) + conversation.answer_ids
     expected = fresh_tokens(chatty, ids, 9)
-    assert "".join(pieces) == bytes(expected).decode() and conversation.n_forgotten > 0
+    assert "".join(pieces) == bytes(expected).decode() and conversation.n_dropped > 0
     assert conversation.messages[-1]["content"] == said + bytes(expected).decode()
 
 
@@ -201,7 +201,7 @@ def test_what_cannot_go_on(conversation):
     with pytest.raises(ContextFull, match="That takes 213 tokens, and the context has 160: shorten it."):
         conversation.answer("x" * 200)
     assert conversation.to_list() == before
-    conversation.forget_oldest()
+    conversation.drop_oldest()
     with pytest.raises(UsageError, match="no cut answer"):
         conversation.continue_answer()
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,8 @@ def test_what_is_no_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
     good = {"format": CHECKPOINT_VERSION, "config": {}, "quantization": None, "tensors": {}}
     for content, match in [
-        ([1], "is not a gpt-fast/4 checkpoint"),
-        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/4 checkpoint"),
+        ([1], "is not a gpt-fast/5 checkpoint"),
+        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/5 checkpoint"),
         (good | {"tensors": [1]}, "holds no table of tensors"),
         (good | {"tensors": {"a": 1}}, "holds no table of tensors"),
         (good | {"tensors": {1: torch.ones(1)}, "format": "gpt-fast/1"}, "holds no table of tensors"),
@@ -119,15 +120,18 @@ def test_what_is_no_checkpoint(tmp_path):
             read_checkpoint(path)
     for name, match in [("x.gguf", "convert_gguf.py"), ("x.safetensors", "convert_hf_checkpoint.py")]:
         (tmp_path / name).write_bytes(b"odd")
-        with pytest.raises(UsageError, match=f"is not a gpt-fast/4 checkpoint; scripts/{match} makes one of it"):
+        with pytest.raises(UsageError, match=f"is not a gpt-fast/5 checkpoint; scripts/{match} makes one of it"):
             read_checkpoint(tmp_path / name)
     for path, match in [(tmp_path, "is a folder"), (tmp_path / "gone.pth", "does not exist or is not a file")]:
         with pytest.raises(UsageError, match=match):
             read_checkpoint(path)
 
 
-@pytest.mark.parametrize("format", ["gpt-fast/1", "gpt-fast/2", "gpt-fast/3"])
-@pytest.mark.parametrize("family", ["llama3", "llama-bias", "qwen3-moe"])
+EARLIER_FILES = [*product(["llama3", "llama-bias", "qwen3-moe"], ["gpt-fast/1", "gpt-fast/2", "gpt-fast/3"])]
+EARLIER_FILES += [("gemma2", "gpt-fast/4"), ("smollm3", "gpt-fast/4")]  # whose layers and activations differ
+
+
+@pytest.mark.parametrize("family, format", EARLIER_FILES)
 def test_files_of_earlier_versions_are_the_same_model(family, format, tmp_path):
     theirs = make_hf(family, norm_topk_prob=False) if family == "qwen3-moe" else make_hf(family)
     theirs.save_pretrained(tmp_path)

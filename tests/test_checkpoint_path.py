@@ -12,7 +12,7 @@ import cli
 import eval
 import generate
 import quantize
-from cli.checkpoints import model_file
+from cli.checkpoints import resolve_checkpoint
 from config import UsageError
 from converters.folder import convert_folder
 from tests.test_lora import linear_names, random_halves, write_adapter
@@ -68,16 +68,16 @@ def test_every_command_takes_a_folder(folder, capsys):
 
 def test_files_that_hold_no_weights(folder, tmp_path):
     """A trainer leaves other files of these names, and settings may change after weights."""
-    model = model_file(folder)
+    model = resolve_checkpoint(folder)
     for name in ("training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(b"not weights")
-    assert model_file(folder) == model
+    assert resolve_checkpoint(folder) == model
     make_older(model, 3600)
     os.rename(folder / "model.pth", folder / "old.pth")
     quantized = folder / "model_int4.g128.pth"  # of the same weights, converted later
     shutil.copy(folder / "old.pth", quantized)
     os.rename(folder / "old.pth", folder / "model.pth")
-    assert model_file(folder) == quantized
+    assert resolve_checkpoint(folder) == quantized
 
 
 def test_metas_folder(tmp_path, capsys):
@@ -101,7 +101,7 @@ def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
         assert again == out and "Converting" not in err
     shutil.copy(file, tmp_path / "b.gguf")
     with pytest.raises(UsageError, match="holds b.gguf, tiny.Q8_0.gguf: choose one of them"):
-        model_file(tmp_path)
+        resolve_checkpoint(tmp_path)
 
 
 def test_a_split_gguf_is_one_model(tmp_path):
@@ -109,19 +109,19 @@ def test_a_split_gguf_is_one_model(tmp_path):
     parts = sorted(tmp_path.glob("tiny-*-of-*.gguf"))
     assert len(parts) > 1
     for path in (tmp_path, parts[-1]):
-        assert model_file(path) == tmp_path / "tiny-gguf/model.pth"
+        assert resolve_checkpoint(path) == tmp_path / "tiny-gguf/model.pth"
 
 
 def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F811
     """Under the name of their format; also with an adapter merged into the others."""
     folder, _, theirs = mxfp4
-    assert model_file(folder) == model_file(folder) == folder / "model_mxfp4.pth"
+    assert resolve_checkpoint(folder) == resolve_checkpoint(folder) == folder / "model_mxfp4.pth"
     assert capsys.readouterr().err.count("Converting") == 1
     lora, weights = tmp_path / "lora", dict(theirs.named_parameters())
     halves = {name: random_halves(*weights[f"{name}.weight"].shape) for name in linear_names(theirs)}
     write_adapter(lora, halves)
     convert_folder(folder, lora)
-    assert model_file(lora) == lora / "model_mxfp4.pth"
+    assert resolve_checkpoint(lora) == lora / "model_mxfp4.pth"
     with torch.inference_mode():
         for name, (a, b) in halves.items():
             weights[f"{name}.weight"].copy_((weights[f"{name}.weight"] + 1.5 * b @ a).bfloat16())
@@ -133,12 +133,12 @@ def test_a_folder_without_sources(folder):
     convert(folder)
     (folder / "model.safetensors").unlink()
     make_older(folder / "model.pth", 3600)
-    assert model_file(folder) == folder / "model.pth"
+    assert resolve_checkpoint(folder) == folder / "model.pth"
     (folder / "model.pth").rename(folder / "model_int8.pth")
-    assert model_file(str(folder)) == folder / "model_int8.pth"
+    assert resolve_checkpoint(str(folder)) == folder / "model_int8.pth"
     shutil.copy(folder / "model_int8.pth", folder / "model_int4.g32.pth")
     with pytest.raises(UsageError, match="holds model_int4.g32.pth, model_int8.pth: choose one of them"):
-        model_file(folder)
+        resolve_checkpoint(folder)
 
 
 def test_an_adapters_folder(folder, tmp_path, capsys):
@@ -147,9 +147,9 @@ def test_an_adapters_folder(folder, tmp_path, capsys):
     lora = tmp_path / "lora"
     write_adapter(lora, {name: random_halves(*weights[f"{name}.weight"].shape) for name in linear_names(theirs)})
     with pytest.raises(UsageError, match="holds an adapter, not a model: merge it with .* --lora"):
-        model_file(lora)
+        resolve_checkpoint(lora)
     call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
-    assert model_file(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
+    assert resolve_checkpoint(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
 
 
 def test_mistakes(folder, tmp_path, monkeypatch, capsys):

@@ -12,15 +12,15 @@ from gguf import GGMLQuantizationType as Type
 
 from checkpoint import read_checkpoint
 from config import UsageError
-from converters.gguf_file import StoredTensor, read_gguf
+from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import (
     INT4,
     SIZE_LIMIT,
     SMALLER_INT4,
     SMALLER_INT8,
     SMALLEST_INT8,
-    Deviation,
-    Stack,
+    RoundingErrors,
+    StackedWeight,
     choose_formats,
     convert_groups,
     decode_rows,
@@ -69,7 +69,7 @@ def test_codes_are_kept(name):
         if keeps_codes(groups.type, format):
             tensors, is_kept = convert_groups(groups, format)
             ours = format.dequantize(tensors, torch.float32)
-            deviation = Deviation()
+            deviation = RoundingErrors()
             deviation.add(groups, format, tensors, is_kept)
             assert ((ours - expected).abs() <= (BOUNDS[name] + FLOAT32) * steps).all()
             assert is_kept[1 if name in ("Q4_1", "Q5_1") else 0 :].all() and BOUNDS[name] < 0.1
@@ -89,7 +89,7 @@ def test_groups_far_from_zero_are_rounded_again():
         assert not is_kept[0, 0] and is_kept.sum() == is_kept.numel() - 1
         assert error[0, :32].max() <= (0.5 + 16 * F16) * expected[0, :32].max() / n_codes * 1.01
         assert (error[1:] <= (BOUNDS["Q4_1"] + FLOAT32) * groups.expand(groups.scales)[1:]).all()
-        deviation = Deviation()
+        deviation = RoundingErrors()
         deviation.add(groups, format, tensors, is_kept)
         assert re.search("within 0.0[34] of a step, but 1 of 8 groups are rounded again, by", str(deviation))
 
@@ -108,21 +108,21 @@ def test_what_is_rounded_again_says_so(name, format, largest):
     """The error of rounding to steps of a 254th, or a 15th, of the range of a group's codes: a step over root 12."""
     groups = decode_rows(random_rows(name), Type[name])
     tensors, is_kept = convert_groups(groups, format)
-    deviation = Deviation()
+    deviation = RoundingErrors()
     deviation.add(groups, format, tensors, is_kept)
     assert not is_kept.any() and re.fullmatch(r"rounded again, by \d\.\d\d of a step on average", str(deviation))
     assert 0.05 < (deviation.squared_errors / deviation.squared_steps) ** 0.5 < largest
 
 
-def make_stack(name: str, **parts: tuple[str, int, int]) -> Stack:
+def make_stack(name: str, **parts: tuple[str, int, int]) -> StackedWeight:
     """parts: types, outputs and inputs of what it stacks. They have no numbers."""
     shapes = [(Type[kind], gguf.quant_shape_to_byte_shape((n, k), Type[kind])) for kind, n, k in parts.values()]
-    stored = [StoredTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
+    stored = [GGUFTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
     shape = torch.Size([sum(part.shape()[0] for part in stored), stored[0].shape()[1]])
-    return Stack(name, TensorPlan(shape, torch.bfloat16, []), stored)
+    return StackedWeight(name, TensorPlan(shape, torch.bfloat16, []), stored)
 
 
-def size_limit(stacks: list[Stack]) -> float:
+def size_limit(stacks: list[StackedWeight]) -> float:
     return SIZE_LIMIT * sum(part.data.nbytes for stack in stacks for part in stack.parts)
 
 

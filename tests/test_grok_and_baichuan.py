@@ -217,10 +217,10 @@ def test_quantized(name, mode, tmp_path):
 def test_which_baichuan_has_alibi():
     sizes = {"hidden_size": 5120, "num_attention_heads": 40, "num_hidden_layers": 40}
     config = config_from_hf(BAICHUAN_13B | sizes)
-    assert config.alibi and not any(config.rope_layers) and config.max_seq_len == 64
+    assert config.alibi and not any(config.layer_has_rope) and config.max_seq_len == 64
     for architecture in ("BaiChuanForCausalLM", "BaichuanForCausalLM"):  # 7B: the first one, and Baichuan 2
         config = config_from_hf(BAICHUAN | {"architectures": [architecture], "model_max_length": 4096})
-        assert not config.alibi and config.rope_layers is None and config.max_seq_len == 64
+        assert not config.alibi and config.layer_has_rope is None and config.max_seq_len == 64
     with pytest.raises(UsageError, match="hidden_size 5120 has ALiBi"):
         config_from_hf(BAICHUAN | sizes)
     neither = {name: value for name, value in BAICHUAN.items() if name != "max_position_embeddings"}

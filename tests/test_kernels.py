@@ -29,10 +29,10 @@ from exact_results import (  # isort: skip
     attend,
     exact_attention,
     exact_cache,
-    make,
+    make_linear,
     make_norm,
-    make_table,
-    names,
+    make_embedding,
+    format_label,
     glu_with_error,
 )
 
@@ -79,12 +79,12 @@ def threads(request):
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(format, dtype):
     torch.manual_seed(0)
     for n, k in SIZES:
-        w = make(n, k, format, dtype, bias=n % 2 == 0)
+        w = make_linear(n, k, format, dtype, bias=n % 2 == 0)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         bias = 0 if w.bias is None else w.bias.double()
         packed(w)
@@ -95,7 +95,7 @@ def test_linear(format, dtype):
             seen = as_seen(normed, format)
             y = seen.double() @ matrix.T + bias
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
-            wide_bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
+            wide_bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
             bounds.check(kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
             bounds.check(kernels.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype))
             total = y + residual.double()
@@ -108,7 +108,7 @@ def test_linear(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_tokens(format, dtype):
     """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but
@@ -117,7 +117,7 @@ def test_linear_of_many_tokens(format, dtype):
     on_amx = dtype == torch.bfloat16 and kernels.cpu.library().has_amx_bf16()
     odd = [(21, 37)] if isinstance(format, Dense) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
-        w, norm = make(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
+        w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         bias = 0 if w.bias is None else w.bias.double()
         packed(w)
@@ -130,7 +130,7 @@ def test_linear_of_many_tokens(format, dtype):
                 y = seen.double() @ matrix.T + bias
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
                 step += bounds.step_of(normed.nan_to_num(), quantized=False)
-                bound = bounds.of_product(seen, magnitude, y, torch.float32, step)
+                bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
                 if on_amx and isinstance(format, GroupedFormat):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
                 ours = kernels.fused_linear(x, w, given_norm, residual)
@@ -139,8 +139,8 @@ def test_linear_of_many_tokens(format, dtype):
                 others = torch.arange(tokens) != 4
                 bounds.check(ours[others], total[others], (bound + bounds.rounding_error(total, dtype))[others])
                 if n % 32 == 0:
-                    ours = kernels.fused_linear(x, w, given_norm, activation="silu")
-                    check_glu(ours[others], "silu", y[others], bound[others], fused=True)
+                    ours = kernels.fused_linear(x, w, given_norm, activation="swiglu")
+                    check_glu(ours[others], "swiglu", y[others], bound[others], fused=True)
     with pytest.raises(RuntimeError, match="1 to 64"):
         arguments = kernels.weight_arguments(w)
         x = torch.zeros(65, k, dtype=dtype)
@@ -156,7 +156,7 @@ def check_glu(ours: torch.Tensor, activation: str, gate_up: torch.Tensor, error:
 
 
 @built
-@pytest.mark.parametrize("format", [Dense(), Int4(32)], ids=names)
+@pytest.mark.parametrize("format", [Dense(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_scale_and_softcap(format, dtype):
     """After bias and activation, before the residual: of results that softcap leaves alone, bends, and cuts off; and
@@ -166,7 +166,7 @@ def test_linear_scale_and_softcap(format, dtype):
         (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
         (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
     ]:  # fmt: skip
-        w = make(n, k, format, dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
+        w = make_linear(n, k, format, dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         packed(w)
         for rows in (1, 5):
@@ -174,15 +174,15 @@ def test_linear_scale_and_softcap(format, dtype):
             seen = as_seen(x, format)
             product = seen.double() @ matrix.T + w.bias.double()
             step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
-            error = bounds.of_product(seen, magnitude, product, torch.float32, step)
+            error = bounds.product_error(seen, magnitude, product, torch.float32, step)
             y, bound = softcap_error(product, error, scale, softcap, clip)
             bounds.check(kernels.fused_linear(x, w, out_dtype=torch.float32), y, bound)
             total = y + residual.double()
             bound = bound + bounds.rounding_error(total, dtype)
             bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound)
             if n % 32 == 0:
-                y, bound = softcap_error(*glu_with_error(product, error, "gelu_tanh"), scale, softcap, clip)
-                ours = kernels.fused_linear(x, w, activation="gelu_tanh")
+                y, bound = softcap_error(*glu_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
+                ours = kernels.fused_linear(x, w, activation="geglu_tanh")
                 bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
 
 
@@ -202,7 +202,7 @@ def softcap_error(
 @built
 def test_softcap_of_extremes():
     """Close to zero, a cap or clip changes nothing; infinity it cuts off; and NaN stays NaN."""
-    w = packed(make(16, 16, Dense(), torch.float32, softcap=30.0))
+    w = packed(make_linear(16, 16, Dense(), torch.float32, softcap=30.0))
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
     y = reference.apply_softcap(x.double(), 30.0)
@@ -214,22 +214,22 @@ def test_softcap_of_extremes():
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
 def test_linear_near_its_reference(format, rows):
     """Within the rounding of activations of the weight-only product, whichever path the number of rows takes."""
     for dtype in DTYPES:
         torch.manual_seed(0)
-        plain = make(96, 200, format, dtype)
+        plain = make_linear(96, 200, format, dtype)
         torch.manual_seed(0)
-        fast = packed(make(96, 200, format, dtype))
+        fast = packed(make_linear(96, 200, format, dtype))
         x = torch.randn(rows, 200).to(dtype)
         expected, ours = kernels.fused_linear(x, plain), kernels.fused_linear(x, fast)
         assert expected.shape == ours.shape == (rows, 96)
         if rows:
             matrix = plain.dequantized_weight(torch.float32).double()
             exact = x.double() @ matrix.T
-            bound = bounds.of_product(x, bounds.magnitudes(plain), exact, dtype)
+            bound = bounds.product_error(x, bounds.magnitudes(plain), exact, dtype)
             bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
             if rounds_activations(format, dtype):
                 half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
@@ -237,25 +237,25 @@ def test_linear_near_its_reference(format, rows):
             bounds.check(ours, exact, bound)
 
 
-@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=format_label)
 @pytest.mark.parametrize("n_experts", [None, 3])
 def test_packing_is_undone_exactly(format, n_experts):
     for n, k in SIZES:
-        before = make(n, k, format, torch.float32, n_experts).tensors()
+        before = make_linear(n, k, format, torch.float32, n_experts).tensors()
         after = format.unpack(format.pack(before, "cpu"), "cpu", n, k)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_packed(format, dtype):
     for n, k in SIZES:
-        w = make(n, k, format, dtype)
+        w = make_linear(n, k, format, dtype)
         expected = w.dequantized_weight(dtype)
         assert torch.equal(packed(w).dequantized_weight(dtype), expected)
-    experts = make(48, 72, format, dtype, n_experts=3, kind=ExpertsDown)
+    experts = make_linear(48, 72, format, dtype, n_experts=3, kind=ExpertsDown)
     expected = experts.dequantized_weight(dtype)
     packed(experts)
     assert torch.equal(experts.dequantized_weight(dtype), expected)
@@ -265,11 +265,11 @@ def test_dequantize_packed(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_extremes(format):
     """Weights and scales at the ends of their ranges, and activations that are not finite."""
     for dtype in DTYPES:
-        w = make(32, 64, format, dtype)
+        w = make_linear(32, 64, format, dtype)
         if isinstance(format, Int8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
         elif isinstance(format, GroupedFormat):
@@ -285,7 +285,7 @@ def test_extremes(format):
         packed(w)
         y = seen.double() @ matrix.T
         step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
-        bounds.check(kernels.fused_linear(x, w), y, bounds.of_product(seen, magnitude, y, dtype, step))
+        bounds.check(kernels.fused_linear(x, w), y, bounds.product_error(seen, magnitude, y, dtype, step))
         assert not kernels.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
         for bad in (torch.nan, torch.inf, -torch.inf):
             x[1, 3] = bad
@@ -306,7 +306,7 @@ def test_every_value_of_8_and_4_bits(dtype):
         (Float8(), 32, {"weight": float8, "scales": torch.full((16, 1), 0.25)}),
         (MXFP4(), 64, {"weight": bytes_of_w, "scales": torch.cat([ones, ones + 1], 1)}),
     ]:
-        w = make(16, k, format, dtype)
+        w = make_linear(16, k, format, dtype)
         for name, tensor in tensors.items():
             w.set_tensor(name, tensor)
         matrix = w.dequantized_weight(dtype)
@@ -338,7 +338,7 @@ def test_embed(dtype):
     torch.manual_seed(0)
     for format in CPU_FORMATS:
         for k in (37,) if isinstance(format, Dense) else (64, 72):
-            table = make_table(50, k, format, dtype)
+            table = make_embedding(50, k, format, dtype)
             (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
             assert on_kernels.backend == "cpu"
             for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
@@ -514,15 +514,15 @@ def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_feed_forward(format, dtype):
     torch.manual_seed(0)
     for ffn_dim, bias in [(48, False), (48, True), (40, True)]:  # the last is not whole blocks of gate and up
         config, norm = ModelConfig(64, 1, 4, 2, 16, ffn_dim, 64, 64, ffn_bias=bias), make_norm(64, dtype)
         f = FeedForward(config)
-        f.gate_up_proj = make(2 * ffn_dim, 64, format, dtype, bias=bias)
-        f.down_proj = make(64, ffn_dim, format, dtype, bias=bias)
+        f.gate_up_proj = make_linear(2 * ffn_dim, 64, format, dtype, bias=bias)
+        f.down_proj = make_linear(64, ffn_dim, format, dtype, bias=bias)
         xs = [torch.randn(1, rows, 64).to(dtype) for rows in (1, 3, 8)]
         expected = [f(x, norm, x) for x in xs]
         packed(f)
@@ -531,16 +531,16 @@ def test_feed_forward(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS, ids=names)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts(format, dtype):
     torch.manual_seed(0)
     for ffn_dim, bias, activation in [
-        (48, False, "silu"), (40, False, "silu"), (48, True, "clamped_swiglu"), (40, True, "gelu_tanh"),
+        (48, False, "swiglu"), (40, False, "swiglu"), (48, True, "clamped_swiglu"), (40, True, "geglu_tanh"),
     ]:  # fmt: skip
         norm = make_norm(64, dtype)
-        gate_up = make(2 * ffn_dim, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
-        down = make(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
+        gate_up = make_linear(2 * ffn_dim, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
+        down = make_linear(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
         cases = []
         for rows in (1, 3, 8, 33, 64, 65):  # the last goes to PyTorch, from packed weights
             x = torch.randn(1, rows, 64).to(dtype)
@@ -558,37 +558,37 @@ def test_experts(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("normalize", [True, False])
-def test_route(normalize):
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_route(norm_topk_prob):
     torch.manual_seed(0)
     for rows, n_experts, top_k in [(1, 8, 2), (5, 128, 8), (8, 6, 6)]:
         logits = torch.randn(1, rows, n_experts) * 3
-        (topk_weights, topk_ids), ours = reference.route(logits, top_k, normalize), kernels.route(
-            logits, top_k, normalize, "cpu"
+        (topk_weights, topk_ids), ours = reference.route(logits, top_k, norm_topk_prob), kernels.route(
+            logits, top_k, norm_topk_prob, "cpu"
         )
         assert torch.equal(ours[1], topk_ids)
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
 
 
 @built
-@pytest.mark.parametrize("normalize", [True, False])
-def test_route_to_shared_experts(normalize):
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_route_to_shared_experts(norm_topk_prob):
     torch.manual_seed(0)
     for rows, n_experts, top_k, n_shared_experts in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
         logits = torch.randn(1, rows, n_experts + 1) * 3
-        ours = kernels.route(logits, top_k, normalize, "cpu", n_shared_experts)
-        topk_weights, topk_ids = reference.route(logits, top_k, normalize, n_shared_experts)
+        ours = kernels.route(logits, top_k, norm_topk_prob, "cpu", n_shared_experts)
+        topk_weights, topk_ids = reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
         assert torch.equal(ours[1], topk_ids)
         assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared_experts)).all()
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
 
 
 @built
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
-def test_router_of_nan(logits, normalize):
+def test_router_of_nan(logits, norm_topk_prob):
     """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
-    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, normalize, "cpu")
+    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, "cpu")
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
 
@@ -708,8 +708,8 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         torch.manual_seed(0)
         module = torch.nn.Module()
         module.embed_tokens = torch.nn.Embedding(2, 2, dtype=torch.bfloat16)
-        module.linear = make(33, 72, format, torch.bfloat16, bias=True)
-        module.experts = make(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
+        module.linear = make_linear(33, 72, format, torch.bfloat16, bias=True)
+        module.experts = make_linear(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
         expected = [w.dequantized_weight(torch.bfloat16) for w in (module.linear, module.experts)]
         with monkeypatch.context() as context:
             context.setattr(kernels, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)

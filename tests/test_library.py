@@ -23,7 +23,7 @@ def test_text(chatty, ask):
     steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
-    tokens = [ids[0] for ids in generate(steps, torch.tensor([prompt]), start=0, max_new_tokens=20)]
+    tokens = [ids[0] for ids in generate(steps, torch.tensor([prompt]), n_cached=0, max_new_tokens=20)]
     text = "".join(detokenize(tokenizer, tokens, prefix_ids=prompt))
 
     (result,) = ask(chatty, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")

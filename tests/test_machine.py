@@ -39,7 +39,7 @@ def test_limits_of_a_group_and_of_those_around_it(files, free, limited_group, tm
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     lines = "0::/a/b\n" if files is V2 else "12:cpu,cpuacct:/a/b\n4:memory:/a/b\n3:pids:/x\n0::/\n"
     (tmp_path / "cgroup").write_text(lines)
-    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "PROCESS_CGROUPS", tmp_path / "cgroup")
     assert min(map(machine.free_in_cgroup, machine.cgroup_folders("memory"))) == 600 == machine.free_memory()
     assert min(map(machine.cpu_quota, machine.cgroup_folders("cpu"))) == 1.5
     if limited_group == "":
@@ -50,7 +50,7 @@ def test_limits_of_a_group_and_of_those_around_it(files, free, limited_group, tm
 def test_without_control_groups(tmp_path, monkeypatch):
     write_group(tmp_path, V2_FREE, "")
     assert machine.free_in_cgroup(tmp_path) == machine.cpu_quota(tmp_path) == math.inf
-    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "missing")
+    monkeypatch.setattr(machine, "PROCESS_CGROUPS", tmp_path / "missing")
     assert machine.cgroup_folders("cpu") == [] and machine.allowed_threads() >= 1
 
 
@@ -96,7 +96,7 @@ def test_bandwidth_is_measured_in_memory_that_is_there(monkeypatch):
     """Neighbours are read as one. Not if caches may hold them."""
     memory = torch.arange(2**16)
     parts = [memory[:1000], memory[40_000:], memory[1002:3000], memory[3000:3001].view(torch.int8)[:3]]
-    joined = machine.join_neighbours(parts)
+    joined = machine.merge_adjacent(parts)
     assert [len(t) for t in joined] == [3000, 2**16 - 40_000] and torch.equal(joined[0], memory[:3000])
     monkeypatch.setattr(machine, "cache_bytes", lambda: memory.nbytes // 2)
     assert machine.read_bandwidth_of(memory.chunk(7)) > 0

@@ -138,7 +138,7 @@ def test_windows_of_layers(kind):
     }
     for types, windows in expected.items():
         config = config_from_hf(good | {"layer_types": list(types)})
-        assert (config.sliding_window, config.window_layers) == windows
+        assert (config.sliding_window, config.layer_has_window) == windows
 
 
 def test_old_and_new_spelling_together():

@@ -11,7 +11,7 @@ from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer
 from rope import rope_table
 from tests.test_kernels import packed
 
-from exact_results import attend, make, make_norm, make_table, store  # isort: skip  (test_kernels.py put scripts/ on the path)
+from exact_results import attend, make_linear, make_norm, make_embedding, set_weight  # isort: skip  (test_kernels.py put scripts/ on the path)
 
 built = pytest.mark.skipif(not kernels.cpu.library(), reason="no C++ compiler")
 FAMILIES = {
@@ -31,7 +31,7 @@ def make_model(format, dtype: torch.dtype, **config) -> Transformer:
     for name, p in model.named_parameters():
         p.data = (torch.rand(p.shape) if "norm" in name else torch.randn(p.shape) * 0.2).to(dtype)
     for _, w in model.quantizable_linears():
-        store(w, w.weight.data, format)
+        set_weight(w, w.weight.data, format)
     if model.config.tie_embeddings:
         model.tie_embedding()
     model.prepare_kernels()
@@ -67,15 +67,15 @@ def test_every_argument_is_recorded(format):
     """Those that no family above has: replayed on other inputs, they give what is computed."""
     torch.manual_seed(0)
     n_heads, n_kv_heads, d, dim, n_experts = 4, 2, 16, 64, 5
-    embedding = make_table(97, dim, format, torch.float32)
+    embedding = make_embedding(97, dim, format, torch.float32)
     norm, sinks = make_norm(dim, torch.float32), torch.randn(n_heads)
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
-    qkv_proj = make(128, dim, format, torch.float32, clip=2.0)
-    head = make(97, dim, format, torch.float32, scale=0.1, softcap=5.0)
-    router = make(n_experts - 1, dim, Dense(), torch.float32)  # three experts and the two shared ones' logit
-    gate_up = make(96, dim, format, torch.float32, n_experts, bias=True, kind=ExpertsGateUp)
-    down = make(dim, 48, format, torch.float32, n_experts, bias=True, kind=ExpertsDown)
+    qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
+    head = make_linear(97, dim, format, torch.float32, scale=0.1, softcap=5.0)
+    router = make_linear(n_experts - 1, dim, Dense(), torch.float32)  # three experts and the two shared ones' logit
+    gate_up = make_linear(96, dim, format, torch.float32, n_experts, bias=True, kind=ExpertsGateUp)
+    down = make_linear(dim, 48, format, torch.float32, n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
     rope, slopes = rope_table(config, 40), torch.rand(n_heads)
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), rope, slopes) for _ in range(2)]

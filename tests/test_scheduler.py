@@ -17,7 +17,7 @@ from model import Transformer
 from sampling import SamplingParams
 from scheduler import Request, Scheduler, Sequence, sample_each
 from tests.tiny import make_hf, to_ours
-from tokenizer import StopFinder
+from tokenizer import StopStringFinder
 
 FAMILIES = ["llama3", "mixtral", "gemma3", "qwen2-moe", "gpt-oss"]
 
@@ -225,7 +225,7 @@ def test_interrupt_keeps_what_is_complete(chain):
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_finder(text, stop, data):
     """Whatever the pieces, the text ends before the stop text that is complete first."""
-    finder, found, start = StopFinder(stop), "", 0
+    finder, found, start = StopStringFinder(stop), "", 0
     while start < len(text):
         end = data.draw(st.integers(start + 1, len(text)))
         found += finder.push(text[start:end])

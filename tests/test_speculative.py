@@ -15,7 +15,7 @@ import generate
 import quantize
 import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
-from cli.prepare import warn_about_size
+from cli.startup import warn_about_size
 from config import ModelConfig, UsageError
 from model import KVCache, empty_model
 from sampling import SamplingParams, multinomial, probabilities, sample
@@ -23,15 +23,15 @@ from speculate import (
     DraftModel,
     PromptLookup,
     SpeculativeDecoder,
-    best_size,
+    best_draft_length,
     build_draft_model,
     build_speculative_decoder,
-    proposal_sizes,
+    draft_lengths,
+    estimate_verify_cost,
     rejection_sample,
     speculate,
-    verify_cost,
 )
-from steps import Steps, build_steps
+from steps import GenerationSteps, build_steps
 from tests.byte_models import random_folder, set_up
 from tests.tiny import FAMILIES, PACKAGES, ROOT, call, convert, make_hf, to_ours, write_folder
 
@@ -194,7 +194,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         proposer = PromptLookup(3, CPU)
     else:
         proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
-    speculation = SpeculativeDecoder(Steps(prefill, decode), verify, proposer, k=2, device=CPU)
+    speculation = SpeculativeDecoder(GenerationSteps(prefill, decode), verify, proposer, k=2, device=CPU)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
@@ -250,11 +250,11 @@ def test_lookup_proposes_what_came_after():
 
 
 def test_the_number_of_tokens_follows_what_is_accepted():
-    assert proposal_sizes(5) == [1, 5] and proposal_sizes(1) == [1]
-    assert best_size([5, 2, 1], 1.0, 0.3) == 5
-    assert best_size([5, 2, 1], 0.3, 0.2) == 1
-    assert best_size([5, 2, 1], 0.05, 0.3) == 0
-    assert best_size([], 1.0, 0.1) == 0
+    assert draft_lengths(5) == [1, 5] and draft_lengths(1) == [1]
+    assert best_draft_length([5, 2, 1], 1.0, 0.3) == 5
+    assert best_draft_length([5, 2, 1], 0.3, 0.2) == 1
+    assert best_draft_length([5, 2, 1], 0.05, 0.3) == 0
+    assert best_draft_length([], 1.0, 0.1) == 0
     rate = speculate_module.AcceptanceRate()
     first = rate.rate
     for _ in range(20):
@@ -267,8 +267,9 @@ def test_the_number_of_tokens_follows_what_is_accepted():
 
 def test_experts_cost_more_to_verify(pair):
     dense, moe = pair("llama3")[1], pair("mixtral")[1]
-    assert verify_cost(dense) < 0.2 < verify_cost(moe) < 1
-    assert best_size([1, 2, 5], 0.3, verify_cost(dense)) > best_size([1, 2, 5], 0.3, verify_cost(moe))
+    assert estimate_verify_cost(dense) < 0.2 < estimate_verify_cost(moe) < 1
+    of_dense, of_moe = (best_draft_length([1, 2, 5], 0.3, estimate_verify_cost(model)) for model in (dense, moe))
+    assert of_dense > of_moe
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def test_json(way, temperature, folders, capsys, monkeypatch):
     if way[0].startswith("--draft"):
         way = [*way, str(folder / "model.pth")]
         # Otherwise a draft as large as the model would not pay
-        monkeypatch.setattr(speculate_module, "verify_cost", lambda model: -1.0)
+        monkeypatch.setattr(speculate_module, "estimate_verify_cost", lambda model: -1.0)
     flags = ["--prompt=ABCABCABC", f"--temperature={temperature}", "--precision=float32", "--json"]
     flags += ["--max_new_tokens=119"]  # to the end of the context
     ours = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
@@ -334,7 +335,7 @@ def test_an_end_token_in_a_step_ends_it(folders, capsys, monkeypatch):
     ends = sorted(set(tokens), key=tokens.index)[1:8]
     for end in ends:
         monkeypatch.setattr(generate, "load", with_end(end))
-        monkeypatch.setattr(speculate_module, "verify_cost", lambda model: -1.0)
+        monkeypatch.setattr(speculate_module, "estimate_verify_cost", lambda model: -1.0)
         way = ["--draft_checkpoint_path", str(folder / "model.pth"), "--speculate_k=7"]
         result = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)
         assert result["tokens"][0] == tokens[: tokens.index(end) + 1]

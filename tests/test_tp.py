@@ -171,7 +171,7 @@ CONFIG = ModelConfig(
 def test_what_can_be_cut():
     def possible(format, **changes) -> list[int]:
         config = ModelConfig(**vars(CONFIG) | changes)
-        return [n for n in range(1, 13) if tp.divides(config, format, n)]
+        return [n for n in range(1, 13) if tp.can_shard(config, format, n)]
 
     assert possible(Dense()) == [1, 3, 6, 12]  # 2 and 4 ranks can neither divide nor share 3 key/value heads
     assert possible(Dense(), n_kv_heads=12) == [1, 2, 3, 4, 6, 12]
@@ -179,7 +179,7 @@ def test_what_can_be_cut():
     assert possible(Int4(32), n_kv_heads=12) == [1, 3]  # of which each has a width of 24 or 8
     message = "of which int4.g32 keeps 8 together, cannot be cut into 2 equal parts, but into 3"
     with pytest.raises(UsageError, match=message):
-        tp.check_divides(CONFIG, Int4(32), 2)
+        tp.check_can_shard(CONFIG, Int4(32), 2)
 
 
 @pytest.mark.parametrize("size, granularity, n", [(12, 1, 4), (97, 1, 4), (96, 16, 3), (32, 16, 4), (5, 1, 4)])

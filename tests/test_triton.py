@@ -30,8 +30,8 @@ from exact_results import (  # isort: skip
     exact_attention,
     exact_linear,
     integers,
-    make,
-    names,
+    make_linear,
+    format_label,
     exact_sums_error,
     use_triton,
 )
@@ -65,7 +65,7 @@ def test_check(name, small_gpu):
 # ---- Products -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=names)
+@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("rows", [*range(10), 64, 65])
 def test_rows(format, rows):
     """0 to 64, and a 65th that goes to the matrix product."""
@@ -80,11 +80,11 @@ def test_rows(format, rows):
         assert kernels.fused_linear(x, use_triton(w)).shape == y.shape
 
 
-@pytest.mark.parametrize("format", QUANTIZED, ids=names)
+@pytest.mark.parametrize("format", QUANTIZED, ids=format_label)
 def test_extremes(format):
     """Weights, scales and zeros at the ends of their ranges; activations that are huge, tiny or not finite."""
     torch.manual_seed(0)
-    w = make(32, 64, format, torch.float32)
+    w = make_linear(32, 64, format, torch.float32)
     w.weight[:8], w.weight[8:16], w.scales[16:20] = (-128, 127, 0) if isinstance(format, Int8) else (255, 0, 0)
     if isinstance(format, Int4):
         w.zeros[20:24], w.zeros[24:28] = 255, 0
@@ -93,7 +93,7 @@ def test_extremes(format):
     for scale in (1.0, 1e10, 1e-15):
         x = torch.randn(2, 64) * scale
         y = x.double() @ matrix.T
-        bounds.check(kernels.fused_linear(x, w), y, bounds.of_product(x, magnitude, y, torch.float32))
+        bounds.check(kernels.fused_linear(x, w), y, bounds.product_error(x, magnitude, y, torch.float32))
     assert not kernels.fused_linear(torch.zeros(1, 64), w).any()
     for bad in (torch.nan, torch.inf):
         x[1, 3] = bad
@@ -101,11 +101,11 @@ def test_extremes(format):
         assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
-@pytest.mark.parametrize("format", TRITON_FORMATS[1:], ids=names)
+@pytest.mark.parametrize("format", TRITON_FORMATS[1:], ids=format_label)
 @pytest.mark.parametrize("n_experts", [None, 3])
 def test_packing_is_undone_exactly(format, n_experts):
     for n, k in [(16, 64), (48, 160)]:
-        w = make(n, k, format, torch.float32, n_experts)
+        w = make_linear(n, k, format, torch.float32, n_experts)
         before = w.tensors()
         use_triton(w)
         assert (w.weight.data_ptr() == before["weight"].data_ptr()) == isinstance(format, Int8)  # read as it is
@@ -121,7 +121,7 @@ def test_every_element(dtype):
     floats = byte.where(byte % 128 != 127, 0).view(torch.float8_e4m3fn)  # without NaN
     elements = {Float8(): floats, GroupedInt8(32): byte, MXFP4(): byte, Int4(32): byte}
     for format, weight in elements.items():
-        w = make(16, 32, format, dtype)
+        w = make_linear(16, 32, format, dtype)
         w.set_tensor("weight", weight.repeat(w.weight.numel() // 256).view(w.weight.shape))
         w.set_tensor("scales", torch.full_like(w.scales, 127 if isinstance(format, MXFP4) else 1))
         expected = w.dequantized_weight(torch.float32)
@@ -158,7 +158,7 @@ class Unknown(Int4):
 def test_unknown_format():
     """It stays in PyTorch. If it comes to the kernels, it is an error, and not read as another format."""
     for format in (Unknown(32), WeightFormat()):
-        w = make(16, 64, Int4(32), torch.float32)
+        w = make_linear(16, 64, Int4(32), torch.float32)
         w.format = format
         kernels.pack_for_triton([w])
         assert w.backend == "torch"
@@ -172,11 +172,11 @@ def test_unknown_format():
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
-def test_router_of_nan(logits, normalize):
+def test_router_of_nan(logits, norm_topk_prob):
     """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
-    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, normalize, "triton")
+    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, "triton")
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
 
@@ -242,7 +242,7 @@ def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
     "family, format",
     [("llama3", Dense()), ("llama-bias", Int4(32)), ("mistral-window", Int8()), ("qwen3", Int4(32)),
      ("mixtral", Int8()), ("mixtral", Int4(32)), ("qwen3-moe", Dense())],
-    ids=names,
+    ids=format_label,
 )  # fmt: skip
 def test_model(family, format, small_gpu):
     """The whole model: float32 logits as without kernels, so the same greedy tokens."""
@@ -287,7 +287,7 @@ def test_without_matrix_units(monkeypatch):
     """The kernels take few tokens in float32, and on a GPU whose matrix units Triton does not use."""
     for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
         monkeypatch.setattr(triton_launch, "gpu_of", lambda device, m=min_block_m: triton_launch.Gpu(2, m, False, {}))
-        w = make(16, 64, Int8(), torch.float32)
+        w = make_linear(16, 64, Int8(), torch.float32)
         kernels.pack_for_triton([w], dtype)
         assert w.max_tokens == most
 

@@ -176,9 +176,18 @@ NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", 
 
 
 def write_earlier_format(path: Path, format: str):
-    """Rewrites the checkpoint in path as "gpt-fast/1", "gpt-fast/2" or "gpt-fast/3"."""
+    """Rewrites the checkpoint in path as "gpt-fast/1" ... "gpt-fast/4"."""
     data = torch.load(path, weights_only=True)
-    moe, rope_scaling = data["config"]["moe"], data["config"]["rope_scaling"]
+    config = data["config"]
+    for new, old in {"layer_has_window": "window_layers", "layer_has_rope": "rope_layers"}.items():
+        config[old] = config.pop(new)
+    config["activation"] = {"swiglu": "silu", "geglu_tanh": "gelu_tanh"}.get(
+        config["activation"], config["activation"]
+    )
+    if format == "gpt-fast/4":
+        torch.save(data | {"format": format}, path)
+        return
+    moe, rope_scaling = config["moe"], config["rope_scaling"]
     if moe is not None:
         moe["n_shared"] = moe.pop("n_shared_experts")
     if format == "gpt-fast/3":
@@ -200,7 +209,7 @@ def write_earlier_format(path: Path, format: str):
     if moe is not None and format == "gpt-fast/1":
         assert not moe["n_shared"] and not moe["bias"]  # which it did not have
         moe = {"n_experts": moe["n_experts"], "n_active": moe["top_k"], "normalize": moe["norm_topk_prob"]}
-        data["config"]["moe"] = moe
+        config["moe"] = moe
     torch.save(data, path)
 
 

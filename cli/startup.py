@@ -1,7 +1,5 @@
-"""What generate.py's command line prepares before the first token: a draft model, the cache's length, speculation, and
-everything that is compiled or recorded.
-
-This file has no command line; see generate.py.
+"""The start of generate.py, before the first token: loads the draft model, sizes the KV cache, builds speculation, and
+compiles or records the steps.
 """
 
 import argparse
@@ -26,9 +24,9 @@ from speculate import (
     SpeculativeDecoder,
     build_draft_model,
     build_speculative_decoder,
-    proposal_sizes,
+    draft_lengths,
 )
-from steps import Steps, make_kv_cache
+from steps import GenerationSteps, make_kv_cache
 from tokenizer import Tokenizer
 
 CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
@@ -49,7 +47,7 @@ def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
     return draft
 
 
-def needed_seq_len(
+def required_seq_len(
     args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
 ) -> int:
     """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
@@ -67,9 +65,9 @@ def needed_seq_len(
 
 
 def build_speculation(
-    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: Steps
+    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
-    """Speculation as args ask for it: with draft or, without one, by looking up the prompt."""
+    """The SpeculativeDecoder that args ask for: with the draft model, or by prompt lookup if draft is None."""
     warn_about_size(args.speculate_k, model)
     if draft is None:
         proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
@@ -80,7 +78,7 @@ def build_speculation(
 
 
 def warn_about_size(k: int, model: Transformer):
-    """Says so if a GPU verifies k proposed tokens without the kernels."""
+    """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
     most = max((i for i in range(1, k + 1) if model.uses_kernels(1, i + 1)), default=0)
     if model.lm_head.backend == "triton" and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
@@ -88,7 +86,7 @@ def warn_about_size(k: int, model: Transformer):
 
 @torch.inference_mode()
 def warm_up(
-    args: argparse.Namespace, steps: Steps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
+    args: argparse.Namespace, steps: GenerationSteps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
     device: torch.device,
 ):  # fmt: skip
     """Compiles and records all steps that will be used. The prompt overwrites what this writes to the KV caches."""
@@ -97,7 +95,7 @@ def warm_up(
         return torch.zeros(shape, dtype=torch.long, device=device)
 
     if args.compile_prefill:
-        # A conversation's first message may have any length: compile for one that the kernels do not take.
+        # In a conversation the prompt's length is not known yet: take one that is too long for the kernels.
         n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
         # At position 0, T would equal S, and torch.compile would specialize on that. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
@@ -105,14 +103,14 @@ def warm_up(
         return
     steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
     if speculation is not None:
-        for k in proposal_sizes(args.speculate_k):
+        for k in draft_lengths(args.speculate_k):
             if k < args.max_new_tokens:
                 proposal = speculation.proposer.propose([0, 0, 0], k)
                 speculation.verify(zeros(1, 1), zeros(1), proposal)
 
 
-def tp_stats(args: argparse.Namespace, steps: Steps, device: torch.device) -> dict:
-    """More fields of --json if there are several ranks."""
+def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.device) -> dict:
+    """The fields of --json that only a run with several ranks has."""
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
     return {"world_size": tp.world_size(), "communication_share": share}
