@@ -32,7 +32,7 @@ class Completion:
         self.logprobs: list[Logprobs] = []  # of each token, if the request asks for them
         self.step_times: list[float] = []  # when the tokens of each step arrived; the first step is prefill
         self.step_sizes: list[int] = []  # how many tokens each step gave
-        self.finish_reason: str | None = None  # "stop", also for a stop text; "length"; "error": it cannot be completed
+        self.finish_reason: str | None = None  # "stop": end token or stop string; "length"; "error"
         self.error: str | None = None
 
     def add_step(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> str:

@@ -142,8 +142,9 @@ class LLM:
         return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """Yields what follows prompt, piece by piece, up to an end token or one of the stop texts. Several texts may be
-        under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises UsageError."""
+        """Yields what follows prompt, piece by piece, up to an end token or one of the stop strings. Several texts may
+        be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises
+        UsageError."""
         is_chat = not isinstance(prompt, str)
         for text in [message["content"] for message in prompt] if is_chat else [prompt]:
             if self.tokenizer.exceeds(text, self.max_seq_len):

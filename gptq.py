@@ -130,7 +130,7 @@ def sum_of_outer_products(x: Tensor) -> Tensor:
 
 def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int) -> Tensor:
     """Windows of length tokens, spread evenly over text, at most limit of them: [n, length]."""
-    windows = [w for w in split_windows(tokenizer, text, length) if len(w) == length]
+    windows = [window for window in split_windows(tokenizer, text, length) if len(window) == length]
     if not windows:
         raise UsageError(f"the calibration text is shorter than one window of --calibration_seq_length {length} tokens")
     step = max(1, len(windows) / limit)

@@ -182,8 +182,8 @@ def check_memory(n_bytes: int, what: str):
     """Raises OutOfMemoryError if main memory has no room for n_bytes. what: what needs them, for the message."""
     free = free_memory()
     if n_bytes > free:
-        takes = f"takes {n_bytes / 1e9:.2f} GB of memory, of which {free / 1e9:.2f} are free"
-        raise OutOfMemoryError(f"{what} {takes}")
+        needed, available = n_bytes / 1e9, free / 1e9
+        raise OutOfMemoryError(f"{what} takes {needed:.2f} GB of memory, of which {available:.2f} are free")
 
 
 def is_out_of_memory(e: Exception) -> bool:

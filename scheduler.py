@@ -55,7 +55,7 @@ class Request:
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
     seed: int = 0
-    stop: tuple[str, ...] = ()  # texts that end the new text; see completion.py
+    stop: tuple[str, ...] = ()  # stop strings, which end the new text; see completion.py
     is_chat: bool = False  # whether the new text is one of its own, the answer to a message
     n_logprobs: int | None = None  # how many of the likeliest tokens to report in each step; None: no probabilities
     start_time: float | None = None  # when its prefill began
@@ -73,7 +73,7 @@ def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, li
 
 def finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
     """Why token, the last of n_new_tokens, ends a text: "stop": it is an end token; "length": it is the last one that
-    was asked for. None: the text goes on. (Stop texts are completion.py's.)"""
+    was asked for. None: the text goes on. (Stop strings are completion.py's.)"""
     if token in eos_ids:
         return "stop"
     return "length" if n_new_tokens == max_new_tokens else None

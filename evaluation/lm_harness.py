@@ -170,7 +170,7 @@ class GenerationOptions(NamedTuple):
 
     sampling: SamplingParams
     max_new_tokens: int
-    stop: tuple[str, ...]  # texts that end the answer
+    stop: tuple[str, ...]  # stop strings, which end the answer
 
 
 def read_options(kwargs: dict) -> GenerationOptions:

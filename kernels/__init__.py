@@ -240,14 +240,14 @@ def prepare_kernels(model: torch.nn.Module, is_mmapped: bool = False):
     is_mmapped: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
     so that no weight is in memory twice."""
     device = next(model.parameters()).device
-    layers = [m for m in model.modules() if hasattr(m, "in_features") and m.backend == "torch"]
+    layers = [layer for layer in model.modules() if hasattr(layer, "in_features") and layer.backend == "torch"]
     layers = list({layer.weight: layer for layer in layers}.values())  # of a tied weight the head, which comes last
     if device.type == "cpu":
         has_kernels = cpu.library() is not None
-        fitting = [m for m in layers if has_kernels and m.format.fits_kernels("cpu", m.in_features)]
+        fitting = [layer for layer in layers if has_kernels and layer.format.fits_kernels("cpu", layer.in_features)]
         dtypes = [p.dtype for p in model.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16)]
         if dtypes:
-            without_kernels = [m for m in layers if m.format.quantization and m not in fitting]
+            without_kernels = [layer for layer in layers if layer.format.quantization and layer not in fitting]
             dequantize_weights(without_kernels, dtypes[0], is_mmapped)
         if has_kernels:
             pack_for_cpu(layers, is_mmapped)

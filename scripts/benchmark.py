@@ -84,63 +84,69 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_command(subparsers, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    p = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
-    p.set_defaults(command=command)
-    cli.add_threads(p)
-    return p
+    parser = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+    parser.set_defaults(command=command)
+    cli.add_threads(parser)
+    return parser
 
 
 def add_speed(subparsers):
-    p = add_command(subparsers, speed)
-    p.add_argument("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
-    p.add_argument("--mode", choices=MODES, help="weights in this format (default: in --precision)")
-    p.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4 (default: %(default)s)")
-    p.add_argument("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
-    cli.add_device(p)
-    cli.add_precision(p)
-    cli.add_kernels(p)
-    p.add_argument("--prompt_tokens", type=int, default=5, help="default: %(default)s")
-    p.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
-    p.add_argument("--decode_only", action="store_true", help="no prefill, no verification")
+    parser = add_command(subparsers, speed)
+    add = parser.add_argument
+    add("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
+    add("--mode", choices=MODES, help="weights in this format (default: in --precision)")
+    add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4 (default: %(default)s)")
+    add("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
+    cli.add_device(parser)
+    cli.add_precision(parser)
+    cli.add_kernels(parser)
+    add("--prompt_tokens", type=int, default=5, help="default: %(default)s")
+    add("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
+    add("--decode_only", action="store_true", help="no prefill, no verification")
     help = "only time decoding of so many sequences at a time, all together (scheduler.py)"
-    p.add_argument("--parallel", type=int, nargs="+", metavar="N", help=help)
+    add("--parallel", type=int, nargs="+", metavar="N", help=help)
     help = "only time decoding beside a busy process, and two at once: medians of so many rounds (default: 3)"
-    p.add_argument("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=help)
-    p.add_argument("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
-    p.add_argument("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
-    p.add_argument("--json", action="store_true", help="one JSON object too, as the last line")
+    add("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=help)
+    add("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
+    add("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
+    add("--json", action="store_true", help="one JSON object too, as the last line")
 
 
 def add_gpu_commands(subparsers):
-    p = add_command(subparsers, check_kernels.check)
-    p.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter (default: %(default)s)")
-    cli.add_precision(p)
+    parser = add_command(subparsers, check_kernels.check)
+    add = parser.add_argument
+    add("--device", default="cuda", help="cpu: in Triton's interpreter (default: %(default)s)")
+    cli.add_precision(parser)
 
-    p = add_command(subparsers, benchmark_gpu.gpu)
-    p.add_argument("--tune", action="store_true", help="tune the launches of our kernels for each model first")
-    p.add_argument("--only", default="", metavar="TEXT", help="only jobs whose name contains it")
-    p.add_argument("--minutes", type=float, default=9, help="no job goes on beyond these (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
+    parser = add_command(subparsers, benchmark_gpu.gpu)
+    add = parser.add_argument
+    add("--tune", action="store_true", help="tune the launches of our kernels for each model first")
+    add("--only", default="", metavar="TEXT", help="only jobs whose name contains it")
+    add("--minutes", type=float, default=9, help="no job goes on beyond these (default: %(default)s)")
+    add("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
 
-    p = add_command(subparsers, benchmark_gpu.transformers)
-    p.add_argument("--config", required=True, help="as of speed, of a Llama")
+    parser = add_command(subparsers, benchmark_gpu.transformers)
+    add = parser.add_argument
+    add("--config", required=True, help="as of speed, of a Llama")
 
 
 def add_checkpoint_commands(subparsers):
-    p = add_command(subparsers, benchmark_checkpoint.quantization)
-    cli.add_checkpoint_path(p, help="a model.pth, not quantized")
-    p.add_argument("--text_file", type=Path, required=True, help="the text to predict")
-    p.add_argument("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
-    p.add_argument("--json_file", type=Path, help="where the result goes too")
+    parser = add_command(subparsers, benchmark_checkpoint.quantization)
+    add = parser.add_argument
+    cli.add_checkpoint_path(parser, help="a model.pth, not quantized")
+    add("--text_file", type=Path, required=True, help="the text to predict")
+    add("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
+    add("--json_file", type=Path, help="where the result goes too")
 
-    p = add_command(subparsers, benchmark_checkpoint.speculation)
-    cli.add_checkpoint_path(p, help="a chat model")
-    p.add_argument("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
-    p.add_argument("--speculate_k", type=int, metavar="K", help="tokens to propose at a time (default: generate.py's)")
-    p.add_argument("--compile", action="store_true", help="compile the steps")
-    cli.add_device(p)
-    cli.add_precision(p)
-    p.add_argument("--json_file", type=Path, help="where the result goes too")
+    parser = add_command(subparsers, benchmark_checkpoint.speculation)
+    add = parser.add_argument
+    cli.add_checkpoint_path(parser, help="a chat model")
+    add("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
+    add("--speculate_k", type=int, metavar="K", help="tokens to propose at a time (default: generate.py's)")
+    add("--compile", action="store_true", help="compile the steps")
+    cli.add_device(parser)
+    cli.add_precision(parser)
+    add("--json_file", type=Path, help="where the result goes too")
 
 
 def speed(args: argparse.Namespace):

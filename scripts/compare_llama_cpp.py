@@ -127,17 +127,18 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
-    p = cli.make_parser(__doc__)
-    source = p.add_mutually_exclusive_group(required=True)
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a GGUF file")
     help = "how many sequences to decode at a time, together, in place of one sequence and a prompt"
-    p.add_argument("--parallel", type=int, nargs="+", metavar="N", help=help)
-    p.add_argument("--rounds", type=int, default=9, help="medians are taken over them (default: %(default)s)")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
-    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what was measured")
-    args = p.parse_args()
+    add("--parallel", type=int, nargs="+", metavar="N", help=help)
+    add("--rounds", type=int, default=9, help="medians are taken over them (default: %(default)s)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
+    add("--plot", type=Path, metavar="FILE.png", help="draw what was measured")
+    args = parser.parse_args()
     if args.rounds < 1 or args.threads < 1:
         raise UsageError("--rounds and --threads must be at least 1")
     if args.parallel and not 1 <= min(args.parallel) <= max(args.parallel) <= MAX_SEQUENCES:

@@ -1,6 +1,6 @@
 """How fast this project and llama.cpp decode and read a prompt: what compare_llama_cpp.py measures.
 
-    rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, progress_bar)
+    rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, bar)
     rounds = measure(..., tasks=[8, 16])     # tokens per second of so many sequences at a time, all together
 
 Each side of a pair is a process of its own, which waits for its turns. gguf and llama_cpp are imported only where they

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from config import UsageError
-from tests.tiny import FAMILIES, call, make_hf, same_logits, write_tokenizer
+from tests.tiny import FAMILIES, call, make_hf, refused, same_logits, write_tokenizer
 from tokenizer import load_tokenizer
 
 import convert_hf_checkpoint  # isort: skip  (tests.tiny put scripts/ on the path)
@@ -206,16 +206,6 @@ def test_the_tokenizer_comes_along(llama, tmp_path):
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
-
-def refused(base: Path, lora: Path, match: str):
-    """In one line that matches, leaving both folders as they were."""
-    before = {p: p.stat().st_mtime_ns for folder in (base, lora) for p in folder.iterdir()}
-    with pytest.raises(UsageError, match=match) as e:
-        convert_folder(base, lora)
-    assert "\n" not in str(e.value)
-    assert {p: p.stat().st_mtime_ns for folder in (base, lora) for p in folder.iterdir()} == before
-
-
 FIELDS = {
     "type 'IA3'": {"peft_type": "IA3"},
     "type None": {"peft_type": None},
@@ -236,7 +226,7 @@ FIELDS = {
 def test_a_config_that_is_not_supported(llama, tmp_path, match):
     base, _, halves = llama
     write_adapter(tmp_path, halves, **FIELDS[match])
-    refused(base, tmp_path, match)
+    refused(base, match, lora=tmp_path)
 
 
 def test_tensors_that_do_not_fit(llama, tmp_path):
@@ -256,9 +246,9 @@ def test_tensors_that_do_not_fit(llama, tmp_path):
     }
     for match, changes in wrong.items():
         write_adapter(tmp_path, halves | changes)
-        refused(base, tmp_path, match)
+        refused(base, match, lora=tmp_path)
     write_adapter(tmp_path, {name: ab for name, ab in halves.items() if name != q})
-    refused(base, tmp_path, "changes self_attn.q_proj.weight in 2 of 3 layers")
+    refused(base, "changes self_attn.q_proj.weight in 2 of 3 layers", lora=tmp_path)
     one_half = {f"{q}.lora_A.weight": a}
     for match, others in {
         f"of {q}, lora_B is missing": one_half,
@@ -268,25 +258,25 @@ def test_tensors_that_do_not_fit(llama, tmp_path):
         "tensor .*step is not finite": {"step": torch.ones(3, dtype=torch.int64)},
     }.items():
         write_adapter(tmp_path, {}, others)
-        refused(base, tmp_path, match)
+        refused(base, match, lora=tmp_path)
     write_adapter(tmp_path, {})
-    refused(base, tmp_path, "has no tensors|truncated")
+    refused(base, "has no tensors|truncated", lora=tmp_path)
 
 
 def test_folders_that_do_not_fit(llama, tmp_path):
     base, _, halves = llama
-    refused(base, tmp_path, "holds no adapter: it has no adapter_config.json")
+    refused(base, "holds no adapter: it has no adapter_config.json", lora=tmp_path)
     write_adapter(tmp_path, halves, base_model_name_or_path="meta-llama/Llama-3.2-1B")
     with pytest.raises(UsageError, match=r"holds an adapter, not a model: .*the folder of meta-llama/Llama-3.2-1B"):
         convert_folder(tmp_path)
-    refused(tmp_path, tmp_path, "has no config.json: --lora needs a model in Hugging Face's format")
+    refused(tmp_path, "has no config.json: --lora needs a model in Hugging Face's format", lora=tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
-    refused(base, tmp_path, "truncated or not safetensors")
+    refused(base, "truncated or not safetensors", lora=tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    refused(base, tmp_path, "neither adapter_model.safetensors nor adapter_model.bin")
+    refused(base, "neither adapter_model.safetensors nor adapter_model.bin", lora=tmp_path)
     for text in ("{", "[]", "3"):
         (tmp_path / "adapter_config.json").write_text(text)
-        refused(base, tmp_path, "not readable JSON|wrong kind")
+        refused(base, "not readable JSON|wrong kind", lora=tmp_path)
 
 
 def test_a_quantized_base(llama, tmp_path):
@@ -295,6 +285,6 @@ def test_a_quantized_base(llama, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    refused(tmp_path / "base", tmp_path / "lora", "is quantized .*give the model that it was made from")
+    refused(tmp_path / "base", "is quantized .*give the model that it was made from", lora=tmp_path / "lora")
     write_adapter(base, halves)
-    refused(base, base, "put the adapter into a folder of its own")
+    refused(base, "put the adapter into a folder of its own", lora=base)

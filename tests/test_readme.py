@@ -1,16 +1,19 @@
 """What the pages say is so: their commands and the Python example run on tiny random checkpoints, their tables are what
-scripts/tables.py makes of benchmarks/*.json, and the files, functions and messages that they name exist.
+scripts/tables.py makes of benchmarks/*.json, and the files, functions and messages that they name exist. Docstrings and
+comments are held to the same: what they name exists.
 
 The commands' mains are called in this process, for torch takes seconds to load; only torchrun starts others. A shell
 script runs with a python3 that writes down how it was called, and these calls are made here too.
 """
 
+import ast
 import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -162,6 +165,42 @@ def test_what_a_page_names_exists(page):
                 assert all(re.search(rf"\b{part}\b", code) for part in name.split(".")), quoted
 
 
+def test_what_comments_name_exists():
+    """In docstrings and comments: files; FILE: NAME, names that stand in that file; and every word_with_underscores,
+    which must be somewhere in the code."""
+    others = [*(ROOT / "kernels/csrc").iterdir(), *(ROOT / "tests").glob("*.py")]
+    comments, code = {}, [path.read_text() for path in others]
+    for path in sources():
+        comments[path], rest = split_comments(path.read_text())
+        code.append(rest)
+    words = re.findall(r"\w+", " ".join(code))
+    known = {*words, *(word.removesuffix("_ptr") for word in words)}  # of a kernel's pointer, the tensor's name
+    for path, text in comments.items():
+        for file, names in re.findall(r"([\w/-]+\.(?:py|sh|h|cpp|md))\b(?:: ((?:\w+, )*\w+))?", text):
+            if file in ("llama.cpp", "Python.h"):
+                continue
+            places = [folder / file for folder in (path.parent, path.parent.parent, ROOT, ROOT / "tests")]
+            found = [place for place in places if place.is_file()]
+            assert found, f"{path}: {file}"
+            for name in names.split(", ") if names else []:
+                assert re.search(rf"\b{name}\b", found[0].read_text()), f"{path}: {file}: {name}"
+        words = re.findall(r"\b[a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)+\b(?!\.(?:md|pth))", text)
+        assert set(words) <= known, f"{path}: {set(words) - known}"
+
+
+def split_comments(text: str) -> tuple[str, str]:
+    """(docstrings and comments, everything else) of a Python file, each on one line."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+    docstring_lines = {node.body[0].lineno for node in nodes if ast.get_docstring(node) is not None}
+    comments, code = [], []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        is_docstring = token.type == tokenize.STRING and token.start[0] in docstring_lines
+        is_comment = token.type == tokenize.COMMENT
+        (comments if is_docstring or is_comment else code).append(token.string.lstrip("#"))
+    return " ".join(" ".join(comments).split()), " ".join(code)
+
+
 def test_imports_go_one_way():
     """Each file of how_it_works.md's list imports from those above it alone."""
     text = (ROOT / "docs/how_it_works.md").read_text()
@@ -177,5 +216,5 @@ def test_imports_go_one_way():
 
 
 def sources() -> list[Path]:
-    folders = [ROOT, *(ROOT / name for name in (*PACKAGES, "scripts"))]
+    folders = [ROOT, *(ROOT / name for name in (*PACKAGES, "kernels/formats", "scripts"))]
     return [path for folder in folders for path in folder.glob("*.py")]

@@ -122,7 +122,7 @@ def mistral(request, tmp_path_factory):
     end = " [/INST]" if request.param == "v1" else "[/INST]"
     template = TEMPLATES["mistral"].replace(" [/INST]", end)
     folder = write(tmp_path_factory.mktemp("model"), {"chat_template": template}, request.param)
-    library = sentencepiece.SentencePieceProcessor(resolve_checkpoint=str(folder / "tokenizer.model"))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     return load_tokenizer(folder), library, request.param
 
 

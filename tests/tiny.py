@@ -156,13 +156,15 @@ def convert(folder: Path) -> Path:
     return convert_folder(folder)
 
 
-def refused(folder: Path, match: str):
-    """convert fails in one line that matches, leaving the folder as it was."""
-    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+def refused(folder: Path, match: str, lora: Path | None = None):
+    """convert_folder refuses folder, or a LoRA adapter for it, in one line that matches, and leaves the folders as they
+    were."""
+    folders = [folder] if lora is None else [folder, lora]
+    before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
     with pytest.raises(UsageError, match=match) as e:
-        convert(folder)
+        convert_folder(folder, lora)
     assert "\n" not in str(e.value)
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()} == before
 
 
 def call(main, *args):
