@@ -54,18 +54,23 @@ echo >>"$CALLS"
 """
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """A copy of the scripts with a tiny model as checkpoints/M, and a python3 in bin/ that only takes notes."""
-    tree = tmp_path_factory.mktemp("tree")
+def copy_of_scripts(tree: Path) -> Path:
+    """Links to the scripts in tree, and a python3 in tree/bin that only takes notes."""
     for name in [*(path.name for path in ROOT.glob("*.py")), *PACKAGES, "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tree / name)
-    write_folder("llama3", tree / "checkpoints/M")
-    convert(tree / "checkpoints/M")
-    (tree / "prompts.txt").write_text("Hello, is there anybody in there?\nOnce upon a time there was a mouse.\n")
     (tree / "bin").mkdir()
     (tree / "bin/python3").write_text(PYTHON)
     (tree / "bin/python3").chmod(0o755)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """copy_of_scripts with a tiny model as checkpoints/M."""
+    tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
+    write_folder("llama3", tree / "checkpoints/M")
+    convert(tree / "checkpoints/M")
+    (tree / "prompts.txt").write_text("Hello, is there anybody in there?\nOnce upon a time there was a mouse.\n")
     return tree
 
 
@@ -103,8 +108,8 @@ def calls_of_script(command: str, tree: Path) -> list[list[str]]:
     return [arguments for arguments in calls if "scripts/download.py" not in arguments]
 
 
-def run_python(arguments: list[str]):
-    """What python with these arguments does."""
+def run_python(arguments: list[str], less: dict[str, list[str]] = LESS):
+    """What python with these arguments does, and with those that less adds."""
     if arguments[:2] == ["-m", "tests.tiny"]:
         family, folder = arguments[2:]
         tests.tiny.write_folder(family, Path(folder))
@@ -112,7 +117,7 @@ def run_python(arguments: list[str]):
         return
     names = [Path(word).name for word in arguments]
     name = next(name for name in names if name in MAINS)  # a launcher may stand before it
-    call(MAINS[name], *arguments[names.index(name) + 1 :], *LESS.get(name, []))
+    call(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))
 
 
 def test_there_are_commands():
