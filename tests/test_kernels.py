@@ -20,6 +20,7 @@ from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
 from kernels.formats.integers import GroupedFormat
 from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear
 from rope import alibi_slopes, rope_table
+from tests.compiler import write_compiler
 from tests.tiny import ROOT
 
 import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
@@ -626,7 +627,8 @@ def build_in_a_process(expected: bool, **env: str) -> str:
 def test_builds(tmp_path, monkeypatch):
     """Several processes that build at once all get the library. A broken one is built again. Once it is built, it needs
     no compiler, whichever made it; but it is for these flags."""
-    cxx = f"{os.environ.get('CXX', 'g++')} -O0"  # a command with an argument
+    script = write_compiler(tmp_path / "compiler")
+    cxx = f"{script} -O0"  # a command with an argument
     env = {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0", "TMPDIR": str(tmp_path)}
     with monkeypatch.context() as context:
         context.setenv("CXXFLAGS", "-O0")
@@ -642,11 +644,8 @@ def test_builds(tmp_path, monkeypatch):
     said = build_in_a_process(False, **env | {"PATH": "", "CXX": "", "CXXFLAGS": "-O1"})
     assert "no C++ compiler" in said and said.count("\n") == 1
 
-    # A cache that cannot be written. The compiler is a script that takes the library from above.
-    script = tmp_path / "compiler"
-    script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] || cp {library} "$3"\n')
-    script.chmod(0o755)
-    env |= {"CXX": str(script), "XDG_CACHE_HOME": "/dev/null"}
+    # A cache that cannot be written
+    env |= {"CXX": script, "XDG_CACHE_HOME": "/dev/null"}
     said = build_in_a_process(True, **env)
     elsewhere = tmp_path / f"gpt-fast-{os.getuid()}"
     assert said.count("\n") == 1 and "/dev/null/gpt-fast does not serve ([Errno 20] Not a directory" in said

@@ -23,6 +23,8 @@ import eval
 import generate
 import quantize
 import tests.tiny
+from kernels import cpu
+from tests.compiler import write_compiler
 from tests.tiny import PACKAGES, ROOT, call, convert, write_folder
 
 import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
@@ -57,26 +59,31 @@ echo >>"$CALLS"
 """
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """A copy of the scripts with a tiny model as checkpoints/M, and a python3 in bin/ that only takes notes."""
-    tree = tmp_path_factory.mktemp("tree")
+def copy_of_scripts(tree: Path) -> Path:
+    """Links to the scripts in tree, and a python3 in tree/bin that only takes notes."""
     for name in [*(path.name for path in ROOT.glob("*.py")), *PACKAGES, "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tree / name)
-    write_folder("llama3", tree / "checkpoints/M")
-    convert(tree / "checkpoints/M")
-    (tree / "prompts.txt").write_text("Hello, is there anybody in there?\nOnce upon a time there was a mouse.\n")
     (tree / "bin").mkdir()
     (tree / "bin/python3").write_text(PYTHON)
     (tree / "bin/python3").chmod(0o755)
     return tree
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """copy_of_scripts with a tiny model as checkpoints/M."""
+    tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
+    write_folder("llama3", tree / "checkpoints/M")
+    convert(tree / "checkpoints/M")
+    (tree / "prompts.txt").write_text("Hello, is there anybody in there?\nOnce upon a time there was a mouse.\n")
+    return tree
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ELSEWHERE)])
-def test_command(command, tree, monkeypatch, capsys):
+def test_command(command, tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tree)
-    if "--cold_start" in command:
-        monkeypatch.setenv("CXXFLAGS", "-O0")  # it compiles the kernels anew, which takes less time so
+    if "--cold_start" in command and cpu.library():  # it compiles the kernels anew, which takes no time so
+        monkeypatch.setenv("CXX", write_compiler(tmp_path / "compiler"))
     command = command.replace("meta-llama/Llama-3.2-1B", "M").replace("TinyLlama-1.1B", "checkpoints/M/config.json")
     if command.startswith("torchrun"):
         run_torchrun(f"{command} --max_new_tokens 4")
@@ -106,8 +113,8 @@ def calls_of_script(command: str, tree: Path) -> list[list[str]]:
     return [arguments for arguments in calls if "scripts/download.py" not in arguments]
 
 
-def run_python(arguments: list[str]):
-    """What python with these arguments does."""
+def run_python(arguments: list[str], less: dict[str, list[str]] = LESS):
+    """What python with these arguments does, and with those that less adds."""
     if arguments[:2] == ["-m", "tests.tiny"]:
         family, folder = arguments[2:]
         tests.tiny.write_folder(family, Path(folder))
@@ -115,7 +122,7 @@ def run_python(arguments: list[str]):
         return
     names = [Path(word).name for word in arguments]
     name = next(name for name in names if name in MAINS)  # a launcher may stand before it
-    call(MAINS[name], *arguments[names.index(name) + 1 :], *LESS.get(name, []))
+    call(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))
 
 
 def test_there_are_commands():
