@@ -5,14 +5,14 @@
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
     python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of so many sequences together
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
-    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs (benchmark_busy.py)
+    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
 Those are of the command "speed", which need not be named. Two commands are for GPUs:
 
     python scripts/benchmark.py check --precision bfloat16      # every kernel against its reference
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
 
-Two need a real model (benchmark_checkpoint.py):
+Two need a real model:
 
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
@@ -38,14 +38,12 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import benchmark_busy
-import benchmark_checkpoint
-import benchmark_gpu
-import check_kernels
 import tables
 import tokenizers
 import torch
-from benchmark_speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
+from benchmarking import busy, gpu_jobs, real_models
+from benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
+from kernel_checks.command import check
 
 import cli
 import kernels
@@ -112,28 +110,28 @@ def add_speed(subparsers):
 
 
 def add_gpu_commands(subparsers):
-    p = add_command(subparsers, check_kernels.check)
+    p = add_command(subparsers, check)
     p.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter (default: %(default)s)")
     cli.add_precision(p)
 
-    p = add_command(subparsers, benchmark_gpu.gpu)
+    p = add_command(subparsers, gpu_jobs.gpu)
     p.add_argument("--tune", action="store_true", help="tune the launches of our kernels for each model first")
     p.add_argument("--only", default="", metavar="TEXT", help="only jobs whose name contains it")
     p.add_argument("--minutes", type=float, default=9, help="no job goes on beyond these (default: %(default)s)")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
 
-    p = add_command(subparsers, benchmark_gpu.transformers)
+    p = add_command(subparsers, gpu_jobs.transformers)
     p.add_argument("--config", required=True, help="as of speed, of a Llama")
 
 
 def add_checkpoint_commands(subparsers):
-    p = add_command(subparsers, benchmark_checkpoint.quantization)
+    p = add_command(subparsers, real_models.quantization)
     cli.add_checkpoint_path(p, help="a model.pth, not quantized")
     p.add_argument("--text_file", type=Path, required=True, help="the text to predict")
     p.add_argument("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
     p.add_argument("--json_file", type=Path, help="where the result goes too")
 
-    p = add_command(subparsers, benchmark_checkpoint.speculation)
+    p = add_command(subparsers, real_models.speculation)
     cli.add_checkpoint_path(p, help="a chat model")
     p.add_argument("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
     p.add_argument("--speculate_k", type=int, metavar="K", help="tokens to propose at a time (default: generate.py's)")
@@ -159,7 +157,7 @@ def speed(args: argparse.Namespace):
     if args.cold_start:
         result |= measure_cold_start(args, config)
     elif args.busy:
-        result |= benchmark_busy.measure_busy(args, config, format)
+        result |= busy.measure_busy(args, config, format)
     else:
         result |= measure_speed(args, config, format, device)
     if args.busy:
@@ -197,10 +195,10 @@ def check_busy_options(args: argparse.Namespace):
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """--tune: see tune_triton.py."""
+    """--tune: see benchmarking/tune_triton.py."""
     if device.type != "cuda" or not kernels.load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
-    import tune_triton  # here, since Triton is installed only where there is a GPU
+    from benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
 
     tune_triton.tune(config, format, device)
     torch.cuda.empty_cache()

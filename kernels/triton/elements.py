@@ -1,6 +1,6 @@
 """How the stored elements and scales of a weight become floats in the Triton kernels, and how they are packed for that.
 
-    int4_pair, e2m1_pair                    two elements of 4 bits, out of a word of triton_tiles.py
+    int4_pair, e2m1_pair                    two elements of 4 bits, out of a word of tiles.py
     pack_words, e4m3_to_floats              elements of 8 bits, four in a word
     pack_scales, unpack_scale_words         a scale and a zero point in one word
     e8m0_to_float                           a scale that is a power of two

@@ -14,7 +14,7 @@ A format is two functions, which are compiled into the kernels, and a line in FO
     Int4           tiles of words of 8 elements             int32 [n_groups, N], as GroupedInt8
     MXFP4          tiles of words of 8 e2m1                 uint8 [n_groups, N]: exponents
 
-triton_weights.py loads from rows and tiles, triton_elements.py makes floats of what is loaded. Where several columns
+weights.py loads from rows and tiles, elements.py makes floats of what is loaded. Where several columns
 share a scale, the slices are so narrow that each lies in one group: a scale multiplies a slice's sum. In shape comments
 a row of W is an output, and a column an input.
 """
@@ -29,7 +29,7 @@ from triton import JITFunction
 
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from kernels.schema import triton_op
-from kernels.triton_elements import (
+from kernels.triton.elements import (
     e2m1_pair,
     e2m1_power,
     e4m3_to_floats,
@@ -38,8 +38,8 @@ from kernels.triton_elements import (
     offset_of,
     unpack_scale_words,
 )
-from kernels.triton_tiles import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats
-from kernels.triton_weights import load_rows, load_scales, load_slice_scales, load_tiles
+from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats
+from kernels.triton.weights import load_rows, load_scales, load_slice_scales, load_tiles
 
 # ---- Dense and Int8 -------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ def dequantize_mxfp4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N,
 class KernelFormat(NamedTuple):
     """What the kernels must know of a format."""
 
-    name: str  # in triton_tuned.json
+    name: str  # in tuned.json
     is_tiled: bool  # whether W lies in tiles, or in rows
     multiply: JITFunction
     dequantize: JITFunction | None  # None: W is not quantized

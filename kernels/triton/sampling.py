@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton_launch import done_counters, overlap_options, wait_for_previous_kernel
+from kernels.triton.launch import done_counters, overlap_options, wait_for_previous_kernel
 
 BLOCK_V = 2048  # tokens of the vocabulary for a program
 

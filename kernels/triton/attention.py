@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
-from kernels.triton_linear import apply_softcap
+from kernels.triton.launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
+from kernels.triton.linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: MAX_TRITON_NEW_TOKENS; tl.dot takes no fewer
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -5,7 +5,7 @@
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
 computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
-tests/test_triton.py checks it. triton_formats.py has what depends on the weight's format.
+tests/test_triton.py checks it. formats.py has what depends on the weight's format.
 
 In shape comments M is tokens, N outputs, which are the rows of W, and K inputs, which are the columns of W.
 """
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import ACTIVATION_IDS, triton_op
-from kernels.triton_elements import magic_word
-from kernels.triton_formats import kernel_format
-from kernels.triton_launch import (
+from kernels.triton.elements import magic_word
+from kernels.triton.formats import kernel_format
+from kernels.triton.launch import (
     FEW_TOKENS,
     choose_tiles,
     dot_dtype,
@@ -26,7 +26,7 @@ from kernels.triton_launch import (
     overlap_options,
     wait_for_previous_kernel,
 )
-from kernels.triton_weights import prefetch_weights, program_outputs, slice_columns, slice_starts
+from kernels.triton.weights import prefetch_weights, program_outputs, slice_columns, slice_starts
 
 SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["swiglu"]), tl.constexpr(ACTIVATION_IDS["geglu_tanh"])
 CLAMPED_SWIGLU = tl.constexpr(ACTIVATION_IDS["clamped_swiglu"])
@@ -58,7 +58,7 @@ PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the p
 # loop a token's outputs are multiplied with its 1 / rms.
 #
 # With an activation W is a gate projection above an up projection. A program has rows of both, so that it can compute
-# activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (triton_weights.program_outputs).
+# activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (weights.py: program_outputs).
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def fused_linear_kernel(
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
     eps,  # of the norm
     scale, softcap, clip,  # of the epilogue
-    magic, N,  # magic: see triton_elements.int4_pair
+    magic, N,  # magic: see elements.py: int4_pair
     n_tokens,  # None: M; else M is BLOCK_M, so that one compiled kernel serves all numbers of tokens up to that
     M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # of the format
@@ -80,7 +80,7 @@ def fused_linear_kernel(
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of the products' factors
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
-    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see triton_launch.py
+    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):  # fmt: skip
     """y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 with an activation. What is None is left out.
 

@@ -5,13 +5,13 @@
     slice_starts, load_rows, load_tiles, load_slice_scales    what a step of fused_linear's loop multiplies
 
 There are two layouts. W in rows is [N, K], row after row. W in tiles (IS_TILED) is stored in tiles of 16 rows and 64
-columns, which triton_tiles.py draws. triton_formats.py says which format has which layout, and how it is multiplied.
+columns, which tiles.py draws. formats.py says which format has which layout, and how it is multiplied.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.triton_tiles import TILE_K, TILE_N, TILE_WORDS
+from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS
 
 
 @triton.jit
