@@ -15,6 +15,7 @@ import kernels
 from config import ModelConfig
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
+from kernels.triton.formats import FORMATS
 from kernels.triton.tiles import pack_tiles, unpack_tiles
 from model import KVCache, LayerCache
 from rope import rope_table
@@ -147,6 +148,11 @@ def test_int4_tiles(shape):
             for shift, offset in columns_of_bits.items():
                 drawn[..., row::16, column + offset :: 64] = tiles[..., 4 * lane + word] >> shift & 15
     assert torch.equal(drawn[..., :n, :k], q.int()) and drawn.sum() == q.sum()
+
+
+def test_every_format_is_checked():
+    """A format of the kernels has its checks, and what is checked goes through the kernels."""
+    assert {type(format) for format in TRITON_FORMATS} == {format.format_class for format in FORMATS}
 
 
 class Unknown(Int4):

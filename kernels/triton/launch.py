@@ -195,9 +195,9 @@ def guess_for_many(
     A warp has block_n * block_m sums for each slice. If a slice's product is multiplied with a scale before it is
     added, there are twice as many. In a step a warp executes 64 instructions of the matrix unit (128 with zero points)
     or fewer. So everything fits in its registers."""
-    is_tiled = kernel_format(format_id).is_tiled
-    bits = 16 if format_id == Dense.format_id else 4 if is_tiled else 8
-    has_slice_scales = is_tiled or group_size < k
+    format = kernel_format(format_id)
+    bits = 16 if format_id == Dense.format_id else 4 if format.is_tiled else 8
+    has_slice_scales = format.has_slice_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_slice_scales else (64, 4096)
 
     def bits_of_column(block_n: int) -> float:

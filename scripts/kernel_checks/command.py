@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py check --precision bfloat16
 
-checks.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. To them come
-whole models whose steps are recorded, which only a GPU can do.
+checks.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. Here are also whole models
+whose steps are recorded, which only a GPU can do.
 """
 
 import argparse
