@@ -308,21 +308,22 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 
 def pack_for_triton(linears: list[MatrixLayer], dtype: torch.dtype = torch.bfloat16):
     """dtype: of the activations. Without matrix units PyTorch is faster with more than a few tokens."""
-    from kernels import triton_formats, triton_launch
+    from kernels.triton.formats import supports
+    from kernels.triton.launch import FEW_TOKENS, min_block_m_of
 
     for layer in linears:
-        if triton_formats.supports(layer):
+        if supports(layer):
             for name, packed in layer.format.pack(layer.tensors(), "triton").items():
                 layer.set_tensor(name, packed)
-            has_matrix_units = triton_launch.min_block_m_of(layer.weight.new_empty(0, dtype=dtype)) > 1
-            layer.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else triton_launch.FEW_TOKENS
+            has_matrix_units = min_block_m_of(layer.weight.new_empty(0, dtype=dtype)) > 1
+            layer.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
             layer.backend = "triton"
 
 
 def load_triton_kernels(device: torch.device) -> bool:
     """Whether Triton works here. It needs a C compiler and Python.h. If it does not work, prints why."""
     try:
-        from kernels import triton_attention, triton_linear, triton_moe, triton_sampling  # noqa: F401  (they register the operations)
+        from kernels.triton import attention, linear, moe, sampling  # noqa: F401  (they register the operations)
 
         torch.ops.gptfast_triton.route(torch.zeros(1, 2, device=device), 1, True, 0)
         return True

@@ -5,14 +5,14 @@
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
     python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of so many sequences together
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
-    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs (benchmark_busy.py)
+    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
 Those are of the command "speed", which need not be named. Two commands are for GPUs:
 
     python scripts/benchmark.py check --precision bfloat16      # every kernel against its reference
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
 
-Two need a real model (benchmark_checkpoint.py):
+Two need a real model:
 
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
@@ -38,14 +38,12 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import benchmark_busy
-import benchmark_checkpoint
-import benchmark_gpu
-import check_kernels
 import tables
 import tokenizers
 import torch
-from benchmark_speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
+from benchmarking import busy, gpu_jobs, real_models
+from benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
+from kernel_checks.command import check
 
 import cli
 import kernels
@@ -113,32 +111,32 @@ def add_speed(subparsers):
 
 
 def add_gpu_commands(subparsers):
-    parser = add_command(subparsers, check_kernels.check)
+    parser = add_command(subparsers, check)
     add = parser.add_argument
     add("--device", default="cuda", help="cpu: in Triton's interpreter (default: %(default)s)")
     cli.add_precision(parser)
 
-    parser = add_command(subparsers, benchmark_gpu.gpu)
+    parser = add_command(subparsers, gpu_jobs.gpu)
     add = parser.add_argument
     add("--tune", action="store_true", help="tune the launches of our kernels for each model first")
     add("--only", default="", metavar="TEXT", help="only jobs whose name contains it")
     add("--minutes", type=float, default=9, help="no job goes on beyond these (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
 
-    parser = add_command(subparsers, benchmark_gpu.transformers)
+    parser = add_command(subparsers, gpu_jobs.transformers)
     add = parser.add_argument
     add("--config", required=True, help="as of speed, of a Llama")
 
 
 def add_checkpoint_commands(subparsers):
-    parser = add_command(subparsers, benchmark_checkpoint.quantization)
+    parser = add_command(subparsers, real_models.quantization)
     add = parser.add_argument
     cli.add_checkpoint_path(parser, help="a model.pth, not quantized")
     add("--text_file", type=Path, required=True, help="the text to predict")
     add("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
     add("--json_file", type=Path, help="where the result goes too")
 
-    parser = add_command(subparsers, benchmark_checkpoint.speculation)
+    parser = add_command(subparsers, real_models.speculation)
     add = parser.add_argument
     cli.add_checkpoint_path(parser, help="a chat model")
     add("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
@@ -165,7 +163,7 @@ def speed(args: argparse.Namespace):
     if args.cold_start:
         result |= measure_cold_start(args, config)
     elif args.busy:
-        result |= benchmark_busy.measure_busy(args, config, format)
+        result |= busy.measure_busy(args, config, format)
     else:
         result |= measure_speed(args, config, format, device)
     if args.busy:
@@ -203,10 +201,10 @@ def check_busy_options(args: argparse.Namespace):
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """--tune: see tune_triton.py."""
+    """--tune: see benchmarking/tune_triton.py."""
     if device.type != "cuda" or not kernels.load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
-    import tune_triton  # here, since Triton is installed only where there is a GPU
+    from benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
 
     tune_triton.tune(config, format, device)
     torch.cuda.empty_cache()

@@ -45,9 +45,8 @@ from collections.abc import Callable
 
 import tables
 import torch
-from benchmark_speed import CONFIGS
-from compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
-from compare_speed import (
+from benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
+from benchmarking.compare_speed import (
     OOM_HINT,
     PREFILL,
     PROMPT,
@@ -60,6 +59,7 @@ from compare_speed import (
     result_of,
     summarize,
 )
+from benchmarking.speed import CONFIGS
 from tqdm import tqdm
 
 import cli

@@ -20,11 +20,11 @@ from triton.runtime import JITFunction
 
 import kernels
 import tests.tiny  # noqa: F401  (puts scripts/ on the path)
-from kernels import triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from model import ExpertsDown, ExpertsGateUp, LayerCache
 
-from exact_results import attend, make_linear, make_norm  # isort: skip
+from kernel_checks.exact_results import attend, make_linear, make_norm  # isort: skip
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -50,7 +50,7 @@ class Gpu:
     target: GPUTarget
     dtype: torch.dtype
     shared_kb: int  # shared memory that a program may have
-    min_block_m: int  # of triton_launch.Gpu
+    min_block_m: int  # of launch.Gpu
     num_sms: int = 100
     can_overlap: bool = False
 
@@ -169,9 +169,9 @@ def launch_others(dtype: torch.dtype):
 def compile_for(gpu: Gpu):
     compiler = Compiler(gpu)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
-    known = triton_launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.can_overlap, {})
-    triton_launch.gpu_of = triton_attention.gpu_of = lambda device: known
-    triton_linear.dot_dtype = triton_attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
+    known = launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.can_overlap, {})
+    launch.gpu_of = attention.gpu_of = lambda device: known
+    linear.dot_dtype = attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
     launch_products(gpu.dtype)
     assert compiler.compiled == PRODUCTS
     expected = Counter(PRODUCTS)

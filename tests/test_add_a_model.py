@@ -50,7 +50,7 @@ import kernels
 from kernels.formats.nf4 import NF4, VALUES
 from tests import tiny  # puts scripts/ on the path
 
-from benchmark_speed import random_linear  # isort: skip
+from benchmarking.speed import random_linear  # isort: skip
 
 
 def test_nf4_rounds_to_the_nearest():

@@ -25,12 +25,10 @@ from model import empty_model
 from tests.tiny import ROOT, call, convert, write_folder
 
 import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
-import benchmark_checkpoint  # isort: skip
-import benchmark_gpu  # isort: skip
-import benchmark_speed  # isort: skip
-import check_kernels  # isort: skip
-import triton_checks  # isort: skip
-from exact_results import DTYPES  # isort: skip
+from benchmarking import gpu_jobs, real_models  # isort: skip
+from benchmarking import speed as benchmark_speed  # isort: skip
+from kernel_checks import checks, command as check_command  # isort: skip
+from kernel_checks.exact_results import DTYPES  # isort: skip
 
 PUBLISHED = {  # parameters; a tied head counts once
     "SmolLM2-135M": 134515008,
@@ -187,10 +185,10 @@ def test_commands(capsys):
 
 def test_jobs_have_commands():
     """Every job's arguments parse, for a shape that there is."""
-    jobs = benchmark_gpu.all_jobs(tune=True)
+    jobs = gpu_jobs.all_jobs(tune=True)
     for arguments in jobs.values():
         args = benchmark.make_parser().parse_args(arguments)
-        if args.command is not check_kernels.check:
+        if args.command is not check_command.check:
             benchmark_speed.find_config(args.config)
     assert "--tune" in jobs["ours Llama-2-7B int4"] and "--tune" not in jobs["plain Llama-2-7B int4"]
 
@@ -198,69 +196,69 @@ def test_jobs_have_commands():
 def test_jobs_are_processes(config_json, monkeypatch):
     speed = f"speed --config {config_json} --device cpu --max_new_tokens 3 --decode_only --json".split()
     end = time.monotonic() + 300
-    assert benchmark_gpu.start(speed, end)["decode_tokens_per_sec"] > 0
-    error = benchmark_gpu.start(["speed", "--config", "nothing"], end)["error"]
+    assert gpu_jobs.start(speed, end)["decode_tokens_per_sec"] > 0
+    error = gpu_jobs.start(["speed", "--config", "nothing"], end)["error"]
     assert "exit 2" in error and "neither a config.json" in error
-    assert benchmark_gpu.start(speed, time.monotonic() + 5) == {"error": "no time left"}
-    monkeypatch.setattr(benchmark_gpu, "LEAST_SECONDS", 0)
-    assert benchmark_gpu.start(speed, time.monotonic() + 0.1) == {"error": "out of time"}
+    assert gpu_jobs.start(speed, time.monotonic() + 5) == {"error": "no time left"}
+    monkeypatch.setattr(gpu_jobs, "LEAST_SECONDS", 0)
+    assert gpu_jobs.start(speed, time.monotonic() + 0.1) == {"error": "out of time"}
 
 
 def test_table_of_jobs():
     ours = {"decode_tokens_per_sec": 150.0, "decode_share_of_copy": 0.9, "verify_5_over_1": 1.05}
     jobs = {"check float16": {}, "ours Llama-3.1-8B bf16": ours, "plain Llama-3.1-8B bf16": {"error": "out of time"}}
-    head, line = benchmark_gpu.table(jobs).splitlines()
+    head, line = gpu_jobs.table(jobs).splitlines()
     assert len(head) == len(line)
     assert line.split() == ["Llama-3.1-8B", "bf16", "150.0", "90%", "-", "-", "1.05", "0"]
 
 
 def test_tune(tmp_path, monkeypatch):
     """The fastest tile sizes that also work with 8 tokens are written down and used; times are made up here."""
-    from kernels import triton_launch
+    from kernels.triton import launch
 
-    import tune_triton  # isort: skip
+    from benchmarking import tune_triton  # isort: skip
 
-    fastest = triton_launch.TileConfig(32, 8, 64, 3)
+    fastest = launch.TileConfig(32, 8, 64, 3)
     gated_times = {fastest: 1.0, (32, 4, 128, 3): 0.5}
     times = {fastest: 1.0, (32, 4, 128, 3): 2.0, (16, 4, 128, 3): 1.5}
 
     def time_products(x, weights, gated):
         assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
-        tiles = triton_launch.choose_tiles(x, Int4.format_id, weights[0].out_features, gated, 64)
+        tiles = launch.choose_tiles(x, Int4.format_id, weights[0].out_features, gated, 64)
         if tiles == fastest and x.shape[1] == 8:
             raise RuntimeError("out of resource: shared memory")
         return (gated_times if gated else times).get(tiles, 3.0)
 
     monkeypatch.setattr(tune_triton, "time_products", time_products)
-    monkeypatch.setattr(tune_triton, "TUNED", tmp_path / "triton_tuned.json")
+    monkeypatch.setattr(tune_triton, "TUNED", tmp_path / "tuned.json")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    (tmp_path / "triton_tuned.json").write_text('{"Another GPU": {}}')
+    (tmp_path / "tuned.json").write_text('{"Another GPU": {}}')
     try:
         tune_triton.tune(config_from_hf(DENSE), Int4(64), CPU)
-        table = json.loads((tmp_path / "triton_tuned.json").read_text())
+        table = json.loads((tmp_path / "tuned.json").read_text())
         assert table.keys() == {"Another GPU", "Some GPU"}
-        gated, other = (triton_launch.TileConfig(*sizes)._asdict() for sizes in ((32, 4, 128, 3), (16, 4, 128, 3)))
+        gated, other = (launch.TileConfig(*sizes)._asdict() for sizes in ((32, 4, 128, 3), (16, 4, 128, 3)))
         # qkv and the head are of one shape
         products = {"64 x 32": other, "32 x 32": other, "96 x 32, gated": gated, "32 x 48": other}
         assert table["Some GPU"] == {f"int4, {product}": tiles for product, tiles in products.items()}
         x = torch.zeros(1, 32, dtype=torch.bfloat16)
-        assert triton_launch.choose_tiles(x, Int4.format_id, 96, True, 64)._asdict() == gated
+        assert launch.choose_tiles(x, Int4.format_id, 96, True, 64)._asdict() == gated
     finally:
-        triton_launch.gpu_of(CPU).tuned.clear()
+        launch.gpu_of(CPU).tuned.clear()
 
 
 def few_checks(dtype, sizes):
     """Of two operations, and one that has a mistake in its arguments."""
-    checks = triton_checks.all_checks(dtype, sizes)
-    rms_norms = [check for check in checks if check.func is triton_checks.check_rms_norm]
-    linear = partial(triton_checks.check_linear, dtype, Dense(), (64, 72, True, (1,)))
-    return [*rms_norms, linear, partial(triton_checks.check_linear, dtype, Dense(), (64, 72, True, ("one",)))]
+    all_checks = checks.all_checks(dtype, sizes)
+    rms_norms = [check for check in all_checks if check.func is checks.check_rms_norm]
+    linear = partial(checks.check_linear, dtype, Dense(), (64, 72, True, (1,)))
+    return [*rms_norms, linear, partial(checks.check_linear, dtype, Dense(), (64, 72, True, ("one",)))]
 
 
 def test_check(monkeypatch, capsys):
     """In Triton's interpreter, a few of the checks, which test_triton.py runs all."""
-    monkeypatch.setattr(check_kernels, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
+    monkeypatch.setattr(check_command, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
     result = report(capsys, "check", "--device", "cpu", "--precision", "bfloat16")
     assert result["failed"] == {}
     assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "silu_linear"}
@@ -270,7 +268,7 @@ def test_check(monkeypatch, capsys):
 def test_check_that_fails(monkeypatch, capsys):
     """A wrong kernel, and one that raises, end with status 1; the other checks go on."""
     rms_norm = kernels.rms_norm
-    monkeypatch.setattr(check_kernels, "all_checks", few_checks)
+    monkeypatch.setattr(check_command, "all_checks", few_checks)
     monkeypatch.setattr(kernels, "rms_norm", lambda *arguments: rms_norm(*arguments) * 1.1)
     with pytest.raises(SystemExit) as exit:
         call(benchmark.main, "check", "--device", "cpu", "--precision", "float32")
@@ -282,16 +280,16 @@ def test_check_that_fails(monkeypatch, capsys):
 
 
 def test_check_finds_nan():
-    outcome = check_kernels.CheckResult()
+    outcome = check_command.CheckResult()
     right = torch.ones(3)
-    outcome.add(triton_checks.Comparison("linear", "NaN", right * torch.nan, right, right))
+    outcome.add(checks.Comparison("linear", "NaN", right * torch.nan, right, right))
     assert outcome.failed == {"linear NaN": "error nan"}
 
 
 def test_checks_of_a_gpu_can_be_sent_to_processes():
     for dtype in DTYPES:
-        checks = triton_checks.all_checks(dtype, triton_checks.gpu_sizes(dtype))
-        assert [triton_checks.name_of(pickle.loads(pickle.dumps(check))) for check in checks]
+        all_checks = checks.all_checks(dtype, checks.gpu_sizes(dtype))
+        assert [checks.name_of(pickle.loads(pickle.dumps(check))) for check in all_checks]
 
 
 # ---- Of checkpoints -------------------------------------------------------------------------------------------------
@@ -306,7 +304,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def calls_here(monkeypatch):
-    """benchmark_checkpoint.run_script in this process, which is faster, and one round."""
+    """real_models.run_script in this process, which is faster, and one round."""
 
     def call_here(script: str, *arguments) -> str:
         main = importlib.import_module(Path(script).stem).main
@@ -314,8 +312,8 @@ def calls_here(monkeypatch):
             call(main, *arguments)
         return printed.getvalue()
 
-    monkeypatch.setattr(benchmark_checkpoint, "run_script", call_here)
-    monkeypatch.setattr(benchmark_checkpoint, "ROUNDS", 1)
+    monkeypatch.setattr(real_models, "run_script", call_here)
+    monkeypatch.setattr(real_models, "ROUNDS", 1)
 
 
 def committed(name: str) -> dict:
@@ -323,17 +321,17 @@ def committed(name: str) -> dict:
 
 
 def test_calls_are_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_checkpoint, "ROOT", tmp_path)
+    monkeypatch.setattr(real_models, "ROOT", tmp_path)
     (tmp_path / "echo.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit('fail' in sys.argv)\n")
-    assert benchmark_checkpoint.run_script("echo.py", "--limit", 3) == "--limit 3\n"
+    assert real_models.run_script("echo.py", "--limit", 3) == "--limit 3\n"
     with pytest.raises(UsageError, match="echo.py failed; what it said is above"):
-        benchmark_checkpoint.run_script("echo.py", "fail")
+        real_models.run_script("echo.py", "fail")
 
 
 def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
     """Of three modes; the result has what the committed ones have."""
-    modes = {name: benchmark_checkpoint.MODES[name] for name in ("16 bits", "int8", "int4 g32")}
-    monkeypatch.setattr(benchmark_checkpoint, "MODES", modes)
+    modes = {name: real_models.MODES[name] for name in ("16 bits", "int8", "int4 g32")}
+    monkeypatch.setattr(real_models, "MODES", modes)
     text, out = tmp_path / "text", tmp_path / "out.json"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
     flags = ["--text_file", text, "--calibration_text", text, "--json_file", out]
@@ -352,7 +350,7 @@ def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
 
 def test_quantized_checkpoints_are_refused(checkpoint, monkeypatch):
     quantized = Checkpoint(None, {"mode": "int8"}, {})
-    monkeypatch.setattr(benchmark_checkpoint, "read_checkpoint", lambda path: quantized)
+    monkeypatch.setattr(real_models, "read_checkpoint", lambda path: quantized)
     flags = ["--checkpoint_path", checkpoint, "--text_file", "a", "--calibration_text", "b"]
     with pytest.raises(UsageError, match="is quantized already"):
         call(benchmark.main, "quantization", *flags)
@@ -360,7 +358,7 @@ def test_quantized_checkpoints_are_refused(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("draft", [False, True])
 def test_speculation(draft, checkpoint, tmp_path, monkeypatch, calls_here, capsys):
-    monkeypatch.setattr(benchmark_checkpoint, "PROMPTS", {"greedy": ("abcabcabc", 0.0), "drawn": ("Hello", 1.0)})
+    monkeypatch.setattr(real_models, "PROMPTS", {"greedy": ("abcabcabc", 0.0), "drawn": ("Hello", 1.0)})
     out = tmp_path / "out.json"
     flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--precision", "float32", "--json_file", out]
     flags += ["--draft_checkpoint_path", checkpoint] if draft else []
@@ -374,5 +372,5 @@ def test_speculation(draft, checkpoint, tmp_path, monkeypatch, calls_here, capsy
 
 
 def test_tokens_per_step():
-    assert benchmark_checkpoint.tokens_per_step([3, 0, 1]) == (3 * 1 + 1 * 3) / 4
-    assert benchmark_checkpoint.tokens_per_step([0, 0]) == 0  # it ended with prefill's token
+    assert real_models.tokens_per_step([3, 0, 1]) == (3 * 1 + 1 * 3) / 4
+    assert real_models.tokens_per_step([0, 0]) == 0  # it ended with prefill's token

@@ -15,8 +15,8 @@ from kernels.formats import Dense
 from tests.tiny import call
 
 import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
-import benchmark_busy  # isort: skip
-from benchmark_speed import save_random_checkpoint  # isort: skip
+from benchmarking import busy  # isort: skip
+from benchmarking.speed import save_random_checkpoint  # isort: skip
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512)
 
@@ -45,10 +45,10 @@ def test_report(tmp_path, capsys):
 def test_rounds(monkeypatch):
     """The first warms up, and of the others medians count."""
     speeds, args = iter([100.0, 1.0, 5.0, 3.0]), SimpleNamespace(busy=3)
-    monkeypatch.setattr(benchmark_busy, "second_decoder", lambda *arguments: contextlib.nullcontext())
-    monkeypatch.setattr(benchmark_busy, "Decoder", lambda *arguments: None)
-    monkeypatch.setattr(benchmark_busy, "measure_round", lambda *arguments: {"speed": next(speeds)})
-    r = benchmark_busy.measure_busy(args, None, None)
+    monkeypatch.setattr(busy, "second_decoder", lambda *arguments: contextlib.nullcontext())
+    monkeypatch.setattr(busy, "Decoder", lambda *arguments: None)
+    monkeypatch.setattr(busy, "measure_round", lambda *arguments: {"speed": next(speeds)})
+    r = busy.measure_busy(args, None, None)
     assert r["speed"] == 3 and [row["speed"] for row in r["rounds"]] == [1, 5, 3]
 
 
@@ -60,10 +60,10 @@ def test_busy_is_for_cpus(monkeypatch):
 
 def test_other_processes_end_with_the_benchmark():
     """After Ctrl-C or an error, also while the second one still imports."""
-    with pytest.raises(KeyboardInterrupt), benchmark_busy.busy_process() as busy:
+    with pytest.raises(KeyboardInterrupt), busy.busy_process() as process:
         raise KeyboardInterrupt
-    assert busy.returncode is not None
-    with pytest.raises(UsageError), benchmark_busy.second_decoder(1, None, None, None):
+    assert process.returncode is not None
+    with pytest.raises(UsageError), busy.second_decoder(1, None, None, None):
         assert len(multiprocessing.active_children()) == 1
         raise UsageError("wrong")
     assert not multiprocessing.active_children()
@@ -85,7 +85,7 @@ def test_second_decode():
     # Asked before each text and after each token: two texts of three tokens, and one token
     polls = chain([False] * 9, repeat(True))
     connection = SimpleNamespace(recv=recv, poll=lambda: next(polls), send=sent.append)
-    benchmark_busy.serve_decode_requests(connection, 1, SECOND, TINY, Dense())
+    busy.serve_decode_requests(connection, 1, SECOND, TINY, Dense())
     started, times = sent
     assert started is None and len(times) == 7 and times == sorted(times)
 
@@ -95,7 +95,7 @@ def second():
     """The connection to serve_decode_requests, which a thread of this process does."""
     connection, their_end = multiprocessing.Pipe()
     arguments = their_end, 1, SECOND, TINY, Dense()
-    thread = threading.Thread(target=benchmark_busy.serve_decode_requests, args=arguments)
+    thread = threading.Thread(target=busy.serve_decode_requests, args=arguments)
     thread.start()
     yield connection
     connection.close()
@@ -105,7 +105,7 @@ def second():
 
 def test_second_decode_ends_with_the_benchmark(second):
     """While it decodes: the pipe ends, even if the benchmark is killed."""
-    assert benchmark_busy.ask(second, "decode") is None
+    assert busy.ask(second, "decode") is None
 
 
 @pytest.fixture
@@ -113,17 +113,17 @@ def too_large(monkeypatch):
     def raise_error(*arguments):
         raise OutOfMemoryError("the model takes 9 GB")
 
-    monkeypatch.setattr(benchmark_busy, "Decoder", raise_error)
+    monkeypatch.setattr(busy, "Decoder", raise_error)
 
 
 def test_second_decode_that_fails(too_large, second):
     """Its error is the benchmark's, so one line."""
     with pytest.raises(OutOfMemoryError, match="the model takes 9 GB"):
-        benchmark_busy.ask(second, "decode")
+        busy.ask(second, "decode")
 
 
 def test_second_decode_that_is_killed():
     connection, their_end = multiprocessing.Pipe()
     their_end.close()
     with pytest.raises(OutOfMemoryError, match="the process of the second decode was killed"):
-        benchmark_busy.ask(connection, "decode")
+        busy.ask(connection, "decode")

@@ -17,11 +17,11 @@ from kernels.formats import Dense
 from tests.tiny import make_hf
 from tests.tiny_gguf import write_gguf
 
-import compare_files  # isort: skip  (tests.tiny put scripts/ on the path)
+from benchmarking import compare_files  # isort: skip  (tests.tiny put scripts/ on the path)
 import compare_llama_cpp as compare  # isort: skip
-import compare_speed  # isort: skip
+from benchmarking import compare_speed  # isort: skip
 import tables  # isort: skip
-from benchmark_speed import checkpoint_tensors, random_model  # isort: skip
+from benchmarking.speed import checkpoint_tensors, random_model  # isort: skip
 from converters.gguf_tensors import rename_gguf_tensors  # isort: skip
 from converters.model_tensors import convert  # isort: skip
 from converters.gguf_config import find_architecture, read_gguf_config  # isort: skip

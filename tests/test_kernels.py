@@ -23,8 +23,8 @@ from rope import alibi_slopes, rope_table
 from tests.compiler import write_compiler
 from tests.tiny import ROOT
 
-import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
-from exact_results import (  # isort: skip
+from kernel_checks import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
+from kernel_checks.exact_results import (  # isort: skip
     CPU_FORMATS,
     DTYPES,
     attend,

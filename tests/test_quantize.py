@@ -22,7 +22,7 @@ from quantize import Int4HQQ
 from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from tokenizer import load_tokenizer
 
-import exact_results  # isort: skip  (tests.tiny put scripts/ on the path)
+from kernel_checks import exact_results  # isort: skip  (tests.tiny put scripts/ on the path)
 
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),

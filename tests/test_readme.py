@@ -217,11 +217,11 @@ def test_imports_go_one_way():
     assert {*names, "chat_template", "eval", "gptq", "quantize"} == everything
     for i, name in enumerate(names):
         folder = ROOT / name
-        for path in folder.glob("*.py") if folder.is_dir() else [ROOT / f"{name}.py"]:
+        for path in folder.rglob("*.py") if folder.is_dir() else [ROOT / f"{name}.py"]:
             imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & everything
             assert imported <= {*names[:i], name, "chat_template"}, path
 
 
 def sources() -> list[Path]:
-    folders = [ROOT, *(ROOT / name for name in (*PACKAGES, "kernels/formats", "scripts"))]
-    return [path for folder in folders for path in folder.glob("*.py")]
+    in_folders = [path for name in (*PACKAGES, "scripts") for path in (ROOT / name).rglob("*.py")]
+    return [*ROOT.glob("*.py"), *in_folders]

@@ -11,7 +11,7 @@ from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer
 from rope import rope_table
 from tests.test_kernels import packed
 
-from exact_results import attend, make_linear, make_norm, make_embedding, set_weight  # isort: skip  (test_kernels.py put scripts/ on the path)
+from kernel_checks.exact_results import attend, make_linear, make_norm, make_embedding, set_weight  # isort: skip  (test_kernels.py put scripts/ on the path)
 
 built = pytest.mark.skipif(not kernels.cpu.library(), reason="no C++ compiler")
 FAMILIES = {

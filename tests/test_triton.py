@@ -1,7 +1,7 @@
 """The Triton kernels against exact results, in Triton's interpreter (conftest.py turns it on); and compiled for GPUs.
 
-scripts/triton_checks.py has the cases that a GPU is checked with, too. Here are besides: what cannot differ there, what
-is not a result, and whole models.
+scripts/kernel_checks/checks.py has the cases that a GPU is checked with, too. Here are besides: what cannot differ
+there, what is not a result, and whole models.
 """
 
 import os
@@ -13,16 +13,17 @@ import torch
 
 import kernels
 from config import ModelConfig
-from kernels import reference, triton_attention, triton_launch, triton_linear, triton_moe, triton_sampling  # noqa: F401  (some register operations)
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
-from kernels.triton_tiles import pack_tiles, unpack_tiles
+from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
+from kernels.triton.formats import FORMATS
+from kernels.triton.tiles import pack_tiles, unpack_tiles
 from model import KVCache, LayerCache
 from rope import rope_table
 from tests.tiny import ROOT, make_hf, to_ours
 
-import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
-import triton_checks  # isort: skip
-from exact_results import (  # isort: skip
+from kernel_checks import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
+from kernel_checks import checks  # isort: skip
+from kernel_checks.exact_results import (  # isort: skip
     DTYPES,
     QUANTIZED,
     TRITON_FORMATS,
@@ -43,14 +44,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, ab
 @pytest.fixture
 def small_gpu(monkeypatch):
     """As if there were two multiprocessors, so that even small products have programs of several tiles of W."""
-    monkeypatch.setattr(triton_launch, "gpu_of", lambda device: triton_launch.Gpu(2, 8, False, {}))
-    monkeypatch.setattr(triton_attention, "gpu_of", lambda device: triton_launch.Gpu(2, 8, False, {}))
+    monkeypatch.setattr(launch, "gpu_of", lambda device: launch.Gpu(2, 8, False, {}))
+    monkeypatch.setattr(attention, "gpu_of", lambda device: launch.Gpu(2, 8, False, {}))
 
 
 CHECKS = {  # one that does not depend on dtype is here once
-    triton_checks.name_of(check): check
+    checks.name_of(check): check
     for dtype in DTYPES
-    for check in triton_checks.all_checks(dtype, triton_checks.interpreter_sizes(dtype))
+    for check in checks.all_checks(dtype, checks.interpreter_sizes(dtype))
 }
 
 
@@ -133,7 +134,7 @@ def test_every_element(dtype):
 
 @pytest.mark.parametrize("shape", [(16, 64), (5, 8), (33, 200), (2, 16, 72)])
 def test_int4_tiles(shape):
-    """Every element is where the drawing in triton_tiles.py has it; the rest is zeros."""
+    """Every element is where the drawing in tiles.py has it; the rest is zeros."""
     q = torch.randint(16, shape, dtype=torch.uint8)
     n, k = shape[-2:]
     tiles = pack_tiles(q)
@@ -147,6 +148,11 @@ def test_int4_tiles(shape):
             for shift, offset in columns_of_bits.items():
                 drawn[..., row::16, column + offset :: 64] = tiles[..., 4 * lane + word] >> shift & 15
     assert torch.equal(drawn[..., :n, :k], q.int()) and drawn.sum() == q.sum()
+
+
+def test_every_format_is_checked():
+    """A format of the kernels has its checks, and what is checked goes through the kernels."""
+    assert {type(format) for format in TRITON_FORMATS} == {format.format_class for format in FORMATS}
 
 
 class Unknown(Int4):
@@ -286,7 +292,7 @@ def test_many_sequences(small_gpu):
 def test_without_matrix_units(monkeypatch):
     """The kernels take few tokens in float32, and on a GPU whose matrix units Triton does not use."""
     for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
-        monkeypatch.setattr(triton_launch, "gpu_of", lambda device, m=min_block_m: triton_launch.Gpu(2, m, False, {}))
+        monkeypatch.setattr(launch, "gpu_of", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
         kernels.pack_for_triton([w], dtype)
         assert w.max_tokens == most
@@ -299,7 +305,7 @@ def test_torch_compile(small_gpu):
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def step(tokens, start_pos, kv_cache):
-        return (compiled if tokens.numel() <= triton_launch.FEW_TOKENS else model)(tokens, start_pos, kv_cache)
+        return (compiled if tokens.numel() <= launch.FEW_TOKENS else model)(tokens, start_pos, kv_cache)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

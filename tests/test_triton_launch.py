@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 
-from kernels import triton_launch
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.triton import launch
 from tests.tiny import ROOT
 
 MEASURED = json.loads((ROOT / "benchmarks/gpu_H100_80GB_products.json").read_text())
@@ -17,20 +17,20 @@ N_PROCESSORS = 132
 FORMAT_IDS = {4: Int4.format_id, 8: Int8.format_id, 16: Dense.format_id}  # by bits
 
 
-def choose(monkeypatch, gpu: triton_launch.Gpu, format_id: int, n: int, k: int, gated: bool, group_size: int = 64):
-    monkeypatch.setattr(triton_launch, "gpu_of", lambda device: gpu)
+def choose(monkeypatch, gpu: launch.Gpu, format_id: int, n: int, k: int, gated: bool, group_size: int = 64):
+    monkeypatch.setattr(launch, "gpu_of", lambda device: gpu)
     x = torch.empty(1, k, dtype=torch.bfloat16)
-    return triton_launch.choose_tiles(x, format_id, n, gated, group_size)
+    return launch.choose_tiles(x, format_id, n, gated, group_size)
 
 
-def measured_name(tiles: triton_launch.TileConfig) -> str:
+def measured_name(tiles: launch.TileConfig) -> str:
     """What the measurements call tiles: (block_n in units of 16, num_warps, warp_k in units of 64, num_stages)."""
     return str((tiles.block_n // 16, tiles.num_warps, tiles.warp_k // 64, tiles.num_stages))
 
 
 def test_guess_is_near_the_best(monkeypatch):
     """No product takes 10 % longer than with the best tile sizes that were measured."""
-    gpu = triton_launch.Gpu(N_PROCESSORS, min_block_m=8, can_overlap=True, tuned={})
+    gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, can_overlap=True, tuned={})
     n_checked = 0
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
@@ -42,13 +42,13 @@ def test_guess_is_near_the_best(monkeypatch):
 
 
 def test_measured_tiles_are_used(monkeypatch):
-    """triton_tuned.json has the best tile sizes of each product, or some with less shared memory and 1 % more time."""
-    table = json.loads(triton_launch.TUNED.read_text())[MEASURED["device"]]
+    """tuned.json has the best tile sizes of each product, or some with less shared memory and 1 % more time."""
+    table = json.loads(launch.TUNED.read_text())[MEASURED["device"]]
     assert len(table) == len(PRODUCTS)
-    gpu = triton_launch.Gpu(N_PROCESSORS, min_block_m=8, can_overlap=True, tuned=table)
+    gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, can_overlap=True, tuned=table)
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
-        assert triton_launch.table_key(FORMAT_IDS[bits], n, k, gated == 2, 64) in table
+        assert launch.table_key(FORMAT_IDS[bits], n, k, gated == 2, 64) in table
         tiles = choose(monkeypatch, gpu, FORMAT_IDS[bits], n, k, gated == 2)
         assert product["us"][measured_name(tiles)] <= 1.01 * min(product["us"].values())
 
@@ -63,7 +63,7 @@ def test_guess_fits(format, bits, group_size, gated, monkeypatch):
     """Whatever the size: the loads under way fit 99 KB, and a warp has no more than 8 sums of 16 rows by 8."""
     for n in (64, 576, 1536, 4096, 16384, 57344, 128256):
         for num_sms in (1, 16, 132, 300):
-            gpu = triton_launch.Gpu(num_sms, min_block_m=8, can_overlap=True, tuned={})
+            gpu = launch.Gpu(num_sms, min_block_m=8, can_overlap=True, tuned={})
             tiles = choose(monkeypatch, gpu, format.format_id, n, 576, gated, group_size)
             elements_in_step = tiles.block_n * tiles.num_warps * tiles.warp_k
             assert (tiles.num_stages - 1) * elements_in_step * bits // 8 <= 99 * 1024
@@ -81,7 +81,7 @@ def test_guess_for_many_tokens_fits(n_tokens, gated):
     block_m = triton.next_power_of_2(n_tokens)
     sizes = itertools.product(formats, (64, 1536, 4096, 57344, 128256), (1, 16, 132, 300))
     for (format, bits, group_size), n, num_sms in sizes:
-        tiles = triton_launch.guess_for_many(block_m, format.format_id, n, 576, gated, group_size, num_sms)
+        tiles = launch.guess_for_many(block_m, format.format_id, n, 576, gated, group_size, num_sms)
         block_n, num_warps, warp_k, num_stages = tiles
         bits_of_step = num_warps * warp_k * (block_n * bits + block_m * 16)
         assert num_stages >= 2 and (num_stages - 1) * bits_of_step <= 99 * 1024 * 8
@@ -94,12 +94,12 @@ def test_guess_for_many_tokens_fits(n_tokens, gated):
 def test_programs_share_what_they_read():
     """Programs have many outputs if there are enough for all multiprocessors. A program of few reads less."""
     for n, block_n in [(576, 16), (4096, 32), (57344, 64)]:
-        tiles = triton_launch.guess_for_many(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
+        tiles = launch.guess_for_many(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
         assert tiles.block_n == block_n
 
 
 def test_unknown_format(monkeypatch):
-    gpu = triton_launch.Gpu(N_PROCESSORS, min_block_m=8, can_overlap=True, tuned={})
+    gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, can_overlap=True, tuned={})
     with pytest.raises(ValueError, match="formats .* not 99"):
         choose(monkeypatch, gpu, 99, 64, 64, gated=False)
 
@@ -107,8 +107,8 @@ def test_unknown_format(monkeypatch):
 def test_overlap_options(monkeypatch):
     """A kernel lets the next one begin at once if no multiprocessor has two of its programs."""
     for can_overlap, grid, at_once in [(True, (66, 2), True), (True, (67, 2), False), (False, (1,), False)]:
-        gpu = triton_launch.Gpu(N_PROCESSORS, 8, can_overlap, tuned={})
-        monkeypatch.setattr(triton_launch, "gpu_of", lambda device, gpu=gpu: gpu)
-        options = triton_launch.overlap_options(torch.device("cpu"), grid)
+        gpu = launch.Gpu(N_PROCESSORS, 8, can_overlap, tuned={})
+        monkeypatch.setattr(launch, "gpu_of", lambda device, gpu=gpu: gpu)
+        options = launch.overlap_options(torch.device("cpu"), grid)
         assert options["USE_PDL"] == options.get("launch_pdl", False) == can_overlap
         assert options["TRIGGER_EARLY"] == at_once

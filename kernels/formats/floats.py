@@ -76,11 +76,11 @@ class Float8(WeightFormat):
     def pack(self, tensors, backend):
         """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
         then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16].
-        triton: rows of words of four elements (triton_elements.py: pack_words); scales column by column."""
+        triton: rows of words of four elements (triton/elements.py: pack_words); scales column by column."""
         if backend == "cpu":
             words = to_blocked_layout(tensors["weight"].view(torch.int32))
             return {"weight": swap_bytes(words, 4, 2), "scales": to_blocked_layout(tensors["scales"])}
-        from kernels.triton_elements import by_column, pack_words
+        from kernels.triton.elements import by_column, pack_words
 
         return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
 
@@ -89,7 +89,7 @@ class Float8(WeightFormat):
             words = from_blocked_layout(swap_bytes(tensors["weight"], 2, 4), out_features)
             scales = from_blocked_layout(tensors["scales"], out_features)
             return {"weight": words.view(torch.float8_e4m3fn), "scales": scales}
-        from kernels.triton_elements import unpack_words
+        from kernels.triton.elements import unpack_words
 
         return {"weight": unpack_words(tensors["weight"]).view(torch.float8_e4m3fn), "scales": tensors["scales"]}
 
@@ -133,15 +133,15 @@ class MXFP4(WeightFormat):
         """triton: tiles, as Int4's; scales column by column."""
         if backend == "cpu":
             return super().pack(tensors, backend)
-        from kernels.triton_elements import by_column
-        from kernels.triton_tiles import pack_tiles
+        from kernels.triton.elements import by_column
+        from kernels.triton.tiles import pack_tiles
 
         return {"weight": pack_tiles(unpack_int4(tensors["weight"])), "scales": by_column(tensors["scales"])}
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
-        from kernels.triton_tiles import unpack_tiles
+        from kernels.triton.tiles import unpack_tiles
 
         weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))
         return {"weight": weight, "scales": tensors["scales"]}

@@ -169,12 +169,12 @@ class Int4(GroupedFormat):
         return unpack_int4(weight)
 
     def pack(self, tensors, backend):
-        """triton: tiles, drawn in triton_tiles.py; scales and zeros in words, column by column (triton_elements.py:
+        """triton: tiles, drawn in triton/tiles.py; scales and zeros in words, column by column (triton/elements.py:
         pack_scales)."""
         if backend == "cpu":
             return super().pack(tensors, backend)
-        from kernels.triton_elements import pack_scales  # here, since a CPU may lack Triton
-        from kernels.triton_tiles import pack_tiles
+        from kernels.triton.elements import pack_scales  # here, since a CPU may lack Triton
+        from kernels.triton.tiles import pack_tiles
 
         tiles = pack_tiles(self.unpack_elements(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
@@ -182,8 +182,8 @@ class Int4(GroupedFormat):
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
-        from kernels.triton_elements import unpack_scales
-        from kernels.triton_tiles import unpack_tiles
+        from kernels.triton.elements import unpack_scales
+        from kernels.triton.tiles import unpack_tiles
 
         scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
         weight = self.pack_elements(unpack_tiles(tensors["weight"], out_features, in_features))
@@ -220,7 +220,7 @@ class GroupedInt8(GroupedFormat):
         """triton: rows of int8, each q - 128; scales and zeros as Int4's."""
         if backend == "cpu":
             return super().pack(tensors, backend)
-        from kernels.triton_elements import pack_scales
+        from kernels.triton.elements import pack_scales
 
         weight = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128, or adds it
         return {"weight": weight, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
@@ -228,7 +228,7 @@ class GroupedInt8(GroupedFormat):
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
-        from kernels.triton_elements import unpack_scales
+        from kernels.triton.elements import unpack_scales
 
         scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
         return {"weight": tensors["weight"].view(torch.uint8) ^ 128, "scales": scales, "zeros": zeros}

@@ -5,7 +5,7 @@
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
 computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
-tests/test_triton.py checks it. triton_formats.py has what depends on the weight's format.
+tests/test_triton.py checks it. formats.py has what depends on the weight's format.
 
 In shape comments M is tokens, N outputs, which are the rows of W, and K inputs, which are the columns of W.
 """
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import ACTIVATION_IDS, triton_op
-from kernels.triton_elements import magic_word
-from kernels.triton_formats import kernel_format
-from kernels.triton_launch import (
+from kernels.triton.elements import pack_offset
+from kernels.triton.formats import kernel_format
+from kernels.triton.launch import (
     FEW_TOKENS,
     choose_tiles,
     dot_dtype,
@@ -26,7 +26,7 @@ from kernels.triton_launch import (
     overlap_options,
     wait_for_previous_kernel,
 )
-from kernels.triton_weights import prefetch_weights, program_outputs, slice_columns, slice_starts
+from kernels.triton.weights import prefetch_weights, program_outputs, slice_columns, slice_starts
 
 SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["swiglu"]), tl.constexpr(ACTIVATION_IDS["geglu_tanh"])
 CLAMPED_SWIGLU = tl.constexpr(ACTIVATION_IDS["clamped_swiglu"])
@@ -58,7 +58,7 @@ PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the p
 # loop a token's outputs are multiplied with its 1 / rms.
 #
 # With an activation W is a gate projection above an up projection. A program has rows of both, so that it can compute
-# activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (triton_weights.program_outputs).
+# activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (weights.py: program_outputs).
 
 
 @triton.jit
@@ -72,19 +72,22 @@ def fused_linear_kernel(
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
     eps,  # of the norm
     scale, softcap, clip,  # of the epilogue
-    magic, N,  # magic: see triton_elements.int4_pair
-    n_tokens,  # None: M; else M is BLOCK_M, so that one compiled kernel serves all numbers of tokens up to that
+    packed_offset, N,  # packed_offset: see elements.py: int4_pair
+    n_tokens,  # the number of tokens, or None: it is M
     M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # of the format
     W_STRIDE: tl.constexpr,  # elements or words that W stores for an output
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of the products' factors
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
-    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see triton_launch.py
+    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):  # fmt: skip
     """y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 with an activation. What is None is left out.
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens.
+
+    Few tokens are M, a constant, and n_tokens is None: a kernel is compiled for each number of them. Many tokens are
+    n_tokens, and M is BLOCK_M: one compiled kernel serves all numbers up to that.
 
     With topk_ids W is a stack of experts. A pair is a token and one of its experts; y has a result for each pair.
     Grid: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs of all tokens that have the pair's expert,
@@ -120,8 +123,8 @@ def fused_linear_kernel(
         if bias_ptr is not None:
             bias_ptr += first_output
 
-    # Load for the epilogue. It is done before the loop, so that nothing has to wait after it. But registers have no
-    # room for the residual of many tokens
+    # Load for the epilogue, before the loop, so that nothing waits for memory after it. Only the residual of many
+    # tokens is loaded after the loop: registers have no room for it meanwhile
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     y_offsets = y_index[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
     mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
@@ -138,12 +141,14 @@ def fused_linear_kernel(
     squares = zero_squares(M, K_SLICES, SLICE_K)
     starts = slice_starts(IS_TILED, SLICE_K, K_SLICES)
     for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
-        slice_k = k + starts  # [K_SLICES]
-        offs_k = slice_columns(slice_k, SLICE_K)  # [K_SLICES, SLICE_K]
+        k_starts = k + starts  # [K_SLICES]
+        offs_k = slice_columns(k_starts, SLICE_K)  # [K_SLICES, SLICE_K]
         x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, M, K, DTYPE)  # [K_SLICES, SLICE_K, BLOCK_M]
         if norm_weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, M, K)
-        acc = MULTIPLY(acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT)
+        acc = MULTIPLY(
+            acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT
+        )
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -273,19 +278,19 @@ def launch_fused_linear(
     if norm_weight is not None and not has_few_tokens:  # registers have no room for the sums of their squares
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
     block_m = max(min_block_m_of(x), triton.next_power_of_2(n_tokens))
-    token_counts = (None, n_tokens) if has_few_tokens else (n_tokens, block_m)  # the kernel's n_tokens and M
+    n_tokens_and_m = (None, n_tokens) if has_few_tokens else (n_tokens, block_m)  # the kernel explains them
     format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size, n_tokens)
     block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
-    has_channel_scales = scales is not None and scales.dtype == torch.float32 and group_size >= k
-    if scales is not None and not has_channel_scales:
-        slice_k = min(slice_k, group_size)  # a slice has one scale, so it lies in one group
+    if format.has_slice_scales(group_size, k):
+        slice_k = min(slice_k, group_size)
     grid = triton.cdiv(n, tiles.block_n), n_pairs
     fused_linear_kernel[grid](
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
-        eps, scale if scale != 1 else None, softcap or None, clip or None, magic_word(x.dtype), n,
-        *token_counts, k, group_size, top_k, n_inputs > n_tokens,
-        format.multiply, format.is_tiled, has_channel_scales, format.stride(weight), activation, dot_dtype(x),
+        eps, scale if scale != 1 else None, softcap or None, clip or None, pack_offset(x.dtype), n,
+        *n_tokens_and_m, k, group_size, top_k, n_inputs > n_tokens,
+        format.multiply, format.is_tiled, format.has_channel_scales(group_size, k), format.stride(weight), activation,
+        dot_dtype(x),
         BLOCK_M=block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,

@@ -1,6 +1,6 @@
 """How the stored elements and scales of a weight become floats in the Triton kernels, and how they are packed for that.
 
-    int4_pair, e2m1_pair                    two elements of 4 bits, out of a word of triton_tiles.py
+    int4_pair, e2m1_pair                    two elements of 4 bits, out of a word of tiles.py
     pack_words, e4m3_to_floats              elements of 8 bits, four in a word
     pack_scales, unpack_scale_words         a scale and a zero point in one word
     e8m0_to_float                           a scale that is a power of two
@@ -16,7 +16,8 @@ e4m3 and e2m1 are floats themselves. Exponent and mantissa go where DTYPE's expo
     e2m1 (FP4)            s       000000ee    m000000
 
 The exponent of DTYPE has another bias, so the float is the element times 2^-120 or 2^-126. That holds for subnormal
-elements, too, which become subnormal floats. The product with POWER is the element again, exactly.
+elements, too, which become subnormal floats. The product with BIAS_FACTOR, 2^120 or 2^126, is the element again,
+exactly.
 """
 
 import torch
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SIGNS = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008000, as an int32
+SIGN_MASK = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008000, as an int32
 
 
 @triton.jit
@@ -45,8 +46,8 @@ def join_bfloat16_halves(words, DTYPE: tl.constexpr):
 # ---- Int4 -----------------------------------------------------------------------------------------------------------
 
 
-def magic_word(dtype: torch.dtype) -> int:
-    """OFFSET (see int4_pair) as a float of dtype, in both halves of a word."""
+def pack_offset(dtype: torch.dtype) -> int:
+    """OFFSET (see int4_pair) twice, as two floats of dtype in a word. Float32 has no use for it."""
     return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
 
 
@@ -58,17 +59,17 @@ def offset_of(DTYPE: tl.constexpr):
 
 
 @triton.jit
-def int4_pair(words, magic, DTYPE: tl.constexpr):
+def int4_pair(words, packed_offset, DTYPE: tl.constexpr):
     """words -> the elements q in bits 0-3 and 16-19, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts OFFSET.
 
-    OR the nibble into the mantissa of 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q. magic is this
-    float in both halves of a word, so two elements take one and-or instruction (lop3). magic is a runtime argument
-    because the mask already takes lop3's immediate. For float32 OFFSET is 0, and elements are converted."""
+    OR the nibble into the mantissa of OFFSET, which is 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q.
+    packed_offset has OFFSET in both halves, so two elements take one and-or instruction (lop3). It is a runtime
+    argument because the mask already takes lop3's immediate. For float32 OFFSET is 0, and elements are converted."""
     nibbles = words & 0x000F000F
     if DTYPE == tl.float32:
         return tl.join((nibbles & 15).to(DTYPE), (nibbles >> 16).to(DTYPE))
     else:
-        return join_halves(nibbles | magic, DTYPE)
+        return join_halves(nibbles | packed_offset, DTYPE)
 
 
 def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
@@ -115,38 +116,38 @@ def swap_middle(t: Tensor) -> Tensor:
 @triton.jit
 def e4m3_to_floats(words, DTYPE: tl.constexpr):
     """pack_words of e4m3, [X, Y, Z] -> floats of DTYPE, [X, Y, 4 Z]. NaN becomes 480."""
-    POWER: tl.constexpr = 2.0**8 if DTYPE == tl.float16 else 2.0**120
+    BIAS_FACTOR: tl.constexpr = 2.0**8 if DTYPE == tl.float16 else 2.0**120
     pairs = tl.join(e4m3_pair(words << 8, DTYPE), e4m3_pair(words, DTYPE))  # [X, Y, Z, element of its pair, pair]
     pairs = tl.permute(pairs, 0, 1, 2, 4, 3)
-    return tl.reshape(pairs, [words.shape[0], words.shape[1], 4 * words.shape[2]]) * POWER
+    return tl.reshape(pairs, [words.shape[0], words.shape[1], 4 * words.shape[2]]) * BIAS_FACTOR
 
 
 @triton.jit
 def e4m3_pair(words, DTYPE: tl.constexpr):
-    """The elements in bits 8-15 and 24-31 of words, divided by POWER: [..., 2]."""
+    """The elements in bits 8-15 and 24-31 of words, divided by BIAS_FACTOR: [..., 2]."""
     if DTYPE == tl.float16:
-        return join_halves(((words >> 1) & 0x3F803F80) | (words & SIGNS), DTYPE)
+        return join_halves(((words >> 1) & 0x3F803F80) | (words & SIGN_MASK), DTYPE)
     else:
-        return join_bfloat16_halves(((words >> 4) & 0x07F007F0) | (words & SIGNS), DTYPE)
+        return join_bfloat16_halves(((words >> 4) & 0x07F007F0) | (words & SIGN_MASK), DTYPE)
 
 
 # ---- MXFP4: e2m1 and e8m0 -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def e2m1_power(DTYPE: tl.constexpr):
-    """POWER of e2m1."""
-    POWER: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
-    return POWER
+def e2m1_bias_factor(DTYPE: tl.constexpr):
+    """BIAS_FACTOR of e2m1."""
+    BIAS_FACTOR: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
+    return BIAS_FACTOR
 
 
 @triton.jit
-def e2m1_pair(words, magic, DTYPE: tl.constexpr):
-    """The elements in bits 0-3 and 16-19 of words, divided by POWER: [..., 2]."""
+def e2m1_pair(words, packed_offset, DTYPE: tl.constexpr):
+    """The elements in bits 0-3 and 16-19 of words, divided by BIAS_FACTOR: [..., 2]."""
     if DTYPE == tl.float16:
-        return join_halves(((words << 9) & 0x0E000E00) | ((words << 12) & SIGNS), DTYPE)
+        return join_halves(((words << 9) & 0x0E000E00) | ((words << 12) & SIGN_MASK), DTYPE)
     else:
-        return join_bfloat16_halves(((words << 6) & 0x01C001C0) | ((words << 12) & SIGNS), DTYPE)
+        return join_bfloat16_halves(((words << 6) & 0x01C001C0) | ((words << 12) & SIGN_MASK), DTYPE)
 
 
 @triton.jit

@@ -72,7 +72,7 @@ def order_last(t: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 @triton.jit
 def tiles_to_floats(
-    words, magic, DECODE: tl.constexpr, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr
+    words, packed_offset, DECODE: tl.constexpr, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr
 ):
     """The words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles -> what DECODE, int4_pair or e2m1_pair, makes
     of their elements, in slices of SLICE_K columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. A slice is a tile wide
@@ -80,8 +80,8 @@ def tiles_to_floats(
     TILES_K: tl.constexpr = words.shape[0] // TILES_N
     words = tl.reshape(words, [TILES_N, TILES_K, 8, 4, 4])  # tile_n, tile_k, lane / 4, lane % 4, word
     # Bits 0 and 16 hold columns c + 0 and c + 1, bits 8 and 24 columns c + 16 and c + 17, and so on: see the drawing
-    columns_0_1_16_17 = tl.join(DECODE(words, magic, DTYPE), DECODE(words >> 8, magic, DTYPE))
-    columns_2_3_18_19 = tl.join(DECODE(words >> 4, magic, DTYPE), DECODE(words >> 12, magic, DTYPE))
+    columns_0_1_16_17 = tl.join(DECODE(words, packed_offset, DTYPE), DECODE(words >> 8, packed_offset, DTYPE))
+    columns_2_3_18_19 = tl.join(DECODE(words >> 4, packed_offset, DTYPE), DECODE(words >> 12, packed_offset, DTYPE))
     q = tl.join(columns_0_1_16_17, columns_2_3_18_19)
     # Now there is an axis for every digit of an element's place:
     #

@@ -30,9 +30,9 @@ from multiprocessing.connection import Connection
 from statistics import median
 
 import torch
-from benchmark_speed import SAMPLING, random_model, time_tokens
 from tqdm import tqdm
 
+from benchmarking.speed import SAMPLING, random_model, time_tokens
 from config import ModelConfig, OutOfMemoryError, UsageError
 from generate import generate
 from kernels.formats import WeightFormat

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-import error_bounds as bounds
 import torch
-from attention_checks import ATTENTION_OPTIONS, check_attention
-from exact_results import (
+from torch import Tensor
+
+import kernels
+from kernel_checks import error_bounds as bounds
+from kernel_checks.attention import ATTENTION_OPTIONS, check_attention
+from kernel_checks.exact_results import (
     FORMATS,
     OFFSETS,
     TRITON_FORMATS,
@@ -41,13 +44,10 @@ from exact_results import (
     use_triton,
     with_residual,
 )
-from torch import Tensor
-
-import kernels
 from kernels import reference
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
 from kernels.schema import ACTIVATION_IDS
-from kernels.triton_launch import FEW_TOKENS
+from kernels.triton.launch import FEW_TOKENS
 from model import ExpertsDown, ExpertsGateUp, RMSNorm
 from sampling import multinomial
 

@@ -1,10 +1,10 @@
-"""Attention's part of triton_checks.py."""
+"""The check of attention, which checks.py lists for several sizes and options."""
 
 import torch
-from exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 from torch import Tensor
 
 from config import ModelConfig
+from kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 from model import LayerCache
 from rope import alibi_slopes, rope_table
 

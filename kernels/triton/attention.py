@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton_launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
-from kernels.triton_linear import apply_softcap
+from kernels.triton.launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
+from kernels.triton.linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: MAX_TRITON_NEW_TOKENS; tl.dot takes no fewer
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,7 +37,7 @@ def attend_kernel(
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
-    N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr,
     DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def attend_kernel(
         counter = sequence * N_KV_HEADS + kv_head  # its index in [B, G]
         store_and_combine(
             m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
-            D, N_SPLITS, BLOCK_SPLITS,
+            D, N_SPLITS, N_SPLITS_PADDED,
         )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, s
 @triton.jit
 def store_and_combine(
     m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
-    D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Stores the result of one split for the queries at indices query [BLOCK_M] of [B, T, H], and counts it in n_done
     at index counter. The last program to come here stores the output."""
@@ -205,20 +205,20 @@ def store_and_combine(
     tl.debug_barrier()  # all threads have stored when the first of them counts
     if tl.atomic_add(n_done_ptr + counter, 1, sem="acq_rel") == N_SPLITS - 1:
         tl.store(n_done_ptr + counter, 0)
-        out = combine_splits(splits_ptr, stats_ptr, first_split, mask_m, D, N_SPLITS, BLOCK_SPLITS, acc.shape[1])
+        out = combine_splits(splits_ptr, stats_ptr, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1])
         store_vectors(out_ptr, query * D, out, mask_m, D)
 
 
 @triton.jit
 def combine_splits(
-    splits_ptr, stats_ptr, first_split, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    splits_ptr, stats_ptr, first_split, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Attention's output [BLOCK_M, BLOCK_D] from that of the splits, for queries whose first split is at index
     first_split [BLOCK_M]. Other programs have just written them, so they are read past the first-level cache."""
-    split = tl.arange(0, BLOCK_SPLITS)[None, :]
+    split = tl.arange(0, N_SPLITS_PADDED)[None, :]
     stat_ptr, mask_stats = stats_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
-    m_splits = tl.load(stat_ptr, mask=mask_stats, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, BLOCK_SPLITS]
+    m_splits = tl.load(stat_ptr, mask=mask_stats, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, N_SPLITS_PADDED]
     l_splits = tl.load(stat_ptr + 1, mask=mask_stats, other=0.0, cache_modifier=".cg")
     m_i = tl.max(m_splits, axis=1)
     l_i = tl.sum(tl.exp2(m_splits - m_i[:, None]) * l_splits, axis=1)
@@ -370,7 +370,7 @@ def attend(
         Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
         K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
         N_SPLITS=n_splits,
-        BLOCK_SPLITS=triton.next_power_of_2(n_splits),
+        N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
         BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
         BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys and of values, twice: any GPU has room
         BLOCK_D=block_d,

@@ -30,7 +30,7 @@ from config import UsageError
 from machine import pick_device, read_bandwidth
 from model import empty_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
-from benchmark_speed import find_config, save_random_checkpoint
-from compare_speed import PREFILL
 from torch import Tensor
 
+from benchmarking.compare_speed import PREFILL
+from benchmarking.speed import find_config, save_random_checkpoint
 from checkpoint import read_checkpoint
 from config import ModelConfig, UsageError
 from converters.model_tensors import source_shapes

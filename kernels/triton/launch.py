@@ -4,7 +4,7 @@
     overlap_options(device, grid)                     for a kernel that may start before the previous one has ended
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)  the first line of such a kernel
 
-triton_tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product;
+tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product;
 scripts/benchmark.py --tune writes it. For other GPUs and products choose_tiles guesses.
 
 Kernels that overlap. On NVIDIA's Hopper and later, a kernel may start while the previous one still runs. CUDA calls
@@ -39,9 +39,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.formats import Dense
-from kernels.triton_formats import kernel_format
+from kernels.triton.formats import kernel_format
 
-TUNED = Path(__file__).with_name("triton_tuned.json")
+TUNED = Path(__file__).with_name("tuned.json")
 # A matrix unit multiplies 8 tokens at a time, so up to 8 cost what one costs. What was measured is about these.
 FEW_TOKENS = 8
 
@@ -117,7 +117,7 @@ def done_counters(device: torch.device) -> Tensor:
 
 
 class TileConfig(NamedTuple):
-    """The tile sizes of y = x W^T, in CUTLASS's terms. triton_tuned.json has them by these names.
+    """The tile sizes of y = x W^T, in CUTLASS's terms. tuned.json has them by these names.
 
     In a step of its loop over K, a program reads this tile of W; each warp multiplies a part of it (sliced-K):
 
@@ -135,7 +135,7 @@ class TileConfig(NamedTuple):
 
 
 def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
-    """What triton_tuned.json calls a product with W [n, k]."""
+    """What tuned.json calls a product with W [n, k]."""
     key = f"{kernel_format(format_id).name}, {n} x {k}"
     if group_size < min(64, k):  # then slices are narrower
         key += f", g{group_size}"
@@ -143,7 +143,7 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
 
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
-    """For x [..., K] and W [n, K]: what triton_tuned.json says, or a guess. gated: W is a gate projection above an up
+    """For x [..., K] and W [n, K]: what tuned.json says, or a guess. gated: W is a gate projection above an up
     projection, and a program needs 16 outputs of both. n_tokens: of a product; x may have more, since each is with
     another expert. The guess gives no program more than 99 KB of shared memory, or 64 KB on GPUs whose min_block_m is
     not 8."""
@@ -195,9 +195,9 @@ def guess_for_many(
     A warp has block_n * block_m sums for each slice. If a slice's product is multiplied with a scale before it is
     added, there are twice as many. In a step a warp executes 64 instructions of the matrix unit (128 with zero points)
     or fewer. So everything fits in its registers."""
-    is_tiled = kernel_format(format_id).is_tiled
-    bits = 16 if format_id == Dense.format_id else 4 if is_tiled else 8
-    has_slice_scales = is_tiled or group_size < k
+    format = kernel_format(format_id)
+    bits = 16 if format_id == Dense.format_id else 4 if format.is_tiled else 8
+    has_slice_scales = format.has_slice_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_slice_scales else (64, 4096)
 
     def bits_of_column(block_n: int) -> float:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton_launch import done_counters, overlap_options, wait_for_previous_kernel
+from kernels.triton.launch import done_counters, overlap_options, wait_for_previous_kernel
 
 BLOCK_V = 2048  # tokens of the vocabulary for a program
 
@@ -24,7 +24,7 @@ def sample_kernel(
     block_scores_ptr, block_tokens_ptr, n_done_ptr,  # [B, N_BLOCKS], [B, N_BLOCKS], [B]
     temperature, V,
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
-    BLOCK_BLOCKS: tl.constexpr,  # a power of two, at least N_BLOCKS
+    N_BLOCKS_PADDED: tl.constexpr,  # to a power of two
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
@@ -48,15 +48,15 @@ def sample_kernel(
     tl.debug_barrier()  # all threads have stored when the first of them counts
     if tl.atomic_add(n_done_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
         tl.store(n_done_ptr + sequence, 0)
-        best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, BLOCK_BLOCKS)
+        best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, N_BLOCKS_PADDED)
         tl.store(tokens_ptr + sequence, best_of_all.to(tl.int64))
 
 
 @triton.jit
-def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr):
+def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr):
     """The token of a sequence's block with the highest score. Other programs have just written both, so they are read
     past the first-level cache."""
-    block = tl.arange(0, BLOCK_BLOCKS)
+    block = tl.arange(0, N_BLOCKS_PADDED)
     offsets, mask = sequence * N_BLOCKS + block, block < N_BLOCKS
     scores = tl.load(block_scores_ptr + offsets, mask=mask, other=-float("inf"), cache_modifier=".cg")
     tokens = tl.load(block_tokens_ptr + offsets, mask=mask, other=0, cache_modifier=".cg")

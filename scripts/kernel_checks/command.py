@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py check --precision bfloat16
 
-triton_checks.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. To them come
-whole models whose steps are recorded, which only a GPU can do.
+checks.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. Here are also whole models
+whose steps are recorded, which only a GPU can do.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-import error_bounds as bounds
 import torch
-from benchmark_speed import random_model
-from triton_checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
+from benchmarking.speed import random_model
 
 import kernels
 from config import ModelConfig, MoEConfig, UsageError
 from generate import generate
+from kernel_checks import error_bounds as bounds
+from kernel_checks.checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
 from kernels.formats import Int8
 from machine import pick_device
 from model import KVCache

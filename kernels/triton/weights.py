@@ -5,13 +5,13 @@
     slice_starts, load_rows, load_tiles, load_slice_scales    what a step of fused_linear's loop multiplies
 
 There are two layouts. W in rows is [N, K], row after row. W in tiles (IS_TILED) is stored in tiles of 16 rows and 64
-columns, which triton_tiles.py draws. triton_formats.py says which format has which layout, and how it is multiplied.
+columns, which tiles.py draws. formats.py says which format has which layout, and how it is multiplied.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.triton_tiles import TILE_K, TILE_N, TILE_WORDS
+from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS
 
 
 @triton.jit
@@ -67,16 +67,16 @@ def slice_starts(IS_TILED: tl.constexpr, SLICE_K: tl.constexpr, K_SLICES: tl.con
 
 
 @triton.jit
-def slice_columns(slice_k, SLICE_K: tl.constexpr):
-    """The columns of slices that begin at slice_k [K_SLICES]: [K_SLICES, SLICE_K]."""
-    return slice_k[:, None] + tl.arange(0, SLICE_K)[None, :]
+def slice_columns(k_starts, SLICE_K: tl.constexpr):
+    """The columns of slices that begin at k_starts [K_SLICES]: [K_SLICES, SLICE_K]."""
+    return k_starts[:, None] + tl.arange(0, SLICE_K)[None, :]
 
 
 @triton.jit
-def load_rows(w_ptr, slice_k, offs_n, mask_n, K: tl.constexpr, SLICE_K: tl.constexpr):
-    """Of a W in rows: outputs offs_n [BLOCK_N] of the slices that begin at columns slice_k [K_SLICES]:
+def load_rows(w_ptr, k_starts, offs_n, mask_n, K: tl.constexpr, SLICE_K: tl.constexpr):
+    """Of a W in rows: outputs offs_n [BLOCK_N] of the slices that begin at columns k_starts [K_SLICES]:
     [K_SLICES, BLOCK_N, SLICE_K]."""
-    offs_k = slice_columns(slice_k, SLICE_K)
+    offs_k = slice_columns(k_starts, SLICE_K)
     offsets = offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
     return tl.load(w_ptr + offsets, mask=mask_n[None, :, None] & (offs_k < K)[:, None, :], other=0)
 
@@ -98,11 +98,11 @@ def load_tiles(
 
 
 @triton.jit
-def load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """Of scales that are stored column by column, [n_groups, N]: those of outputs offs_n [BLOCK_N] and of the slices
-    that begin at columns slice_k [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
-    offsets = (slice_k // GROUP_SIZE)[:, None] * N + offs_n[None, :]
-    mask = (slice_k < K)[:, None] & mask_n[None, :]
+    that begin at columns k_starts [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
+    offsets = (k_starts // GROUP_SIZE)[:, None] * N + offs_n[None, :]
+    mask = (k_starts < K)[:, None] & mask_n[None, :]
     return tl.load(scales_ptr + offsets, mask=mask, other=0)[:, :, None]
 
 

@@ -5,7 +5,7 @@
     experts_down       the results times their down projections, summed with the router's weights
 
 They are registered as torch.ops.gptfast_triton.*, which kernels/__init__.py calls. kernels/reference.py says in plain
-PyTorch what each computes. The products are triton_linear's.
+PyTorch what each computes. The products are those of linear.py.
 """
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels import schema
 from kernels.schema import triton_op
-from kernels.triton_launch import overlap_options, wait_for_previous_kernel
-from kernels.triton_linear import launch_fused_linear
+from kernels.triton.launch import overlap_options, wait_for_previous_kernel
+from kernels.triton.linear import launch_fused_linear
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py --config Llama-3.1-8B --mode int4 --compile --tune
 
-The sizes are written to kernels/triton_tuned.json, where the kernels look them up.
+The sizes are written to kernels/triton/tuned.json, where the kernels look them up.
 """
 
 import json
@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmark_speed import fill_randomly, random_linear
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 import kernels
+from benchmarking.speed import fill_randomly, random_linear
 from config import ModelConfig
 from kernels.formats import WeightFormat
-from kernels.triton_launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
+from kernels.triton.launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from model import Linear, RMSNorm, empty_model
 
 # Candidates besides the guess: block_n, num_warps, warp_k, num_stages
@@ -92,7 +92,7 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
 
 def write_tiles(key: str, tiles: TileConfig):
-    """Writes tiles for this GPU into triton_tuned.json. The file is replaced in one step, so it is complete at any
+    """Writes tiles for this GPU into tuned.json. The file is replaced in one step, so it is complete at any
     time."""
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     table.setdefault(torch.cuda.get_device_name(), {})[key] = tiles._asdict()

@@ -2,23 +2,26 @@
 
 A format is two functions, which are compiled into the kernels, and a line in FORMATS:
 
-    multiply_...      (acc, x, weights) -> acc + W x, for the columns of one step. Arguments: x [K_SLICES, SLICE_K,
-                      BLOCK_M]; acc [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice; where the step is, from k on.
+    multiply_...      acc + W x for the columns [k, k + BLOCK_K) of one step. x is [K_SLICES, SLICE_K, BLOCK_M], acc
+                      [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice. k_starts [K_SLICES] is where slices begin
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
 
     format         W                                        scales
     Dense          rows                                     none
-    Int8           rows                                     float32 [N]: after fused_linear's loop
-    GroupedInt8    rows of int8, q - 128                    int32 [n_groups, N]: scale and zero point in one word
-    Float8         rows of words of 4 e4m3                  float32 [n_groups, N]; after the loop if there is one group
+    Int8           rows                                     float32 [N]
+    GroupedInt8    rows of int8, q - 128                    int32 [n_groups, N]: a scale and a zero point in each word
+    Float8         rows of words of 4 e4m3                  float32 [n_groups, N]
     Int4           tiles of words of 8 elements             int32 [n_groups, N], as GroupedInt8
-    MXFP4          tiles of words of 8 e2m1                 uint8 [n_groups, N]: exponents
+    MXFP4          tiles of words of 8 e2m1                 uint8 [n_groups, N]: exponents of powers of two
 
-triton_weights.py loads from rows and tiles, triton_elements.py makes floats of what is loaded. Where several columns
-share a scale, the slices are so narrow that each lies in one group: a scale multiplies a slice's sum. In shape comments
-a row of W is an output, and a column an input.
+weights.py loads from rows and tiles, elements.py makes floats of what is loaded. Scales are applied in one of two ways
+(KernelFormat). One float32 for a whole output multiplies its sum after the loop of fused_linear. Every other scale
+multiplies the sum of a slice, in multiply_...: slices are so narrow that each lies in one group.
+
+In shape comments a row of W is an output, and a column an input.
 """
 
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -27,29 +30,29 @@ import triton.language as tl
 from torch import Tensor
 from triton import JITFunction
 
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
 from kernels.schema import triton_op
-from kernels.triton_elements import (
+from kernels.triton.elements import (
+    e2m1_bias_factor,
     e2m1_pair,
-    e2m1_power,
     e4m3_to_floats,
     e8m0_to_float,
     int4_pair,
     offset_of,
     unpack_scale_words,
 )
-from kernels.triton_tiles import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats
-from kernels.triton_weights import load_rows, load_scales, load_slice_scales, load_tiles
+from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats
+from kernels.triton.weights import load_rows, load_scales, load_slice_scales, load_tiles
 
 # ---- Dense and Int8 -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def multiply_rows(
-    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    w = load_rows(w_ptr, slice_k, offs_n, mask_n, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
+    w = load_rows(w_ptr, k_starts, offs_n, mask_n, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
     return tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
 
 
@@ -64,12 +67,11 @@ def dequantize_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
 
 @triton.jit
 def multiply_grouped_int8(
-    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    q = load_rows(w_ptr, slice_k, offs_n, mask_n, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
-    scale_words = load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE)
-    scale, zero = unpack_scale_words(scale_words)
+    q = load_rows(w_ptr, k_starts, offs_n, mask_n, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
+    scale, zero = unpack_scale_words(load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K, GROUP_SIZE))
     return acc + product_with_zeros(q.to(x.dtype), x, scale, zero - 128)
 
 
@@ -100,15 +102,15 @@ def product_with_zeros(q, x, scale, zero):
 
 @triton.jit
 def multiply_float8(
-    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    words = load_rows(w_ptr, slice_k // 4, offs_n, mask_n, K // 4, x.shape[1] // 4)  # [K_SLICES, BLOCK_N, SLICE_K / 4]
+    words = load_rows(w_ptr, k_starts // 4, offs_n, mask_n, K // 4, x.shape[1] // 4)  # [K_SLICES, BLOCK_N, SLICE_K / 4]
     w = e4m3_to_floats(words, x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
     if GROUP_SIZE >= K:
         return tl.dot(w, x, acc, input_precision="ieee")
     else:
-        scale = load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE)
+        scale = load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K, GROUP_SIZE)
         return acc + scale * tl.dot(w, x, input_precision="ieee")
 
 
@@ -126,14 +128,14 @@ def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N
 
 @triton.jit
 def multiply_int4(
-    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    words = load_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, x.shape[0] * x.shape[1])
-    scale_words = load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE)
-    scale, zero = unpack_scale_words(scale_words)
-    q = tiles_to_floats(words, magic, int4_pair, BLOCK_N // TILE_N, x.shape[1], x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
+    q, scales = load_tile_slices(
+        acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT,
+        int4_pair, unpack_scale_words,
+    )  # fmt: skip
+    scale, zero = scales
     return acc + product_with_zeros(q, x, scale, zero * 0.0625 + offset_of(x.dtype))
 
 
@@ -142,6 +144,20 @@ def dequantize_int4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
     q = dequantize_tile(w_ptr, tile_n, tile_k, K, int4_pair)
     scale, zero = unpack_scale_words(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
     return (q - zero * 0.0625) * scale
+
+
+@triton.jit
+def load_tile_slices(
+    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
+    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    DECODE: tl.constexpr, DECODE_SCALES: tl.constexpr,
+):  # fmt: skip
+    """Of a W in tiles, the part that multiplies x: the elements as DECODE decodes them, [K_SLICES, BLOCK_N, SLICE_K],
+    and the scales as DECODE_SCALES does, [K_SLICES, BLOCK_N, 1]."""
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    words = load_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, x.shape[0] * x.shape[1])
+    scales = DECODE_SCALES(load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K, GROUP_SIZE))
+    return tiles_to_floats(words, packed_offset, DECODE, BLOCK_N // TILE_N, x.shape[1], x.dtype), scales
 
 
 @triton.jit
@@ -157,60 +173,95 @@ def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
 
 @triton.jit
 def multiply_mxfp4(
-    acc, x, w_ptr, scales_ptr, magic, k, slice_k, offs_n, mask_n, N, N_OUT,
+    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    words = load_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, x.shape[0] * x.shape[1])
-    scale = e8m0_to_float(load_slice_scales(scales_ptr, slice_k, offs_n, mask_n, N, K, GROUP_SIZE))
-    q = tiles_to_floats(words, magic, e2m1_pair, BLOCK_N // TILE_N, x.shape[1], x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
-    return acc + scale * tl.dot(q * e2m1_power(x.dtype), x, input_precision="ieee")
+    q, scale = load_tile_slices(
+        acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT,
+        e2m1_pair, e8m0_to_float,
+    )  # fmt: skip
+    return acc + scale * tl.dot(q * e2m1_bias_factor(x.dtype), x, input_precision="ieee")
 
 
 @triton.jit
 def dequantize_mxfp4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
-    q = dequantize_tile(w_ptr, tile_n, tile_k, K, e2m1_pair) * e2m1_power(tl.float32)
+    q = dequantize_tile(w_ptr, tile_n, tile_k, K, e2m1_pair) * e2m1_bias_factor(tl.float32)
     return q * e8m0_to_float(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
 
 
+class Layout(Enum):
+    """Where the elements of W lie; weights.py explains both."""
+
+    ROWS = "rows"
+    TILES = "tiles"
+
+
+class Scales(Enum):
+    """What the packed scales of a format are."""
+
+    NONE = "none"
+    FLOAT32 = "float32"
+    WITH_ZEROS = "a scale and a zero point in each word"  # elements.py: pack_scales
+    E8M0 = "exponents of powers of two"
+
+
 class KernelFormat(NamedTuple):
     """What the kernels must know of a format."""
 
-    name: str  # in triton_tuned.json
-    is_tiled: bool  # whether W lies in tiles, or in rows
+    format_class: type[WeightFormat]
+    layout: Layout
+    scales: Scales
     multiply: JITFunction
     dequantize: JITFunction | None  # None: W is not quantized
+
+    @property
+    def name(self) -> str:
+        """In tuned.json."""
+        return self.format_class.__name__.lower()
+
+    @property
+    def is_tiled(self) -> bool:
+        return self.layout is Layout.TILES
+
+    def has_channel_scales(self, group_size: int, k: int) -> bool:
+        """Whether fused_linear multiplies an output's sum with its only scale, after its loop over K."""
+        return self.scales is Scales.FLOAT32 and group_size >= k
+
+    def has_slice_scales(self, group_size: int, k: int) -> bool:
+        """Whether multiply scales the sum of each slice. Then a slice must lie in one group."""
+        return self.scales is not Scales.NONE and not self.has_channel_scales(group_size, k)
 
     def stride(self, weight: Tensor) -> int:
         """How many elements, or words of several elements, the packed weight has for each output."""
         return weight.stride(-3) // TILE_N.value if self.is_tiled else weight.stride(-2)
 
 
-FORMATS = {
-    Dense.format_id: KernelFormat("dense", False, multiply_rows, None),
-    Int8.format_id: KernelFormat("int8", False, multiply_rows, dequantize_int8),
-    Int4.format_id: KernelFormat("int4", True, multiply_int4, dequantize_int4),
-    GroupedInt8.format_id: KernelFormat("grouped int8", False, multiply_grouped_int8, dequantize_grouped_int8),
-    Float8.format_id: KernelFormat("fp8", False, multiply_float8, dequantize_float8),
-    MXFP4.format_id: KernelFormat("mxfp4", True, multiply_mxfp4, dequantize_mxfp4),
-}
+FORMATS = [
+    KernelFormat(Dense, Layout.ROWS, Scales.NONE, multiply_rows, None),
+    KernelFormat(Int8, Layout.ROWS, Scales.FLOAT32, multiply_rows, dequantize_int8),
+    KernelFormat(Int4, Layout.TILES, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
+    KernelFormat(GroupedInt8, Layout.ROWS, Scales.WITH_ZEROS, multiply_grouped_int8, dequantize_grouped_int8),
+    KernelFormat(Float8, Layout.ROWS, Scales.FLOAT32, multiply_float8, dequantize_float8),
+    KernelFormat(MXFP4, Layout.TILES, Scales.E8M0, multiply_mxfp4, dequantize_mxfp4),
+]
+BY_ID = {format.format_class.format_id: format for format in FORMATS}
 
 
 def kernel_format(format_id: int) -> KernelFormat:
     """Raises ValueError for a format that the kernels do not read."""
-    if format_id not in FORMATS:
-        names = {number: format.name for number, format in FORMATS.items()}
+    if format_id not in BY_ID:
+        names = {number: format.name for number, format in BY_ID.items()}
         raise ValueError(f"the Triton kernels read the formats {names}, not {format_id}")
-    return FORMATS[format_id]
+    return BY_ID[format_id]
 
 
 def supports(layer) -> bool:
     """Whether the kernels can read the weight of layer, a model.Linear or Embedding."""
     format = layer.format
-    known = FORMATS.get(getattr(format, "format_id", None))
+    known = BY_ID.get(getattr(format, "format_id", None))
     if known is None or not format.fits_kernels("triton", layer.in_features):
         return False
     group_size, narrowest_slice = getattr(format, "group_size", None), 32 if known.is_tiled else 16

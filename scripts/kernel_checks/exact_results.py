@@ -3,7 +3,8 @@ kernel may be from them, on a GPU or in Triton's interpreter. The bounds are der
 (error_bounds.py), for sums in any order.
 
 In exact data x is small integers, norms' weights are powers of two, and weights in 16 or 32 bits multiples of 1/16.
-Then nothing is lost to int4's OFFSET either (triton_elements.int4_pair), and the smallest error in a zero point shows.
+Then nothing is lost to int4's OFFSET either (kernels/triton/elements.py: int4_pair), and the smallest error in a zero
+point shows.
 
 Everything is made on PyTorch's default device: `with torch.device("cuda"):` makes it there.
 """
@@ -11,10 +12,10 @@ Everything is made on PyTorch's default device: `with torch.device("cuda"):` mak
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import error_bounds as bounds
 import torch
 
 import kernels
+from kernel_checks import error_bounds as bounds
 from kernels import reference
 from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from model import Embedding, LayerCache, Linear, RMSNorm
@@ -30,7 +31,7 @@ TRITON_FORMATS = [
     *FORMATS, Int4(32, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16), Float8(), Float8(32), MXFP4(),
 ]  # fmt: skip
 U32 = bounds.U[torch.float32]
-OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # triton_elements.offset_of
+OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: offset_of
 
 
 class Comparison(NamedTuple):

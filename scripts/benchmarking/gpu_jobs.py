@@ -25,11 +25,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from benchmark_speed import copy_bandwidth, find_config
 
+from benchmarking.speed import copy_bandwidth, find_config
 from config import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 FLAGS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}  # of a format
 MODELS = [f"Llama-3.1-8B {format}" for format in FLAGS] + ["Mixtral-8x7B int8", "Llama-3-70B int4"]
