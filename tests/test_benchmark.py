@@ -261,7 +261,7 @@ def test_check(monkeypatch, capsys):
     monkeypatch.setattr(check_command, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
     result = report(capsys, "check", "--device", "cpu", "--precision", "bfloat16")
     assert result["failed"] == {}
-    assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "silu_linear"}
+    assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "swiglu_linear"}
     assert 0 < result["largest_errors"]["rms_norm"] < 2**-6
 
 
