@@ -1,4 +1,4 @@
-"""Chat templates: programs, part of a checkpoint, that write a conversation as the text that the model was trained on.
+"""Chat templates: programs in a checkpoint that render a conversation as the text that the model was trained on.
 
     render(template, {"eos_token": "</s>"}, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 

@@ -28,7 +28,7 @@ class Completion:
         prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
         self.text = ""
-        self.tokens: list[int] = []  # the new ones, an end token included
+        self.tokens: list[int] = []  # all new tokens, an end token included
         self.logprobs: list[Logprobs] = []  # of each token, if the request asks for them
         self.step_times: list[float] = []  # when the tokens of each step arrived; the first step is prefill
         self.step_sizes: list[int] = []  # how many tokens each step gave
@@ -36,7 +36,7 @@ class Completion:
         self.error: str | None = None
 
     def add_step(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> str:
-        """Adds the tokens of one step, up to the one that ends the text. Returns the new text."""
+        """Adds the tokens of one step, up to the token that ends the text. Returns the new text."""
         n_before = len(self.text)
         self.step_times.append(time.perf_counter())
         self.step_sizes.append(0)

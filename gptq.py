@@ -57,7 +57,7 @@ def quantize_model(
         cache = LayerCache(*(t if t is None else t.to(device) for t in caches[i]))
         hessians = compute_hessians(model, i, layer_inputs, start_pos, cache)
         for name in list(hessians):
-            hessian = hessians.pop(name)  # frees its memory after this turn
+            hessian = hessians.pop(name)  # so its memory is free before the next one
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
         layer_inputs = [layer(x, start_pos, cache) for x in layer_inputs]
         layer.to("meta")
@@ -125,7 +125,7 @@ def sum_of_outer_products(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-# ---- What to calibrate on -------------------------------------------------------------------------------------------
+# ---- Calibration text -----------------------------------------------------------------------------------------------
 
 
 def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int) -> Tensor:
@@ -211,7 +211,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]
             q = round_int4(column, scale, zero)
             error = (column - (q - zero) * scale) / upper[..., i, i, None]
-            # The columns behind this one in its block are corrected now, those behind the block all at once after it.
+            # Correct the later columns of this block now. All columns after the block are corrected together, below.
             columns[..., i + 1 : stop, :] -= upper[..., i, i + 1 : stop, None] * error[..., None, :]
             columns[..., i, :], errors[..., i - start, :] = q, error
         columns[..., stop:, :] -= upper[..., start:stop, stop:].mT @ errors

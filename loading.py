@@ -118,8 +118,8 @@ def move_tensors(
     tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
     shard_tensor: Callable[[str, Tensor], Tensor] | None,
 ) -> Tensors:  # fmt: skip
-    """A checkpoint's tensors on device, in dtype; those of quantized_names keep their dtypes. shard_tensor: gives
-    this rank's shard of a tensor; None: there is one rank."""
+    """Moves a checkpoint's tensors to device and converts them to dtype, except for those in quantized_names, which
+    keep their dtypes. shard_tensor: gives this rank's shard of a tensor; None: there is one rank."""
     moved = {}
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

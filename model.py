@@ -388,7 +388,7 @@ class KVCache:
 
     def narrow_batch(self, start: int, n: int) -> "KVCache":
         """A view of n sequences, the first of which is number start."""
-        if n == self.batch_size:  # as in every step but those of a scheduler
+        if n == self.batch_size:  # always, except in a scheduler's steps
             return self
         view = copy.copy(self)
         view.batch_size, view.token_ids = n, self.token_ids[start : start + n]

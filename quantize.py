@@ -148,8 +148,8 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights to quantize, by the names of their layers. tensors are those that path holds; a tied head's weight is
-    the embedding's. Raises UsageError if one is missing or of the wrong shape."""
+    """The weights to quantize, by the names of their layers. tensors: the contents of path. The weight of a tied
+    head is the embedding's. Raises UsageError if one is missing or of the wrong shape."""
     shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
     if config.tie_embeddings:
         tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors

@@ -29,7 +29,7 @@ class SamplingParams:
     """How a token is chosen. repetition_penalty (arXiv:1909.05858), temperature, top_k, top_p (arXiv:1904.09751) and
     min_p (arXiv:2407.01082) apply in this order."""
 
-    temperature: float = 0.0  # 0: the likeliest token, whatever the other fields say
+    temperature: float = 0.0  # 0: the likeliest token (greedy); top_k, top_p and min_p then have no effect
     _: KW_ONLY
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together have this probability

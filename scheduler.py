@@ -83,7 +83,7 @@ class Logprobs(NamedTuple):
     """Natural logarithms of the model's probabilities, before temperature and the other options of sampling."""
 
     token: float  # of the new token
-    top: list[tuple[int, float]]  # (token, its logprob) of the likeliest ones
+    top: list[tuple[int, float]]  # (token, its logprob) of the likeliest tokens
 
 
 class NewToken(NamedTuple):

@@ -67,8 +67,8 @@ class SpeculativeDecoder:
     verify_cost: float = VERIFY_COST  # time to verify one proposed token, as a fraction of a step
 
     def verify(self, last_token: Tensor, start_pos: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
-        """Verifies what may follow last_token [1, 1]. Returns n_accepted, and n_accepted + 1 tokens: the accepted ones,
-        and the model's own after them."""
+        """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted, and n_accepted + 1 tokens: the
+        accepted tokens, and one more that the model chose."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
         inputs = [tensor for tensor in proposal if tensor is not None]
         n_accepted, *next_tokens = self.verify_step(tokens, start_pos, *inputs).tolist()
@@ -115,7 +115,7 @@ def speculate(
         n_left -= len(tokens)
         if n_left == 0:
             return
-        # The proposer may have taken another token for the last one, which is the model's own.
+        # The last token is the model's own. In its place, the proposer may have proposed another one.
         proposer.rewind(len(token_ids) - 1)
         lengths = [length for length in draft_lengths(speculation.k) if length < n_left]
         k = best_draft_length(lengths, acceptance.rate, proposer.cost + speculation.verify_cost)

@@ -42,7 +42,8 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """The interface to both libraries. A subclass sets these fields and implements the last two methods."""
+    """The interface to both libraries. A subclass sets the fields below, and implements encode_parts and
+    token_bytes."""
 
     vocab_size: int  # one more than the largest id
     bos_ids: list[int]  # the ids that every text begins with: bos, or none

@@ -1,4 +1,4 @@
-"""The command line of generate.py: its options, and the checks of those that were given."""
+"""The options of generate.py, and the checks of their values."""
 
 import argparse
 import sys
@@ -15,8 +15,8 @@ from speculate import MAX_DRAFT_TOKENS
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-# --speculate_k, unless it is given. To look tokens up costs nothing. So it is the most that a GPU verifies at the price
-# of one: with the last token before them they are 8, which its matrix units multiply at a time.
+# The default of --speculate_k. Looking tokens up costs nothing. So their number is the largest that a GPU verifies in
+# the time of one token: with the last token of the text they are 8, which matrix units multiply at a time.
 DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 
@@ -44,7 +44,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     check_environment(args)
     args.sampling = make_sampling(args)
     if args.logprobs is not None and args.parallel is None:
-        args.parallel = 1  # since the scheduler reports log-probabilities, and the plain loop does not
+        args.parallel = 1  # since only the scheduler reports log-probabilities
     if args.speculate_k is None:
         args.speculate_k = DEFAULT_SPECULATE_K["lookup" if args.prompt_lookup else "draft"]
     args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)

@@ -88,8 +88,8 @@ def complete_in_parallel(
 
 
 def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[Prompt]) -> Scheduler:
-    """A Scheduler with room for the longest of those prompts that fit the model's context. Raises UsageError if memory
-    is too small."""
+    """A Scheduler with room for the longest prompt, or for the model's context if that is shorter. Raises UsageError if
+    memory is too small."""
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
     max_seq_len, parallel = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
     try:

@@ -62,8 +62,8 @@ def silence(errors: io.StringIO) -> Iterator[None]:
 
 
 def wait_for_rank_0(errors: str):
-    """Called before a rank exits with an error. Rank 0, which has printed its error, tells the others so. The others
-    wait for that. If rank 0 has no error and does not tell, this rank prints its own errors."""
+    """Call before a rank exits with an error. Rank 0, which has printed its error, tells the other ranks that it has.
+    They wait for this message. If rank 0 has no error, it sends none, and the waiting rank prints its own errors."""
     store = dist.distributed_c10d._get_default_store()  # a key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")

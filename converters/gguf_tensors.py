@@ -51,7 +51,7 @@ GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURC
     "ffn_up_exps": "mlp.experts.{e}.up_proj",
     "ffn_down_exps": "mlp.experts.{e}.down_proj",
 }
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose rows attn_qkv has
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # attn_qkv stacks their rows
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 

@@ -27,8 +27,8 @@ def read_folder(folder: Path) -> HFTensors:
 
 
 def list_files(folder: Path, whole: str) -> list[str] | None:
-    """The names of a checkpoint's files: whole, if it is one file, or those that its index names. None: neither is
-    there."""
+    """The names of a checkpoint's files: whole if it is a single file, else the files that its index names. None: there
+    is neither."""
     if (folder / whole).is_file():
         return [whole]
     index = folder / f"{whole}.index.json"

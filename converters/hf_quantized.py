@@ -4,7 +4,7 @@
     collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
 Which layers are quantized is what the tensors say. What config.json says about them must agree. The formats are in
-hf_integers.py and hf_floats.py; docs/quantized_checkpoints.md says which there are. This file has no command line.
+hf_integers.py and hf_floats.py; docs/quantized_checkpoints.md says which there are.
 """
 
 import re

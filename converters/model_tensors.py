@@ -57,12 +57,12 @@ TensorReader = Callable[[str], Tensor | QuantizedWeight]  # Hugging Face's name 
 
 @dataclass
 class TensorPlan:
-    """One of our tensors, and the tensors of Hugging Face whose concatenation along dim 0 it is."""
+    """One of our tensors, and Hugging Face's tensors (sources) that are concatenated to it along dim 0."""
 
     shape: torch.Size
     dtype: torch.dtype
     sources: list[str]
-    linear_format: WeightFormat | None = None  # if it may be quantized: then it becomes this format's tensors
+    linear_format: WeightFormat | None = None  # the format to store it in; None: it is no weight that may be quantized
 
     @property
     def format(self) -> WeightFormat:
@@ -178,8 +178,8 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
 
 
 def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dtype:
-    """The narrowest dtype in which no source loses anything; quantized ones take the others', or bfloat16 if there are
-    none. Raises UsageError for one that is missing or wrong."""
+    """The narrowest dtype that holds all sources exactly. Quantized sources do not count; if all are quantized, it is
+    bfloat16. Raises UsageError for a source that is missing or has the wrong shape or dtype."""
     dtype = None
     for name, shape in sources.items():
         if name not in tensors:

@@ -3,7 +3,7 @@
     weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() gives the tensors of that format
 
 Converters rename, split and reorder it like a tensor, without reading it. What only moves its rows moves the rows of
-each of its tensors. This file has no command line.
+each of its tensors.
 """
 
 from collections.abc import Callable

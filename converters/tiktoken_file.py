@@ -103,7 +103,7 @@ def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def join_pairs(word: bytes, ranks: dict[bytes, int], end: int) -> list[bytes]:
-    """The tokens of a word, if only those of ranks below end are there."""
+    """The tokens of a word in a vocabulary of only the ranks below end."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 1:
         pair_ranks = [ranks.get(left + right, end) for left, right in zip(parts, parts[1:], strict=False)]

@@ -54,7 +54,7 @@ def perplexity(
 
 
 class ScoredSequence(NamedTuple):
-    """Token ids of which the last n_scored are scored. At least one must come before these. For example,
+    """Token ids. The last n_scored of them are scored, and at least one id must precede them. For example,
     ScoredSequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
 
     ids: list[int]

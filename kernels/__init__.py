@@ -277,8 +277,8 @@ def pack_for_cpu(linears: list[MatrixLayer], is_mmapped: bool):
 
 def dequantize_weights(linears: list[MatrixLayer], dtype: torch.dtype, is_mmapped: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
-    again for every token, which takes some twenty times as long as to multiply it. If there is no memory for that, says
-    so and leaves them as they are."""
+    again for every token, which takes some twenty times as long as multiplying it. If memory is too small, prints that
+    and changes nothing."""
     n_bytes = sum(layer.out_features * layer.in_features * (layer.n_experts or 1) for layer in linears) * dtype.itemsize
     free = free_memory()
     if n_bytes > free:

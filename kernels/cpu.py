@@ -1,7 +1,7 @@
 """Compiles and loads the C++ kernels in kernels/csrc/, and puts weights into huge pages for them.
 
 The kernels are compiled for this machine at first use, which takes some fifteen seconds, and cached in
-~/.cache/gpt-fast, or in a temporary folder if that one does not serve. The environment variables CXX and CXXFLAGS
+~/.cache/gpt-fast, or in a temporary folder if that is not usable. The environment variables CXX and CXXFLAGS
 choose the compiler and add to its flags. Once compiled, they need no compiler. Without them everything runs on
 PyTorch's own, slower operations.
 """
@@ -29,7 +29,7 @@ from kernels import schema  # noqa: F401  (defines the schemas of the operations
 from machine import use_huge_pages
 
 SOURCES = Path(__file__).parent / "csrc"
-CPU_FIELDS = (  # of /proc/cpuinfo: those that say for which CPUs -march=native compiles
+CPU_FIELDS = (  # fields of /proc/cpuinfo that determine what -march=native compiles for
     "vendor_id", "cpu family", "model", "model name", "flags",
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features", "isa",
 )  # fmt: skip
@@ -234,7 +234,7 @@ def load_library(library: Path) -> ctypes.CDLL:
 
 
 class HugePages:
-    """Copies tensors into huge pages, one behind the other. With small pages, TLB misses cost time."""
+    """Copies tensors into huge pages, one after the other. With small pages, TLB misses would cost time."""
 
     MIN_ALLOCATION = 2**26  # bytes that are allocated at a time, or more for a larger tensor
     PAGE_BYTES = 2**21

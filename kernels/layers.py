@@ -28,7 +28,7 @@ class MatrixLayer(Protocol):
         """weight, scales and zeros by name, without those that are None."""
 
     def set_tensor(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """Replaces one of these."""
+        """Replaces weight, scales, zeros or bias."""
 
 
 class LinearLayer(MatrixLayer, Protocol):

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.schema import SCHEMAS
 
-# How many recordings, those used last, a step keeps on a CPU. Each holds the memory of all its activations. Recording
+# How many recordings a step keeps on a CPU: the ones used last. Each holds the memory of all its activations. Recording
 # again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
 active_recorder: "Recorder | None" = None

@@ -1,4 +1,4 @@
-"""How fast, how large and how right: of any model's shape, with random weights and nothing to download.
+"""Benchmarks and checks of any model's shape, with random weights and without a download.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --compile
     python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
@@ -7,7 +7,7 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
     python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
-Those are of the command "speed", which need not be named. Two commands are for GPUs:
+All of these are the command "speed", whose name may be left out. Two commands are for GPUs:
 
     python scripts/benchmark.py check --precision bfloat16      # every kernel against its reference
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
@@ -17,8 +17,8 @@ Two need a real model:
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-Decoding is held against the better of memory's read bandwidth before and after it, as that changes meanwhile. What a
-decode step reads: the weights that it needs, and the keys and values of the tokens in the cache.
+The speed of decoding is compared with memory's read bandwidth, measured before and after it; the higher value counts.
+A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
 import sys

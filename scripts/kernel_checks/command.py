@@ -93,7 +93,7 @@ def run_all(tasks: list[Callable[[], CheckResult]], in_parallel: bool) -> list[C
 
 
 def run_on_device(device: torch.device, check: Check) -> CheckResult:
-    """run for a check of kernels, whose tensors are made on the default device."""
+    """Runs a check of kernels with device as the default device, on which the check makes its tensors."""
     kernels.load_triton_kernels(device)  # registers the operations
     with device:
         return run(check)

@@ -113,7 +113,7 @@ def attend(
     qkv, cache: LayerCache, start_pos, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
     sinks=None, scale: float | None = None, softcap: float = 0.0,
 ):  # fmt: skip
-    """kernels.attend of an attention layer that has these."""
+    """Calls kernels.attend for an attention layer with these options."""
     layer = SimpleNamespace(
         n_heads=n_heads, backend=backend, window=window, q_norm=q_norm, k_norm=k_norm, sinks=sinks,
         scale=scale or cache.k.shape[-1] ** -0.5, softcap=softcap,
