@@ -67,8 +67,9 @@ class SamplingParams:
 def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
     """float32 logits [B, V] -> token ids [B]; -1 where a sequence's logits are not finite. backend: see kernels.
     uniform: a random number for each sequence, see multinomial."""
-    if backend == "triton" and uniform is None and (sampling.is_greedy or not sampling.filters_tokens):
-        return kernels.sample(logits, sampling.temperature)
+    draws_from_all = uniform is None and not sampling.filters_tokens
+    if backend == "cpu" and sampling.is_greedy or backend == "triton" and (sampling.is_greedy or draws_from_all):
+        return kernels.sample(logits, sampling.temperature, backend)
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:

@@ -181,7 +181,7 @@ class Scheduler:
         sequences that end become free."""
         sequences = self.running[slots.start : slots.stop]
         scores = self.penalize(slots, logits, tokens, start_pos)
-        ids = tp.broadcast(sample_each(scores[:, -1], sequences)).tolist()
+        ids = tp.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         check_finite(ids)
         new_tokens = []
         for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):
@@ -240,14 +240,14 @@ def max_parallel(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def sample_each(logits: Tensor, sequences: list[Sequence], backend: str = "torch") -> Tensor:
     """Samples a token for each of n sequences: logits [n, V] -> ids [n]. Each sequence has its own sampling options and
-    random numbers."""
+    random numbers. backend: see kernels."""
     sampling, *others = {sequence.request.sampling for sequence in sequences}
     if others:
-        return torch.cat([sample_each(logits[i : i + 1], [sequence]) for i, sequence in enumerate(sequences)])
+        return torch.cat([sample_each(logits[i : i + 1], [sequence], backend) for i, sequence in enumerate(sequences)])
     if sampling.is_greedy:
-        return sample(logits, sampling)
+        return sample(logits, sampling, backend)
     uniform = [torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in sequences]
     return sample(logits, sampling, uniform=torch.stack(uniform).to(logits.device))
 

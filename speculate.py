@@ -90,7 +90,7 @@ def build_speculative_decoder(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
         logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
-        return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling))
+        return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, model.lm_head.backend))
 
     verify_step = ModelRunner(model, kv_cache, sampler, compile)
     return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, estimate_verify_cost(model))
@@ -131,16 +131,17 @@ def speculate(
 
 
 def rejection_sample(
-    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams
+    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams, backend: str = "torch"
 ) -> Tensor:
     """Returns [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. It is one tensor, so
     that one copy to the host is enough.
 
     logits [k + 1, V]: the model's, after the last token and after each of the draft_tokens [k].
-    draft_probs [k, V or fewer]: the distributions from which the draft_tokens were sampled."""
+    draft_probs [k, V or fewer]: the distributions from which the draft_tokens were sampled.
+    backend: see kernels."""
     if draft_probs is None:
         # The model samples a token at each position, and accepts a proposed token that is the same.
-        tokens = sample(logits, sampling)
+        tokens = sample(logits, sampling, backend)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
     probs = probabilities(logits, sampling)  # [k + 1, V]
@@ -297,7 +298,7 @@ def build_draft_model(
         # A family may pad one vocabulary to several sizes. So drop the logits of tokens that the model does not have.
         logits = logits[:, -1, :vocab_size]
         if sampling.is_greedy:
-            return tp.broadcast(logits.argmax(-1)), None
+            return tp.broadcast(sample(logits, sampling, draft.lm_head.backend).clamp(min=0)), None
         probs = probabilities(logits, sampling)
         return tp.broadcast(multinomial(probs)), probs
 

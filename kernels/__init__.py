@@ -184,9 +184,12 @@ def experts_down(
     return ops.experts_down(hidden, *weight_arguments(layer), layer.bias, topk_ids, topk_weights, residual)
 
 
-def sample(logits: Tensor, temperature: float) -> Tensor:
+def sample(logits: Tensor, temperature: float, backend: str = "triton") -> Tensor:
     """A token [B] for every row of float32 logits [B, V], drawn with probabilities softmax(logits / temperature), at
-    temperature 0 the likeliest; -1 for a row that is not finite. In Triton only."""
+    temperature 0 the likeliest; -1 for a row that is not finite. Backend "cpu" has temperature 0 only; sampling.py does
+    the same in PyTorch."""
+    if backend == "cpu":
+        return torch.ops.gptfast.sample(logits.contiguous(), None, temperature)
     noise = None
     if temperature > 0:
         noise = torch.empty_like(logits, dtype=torch.float64).exponential_()

@@ -108,6 +108,6 @@ def dequantize(weight, scales, zeros, format_id, n, group_size, k, dtype):
     return weight.new_empty(n, k, dtype=dtype)
 
 
-@define("(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)  # only Triton implements it
+@define("(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)  # of logits, after a recording
 def sample(logits, noise, temperature):
     return logits.new_empty(len(logits), dtype=torch.int64)

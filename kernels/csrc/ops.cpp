@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "moe.h"
+#include "sampling.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -245,6 +246,16 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
+Tensor sample(Tensor logits, OptTensor noise, double temperature) {
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.dim() == 2 &&
+                  logits.numel() > 0, "logits must be float32 [B, V]");
+  STD_TORCH_CHECK(!noise && temperature == 0, "this kernel only finds the likeliest token");
+  Tensor tokens = torch::stable::new_empty(logits, Sizes{logits.size(0)}, ScalarType::Long);
+  submit(LikeliestOp{.logits = ptr<float>(logits), .m = logits.size(0), .n = logits.size(1),
+                     .tokens = mutable_ptr<int64_t>(tokens)});
+  return tokens;
+}
+
 Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n, int64_t group_size,
                   int64_t k, ScalarType type) {
   const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, type);
@@ -276,5 +287,6 @@ STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("route", TORCH_BOX(&route));
   m.impl("experts_gate_up", TORCH_BOX(&experts_gate_up));
   m.impl("experts_down", TORCH_BOX(&experts_down));
+  m.impl("sample", TORCH_BOX(&sample));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }

@@ -1,0 +1,58 @@
+// The choice of the likeliest token. PyTorch's argmax is not vectorized: it takes 0.2 ms for 49,152 tokens.
+#pragma once
+
+#include <limits>
+
+#include "tape.h"
+
+// tokens [m] = argmax of logits [m, n]: of tied tokens the first; -1 where a logit is not finite
+struct LikeliestOp {
+  const float* logits;
+  int64_t m, n;
+  int64_t* tokens;
+
+  // The vocabulary is cut into so many parts, whole Vecs, whatever the number of threads.
+  static constexpr int64_t N_PARTS = 32;
+
+  Range part_range(int64_t part) const {
+    const Range vecs = range_of_thread(part, N_PARTS, (n + LANES - 1) / LANES);
+    return {vecs.begin * LANES, std::min(vecs.end * LANES, n)};
+  }
+  size_t shared_bytes() const { return m * N_PARTS * sizeof(float); }
+
+  // First the threads share out the parts of all rows, of which each gives its largest logit, then the rows.
+  void execute(char* shared, Barrier& barrier) const {
+    float* largest = reinterpret_cast<float*>(shared);  // [m, N_PARTS]
+    const Range parts = thread_range(m * N_PARTS);
+    for (int64_t i = parts.begin; i < parts.end; i++)
+      largest[i] = largest_logit(logits + i / N_PARTS * n, part_range(i % N_PARTS));
+    barrier.wait();
+    const Range rows = thread_range(m);
+    for (int64_t row = rows.begin; row < rows.end; row++)
+      tokens[row] = likeliest(logits + row * n, largest + row * N_PARTS);
+  }
+
+  // NaN if one is not finite.
+  static float largest_logit(const float* row, Range range) {
+    constexpr float LEAST = -std::numeric_limits<float>::max();
+    Vec largest = Vec{} + LEAST, zeros{};
+    for (int64_t i = range.begin; i < range.end; i += LANES) {
+      const Vec v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
+      largest = v > largest ? v : largest;
+      zeros += 0 * v;  // NaN if a logit is NaN or infinite
+    }
+    float result = LEAST;
+    for (int lane = 0; lane < LANES; lane++) result = std::max(result, largest[lane]);
+    return result + sum(zeros);
+  }
+
+  int64_t likeliest(const float* row, const float* largest) const {
+    int64_t best = 0;
+    for (int64_t part = 0; part < N_PARTS; part++) {
+      if (std::isnan(largest[part])) return -1;
+      if (largest[part] > largest[best]) best = part;
+    }
+    const Range range = part_range(best);
+    return std::find(row + range.begin, row + range.end, largest[best]) - row;
+  }
+};
