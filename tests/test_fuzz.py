@@ -31,7 +31,7 @@ from converters.gguf_file import read_gguf  # isort: skip  (tests.tiny put scrip
 
 SECONDS = 60  # after which a command hangs
 SETTINGS = settings(
-    derandomize=True, database=None, deadline=None, max_examples=100, suppress_health_check=list(HealthCheck)
+    derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
 )
 FAMILY = st.sampled_from(["llama3", "mixtral"])
 
