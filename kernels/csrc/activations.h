@@ -69,14 +69,14 @@ constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Dense> && !F::INT8_ACTIVATIO
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
   const auto add = [](IntVec a, IntVec b) { return a + b; };
-  const Vec magic = Vec{} + ROUND_TO_INT;
+  const Vec to_int = Vec{} + ROUND_TO_INT;
   float compensation = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
     const Vec v = load_partial(x, k, w.k);
     // The largest magnitude of each group. Without their sign, floats compare like their bits, and NaN is the largest.
     const Vec peak = (Vec)reduce_halves((IntVec)v & 0x7fffffff, maximum);
     const Vec scale = peak * (1 / 127.0f) + peak * 0.0f;  // infinity becomes NaN
-    const IntVec q = (IntVec)(v * (peak > 1e-30f ? 127 / peak : Vec{}) + magic) - (IntVec)magic;
+    const IntVec q = (IntVec)(v * (peak > 1e-30f ? 127 / peak : Vec{}) + to_int) - (IntVec)to_int;
     const ByteVec bytes = __builtin_convertvector(q, ByteVec);
     const IntVec sums = reduce_halves(q, add);
     for (int i = 0; i < LANES; i += ACT_GROUP) {
@@ -93,7 +93,7 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 
 // A token's activations, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, float [k] if is_widened,
 // else T [k].
-using PreparedToken = const void*;
+using ActivationRow = const void*;
 
 // The activations x [m, k] of a product with w. They are normed first if norm_weight [k] is not null.
 template <typename T> struct Activations {
@@ -127,13 +127,13 @@ template <typename T> struct Activations {
 
   // Fills tokens [m]; of tiles only the first, with their address. They are valid until this thread's next call or, if
   // they are shared, until the operation ends.
-  void prepare(char* shared, Barrier& barrier, PreparedToken* tokens) const {
+  void prepare(char* shared, Barrier& barrier, ActivationRow* tokens) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Range range = is_shared() ? thread_range(m) : Range{0, m};
     for (int64_t i = range.begin; i < range.end; i++) prepare_token(i, memory);
     for (int64_t i = 0; i < m; i++)
-      tokens[i] = token_bytes() ? static_cast<PreparedToken>(memory + i * token_bytes()) : x + i * w.k;
+      tokens[i] = token_bytes() ? static_cast<ActivationRow>(memory + i * token_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
   }
 

@@ -60,21 +60,6 @@ inline IntVec load_ahead(const char* data) {
   return load<IntVec>(data);
 }
 
-// Transposes 16 x 16 words. Each round interleaves the first half of the lines with the second.
-inline void transpose(IntVec* v) {
-  IntVec u[16];
-#pragma GCC unroll 4
-  for (int round = 0; round < 4; round++) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      u[2 * i] = __builtin_shufflevector(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      u[2 * i + 1] =
-          __builtin_shufflevector(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    std::memcpy(v, u, sizeof u);
-  }
-}
-
 // Rounds to the nearest bf16 once it is cut.
 inline Vec round_to_be_cut(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
 
@@ -264,7 +249,7 @@ template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
 // The same as dot in dot.h, for activations in tiles.
-inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, PreparedToken tiles,
+inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, ActivationRow tiles,
                     Outputs* out) {
   dispatch_format(w.format, [&]<typename F>(F) {
     const auto dot_block = DOT_AMX<F>[(m - 1) / TILE_M];
@@ -276,5 +261,5 @@ inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t 
 inline bool has_amx() { return false; }
 struct TileRegisters {};
 template <typename T> bool uses_amx(const Weights&, int64_t) { return false; }
-inline void dot_amx(int64_t, const Weights&, const int64_t*, int64_t, PreparedToken, Outputs*) {}
+inline void dot_amx(int64_t, const Weights&, const int64_t*, int64_t, ActivationRow, Outputs*) {}
 #endif

@@ -27,7 +27,7 @@ template <typename T> struct LinearOp {
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
-    PreparedToken tokens[MAX_TOKENS];
+    ActivationRow tokens[MAX_TOKENS];
     activations().prepare(shared, barrier, tokens);
     const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
     Outputs y[2];

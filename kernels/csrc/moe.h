@@ -44,7 +44,7 @@ template <typename T> struct ExpertsGateUpOp {
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    PreparedToken tokens[MAX_TOKENS], tokens_of_expert[MAX_TOKENS];
+    ActivationRow tokens[MAX_TOKENS], tokens_of_expert[MAX_TOKENS];
     activations().prepare(shared, barrier, tokens);
     Outputs y[2];
     const Range range = thread_range(n_blocks * batches.size());
@@ -82,9 +82,9 @@ template <typename T> struct ExpertsDownOp {
   // The threads share out the blocks of outputs: one thread adds up all experts of a block.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    std::vector<PreparedToken> hidden_of_pairs(m * top_k);
+    std::vector<ActivationRow> hidden_of_pairs(m * top_k);
     activations().prepare(shared, barrier, hidden_of_pairs.data());
-    PreparedToken hidden_of_expert[MAX_TOKENS];
+    ActivationRow hidden_of_expert[MAX_TOKENS];
     Outputs y[2], total;
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
@@ -108,7 +108,7 @@ template <typename T> struct ExpertsDownOp {
 };
 
 // topk_weights, topk_ids [m, top_k] = the largest entries of softmax(logits [m, n_experts]). The weights are divided by
-// their sum if normalize. If a logit is NaN, the ids are still top_k different ones, and all weights are NaN.
+// their sum if norm_topk_prob. If a logit is NaN, the ids are still top_k different ones, and all weights are NaN.
 //
 // With n_shared_experts, topk_weights and topk_ids are [m, top_k + n_shared_experts]. The shared experts follow the
 // chosen ones, and their ids begin at n_experts. Then logits are [m, n_experts + 1], and the sigmoid of the last one is
@@ -116,7 +116,7 @@ template <typename T> struct ExpertsDownOp {
 struct RouteOp {
   const float* logits;
   int64_t m, n_experts, top_k, n_shared_experts;
-  bool normalize;
+  bool norm_topk_prob;
   float* topk_weights;
   int64_t* topk_ids;
 
@@ -129,7 +129,7 @@ struct RouteOp {
 
   void route_token(const float* logits, float* weights, int64_t* ids) const {
     const float max = *std::max_element(logits, logits + n_experts);
-    float total = 0, chosen = 0;  // sums of exp(logit - max)
+    float total = 0, topk_total = 0;  // sums of exp(logit - max)
     for (int64_t e = 0; e < n_experts; e++) total += std::exp(logits[e] - max);
     for (int64_t i = 0; i < top_k; i++) {
       int64_t best = -1;
@@ -138,9 +138,9 @@ struct RouteOp {
         if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
       }
       ids[i] = best;
-      chosen += weights[i] = std::exp(logits[best] - max);
+      topk_total += weights[i] = std::exp(logits[best] - max);
     }
-    const float sum = normalize ? chosen + 0 * total : total;  // 0 * total: NaN if any logit is
+    const float sum = norm_topk_prob ? topk_total + 0 * total : total;  // 0 * total: NaN if any logit is
     for (int64_t i = 0; i < top_k; i++) weights[i] /= sum;
     for (int64_t i = 0; i < n_shared_experts; i++) {
       ids[top_k + i] = n_experts + i;

@@ -91,8 +91,8 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
 Activation activation_of(int64_t id) {
   switch (const Activation activation{id}) {
     case Activation::NONE:
-    case Activation::SILU:
-    case Activation::GELU_TANH:
+    case Activation::SWIGLU:
+    case Activation::GEGLU_TANH:
     case Activation::CLAMPED_SWIGLU: return activation;
   }
   STD_TORCH_CHECK(false, "these kernels do not know this activation");
@@ -197,7 +197,7 @@ Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor start_pos, Tens
   return out;
 }
 
-std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize, int64_t n_shared_experts) {
+std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool norm_topk_prob, int64_t n_shared_experts) {
   const int64_t n_logits = logits.size(-1), n_experts = n_logits - (n_shared_experts ? 1 : 0);
   const int64_t n_chosen = top_k + n_shared_experts;
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && 0 < top_k &&
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool normalize, i
   Tensor topk_weights = torch::stable::new_empty(logits, resized(logits, n_chosen));
   Tensor topk_ids = torch::stable::new_empty(logits, resized(logits, n_chosen), ScalarType::Long);
   submit(RouteOp{.logits = ptr<float>(logits), .m = logits.numel() / n_logits, .n_experts = n_experts, .top_k = top_k,
-                 .n_shared_experts = n_shared_experts, .normalize = normalize,
+                 .n_shared_experts = n_shared_experts, .norm_topk_prob = norm_topk_prob,
                  .topk_weights = mutable_ptr<float>(topk_weights), .topk_ids = mutable_ptr<int64_t>(topk_ids)});
   return {topk_weights, topk_ids};
 }

@@ -176,15 +176,17 @@ inline Vec transpose_reduce_add(Vec* v) {
   return v[0];
 }
 
-// Transposes 16 Vecs: lane j of v[i] and lane i of v[j] change places. An element's place is 8 bits, 4 of its Vec's
-// number and 4 of its lane's. Each step rotates them by one, since lane j of v[i] moves to v[2 i + (j >= 8)] if i < 8.
-inline void transpose(Vec* v) {
-  for (int step = 0; step < 4; step++) {
-    Vec from[16];
-    std::copy(v, v + 16, from);
+// Transposes 16 vectors of 16 words: lane j of v[i] and lane i of v[j] change places. An element's place is 8 bits, 4 of
+// its vector's number and 4 of its lane's. Each round interleaves the first half of the vectors with the second, which
+// rotates these bits by one.
+template <typename V> inline void transpose(V* v) {
+  V from[16];
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; round++) {
+    std::memcpy(from, v, sizeof from);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-      const Vec a = from[i], b = from[i + 8];
+      const V a = from[i], b = from[i + 8];
       v[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
       v[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
@@ -213,7 +215,7 @@ constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 inline Vec exp_vec(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
   x = x > 88.0f ? Vec{} + 88.0f : x;
-  const Vec magic = Vec{} + ROUND_TO_INT, t = x * 1.44269504f + magic, n = t - magic;
+  const Vec to_int = Vec{} + ROUND_TO_INT, t = x * 1.44269504f + to_int, n = t - to_int;
   const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, for precision
   Vec p = Vec{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -222,7 +224,7 @@ inline Vec exp_vec(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (Vec)((IntVec)p + (((IntVec)t - (IntVec)magic) << 23));
+  return (Vec)((IntVec)p + (((IntVec)t - (IntVec)to_int) << 23));
 }
 
 // tanh(x) to float's precision, also where it is close to zero: there it is Cephes' polynomial. NaN stays NaN.
@@ -246,7 +248,7 @@ inline Vec clamp(Vec x, float limit) {
 }
 
 // The activations of a gated feed-forward; kernels/schema.py has the same numbers.
-enum class Activation : int64_t { NONE = 0, SILU = 1, GELU_TANH = 2, CLAMPED_SWIGLU = 3 };
+enum class Activation : int64_t { NONE = 0, SWIGLU = 1, GEGLU_TANH = 2, CLAMPED_SWIGLU = 3 };
 
 // Whether what it is applied to is a gate and, beside it, an up projection.
 inline bool is_gated(Activation activation) { return activation != Activation::NONE; }
@@ -255,8 +257,8 @@ inline bool is_gated(Activation activation) { return activation != Activation::N
 inline Vec activate(Vec gate, Vec up, Activation activation) {
   switch (activation) {
     case Activation::NONE: break;
-    case Activation::SILU: return gate / (1 + exp_vec(-gate)) * up;
-    case Activation::GELU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
+    case Activation::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
+    case Activation::GEGLU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
       return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
     case Activation::CLAMPED_SWIGLU:
       gate = gate > 7.0f ? Vec{} + 7 : gate;
