@@ -1,4 +1,4 @@
-"""Text and conversations to token ids and back, by tokenizer.json or else by tokenizer.model (sentencepiece).
+"""Text and conversations to token ids and back, by the libraries tokenizers and sentencepiece.
 
     tokenizer = load_tokenizer(Path("checkpoints/SmolLM2-135M-Instruct"))
     tokenizer.decode(tokenizer.encode("Hello"))
@@ -12,33 +12,25 @@ import codecs
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import tokenizers
 
-from chat_template import LLAMA2_TEMPLATE, check_unicode, render
-from checkpoint import read_json
+from chat_template import LLAMA2_TEMPLATE, render
 from config import UsageError
+from tokenizer_files import (
+    TokenizerConfig,
+    read_tokenizer_config,
+    read_tokenizer_json,
+    read_tokenizer_model,
+    read_vocab_and_merges,
+)
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # files that are one; the first that is there counts
-TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "chat_template.jinja")
-TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 SENTINEL = str(secrets.randbits(128))  # in no text; it has only digits, which no filter of a template changes
 MATCHES_NOTHING = "(?!)"  # a regular expression
 SAMPLE_LENGTH = 16  # exceeds encodes so many characters for each token that a text may have
 
 Part = str | int  # a piece of a prompt: text, or the id of a special token
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """The contents of tokenizer_config.json and chat_template.jinja. Both files may be missing."""
-
-    fields: dict  # all fields of tokenizer_config.json
-    special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
-    chat_template: str | None
 
 
 class Tokenizer:
@@ -130,13 +122,7 @@ class Tokenizer:
 
     def split_at_special_tokens(self, text: str) -> list[Part]:
         """Splits text at the special tokens in it, which become ids, and removes every SENTINEL."""
-        longest_first = sorted(self.special_token_ids, key=len, reverse=True)
-        pieces = "|".join(map(re.escape, longest_first))
-        parts: list[Part] = []
-        for number, fragment in enumerate(re.split(f"({pieces or MATCHES_NOTHING})(?!{SENTINEL})", text)):
-            is_text = number % 2 == 0  # text, token, text, token ... text
-            parts.append(fragment.replace(SENTINEL, "") if is_text else self.special_token_ids[fragment])
-        return parts
+        return split_at(text, self.special_token_ids)
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
         """The ids of one prompt, given in parts. A part that is text stays text, whatever it looks like."""
@@ -145,6 +131,17 @@ class Tokenizer:
     def token_bytes(self, i: int) -> bytes:
         """The UTF-8 of token i, which may end within a character. b"" for a special token and for an unknown id."""
         raise NotImplementedError
+
+
+def split_at(text: str, ids: dict[str, int]) -> list[Part]:
+    """Splits text at the tokens in it, which become ids, and removes every SENTINEL. ids: by the token's text."""
+    longest_first = sorted(ids, key=len, reverse=True)
+    pieces = "|".join(map(re.escape, longest_first))
+    parts: list[Part] = []
+    for number, fragment in enumerate(re.split(f"({pieces or MATCHES_NOTHING})(?!{SENTINEL})", text)):
+        is_text = number % 2 == 0  # text, token, text, token ... text
+        parts.append(fragment.replace(SENTINEL, "") if is_text else ids[fragment])
+    return parts
 
 
 class IncrementalDetokenizer:
@@ -227,56 +224,38 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint's folder. Raises UsageError."""
     config = read_tokenizer_config(folder)
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder / "tokenizer.json", config)
+        return JsonTokenizer(read_tokenizer_json(folder / "tokenizer.json"), config)
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder / "tokenizer.model", config)
+    if (folder / "vocab.json").is_file():
+        tokenizer = JsonTokenizer(read_vocab_and_merges(folder, config.fields), config)
+        if config.fields.get("add_bos_token") and "bos_token" in config.special_tokens_map:
+            tokenizer.bos_ids = [tokenizer.special_token_ids[config.special_tokens_map["bos_token"]]]
+        return tokenizer
     raise UsageError(f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it from the model's repository")
-
-
-def read_tokenizer_config(folder: Path) -> TokenizerConfig:
-    path = folder / "tokenizer_config.json"
-    fields = read_json(path, {})
-    try:
-        special_tokens_map = {}
-        for key, value in fields.items():
-            if key.endswith("_token") and isinstance(value, (str, dict)):
-                special_tokens_map[key] = value if isinstance(value, str) else value["content"]
-                check_unicode(special_tokens_map[key])
-        template = fields.get("chat_template")
-        if isinstance(template, list):  # several templates, each with a name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            template = path.read_text(encoding="utf-8")
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
-        raise UsageError(f"{path} is broken ({type(e).__name__}: {e})") from None
-    return TokenizerConfig(fields, special_tokens_map, template)
 
 
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
 
 
 class JsonTokenizer(Tokenizer):
-    def __init__(self, path: Path, config: TokenizerConfig):
+    def __init__(self, library: tokenizers.Tokenizer, config: TokenizerConfig):
         super().__init__(config)
-        self.library = read_tokenizer_json(path)
-        self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
-        self.mark_special(config.special_tokens_map)
+        self.library = library
+        added = config.merge_added_tokens(library.get_added_tokens_decoder())
+        library.add_tokens(list(added.values()))  # one that the library knows gets other flags
+        library.add_tokens(config.further_tokens(added))
+        self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
         self.add_placeholders()
         example = self.library.encode("a")  # with the special tokens that the post-processor puts before a text
         n_bos = (example.special_tokens_mask + [0]).index(0)
         self.bos_ids = example.ids[:n_bos]
-        self.drops_space = self.library.decoder.decode(["▁a"]) == "a"
-        self.byte_level = self.library.decoder.decode(["Ċ"]) == "\n"
+        words = ("a", "▁a")
+        self.drops_space = any(self.decode_pieces(["a", w]) == "a a" and self.decode_pieces([w]) == "a" for w in words)
+        self.byte_level = self.decode_pieces(["Ċ"]) == "\n"
         self.byte_of = byte_level_alphabet()
-
-    def mark_special(self, special_tokens_map: dict[str, str]):
-        """Marks the tokens that tokenizer_config.json names as special, even if tokenizer.json does not."""
-        known = {t.content for t in self.library.get_added_tokens_decoder().values() if t.special}
-        named = [name for name in special_tokens_map.values() if self.library.token_to_id(name) is not None]
-        self.library.add_special_tokens([name for name in named if name not in known])
 
     def add_placeholders(self):
         """Makes the library treat special tokens in a text as text, and adds a placeholder token for each of them. So
@@ -304,19 +283,10 @@ class JsonTokenizer(Tokenizer):
         if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
         # The decoder may drop a space at the start of a text, so decode this piece after another one.
-        return self.library.decoder.decode(["a", piece])[1:].encode()
+        return self.decode_pieces(["a", piece])[1:].encode()
 
-
-def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    try:
-        library = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as e:  # tokenizers raises bare Exception
-        raise UsageError(f"{path} is not a tokenizer that tokenizers {tokenizers.__version__} reads: {e}") from None
-    if library.decoder is None:
-        raise UsageError(f"{path} has no decoder, so its tokens have no text")
-    library.no_truncation()
-    library.no_padding()
-    return library
+    def decode_pieces(self, pieces: list[str]) -> str:
+        return self.library.decoder.decode(pieces) if self.library.decoder else " ".join(pieces)
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -338,10 +308,20 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(config)
         self.library = library = read_tokenizer_model(path)
         self.n_pieces = library.vocab_size()
-        control = {library.id_to_piece(i): i for i in range(self.n_pieces) if library.is_control(i)}
-        self.special_token_ids = control | read_added_tokens(path.with_name("tokenizer_config.json"), config.fields)
+        pieces = {library.id_to_piece(i): i for i in range(self.n_pieces)}
+        added = config.merge_added_tokens({})
+        ids = pieces | {token.content: i for i, token in added.items()}
+        further = config.further_tokens(added)
+        for token in further:
+            ids.setdefault(token.content, max(ids.values(), default=-1) + 1)
+        special = [token.content for token in (*added.values(), *further) if token.special]
+        control = {piece: i for piece, i in pieces.items() if library.is_control(i)}
+        self.special_token_ids = control | {piece: ids[piece] for piece in special}
+        others = {token.content: i for i, token in added.items() if not token.special}
+        self.text_token_ids = {piece: i for piece, i in others.items() if pieces.get(piece) != i}
+        self.text_of = {i: piece for piece, i in self.text_token_ids.items()}
         self.ids_without_text = {library.unk_id(), *self.special_token_ids.values()}
-        self.vocab_size = max(self.n_pieces - 1, *self.special_token_ids.values(), 0) + 1
+        self.vocab_size = max(ids.values(), default=-1) + 1
         for name, i in {"bos_token": library.bos_id(), "eos_token": library.eos_id()}.items():
             if i >= 0:
                 self.special_tokens_map = {name: library.id_to_piece(i)} | self.special_tokens_map
@@ -354,6 +334,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Encodes the parts one by one. Sentencepiece puts a space before every text that it encodes. That is right for
         the first part, and in tokenizers with the setting "legacy" also for other parts that do not begin with a space.
         For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and both are cut off."""
+        parts = [piece for part in parts for piece in self.split_at_text_tokens(part)]
         n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
         for number, part in enumerate(parts):
             if isinstance(part, int):
@@ -364,33 +345,16 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self.library.encode(self.ANCHOR + part)[n_anchor:]
         return ids
 
+    def split_at_text_tokens(self, part: Part) -> list[Part]:
+        """Added tokens that are not special are such tokens in every text."""
+        return split_at(part, self.text_token_ids) if isinstance(part, str) else [part]
+
     def token_bytes(self, i: int) -> bytes:
+        if i in self.text_of:
+            return self.text_of[i].encode()
         if i >= self.n_pieces or i in self.ids_without_text:
             return b""
         piece = self.library.id_to_piece(i)
         if self.library.is_byte(i):  # <0x0A>
             return bytes.fromhex(piece[3:5])
         return piece.replace("▁", " ").encode()
-
-
-def read_tokenizer_model(path: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        data = path.read_bytes()
-        if re.match(TIKTOKEN_LINE, data[:200]):
-            raise UsageError(f"{path} is a tiktoken file; use tokenizer.json of the same repository")
-        library = sentencepiece.SentencePieceProcessor()
-        library.load_from_serialized_proto(data)
-        return library
-    except (OSError, RuntimeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} is not a sentencepiece model ({str(e).splitlines()[0]})") from None
-
-
-def read_added_tokens(path: Path, fields: dict) -> dict[str, int]:
-    """The special tokens in added_tokens_decoder of tokenizer_config.json (path), whose fields are given."""
-    try:
-        added = {token["content"]: int(i) for i, token in fields.get("added_tokens_decoder", {}).items()}
-        if not all(piece.encode() and i >= 0 for piece, i in added.items()):
-            raise ValueError("a token without text or number")
-        return added
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UsageError(f"{path}: added_tokens_decoder is broken ({type(e).__name__}: {e})") from None

@@ -18,7 +18,7 @@ from converters.hf_tensors import to_llama_layout
 from converters.lora import ADAPTER_CONFIG, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import HFTensors, convert, write_folder
-from tokenizer import TOKENIZER_FILES, TOKENIZERS
+from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 
 def convert_folder(folder: Path, lora: Path | None = None) -> Path:

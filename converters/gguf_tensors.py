@@ -26,7 +26,7 @@ from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import HFTensors, TensorReader, plan_tensors, write_folder
-from tokenizer import TOKENIZER_FILES
+from tokenizer_files import TOKENIZER_FILES
 
 GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
     "token_embd": "model.embed_tokens",

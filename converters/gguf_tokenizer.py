@@ -11,14 +11,11 @@ import json
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from config import UsageError
+from tokenizer_files import QWEN2_SPLIT
 
 # The patterns by which a text is cut before byte-level BPE
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+LLAMA3_WORDS = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 GPT4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -33,7 +30,7 @@ SPLITS = {  # by tokenizer.ggml.pre; several patterns apply one after the other
     "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "refact": [r"\p{N}", GPT2], "tekken": [TEKKEN],
     "llama-bpe": [LLAMA3_WORDS], "llama3": [LLAMA3_WORDS], "smaug-bpe": [LLAMA3_WORDS], "dbrx": [LLAMA3_WORDS],
     "chatglm-bpe": [LLAMA3_WORDS], "glm4": [LLAMA3_WORDS],
-    "qwen2": [QWEN2], "gpt-4o": [GPT4O],
+    "qwen2": [QWEN2_SPLIT], "gpt-4o": [GPT4O],
 }  # fmt: skip
 LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # texts begin with bos, and a piece in the vocabulary needs no merges
 LIKE_GLM4 = ("chatglm-bpe", "glm4")  # texts begin with GLM4_PREFIX

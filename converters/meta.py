@@ -30,7 +30,7 @@ from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import META_FFN_TO_HF, rename_tensor, reorder_heads, rope_order
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
 from converters.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens, tokenizer_files
-from tokenizer import read_tokenizer_model
+from tokenizer_files import read_tokenizer_model
 
 PARAMS = "params.json"
 TIED = (HEAD, EMBEDDING)  # the same tensor in models that tie them

@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from config import UsageError
 from converters.gguf_tokenizer import LLAMA3_WORDS
-from tokenizer import TIKTOKEN_LINE, byte_level_alphabet
+from tokenizer import byte_level_alphabet
+from tokenizer_files import TIKTOKEN_LINE
 
 # The special tokens that have a name; "" stands for a reserved one.
 LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id", "end_header_id", "", "eot_id"]

@@ -22,9 +22,9 @@ from huggingface_hub.utils import disable_progress_bars, logging
 
 import cli
 from config import UsageError
-from tokenizer import TOKENIZER_FILES, TOKENIZERS
+from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
-SETTINGS = {"config.json", "generation_config.json", "special_tokens_map.json", *TOKENIZER_FILES}
+SETTINGS = {"config.json", "generation_config.json", *TOKENIZER_FILES}
 # The first of these that is there, or its index.json, makes a model of all files that match the pattern beside it.
 # consolidated*.safetensors holds the same weights again under other names.
 WEIGHTS = {

@@ -1,0 +1,204 @@
+"""The files that a checkpoint's tokenizer consists of.
+
+    config = read_tokenizer_config(Path("checkpoints/SmolLM2-135M-Instruct"))
+    library = read_tokenizer_json(Path("checkpoints/SmolLM2-135M-Instruct/tokenizer.json"))
+
+A tokenizer is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. What the files
+beside it say of special and added tokens is put together as in transformers.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from chat_template import check_unicode
+from checkpoint import read_json
+from config import UsageError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files that are one; the first that is there counts
+TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")  # fmt: skip
+# Special tokens that have no id yet get one in this order.
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
+
+# The pattern by which Qwen2 cuts a text before byte-level BPE
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Tokenizers that vocab.json and merges.txt define, by tokenizer_class, with the special tokens that these classes have
+# where the files name none
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_CLASSES = {
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What the files beside the tokenizer say. All of them may be missing."""
+
+    fields: dict  # of tokenizer_config.json, overridden by special_tokens_map.json
+    special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
+    special_tokens: list[AddedToken]  # those of special_tokens_map, then those that have no name
+    added_tokens: dict[int, AddedToken]  # by id
+    overrides_tokenizer: bool  # whether added_tokens count more than those in tokenizer.json
+    chat_template: str | None
+
+    def merge_added_tokens(self, own: dict[int, AddedToken]) -> dict[int, AddedToken]:
+        """All added tokens by id, those in tokenizer.json (own) included. One that has a name is special."""
+        table = own | self.added_tokens if self.overrides_tokenizer else self.added_tokens | own
+        for token in table.values():
+            token.special = token.special or token.content in self.special_tokens_map.values()
+        return dict(sorted(table.items()))
+
+    def further_tokens(self, added_tokens: dict[int, AddedToken]) -> list[AddedToken]:
+        """The special tokens that are not in added_tokens."""
+        known = {token.content for token in added_tokens.values()}
+        return [token for token in self.special_tokens if token.content not in known]
+
+
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """Raises UsageError. As in transformers, special_tokens_map.json and added_tokens.json count only if
+    tokenizer_config.json has no added_tokens_decoder. Tokens in added_tokens.json are special if they are named."""
+    path = folder / "tokenizer_config.json"
+    fields = read_fields(path)
+    overrides_tokenizer = "added_tokens_decoder" in fields
+    with refuse_broken(path):
+        added_tokens = {}
+        for i, token in fields.get("added_tokens_decoder", {}).items():
+            added_tokens[check_id(int(i))] = make_added_token(token)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        fields = VOCAB_CLASSES.get(tokenizer_class(fields), {}) | fields
+    if not overrides_tokenizer and (folder / "special_tokens_map.json").is_file():
+        path = folder / "special_tokens_map.json"
+        fields = fields | read_fields(path)
+    with refuse_broken(path):
+        special = read_special_tokens(fields)
+        nameless = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
+        special_tokens = [*special.values(), *(make_added_token(token, special=True) for token in nameless)]
+    path = folder / "added_tokens.json"
+    if not overrides_tokenizer:
+        contents = {token.content for token in special_tokens}
+        with refuse_broken(path):
+            for piece, i in read_fields(path).items():
+                added_tokens[check_id(i)] = make_added_token(piece, special=piece in contents)
+    special_tokens_map = {name: token.content for name, token in special.items()}
+    template = read_chat_template(folder, fields)
+    return TokenizerConfig(fields, special_tokens_map, special_tokens, added_tokens, overrides_tokenizer, template)
+
+
+def read_fields(path: Path) -> dict:
+    fields = read_json(path, {})
+    if not isinstance(fields, dict):
+        raise UsageError(f"{path} is broken (it is no table of names and values)")
+    return fields
+
+
+@contextlib.contextmanager
+def refuse_broken(path: Path) -> Iterator[None]:
+    """Raises UsageError if the context fails on what path holds."""
+    try:
+        yield
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
+        raise UsageError(f"{path} is broken ({type(e).__name__}: {e})") from None
+
+
+def read_special_tokens(fields: dict) -> dict[str, AddedToken]:
+    """The special tokens that have a name, by name."""
+    named = {key: value for key, value in fields.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+    if isinstance(fields.get("extra_special_tokens"), dict):
+        named |= fields["extra_special_tokens"]
+    order = [*(name for name in SPECIAL_TOKEN_NAMES if name in named), *named]  # a dict keeps the first place
+    return {name: make_added_token(named[name], special=True) for name in order}
+
+
+def make_added_token(token: str | dict, special: bool | None = None) -> AddedToken:
+    """special: None leaves it to the token."""
+    token = {"content": token} if isinstance(token, str) else token
+    if not token["content"]:
+        raise ValueError("a token without text")
+    check_unicode(token["content"])
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    values = {flag: token[flag] for flag in flags if flag in token}
+    return AddedToken(token["content"], **values | ({} if special is None else {"special": special}))
+
+
+def check_id(i: int) -> int:
+    if not isinstance(i, int) or i < 0:
+        raise ValueError("a token without number")
+    return i
+
+
+def read_chat_template(folder: Path, fields: dict) -> str | None:
+    path = folder / "chat_template.jinja"
+    with refuse_broken(path):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    template = fields.get("chat_template")
+    if isinstance(template, list):  # several templates, each with a name
+        with refuse_broken(folder / "tokenizer_config.json"):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+# ---- The tokenizers themselves --------------------------------------------------------------------------------------
+
+
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        library = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UsageError(f"{path} is not a tokenizer that tokenizers {tokenizers.__version__} reads: {e}") from None
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def tokenizer_class(fields: dict) -> str:
+    return str(fields.get("tokenizer_class")).removesuffix("Fast")
+
+
+def read_vocab_and_merges(folder: Path, fields: dict) -> tokenizers.Tokenizer:
+    """Byte-level BPE without tokenizer.json. vocab.json and merges.txt do not say how a text is cut before, so the
+    class must be known."""
+    kind = tokenizer_class(fields)
+    if kind not in VOCAB_CLASSES or not (folder / "merges.txt").is_file():
+        raise UsageError(
+            f"{folder} has no tokenizer.json, and its vocab.json is read only with merges.txt and a tokenizer_class of "
+            f"{' or '.join(VOCAB_CLASSES)} in tokenizer_config.json; write tokenizer.json with transformers: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    try:
+        library = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UsageError(f"{folder}: vocab.json or merges.txt is broken ({e})") from None
+    prefix = bool(fields.get("add_prefix_space"))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    library.decoder = decoders.ByteLevel()
+    if kind == "Qwen2Tokenizer":
+        library.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+        library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    return library
+
+
+def read_tokenizer_model(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        data = path.read_bytes()
+        if re.match(TIKTOKEN_LINE, data[:200]):
+            raise UsageError(f"{path} is a tiktoken file; use tokenizer.json of the same repository")
+        library = sentencepiece.SentencePieceProcessor()
+        library.load_from_serialized_proto(data)
+        return library
+    except (OSError, RuntimeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} is not a sentencepiece model ({str(e).splitlines()[0]})") from None
