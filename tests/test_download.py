@@ -16,8 +16,9 @@ from download import main  # isort: skip  (tests.tiny put scripts/ on the path)
 
 REPOS = {
     "me/safetensors": "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json "
-    "README.md special_tokens_map.json chat_template.jinja model-00001-of-00002.safetensors "
-    "model-00002-of-00002.safetensors model.safetensors.index.json consolidated.safetensors pytorch_model.bin "
+    "README.md special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja "
+    "model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json "
+    "consolidated.safetensors pytorch_model.bin "
     "original/consolidated.00.pth original/tokenizer.model onnx/model.safetensors",
     "me/bin": "config.json tokenizer.model pytorch_model-1-of-1.bin pytorch_model.bin.index.json training_args.bin",
     "me/tinyllamas": "stories15M.pt stories42M.pt stories15M.bin stories260K/stories260K.pt",

@@ -103,3 +103,10 @@ def train_with_byte_fallback(kind: str) -> tokenizers.Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return tok
+
+
+def conversations(text: str):
+    """Two conversations in which text is said."""
+    user = [{"role": "user", "content": text}]
+    yield user
+    yield [{"role": "system", "content": text}, *user, {"role": "assistant", "content": text}, *user]
