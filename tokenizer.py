@@ -40,6 +40,7 @@ class Tokenizer:
     vocab_size: int  # one more than the largest id
     bos_ids: list[int]  # the ids that every text begins with: bos, or none
     special_token_ids: dict[str, int]  # by the special token's text
+    text_token_ids: dict[str, int] = {}  # by text: added tokens that are not special and that the library lacks
     drops_space: bool  # whether the first token of a text begins with a space that the library has added
 
     def __init__(self, config: TokenizerConfig):
@@ -107,11 +108,12 @@ class Tokenizer:
         return parts[1] if follows_directly else None
 
     def drop_special_tokens(self, n_tokens: int):
-        """Treats special tokens with ids from n_tokens on as text, unless other tokens have such ids, too. Gemma 3's
-        tokenizer has such a token, for images, and its smallest model has no embedding for it."""
-        special_ids = set(self.special_token_ids.values())
-        if all(i in special_ids for i in range(n_tokens, self.vocab_size)):
+        """Treats special tokens, and text_token_ids, with ids from n_tokens on as text, unless other tokens have such
+        ids, too. Gemma 3's tokenizer has such a token, for images, and its smallest model has no embedding for it."""
+        droppable = {*self.special_token_ids.values(), *self.text_token_ids.values()}
+        if all(i in droppable for i in range(n_tokens, self.vocab_size)):
             self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
+            self.text_token_ids = {piece: i for piece, i in self.text_token_ids.items() if i < n_tokens}
             self.vocab_size = min(self.vocab_size, n_tokens)
 
     def escape_special_tokens(self, text: str) -> str:
@@ -314,11 +316,13 @@ class SentencePieceTokenizer(Tokenizer):
         further = config.further_tokens(added)
         for token in further:
             ids.setdefault(token.content, max(ids.values(), default=-1) + 1)
-        special = [token.content for token in (*added.values(), *further) if token.special]
+        tokens = [*added.values(), *further]
         control = {piece: i for piece, i in pieces.items() if library.is_control(i)}
-        self.special_token_ids = control | {piece: ids[piece] for piece in special}
+        self.special_token_ids = control | {token.content: ids[token.content] for token in tokens if token.special}
         others = {token.content: i for i, token in added.items() if not token.special}
         self.text_token_ids = {piece: i for piece, i in others.items() if pieces.get(piece) != i}
+        self.ids_with_lstrip = {ids[token.content] for token in tokens if token.lstrip}
+        self.ids_with_rstrip = {ids[token.content] for token in tokens if token.rstrip}
         self.text_of = {i: piece for piece, i in self.text_token_ids.items()}
         self.ids_without_text = {library.unk_id(), *self.special_token_ids.values()}
         self.vocab_size = max(ids.values(), default=-1) + 1
@@ -334,7 +338,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Encodes the parts one by one. Sentencepiece puts a space before every text that it encodes. That is right for
         the first part, and in tokenizers with the setting "legacy" also for other parts that do not begin with a space.
         For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and both are cut off."""
-        parts = [piece for part in parts for piece in self.split_at_text_tokens(part)]
+        parts = self.swallow_spaces([piece for part in parts for piece in self.split_at_text_tokens(part)])
         n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
         for number, part in enumerate(parts):
             if isinstance(part, int):
@@ -349,8 +353,19 @@ class SentencePieceTokenizer(Tokenizer):
         """Added tokens that are not special are such tokens in every text."""
         return split_at(part, self.text_token_ids) if isinstance(part, str) else [part]
 
+    def swallow_spaces(self, parts: list[Part]) -> list[Part]:
+        """Cuts white space beside added tokens with lstrip (to their left) or rstrip (to their right)."""
+        for k, text in enumerate(parts):
+            if isinstance(text, str):
+                if k > 0 and parts[k - 1] in self.ids_with_rstrip:
+                    text = text.lstrip()
+                if k + 1 < len(parts) and parts[k + 1] in self.ids_with_lstrip:
+                    text = text.rstrip()
+                parts[k] = text
+        return parts
+
     def token_bytes(self, i: int) -> bytes:
-        if i in self.text_of:
+        if i in self.text_of and i < self.vocab_size:
             return self.text_of[i].encode()
         if i >= self.n_pieces or i in self.ids_without_text:
             return b""

@@ -356,6 +356,11 @@ def test_tokenizer_model(good, broken, commands, data):
     change = {"tokenizer.json": None, "tokenizer.model": data.draw(corrupted(content) | corrupted(content, -300))}
     added = {str(i): {"content": f"<|im_{x}|>", "special": True} for i, x in ((400, "start"), (401, "end"))}
     settings = {"chat_template": TEMPLATES["chatml"], "legacy": False, "added_tokens_decoder": added}
+    if data.draw(st.booleans()):
+        del settings["added_tokens_decoder"]
+        names = {"eos_token": "<|im_end|>", "pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<x>"]}
+        change["special_tokens_map.json"] = data.draw(mutated(names).map(dumps))
+        change["added_tokens.json"] = data.draw(mutated({"<|im_start|>": 400, "<|im_end|>": 401}).map(dumps))
     change["tokenizer_config.json"] = data.draw(st.just(dumps(settings)) | mutated(settings).map(dumps))
     generates(commands, broken("llama3", change) / "model.pth", *data.draw(CHAT))
 

@@ -194,9 +194,13 @@ def test_the_tokenizer_comes_along(llama, tmp_path):
     base, _, halves = llama
     write_adapter(tmp_path, halves)
     (tmp_path / "chat_template.jinja").write_text("mine")
+    names = base / "special_tokens_map.json"
+    names.write_text('{"mask_token": "<mask>"}')
     call(convert_hf_checkpoint.main, "--checkpoint_dir", base, "--lora", tmp_path)
     tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special_tokens_map["mask_token"] == "<mask>"
     assert tokenizer.vocab_size == load_tokenizer(base).vocab_size and tokenizer.chat_template == "mine"
+    names.unlink()
     (tmp_path / "tokenizer.json").write_text("its own")
     (tmp_path / "tokenizer_config.json").unlink()
     convert_folder(base, tmp_path)

@@ -153,6 +153,7 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
     config["chat_template"] = TEMPLATES["chatml"] + "{{ eos_token }}"
     if form == "decoder":
         decoder = {i: {"content": s, "special": s != "<think>", "normalized": False} for s, i in added.items()}
+        decoder[32001]["rstrip"] = decoder[32002]["lstrip"] = True
         write(tmp_path, config | {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder}, "v1")
     else:
         write(tmp_path, config, "v1")
@@ -162,13 +163,16 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
     ours, theirs = load_tokenizer(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
     for text in (t for t in TEXTS if "  " not in t and "▁" not in t):  # there transformers 5.24 merges otherwise
         if not text.startswith(" "):
-            for prompt in (text, f"<|im_start|>{text}<|im_end|>\n", f"<s>{text}</s> a", f"<think>{text}<think>"):
+            for prompt in (text, f"<|im_start|>{text}<|im_end|>\n", f"<s>{text}</s> a", f"<think>{text} <think> "):
                 assert ours.encode(prompt) == ids_with_one_bos(theirs, prompt)
         for messages in conversations(text):
             expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             assert ours.encode_chat(messages) == expected
     assert set(ours.eos_ids()) == {32001}
+    assert ours.encode("a<think>") == [1, 264, 32002]
     assert ours.vocab_size == 32003 and ours.decode([32000, 22557, 32001, 40000, 32002]) == "Hello<think>"
+    ours.drop_special_tokens(32000)  # of a model that has no embedding for them
+    assert ours.vocab_size == 32000 and max(ours.encode("a<think><|im_end|>")) < 32000
 
 
 @pytest.mark.parametrize("form", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
