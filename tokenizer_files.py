@@ -26,6 +26,7 @@ TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_
                    "chat_template.jinja")  # fmt: skip
 # Special tokens that have no id yet get one in this order.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMELESS_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first that is there counts
 TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 
 # The pattern by which Qwen2 cuts a text before byte-level BPE
@@ -71,36 +72,40 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     tokenizer_config.json has no added_tokens_decoder. Tokens in added_tokens.json are special if they are named."""
     path = folder / "tokenizer_config.json"
     fields = read_fields(path)
-    overrides_tokenizer = "added_tokens_decoder" in fields
-    with refuse_broken(path):
-        added_tokens = {}
-        for i, token in fields.get("added_tokens_decoder", {}).items():
-            added_tokens[check_id(int(i))] = make_added_token(token)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        fields = VOCAB_CLASSES.get(tokenizer_class(fields), {}) | fields
-    if not overrides_tokenizer and (folder / "special_tokens_map.json").is_file():
-        path = folder / "special_tokens_map.json"
-        fields = fields | read_fields(path)
-    with refuse_broken(path):
-        special = read_special_tokens(fields)
-        nameless = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
-        special_tokens = [*special.values(), *(make_added_token(token, special=True) for token in nameless)]
-    path = folder / "added_tokens.json"
-    if not overrides_tokenizer:
-        contents = {token.content for token in special_tokens}
+        defaults = VOCAB_CLASSES.get(tokenizer_class(fields), {})
+        fields = {name: make_added_token(token, special=True) for name, token in defaults.items()} | fields
+    added_tokens, overrides_tokenizer = {}, "added_tokens_decoder" in fields
+    if overrides_tokenizer:
         with refuse_broken(path):
-            for piece, i in read_fields(path).items():
+            for i, token in fields["added_tokens_decoder"].items():
+                added_tokens[check_id(int(i))] = make_added_token(token)
+    else:
+        fields |= read_fields(folder / "special_tokens_map.json")
+    named, nameless = special_tokens(fields)
+    if not overrides_tokenizer:
+        contents = {token.content for token in (*named.values(), *nameless)}
+        with refuse_broken(folder / "added_tokens.json"):
+            for piece, i in read_json(folder / "added_tokens.json", {}).items():
                 added_tokens[check_id(i)] = make_added_token(piece, special=piece in contents)
-    special_tokens_map = {name: token.content for name, token in special.items()}
+    special_tokens_map = {name: token.content for name, token in named.items()}
     template = read_chat_template(folder, fields)
-    return TokenizerConfig(fields, special_tokens_map, special_tokens, added_tokens, overrides_tokenizer, template)
+    every = [*named.values(), *nameless]
+    return TokenizerConfig(fields, special_tokens_map, every, added_tokens, overrides_tokenizer, template)
 
 
 def read_fields(path: Path) -> dict:
+    """The fields of a JSON file, in which special tokens become AddedTokens. {} if there is no file."""
     fields = read_json(path, {})
-    if not isinstance(fields, dict):
-        raise UsageError(f"{path} is broken (it is no table of names and values)")
-    return fields
+    with refuse_broken(path):
+        for key, value in fields.items():
+            if key.endswith("_token") and isinstance(value, (str, dict)):
+                fields[key] = make_added_token(value, special=True)
+            elif key in NAMELESS_TOKENS and isinstance(value, dict):  # these have names, too
+                fields[key] = {name: make_added_token(token, special=True) for name, token in value.items()}
+            elif key in NAMELESS_TOKENS and value:
+                fields[key] = [make_added_token(token, special=True) for token in value]
+        return fields
 
 
 @contextlib.contextmanager
@@ -112,13 +117,14 @@ def refuse_broken(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} is broken ({type(e).__name__}: {e})") from None
 
 
-def read_special_tokens(fields: dict) -> dict[str, AddedToken]:
-    """The special tokens that have a name, by name."""
-    named = {key: value for key, value in fields.items() if key.endswith("_token") and isinstance(value, (str, dict))}
-    if isinstance(fields.get("extra_special_tokens"), dict):
-        named |= fields["extra_special_tokens"]
+def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """The special tokens in fields that have a name, by name, and the others."""
+    named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
+    nameless = next((fields[key] for key in NAMELESS_TOKENS if fields.get(key)), [])
+    if isinstance(nameless, dict):
+        named, nameless = named | nameless, []
     order = [*(name for name in SPECIAL_TOKEN_NAMES if name in named), *named]  # a dict keeps the first place
-    return {name: make_added_token(named[name], special=True) for name in order}
+    return {name: named[name] for name in order}, nameless
 
 
 def make_added_token(token: str | dict, special: bool | None = None) -> AddedToken:
