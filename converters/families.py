@@ -34,9 +34,13 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
 
 
 def find_family(hf_config: dict) -> Family:
+    """By model_type, as in transformers, which ignores architectures. But an unknown architecture is refused if the
+    folder has code for it (auto_map): it may differ from its model_type, such as "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
+    if model_type in MODEL_TYPES and (name in FAMILIES or not hf_config.get("auto_map")):
+        return FAMILIES[MODEL_TYPES[model_type]]
     if name in FAMILIES:
         return FAMILIES[name]
     part = unsupported_part(hf_config)
@@ -57,6 +61,7 @@ def gemma(hf_config: dict) -> dict:
 
 def gemma2(hf_config: dict) -> dict:
     return gemma(hf_config) | {
+        "activation": "geglu" if hf_config.get("hidden_activation") == "gelu" else "geglu_tanh",
         "post_norm": True,
         "attention_scale": required(hf_config, "query_pre_attn_scalar") ** -0.5,
         "attention_softcap": hf_config.get("attn_logit_softcapping") or 0.0,
@@ -138,6 +143,15 @@ def dbrx(hf_config: dict) -> dict:
 
 def gemma3_layer_types(hf_config: dict) -> list[str]:
     return full_attention_every(hf_config.get("sliding_window_pattern") or 6, hf_config)
+
+
+def rename_phi3(hf_config: dict) -> dict:
+    """Calls RoPE with short and long factors "longrope". Phi 3's older files call it "yarn" or "su"."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = hf_config.get(name)
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
+            hf_config = hf_config | {name: rope | {"rope_type": "longrope"}}
+    return hf_config
 
 
 DBRX_FIELDS_TO_LLAMA = {
@@ -284,6 +298,7 @@ FAMILIES = {
             max_position_embeddings=4096, original_max_position_embeddings=4096, bos_token_id=1, eos_token_id=32000,
             rms_norm_eps=1e-5,
         ),
+        rename_fields=rename_phi3,
         sliding_layers="all",
         supported_fields=("partial_rotary_factor",),
     ),
@@ -382,4 +397,4 @@ FAMILIES = {
     "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 7B, the first one
     "BaichuanForCausalLM": BAICHUAN,
 }  # fmt: skip
-MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}  # for a config without "architectures"
+MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}

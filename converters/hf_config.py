@@ -109,9 +109,7 @@ def unsupported_part(hf_config: dict) -> str | None:
 
 def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelConfig:
     hf_config = family.rename_fields(hf_config)
-    if hf_config.get("rope_scaling"):  # an older name of rope_parameters, which also replaces the family's default
-        hf_config = {"rope_parameters": None} | hf_config
-    hf_config = family.defaults | hf_config
+    hf_config = family.defaults | replace_rope_parameters(hf_config)
     check_neutral_values(hf_config, family)
     check_layer_types(hf_config)
     fields = read_sizes(hf_config, family)
@@ -270,6 +268,20 @@ def read_rope(hf_config: dict, family: Family) -> dict:
     return fields
 
 
+def replace_rope_parameters(hf_config: dict) -> dict:
+    """hf_config without what rope_scaling, an older name of rope_parameters, replaces: all of rope_parameters, also a
+    default of the family. But rope_parameters may have an object for each type of layer. Then rope_scaling changes that
+    of the layers without a sliding window."""
+    if not hf_config.get("rope_scaling") or has_layer_types(hf_config.get("rope_parameters")):
+        return hf_config
+    return hf_config | {"rope_parameters": None}
+
+
+def has_layer_types(rope) -> bool:
+    """Whether RoPE's fields, which should be a dict, are an object for each type of layer."""
+    return isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
+
+
 def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | None]:
     """RoPE's fields: rope_theta, rope_type, factor and so on. The second dict is for the layers with a sliding window;
     None: theirs are the same.
@@ -286,8 +298,7 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
         fields = hf_config.get(name) or {}
         if not isinstance(fields, dict):
             raise UsageError(f"config.json: {name} must be an object, not {fields!r}")
-        has_layer_types = any(isinstance(value, dict) for value in fields.values())
-        if has_layer_types:
+        if has_layer_types(fields):
             sliding_rope = (sliding_rope or unscaled) | fields.get("sliding_attention", {})
             fields = fields.get("full_attention", {})
         rope |= fields
