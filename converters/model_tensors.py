@@ -52,6 +52,7 @@ ROPE_BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names
+Announcement = Callable[[], None]
 TensorReader = Callable[[str], Tensor | QuantizedWeight]  # Hugging Face's name of a tensor -> the tensor with its data
 
 
@@ -69,11 +70,14 @@ class TensorPlan:
         return self.linear_format or Dense()
 
 
-def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader) -> Path:
+def convert(
+    path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, announce: Announcement | None = None
+) -> Path:  # fmt: skip
     """Writes model.pth. Of tensors only names, shapes and dtypes count: they may be on the meta device. read(name)
-    gives the data. If some are quantized, so is the result, and its name says how: model_int4.g128.pth. Returns the
-    path of what it wrote. Raises UsageError naming a tensor that is missing, left over, of the wrong shape or of a
-    dtype other than float32, float16 and bfloat16."""
+    gives the data. If some are quantized, so is the result, and its name says how: model_int4.g128.pth. announce: is
+    called before the data is read, if nothing is wrong by then. Returns the path of what it wrote. Raises UsageError
+    naming a tensor that is missing, left over, of the wrong shape or of a dtype other than float32, float16 and
+    bfloat16."""
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
         config = replace(config, tie_embeddings=False)  # whatever config.json says; transformers takes the head, too
     plans = plan_tensors(config, tensors)
@@ -92,6 +96,8 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     for name, plan in plans.items():
         for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():
             shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
+    if announce is not None:
+        announce()
     save_checkpoint(path, config, shapes, stack_tensors(plans, read), describe_formats(plans, default))
     return path
 
@@ -107,16 +113,17 @@ def stored_name(name: str, tensor_name: str) -> str:
 
 
 def write_folder(
-    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, files: dict[str, bytes | None]
+    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, files: dict[str, bytes | None],
+    announce: Announcement | None = None,
 ) -> Path:  # fmt: skip
     """Writes model.pth and files to folder; a file that is None is removed. model.pth gets its name last: where it is,
-    its tokenizer is too. Returns its path, as convert does. Raises UsageError."""
+    its tokenizer is too. Returns its path, as convert does, which calls announce. Raises UsageError."""
     unnamed = folder / "model.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("model*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
-        unnamed = convert(unnamed, config, tensors, read)
+        unnamed = convert(unnamed, config, tensors, read, announce)
         for name, data in files.items():
             if data is None:
                 (folder / name).unlink(missing_ok=True)

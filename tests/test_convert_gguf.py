@@ -213,7 +213,7 @@ def test_odd_metadata_and_names_are_refused(llama, refused, tmp_path):
         "architecture 'odd' is not supported; these are: llama, qwen2, qwen3": {"general.architecture": "odd"},
         "lacks metadata.*qwen2.block_count": {"general.architecture": "qwen2"},
         "lacks metadata.*TypeError": {"llama.embedding_length": "64"},
-        "model's max_seq_len must be a positive integer": {"llama.context_length": [1]},
+        "max_position_embeddings must be a positive integer": {"llama.context_length": [1]},
         "the GGUF's metadata: intermediate_size is missing": {"llama.feed_forward_length": None},
     }.items():
         changed = {key: value for key, value in (meta | changes).items() if value is not None}
