@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
+from checkpoint import read_checkpoint
 from tests.tiny import convert, make_hf, refused, same_logits
 
 
@@ -25,6 +27,12 @@ def change_config(folder: Path, changes: dict):
 def same_as_transformers(folder: Path):
     theirs = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     same_logits(convert(folder), theirs)
+
+
+def change_tensors(folder: Path, change):
+    """change(tensors) gives the new ones."""
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -57,3 +65,53 @@ def test_an_architecture_with_code_of_its_own_is_refused(llama):
     refused(llama, "architecture 'Mine' is not one of LlamaForCausalLM, ")
     change_config(llama, {"architectures": ["LlamaForCausalLM"]})
     assert convert(llama) == llama / "model.pth"
+
+
+def test_ids_beyond_the_vocabulary_are_ignored(llama, capsys):
+    change_config(llama, {"bos_token_id": 999, "eos_token_id": [2, 9999, -1]})
+    config = read_checkpoint(convert(llama)).config
+    assert (config.bos_id, config.eos_ids) == (None, (2,))
+    said = "bos_token_id or eos_token_id 999, 9999, -1 is ignored, since the vocabulary has 97 tokens"
+    assert said in capsys.readouterr().err
+
+
+# ---- Tensors --------------------------------------------------------------------------------------------------------
+
+ATTENTION = [f"model.layers.{i}.self_attn" for i in range(3)]
+EXTRA = {  # what transformers ignores
+    "buffers": {
+        f"{a}.rotary_emb.{name}_cached": torch.ones(1, 1, 256, 12) for a in ATTENTION for name in ("cos", "sin")
+    }
+    | {f"{a}.masked_bias": torch.tensor(-1e4) for a in ATTENTION},
+    "biases of zeros": {f"{a}.{x}_proj.bias": torch.zeros(48) for a in ATTENTION for x in "qkvo"},
+    "layers for more tokens": {"mtp.fc.weight": torch.ones(3, 3), "mtp.norm.weight": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRA.values(), ids=EXTRA)
+def test_tensors_that_change_nothing(llama, extra, capsys):
+    change_tensors(llama, lambda tensors: tensors | extra)
+    same_as_transformers(llama)
+    said = capsys.readouterr().err
+    assert ("2 tensors are ignored, as mtp.fc.weight: " in said) == ("mtp.fc.weight" in extra)
+
+
+def test_a_bias_that_changes_something_is_refused(llama):
+    bias = f"{ATTENTION[1]}.q_proj.bias"
+    change_tensors(llama, lambda tensors: tensors | {bias: torch.eye(48)[0].clone()})
+    refused(llama, f"tensor {bias} has no place")
+
+
+SPELLINGS = {
+    "no prefix": lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()},
+    "float64": lambda tensors: {name: t.double() for name, t in tensors.items()},
+    "only the head": lambda tensors: {name.replace("model.embed_tokens", "lm_head"): t for name, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_names_and_dtypes(spelling, tmp_path):
+    make_hf("llama3").save_pretrained(tmp_path)
+    change_tensors(tmp_path, SPELLINGS[spelling])
+    same_as_transformers(tmp_path)
+    assert {t.dtype for t in read_checkpoint(tmp_path / "model.pth").tensors.values()} == {torch.float32}
