@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli.ranks import call_on_rank_0
 from config import UsageError
-from converters.sources import SETTINGS, find_files, find_weights, have_changed
+from converters.sources import ADAPTER_CONFIG, SETTINGS, find_files, find_weights, have_changed
 
 # How the names of a split GGUF's files end: those of all, and those of all but the first
 SPLIT_SUFFIX, LATER_SPLIT_SUFFIX = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"
@@ -37,6 +37,9 @@ def model_of_folder(folder: Path) -> str:
     ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_SPLIT_SUFFIX, file.stem)]
     if ggufs and not weights:
         return model_of_gguf(require_single(ggufs))
+    if not weights and not any((folder / name).is_file() for name in (*SETTINGS, ADAPTER_CONFIG)):
+        what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
+        raise UsageError(f"{folder} holds no model: it needs {what}")
     from converters.folder import convert_folder  # here, since it is seldom needed
 
     return str(convert_folder(folder, announce=partial(announce_conversion, folder, folder)))

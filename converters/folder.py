@@ -16,10 +16,10 @@ from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_llama_layout
-from converters.lora import ADAPTER_CONFIG, read_adapter
+from converters.lora import read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import Announcement, HFTensors, convert, write_folder
-from converters.sources import SETTINGS, describe_sources, find_files, find_weights, remember_sources
+from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, remember_sources
 from tokenizer import TOKENIZER_FILES, TOKENIZERS
 
 

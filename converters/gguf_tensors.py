@@ -110,6 +110,8 @@ def rename_gguf_tensors(
         except NotImplementedError:
             raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
+        if not tensor.isfinite().all():
+            raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")
         return reorder_heads(name, tensor, order)
 
     return tensors, read

@@ -219,7 +219,8 @@ def read_n_shared_experts(hf_config: dict, family: Family) -> int:
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
-        raise UsageError(f"config.json: a shared expert of {shared_dim} is no multiple of {ffn_dim}, an expert's width")
+        what = f"shared_expert_intermediate_size {shared_dim} is no multiple of {family.ffn_dim_field} {ffn_dim}"
+        raise UsageError(f"config.json: {what}")
     return shared_dim // ffn_dim
 
 
@@ -286,7 +287,7 @@ def read_rope(hf_config: dict, family: Family) -> dict:
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if sliding_rope is not None:
         if sliding_rope["rope_type"] != "default":
-            raise UsageError("config.json: scaled RoPE in layers with a sliding window is not supported")
+            raise UsageError("config.json: rope_parameters scales RoPE in layers with a sliding window, which is not supported")
         if sliding_rope["rope_theta"] != theta or scaling is not None:
             fields["window_rope_theta"] = sliding_rope["rope_theta"]
     rotary_factor = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) or 1

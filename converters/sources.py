@@ -18,6 +18,7 @@ from config import UsageError
 MEMORY = "model.sources.json"
 # The files from which model.pth is made. Without weights nothing can be made.
 SETTINGS = ("config.json", "generation_config.json", "params.json")
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # at equal distances: one falls into any 63rd of the file
 

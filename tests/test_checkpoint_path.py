@@ -183,7 +183,7 @@ def test_mistakes(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     for path, said in [
         (folder, f"generate.py: {folder}/model.safetensors is truncated or not safetensors"),
-        (tmp_path / "empty", "generate.py: .*empty holds no config.json"),
+        (tmp_path / "empty", "generate.py: .*empty holds no model: it needs config.json and .* .gguf, or model.pth"),
         (tmp_path / "bad.gguf", "generate.py: .*bad.gguf"),
     ]:
         monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint_path", str(path)])

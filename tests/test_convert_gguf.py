@@ -1,5 +1,6 @@
 """convert_gguf.py: every type and kind of GGUF gives transformers' logits; what is broken is refused."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,13 @@ def test_odd_metadata_and_names_are_refused(llama, refused, tmp_path):
     refused(file, "tensor blk.1.attn_x.weight has no place")
     file.write_bytes(good.replace(b"blk.1.attn_q.weight", b"blk.1.attn_k.bias\0\0"))
     refused(file, "tensor blk.1.attn_k.bias")
+    with torch.no_grad():
+        damaged = copy.deepcopy(llama)
+        damaged.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.nan
+    file.unlink()
+    refused(
+        write_gguf(file, damaged), "tensor model.layers.1.self_attn.o_proj.weight holds numbers that are not"
+    )
     file.write_bytes(good)
     meta, tensors = read_gguf(file)
     for match, changes in {

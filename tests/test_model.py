@@ -216,7 +216,7 @@ WRONG = [
     ("llama-linear", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling's factor must be a positive"),
     ("llama-linear", {"rope_parameters": {"factor": 0}}, "^config.json: rope_parameters' factor must be a positive"),
     ("llama2", {"rope_scaling": {"type": "yarn"}}, "rope_scaling of type yarn needs a factor"),
-    ("qwen2-moe", {"shared_expert_intermediate_size": 63}, "63 is no multiple of 32"),
+    ("qwen2-moe", {"shared_expert_intermediate_size": 63}, "intermediate_size 63 is no multiple of moe_intermediate"),
     ("qwen2-moe", {"shared_expert_intermediate_size": -64}, "number of shared experts"),
     ("qwen2-moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ("qwen3-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
