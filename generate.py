@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 
 import torch
@@ -120,6 +121,16 @@ def build_token_generator(steps: GenerationSteps, kv_cache: KVCache) -> TokenGen
     return generate_tokens
 
 
+def read_contents(messages: list[dict]) -> list[str]:
+    """The text of each message. Raises UsageError."""
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UsageError(f'a message is {{"role": ..., "content": text}}, not {message!r}')
+        if not isinstance(message["content"], str):
+            raise UsageError(f"a message's content must be a text, not {message['content']!r}")
+    return [message["content"] for message in messages]
+
+
 class LLM:
     """A model for use from Python: text in, text out."""
 
@@ -130,6 +141,10 @@ class LLM:
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (cli/checkpoints.py).
         device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
         have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
+        names = [field.name for field in fields(SamplingParams)]
+        for name in sampling:
+            if name not in names:
+                raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
         self.sampling, self.compile = SamplingParams(**sampling), compile
         path = resolve_checkpoint(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
@@ -145,8 +160,10 @@ class LLM:
         """Yields what follows prompt, piece by piece, up to an end token or one of the stop strings. Several texts may
         be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises
         UsageError."""
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         is_chat = not isinstance(prompt, str)
-        for text in [message["content"] for message in prompt] if is_chat else [prompt]:
+        for text in read_contents(prompt) if is_chat else [prompt]:
             if self.tokenizer.exceeds(text, self.max_seq_len):
                 raise UsageError(f"a prompt of {len(text)} characters exceeds max_seq_len, {self.max_seq_len} tokens")
         prompt_ids = self.tokenizer.encode_prompt(prompt) if prompt else []

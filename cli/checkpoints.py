@@ -12,17 +12,15 @@ from pathlib import Path
 
 from cli.ranks import call_on_rank_0
 from config import UsageError
+from converters.sources import ADAPTER_CONFIG, SETTINGS, find_files, find_weights, have_changed
 
-# The files from which model.pth is made. Without weights nothing can be made.
-SETTINGS = ("config.json", "generation_config.json", "params.json")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
 # How the names of a split GGUF's files end: those of all, and those of all but the first
 SPLIT_SUFFIX, LATER_SPLIT_SUFFIX = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
-    """The model.pth of a folder or a .gguf. It is made now if it is missing or older than its sources. Any other path
-    is returned as it is. With several ranks, rank 0 converts while the others wait. Raises UsageError."""
+    """The model.pth of a folder or a .gguf. It is made now if it is missing, older than its sources, or of others. Any
+    other path is returned as it is. With several ranks, rank 0 converts while the others wait. Raises UsageError."""
     path = Path(path)
     if path.is_dir():
         return Path(call_on_rank_0(partial(model_of_folder, path)))
@@ -32,18 +30,19 @@ def resolve_checkpoint(path: Path | str) -> Path:
 
 
 def model_of_folder(folder: Path) -> str:
-    weights = find_files(folder, WEIGHTS) or find_files(folder, ["*.pt"])
+    weights = find_weights(folder)
     model = find_model(folder, [*weights, *find_files(folder, SETTINGS)] if weights else [])
     if model is not None:
         return str(model)
     ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_SPLIT_SUFFIX, file.stem)]
     if ggufs and not weights:
         return model_of_gguf(require_single(ggufs))
+    if not weights and not any((folder / name).is_file() for name in (*SETTINGS, ADAPTER_CONFIG)):
+        what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
+        raise UsageError(f"{folder} holds no model: it needs {what}")
     from converters.folder import convert_folder  # here, since it is seldom needed
 
-    if find_files(folder, (*SETTINGS, "*.pt")):  # else convert_folder says what the folder lacks
-        announce_conversion(folder, folder)
-    return str(convert_folder(folder))
+    return str(convert_folder(folder, announce=partial(announce_conversion, folder, folder)))
 
 
 def model_of_gguf(file: Path) -> str:
@@ -60,13 +59,15 @@ def model_of_gguf(file: Path) -> str:
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 
-    announce_conversion(file, folder)
-    return str(convert_gguf(file, folder))
+    return str(convert_gguf(file, folder, announce=partial(announce_conversion, file, folder)))
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
     """The converted model in folder: model.pth or, if it is not there, the only model_FORMAT.pth, which conversion
-    makes of quantized weights. Files older than one of sources do not count. None: there is no such file."""
+    makes of quantized weights. Files older than one of sources do not count, and none does if it was made of other
+    sources. None: there is no such file."""
+    if have_changed(folder, sources):
+        return None
     newest = max((file.stat().st_mtime for file in sources), default=0)
     models = [model for model in find_files(folder, ["model*.pth"]) if model.stat().st_mtime >= newest]
     if folder / "model.pth" in models:
@@ -78,10 +79,6 @@ def require_single(files: list[Path]) -> Path:
     if len(files) > 1:
         raise UsageError(f"{files[0].parent} holds {', '.join(file.name for file in files)}: choose one of them")
     return files[0]
-
-
-def find_files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:
-    return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
 
 
 def announce_conversion(source: Path, folder: Path):

@@ -1,4 +1,4 @@
-"""The families: FAMILIES has one row for each architecture, and small functions say what a row cannot.
+"""The families: FAMILIES has one row for each architecture. Functions in family_fields.py say what a row cannot.
 
     config = config_from_hf(json.load(open("config.json")))
 
@@ -9,14 +9,30 @@ from functools import partial
 
 from checkpoint import wrong_kinds_refused
 from config import ModelConfig, UsageError
+from converters.family_fields import (
+    baichuan,
+    dbrx,
+    ernie,
+    gemma,
+    gemma2,
+    gemma3_layer_types,
+    gpt_oss,
+    granite,
+    grok,
+    qwen2_moe,
+    rename_dbrx,
+    rename_phi3,
+    seed_oss,
+    smollm3,
+    smollm3_layer_types,
+)
 from converters.hf_config import (
-    HF_NEUTRAL_VALUES,
     Family,
     all_sliding,
     full_attention_every,
-    layer_numbers,
+    in_config_json,
     read_hf_config,
-    required,
+    sliding_below_max_window_layers,
     sliding_from_max_window_layers,
     unsupported_part,
 )
@@ -30,145 +46,27 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
     with wrong_kinds_refused("config.json"):
-        return read_hf_config(hf_config, generation, find_family(hf_config))
+        family = find_family(hf_config)
+        try:
+            return read_hf_config(hf_config, generation, family)
+        except UsageError as e:
+            raise UsageError(in_config_json(str(e), hf_config, family)) from None
 
 
 def find_family(hf_config: dict) -> Family:
+    """By model_type, as in transformers, which ignores architectures. But an unknown architecture is refused if the
+    folder has code for it (auto_map): it may differ from its model_type, such as "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
+    if model_type in MODEL_TYPES and (name in FAMILIES or not hf_config.get("auto_map")):
+        return FAMILIES[MODEL_TYPES[model_type]]
     if name in FAMILIES:
         return FAMILIES[name]
     part = unsupported_part(hf_config)
     if part is not None:
         raise UsageError(f"architecture {name!r} is not supported: {part}")
     raise UsageError(f"architecture {name!r} is not one of {', '.join(FAMILIES)}")
-
-
-# ---- read_overrides: fields of ModelConfig that come from config.json -----------------------------------------------
-
-
-def gemma(hf_config: dict) -> dict:
-    activation = hf_config.get("hidden_activation") or hf_config["hidden_act"]
-    if activation not in ("gelu", "gelu_pytorch_tanh"):  # Gemma's first config.json calls the tanh form "gelu", too
-        raise UsageError(f"config.json: hidden_act or hidden_activation = {activation!r} is not supported")
-    return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "geglu_tanh"}
-
-
-def gemma2(hf_config: dict) -> dict:
-    return gemma(hf_config) | {
-        "post_norm": True,
-        "attention_scale": required(hf_config, "query_pre_attn_scalar") ** -0.5,
-        "attention_softcap": hf_config.get("attn_logit_softcapping") or 0.0,
-        "logit_softcap": hf_config.get("final_logit_softcapping") or 0.0,
-    }
-
-
-def smollm3(hf_config: dict) -> dict:
-    """The layers without RoPE are those where no_rope_layers has a 0. Without that list, every
-    no_rope_layer_interval-th layer has none."""
-    n_layers = required(hf_config, "num_hidden_layers")
-    interval = hf_config.get("no_rope_layer_interval") or 4
-    has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
-    if len(has_rope) != n_layers:
-        raise UsageError(f"config.json: no_rope_layers is about {len(has_rope)} layers; the model has {n_layers}")
-    return {"layer_has_rope": tuple(bool(x) for x in has_rope)}
-
-
-def granite(hf_config: dict) -> dict:
-    return {
-        "embed_scale": hf_config["embedding_multiplier"],
-        "residual_scale": hf_config["residual_multiplier"],
-        "attention_scale": hf_config["attention_multiplier"],
-        "logit_scale": 1 / hf_config["logits_scaling"],
-    }
-
-
-def seed_oss(hf_config: dict) -> dict:
-    return {"out_bias": bool(hf_config.get("attention_out_bias"))}
-
-
-def ernie(hf_config: dict) -> dict:
-    has_bias = bool(hf_config.get("use_bias"))
-    return {"qkv_bias": has_bias, "out_bias": has_bias, "ffn_bias": has_bias}
-
-
-def qwen2_moe(hf_config: dict) -> dict:
-    return {"qkv_bias": bool(hf_config.get("qkv_bias")), "out_bias": False}
-
-
-def gpt_oss(hf_config: dict) -> dict:
-    if hf_config["swiglu_alpha"] != 1.702 or hf_config["swiglu_limit"] != 7.0:
-        raise UsageError("config.json: only swiglu_alpha 1.702 and swiglu_limit 7 are supported")
-    return {"activation": "clamped_swiglu", "sinks": True}
-
-
-def grok(hf_config: dict) -> dict:
-    return {
-        "post_norm": True,
-        "activation": "geglu_tanh",
-        "embed_scale": hf_config["embedding_multiplier_scale"],
-        "attention_scale": hf_config["attn_output_multiplier"],
-        "attention_softcap": hf_config["max_attn_value"],
-        "logit_scale": hf_config["output_multiplier_scale"],
-    }
-
-
-def baichuan(hf_config: dict) -> dict:
-    """Baichuan 7B has RoPE, 13B has ALiBi. Which one it is shows in the name of the field for the context's length:
-    max_position_embeddings means RoPE, model_max_length ALiBi."""
-    dim = required(hf_config, "hidden_size")
-    if hf_config.get("max_position_embeddings") is None:
-        return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
-    if dim > 4096:
-        raise UsageError(
-            f"config.json: a Baichuan of hidden_size {dim} has ALiBi and model_max_length, not max_position_embeddings"
-        )
-    return {}
-
-
-def dbrx(hf_config: dict) -> dict:
-    if hf_config.get("tie_word_embeddings"):  # conversion changes the embedding, and must not change the head
-        raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
-    return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
-
-
-# ---- Other functions ------------------------------------------------------------------------------------------------
-
-
-def gemma3_layer_types(hf_config: dict) -> list[str]:
-    return full_attention_every(hf_config.get("sliding_window_pattern") or 6, hf_config)
-
-
-DBRX_FIELDS_TO_LLAMA = {
-    "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
-    "max_seq_len": "max_position_embeddings",
-}  # fmt: skip
-
-
-def rename_dbrx(hf_config: dict) -> dict:
-    """Renames the fields of DBRX, and lifts those of attn_config and ffn_config to the top level."""
-    hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
-    attention = hf_config.get("attn_config") or {}
-    ffn = hf_config.get("ffn_config") or {}
-    rope = hf_config.get("rope_parameters") or {}
-    if "rope_theta" in attention:  # this one is right: transformers 5 writes its default into rope_parameters
-        rope = rope | {"rope_theta": attention["rope_theta"]}
-    activation = ffn.get("ffn_act_fn") or {}
-    if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:
-        raise UsageError(f"config.json: ffn_act_fn = {activation!r} is not supported")
-    p = ffn.get("moe_normalize_expert_weights", 1)  # the weights of a token's experts are divided by their p-norm
-    if p not in (None, 1):
-        raise UsageError(f"config.json: moe_normalize_expert_weights = {p!r} is not supported; 1 and null are")
-    return hf_config | {
-        "rope_parameters": rope,
-        "clip_qkv": attention.get("clip_qkv"),
-        "num_key_value_heads": attention.get("kv_n_heads", 1),
-        "ffn_hidden_size": ffn.get("ffn_hidden_size", 3584),
-        "num_experts": ffn.get("moe_num_experts", 4),
-        "num_experts_per_tok": ffn.get("moe_top_k", 1),
-        "norm_topk_prob": p == 1,
-    }
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
@@ -228,6 +126,7 @@ FAMILIES = {
             shared_expert_intermediate_size=5632, qkv_bias=True,
         ),
         sliding_layers="layer_types",
+        default_layer_types=sliding_below_max_window_layers,
         needs_use_sliding_window=True,
         ffn_dim_field="moe_intermediate_size",
         n_experts_fields=("num_experts",),
@@ -284,6 +183,7 @@ FAMILIES = {
             max_position_embeddings=4096, original_max_position_embeddings=4096, bos_token_id=1, eos_token_id=32000,
             rms_norm_eps=1e-5,
         ),
+        rename_fields=rename_phi3,
         sliding_layers="all",
         supported_fields=("partial_rotary_factor",),
     ),
@@ -303,6 +203,7 @@ FAMILIES = {
             rope_theta=2e6, tie_word_embeddings=True,
         ),
         sliding_layers="layer_types",
+        default_layer_types=smollm3_layer_types,
         needs_use_sliding_window=True,
         read_overrides=smollm3,
     ),
@@ -382,4 +283,4 @@ FAMILIES = {
     "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 7B, the first one
     "BaichuanForCausalLM": BAICHUAN,
 }  # fmt: skip
-MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}  # for a config without "architectures"
+MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}

@@ -7,6 +7,7 @@ tinyllamas.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import read_json
@@ -15,19 +16,27 @@ from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_llama_layout
-from converters.lora import ADAPTER_CONFIG, read_adapter
+from converters.lora import read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
-from converters.model_tensors import HFTensors, convert, write_folder
+from converters.model_tensors import Announcement, HFTensors, convert, write_folder
+from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, remember_sources
 from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 
-def convert_folder(folder: Path, lora: Path | None = None) -> Path:
+def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:
     """Writes model.pth into folder. With an adapter in the folder lora, writes model.pth of both into lora. Returns the
-    path of the file, which has another name if weights are quantized."""
+    path of the file, which has another name if weights are quantized. announce: as for convert."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
-    if lora is not None:
-        return merge_folders(folder, lora)
+    target = folder if lora is None else lora
+    sources = describe_sources([*find_weights(target), *find_files(target, SETTINGS)])
+    path = convert_one(folder, announce) if lora is None else merge_folders(folder, lora)
+    remember_sources(target, sources)
+    return path
+
+
+def convert_one(folder: Path, announce: Announcement | None) -> Path:
+    """Writes model.pth into folder."""
     if (folder / "config.json").is_file():
         hf_config = read_json(folder / "config.json")
         config = read_config(folder, hf_config)
@@ -35,7 +44,7 @@ def convert_folder(folder: Path, lora: Path | None = None) -> Path:
         read = to_llama_layout(tensors, config, find_family(hf_config))
     elif (folder / PARAMS).is_file():
         config, tensors, read, files, note = read_meta(folder)
-        path = write_folder(folder, config, tensors, read, files)
+        path = write_folder(folder, config, tensors, read, files, announce)
         if note:
             print(note, file=sys.stderr)
         return path
@@ -43,7 +52,7 @@ def convert_folder(folder: Path, lora: Path | None = None) -> Path:
         raise UsageError(f"{folder} holds an adapter, not a model: {how_to_merge(folder)}")
     else:
         config, tensors, read = read_tinyllamas(folder)
-    return convert(folder / "model.pth", config, tensors, read)
+    return convert(folder / "model.pth", config, tensors, read, announce)
 
 
 def how_to_merge(lora: Path) -> str:
@@ -53,8 +62,16 @@ def how_to_merge(lora: Path) -> str:
 
 
 def read_config(folder: Path, hf_config: dict) -> ModelConfig:
-    """The model's config. hf_config: config.json."""
-    return config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
+    """The model's config. hf_config: config.json. Ids of tokens that the vocabulary lacks are ignored, and named."""
+    config = config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
+    known = range(config.vocab_size)
+    unknown = [i for i in (config.bos_id, *config.eos_ids) if i is not None and i not in known]
+    if unknown:
+        numbers = ", ".join(map(str, unknown))
+        what = f"{folder}: bos_token_id or eos_token_id {numbers} is ignored"
+        print(f"{what}, since the vocabulary has {config.vocab_size} tokens", file=sys.stderr)
+    bos_id = config.bos_id if config.bos_id in known else None
+    return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known))
 
 
 def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> HFTensors:

@@ -25,7 +25,8 @@ from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import HFTensors, TensorReader, plan_tensors, write_folder
+from converters.model_tensors import Announcement, HFTensors, TensorReader, plan_tensors, write_folder
+from converters.sources import describe_sources, remember_sources
 from tokenizer_files import TOKENIZER_FILES
 
 GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
@@ -55,14 +56,19 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # attn_qkv s
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
-def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, keep: bool = False) -> Path:
+def convert_gguf(
+    file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, keep: bool = False,
+    announce: Announcement | None = None,
+) -> Path:  # fmt: skip
     """Writes model.pth, its weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
 
-    keep: what is quantized stays so, as the path then says. How close it is to the GGUF is printed."""
+    keep: what is quantized stays so, as the path then says. How close it is to the GGUF is printed.
+    announce: as for convert."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
+    sources = describe_sources([file])
     metadata, stored = read_gguf(file)
     try:
         config = read_gguf_config(metadata, stored)
@@ -77,9 +83,11 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, 
         raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
     files = dict.fromkeys(TOKENIZER_FILES) | tokenizer
     if kept is None:
-        return write_folder(folder, config, tensors, read, files)
-    path = write_folder(folder, config, tensors | kept.weights, kept.reader(read), files)
-    print(*kept.report(), sep="\n")
+        path = write_folder(folder, config, tensors, read, files, announce)
+    else:
+        path = write_folder(folder, config, tensors | kept.weights, kept.reader(read), files, announce)
+        print(*kept.report(), sep="\n")
+    remember_sources(folder, sources)
     return path
 
 
@@ -102,6 +110,8 @@ def rename_gguf_tensors(
         except NotImplementedError:
             raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
+        if not tensor.isfinite().all():
+            raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")
         return reorder_heads(name, tensor, order)
 
     return tensors, read

@@ -4,6 +4,7 @@ Fields that change the maths and that model.py does not implement are refused.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -64,6 +65,11 @@ HF_NEUTRAL_VALUES = {
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
 }
+# Fields of ModelConfig -> config.json's names of them, for messages
+OUR_NAMES_TO_HF = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
 # Fields by which config.json shows that an unknown architecture has parts that model.py lacks
 UNSUPPORTED_PARTS = {
     "vision_config": "a model of images and text",
@@ -79,6 +85,8 @@ UNSUPPORTED_PARTS = {
 
 
 def check_neutral_values(fields: dict, family: Family):
+    if "hidden_act" not in family.supported_fields and fields.get("hidden_act", "silu") is None:
+        raise UsageError("config.json: hidden_act is null; it must name the activation, such as 'silu'")
     for name, neutral in HF_NEUTRAL_VALUES.items():
         if name not in family.supported_fields and fields.get(name) not in (None, False, *neutral):
             raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
@@ -109,9 +117,7 @@ def unsupported_part(hf_config: dict) -> str | None:
 
 def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelConfig:
     hf_config = family.rename_fields(hf_config)
-    if hf_config.get("rope_scaling"):  # an older name of rope_parameters, which also replaces the family's default
-        hf_config = {"rope_parameters": None} | hf_config
-    hf_config = family.defaults | hf_config
+    hf_config = family.defaults | replace_rope_parameters(hf_config)
     check_neutral_values(hf_config, family)
     check_layer_types(hf_config)
     fields = read_sizes(hf_config, family)
@@ -126,6 +132,15 @@ def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelCo
     return ModelConfig(**fields)
 
 
+def in_config_json(message: str, hf_config: dict, family: Family) -> str:
+    """The message of config.py with config.json's names of the fields."""
+    for ours, theirs in (OUR_NAMES_TO_HF | {"ffn_dim": family.ffn_dim_field}).items():
+        message = re.sub(rf"(the model's )?\b{ours}\b", theirs, message)
+    if not hf_config.get("rope_scaling"):
+        message = message.replace("rope_scaling's", "rope_parameters'").replace("rope_scaling", "rope_parameters")
+    return message if message.startswith("config.json") else f"config.json: {message}"
+
+
 def required(hf_config: dict, *names: str):
     """The value of the first of these fields that config.json has. Raises UsageError if it has none of them."""
     for name in names:
@@ -134,15 +149,22 @@ def required(hf_config: dict, *names: str):
     raise UsageError(f"config.json: {' or '.join(names)} is missing")
 
 
+def read_flag(hf_config: dict, name: str) -> bool:
+    value = hf_config.get(name)
+    if not isinstance(value, bool | None):
+        raise UsageError(f"config.json: {name} must be true or false, not {value!r}")
+    return bool(value)
+
+
 def read_sizes(hf_config: dict, family: Family) -> dict:
     """The sizes of ModelConfig, and other fields that config.json has in the same form."""
     n_heads = required(hf_config, "num_attention_heads")
-    has_attention_bias = bool(hf_config.get("attention_bias"))
+    has_attention_bias = read_flag(hf_config, "attention_bias")
     return dict(
         dim=required(hf_config, "hidden_size"),
         n_layers=required(hf_config, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=hf_config.get("num_key_value_heads") or n_heads,
+        n_kv_heads=n_heads if hf_config.get("num_key_value_heads") is None else hf_config["num_key_value_heads"],
         head_dim=read_head_dim(hf_config),
         ffn_dim=required(hf_config, family.ffn_dim_field),
         vocab_size=required(hf_config, "vocab_size"),
@@ -150,8 +172,8 @@ def read_sizes(hf_config: dict, family: Family) -> dict:
         norm_eps=hf_config.get("rms_norm_eps", 1e-6),
         qkv_bias=has_attention_bias,
         out_bias=has_attention_bias,
-        ffn_bias=bool(hf_config.get("mlp_bias")),
-        tie_embeddings=bool(hf_config.get("tie_word_embeddings")),
+        ffn_bias=read_flag(hf_config, "mlp_bias"),
+        tie_embeddings=read_flag(hf_config, "tie_word_embeddings"),
     )
 
 
@@ -182,7 +204,7 @@ def read_moe(hf_config: dict, family: Family) -> MoEConfig | None:
         return None
     norm_topk_prob = family.norm_topk_prob
     if norm_topk_prob is None:
-        norm_topk_prob = bool(hf_config.get("norm_topk_prob"))
+        norm_topk_prob = read_flag(hf_config, "norm_topk_prob")
     return MoEConfig(
         n_experts=required(hf_config, *family.n_experts_fields),
         top_k=required(hf_config, "num_experts_per_tok"),
@@ -197,7 +219,8 @@ def read_n_shared_experts(hf_config: dict, family: Family) -> int:
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
-        raise UsageError(f"config.json: a shared expert of {shared_dim} is no multiple of {ffn_dim}, an expert's width")
+        what = f"shared_expert_intermediate_size {shared_dim} is no multiple of {family.ffn_dim_field} {ffn_dim}"
+        raise UsageError(f"config.json: {what}")
     return shared_dim // ffn_dim
 
 
@@ -209,7 +232,7 @@ def read_sliding_window(hf_config: dict, family: Family) -> dict:
     window = hf_config.get("sliding_window")
     if not window or family.sliding_layers == "none":
         return {}
-    if family.needs_use_sliding_window and not hf_config.get("use_sliding_window"):
+    if family.needs_use_sliding_window and not read_flag(hf_config, "use_sliding_window"):
         return {}
     if family.sliding_layers == "all":
         return {"sliding_window": window}
@@ -236,6 +259,12 @@ def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
     return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
 
 
+def sliding_below_max_window_layers(hf_config: dict) -> list[str]:
+    """Every second one of the first max_window_layers layers, from the first on, has the window."""
+    end = hf_config["max_window_layers"]
+    return ["full_attention" if i % 2 or i >= end else "sliding_attention" for i in layer_numbers(hf_config)]
+
+
 def full_attention_every(n: int, hf_config: dict) -> list[str]:
     """Every n-th layer sees all tokens."""
     return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
@@ -258,7 +287,7 @@ def read_rope(hf_config: dict, family: Family) -> dict:
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if sliding_rope is not None:
         if sliding_rope["rope_type"] != "default":
-            raise UsageError("config.json: scaled RoPE in layers with a sliding window is not supported")
+            raise UsageError("config.json: rope_parameters scales RoPE in layers with a sliding window, which is not supported")
         if sliding_rope["rope_theta"] != theta or scaling is not None:
             fields["window_rope_theta"] = sliding_rope["rope_theta"]
     rotary_factor = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) or 1
@@ -268,6 +297,20 @@ def read_rope(hf_config: dict, family: Family) -> dict:
         stretched = int(scaling.original_max_seq_len * scaling.factor)
         fields["max_seq_len"] = max(required(hf_config, "max_position_embeddings"), stretched)
     return fields
+
+
+def replace_rope_parameters(hf_config: dict) -> dict:
+    """hf_config without what rope_scaling, an older name of rope_parameters, replaces: all of rope_parameters, also a
+    default of the family. But rope_parameters may have an object for each type of layer. Then rope_scaling changes that
+    of the layers without a sliding window."""
+    if not hf_config.get("rope_scaling") or has_layer_types(hf_config.get("rope_parameters")):
+        return hf_config
+    return hf_config | {"rope_parameters": None}
+
+
+def has_layer_types(rope) -> bool:
+    """Whether RoPE's fields, which should be a dict, are an object for each type of layer."""
+    return isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
 
 
 def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | None]:
@@ -286,8 +329,7 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
         fields = hf_config.get(name) or {}
         if not isinstance(fields, dict):
             raise UsageError(f"config.json: {name} must be an object, not {fields!r}")
-        has_layer_types = any(isinstance(value, dict) for value in fields.values())
-        if has_layer_types:
+        if has_layer_types(fields):
             sliding_rope = (sliding_rope or unscaled) | fields.get("sliding_attention", {})
             fields = fields.get("full_attention", {})
         rope |= fields
@@ -306,6 +348,8 @@ def read_rope_scaling(rope: dict, hf_config: dict) -> RopeScaling | None:
     if rope_type == "dynamic":
         original = max_seq_len
     factor = rope.get("factor")
+    if rope_type == "yarn" and "factor" not in rope:  # null means max_position_embeddings / original
+        raise UsageError("config.json: rope_scaling of type yarn needs a factor")
     if factor is None and rope_type in ("yarn", "longrope"):
         factor = max_seq_len / original
     fields = {"rope_type": rope_type, "factor": factor, "original_max_seq_len": original}

@@ -80,19 +80,9 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
             for kind in layer.tensors:
                 del tensors[f"{layer.name}.{kind}"]
             tensors[f"{layer.name}.weight"] = weight
-            bias = tensors.get(f"{layer.name}.bias")
-            if bias is not None and not has_bias(layer.name, config) and not bias.any():
-                del tensors[f"{layer.name}.bias"]
     if not any(isinstance(tensor, QuantizedWeight) for tensor in tensors.values()):
         method = quantization["quant_method"]
         raise UsageError(f"config.json says quant_method {method}; none of the checkpoint's {n_before} tensors is that")
-
-
-def has_bias(layer_name: str, config: ModelConfig) -> bool:
-    """Whether the model has a bias there. Where it has none, AutoGPTQ used to write one of zeros."""
-    if layer_name.endswith("o_proj"):
-        return config.out_bias
-    return config.qkv_bias if "attn" in layer_name else config.ffn_bias
 
 
 def find_layers(tensors: dict[str, Tensor]) -> list[StoredLayer]:

@@ -72,8 +72,13 @@ def to_llama_layout(
     there, so that only one is in memory at a time. adapter: is merged into them."""
     rename = partial(rename_tensor, new_names=FAMILY_TO_LLAMA.get(family.model_type, {}))
     split = partial(split_tensors, config=config, family=family)
+    if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
+        for name in [name for name in tensors if name != HEAD]:  # transformers saves a model without its head like this
+            tensors[f"model.{name}"] = tensors.pop(name)
     for name in list(tensors):
         tensors[rename(name)] = tensors.pop(name)
+    if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
+        tensors[EMBEDDING] = tensors[HEAD]
     if adapter is not None:
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)

@@ -22,8 +22,8 @@ from config import ModelConfig, UsageError
 from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors
 from converters.quantized_weight import QuantizedWeight
+from converters.sources import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
 
 # Fields of adapter_config.json that change the maths, unless they are null, false or empty
@@ -138,6 +138,9 @@ def make_delta(module: str, config: dict, a: Tensor, b: Tensor) -> LoraDelta:
         raise UsageError(f"there are tensors for {module}, which target_modules of {ADAPTER_CONFIG} does not name")
     r = find_pattern(config.get("rank_pattern"), module, config["r"] if "r" in config else 8)
     alpha = find_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    for name, value in (("r", r), ("lora_alpha", alpha)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"{ADAPTER_CONFIG}: {name} must be a number, not {value!r}")
     if len(a) != r or b.shape[1] != r:
         raise UsageError(f"{ADAPTER_CONFIG} gives {module} the rank {r}; its tensors have {len(a)} and {b.shape[1]}")
     return LoraDelta(a, b, alpha / (math.sqrt(r) if config.get("use_rslora") else r))

@@ -47,11 +47,14 @@ MOE_SOURCES = HF_SOURCES | {
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
-# Tables of RoPE in some checkpoints, which are computed here
-ROPE_BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin)$")
+# Tables of RoPE and constants of masks in some checkpoints, which are computed here
+BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
+# Layers that predict tokens further ahead, for speculation; the model is the same without them
+EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names
+Announcement = Callable[[], None]
 TensorReader = Callable[[str], Tensor | QuantizedWeight]  # Hugging Face's name of a tensor -> the tensor with its data
 
 
@@ -69,21 +72,21 @@ class TensorPlan:
         return self.linear_format or Dense()
 
 
-def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader) -> Path:
+def convert(
+    path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, announce: Announcement | None = None
+) -> Path:  # fmt: skip
     """Writes model.pth. Of tensors only names, shapes and dtypes count: they may be on the meta device. read(name)
-    gives the data. If some are quantized, so is the result, and its name says how: model_int4.g128.pth. Returns the
-    path of what it wrote. Raises UsageError naming a tensor that is missing, left over, of the wrong shape or of a
-    dtype other than float32, float16 and bfloat16."""
+    gives the data. If some are quantized, so is the result, and its name says how: model_int4.g128.pth. announce: is
+    called before the data is read, if nothing is wrong by then. Returns the path of what it wrote. Raises UsageError
+    naming a tensor that is missing, left over, of the wrong shape or of a dtype other than float64, which
+    becomes float32, float32, float16 and bfloat16."""
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
         config = replace(config, tie_embeddings=False)  # whatever config.json says; transformers takes the head, too
     plans = plan_tensors(config, tensors)
     used = {source for plan in plans.values() for source in plan.sources}
     if config.tie_embeddings:
         used.add(HEAD)
-    left_over = [name for name in tensors if name not in used and not ROPE_BUFFERS.search(name)]
-    if left_over:
-        what = f"the checkpoint's tensor {min(left_over)} has no place in this model"
-        raise UsageError(f"{what} ({len(left_over)} left over)")
+    check_left_over({name: tensors[name] for name in tensors if name not in used}, read)
     default = most_common_format(plans)
     if default.quantization is not None:
         path = path.with_name(f"{path.stem}_{default.name}{path.suffix}")
@@ -92,8 +95,28 @@ def convert(path: Path, config: ModelConfig, tensors: HFTensors, read: TensorRea
     for name, plan in plans.items():
         for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():
             shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
+    if announce is not None:
+        announce()
     save_checkpoint(path, config, shapes, stack_tensors(plans, read), describe_formats(plans, default))
     return path
+
+
+def check_left_over(tensors: HFTensors, read: TensorReader):
+    """Raises UsageError for a tensor without which the model would be another one. Those that change nothing are
+    ignored: buffers, biases of zeros and, as it says, layers that predict further tokens."""
+    extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
+    if extra:
+        why = "this model does not predict several tokens at once"
+        print(f"{len(extra)} tensors are ignored, as {min(extra)}: {why}", file=sys.stderr)
+    names = [name for name in tensors if name not in extra and not BUFFERS.search(name)]
+    left_over = [name for name in names if not (name.endswith("_proj.bias") and is_zero(read(name)))]
+    if left_over:
+        what = f"the checkpoint's tensor {min(left_over)} has no place in this model"
+        raise UsageError(f"{what} ({len(left_over)} left over)")
+
+
+def is_zero(tensor: Tensor | QuantizedWeight) -> bool:
+    return isinstance(tensor, Tensor) and not tensor.any()
 
 
 def has_tied_head(tensors: HFTensors, read: TensorReader) -> bool:
@@ -107,16 +130,17 @@ def stored_name(name: str, tensor_name: str) -> str:
 
 
 def write_folder(
-    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, files: dict[str, bytes | None]
+    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, files: dict[str, bytes | None],
+    announce: Announcement | None = None,
 ) -> Path:  # fmt: skip
     """Writes model.pth and files to folder; a file that is None is removed. model.pth gets its name last: where it is,
-    its tokenizer is too. Returns its path, as convert does. Raises UsageError."""
+    its tokenizer is too. Returns its path, as convert does, which calls announce. Raises UsageError."""
     unnamed = folder / "model.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("model*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
-        unnamed = convert(unnamed, config, tensors, read)
+        unnamed = convert(unnamed, config, tensors, read, announce)
         for name, data in files.items():
             if data is None:
                 (folder / name).unlink(missing_ok=True)
@@ -189,10 +213,10 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
             raise UsageError(f"tensor {name} is {list(tensor.shape)}; the config makes it {shape}")
         if isinstance(tensor, QuantizedWeight):
             continue
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise UsageError(f"tensor {name} is {tensor.dtype}, not float32, float16 or bfloat16")
         dtype = torch.promote_types(dtype or tensor.dtype, tensor.dtype)
-    return dtype or torch.bfloat16
+    return torch.float32 if dtype == torch.float64 else dtype or torch.bfloat16
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:

@@ -89,7 +89,7 @@ def fused_linear(
 
 def glu(gate_up: Tensor, activation: str, backend: str) -> Tensor:
     """[..., 2 F] -> [..., F]: activation(gate) * up."""
-    if backend == "cpu" and gate_up.numel():
+    if backend == "cpu" and gate_up.numel() and activation in ACTIVATION_IDS:
         return torch.ops.gptfast.glu(gate_up, ACTIVATION_IDS[activation])
     return reference.glu(gate_up, activation)
 

@@ -49,6 +49,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate) * up
+
+
 def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
@@ -59,7 +63,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-ACTIVATIONS = {"swiglu": swiglu, "geglu_tanh": geglu_tanh, "clamped_swiglu": clamped_swiglu}
+ACTIVATIONS = {"swiglu": swiglu, "geglu": geglu, "geglu_tanh": geglu_tanh, "clamped_swiglu": clamped_swiglu}
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:

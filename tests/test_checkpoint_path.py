@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import cli
 import eval
@@ -51,6 +52,30 @@ def test_a_folder_is_converted_once(folder, capsys):
     call(generate.main, "--checkpoint_path", folder, *RUN, "--draft_checkpoint_path", folder)
     again, err = capsys.readouterr()
     assert again == out and err.count("Converting") == 1 and model.stat().st_mtime_ns > first
+
+
+def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
+    """Whatever their times say, which a copy may keep or not. What was quantized stays."""
+    model, weights = resolve_checkpoint(folder), folder / "model.safetensors"
+    call(quantize.main, "--checkpoint_path", model)
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    make_older(tmp_path / "copy/model.pth", -1)
+    for path in [folder, tmp_path / "copy"]:  # the same sources
+        before = (path / "model.pth").stat().st_mtime_ns
+        assert resolve_checkpoint(path) == path / "model.pth" and model.with_name("model_int8.pth").is_file()
+        assert (path / "model.pth").stat().st_mtime_ns == before
+    settings, tensors = folder / "config.json", {name: t.clone() for name, t in load_file(weights).items()}
+    for file in (weights, settings, folder / "model.sources.json"):
+        if file == weights:  # of the same size
+            tensors["model.layers.1.mlp.up_proj.weight"] += 1
+            save_file(tensors, weights, {"format": "pt"})
+        else:
+            file.write_text(file.read_text().replace("256", "257")[: -1 if file != settings else None])
+        make_older(file, 9999)
+        capsys.readouterr()
+        assert resolve_checkpoint(folder) == resolve_checkpoint(folder) == model
+        assert capsys.readouterr().err.count("Converting") == 1
+    assert model.with_name("model_int8.pth").is_file()
 
 
 def test_every_command_takes_a_folder(folder, capsys):
@@ -158,13 +183,12 @@ def test_mistakes(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     for path, said in [
         (folder, f"generate.py: {folder}/model.safetensors is truncated or not safetensors"),
-        (tmp_path / "empty", "generate.py: .*empty holds no config.json"),
+        (tmp_path / "empty", "generate.py: .*empty holds no model: it needs config.json and .* .gguf, or model.pth"),
         (tmp_path / "bad.gguf", "generate.py: .*bad.gguf"),
     ]:
         monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint_path", str(path)])
         with pytest.raises(SystemExit) as stopped:
             cli.run(generate.main)
-        *before, last = capsys.readouterr().err.splitlines()
-        assert stopped.value.code == 2 and len(before) <= 1
-        assert re.match(said, last)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and re.match(said, line)
     assert not list(tmp_path.glob("**/model.pth*"))

@@ -104,8 +104,6 @@ WINDOW = {"sliding_window": 5, "use_sliding_window": True}
 @pytest.mark.parametrize("changes", [{}, WINDOW], ids=["sizes", "window"])
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name in hf.CONFIG_MAPPING])
 def test_config_defaults_are_transformers(model_type, changes):
-    if changes is WINDOW and model_type in ("qwen2_moe", "smollm3"):
-        pytest.skip("its layers with a window must be listed")
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 96,

@@ -1,5 +1,6 @@
 """convert_gguf.py: every type and kind of GGUF gives transformers' logits; what is broken is refused."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -207,13 +208,20 @@ def test_odd_metadata_and_names_are_refused(llama, refused, tmp_path):
     refused(file, "tensor blk.1.attn_x.weight has no place")
     file.write_bytes(good.replace(b"blk.1.attn_q.weight", b"blk.1.attn_k.bias\0\0"))
     refused(file, "tensor blk.1.attn_k.bias")
+    with torch.no_grad():
+        damaged = copy.deepcopy(llama)
+        damaged.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.nan
+    file.unlink()
+    refused(
+        write_gguf(file, damaged), "tensor model.layers.1.self_attn.o_proj.weight holds numbers that are not"
+    )
     file.write_bytes(good)
     meta, tensors = read_gguf(file)
     for match, changes in {
         "architecture 'odd' is not supported; these are: llama, qwen2, qwen3": {"general.architecture": "odd"},
         "lacks metadata.*qwen2.block_count": {"general.architecture": "qwen2"},
         "lacks metadata.*TypeError": {"llama.embedding_length": "64"},
-        "model's max_seq_len must be a positive integer": {"llama.context_length": [1]},
+        "max_position_embeddings must be a positive integer": {"llama.context_length": [1]},
         "the GGUF's metadata: intermediate_size is missing": {"llama.feed_forward_length": None},
     }.items():
         changed = {key: value for key, value in (meta | changes).items() if value is not None}

@@ -68,6 +68,13 @@ def test_llm(chatty, cli):
         next(llm.generate("", max_new_tokens=12))
     with pytest.raises(UsageError, match="exceed max_seq_len, 160"):
         next(llm.generate("Hello", max_new_tokens=160))
+    with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
+        next(llm.generate("Hello", max_new_tokens=-1))
+    for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
+        with pytest.raises(UsageError, match="message.* not "):
+            next(llm.generate(wrong, max_new_tokens=12))
+    with pytest.raises(UsageError, match="foo is no sampling option; these are: temperature, top_k"):
+        LLM(chatty / "model.pth", foo=1)
     assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
 
 

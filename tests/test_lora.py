@@ -222,7 +222,8 @@ FIELDS = {
     "target_modules of adapter_config.json does not name": {"target_modules": ["v_proj"]},
     "something of the wrong kind": {"target_modules": 3},
     "something of the wrong kind.*unterminated": {"target_modules": "(["},
-    "something of the wrong kind.*str": {"lora_alpha": "x"},
+    "adapter_config.json: lora_alpha must be a number, not '6'": {"lora_alpha": "6"},
+    "adapter_config.json: r must be a number, not '4'": {"r": "4"},
 }
 
 

@@ -77,7 +77,7 @@ class Evil:
 
 WRONG_FILES = {  # what is in place of model.pth, and a word of what is said of it
     "missing": (lambda path, data: None, "does not exist"),
-    "directory": (lambda path, data: path.mkdir(), "holds no config.json"),
+    "directory": (lambda path, data: path.mkdir(), "holds no model: it needs"),
     "empty": (lambda path, data: path.touch(), "truncated or not a PyTorch file"),
     "text": (lambda path, data: path.write_text("Hello\n"), "not"),
     "truncated": (lambda path, data: path.write_bytes(data[: len(data) // 2]), "truncated"),

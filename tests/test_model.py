@@ -171,7 +171,7 @@ def test_only_whole_pairs_are_rotated():
 
 
 def test_unsupported_is_named():
-    good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    good = hf.LlamaConfig().to_dict() | {"architectures": ["LlamaForCausalLM"], "model_type": None}
     bad_fields = {
         "architectures": ["FalconForCausalLM"],
         "hidden_act": "gelu",
@@ -206,22 +206,31 @@ WRONG = [
     ("gemma3", {"layer_types": "full_attention"}, "layer_types must be a list"),
     ("gemma3", {"layer_types": [*LAYER_TYPES[:2], "linear_attention"]}, "type 'linear_attention' are not supported"),
     ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "type 'chunked_attention' are not supported"),
-    ("qwen2-moe", {"use_sliding_window": True, "sliding_window": 9, "layer_types": None}, "layer_types is missing"),
-    ("qwen2-moe", {"shared_expert_intermediate_size": 63}, "63 is no multiple of 32"),
+    ("llama2", {"num_key_value_heads": 0}, "^config.json: num_key_value_heads must be a positive integer, not 0$"),
+    ("llama2", {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3$"),
+    ("llama2", {"rms_norm_eps": 0}, "^config.json: rms_norm_eps must be a positive number, not 0$"),
+    ("llama2", {"intermediate_size": 0}, "^config.json: intermediate_size must be a positive integer, not 0$"),
+    ("qwen3-moe", {"moe_intermediate_size": 0}, "^config.json: moe_intermediate_size must be a positive integer"),
+    ("llama2", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
+    ("llama2", {"hidden_act": None}, "hidden_act is null"),
+    ("llama-linear", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling's factor must be a positive"),
+    ("llama-linear", {"rope_parameters": {"factor": 0}}, "^config.json: rope_parameters' factor must be a positive"),
+    ("llama2", {"rope_scaling": {"type": "yarn"}}, "rope_scaling of type yarn needs a factor"),
+    ("qwen2-moe", {"shared_expert_intermediate_size": 63}, "intermediate_size 63 is no multiple of moe_intermediate"),
     ("qwen2-moe", {"shared_expert_intermediate_size": -64}, "number of shared experts"),
     ("qwen2-moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ("qwen3-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is about 2 layers; the model has 3"),
-    ("phi4-mini", {"rope_scaling": {"short_factor": [1.0] * 5}}, "6 short and long factors"),
-    ("phi4-mini", {"rope_scaling": {"long_factor": ["x"] * 6}}, "factor of rope_scaling must be a positive number"),
-    ("phi4-mini", {"rope_scaling": {"long_factor": None}}, "long_factor is missing"),
-    ("yarn", {"rope_scaling": {"factor": "x"}}, "holds something of the wrong kind|must be a positive number"),
-    ("yarn", {"rope_scaling": {"beta_fast": "x"}}, "beta_fast must be a positive number"),
-    ("llama3", {"rope_scaling": {"low_freq_factor": "x"}}, "needs a number for low_freq_factor"),
-    ("llama-linear", {"rope_scaling": {"rope_theta": "x"}}, "rope_theta must be a positive number"),
-    ("llama2", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
-    ("yarn", {"rope_scaling": {"rope_theta": 1}}, "RoPE with theta 1 and 12 elements cannot be scaled"),
-    ("gemma3", {"rope_scaling": {"sliding_attention": {"rope_type": "linear"}}}, "layers with a sliding window"),
+    ("phi4-mini", {"rope_parameters": {"short_factor": [1.0] * 5}}, "6 short and long factors"),
+    ("phi4-mini", {"rope_parameters": {"long_factor": ["x"] * 6}}, "factor of rope_parameters must be a positive"),
+    ("phi4-mini", {"rope_parameters": {"long_factor": None}}, "long_factor is missing"),
+    ("yarn", {"rope_parameters": {"factor": "x"}}, "holds something of the wrong kind|must be a positive number"),
+    ("yarn", {"rope_parameters": {"beta_fast": "x"}}, "beta_fast must be a positive number"),
+    ("llama3", {"rope_parameters": {"low_freq_factor": "x"}}, "needs a number for low_freq_factor"),
+    ("llama-linear", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta must be a positive number"),
+    ("llama2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
+    ("yarn", {"rope_parameters": {"rope_theta": 1}}, "RoPE with theta 1 and 12 elements cannot be scaled"),
+    ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "layers with a sliding window"),
     ("granite", {"logits_scaling": 0}, "wrong kind"),
     ("granite", {"residual_multiplier": "x"}, "residual_scale must be a positive number"),
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
@@ -239,8 +248,11 @@ def hf_config(family: str) -> dict:
 
 @pytest.mark.parametrize("family, changes, message", WRONG)
 def test_what_a_family_does_not_have_is_refused(family, changes, message):
+    good = hf_config(family)
+    if "rope_parameters" in changes:
+        changes = {"rope_parameters": good["rope_parameters"] | changes["rope_parameters"]}
     with pytest.raises(UsageError, match=message) as e:
-        config_from_hf(hf_config(family) | changes)
+        config_from_hf(good | changes)
     assert "\n" not in str(e.value)
 
 

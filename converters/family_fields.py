@@ -1,0 +1,147 @@
+"""What only one family's config.json has: functions for the rows of families.py: FAMILIES.
+
+Those of the first group give fields of ModelConfig, for Family.read_overrides. This file has no command line.
+"""
+
+from config import UsageError
+from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
+
+# ---- read_overrides: fields of ModelConfig that come from config.json -----------------------------------------------
+
+
+def gemma(hf_config: dict) -> dict:
+    activation = hf_config.get("hidden_activation") or hf_config["hidden_act"]
+    if activation not in ("gelu", "gelu_pytorch_tanh"):  # Gemma's first config.json calls the tanh form "gelu", too
+        raise UsageError(f"config.json: hidden_act or hidden_activation = {activation!r} is not supported")
+    return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "geglu_tanh"}
+
+
+def gemma2(hf_config: dict) -> dict:
+    return gemma(hf_config) | {
+        "activation": "geglu" if hf_config.get("hidden_activation") == "gelu" else "geglu_tanh",
+        "post_norm": True,
+        "attention_scale": required(hf_config, "query_pre_attn_scalar") ** -0.5,
+        "attention_softcap": hf_config.get("attn_logit_softcapping") or 0.0,
+        "logit_softcap": hf_config.get("final_logit_softcapping") or 0.0,
+    }
+
+
+def smollm3(hf_config: dict) -> dict:
+    """The layers without RoPE are those where no_rope_layers has a 0. Without that list, every
+    no_rope_layer_interval-th layer has none."""
+    n_layers = required(hf_config, "num_hidden_layers")
+    interval = hf_config.get("no_rope_layer_interval") or 4
+    has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
+    if len(has_rope) != n_layers:
+        raise UsageError(f"config.json: no_rope_layers is about {len(has_rope)} layers; the model has {n_layers}")
+    return {"layer_has_rope": tuple(bool(x) for x in has_rope)}
+
+
+def granite(hf_config: dict) -> dict:
+    return {
+        "embed_scale": hf_config["embedding_multiplier"],
+        "residual_scale": hf_config["residual_multiplier"],
+        "attention_scale": hf_config["attention_multiplier"],
+        "logit_scale": 1 / hf_config["logits_scaling"],
+    }
+
+
+def seed_oss(hf_config: dict) -> dict:
+    return {"out_bias": read_flag(hf_config, "attention_out_bias")}
+
+
+def ernie(hf_config: dict) -> dict:
+    has_bias = read_flag(hf_config, "use_bias")
+    return {"qkv_bias": has_bias, "out_bias": has_bias, "ffn_bias": has_bias}
+
+
+def qwen2_moe(hf_config: dict) -> dict:
+    return {"qkv_bias": read_flag(hf_config, "qkv_bias"), "out_bias": False}
+
+
+def gpt_oss(hf_config: dict) -> dict:
+    if hf_config["swiglu_alpha"] != 1.702 or hf_config["swiglu_limit"] != 7.0:
+        raise UsageError("config.json: only swiglu_alpha 1.702 and swiglu_limit 7 are supported")
+    return {"activation": "clamped_swiglu", "sinks": True}
+
+
+def grok(hf_config: dict) -> dict:
+    return {
+        "post_norm": True,
+        "activation": "geglu_tanh",
+        "embed_scale": hf_config["embedding_multiplier_scale"],
+        "attention_scale": hf_config["attn_output_multiplier"],
+        "attention_softcap": hf_config["max_attn_value"],
+        "logit_scale": hf_config["output_multiplier_scale"],
+    }
+
+
+def baichuan(hf_config: dict) -> dict:
+    """Baichuan 7B has RoPE, 13B has ALiBi. Which one it is shows in the name of the field for the context's length:
+    max_position_embeddings means RoPE, model_max_length ALiBi."""
+    dim = required(hf_config, "hidden_size")
+    if hf_config.get("max_position_embeddings") is None:
+        return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
+    if dim > 4096:
+        raise UsageError(
+            f"config.json: a Baichuan of hidden_size {dim} has ALiBi and model_max_length, not max_position_embeddings"
+        )
+    return {}
+
+
+def dbrx(hf_config: dict) -> dict:
+    if hf_config.get("tie_word_embeddings"):  # conversion changes the embedding, and must not change the head
+        raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
+    return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
+
+
+# ---- default_layer_types and rename_fields --------------------------------------------------------------------------
+
+
+def gemma3_layer_types(hf_config: dict) -> list[str]:
+    return full_attention_every(hf_config.get("sliding_window_pattern") or 6, hf_config)
+
+
+def smollm3_layer_types(hf_config: dict) -> list[str]:
+    """The layers without RoPE have the window."""
+    return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
+
+
+def rename_phi3(hf_config: dict) -> dict:
+    """Calls RoPE with short and long factors "longrope". Phi 3's older files call it "yarn" or "su"."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = hf_config.get(name)
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
+            hf_config = hf_config | {name: rope | {"rope_type": "longrope"}}
+    return hf_config
+
+
+DBRX_FIELDS_TO_LLAMA = {
+    "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
+    "max_seq_len": "max_position_embeddings",
+}  # fmt: skip
+
+
+def rename_dbrx(hf_config: dict) -> dict:
+    """Renames the fields of DBRX, and lifts those of attn_config and ffn_config to the top level."""
+    hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
+    attention = hf_config.get("attn_config") or {}
+    ffn = hf_config.get("ffn_config") or {}
+    rope = hf_config.get("rope_parameters") or {}
+    if "rope_theta" in attention:  # this one is right: transformers 5 writes its default into rope_parameters
+        rope = rope | {"rope_theta": attention["rope_theta"]}
+    activation = ffn.get("ffn_act_fn") or {}
+    if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:
+        raise UsageError(f"config.json: ffn_act_fn = {activation!r} is not supported")
+    p = ffn.get("moe_normalize_expert_weights", 1)  # the weights of a token's experts are divided by their p-norm
+    if p not in (None, 1):
+        raise UsageError(f"config.json: moe_normalize_expert_weights = {p!r} is not supported; 1 and null are")
+    return hf_config | {
+        "rope_parameters": rope,
+        "clip_qkv": attention.get("clip_qkv"),
+        "num_key_value_heads": attention.get("kv_n_heads", 1),
+        "ffn_hidden_size": ffn.get("ffn_hidden_size", 3584),
+        "num_experts": ffn.get("moe_num_experts", 4),
+        "num_experts_per_tok": ffn.get("moe_top_k", 1),
+        "norm_topk_prob": p == 1,
+    }

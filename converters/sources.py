@@ -1,0 +1,67 @@
+"""Remembers of which files a folder's model.pth was made, so that it is made again when they are replaced.
+
+    found = describe_sources(files)             # before the conversion
+    remember_sources(folder, found)             # after it: in folder/model.sources.json
+    have_changed(folder, files)
+
+Times cannot tell: `cp -p` and `rsync -a` give a new file an old one, and a folder's copy gets new ones. So a file is
+known by its size and by samples of its content. This file has no command line.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from checkpoint import read_json
+from config import UsageError
+
+MEMORY = "model.sources.json"
+# The files from which model.pth is made. Without weights nothing can be made.
+SETTINGS = ("config.json", "generation_config.json", "params.json")
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
+SAMPLES, SAMPLE_BYTES = 64, 4096  # at equal distances: one falls into any 63rd of the file
+
+
+def find_files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:
+    return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+
+
+def find_weights(folder: Path) -> list[Path]:
+    return find_files(folder, WEIGHTS) or find_files(folder, ["*.pt"])
+
+
+def describe_sources(files: list[Path]) -> dict[str, str]:
+    """For each file's name a hash of its size and of samples of its content. Raises UsageError."""
+    try:
+        return {file.name: hash_samples(file) for file in files}
+    except OSError as e:
+        raise UsageError(f"cannot read {e.filename}: {e.strerror}") from None
+
+
+def hash_samples(file: Path) -> str:
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as content:
+        for i in range(SAMPLES):
+            content.seek(i * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def remember_sources(folder: Path, described: dict[str, str]):
+    try:
+        (folder / MEMORY).write_text(json.dumps(described, indent=2))
+    except OSError as e:
+        raise UsageError(f"cannot write {folder / MEMORY}: {e.strerror}") from None
+
+
+def have_changed(folder: Path, files: list[Path]) -> bool:
+    """Whether one of files is not what folder's model was made of. False also if nothing is remembered."""
+    if not (folder / MEMORY).is_file():
+        return False
+    try:
+        remembered = dict(read_json(folder / MEMORY))
+    except (UsageError, TypeError, ValueError):
+        remembered = {}  # someone has changed it: as if all files were new
+    return any(remembered.get(name) != described for name, described in describe_sources(files).items())
