@@ -287,7 +287,7 @@ def read_rope(hf_config: dict, family: Family) -> dict:
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if sliding_rope is not None:
         if sliding_rope["rope_type"] != "default":
-            raise UsageError("config.json: rope_parameters scales RoPE in layers with a sliding window, which is not supported")
+            raise UsageError("config.json: rope_parameters scales RoPE in layers with a sliding window: not supported")
         if sliding_rope["rope_theta"] != theta or scaling is not None:
             fields["window_rope_theta"] = sliding_rope["rope_theta"]
     rotary_factor = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) or 1

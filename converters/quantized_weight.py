@@ -153,7 +153,7 @@ class StoredLayer:
     def expect(self, what: str, found, stated):
         """Raises UsageError if config.json states another value than the tensors have."""
         if stated is not None and found != stated:
-            self.refuse(f"{what} {found!r}", f"{what} {stated!r}")
+            self.refuse(f"{what} {found}", f"{what} {stated if type(stated) is type(found) else repr(stated)}")
 
     def refuse(self, found: str, stated: str):
         raise UsageError(f"config.json says {stated}; the tensors of {self.name} have {found}")

@@ -495,6 +495,7 @@ def test_broken_gptq(tmp_path):
     refuse("says group_size 64; .* have 6 scales for 192 inputs", config_changes={"group_size": 64})
     refuse("says group_size -1; .* have 6 scales for 192 inputs", config_changes={"group_size": -1})
     refuse("says bits {}; ", config_changes={"bits": {}})
+    refuse("config.json says bits '4'; .* have bits 4", config_changes={"bits": "4"})
     refuse(f"no tensor {k_proj}.scales", {"scales": None})
     refuse(f"no tensor {k_proj}.qzeros", {"qzeros": None})
     refuse(f"{k_proj}.scales holds scales that are not finite", {"scales": with_first(math.nan)})
