@@ -1,6 +1,7 @@
 """ModelConfig: a model's sizes and options. converters/families.py reads it from a checkpoint's config.json.
 
-Every option has a default with which it changes nothing. So a family states only the options that it needs.
+Every option has a default with which it changes nothing. So a family states only the options that it needs. A config
+with values that no model can have raises UsageError; the checks are at the end.
 """
 
 from dataclasses import dataclass, replace
@@ -25,31 +26,25 @@ class RopeScaling:
     """How RoPE's wavelengths are stretched for contexts longer than original_max_seq_len. rope.py: rope_frequencies
     has the formula of each type."""
 
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+    rope_type: str  # one of ROPE_TYPES
+    factor: float  # how many times as long the context becomes
+    low_freq_factor: float = 1.0  # llama3: pairs that rotate less often than this in training are stretched by factor
+    high_freq_factor: float = 4.0  # llama3: pairs that rotate more often than this stay
+    original_max_seq_len: int = 8192  # the context of training
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()  # longrope: one for each pair of elements
-    long_factor: tuple[float, ...] = ()
+    beta_fast: float = 32.0  # yarn: pairs that rotate more often than this in training stay
+    beta_slow: float = 1.0  # yarn: pairs that rotate less often than this are stretched by factor
+    truncate: bool = True  # yarn: the first and the last pair between these two are rounded to whole numbers
+    short_factor: tuple[float, ...] = ()  # longrope: divides the frequency of each pair of elements
+    long_factor: tuple[float, ...] = ()  # the same for caches longer than original_max_seq_len
 
     def __post_init__(self):
-        if self.rope_type not in ROPE_TYPES:
-            raise UsageError(f"rope_scaling of type {self.rope_type!r} is not supported; {', '.join(ROPE_TYPES)} are")
-        numbers = "factor low_freq_factor high_freq_factor original_max_seq_len attention_factor beta_fast beta_slow"
-        for name in numbers.split():
-            check_positive_number(f"rope_scaling's {name}", getattr(self, name))
-        for factor in (*self.short_factor, *self.long_factor):
-            check_positive_number("a factor of rope_scaling", factor)
+        check_rope_scaling(self)
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    n_experts: int
+    n_experts: int  # of each layer, without shared ones
     top_k: int  # experts that each token uses
     norm_topk_prob: bool = True  # scale the weights of a token's experts so that they sum to one
     n_shared_experts: int = 0  # more experts, which every token uses, weighted by one sigmoid
@@ -61,35 +56,28 @@ class MoEConfig:
         return (self.top_k + self.n_shared_experts) / (self.n_experts + self.n_shared_experts)
 
     def __post_init__(self):
-        if type(self.n_experts) is not int or type(self.top_k) is not int:
-            raise UsageError(f"the numbers of experts must be integers, not {self.n_experts!r} and {self.top_k!r}")
-        if type(self.n_shared_experts) is not int or self.n_shared_experts < 0:
-            raise UsageError(f"the number of shared experts must be an integer, not {self.n_shared_experts!r}")
-        if not 0 < self.top_k <= self.n_experts:
-            raise UsageError(f"a token cannot use {self.top_k} of {self.n_experts} experts")
-        if self.n_experts + self.n_shared_experts > MAX_MODULES:
-            raise UsageError(f"{self.n_experts + self.n_shared_experts} experts are more than any model has")
+        check_moe(self)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    dim: int  # width of the residual stream
+    n_layers: int  # transformer blocks
+    n_heads: int  # heads of queries
+    n_kv_heads: int  # heads of keys and values; each serves n_heads / n_kv_heads heads of queries
+    head_dim: int  # width of a head; n_heads * head_dim need not be dim
     ffn_dim: int  # width of the feed-forward; with experts, of one expert
-    vocab_size: int
-    max_seq_len: int
-    norm_eps: float = 1e-5
+    vocab_size: int  # rows of the embedding and of the head
+    max_seq_len: int  # the longest context, in tokens
+    norm_eps: float = 1e-5  # is added to the mean square in RMSNorm
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
     post_norm: bool = False  # RMSNorm after them, before the residual is added
     activation: str = "swiglu"  # one of ACTIVATIONS
-    qkv_bias: bool = False
-    out_bias: bool = False
-    ffn_bias: bool = False
-    tie_embeddings: bool = False
-    moe: MoEConfig | None = None
+    qkv_bias: bool = False  # of the projections to queries, keys and values
+    out_bias: bool = False  # of attention's output projection
+    ffn_bias: bool = False  # of the feed-forward's projections
+    tie_embeddings: bool = False  # the head's weight is the embedding's
+    moe: MoEConfig | None = None  # None: one feed-forward, without experts
 
     # Attention
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
@@ -102,8 +90,8 @@ class ModelConfig:
     clip_qkv: float = 0.0  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]; 0: unchanged
 
     # Positions
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_theta: float = 10000.0  # the base of RoPE's wavelengths
+    rope_scaling: RopeScaling | None = None  # None: RoPE's wavelengths as they are
     rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
     layer_has_rope: tuple[bool, ...] | None = None  # for each layer whether it has RoPE; None: all have it
     window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
@@ -115,66 +103,9 @@ class ModelConfig:
     logit_scale: float = 1.0  # multiplies the logits
     logit_softcap: float = 0.0  # logits become softcap * tanh(logit / softcap); 0: unchanged
 
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        """Raises UsageError for values that no model can have."""
-        self.check_sizes()
-        self.check_rope()
-        self.check_options()
-
-    def check_sizes(self):
-        for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
-            check_size(f"the model's {name}", getattr(self, name))
-        if self.sliding_window is not None:
-            check_size("sliding_window", self.sliding_window)
-        for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
-            check_positive_number(f"the model's {name}", getattr(self, name))
-        for name in ("attention_scale", "window_rope_theta"):
-            if getattr(self, name) is not None:
-                check_positive_number(f"the model's {name}", getattr(self, name))
-        for name in ("n_layers", "n_heads"):
-            if getattr(self, name) > MAX_MODULES:
-                raise UsageError(f"{getattr(self, name)} {name[2:]} are more than any model has")
-        if self.n_heads % self.n_kv_heads:
-            raise UsageError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise UsageError(f"head_dim {self.head_dim} is odd, and RoPE rotates pairs")
-
-    def check_rope(self):
-        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
-            raise UsageError(f"RoPE cannot rotate {self.rotary_dim} of {self.head_dim} elements")
-        scaling = self.rope_scaling
-        if scaling is None:
-            return
-        rotary_dim = self.rotary_dim or self.head_dim
-        n_pairs = rotary_dim // 2
-        if scaling.rope_type == "longrope" and not len(scaling.short_factor) == len(scaling.long_factor) == n_pairs:
-            raise UsageError(f"rope_scaling of type longrope needs {n_pairs} short and long factors")
-        if self.rope_theta <= 1 or rotary_dim == 2:  # its formula would divide by zero
-            raise UsageError(f"RoPE with theta {self.rope_theta} and {rotary_dim} elements cannot be scaled")
-
-    def check_options(self):
-        for name in ("layer_has_window", "layer_has_rope"):
-            layers = getattr(self, name)
-            if layers is not None and len(layers) != self.n_layers:
-                raise UsageError(f"{name} is about {len(layers)} layers; the model has {self.n_layers}")
-        if self.activation not in ACTIVATIONS:
-            raise UsageError(f"activation {self.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
-        if self.moe is not None and (self.residual_scale != 1 or self.ffn_bias):
-            raise UsageError("a mixture of experts has neither residual_scale nor ffn_bias; MoEConfig has a bias")
-        for name in ("attention_softcap", "clip_qkv", "logit_softcap"):
-            if getattr(self, name) != 0:
-                check_positive_number(f"the model's {name}", getattr(self, name))
-        if not all(isinstance(i, int) for i in self.eos_ids):
-            raise UsageError(f"eos_ids must be token ids, not {self.eos_ids}")
-
-    def with_layers(self, n: int) -> "ModelConfig":
-        """This config with only the first n layers."""
-        has_window = self.layer_has_window and self.layer_has_window[:n]
-        has_rope = self.layer_has_rope and self.layer_has_rope[:n]
-        return replace(self, n_layers=n, layer_has_window=has_window, layer_has_rope=has_rope)
+    # Tokens
+    bos_id: int | None = None  # the token with which a text begins
+    eos_ids: tuple[int, ...] = ()  # the tokens that end a text
 
     def window(self, layer: int) -> int:
         """How many tokens a token sees in this layer, itself included; 0: all."""
@@ -185,6 +116,12 @@ class ModelConfig:
         """How many of n_tokens tokens the last one sees, itself included: the mean over all layers."""
         visible = [min(n_tokens, self.window(i) or n_tokens) for i in range(self.n_layers)]
         return sum(visible) / self.n_layers
+
+    def with_layers(self, n: int) -> "ModelConfig":
+        """This config with only the first n layers."""
+        has_window = self.layer_has_window and self.layer_has_window[:n]
+        has_rope = self.layer_has_rope and self.layer_has_rope[:n]
+        return replace(self, n_layers=n, layer_has_window=has_window, layer_has_rope=has_rope)
 
     @classmethod
     def from_dict(cls, fields: dict) -> "ModelConfig":
@@ -199,9 +136,87 @@ class ModelConfig:
         except (AttributeError, TypeError, KeyError) as e:
             raise UsageError(f"the checkpoint's config does not fit this version ({e}); convert it again") from None
 
+    def __post_init__(self):
+        check_sizes(self)
+        check_rope(self)
+        check_options(self)
+
 
 def lists_to_tuples(fields: dict) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_sizes(config: ModelConfig):
+    for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
+        check_size(f"the model's {name}", getattr(config, name))
+    if config.sliding_window is not None:
+        check_size("sliding_window", config.sliding_window)
+    for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
+        check_positive_number(f"the model's {name}", getattr(config, name))
+    for name in ("attention_scale", "window_rope_theta"):
+        if getattr(config, name) is not None:
+            check_positive_number(f"the model's {name}", getattr(config, name))
+    for name in ("n_layers", "n_heads"):
+        if getattr(config, name) > MAX_MODULES:
+            raise UsageError(f"{getattr(config, name)} {name[2:]} are more than any model has")
+    if config.n_heads % config.n_kv_heads:
+        raise UsageError(f"n_heads {config.n_heads} is no multiple of n_kv_heads {config.n_kv_heads}")
+    if config.head_dim % 2:
+        raise UsageError(f"head_dim {config.head_dim} is odd, and RoPE rotates pairs")
+
+
+def check_rope(config: ModelConfig):
+    if config.rotary_dim is not None and (config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim):
+        raise UsageError(f"RoPE cannot rotate {config.rotary_dim} of {config.head_dim} elements")
+    scaling = config.rope_scaling
+    if scaling is None:
+        return
+    rotary_dim = config.rotary_dim or config.head_dim
+    n_pairs = rotary_dim // 2
+    if scaling.rope_type == "longrope" and not len(scaling.short_factor) == len(scaling.long_factor) == n_pairs:
+        raise UsageError(f"rope_scaling of type longrope needs {n_pairs} short and long factors")
+    if config.rope_theta <= 1 or rotary_dim == 2:  # its formula would divide by zero
+        raise UsageError(f"RoPE with theta {config.rope_theta} and {rotary_dim} elements cannot be scaled")
+
+
+def check_options(config: ModelConfig):
+    for name in ("layer_has_window", "layer_has_rope"):
+        layers = getattr(config, name)
+        if layers is not None and len(layers) != config.n_layers:
+            raise UsageError(f"{name} is about {len(layers)} layers; the model has {config.n_layers}")
+    if config.activation not in ACTIVATIONS:
+        raise UsageError(f"activation {config.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
+    if config.moe is not None and (config.residual_scale != 1 or config.ffn_bias):
+        raise UsageError("a mixture of experts has neither residual_scale nor ffn_bias; MoEConfig has a bias")
+    for name in ("attention_softcap", "clip_qkv", "logit_softcap"):
+        if getattr(config, name) != 0:
+            check_positive_number(f"the model's {name}", getattr(config, name))
+    if not all(isinstance(i, int) for i in config.eos_ids):
+        raise UsageError(f"eos_ids must be token ids, not {config.eos_ids}")
+
+
+def check_rope_scaling(scaling: RopeScaling):
+    if scaling.rope_type not in ROPE_TYPES:
+        raise UsageError(f"rope_scaling of type {scaling.rope_type!r} is not supported; {', '.join(ROPE_TYPES)} are")
+    numbers = "factor low_freq_factor high_freq_factor original_max_seq_len attention_factor beta_fast beta_slow"
+    for name in numbers.split():
+        check_positive_number(f"rope_scaling's {name}", getattr(scaling, name))
+    for factor in (*scaling.short_factor, *scaling.long_factor):
+        check_positive_number("a factor of rope_scaling", factor)
+
+
+def check_moe(moe: MoEConfig):
+    if type(moe.n_experts) is not int or type(moe.top_k) is not int:
+        raise UsageError(f"the numbers of experts must be integers, not {moe.n_experts!r} and {moe.top_k!r}")
+    if type(moe.n_shared_experts) is not int or moe.n_shared_experts < 0:
+        raise UsageError(f"the number of shared experts must be an integer, not {moe.n_shared_experts!r}")
+    if not 0 < moe.top_k <= moe.n_experts:
+        raise UsageError(f"a token cannot use {moe.top_k} of {moe.n_experts} experts")
+    if moe.n_experts + moe.n_shared_experts > MAX_MODULES:
+        raise UsageError(f"{moe.n_experts + moe.n_shared_experts} experts are more than any model has")
 
 
 def check_size(what: str, value):

@@ -26,8 +26,9 @@ VOCAB_BLOCK = 64  # tokens with neighbouring ids, skipped together if none of th
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen. repetition_penalty (arXiv:1909.05858), temperature, top_k, top_p (arXiv:1904.09751) and
-    min_p (arXiv:2407.01082) apply in this order."""
+    """How a token is chosen. First comes repetition_penalty (arXiv:1909.05858), outside of sample, which does not know
+    the text (steps.py: apply_repetition_penalty). Then sample applies temperature, top_k, top_p (arXiv:1904.09751) and
+    min_p (arXiv:2407.01082), in this order."""
 
     temperature: float = 0.0  # 0: the likeliest token (greedy); top_k, top_p and min_p then have no effect
     _: KW_ONLY

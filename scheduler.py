@@ -56,7 +56,7 @@ class Request:
     sampling: SamplingParams = GREEDY
     seed: int = 0
     stop: tuple[str, ...] = ()  # stop strings, which end the new text; see completion.py
-    is_chat: bool = False  # whether the new text is one of its own, the answer to a message
+    is_chat: bool = False  # detokenize the new text without the prompt as context: it is an answer of its own
     n_logprobs: int | None = None  # how many of the likeliest tokens to report in each step; None: no probabilities
     start_time: float | None = None  # when its prefill began
 

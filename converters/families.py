@@ -1,14 +1,16 @@
-"""The families: FAMILIES has one row for each architecture. Functions in family_fields.py say what a row cannot.
+"""The families: FAMILIES has one row for each architecture. What a row cannot say itself are functions that it names:
+those that read config.json are in family_fields.py, those that change tensors in family_tensors.py.
 
     config = config_from_hf(json.load(open("config.json")))
 
-To add a family, add a row. docs/add_a_model.md has an example; hf_config.py: Family explains the columns.
+To add a family, add a row. docs/add_a_model.md has an example; family.py: Family explains the columns.
 """
 
 from functools import partial
 
 from checkpoint import wrong_kinds_refused
 from config import ModelConfig, UsageError
+from converters.family import Family
 from converters.family_fields import (
     baichuan,
     dbrx,
@@ -26,8 +28,19 @@ from converters.family_fields import (
     smollm3,
     smollm3_layer_types,
 )
+from converters.family_tensors import (
+    BAICHUAN_TO_CANONICAL,
+    DBRX_TO_CANONICAL,
+    GEMMA_NORMS_TO_CANONICAL,
+    GLM4_NORMS_TO_CANONICAL,
+    GPT_OSS_TO_CANONICAL,
+    GROK_TO_CANONICAL,
+    MIXTRAL_TO_CANONICAL,
+    is_baichuan2,
+    split_dbrx_experts,
+    split_stacked_experts,
+)
 from converters.hf_config import (
-    Family,
     all_sliding,
     full_attention_every,
     in_config_json,
@@ -88,7 +101,10 @@ SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 GPT_OSS_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
 )
-BAICHUAN = Family("baichuan", dict(bos_token_id=1, eos_token_id=2), read_overrides=baichuan)
+BAICHUAN = Family(
+    "baichuan", dict(bos_token_id=1, eos_token_id=2), read_overrides=baichuan, renames=BAICHUAN_TO_CANONICAL,
+    normalizes_head=is_baichuan2,
+)  # fmt: skip
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
     "MistralForCausalLM": Family(
@@ -102,6 +118,7 @@ FAMILIES = {
         MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
         sliding_layers="all",
         n_experts_fields=("num_local_experts",),
+        renames=MIXTRAL_TO_CANONICAL,
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
@@ -162,6 +179,7 @@ FAMILIES = {
         default_layer_types=partial(full_attention_every, 2),
         supported_fields=("hidden_act", *SOFTCAPS),
         read_overrides=gemma2,
+        renames=GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
     ),
     "Gemma3ForCausalLM": Family(
@@ -175,6 +193,7 @@ FAMILIES = {
         supported_fields=("hidden_act", *SOFTCAPS),
         config_overrides=dict(qk_norm=True),
         read_overrides=gemma2,
+        renames=GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
     ),
     "Phi3ForCausalLM": Family(
@@ -187,7 +206,7 @@ FAMILIES = {
         sliding_layers="all",
         supported_fields=("partial_rotary_factor",),
     ),
-    "Olmo2ForCausalLM": Family("olmo2", OLMO, config_overrides=OLMO_NORMS),
+    "Olmo2ForCausalLM": Family("olmo2", OLMO, config_overrides=OLMO_NORMS, renames=GEMMA_NORMS_TO_CANONICAL),
     "Olmo3ForCausalLM": Family(
         "olmo3",
         OLMO | dict(sliding_window=4096, rope_theta=5e5),
@@ -195,6 +214,7 @@ FAMILIES = {
         default_layer_types=partial(full_attention_every, 4),
         scales_sliding_rope=False,
         config_overrides=OLMO_NORMS,
+        renames=GEMMA_NORMS_TO_CANONICAL,
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
@@ -225,6 +245,7 @@ FAMILIES = {
         GLM,
         supported_fields=("partial_rotary_factor",),
         config_overrides=dict(out_bias=False, post_norm=True),
+        renames=GLM4_NORMS_TO_CANONICAL,
         interleaved_rope=True,
     ),
     "SeedOssForCausalLM": Family(
@@ -256,6 +277,8 @@ FAMILIES = {
         n_experts_fields=("num_local_experts", "num_experts"),
         experts_bias=True,
         read_overrides=gpt_oss,
+        renames=GPT_OSS_TO_CANONICAL,
+        split_experts=partial(split_stacked_experts, are_transposed=True),
     ),
     "Grok1ModelForCausalLM": Family(
         "grok-1",
@@ -268,6 +291,7 @@ FAMILIES = {
         norm_topk_prob=False,
         supported_fields=("hidden_act",),
         read_overrides=grok,
+        renames=GROK_TO_CANONICAL,
     ),
     "DbrxForCausalLM": Family(
         "dbrx",
@@ -278,6 +302,8 @@ FAMILIES = {
         norm_topk_prob=None,
         supported_fields=("clip_qkv",),
         read_overrides=dbrx,
+        renames=DBRX_TO_CANONICAL,
+        split_experts=split_dbrx_experts,
         layer_norm=True,
     ),
     "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 7B, the first one

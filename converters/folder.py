@@ -15,7 +15,7 @@ from config import ModelConfig, UsageError
 from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
-from converters.hf_tensors import to_llama_layout
+from converters.hf_tensors import to_canonical_layout
 from converters.lora import read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import Announcement, HFTensors, convert, write_folder
@@ -41,7 +41,7 @@ def convert_one(folder: Path, announce: Announcement | None) -> Path:
         hf_config = read_json(folder / "config.json")
         config = read_config(folder, hf_config)
         tensors = read_tensors(folder, hf_config, config)
-        read = to_llama_layout(tensors, config, find_family(hf_config))
+        read = to_canonical_layout(tensors, config, find_family(hf_config))
     elif (folder / PARAMS).is_file():
         config, tensors, read, files, note = read_meta(folder)
         path = write_folder(folder, config, tensors, read, files, announce)
@@ -94,7 +94,7 @@ def merge_folders(folder: Path, lora: Path) -> Path:
     check_not_quantized(folder, hf_config)
     config = read_config(folder, hf_config)
     tensors = read_tensors(folder, hf_config, config)
-    read = to_llama_layout(tensors, config, find_family(hf_config), adapter)
+    read = to_canonical_layout(tensors, config, find_family(hf_config), adapter)
     files = {}
     if not any((lora / name).is_file() for name in TOKENIZERS):
         missing = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]

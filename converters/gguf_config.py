@@ -70,7 +70,7 @@ class Architecture:
     family: str  # in families.py
     fields: dict[str, str] = field(default_factory=dict)  # more of GGUF_FIELDS
     extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that the metadata lack
-    names: dict[str, str] = field(default_factory=dict)  # what differs from gguf_tensors.py: GGUF_TO_HF
+    names: dict[str, str] = field(default_factory=dict)  # what differs from gguf_tensors.py: GGUF_TO_CANONICAL
     ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
     interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a pair's side by side
 

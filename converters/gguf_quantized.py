@@ -321,9 +321,9 @@ class RoundingErrors:
 
 
 class KeptWeights:
-    """The weights of a GGUF that stay quantized, by Hugging Face's names (weights).
+    """The weights of a GGUF that stay quantized, by canonical names (weights).
 
-    plans: our tensors. sources: the GGUF's tensors by Hugging Face's names. order: see reorder_heads. Raises UsageError
+    plans: our tensors. sources: the GGUF's tensors by canonical names. order: see reorder_heads. Raises UsageError
     for a type that no format can hold."""
 
     def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], order: Tensor | None):

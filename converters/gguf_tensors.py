@@ -29,7 +29,7 @@ from converters.model_tensors import Announcement, HFTensors, TensorReader, plan
 from converters.sources import describe_sources, remember_sources
 from tokenizer_files import TOKENIZER_FILES
 
-GGUF_TO_HF = {  # GGUF's names of modules -> those in model_tensors.py: HF_SOURCES
+GGUF_TO_CANONICAL = {  # GGUF's names of modules -> canonical ones (model_tensors.py)
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -91,13 +91,13 @@ def convert_gguf(
     return path
 
 
-# ---- From the GGUF's tensors to Hugging Face's ----------------------------------------------------------------------
+# ---- From the GGUF's tensors to canonical ones ----------------------------------------------------------------------
 
 
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[HFTensors, TensorReader]:
-    """The arguments of convert: the GGUF's tensors by Hugging Face's names, on the meta device, and a function that
+    """The arguments of convert: the GGUF's tensors by canonical names, on the meta device, and a function that
     reads one of them, with its rows in our order. Gemma's norms stay as they are, since a GGUF has 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
@@ -133,7 +133,7 @@ def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor |
 def split_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """The GGUF's tensors by Hugging Face's names."""
+    """The GGUF's tensors by canonical names."""
     sources: dict[str, GGUFTensor] = {}
     for name, tensor in stored.items():
         if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
@@ -144,11 +144,11 @@ def split_gguf_tensors(
 def split_tensor(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """Hugging Face's tensors that one tensor of the GGUF holds, by name: a single one, several stacked along the rows,
+    """The canonical tensors that one tensor of the GGUF holds, by name: a single one, several stacked along the rows,
     or those of all experts."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
-    names = GGUF_TO_HF | architecture.names
+    names = GGUF_TO_CANONICAL | architecture.names
     if module == "attn_qkv":
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         parts = zip(QKV, np.split(tensor.data, [q, q + kv]), strict=True)
@@ -161,8 +161,8 @@ def split_tensor(
     prefix = "" if layer is None else f"model.layers.{layer}."
     suffix = "sinks" if module == "attn_sinks" else kind
     sources = {}
-    for hf_module, rows in parts:
-        experts = rows if "{e}" in hf_module else [rows]
+    for canonical_module, rows in parts:
+        experts = rows if "{e}" in canonical_module else [rows]
         for e, data in enumerate(experts):
-            sources[f"{prefix}{hf_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.type, data)
+            sources[f"{prefix}{canonical_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.type, data)
     return sources

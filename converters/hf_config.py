@@ -1,49 +1,13 @@
-"""Reads Hugging Face's config.json into a ModelConfig, as a Family says; the families are in families.py.
+"""Reads Hugging Face's config.json into a ModelConfig, as a Family (family.py) says; the families are in families.py.
 
 Fields that change the maths and that model.py does not implement are refused.
 """
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from config import MAX_MODULES, ModelConfig, MoEConfig, RopeScaling, UsageError
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the config.json of one architecture is read, and how its tensors differ from Llama's."""
-
-    model_type: str  # the value of config.json's "model_type"
-    defaults: dict  # what transformers assumes for a field that config.json leaves out
-
-    # Gives the fields of config.json the names that they have for Llama
-    rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
-
-    # Sliding window
-    sliding_layers: str = "none"  # which layers have it: "none", "all", or "layer_types", as that field lists them
-    default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json has none; None: it must have them
-    needs_use_sliding_window: bool = False  # no layer has it unless use_sliding_window is true
-    scales_sliding_rope: bool = True  # False: rope_scaling is only for the layers without a sliding window
-
-    # Feed-forward
-    ffn_dim_field: str = "intermediate_size"
-    n_experts_fields: tuple[str, ...] = ()  # the first one that is there counts; (): no mixture of experts
-    norm_topk_prob: bool | None = True  # None: as config.json's norm_topk_prob
-    shared_expert: bool = False  # every token also uses an expert of shared_expert_intermediate_size
-    experts_bias: bool = False  # the router and the experts have biases
-
-    # Everything else that changes the maths
-    supported_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES that may have any value
-    config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig that the whole family shares
-    read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
-
-    # Tensors
-    norm_offset: float = 0.0  # added to the weights of norms at conversion: Gemma computes x * (1 + w)
-    layer_norm: bool = False  # norms subtract the mean of x; conversion makes this mean zero
-    interleaved_rope: bool = False  # RoPE rotates elements 2 i and 2 i + 1, and not i and i + half of them
-
+from converters.family import Family
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 

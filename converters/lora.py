@@ -1,7 +1,7 @@
 """Merges a LoRA adapter, as PEFT saves it, into the weights of its base model.
 
     adapter = read_adapter(Path("checkpoints/my-adapter"))    # adapter_config.json, adapter_model.safetensors or .bin
-    merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_llama_layout
+    merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_canonical_layout
     weight = merge(name, tensors[name])
 
 LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]. W becomes W + scale * B A, with A [r, K] and

@@ -26,15 +26,16 @@ from torch import Tensor
 
 from checkpoint import is_state_dict, load_torch_file, read_json
 from config import ModelConfig, RopeScaling, UsageError
+from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_files import load_bin, load_safetensors
-from converters.hf_tensors import META_FFN_TO_HF, rename_tensor, reorder_heads, rope_order
+from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
 from converters.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens, tokenizer_files
 from tokenizer_files import read_tokenizer_model
 
 PARAMS = "params.json"
 TIED = (HEAD, EMBEDDING)  # the same tensor in models that tie them
-META_TO_HF = META_FFN_TO_HF | {  # parts of Meta's names -> Hugging Face's
+META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # parts of Meta's names -> of canonical ones (model_tensors.py)
     "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
@@ -48,16 +49,16 @@ LLAMA31_CONTEXT, LLAMA31_TRAINED_CONTEXT = 131072, 8192
 LLAMA3_THETA = 500000
 
 
-def to_hf_name(name: str) -> str:
-    """Hugging Face's name of one of Meta's tensors."""
-    return HEAD if name == "output.weight" else "model." + rename_tensor(name, META_TO_HF)
+def to_canonical_name(name: str) -> str:
+    """The canonical name of one of Meta's tensors."""
+    return HEAD if name == "output.weight" else "model." + rename_tensor(name, META_TO_CANONICAL)
 
 
 # ---- Meta's folders -------------------------------------------------------------------------------------------------
 
 
 def read_meta(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader, dict[str, bytes], str]:
-    """The config; the tensors by Hugging Face's names, on the meta device; the function that reads one of them; the
+    """The config; the tensors by canonical names, on the meta device; the function that reads one of them; the
     tokenizer's files that are not there yet; a line about what params.json leaves open. Raises UsageError."""
     path = folder / PARAMS
     params, files = read_json(path), shard_files(folder)
@@ -98,13 +99,13 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
-    """Hugging Face's name of a tensor -> its part in each file, memory-mapped. Raises UsageError."""
+    """The canonical name of a tensor -> its part in each file, memory-mapped. Raises UsageError."""
     contents = [load_safetensors(file) if file.suffix == ".safetensors" else load_bin(file) for file in files]
     for file, tensors in zip(files, contents, strict=True):
         if difference := tensors.keys() ^ contents[0].keys():
             raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")
     names = [name for name in contents[0] if name != "rope.freqs"]  # a table, which we compute
-    return {to_hf_name(name): [tensors[name] for tensors in contents] for name in names}
+    return {to_canonical_name(name): [tensors[name] for tensors in contents] for name in names}
 
 
 def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
@@ -220,7 +221,7 @@ def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig,
 
 def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]:
     """karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names and Meta's order of RoPE's rows, which
-    reading changes to Hugging Face's."""
+    reading changes to ours."""
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
@@ -232,7 +233,7 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]
         tensors = {}
         for name, tensor in data["model"].items():
             name = name.removeprefix("_orig_mod.")  # torch.compile's
-            tensors[to_hf_name(name)] = tensor
+            tensors[to_canonical_name(name)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
     except UsageError:
         raise

@@ -1,4 +1,4 @@
-"""Writes model.pth from tensors with Hugging Face's names for Llama. All converters end with this.
+"""Writes model.pth from tensors with canonical names, which every converter gives them. All converters end with this.
 
     convert(Path("model.pth"), config, tensors, read)
 
@@ -23,12 +23,19 @@ from converters.quantized_weight import QuantizedWeight, common_format
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
 
-# Our module -> Hugging Face's modules, whose weights are concatenated along dim 0 to ours
-HF_SOURCES = {
+# ---- Canonical names ------------------------------------------------------------------------------------------------
+
+# Tensors of every format and family are renamed to these before they are stacked. Most are the names of Hugging Face's
+# Llama, where input_layernorm comes before attention, and post_attention_layernorm before the feed-forward. What Llama
+# lacks is called as in Hugging Face's Qwen (q_norm, k_norm, gate, experts, shared_expert_gate) and gpt-oss (sinks). Two
+# names are our own, for the norms after attention and after the feed-forward: post_attention_norm and post_ffn_norm.
+
+# Our module in model.pth -> the canonical modules whose weights are concatenated along dim 0 to its weight
+CANONICAL_SOURCES = {
     "embed_tokens": ["model.embed_tokens"],
     "norm": ["model.norm"],
     "lm_head": ["lm_head"],
-    # In a layer: our names begin with "layers.3.", theirs with "model.layers.3."
+    # In a layer: our names begin with "layers.3.", canonical names with "model.layers.3."
     "attention_norm": ["input_layernorm"],
     "attention": ["self_attn"],  # its sinks
     "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -42,7 +49,7 @@ HF_SOURCES = {
     "feed_forward.down_proj": ["mlp.down_proj"],
 }
 # For a mixture of experts. Our tensor holds all experts; {e} is an expert's number.
-MOE_SOURCES = HF_SOURCES | {
+MOE_SOURCES = CANONICAL_SOURCES | {
     "feed_forward.router": ["mlp.gate"],
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
@@ -53,14 +60,14 @@ BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|maske
 EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names
+HFTensors = dict[str, Tensor | QuantizedWeight]  # by canonical names; before they are renamed, by Hugging Face's
 Announcement = Callable[[], None]
-TensorReader = Callable[[str], Tensor | QuantizedWeight]  # Hugging Face's name of a tensor -> the tensor with its data
+TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a tensor -> the tensor with its data
 
 
 @dataclass
 class TensorPlan:
-    """One of our tensors, and Hugging Face's tensors (sources) that are concatenated to it along dim 0."""
+    """One of our tensors, and the canonical tensors (sources) that are concatenated to it along dim 0."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -179,10 +186,10 @@ def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPla
 
 
 def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
-    """The names and shapes of Hugging Face's tensors whose concatenation along dim 0 is our tensor called name. Ours is
-    a vector [N] or a matrix [N, K]; with experts it is [E, N] or [E, N, K], and theirs are those of each expert."""
+    """The names and shapes of the canonical tensors whose concatenation along dim 0 is our tensor called name. Ours is
+    a vector [N] or a matrix [N, K]; with experts it is [E, N] or [E, N, K], and canonical ones are of one expert."""
     layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias|sinks)", name).groups()
-    modules = (MOE_SOURCES if config.moe else HF_SOURCES)[module]
+    modules = (MOE_SOURCES if config.moe else CANONICAL_SOURCES)[module]
     n_experts = 1
     if "{e}" in modules[0]:
         n_experts, *shape = shape

@@ -91,7 +91,8 @@ def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
 
 
 def stored_group_size(group_size: int, k: int) -> int:
-    """A group size of our formats in which scales for group_size of k inputs can be repeated."""
+    """The group size to store where each scale belongs to group_size of k inputs: the largest of GROUP_SIZES that
+    divides group_size, so that every scale only has to be repeated. group_size itself, if none of them divides it."""
     if group_size >= k and group_size not in GROUP_SIZES:
         return CHANNEL_GROUP_SIZE
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]

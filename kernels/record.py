@@ -64,8 +64,8 @@ def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def with_tape_threads(fn: Callable, *args):
-    """fn(*args), which a caller does between two replays, with no more of PyTorch's threads than a tape takes now. More
-    would wait for the cores that other programs need, and then spin there for milliseconds."""
+    """Runs fn(*args), between two replays, with at most as many PyTorch threads as the tape uses now. More would wait
+    for cores that other programs need, and then spin there for milliseconds."""
     n_threads = torch.get_num_threads()
     n_tape_threads = n_threads if tape_functions is None else tape_functions.tape_threads()
     if n_tape_threads == n_threads:

@@ -133,9 +133,9 @@ def write_gguf(source: Path, target: Path):
 def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """A checkpoint's tensors as a GGUF of the architecture "llama" has them. Their rows of q and k are in the order of
     Meta's RoPE: i and i + D/2 side by side."""
-    from converters.gguf_tensors import GGUF_TO_HF
+    from converters.gguf_tensors import GGUF_TO_CANONICAL
 
-    gguf_names = {hf_name: gguf_name for gguf_name, hf_name in GGUF_TO_HF.items()}
+    gguf_names = {hf_name: gguf_name for gguf_name, hf_name in GGUF_TO_CANONICAL.items()}
     for name, tensor in tensors.items():
         shapes = source_shapes(name, tensor.shape, config)
         parts = tensor.split([n_rows for n_rows, *_ in shapes.values()])

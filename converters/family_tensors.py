@@ -1,0 +1,94 @@
+"""How one family's tensors differ from the canonical ones (model_tensors.py): for the rows of families.py: FAMILIES.
+
+This file has no command line.
+"""
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from config import ModelConfig
+from converters.model_tensors import HFTensors
+
+# ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
+
+# Renames are made in order: the first one of GEMMA_NORMS_TO_CANONICAL frees a name that the second one takes.
+GEMMA_NORMS_TO_CANONICAL = {
+    ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
+    ".post_feedforward_layernorm.": ".post_ffn_norm.",
+}  # fmt: skip
+GLM4_NORMS_TO_CANONICAL = {
+    ".post_self_attn_layernorm.": ".post_attention_norm.", ".post_mlp_layernorm.": ".post_ffn_norm.",
+}  # fmt: skip
+META_FFN_TO_CANONICAL = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+MIXTRAL_TO_CANONICAL = META_FFN_TO_CANONICAL | {".block_sparse_moe.": ".mlp."}
+GPT_OSS_TO_CANONICAL = {".mlp.router.": ".mlp.gate."}
+BAICHUAN_TO_CANONICAL = {".W_pack.": ".qkv_proj."}
+GROK_TO_CANONICAL = {
+    ".pre_attn_norm.scale": ".input_layernorm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",
+    ".pre_moe_norm.scale": ".post_attention_layernorm.weight", ".post_moe_norm.scale": ".post_ffn_norm.weight",
+    "model.norm.scale": "model.norm.weight", ".attn.": ".self_attn.", ".moe_block.": ".mlp.",
+    ".linear_v.": ".up_proj.", ".linear_1.": ".down_proj.", ".linear.": ".gate_proj.",
+}  # fmt: skip
+DBRX_TO_CANONICAL = {
+    "transformer.wte.": "model.embed_tokens.", "transformer.norm_f.": "model.norm.",
+    "transformer.blocks.": "model.layers.", ".norm_attn_norm.norm_1.": ".input_layernorm.",
+    ".norm_attn_norm.norm_2.": ".post_attention_layernorm.", ".norm_attn_norm.attn.": ".self_attn.",
+    ".Wqkv.": ".qkv_proj.", ".out_proj.": ".o_proj.", ".ffn.router.layer.": ".mlp.gate.",
+    ".ffn.experts.mlp.": ".mlp.experts.",
+}  # fmt: skip
+
+
+def rename_tensor(name: str, new_names: dict[str, str]) -> str:
+    for old, new in new_names.items():
+        name = name.replace(old, new)
+    return name
+
+
+# ---- split_experts: splits, in place, tensors that hold all experts of a layer --------------------------------------
+# The parts are views, and nothing is read.
+
+
+def split_stacked_experts(tensors: HFTensors, config: ModelConfig, are_transposed: bool = False):
+    """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
+
+    are_transposed: each expert's, as in gpt-oss, where the columns of gate and up take turns. There are biases, too."""
+    for experts, (prefix, projection, is_bias) in pop_matches(
+        tensors, r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?"
+    ):
+        kind = "bias" if is_bias else "weight"
+        for e, tensor in enumerate(experts):
+            if are_transposed and tensor.dim() == 2:
+                tensor = tensor.mT
+            if projection == "down_proj":
+                tensors[f"{prefix}.{e}.down_proj.{kind}"] = tensor
+                continue
+            gate, up = (tensor[::2], tensor[1::2]) if are_transposed else tensor.tensor_split(2)
+            tensors[f"{prefix}.{e}.gate_proj.{kind}"] = gate
+            tensors[f"{prefix}.{e}.up_proj.{kind}"] = up
+
+
+def split_dbrx_experts(tensors: HFTensors, config: ModelConfig):
+    """Splits w1, v1 and w2, each of all experts [E F, dim]. w2's are transposed."""
+    projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
+    for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
+        for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
+            tensors[f"{prefix}.{e}.{projections[kind]}.weight"] = tensor.mT if kind == "w2" else tensor
+
+
+def pop_matches(tensors: HFTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """Removes every tensor whose name matches, and yields it with the groups of the match. One of fewer dimensions than
+    min_dim stays, since it cannot be split; convert will name what is missing instead."""
+    for name in list(tensors):
+        match = re.fullmatch(pattern, name)
+        if match is not None and tensors[name].dim() >= min_dim:
+            yield tensors.pop(name), match.groups()
+
+
+# ---- normalizes_head ------------------------------------------------------------------------------------------------
+
+
+def is_baichuan2(config: ModelConfig) -> bool:
+    """Baichuan 2 scales every row of its head to length one. Its vocabulary is larger than Baichuan 1's 64000."""
+    return config.vocab_size > 64000
