@@ -53,30 +53,24 @@ def load_model(
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, parse_formats(quantization))
-    has_same_format = model.lm_head.format == model.embed_tokens.format
-    is_tied = config.tie_embeddings and has_same_format and "lm_head.weight" not in tensors
+    tied = tied_tensor_names(model, tensors)
     quantized_names = quantized_tensor_names(model)
-    check_tensors(path, model, tensors, is_tied, quantized_names)
+    check_tensors(path, model, tensors, tied, quantized_names)
     n_ranks = tp.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # where packing copies all weights
         itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
 
-    # A tied head's tensors -> the embedding's
-    head_sources = {}
-    if is_tied:
-        head_sources = {f"lm_head.{name}": f"embed_tokens.{name}" for name in model.lm_head.tensors()}
-    if is_tied and n_ranks > 1:  # each rank has all of the embedding, but only a part of the head
-        tensors |= {name: tensors[source] for name, source in head_sources.items()}
-        is_tied = False
-
-    shard_tensor = tp.shard(model, device) if n_ranks > 1 else None
+    shard_tensor = None
+    if n_ranks > 1:  # each rank has all of the embedding, but only a part of the head
+        tensors |= {name: tensors[source] for name, source in tied.items()}
+        tied = {}
+        shard_tensor = tp.shard(model, device)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
-    if is_tied:
-        moved |= {name: moved[source] for name, source in head_sources.items()}
+    moved |= {name: moved[source] for name, source in tied.items()}
     model.load_state_dict(moved, assign=True)
-    if is_tied:
+    if tied:
         model.tie_embedding()
     model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # rounded as in transformers
     model.eval().requires_grad_(False)
@@ -85,6 +79,15 @@ def load_model(
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model
+
+
+def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
+    """The head's tensors that are not in the checkpoint, since the embedding's serve as both: their names -> the
+    embedding's. None if the checkpoint has a head, or must have one since its format differs from the embedding's."""
+    head, embedding = model.lm_head, model.embed_tokens
+    if not model.config.tie_embeddings or head.format != embedding.format or "lm_head.weight" in tensors:
+        return {}
+    return {f"lm_head.{name}": f"embed_tokens.{name}" for name in head.tensors()}
 
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
@@ -96,14 +99,12 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
     return names
 
 
-def check_tensors(path: Path, model: Transformer, tensors: Tensors, is_tied: bool, quantized_names: set[str]):
+def check_tensors(path: Path, model: Transformer, tensors: Tensors, tied: dict[str, str], quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    is_tied: the head is the embedding, so the checkpoint holds no tensor for it.
+    tied: see tied_tensor_names.
     quantized_names: the tensors whose dtypes must fit, too."""
-    needed = model.state_dict()
-    if is_tied:
-        needed = {name: tensor for name, tensor in needed.items() if not name.startswith("lm_head.")}
+    needed = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     for name in needed.keys() | tensors.keys():
         fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
         if fits and name in quantized_names:

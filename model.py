@@ -6,7 +6,7 @@
     Linear            y = x W^T, W in the checkpoint's format (kernels/formats/)
     Embedding         a row of W for every token
 
-It computes only by the operations of kernels/__init__.py, so one forward runs everywhere: in plain PyTorch, and on the
+It computes only by the operations of kernels/ops.py, so one forward runs everywhere: in plain PyTorch, and on the
 kernels of a CPU or a GPU.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
@@ -23,6 +23,7 @@ import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import Dense, Tensors, WeightFormat, WeightFormats
 from kernels.layers import LayerCache
+from kernels.schema import ACTIVATION_IDS
 from rope import RopeTables, alibi_slopes
 
 DENSE = Dense()
@@ -84,8 +85,11 @@ class Transformer(nn.Module):
 
     def prepare_kernels(self, is_mmapped: bool = False):
         """Switches to the kernels for the model's device: see kernels.prepare_kernels."""
+        matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
         is_tied = self.is_tied
-        kernels.prepare_kernels(self, is_mmapped)
+        if is_tied:
+            matrices.remove(self.embed_tokens)
+        kernels.prepare_kernels(matrices, self.dtype, is_mmapped)
         if is_tied:  # the head's weight may have been packed
             self.tie_embedding()
 
@@ -102,7 +106,7 @@ class Transformer(nn.Module):
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.quantization:  # a dense one has a kernel on every CPU, and needs none on a GPU
             backends.add(self.embed_tokens.backend)
-        if len(backends) > 1 or self.config.activation not in kernels.ACTIVATION_IDS:
+        if len(backends) > 1 or self.config.activation not in ACTIVATION_IDS:
             return False
         if batch * n_tokens > min(linear.max_tokens for linear in linears):
             return False
@@ -193,7 +197,7 @@ class Attention(nn.Module):
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: "RMSNorm | None", residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self, cache, start_pos)  # [B, T, H D]
+        y = kernels.attend(qkv, self, cache, start_pos)  # [B, T, H D]; in plain PyTorch kernels/reference.py: attend
         return self.o_proj(y, residual=residual)
 
     @property

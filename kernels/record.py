@@ -10,7 +10,7 @@ overwritten by the next call. Only what the arguments hold may change from call 
     CPU           CPUGraph: the calls of the C++ kernels, with the addresses of their inputs and outputs. The list of
                   these calls is a tape. A tape is replayed in one parallel region (kernels/csrc/tape.h).
 
-Only leaf operations can be on a tape: the operations in kernels/__init__.py, of which a model is composed. Anything
+Only leaf operations can be on a tape: the operations in kernels/ops.py, of which a model is composed. Anything
 else that step computes on a CPU raises, since it would happen once, while recording, and never again. A collective is
 no leaf operation, so it runs between two tapes:
 

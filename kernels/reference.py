@@ -1,6 +1,6 @@
 """The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
-kernels/__init__.py describes each. Weights of every format are read through layer.dequantized_weight(dtype). If the
+kernels/ops.py describes each. Weights of every format are read through layer.dequantized_weight(dtype). If the
 weights are packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch", and so does
 a quantized embedding.
 """

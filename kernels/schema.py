@@ -1,7 +1,7 @@
 """The schema of each operation that has kernels, and the shape of its result, as PyTorch needs them.
 
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
-take the arguments of this schema, so a change here is a change in both. kernels/__init__.py says what each one does.
+take the arguments of this schema, so a change here is a change in both. kernels/ops.py says what each one does.
 
 A weight [N, K] is six arguments, WEIGHT: its tensors as kernels/formats/ packs them, WeightFormat.format_id, the
 number of outputs n, and how many inputs share a scale. activation is a number of ACTIVATION_IDS.
@@ -11,19 +11,20 @@ from collections.abc import Callable
 
 import torch
 
-NAMESPACES = ("gptfast", "gptfast_triton")
+CPU_ONLY = ("gptfast",)
+NAMESPACES = (*CPU_ONLY, "gptfast_triton")
 ACTIVATION_IDS = {None: 0, "swiglu": 1, "geglu_tanh": 2, "clamped_swiglu": 3}  # of the kernels; also in csrc/simd.h
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
 SCHEMAS: dict[str, str] = {}  # name -> schema of the leaf operations, the only ones that a recorded CPU step may call
 
 
-def define(schema: str, recordable: bool = True) -> Callable:
-    """Decorator: defines an operation of the function's name in both namespaces. The function itself returns an empty
+def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
+    """Decorator: defines an operation of the function's name in namespaces. The function itself returns an empty
     tensor like the operation's result; torch.compile calls it in place of the kernel to learn the shape."""
 
     def register(shape_function: Callable) -> Callable:
         name = shape_function.__name__
-        for namespace in NAMESPACES:
+        for namespace in namespaces:
             torch.library.define(f"{namespace}::{name}", schema)
             torch.library.register_fake(f"{namespace}::{name}", shape_function)
         if recordable:
@@ -53,12 +54,12 @@ def fused_linear(
     return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
 
 
-@define("(Tensor gate_up, int activation) -> Tensor")
+@define("(Tensor gate_up, int activation) -> Tensor", namespaces=CPU_ONLY)
 def glu(gate_up, activation):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@define("(Tensor x, Tensor y) -> Tensor")
+@define("(Tensor x, Tensor y) -> Tensor", namespaces=CPU_ONLY)
 def add(x, y):
     return torch.empty_like(x)
 

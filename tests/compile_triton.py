@@ -155,7 +155,7 @@ def launch_others(dtype: torch.dtype):
         hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "swiglu")
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
-        kernels.sample(torch.randn(1, 5000), temperature)
+        kernels.sample(torch.randn(1, 5000), temperature, "triton")
     for n_tokens, n_heads in [(2, 8), (8, 16)]:  # the last: 64 queries of a key/value head, which is the most
         k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
         cache, start_pos = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)

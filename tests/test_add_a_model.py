@@ -74,7 +74,7 @@ def test_nf4_on_a_cpu(dtype):
     for n, k, n_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
         exact = w.dequantized_weight(torch.float32)
-        kernels.prepare_kernels(w)
+        kernels.prepare_kernels([w], dtype)
         assert w.backend == "cpu" and torch.equal(kernels.dequantize(w, torch.float32), exact)
         w.max_tokens = kernels.MAX_CPU_TOKENS
         x = torch.randn(n_tokens, k).to(dtype)

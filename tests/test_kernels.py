@@ -15,10 +15,11 @@ import torch
 
 import kernels
 from config import ModelConfig
-from kernels import reference
+from kernels import prepare, reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
 from kernels.formats.integers import GroupedFormat
-from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear
+from kernels.ops import weight_arguments
+from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, WeightMatrix
 from rope import alibi_slopes, rope_table
 from tests.compiler import write_compiler
 from tests.tiny import ROOT
@@ -44,8 +45,9 @@ built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ c
 
 def packed(module):
     """module on the kernels, for as many tokens as these can take."""
-    kernels.prepare_kernels(module)
-    for layer in module.modules():
+    layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
+    kernels.prepare_kernels(layers, torch.float32)
+    for layer in layers:
         if isinstance(layer, Linear):
             assert layer.backend == "cpu" and 8 <= layer.max_tokens <= kernels.MAX_CPU_TOKENS
             layer.max_tokens = kernels.MAX_CPU_TOKENS
@@ -143,7 +145,7 @@ def test_linear_of_many_tokens(format, dtype):
                     ours = kernels.fused_linear(x, w, given_norm, activation="swiglu")
                     check_glu(ours[others], "swiglu", y[others], bound[others], fused=True)
     with pytest.raises(RuntimeError, match="1 to 64"):
-        arguments = kernels.weight_arguments(w)
+        arguments = weight_arguments(w)
         x = torch.zeros(65, k, dtype=dtype)
         torch.ops.gptfast.fused_linear(x, *arguments, None, None, 0, None, 0, 1, 0, 0, False)
 
@@ -732,21 +734,19 @@ def test_no_compiler(compiler, tmp_path):
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
     monkeypatch.setattr(kernels.cpu, "library", lambda: None)
-    monkeypatch.setattr(kernels, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
+    monkeypatch.setattr(prepare, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
-        module = torch.nn.Module()
-        module.embed_tokens = torch.nn.Embedding(2, 2, dtype=torch.bfloat16)
-        module.linear = make_linear(33, 72, format, torch.bfloat16, bias=True)
-        module.experts = make_linear(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
-        expected = [w.dequantized_weight(torch.bfloat16) for w in (module.linear, module.experts)]
+        linear = make_linear(33, 72, format, torch.bfloat16, bias=True)
+        experts = make_linear(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
+        expected = [w.dequantized_weight(torch.bfloat16) for w in (linear, experts)]
         with monkeypatch.context() as context:
-            context.setattr(kernels, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)
-            kernels.prepare_kernels(module)
+            context.setattr(prepare, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)
+            kernels.prepare_kernels([linear, experts], torch.bfloat16)
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "every token dequantizes" in said and module.linear.format == format
-        kernels.prepare_kernels(module)
-        for w, matrix in zip((module.linear, module.experts), expected, strict=True):
+        assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
+        kernels.prepare_kernels([linear, experts], torch.bfloat16)
+        for w, matrix in zip((linear, experts), expected, strict=True):
             assert w.format.name == format.name and w.scales is w.zeros is None
             assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.bfloat16), matrix)
             assert w.backend == "torch" and capsys.readouterr().err == ""

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from completion import complete_all, generate_many
 from config import UsageError
 from generate import build_steps, generate, load, make_kv_cache
-from kernels import prepare_kernels
 from kernels.formats import MXFP4, Float8, Int4, Int8
 from model import Transformer
 from sampling import SamplingParams
@@ -82,7 +81,7 @@ def test_quantized(format):
         linear.format = format
         for name, tensor in format.quantize(linear.weight).items():
             linear.set_tensor(name, tensor)
-    prepare_kernels(model)
+    model.prepare_kernels()
     prompts = make_prompts(4)
     found = run(Scheduler(model, 4, 48, eos_ids=set()), [Request(prompt, 8) for prompt in prompts])
     assert found == [run_alone(model, prompt, 8) for prompt in prompts]

@@ -4,7 +4,7 @@
     experts_gate_up    every token times its experts' gate and up projections
     experts_down       the results times their down projections, summed with the router's weights
 
-They are registered as torch.ops.gptfast_triton.*, which kernels/__init__.py calls. kernels/reference.py says in plain
+They are registered as torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/reference.py says in plain
 PyTorch what each computes. The products are those of linear.py.
 """
 

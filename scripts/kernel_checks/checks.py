@@ -46,6 +46,7 @@ from kernel_checks.exact_results import (
 )
 from kernels import reference
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.ops import FUSED_GLU_MULTIPLE
 from kernels.schema import ACTIVATION_IDS
 from kernels.triton.launch import FEW_TOKENS
 from model import ExpertsDown, ExpertsGateUp, RMSNorm
@@ -179,7 +180,7 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         ours = kernels.fused_linear(x, w, norm, residual)
         yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
 
-        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=n % kernels.FUSED_GLU_MULTIPLE == 0)
+        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=n % FUSED_GLU_MULTIPLE == 0)
         yield Comparison("swiglu_linear", case, kernels.fused_linear(x, w, norm, activation="swiglu"), y, error)
 
 
@@ -306,7 +307,7 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         by_kernel = n_tokens <= w.max_tokens
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
-        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=by_kernel and n % kernels.FUSED_GLU_MULTIPLE == 0)
+        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=by_kernel and n % FUSED_GLU_MULTIPLE == 0)
         case = f"{format_label(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
         yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "swiglu"), y, error)
 
@@ -353,7 +354,8 @@ def check_sample(vocab_size: int):
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
-    yield Comparison("sample", f"greedy, {vocab_size} tokens", kernels.sample(logits, 0.0), expected, torch.zeros(()))
+    ours = kernels.sample(logits, 0.0, "triton")
+    yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits = torch.randn(3, vocab_size)
     noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
     for temperature in (1e-30, 0.7, 1e30):
@@ -370,7 +372,7 @@ def check_distribution(operation: str):
     probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 3000
     if operation == "sample":
         logits = (probabilities.log() * temperature).clamp(min=-1e30)
-        tokens = kernels.sample(logits.expand(n, 5), temperature)
+        tokens = kernels.sample(logits.expand(n, 5), temperature, "triton")
     else:
         n = 100_000
         tokens = multinomial(probabilities.expand(n, 5))

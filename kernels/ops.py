@@ -1,0 +1,229 @@
+"""The operations that a model is made of. Each calls the kernel of its backend, or does the same in plain PyTorch.
+
+    fused_linear       a matrix product with what comes before and after it, of which each is optional:
+                       1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. scale   6. softcap
+                       7. clip   8. residual
+    rms_norm           a norm that no matrix product follows, and the residual after it
+    glu, add           an activation or a residual that fused_linear cannot fuse
+    embed              looks tokens up in the embedding
+    attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
+    route              a router's choice of experts
+    experts_gate_up, experts_down      the matrix products with the chosen experts' weights
+
+They are called leaf operations. A step that is recorded on a CPU (record.py) calls these and nothing else.
+
+A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
+Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
+a GPU. A step with more tokens runs in plain PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.layers import AttentionLayer, LayerCache, LinearLayer, MatrixLayer, NormLayer
+from kernels.schema import ACTIVATION_IDS
+
+MAX_CPU_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
+MAX_TRITON_TOKENS = 64  # that the Triton kernels take
+MAX_TRITON_NEW_TOKENS = 16  # of a sequence, which one program of attention holds in registers
+MAX_TRITON_QUERIES = 64  # of a key/value head, likewise
+# Kernels compute 16 outputs at a time. To fuse an activation, the gate's and the up projection's outputs, each half of
+# out_features, must both be a multiple of 16. Otherwise glu() is a call of its own.
+FUSED_GLU_MULTIPLE = 32
+
+
+def ops_of_backend(backend: str):
+    """The torch.ops namespace of backend's kernels; None if backend is "torch"."""
+    if backend == "cpu":
+        return torch.ops.gptfast
+    if backend == "triton":
+        return torch.ops.gptfast_triton
+    return None
+
+
+def ops_for_tokens(backend: str, n_tokens: int):
+    """ops_of_backend; None also if there are no tokens, or more than the kernels take. Then plain PyTorch computes."""
+    max_tokens = MAX_CPU_TOKENS if backend == "cpu" else MAX_TRITON_TOKENS
+    return ops_of_backend(backend) if 0 < n_tokens <= max_tokens else None
+
+
+def ops_of_layer(layer: LinearLayer, n_tokens: int, activation: str | None = None):
+    """ops_for_tokens of layer's backend. None also if PyTorch is faster with so many tokens, or if the kernels lack
+    activation."""
+    if n_tokens > layer.max_tokens or activation not in ACTIVATION_IDS:
+        return None
+    return ops_for_tokens(layer.backend, n_tokens)
+
+
+def fused_linear(
+    x: Tensor, layer: LinearLayer, norm: NormLayer | None = None, residual: Tensor | None = None,
+    activation: str | None = None, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., K] -> [..., N], by layer.
+
+    norm: is applied to x first.
+    activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
+    [..., N / 2].
+    residual: added last, after layer.scale, layer.softcap and layer.clip.
+    out_dtype: x.dtype (None) or torch.float32."""
+    ops = ops_of_layer(layer, count_tokens(x), activation)
+    if ops is None:
+        return reference.fused_linear(x, layer, norm, residual, activation, out_dtype)
+    if activation and layer.out_features % FUSED_GLU_MULTIPLE:  # such a layer has no scale, softcap or clip
+        y = glu(fused_linear(x, layer, norm), activation, layer.backend)
+        return y if residual is None else add(y, residual, layer.backend)
+    norm_weight, eps = norm_arguments(norm)
+    return ops.fused_linear(
+        x.contiguous(), *weight_arguments(layer), layer.bias, norm_weight, eps,
+        residual=None if residual is None else residual.contiguous(),
+        activation=ACTIVATION_IDS[activation],
+        scale=layer.scale,
+        softcap=layer.softcap,
+        clip=layer.clip,
+        float32_out=out_dtype == torch.float32,
+    )  # fmt: skip
+
+
+def glu(gate_up: Tensor, activation: str, backend: str) -> Tensor:
+    """[..., 2 F] -> [..., F]: activation(gate) * up."""
+    if backend == "cpu" and gate_up.numel() and activation in ACTIVATION_IDS:
+        return torch.ops.gptfast.glu(gate_up, ACTIVATION_IDS[activation])
+    return reference.glu(gate_up, activation)
+
+
+def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    """x + y, of the same shape."""
+    if backend == "cpu" and x.numel():
+        return torch.ops.gptfast.add(x.contiguous(), y.contiguous())
+    return x + y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
+    """[residual +] x / rms(x) * weight over the last dimension."""
+    ops = ops_for_tokens(backend, count_tokens(x))
+    if ops is None:
+        return reference.rms_norm(x, weight, eps, residual)
+    return ops.rms_norm(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
+
+
+def embed(tokens: Tensor, table: MatrixLayer, scale: float, dtype: torch.dtype) -> Tensor:
+    """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
+    if table.format.quantization:  # only the kernels can read what is packed for them, for however many tokens
+        ops = ops_of_backend(table.backend)
+    elif table.backend == "cpu":
+        ops = ops_for_tokens("cpu", tokens.numel())
+    else:  # there is no other kernel for a dense table
+        ops = None
+    if ops is None:
+        return reference.embed(tokens, table, scale, dtype)
+    return ops.embed(tokens.contiguous(), *weight_arguments(table), table.in_features, dtype, scale)
+
+
+def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Tensor) -> Tensor:
+    """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The new keys and values
+    are written to cache, the first at start_pos [B]."""
+    batch, n_tokens, _ = qkv.shape
+    if not has_attention_kernel(layer.backend, batch, n_tokens, layer.n_heads // cache.k.shape[1]):
+        return reference.attend(qkv, layer, cache, start_pos)
+    q_norm_weight, eps = norm_arguments(layer.q_norm)
+    k_norm_weight, _ = norm_arguments(layer.k_norm)
+    return ops_of_backend(layer.backend).attend(
+        qkv, cache.k, cache.v, start_pos, cache.rope, q_norm_weight, k_norm_weight, eps, layer.sinks,
+        cache.alibi_slopes, layer.n_heads, layer.window, layer.scale, layer.softcap,
+    )  # fmt: skip
+
+
+def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
+    """Whether backend has a kernel for n_tokens new tokens in each of batch sequences."""
+    if ops_for_tokens(backend, batch * n_tokens) is None:
+        return False
+    if backend == "cpu":
+        return True
+    return n_tokens <= MAX_TRITON_NEW_TOKENS and n_tokens * heads_per_kv_head <= MAX_TRITON_QUERIES
+
+
+def route(
+    logits: Tensor, top_k: int, norm_topk_prob: bool, backend: str, n_shared_experts: int = 0
+) -> tuple[Tensor, Tensor]:
+    """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k].
+    norm_topk_prob: scale the weights so that they sum to one.
+
+    n_shared_experts: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The
+    sigmoid of the last one is the weight of each of them, and the results are [..., top_k + n_shared_experts]."""
+    ops = ops_for_tokens(backend, count_tokens(logits))
+    return (ops or reference).route(logits, top_k, norm_topk_prob, n_shared_experts)
+
+
+def experts_gate_up(
+    x: Tensor, layer: LinearLayer, topk_ids: Tensor, norm: NormLayer | None = None, activation: str | None = None
+) -> Tensor:
+    """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
+    [B, T, top_k, F]. norm and activation are as in fused_linear."""
+    ops = ops_of_layer(layer, count_tokens(x), activation)
+    if ops is None:
+        return reference.experts_gate_up(x, layer, topk_ids, norm, activation)
+    if activation and layer.out_features % FUSED_GLU_MULTIPLE:
+        return glu(experts_gate_up(x, layer, topk_ids, norm), activation, layer.backend)
+    norm_weight, eps = norm_arguments(norm)
+    return ops.experts_gate_up(
+        x.contiguous(), *weight_arguments(layer), layer.bias, topk_ids, norm_weight, eps,
+        activation=ACTIVATION_IDS[activation],
+    )  # fmt: skip
+
+
+def experts_down(
+    hidden: Tensor, layer: LinearLayer, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
+    [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
+    ops = ops_of_layer(layer, count_tokens(topk_ids))
+    if ops is None:
+        return reference.experts_down(hidden, layer, topk_ids, topk_weights, residual)
+    return ops.experts_down(hidden, *weight_arguments(layer), layer.bias, topk_ids, topk_weights, residual)
+
+
+def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:
+    """A token [B] for every row of float32 logits [B, V], drawn with probabilities softmax(logits / temperature), at
+    temperature 0 the likeliest; -1 for a row that is not finite. Backend "cpu" has temperature 0 only; sampling.py does
+    the same in PyTorch."""
+    if backend == "cpu":
+        return torch.ops.gptfast.sample(logits.contiguous(), None, temperature)
+    noise = None
+    if temperature > 0:
+        noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    return torch.ops.gptfast_triton.sample(logits.contiguous(), noise, temperature)
+
+
+def dequantize(layer: LinearLayer, dtype: torch.dtype, experts=slice(None)) -> Tensor:
+    """The weight of layer as a matrix [N, K] in dtype. For experts: the matrices that experts
+    selects, an index, a slice or a tensor of indices."""
+    tensors = layer.tensors()
+    if layer.n_experts is not None:
+        tensors = {name: t[experts] for name, t in tensors.items()}
+    is_matrix = layer.n_experts is None or isinstance(experts, int)
+    if layer.backend == "torch" or layer.format.quantization is None:
+        return layer.format.dequantize(tensors, dtype)
+    if is_matrix:
+        group_size = layer.format.scale_group_size(layer.in_features)
+        return ops_of_backend(layer.backend).dequantize(
+            tensors["weight"], tensors.get("scales"), tensors.get("zeros"), layer.format.format_id,
+            layer.out_features, group_size, layer.in_features, dtype,
+        )  # fmt: skip
+    unpacked = layer.format.unpack(tensors, layer.backend, layer.out_features, layer.in_features)
+    return layer.format.dequantize(unpacked, dtype)
+
+
+def count_tokens(x: Tensor) -> int:
+    """The number of tokens in x [..., width]."""
+    return x.numel() // x.shape[-1]
+
+
+def norm_arguments(norm: NormLayer | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if norm is None else (norm.weight, norm.eps)
+
+
+def weight_arguments(layer: MatrixLayer) -> tuple:
+    """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
+    group_size = layer.format.scale_group_size(layer.in_features)
+    return layer.weight, layer.scales, layer.zeros, layer.format.format_id, layer.out_features, group_size

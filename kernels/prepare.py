@@ -1,0 +1,119 @@
+"""Choose a backend for a model's device, and pack the weights for its kernels.
+
+A layer's backend is "torch" until it is packed. It stays so where there are no kernels for the layer or the device.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import cpu
+from kernels.formats import Dequantized, Tensors, WeightFormat
+from kernels.formats.base import QUANTIZE_CHUNK
+from kernels.layers import MatrixLayer
+from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
+from machine import drop_pages, free_memory, use_huge_pages
+
+
+def prepare_kernels(layers: Sequence[MatrixLayer], dtype: torch.dtype, is_mmapped: bool = False):
+    """Switches layers, all of a model's, to the kernels for their device, if these work here. Their weights move to
+    packed copies, so no two layers may share one.
+
+    On a CPU, quantized weights for which there are no kernels are dequantized to dtype.
+
+    dtype: of the activations.
+    is_mmapped: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
+    so that no weight is in memory twice."""
+    layers = [layer for layer in layers if layer.backend == "torch"]
+    device = layers[0].weight.device if layers else torch.device("cpu")
+    if device.type == "cpu":
+        has_kernels = cpu.library() is not None
+        fitting = [layer for layer in layers if has_kernels and layer.format.fits_kernels("cpu", layer.in_features)]
+        without_kernels = [layer for layer in layers if layer.format.quantization and layer not in fitting]
+        dequantize_weights(without_kernels, dtype, is_mmapped)
+        if has_kernels:
+            pack_for_cpu(layers, is_mmapped)
+    elif device.type == "cuda" and load_triton_kernels(device):
+        pack_for_triton(layers, dtype)
+
+
+def pack_for_cpu(linears: list[MatrixLayer], is_mmapped: bool):
+    """Packs the weights of linears into huge pages, one after the other."""
+    memory = cpu.HugePages()
+    is_quantized = any(layer.format.quantization for layer in linears)
+    for layer in tqdm(linears, "load", disable=None, leave=False):
+        if not layer.format.fits_kernels("cpu", layer.in_features):
+            continue
+        layer.backend = "cpu"
+        if layer.is_embedding and not layer.format.quantization:  # it may stay in the file: few of its pages are read
+            continue
+        unpacked = layer.tensors()
+        for name, packed in layer.format.pack(unpacked, "cpu").items():
+            layer.set_tensor(name, memory.copy(packed))
+            if is_mmapped:
+                drop_pages(unpacked[name])
+        # In a quantized model dense layers, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be faster:
+        # one operation outside the kernels would make the whole step impossible to record.
+        layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
+
+
+def dequantize_weights(linears: list[MatrixLayer], dtype: torch.dtype, is_mmapped: bool):
+    """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
+    again for every token, which takes some twenty times as long as multiplying it. If memory is too small, prints that
+    and changes nothing."""
+    n_bytes = sum(layer.out_features * layer.in_features * (layer.n_experts or 1) for layer in linears) * dtype.itemsize
+    free = free_memory()
+    if n_bytes > free:
+        lack = f"dequantized they take {n_bytes / 1e9:.2f} GB, of which {free / 1e9:.2f} are free"
+        print(f"every token dequantizes all weights, since {lack}", file=sys.stderr)
+        return
+    for layer in tqdm(linears, "load", disable=None, leave=False):
+        quantized = layer.tensors()
+        layer.set_tensor("weight", dequantize_rows(layer.format, quantized, layer.in_features, dtype))
+        layer.scales = layer.zeros = None
+        layer.format = Dequantized(layer.format.name)
+        for tensor in quantized.values() if is_mmapped else ():
+            drop_pages(tensor)
+
+
+def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dtype: torch.dtype) -> Tensor:
+    """format.dequantize, a few rows at a time, so that its float32 copies stay in the processor's cache."""
+    *outputs, _ = tensors["weight"].shape
+    rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
+    weight = torch.empty(math.prod(outputs), in_features, dtype=dtype)
+    use_huge_pages(weight)
+    step = max(1, QUANTIZE_CHUNK // in_features)
+    for i in range(0, len(weight), step):
+        weight[i : i + step] = format.dequantize({name: t[i : i + step] for name, t in rows.items()}, dtype)
+    return weight.view(*outputs, in_features)
+
+
+def pack_for_triton(linears: list[MatrixLayer], dtype: torch.dtype = torch.bfloat16):
+    """dtype: of the activations. Without matrix units PyTorch is faster with more than a few tokens."""
+    from kernels.triton.formats import supports
+    from kernels.triton.launch import FEW_TOKENS, min_block_m_of
+
+    for layer in linears:
+        if supports(layer):
+            for name, packed in layer.format.pack(layer.tensors(), "triton").items():
+                layer.set_tensor(name, packed)
+            has_matrix_units = min_block_m_of(layer.weight.new_empty(0, dtype=dtype)) > 1
+            layer.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
+            layer.backend = "triton"
+
+
+def load_triton_kernels(device: torch.device) -> bool:
+    """Whether Triton works here. It needs a C compiler and Python.h. If it does not work, prints why."""
+    try:
+        from kernels.triton import attention, linear, moe, sampling  # noqa: F401  (they register the operations)
+
+        torch.ops.gptfast_triton.route(torch.zeros(1, 2, device=device), 1, True, 0)
+        return True
+    except Exception as e:  # the driver, the compiler and Triton each raise errors of their own
+        why = str(e).partition("\n")[0]
+        print(f"Triton does not run here ({why}): running on PyTorch's own, slower operations", file=sys.stderr)
+        return False
