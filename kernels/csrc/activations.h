@@ -39,20 +39,21 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ACT_GROUP activations as int8: x = scale * q, |q| <= 127.
 //
-// compensation is for the zero points of the weights (oneDNN's word for it; in llama.cpp it is s of block_q8_1). These
-// are taken out of the sum over a group of weights w:
+// The zero points of the weights are taken out of the sum over a group of weights w (oneDNN calls it compensation; in
+// llama.cpp it is s of block_q8_1):
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * sum of x
 //
-// The last sum is the same for all outputs. So it is computed once, here:
+// The last sum is the same for all outputs, so it is computed once, here. Which form it has depends on the format:
 //
-//     Int8           The zero is 128 everywhere. compensation = -128 * (sum of q) is added to the group's sum of w * q.
-//     the others     A group of weights has a zero of its own, and is as long as several groups of activations.
-//                    compensation is the running sum of x within the group of weights. The loops read it at the last
-//                    group of activations, where it is the sum of x over the group of weights.
+//     F::SHARED_ZERO    All weights have this zero. zero_term = -zero * (sum of q) is added to every group of
+//                       activations' sum of w * q.
+//     the others        A group of weights has a zero of its own, and is as long as several groups of activations.
+//                       running_sum is the sum of x from the beginning of the group of weights to the end of this group
+//                       of activations. The loops read it at the last one, where it is the whole sum.
 struct QuantizedGroup {
   float scale;  // NaN if one of x is not finite; then the outputs are NaN, too
-  float compensation;
+  union { float zero_term, running_sum; };
   int8_t q[ACT_GROUP];
 };
 
@@ -70,7 +71,7 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
   const auto add = [](IntVec a, IntVec b) { return a + b; };
   const Vec to_int = Vec{} + ROUND_TO_INT;
-  float compensation = 0;
+  float running_sum = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
     const Vec v = load_partial(x, k, w.k);
     // The largest magnitude of each group. Without their sign, floats compare like their bits, and NaN is the largest.
@@ -81,22 +82,24 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
     const IntVec sums = reduce_halves(q, add);
     for (int i = 0; i < LANES; i += ACT_GROUP) {
       const bool begins_group = (k + i) % w.group_size == 0;  // of weights
-      compensation = F::compensation(sums[i], scale[i], begins_group ? 0 : compensation);
+      running_sum = (begins_group ? 0 : running_sum) + sums[i] * scale[i];
       QuantizedGroup& group = groups[(k + i) / ACT_GROUP];
-      group.scale = scale[i], group.compensation = compensation;
+      group.scale = scale[i];
+      if constexpr (F::SHARED_ZERO) group.zero_term = -F::SHARED_ZERO * sums[i];
+      else group.running_sum = running_sum;
       std::memcpy(group.q, reinterpret_cast<const int8_t*>(&bytes) + i, ACT_GROUP);
     }
   }
 }
 
-// ---- The activations of a product -----------------------------------------------------------------------------------
+// ---- The input of a product -----------------------------------------------------------------------------------------
 
 // A token's activations, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, float [k] if is_widened,
 // else T [k].
 using ActivationRow = const void*;
 
 // The activations x [m, k] of a product with w. They are normed first if norm_weight [k] is not null.
-template <typename T> struct Activations {
+template <typename T> struct ProductInput {
   const T* x;
   int64_t m;
   const Weights& w;

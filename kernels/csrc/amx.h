@@ -27,7 +27,7 @@ inline bool has_amx() {
 template <typename T> bool uses_amx(const Weights& w, int64_t m) {
   return dispatch_format(w.format, [&]<typename F>(F) {
     // A tile must not reach into the next group of inputs if the sums are scaled (dot_amx).
-    const bool has_whole_tiles = !std::is_same_v<F, Float8> || w.n_groups == 1 || w.group_size % TILE_K == 0;
+    const bool has_whole_tiles = !F::SCALES_SUMS || w.n_groups == 1 || w.group_size % TILE_K == 0;
     return std::is_same_v<T, bf16> && m >= F::MIN_AMX_TOKENS && has_whole_tiles && has_amx();
   });
 }
@@ -60,14 +60,15 @@ inline IntVec load_ahead(const char* data) {
   return load<IntVec>(data);
 }
 
-// Rounds to the nearest bf16 once it is cut.
-inline Vec round_to_be_cut(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
+// Adds half of the last place that bf16 has. Then v, cut to bf16, is the nearest one.
+inline Vec add_half_ulp(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
 
 // Makes bf16 of a line, 16 words of format F:
 //
 //     set_group(w, group)    for the lines of this group of inputs
 //     decode(words, lines)   PER_WORD / 2 lines of a tile: in line i elements 2 i and 2 i + 1 of each of the 16 outputs,
-//                            as AMX wants it (VNNI layout). Output scales, and Float8's, are left to dot_amx.
+//                            as AMX wants it (VNNI layout). Scales of outputs and of sums
+//                            (SCALES_SUMS) are left to dot_amx.
 //
 // This one serves any format. The others are faster.
 template <typename F> struct LineDecoder {
@@ -76,7 +77,7 @@ template <typename F> struct LineDecoder {
   void set_group(const Weights& w, int64_t i) { group = F::scales_and_zeros(w, i); }
   void decode(IntVec words, IntVec* lines) const {
     const auto weight = [&](int j) {
-      return round_to_be_cut((as_float(F::element(words, j)) - group.zeros) * group.scales);
+      return add_half_ulp((as_float(F::element(words, j)) - group.zeros) * group.scales);
     };
     for (int j = 0; j < F::PER_WORD; j += 2) lines[j / 2] = bf16_pairs(weight(j), weight(j + 1));
   }
@@ -102,7 +103,7 @@ template <int BIT, int SIZE> struct ElementAt {
   }
   Vec operator()(IntVec words) const {
     const Vec one_and_q = (Vec)((words & (((1 << SIZE) - 1) << BIT)) | 0x3f800000);  // the bits of 1.0f
-    return round_to_be_cut(one_and_q * scale + offset);
+    return add_half_ulp(one_and_q * scale + offset);
   }
 };
 
@@ -146,7 +147,7 @@ template <> struct LineDecoder<MXFP4> {
 
   void set_group(const Weights& w, int64_t i) { scale = MXFP4::scales(w, i); }
   void decode(IntVec words, IntVec* lines) const {
-    const Vec values = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    const Vec values = load_vec(MXFP4::VALUES.data());
     const auto element = [&](int shift) { return lookup(values, words >> shift) * scale; };
     for (int i = 0; i < 2; i++) {
       lines[i] = bf16_pairs(element(16 * i), element(16 * i + 8));
@@ -227,16 +228,16 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
     if constexpr (N > 1) { _tile_loadd(5, tiles + TILE_BYTES, 64); _tile_dpbf16ps(1, 5, 7); }
     if constexpr (N > 2) { _tile_loadd(6, tiles + 2 * TILE_BYTES, 64); _tile_dpbf16ps(2, 6, 7); }
     if constexpr (N > 3) { _tile_loadd(4, tiles + 3 * TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
-    if constexpr (std::is_same_v<F, Float8>) {
+    if constexpr (F::SCALES_SUMS) {
       if (end < w.k && end % w.group_size) continue;
       Vec sums[16 * N];  // of a group of inputs
       store_sums(sums), zero_sums();
       const int64_t group = (end - 1) / w.group_size;
-      const Vec scale = Float8::scales_and_zeros(w, block * w.n_groups + group).scales;
+      const Vec scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
       for (int i = 0; i < 16 * N; i++) out[i] = sums[i] * scale + (group ? out[i] : Vec{});
     }
   }
-  if constexpr (!std::is_same_v<F, Float8>) store_sums(out);
+  if constexpr (!F::SCALES_SUMS) store_sums(out);
   if constexpr (F::HAS_OUTPUT_SCALES) {
     const Vec scale = F::output_scales(w, block);
     for (int i = 0; i < 16 * N; i++) out[i] *= scale;

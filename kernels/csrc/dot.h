@@ -80,7 +80,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const ActivationRow* toke
       for (int b = 0; b < BLOCKS; b++) {
         IntVec acc = {};
         dot4(acc, first[b], q0), dot4(acc, second[b], q4);
-        total[b][m] += (as_float(acc) + x[m][g].compensation) * x[m][g].scale;
+        total[b][m] += (as_float(acc) + x[m][g].zero_term) * x[m][g].scale;
       }
     }
   }
@@ -131,7 +131,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const ActivationRow* t
     }
     for (int b = 0; b < BLOCKS; b++) {
       const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);
-      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].compensation) * scale;
+      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].running_sum) * scale;
     }
   }
   for (int b = 0; b < BLOCKS; b++)
@@ -284,6 +284,15 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
 // A block's outputs v and its part of bias [n], if bias is not null.
 template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t n) {
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
+}
+
+// Token i's outputs in block blocks[b], of the products y with these blocks of weights, after bias and activation. A gated
+// one takes two blocks, of the gate and the up projection, and b is 0.
+template <typename T>
+Vec finish_product(const Outputs* y, int64_t i, int64_t b, const int64_t* blocks, const T* bias, int64_t n,
+                   Glu activation) {
+  const Vec v = add_bias(y[b][i], bias, blocks[b], n);
+  return is_gated(activation) ? activate(v, add_bias(y[1][i], bias, blocks[1], n), activation) : v;
 }
 
 // The product of M tokens with BLOCKS blocks of weights, for any packed format, and overloads for some. T: the

@@ -14,21 +14,21 @@ template <typename T> struct LinearOp {
   const T *bias, *norm_weight;  // [n], [k], or null
   float eps;
   const T* residual;  // [m, n_out] or null
-  Activation activation;
+  Glu activation;
   float scale, softcap, clip;  // softcap, clip: 0 for none
   T* out;
   float* float32_out;  // if not null, replaces out
 
   bool is_on_amx() const { return uses_amx<T>(w, m); }
-  Activations<T> activations() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
-  size_t shared_bytes() const { return activations().shared_bytes(); }
+  ProductInput<T> input() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
+  size_t shared_bytes() const { return input().shared_bytes(); }
 
   // The threads share out the blocks of outputs.
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
     ActivationRow tokens[MAX_TOKENS];
-    activations().prepare(shared, barrier, tokens);
+    input().prepare(shared, barrier, tokens);
     const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
     Outputs y[2];
     std::optional<TileRegisters> tile_registers;
@@ -39,11 +39,8 @@ template <typename T> struct LinearOp {
       if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tokens[0], y);
       else dot<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, y);
       for (int64_t i = 0; i < m; i++)
-        for (int64_t b = 0; b < n_blocks; b++) {
-          Vec v = add_bias(y[b][i], bias, blocks[b], w.n);
-          if (gated) v = activate(v, add_bias(y[1][i], bias, blocks[1], w.n), activation);
-          epilogue(v, i, blocks[b], n_out);
-        }
+        for (int64_t b = 0; b < n_blocks; b++)
+          epilogue(finish_product(y, i, b, blocks, bias, w.n, activation), i, blocks[b], n_out);
     }
   }
 
@@ -71,11 +68,11 @@ template <typename T> struct RMSNormOp {
   void execute(char*, Barrier&) const {
     const int64_t vecs_per_token = (k + LANES - 1) / LANES;
     const Range range = thread_range(m * vecs_per_token);
-    float scale = 0;  // 1 / rms of the token
+    float inverse_rms = 0;  // of the token
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
-      if (i == 0 || task == range.begin) scale = inverse_rms(x + token * k, eps, k);
-      Vec v = normed_vec(x + token * k, weight, scale, i, k);
+      if (i == 0 || task == range.begin) inverse_rms = ::inverse_rms(x + token * k, eps, k);
+      Vec v = normed_vec(x + token * k, weight, inverse_rms, i, k);
       if (residual) v += load_partial(residual + token * k, i, k);
       store_partial(v, out + token * k, i, k);
     }
@@ -86,7 +83,7 @@ template <typename T> struct RMSNormOp {
 template <typename T> struct GluOp {
   const T* gate_up;
   int64_t m, f;
-  Activation activation;
+  Glu activation;
   T* out;
 
   void execute(char*, Barrier&) const {

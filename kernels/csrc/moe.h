@@ -34,18 +34,18 @@ template <typename T> struct ExpertsGateUpOp {
   const T* bias;         // [n_experts, n] or null
   const T* norm_weight;  // [k] or null
   float eps;
-  Activation activation;  // as in LinearOp
+  Glu activation;  // as in LinearOp
   T* hidden;
 
-  Activations<T> activations() const { return {x, m, w, norm_weight, eps}; }
-  size_t shared_bytes() const { return activations().shared_bytes(); }
+  ProductInput<T> input() const { return {x, m, w, norm_weight, eps}; }
+  size_t shared_bytes() const { return input().shared_bytes(); }
 
   // The threads share out the blocks of outputs of all experts in use.
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
     ActivationRow tokens[MAX_TOKENS], tokens_of_expert[MAX_TOKENS];
-    activations().prepare(shared, barrier, tokens);
+    input().prepare(shared, barrier, tokens);
     Outputs y[2];
     const Range range = thread_range(n_blocks * batches.size());
     for (int64_t task = range.begin; task < range.end; task++) {
@@ -56,8 +56,7 @@ template <typename T> struct ExpertsGateUpOp {
       dot<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, tokens_of_expert, y);
       const T* expert_bias = bias ? bias + expert * w.n : nullptr;
       for (int64_t i = 0; i < n_pairs; i++) {
-        Vec v = add_bias(y[0][i], expert_bias, blocks[0], w.n);
-        if (is_gated(activation)) v = activate(v, add_bias(y[1][i], expert_bias, blocks[1], w.n), activation);
+        const Vec v = finish_product(y, i, 0, blocks, expert_bias, w.n, activation);
         store_partial(v, hidden + pairs[i] * n_out, block * BLOCK_N, n_out);
       }
     }
@@ -76,14 +75,14 @@ template <typename T> struct ExpertsDownOp {
   const T* residual;  // [m, n] or null
   T* out;
 
-  Activations<T> activations() const { return {hidden, m * top_k, w, nullptr, 0}; }
-  size_t shared_bytes() const { return activations().shared_bytes(); }
+  ProductInput<T> input() const { return {hidden, m * top_k, w, nullptr, 0}; }
+  size_t shared_bytes() const { return input().shared_bytes(); }
 
   // The threads share out the blocks of outputs: one thread adds up all experts of a block.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
     std::vector<ActivationRow> hidden_of_pairs(m * top_k);
-    activations().prepare(shared, barrier, hidden_of_pairs.data());
+    input().prepare(shared, barrier, hidden_of_pairs.data());
     ActivationRow hidden_of_expert[MAX_TOKENS];
     Outputs y[2], total;
     const Range range = thread_range(w.n_blocks());

@@ -87,13 +87,13 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
   return result;
 }
 
-// The activation of a number of ACTIVATION_IDS in kernels/schema.py.
-Activation activation_of(int64_t id) {
-  switch (const Activation activation{id}) {
-    case Activation::NONE:
-    case Activation::SWIGLU:
-    case Activation::GEGLU_TANH:
-    case Activation::CLAMPED_SWIGLU: return activation;
+// The Glu of a number of ACTIVATION_IDS in kernels/schema.py.
+Glu glu_of(int64_t id) {
+  switch (const Glu activation{id}) {
+    case Glu::NONE:
+    case Glu::SWIGLU:
+    case Glu::GEGLU_TANH:
+    case Glu::CLAMPED_SWIGLU: return activation;
   }
   STD_TORCH_CHECK(false, "these kernels do not know this activation");
 }
@@ -103,7 +103,7 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
               int64_t activation_id, double scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight, residual});
   const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
-  const Activation activation = activation_of(activation_id);
+  const Glu activation = glu_of(activation_id);
   Tensor out = torch::stable::new_empty(x, resized(x, is_gated(activation) ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
@@ -116,7 +116,7 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
 }
 
 Tensor glu(Tensor gate_up, int64_t activation_id) {
-  const Activation activation = activation_of(activation_id);
+  const Glu activation = glu_of(activation_id);
   STD_TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0, "gate and up must be contiguous halves");
   STD_TORCH_CHECK(is_gated(activation), "glu needs an activation");
   const int64_t f = gate_up.size(-1) / 2;
@@ -217,7 +217,7 @@ Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zero
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
   const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
-  const Activation activation = activation_of(activation_id);
+  const Glu activation = glu_of(activation_id);
   Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(activation) ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
@@ -251,8 +251,8 @@ Tensor sample(Tensor logits, OptTensor noise, double temperature) {
                   logits.numel() > 0, "logits must be float32 [B, V]");
   STD_TORCH_CHECK(!noise && temperature == 0, "this kernel only finds the likeliest token");
   Tensor tokens = torch::stable::new_empty(logits, Sizes{logits.size(0)}, ScalarType::Long);
-  submit(LikeliestOp{.logits = ptr<float>(logits), .m = logits.size(0), .n = logits.size(1),
-                     .tokens = mutable_ptr<int64_t>(tokens)});
+  submit(ArgmaxOp{.logits = ptr<float>(logits), .m = logits.size(0), .n = logits.size(1),
+                  .tokens = mutable_ptr<int64_t>(tokens)});
   return tokens;
 }
 

@@ -6,7 +6,7 @@
 #include "tape.h"
 
 // tokens [m] = argmax of logits [m, n]: of tied tokens the first; -1 where a logit is not finite
-struct LikeliestOp {
+struct ArgmaxOp {
   const float* logits;
   int64_t m, n;
   int64_t* tokens;

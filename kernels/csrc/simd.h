@@ -247,20 +247,20 @@ inline Vec clamp(Vec x, float limit) {
   return x < -limit ? Vec{} - limit : x;
 }
 
-// The activations of a gated feed-forward; kernels/schema.py has the same numbers.
-enum class Activation : int64_t { NONE = 0, SWIGLU = 1, GEGLU_TANH = 2, CLAMPED_SWIGLU = 3 };
+// The activation of a gated feed-forward (a gated linear unit), or none. kernels/schema.py has the same numbers.
+enum class Glu : int64_t { NONE = 0, SWIGLU = 1, GEGLU_TANH = 2, CLAMPED_SWIGLU = 3 };
 
 // Whether what it is applied to is a gate and, beside it, an up projection.
-inline bool is_gated(Activation activation) { return activation != Activation::NONE; }
+inline bool is_gated(Glu activation) { return activation != Glu::NONE; }
 
 // activation(gate) * up, as in kernels/reference.py. activation is gated.
-inline Vec activate(Vec gate, Vec up, Activation activation) {
+inline Vec activate(Vec gate, Vec up, Glu activation) {
   switch (activation) {
-    case Activation::NONE: break;
-    case Activation::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
-    case Activation::GEGLU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
+    case Glu::NONE: break;
+    case Glu::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
+    case Glu::GEGLU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
       return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
-    case Activation::CLAMPED_SWIGLU:
+    case Glu::CLAMPED_SWIGLU:
       gate = gate > 7.0f ? Vec{} + 7 : gate;
       return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
   }

@@ -70,8 +70,8 @@ class Barrier {
 // Several computations may take turns, such as decoding and verifying. Then their times cannot be compared, so each is
 // divided by what the same computation took once.
 class ThreadCount {
-  static constexpr double WINDOW_SECONDS = 0.03;             // a decision takes so long, or longer, until it has timed
-  static constexpr int MIN_TIMED = 2;                        // so many repetitions
+  static constexpr double WINDOW_SECONDS = 0.03;             // for how long they are timed before a decision, at least
+  static constexpr int MIN_TIMED = 2;                        // how many repetitions are timed before it, at least
   static constexpr double MAX_STALLED = 0.15;                // of the waiting threads' time; above it fewer are tried
   static constexpr double MIN_GAIN = 0.03;                   // of the time; a trial that gains less is in vain
   static constexpr double MAX_LOSS = 0.25;                   // of a repetition; above it a trial of more threads ends
@@ -85,7 +85,8 @@ class ThreadCount {
   int64_t first_window = 0;          // of the clock, in which the repetitions began that are being timed
   int n_timed = 0;                   // how many these are
   double seconds = 0, stalled = 0;   // of all of these
-  double time = 0, time_before = 0;  // of one of these and of one before the trial, as a multiple of what it took once
+  double time = 0;                   // of all of these, each relative to once_seconds (see add); then their mean
+  double time_before = 0;            // that mean before the trial
 
  public:
   // How many threads the next repetition takes, of n. pause_seconds: since the last one.

@@ -73,11 +73,11 @@ struct AnyFormat {
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from so many tokens on, amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether sums are multiplied by a scale of their output
+  static constexpr bool SCALES_SUMS = false;              // whether amx.h scales the sums of groups, not the weights
+  static constexpr int32_t SHARED_ZERO = 0;               // the zero of all weights, if all outputs share one, else 0
   static Vec output_scales(const Weights&, int64_t) { return Vec{} + 1; }  // of a block
   // Where in a line of 16 words the byte is that holds element j of an output.
   static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
-  // With INT8_ACTIVATIONS: see QuantizedGroup in activations.h.
-  static float compensation(int32_t sum_q, float scale, float before) { return before + sum_q * scale; }
 };
 
 struct Dense : AnyFormat {
@@ -86,15 +86,16 @@ struct Dense : AnyFormat {
 
 struct Int8 : AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
+  static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int PER_WORD = 4;     // elements of a word
   static constexpr int SCALE_BYTES = 4;  // of a scale: 4 for float, 2 for f16 or bf16, 1 for an exponent
-  // Element j of a word, or of each of 16 words. Of a byte (linear.h: dequantize_words) j is 0 or, with 4 bits, 4.
+  // Element j of a word, or of each of 16 words. Also called with a single byte (linear.h: dequantize_words). Then j is
+  // 0 for its only element or its low half, and 4 for its high half.
   static auto element(auto words, int j) { return (words >> (8 * j)) & 255; }
-  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + 128}; }
+  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + float(SHARED_ZERO)}; }
   static Vec output_scales(const Weights& w, int64_t block) {
     return load_partial(reinterpret_cast<const float*>(w.scales), block * BLOCK_N, w.n);
   }
-  static float compensation(int32_t sum_q, float, float) { return -128 * sum_q; }
 };
 
 struct Int4 : AnyFormat {
@@ -119,7 +120,7 @@ struct GroupedInt8 : AnyFormat {
 
 // 8-bit floats: float8.h.
 struct Float8 : AnyFormat {
-  static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16;
+  static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16, SCALES_SUMS = true;
   static constexpr int64_t MIN_AMX_TOKENS = 3;
   static constexpr int PER_WORD = 4, SCALE_BYTES = 4;
   static int64_t byte_offset(int64_t output, int64_t j) {
@@ -136,17 +137,16 @@ struct Float8 : AnyFormat {
 struct MXFP4 : AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int PER_WORD = 8, SCALE_BYTES = 1;
-  // 12 + 2 e2m1. The constant holds twice the eight magnitudes, 0 1 2 3 4 6 8 12, in four bits each.
-  static auto element(auto words, int j) {
-    const auto nibble = Int4::element(words, j), sign = nibble >> 3;
-    const auto magnitude = ((nibble * 0 + int32_t(0xc8643210)) >> (4 * (nibble & 7))) & 15;
-    return 12 + (magnitude ^ -sign) + sign;
-  }
-  // The same for every byte of nibbles.
-  static IntVec unsigned_bytes(IntVec nibbles) {
-    alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-    return lookup_bytes(TABLE, nibbles);
-  }
+  // 12 + 2 e2m1, by the four bits of e2m1.
+  alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  alignas(64) static constexpr std::array<float, 16> VALUES = [] {  // e2m1
+    std::array<float, 16> values = {};
+    for (int i = 0; i < 16; i++) values[i] = (TABLE[i] - 12) * 0.5f;
+    return values;
+  }();
+  static int element(uint8_t byte, int j) { return TABLE[Int4::element(byte, j)]; }
+  static IntVec element(IntVec words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
+  static IntVec unsigned_bytes(IntVec nibbles) { return lookup_bytes(TABLE, nibbles); }
   static Vec scales(const Weights& w, int64_t group) { return exp2_vec(w.scales_of<uint8_t>(group)); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {scales(w, group) * 0.5f, Vec{} + 12};

@@ -37,7 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS: tuple[type[WeightFormat], ...] = (Dense, Int8, Int4, GroupedInt8, Float8, MXFP4)
-MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_option}  # by --mode
+MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_cli_mode}  # by --mode
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class WeightFormat:
 
     format_id: int  # the format's number in the kernels
     mode: str | None = None  # its name in model.pth
-    is_option = True  # whether --mode has it, by that name. False: it is no choice, or only converters make it
+    is_cli_mode = True  # whether --mode has it, by that name. Some are no choice, or only converters make them
     groupsize_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
     name: str | None = None  # in the output of --json and in a file's name
     quantization: dict | None = None  # in model.pth
@@ -60,8 +60,7 @@ class WeightFormat:
         raise NotImplementedError
 
     def common_format(self, other: "WeightFormat") -> "WeightFormat | None":
-        """The format that holds exactly what other projects' weights in this one and in other hold. None: there is
-        none."""
+        """The narrowest format that holds other projects' weights in both, without loss. None: there is none."""
         return self if self == other else None
 
     def widen(self, tensors: Tensors, wider: "WeightFormat", in_features: int) -> Tensors:
@@ -111,7 +110,7 @@ class Dense(WeightFormat):
     """16 or 32 bits, unchanged."""
 
     format_id = 0
-    is_option = False
+    is_cli_mode = False
     group_size = None
 
     @classmethod

@@ -27,7 +27,7 @@ class Int8(WeightFormat):
     """Symmetric, q from -127 to 127 where quantize.py made it, one scale for each output."""
 
     format_id = 1
-    mode = name = "int8"
+    mode = name = "int8"  # in model.pth without a "groupsize": with one it is GroupedInt8
     group_size = None
     quantization = {"mode": mode}
 
@@ -81,7 +81,7 @@ class GroupedFormat(WeightFormat):
 
     mode: ClassVar[str]
     group_sizes: ClassVar[tuple[int, ...]]  # that model.pth may have
-    zeros_per_step: ClassVar[int]  # zero points are stored in this part of a step of q
+    zeros_per_step: ClassVar[int]  # a stored zero point counts 1 / zeros_per_step of a step of q
 
     @property
     def name(self):
@@ -194,8 +194,8 @@ class GroupedInt8(GroupedFormat):
     """q from 0 to 255, and so is the zero point."""
 
     format_id = 3
-    mode = "int8"  # with a group size, which Int8 has not
-    is_option = False
+    mode = "int8"  # in model.pth as Int8's. An entry with a "groupsize" means this class, one without means Int8
+    is_cli_mode = False
     group_sizes = INT8_GROUP_SIZES
     zeros_per_step = 1
 

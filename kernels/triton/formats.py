@@ -45,6 +45,9 @@ from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats
 from kernels.triton.weights import load_rows, load_scales, load_slice_scales, load_tiles
 
 # ---- Dense and Int8 -------------------------------------------------------------------------------------------------
+#
+# fused_linear calls every multiply_... with the same arguments, and dequantize_kernel every dequantize_... Each ignores
+# what its format does not need.
 
 
 @triton.jit

@@ -144,9 +144,9 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
     """For x [..., K] and W [n, K]: what tuned.json says, or a guess. gated: W is a gate projection above an up
-    projection, and a program needs 16 outputs of both. n_tokens: of a product; x may have more, since each is with
-    another expert. The guess gives no program more than 99 KB of shared memory, or 64 KB on GPUs whose min_block_m is
-    not 8."""
+    projection, and a program needs 16 outputs of both. n_tokens: per product. With experts, x has a row for every pair
+    of a token and one of its experts. The guess gives no program more than 99 KB of shared memory, or 64 KB on GPUs
+    whose min_block_m is not 8."""
     gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
     k = x.shape[-1]
     if n_tokens > FEW_TOKENS and min_block_m > 1:
@@ -196,7 +196,7 @@ def guess_for_many(
     added, there are twice as many. In a step a warp executes 64 instructions of the matrix unit (128 with zero points)
     or fewer. So everything fits in its registers."""
     format = kernel_format(format_id)
-    bits = 16 if format_id == Dense.format_id else 4 if format.is_tiled else 8
+    bits = 16 if format_id == Dense.format_id else 8 // format.format_class.elements_per_byte
     has_slice_scales = format.has_slice_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_slice_scales else (64, 4096)
 

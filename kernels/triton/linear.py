@@ -278,7 +278,6 @@ def launch_fused_linear(
     if norm_weight is not None and not has_few_tokens:  # registers have no room for the sums of their squares
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
     block_m = max(min_block_m_of(x), triton.next_power_of_2(n_tokens))
-    n_tokens_and_m = (None, n_tokens) if has_few_tokens else (n_tokens, block_m)  # the kernel explains them
     format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size, n_tokens)
     block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
@@ -287,17 +286,15 @@ def launch_fused_linear(
     grid = triton.cdiv(n, tiles.block_n), n_pairs
     fused_linear_kernel[grid](
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
-        eps, scale if scale != 1 else None, softcap or None, clip or None, pack_offset(x.dtype), n,
-        *n_tokens_and_m, k, group_size, top_k, n_inputs > n_tokens,
-        format.multiply, format.is_tiled, format.has_channel_scales(group_size, k), format.stride(weight), activation,
-        dot_dtype(x),
-        BLOCK_M=block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=block_k,
-        K_SLICES=block_k // slice_k,
-        NUM_STAGES=tiles.num_stages,
-        PREFETCH_BYTES=PREFETCH_BYTES,
-        N_THREADS=32 * tiles.num_warps,
+        eps=eps, scale=scale if scale != 1 else None, softcap=softcap or None, clip=clip or None,
+        packed_offset=pack_offset(x.dtype), N=n, K=k, GROUP_SIZE=group_size,
+        n_tokens=None if has_few_tokens else n_tokens, M=n_tokens if has_few_tokens else block_m,  # see the kernel
+        TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens,
+        MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
+        HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(weight),
+        ACTIVATION=activation, DTYPE=dot_dtype(x),
+        BLOCK_M=block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k, K_SLICES=block_k // slice_k,
+        NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,
         num_warps=tiles.num_warps,
         **overlap_options(x.device, grid),
     )  # fmt: skip

@@ -45,7 +45,7 @@ from kernel_checks.exact_results import (
     with_residual,
 )
 from kernels import reference
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.formats import MXFP4, Dense, Float8, Int4, Int8, WeightFormat
 from kernels.ops import FUSED_GLU_MULTIPLE
 from kernels.schema import ACTIVATION_IDS
 from kernels.triton.launch import FEW_TOKENS
@@ -190,8 +190,8 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n, k, n_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-    if isinstance(format, Int4 | GroupedInt8):  # OFFSET + q times x, less OFFSET + zero times x
-        offset = OFFSETS[factor_dtype(dtype)] if isinstance(format, Int4) else 128
+    if w.zeros is not None:  # OFFSET + q times x, less OFFSET + zero times x
+        offset = OFFSETS[factor_dtype(dtype)] if format.elements_per_byte == 2 else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * offset * wide_scales
     use_triton(w)

@@ -11,7 +11,6 @@ enough (the borders are thousands of float32 steps apart) for no more than FLIPS
 import torch
 from torch import Tensor
 
-from kernels.formats import MXFP4, Float8
 from kernels.formats.float_bits import decode_e8m0
 
 U = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -23,13 +22,13 @@ def magnitudes(w) -> Tensor:
     """[N, K]: for a model.Linear as in a checkpoint, the magnitude of what is added up and taken off again for each
     weight: of quantized ones the offset of an unsigned number and the zero point count for themselves."""
     weight, scales = w.weight.double(), w.scales
-    if w.format.name is None:
+    if scales is None:
         return weight.abs()
-    if w.format.name == "int8":
-        return (weight.abs() + 256) * scales.double()[..., None]
-    if isinstance(w.format, Float8):
+    if w.weight.dtype == torch.float8_e4m3fn:
         return w.dequantized_weight(torch.float64).abs()
-    if isinstance(w.format, MXFP4):  # 12 + 2 e2m1, and 12, times half the scale
+    if w.weight.dtype == torch.int8:  # q + 128, and 128
+        return (weight.abs() + 256) * scales.double()[..., None]
+    if scales.dtype == torch.uint8:  # exponents, of e2m1 as 12 + 2 e2m1, and 12, times half the scale
         wide = decode_e8m0(scales).repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
         return w.dequantized_weight(torch.float64) + 12 * wide
     ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}

@@ -146,7 +146,8 @@ def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
     """The error of an output in float32, from sums that are exact within a slice of 16 or more columns. The slices'
     sums are scaled and added up; a few roundings (1 / rms, bias, residual) follow. float8 has a wider range than a sum
     of float32, so every term may be rounded. terms: the sum of all magnitudes."""
-    n_sums = 0 if isinstance(format, Dense | Int8) else k if isinstance(format, Float8) else k / 16
+    weight = format.empty(torch.Size([1, k]), torch.float32, "meta")["weight"]
+    n_sums = k if weight.dtype == torch.float8_e4m3fn else 0 if format.group_size is None else k / 16
     return (n_sums + 12) * U32 * terms
 
 
