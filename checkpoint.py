@@ -202,7 +202,7 @@ def explain_load_error(path: Path, e: Exception) -> str:
 
 
 @contextlib.contextmanager
-def wrong_kinds_refused(where: str) -> Iterator[None]:
+def type_errors_as_usage_errors(where: str) -> Iterator[None]:
     """Within this context, an error that a value of the wrong type or size causes becomes a UsageError. where: the file
     with the value."""
     try:

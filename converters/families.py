@@ -8,7 +8,7 @@ To add a family, add a row. docs/add_a_model.md has an example; family.py: Famil
 
 from functools import partial
 
-from checkpoint import wrong_kinds_refused
+from checkpoint import type_errors_as_usage_errors
 from config import ModelConfig, UsageError
 from converters.family import Family
 from converters.family_fields import (
@@ -58,7 +58,7 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
-    with wrong_kinds_refused("config.json"):
+    with type_errors_as_usage_errors("config.json"):
         family = find_family(hf_config)
         try:
             return read_hf_config(hf_config, generation, family)

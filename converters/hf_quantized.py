@@ -12,7 +12,7 @@ import re
 import torch
 from torch import Tensor
 
-from checkpoint import wrong_kinds_refused
+from checkpoint import type_errors_as_usage_errors
 from config import ModelConfig, UsageError
 from converters.hf_floats import float8_weight, split_mxfp4
 from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
@@ -36,7 +36,7 @@ def read_quantization(hf: dict) -> dict | None:
         return None
     if not isinstance(quantization, dict):
         raise UsageError("config.json: quantization_config must be an object")
-    with wrong_kinds_refused(PLACE):
+    with type_errors_as_usage_errors(PLACE):
         check_supported(quantization)
     return quantization
 
@@ -74,7 +74,7 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
         for name in [name for name in tensors if ACTIVATION_SCALES.search(name)]:
             del tensors[name]
         for layer in find_layers(tensors):
-            with wrong_kinds_refused(PLACE):
+            with type_errors_as_usage_errors(PLACE):
                 weight = read_layer(layer, quantization)
                 layer.check_all_taken()
             for kind in layer.tensors:

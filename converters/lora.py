@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import read_json, wrong_kinds_refused
+from checkpoint import read_json, type_errors_as_usage_errors
 from config import ModelConfig, UsageError
 from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors
@@ -66,7 +66,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}")
     config = read_json(path)
-    with wrong_kinds_refused(str(path)):
+    with type_errors_as_usage_errors(str(path)):
         try:
             check_config(config)
             lora_pairs, whole_tensors = sort_tensors(read_adapter_tensors(folder))
