@@ -19,6 +19,7 @@ from kernels import prepare, reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
 from kernels.formats.integers import GroupedFormat
 from kernels.ops import weight_arguments
+from kernels.schema import ACTIVATION_IDS
 from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, WeightMatrix
 from rope import alibi_slopes, rope_table
 from tests.compiler import write_compiler
@@ -39,7 +40,7 @@ from kernel_checks.exact_results import (  # isort: skip
 )
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
-ACTIVATIONS = [name for name in reference.ACTIVATIONS if name in kernels.ACTIVATION_IDS]
+ACTIVATIONS = [name for name in reference.ACTIVATIONS if name in ACTIVATION_IDS]
 built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
 
 
