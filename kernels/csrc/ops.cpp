@@ -1,7 +1,7 @@
 // The CPU kernels as PyTorch operations: torch.ops.gptfast.NAME. Each function checks its tensors, allocates the output
 // and submits the operation.
 //
-// kernels/__init__.py describes the operations, kernels/schema.py has their schemas, kernels/reference.py computes the
+// kernels/ops.py describes the operations, kernels/schema.py has their schemas, kernels/reference.py computes the
 // same in PyTorch, and kernels/cpu.py compiles this file.
 
 #include <torch/csrc/stable/library.h>

@@ -7,7 +7,7 @@
 #include "float8.h"
 #include "tape.h"
 
-constexpr int64_t MAX_TOKENS = 64;  // that an operation takes; also in kernels/__init__.py
+constexpr int64_t MAX_TOKENS = 64;  // that an operation takes; also in kernels/ops.py
 constexpr int64_t BLOCK_M = 8;      // tokens of a block, whose sums are kept in registers
 constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes of one Vec
 

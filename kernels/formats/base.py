@@ -141,7 +141,7 @@ class Dense(WeightFormat):
 
 @dataclass(frozen=True)
 class Dequantized(Dense):
-    """What a quantized weight becomes where there are no kernels for it (dequantize_weights in __init__.py)."""
+    """What a quantized weight becomes where there are no kernels for it (kernels/prepare.py: dequantize_weights)."""
 
     name: str  # of the format that the checkpoint has
 
