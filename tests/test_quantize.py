@@ -370,7 +370,7 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--mode=int4-gptq", "--calibration_text=nowhere"], "nowhere"),
         (["--label=a/b"], "--label"),
         (["--calibration_text=TEXT"], "needs no calibration"),
-        (["--checkpoint_path=."], "holds no config.json"),
+        (["--checkpoint_path=."], "holds no model"),
         (["--percdamp=0"], "--percdamp"),
         (["--percdamp=0", "--mode=int4-gptq"], "--percdamp"),
         (["--mode=int8", "--groupsize=64"], "--groupsize belongs to int4"),
