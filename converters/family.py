@@ -1,4 +1,4 @@
-"""Family: the columns of the table of families, which is families.py: FAMILIES. This file has no command line."""
+"""Family: the columns of the table of families, which is families.py: FAMILIES."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """What only one family's config.json has: functions for the rows of families.py: FAMILIES.
 
-Those of the first group give fields of ModelConfig, for Family.read_overrides. This file has no command line.
+Those of the first group give fields of ModelConfig, for Family.read_overrides.
 """
 
 from config import UsageError

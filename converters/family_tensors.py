@@ -1,7 +1,4 @@
-"""How one family's tensors differ from the canonical ones (model_tensors.py): for the rows of families.py: FAMILIES.
-
-This file has no command line.
-"""
+"""How one family's tensors differ from the canonical ones (model_tensors.py): for the rows of families.py: FAMILIES."""
 
 import re
 from collections.abc import Iterator

@@ -4,8 +4,8 @@
     remember_sources(folder, found)             # after it: in folder/model.sources.json
     have_changed(folder, files)
 
-Times cannot tell: `cp -p` and `rsync -a` give a new file an old one, and a folder's copy gets new ones. So a file is
-known by its size and by samples of its content. This file has no command line.
+A file with the same size and time is the same. Otherwise its time cannot tell: `cp -p` and `rsync -a` give a new file
+an old one, and a folder's copy gets new ones. Then a file is known by samples of its content.
 """
 
 import hashlib
@@ -31,12 +31,17 @@ def find_weights(folder: Path) -> list[Path]:
     return find_files(folder, WEIGHTS) or find_files(folder, ["*.pt"])
 
 
-def describe_sources(files: list[Path]) -> dict[str, str]:
-    """For each file's name a hash of its size and of samples of its content. Raises UsageError."""
+def describe_sources(files: list[Path]) -> dict[str, dict]:
+    """For each file's name its size and time, and a hash of its size and samples. Raises UsageError."""
     try:
-        return {file.name: hash_samples(file) for file in files}
+        return {file.name: size_and_time(file) | {"samples": hash_samples(file)} for file in files}
     except OSError as e:
         raise UsageError(f"cannot read {e.filename}: {e.strerror}") from None
+
+
+def size_and_time(file: Path) -> dict[str, int]:
+    stat = file.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def hash_samples(file: Path) -> str:
@@ -49,7 +54,7 @@ def hash_samples(file: Path) -> str:
     return digest.hexdigest()
 
 
-def remember_sources(folder: Path, described: dict[str, str]):
+def remember_sources(folder: Path, described: dict[str, dict]):
     try:
         (folder / MEMORY).write_text(json.dumps(described, indent=2))
     except OSError as e:
@@ -62,6 +67,14 @@ def have_changed(folder: Path, files: list[Path]) -> bool:
         return False
     try:
         remembered = dict(read_json(folder / MEMORY))
+        return any(not is_same(file, dict(remembered.get(file.name, {}))) for file in files)
     except (UsageError, TypeError, ValueError):
-        remembered = {}  # someone has changed it: as if all files were new
-    return any(remembered.get(name) != described for name, described in describe_sources(files).items())
+        return True  # someone has changed the memory
+    except OSError as e:
+        raise UsageError(f"cannot read {e.filename}: {e.strerror}") from None
+
+
+def is_same(file: Path, remembered: dict) -> bool:
+    if size_and_time(file).items() <= remembered.items():
+        return True
+    return hash_samples(file) == remembered.get("samples")
