@@ -110,38 +110,29 @@ template <typename T> struct AddOp {
   }
 };
 
-// out = (q - zero) * scale for n_words words of an output. line: that of their first, in a block of packed format F.
-template <typename F>
-void dequantize_words(const char* line, int64_t output, int64_t n_words, float scale, float zero, float* out) {
-  for (int64_t word = 0; word < n_words; word++)
-#pragma GCC unroll 1  // compiles in a third of the time
-    for (int64_t j = 0; j < 4; j++) {
-      const uint8_t byte = line[64 * word + F::byte_offset(output, j)];  // elements j, j + 4 ... of the word
-      for (int i = 0; i < F::PER_WORD; i += 4) out[F::PER_WORD * word + j + i] = (F::element(byte, i) - zero) * scale;
-    }
+// The inputs in a line of a block, [F::PER_WORD, 16 outputs].
+template <typename F> void line_to_inputs(F, const char* line, Vec* out) {
+  const IntVec words = load<IntVec>(line);
+  for (int j = 0; j < F::PER_WORD; j++) out[j] = as_float(F::element(words, j));
 }
-
-template <typename T> constexpr int64_t LINE = 64 / sizeof(T);  // elements of a cache line
-
-// The same for n elements, at most LINE of them.
-template <typename F, typename T>
-void dequantize_line(const char* line, int64_t output, int64_t n, float scale, float zero, T* out) {
-  float values[LINE<T>];
-  dequantize_words<F>(line, output, n / F::PER_WORD, scale, zero, values);
-  for (int64_t i = 0; i < n; i += LANES) store_partial(load_vec(values + i), out, i, n);
-}
+inline void line_to_inputs(Float8, const char* line, Vec* out) { float8_to_inputs(load<IntVec>(line), out); }
 
 // out [k] = one row of the matrix. Its words lie in the lines of its block, beside those of the 15 other rows.
 template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
   const int64_t block = row / BLOCK_N, lane = row % BLOCK_N;
   const char* line = w.block_data(block);
-  for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
+  for (int64_t begin = 0, end, group = block * w.n_groups; begin < w.k; begin = end, group++) {
+    end = std::min(w.k, begin + w.group_size);
     const auto [group_scale, zero] = F::scales_and_zeros(w, group);
     const Vec scale = group_scale * F::output_scales(w, block);
-    for (const int64_t end = std::min(w.k, k + w.group_size); k < end;) {
-      const int64_t n = std::min(LINE<T>, end - k);
-      dequantize_line<F>(line, lane, n, scale[lane], zero[lane], out + k);
-      line += 64 * (n / F::PER_WORD), k += n;
+    for (int64_t k = begin; k < end; k += LANES) {
+      Vec values = {};
+      for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, line += 64) {
+        Vec inputs[F::PER_WORD];
+        line_to_inputs(F{}, line, inputs);
+        for (int64_t j = 0; j < F::PER_WORD; j++) values[i + j] = inputs[j][lane];
+      }
+      store_partial((values - zero[lane]) * scale[lane], out, k, end);
     }
   }
 }
@@ -173,13 +164,6 @@ template <typename T> struct EmbedOp {
     }
   }
 };
-
-// The inputs in a line of a block, [F::PER_WORD, 16 outputs].
-template <typename F> void line_to_inputs(F, const char* line, Vec* out) {
-  const IntVec words = load<IntVec>(line);
-  for (int j = 0; j < F::PER_WORD; j++) out[j] = as_float(F::element(words, j));
-}
-inline void line_to_inputs(Float8, const char* line, Vec* out) { float8_to_inputs(load<IntVec>(line), out); }
 
 // out [n, k] = the matrix that weights of packed format F stand for. For prefill, so it is not recorded on a tape.
 //

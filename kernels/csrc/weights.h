@@ -76,8 +76,6 @@ struct AnyFormat {
   static constexpr bool SCALES_SUMS = false;              // whether amx.h scales the sums of groups, not the weights
   static constexpr int32_t SHARED_ZERO = 0;               // the zero of all weights, if all outputs share one, else 0
   static Vec output_scales(const Weights&, int64_t) { return Vec{} + 1; }  // of a block
-  // Where in a line of 16 words the byte is that holds element j of an output.
-  static int64_t byte_offset(int64_t output, int64_t j) { return 4 * output + j; }
 };
 
 struct Dense : AnyFormat {
@@ -89,9 +87,8 @@ struct Int8 : AnyFormat {
   static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int PER_WORD = 4;     // elements of a word
   static constexpr int SCALE_BYTES = 4;  // of a scale: 4 for float, 2 for f16 or bf16, 1 for an exponent
-  // Element j of a word, or of each of 16 words. Also called with a single byte (linear.h: dequantize_words). Then j is
-  // 0 for its only element or its low half, and 4 for its high half.
-  static auto element(auto words, int j) { return (words >> (8 * j)) & 255; }
+  // Element j of each of 16 words.
+  static IntVec element(IntVec words, int j) { return (words >> (8 * j)) & 255; }
   static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + float(SHARED_ZERO)}; }
   static Vec output_scales(const Weights& w, int64_t block) {
     return load_partial(reinterpret_cast<const float*>(w.scales), block * BLOCK_N, w.n);
@@ -101,7 +98,7 @@ struct Int8 : AnyFormat {
 struct Int4 : AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int PER_WORD = 8, SCALE_BYTES = 2;
-  static auto element(auto words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
+  static IntVec element(IntVec words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // What is multiplied for each byte 0 to 15 of nibbles.
   static IntVec unsigned_bytes(IntVec nibbles) { return nibbles; }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
@@ -112,7 +109,7 @@ struct Int4 : AnyFormat {
 struct GroupedInt8 : AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int PER_WORD = 4, SCALE_BYTES = 2;
-  static auto element(auto words, int j) { return Int8::element(words, j); }
+  static IntVec element(IntVec words, int j) { return Int8::element(words, j); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {w.half_scales(group), load_vec(w.zeros_of(group))};
   }
@@ -123,10 +120,6 @@ struct Float8 : AnyFormat {
   static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16, SCALES_SUMS = true;
   static constexpr int64_t MIN_AMX_TOKENS = 3;
   static constexpr int PER_WORD = 4, SCALE_BYTES = 4;
-  static int64_t byte_offset(int64_t output, int64_t j) {
-    return output / 4 * 16 + j / 2 * 8 + output % 4 * 2 + j % 2;
-  }
-  static float element(uint8_t byte, int) { return FLOAT8_VALUES[byte]; }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {load_vec(w.scales_of<float>(group)) * FLOAT8_FACTOR, Vec{}};
   }
@@ -144,7 +137,6 @@ struct MXFP4 : AnyFormat {
     for (int i = 0; i < 16; i++) values[i] = (TABLE[i] - 12) * 0.5f;
     return values;
   }();
-  static int element(uint8_t byte, int j) { return TABLE[Int4::element(byte, j)]; }
   static IntVec element(IntVec words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
   static IntVec unsigned_bytes(IntVec nibbles) { return lookup_bytes(TABLE, nibbles); }
   static Vec scales(const Weights& w, int64_t group) { return exp2_vec(w.scales_of<uint8_t>(group)); }
