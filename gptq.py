@@ -26,7 +26,9 @@ from evaluation.scoring import split_windows
 from kernels.formats import Int4, Tensors
 from kernels.formats.base import pack_int4
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
-from model import ExpertsGateUp, KVCache, LayerCache, Linear, Transformer
+from kernels.params import LayerCache
+from layers import ExpertsGateUp, Linear
+from model import KVCache, Transformer
 from tokenizer import Tokenizer
 
 MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time; bounds the memory of their float32 copies

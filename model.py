@@ -3,11 +3,9 @@
     Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys and values of earlier tokens; allocated once and passed in
-    Linear            y = x W^T, W in the checkpoint's format (kernels/formats/)
-    Embedding         a row of W for every token
 
-It computes only by the operations of kernels/ops.py, so one forward runs everywhere: in plain PyTorch, and on the
-kernels of a CPU or a GPU.
+The layers that hold the weights are in layers.py. All is computed by the operations of kernels/ops.py, so one forward
+runs everywhere: in plain PyTorch, and on the kernels of a CPU or a GPU.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
 heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.
@@ -21,9 +19,10 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig, UsageError
-from kernels.formats import Dense, Tensors, WeightFormat, WeightFormats
-from kernels.layers import LayerCache
+from kernels.formats import Dense, WeightFormat, WeightFormats
+from kernels.params import AttentionParams, LayerCache, WeightMatrix
 from kernels.schema import ACTIVATION_IDS
+from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm
 from rope import RopeTables, alibi_slopes
 
 DENSE = Dense()
@@ -158,34 +157,34 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
-        # x = x + [post_norm] attention([norm] x)
-        # x = x + [post_norm] feed_forward([norm] x)
-        # Norm and residual are arguments, since kernels fuse them: each sublayer's first matrix product applies the
-        # norm, and its last one adds the residual. A post_norm comes in between, so its kernel adds the residual.
-        if self.post_attention_norm is None:
-            x = self.attention(x, start_pos, cache, norm=self.attention_norm, residual=x)
-            return self.feed_forward(x, norm=self.ffn_norm, residual=x)
-        backend = self.attention.backend
-        y = self.attention(x, start_pos, cache, norm=self.attention_norm)
-        x = self.post_attention_norm(y, residual=x, backend=backend)
-        y = self.feed_forward(x, norm=self.ffn_norm)
-        return self.post_ffn_norm(y, residual=x, backend=backend)
+        x = self.add(x, self.attention, self.attention_norm, self.post_attention_norm, start_pos, cache)
+        return self.add(x, self.feed_forward, self.ffn_norm, self.post_ffn_norm)
+
+    def add(self, x: Tensor, sublayer: nn.Module, norm: RMSNorm | None, post_norm: RMSNorm | None, *args) -> Tensor:
+        """x + [post_norm] sublayer([norm] x, *args).
+
+        Norm and residual x are arguments of sublayer, since kernels fuse them: its first matrix product applies the
+        norm, and its last one adds the residual. A post_norm comes in between, so it adds the residual itself."""
+        if post_norm is None:
+            return sublayer(x, *args, norm=norm, residual=x)
+        return post_norm(sublayer(x, *args, norm=norm), residual=x, backend=self.attention.backend)
 
 
-class Attention(nn.Module):
+class Attention(AttentionParams):
     """softmax(scale * q k^T) v, with grouped key/value heads and RoPE or ALiBi."""
 
     def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.window = config.window(layer)
-        self.scale = config.attention_scale or self.head_dim**-0.5
-        self.softcap = config.attention_softcap
+        super().__init__(
+            config.n_heads,
+            scale=config.attention_scale or config.head_dim**-0.5,
+            window=config.window(layer),
+            softcap=config.attention_softcap,
+        )
+        self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
         self.alibi_slopes = alibi_slopes(self.n_heads) if config.alibi else None
         qkv_width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.dim, qkv_width, config.qkv_bias, clip=config.clip_qkv)
         self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias, scale=config.residual_scale)
-        self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_all_heads else (1, 1)
             self.q_norm = RMSNorm(q_heads * self.head_dim, config.norm_eps)
@@ -194,10 +193,10 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
 
     def forward(
-        self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: "RMSNorm | None", residual: Tensor | None = None
+        self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self, cache, start_pos)  # [B, T, H D]; in plain PyTorch kernels/reference.py: attend
+        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]; see kernels/reference.py: attend
         return self.o_proj(y, residual=residual)
 
     @property
@@ -214,7 +213,7 @@ class FeedForward(nn.Module):
         self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, config.ffn_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, scale=config.residual_scale)
 
-    def forward(self, x: Tensor, norm: "RMSNorm | None", residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
         hidden = self.gate_up_proj(x, norm=norm, activation=self.activation)  # [B, T, F]
         return self.down_proj(hidden, residual=residual)
 
@@ -233,112 +232,13 @@ class MoE(nn.Module):
         self.gate_up_proj = ExpertsGateUp(config.dim, 2 * config.ffn_dim, bias, n_experts)
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
-    def forward(self, x: Tensor, norm: "RMSNorm | None", residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.router.backend, self.moe.n_shared_experts
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
-
-
-class WeightMatrix(nn.Module):
-    """A weight W [N, K], or [E, N, K] for a layer of experts. The base of Linear and Embedding.
-
-    format: how W is stored (kernels/formats/).
-    backend: whose kernels W is packed for, "cpu" or "triton". "torch": W is as in the checkpoint, for plain PyTorch.
-    is_embedding: whether a step reads only some rows of W."""
-
-    is_embedding = False
-
-    def __init__(self, in_features: int, out_features: int, n_experts: int | None = None):
-        super().__init__()
-        self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
-        self.format: WeightFormat = DENSE
-        self.backend = "torch"
-        shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
-        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.register_buffer("scales", None)
-        self.register_buffer("zeros", None)
-
-    def tensors(self) -> Tensors:
-        """The tensors that store W, by name: weight and, if W is quantized, scales and perhaps zeros."""
-        named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def set_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """Replaces the tensor called name. Returns the new tensor; weight and bias become Parameters."""
-        if name in ("weight", "bias"):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(self, name, tensor)
-        return tensor
-
-    def set_format(self, format: WeightFormat):
-        """Changes the format of W. Its tensors are new and uninitialized."""
-        for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
-            self.set_tensor(name, tensor)
-        self.format = format
-
-    def dequantized_weight(self, dtype: torch.dtype, experts=slice(None)) -> Tensor:
-        """W [N, K] in dtype. In a layer of experts, the matrices [..., N, K] that experts selects: an index, a slice or
-        a tensor of indices."""
-        return kernels.dequantize(self, dtype, experts)
-
-
-class Embedding(WeightMatrix):
-    """Looks up a row of W [V, dim] for every token."""
-
-    is_embedding = True
-
-    def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """tokens [B, T] -> the rows of the tokens, times scale: [B, T, dim] in dtype."""
-        return kernels.embed(tokens, self, scale, dtype)
-
-
-class Linear(WeightMatrix):
-    """y = x W^T [+ bias].
-
-    scale, softcap, clip: applied to y in this order, see kernels.fused_linear; by default they change nothing.
-    max_tokens: up to how many tokens the kernels compute y. With more tokens plain PyTorch does."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
-        scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(in_features, out_features, n_experts)
-        self.scale, self.softcap, self.clip = scale, softcap, clip
-        self.max_tokens = 0
-        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
-
-    def forward(self, x: Tensor, norm=None, residual=None, activation=None, out_dtype=None) -> Tensor:
-        return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
-
-
-class ExpertsGateUp(Linear):
-    """The gate and up projections of all experts."""
-
-    def forward(self, x: Tensor, topk_ids: Tensor, norm=None, activation=None) -> Tensor:
-        """x [B, T, dim], topk_ids [B, T, top_k] -> every token times each of its experts: [B, T, top_k, F]."""
-        return kernels.experts_gate_up(x, self, topk_ids, norm, activation)
-
-
-class ExpertsDown(Linear):
-    """The down projections of all experts."""
-
-    def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, residual=None) -> Tensor:
-        """hidden [B, T, top_k, F] -> the weighted sum over each token's experts: [B, T, dim]."""
-        return kernels.experts_down(hidden, self, topk_ids, topk_weights, residual)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, backend: str = "torch") -> Tensor:
-        """[residual +] x / rms(x) * weight."""
-        return kernels.rms_norm(x, self.weight, self.eps, residual, backend)
 
 
 # ---- Cache and positions --------------------------------------------------------------------------------------------

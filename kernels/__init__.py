@@ -3,8 +3,8 @@
 Each file imports from those above it alone.
 
     formats/       how weights are stored: int8, int4, ...
-    layers.py      what the operations read of a layer: its weight, bias, KV cache ...
     schema.py      the arguments of the kernels, the same in C++ and in Triton
+    params.py      what an operation takes besides its input: a weight, a norm, the options of attention, a KV cache
     reference.py   the maths: every operation in plain PyTorch, for any device
     cpu.py         compiles and loads the C++ kernels (csrc/)
     triton/        the kernels of GPUs; its __init__.py lists the files
@@ -21,7 +21,6 @@ from kernels.ops import (
     MAX_TRITON_TOKENS,
     add,
     attend,
-    dequantize,
     embed,
     experts_down,
     experts_gate_up,
@@ -35,7 +34,7 @@ from kernels.ops import (
 from kernels.prepare import load_triton_kernels, pack_for_triton, prepare_kernels
 
 __all__ = [
-    "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "add", "attend", "dequantize", "embed",
+    "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "add", "attend", "embed",
     "experts_down", "experts_gate_up", "fused_linear", "glu", "has_attention_kernel", "load_triton_kernels",
     "pack_for_triton", "prepare_kernels", "rms_norm", "route", "sample",
 ]  # fmt: skip

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.layers import AttentionLayer, LayerCache, LinearLayer, MatrixLayer, NormLayer
-from kernels.schema import ACTIVATION_IDS
+from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
+from kernels.schema import ACTIVATION_IDS, ops_of_backend
 
 MAX_CPU_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
 MAX_TRITON_TOKENS = 64  # that the Triton kernels take
@@ -33,22 +33,13 @@ MAX_TRITON_QUERIES = 64  # of a key/value head, likewise
 FUSED_GLU_MULTIPLE = 32
 
 
-def ops_of_backend(backend: str):
-    """The torch.ops namespace of backend's kernels; None if backend is "torch"."""
-    if backend == "cpu":
-        return torch.ops.gptfast
-    if backend == "triton":
-        return torch.ops.gptfast_triton
-    return None
-
-
 def ops_for_tokens(backend: str, n_tokens: int):
     """ops_of_backend; None also if there are no tokens, or more than the kernels take. Then plain PyTorch computes."""
     max_tokens = MAX_CPU_TOKENS if backend == "cpu" else MAX_TRITON_TOKENS
     return ops_of_backend(backend) if 0 < n_tokens <= max_tokens else None
 
 
-def ops_of_layer(layer: LinearLayer, n_tokens: int, activation: str | None = None):
+def ops_of_layer(layer: LinearParams, n_tokens: int, activation: str | None = None):
     """ops_for_tokens of layer's backend. None also if PyTorch is faster with so many tokens, or if the kernels lack
     activation."""
     if n_tokens > layer.max_tokens or activation not in ACTIVATION_IDS:
@@ -57,7 +48,7 @@ def ops_of_layer(layer: LinearLayer, n_tokens: int, activation: str | None = Non
 
 
 def fused_linear(
-    x: Tensor, layer: LinearLayer, norm: NormLayer | None = None, residual: Tensor | None = None,
+    x: Tensor, layer: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> [..., N], by layer.
@@ -75,7 +66,7 @@ def fused_linear(
         return y if residual is None else add(y, residual, layer.backend)
     norm_weight, eps = norm_arguments(norm)
     return ops.fused_linear(
-        x.contiguous(), *weight_arguments(layer), layer.bias, norm_weight, eps,
+        x.contiguous(), *layer.kernel_arguments(), layer.bias, norm_weight, eps,
         residual=None if residual is None else residual.contiguous(),
         activation=ACTIVATION_IDS[activation],
         scale=layer.scale,
@@ -99,15 +90,15 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
     return x + y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
+def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None, backend: str) -> Tensor:
     """[residual +] x / rms(x) * weight over the last dimension."""
     ops = ops_for_tokens(backend, count_tokens(x))
     if ops is None:
-        return reference.rms_norm(x, weight, eps, residual)
-    return ops.rms_norm(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
+        return reference.rms_norm(x, norm, residual)
+    return ops.rms_norm(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
 
 
-def embed(tokens: Tensor, table: MatrixLayer, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
     if table.format.quantization:  # only the kernels can read what is packed for them, for however many tokens
         ops = ops_of_backend(table.backend)
@@ -117,20 +108,20 @@ def embed(tokens: Tensor, table: MatrixLayer, scale: float, dtype: torch.dtype) 
         ops = None
     if ops is None:
         return reference.embed(tokens, table, scale, dtype)
-    return ops.embed(tokens.contiguous(), *weight_arguments(table), table.in_features, dtype, scale)
+    return ops.embed(tokens.contiguous(), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
-def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Tensor) -> Tensor:
+def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
     """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The new keys and values
     are written to cache, the first at start_pos [B]."""
     batch, n_tokens, _ = qkv.shape
-    if not has_attention_kernel(layer.backend, batch, n_tokens, layer.n_heads // cache.k.shape[1]):
-        return reference.attend(qkv, layer, cache, start_pos)
-    q_norm_weight, eps = norm_arguments(layer.q_norm)
-    k_norm_weight, _ = norm_arguments(layer.k_norm)
-    return ops_of_backend(layer.backend).attend(
-        qkv, cache.k, cache.v, start_pos, cache.rope, q_norm_weight, k_norm_weight, eps, layer.sinks,
-        cache.alibi_slopes, layer.n_heads, layer.window, layer.scale, layer.softcap,
+    if not has_attention_kernel(backend, batch, n_tokens, params.n_heads // cache.k.shape[1]):
+        return reference.attend(qkv, params, cache, start_pos)
+    q_norm_weight, eps = norm_arguments(params.q_norm)
+    k_norm_weight, _ = norm_arguments(params.k_norm)
+    return ops_of_backend(backend).attend(
+        qkv, cache.k, cache.v, start_pos, cache.rope, q_norm_weight, k_norm_weight, eps, params.sinks,
+        cache.alibi_slopes, params.n_heads, params.window, params.scale, params.softcap,
     )  # fmt: skip
 
 
@@ -156,7 +147,7 @@ def route(
 
 
 def experts_gate_up(
-    x: Tensor, layer: LinearLayer, topk_ids: Tensor, norm: NormLayer | None = None, activation: str | None = None
+    x: Tensor, layer: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
 ) -> Tensor:
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
     [B, T, top_k, F]. norm and activation are as in fused_linear."""
@@ -167,20 +158,20 @@ def experts_gate_up(
         return glu(experts_gate_up(x, layer, topk_ids, norm), activation, layer.backend)
     norm_weight, eps = norm_arguments(norm)
     return ops.experts_gate_up(
-        x.contiguous(), *weight_arguments(layer), layer.bias, topk_ids, norm_weight, eps,
+        x.contiguous(), *layer.kernel_arguments(), layer.bias, topk_ids, norm_weight, eps,
         activation=ACTIVATION_IDS[activation],
     )  # fmt: skip
 
 
 def experts_down(
-    hidden: Tensor, layer: LinearLayer, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, layer: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
     [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
     ops = ops_of_layer(layer, count_tokens(topk_ids))
     if ops is None:
         return reference.experts_down(hidden, layer, topk_ids, topk_weights, residual)
-    return ops.experts_down(hidden, *weight_arguments(layer), layer.bias, topk_ids, topk_weights, residual)
+    return ops.experts_down(hidden, *layer.kernel_arguments(), layer.bias, topk_ids, topk_weights, residual)
 
 
 def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:
@@ -195,35 +186,10 @@ def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:
     return torch.ops.gptfast_triton.sample(logits.contiguous(), noise, temperature)
 
 
-def dequantize(layer: LinearLayer, dtype: torch.dtype, experts=slice(None)) -> Tensor:
-    """The weight of layer as a matrix [N, K] in dtype. For experts: the matrices that experts
-    selects, an index, a slice or a tensor of indices."""
-    tensors = layer.tensors()
-    if layer.n_experts is not None:
-        tensors = {name: t[experts] for name, t in tensors.items()}
-    is_matrix = layer.n_experts is None or isinstance(experts, int)
-    if layer.backend == "torch" or layer.format.quantization is None:
-        return layer.format.dequantize(tensors, dtype)
-    if is_matrix:
-        group_size = layer.format.scale_group_size(layer.in_features)
-        return ops_of_backend(layer.backend).dequantize(
-            tensors["weight"], tensors.get("scales"), tensors.get("zeros"), layer.format.format_id,
-            layer.out_features, group_size, layer.in_features, dtype,
-        )  # fmt: skip
-    unpacked = layer.format.unpack(tensors, layer.backend, layer.out_features, layer.in_features)
-    return layer.format.dequantize(unpacked, dtype)
-
-
 def count_tokens(x: Tensor) -> int:
     """The number of tokens in x [..., width]."""
     return x.numel() // x.shape[-1]
 
 
-def norm_arguments(norm: NormLayer | None) -> tuple[Tensor | None, float]:
+def norm_arguments(norm: NormParams | None) -> tuple[Tensor | None, float]:
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)
-
-
-def weight_arguments(layer: MatrixLayer) -> tuple:
-    """The arguments that describe a weight to a kernel; kernels/schema.py: WEIGHT names them."""
-    group_size = layer.format.scale_group_size(layer.in_features)
-    return layer.weight, layer.scales, layer.zeros, layer.format.format_id, layer.out_features, group_size

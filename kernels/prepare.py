@@ -14,12 +14,12 @@ from tqdm import tqdm
 from kernels import cpu
 from kernels.formats import Dequantized, Tensors, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
-from kernels.layers import MatrixLayer
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
+from kernels.params import WeightMatrix
 from machine import drop_pages, free_memory, use_huge_pages
 
 
-def prepare_kernels(layers: Sequence[MatrixLayer], dtype: torch.dtype, is_mmapped: bool = False):
+def prepare_kernels(layers: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
     """Switches layers, all of a model's, to the kernels for their device, if these work here. Their weights move to
     packed copies, so no two layers may share one.
 
@@ -41,7 +41,7 @@ def prepare_kernels(layers: Sequence[MatrixLayer], dtype: torch.dtype, is_mmappe
         pack_for_triton(layers, dtype)
 
 
-def pack_for_cpu(linears: list[MatrixLayer], is_mmapped: bool):
+def pack_for_cpu(linears: list[WeightMatrix], is_mmapped: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
     is_quantized = any(layer.format.quantization for layer in linears)
@@ -61,7 +61,7 @@ def pack_for_cpu(linears: list[MatrixLayer], is_mmapped: bool):
         layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
 
 
-def dequantize_weights(linears: list[MatrixLayer], dtype: torch.dtype, is_mmapped: bool):
+def dequantize_weights(linears: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as multiplying it. If memory is too small, prints that
     and changes nothing."""
@@ -92,7 +92,7 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     return weight.view(*outputs, in_features)
 
 
-def pack_for_triton(linears: list[MatrixLayer], dtype: torch.dtype = torch.bfloat16):
+def pack_for_triton(linears: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
     """dtype: of the activations. Without matrix units PyTorch is faster with more than a few tokens."""
     from kernels.triton.formats import supports
     from kernels.triton.launch import FEW_TOKENS, min_block_m_of

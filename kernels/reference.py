@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layers import AttentionLayer, LayerCache, LinearLayer, MatrixLayer, NormLayer
+from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 
 
 def fused_linear(
-    x: Tensor, layer: LinearLayer, norm: NormLayer | None = None, residual: Tensor | None = None,
+    x: Tensor, layer: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     if norm is not None:
-        x = rms_norm(x, norm.weight, norm.eps)
+        x = rms_norm(x, norm)
     y = F.linear(x, layer.dequantized_weight(x.dtype), layer.bias)
     if activation:
         y = glu(y, activation)
@@ -32,11 +32,11 @@ def fused_linear(
     return y if residual is None else residual + y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
     """RMSNorm (arXiv:1910.07467), in float32 except for the product with the weight."""
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = normed.to(x.dtype) * weight
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    y = normed.to(x.dtype) * norm.weight
     return y if residual is None else residual + y
 
 
@@ -71,7 +71,7 @@ def glu(gate_up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate, up)
 
 
-def embed(tokens: Tensor, table: MatrixLayer, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     if table.format.quantization is None:
         x = F.embedding(tokens, table.weight)
     else:
@@ -82,11 +82,11 @@ def embed(tokens: Tensor, table: MatrixLayer, scale: float, dtype: torch.dtype) 
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Tensor) -> Tensor:
+def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
-    q, k, v = qkv.view(B, T, -1, D).split([layer.n_heads, G, G], dim=2)  # [B, T, H or G, D]
-    if layer.q_norm is not None:
-        q, k = norm_heads(q, layer.q_norm), norm_heads(k, layer.k_norm)
+    q, k, v = qkv.view(B, T, -1, D).split([params.n_heads, G, G], dim=2)  # [B, T, H or G, D]
+    if params.q_norm is not None:
+        q, k = norm_heads(q, params.q_norm), norm_heads(k, params.k_norm)
     positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
     rope = cache.rope[positions]  # [B, T, D/2, 2]
     q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D], k [B, T, G, D]
@@ -100,55 +100,57 @@ def attend(qkv: Tensor, layer: AttentionLayer, cache: LayerCache, start_pos: Ten
         sequences = torch.arange(B, device=qkv.device)[:, None]
         cache.k[sequences, :, positions] = k
         cache.v[sequences, :, positions] = v
-    if layer.sinks is not None or layer.softcap or cache.alibi_slopes is not None:
-        y = eager_attention(q, layer, cache, positions)
+    if params.sinks is not None or params.softcap or cache.alibi_slopes is not None:
+        y = eager_attention(q, params, cache, positions)
     else:
-        y = sdpa_attention(q, layer, cache, positions, fills_cache)
+        y = sdpa_attention(q, params, cache, positions, fills_cache)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
-def sdpa_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor, fills_cache: bool) -> Tensor:
+def sdpa_attention(
+    q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, fills_cache: bool
+) -> Tensor:
     """Attention by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D].
     fills_cache: the T tokens are all that the cache holds."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
-        mask = causal_mask(positions, S, layer.window)
-        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=layer.scale)
+        mask = causal_mask(positions, S, params.window)
+        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
         return y.view(B, H, 1, D)
     k, v = cache.k, cache.v
     if q.is_cuda:  # for grouped heads with a mask, or in float32, SDPA has only its slowest kernel
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
-    if fills_cache and not 0 < layer.window < T:  # is_causal lets SDPA choose flash attention
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True)
-    mask = causal_mask(positions, S, layer.window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=True)
+    if fills_cache and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale, enable_gqa=True)
+    mask = causal_mask(positions, S, params.window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=params.scale, enable_gqa=True)
 
 
-def eager_attention(q: Tensor, layer: AttentionLayer, cache: LayerCache, positions: Tensor) -> Tensor:
+def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attention with what SDPA lacks: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
-    scores = (grouped @ cache.k[:, :, None].mT).float() * layer.scale  # [B, G, H/G, T, S]
-    if layer.softcap:
-        scores = apply_softcap(scores, layer.softcap)
+    scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
+    if params.softcap:
+        scores = apply_softcap(scores, params.softcap)
     if cache.alibi_slopes is not None:
         distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
         bias = cache.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
-    mask = causal_mask(positions, S, layer.window)
+    mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if layer.sinks is not None:  # the score of one more key, which takes its part of the softmax's sum
-        sinks = layer.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
+    if params.sinks is not None:  # the score of one more key, which takes its part of the softmax's sum
+        sinks = params.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
     return (p @ cache.v[:, :, None]).view(B, H, T, D)
 
 
-def norm_heads(x: Tensor, norm: NormLayer) -> Tensor:
+def norm_heads(x: Tensor, norm: NormParams) -> Tensor:
     """x [B, T, H, D], normed over each head, or over all heads together if the norm has so many weights."""
     if norm.weight.numel() == x.shape[-1]:
-        return rms_norm(x, norm.weight, norm.eps)
-    return rms_norm(x.flatten(2), norm.weight, norm.eps).view_as(x)
+        return rms_norm(x, norm)
+    return rms_norm(x.flatten(2), norm).view_as(x)
 
 
 def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
@@ -184,10 +186,10 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
 
 
 def experts_gate_up(
-    x: Tensor, layer: LinearLayer, topk_ids: Tensor, norm: NormLayer | None = None, activation: str | None = None
+    x: Tensor, layer: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
 ) -> Tensor:
     if norm is not None:
-        x = rms_norm(x, norm.weight, norm.eps)
+        x = rms_norm(x, norm)
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), layer, topk_ids.flatten(), n_tokens=x.shape[-2])
     y = y.view(*topk_ids.shape, layer.out_features)
@@ -195,7 +197,7 @@ def experts_gate_up(
 
 
 def experts_down(
-    hidden: Tensor, layer: LinearLayer, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, layer: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     y = expert_products(hidden.flatten(0, -2), layer, topk_ids.flatten(), n_tokens=hidden.shape[-3])
     y = y.view(*topk_ids.shape, layer.out_features) * topk_weights[..., None].to(y.dtype)
@@ -203,7 +205,7 @@ def experts_down(
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, layer: LinearLayer, expert_ids: Tensor, n_tokens: int) -> Tensor:
+def expert_products(x: Tensor, layer: LinearParams, expert_ids: Tensor, n_tokens: int) -> Tensor:
     """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_tokens: new tokens per sequence."""
     if not torch.compiler.is_compiling():
         return loop_over_experts(x, layer, expert_ids)
@@ -212,7 +214,7 @@ def expert_products(x: Tensor, layer: LinearLayer, expert_ids: Tensor, n_tokens:
     return torch.compiler.disable(loop_over_experts)(x, layer, expert_ids)
 
 
-def loop_over_experts(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, layer: LinearParams, expert_ids: Tensor) -> Tensor:
     """One product per expert, with all of its rows. The host waits to read which experts are used."""
     y = x.new_empty(len(x), layer.out_features)
     for e in expert_ids.unique().tolist():
@@ -221,7 +223,7 @@ def loop_over_experts(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tens
     return y
 
 
-def gather_experts(x: Tensor, layer: LinearLayer, expert_ids: Tensor) -> Tensor:
+def gather_experts(x: Tensor, layer: LinearParams, expert_ids: Tensor) -> Tensor:
     """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
     product and sum into one loop. Not compiled, this would first copy the experts' weights."""
     y = (layer.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)

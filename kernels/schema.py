@@ -34,6 +34,15 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
     return register
 
 
+def ops_of_backend(backend: str):
+    """The torch.ops namespace of backend's kernels; None if backend is "torch"."""
+    if backend == "cpu":
+        return torch.ops.gptfast
+    if backend == "triton":
+        return torch.ops.gptfast_triton
+    return None
+
+
 def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of its name in torch.ops.gptfast_triton. It also takes CPU tensors,
     with which Triton's interpreter runs it."""

@@ -21,8 +21,9 @@ from triton.runtime import JITFunction
 import kernels
 import tests.tiny  # noqa: F401  (puts scripts/ on the path)
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
-from model import ExpertsDown, ExpertsGateUp, LayerCache
+from layers import ExpertsDown, ExpertsGateUp
 
 from kernel_checks.exact_results import attend, make_linear, make_norm  # isort: skip
 

@@ -18,9 +18,10 @@ from config import ModelConfig
 from kernels import prepare, reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
 from kernels.formats.integers import GroupedFormat
-from kernels.ops import weight_arguments
+from kernels.params import LayerCache, WeightMatrix
 from kernels.schema import ACTIVATION_IDS
-from model import ExpertsDown, ExpertsGateUp, FeedForward, LayerCache, Linear, WeightMatrix
+from layers import ExpertsDown, ExpertsGateUp, Linear
+from model import FeedForward
 from rope import alibi_slopes, rope_table
 from tests.compiler import write_compiler
 from tests.tiny import ROOT
@@ -95,7 +96,7 @@ def test_linear(format, dtype):
         norm = make_norm(k, dtype)
         for rows in (1, 2, 5, 8):
             x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
-            normed = reference.rms_norm(x, norm.weight, norm.eps)
+            normed = reference.rms_norm(x, norm)
             seen = as_seen(normed, format)
             y = seen.double() @ matrix.T + bias
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
@@ -129,7 +130,7 @@ def test_linear_of_many_tokens(format, dtype):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
             x[2], x[4, 1] = 0, torch.nan  # neither changes another token's result
             for given_norm in (None, norm):
-                normed = reference.rms_norm(x, norm.weight, norm.eps) if given_norm else x
+                normed = reference.rms_norm(x, norm) if given_norm else x
                 seen = normed if on_amx and tokens > 8 else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
@@ -146,7 +147,7 @@ def test_linear_of_many_tokens(format, dtype):
                     ours = kernels.fused_linear(x, w, given_norm, activation="swiglu")
                     check_glu(ours[others], "swiglu", y[others], bound[others], fused=True)
     with pytest.raises(RuntimeError, match="1 to 64"):
-        arguments = weight_arguments(w)
+        arguments = w.kernel_arguments()
         x = torch.zeros(65, k, dtype=dtype)
         torch.ops.gptfast.fused_linear(x, *arguments, None, None, 0, None, 0, 1, 0, 0, False)
 

@@ -16,8 +16,9 @@ from kernels import formats
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
 from kernels.formats.integers import GroupedFormat, split_groups
+from layers import Linear
 from loading import load_model
-from model import KVCache, Linear
+from model import KVCache
 from quantize import Int4HQQ
 from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from tokenizer import load_tokenizer

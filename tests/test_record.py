@@ -6,8 +6,10 @@ import torch
 import kernels
 from config import ModelConfig, MoEConfig
 from kernels.formats import Dense, Float8, Int4, Int8
+from kernels.params import LayerCache
 from kernels.record import MAX_CPU_GRAPHS, graph_break, record, with_tape_threads
-from model import ExpertsDown, ExpertsGateUp, KVCache, LayerCache, Transformer
+from layers import ExpertsDown, ExpertsGateUp
+from model import KVCache, Transformer
 from rope import rope_table
 from tests.test_kernels import packed
 

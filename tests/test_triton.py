@@ -14,10 +14,11 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import FORMATS
 from kernels.triton.tiles import pack_tiles, unpack_tiles
-from model import KVCache, LayerCache
+from model import KVCache
 from rope import rope_table
 from tests.tiny import ROOT, make_hf, to_ours
 

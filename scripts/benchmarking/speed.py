@@ -21,8 +21,9 @@ from config import ModelConfig, MoEConfig, RopeScaling, UsageError
 from converters.families import config_from_hf
 from generate import generate
 from kernels.formats import Dense, Tensors, WeightFormat
+from layers import Embedding, Linear, RMSNorm
 from machine import peak_memory, read_bandwidth, synchronize
-from model import Embedding, KVCache, Linear, RMSNorm, Transformer, empty_model
+from model import KVCache, Transformer, empty_model
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from steps import GenerationSteps, ModelRunner, build_steps

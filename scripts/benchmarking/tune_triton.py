@@ -20,7 +20,8 @@ from benchmarking.speed import fill_randomly, random_linear
 from config import ModelConfig
 from kernels.formats import WeightFormat
 from kernels.triton.launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
-from model import Linear, RMSNorm, empty_model
+from layers import Linear, RMSNorm
+from model import empty_model
 
 # Candidates besides the guess: block_n, num_warps, warp_k, num_stages
 CANDIDATES = [

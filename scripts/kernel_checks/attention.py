@@ -5,7 +5,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
-from model import LayerCache
+from kernels.params import LayerCache
 from rope import alibi_slopes, rope_table
 
 ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")

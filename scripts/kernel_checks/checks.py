@@ -49,7 +49,7 @@ from kernels.formats import MXFP4, Dense, Float8, Int4, Int8, WeightFormat
 from kernels.ops import FUSED_GLU_MULTIPLE
 from kernels.schema import ACTIVATION_IDS
 from kernels.triton.launch import FEW_TOKENS
-from model import ExpertsDown, ExpertsGateUp, RMSNorm
+from layers import ExpertsDown, ExpertsGateUp, RMSNorm
 from sampling import multinomial
 
 Check = partial[Iterator[Comparison]]

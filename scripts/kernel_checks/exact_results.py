@@ -9,7 +9,6 @@ point shows.
 Everything is made on PyTorch's default device: `with torch.device("cuda"):` makes it there.
 """
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ import kernels
 from kernel_checks import error_bounds as bounds
 from kernels import reference
 from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
-from model import Embedding, LayerCache, Linear, RMSNorm
+from kernels.params import AttentionParams, LayerCache
+from layers import Embedding, Linear, RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
@@ -113,12 +113,10 @@ def attend(
     qkv, cache: LayerCache, start_pos, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
     sinks=None, scale: float | None = None, softcap: float = 0.0,
 ):  # fmt: skip
-    """Calls kernels.attend for an attention layer with these options."""
-    layer = SimpleNamespace(
-        n_heads=n_heads, backend=backend, window=window, q_norm=q_norm, k_norm=k_norm, sinks=sinks,
-        scale=scale or cache.k.shape[-1] ** -0.5, softcap=softcap,
-    )  # fmt: skip
-    return kernels.attend(qkv, layer, cache, start_pos)
+    """Calls kernels.attend with these options."""
+    scale = scale or cache.k.shape[-1] ** -0.5
+    params = AttentionParams(n_heads, scale, window, softcap, q_norm, k_norm, sinks)
+    return kernels.attend(qkv, params, cache, start_pos, backend)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------

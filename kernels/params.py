@@ -1,0 +1,135 @@
+"""What an operation takes besides its input: a weight, a norm, the options of attention, the KV cache of a layer.
+
+    WeightMatrix       W in some format (formats/), packed for some backend
+    LinearParams       W, and what is applied to its products
+    NormParams         the weight of an RMSNorm
+    AttentionParams    the options of attention
+    LayerCache         the keys and values of earlier tokens
+
+These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.formats import Dense, Tensors, WeightFormat
+from kernels.schema import ops_of_backend
+
+
+class WeightMatrix(nn.Module):
+    """A weight W [N, K], of N outputs and K inputs, or one for each expert [E, N, K].
+
+    format: how W is stored (kernels/formats/).
+    backend: whose kernels W is packed for, "cpu" or "triton". "torch": W is as in the checkpoint, for plain PyTorch.
+    is_embedding: whether a step reads only some rows of W."""
+
+    is_embedding = False
+
+    def __init__(self, in_features: int, out_features: int, n_experts: int | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
+        self.format: WeightFormat = Dense()
+        self.backend = "torch"
+        shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.register_buffer("scales", None)
+        self.register_buffer("zeros", None)
+
+    def tensors(self) -> Tensors:
+        """The tensors that store W, by name: weight and, if W is quantized, scales and perhaps zeros."""
+        named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def set_tensor(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """Replaces the tensor called name. Returns the new tensor; weight and bias become Parameters."""
+        if name in ("weight", "bias"):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(self, name, tensor)
+        return tensor
+
+    def set_format(self, format: WeightFormat):
+        """Changes the format of W. Its tensors are new and uninitialized."""
+        for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
+            self.set_tensor(name, tensor)
+        self.format = format
+
+    def kernel_arguments(self) -> tuple:
+        """W as a kernel takes it: the arguments that kernels/schema.py: WEIGHT names."""
+        group_size = self.format.scale_group_size(self.in_features)
+        return self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
+
+    def dequantized_weight(self, dtype: torch.dtype, experts: int | slice | Tensor = slice(None)) -> Tensor:
+        """W [N, K] in dtype. With experts, the matrices [..., N, K] that this index, slice or tensor of indices
+        selects."""
+        tensors = self.tensors()
+        if self.n_experts is not None:
+            tensors = {name: t[experts] for name, t in tensors.items()}
+        if self.backend == "torch" or self.format.quantization is None:
+            return self.format.dequantize(tensors, dtype)
+        if self.n_experts is None or isinstance(experts, int):  # one matrix
+            format_id, n, group_size = self.kernel_arguments()[3:]
+            return ops_of_backend(self.backend).dequantize(
+                tensors["weight"], tensors.get("scales"), tensors.get("zeros"), format_id, n, group_size,
+                self.in_features, dtype,
+            )  # fmt: skip
+        unpacked = self.format.unpack(tensors, self.backend, self.out_features, self.in_features)
+        return self.format.dequantize(unpacked, dtype)
+
+
+class LinearParams(WeightMatrix):
+    """A weight and what is applied to its products y = x W^T, in this order:
+
+    bias: [N], of experts [E, N], is added.
+    scale: y is multiplied by it.
+    softcap: if not 0, y becomes softcap * tanh(y / softcap).
+    clip: if not 0, y is clamped to -clip ... clip.
+
+    max_tokens: up to how many tokens the backend's kernels compute y. With more tokens plain PyTorch does."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
+        scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, n_experts)
+        self.scale, self.softcap, self.clip = scale, softcap, clip
+        self.max_tokens = 0
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
+
+
+class NormParams(nn.Module):
+    """Of an RMSNorm: its weight [dim], and eps, which is added to the mean square."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+
+class AttentionParams(nn.Module):
+    """The options of attention. With its default, an option changes nothing.
+
+    n_heads: H, the heads of queries.
+    scale: the scores are multiplied by it.
+    window: how many tokens a token sees, itself included; 0: all.
+    softcap: if not 0, scores then become softcap * tanh(score / softcap).
+    q_norm, k_norm: applied before RoPE, to each head, or to all heads together if the norm is so wide.
+    sinks: [H], the scores of one more key, whose value is zero."""
+
+    def __init__(
+        self, n_heads: int, scale: float, window: int = 0, softcap: float = 0.0, q_norm: NormParams | None = None,
+        k_norm: NormParams | None = None, sinks: Tensor | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.n_heads, self.scale, self.window, self.softcap = n_heads, scale, window, softcap
+        self.q_norm, self.k_norm, self.sinks = q_norm, k_norm, sinks
+
+
+class LayerCache(NamedTuple):
+    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights."""
+
+    k: Tensor  # [B, G, S, D]
+    v: Tensor  # [B, G, S, D]
+    rope: Tensor  # [S, D/2, 2]: cos and sin of every position's angles, float32
+    alibi_slopes: Tensor | None = None  # [H], float32: slope * (key's position - query's) is added to the scores

@@ -1,0 +1,63 @@
+"""The layers that hold a model's weights: each adds to its weights (kernels/params.py) the operation that takes them.
+
+    Linear         y = x W^T, W in the checkpoint's format (kernels/formats/)
+    ExpertsGateUp, ExpertsDown    the same with a W for each expert, for the experts that the router chose
+    Embedding      a row of W for every token
+    RMSNorm        x / rms(x) * weight
+
+An operation of kernels/ops.py runs on the kernels of the layer's backend or in plain PyTorch. model.py composes these
+layers.
+"""
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.params import LinearParams, NormParams, WeightMatrix
+
+
+class Linear(LinearParams):
+    """y = x W^T [+ bias], with the norm before it and the activation and residual after it, which kernels fuse."""
+
+    def forward(
+        self, x: Tensor, norm: NormParams | None = None, residual: Tensor | None = None,
+        activation: str | None = None, out_dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [..., K] -> [..., N], with an activation [..., N / 2]: see kernels/ops.py: fused_linear."""
+        return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
+
+
+class ExpertsGateUp(Linear):
+    """The gate and up projections of all experts."""
+
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
+    ) -> Tensor:
+        """x [B, T, dim], topk_ids [B, T, top_k] -> every token times each of its experts: [B, T, top_k, F]."""
+        return kernels.experts_gate_up(x, self, topk_ids, norm, activation)
+
+
+class ExpertsDown(Linear):
+    """The down projections of all experts."""
+
+    def forward(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        """hidden [B, T, top_k, F] -> the weighted sum over each token's experts: [B, T, dim]."""
+        return kernels.experts_down(hidden, self, topk_ids, topk_weights, residual)
+
+
+class Embedding(WeightMatrix):
+    """Looks up a row of W [V, dim] for every token."""
+
+    is_embedding = True
+
+    def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """tokens [B, T] -> the rows of the tokens, times scale: [B, T, dim] in dtype."""
+        return kernels.embed(tokens, self, scale, dtype)
+
+
+class RMSNorm(NormParams):
+    def forward(self, x: Tensor, residual: Tensor | None = None, backend: str = "torch") -> Tensor:
+        """[residual +] x / rms(x) * weight."""
+        return kernels.rms_norm(x, self, residual, backend)
