@@ -15,7 +15,7 @@ class OutOfMemoryError(UsageError):
     """Memory is too small. Each script has its own advice, which cli.run appends to the message."""
 
 
-ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py has their formulas
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py: activate has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not create millions of them
 MAX_SIZE = 2**31

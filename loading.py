@@ -94,7 +94,7 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
     """The names of the tensors of quantized weights. Loading does not change the dtypes of these tensors."""
     names = set()
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
-        if matrix.format.quantization:
+        if matrix.format.is_quantized:
             names |= {f"{name}.{tensor_name}" for tensor_name in matrix.tensors()}
     return names
 

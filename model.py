@@ -21,7 +21,6 @@ import kernels
 from config import ModelConfig, UsageError
 from kernels.formats import Dense, WeightFormat, WeightFormats
 from kernels.params import AttentionParams, LayerCache, WeightMatrix
-from kernels.schema import ACTIVATION_IDS
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm
 from rope import RopeTables, alibi_slopes
 
@@ -40,7 +39,7 @@ class Transformer(nn.Module):
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = Linear(config.dim, config.vocab_size, scale=config.logit_scale, softcap=config.logit_softcap)
+        self.lm_head = Linear(config.dim, config.vocab_size, out_scale=config.logit_scale, softcap=config.logit_softcap)
 
     def forward(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
@@ -103,9 +102,9 @@ class Transformer(nn.Module):
         the step can be recorded."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
-        if self.embed_tokens.format.quantization:  # a dense one has a kernel on every CPU, and needs none on a GPU
+        if self.embed_tokens.format.is_quantized:  # a dense one has a kernel on every CPU, and needs none on a GPU
             backends.add(self.embed_tokens.backend)
-        if len(backends) > 1 or self.config.activation not in ACTIVATION_IDS:
+        if len(backends) > 1:
             return False
         if batch * n_tokens > min(linear.max_tokens for linear in linears):
             return False
@@ -184,7 +183,7 @@ class Attention(AttentionParams):
         self.alibi_slopes = alibi_slopes(self.n_heads) if config.alibi else None
         qkv_width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.dim, qkv_width, config.qkv_bias, clip=config.clip_qkv)
-        self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias, scale=config.residual_scale)
+        self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias, out_scale=config.residual_scale)
         if config.qk_norm:
             q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_all_heads else (1, 1)
             self.q_norm = RMSNorm(q_heads * self.head_dim, config.norm_eps)
@@ -211,7 +210,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, config.ffn_bias)
-        self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, scale=config.residual_scale)
+        self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, out_scale=config.residual_scale)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
         hidden = self.gate_up_proj(x, norm=norm, activation=self.activation)  # [B, T, F]

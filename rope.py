@@ -18,19 +18,19 @@ class RopeTables:
 
     def __init__(self, config: ModelConfig, length: int, device: torch.device):
         self.config = config
-        self.full = rope_table(config, length).to(device)
-        self.window = self.identity = self.full
+        self.default = rope_table(config, length).to(device)
+        self.windowed = self.identity = self.default
         if config.window_rope_theta is not None:
             window_config = replace(config, rope_theta=config.window_rope_theta, rope_scaling=None)
-            self.window = rope_table(window_config, length).to(device)
+            self.windowed = rope_table(window_config, length).to(device)
         if config.layer_has_rope is not None:
-            cos, sin = torch.ones_like(self.full[..., 0]), torch.zeros_like(self.full[..., 1])
+            cos, sin = torch.ones_like(self.default[..., 0]), torch.zeros_like(self.default[..., 1])
             self.identity = torch.stack([cos, sin], dim=-1)
 
     def of_layer(self, i: int) -> Tensor:
         if self.config.layer_has_rope is not None and not self.config.layer_has_rope[i]:
             return self.identity
-        return self.window if self.config.window(i) else self.full
+        return self.windowed if self.config.window(i) else self.default
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The operations that a model is made of. Each calls the kernel of its backend, or does the same in plain PyTorch.
 
     fused_linear       a matrix product with what comes before and after it, of which each is optional:
-                       1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. scale   6. softcap
+                       1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. out_scale   6. softcap
                        7. clip   8. residual
     rms_norm           a norm that no matrix product follows, and the residual after it
     glu, add           an activation or a residual that fused_linear cannot fuse
@@ -39,12 +39,9 @@ def ops_for_tokens(backend: str, n_tokens: int):
     return ops_of_backend(backend) if 0 < n_tokens <= max_tokens else None
 
 
-def ops_of_layer(layer: LinearParams, n_tokens: int, activation: str | None = None):
-    """ops_for_tokens of layer's backend. None also if PyTorch is faster with so many tokens, or if the kernels lack
-    activation."""
-    if n_tokens > layer.max_tokens or activation not in ACTIVATION_IDS:
-        return None
-    return ops_for_tokens(layer.backend, n_tokens)
+def ops_of_layer(layer: LinearParams, n_tokens: int):
+    """ops_for_tokens of layer's backend; None also if PyTorch is faster with so many tokens."""
+    return ops_for_tokens(layer.backend, n_tokens) if n_tokens <= layer.max_tokens else None
 
 
 def fused_linear(
@@ -56,9 +53,9 @@ def fused_linear(
     norm: is applied to x first.
     activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
     [..., N / 2].
-    residual: added last, after layer.scale, layer.softcap and layer.clip.
+    residual: added last, after layer.out_scale, layer.softcap and layer.clip.
     out_dtype: x.dtype (None) or torch.float32."""
-    ops = ops_of_layer(layer, count_tokens(x), activation)
+    ops = ops_of_layer(layer, count_tokens(x))
     if ops is None:
         return reference.fused_linear(x, layer, norm, residual, activation, out_dtype)
     if activation and layer.out_features % FUSED_GLU_MULTIPLE:  # such a layer has no scale, softcap or clip
@@ -69,7 +66,7 @@ def fused_linear(
         x.contiguous(), *layer.kernel_arguments(), layer.bias, norm_weight, eps,
         residual=None if residual is None else residual.contiguous(),
         activation=ACTIVATION_IDS[activation],
-        scale=layer.scale,
+        out_scale=layer.out_scale,
         softcap=layer.softcap,
         clip=layer.clip,
         float32_out=out_dtype == torch.float32,
@@ -78,7 +75,7 @@ def fused_linear(
 
 def glu(gate_up: Tensor, activation: str, backend: str) -> Tensor:
     """[..., 2 F] -> [..., F]: activation(gate) * up."""
-    if backend == "cpu" and gate_up.numel() and activation in ACTIVATION_IDS:
+    if backend == "cpu" and gate_up.numel():
         return torch.ops.gptfast.glu(gate_up, ACTIVATION_IDS[activation])
     return reference.glu(gate_up, activation)
 
@@ -100,7 +97,7 @@ def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None, backend: str)
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
-    if table.format.quantization:  # only the kernels can read what is packed for them, for however many tokens
+    if table.format.is_quantized:  # only the kernels can read what is packed for them, for however many tokens
         ops = ops_of_backend(table.backend)
     elif table.backend == "cpu":
         ops = ops_for_tokens("cpu", tokens.numel())
@@ -117,12 +114,7 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
     batch, n_tokens, _ = qkv.shape
     if not has_attention_kernel(backend, batch, n_tokens, params.n_heads // cache.k.shape[1]):
         return reference.attend(qkv, params, cache, start_pos)
-    q_norm_weight, eps = norm_arguments(params.q_norm)
-    k_norm_weight, _ = norm_arguments(params.k_norm)
-    return ops_of_backend(backend).attend(
-        qkv, cache.k, cache.v, start_pos, cache.rope, q_norm_weight, k_norm_weight, eps, params.sinks,
-        cache.alibi_slopes, params.n_heads, params.window, params.scale, params.softcap,
-    )  # fmt: skip
+    return ops_of_backend(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
 
 
 def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
@@ -151,7 +143,7 @@ def experts_gate_up(
 ) -> Tensor:
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
     [B, T, top_k, F]. norm and activation are as in fused_linear."""
-    ops = ops_of_layer(layer, count_tokens(x), activation)
+    ops = ops_of_layer(layer, count_tokens(x))
     if ops is None:
         return reference.experts_gate_up(x, layer, topk_ids, norm, activation)
     if activation and layer.out_features % FUSED_GLU_MULTIPLE:

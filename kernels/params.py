@@ -66,7 +66,7 @@ class WeightMatrix(nn.Module):
         tensors = self.tensors()
         if self.n_experts is not None:
             tensors = {name: t[experts] for name, t in tensors.items()}
-        if self.backend == "torch" or self.format.quantization is None:
+        if self.backend == "torch" or not self.format.is_quantized:
             return self.format.dequantize(tensors, dtype)
         if self.n_experts is None or isinstance(experts, int):  # one matrix
             format_id, n, group_size = self.kernel_arguments()[3:]
@@ -82,7 +82,7 @@ class LinearParams(WeightMatrix):
     """A weight and what is applied to its products y = x W^T, in this order:
 
     bias: [N], of experts [E, N], is added.
-    scale: y is multiplied by it.
+    out_scale: y is multiplied by it.
     softcap: if not 0, y becomes softcap * tanh(y / softcap).
     clip: if not 0, y is clamped to -clip ... clip.
 
@@ -90,10 +90,10 @@ class LinearParams(WeightMatrix):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
-        scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+        out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
     ):  # fmt: skip
         super().__init__(in_features, out_features, n_experts)
-        self.scale, self.softcap, self.clip = scale, softcap, clip
+        self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
         self.max_tokens = 0
         self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
@@ -124,6 +124,14 @@ class AttentionParams(nn.Module):
         super().__init__()
         self.n_heads, self.scale, self.window, self.softcap = n_heads, scale, window, softcap
         self.q_norm, self.k_norm, self.sinks = q_norm, k_norm, sinks
+
+    def kernel_arguments(self) -> tuple:
+        """The options as a kernel takes them: the arguments that kernels/schema.py: ATTENTION names."""
+        q_norm_weight = k_norm_weight = None
+        eps = 0.0
+        if self.q_norm is not None:
+            q_norm_weight, k_norm_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return self.n_heads, self.scale, self.window, self.softcap, q_norm_weight, k_norm_weight, eps, self.sinks
 
 
 class LayerCache(NamedTuple):

@@ -33,7 +33,7 @@ def prepare_kernels(layers: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapp
     if device.type == "cpu":
         has_kernels = cpu.library() is not None
         fitting = [layer for layer in layers if has_kernels and layer.format.fits_kernels("cpu", layer.in_features)]
-        without_kernels = [layer for layer in layers if layer.format.quantization and layer not in fitting]
+        without_kernels = [layer for layer in layers if layer.format.is_quantized and layer not in fitting]
         dequantize_weights(without_kernels, dtype, is_mmapped)
         if has_kernels:
             pack_for_cpu(layers, is_mmapped)
@@ -44,12 +44,12 @@ def prepare_kernels(layers: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapp
 def pack_for_cpu(linears: list[WeightMatrix], is_mmapped: bool):
     """Packs the weights of linears into huge pages, one after the other."""
     memory = cpu.HugePages()
-    is_quantized = any(layer.format.quantization for layer in linears)
+    is_quantized = any(layer.format.is_quantized for layer in linears)
     for layer in tqdm(linears, "load", disable=None, leave=False):
         if not layer.format.fits_kernels("cpu", layer.in_features):
             continue
         layer.backend = "cpu"
-        if layer.is_embedding and not layer.format.quantization:  # it may stay in the file: few of its pages are read
+        if layer.is_embedding and not layer.format.is_quantized:  # it may stay in the file: few of its pages are read
             continue
         unpacked = layer.tensors()
         for name, packed in layer.format.pack(unpacked, "cpu").items():

@@ -21,8 +21,8 @@ def fused_linear(
     y = F.linear(x, layer.dequantized_weight(x.dtype), layer.bias)
     if activation:
         y = glu(y, activation)
-    if layer.scale != 1:
-        y = y * layer.scale
+    if layer.out_scale != 1:
+        y = y * layer.out_scale
     if out_dtype is not None:
         y = y.to(out_dtype)
     if layer.softcap:
@@ -45,37 +45,29 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate) * up
-
-
-def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gpt-oss's: both clamped, a steeper sigmoid, and up + 1."""
-    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-
-
-ACTIVATIONS = {"swiglu": swiglu, "geglu": geglu, "geglu_tanh": geglu_tanh, "clamped_swiglu": clamped_swiglu}
-
-
 def glu(gate_up: Tensor, activation: str) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate, up)
+    return activate(gate, up, activation)
+
+
+def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    match activation:
+        case "swiglu":
+            return F.silu(gate) * up
+        case "geglu":
+            return F.gelu(gate) * up
+        case "geglu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
+        case "clamped_swiglu":  # gpt-oss's: both clamped, a steeper sigmoid, and up + 1
+            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
-    if table.format.quantization is None:
-        x = F.embedding(tokens, table.weight)
-    else:
+    if table.format.is_quantized:
         x = table.format.dequantize({name: t[tokens] for name, t in table.tensors().items()}, dtype)
+    else:
+        x = F.embedding(tokens, table.weight)
     return x if scale == 1 else x * scale
 
 

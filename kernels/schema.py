@@ -4,17 +4,24 @@ C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as
 take the arguments of this schema, so a change here is a change in both. kernels/ops.py says what each one does.
 
 A weight [N, K] is six arguments, WEIGHT: its tensors as kernels/formats/ packs them, WeightFormat.format_id, the
-number of outputs n, and how many inputs share a scale. activation is a number of ACTIVATION_IDS.
+number of outputs n, and how many inputs share a scale. The options of attention are ATTENTION: those of
+AttentionParams in params.py. activation is a number of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable
 
 import torch
 
+from config import ACTIVATIONS
+
 CPU_ONLY = ("gptfast",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
-ACTIVATION_IDS = {None: 0, "swiglu": 1, "geglu_tanh": 2, "clamped_swiglu": 3}  # of the kernels; also in csrc/simd.h
+ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # C++ has the same order (csrc/simd.h)
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
+ATTENTION = (
+    "int n_heads, float scale, int window, float softcap, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, "
+    "Tensor? sinks"
+)
 SCHEMAS: dict[str, str] = {}  # name -> schema of the leaf operations, the only ones that a recorded CPU step may call
 
 
@@ -53,11 +60,11 @@ def triton_op(function: Callable) -> Callable:
 
 @define(
     f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, int activation, "
-    "float scale, float softcap, float clip, bool float32_out) -> Tensor"
+    "float out_scale, float softcap, float clip, bool float32_out) -> Tensor"
 )
 def fused_linear(
-    x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps, residual, activation, scale, softcap,
-    clip, float32_out,
+    x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps, residual, activation, out_scale,
+    softcap, clip, float32_out,
 ):  # fmt: skip
     dtype = torch.float32 if float32_out else x.dtype
     return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
@@ -84,14 +91,10 @@ def embed(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype, sca
 
 
 @define(
-    "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start_pos, Tensor rope, Tensor? q_norm_weight, "
-    "Tensor? k_norm_weight, float eps, Tensor? sinks, Tensor? alibi_slopes, int n_heads, int window, float scale, "
-    "float softcap) -> Tensor"
+    "(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rope, Tensor? alibi_slopes, "
+    f"{ATTENTION}) -> Tensor"
 )
-def attend(
-    qkv, k_cache, v_cache, start_pos, rope, q_norm_weight, k_norm_weight, eps, sinks, alibi_slopes, n_heads, window,
-    scale, softcap,
-):  # fmt: skip
+def attend(qkv, start_pos, k_cache, v_cache, rope, alibi_slopes, n_heads, *other_options):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 

@@ -41,7 +41,7 @@ MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 PRODUCTS = Counter(fused_linear_kernel=13, dequantize_kernel=8, embed_kernel=8)  # launches of launch_products
 MANY_TOKENS = [(16, Dense()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
-OTHERS = Counter(fused_linear_kernel=8, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
+OTHERS = Counter(fused_linear_kernel=9, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
 OTHERS.update(attend_kernel=3, sample_kernel=2)
 
 
@@ -143,9 +143,9 @@ def launch_many(dtype: torch.dtype):
 def launch_others(dtype: torch.dtype):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     norm(x, x, "triton")
-    capped = make_linear(256, 2048, Dense(), dtype, bias=True, scale=0.5, softcap=30.0, clip=8.0)
+    capped = make_linear(256, 2048, Dense(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
-    for activation in ("geglu_tanh", "clamped_swiglu"):
+    for activation in ("geglu", "geglu_tanh", "clamped_swiglu"):
         kernels.fused_linear(x, capped, activation=activation)
     kernels.route(torch.randn(1, 5, 5), 2, True, "triton", n_shared_experts=1)
     topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, "triton")

@@ -173,7 +173,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, the quantized weights dequantized, float32."""
     config, quantization, tensors = read_checkpoint(path)
     for name, linear in empty_model(config, parse_formats(quantization)).quantizable_linears():
-        if linear.format.quantization is not None:
+        if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
     return {name: t.float() for name, t in tensors.items()}

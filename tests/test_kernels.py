@@ -14,12 +14,11 @@ import pytest
 import torch
 
 import kernels
-from config import ModelConfig
+from config import ACTIVATIONS, ModelConfig
 from kernels import prepare, reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
 from kernels.formats.integers import GroupedFormat
 from kernels.params import LayerCache, WeightMatrix
-from kernels.schema import ACTIVATION_IDS
 from layers import ExpertsDown, ExpertsGateUp, Linear
 from model import FeedForward
 from rope import alibi_slopes, rope_table
@@ -41,7 +40,6 @@ from kernel_checks.exact_results import (  # isort: skip
 )
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
-ACTIVATIONS = [name for name in reference.ACTIVATIONS if name in ACTIVATION_IDS]
 built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
 
 
@@ -171,7 +169,7 @@ def test_linear_scale_and_softcap(format, dtype):
         (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
         (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
     ]:  # fmt: skip
-        w = make_linear(n, k, format, dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
+        w = make_linear(n, k, format, dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         packed(w)
         for rows in (1, 5):
@@ -330,9 +328,12 @@ def test_small_operations(dtype):
     assert torch.equal(kernels.add(x, y, "cpu"), x + y)
     gate_up = torch.randn(2, 3, 74).to(dtype) * 5
     gate_up[..., :4] = torch.tensor([0, -7, 200, -200])  # of gate
-    no_error = torch.zeros(2, 3, 74).double()
+    gates = torch.linspace(-20, 20, 20_001).to(dtype)  # where every activation bends, and far beyond
+    for t in (gate_up, torch.cat([gates, torch.ones_like(gates)])):
+        no_error = torch.zeros(t.shape, dtype=torch.float64)
+        for activation in ACTIVATIONS:
+            check_glu(kernels.glu(t, activation, "cpu"), activation, t.double(), no_error, fused=True)
     for activation in ACTIVATIONS:
-        check_glu(kernels.glu(gate_up, activation, "cpu"), activation, gate_up.double(), no_error, fused=True)
         assert kernels.glu(gate_up * torch.nan, activation, "cpu").isnan().all()
 
 

@@ -116,7 +116,7 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
             cache = KVCache(model, 2, 41)
             prompt = model(tokens, torch.tensor([0, 0]), cache)
             logits[name] = prompt, model(tokens[:, :1], torch.tensor([40, 40]), cache)
-    assert plain.embed_tokens.format.quantization and models["kernels"].uses_kernels(2, 1)
+    assert plain.embed_tokens.format.is_quantized and models["kernels"].uses_kernels(2, 1)
     for ours, expected in zip(logits["kernels"], logits["dense"], strict=True):
         torch.testing.assert_close(ours, expected)
     for name in ("PyTorch", "no compiler"):

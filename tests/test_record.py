@@ -74,7 +74,7 @@ def test_every_argument_is_recorded(format):
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
-    head = make_linear(97, dim, format, torch.float32, scale=0.1, softcap=5.0)
+    head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
     router = make_linear(n_experts - 1, dim, Dense(), torch.float32)  # three experts and the two shared ones' logit
     gate_up = make_linear(96, dim, format, torch.float32, n_experts, bias=True, kind=ExpertsGateUp)
     down = make_linear(dim, 48, format, torch.float32, n_experts, bias=True, kind=ExpertsDown)

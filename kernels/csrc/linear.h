@@ -3,7 +3,7 @@
 
 #include "amx.h"
 
-// out [m, n_out] = [residual +] [clip] [cap] scale * [activation] ([rms_norm] x [m, k] W^T [+ bias])
+// out [m, n_out] = [residual +] [clip] [cap] out_scale * [activation] ([rms_norm] x [m, k] W^T [+ bias])
 //
 // With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each has n / 2
 // outputs, a multiple of BLOCK_N, so that a block of one never reaches into the other.
@@ -15,7 +15,7 @@ template <typename T> struct LinearOp {
   float eps;
   const T* residual;  // [m, n_out] or null
   Glu activation;
-  float scale, softcap, clip;  // softcap, clip: 0 for none
+  float out_scale, softcap, clip;  // softcap, clip: 0 for none
   T* out;
   float* float32_out;  // if not null, replaces out
 
@@ -45,7 +45,7 @@ template <typename T> struct LinearOp {
   }
 
   void epilogue(Vec v, int64_t token, int64_t block, int64_t n_out) const {
-    if (scale != 1) v *= scale;
+    if (out_scale != 1) v *= out_scale;
     if (softcap) v = apply_softcap(v, softcap);
     if (clip) v = clamp(v, clip);
     if (residual) v += load_partial(residual + token * n_out, block * BLOCK_N, n_out);

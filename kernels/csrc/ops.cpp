@@ -89,18 +89,13 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
 
 // The Glu of a number of ACTIVATION_IDS in kernels/schema.py.
 Glu glu_of(int64_t id) {
-  switch (const Glu activation{id}) {
-    case Glu::NONE:
-    case Glu::SWIGLU:
-    case Glu::GEGLU_TANH:
-    case Glu::CLAMPED_SWIGLU: return activation;
-  }
-  STD_TORCH_CHECK(false, "these kernels do not know this activation");
+  STD_TORCH_CHECK(id >= 0 && id < int64_t(Glu::COUNT), "these kernels do not know this activation");
+  return Glu{id};
 }
 
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
               int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
-              int64_t activation_id, double scale, double softcap, double clip, bool float32_out) {
+              int64_t activation_id, double out_scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight, residual});
   const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
   const Glu activation = glu_of(activation_id);
@@ -109,7 +104,7 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(LinearOp<T>{.x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight),
                        .eps = float(eps), .residual = ptr<T>(residual), .activation = activation,
-                       .scale = float(scale), .softcap = float(softcap), .clip = float(clip),
+                       .out_scale = float(out_scale), .softcap = float(softcap), .clip = float(clip),
                        .out = mutable_ptr<T>(out), .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
   });
   return out;
@@ -162,9 +157,9 @@ Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, in
   return out;
 }
 
-Tensor attend(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor start_pos, Tensor rope, OptTensor q_norm_weight,
-              OptTensor k_norm_weight, double eps, OptTensor sinks, OptTensor alibi_slopes, int64_t n_heads,
-              int64_t window, double scale, double softcap) {
+Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, OptTensor alibi_slopes,
+              int64_t n_heads, double scale, int64_t window, double softcap, OptTensor q_norm_weight,
+              OptTensor k_norm_weight, double eps, OptTensor sinks) {
   const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
   const int64_t m = check_tokens(qkv, (n_heads + 2 * n_kv_heads) * d,
                                  {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});

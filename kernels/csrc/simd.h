@@ -247,8 +247,22 @@ inline Vec clamp(Vec x, float limit) {
   return x < -limit ? Vec{} - limit : x;
 }
 
-// The activation of a gated feed-forward (a gated linear unit), or none. kernels/schema.py has the same numbers.
-enum class Glu : int64_t { NONE = 0, SWIGLU = 1, GEGLU_TANH = 2, CLAMPED_SWIGLU = 3 };
+// Phi(x) = (1 + erf(x / sqrt(2))) / 2, the normal distribution's. NaN stays NaN.
+// Abramowitz and Stegun 7.1.26, where erf is off by 1.5e-7 at most. For z >= 0 and t = 1 / (1 + 0.3275911 z):
+//     1 - erf(z) = (a1 t + a2 t^2 + ... + a5 t^5) e^(-z^2)
+inline Vec normal_cdf(Vec x) {
+  const Vec z = 0.70710678f * (x < 0.0f ? -x : x), t = 1 / (1 + 0.3275911f * z);
+  Vec p = Vec{} + 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vec tail = 0.5f * t * p * exp_vec(-z * z);  // Phi(-|x|)
+  return x < 0.0f ? tail : 1 - tail;
+}
+
+// The activation of a gated feed-forward (a gated linear unit), or none. In the order of config.py: ACTIVATIONS.
+enum class Glu : int64_t { NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, COUNT };
 
 // Whether what it is applied to is a gate and, beside it, an up projection.
 inline bool is_gated(Glu activation) { return activation != Glu::NONE; }
@@ -256,8 +270,9 @@ inline bool is_gated(Glu activation) { return activation != Glu::NONE; }
 // activation(gate) * up, as in kernels/reference.py. activation is gated.
 inline Vec activate(Vec gate, Vec up, Glu activation) {
   switch (activation) {
-    case Glu::NONE: break;
+    case Glu::NONE: case Glu::COUNT: break;
     case Glu::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
+    case Glu::GEGLU: return gate * normal_cdf(gate) * up;
     case Glu::GEGLU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
       return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
     case Glu::CLAMPED_SWIGLU:

@@ -14,18 +14,37 @@ QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 co
 
 
 class WeightFormat:
-    """The interface of a format, with what most formats have in common."""
+    """The interface of a format, with what most formats have in common. A class is a kind of format, an object of it a
+    format with its options. What they are called, and where:
 
-    format_id: int  # the format's number in the kernels
-    mode: str | None = None  # its name in model.pth
-    is_cli_mode = True  # whether --mode has it, by that name. Some are no choice, or only converters make them
+        class     format_id       2              in the kernels of C++ and Triton
+                  mode            "int4"         in --mode and in model.pth; None: not quantized
+        object    name            "int4.g32"     in a file's name and in the output of --json
+                  quantization    {"mode": "int4", "groupsize": 32}, the entry of model.pth that parse reads
+    """
+
+    format_id: int
+    mode: str | None = None
+    is_cli_mode = True  # whether --mode has it. Some are no choice, or only converters make them
     groupsize_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
-    name: str | None = None  # in the output of --json and in a file's name
-    quantization: dict | None = None  # in model.pth
     group_size: int | None  # inputs of an output that share a scale. None: all of its inputs do, or there is none
     elements_per_byte = 1  # of "weight"
     pack_factor = 1  # inputs that a checkpoint packs together: a shard of W is cut at multiples of it
     input_multiple = 1  # a whole W must have a multiple of so many inputs
+
+    @property
+    def name(self) -> str | None:
+        return self.mode if self.group_size is None else f"{self.mode}.g{self.group_size}"
+
+    @property
+    def quantization(self) -> dict | None:
+        if self.mode is None:
+            return None
+        return {"mode": self.mode} | ({} if self.group_size is None else {"groupsize": self.group_size})
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.mode is not None
 
     @classmethod
     def from_options(cls, group_size: int) -> "WeightFormat":
@@ -34,8 +53,8 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, quantization: dict) -> "WeightFormat | None":
-        """The format that an entry of model.pth's "quantization" describes. None: it is none of this class. Here, for
-        classes that have no options."""
+        """The inverse of quantization. None: it describes no format of this class. Here, for classes that have no
+        options."""
         is_ours = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
         return cls() if is_ours else None
 
@@ -143,7 +162,11 @@ class Dense(WeightFormat):
 class Dequantized(Dense):
     """What a quantized weight becomes where there are no kernels for it (kernels/prepare.py: dequantize_weights)."""
 
-    name: str  # of the format that the checkpoint has
+    original_name: str  # of the format that the checkpoint has
+
+    @property
+    def name(self):
+        return self.original_name
 
 
 def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:

@@ -29,14 +29,6 @@ class Float8(WeightFormat):
     format_id = 4
     mode = "fp8"
 
-    @property
-    def name(self):
-        return self.mode if self.group_size is None else f"{self.mode}.g{self.group_size}"
-
-    @property
-    def quantization(self):
-        return {"mode": self.mode} | ({} if self.group_size is None else {"groupsize": self.group_size})
-
     @classmethod
     def parse(cls, quantization):
         group_size = quantization.get("groupsize")
@@ -102,7 +94,7 @@ class MXFP4(WeightFormat):
     group_size: int = 32  # smaller only in a shard that cuts through a group
     format_id = 5
     mode = name = "mxfp4"
-    quantization = {"mode": mode}
+    quantization = {"mode": mode}  # its group size is always the same
     pack_factor = 8
     elements_per_byte = 2
     input_multiple = 32

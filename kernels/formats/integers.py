@@ -27,9 +27,8 @@ class Int8(WeightFormat):
     """Symmetric, q from -127 to 127 where quantize.py made it, one scale for each output."""
 
     format_id = 1
-    mode = name = "int8"  # in model.pth without a "groupsize": with one it is GroupedInt8
+    mode = "int8"  # in model.pth without a "groupsize": with one it is GroupedInt8
     group_size = None
-    quantization = {"mode": mode}
 
     @classmethod
     def parse(cls, quantization):
@@ -84,13 +83,8 @@ class GroupedFormat(WeightFormat):
     zeros_per_step: ClassVar[int]  # a stored zero point counts 1 / zeros_per_step of a step of q
 
     @property
-    def name(self):
-        return f"{self.mode}.g{self.group_size}"
-
-    @property
     def quantization(self):
-        entry = {"mode": self.mode, "groupsize": self.group_size}
-        return entry | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
+        return super().quantization | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
 
     @classmethod
     def parse(cls, quantization):

@@ -336,9 +336,9 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
 
 @triton_op
 def attend(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, start_pos: Tensor, rope: Tensor,
-    q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, eps: float,
-    sinks: Tensor | None, alibi_slopes: Tensor | None, n_heads: int, window: int, scale: float, softcap: float,
+    qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, rope: Tensor, alibi_slopes: Tensor | None,
+    n_heads: int, scale: float, window: int, softcap: float, q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None, eps: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. A sequence's first new token is at start_pos [B], the others right after
     it.

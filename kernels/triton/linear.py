@@ -1,6 +1,6 @@
 """The products of a decode step on a GPU, in Triton: a few tokens times a weight in any format.
 
-    fused_linear  y = x W^T; before it a norm, after it bias, activation, scale, softcap, clip and residual
+    fused_linear  y = x W^T; before it a norm, after it bias, activation, out_scale, softcap, clip and residual
     rms_norm      a norm that no product follows
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
@@ -28,8 +28,7 @@ from kernels.triton.launch import (
 )
 from kernels.triton.weights import prefetch_weights, program_outputs, slice_columns, slice_starts
 
-SILU, GELU_TANH = tl.constexpr(ACTIVATION_IDS["swiglu"]), tl.constexpr(ACTIVATION_IDS["geglu_tanh"])
-CLAMPED_SWIGLU = tl.constexpr(ACTIVATION_IDS["clamped_swiglu"])
+ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the previous kernel: about what its loop does
 
 # ---- fused_linear ---------------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def fused_linear_kernel(
     topk_ids_ptr,  # [M, TOP_K]
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
     eps,  # of the norm
-    scale, softcap, clip,  # of the epilogue
+    out_scale, softcap, clip,  # of the epilogue
     packed_offset, N,  # packed_offset: see elements.py: int4_pair
     n_tokens,  # the number of tokens, or None: it is M
     M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
@@ -93,8 +92,8 @@ def fused_linear_kernel(
     Grid: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs of all tokens that have the pair's expert,
     so that an expert is read once. If an earlier pair has the same expert, there is nothing left to do."""
     SLICE_K: tl.constexpr = BLOCK_K // K_SLICES
-    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION else BLOCK_N
-    N_OUT = N // 2 if ACTIVATION else N
+    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION is not None else BLOCK_N
+    N_OUT = N // 2 if ACTIVATION is not None else N
     offs_n = program_outputs(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
     if USE_PDL and topk_ids_ptr is None:
@@ -160,7 +159,7 @@ def fused_linear_kernel(
         y *= channel_scale
     if norm_weight_ptr is not None:
         y *= inverse_rms(squares, eps, M, K, BLOCK_M)[None, :]
-    y = epilogue(y, bias, scale, softcap, clip, residual, ACTIVATION)  # [BLOCK_OUT, BLOCK_M]
+    y = epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
 
@@ -218,15 +217,15 @@ def inverse_rms(squares, eps, M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.cons
 
 
 @triton.jit
-def epilogue(y, bias, scale, softcap, clip, residual, ACTIVATION: tl.constexpr):
-    """[residual +] [clip] [cap] scale * [glu] (y [+ bias]). y [BLOCK_N, BLOCK_M] and bias [BLOCK_N, 1] are before the
-    activation, residual [BLOCK_OUT, BLOCK_M] after it."""
+def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constexpr):
+    """[residual +] [clip] [cap] out_scale * [glu] (y [+ bias]). y [BLOCK_N, BLOCK_M] and bias [BLOCK_N, 1] are before
+    the activation, residual [BLOCK_OUT, BLOCK_M] after it."""
     if bias is not None:
         y += bias
-    if ACTIVATION:
+    if ACTIVATION is not None:
         y = glu(y, ACTIVATION)
-    if scale is not None:
-        y *= scale
+    if out_scale is not None:
+        y *= out_scale
     if softcap is not None:
         y = apply_softcap(y, softcap)
     if clip is not None:
@@ -241,12 +240,14 @@ def glu(gate_up, ACTIVATION: tl.constexpr):
     """gate_up [2 F, M], gate above up -> activation(gate) * up [F, M]. Another activation is another branch."""
     halves = tl.reshape(gate_up, [2, gate_up.shape[0] // 2, gate_up.shape[1]])
     gate, up = tl.split(tl.permute(halves, [1, 2, 0]))
-    if ACTIVATION == SILU:
+    if ACTIVATION == "swiglu":
         gate *= tl.sigmoid(gate)
-    elif ACTIVATION == GELU_TANH:  # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
+    elif ACTIVATION == "geglu":
+        gate *= 0.5 * (1 + tl.erf(0.70710678 * gate))
+    elif ACTIVATION == "geglu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
         gate *= tl.sigmoid(1.5957691 * (gate + 0.044715 * gate * gate * gate))
     else:
-        tl.static_assert(ACTIVATION == CLAMPED_SWIGLU, "no kernel for this activation")
+        tl.static_assert(ACTIVATION == "clamped_swiglu", "no kernel for this activation")
         gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
         gate *= tl.sigmoid(1.702 * gate)
@@ -263,7 +264,7 @@ def launch_fused_linear(
     y: Tensor, x: Tensor,
     weight: Tensor, scales: Tensor | None, format_id: int, n: int, group_size: int, bias: Tensor | None = None,
     norm_weight: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-    activation: int = 0, scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+    activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
     topk_ids: Tensor | None = None,
 ):  # fmt: skip
     """Fills y with fused_linear_kernel. With topk_ids [M, top_k] y has a result for each id, and x a vector for each
@@ -286,13 +287,13 @@ def launch_fused_linear(
     grid = triton.cdiv(n, tiles.block_n), n_pairs
     fused_linear_kernel[grid](
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
-        eps=eps, scale=scale if scale != 1 else None, softcap=softcap or None, clip=clip or None,
+        eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
         packed_offset=pack_offset(x.dtype), N=n, K=k, GROUP_SIZE=group_size,
         n_tokens=None if has_few_tokens else n_tokens, M=n_tokens if has_few_tokens else block_m,  # see the kernel
         TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens,
         MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
         HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(weight),
-        ACTIVATION=activation, DTYPE=dot_dtype(x),
+        ACTIVATION=ACTIVATION_NAMES[activation], DTYPE=dot_dtype(x),
         BLOCK_M=block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k, K_SLICES=block_k // slice_k,
         NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,
         num_warps=tiles.num_warps,
@@ -304,15 +305,15 @@ def launch_fused_linear(
 def fused_linear(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None, activation: int,
-    scale: float, softcap: float, clip: float, float32_out: bool,
+    out_scale: float, softcap: float, clip: float, float32_out: bool,
 ) -> Tensor:  # fmt: skip
-    """[residual +] [clip] [cap] scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to
+    """[residual +] [clip] [cap] out_scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to
     MAX_TRITON_TOKENS tokens and W [n, K]."""
     dtype = torch.float32 if float32_out else x.dtype
     y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
     launch_fused_linear(
-        y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps, residual, activation, scale, softcap,
-        clip,
+        y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps, residual, activation, out_scale,
+        softcap, clip,
     )  # fmt: skip
     return y
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from config import ACTIVATIONS
 from kernel_checks import error_bounds as bounds
 from kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from kernel_checks.exact_results import (
@@ -47,7 +48,6 @@ from kernel_checks.exact_results import (
 from kernels import reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8, WeightFormat
 from kernels.ops import FUSED_GLU_MULTIPLE
-from kernels.schema import ACTIVATION_IDS
 from kernels.triton.launch import FEW_TOKENS
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
 from sampling import multinomial
@@ -56,7 +56,6 @@ Check = partial[Iterator[Comparison]]
 
 # ---- What is checked -------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = [name for name in ACTIVATION_IDS if name]
 NORMS = [(1, 5), (3, 37), (8, 64), (3, 1032), (8, 5120)]  # tokens, dim
 TOP_K = 2  # experts of a token
 EPILOGUES = [(0.22, 0.0, 6.0), (1.0, 5.0, 0.0), (3.0, 30.0, 20.0)]  # scale, softcap, clip
@@ -252,7 +251,7 @@ def check_activation(dtype: torch.dtype, activation: str):
 def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float):
     """After the bias or the activation, before the residual."""
     n, k, operation = 96, 72, "clipped_linear" if clip else "capped_linear"
-    w = exact_linear(n, k, Int8(), dtype, bias=True, scale=scale, softcap=softcap, clip=clip)
+    w = exact_linear(n, k, Int8(), dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
 
