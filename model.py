@@ -1,4 +1,4 @@
-"""The model: one Transformer for every supported family, dense or mixture of experts.
+"""The model: one Transformer for every supported family, with or without a mixture of experts.
 
     Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
@@ -156,10 +156,12 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
-        x = self.add(x, self.attention, self.attention_norm, self.post_attention_norm, start_pos, cache)
-        return self.add(x, self.feed_forward, self.ffn_norm, self.post_ffn_norm)
+        x = self.add_sublayer(x, self.attention, self.attention_norm, self.post_attention_norm, start_pos, cache)
+        return self.add_sublayer(x, self.feed_forward, self.ffn_norm, self.post_ffn_norm)
 
-    def add(self, x: Tensor, sublayer: nn.Module, norm: RMSNorm | None, post_norm: RMSNorm | None, *args) -> Tensor:
+    def add_sublayer(
+        self, x: Tensor, sublayer: nn.Module, norm: RMSNorm | None, post_norm: RMSNorm | None, *args
+    ) -> Tensor:
         """x + [post_norm] sublayer([norm] x, *args).
 
         Norm and residual x are arguments of sublayer, since kernels fuse them: its first matrix product applies the

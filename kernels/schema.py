@@ -22,7 +22,7 @@ ATTENTION = (
     "int n_heads, float scale, int window, float softcap, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, "
     "Tensor? sinks"
 )
-SCHEMAS: dict[str, str] = {}  # name -> schema of the leaf operations, the only ones that a recorded CPU step may call
+SCHEMAS: dict[str, str] = {}  # name -> schema, of the operations that a recorded CPU step may call: the leaf operations
 
 
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:

@@ -67,8 +67,9 @@ inline Vec add_half_ulp(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
 //
 //     set_group(w, group)    for the lines of this group of inputs
 //     decode(words, lines)   PER_WORD / 2 lines of a tile: in line i elements 2 i and 2 i + 1 of each of the 16 outputs,
-//                            as AMX wants it (VNNI layout). Scales of outputs and of sums
-//                            (SCALES_SUMS) are left to dot_amx.
+//                            as AMX wants it (VNNI layout)
+//
+// The scales of outputs, and those of sums (SCALES_SUMS), are left to dot_amx.
 //
 // This one serves any format. The others are faster.
 template <typename F> struct LineDecoder {

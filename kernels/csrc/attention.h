@@ -135,7 +135,7 @@ void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float*
   std::memcpy(out, acc, sizeof acc);
 }
 
-// The queries for which these sums fit in 16 registers. For any d it takes one.
+// How many queries accumulate_pv takes at a time: so many that their sums fit in 16 registers. For any d (D = 0): one.
 template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 
 // The same for n_queries, 1 to MAX_Q, and for any d.
@@ -167,7 +167,7 @@ template <typename T> struct AttendOp {
   bool norms_all_heads;                    // then they are [n_heads, head_dim] and [n_kv_heads, head_dim]
   float eps;
   const T* sinks;                          // [n_heads] or null
-  const float* alibi_slopes;              // [n_heads] or null
+  const float* alibi_slopes;               // [n_heads] or null
   float scale, softcap;                    // softcap: 0 for none
   int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window: 0 for none
   T* out;                                  // [batch, n_tokens, n_heads, head_dim]

@@ -254,7 +254,8 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
       for (int j = 0; j < R; j++) {
-        const auto ahead = [&](int64_t bytes) {  // past the end of an output, in the one that is read next: R on
+        // So many bytes ahead in weight[j]. Beyond its end that is in the output that is read next, R outputs on.
+        const auto ahead = [&](int64_t bytes) {
           const int64_t to = i + bytes / int64_t(sizeof(T));
           return weight[j] + to + (to < k ? 0 : (R - 1) * k);
         };
@@ -286,8 +287,8 @@ template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t 
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// Token i's outputs in block blocks[b], of the products y with these blocks of weights, after bias and activation. A gated
-// one takes two blocks, of the gate and the up projection, and b is 0.
+// y: the products with some blocks of weights. Returns token i's outputs in block blocks[b], after bias and activation.
+// With an activation b is 0, and the blocks are one of the gate projection and one of the up projection.
 template <typename T>
 Vec finish_product(const Outputs* y, int64_t i, int64_t b, const int64_t* blocks, const T* bias, int64_t n,
                    Glu activation) {

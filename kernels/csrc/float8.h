@@ -10,8 +10,8 @@
 // So the lower and the upper half of each 16 bytes, widened to 16 bits, are registers with a pair of inputs for each of
 // the 16 outputs. That is what the instructions for bf16 multiply.
 //
-// Every function here gives 1/256 of a weight, which FLOAT8_FACTOR makes good in the scale. Then the bits of e stay as
-// they are on the way to f16, whose exponent has a bias of 15 where e's is 7.
+// Every function here gives 1/256 of a weight, so the scales are multiplied by FLOAT8_FACTOR, 256. That spares an
+// addition: the bits of e become f16's exponent as they are, although its bias is 15 and e's is 7.
 #pragma once
 
 #include <array>

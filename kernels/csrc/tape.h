@@ -1,4 +1,4 @@
-// Operations, and tapes of operations.
+// Operations, and tapes: recorded lists of operations, which are to a CPU what CUDA graphs are to a GPU.
 //
 // All threads of an OpenMP parallel region execute an operation together, each a range of it. Called from Python, an
 // operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the operation to

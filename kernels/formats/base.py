@@ -126,7 +126,7 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Dense(WeightFormat):
-    """16 or 32 bits, unchanged."""
+    """Not quantized: 16 or 32 bits, as PyTorch has them."""
 
     format_id = 0
     is_cli_mode = False

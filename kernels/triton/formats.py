@@ -2,8 +2,9 @@
 
 A format is two functions, which are compiled into the kernels, and a line in FORMATS:
 
-    multiply_...      acc + W x for the columns [k, k + BLOCK_K) of one step. x is [K_SLICES, SLICE_K, BLOCK_M], acc
-                      [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice. k_starts [K_SLICES] is where slices begin
+    multiply_...      acc + W x for the columns [k, k + BLOCK_K) of one step. w is a ProgramWeights (weights.py), x is
+                      [K_SLICES, SLICE_K, BLOCK_M], acc [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice. k_starts
+                      [K_SLICES] is where slices begin
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
 
     format         W                                        scales
@@ -52,11 +53,10 @@ from kernels.triton.weights import load_rows, load_scales, load_slice_scales, lo
 
 @triton.jit
 def multiply_rows(
-    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
-    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    w = load_rows(w_ptr, k_starts, offs_n, mask_n, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
-    return tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
+):
+    elements = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
+    return tl.dot(elements.to(x.dtype), x, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -70,11 +70,10 @@ def dequantize_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
 
 @triton.jit
 def multiply_grouped_int8(
-    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
-    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    q = load_rows(w_ptr, k_starts, offs_n, mask_n, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
-    scale, zero = unpack_scale_words(load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K, GROUP_SIZE))
+    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
+):
+    q = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
+    scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
     return acc + product_with_zeros(q.to(x.dtype), x, scale, zero - 128)
 
 
@@ -105,16 +104,14 @@ def product_with_zeros(q, x, scale, zero):
 
 @triton.jit
 def multiply_float8(
-    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
-    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    words = load_rows(w_ptr, k_starts // 4, offs_n, mask_n, K // 4, x.shape[1] // 4)  # [K_SLICES, BLOCK_N, SLICE_K / 4]
-    w = e4m3_to_floats(words, x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
+    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
+):
+    words = load_rows(w, k_starts // 4, K // 4, x.shape[1] // 4)  # [K_SLICES, BLOCK_N, SLICE_K / 4]
+    elements = e4m3_to_floats(words, x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
     if GROUP_SIZE >= K:
-        return tl.dot(w, x, acc, input_precision="ieee")
+        return tl.dot(elements, x, acc, input_precision="ieee")
     else:
-        scale = load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K, GROUP_SIZE)
-        return acc + scale * tl.dot(w, x, input_precision="ieee")
+        return acc + load_slice_scales(w, k_starts, K, GROUP_SIZE) * tl.dot(elements, x, input_precision="ieee")
 
 
 @triton.jit
@@ -131,14 +128,11 @@ def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N
 
 @triton.jit
 def multiply_int4(
-    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
-    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    q, scales = load_tile_slices(
-        acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT,
-        int4_pair, unpack_scale_words,
-    )  # fmt: skip
-    scale, zero = scales
+    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
+):
+    words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
+    scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
+    q = tiles_to_floats(words, w.packed_offset, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
     return acc + product_with_zeros(q, x, scale, zero * 0.0625 + offset_of(x.dtype))
 
 
@@ -147,20 +141,6 @@ def dequantize_int4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
     q = dequantize_tile(w_ptr, tile_n, tile_k, K, int4_pair)
     scale, zero = unpack_scale_words(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
     return (q - zero * 0.0625) * scale
-
-
-@triton.jit
-def load_tile_slices(
-    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
-    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    DECODE: tl.constexpr, DECODE_SCALES: tl.constexpr,
-):  # fmt: skip
-    """Of a W in tiles, the part that multiplies x: the elements as DECODE decodes them, [K_SLICES, BLOCK_N, SLICE_K],
-    and the scales as DECODE_SCALES does, [K_SLICES, BLOCK_N, 1]."""
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    words = load_tiles(w_ptr, k, N, N_OUT, K, BLOCK_N, BLOCK_OUT, x.shape[0] * x.shape[1])
-    scales = DECODE_SCALES(load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K, GROUP_SIZE))
-    return tiles_to_floats(words, packed_offset, DECODE, BLOCK_N // TILE_N, x.shape[1], x.dtype), scales
 
 
 @triton.jit
@@ -176,13 +156,11 @@ def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
 
 @triton.jit
 def multiply_mxfp4(
-    acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT,
-    K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    q, scale = load_tile_slices(
-        acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT,
-        e2m1_pair, e8m0_to_float,
-    )  # fmt: skip
+    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
+):
+    words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
+    scale = e8m0_to_float(load_slice_scales(w, k_starts, K, GROUP_SIZE))
+    q = tiles_to_floats(words, w.packed_offset, e2m1_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
     return acc + scale * tl.dot(q * e2m1_bias_factor(x.dtype), x, input_precision="ieee")
 
 

@@ -26,7 +26,7 @@ from kernels.triton.launch import (
     overlap_options,
     wait_for_previous_kernel,
 )
-from kernels.triton.weights import prefetch_weights, program_outputs, slice_columns, slice_starts
+from kernels.triton.weights import ProgramWeights, prefetch_weights, program_outputs, slice_columns, slice_starts
 
 ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the previous kernel: about what its loop does
@@ -145,9 +145,8 @@ def fused_linear_kernel(
         x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, M, K, DTYPE)  # [K_SLICES, SLICE_K, BLOCK_M]
         if norm_weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, M, K)
-        acc = MULTIPLY(
-            acc, x, w_ptr, scales_ptr, packed_offset, k, k_starts, offs_n, mask_n, N, N_OUT, K, GROUP_SIZE, BLOCK_OUT
-        )
+        w = ProgramWeights(w_ptr, scales_ptr, packed_offset, offs_n, mask_n, N, N_OUT)
+        acc = MULTIPLY(acc, x, w, k, k_starts, K, GROUP_SIZE, BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -8,10 +8,24 @@ There are two layouts. W in rows is [N, K], row after row. W in tiles (IS_TILED)
 columns, which tiles.py draws. formats.py says which format has which layout, and how it is multiplied.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS
+
+
+class ProgramWeights(NamedTuple):
+    """The weights of a program of fused_linear: its rows of W [N, K]. The functions below call it w."""
+
+    ptr: tl.tensor
+    scales_ptr: tl.tensor
+    packed_offset: tl.tensor  # elements.py: int4_pair
+    offs_n: tl.tensor  # [BLOCK_N], the rows: see program_outputs
+    mask_n: tl.tensor  # [BLOCK_N], which of them W has
+    N: tl.tensor
+    N_OUT: tl.tensor
 
 
 @triton.jit
@@ -73,37 +87,35 @@ def slice_columns(k_starts, SLICE_K: tl.constexpr):
 
 
 @triton.jit
-def load_rows(w_ptr, k_starts, offs_n, mask_n, K: tl.constexpr, SLICE_K: tl.constexpr):
-    """Of a W in rows: outputs offs_n [BLOCK_N] of the slices that begin at columns k_starts [K_SLICES]:
+def load_rows(w, k_starts, K: tl.constexpr, SLICE_K: tl.constexpr):
+    """Of a W in rows: the program's outputs, of the slices that begin at columns k_starts [K_SLICES]:
     [K_SLICES, BLOCK_N, SLICE_K]."""
     offs_k = slice_columns(k_starts, SLICE_K)
-    offsets = offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
-    return tl.load(w_ptr + offsets, mask=mask_n[None, :, None] & (offs_k < K)[:, None, :], other=0)
+    offsets = w.offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
+    return tl.load(w.ptr + offsets, mask=w.mask_n[None, :, None] & (offs_k < K)[:, None, :], other=0)
 
 
 @triton.jit
-def load_tiles(
-    w_ptr, k, N, N_OUT, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Of a W in tiles: this program's outputs and columns [k, k + BLOCK_K), as the words of whole tiles:
+def load_tiles(w, k, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of a W in tiles: the program's outputs and columns [k, k + BLOCK_K), as the words of whole tiles:
     [BLOCK_N / TILE_N * BLOCK_K / TILE_K, TILE_WORDS]."""
     TILES_IN_STEP: tl.constexpr = BLOCK_K // TILE_K  # side by side
     i = tl.arange(0, BLOCK_N // TILE_N * TILES_IN_STEP)
-    tile_n = program_outputs(i // TILES_IN_STEP, BLOCK_OUT // TILE_N, N_OUT // TILE_N)
+    tile_n = program_outputs(i // TILES_IN_STEP, BLOCK_OUT // TILE_N, w.N_OUT // TILE_N)
     tile_k = k // TILE_K + i % TILES_IN_STEP
-    mask = (tile_n < tl.cdiv(N, TILE_N)) & (tile_k < tl.cdiv(K, TILE_K))
+    mask = (tile_n < tl.cdiv(w.N, TILE_N)) & (tile_k < tl.cdiv(K, TILE_K))
     tile = tile_n.to(tl.int64) * tl.cdiv(K, TILE_K) + tile_k
     offsets = tile[:, None] * TILE_WORDS + tl.arange(0, TILE_WORDS)[None, :]
-    return tl.load(w_ptr + offsets, mask=mask[:, None], other=0)
+    return tl.load(w.ptr + offsets, mask=mask[:, None], other=0)
 
 
 @triton.jit
-def load_slice_scales(scales_ptr, k_starts, offs_n, mask_n, N, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Of scales that are stored column by column, [n_groups, N]: those of outputs offs_n [BLOCK_N] and of the slices
-    that begin at columns k_starts [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
-    offsets = (k_starts // GROUP_SIZE)[:, None] * N + offs_n[None, :]
-    mask = (k_starts < K)[:, None] & mask_n[None, :]
-    return tl.load(scales_ptr + offsets, mask=mask, other=0)[:, :, None]
+def load_slice_scales(w, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """Of scales that are stored column by column, [n_groups, N]: those of the program's outputs and of the slices that
+    begin at columns k_starts [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
+    offsets = (k_starts // GROUP_SIZE)[:, None] * w.N + w.offs_n[None, :]
+    mask = (k_starts < K)[:, None] & w.mask_n[None, :]
+    return tl.load(w.scales_ptr + offsets, mask=mask, other=0)[:, :, None]
 
 
 @triton.jit
