@@ -156,6 +156,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
+        # x = x + [post_norm] attention([norm] x)
+        # x = x + [post_norm] feed_forward([norm] x)
         x = self.add_sublayer(x, self.attention, self.attention_norm, self.post_attention_norm, start_pos, cache)
         return self.add_sublayer(x, self.feed_forward, self.ffn_norm, self.post_ffn_norm)
 

@@ -10,8 +10,8 @@
     route              a router's choice of experts
     experts_gate_up, experts_down      the matrix products with the chosen experts' weights
 
-They are called leaf operations: a model computes by nothing else, and none calls a module. So a step is a list of
-them, which can be recorded (record.py).
+They are called leaf operations, after the leaves of a call tree: a model calls them to compute anything, and they call
+no module. So a step is a list of them, which can be recorded (record.py).
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
 Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
