@@ -61,6 +61,7 @@ def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         case "clamped_swiglu":  # gpt-oss's: both clamped, a steeper sigmoid, and up + 1
             gate, up = gate.clamp(max=7), up.clamp(-7, 7)
             return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    raise ValueError(f"activation {activation!r} has no formula")
 
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.params import WeightMatrix
 from kernels.schema import triton_op
 from kernels.triton.elements import (
     e2m1_bias_factor,
@@ -239,8 +240,8 @@ def kernel_format(format_id: int) -> KernelFormat:
     return BY_ID[format_id]
 
 
-def supports(layer) -> bool:
-    """Whether the kernels can read the weight of layer, a model.Linear or Embedding."""
+def supports(layer: WeightMatrix) -> bool:
+    """Whether the kernels can read the weight of layer."""
     format = layer.format
     known = BY_ID.get(getattr(format, "format_id", None))
     if known is None or not format.fits_kernels("triton", layer.in_features):

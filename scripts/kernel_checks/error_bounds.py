@@ -19,7 +19,7 @@ FLIPS = 8
 
 
 def magnitudes(w) -> Tensor:
-    """[N, K]: for a model.Linear as in a checkpoint, the magnitude of what is added up and taken off again for each
+    """[N, K]: for a WeightMatrix as in a checkpoint, the magnitude of what is added up and taken off again for each
     weight: of quantized ones the offset of an unsigned number and the zero point count for themselves."""
     weight, scales = w.weight.double(), w.scales
     if scales is None:
