@@ -12,7 +12,7 @@ class UsageError(ValueError):
 
 
 class OutOfMemoryError(UsageError):
-    """Memory is too small. Each script has its own advice, which cli.run appends to the message."""
+    """Memory is too small. Each script has its own advice, which run_script appends to the message."""
 
 
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py: activate has their formulas

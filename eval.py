@@ -7,24 +7,22 @@ Tasks need `pip install lm_eval`, version 0.4. The perplexity is per token. The 
 overlap, and each window is scored by itself. If the tokenizer has a bos token, every window begins with it.
 """
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import cli
-
-    cli.start()
-
-import argparse
-import json
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
 
 import torch
 
-import cli
 from checkpoint import read_text
+from cli import options
 from cli.checkpoints import resolve_checkpoint
 from cli.ranks import process_group
+from cli.script import run_script
 from config import UsageError
 from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity
@@ -36,9 +34,9 @@ TEXT_WINDOW = 1024  # tokens of a window of text, unless the model's context is 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     add = parser.add_argument
-    cli.add_checkpoint_path(parser)
+    options.add_checkpoint_path(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm_eval's tasks or groups by name, or their files")
     what.add_argument("--text_file", type=Path, help="measure the perplexity of this text")
@@ -48,10 +46,10 @@ def parse_args() -> argparse.Namespace:
     add("--max_seq_length", type=int, help="tokens of a window (default: of a text 1024, of tasks all the model has)")
     add("--batch_size", type=int, default=1, help="sequences scored at a time (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model")
-    cli.add_device(parser)
-    cli.add_precision(parser)
-    cli.add_kernels(parser)
-    cli.add_threads(parser)
+    options.add_device(parser)
+    options.add_precision(parser)
+    options.add_kernels(parser)
+    options.add_threads(parser)
     add("--json", action="store_true", help="the results as one line of JSON")
     args = parser.parse_args()
     for name in ("limit", "batch_size"):
@@ -64,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    cli.set_threads(args.threads)
+    options.set_threads(args.threads)
     # Check everything else before loading the model, which takes long.
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
@@ -89,4 +87,4 @@ def main():
 
 if __name__ == "__main__":
     with process_group():
-        cli.run(main, OOM_HINT)
+        run_script(main, OOM_HINT)

@@ -20,30 +20,28 @@ The parts of LLM, which do batches and more:
 """
 
 import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import cli
-
-    cli.start()
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
 
 import torch
 from torch import Tensor
 
-import cli
 import tp
 from chat import Conversation, TokenGenerator
 from cli.arguments import parse_args
 from cli.checkpoints import resolve_checkpoint
 from cli.complete import complete_in_parallel, complete_one_by_one
+from cli.options import set_threads
 from cli.prompts import read_prompts
 from cli.ranks import process_group
+from cli.script import run_script
 from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from completion import Completion, generate_many
@@ -200,7 +198,7 @@ class LLM:
 
 def main():
     args = parse_args(__doc__)
-    cli.set_threads(args.threads)
+    set_threads(args.threads)
     device = pick_device(args.device)
     options = {"device": device, "dtype": getattr(torch, args.precision), "use_kernels": args.kernels == "auto"}
     start = time.perf_counter()
@@ -237,4 +235,4 @@ def main():
 
 if __name__ == "__main__":
     with process_group():
-        cli.run(main, OOM_HINT)
+        run_script(main, OOM_HINT)

@@ -24,17 +24,16 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import cli
-
-    cli.start()
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
 
 import torch
 from torch import Tensor
 
-import cli
 import gptq
 from checkpoint import read_checkpoint, read_text, save_checkpoint
+from cli import options
 from cli.checkpoints import resolve_checkpoint
+from cli.script import run_script
 from config import ModelConfig, UsageError
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
@@ -81,9 +80,10 @@ DEFAULT_GROUP_SIZE = 32
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     add = parser.add_argument
-    cli.add_checkpoint_path(parser, help="model.pth, or a model's folder or .gguf; the result goes beside model.pth")
+    help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
+    options.add_checkpoint_path(parser, help=help)
     add("--mode", default="int8", help=f"{', '.join(MODES)} (default: %(default)s)")
     add("--groupsize", type=int, help=f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})")
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
@@ -97,8 +97,8 @@ def parse_args() -> argparse.Namespace:
     add("--percdamp", type=float, default=0.1, help="part of the Hessian's mean added to it (default: %(default)s)")
     add("--blocksize", type=int, default=128, help="columns rounded between updates (default: %(default)s)")
     add("--act_order", action=argparse.BooleanOptionalAction, default=True, help="round the columns that matter first")
-    cli.add_device(group)
-    cli.add_threads(parser)
+    options.add_device(group)
+    options.add_threads(parser)
     args = parser.parse_args()
     check_args(args)
     if args.groupsize is None:
@@ -129,7 +129,7 @@ def check_args(args: argparse.Namespace):
 
 def main():
     args = parse_args()
-    cli.set_threads(args.threads)
+    options.set_threads(args.threads)
     path = args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
@@ -213,4 +213,4 @@ def write_quantized(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

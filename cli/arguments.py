@@ -5,7 +5,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import cli
+from cli import options
 from cli.checkpoints import resolve_checkpoint
 from config import UsageError
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
@@ -54,8 +54,8 @@ def parse_args(doc: str) -> argparse.Namespace:
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    parser = cli.make_parser(doc)
-    cli.add_checkpoint_path(parser, DEMO, f"{cli.CHECKPOINT_HELP} (default: the demo's)")
+    parser = options.make_parser(doc)
+    options.add_checkpoint_path(parser, DEMO, f"{options.CHECKPOINT_HELP} (default: the demo's)")
     add_prompt_options(parser)
     add_length_options(parser)
     add_sampling_options(parser)
@@ -64,10 +64,10 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile or, on a GPU, record the decode step")
     add("--compile_prefill", action="store_true", help="compile prefill too")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")
-    cli.add_device(parser)
-    cli.add_precision(parser)
-    cli.add_kernels(parser)
-    cli.add_threads(parser)
+    options.add_device(parser)
+    options.add_precision(parser)
+    options.add_kernels(parser)
+    options.add_threads(parser)
     add("--logprobs", type=int, metavar="N", help="in --json, each token's log-probability and the N likeliest tokens")
     add("--json", action="store_true", help="one JSON object for each prompt on stdout instead of text")
     return parser

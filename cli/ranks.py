@@ -1,7 +1,7 @@
 """The processes of a tensor-parallel run: how they join, who prints, reads and converts, how they end. See tp.py.
 
     with process_group():
-        cli.run(main)
+        run_script(main)
 """
 
 import contextlib

@@ -21,36 +21,34 @@ The speed of decoding is compared with memory's read bandwidth, measured before 
 A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cli
-
-    cli.start()
-
 import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-import tables
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
+
 import tokenizers
 import torch
-from benchmarking import busy, gpu_jobs, real_models
-from benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
-from kernel_checks.command import check
 
-import cli
 import kernels
+from cli import options
+from cli.script import run_script
 from config import ModelConfig, UsageError
 from kernels.formats import GROUP_SIZES, MODES, Dense, WeightFormat
 from machine import pick_device
 from scheduler import check_length
+from scripts import tables
+from scripts.benchmarking import busy, gpu_jobs, real_models
+from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
+from scripts.kernel_checks.command import check
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
@@ -68,12 +66,12 @@ def main():
     if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
         arguments = ["speed", *arguments]
     args = make_parser().parse_args(arguments)
-    cli.set_threads(args.threads)
+    options.set_threads(args.threads)
     args.command(args)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     add_speed(subparsers)
     add_gpu_commands(subparsers)
@@ -84,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_command(subparsers, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
     parser.set_defaults(command=command)
-    cli.add_threads(parser)
+    options.add_threads(parser)
     return parser
 
 
@@ -95,9 +93,9 @@ def add_speed(subparsers):
     add("--mode", choices=MODES, help="weights in this format (default: in --precision)")
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4 (default: %(default)s)")
     add("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
-    cli.add_device(parser)
-    cli.add_precision(parser)
-    cli.add_kernels(parser)
+    options.add_device(parser)
+    options.add_precision(parser)
+    options.add_kernels(parser)
     add("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     add("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     add("--decode_only", action="store_true", help="no prefill, no verification")
@@ -114,7 +112,7 @@ def add_gpu_commands(subparsers):
     parser = add_command(subparsers, check)
     add = parser.add_argument
     add("--device", default="cuda", help="cpu: in Triton's interpreter (default: %(default)s)")
-    cli.add_precision(parser)
+    options.add_precision(parser)
 
     parser = add_command(subparsers, gpu_jobs.gpu)
     add = parser.add_argument
@@ -131,19 +129,19 @@ def add_gpu_commands(subparsers):
 def add_checkpoint_commands(subparsers):
     parser = add_command(subparsers, real_models.quantization)
     add = parser.add_argument
-    cli.add_checkpoint_path(parser, help="a model.pth, not quantized")
+    options.add_checkpoint_path(parser, help="a model.pth, not quantized")
     add("--text_file", type=Path, required=True, help="the text to predict")
     add("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
     add("--json_file", type=Path, help="where the result goes too")
 
     parser = add_command(subparsers, real_models.speculation)
     add = parser.add_argument
-    cli.add_checkpoint_path(parser, help="a chat model")
+    options.add_checkpoint_path(parser, help="a chat model")
     add("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
     add("--speculate_k", type=int, metavar="K", help="tokens to propose at a time (default: generate.py's)")
     add("--compile", action="store_true", help="compile the steps")
-    cli.add_device(parser)
-    cli.add_precision(parser)
+    options.add_device(parser)
+    options.add_precision(parser)
     add("--json_file", type=Path, help="where the result goes too")
 
 
@@ -204,7 +202,7 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """--tune: see benchmarking/tune_triton.py."""
     if device.type != "cuda" or not kernels.load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
-    from benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
+    from scripts.benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
 
     tune_triton.tune(config, format, device)
     torch.cuda.empty_cache()
@@ -246,4 +244,4 @@ def time_first_byte(command: list, environment: dict[str, str]) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, OOM_HINT)
+    run_script(main, OOM_HINT)

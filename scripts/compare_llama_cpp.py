@@ -25,28 +25,32 @@ in every second round theirs come first. Both decode greedily; llama.cpp's setti
 the weights that a decode step reads, and the keys and values of the tokens in the cache.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cli
-
-    cli.start()
-
 import argparse
 import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-import tables
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
+
 import torch
-from benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
-from benchmarking.compare_speed import (
+from tqdm import tqdm
+
+from cli import options
+from cli.script import run_script
+from config import UsageError
+from kernels import cpu
+from machine import cpu_name
+from scripts import tables
+from scripts.benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
+from scripts.benchmarking.compare_speed import (
     OOM_HINT,
     PREFILL,
     PROMPT,
@@ -59,13 +63,7 @@ from benchmarking.compare_speed import (
     result_of,
     summarize,
 )
-from benchmarking.speed import CONFIGS
-from tqdm import tqdm
-
-import cli
-from config import UsageError
-from kernels import cpu
-from machine import cpu_name
+from scripts.benchmarking.speed import CONFIGS
 
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
@@ -127,7 +125,7 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
@@ -190,4 +188,4 @@ def draw_curves(axes, rows: list[dict]):
 
 
 if __name__ == "__main__":
-    cli.run(main, OOM_HINT)
+    run_script(main, OOM_HINT)

@@ -19,26 +19,25 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cli
-
-    cli.start()
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
 
 import torch
 
-import cli
+from cli import options
+from cli.script import exit_with_error, run_script
 
 try:
     from converters.gguf_tensors import convert_gguf
 except ImportError as e:
-    cli.exit_with_error(f"this script needs `pip install gguf protobuf` ({e})")
+    exit_with_error(f"this script needs `pip install gguf protobuf` ({e})")
 
 
 def main():
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth and the tokenizer go there")
     help = "of the stored weights (default: %(default)s)"
-    parser.add_argument("--dtype", choices=cli.PRECISIONS, default="bfloat16", help=help)
+    parser.add_argument("--dtype", choices=options.PRECISIONS, default="bfloat16", help=help)
     help = "leave quantized weights quantized, and name the file as most of them are stored: model_int4.g32.pth"
     parser.add_argument("--keep", action="store_true", help=help)
     args = parser.parse_args()
@@ -47,4 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -21,16 +21,15 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cli
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
 
-    cli.start()
-
-import cli
+from cli import options
+from cli.script import run_script
 from converters.folder import convert_folder
 
 
 def main():
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
     help = "merge the LoRA adapter in this folder (adapter_config.json), and write model.pth there"
     parser.add_argument("--lora", type=Path, metavar="FOLDER", help=help)
@@ -39,4 +38,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cli
-
-    cli.start()
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 
-import cli
+from cli import options
+from cli.interrupts import exit_on_interrupt
+from cli.script import run_script
 from config import UsageError
 from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
@@ -34,14 +34,14 @@ WEIGHTS = {
 
 
 def main():
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     parser.add_argument("--repo_id", required=True, help="OWNER/NAME, or OWNER/NAME/STEM for its STEM.pt")
     parser.add_argument("--hf_token", help="for private and gated repositories (default: HF_TOKEN, or `hf auth login`)")
     args = parser.parse_args()
     logging.set_verbosity_error()  # what it warns of is an error here
     if not sys.stderr.isatty():
         disable_progress_bars()
-    cli.exit_on_interrupt()  # or Ctrl-C would wait for the files that are under way
+    exit_on_interrupt()  # or Ctrl-C would wait for the files that are under way
     download(args.repo_id, args.hf_token or None)
     print(f"wrote checkpoints/{args.repo_id}")
 
@@ -101,4 +101,4 @@ def explain_error(repo: str, e: Exception) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

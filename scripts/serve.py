@@ -9,35 +9,33 @@ that disconnects frees its slots of the KV cache. After Ctrl-C or SIGTERM the se
 second signal ends it at once.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cli
-
-    cli.start()
-
 import asyncio
 import hmac
 import json
 import os
 import socket
+import sys
 import traceback
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
 
 import torch
-from openai_api import Reply, require
 
-import cli
 from chat_template import check_unicode
+from cli import options
 from cli.checkpoints import resolve_checkpoint
+from cli.script import exit_with_error, run_script
 from completion import Completion
 from config import UsageError
 from loading import load
 from machine import pick_device
 from scheduler import Request, Scheduler
+from scripts.openai_api import Reply, require
 from tokenizer import Tokenizer
 
 try:
@@ -48,29 +46,29 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as e:
-    cli.exit_with_error(f"this script needs `pip install starlette uvicorn` ({e})")
+    exit_with_error(f"this script needs `pip install starlette uvicorn` ({e})")
 
 OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_seq_length"
 MAX_BODY = 4 * 2**20  # bytes of a request
 
 
 def main():
-    parser = cli.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     add = parser.add_argument
-    cli.add_checkpoint_path(parser)
+    options.add_checkpoint_path(parser)
     add("--host", default="127.0.0.1", help="default: %(default)s, which only this machine can reach")
     add("--port", type=int, default=8000, help="default: %(default)s; 0: any that is free")
     add("--api_key", help="refuse requests without the header `Authorization: Bearer API_KEY`")
     add("--parallel", type=int, default=8, help="texts computed at a time (default: %(default)s)")
     add("--max_seq_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
     add("--compile", action="store_true", help="record the decode steps on a GPU, too")
-    cli.add_device(parser)
-    cli.add_precision(parser)
-    cli.add_threads(parser)
+    options.add_device(parser)
+    options.add_precision(parser)
+    options.add_threads(parser)
     args = parser.parse_args()
     require(min(args.parallel, args.max_seq_length) > 0, "--parallel and --max_seq_length must be at least 1")
     require("" not in (args.host, args.api_key), "--host and --api_key must not be empty: it would let in everybody")
-    cli.set_threads(args.threads)
+    options.set_threads(args.threads)
 
     listener = listen(args.host, args.port)
     device, dtype = pick_device(args.device), getattr(torch, args.precision)
@@ -219,4 +217,4 @@ def error_response(client: http.Request | None, e: Exception) -> Response:
 
 
 if __name__ == "__main__":
-    cli.run(main, OOM_HINT)
+    run_script(main, OOM_HINT)

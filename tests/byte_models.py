@@ -15,8 +15,8 @@ import tokenizers
 import torch
 
 import checkpoint
-import cli
 import generate
+from cli.script import run_script
 from config import ModelConfig
 from converters.families import config_from_hf
 from model import Transformer
@@ -127,7 +127,7 @@ def call_cli(monkeypatch, capsys):
     def call(folder: Path, *args: str, stdin: str = "") -> str:
         set_up(monkeypatch, folder / "model.pth", args, stdin)
         capsys.readouterr()
-        cli.run(generate.main)
+        run_script(generate.main)
         return capsys.readouterr().out
 
     return call
@@ -155,7 +155,7 @@ def refused(monkeypatch, capsys):
     def check(model: Path, args, word: str, stdin: str | bytes = ""):
         set_up(monkeypatch, model, args, stdin)
         with pytest.raises(SystemExit) as stopped:
-            cli.run(generate.main)
+            run_script(generate.main)
         out, err = capsys.readouterr()
         assert stopped.value.code == 2 and out == ""
         assert word in err and err.startswith("generate.py: ") and err.count("\n") == 1 and err.endswith("\n")

@@ -19,13 +19,11 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 import kernels
-import tests.tiny  # noqa: F401  (puts scripts/ on the path)
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from layers import ExpertsDown, ExpertsGateUp
-
-from kernel_checks.exact_results import attend, make_linear, make_norm  # isort: skip
+from scripts.kernel_checks.exact_results import attend, make_linear, make_norm
 
 TYPES = {
     torch.bfloat16: "bf16",

@@ -13,15 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import cli
 import eval
 import generate
 import quantize
-import tests.tiny  # noqa: F401  (puts scripts/ on the path)
-
-import convert_gguf  # isort: skip
-import convert_hf_checkpoint  # isort: skip
-import download  # isort: skip
+from cli.interrupts import exit_on_interrupt
+from cli.script import run_script
+from scripts import convert_gguf, convert_hf_checkpoint, download
 
 MAINS = {
     "convert": convert_hf_checkpoint.main,
@@ -37,7 +34,7 @@ def start(command: str, args: list, err: Path, out: Path = Path(os.devnull), mem
     """Runs a command in a fork, its output in files, with only so much more memory. Returns the process."""
     process = multiprocessing.get_context("fork").Process(target=run, args=(command, args, out, err, memory))
     before = signal.getsignal(signal.SIGINT)
-    cli.exit_on_interrupt()  # as the scripts have it before cli.run and after
+    exit_on_interrupt()  # as the scripts have it before run_script and after
     process.start()
     signal.signal(signal.SIGINT, before)
     return process
@@ -53,7 +50,7 @@ def run(command: str, args: list, out: Path, err: Path, memory: int | None):
     if memory is not None:
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (in_use + memory, in_use + memory))
-    cli.run(MAINS[command])
+    run_script(MAINS[command])
 
 
 def finish(process: multiprocessing.Process) -> int:

@@ -48,9 +48,9 @@ import torch
 
 import kernels
 from kernels.formats.nf4 import NF4, VALUES
-from tests import tiny  # puts scripts/ on the path
+from tests import tiny
 
-from benchmarking.speed import random_linear  # isort: skip
+from scripts.benchmarking.speed import random_linear
 
 
 def test_nf4_rounds_to_the_nearest():

@@ -22,13 +22,13 @@ from converters.families import config_from_hf
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormats
 from loading import load_model, quantized_tensor_names
 from model import empty_model
+from scripts import benchmark
+from scripts.benchmarking import gpu_jobs, real_models
+from scripts.benchmarking import speed as benchmark_speed
+from scripts.kernel_checks import checks
+from scripts.kernel_checks import command as check_command
+from scripts.kernel_checks.exact_results import DTYPES
 from tests.tiny import ROOT, call, convert, write_folder
-
-import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
-from benchmarking import gpu_jobs, real_models  # isort: skip
-from benchmarking import speed as benchmark_speed  # isort: skip
-from kernel_checks import checks, command as check_command  # isort: skip
-from kernel_checks.exact_results import DTYPES  # isort: skip
 
 PUBLISHED = {  # parameters; a tied head counts once
     "SmolLM2-135M": 134515008,
@@ -215,8 +215,7 @@ def test_table_of_jobs():
 def test_tune(tmp_path, monkeypatch):
     """The fastest tile sizes that also work with 8 tokens are written down and used; times are made up here."""
     from kernels.triton import launch
-
-    from benchmarking import tune_triton  # isort: skip
+    from scripts.benchmarking import tune_triton
 
     fastest = launch.TileConfig(32, 8, 64, 3)
     gated_times = {fastest: 1.0, (32, 4, 128, 3): 0.5}

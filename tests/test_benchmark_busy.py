@@ -12,11 +12,10 @@ import torch
 
 from config import ModelConfig, OutOfMemoryError, UsageError
 from kernels.formats import Dense
+from scripts import benchmark
+from scripts.benchmarking import busy
+from scripts.benchmarking.speed import save_random_checkpoint
 from tests.tiny import call
-
-import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
-from benchmarking import busy  # isort: skip
-from benchmarking.speed import save_random_checkpoint  # isort: skip
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512)
 

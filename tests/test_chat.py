@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli as shell
 import generate
 from chat import ContextFull
+from cli.script import run_script
 from config import UsageError
 from converters.families import config_from_hf
 from generate import build_token_generator, load
@@ -212,7 +212,7 @@ def test_notes(chatty, monkeypatch, capsys):
     said += "/drop\n/drop it\n/save\n//drop it\n/drop\n/etc/motd\n"
     set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], said)
     with pytest.raises(SystemExit) as stopped:
-        shell.run(generate.main)
+        run_script(generate.main)
     out, err = capsys.readouterr()
     hi, drop, path = (expected_conversation(chatty, [line])[0][2] for line in ("Hi", "/drop it", "/etc/motd"))
     answers = out.splitlines()
@@ -245,7 +245,7 @@ def test_stdin_that_is_not_text(chatty, monkeypatch, capsys, errors):
     set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], b"Hi\nH\xe4user\n\nbye\nbye")
     sys.stdin.reconfigure(errors=errors)
     with pytest.raises(SystemExit) as stopped:
-        shell.run(generate.main)
+        run_script(generate.main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == expected_conversation(chatty, ["Hi"])[0][2] + "\n"
     assert err.splitlines()[-2] == "Lines on standard input that were not read: 2."

@@ -9,20 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
 import eval
 import generate
 import quantize
 from cli.checkpoints import resolve_checkpoint
+from cli.script import run_script
 from config import UsageError
 from converters.folder import convert_folder
+from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter
 from tests.test_meta import PARAMS, SCALED, make_ranks, write_meta, write_tiktoken
 from tests.test_mxfp4 import mxfp4  # noqa: F401  (a fixture)
 from tests.tiny import call, convert, make_hf, same_logits, write_folder
 from tests.tiny_gguf import make_llama, write_gguf
-
-import convert_hf_checkpoint  # isort: skip  (tests.tiny put scripts/ on the path)
 
 RUN = ["--prompt", "Hi", "--max_new_tokens", 3, "--temperature", 0, "--device", "cpu", "--ignore_eos"]
 
@@ -188,7 +187,7 @@ def test_mistakes(folder, tmp_path, monkeypatch, capsys):
     ]:
         monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint_path", str(path)])
         with pytest.raises(SystemExit) as stopped:
-            cli.run(generate.main)
+            run_script(generate.main)
         (line,) = capsys.readouterr().err.splitlines()
         assert stopped.value.code == 2 and re.match(said, line)
     assert not list(tmp_path.glob("**/model.pth*"))

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-import cli as shell
 import generate
 import machine
 import scheduler
 from cli import report
+from cli.script import run_script
 from config import MoEConfig
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
 from tests.tiny import ROOT
@@ -161,7 +161,7 @@ def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain
     options = [f"--prompt_file={tmp_path}/prompts", "--max_new_tokens=4", "--batch_size=3", "--ignore_eos"]
     set_up(monkeypatch, chain / "model.pth", options)
     monkeypatch.setattr(report, "read_bandwidth_of", refuse)
-    shell.run(generate.main)
+    run_script(generate.main)
     out, err = capsys.readouterr()
     assert out.count("--- sequence 2") == 3 and "%" not in err
     assert len(re.findall(r"12 generated in 3 sequences, at [\d.]+ tokens/s each: [\d.]+ GB/s \(load", err)) == 3
@@ -175,7 +175,7 @@ def test_an_error_for_lack_of_memory_ends_with_what_helps(chain, tmp_path, monke
     for module in (machine, scheduler):
         monkeypatch.setattr(module, "free_memory", lambda: 1000)
     with pytest.raises(SystemExit) as stopped:
-        shell.run(generate.main, generate.OOM_HINT)
+        run_script(generate.main, generate.OOM_HINT)
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2
     assert f" tokens takes 0.00 GB of memory, of which 0.00 are free; {hint}" in line
@@ -186,7 +186,7 @@ def test_the_summary_names_the_share_of_what_memory_gives(chain, monkeypatch, ca
     """Unless the model is in the processor's caches, which say nothing about memory."""
     monkeypatch.setattr(machine, "cache_bytes", lambda: 2**20 if caches_hold_it else 0)
     set_up(monkeypatch, chain / "model.pth", ["--prompt=a", "--max_new_tokens=4", "--ignore_eos"])
-    shell.run(generate.main)
+    run_script(generate.main)
     share = "" if caches_hold_it else r", \d+ % of the [\d.]+ GB/s this machine reads"
     sentence = rf"4 generated at [\d.]+ tokens/s: [\d.]+ GB/s{share} \(load"
     assert re.search(sentence, capsys.readouterr().err)

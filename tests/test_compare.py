@@ -10,22 +10,20 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import cli
 from checkpoint import read_checkpoint, save_checkpoint
+from cli.script import run_script
 from config import ModelConfig, RopeScaling, UsageError
+from converters.gguf_config import find_architecture, read_gguf_config
+from converters.gguf_file import read_gguf
+from converters.gguf_tensors import rename_gguf_tensors
+from converters.model_tensors import convert
 from kernels.formats import Dense
+from scripts import compare_llama_cpp as compare
+from scripts import tables
+from scripts.benchmarking import compare_files, compare_speed
+from scripts.benchmarking.speed import checkpoint_tensors, random_model
 from tests.tiny import make_hf
 from tests.tiny_gguf import write_gguf
-
-from benchmarking import compare_files  # isort: skip  (tests.tiny put scripts/ on the path)
-import compare_llama_cpp as compare  # isort: skip
-from benchmarking import compare_speed  # isort: skip
-import tables  # isort: skip
-from benchmarking.speed import checkpoint_tensors, random_model  # isort: skip
-from converters.gguf_tensors import rename_gguf_tensors  # isort: skip
-from converters.model_tensors import convert  # isort: skip
-from converters.gguf_config import find_architecture, read_gguf_config  # isort: skip
-from converters.gguf_file import read_gguf  # isort: skip
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512, norm_eps=2**-16, rope_theta=5e5)  # an eps that is the same in float32
 VARIANTS = {
@@ -165,7 +163,7 @@ def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(sys, "argv", f"compare_llama_cpp.py --config TinyLlama-1.1B {flags}".split())
     with pytest.raises(SystemExit) as exit:
-        cli.run(compare.main)
+        run_script(compare.main)
     assert exit.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 

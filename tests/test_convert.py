@@ -296,8 +296,7 @@ def test_a_full_disk_leaves_the_old_model(llama):
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-sys.path.insert(0, "scripts")
-from convert_hf_checkpoint import convert_folder
+from converters.folder import convert_folder
 
 def anonymous_megabytes():
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024

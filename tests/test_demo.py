@@ -8,13 +8,12 @@ import pytest
 import torch
 import transformers as hf
 
+from converters.gguf_tensors import convert_gguf
 from generate import build_steps, generate, load_model
 from model import KVCache
 from sampling import SamplingParams
 from tests.tiny import ROOT
 from tokenizer import load_tokenizer
-
-from convert_gguf import convert_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
 
 FOLDER = ROOT / "checkpoints/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

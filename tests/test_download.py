@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-import cli
+from cli.script import run_script
+from scripts.download import main
 from tests.hub import Hub, serve, url_of, use_hub
 from tests.tiny import ROOT, make_hf
-
-from download import main  # isort: skip  (tests.tiny put scripts/ on the path)
 
 REPOS = {
     "me/safetensors": "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json "
@@ -48,7 +47,7 @@ def call(url, tmp_path, monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["download.py", "--repo_id", *arguments])
         try:
-            cli.run(main)
+            run_script(main)
             status = 0
         except SystemExit as e:
             status = e.code

@@ -10,9 +10,9 @@ import tokenizers
 import torch
 import transformers as hf
 
-import cli
 import eval
 import gptq
+from cli.script import run_script
 from config import UsageError
 from evaluation import lm_harness
 from evaluation.lm_harness import GenerationOptions, harness_model
@@ -233,6 +233,6 @@ def test_wrong_arguments_are_named(args, message, folder, monkeypatch, capsys, t
     paths = {"TEXT": folder / "text.txt", "EMPTY": tmp_path / "empty", "BINARY": tmp_path / "binary"}
     args = [f"--text_file={paths[a[12:]]}" if a[12:] in paths else a for a in args]
     with pytest.raises(SystemExit) as e:
-        cli.run(lambda: run_eval(monkeypatch, capsys, folder, *args))
+        run_script(lambda: run_eval(monkeypatch, capsys, folder, *args))
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err.splitlines()[-1]

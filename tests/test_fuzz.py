@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import quantize
+from converters.gguf_file import read_gguf
 from tests.test_convert import write_shards
 from tests.tiny import ROOT, call, convert, make_hf, write_earlier_format
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from tests.tiny_tokenizers import TEMPLATES, train
-
-from converters.gguf_file import read_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
 
 SECONDS = 60  # after which a command hangs
 SETTINGS = settings(

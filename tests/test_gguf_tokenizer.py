@@ -15,13 +15,12 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from checkpoint import read_checkpoint
+from converters.gguf_tensors import convert_gguf
+from converters.gguf_tokenizer import SPLITS
 from tests.tiny import ROOT
 from tests.tiny_gguf import BPE, make_llama, write_gguf
 from tests.tiny_tokenizers import TEXTS as MORE_TEXTS
 from tokenizer import load_tokenizer
-
-from convert_gguf import convert_gguf  # isort: skip  (tests.tiny put scripts/ on the path)
-from converters.gguf_tokenizer import SPLITS  # isort: skip
 
 TEXTS = [
     "Hello world",

@@ -22,22 +22,21 @@ from kernels.params import LayerCache, WeightMatrix
 from layers import ExpertsDown, ExpertsGateUp, Linear
 from model import FeedForward
 from rope import alibi_slopes, rope_table
-from tests.compiler import write_compiler
-from tests.tiny import ROOT
-
-from kernel_checks import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
-from kernel_checks.exact_results import (  # isort: skip
+from scripts.kernel_checks import error_bounds as bounds
+from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
     DTYPES,
     attend,
     exact_attention,
     exact_cache,
-    make_linear,
-    make_norm,
-    make_embedding,
     format_label,
     glu_with_error,
+    make_embedding,
+    make_linear,
+    make_norm,
 )
+from tests.compiler import write_compiler
+from tests.tiny import ROOT
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")

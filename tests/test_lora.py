@@ -13,11 +13,10 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from config import UsageError
+from converters.folder import convert_folder
+from scripts import convert_hf_checkpoint
 from tests.tiny import FAMILIES, call, make_hf, refused, same_logits, write_tokenizer
 from tokenizer import load_tokenizer
-
-import convert_hf_checkpoint  # isort: skip  (tests.tiny put scripts/ on the path)
-from convert_hf_checkpoint import convert_folder  # isort: skip
 
 PREFIX = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": "all-linear", "bias": "none"}

@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 
-import cli
 import machine
+from cli import options
+from cli.script import run_script
 from config import UsageError
 
 # Files of a group whose limits are 600 bytes and 1.5 CPUs, and of one without limits
@@ -74,7 +75,7 @@ def test_threads_are_those_that_may_run(quota, cpus, expected, monkeypatch, two_
     monkeypatch.setattr(machine, "cpu_quota", lambda folder: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
     seen = []
-    cli.run(lambda: seen.append(torch.get_num_threads()))
+    run_script(lambda: seen.append(torch.get_num_threads()))
     assert seen == [expected]
 
 
@@ -83,13 +84,13 @@ def test_the_users_number_of_threads_wins(monkeypatch, two_threads):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     machine.limit_threads()
     assert torch.get_num_threads() == 2
-    cli.set_threads(None)
+    options.set_threads(None)
     assert torch.get_num_threads() == 2
-    cli.set_threads(3)  # of the command line, also for processes that this one starts
+    options.set_threads(3)  # of the command line, also for processes that this one starts
     assert torch.get_num_threads() == 3 and os.environ["OMP_NUM_THREADS"] == "3"
     for wrong in (0, -1, 10**9):
         with pytest.raises(UsageError, match="--threads must be 1 to 1024"):
-            cli.set_threads(wrong)
+            options.set_threads(wrong)
 
 
 def test_bandwidth_is_measured_in_memory_that_is_there(monkeypatch):

@@ -4,8 +4,8 @@ import pytest
 import tokenizers
 import torch
 
-import cli as shell
 import generate
+from cli.script import run_script
 from tests.byte_models import VOCAB_SIZE, set_up
 from tests.tiny import ROOT
 
@@ -64,7 +64,7 @@ def test_argparse_refuses(chain, monkeypatch, capsys, args):
     """argparse's own form: how to use it, then the one line."""
     set_up(monkeypatch, chain / "model.pth", args.split())
     with pytest.raises(SystemExit) as stopped:
-        shell.run(generate.main)
+        run_script(generate.main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "" and err.startswith("usage: generate.py")
     assert err.splitlines()[-1].startswith("generate.py: error: ")

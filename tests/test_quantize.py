@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-import cli
 import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
+from cli.script import run_script
 from config import UsageError
 from kernels import formats
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
@@ -20,10 +20,9 @@ from layers import Linear
 from loading import load_model
 from model import KVCache
 from quantize import Int4HQQ
+from scripts.kernel_checks import exact_results
 from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from tokenizer import load_tokenizer
-
-from kernel_checks import exact_results  # isort: skip  (tests.tiny put scripts/ on the path)
 
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),
@@ -400,7 +399,7 @@ def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
     save_checkpoint(tmp_path / "model.pth", config, shapes_of(tensors), tensors.items())
     for mode in ("int8", "int4", "fp8", "mxfp4"):
         with pytest.raises(SystemExit) as e:
-            cli.run(lambda mode=mode: run_quantize(monkeypatch, tmp_path / "model.pth", f"--mode={mode}"))
+            run_script(lambda mode=mode: run_quantize(monkeypatch, tmp_path / "model.pth", f"--mode={mode}"))
         assert e.value.code == 2 and f"{name} holds NaN" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["model.pth"]
 

@@ -24,12 +24,9 @@ import generate
 import quantize
 import tests.tiny
 from kernels import cpu
+from scripts import benchmark, convert_hf_checkpoint, tables
 from tests.compiler import write_compiler
 from tests.tiny import PACKAGES, ROOT, call, convert, write_folder
-
-import benchmark  # isort: skip  (tests.tiny put scripts/ on the path)
-import convert_hf_checkpoint  # isort: skip
-import tables  # isort: skip
 
 README, MIXTRAL, MEASUREMENTS = ROOT / "README.md", ROOT / "mixtral-moe/README.md", ROOT / "docs/measurements.md"
 PAGES = [README, MIXTRAL, *sorted((ROOT / "docs").glob("*.md"))]

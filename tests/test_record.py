@@ -11,9 +11,8 @@ from kernels.record import MAX_CPU_GRAPHS, graph_break, record, with_tape_thread
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table
+from scripts.kernel_checks.exact_results import attend, make_embedding, make_linear, make_norm, set_weight
 from tests.test_kernels import packed
-
-from kernel_checks.exact_results import attend, make_linear, make_norm, make_embedding, set_weight  # isort: skip  (test_kernels.py put scripts/ on the path)
 
 built = pytest.mark.skipif(not kernels.cpu.library(), reason="no C++ compiler")
 FAMILIES = {

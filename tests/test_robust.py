@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from cli.script import MATMUL_CACHES, run_script
 from kernels import cpu
 from tests.forks import finish, start, stop
 from tests.hub import Hub, serve, url_of, use_hub
@@ -100,7 +100,7 @@ def test_interrupt_exits_130(big, tmp_path, command):
 
 
 SCRIPTS = ["generate.py", "quantize.py", "eval.py", *(f"scripts/{file.name}" for file in ROOT.glob("scripts/*.py"))]
-SCRIPTS = [script for script in SCRIPTS if "    cli.start()" in (ROOT / script).read_text()]
+SCRIPTS = [script for script in SCRIPTS if "    import cli.handle_interrupts" in (ROOT / script).read_text()]
 SLOW_IMPORT = "import time; print('loading', flush=True); time.sleep(60)"
 
 
@@ -181,7 +181,7 @@ def test_many_prompts_take_no_more_memory_than_the_first(small, tmp_path, word, 
     """Of few lengths, and of every length that the model has room for. The caches of compiled products hold all of
     them: the heap grows by some megabytes, and at some time stops, when products are compiled again and again."""
     (tmp_path / "prompts").write_text("".join(f"{word * (i * 37 % lengths)}{i % 10}\n" for i in range(500)))
-    env = ONE_THREAD | dict.fromkeys(cli.MATMUL_CACHES, "1024")
+    env = ONE_THREAD | dict.fromkeys(MATMUL_CACHES, "1024")
     command = [sys.executable, ROOT / "generate.py", "--checkpoint_path", small / "model.pth", "--device=cpu"]
     command += [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=8", "--ignore_eos", "--json"]
     out = subprocess.run(command, capture_output=True, check=True, env=env).stdout
@@ -193,10 +193,10 @@ def test_compiled_products_are_few_unless_the_user_says_so(monkeypatch):
     def main():
         assert (os.environ[unset], os.environ[set_by_user]) == ("128", "7")
 
-    unset, set_by_user = cli.MATMUL_CACHES
+    unset, set_by_user = MATMUL_CACHES
     monkeypatch.delenv(unset, raising=False)
     monkeypatch.setenv(set_by_user, "7")
-    cli.run(main)
+    run_script(main)
 
 
 def test_pytorchs_compiler_is_imported_only_where_it_is_needed(small):
@@ -240,7 +240,7 @@ def test_no_room_for_what_is_compiled(why, capsys):
         raise InductorError(f"OSError: {why}\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
 
     with pytest.raises(SystemExit) as stopped:
-        cli.run(main)
+        run_script(main)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "--compile cannot use its folder (OSError: " in said and why[:20] in said

@@ -25,14 +25,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli as shell
+from cli.interrupts import EXIT_INTERRUPTED
+from cli.script import run_script
 from loading import load
 from scheduler import Scheduler
+from scripts import serve
 from steps import make_kv_cache
 from tests.byte_models import VOCAB_SIZE
 from tests.tiny import ROOT
-
-import serve  # isort: skip  (tests.tiny put scripts/ on the path)
 
 N_ROWS, KEY = 4, "a key"
 USER = {"role": "user", "content": "Hello"}
@@ -672,7 +672,7 @@ def test_a_second_ctrl_c_ends_it_at_once(processes):
         wait_until_closed(server)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(SECONDS) == shell.EXIT_INTERRUPTED and process.stderr.read() == b""
+        assert process.wait(SECONDS) == EXIT_INTERRUPTED and process.stderr.read() == b""
 
 
 @pytest.mark.parametrize(
@@ -697,7 +697,7 @@ def test_mistakes_on_the_command_line(flags, message, chatty, chatty_server, mon
     path = f"--checkpoint_path={chatty / 'model.pth'}"
     monkeypatch.setattr(sys, "argv", ["serve.py", path, "--port=0", *(flag.replace("PORT", port) for flag in flags)])
     with pytest.raises(SystemExit) as stopped:
-        shell.run(serve.main)
+        run_script(serve.main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "" and err.startswith("serve.py: ") and err.count("\n") == 1
     assert message.replace("PORT", port) in err

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-import cli as shell
 import generate
 from chat import Conversation
 from checkpoint import read_checkpoint, save_checkpoint
+from cli.script import run_script
 from tests.byte_models import set_up
 
 # A conversation's text is its messages. So chain's model, which counts on after a digit, goes on with the last message.
@@ -62,7 +62,7 @@ class Terminal:
         sys.modules |= {without: None} if without else {}
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            shell.run(generate.main)
+            run_script(generate.main)
         except SystemExit as e:
             return e.code
         return 0
@@ -182,7 +182,7 @@ def test_bad_files(counter, monkeypatch, capsys, tmp_path):
     said = "0\n" + "".join(f"/load {path}\n/save {path}\n" for path in paths) + f"/load ~none/x\n/save {last}\n"
     set_up(monkeypatch, counter / "model.pth", ["--chat", "--temperature=0", "--max_new_tokens=2"], said)
     with pytest.raises(SystemExit) as stopped:
-        shell.run(generate.main)
+        run_script(generate.main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "12\n" and contents(last) == ["0", "12"]
     assert err.splitlines()[-1].endswith(f"not be answered: {2 * len(paths) + 1}")
@@ -206,7 +206,7 @@ def test_lines_that_are_not_read(counter, monkeypatch, capsys, is_open):
         os.close(for_writing)
     monkeypatch.setattr(sys, "stdin", open(for_reading))
     with pytest.raises(SystemExit) as stopped:
-        shell.run(generate.main)
+        run_script(generate.main)
     *_, unread, error = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and error.startswith("generate.py: out of memory")
     assert unread == f"Lines on standard input that were not read: {'at least ' if is_open else ''}10001."

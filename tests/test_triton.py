@@ -20,23 +20,22 @@ from kernels.triton.formats import FORMATS
 from kernels.triton.tiles import pack_tiles, unpack_tiles
 from model import KVCache
 from rope import rope_table
-from tests.tiny import ROOT, make_hf, to_ours
-
-from kernel_checks import error_bounds as bounds  # isort: skip  (tests.tiny put scripts/ on the path)
-from kernel_checks import checks  # isort: skip
-from kernel_checks.exact_results import (  # isort: skip
+from scripts.kernel_checks import checks
+from scripts.kernel_checks import error_bounds as bounds
+from scripts.kernel_checks.exact_results import (
     DTYPES,
     QUANTIZED,
     TRITON_FORMATS,
     attend,
     exact_attention,
     exact_linear,
+    exact_sums_error,
+    format_label,
     integers,
     make_linear,
-    format_label,
-    exact_sums_error,
     use_triton,
 )
+from tests.tiny import ROOT, make_hf, to_ours
 
 U32 = bounds.U[torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about rows and columns of padding

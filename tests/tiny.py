@@ -16,13 +16,12 @@ import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
+from converters.folder import convert_folder
 from generate import load_model
 from model import KVCache
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cli", "converters", "evaluation", "kernels")
-sys.path.insert(0, str(ROOT / "scripts"))
-from convert_hf_checkpoint import convert_folder  # noqa: E402
 
 SIZES = {
     "hidden_size": 48,

@@ -13,14 +13,13 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT))
 
-import convert_gguf  # noqa: E402
-import convert_hf_checkpoint  # noqa: E402
 import torch  # noqa: E402
 
-import cli  # noqa: E402
 import generate  # noqa: E402
+from cli.script import run_script  # noqa: E402
+from scripts import convert_gguf, convert_hf_checkpoint  # noqa: E402
 
 MAINS = {"convert": convert_hf_checkpoint.main, "gguf": convert_gguf.main, "generate": generate.main}
 MEMORY = 2 * 2**30  # that the commands may take
@@ -41,7 +40,7 @@ def status_of(command: str, arguments: list[str]) -> int | None:
     sys.argv = [f"{command}.py", *arguments]
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            cli.run(MAINS[command])
+            run_script(MAINS[command])
             return 0
         except SystemExit as e:
             return e.code

@@ -32,12 +32,12 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from benchmarking.speed import SAMPLING, random_model, time_tokens
 from config import ModelConfig, OutOfMemoryError, UsageError
 from generate import generate
 from kernels.formats import WeightFormat
 from machine import cpu_name
 from model import KVCache
+from scripts.benchmarking.speed import SAMPLING, random_model, time_tokens
 from steps import GenerationSteps, build_steps
 
 CPU = torch.device("cpu")

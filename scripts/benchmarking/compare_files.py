@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarking.compare_speed import PREFILL
-from benchmarking.speed import find_config, save_random_checkpoint
 from checkpoint import read_checkpoint
 from config import ModelConfig, UsageError
 from converters.model_tensors import source_shapes
 from kernels.formats import Int4, Int8, Tensors
 from quantize import linear_weights, quantize_each, write_quantized
 from rope import rope_frequencies
+from scripts.benchmarking.compare_speed import PREFILL
+from scripts.benchmarking.speed import find_config, save_random_checkpoint
 
 OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
 THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama.cpp's numbers of file types
@@ -46,7 +46,7 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
     """Writes the weights to compare with to path: random ones for config_name, or those of gguf_file. Raises UsageError
     if llama.cpp could not do the same with them."""
     if gguf_file:
-        from convert_gguf import convert_gguf
+        from scripts.convert_gguf import convert_gguf
 
         convert_gguf(gguf_file, path.parent, torch.bfloat16)
         config = read_checkpoint(path.with_name("model.pth").rename(path)).config

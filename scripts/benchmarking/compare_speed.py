@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import cli
 from checkpoint import read_checkpoint
+from cli.interrupts import exit_on_interrupt
 from config import ModelConfig, UsageError
 from generate import generate
 from loading import load_model
@@ -85,7 +85,7 @@ def new_process() -> ProcessPoolExecutor:
     """A process that does one task after the other. In llama.cpp's process PyTorch is imported, but not called, so it
     starts no threads there."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=cli.exit_on_interrupt)
+    return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=exit_on_interrupt)
 
 
 def result_of(future: Future):

@@ -26,8 +26,8 @@ from statistics import median
 
 import torch
 
-from benchmarking.speed import copy_bandwidth, find_config
 from config import UsageError
+from scripts.benchmarking.speed import copy_bandwidth, find_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

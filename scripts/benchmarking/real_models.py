@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-import tables
 import torch
 
 import quantize
@@ -29,6 +28,7 @@ from cli.report import tokens_per_step
 from config import UsageError
 from machine import pick_device, read_bandwidth
 from model import empty_model
+from scripts import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5

@@ -16,12 +16,12 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 import kernels
-from benchmarking.speed import fill_randomly, random_linear
 from config import ModelConfig
 from kernels.formats import WeightFormat
 from kernels.triton.launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from layers import Linear, RMSNorm
 from model import empty_model
+from scripts.benchmarking.speed import fill_randomly, random_linear
 
 # Candidates besides the guess: block_n, num_warps, warp_k, num_stages
 CANDIDATES = [

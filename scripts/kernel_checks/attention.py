@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 from kernels.params import LayerCache
 from rope import alibi_slopes, rope_table
+from scripts.kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 
 ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
 

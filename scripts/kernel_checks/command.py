@@ -16,17 +16,17 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
-from benchmarking.speed import random_model
 
 import kernels
 from config import ModelConfig, MoEConfig, UsageError
 from generate import generate
-from kernel_checks import error_bounds as bounds
-from kernel_checks.checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
 from kernels.formats import Int8
 from machine import pick_device
 from model import KVCache
 from sampling import SamplingParams
+from scripts.benchmarking.speed import random_model
+from scripts.kernel_checks import error_bounds as bounds
+from scripts.kernel_checks.checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
 from steps import build_steps
 
 RECORDED_MODELS = [  # options of a ModelConfig

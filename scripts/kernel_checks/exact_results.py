@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from kernel_checks import error_bounds as bounds
 from kernels import reference
 from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
 from kernels.params import AttentionParams, LayerCache
 from layers import Embedding, Linear, RMSNorm
+from scripts.kernel_checks import error_bounds as bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]

@@ -1,0 +1,44 @@
+"""What Ctrl-C does in a script. It ends the process at once while the script imports its modules
+(handle_interrupts.py). In the script's main it raises KeyboardInterrupt (script.py), so that a file that is being
+written can be removed first."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+EXIT_INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
+
+
+def exit_on_interrupt():
+    """From now on Ctrl-C ends the process at once, without a message. In an interactive interpreter, which goes on
+    after the script (%run), nothing changes."""
+    if hasattr(sys, "ps1"):
+        return
+
+    def exit_now(signum, frame):
+        os._exit(EXIT_INTERRUPTED)
+
+    signal.signal(signal.SIGINT, exit_now)
+
+
+@contextlib.contextmanager
+def interrupts_raised() -> Iterator[None]:
+    """Within this context Ctrl-C raises KeyboardInterrupt. Not in a process that ignores SIGINT (nohup) or leaves it to
+    the system (torchrun's ranks)."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def exit_interrupted() -> NoReturn:
+    print(file=sys.stderr)  # a new line after the ^C that the terminal shows
+    sys.exit(EXIT_INTERRUPTED)

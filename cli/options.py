@@ -1,0 +1,52 @@
+"""Options that several scripts have, with the same names, defaults and help in all of them."""
+
+import argparse
+import os
+from pathlib import Path
+
+from config import UsageError
+
+PRECISIONS = ["bfloat16", "float16", "float32"]
+MAX_THREADS = 1024
+CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .gguf, which is converted once"
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help begins with doc, the script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_checkpoint_path(
+    parser: argparse.ArgumentParser, default: Path | None = None, help: str = CHECKPOINT_HELP
+):  # fmt: skip
+    parser.add_argument("--checkpoint_path", type=Path, default=default, required=default is None, help=help)
+
+
+def add_device(parser: argparse.ArgumentParser):
+    parser.add_argument("--device", help="cpu, cuda, mps, xpu ... (default: the machine's accelerator, else cpu)")
+
+
+def add_precision(parser: argparse.ArgumentParser):
+    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="default: %(default)s")
+
+
+def add_kernels(parser: argparse.ArgumentParser):
+    help = "off: PyTorch's plain operations everywhere"
+    parser.add_argument("--kernels", choices=["auto", "off"], default="auto", help=help)
+
+
+def add_threads(parser: argparse.ArgumentParser):
+    help = "of a CPU (default: OMP_NUM_THREADS, else one for each core that the process may use)"
+    parser.add_argument("--threads", type=int, metavar="N", help=help)
+
+
+def set_threads(n: int | None):
+    """Applies --threads to this process and to those that it starts. Raises UsageError."""
+    if n is None:
+        return
+    if not 1 <= n <= MAX_THREADS:
+        raise UsageError(f"--threads must be 1 to {MAX_THREADS}, not {n}")
+    import torch  # here, since scripts/download.py does without
+
+    os.environ["OMP_NUM_THREADS"] = str(n)
+    torch.set_num_threads(n)

@@ -1,0 +1,102 @@
+"""Runs a script's main, and ends the script with an exit status and at most one line on stderr.
+
+    if __name__ == "__main__":
+        run_script(main)
+
+torch is imported only where it is needed: scripts/download.py does without, and need not wait for it.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from cli.interrupts import exit_interrupted, interrupts_raised
+from config import OutOfMemoryError, UsageError
+
+EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
+
+# oneDNN, and PyTorch's layer above it, cache a compiled matrix product for every number of tokens that occurs. Each
+# takes 0.3 to 1 MB, and 1024 are cached by default. These variables lower that, if set before the first product.
+MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+MATMUL_CACHE_SIZE = "128"
+
+
+def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or take a smaller model"):
+    """Calls a script's main, with no more threads than machine.limit_threads allows. Turns these errors into an exit
+    status and at most one line on stderr:
+
+    - UsageError: status 2
+    - out of memory: status 2, and the line ends with oom_hint, which says what needs less
+    - an error of the file system, also within torch.compile: status 2
+    - Ctrl-C: status 130
+    - the reader of stdout has closed it, as in `| head`: status 0
+
+    Anything else is a bug, and keeps its traceback."""
+    replace_closed_streams()
+    for name in MATMUL_CACHES:
+        os.environ.setdefault(name, MATMUL_CACHE_SIZE)
+    if "torch" in sys.modules:
+        from machine import limit_threads  # here, since it imports torch (see above)
+
+        limit_threads()
+    try:
+        with interrupts_raised():
+            main()
+    except KeyboardInterrupt:
+        exit_interrupted()
+    except OutOfMemoryError as e:
+        exit_with_error(f"{e}; {oom_hint}")
+    except UsageError as e:
+        exit_with_error(str(e))
+    except (MemoryError, RuntimeError) as e:
+        # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds that it is too short.
+        if isinstance(e.__context__, KeyboardInterrupt):
+            exit_interrupted()
+        why = explain_out_of_memory(e, oom_hint) or explain_file_error(e)
+        if why is None:
+            raise
+        exit_with_error(why)
+    except OSError as e:
+        # Python flushes stdout at exit. If stdout has failed, that would fail again, so send the rest to /dev/null.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(e, BrokenPipeError):
+            exit_with_error(str(e))
+
+
+def replace_closed_streams():
+    """Makes print work if the shell has closed stdout or stderr (`>&-`), or if stdout cannot encode a character."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # pytest's replacement of stdout does not have it
+        sys.stdout.reconfigure(errors="replace")
+
+
+def exit_with_error(error: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(error.split())}", file=sys.stderr)  # on one line
+    sys.exit(EXIT_USAGE_ERROR)
+
+
+def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
+    """The one line that explains e; None if e does not mean that memory ran out."""
+    from machine import free_memory, is_out_of_memory  # here, since it imports torch (see above)
+
+    if not is_out_of_memory(e):
+        return None
+    # PyTorch's allocators report how much they tried to get; on a GPU also how much is free.
+    match = re.search(r"(?i)(tried|unable) to (allocate|mmap) [\d.]+ \w+(.*? is free)?", str(e))
+    details = match[0] if match else "there is no more"
+    if "is free" not in details:
+        details += f", {free_memory() / 1e9:.2f} GB free"
+    return f"out of memory ({details}): {oom_hint}"
+
+
+def explain_file_error(e: MemoryError | RuntimeError) -> str | None:
+    """The one line that explains e; None unless torch.compile could not write its files, or not load them."""
+    reasons = "No space left on device|File too large|Read-only file system|Permission denied|failed to map segment"
+    match = re.search(f"[^\n]*?({reasons})", str(e))
+    if match is None or not type(e).__module__.startswith("torch."):
+        return None
+    return f"--compile cannot use its folder ({match[0]}): set TMPDIR, or TORCHINDUCTOR_CACHE_DIR, to another one"
