@@ -1,11 +1,10 @@
 """The command line. In every script:
 
-    handle_interrupts.py   the first import: Ctrl-C ends the script without a traceback, also during the other imports
-    script.py              run_script calls the script's main, and makes a line on stderr of an error
+    interrupts.py          Ctrl-C ends the script without a traceback, also during its imports
+    script.py              run_script calls the script's main, and makes of an error one line on stderr
     options.py             options that several scripts have, such as --device
     checkpoints.py         --checkpoint_path, which may name a folder or a .gguf
     ranks.py               several processes, which torchrun started
-    interrupts.py          what Ctrl-C does; for the first two
 
 In generate.py, in the order in which they are used:
 

@@ -1,6 +1,6 @@
-"""What Ctrl-C does in a script. It ends the process at once while the script imports its modules
-(handle_interrupts.py). In the script's main it raises KeyboardInterrupt (script.py), so that a file that is being
-written can be removed first."""
+"""What Ctrl-C does in a script. It ends the process at once while the script imports its modules, since every script
+calls exit_on_interrupt before it imports torch. In the script's main it raises KeyboardInterrupt (script.py), so that a
+file that is being written can be removed first. This module must not import torch either."""
 
 import contextlib
 import os

@@ -22,7 +22,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cli.handle_interrupts  # noqa: F401  (from here on Ctrl-C ends the script without a traceback)
+    from cli.interrupts import exit_on_interrupt
+
+    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
 
 import torch
 

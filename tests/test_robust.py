@@ -100,7 +100,7 @@ def test_interrupt_exits_130(big, tmp_path, command):
 
 
 SCRIPTS = ["generate.py", "quantize.py", "eval.py", *(f"scripts/{file.name}" for file in ROOT.glob("scripts/*.py"))]
-SCRIPTS = [script for script in SCRIPTS if "    import cli.handle_interrupts" in (ROOT / script).read_text()]
+SCRIPTS = [script for script in SCRIPTS if "    exit_on_interrupt()" in (ROOT / script).read_text()]
 SLOW_IMPORT = "import time; print('loading', flush=True); time.sleep(60)"
 
 
