@@ -10,15 +10,15 @@ nearly full, the oldest messages are dropped. cli/terminal.py leads a conversati
 """
 
 import sys
-import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from chat_template import check_unicode
+from completion import Completion
 from config import UsageError
-from scheduler import finish_reason
-from tokenizer import IncrementalDetokenizer, Tokenizer, common_prefix_length
+from scheduler import Request
+from tokenizer import Tokenizer, common_prefix_length
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
 # free. Without a message, all tokens after it have other positions and must be computed again. So that this does not
@@ -54,11 +54,25 @@ class Conversation:
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
         # About the last answer
-        self.answer_ids: list[int] = []  # its tokens, without the end token
-        self.token_times: list[float] = []  # when each token arrived, also the end token; only since it last went on
+        self.completion = self.new_completion()
         self.finish_reason: str | None = None  # "stop": an end token; or one of RESUMABLE; None: there is no answer
-        self.detokenizer = IncrementalDetokenizer(tokenizer)
         self.encode("Hello", [])  # raises if there is no chat template
+
+    def new_completion(self) -> Completion:
+        """An answer that has no tokens yet. stream says how many it may have."""
+        request = Request([], max_new_tokens=0, is_chat=True)
+        return Completion(request, self.tokenizer, self.eos_ids, resumable=True)
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The tokens of the last answer, without the end token."""
+        ids = self.completion.tokens
+        return ids[:-1] if self.completion.finish_reason == "stop" else ids
+
+    @property
+    def token_times(self) -> list[float]:
+        """When each token of the last answer arrived, also the end token. Only those since the answer last went on."""
+        return self.completion.step_times
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
         """The token ids of the conversation with one more message. earlier: the messages before message; None: all."""
@@ -70,7 +84,7 @@ class Conversation:
         no room for the message alone. If the caller stops early, the conversation keeps the part of the answer that
         was generated. If nothing was generated, it drops the message, too."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
-        self.answer_ids, self.detokenizer = [], IncrementalDetokenizer(self.tokenizer)
+        self.completion = self.new_completion()
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, new_messages)
 
@@ -112,24 +126,20 @@ class Conversation:
         answer is cut within a character, the character comes when the answer goes on."""
         n_free = self.max_seq_len - len(ids)
         limit = min(max_new_tokens, n_free)
+        completion = self.completion
+        completion.resume(limit)
         self.messages += new_messages
-        self.token_times = []
         self.finish_reason = "interrupted"  # it stays so if the caller stops early
-        reason = "length"
         try:
             for token in self.new_tokens(ids, limit):
-                reason = finish_reason(token, len(self.token_times), limit, self.eos_ids)
-                if reason == "stop":
-                    piece = self.detokenizer.end()
-                else:
-                    self.answer_ids.append(token)
-                    piece = self.detokenizer.push(token)
+                piece = completion.add_step([token])
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
-                if reason:
+                if completion.finish_reason:
                     break
-            self.finish_reason = "context" if reason == "length" and limit == n_free else reason
+            is_full = limit == n_free and completion.finish_reason != "stop"
+            self.finish_reason = "context" if is_full else completion.finish_reason
         finally:
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
@@ -144,7 +154,6 @@ class Conversation:
         not_cached = ids[n_cached:]
         for step_tokens in self.generate_tokens(ids, n_cached, max_new_tokens):
             for (token,) in step_tokens:
-                self.token_times.append(time.perf_counter())
                 self.cached_ids += not_cached
                 not_cached = [token]
                 yield token

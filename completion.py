@@ -11,6 +11,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from config import UsageError
 from model import Transformer
@@ -22,9 +23,13 @@ from tokenizer import IncrementalDetokenizer, Tokenizer
 class Completion:
     """The new text and tokens after the prompt of a request."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0):
-        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request."""
-        self.request, self.eos_ids, self.index = request, eos_ids, index
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0, resumable: bool = False
+    ):  # fmt: skip
+        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request. resumable: if
+        max_new_tokens cuts the text within a character, hold the character's beginning back until resume has completed
+        it. Otherwise U+FFFD takes its place."""
+        self.request, self.eos_ids, self.index, self.resumable = request, eos_ids, index, resumable
         prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
         self.text = ""
@@ -56,8 +61,13 @@ class Completion:
             self.text += self.detokenizer.push(token)
         if self.detokenizer.found_stop:
             self.finish_reason = "stop"
-        if self.finish_reason:
+        if self.finish_reason == "stop" or (self.finish_reason and not self.resumable):
             self.text += self.detokenizer.end()
+
+    def resume(self, max_new_tokens: int):
+        """Lets the text, which has no end token yet, go on for max_new_tokens more tokens. The times begin anew."""
+        self.request = replace(self.request, max_new_tokens=len(self.tokens) + max_new_tokens)
+        self.finish_reason, self.step_times, self.step_sizes = None, [], []
 
     def fail(self, error: str):
         self.finish_reason, self.error = "error", error
