@@ -131,7 +131,7 @@ def chunked_prefill(
 class ModelRunner:
     """Executes steps: the model, then sampler on its logits. For the shape of each step it takes the fastest way:
 
-        kernels compute all operations    recorded on a CPU; on a GPU recorded with compile, else eager
+        kernels compute all operations    on a CPU recorded; on a GPU recorded with compile, else eager
         they do not                       compiled with compile, else eager
 
     runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
@@ -141,48 +141,53 @@ class ModelRunner:
     what must last."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
-        self.sampler, self.compile = sampler, compile
-        self.device_type = model.device.type
         self.uses_kernels = cache(model.uses_kernels)  # it goes through all modules
-        self.eager_runner = EagerRunner(model, kv_cache, sampler)
-        self.recorded_runner, self.recorded_logits = record(self.eager_runner), record(self.eager_runner.logits)
-        self.compiled_runner = CompiledRunner(model, kv_cache, sampler)
-        if self.device_type == "cuda" and can_be_one_graph(model):
-            self.compiled_runner = record(self.compiled_runner)
+        self.step_with_kernels = build_step_with_kernels(model, kv_cache, sampler, compile)
+        self.step_without_kernels = build_step_without_kernels(model, kv_cache, sampler, compile)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        if not self.uses_kernels(*tokens.shape):
-            step = self.compiled_runner if self.compile else self.eager_runner.run_on_used_cache
-        elif self.device_type == "cpu":
-            # A recording on a CPU holds nothing but kernels, and there are none for sampling.
-            logits = self.recorded_logits(tokens, start_pos)
-            return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
-        else:
-            step = self.recorded_runner if self.compile and self.device_type == "cuda" else self.eager_runner
+        step = self.step_with_kernels if self.uses_kernels(*tokens.shape) else self.step_without_kernels
         return step(tokens, start_pos, *sampler_inputs)
 
 
-class EagerRunner:
-    """Executes a step operation by operation. It can be recorded if all operations are kernels."""
+def build_step_with_kernels(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool) -> Callable:
+    """The first line of ModelRunner's table."""
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
-        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
+    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        return model(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        return self.sampler(self.logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
+    def eager_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
 
-    def logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        return self.model(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
+    if model.device.type != "cpu":
+        return record(eager_step) if compile and model.device.type == "cuda" else eager_step
+    # A recording on a CPU holds nothing but kernels, and there are none for sampling.
+    recorded_logits = record(compute_logits)
 
-    def run_on_used_cache(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        """__call__ with only the used part of the cache, since PyTorch's attention computes scores for every
-        position."""
-        used = self.kv_cache.narrow_batch(0, len(tokens)).narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return self.sampler(self.model(tokens, start_pos, used), tokens, start_pos, *sampler_inputs)
+    def recorded_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        return with_tape_threads(sampler, recorded_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
+
+    return recorded_step
 
 
-class CompiledRunner:
-    """Executes a step compiled by torch.compile, in two pieces: a block, which serves all layers, and the output head
+def build_step_without_kernels(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool) -> Callable:
+    """The second line of ModelRunner's table."""
+
+    def eager_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        # Only the used part of the cache, since PyTorch's attention computes scores for every position.
+        used_length = int(start_pos.max()) + tokens.shape[1]
+        used_cache = kv_cache.narrow_batch(0, len(tokens)).narrow_length(used_length)
+        return sampler(model(tokens, start_pos, used_cache), tokens, start_pos, *sampler_inputs)
+
+    if not compile:
+        return eager_step
+    compiled_step = CompiledStep(model, kv_cache, sampler)
+    # A GPU also records what torch.compile makes.
+    return record(compiled_step) if model.device.type == "cuda" and can_be_one_graph(model) else compiled_step
+
+
+class CompiledStep:
+    """A step compiled by torch.compile, in two pieces: a block, which serves all layers, and the output head
     with the sampler. Compiling the pieces takes a third of the time that the whole step takes, and they run as fast."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
