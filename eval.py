@@ -45,7 +45,8 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, help="examples of each task (default: all)")
     add("--include_path", type=Path, help="folder of further task files")
     add("--apply_chat_template", action="store_true", help="ask as a user would, in the checkpoint's chat template")
-    add("--max_seq_length", type=int, help="tokens of a window (default: of a text 1024, of tasks all the model has)")
+    help = "tokens of a window (default: of a text 1024, of tasks all the model has)"
+    add("--max_seq_length", dest="max_seq_len", metavar="MAX_SEQ_LENGTH", type=int, help=help)
     add("--batch_size", type=int, default=1, help="sequences scored at a time (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model")
     options.add_device(parser)
@@ -72,8 +73,8 @@ def main():
     path = resolve_checkpoint(args.checkpoint_path)
     model, tokenizer = load(path, device=device, dtype=dtype, use_kernels=args.kernels == "auto")
     length = context = model.config.max_seq_len
-    if args.max_seq_length is not None:
-        length = args.max_seq_length
+    if args.max_seq_len is not None:
+        length = args.max_seq_len
     elif text is not None:
         length = min(TEXT_WINDOW, context)
     if not 2 <= length <= context:

@@ -87,7 +87,8 @@ def parse_args() -> argparse.Namespace:
     help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
     options.add_checkpoint_path(parser, help=help)
     add("--mode", default="int8", help=f"{', '.join(MODES)} (default: %(default)s)")
-    add("--groupsize", type=int, help=f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})")
+    help = f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})"
+    add("--groupsize", dest="group_size", metavar="GROUPSIZE", type=int, help=help)
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
     group = parser.add_argument_group("int4-gptq")
     what = group.add_mutually_exclusive_group()
@@ -103,19 +104,19 @@ def parse_args() -> argparse.Namespace:
     options.add_threads(parser)
     args = parser.parse_args()
     check_args(args)
-    if args.groupsize is None:
-        args.groupsize = DEFAULT_GROUP_SIZE
+    if args.group_size is None:
+        args.group_size = DEFAULT_GROUP_SIZE
     return args
 
 
 def check_args(args: argparse.Namespace):
     if args.mode not in MODES:
         raise UsageError(f"--mode must be one of {', '.join(MODES)}, not {args.mode}")
-    group_sizes = MODES[args.mode].groupsize_options
-    if args.groupsize is not None and not group_sizes:
+    group_sizes = MODES[args.mode].group_size_options
+    if args.group_size is not None and not group_sizes:
         raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
-    if args.groupsize is not None and args.groupsize not in group_sizes:
-        raise UsageError(f"--groupsize must be one of {', '.join(map(str, group_sizes))}, not {args.groupsize}")
+    if args.group_size is not None and args.group_size not in group_sizes:
+        raise UsageError(f"--groupsize must be one of {', '.join(map(str, group_sizes))}, not {args.group_size}")
     if min(args.calibration_limit, args.blocksize) < 1 or not args.percdamp > 0:
         raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0")
     if args.calibration_seq_length is not None and args.calibration_seq_length < 2:
@@ -136,7 +137,7 @@ def main():
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
-    format = MODES[args.mode].from_options(args.groupsize)
+    format = MODES[args.mode].from_options(args.group_size)
     weights = linear_weights(path, config, tensors)
     check_sizes(weights, format)
     if args.mode == "int4-gptq":
@@ -188,7 +189,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
     if length > context:
         raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
     windows = gptq.calibration_windows(tokenizer, text, length, limit)
-    config = gptq.GPTQConfig(args.groupsize, args.percdamp, args.blocksize, args.act_order)
+    config = gptq.GPTQConfig(args.group_size, args.percdamp, args.blocksize, args.act_order)
     return gptq.quantize_model(model, windows, device, config)
 
 

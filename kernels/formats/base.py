@@ -26,7 +26,7 @@ class WeightFormat:
     format_id: int
     mode: str | None = None
     is_cli_mode = True  # whether --mode has it. Some are no choice, or only converters make them
-    groupsize_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
+    group_size_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
     group_size: int | None  # inputs of an output that share a scale. None: all of its inputs do, or there is none
     elements_per_byte = 1  # of "weight"
     pack_factor = 1  # inputs that a checkpoint packs together: a shard of W is cut at multiples of it
@@ -49,7 +49,7 @@ class WeightFormat:
     @classmethod
     def from_options(cls, group_size: int) -> "WeightFormat":
         """What --mode with --groupsize makes."""
-        return cls(group_size) if cls.groupsize_options else cls()
+        return cls(group_size) if cls.group_size_options else cls()
 
     @classmethod
     def parse(cls, quantization: dict) -> "WeightFormat | None":

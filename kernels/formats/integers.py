@@ -130,7 +130,7 @@ class Int4(GroupedFormat):
 
     format_id = 2
     mode = "int4"
-    group_sizes = groupsize_options = GROUP_SIZES
+    group_sizes = group_size_options = GROUP_SIZES
     pack_factor = input_multiple = 8
     elements_per_byte = 2
     zeros_per_step = 16

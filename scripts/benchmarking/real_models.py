@@ -38,12 +38,12 @@ ROUNDS = 5
 # Perplexities are those of the stored weights, as prefill multiplies them; a decode step on a CPU also rounds
 # activations to 8 bits, except with fp8.
 UNQUANTIZED = "16 bits"
-WITHOUT_GROUPSIZE = [mode for mode, format_class in quantize.MODES.items() if not format_class.groupsize_options]
-MODES = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUPSIZE}  # -> flags of quantize.py
+WITHOUT_GROUP_SIZE = [mode for mode, format_class in quantize.MODES.items() if not format_class.group_size_options]
+MODES = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUP_SIZE}  # -> flags of quantize.py
 MODES |= {
     f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
     for mode in quantize.MODES
-    if mode not in WITHOUT_GROUPSIZE
+    if mode not in WITHOUT_GROUP_SIZE
     for size in (32, 64, 128)
 }
 
