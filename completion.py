@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from chat_template import check_unicode
 from config import UsageError
 from model import Transformer
 from sampling import SamplingParams
@@ -102,6 +103,36 @@ def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[
         raise
 
 
+def check_max_new_tokens(max_new_tokens: int):
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+
+
+def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str) -> list[int]:
+    """The ids of a text, or of a chat's messages [{"role": ..., "content": ...}]; none of an empty prompt. Raises
+    UsageError if messages are malformed, if a text comes from bytes that are not UTF-8, and if it certainly exceeds
+    max_seq_len, which the message calls limit: to encode it would take long."""
+    texts = [prompt] if isinstance(prompt, str) else [content_of(message) for message in prompt]
+    for text in texts:
+        try:
+            check_unicode(text)
+        except UnicodeEncodeError:
+            raise UsageError("the prompt is not valid UTF-8") from None
+        if tokenizer.exceeds(text, max_seq_len):
+            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit} tokens")
+    if not prompt:
+        return []
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+
+
+def content_of(message: dict) -> str:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise UsageError(f'a message is {{"role": ..., "content": text}}, not {message!r}')
+    if not isinstance(message["content"], str):
+        raise UsageError(f"a message's content must be a text, not {message['content']!r}")
+    return message["content"]
+
+
 def generate_many(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str | list[dict]], parallel: int = 16,
     max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
@@ -110,10 +141,14 @@ def generate_many(
     """Yields (number, continuation) for each of prompts, in order. parallel: how many are computed at a time. A prompt
     is a text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: stop strings,
     which end a continuation and are not part of it. compile: record the steps on a GPU, too. Raises UsageError."""
-    requests = []
+    check_max_new_tokens(max_new_tokens)
+    context, requests = model.config.max_seq_len, []
     for i, prompt in enumerate(prompts):
-        ids, is_chat = tokenizer.encode_prompt(prompt), not isinstance(prompt, str)
-        requests.append(Request(ids, max_new_tokens, sampling, seed + i, stop, is_chat))
+        try:
+            ids = encode_prompt(prompt, tokenizer, context, f"the model's context of {context}")
+        except UsageError as e:
+            raise UsageError(f"prompt {i}: {e}") from None
+        requests.append(Request(ids, max_new_tokens, sampling, seed + i, stop, is_chat=not isinstance(prompt, str)))
     max_seq_len = max((len(request.prompt_ids) for request in requests), default=1) + max_new_tokens
     scheduler = Scheduler(model, max(1, min(parallel, len(requests))), max_seq_len, compile=compile)
     for completion in complete_all(scheduler, tokenizer, requests):

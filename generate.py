@@ -19,6 +19,7 @@ The parts of LLM, which do batches and more:
         print(tokenizer.decode(ids))
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,20 +42,21 @@ from cli.arguments import parse_args
 from cli.checkpoints import resolve_checkpoint
 from cli.complete import complete_in_parallel, complete_one_by_one
 from cli.options import set_threads
-from cli.prompts import read_prompts
+from cli.prompts import Prompt, read_prompts
 from cli.ranks import process_group
 from cli.script import run_script
 from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
-from completion import Completion, generate_many
+from completion import Completion, check_max_new_tokens, encode_prompt, generate_many
 from config import UsageError
 from loading import load, load_model
 from machine import pick_device
-from model import KVCache
+from model import KVCache, Transformer
 from sampling import SamplingParams
 from scheduler import Request, check_length
 from speculate import speculate
 from steps import GenerationSteps, build_steps, check_finite, make_kv_cache
+from tokenizer import Tokenizer
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
@@ -121,16 +123,6 @@ def build_token_generator(steps: GenerationSteps, kv_cache: KVCache) -> TokenGen
     return generate_tokens
 
 
-def read_contents(messages: list[dict]) -> list[str]:
-    """The text of each message. Raises UsageError."""
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UsageError(f'a message is {{"role": ..., "content": text}}, not {message!r}')
-        if not isinstance(message["content"], str):
-            raise UsageError(f"a message's content must be a text, not {message['content']!r}")
-    return [message["content"] for message in messages]
-
-
 class LLM:
     """A model for use from Python: text in, text out."""
 
@@ -160,15 +152,11 @@ class LLM:
         """Yields what follows prompt, piece by piece, up to an end token or one of the stop strings. Several texts may
         be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises
         UsageError."""
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        is_chat = not isinstance(prompt, str)
-        for text in read_contents(prompt) if is_chat else [prompt]:
-            if self.tokenizer.exceeds(text, self.max_seq_len):
-                raise UsageError(f"a prompt of {len(text)} characters exceeds max_seq_len, {self.max_seq_len} tokens")
-        prompt_ids = self.tokenizer.encode_prompt(prompt) if prompt else []
-        check_length(len(prompt_ids), max_new_tokens, self.max_seq_len, f"max_seq_len, {self.max_seq_len}")
-        request = Request(prompt_ids, max_new_tokens, self.sampling, stop=stop, is_chat=is_chat)
+        check_max_new_tokens(max_new_tokens)
+        limit = f"max_seq_len, {self.max_seq_len}"
+        prompt_ids = encode_prompt(prompt, self.tokenizer, self.max_seq_len, limit)
+        check_length(len(prompt_ids), max_new_tokens, self.max_seq_len, limit)
+        request = Request(prompt_ids, max_new_tokens, self.sampling, stop=stop, is_chat=not isinstance(prompt, str))
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         generate_tokens = self.free_generators.pop() if self.free_generators else self.new_token_generator()
         try:
@@ -201,38 +189,44 @@ class LLM:
 def main():
     args = parse_args(__doc__)
     set_threads(args.threads)
-    device = pick_device(args.device)
-    options = {"device": device, "dtype": getattr(torch, args.precision), "use_kernels": args.kernels == "auto"}
+    load_options = {
+        "device": pick_device(args.device),
+        "dtype": getattr(torch, args.precision),
+        "use_kernels": args.kernels == "auto",
+    }
     start = time.perf_counter()
-    model, tokenizer = load(args.checkpoint_path, **options)
+    model, tokenizer = load(args.checkpoint_path, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}
-    draft = None
-    if args.draft_checkpoint_path:
-        draft = load_draft(args.draft_checkpoint_path, tokenizer, sharded=args.draft_tp != "off", **options)
+    draft = load_draft(args, tokenizer, **load_options) if args.draft_checkpoint_path else None
     prompts = [] if args.conversation else read_prompts(args, tokenizer, model.config)
     if args.parallel:
         complete_in_parallel(args, model, tokenizer, prompts, stats)
-        return
-    max_seq_len = required_seq_len(args, prompts, model, draft)
+    else:
+        generate_one_by_one(args, model, tokenizer, draft, prompts, stats)
 
-    kv_cache = make_kv_cache(model, args.batch_size, max_seq_len)
+
+def generate_one_by_one(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, draft: Transformer | None,
+    prompts: list[Prompt], stats: dict,
+):  # fmt: skip
+    """Completes the prompts one after the other, or leads a conversation. stats: more fields of --json."""
+    kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, prompts, model, draft))
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
-    speculation, generate_tokens = None, build_token_generator(steps, kv_cache)
-    if args.speculative:
-        speculation = build_speculation(args, model, draft, kv_cache, steps)
-        generate_tokens = partial(speculate, speculation)
+    speculation = build_speculation(args, model, draft, kv_cache, steps) if args.speculative else None
     start = time.perf_counter()
-    warm_up(args, steps, speculation, prompts, device)
+    warm_up(args, steps, speculation, prompts, model.device)
     stats["compile_seconds"] = time.perf_counter() - start
     if args.json and tp.world_size() > 1:
-        stats |= tp_stats(args, steps, device)
+        stats |= tp_stats(args, steps, model.device)
 
     torch.manual_seed(args.seed)
+    generate_tokens = partial(speculate, speculation) if speculation else build_token_generator(steps, kv_cache)
     if args.conversation:
-        conversation = Conversation(tokenizer, generate_tokens, max_seq_len, model.config.eos_ids, args.system)
+        eos_ids = model.config.eos_ids
+        conversation = Conversation(tokenizer, generate_tokens, kv_cache.max_seq_len, eos_ids, args.system)
         converse(conversation, args.max_new_tokens)
-        return
-    complete_one_by_one(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
+    else:
+        complete_one_by_one(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,6 @@ class Tokenizer:
         the start of a text it is dropped."""
         return "".join(detokenize(self, ids, prefix_ids))
 
-    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
-        """The ids of a text to continue, or of a chat's messages to answer. Raises UsageError, as encode_chat does."""
-        return self.encode(prompt) if isinstance(prompt, str) else self.encode_chat(prompt)
-
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}], written out by the
         checkpoint's chat template. Special tokens that are written in a message stay text. Raises UsageError if there

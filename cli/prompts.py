@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from chat_template import check_unicode
 from checkpoint import read_text
+from completion import encode_prompt
 from config import ModelConfig, UsageError
 from tokenizer import Tokenizer
 
@@ -44,25 +44,11 @@ def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokeni
     """source: a text, or the messages of a chat. context: how many tokens the model can see."""
     if isinstance(source, str) and args.chat and source:
         source = [{"role": "user", "content": source}]
-    if isinstance(source, str):
-        check_text(source, tokenizer, context)
-        return Prompt(source, tokenizer.encode(source) if source else [])
-    if args.system and source[0]["role"] != "system":
+    is_chat = not isinstance(source, str)
+    if is_chat and args.system and source[0]["role"] != "system":
         source = [{"role": "system", "content": args.system}, *source]
-    for message in source:
-        check_text(message["content"], tokenizer, context)
-    return Prompt(source, tokenizer.encode_chat(source), is_chat=True)
-
-
-def check_text(text: str, tokenizer: Tokenizer, context: int):
-    """Raises UsageError if text comes from bytes that are not UTF-8, and if it certainly exceeds the context: to encode
-    it would take long."""
-    try:
-        check_unicode(text)
-    except UnicodeEncodeError:
-        raise UsageError("the prompt is not valid UTF-8") from None
-    if tokenizer.exceeds(text, context):
-        raise UsageError(f"a prompt of {len(text)} characters exceeds the model's context of {context} tokens")
+    ids = encode_prompt(source, tokenizer, context, limit=f"the model's context of {context}")
+    return Prompt(source, ids, is_chat)
 
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:

@@ -5,7 +5,6 @@ compiles or records the steps.
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,9 +31,10 @@ from tokenizer import Tokenizer
 CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
 
 
-def load_draft(path: Path, tokenizer: Tokenizer, **options) -> Transformer:
+def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, **load_options) -> Transformer:
     """Loads the draft model. Raises UsageError if its tokens differ from tokenizer's, in a sample of 1000."""
-    draft, draft_tokenizer = load(path, **options)
+    sharded = args.draft_tp != "off"
+    draft, draft_tokenizer = load(args.draft_checkpoint_path, sharded=sharded, **load_options)
     n_tokens = tokenizer.vocab_size
     if draft_tokenizer.vocab_size != n_tokens:
         raise UsageError(f"the draft's vocabulary has {draft_tokenizer.vocab_size} tokens, the model's {n_tokens}")

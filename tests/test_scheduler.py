@@ -198,6 +198,17 @@ def test_generate_many(chain):
     assert found == [(0, "🙂E"), (1, "123456"), (2, " "), (3, "456"), (4, "")]
     with pytest.raises(UsageError, match="context"):
         list(generate_many(model, tokenizer, ["0" * 300], max_new_tokens=6))
+    with pytest.raises(UsageError, match="prompt 1: a prompt of 9000 characters exceeds the model's context of"):
+        list(generate_many(model, tokenizer, ["S", "0" * 9000], max_new_tokens=6))
+    with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not 0"):
+        list(generate_many(model, tokenizer, ["S"], max_new_tokens=0))
+    for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
+        with pytest.raises(UsageError, match="prompt 1: .*message.* not "):
+            list(generate_many(model, tokenizer, ["S", wrong], max_new_tokens=6))
+    with pytest.raises(UsageError, match="prompt 0: the prompt is empty"):
+        list(generate_many(model, tokenizer, [""], max_new_tokens=6))
+    with pytest.raises(UsageError, match="prompt 0: the prompt is not valid UTF-8"):
+        list(generate_many(model, tokenizer, ["\ud800"], max_new_tokens=6))
     assert list(generate_many(model, tokenizer, [])) == []
 
 
