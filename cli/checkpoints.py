@@ -12,10 +12,17 @@ from pathlib import Path
 
 from cli.ranks import call_on_rank_0
 from config import UsageError
-from converters.sources import ADAPTER_CONFIG, SETTINGS, find_files, find_weights, have_changed
-
-# How the names of a split GGUF's files end: those of all, and those of all but the first
-SPLIT_SUFFIX, LATER_SPLIT_SUFFIX = r"-\d{5}-of-\d{5}$", r"-(?!00001)\d{5}-of-\d{5}$"
+from converters.sources import (
+    ADAPTER_CONFIG,
+    GGUF_PART,
+    MODELS,
+    SETTINGS,
+    find_files,
+    find_gguf_parts,
+    find_weights,
+    have_changed,
+    is_stale,
+)
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
@@ -34,7 +41,7 @@ def model_of_folder(folder: Path) -> str:
     model = find_model(folder, [*weights, *find_files(folder, SETTINGS)] if weights else [])
     if model is not None:
         return str(model)
-    ggufs = [file for file in find_files(folder, ["*.gguf"]) if not re.search(LATER_SPLIT_SUFFIX, file.stem)]
+    ggufs = [file for file in find_files(folder, ["*.gguf"]) if file == find_gguf_parts(file)[0]]
     if ggufs and not weights:
         return model_of_gguf(require_single(ggufs))
     if not weights and not any((folder / name).is_file() for name in (*SETTINGS, ADAPTER_CONFIG)):
@@ -49,9 +56,9 @@ def model_of_gguf(file: Path) -> str:
     """The model.pth of a GGUF. It lies in a folder beside the file, since the tokenizer gets files of its own."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
-    name = re.sub(SPLIT_SUFFIX, "", file.stem)
-    folder = file.with_name(f"{name}-gguf")
-    model = find_model(folder, [file])
+    match = re.fullmatch(GGUF_PART, file.stem)
+    folder = file.with_name(f"{match[1] if match else file.stem}-gguf")
+    model = find_model(folder, find_gguf_parts(file))
     if model is not None:
         return str(model)
     try:
@@ -64,12 +71,14 @@ def model_of_gguf(file: Path) -> str:
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
     """The converted model in folder: model.pth or, if it is not there, the only model_FORMAT.pth, which conversion
-    makes of quantized weights. Files older than one of sources do not count, and none does if it was made of other
+    makes of quantized weights. Files older than one of sources do not count, and none does that was made of other
     sources. None: there is no such file."""
     if have_changed(folder, sources):
         return None
     newest = max((file.stat().st_mtime for file in sources), default=0)
-    models = [model for model in find_files(folder, ["model*.pth"]) if model.stat().st_mtime >= newest]
+    models = [model for model in find_files(folder, [MODELS]) if model.stat().st_mtime >= newest]
+    if sources:
+        models = [model for model in models if not is_stale(model)]
     if folder / "model.pth" in models:
         return folder / "model.pth"
     return require_single(models) if models else None

@@ -31,7 +31,7 @@ def convert_folder(folder: Path, lora: Path | None = None, announce: Announcemen
     target = folder if lora is None else lora
     sources = describe_sources([*find_weights(target), *find_files(target, SETTINGS)])
     path = convert_one(folder, announce) if lora is None else merge_folders(folder, lora)
-    remember_sources(target, sources)
+    remember_sources(target, sources, path)
     return path
 
 

@@ -26,7 +26,7 @@ from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import Announcement, HFTensors, TensorReader, plan_tensors, write_folder
-from converters.sources import describe_sources, remember_sources
+from converters.sources import describe_sources, find_gguf_parts, remember_sources
 from tokenizer_files import TOKENIZER_FILES
 
 GGUF_TO_CANONICAL = {  # GGUF's names of modules -> canonical ones (model_tensors.py)
@@ -68,7 +68,7 @@ def convert_gguf(
         raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
-    sources = describe_sources([file])
+    sources = describe_sources(find_gguf_parts(file))
     metadata, stored = read_gguf(file)
     try:
         config = read_gguf_config(metadata, stored)
@@ -87,7 +87,7 @@ def convert_gguf(
     else:
         path = write_folder(folder, config, tensors | kept.weights, kept.reader(read), files, announce)
         print(*kept.report(), sep="\n")
-    remember_sources(folder, sources)
+    remember_sources(folder, sources, path)
     return path
 
 
@@ -110,8 +110,6 @@ def rename_gguf_tensors(
         except NotImplementedError:
             raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
-        if not tensor.isfinite().all():
-            raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")
         return reorder_heads(name, tensor, order)
 
     return tensors, read

@@ -227,7 +227,8 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of our tensors. Only one weight is in memory at a time."""
+    """Yields (name, tensor) of our tensors. Only one weight is in memory at a time. Raises UsageError for a source
+    whose numbers are not finite."""
     for name, plan in plans.items():
         ours = plan.format.empty(plan.shape, plan.dtype, "cpu")
         start = 0
@@ -239,9 +240,17 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
                 rows = ours[tensor_name]
                 rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
                 rows[start : start + len(t)].copy_(t)
+                if plan.format == Dense():  # converters check the scales of others when they read them
+                    check_finite(source, rows[start : start + len(t)])
             start += weight.shape[0]
         for tensor_name, t in ours.items():
             yield stored_name(name, tensor_name), t
+
+
+def check_finite(name: str, tensor: Tensor):
+    # aminmax reads the tensor once, and allocates nothing. NaN anywhere makes both of its results NaN.
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")
 
 
 # ---- Formats --------------------------------------------------------------------------------------------------------

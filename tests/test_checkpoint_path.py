@@ -77,6 +77,22 @@ def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
     assert model.with_name("model_int8.pth").is_file()
 
 
+def test_a_quantized_file_of_replaced_sources_is_stale(folder):
+    """Also if it is newer than they are, and all that is left."""
+    model, quantized, weights = resolve_checkpoint(folder), folder / "model_int8.pth", folder / "model.safetensors"
+    call(quantize.main, "--checkpoint_path", model)
+    save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
+    make_older(weights, 9999)
+    assert resolve_checkpoint(folder) == model
+    model.unlink()
+    assert resolve_checkpoint(folder) == resolve_checkpoint(folder) == model and quantized.is_file()
+    call(quantize.main, "--checkpoint_path", model)
+    model.unlink()
+    assert resolve_checkpoint(folder) == quantized
+    weights.unlink()
+    assert resolve_checkpoint(folder) == quantized
+
+
 def test_every_command_takes_a_folder(folder, capsys):
     call(quantize.main, "--checkpoint_path", folder)
     assert capsys.readouterr().out == f"wrote {folder / 'model_int8.pth'}\n"
@@ -128,12 +144,18 @@ def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
         resolve_checkpoint(tmp_path)
 
 
-def test_a_split_gguf_is_one_model(tmp_path):
+def test_a_split_gguf_is_one_model(tmp_path, capsys):
     write_gguf(tmp_path / "tiny.gguf", make_llama(vocab_size=4), tensors_per_part=10)
     parts = sorted(tmp_path.glob("tiny-*-of-*.gguf"))
     assert len(parts) > 1
-    for path in (tmp_path, parts[-1]):
+    for path in (tmp_path, parts[-1], parts[0]):
         assert resolve_checkpoint(path) == tmp_path / "tiny-gguf/model.pth"
+    assert capsys.readouterr().err.count("Converting") == 1
+    data = parts[-1].read_bytes()
+    parts[-1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # another model, whose first part is the same
+    make_older(parts[-1], 9999)
+    resolve_checkpoint(parts[0])
+    assert capsys.readouterr().err.count("Converting") == 1
 
 
 def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F811

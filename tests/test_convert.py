@@ -1,6 +1,7 @@
 """convert_hf_checkpoint.py: every spelling of a checkpoint gives the same model.pth, and what is broken gives none."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -189,6 +190,17 @@ def test_a_head_that_differs_from_the_embedding_is_kept(llama):
 
 
 # ---- Broken files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_tensors_that_are_not_finite_are_named(llama, bad):
+    """Anywhere in a tensor, also in one that is stacked with others."""
+    folder, tensors = llama
+    for name in ("model.norm.weight", "model.layers.2.self_attn.v_proj.weight", "model.embed_tokens.weight"):
+        changed = tensors[name].clone()
+        changed.flatten()[-1] = bad
+        save_file(tensors | {name: changed}, folder / "model.safetensors", {"format": "pt"})
+        refused(folder, f"tensor {name} holds numbers that are not finite")
 
 
 def test_broken_safetensors_are_refused(llama):
