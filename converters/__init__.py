@@ -1,2 +1,33 @@
-"""Converts the files of other projects to model.pth. families.py is the table of families. scripts/convert_*.py are the
-commands."""
+"""Other projects' files to model.pth: a checkpoint's folder by folder.py, a GGUF by gguf_tensors.py.
+
+All formats go the same way. The config becomes a ModelConfig. The tensors, none of which is read yet, get canonical
+names and one layout. Then model_tensors.py reads, stacks and writes them one by one.
+
+    format              opened by       its config by     its tensors by           its tokenizer by
+    Hugging Face        hf_files.py     hf_config.py      hf_tensors.py            (needs no change)
+    Meta, tinyllamas    meta.py         meta.py           meta.py                  tiktoken_file.py
+    GGUF                gguf_file.py    gguf_config.py    gguf_tensors.py          gguf_tokenizer.py
+
+    hf_quantized.py        which weights of Hugging Face's are quantized; they are unpacked in
+      hf_integers.py         GPTQ, AWQ, compressed-tensors
+      hf_floats.py           FP8, MXFP4
+    gguf_quantized.py      --keep: a GGUF's quantized weights stay quantized
+    lora.py                --lora: an adapter is merged into Hugging Face's weights
+    quantized_weight.py    a weight that stays quantized: renamed, split and reordered like a tensor
+    model_tensors.py       canonical names, what is stacked, and convert, with which all formats end
+
+    families.py            the table of families, for all formats; family.py explains its columns
+    family_fields.py       what only one family's config.json has
+    family_tensors.py      what only one family's tensors have
+
+    sources.py             remembers of which files a model.pth was made
+
+What is new goes here:
+
+    a family                            a row of families.py: FAMILIES (docs/add_a_model.md)
+    a family that is there, as GGUF     a row of gguf_config.py: ARCHITECTURES
+    a quantized type of GGUF's          a row of gguf_quantized.py: BLOCK_TYPES; without --keep nothing
+    a value of tokenizer.ggml.pre       a row of gguf_tokenizer.py: SPLITS
+    a quantized format of the hub       hf_quantized.py: METHODS, and a function in hf_integers.py or hf_floats.py
+    another kind of folder              a branch of folder.py: convert_one
+"""
