@@ -83,7 +83,7 @@ def load_model(
 
 def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
     """The head's tensors that are not in the checkpoint, since the embedding's serve as both: their names -> the
-    embedding's. None if the checkpoint has a head, or must have one since its format differs from the embedding's."""
+    embedding's. Empty if the checkpoint has a head, or must have one since its format differs from the embedding's."""
     head, embedding = model.lm_head, model.embed_tokens
     if not model.config.tie_embeddings or head.format != embedding.format or "lm_head.weight" in tensors:
         return {}

@@ -206,11 +206,11 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.input_range is not None:
-            x = graph_break(self.select_own_inputs, x)
+            x = graph_break(self.select_input_range, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
 
-    def select_own_inputs(self, x: Tensor) -> Tensor:
+    def select_input_range(self, x: Tensor) -> Tensor:
         return x.narrow(-1, *self.input_range).contiguous()
 
 

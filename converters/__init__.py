@@ -1,7 +1,7 @@
 """Other projects' files to model.pth: a checkpoint's folder by folder.py, a GGUF by gguf_tensors.py.
 
-All formats go the same way. The config becomes a ModelConfig. The tensors, none of which is read yet, get canonical
-names and one layout. Then model_tensors.py reads, stacks and writes them one by one.
+All formats go the same way. What is read becomes a SourceModel (model_tensors.py): a config, and tensors with canonical
+names and one layout, whose data is not read yet. Then convert reads, stacks and writes the tensors one by one.
 
     format              opened by       its config by     its tensors by           its tokenizer by
     Hugging Face        hf_files.py     hf_config.py      hf_tensors.py            (needs no change)

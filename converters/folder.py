@@ -16,9 +16,9 @@ from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_canonical_layout
-from converters.lora import read_adapter
+from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
-from converters.model_tensors import Announcement, HFTensors, convert, write_folder
+from converters.model_tensors import Announcement, HFTensors, SourceModel, write_folder
 from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, remember_sources
 from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
@@ -38,27 +38,33 @@ def convert_folder(folder: Path, lora: Path | None = None, announce: Announcemen
 def convert_one(folder: Path, announce: Announcement | None) -> Path:
     """Writes model.pth into folder."""
     if (folder / "config.json").is_file():
-        hf_config = read_json(folder / "config.json")
-        config = read_config(folder, hf_config)
-        tensors = read_tensors(folder, hf_config, config)
-        read = to_canonical_layout(tensors, config, find_family(hf_config))
+        model = read_hf(folder)
     elif (folder / PARAMS).is_file():
-        config, tensors, read, files, note = read_meta(folder)
-        path = write_folder(folder, config, tensors, read, files, announce)
-        if note:
-            print(note, file=sys.stderr)
-        return path
+        model = read_meta(folder)
     elif (folder / ADAPTER_CONFIG).is_file():
         raise UsageError(f"{folder} holds an adapter, not a model: {how_to_merge(folder)}")
     else:
-        config, tensors, read = read_tinyllamas(folder)
-    return convert(folder / "model.pth", config, tensors, read, announce)
+        model = read_tinyllamas(folder)
+    path = write_folder(folder, model, announce)
+    if model.note:
+        print(model.note, file=sys.stderr)
+    return path
 
 
 def how_to_merge(lora: Path) -> str:
     config = read_json(lora / ADAPTER_CONFIG)
     base = isinstance(config, dict) and config.get("base_model_name_or_path") or "its base model"
     return f"merge it with `scripts/convert_hf_checkpoint.py --checkpoint_dir (the folder of {base}) --lora {lora}`"
+
+
+def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
+    """A folder in Hugging Face's format. adapter: is merged into the weights."""
+    hf_config = read_json(folder / "config.json")
+    if adapter is not None:
+        check_not_quantized(folder, hf_config)
+    config = read_config(folder, hf_config)
+    tensors = read_tensors(folder, hf_config, config)
+    return SourceModel(config, tensors, to_canonical_layout(tensors, config, find_family(hf_config), adapter))
 
 
 def read_config(folder: Path, hf_config: dict) -> ModelConfig:
@@ -89,17 +95,11 @@ def merge_folders(folder: Path, lora: Path) -> Path:
         raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
     if lora.resolve() == folder.resolve():
         raise UsageError("put the adapter into a folder of its own: model.pth goes there, and the base has one, too")
-    adapter = read_adapter(lora)
-    hf_config = read_json(folder / "config.json")
-    check_not_quantized(folder, hf_config)
-    config = read_config(folder, hf_config)
-    tensors = read_tensors(folder, hf_config, config)
-    read = to_canonical_layout(tensors, config, find_family(hf_config), adapter)
-    files = {}
+    model = read_hf(folder, read_adapter(lora))
     if not any((lora / name).is_file() for name in TOKENIZERS):
         missing = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
-        files = {name: (folder / name).read_bytes() for name in missing}
-    return write_folder(lora, config, tensors, read, files)
+        model.tokenizer_files = {name: (folder / name).read_bytes() for name in missing}
+    return write_folder(lora, model)
 
 
 def check_not_quantized(folder: Path, hf_config: dict):

@@ -1,7 +1,7 @@
 """Converts quantized tensors of a GGUF to our formats, and keeps the stored codes where a format can hold them.
 
     kept = KeptWeights(plans, sources, order)    # chooses the formats
-    convert(path, config, tensors | kept.weights, kept.reader(read))
+    convert(path, SourceModel(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")              # how each type was converted
 
 A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
@@ -113,9 +113,13 @@ def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Q4_K and Q5_K: d and dmin in float16, which 6-bit integers multiply: [..., 8]. In 12 bytes are first the lower 6
-    bits of scales and minima 0 to 3, then 4 lower bits of scales and minima 4 to 7. Their upper 2 bits are in the rest
-    of the first 8 bytes."""
+    """The scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has one scale and one minimum in float16, which
+    integers of 6 bits multiply, two for each group. These are in 12 bytes:
+
+        byte      bits 0-3               bits 4-5                 bits 6-7
+        0 - 3     scale of group 0 - 3, all 6 bits                scale of group 4 - 7, its upper 2 bits
+        4 - 7     minimum of group 0 - 3, all 6 bits              minimum of group 4 - 7, its upper 2 bits
+        8 - 11    scale of group 4 - 7   minimum of group 4 - 7: the lower 4 bits, up to bit 7"""
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
@@ -123,8 +127,10 @@ def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A block has two parts of 128 inputs. For each part, ql has 64 bytes with the lower 4 bits, and qh has 32 bytes,
-    each with the upper 2 bits of 4 inputs. Scales are int8."""
+    """A block has two halves of 128 inputs, and an int8 scale for every 16. For each half:
+
+        ql    64 bytes: the lower 4 bits of input i, and in the high half of the byte those of input i + 64
+        qh    32 bytes: the upper 2 bits of the inputs i, i + 32, i + 64, i + 96, from the lowest bits on"""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
     q = (unpack_nibbles(ql) | high << 4).flatten(-2)
@@ -197,10 +203,10 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
     repeats = groups.type.group_size // format.group_size
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
     if not is_kept.all():  # the zero of some groups is beyond 0 ... 255
-        again = format.quantize(groups.dequantize())
-        again["q"] = format.unpack_elements(again["weight"])
+        rounded = format.quantize(groups.dequantize())
+        rounded["q"] = format.unpack_elements(rounded["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
-        tensors = {name: torch.where(kept, tensors[name], again[name]) for name, kept in where.items()}
+        tensors = {name: torch.where(kept, tensors[name], rounded[name]) for name, kept in where.items()}
     weight = format.pack_elements(tensors["q"])
     return {"weight": weight, "scales": tensors["scales"], "zeros": tensors["zeros"]}, is_kept
 

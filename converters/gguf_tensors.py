@@ -25,7 +25,7 @@ from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import Announcement, HFTensors, TensorReader, plan_tensors, write_folder
+from converters.model_tensors import Announcement, HFTensors, SourceModel, TensorReader, plan_tensors, write_folder
 from converters.sources import describe_sources, find_gguf_parts, remember_sources
 from tokenizer_files import TOKENIZER_FILES
 
@@ -82,10 +82,11 @@ def convert_gguf(
         why = f"{type(e).__name__} {e}".splitlines()[0]
         raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
     files = dict.fromkeys(TOKENIZER_FILES) | tokenizer
-    if kept is None:
-        path = write_folder(folder, config, tensors, read, files, announce)
-    else:
-        path = write_folder(folder, config, tensors | kept.weights, kept.reader(read), files, announce)
+    model = SourceModel(config, tensors, read, files)
+    if kept is not None:
+        model.tensors, model.read = tensors | kept.weights, kept.reader(read)
+    path = write_folder(folder, model, announce)
+    if kept is not None:
         print(*kept.report(), sep="\n")
     remember_sources(folder, sources, path)
     return path
@@ -97,8 +98,8 @@ def convert_gguf(
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[HFTensors, TensorReader]:
-    """The arguments of convert: the GGUF's tensors by canonical names, on the meta device, and a function that
-    reads one of them, with its rows in our order. Gemma's norms stay as they are, since a GGUF has 1 + w already."""
+    """The tensors of a SourceModel, on the meta device, and its function that reads one of them, with its rows in our
+    order. Gemma's norms stay as they are, since a GGUF has 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
     order = gguf_rope_order(config, architecture)

@@ -1,6 +1,6 @@
 """Reads Llama in Meta's own format: consolidated.00.pth, consolidated.01.pth ... and params.json.
 
-    config, tensors, read, files, note = read_meta(Path("checkpoints/Llama3.2-1B"))
+    model = read_meta(Path("checkpoints/Llama3.2-1B"))
 
 Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have this format, too.
 karpathy's tinyllamas also have it, except that their params are in the file itself (read_tinyllamas).
@@ -29,7 +29,7 @@ from config import ModelConfig, RopeScaling, UsageError
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
+from converters.model_tensors import EMBEDDING, HEAD, HFTensors, SourceModel
 from converters.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens, tokenizer_files
 from tokenizer_files import read_tokenizer_model
 
@@ -57,9 +57,9 @@ def to_canonical_name(name: str) -> str:
 # ---- Meta's folders -------------------------------------------------------------------------------------------------
 
 
-def read_meta(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader, dict[str, bytes], str]:
-    """The config; the tensors by canonical names, on the meta device; the function that reads one of them; the
-    tokenizer's files that are not there yet; a line about what params.json leaves open. Raises UsageError."""
+def read_meta(folder: Path) -> SourceModel:
+    """The model in folder, with the tokenizer's files that are not there yet, and a note about what params.json leaves
+    open. Raises UsageError."""
     path = folder / PARAMS
     params, files = read_json(path), shard_files(folder)
     shards = collect_shards(files)
@@ -81,7 +81,7 @@ def read_meta(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader, dict[
     def read(name: str) -> Tensor:
         return reorder_heads(name, concat_shards(shards[name], dims[name]), order)
 
-    return config, tensors, read, tokenizer, note
+    return SourceModel(config, tensors, read, tokenizer, note)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -219,7 +219,7 @@ def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig,
 # ---- tinyllamas -----------------------------------------------------------------------------------------------------
 
 
-def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]:
+def read_tinyllamas(folder: Path) -> SourceModel:
     """karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names and Meta's order of RoPE's rows, which
     reading changes to ours."""
     files = sorted(folder.glob("*.pt"))
@@ -241,7 +241,7 @@ def read_tinyllamas(folder: Path) -> tuple[ModelConfig, HFTensors, TensorReader]
         raise UsageError(f"{file} is not one of tinyllamas: {type(e).__name__} {e}") from None
 
     order = rope_order(config, interleaved=True)
-    return config, tensors, lambda name: reorder_heads(name, tensors[name], order)
+    return SourceModel(config, tensors, read=lambda name: reorder_heads(name, tensors[name], order))
 
 
 def tinyllamas_config(args: dict, tensors: HFTensors) -> ModelConfig:

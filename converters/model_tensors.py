@@ -1,6 +1,6 @@
 """Writes model.pth from tensors with canonical names, which every converter gives them. All converters end with this.
 
-    convert(Path("model.pth"), config, tensors, read)
+    convert(Path("model.pth"), SourceModel(config, tensors, read))
 
 It renames tensors and stacks those that are always used together: q, k and v; gate and up; the experts of a layer. Only
 one weight is in memory at a time. Quantized weights stay quantized.
@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,17 @@ TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a 
 
 
 @dataclass
+class SourceModel:
+    """A checkpoint of any format, ready to be written as model.pth."""
+
+    config: ModelConfig
+    tensors: HFTensors  # by canonical names; they may be on the meta device, since only shapes and dtypes count
+    read: TensorReader  # gives one of them with its data
+    tokenizer_files: dict[str, bytes | None] = field(default_factory=dict)  # to write beside it; None: to remove
+    note: str = ""  # to print when it is written
+
+
+@dataclass
 class TensorPlan:
     """One of our tensors, and the canonical tensors (sources) that are concatenated to it along dim 0."""
 
@@ -79,14 +90,12 @@ class TensorPlan:
         return self.linear_format or Dense()
 
 
-def convert(
-    path: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, announce: Announcement | None = None
-) -> Path:  # fmt: skip
-    """Writes model.pth. Of tensors only names, shapes and dtypes count: they may be on the meta device. read(name)
-    gives the data. If some are quantized, so is the result, and its name says how: model_int4.g128.pth. announce: is
-    called before the data is read, if nothing is wrong by then. Returns the path of what it wrote. Raises UsageError
-    naming a tensor that is missing, left over, of the wrong shape or of a dtype other than float64, which
-    becomes float32, float32, float16 and bfloat16."""
+def convert(path: Path, model: SourceModel, announce: Announcement | None = None) -> Path:
+    """Writes model to path, without the tokenizer's files. If some of its weights are quantized, so is the result, and
+    its name says how: model_int4.g128.pth. announce: is called before the data is read, if nothing is wrong by then.
+    Returns the path of what it wrote. Raises UsageError naming a tensor that is missing, left over, of the wrong shape,
+    or of a dtype other than float32, float16, bfloat16 and float64, which becomes float32."""
+    config, tensors, read = model.config, model.tensors, model.read
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
         config = replace(config, tie_embeddings=False)  # whatever config.json says; transformers takes the head, too
     plans = plan_tensors(config, tensors)
@@ -136,19 +145,18 @@ def stored_name(name: str, tensor_name: str) -> str:
     return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
 
-def write_folder(
-    folder: Path, config: ModelConfig, tensors: HFTensors, read: TensorReader, files: dict[str, bytes | None],
-    announce: Announcement | None = None,
-) -> Path:  # fmt: skip
-    """Writes model.pth and files to folder; a file that is None is removed. model.pth gets its name last: where it is,
-    its tokenizer is too. Returns its path, as convert does, which calls announce. Raises UsageError."""
+def write_folder(folder: Path, model: SourceModel, announce: Announcement | None = None) -> Path:
+    """Writes model.pth and the tokenizer's files to folder. model.pth gets its name last: where it is, its tokenizer is
+    too. Returns its path, as convert does, which calls announce. Raises UsageError."""
+    if not model.tokenizer_files:
+        return convert(folder / "model.pth", model, announce)
     unnamed = folder / "model.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("model*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
-        unnamed = convert(unnamed, config, tensors, read, announce)
-        for name, data in files.items():
+        unnamed = convert(unnamed, model, announce)
+        for name, data in model.tokenizer_files.items():
             if data is None:
                 (folder / name).unlink(missing_ok=True)
                 continue

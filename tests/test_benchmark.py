@@ -303,7 +303,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def calls_here(monkeypatch):
-    """real_models.run_script in this process, which is faster, and one round."""
+    """real_models.script_output in this process, which is faster, and one round."""
 
     def call_here(script: str, *arguments) -> str:
         main = importlib.import_module(Path(script).stem).main
@@ -311,7 +311,7 @@ def calls_here(monkeypatch):
             call(main, *arguments)
         return printed.getvalue()
 
-    monkeypatch.setattr(real_models, "run_script", call_here)
+    monkeypatch.setattr(real_models, "script_output", call_here)
     monkeypatch.setattr(real_models, "ROUNDS", 1)
 
 
@@ -322,9 +322,9 @@ def committed(name: str) -> dict:
 def test_calls_are_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(real_models, "ROOT", tmp_path)
     (tmp_path / "echo.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit('fail' in sys.argv)\n")
-    assert real_models.run_script("echo.py", "--limit", 3) == "--limit 3\n"
+    assert real_models.script_output("echo.py", "--limit", 3) == "--limit 3\n"
     with pytest.raises(UsageError, match="echo.py failed; what it said is above"):
-        real_models.run_script("echo.py", "fail")
+        real_models.script_output("echo.py", "fail")
 
 
 def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):

@@ -16,7 +16,7 @@ from config import ModelConfig, RopeScaling, UsageError
 from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.gguf_tensors import rename_gguf_tensors
-from converters.model_tensors import convert
+from converters.model_tensors import SourceModel, convert
 from kernels.formats import Dense
 from scripts import compare_llama_cpp as compare
 from scripts import tables
@@ -50,7 +50,7 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     meta, stored = read_gguf(tmp_path / "BF16.gguf")
     back = read_gguf_config(meta, stored)
     renamed = rename_gguf_tensors(stored, back, torch.bfloat16, find_architecture(meta))
-    convert(tmp_path / "back.pth", back, *renamed)
+    convert(tmp_path / "back.pth", SourceModel(back, *renamed))
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
     assert back == config
     assert tensors.keys() == weights.keys() and all(torch.equal(t, weights[name]) for name, t in tensors.items())

@@ -78,7 +78,7 @@ def describe_text(file: Path) -> dict:
 def measure_file(file: Path, text_file: Path) -> dict:
     """Size and perplexity."""
     size = {"file_bytes": file.stat().st_size, "bits_per_weight": bits_per_weight(file)}
-    return size | json.loads(run_script("eval.py", "--checkpoint_path", file, "--text_file", text_file, "--json"))
+    return size | json.loads(script_output("eval.py", "--checkpoint_path", file, "--text_file", text_file, "--json"))
 
 
 def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float]]:
@@ -106,7 +106,7 @@ def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
     if mode == UNQUANTIZED:
         return source
     calibration = ["--calibration_text", calibration_text] if "gptq" in mode else []
-    output = run_script("quantize.py", "--checkpoint_path", source, *MODES[mode], *calibration)
+    output = script_output("quantize.py", "--checkpoint_path", source, *MODES[mode], *calibration)
     return Path(output.removeprefix("wrote ").strip())
 
 
@@ -177,11 +177,11 @@ def run_rounds(variants: dict[str, list]) -> Iterator[dict[str, dict]]:
     for seed in range(ROUNDS):
         results = {}
         for variant, flags in variants.items():
-            results[variant] = json.loads(run_script("generate.py", *flags, "--seed", seed, "--json"))
+            results[variant] = json.loads(script_output("generate.py", *flags, "--seed", seed, "--json"))
         yield results
 
 
-def run_script(script: str, *arguments) -> str:
+def script_output(script: str, *arguments) -> str:
     """Runs a script of this project, and returns what it prints. Raises UsageError if it fails."""
     done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
