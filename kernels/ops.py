@@ -57,11 +57,13 @@ def fused_linear(
     residual: added last, after layer.out_scale, layer.softcap and layer.clip.
     out_dtype: x.dtype (None) or torch.float32."""
     ops = ops_of_layer(layer, count_tokens(x))
-    if ops is None:
-        return reference.fused_linear(x, layer, norm, residual, activation, out_dtype)
-    if activation and layer.out_features % FUSED_GLU_MULTIPLE:  # such a layer has no scale, softcap or clip
-        y = glu(fused_linear(x, layer, norm), activation, layer.backend)
+    if activation and (ops is None or layer.out_features % FUSED_GLU_MULTIPLE):
+        y = glu(fused_linear(x, layer, norm), activation, layer.backend)  # such a layer has no scale, softcap or clip
         return y if residual is None else add(y, residual, layer.backend)
+    if ops is None:
+        if norm is not None:
+            x = rms_norm(x, norm, None, layer.backend)
+        return reference.fused_linear(x, layer, residual=residual, out_dtype=out_dtype)
     norm_weight, eps = norm_arguments(norm)
     return ops.fused_linear(
         x.contiguous(), *layer.kernel_arguments(), layer.bias, norm_weight, eps,
@@ -90,7 +92,8 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
 
 def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None, backend: str) -> Tensor:
     """[residual +] x / rms(x) * weight over the last dimension."""
-    ops = ops_for_tokens(backend, count_tokens(x))
+    takes_many_tokens = backend == "cpu" and x.numel()
+    ops = ops_of_backend("cpu") if takes_many_tokens else ops_for_tokens(backend, count_tokens(x))
     if ops is None:
         return reference.rms_norm(x, norm, residual)
     return ops.rms_norm(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
@@ -114,8 +117,20 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
     are written to cache, the first at start_pos [B]."""
     batch, n_tokens, _ = qkv.shape
     if not has_attention_kernel(backend, batch, n_tokens, params.n_heads // cache.k.shape[1]):
-        return reference.attend(qkv, params, cache, start_pos)
+        q = rotate(qkv, params, cache, start_pos, backend)
+        return reference.attend_to_cache(q, params, cache, start_pos)
     return ops_of_backend(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
+
+
+def rotate(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
+    """What comes before attention: the norm and RoPE of queries and keys, and the cache write. Returns the queries
+    [B, T, H, D]."""
+    if backend != "cpu" or not qkv.numel():
+        return reference.rotate(qkv, params, cache, start_pos)
+    n_heads, _, _, _, q_norm_weight, k_norm_weight, eps, _ = params.kernel_arguments()
+    return torch.ops.gptfast.rotate(
+        qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, n_heads, q_norm_weight, k_norm_weight, eps
+    )
 
 
 def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:

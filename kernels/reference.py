@@ -76,35 +76,47 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
 
 
 def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
+    return attend_to_cache(rotate(qkv, params, cache, start_pos), params, cache, start_pos)
+
+
+def rotate(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
     q, k, v = qkv.view(B, T, -1, D).split([params.n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if params.q_norm is not None:
         q, k = norm_heads(q, params.q_norm), norm_heads(k, params.k_norm)
     positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
     rope = cache.rope[positions]  # [B, T, D/2, 2]
-    q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope)  # q [B, H, T, D], k [B, T, G, D]
-    # S == T means that the new tokens start at position 0. Not under torch.compile, where this comparison would
-    # specialize the graph.
-    fills_cache = not torch.compiler.is_compiling() and S == T
-    if fills_cache:
+    k = apply_rope(k, rope)
+    if fills_cache(T, S):
         cache.k.copy_(k.transpose(1, 2))
         cache.v.copy_(v.transpose(1, 2))
     else:
         sequences = torch.arange(B, device=qkv.device)[:, None]
         cache.k[sequences, :, positions] = k
         cache.v[sequences, :, positions] = v
+    return apply_rope(q, rope)
+
+
+def attend_to_cache(q: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
+    """Attention of queries q [B, T, H, D], the first at start_pos [B], over the cache: [B, T, H D]."""
+    B, T, _, _ = q.shape
+    positions = start_pos[:, None] + torch.arange(T, device=q.device)  # [B, T]
+    q = q.transpose(1, 2)  # [B, H, T, D]
     if params.sinks is not None or params.softcap or cache.alibi_slopes is not None:
         y = eager_attention(q, params, cache, positions)
     else:
-        y = sdpa_attention(q, params, cache, positions, fills_cache)
+        y = sdpa_attention(q, params, cache, positions)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
-def sdpa_attention(
-    q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, fills_cache: bool
-) -> Tensor:
-    """Attention by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D].
-    fills_cache: the T tokens are all that the cache holds."""
+def fills_cache(T: int, S: int) -> bool:
+    """Whether T new tokens are all that the cache of S positions holds, so that they start at position 0. False under
+    torch.compile, where this comparison would specialize the graph."""
+    return not torch.compiler.is_compiling() and S == T
+
+
+def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+    """Attention by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
         mask = causal_mask(positions, S, params.window)
@@ -113,7 +125,7 @@ def sdpa_attention(
     k, v = cache.k, cache.v
     if q.is_cuda:  # for grouped heads with a mask, or in float32, SDPA has only its slowest kernel
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
-    if fills_cache and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
+    if fills_cache(T, S) and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale, enable_gqa=True)
     mask = causal_mask(positions, S, params.window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=params.scale, enable_gqa=True)

@@ -1,7 +1,7 @@
 // attend: q/k norm, RoPE, cache write, and softmax([ALiBi] [cap] (scale * q k^T)) v over the keys in the cache.
 //
 // It is Flash-Decoding, in three phases with a barrier between them. In each the threads share out other tasks:
-//   1. rotate_heads      a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
+//   1. RotateOp          a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
 //   2. attend_to_chunks  some tokens and a chunk of a key/value head: partial outputs, and their softmax's m_i and l_i
 //   3. combine_chunks    a query head: combine the partial outputs of all chunks
 //
@@ -19,7 +19,7 @@ constexpr int64_t MAX_KV_CHUNK = KV_CHUNK * (MAX_TOKENS / TOKEN_BLOCK);
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 // RoPE: rotates the pairs (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). Writes out [d], which may be x.
-template <typename T> void rotate(const T* x, const float* rope, int64_t d, T* out) {
+template <typename T> void apply_rope(const T* x, const float* rope, int64_t d, T* out) {
   for (int64_t i = 0; i < d / 2; i += LANES) {
     const Vec lo = load_partial(rope, 2 * i, d), hi = load_partial(rope, 2 * i + LANES, d);
     const Vec cos = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -155,52 +155,20 @@ void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v
   }
 }
 
-// ---- The operation --------------------------------------------------------------------------------------------------
+// ---- Norm, RoPE and cache write ---------------------------------------------------------------------------------------
 
-template <typename T> struct AttendOp {
+// The first phase of attend. With more tokens than attend takes it is an operation of its own, and PyTorch does the rest.
+template <typename T> struct RotateOp {
   const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
+  const int64_t* start_pos;                // [batch]: where each sequence's first new token goes
   T *k_cache, *v_cache;                    // [batch, n_kv_heads, capacity, head_dim]
   int64_t batch_stride, head_stride;       // of the caches' first two dimensions
-  const int64_t* start_pos;                // [batch]: where each sequence's first new token goes
   const float* rope;                       // [capacity or more, head_dim / 2, 2]
   const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
   bool norms_all_heads;                    // then they are [n_heads, head_dim] and [n_kv_heads, head_dim]
   float eps;
-  const T* sinks;                          // [n_heads] or null
-  const float* alibi_slopes;               // [n_heads] or null
-  float scale, softcap;                    // softcap: 0 for none
-  int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity, window;  // window: 0 for none
-  T* out;                                  // [batch, n_tokens, n_heads, head_dim]
-
-  int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
-  int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
-  // Keys of a chunk. More tokens have larger chunks, so that their partial outputs take no more memory.
-  int64_t chunk_size() const { return KV_CHUNK * ((batch * n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK); }
-  int64_t chunks_of(int64_t n_keys) const { return (n_keys + chunk_size() - 1) / chunk_size(); }
-  int64_t n_chunks(int64_t b) const { return chunks_of(start_pos[b] + n_tokens - first_key(b)); }
-  int64_t max_chunks() const { return chunks_of(capacity); }
-  // A sequence's new tokens are in blocks of up to TOKEN_BLOCK.
-  int64_t n_token_blocks() const { return (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }
-
-  // The queries that look at the same key/value head lie side by side, as [n_tokens, heads_per_kv].
-  int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
-  int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
-
-  // What the phases hand on: rotated queries, and the results of the chunks.
-  struct Shared {
-    float* partial;    // [batch, n_kv_heads, max_chunks, queries_per_kv, head_dim]
-    T* q;              // [batch, n_kv_heads, queries_per_kv, head_dim]
-    Softmax* softmax;  // [batch, n_kv_heads, max_chunks, queries_per_kv]
-  };
-  int64_t n_queries() const { return batch * n_tokens * n_heads; }
-  size_t shared_bytes() const {
-    return n_queries() * (max_chunks() * (head_dim * sizeof(float) + sizeof(Softmax)) + head_dim * sizeof(T));
-  }
-  Shared divide(char* memory) const {
-    float* partial = reinterpret_cast<float*>(memory);
-    T* q = reinterpret_cast<T*>(partial + n_queries() * max_chunks() * head_dim);
-    return {partial, q, reinterpret_cast<Softmax*>(q + n_queries() * head_dim)};
-  }
+  int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim, capacity;
+  T* q;  // [batch, n_tokens, n_heads, head_dim]
 
   const char* error() const {
     for (int64_t b = 0; b < batch; b++)
@@ -208,30 +176,21 @@ template <typename T> struct AttendOp {
     return nullptr;
   }
 
-  void execute(char* memory, Barrier& barrier) const {
-    const Shared shared = divide(memory);
-    rotate_heads(shared);
-    barrier.wait();
-    attend_to_chunks(shared);
-    barrier.wait();
-    combine_chunks(shared);
-  }
-
   T* cached(T* cache, int64_t b, int64_t kv_head, int64_t position) const {
     return cache + b * batch_stride + kv_head * head_stride + position * head_dim;
   }
 
-  void rotate_heads(const Shared& shared) const {
+  void execute(char*, Barrier&) const {
     const int64_t d = head_dim, all_heads = n_heads + 2 * n_kv_heads;  // q, k, v
     const Range range = thread_range(batch * n_tokens * all_heads);
     float rms_scale = 0;  // 1 / rms of this head, or of all heads of this token's q or k
     for (int64_t i = range.begin; i < range.end; i++) {
-      const int64_t head = i % all_heads, t = i / all_heads % n_tokens, b = i / all_heads / n_tokens;
-      const int64_t position = start_pos[b] + t;
+      const int64_t head = i % all_heads, token = i / all_heads, b = token / n_tokens;
+      const int64_t position = start_pos[b] + token % n_tokens;
       const T* x = qkv + i * d;
       T* to;
       if (head < n_heads) {
-        to = shared.q + ((b * n_kv_heads + head / heads_per_kv()) * queries_per_kv() + query_index(t, head)) * d;
+        to = q + (token * n_heads + head) * d;
       } else if (head < n_heads + n_kv_heads) {
         to = cached(k_cache, b, head - n_heads, position);
       } else {
@@ -244,8 +203,62 @@ template <typename T> struct AttendOp {
         else if (head == first || i == range.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
         x = apply_norm(x, norm_weight + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, to);
       }
-      rotate(x, rope + position * d, d, to);
+      apply_rope(x, rope + position * d, d, to);
     }
+  }
+};
+
+// ---- The operation --------------------------------------------------------------------------------------------------
+
+template <typename T> struct AttendOp : RotateOp<T> {
+  using RotateOp<T>::batch, RotateOp<T>::n_tokens, RotateOp<T>::n_heads, RotateOp<T>::n_kv_heads;
+  using RotateOp<T>::head_dim, RotateOp<T>::capacity, RotateOp<T>::start_pos, RotateOp<T>::cached;
+
+  const T* sinks;             // [n_heads] or null
+  const float* alibi_slopes;  // [n_heads] or null
+  float scale, softcap;       // softcap: 0 for none
+  int64_t window;             // 0 for none
+  T* out;                     // [batch, n_tokens, n_heads, head_dim]
+
+  int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
+  int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
+  // Keys of a chunk. More tokens have larger chunks, so that their partial outputs take no more memory.
+  int64_t chunk_size() const { return KV_CHUNK * ((batch * n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK); }
+  int64_t chunks_of(int64_t n_keys) const { return (n_keys + chunk_size() - 1) / chunk_size(); }
+  int64_t n_chunks(int64_t b) const { return chunks_of(start_pos[b] + n_tokens - first_key(b)); }
+  int64_t max_chunks() const { return chunks_of(capacity); }
+  // A sequence's new tokens are in blocks of up to TOKEN_BLOCK.
+  int64_t n_token_blocks() const { return (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }
+
+  // The results of queries that look at the same key/value head lie side by side, as [n_tokens, heads_per_kv].
+  int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
+  int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
+
+  // What the phases hand on: rotated queries, and the results of the chunks.
+  struct Shared {
+    float* partial;    // [batch, n_kv_heads, max_chunks, queries_per_kv, head_dim]
+    T* q;              // [batch, n_tokens, n_heads, head_dim]
+    Softmax* softmax;  // [batch, n_kv_heads, max_chunks, queries_per_kv]
+  };
+  int64_t n_queries() const { return batch * n_tokens * n_heads; }
+  size_t shared_bytes() const {
+    return n_queries() * (max_chunks() * (head_dim * sizeof(float) + sizeof(Softmax)) + head_dim * sizeof(T));
+  }
+  Shared divide(char* memory) const {
+    float* partial = reinterpret_cast<float*>(memory);
+    T* q = reinterpret_cast<T*>(partial + n_queries() * max_chunks() * head_dim);
+    return {partial, q, reinterpret_cast<Softmax*>(q + n_queries() * head_dim)};
+  }
+
+  void execute(char* memory, Barrier& barrier) const {
+    const Shared shared = divide(memory);
+    RotateOp<T> rotate_op = *this;
+    rotate_op.q = shared.q;
+    rotate_op.execute(nullptr, barrier);
+    barrier.wait();
+    attend_to_chunks(shared);
+    barrier.wait();
+    combine_chunks(shared);
   }
 
   // A block of new tokens and a chunk of keys of a key/value head, of sequence b.
@@ -281,15 +294,15 @@ template <typename T> struct AttendOp {
     const int64_t chunk_end = std::min(start_pos[b] + n_tokens, chunk_begin + chunk_size());
     const int64_t first_token = n_tokens * token_block / n_token_blocks();
     const int64_t end_token = n_tokens * (token_block + 1) / n_token_blocks();
-    const T *k = cached(k_cache, b, kv_head, 0), *v = cached(v_cache, b, kv_head, 0);
-    const int64_t head = b * n_kv_heads + kv_head, first_query = query_index(first_token, 0);
-    const int64_t first_result = (head * max_chunks() + chunk) * queries_per_kv() + first_query;
-    const T* q = shared.q + (head * queries_per_kv() + first_query) * d;
+    const T *k = cached(this->k_cache, b, kv_head, 0), *v = cached(this->v_cache, b, kv_head, 0);
+    const int64_t first_result =
+        ((b * n_kv_heads + kv_head) * max_chunks() + chunk) * queries_per_kv() + query_index(first_token, 0);
     float* partial = shared.partial + first_result * d;
     Softmax* softmax = shared.softmax + first_result;
     alignas(64) float scores[MAX_Q<D> * MAX_KV_CHUNK];  // chunk_size() for each query
     for (int64_t t = first_token; t < end_token; t++) {
       const int64_t position = start_pos[b] + t;
+      const T* q = shared.q + ((b * n_tokens + t) * n_heads + kv_head * heads_per_kv()) * d;
       const int64_t begin = window ? std::max(chunk_begin, position - window + 1) : chunk_begin;
       const int64_t n = std::max<int64_t>(0, std::min(chunk_end, position + 1) - begin);  // keys that the token sees
       for (int64_t h = 0, count; h < heads_per_kv(); h += count, q += count * d, partial += count * d) {

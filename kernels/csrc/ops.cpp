@@ -49,13 +49,19 @@ template <typename F> void dispatch_type(ScalarType type, F f) {
 }
 
 // Checks activations x [..., k], and that the other tensors are of the same type. Returns the number of tokens.
-int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
+int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = k ? x.numel() / k : 0;
-  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0 && m <= MAX_TOKENS,
-                  "activations must be 1 to 64 whole rows");
+  STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0, "activations must be whole rows, at least one");
   for (const OptTensor& t : others)
     STD_TORCH_CHECK(!t || t->scalar_type() == x.scalar_type(),
                     "weights, norms and caches must be of the activations' type");
+  return m;
+}
+
+// The same for an operation that takes few tokens.
+int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
+  const int64_t m = check_rows(x, k, others);
+  STD_TORCH_CHECK(m <= MAX_TOKENS, "activations must be of 1 to 64 tokens");
   return m;
 }
 
@@ -134,7 +140,7 @@ Tensor add(Tensor x, Tensor y) {
 }
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
-  const int64_t k = weight.numel(), m = check_tokens(x, k, {weight, residual});
+  const int64_t k = weight.numel(), m = check_rows(x, k, {weight, residual});
   STD_TORCH_CHECK(weight.is_contiguous() && (!residual || (residual->is_contiguous() && sizes(*residual) == sizes(x))),
                   "a residual must have the activations' shape");
   Tensor out = torch::stable::empty_like(x);
@@ -157,12 +163,12 @@ Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, in
   return out;
 }
 
-Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, OptTensor alibi_slopes,
-              int64_t n_heads, double scale, int64_t window, double softcap, OptTensor q_norm_weight,
-              OptTensor k_norm_weight, double eps, OptTensor sinks) {
+// The RotateOp of these tensors, whose q is left open.
+template <typename T>
+RotateOp<T> rotate_op(const Tensor& qkv, const Tensor& start_pos, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& rope, int64_t n_heads, const OptTensor& q_norm_weight,
+                      const OptTensor& k_norm_weight, double eps) {
   const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
-  const int64_t m = check_tokens(qkv, (n_heads + 2 * n_kv_heads) * d,
-                                 {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
   STD_TORCH_CHECK(start_pos.scalar_type() == ScalarType::Long && start_pos.is_contiguous(),
                   "start_pos must be int64 [B]");
   STD_TORCH_CHECK(start_pos.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
@@ -172,22 +178,50 @@ Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tens
   STD_TORCH_CHECK((!q_norm_weight || q_norm_weight->numel() == (norms_all_heads ? n_heads : 1) * d) &&
                   (!k_norm_weight || k_norm_weight->numel() == (norms_all_heads ? n_kv_heads : 1) * d),
                   "norms of q and k must be as wide as a head, or as all heads");
-  STD_TORCH_CHECK(!sinks || sinks->numel() == n_heads, "sinks must be [H]");
-  STD_TORCH_CHECK(!alibi_slopes || (alibi_slopes->numel() == n_heads && alibi_slopes->is_contiguous() &&
-                                    alibi_slopes->scalar_type() == ScalarType::Float), "slopes must be float32 [H]");
   for (const Tensor& cache : {k_cache, v_cache})
     STD_TORCH_CHECK(cache.stride(3) == 1 && cache.stride(2) == d && cache.stride(1) == k_cache.stride(1) &&
                     cache.stride(0) == k_cache.stride(0), "the caches' heads must be contiguous");
+  const int64_t m = qkv.numel() / ((n_heads + 2 * n_kv_heads) * d);
+  return {.qkv = ptr<T>(qkv), .start_pos = ptr<int64_t>(start_pos), .k_cache = mutable_ptr<T>(k_cache),
+          .v_cache = mutable_ptr<T>(v_cache), .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1),
+          .rope = ptr<float>(rope), .q_norm_weight = ptr<T>(q_norm_weight), .k_norm_weight = ptr<T>(k_norm_weight),
+          .norms_all_heads = norms_all_heads, .eps = float(eps), .batch = batch, .n_tokens = m / batch,
+          .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity, .q = nullptr};
+}
+
+int64_t qkv_width(const Tensor& k_cache, int64_t n_heads) {
+  return (n_heads + 2 * k_cache.size(1)) * k_cache.size(3);
+}
+
+Tensor rotate(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, int64_t n_heads,
+              OptTensor q_norm_weight, OptTensor k_norm_weight, double eps) {
+  const int64_t batch = k_cache.size(0), d = k_cache.size(3);
+  const int64_t m = check_rows(qkv, qkv_width(k_cache, n_heads), {k_cache, v_cache, q_norm_weight, k_norm_weight});
+  Tensor q = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads, d});
+  dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
+    RotateOp<T> op = rotate_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps);
+    op.q = mutable_ptr<T>(q);
+    submit(op);
+  });
+  return q;
+}
+
+Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, OptTensor alibi_slopes,
+              int64_t n_heads, double scale, int64_t window, double softcap, OptTensor q_norm_weight,
+              OptTensor k_norm_weight, double eps, OptTensor sinks) {
+  const int64_t batch = k_cache.size(0), d = k_cache.size(3);
+  const int64_t m = check_tokens(qkv, qkv_width(k_cache, n_heads),
+                                 {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
+  STD_TORCH_CHECK(!sinks || sinks->numel() == n_heads, "sinks must be [H]");
+  STD_TORCH_CHECK(!alibi_slopes || (alibi_slopes->numel() == n_heads && alibi_slopes->is_contiguous() &&
+                                    alibi_slopes->scalar_type() == ScalarType::Float), "slopes must be float32 [H]");
   Tensor out = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads * d});
   dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
-    submit(AttendOp<T>{
-        .qkv = ptr<T>(qkv), .k_cache = mutable_ptr<T>(k_cache), .v_cache = mutable_ptr<T>(v_cache),
-        .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1), .start_pos = ptr<int64_t>(start_pos),
-        .rope = ptr<float>(rope), .q_norm_weight = ptr<T>(q_norm_weight), .k_norm_weight = ptr<T>(k_norm_weight),
-        .norms_all_heads = norms_all_heads, .eps = float(eps), .sinks = ptr<T>(sinks),
-        .alibi_slopes = ptr<float>(alibi_slopes),
-        .scale = float(scale), .softcap = float(softcap), .batch = batch, .n_tokens = m / batch, .n_heads = n_heads,
-        .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity, .window = window, .out = mutable_ptr<T>(out)});
+    AttendOp<T> op{rotate_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps)};
+    op.sinks = ptr<T>(sinks), op.alibi_slopes = ptr<float>(alibi_slopes);
+    op.scale = float(scale), op.softcap = float(softcap), op.window = window;
+    op.out = mutable_ptr<T>(out);
+    submit(op);
   });
   return out;
 }
@@ -278,6 +312,7 @@ STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("add", TORCH_BOX(&add));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("embed", TORCH_BOX(&embed));
+  m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("route", TORCH_BOX(&route));
   m.impl("experts_gate_up", TORCH_BOX(&experts_gate_up));
