@@ -100,6 +100,10 @@ def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[
         raise
 
 
+class CompletionError(RuntimeError):
+    """A step failed, and with it all completions that it was to advance."""
+
+
 class AsyncCompleter:
     """Computes the completions of several callers together. Its thread alone uses the scheduler; the event loop does
     the rest."""
@@ -113,7 +117,7 @@ class AsyncCompleter:
 
     async def complete(self, completions: list[Completion]) -> AsyncIterator[None]:
         """Yields after each step, in which completions may have grown, until all are complete. A caller that stops
-        early frees their slots. Raises RuntimeError if a step fails; later calls are served."""
+        early frees their slots. Raises CompletionError if a step fails; later calls are served."""
         for completion in completions:
             request = completion.request
             check_length(len(request.prompt_ids), request.max_new_tokens, self.scheduler.max_seq_len)
@@ -128,7 +132,7 @@ class AsyncCompleter:
                 await asyncio.shield(self.step)  # a caller that is cancelled must not cancel it
                 for completion in completions:
                     if completion.error is not None:
-                        raise RuntimeError(completion.error)
+                        raise CompletionError(completion.error)
                 is_complete = all(completion.finish_reason for completion in completions)  # before yield
                 yield
         finally:

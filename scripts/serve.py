@@ -30,7 +30,7 @@ from openai_api import Reply, require
 
 import cli
 from cli.checkpoints import resolve_checkpoint
-from completion import AsyncCompleter
+from completion import AsyncCompleter, CompletionError
 from config import UsageError
 from loading import load
 from machine import pick_device
@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
         ]
-        handlers = dict.fromkeys((HTTPException, UsageError, http.ClientDisconnect, Exception), error_response)
+        handlers = dict.fromkeys((HTTPException, UsageError, http.ClientDisconnect, CompletionError, Exception), error_response)
         app = Starlette(routes=routes, exception_handlers=handlers)
         super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
 
@@ -147,7 +147,7 @@ async def events(reply: Reply, steps: AsyncIterator[None]) -> AsyncIterator[str]
                 yield f"data: {json.dumps(response)}\n\n"
         if reply.streams_usage:
             yield f"data: {json.dumps(reply.response([]) | {'usage': reply.usage()})}\n\n"
-    except RuntimeError as e:  # the response has begun, so the error is one more event
+    except CompletionError as e:  # the response has begun, so the error is one more event
         yield f"data: {error_response(None, e).body.decode()}\n\n"
     yield "data: [DONE]\n\n"
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from completion import AsyncCompleter, Completion, complete_all, generate_many
+from completion import AsyncCompleter, Completion, CompletionError, complete_all, generate_many
 from config import UsageError
 from generate import build_steps, generate, load, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
@@ -227,7 +227,7 @@ def test_callers_in_asyncio(chain):
         with pytest.raises(UsageError, match="exceed"):
             await anext(completer.complete([start("0", 99)]))
         scheduler.step, step = None, scheduler.step  # None cannot be called
-        with pytest.raises(RuntimeError, match="callable"):
+        with pytest.raises(CompletionError, match="callable"):
             await text_of("0")
         scheduler.step = step
         assert await text_of("0") == "123456"
@@ -321,7 +321,8 @@ def test_logprobs_on_the_command_line(chain, ask):
 
 def test_jsonl_prompts(chatty, ask, tmp_path):
     lines = [{"prompt": "two\nlines"}, {"messages": [{"role": "user", "content": "two\nlines"}]}]
-    lines += [{"messages": [{"role": "user", "content": [{"type": "text", "text": word} for word in ("two", "lines")]}]}]
+    parts = [{"type": "text", "text": word} for word in ("two", "lines")]
+    lines.append({"messages": [{"role": "user", "content": parts}]})
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["--max_new_tokens=8", "--temperature=0"]
     (plain,) = ask(chatty, "--prompt=two\nlines", *flags)
