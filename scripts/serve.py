@@ -97,8 +97,8 @@ class Server(uvicorn.Server):
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
         ]
-        handlers = dict.fromkeys((HTTPException, UsageError, http.ClientDisconnect, CompletionError, Exception), error_response)
-        app = Starlette(routes=routes, exception_handlers=handlers)
+        errors = (HTTPException, UsageError, CompletionError, http.ClientDisconnect, Exception)
+        app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
         super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
 
     def handle_exit(self, signum: int, frame):
