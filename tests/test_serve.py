@@ -624,7 +624,7 @@ def wait_until_ready(process: subprocess.Popen) -> SimpleNamespace:
 
 def test_many_requests_leave_memory_flat(processes):
     (process, server), _ = processes
-    statm, size, n = Path(f"/proc/{process.pid}/statm"), 2**15, 400
+    statm, size, n = Path(f"/proc/{process.pid}/statm"), 2**15, 800
     if not statm.exists():
         pytest.skip("no /proc")
 
