@@ -6,18 +6,26 @@
 
     for i, text in generate_many(model, tokenizer, ["One", "Two"], parallel=16, max_new_tokens=20):
         print(i, text)
+
+    completer = AsyncCompleter(scheduler)     # in asyncio, for any number of callers at once
+    async for _ in completer.complete([completion]):
+        print(completion.text)
 """
 
+import asyncio
 import time
+import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from chat_template import check_unicode
 from config import UsageError
+from machine import pick_device
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import GREEDY, Logprobs, Request, Scheduler, finish_reason
+from scheduler import GREEDY, Logprobs, Request, Scheduler, check_length, finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer
 
 
@@ -131,6 +139,64 @@ def content_of(message: dict) -> str:
     if not isinstance(message["content"], str):
         raise UsageError(f"a message's content must be a text, not {message['content']!r}")
     return message["content"]
+
+
+class CompletionError(RuntimeError):
+    """A step failed, and with it all completions that it was to advance."""
+
+
+class AsyncCompleter:
+    """Computes the completions of several callers together. Its thread alone uses the scheduler; the event loop does
+    the rest."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        device = str(scheduler.kv_cache.device)
+        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
+        self.completions: dict[Request, Completion] = {}  # of all callers
+        self.step: asyncio.Task | None = None  # the last one
+
+    async def complete(self, completions: list[Completion]) -> AsyncIterator[None]:
+        """Yields after each step, in which completions may have grown, until all are complete. A caller that stops
+        early frees their slots. Raises CompletionError if a step fails; later calls are served."""
+        for completion in completions:
+            request = completion.request
+            check_length(len(request.prompt_ids), request.max_new_tokens, self.scheduler.max_seq_len)
+        try:
+            for completion in completions:
+                self.completions[completion.request] = completion
+                self.thread.submit(self.scheduler.submit, completion.request)
+            is_complete = False
+            while not is_complete:
+                if self.step is None or self.step.done():  # whoever waits for a step begins it
+                    self.step = asyncio.create_task(self.run_step())
+                await asyncio.shield(self.step)  # a caller that is cancelled must not cancel it
+                for completion in completions:
+                    if completion.error is not None:
+                        raise CompletionError(completion.error)
+                is_complete = all(completion.finish_reason for completion in completions)  # before yield
+                yield
+        finally:
+            for completion in completions:
+                self.end(completion)
+
+    async def run_step(self):
+        try:
+            new_tokens = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
+            for new in new_tokens:
+                if completion := self.completions.get(new.request):
+                    completion.add_step([new.token], new.logprobs)
+                    if completion.finish_reason:
+                        self.end(completion)
+        except Exception as e:  # such as logits that are NaN
+            traceback.print_exc()
+            for completion in list(self.completions.values()):
+                completion.fail(str(e))
+                self.end(completion)
+
+    def end(self, completion: Completion):
+        if self.completions.pop(completion.request, None):
+            self.thread.submit(self.scheduler.cancel, completion.request)
 
 
 def generate_many(

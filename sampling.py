@@ -7,7 +7,8 @@ Nothing here waits for the device, so that a sampled token can be fed to the nex
 """
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,18 @@ class SamplingParams:
             object.__setattr__(self, "top_p", None)
         if self.min_p == 0:
             object.__setattr__(self, "min_p", None)
+
+    @classmethod
+    def from_options(cls, options: Mapping) -> "SamplingParams":
+        """Of options, such as a request's, those that have a field's name. None: the default. Raises UsageError."""
+        chosen = {}
+        for field in fields(cls):
+            value, is_integer = options.get(field.name), field.type == int | None
+            if value is not None:
+                if type(value) is not int and (is_integer or type(value) is not float):
+                    raise UsageError(f"{field.name} must be {'an integer' if is_integer else 'a number'}")
+                chosen[field.name] = value
+        return cls(**chosen)
 
     @property
     def is_greedy(self) -> bool:

@@ -82,7 +82,8 @@ class Tokenizer:
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
         if not template:
-            raise UsageError("this checkpoint has no chat template; use --prompt without --chat")
+            places = "neither in tokenizer_config.json nor in chat_template.jinja beside its tokenizer"
+            raise UsageError(f"this checkpoint has no chat template, {places}; use --prompt without --chat")
         return render(template, names, messages, add_generation_prompt)
 
     def eos_ids(self) -> list[int]:

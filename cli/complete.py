@@ -29,17 +29,27 @@ def complete_one_by_one(
 ):  # fmt: skip
     """Completes each of prompts num_samples times, each time in all sequences of kv_cache, and prints the results.
     stats: more fields of --json."""
-    for prompt in prompts:
+    for prompt_number, prompt in enumerate(prompts, start=1):
         samples = []
-        for i in range(args.num_samples):
-            is_last = i == args.num_samples - 1
-            with profiled(args.profile if is_last else None):
+        for sample_number in range(1, args.num_samples + 1):
+            numbers = [("prompt", prompt_number, len(prompts)), ("sample", sample_number, args.num_samples)]
+            if not args.json:
+                print_label([*numbers, ("sequence", 1, args.batch_size)])
+            with profiled(args.profile if sample_number == args.num_samples else None):
                 samples.append(complete_batch(args, model, tokenizer, generate_tokens, prompt))
             if not args.json:
                 print()
-                for k, completion in enumerate(samples[-1][1:], start=1):
-                    print(f"--- sequence {k}\n{completion.text}")
+                for k, completion in enumerate(samples[-1][1:], start=2):
+                    print_label([*numbers, ("sequence", k, args.batch_size)])
+                    print(completion.text)
         print_result(args, build_result(args, model, kv_cache, prompt, samples) | stats, model)
+
+
+def print_label(numbers: list[tuple[str, int, int]]):
+    """Says whose text follows. numbers: (what, its number, how many there are); what there is once needs no number."""
+    several = [f"{what} {number}" for what, number, n in numbers if n > 1]
+    if several:
+        print(f"--- {', '.join(several)}", flush=True)
 
 
 def complete_batch(

@@ -75,10 +75,25 @@ def parse_json_line(line: str, place: str) -> str | list[dict]:
         source = fields.get("prompt", fields.get("messages"))
     if isinstance(source, str) and "prompt" in fields and source:
         return source
-    if isinstance(source, list) and "messages" in fields and source and all(map(is_message, source)):
-        return source
+    if isinstance(source, list) and "messages" in fields and source:
+        try:
+            return [read_message(message) for message in source]
+        except UsageError as e:
+            raise UsageError(f"{place}: {e}") from None
     raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
 
 
-def is_message(value) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+def read_message(fields) -> dict:
+    """The message that fields hold, as the tokenizer takes it: {"role": ..., "content": text}. As in OpenAI's API, the
+    content may be a list of parts {"type": "text", "text": ...}, and developer is another word for system. Raises
+    UsageError."""
+    try:
+        role, content = fields["role"], fields["content"]
+        if isinstance(content, list):
+            content = "\n".join(part["text"] for part in content)
+    except (KeyError, TypeError):
+        role = content = None
+    role = "system" if role == "developer" else role
+    if role not in ROLES or not isinstance(content, str):
+        raise UsageError(f"a message must have a role ({', '.join(ROLES)}) and a text as content")
+    return {"role": role, "content": content}

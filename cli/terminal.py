@@ -29,6 +29,8 @@ COMMANDS = {  # whether each takes a file's name
 }  # fmt: skip
 COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; with more lines it is a message
 LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
+MARK_PASTE, MARK_NO_PASTE = "\x1b[?2004h", "\x1b[?2004l"  # a terminal writes marks around what is pasted, or not
+IFLAG, LFLAG = 0, 3  # of what termios.tcgetattr returns
 CUT_NOTES = {  # finish_reason of an answer -> the note that follows it
     "length": "Cut by --max_new_tokens; /continue goes on.",
     "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
@@ -49,7 +51,9 @@ def converse(conversation: Conversation, max_new_tokens: int):
             command, argument = parse(line)
             if command == "/exit":
                 break
-            with shell.errors_as_notes():
+            has_terminal = shell.has_read and is_terminal(sys.stdin)
+            hold = typing_held(is_line=read is read_line) if has_terminal else contextlib.nullcontext()
+            with shell.errors_as_notes(), hold:
                 shell.run(command, argument)
     except Exception:
         if shell.has_read:
@@ -197,6 +201,27 @@ def make_reader() -> Reader:
 
 def is_terminal(stream) -> bool:
     return stream is not None and stream.isatty()  # None: the shell has closed it (<&-)
+
+
+@contextlib.contextmanager
+def typing_held(is_line: bool) -> Iterator[None]:
+    """Within this context nothing is shown of what the user types. It waits in the terminal for whoever reads next: as
+    keys for prompt_toolkit, or with is_line as lines, which the terminal itself edits."""
+    import termios  # here, since only terminals need it
+
+    before, held = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
+    held[LFLAG] &= ~termios.ECHO
+    held[LFLAG] |= termios.NOFLSH  # Ctrl-C stops the answer, and leaves what was typed
+    if not is_line:
+        held[LFLAG] &= ~(termios.ICANON | termios.IEXTEN)
+        held[IFLAG] &= ~termios.ICRNL  # Enter stays "\r"
+        print(MARK_PASTE, end="", flush=True)
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, held)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        print("" if is_line else MARK_NO_PASTE, end="", flush=True)
 
 
 def make_editor() -> Reader:

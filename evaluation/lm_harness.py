@@ -6,7 +6,6 @@
 lm_eval is imported at first use, so that this file can be imported without it. eval.py is the command.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,8 +174,7 @@ class GenerationOptions(NamedTuple):
 
 def read_options(kwargs: dict) -> GenerationOptions:
     """The options in the keyword arguments of lm_eval's generation request."""
-    # An option that is None or 0 is off, so SamplingParams keeps its default.
-    sampling = {field.name: kwargs[field.name] for field in fields(SamplingParams) if kwargs.get(field.name)}
+    sampling = {name: value for name, value in kwargs.items() if value}  # None or 0 is off: the default
     if kwargs.get("do_sample") is False:
         sampling["temperature"] = 0.0
     elif kwargs.get("do_sample") and "temperature" not in kwargs:
@@ -184,5 +182,5 @@ def read_options(kwargs: dict) -> GenerationOptions:
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []
-    until = [until] if isinstance(until, str) else until
-    return GenerationOptions(SamplingParams(**sampling), max_new_tokens, tuple(text for text in until if text))
+    stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+    return GenerationOptions(SamplingParams.from_options(sampling), max_new_tokens, stop)

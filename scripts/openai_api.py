@@ -1,12 +1,12 @@
 """OpenAI's API: the JSON of requests and responses, to and from what completion.py computes. serve.py calls it."""
 
+import json
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import accumulate
 
-from cli.prompts import is_message
+from cli.prompts import read_message
 from completion import Completion
 from config import UsageError
 from sampling import SamplingParams
@@ -15,32 +15,38 @@ from tokenizer import Tokenizer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # that one request may ask for
 UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
-SAMPLING_RANGES = {  # least and greatest value, where SamplingParams allows more
-    "temperature": (0, 2),  # OpenAI's
-    "repetition_penalty": (0.01, 100),  # others could make logits infinite, which ends the texts of all clients
-}
-MAX_SAMPLING_VALUE = 2**31
+
+
+def read_body(data: bytes) -> dict:
+    """The fields of a request that are not null. Raises UsageError."""
+    try:
+        body = json.loads(data)
+        json.dumps(body, ensure_ascii=False).encode()  # raises if a text is not Unicode
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"the request is not JSON: {e}") from None
+    require(isinstance(body, dict), "the request must be a JSON object")
+    for name in UNSUPPORTED:
+        require(not body.get(name), f"{name} is not supported")
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[Request]:
     """The texts that body asks for. max_seq_len: most tokens of a prompt and its text. Raises UsageError."""
-    for name in UNSUPPORTED:
-        require(not body.get(name), f"{name} is not supported")
     if is_chat:
         messages = body.get("messages")
         require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
         prompts = [tokenizer.encode_chat([read_message(message) for message in messages])]
-        n_logprobs = number(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if body.get("logprobs") else None
+        n_logprobs = integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if body.get("logprobs") else None
     else:
         prompts = encode_prompts(body.get("prompt"), tokenizer)
-        n_logprobs = number(body, "logprobs", None, 0, MAX_LOGPROBS)
-    n = number(body, "n", 1, 1, MAX_TEXTS)
+        n_logprobs = integer(body, "logprobs", None, 0, MAX_LOGPROBS)
+    n = integer(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
     room = max_seq_len - max(map(len, prompts))
     require(room > 0 and all(prompts), f"a prompt must have 1 to {max_seq_len - 1} tokens")
-    max_tokens = number(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
-    max_tokens = number(body, "max_completion_tokens", max_tokens, 1, room)
-    seed = number(body, "seed", secrets.randbits(31), -(2**62), 2**62)
+    max_tokens = integer(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
+    max_tokens = integer(body, "max_completion_tokens", max_tokens, 1, room)
+    seed = integer(body, "seed", secrets.randbits(31), -(2**62), 2**62)
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
@@ -53,13 +59,11 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: i
 
 def read_sampling(body: dict) -> SamplingParams:
     """OpenAI's API has temperature and top_p. The other fields of SamplingParams are called as in vLLM's API."""
-    options = {"temperature": 1.0}  # OpenAI's default
-    for field in fields(SamplingParams):
-        kind = int if field.type == int | None else float
-        value = number(body, field.name, None, *SAMPLING_RANGES.get(field.name, (0, MAX_SAMPLING_VALUE)), kind)
-        if value is not None:
-            options[field.name] = value
-    return SamplingParams(**options)
+    sampling = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
+    require(sampling.temperature <= 2, "temperature must be at most 2")
+    # Others could make logits infinite, which ends the texts of all clients.
+    require(0.01 <= sampling.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100")
+    return sampling
 
 
 def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
@@ -73,25 +77,10 @@ def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
     return ids
 
 
-def read_message(fields) -> dict:
-    """A message as the tokenizer takes it. fields: its content may be a list of parts {"type": "text", "text": ...}."""
-    try:
-        role, content = fields["role"], fields["content"]
-        content = "\n".join(part["text"] for part in content) if isinstance(content, list) else content
-    except (KeyError, TypeError):
-        role = content = None
-    message = {"role": "system" if role == "developer" else role, "content": content}
-    require(is_message(message), "a message must have a role (system, user, assistant) and a text as content")
-    return message
-
-
-def number(body: dict, name: str, default: int | None, low: float, high: float, kind: type = int):
-    """A field of body that holds an integer, or with kind float any number, from low to high."""
-    value = body.get(name)
-    if value is None:
-        return default
-    is_valid = type(value) in (int, kind) and low <= value <= high
-    require(is_valid, f"{name} must be {'an integer' if kind is int else 'a number'} from {low} to {high}")
+def integer(body: dict, name: str, default: int | None, low: int, high: int) -> int | None:
+    value = body.get(name, default)
+    is_valid = name not in body or type(value) is int and low <= value <= high
+    require(is_valid, f"{name} must be an integer from {low} to {high}")
     return value
 
 
@@ -103,12 +92,15 @@ def require(condition, message: str):
 class Reply:
     """Builds the response to a request. A stream has several responses, each with the new text."""
 
-    def __init__(self, body: dict, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
-        """body: the request. Takes seconds to tokenize megabytes. Raises UsageError."""
+    def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
+        """data: the request. Takes seconds to tokenize megabytes. Raises UsageError."""
+        body = read_body(data)
         requests = read_request(body, is_chat, tokenizer, scheduler.max_seq_len)
         self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
         self.sent = [(0, 0)] * len(requests)  # the characters and tokens of each that are in a response
         self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, bool(body.get("stream"))
+        options = body.get("stream_options")
+        self.streams_usage = isinstance(options, dict) and bool(options.get("include_usage"))
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
         chat_object = "chat.completion.chunk" if self.is_stream else "chat.completion"
         object = chat_object if is_chat else "text_completion"

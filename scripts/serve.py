@@ -15,9 +15,7 @@ import json
 import os
 import socket
 import sys
-import traceback
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -28,15 +26,14 @@ if __name__ == "__main__":
 
 import torch
 
-from chat_template import check_unicode
 from cli import options
 from cli.checkpoints import resolve_checkpoint
 from cli.script import exit_with_error, run_script
-from completion import Completion
+from completion import AsyncCompleter, CompletionError
 from config import UsageError
 from loading import load
 from machine import pick_device
-from scheduler import Request, Scheduler
+from scheduler import Scheduler
 from scripts.openai_api import Reply, require
 from tokenizer import Tokenizer
 
@@ -79,7 +76,7 @@ def main():
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
     scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
     model_name = checkpoint_path.absolute().parent.name
-    server = Server(Engine(scheduler, args.device), tokenizer, model_name, args.api_key)
+    server = Server(AsyncCompleter(scheduler), tokenizer, model_name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
     server.run([listener])
@@ -92,64 +89,16 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen on {host}, port {port}: {e}") from None
 
 
-class Engine:
-    """Computes the texts of all clients together. Its thread alone uses the scheduler; the event loop does the rest."""
-
-    def __init__(self, scheduler: Scheduler, device: str | None = None):
-        self.scheduler = scheduler
-        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
-        self.completions: dict[Request, Completion] = {}  # of all clients
-        self.step: asyncio.Task | None = None  # the last one
-
-    async def compute(self, completions: list[Completion]) -> AsyncIterator[None]:
-        """Yields after each step, in which completions may have grown, until all are complete."""
-        try:
-            for completion in completions:
-                self.completions[completion.request] = completion
-                self.thread.submit(self.scheduler.submit, completion.request)  # read_request has checked its length
-            is_complete = False
-            while not is_complete:
-                if self.step is None or self.step.done():  # whoever waits for a step begins it
-                    self.step = asyncio.create_task(self.run_step())
-                await asyncio.shield(self.step)  # a client that is cancelled must not cancel it
-                for completion in completions:
-                    if completion.error is not None:
-                        raise HTTPException(500, completion.error)
-                is_complete = all(completion.finish_reason for completion in completions)  # before yield
-                yield
-        finally:
-            for completion in completions:
-                self.end(completion)
-
-    async def run_step(self):
-        try:
-            new_tokens = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
-            for new in new_tokens:
-                if completion := self.completions.get(new.request):
-                    completion.add_step([new.token], new.logprobs)
-                    if completion.finish_reason:
-                        self.end(completion)
-        except Exception as e:  # such as logits that are NaN: all requests fail, and the server goes on
-            traceback.print_exc()
-            for completion in list(self.completions.values()):
-                completion.fail(str(e))
-                self.end(completion)
-
-    def end(self, completion: Completion):
-        if self.completions.pop(completion.request, None):
-            self.thread.submit(self.scheduler.cancel, completion.request)
-
-
 class Server(uvicorn.Server):
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None):
-        self.engine, self.tokenizer, self.model_name, self.api_key = engine, tokenizer, model_name, api_key
+    def __init__(self, completer: AsyncCompleter, tokenizer: Tokenizer, model_name: str, api_key: str | None = None):
+        self.completer, self.tokenizer, self.model_name, self.api_key = completer, tokenizer, model_name, api_key
         routes = [
             Route("/v1/models", self.models),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
         ]
-        handlers = dict.fromkeys((HTTPException, UsageError, http.ClientDisconnect, Exception), error_response)
-        app = Starlette(routes=routes, exception_handlers=handlers)
+        errors = (HTTPException, UsageError, CompletionError, http.ClientDisconnect, Exception)
+        app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
         super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
 
     def handle_exit(self, signum: int, frame):
@@ -166,12 +115,10 @@ class Server(uvicorn.Server):
         self.check_key(client)
         body, is_chat = await read_body(client), client.scope["path"] == "/v1/chat/completions"
         # In a thread, for it may take seconds
-        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.engine.scheduler)
-        steps = self.engine.compute(reply.completions)
+        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
+        steps = self.completer.complete(reply.completions)
         if reply.is_stream:
-            options = body.get("stream_options")
-            with_usage = isinstance(options, dict) and options.get("include_usage")
-            return StreamingResponse(events(reply, steps, with_usage), media_type="text/event-stream")
+            return StreamingResponse(events(reply, steps), media_type="text/event-stream")
         async for _ in steps:
             if await client.is_disconnected():
                 raise http.ClientDisconnect
@@ -183,30 +130,24 @@ class Server(uvicorn.Server):
             raise HTTPException(401, "the API key is missing or wrong")
 
 
-async def read_body(client: http.Request) -> dict:
-    data = bytearray()
+async def read_body(client: http.Request) -> bytes:
+    body = bytearray()
     async for chunk in client.stream():
-        data += chunk
-        if len(data) > MAX_BODY:
+        body += chunk
+        if len(body) > MAX_BODY:
             raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
-    try:
-        body = json.loads(data)
-        check_unicode(json.dumps(body, ensure_ascii=False))
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"the request is not JSON: {e}") from None
-    require(isinstance(body, dict), "the request must be a JSON object")
-    return body
+    return bytes(body)
 
 
-async def events(reply: Reply, steps: AsyncIterator[None], with_usage: bool) -> AsyncIterator[str]:
+async def events(reply: Reply, steps: AsyncIterator[None]) -> AsyncIterator[str]:
     """The server-sent events of a reply that grows with steps."""
     try:
         async for _ in steps:
             for response in reply.new_responses():
                 yield f"data: {json.dumps(response)}\n\n"
-        if with_usage:
+        if reply.streams_usage:
             yield f"data: {json.dumps(reply.response([]) | {'usage': reply.usage()})}\n\n"
-    except HTTPException as e:  # the response has begun, so the error is one more event
+    except CompletionError as e:  # the response has begun, so the error is one more event
         yield f"data: {error_response(None, e).body.decode()}\n\n"
     yield "data: [DONE]\n\n"
 

@@ -82,6 +82,17 @@ def test_rows_are_samples_and_seeds_repeat(chain, ask, cli):
     assert greedy["text"] == ["a" * 12] * 8  # the lowest id of the tied ones
 
 
+def test_texts_are_labelled(chain, cli, tmp_path):
+    (tmp_path / "prompts").write_text("5\n0\n")
+    flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=2", "--temperature=0"]
+    assert cli(chain, "--prompt=0", *flags[1:]) == "12\n"
+    assert cli(chain, *flags) == "--- prompt 1\n67\n--- prompt 2\n12\n"
+    numbers = [(i, j, k) for i in (1, 2) for j in (1, 2) for k in (1, 2)]
+    lines = cli(chain, *flags, "--num_samples=2", "--batch_size=2").splitlines()
+    assert lines[::2] == [f"--- prompt {i}, sample {j}, sequence {k}" for i, j, k in numbers]
+    assert lines[1::2] == ["67"] * 4 + ["12"] * 4
+
+
 def test_prompt_file_runs_each_line(chain, ask, tmp_path):
     (tmp_path / "prompts").write_text("S\n\n  \nab\u2028P\r\né0", encoding="utf-8-sig")  # a mark first
     results = ask(chain, f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12")
@@ -127,7 +138,8 @@ def test_whole_characters_stream(chain, cli, monkeypatch, rows):
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     cli(chain, "--prompt=S", f"--batch_size={rows}")
-    assert printed[:3] == ["🙂", "E", "\n"] and "".join(printed).count("🙂E\n") == rows
+    label = ["--- sequence 1", "\n"] if rows > 1 else []
+    assert printed[: len(label) + 3] == [*label, "🙂", "E", "\n"] and "".join(printed).count("🙂E\n") == rows
 
 
 def test_profile(chain, cli, tmp_path):
@@ -163,7 +175,7 @@ def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain
     monkeypatch.setattr(report, "read_bandwidth_of", refuse)
     run_script(generate.main)
     out, err = capsys.readouterr()
-    assert out.count("--- sequence 2") == 3 and "%" not in err
+    assert out.count(", sequence 2\n") == 3 and "%" not in err
     assert len(re.findall(r"12 generated in 3 sequences, at [\d.]+ tokens/s each: [\d.]+ GB/s \(load", err)) == 3
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -506,6 +507,14 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(RuntimeError, match="slopes"):
             view = cache._replace(alibi_slopes=slopes)
             attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, "cpu")
+
+
+def test_every_check_says_what_is_wrong():
+    """In C++, with four words or more; or with the message of find_error."""
+    code = "".join(path.read_text() for path in kernels.cpu.SOURCES.iterdir())
+    checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
+    bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]
+    assert len(checks) > 20 and bare == ['!error, error ? error : ""']
 
 
 # ---- Feed-forward ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tokenizer import detokenize
 
 def test_text(chatty, ask):
     """As generate.py --prompt generates it."""
-    model, tokenizer = load(chatty / "model.pth", device="cpu", dtype=torch.bfloat16)
+    model, tokenizer = load(str(chatty / "model.pth"), device="cpu", dtype=torch.bfloat16)
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=100)
     steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")

@@ -1,5 +1,7 @@
 """Many prompts at once: each gets what it gets alone, nothing is computed twice or in vain, and the command line."""
 
+import asyncio
+import contextlib
 import json
 import random
 
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from completion import complete_all, generate_many
+from completion import AsyncCompleter, Completion, CompletionError, complete_all, generate_many
 from config import UsageError
 from generate import build_steps, generate, load, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
@@ -212,6 +214,40 @@ def test_generate_many(chain):
     assert list(generate_many(model, tokenizer, [])) == []
 
 
+def test_callers_in_asyncio(chain):
+    """Each gets its text, though one stops early and a step fails. All slots are free in the end."""
+    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    completer = AsyncCompleter(scheduler := Scheduler(model, 2, 64))
+
+    def start(text: str, n: int = 6) -> Completion:
+        return Completion(Request(tokenizer.encode(text), n), tokenizer, scheduler.eos_ids)
+
+    async def text_of(text: str, n_steps: int = 100) -> str:
+        completion = start(text)
+        async with contextlib.aclosing(completer.complete([completion])) as steps:
+            async for _ in steps:
+                n_steps -= 1
+                if n_steps == 0:
+                    break
+        return completion.text
+
+    async def check():
+        assert await asyncio.gather(*map(text_of, ["S", "0", "W", "5"])) == ["🙂E", "123456", " X", "678901"]
+        stopped, whole = await asyncio.gather(text_of("0", 4), text_of("3"))
+        assert "123456".startswith(stopped) and whole == "456789"
+        with pytest.raises(UsageError, match="exceed"):
+            await anext(completer.complete([start("0", 99)]))
+        scheduler.step, step = None, scheduler.step  # None cannot be called
+        with pytest.raises(CompletionError, match="callable"):
+            await text_of("0")
+        scheduler.step = step
+        assert await text_of("0") == "123456"
+        completer.thread.shutdown()
+        assert not completer.completions and not scheduler.has_work()
+
+    asyncio.run(check())
+
+
 def test_interrupt_keeps_what_is_complete(chain):
     """Prompts that end while an earlier one is running come after Ctrl-C, which still ends the program."""
     model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
@@ -296,12 +332,14 @@ def test_logprobs_on_the_command_line(chain, ask):
 
 def test_jsonl_prompts(chatty, ask, tmp_path):
     lines = [{"prompt": "two\nlines"}, {"messages": [{"role": "user", "content": "two\nlines"}]}]
+    parts = [{"type": "text", "text": word} for word in ("two", "lines")]
+    lines.append({"messages": [{"role": "user", "content": parts}]})
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["--max_new_tokens=8", "--temperature=0"]
     (plain,) = ask(chatty, "--prompt=two\nlines", *flags)
     (chat,) = ask(chatty, "--prompt=two\nlines", "--chat", *flags)
     from_file = ask(chatty, f"--prompt_file={tmp_path / 'prompts.jsonl'}", *flags, "--parallel=2")
-    assert [r["text"] for r in from_file] == [plain["text"], chat["text"]]
+    assert [r["text"] for r in from_file] == [plain["text"], chat["text"], chat["text"]]
 
 
 BROKEN_LINES = ["{", "5", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}']

@@ -1,5 +1,5 @@
 """scripts/serve.py as its clients meet it: OpenAI's own client, curl, and those who send anything or hang up. Two tiny
-models are served in threads of this process, so that the tests see what the engine holds; what concerns the process
+models are served in threads of this process, so that the tests see what the completer holds; what concerns the process
 itself (signals, memory, the command line) runs in processes of its own."""
 
 import contextlib
@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from cli.interrupts import EXIT_INTERRUPTED
 from cli.script import run_script
+from completion import AsyncCompleter
 from loading import load
 from scheduler import Scheduler
 from scripts import serve
@@ -51,10 +52,10 @@ def no_proxy():
 
 
 def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
-    """A server in a thread. Its port, its engine, what stops it."""
+    """A server in a thread. Its port, its completer, what stops it."""
     model, tokenizer = load(folder / "model.pth", dtype=torch.float32)
-    engine = serve.Engine(Scheduler(model, N_ROWS, model.config.max_seq_len), "cpu")
-    server = serve.Server(engine, tokenizer, folder.name, api_key)
+    completer = AsyncCompleter(Scheduler(model, N_ROWS, model.config.max_seq_len))
+    server = serve.Server(completer, tokenizer, folder.name, api_key)
     listener = serve.listen("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # of its connections, for those who do not read
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -65,7 +66,7 @@ def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
         thread.join()
 
     port = listener.getsockname()[1]
-    return SimpleNamespace(port=port, server=server, engine=engine, model=model, tokenizer=tokenizer, stop=stop)
+    return SimpleNamespace(port=port, server=server, completer=completer, model=model, tokenizer=tokenizer, stop=stop)
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +409,7 @@ def test_a_request_may_have_so_many_bytes(chatty_server, monkeypatch):
     check_error(ask_http(chatty_server, "completions", content), 413, "100000 bytes")
 
 
-def test_what_fails_in_the_engine_fails_alone(complete, chat, chatty_server, monkeypatch):
+def test_what_fails_in_the_completer_fails_alone(complete, chat, chatty_server, monkeypatch):
     """Those who are waiting get an error, the next ones are served."""
 
     def fail():
@@ -416,7 +417,7 @@ def test_what_fails_in_the_engine_fails_alone(complete, chat, chatty_server, mon
 
     expected = complete(model="m", prompt="a", temperature=0).choices
     with monkeypatch.context() as m:
-        m.setattr(chatty_server.engine.scheduler, "step", fail)
+        m.setattr(chatty_server.completer.scheduler, "step", fail)
         with pytest.raises(openai.InternalServerError, match="not finite"):
             complete(model="m", prompt="a")
         with pytest.raises(openai.APIError, match="not finite"):
@@ -470,7 +471,7 @@ def test_whatever_is_sent_gets_an_answer(path, body, chatty_server):
         assert content.endswith(b"data: [DONE]\n\n") and b'"error"' not in content
     else:
         assert all(choice["finish_reason"] in ("stop", "length") for choice in json.loads(content)["choices"])
-    assert not chatty_server.engine.completions
+    assert not chatty_server.completer.completions
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -529,10 +530,10 @@ def wait_for(condition):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, monkeypatch):
     """All rows are its own for a hundred steps, and more of its texts wait. The next client waits for a few steps."""
-    engine, n = chatty_server.engine, N_ROWS + 2
+    completer, n = chatty_server.completer, N_ROWS + 2
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
-    expected, gate = answer().choices, Gate(engine.scheduler)
-    monkeypatch.setattr(engine.scheduler, "step", gate)
+    expected, gate = answer().choices, Gate(completer.scheduler)
+    monkeypatch.setattr(completer.scheduler, "step", gate)
     with ThreadPoolExecutor(1) as pool:
         gone = connect(chatty_server, {"prompt": "a", "n": n, "max_tokens": 100, "seed": 1, "stream": stream})
         gate.permits.release(n)
@@ -540,15 +541,15 @@ def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, 
         if stream:
             read_until(gone, b"data: ")
         next_answer = pool.submit(answer)
-        wait_for(lambda: len(engine.completions) == n + 1)
+        wait_for(lambda: len(completer.completions) == n + 1)
         gone.close()
         if stream:
-            wait_for(lambda: len(engine.completions) == 1)  # without any further step
+            wait_for(lambda: len(completer.completions) == 1)  # without any further step
         wait_for(lambda: gate.permits.release() or next_answer.done())
     assert next_answer.result().choices == expected
-    assert gate.n_steps < n + 10 and not engine.completions
+    assert gate.n_steps < n + 10 and not completer.completions
     gate.permits.release(10)  # for a step that may have begun
-    wait_for(lambda: engine.step.done())
+    wait_for(lambda: completer.step.done())
 
 
 # A response of 2 KB a token
@@ -558,13 +559,13 @@ UNREAD = {"prompt": "a", "n": 6, "max_tokens": 100, "logprobs": 20, "temperature
 def test_a_client_that_does_not_read(complete, chatty_server):
     """The server has filled the connection's buffers and waits for it. Others do not. When the client reads
     after all, nothing is missing; when it hangs up, its rows are free."""
-    engine, connections = chatty_server.engine, chatty_server.server.server_state.connections
+    completer, connections = chatty_server.completer, chatty_server.server.server_state.connections
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
     expected, texts = answer().choices, [c.text for c in complete(model="m", **UNREAD | {"stream": False}).choices]
     for reads in (True, False):
         with connect(chatty_server, UNREAD, buffer=4096) as connection:
             wait_for(lambda: any(c.flow.write_paused for c in connections))
-            assert engine.completions
+            assert completer.completions
             if reads:
                 assert answer().choices == expected
                 found = [""] * len(texts)
@@ -573,7 +574,7 @@ def test_a_client_that_does_not_read(complete, chatty_server):
                         (choice,) = json.loads(line[6:])["choices"]
                         found[choice["index"]] += choice["text"]
                 assert found == texts
-        wait_for(lambda: not any(c.flow.write_paused for c in connections) and not engine.completions)
+        wait_for(lambda: not any(c.flow.write_paused for c in connections) and not completer.completions)
         assert answer().choices == expected
 
 
@@ -623,7 +624,7 @@ def wait_until_ready(process: subprocess.Popen) -> SimpleNamespace:
 
 def test_many_requests_leave_memory_flat(processes):
     (process, server), _ = processes
-    statm, size, n = Path(f"/proc/{process.pid}/statm"), 2**15, 400
+    statm, size, n = Path(f"/proc/{process.pid}/statm"), 2**15, 800
     if not statm.exists():
         pytest.skip("no /proc")
 

@@ -25,9 +25,9 @@ from tests.byte_models import set_up
 
 # A conversation's text is its messages. So chain's model, which counts on after a digit, goes on with the last message.
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
-UP, LEFT, RIGHT, HOME, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[C", "\x1b[H", "\x7f"
+UP, LEFT, RIGHT, HOME, END, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[C", "\x1b[H", "\x1b[F", "\x7f"
 ALT_ENTER, CTRL_C, CTRL_D = "\x1b\r", "\x03", "\x04"
-PROMPT = "\x1b[?2004h"  # what prompt_toolkit writes before it reads: pasted text shall be marked as such
+PROMPT = ">\b\x1b[2C"  # an empty prompt, as prompt_toolkit draws it when it reads
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,31 @@ def test_an_empty_line_ends_with_ctrl_c(counter, tmp_path):
     assert terminal.end(CTRL_C) == 130
 
 
+def type_during_answer(terminal: Terminal, keys: str):
+    """Types keys during an endless answer, and stops it. What is shown is only the answer."""
+    terminal.wait("1234567890")
+    os.write(terminal.fd, keys.encode())
+    time.sleep(0.1)  # a terminal that echoes does so at once
+    shown = terminal.wait("1234567890") + terminal.type(CTRL_C, until=" tokens/s")
+    assert re.fullmatch(r"\d*\r\n\d+ tokens, [\d.]+", shown)
+
+
+def test_typing_during_an_answer(counter, tmp_path):
+    """What is typed is the beginning of the next message. Whole lines are messages; what is pasted stays one."""
+    terminal, file = Terminal(counter, "--temperature=0"), tmp_path / "file"
+    terminal.wait(PROMPT)
+    os.write(terminal.fd, b"0\r")
+    type_during_answer(terminal, f"ac{LEFT}b{BACKSPACE}B{ALT_ENTER}" + "x" * 3000)
+    terminal.wait("x" * 50)
+    os.write(terminal.fd, f"{END}0\r".encode())
+    type_during_answer(terminal, "\x1b[200~p\r q\x1b[201~0\r")
+    type_during_answer(terminal, f"S\r/save {file}\r")
+    terminal.wait("written")
+    terminal.wait(PROMPT)
+    assert contents(file)[::2] == ["0", "aB\n" + "x" * 3000 + "c0", "p\n q0", "S"]
+    assert terminal.end(CTRL_D) == 0
+
+
 def test_terminal_without_prompt_toolkit(counter, tmp_path):
     terminal = Terminal(counter, "--temperature=0", without="prompt_toolkit")
     assert "prompt_toolkit cannot be imported" in terminal.wait("\n> ")
@@ -142,6 +167,11 @@ def test_terminal_without_prompt_toolkit(counter, tmp_path):
     assert "\r\n🙂E\r\n" in terminal.type(" S\n", "\n> ")
     terminal.type(f"/save {tmp_path / 'file'}\n", "\n> ")
     assert contents(tmp_path / "file") == ["S", "🙂E"]
+    os.write(terminal.fd, b"0\n")
+    type_during_answer(terminal, "oneS\ntw")
+    terminal.type(f"oS\n/save {tmp_path / 'file'}\n", until="written")
+    terminal.wait("\n> ")
+    assert contents(tmp_path / "file")[::2] == ["S", "0", "oneS", "twoS"]
     assert terminal.end(CTRL_D) == 0
 
 
