@@ -32,10 +32,10 @@ from machine import check_memory
 from model import KVCache, Transformer
 from sampling import SamplingParams, penalize, sample
 
-# How many tokens prefill takes at a time, which bounds the memory of its activations. Every chunk dequantizes all
-# weights again, so a GPU, which has the memory, takes larger ones.
-CPU_PREFILL_CHUNK_TOKENS = 512  # of each sequence, on a CPU
-GPU_PREFILL_CHUNK_TOKENS = 4096  # of all sequences together
+# How many tokens of all sequences together prefill takes at a time, which bounds the memory of its activations. Every
+# chunk dequantizes all weights again, and attention of a later chunk needs a mask, so small ones are slow.
+CPU_PREFILL_CHUNK_TOKENS = 2048
+GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # a chunk of fewer tokens is not worth a compilation
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
@@ -114,8 +114,8 @@ def chunked_prefill(
     """model.compute_hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the
     cache. compiled_model, made by compile_blocks, does the chunks that have too many tokens for the kernels."""
     batch_size, n_tokens = tokens.shape
-    on_cpu = tokens.device.type == "cpu"
-    chunk_size = CPU_PREFILL_CHUNK_TOKENS if on_cpu else max(1, GPU_PREFILL_CHUNK_TOKENS // batch_size)
+    chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if tokens.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
+    chunk_size = max(1, chunk_tokens // batch_size)
     n_cached = int(start_pos.max())
     for offset in range(0, n_tokens, chunk_size):
         chunk = tokens[:, offset : offset + chunk_size]

@@ -12,6 +12,9 @@ from torch import Tensor
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 
 
+EAGER_QUERIES = 256  # whose scores are in memory at a time
+
+
 def fused_linear(
     x: Tensor, layer: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
@@ -103,7 +106,9 @@ def attend_to_cache(q: Tensor, params: AttentionParams, cache: LayerCache, start
     positions = start_pos[:, None] + torch.arange(T, device=q.device)  # [B, T]
     q = q.transpose(1, 2)  # [B, H, T, D]
     if params.sinks is not None or params.softcap or cache.alibi_slopes is not None:
-        y = eager_attention(q, params, cache, positions)
+        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
+        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
+        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
     else:
         y = sdpa_attention(q, params, cache, positions)
     return y.transpose(1, 2).reshape(B, T, -1)

@@ -121,7 +121,7 @@ def test_prefill_in_chunks_is_prefill(family, chunk, pair, monkeypatch):
         return tokens, torch.stack([t for layer in kv_cache.layers for t in (layer.k, layer.v)])
 
     expected, expected_cache = tokens_and_cache()
-    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * chunk)  # of two sequences
     tokens, cache = tokens_and_cache()
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(cache, expected_cache, atol=1e-5, rtol=1e-4)
@@ -190,7 +190,7 @@ def test_kernels_compile(family, pair):
 def test_compiled_prefill(family, pair, monkeypatch, without_inductor):
     if family == "mixtral":  # its experts are not compiled, and the rest is as in llama3
         without_inductor()
-    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", 16)
+    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 16)  # of two sequences
     warm, cases = [(5, 9, 1)], [(0, 2, 9), (0, 11, 9), (29, 5, 9), (0, 1, 9), (0, 63, 2)]
     counters = check_compiled(pair(family)[1], 2, warm, cases, compile_prefill=True)
     if family == "llama3":  # a mixture reads on the host which experts are in use
