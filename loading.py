@@ -56,6 +56,7 @@ def load_model(
     tied = tied_tensor_names(model, tensors)
     quantized_names = quantized_tensor_names(model)
     check_tensors(path, model, tensors, tied, quantized_names)
+    check_input_orders(path, tensors)
     n_ranks = tp.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # where packing copies all weights
         itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
@@ -92,7 +93,7 @@ def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
     """The names of the tensors of quantized weights. Loading does not change the dtypes of these tensors."""
-    names = set()
+    names = {f"{name}.input_order" for name, linear in model.quantizable_linears() if linear.input_order is not None}
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
         if matrix.format.is_quantized:
             names |= {f"{name}.{tensor_name}" for tensor_name in matrix.tensors()}
@@ -113,6 +114,13 @@ def check_tensors(path: Path, model: Transformer, tensors: Tensors, tied: dict[s
             fits = tensors[name].is_floating_point()
         if not fits:
             raise UsageError(f"{path}: tensor {name} is missing, left over or of the wrong shape; convert it again")
+
+
+def check_input_orders(path: Path, tensors: Tensors):
+    """Raises UsageError unless every input_order has each of its layer's inputs once."""
+    for name, order in tensors.items():
+        if name.endswith(".input_order") and not torch.equal(order.sort().values, torch.arange(len(order)).int()):
+            raise UsageError(f"{path}: tensor {name} is no order of the layer's {len(order)} inputs; convert it again")
 
 
 def move_tensors(

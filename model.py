@@ -125,7 +125,8 @@ class Transformer(nn.Module):
 
 def empty_model(config: ModelConfig, formats: WeightFormats = ALL_DENSE) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have."""
+    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or for
+    which it has no such format."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
@@ -136,6 +137,11 @@ def empty_model(config: ModelConfig, formats: WeightFormats = ALL_DENSE) -> Tran
     for name, linear in linears.items():
         linear.set_format(formats.of_layer(name))
     model.embed_tokens.set_format(formats.overrides.get("embed_tokens", DENSE))
+    for name in formats.act_order:
+        linear = linears.get(name)
+        if linear is None or linear.n_experts is not None:
+            raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
+        linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
     return model
 
 

@@ -126,6 +126,8 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             return tensor
         if spec.style == "rowwise":
             return shard_inputs(tensor, tensor_name, spec, formats[module_name])
+        if tensor_name == "input_order":
+            return tensor
         return shard_outputs(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
 
     for name, linear in linears.items():
@@ -157,12 +159,14 @@ def shard_attention(attention: Attention, n_ranks: int):
 
 
 def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
-    """This rank's shard of the weight, scales, zeros or bias (tensor_name) of a layer that is sharded along its
-    inputs."""
+    """This rank's shard of the weight, scales, zeros, input_order or bias (tensor_name) of a layer that is sharded
+    along its inputs."""
     if tensor_name == "bias":  # the all-reduce sums the ranks' biases, so only rank 0 has one that is not 0
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
     (size,) = spec.sections
     start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
+    if tensor_name == "input_order":
+        return tensor[start : start + length].clone()
     return format.shard_inputs(tensor_name, tensor, start, length)
 
 
@@ -183,35 +187,41 @@ def insert_collectives(model: Transformer):
     """Adds the collectives to a sharded model, as the last step of loading it."""
     reduce = choose_all_reduce(model.norm.weight)
     for layer in model.layers:
-        o_proj = layer.attention.o_proj
-        q_width = layer.attention.n_heads * layer.attention.head_dim
-        shards_input = o_proj.in_features < q_width
-        start, length = shard_range(q_width, layer.attention.head_dim, dist.get_rank(), world_size())
-        layer.attention.o_proj = RowParallelLinear(o_proj, reduce, (start, length) if shards_input else None)
-        layer.feed_forward.down_proj = RowParallelLinear(layer.feed_forward.down_proj, reduce)
+        attention, feed_forward = layer.attention, layer.feed_forward
+        q_width = attention.n_heads * attention.head_dim
+        attention.o_proj = RowParallelLinear(attention.o_proj, reduce, q_width)
+        feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, feed_forward.down_proj.in_features)
     model.lm_head = ParallelHead(model.lm_head, model.config.vocab_size)
 
 
 class RowParallelLinear(nn.Module):
     """A linear layer that is sharded along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the
-    ranks' partial results. The residual is added after that, or else every rank would add it."""
+    ranks' partial results. The residual is added after that, or else every rank would add it.
 
-    def __init__(
-        self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_range: tuple[int, int] | None = None
-    ):
-        """input_range: (start, length) of this rank's inputs in x; None: x holds only this rank's inputs."""
+    A rank's inputs are those that it has computed itself, if it has not computed all. With an input_order they may be
+    any: then an all-gather gives every rank all of them, of which its part of input_order selects its own."""
+
+    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_width: int):
+        """x_width: how many inputs this rank computes."""
         super().__init__()
-        self.linear, self.all_reduce, self.input_range = linear, all_reduce, input_range
+        self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
+        has_all = x_width > linear.in_features
+        self.get_inputs = None  # x -> what linear takes. None: that is x
+        if linear.input_order is None and has_all:
+            self.get_inputs = self.select_own_inputs
+        elif linear.input_order is not None and not has_all:
+            self.get_inputs = all_gather
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
-        if self.input_range is not None:
-            x = graph_break(self.select_input_range, x)
+        if self.get_inputs is not None:
+            x = graph_break(self.get_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
 
-    def select_input_range(self, x: Tensor) -> Tensor:
-        return x.narrow(-1, *self.input_range).contiguous()
+    def select_own_inputs(self, x: Tensor) -> Tensor:
+        n = self.linear.in_features
+        return x.narrow(-1, dist.get_rank() * n, n).contiguous()
 
 
 class ParallelHead(nn.Module):
@@ -225,10 +235,8 @@ class ParallelHead(nn.Module):
         return graph_break(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
-        """Concatenates the logits [..., X] of all ranks to [..., V]. The last ranks' logits may end with padding."""
-        gathered = collective("all_gather_into_tensor", world_size(), logits)  # [ranks * ..., X]
-        by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
-        return by_rank.movedim(0, -2).flatten(-2)[..., : self.vocab_size]
+        """All ranks' logits. The last ranks' may end with padding."""
+        return all_gather(logits)[..., : self.vocab_size]
 
 
 def world_size() -> int:
@@ -243,6 +251,13 @@ def world_size() -> int:
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of all ranks' x."""
     return graph_break(partial(collective, "all_reduce", "sum"), x)
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """All ranks' x [..., X], concatenated: [..., ranks * X]."""
+    gathered = collective("all_gather_into_tensor", world_size(), x)  # [ranks * ..., X]
+    by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
+    return by_rank.movedim(0, -2).flatten(-2)
 
 
 def broadcast(x: Tensor) -> Tensor:

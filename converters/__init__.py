@@ -11,7 +11,8 @@ names and one layout, whose data is not read yet. Then convert reads, stacks and
     hf_quantized.py        which weights of Hugging Face's are quantized; they are unpacked in
       hf_integers.py         GPTQ, AWQ, compressed-tensors
       hf_floats.py           FP8, MXFP4
-    gguf_quantized.py      --keep: a GGUF's quantized weights stay quantized
+    gguf_quantized.py      --keep: a GGUF's quantized weights stay quantized; its types of blocks are in
+      gguf_blocks.py
     lora.py                --lora: an adapter is merged into Hugging Face's weights
     quantized_weight.py    a weight that stays quantized: renamed, split and reordered like a tensor
     model_tensors.py       canonical names, what is stacked, and convert, with which all formats end
@@ -26,7 +27,7 @@ What is new goes here:
 
     a family                            a row of families.py: FAMILIES (docs/add_a_model.md)
     a family that is there, as GGUF     a row of gguf_config.py: ARCHITECTURES
-    a quantized type of GGUF's          a row of gguf_quantized.py: BLOCK_TYPES; without --keep nothing
+    a quantized type of GGUF's          a row of gguf_blocks.py: BLOCK_TYPES; without --keep nothing
     a value of tokenizer.ggml.pre       a row of gguf_tokenizer.py: SPLITS
     a quantized format of the hub       hf_quantized.py: METHODS, and a function in hf_integers.py or hf_floats.py
     another kind of folder              a branch of folder.py: convert_one

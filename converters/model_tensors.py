@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import save_checkpoint
 from config import ModelConfig, UsageError
-from converters.quantized_weight import QuantizedWeight, common_format
+from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
 
@@ -54,6 +54,8 @@ MOE_SOURCES = CANONICAL_SOURCES | {
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
+# The norm before a linear layer: its elements stand in the order of the layer's inputs
+NORM_BEFORE = {"attention.qkv_proj": "attention_norm", "feed_forward.gate_up_proj": "ffn_norm", "lm_head": "norm"}
 # Tables of RoPE and constants of masks in some checkpoints, which are computed here
 BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
 # Layers that predict tokens further ahead, for speculation; the model is the same without them
@@ -84,6 +86,8 @@ class TensorPlan:
     dtype: torch.dtype
     sources: list[str]
     linear_format: WeightFormat | None = None  # the format to store it in; None: it is no weight that may be quantized
+    input_order: Tensor | None = None  # of a linear layer: QuantizedWeight's
+    element_order: Tensor | None = None  # of a norm: the order of the inputs of the layer behind it
 
     @property
     def format(self) -> WeightFormat:
@@ -111,6 +115,8 @@ def convert(path: Path, model: SourceModel, announce: Announcement | None = None
     for name, plan in plans.items():
         for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():
             shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
+        if plan.input_order is not None:
+            shapes[stored_name(name, "input_order")] = (tuple(plan.input_order.shape), torch.int32)
     if announce is not None:
         announce()
     save_checkpoint(path, config, shapes, stack_tensors(plans, read), describe_formats(plans, default))
@@ -186,11 +192,34 @@ def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPla
             name = name_in_layer_0.replace("layers.0.", f"layers.{i}.")
             if name not in plans:
                 sources = source_shapes(name, tensor.shape, config)
-                dtype, format = common_dtype(sources, tensors), None
+                plan = plans[name] = TensorPlan(tensor.shape, common_dtype(sources, tensors), list(sources))
                 if name_in_layer_0 in quantizable:
-                    format = common_format([tensors[source] for source in sources])
-                plans[name] = TensorPlan(tensor.shape, dtype, list(sources), format)
+                    choose_format(name, plan, [tensors[source] for source in sources])
+    for name, plan in plans.items():
+        prefix, module = re.fullmatch(r"(layers\.\d+\.)?(.+)\.\w+", name).groups(default="")
+        norm = plans.get(f"{prefix}{NORM_BEFORE.get(module)}.weight")
+        if plan.input_order is not None and norm is not None:
+            norm.element_order = plan.input_order
     return plans
+
+
+def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | QuantizedWeight]):
+    """Sets the format and the order of inputs in the plan of the weight called name, which weights are stacked to."""
+    plan.linear_format = common_format(weights)
+    if plan.format.quantization is None:
+        return
+    if loses_order(name, plan, weights):
+        plan.linear_format = Dense()
+    else:
+        plan.input_order = weights[0].input_order
+
+
+def loses_order(name: str, plan: TensorPlan, weights: list[QuantizedWeight]) -> bool:
+    """Whether act-order keeps weights from staying quantized: only a linear layer has an order of inputs, only one, and
+    experts have none."""
+    can_have_order = len(plan.shape) == 2 and name != "embed_tokens.weight"
+    has_order = any(weight.input_order is not None for weight in weights)
+    return has_order and not (can_have_order and have_one_order(weights))
 
 
 def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
@@ -242,6 +271,8 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
         start = 0
         for source in plan.sources:
             weight = read(source)
+            if plan.element_order is not None:
+                weight = weight[plan.element_order]
             is_quantized = isinstance(weight, QuantizedWeight)
             theirs = weight.read_as(plan.format, plan.dtype) if is_quantized else {"weight": weight.detach()}
             for tensor_name, t in theirs.items():
@@ -253,6 +284,8 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
             start += weight.shape[0]
         for tensor_name, t in ours.items():
             yield stored_name(name, tensor_name), t
+        if plan.input_order is not None:
+            yield stored_name(name, "input_order"), plan.input_order.int()
 
 
 def check_finite(name: str, tensor: Tensor):
@@ -271,7 +304,7 @@ def most_common_format(plans: dict[str, TensorPlan]) -> WeightFormat:
 
 
 def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dict | None:
-    """The header's "quantization": default, and what other linear layers have."""
+    """The header's "quantization": default, what other linear layers have, and which have an order of inputs."""
     if default.quantization is None:
         return None
     layers, embedding = {}, plans["embed_tokens.weight"].format
@@ -282,23 +315,25 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
     for name, plan in plans.items():
         if plan.linear_format not in (None, default) and name != "embed_tokens.weight":
             layers[name.removesuffix(".weight")] = plan.format.quantization
-    return default.quantization | ({"layers": layers} if layers else {})
+    act_order = [name.removesuffix(".weight") for name, plan in plans.items() if plan.input_order is not None]
+    others = {"layers": layers, "act_order": act_order}
+    return default.quantization | {field: value for field, value in others.items() if value}
 
 
 def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
     """Prints which of the checkpoint's quantized weights become dense, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
-    for plan in plans.values():
+    for name, plan in plans.items():
         quantized = {name: tensors[name] for name in plan.sources if isinstance(tensors[name], QuantizedWeight)}
         if plan.format.quantization is None and quantized:
-            names_of.setdefault(why_dequantized(list(quantized.values())), []).extend(quantized)
+            names_of.setdefault(why_dequantized(name, plan, list(quantized.values())), []).extend(quantized)
     for why, names in names_of.items():
         print(f"{len(names)} weights are not kept quantized, as {names[0]}: {why}", file=sys.stderr)
 
 
-def why_dequantized(weights: list[QuantizedWeight]) -> str:
-    """The reason why weights, which are stacked, become dense."""
-    if any(weight.input_order is not None or isinstance(weight.format, Dense) for weight in weights):
+def why_dequantized(name: str, plan: TensorPlan, weights: list[QuantizedWeight]) -> str:
+    """The reason why weights, which are stacked to our tensor called name, become dense."""
+    if loses_order(name, plan, weights) or any(isinstance(weight.format, Dense) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
         return f"{why}; a checkpoint without it becomes a smaller file"
     if not all(weight.is_storable() for weight in weights):

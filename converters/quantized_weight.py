@@ -79,15 +79,23 @@ class QuantizedWeight:
 
 def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
     """The format of the weight that parts, one above the other, become: one that holds each of them exactly. Dense if
-    there is none."""
+    there is none. The order of their inputs does not count."""
     common = None
     for part in parts:
-        if not isinstance(part, QuantizedWeight) or part.input_order is not None or not part.is_storable():
+        if not isinstance(part, QuantizedWeight) or not part.is_storable():
             return Dense()
         common = part.format if common is None else common.common_format(part.format)
         if common is None:
             return Dense()
     return common
+
+
+def have_one_order(weights: list[QuantizedWeight]) -> bool:
+    """Whether the inputs of all weights are in one order."""
+    first, *others = (weight.input_order for weight in weights)
+    if first is None:
+        return all(order is None for order in others)
+    return all(order is not None and torch.equal(order, first) for order in others)
 
 
 def stored_group_size(group_size: int, k: int) -> int:

@@ -25,6 +25,7 @@ from kernels.ops import (
     experts_down,
     experts_gate_up,
     fused_linear,
+    gather_inputs,
     glu,
     has_attention_kernel,
     rms_norm,
@@ -34,7 +35,7 @@ from kernels.ops import (
 from kernels.prepare import load_triton_kernels, pack_for_triton, prepare_kernels
 
 __all__ = [
-    "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "add", "attend", "embed",
-    "experts_down", "experts_gate_up", "fused_linear", "glu", "has_attention_kernel", "load_triton_kernels",
+    "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "add", "attend", "embed", "experts_down",
+    "experts_gate_up", "fused_linear", "gather_inputs", "glu", "has_attention_kernel", "load_triton_kernels",
     "pack_for_triton", "prepare_kernels", "rms_norm", "route", "sample",
 ]  # fmt: skip

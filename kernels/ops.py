@@ -4,6 +4,7 @@
                        1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. out_scale   6. softcap
                        7. clip   8. residual
     rms_norm           a norm that no matrix product follows, and the residual after it
+    gather_inputs      puts a product's inputs in the order of its weight's columns
     glu, add           an activation or a residual that fused_linear cannot fuse
     embed              looks tokens up in the embedding
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
@@ -97,6 +98,12 @@ def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None, backend: str)
     if ops is None:
         return reference.rms_norm(x, norm, residual)
     return ops.rms_norm(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
+
+
+def gather_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
+    """x [..., K] -> [..., len(input_order)]: element i is element input_order[i] of x. input_order is int32."""
+    ops = ops_for_tokens(backend, count_tokens(x))
+    return (ops or reference).gather_inputs(x.contiguous(), input_order)
 
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:

@@ -86,6 +86,8 @@ class LinearParams(WeightMatrix):
     softcap: if not 0, y becomes softcap * tanh(y / softcap).
     clip: if not 0, y is clamped to -clip ... clip.
 
+    input_order: int32 [K], or None. If given, the columns of W stand in this order, in which the inputs of a group of
+    its format are neighbours: W's i-th column is for x[..., input_order[i]]. A norm has its weight in this order, too.
     max_tokens: up to how many tokens the backend's kernels compute y. With more tokens plain PyTorch does."""
 
     def __init__(
@@ -95,6 +97,7 @@ class LinearParams(WeightMatrix):
         super().__init__(in_features, out_features, n_experts)
         self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
         self.max_tokens = 0
+        self.register_buffer("input_order", None)
         self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
 

@@ -43,6 +43,10 @@ def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Ten
     return y if residual is None else residual + y
 
 
+def gather_inputs(x: Tensor, input_order: Tensor) -> Tensor:
+    return x.index_select(-1, input_order)
+
+
 def apply_softcap(x: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
     return softcap * torch.tanh(x / softcap)

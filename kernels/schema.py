@@ -85,6 +85,11 @@ def rms_norm(x, weight, eps, residual):
     return torch.empty_like(x)
 
 
+@define("(Tensor x, Tensor input_order) -> Tensor")
+def gather_inputs(x, input_order):
+    return x.new_empty(*x.shape[:-1], len(input_order))
+
+
 @define(f"(Tensor tokens, {WEIGHT}, int k, ScalarType dtype, float scale) -> Tensor")
 def embed(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype, scale):
     return weight.new_empty(*tokens.shape, k, dtype=dtype)

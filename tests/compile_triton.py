@@ -40,7 +40,7 @@ PRODUCTS = Counter(fused_linear_kernel=13, dequantize_kernel=8, embed_kernel=8) 
 MANY_TOKENS = [(16, Dense()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=9, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=3)
-OTHERS.update(attend_kernel=3, sample_kernel=2)
+OTHERS.update(attend_kernel=3, sample_kernel=2, gather_inputs_kernel=1)
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ def launch_many(dtype: torch.dtype):
 def launch_others(dtype: torch.dtype):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     norm(x, x, "triton")
+    kernels.gather_inputs(x, torch.arange(2048, dtype=torch.int32), "triton")
     capped = make_linear(256, 2048, Dense(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
     for activation in ("geglu", "geglu_tanh", "clamped_swiglu"):

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 from checkpoint import read_checkpoint
 from config import UsageError
+from converters.gguf_blocks import decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import (
     INT4,
@@ -23,12 +24,11 @@ from converters.gguf_quantized import (
     StackedWeight,
     choose_formats,
     convert_groups,
-    decode_rows,
     keeps_codes,
 )
 from converters.gguf_tensors import convert_gguf
 from converters.model_tensors import TensorPlan
-from kernels.formats import Dense, GroupedInt8
+from kernels.formats import MXFP4, Dense, GroupedInt8
 from loading import load_model
 from model import KVCache
 from tests.tiny import make_hf
@@ -76,6 +76,13 @@ def test_codes_are_kept(name):
             assert deviation.largest <= BOUNDS[name] + FLOAT32
             said = "exact" if BOUNDS[name] == 0 else r"within 0\.0\d of a step"
             assert re.match(said, str(deviation))
+
+
+def test_mxfp4_is_kept():
+    """Every code with every scale that float32 holds."""
+    rows = torch.randint(0, 256, (250, 2 * 17), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    rows[:, ::17] = torch.arange(250, dtype=torch.uint8)[:, None]
+    assert torch.equal(MXFP4().dequantize(decode_mxfp4(rows), torch.float32), theirs_of(rows, "MXFP4"))
 
 
 def test_groups_far_from_zero_are_rounded_again():
@@ -214,6 +221,8 @@ MIXTURES = {
                 r"Q5_0: 1 tensors to int8.g128, .*\n.* exact\nQ8_0: 1 .*\nQ8_0: 3 tensors to int8.g32, exact", 0.01),
     "experts": ("mixtral", SMALL, "Q4_0", {}, {INT4: 14}, r"Q4_0: \d+ tensors to int4.g32, exact", 0),
     "phi3": ("phi3", SMALL, "Q4_0", {}, {INT4: 14}, r"Q4_0: \d+ tensors to int4.g32, exact", 0),
+    "MXFP4": ("gpt-oss", SMALL, "MXFP4", dict.fromkeys(("self_attn", "embed", "lm_head"), "Q8_0"),
+              {MXFP4(): 6, INT8_G32: 8}, r"MXFP4: \d+ tensors to mxfp4, exact\nQ8_0: \d+ .* exact", 0),
     "floats": ("llama", {}, "Q4_0", {"o_proj": "F16", "layers.0.self_attn.v": "BF16"},
                {INT4: 7, Dense(): 3},
                "Q4_0: .* exact\nQ4_0: 2 tensors to floats", 1e-3),
@@ -284,6 +293,13 @@ def test_broken_and_unknown_types_are_refused(tmp_path):
     assert not list(out.iterdir())
     file.write_bytes(good[:-40])
     with pytest.raises(UsageError, match="truncated or not GGUF"):
+        convert_gguf(file, out, keep=True)
+    file.unlink()
+    write_gguf(file, make_hf("gpt-oss", **SMALL), "MXFP4")
+    good = file.read_bytes()
+    start = good.index(read_gguf(file)[1]["blk.1.ffn_down_exps.weight"].data.tobytes())
+    file.write_bytes(good[:start] + b"\xff" + good[start + 1 :])
+    with pytest.raises(UsageError, match="experts.0.down_proj.weight holds scales that are not finite"):
         convert_gguf(file, out, keep=True)
     file.unlink()
     write_gguf(file, make_llama(), "Q4_0", others={"layers.1.mlp.down": "Q3_K"})

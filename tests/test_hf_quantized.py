@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import read_checkpoint
+from converters.model_tensors import NORM_BEFORE
 from kernels.formats import parse_formats
 from model import empty_model
 from tests.tiny import FAMILIES, convert, make_hf, refused, same_logits
@@ -38,13 +40,14 @@ class Rounded:
 
 
 def round_weight(
-    w: Tensor, bits: int, group_size: int, symmetric: bool, act_order: bool = False, scale_dtype=torch.float16
+    w: Tensor, bits: int, group_size: int, symmetric: bool, act_order: int = 0, scale_dtype=torch.float16
 ) -> Rounded:
+    """act_order: 0: none; weights with the same number have the same."""
     k = w.shape[1]
     group_size = k if group_size == -1 else group_size
     g_idx = torch.arange(k) // group_size
     if act_order:
-        g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
+        g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(act_order))]
     top, scales, zeros = 2**bits - 1, [], []
     for g in range(math.ceil(k / group_size)):
         low, high = w[:, g_idx == g].aminmax(dim=1)
@@ -170,12 +173,20 @@ def set_quantization(folder: Path, config: dict):
 
 
 def dequantized(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, the quantized weights dequantized, float32."""
+    """Every tensor of a checkpoint, the quantized weights dequantized, float32. Inputs with an order of their own are
+    put back into the model's."""
     config, quantization, tensors = read_checkpoint(path)
     for name, linear in empty_model(config, parse_formats(quantization)).quantizable_linears():
         if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
+        if linear.input_order is not None:
+            positions = tensors.pop(f"{name}.input_order").argsort()  # of the inputs
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, positions]
+            layer, _, module = re.fullmatch(r"((layers\.\d+\.)?)(.*)", name).groups()
+            norm = f"{layer}{NORM_BEFORE.get(module)}.weight"
+            if norm in tensors:
+                tensors[norm] = tensors[norm][positions]
     return {name: t.float() for name, t in tensors.items()}
 
 
@@ -313,22 +324,68 @@ def test_zero_points_of_zero_minus_one(tmp_path):
     check_weights(path, tmp_path / "m/reference", is_exact=True)
 
 
+# (family, bits, group size): the layers with an order of inputs. If all inputs are one group there is nothing to order,
+# and down_proj's inputs are ordered by the rows of gate_proj and up_proj
+ACT_ORDER_CASES = {
+    ("llama-bias", 4, 32): ["qkv_proj", "o_proj", "gate_up_proj"],
+    ("phi3", 4, 64): ["qkv_proj", "o_proj", "gate_up_proj"],
+    ("gemma2", 8, 32): ["qkv_proj", "o_proj", "gate_up_proj"],
+    ("olmo2", 4, 32): ["qkv_proj", "o_proj", "gate_up_proj", "lm_head"],
+    ("qwen3", 4, 128): [],
+    ("llama2", 4, -1): [],
+}
+
+
+@pytest.mark.parametrize("case", ACT_ORDER_CASES, ids=str)
+def test_act_order(case, tmp_path, capsys):
+    """Every layer stays quantized and keeps its values; of one family the head is quantized, too."""
+    family, bits, group_size = case
+    ordered, is_linear = ACT_ORDER_CASES[case], IS_LINEAR
+    how = {"bits": bits, "group_size": group_size, "symmetric": family == "olmo2", "act_order": 1}
+    if family == "olmo2":
+        _, _, config, quantize = packed_case(family, "", **how)
+        is_linear = re.compile(rf"{IS_LINEAR.pattern}|^lm_head")
+    else:
+        _, _, config, _ = gptq_case(family, "", bits=bits, group_size=group_size)
+        quantize = partial(gptq, version=1, **how)
+    theirs = write_quantized(tmp_path / "m", family, config, quantize, is_linear)
+    capsys.readouterr()
+    path = convert(tmp_path / "m")
+    assert not capsys.readouterr().err
+    name = f"int{bits}.g{group_size if group_size > 0 else 128}"
+    expected = dict.fromkeys(("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), name)
+    assert formats_of(path) == expected | {"lm_head": name if family == "olmo2" else None}
+    in_header = read_checkpoint(path)[1].get("act_order", [])
+    assert {layer.split(".")[-1] for layer in in_header} == set(ordered)
+    assert len(in_header) == sum(1 if layer == "lm_head" else 2 for layer in ordered)
+    sort_feed_forward(tmp_path / "m")
+    check_weights(path, tmp_path / "m/reference", is_exact=True)
+    same_logits(path, theirs)
+    same_logits(path, theirs, use_kernels=False)
+
+
 @pytest.mark.parametrize("family", ["llama-bias", "mixtral", "qwen2-moe"])
-def test_act_order(family, tmp_path, capsys):
-    """down_proj stays quantized, its inputs in another order; the other layers become 16 bits."""
+def test_act_order_that_is_not_shared(family, tmp_path, capsys):
+    """Layers that are one matrix here and have several orders become 16 bits, and so do gate and up of experts."""
     _, _, config, _ = gptq_case(family, "", group_size=64)
-    how = {"bits": 4, "group_size": 64, "symmetric": False, "act_order": True}
-    theirs = write_quantized(tmp_path / "m", family, config | {"desc_act": True}, lambda m, w: gptq(m, w, 1, **how))
+    how = {"bits": 4, "group_size": 64, "symmetric": False}
+
+    def quantize(name: str, w: Tensor):
+        return gptq(name, w, 1, act_order=2 if name.endswith("k_proj") else 1, **how)
+
+    theirs = write_quantized(tmp_path / "m", family, config | {"desc_act": True}, quantize)
     capsys.readouterr()
     path = convert(tmp_path / "m")
     error = capsys.readouterr().err
     assert re.fullmatch(r"\d+ weights are not kept quantized, as .*_proj.weight: act-order .*\n", error)
-    expected = {"qkv_proj": None, "o_proj": None, "gate_up_proj": None, "down_proj": "int4.g64", "lm_head": None}
-    assert formats_of(path) == expected
+    has_experts = family != "llama-bias"
+    expected = {"qkv_proj": None, "o_proj": "int4.g64", "gate_up_proj": None if has_experts else "int4.g64"}
+    assert formats_of(path) == expected | {"down_proj": "int4.g64", "lm_head": None}
     sort_feed_forward(tmp_path / "m")
     check_weights(path, tmp_path / "m/reference", is_exact=False)
+    is_dense = re.compile(r"[qkv]_proj\.weight|experts?\..*(gate|up|gate_up)_proj\.weight|experts.gate_up_proj")
     for name, p in theirs.named_parameters():
-        if "_proj" in name and "down_proj" not in name and not name.endswith("bias"):
+        if is_dense.search(name):
             p.data.copy_(p.bfloat16())
     same_logits(path, theirs)
 
@@ -338,7 +395,7 @@ def sort_feed_forward(folder: Path):
     stored, file = load_file(folder / "model.safetensors"), folder / "reference/model.safetensors"
     dense = load_file(file)
     for name, g_idx in stored.items():
-        match = re.fullmatch(r"(.*\.)(down_proj|w2)\.g_idx", name)
+        match = re.fullmatch(r"(.*\.)(down_proj|w2)\.(?:weight_)?g_idx", name)
         if match is None:
             continue
         order, prefix = g_idx.argsort(stable=True), match[1]
@@ -346,6 +403,8 @@ def sort_feed_forward(folder: Path):
         for row_name in dense:
             if re.fullmatch(rf"{re.escape(prefix)}(gate_proj|up_proj|w1|w3)\.(weight|bias)", row_name):
                 dense[row_name] = dense[row_name][order]
+            if row_name == f"{prefix}gate_up_proj.weight":
+                dense[row_name] = dense[row_name].unflatten(0, (2, -1))[:, order].flatten(0, 1)
     save_file({name: t.contiguous() for name, t in dense.items()}, file, {"format": "pt"})
 
 

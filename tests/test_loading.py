@@ -11,10 +11,10 @@ import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
 from generate import load, load_model
-from kernels.formats import GroupedInt8, Int4, Int8
+from kernels.formats import Dense, GroupedInt8, Int4, Int8
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
-from tests.tiny import call, quantize_embedding
+from tests.tiny import call, give_input_orders, quantize_embedding
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,73 @@ def test_types_of_a_quantized_checkpoint(folder, tmp_path, name, dtype):
         quantize_embedding(path, path)
         with pytest.raises(UsageError, match=f"tensor {name.replace('lm_head', 'embed_tokens')} is missing"):
             load_model(path)
+
+
+@pytest.fixture(scope="module")
+def act_order(folder):
+    path = folder / "act_order.pth"
+    give_input_orders(folder / "model_int4.g32.pth", path)
+    return path
+
+
+def test_orders_of_inputs(act_order, monkeypatch):
+    """On the kernels, without, and dequantized: the logits of a model whose weights' columns are put back."""
+    models = {
+        "kernels": load_model(act_order, dtype=torch.float32),
+        "PyTorch": load_model(act_order, dtype=torch.float32, use_kernels=False),
+        "in order": load_model(act_order, dtype=torch.float32, use_kernels=False),
+    }
+    with monkeypatch.context() as context:
+        context.setattr("kernels.cpu.library", lambda: None)
+        models["no compiler"] = load_model(act_order, dtype=torch.float32)
+    in_order = models["in order"]
+    for _, linear in in_order.quantizable_linears():
+        weight = linear.dequantized_weight(torch.float32)[:, linear.input_order.argsort()]
+        linear.set_format(Dense())
+        linear.set_tensor("weight", weight)
+    norms = [(layer.attention_norm, layer.attention.qkv_proj) for layer in in_order.layers]
+    norms += [(layer.ffn_norm, layer.feed_forward.gate_up_proj) for layer in in_order.layers]
+    for norm, linear in [*norms, (in_order.norm, in_order.lm_head)]:
+        norm.weight.data = norm.weight[linear.input_order.argsort()]
+    for _, linear in in_order.quantizable_linears():
+        linear.input_order = None
+    tokens, logits = torch.arange(160).view(2, 80), {}  # more tokens than the kernels take, and then a few
+    with torch.inference_mode():
+        for name, model in models.items():
+            cache = KVCache(model, 2, 62)
+            prompt = model(tokens[:, :60], torch.tensor([0, 0]), cache)
+            logits[name] = torch.cat([prompt, model(tokens[:, 60:62], torch.tensor([60, 60]), cache)], dim=1)
+    assert models["kernels"].uses_kernels(2, 2)
+    for name in ("kernels", "PyTorch", "no compiler"):
+        # They add in another order: as in test_layers_in_other_formats
+        assert (logits[name] - logits["in order"]).norm() < 1e-5 * logits["in order"].norm()
+
+
+def test_broken_orders_of_inputs(act_order, tmp_path):
+    path, name = tmp_path / "model.pth", "layers.0.attention.o_proj.input_order"
+
+    def refused(match: str):
+        with pytest.raises(UsageError, match=match) as e:
+            load_model(path)
+        assert "\n" not in str(e.value)
+
+    for change in (lambda order: order.clone().fill_(1), lambda order: order - 1, lambda order: order + 1):
+        rewrite(act_order, path, lambda tensors, change=change: tensors.update({name: change(tensors[name])}))
+        refused(f"tensor {name} is no order of the layer's 32 inputs; convert it again")
+    for change in (lambda order: order[1:], lambda order: order.long()):
+        rewrite(act_order, path, lambda tensors, change=change: tensors.update({name: change(tensors[name])}))
+        refused(f"tensor {name} is missing, left over or of the wrong shape")
+    rewrite(act_order, path, lambda tensors: tensors.pop(name))
+    refused(f"tensor {name} is missing")
+    config, quantization, tensors = read_checkpoint(act_order)
+    shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
+    without = [layer for layer in quantization["act_order"] if f"{layer}.input_order" != name]
+    for layers, match in [
+        (without, f"tensor {name} is missing, left over"), (["norm"], "gives norm an order of inputs, which it cannot"),
+        ("lm_head", "act_order is 'lm_head', not a list of layers"), ([1], r"act_order is \[1\], not a list"),
+    ]:  # fmt: skip
+        save_checkpoint(path, config, shapes, tensors.items(), quantization | {"act_order": layers})
+        refused(match)
 
 
 BOT = 259  # <|bot|>

@@ -21,11 +21,12 @@ FAMILIES = {
     "q and k norms": {"qk_norm": True, "tie_embeddings": True},
     "experts": {"moe": MoEConfig(6, 3)},
     "odd width": {"ffn_dim": 40},
+    "act-order": {"act_order": True},
     "experts of odd width": {"moe": MoEConfig(6, 3, norm_topk_prob=False), "ffn_dim": 40},
 }
 
 
-def make_model(format, dtype: torch.dtype, **config) -> Transformer:
+def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) -> Transformer:
     torch.manual_seed(0)
     sizes = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=97, max_seq_len=64)
     model = Transformer(ModelConfig(**sizes | config))
@@ -33,6 +34,8 @@ def make_model(format, dtype: torch.dtype, **config) -> Transformer:
         p.data = (torch.rand(p.shape) if "norm" in name else torch.randn(p.shape) * 0.2).to(dtype)
     for _, w in model.quantizable_linears():
         set_weight(w, w.weight.data, format)
+        if act_order:
+            w.set_tensor("input_order", torch.randperm(w.in_features).int())
     if model.config.tie_embeddings:
         model.tie_embedding()
     model.prepare_kernels()

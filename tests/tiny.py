@@ -18,7 +18,8 @@ from checkpoint import read_checkpoint, save_checkpoint
 from config import UsageError
 from converters.folder import convert_folder
 from generate import load_model
-from model import KVCache
+from kernels.formats import parse_formats
+from model import KVCache, empty_model
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cli", "converters", "evaluation", "kernels")
@@ -221,9 +222,9 @@ def to_ours(theirs, use_kernels: bool = True):
         return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, use_kernels)
 
 
-def same_logits(path: Path, theirs, atol: float = 1e-4):
+def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True):
     """The model in path, float32, gives transformers' logits."""
-    ours = load_model(path, torch.device("cpu"), torch.float32)
+    ours = load_model(path, torch.device("cpu"), torch.float32, use_kernels)
     tokens = torch.randint(0, theirs.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         logits = ours(tokens, torch.tensor([0]), KVCache(ours, 1, 24))
@@ -263,3 +264,17 @@ def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     save_checkpoint(target, config, shapes, tensors.items(), quantization | {"layers": {"embed_tokens": quantization}})
     return target
+
+
+def give_input_orders(source: Path, target: Path):
+    """Writes to target what source holds, a quantized checkpoint, with every linear layer's columns said to be in some
+    order. That is another model, but one like GPTQ's act-order makes."""
+    config, quantization, tensors = read_checkpoint(source)
+    generator = torch.Generator().manual_seed(0)
+    linears = dict(empty_model(config, parse_formats(quantization)).quantizable_linears())
+    names = [name for name, linear in linears.items() if linear.n_experts is None]
+    for name in names:
+        order = torch.randperm(linears[name].in_features, generator=generator)
+        tensors[f"{name}.input_order"] = order.int()
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    save_checkpoint(target, config, shapes, tensors.items(), quantization | {"act_order": names})

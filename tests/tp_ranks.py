@@ -62,6 +62,8 @@ CASES = {
     "int4 gpt-oss": ("gpt-oss", {"intermediate_size": 128}, ["int4", "--groupsize", "32"], (2,)),
     "fp8": ("llama-bias", {}, ["fp8"], (2,)),
     "mxfp4": ("llama3", {}, ["mxfp4"], (4,)),
+    "act-order": ("llama-bias", {}, ["int4", "--groupsize", "32"], (2, 4)),
+    "act-order olmo2": ("olmo2", {}, ["int4", "--groupsize", "32"], (2,)),
     "int4 qwen3-moe": ("qwen3-moe", {}, ["int4", "--groupsize", "32"], (4,)),
 }
 COMPILED = "mixtral"  # the case that 2 ranks also run with torch.compile, without kernels

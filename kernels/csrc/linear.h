@@ -1,4 +1,4 @@
-// linear, the operations that it can fuse (rms_norm, glu, add), dequantize, and embed.
+// linear, the operations that it can fuse (rms_norm, glu, add), gather_inputs, dequantize, and embed.
 #pragma once
 
 #include "amx.h"
@@ -76,6 +76,23 @@ template <typename T> struct RMSNormOp {
       if (residual) v += load_partial(residual + token * k, i, k);
       store_partial(v, out + token * k, i, k);
     }
+  }
+};
+
+// out [m, n]: element i of a token is element order[i] of its x [m, k]
+template <typename T> struct GatherInputsOp {
+  const T* x;
+  int64_t m, k;
+  const int32_t* order;  // [n]
+  int64_t n;
+  T* out;
+
+  // The threads share out the elements, in pieces of LANES, so that no two write to one of these.
+  void execute(char*, Barrier&) const {
+    const Range range = thread_range((n + LANES - 1) / LANES);
+    const int64_t begin = range.begin * LANES, end = std::min(n, range.end * LANES);
+    for (int64_t token = 0; token < m; token++)
+      for (int64_t i = begin; i < end; i++) out[token * n + i] = x[token * k + order[i]];
   }
 };
 

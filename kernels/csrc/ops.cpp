@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -147,6 +148,21 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(RMSNormOp<T>{.x = ptr<T>(x), .m = m, .k = k, .weight = ptr<T>(weight), .eps = float(eps),
                         .residual = ptr<T>(residual), .out = mutable_ptr<T>(out)});
+  });
+  return out;
+}
+
+// The values of input_order are checked here, and not when a tape is replayed: they are as constant as a weight.
+Tensor gather_inputs(Tensor x, Tensor input_order) {
+  const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
+  STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
+                  input_order.dim() == 1, "input_order must be int32 [K]");
+  const int32_t* order = ptr<int32_t>(input_order);
+  STD_TORCH_CHECK(std::all_of(order, order + n, [&](int32_t i) { return 0 <= i && i < k; }),
+                  "input_order names an input that is not there");
+  Tensor out = torch::stable::new_empty(x, resized(x, n));
+  dispatch_type(x.scalar_type(), [&]<typename T>(T) {
+    submit(GatherInputsOp<T>{.x = ptr<T>(x), .m = m, .k = k, .order = order, .n = n, .out = mutable_ptr<T>(out)});
   });
   return out;
 }
@@ -311,6 +327,7 @@ STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("glu", TORCH_BOX(&glu));
   m.impl("add", TORCH_BOX(&add));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("gather_inputs", TORCH_BOX(&gather_inputs));
   m.impl("embed", TORCH_BOX(&embed));
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("attend", TORCH_BOX(&attend));

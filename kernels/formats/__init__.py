@@ -46,6 +46,7 @@ class WeightFormats:
 
     default: WeightFormat
     overrides: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
+    act_order: tuple[str, ...] = ()  # layers whose columns are in an order of their own, input_order in model.pth
 
     def of_layer(self, name: str) -> WeightFormat:
         return self.overrides.get(name, self.default)
@@ -53,11 +54,15 @@ class WeightFormats:
 
 def parse_formats(quantization: dict | None) -> WeightFormats:
     """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
-    name. Raises UsageError."""
-    overrides = quantization.get("layers", {}) if isinstance(quantization, dict) else {}
+    name; "act_order" lists layers. Raises UsageError."""
+    fields = quantization if isinstance(quantization, dict) else {}
+    overrides, act_order = fields.get("layers", {}), fields.get("act_order", [])
     if not isinstance(overrides, dict):
         raise UsageError(f"the checkpoint's quantized layers are {overrides!r}, which this version does not read")
-    return WeightFormats(parse_format(quantization), {name: parse_format(value) for name, value in overrides.items()})
+    if not isinstance(act_order, list) or not all(isinstance(name, str) for name in act_order):
+        raise UsageError(f"the checkpoint's act_order is {act_order!r}, not a list of layers; convert it again")
+    formats = {name: parse_format(value) for name, value in overrides.items()}
+    return WeightFormats(parse_format(quantization), formats, tuple(act_order))
 
 
 def parse_format(quantization: dict | None) -> WeightFormat:

@@ -1,6 +1,6 @@
 """The operations of a decode step on a GPU, in Triton. In the order in which to read them:
 
-    linear.py       a few tokens times a weight: fused_linear and rms_norm
+    linear.py       a few tokens times a weight: fused_linear, rms_norm and gather_inputs
     weights.py      where a weight's elements lie, and how a program loads its part
     formats.py      how each weight format is multiplied and dequantized; embed and dequantize
     elements.py     stored elements and scales to floats

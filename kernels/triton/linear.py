@@ -1,7 +1,8 @@
 """The products of a decode step on a GPU, in Triton: a few tokens times a weight in any format.
 
-    fused_linear  y = x W^T; before it a norm, after it bias, activation, out_scale, softcap, clip and residual
-    rms_norm      a norm that no product follows
+    fused_linear   y = x W^T; before it a norm, after it bias, activation, out_scale, softcap, clip and residual
+    rms_norm       a norm that no product follows
+    gather_inputs  puts x in the order of a weight's columns
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
 computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
@@ -350,4 +351,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         num_warps=8,
         **overlap_options(x.device, grid),
     )  # fmt: skip
+    return y
+
+
+# ---- gather_inputs --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gather_inputs_kernel(
+    x_ptr, order_ptr, y_ptr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x [M, K] at order [N]. Grid: [M, N / BLOCK]. Program (m, i) has the i-th block of token m."""
+    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs_n < N
+    order = tl.load(order_ptr + offs_n, mask=mask, other=0)  # a part of the weight, so before the wait
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    x = tl.load(x_ptr + tl.program_id(0) * K + order, mask=mask, other=0.0)
+    tl.store(y_ptr + tl.program_id(0) * N + offs_n, x, mask=mask)
+
+
+@triton_op
+def gather_inputs(x: Tensor, input_order: Tensor) -> Tensor:
+    """x [..., K] -> [..., N], for int32 input_order [N] of inputs."""
+    k, n = x.shape[-1], len(input_order)
+    y, block = x.new_empty(*x.shape[:-1], n), min(1024, triton.next_power_of_2(n))
+    grid = x.numel() // k, triton.cdiv(n, block)
+    gather_inputs_kernel[grid](x, input_order, y, k, n, block, **overlap_options(x.device, grid))
     return y

@@ -143,6 +143,7 @@ def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     checks += [partial(check_activation, dtype, activation) for activation in ACTIVATIONS]
     checks += [partial(check_epilogue, dtype, *epilogue) for epilogue in EPILOGUES]
     checks += [partial(check_rms_norm, dtype, *norm) for norm in NORMS]
+    checks.append(partial(check_gather_inputs, dtype))
     for format, size in product(sizes.expert_formats, sizes.experts):
         if size[2] % format.input_multiple == 0:
             checks += [partial(check_gate_up, dtype, format, size), partial(check_down, dtype, format, size)]
@@ -284,6 +285,14 @@ def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
     total, error = with_residual(y, error, residual)
     ours = norm(x, residual, "triton")
     yield Comparison("rms_norm", f"{n_tokens}x{dim}, residual", ours, total, stored_error(total, error, dtype))
+
+
+def check_gather_inputs(dtype: torch.dtype):
+    """To the last bit: all inputs in another order, and some of them, as a rank of several gathers."""
+    for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
+        x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
+        y = kernels.gather_inputs(x, order.int(), "triton")
+        yield Comparison("gather_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
 
 
 # ---- Mixture of experts ----------------------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""The quantized types of GGUF: how their blocks hold codes, scales and minima.
+
+    groups = decode_rows(rows, Type.Q4_K)    # rows: [N, bytes] uint8
+    groups.q, groups.scales, groups.zeros    # w = (q - zero) * scale
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from kernels.formats import Tensors
+from kernels.formats.base import pack_int4
+
+FLOATS = (Type.F32, Type.F16, Type.BF16)
+
+# ---- Types ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A quantized type of GGUF. An input is q * scale + offset.
+
+    decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, scales and offsets [..., n_groups] float32."""
+
+    bits: int  # of a code
+    group_size: int
+    decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    has_minimum: bool = False  # whether offset / scale can be any number
+
+
+def read_float16(blocks: Tensor, start: int) -> Tensor:
+    """The float16 at byte start of each block, as float32: [..., 1]."""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """[..., n] -> [..., 2 n]: all low halves, then all high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def select_bits(packed: Tensor, bit: int, n: int = 1) -> Tensor:
+    return packed >> bit & ((1 << n) - 1)
+
+
+def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
+    """The codes of Q4_0, Q4_1, Q5_0 and Q5_1, whose blocks begin with n_header bytes. The fifth bits of Q5's 32 codes
+    come before the others."""
+    start = n_header + (4 if fifth_bit else 0)
+    q = unpack_nibbles(blocks[..., start : start + 16])
+    if fifth_bit:
+        high = blocks[..., n_header:start, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [..., 4, 8]
+        q = q | high.flatten(-2) << 4
+    return q
+
+
+def decode_symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """Q4_0 and Q5_0 have a scale and a fixed zero point."""
+    scale = read_float16(blocks, 0)
+    return decode_q4(blocks, 2, **options), scale, -zero * scale
+
+
+def decode_asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """Q4_1 and Q5_1 have a scale and a minimum."""
+    return decode_q4(blocks, 4, **options), read_float16(blocks, 0), read_float16(blocks, 2)
+
+
+def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale = read_float16(blocks, 0)
+    return blocks[..., 2:] ^ 128, scale, -128 * scale  # ^ 128 adds 128 to an int8
+
+
+def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """32 bytes hold the codes of two groups: one in the low halves, the next in the high ones."""
+    scales, offsets = decode_k_scales(blocks)
+    return unpack_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
+
+
+def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The low 4 bits are as in Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
+    scales, offsets = decode_k_scales(blocks)
+    qh, low = blocks[..., 16:48], unpack_nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
+    high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
+    return low | high << 4, scales, offsets
+
+
+def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has one scale and one minimum in float16, which
+    integers of 6 bits multiply, two for each group. These are in 12 bytes:
+
+        byte      bits 0-3               bits 4-5                 bits 6-7
+        0 - 3     scale of group 0 - 3, all 6 bits                scale of group 4 - 7, its upper 2 bits
+        4 - 7     minimum of group 0 - 3, all 6 bits              minimum of group 4 - 7, its upper 2 bits
+        8 - 11    scale of group 4 - 7   minimum of group 4 - 7: the lower 4 bits, up to bit 7"""
+    first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
+    minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
+    return read_float16(blocks, 0) * scales, -read_float16(blocks, 2) * minima
+
+
+def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A block has two halves of 128 inputs, and an int8 scale for every 16. For each half:
+
+        ql    64 bytes: the lower 4 bits of input i, and in the high half of the byte those of input i + 64
+        qh    32 bytes: the upper 2 bits of the inputs i, i + 32, i + 64, i + 96, from the lowest bits on"""
+    ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
+    high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
+    q = (unpack_nibbles(ql) | high << 4).flatten(-2)
+    scales = read_float16(blocks, 208) * blocks[..., 192:208].view(torch.int8)
+    return q, scales, -32 * scales
+
+
+BLOCK_TYPES = {
+    Type.Q4_0: BlockType(4, 32, partial(decode_symmetric, zero=8)),
+    Type.Q4_1: BlockType(4, 32, decode_asymmetric, has_minimum=True),
+    Type.Q5_0: BlockType(5, 32, partial(decode_symmetric, zero=16, fifth_bit=True)),
+    Type.Q5_1: BlockType(5, 32, partial(decode_asymmetric, fifth_bit=True), has_minimum=True),
+    Type.Q8_0: BlockType(8, 32, decode_q8_0),
+    Type.Q4_K: BlockType(4, 32, decode_q4_k, has_minimum=True),
+    Type.Q5_K: BlockType(5, 32, decode_q5_k, has_minimum=True),
+    Type.Q6_K: BlockType(6, 16, decode_q6_k),
+}
+
+
+# ---- Rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class QuantizedRows:
+    """Rows of a GGUF's tensor, w = (q - zero) * scale: q [N, K], scales and zeros [N, n_groups] in float32."""
+
+    type: BlockType
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def expand(self, per_group: Tensor) -> Tensor:
+        """[N, n_groups] -> [N, K]."""
+        return per_group[..., None].expand(*per_group.shape, self.type.group_size).flatten(-2)
+
+    def dequantize(self) -> Tensor:
+        return (self.q - self.expand(self.zeros)) * self.expand(self.scales)
+
+
+def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
+    """rows: [N, bytes] uint8."""
+    type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
+    q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
+    groups, is_constant = QuantizedRows(type, q, scales, -offsets / scales), scales == 0
+    if is_constant.any():  # all inputs of such a group are its offset: (1 - 0) * offset or (0 - 1) * -offset
+        groups.scales = torch.where(is_constant, offsets.abs(), scales)
+        groups.zeros = torch.where(is_constant, (offsets < 0).float(), groups.zeros)
+        groups.q = torch.where(groups.expand(is_constant), groups.expand((offsets > 0).to(torch.uint8)), q)
+    return groups
+
+
+def decode_mxfp4(rows: Tensor) -> Tensors:
+    """The tensors of our MXFP4 with the same numbers. A block has the exponent and 32 codes."""
+    blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
+    return {"weight": pack_int4(unpack_nibbles(blocks[..., 1:]).flatten(-2)), "scales": blocks[..., 0].contiguous()}
