@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.byte_models import ask, call_cli, chain, chatty, refused  # noqa: F401  (fixtures)
+from tests.cpu_kernels import library, threads  # noqa: F401  (fixtures)
 from tests.tiny import make_hf, to_ours
 
 torch.set_num_threads(1)  # models this small only wait for a second one
