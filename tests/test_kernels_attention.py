@@ -66,7 +66,7 @@ def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
     for window, tokens, starts in [
         (0, 9, [510]), (0, 64, [0]), (0, 33, [1340]), (300, 7, [0, 1390, 3, 600]), (0, 1, list(range(0, 1020, 60))),
     ]:  # fmt: skip
-        cache = make_cache(starts, n_kv_heads, d, dtype, rope)
+        cache = make_cache(starts, n_kv_heads, d, dtype, rope[: max(starts) + tokens + 8])
         check_attention(starts, tokens, n_heads, cache, window, norms=(None, None))
 
 

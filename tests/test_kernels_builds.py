@@ -29,13 +29,14 @@ TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
 def test_without_this_cpus_instructions(march):
     """The same tests, on the code for CPUs with AVX2 alone, for those of any kind, and for those that have AVX2 and
-    AVX-VNNI, which only the products use. How the threads share the work is the same code everywhere."""
+    AVX-VNNI, which only the products use. How the threads share the work is the same code everywhere. -O1 compiles
+    in two thirds of the time, and the tests take hardly longer with it."""
     if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
         return
     needs_vnni = "avxvnni" in march
     if needs_vnni and "avx_vnni" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no AVX-VNNI")
-    env = os.environ | {"CXXFLAGS": f"-march={march}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"CXXFLAGS": f"-march={march} -O1", "OMP_NUM_THREADS": "1"}
     cases = "one_thread and test_linear" if needs_vnni else "one_thread"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", cases, *TESTS]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
