@@ -25,7 +25,6 @@ TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts
 
 
 @built
-@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
 def test_without_this_cpus_instructions(march):
     """The same tests, on the code for CPUs with AVX2 alone, for those of any kind, and for those that have AVX2 and
@@ -52,7 +51,6 @@ def build_in_a_process(expected: bool, **env: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 def test_builds(tmp_path, monkeypatch):
     """Several processes that build at once all get the library. A broken one is built again. Once it is built, it needs
     no compiler, whichever made it; but it is for these flags."""
@@ -85,7 +83,6 @@ def test_builds(tmp_path, monkeypatch):
     assert "another user" in build_in_a_process(False, **env)
 
 
-@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
     kernels.cpu.check_folder(tmp_path)
     mounted = SimpleNamespace(f_flag=getattr(os, "ST_NOEXEC", 0))
@@ -94,7 +91,6 @@ def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
         kernels.cpu.check_folder(tmp_path)
 
 
-@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_the_compiler_ends_with_the_process(sig, tmp_path):
     """And with it what it has started, as g++ starts cc1plus."""
@@ -116,7 +112,6 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
     assert not list((tmp_path / "gpt-fast").iterdir())  # nothing is left over
 
 
-@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 @pytest.mark.parametrize("compiler", ["false", "script"])
 def test_no_compiler(compiler, tmp_path):
     """One line, and everything runs on PyTorch."""
@@ -127,7 +122,6 @@ def test_no_compiler(compiler, tmp_path):
     assert said.count("\n") == 1 and "slower" in said
 
 
-@pytest.mark.parametrize("threads", [1], ids=["any_threads"], indirect=True)
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
     monkeypatch.setattr(kernels.cpu, "library", lambda: None)
