@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 
-
 EAGER_QUERIES = 256  # whose scores are in memory at a time
 
 

@@ -12,9 +12,9 @@ from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table
 from scripts.kernel_checks.exact_results import attend, make_embedding, make_linear, make_norm, set_weight
-from tests.test_kernels import packed
+from tests.cpu_kernels import built, packed
 
-built = pytest.mark.skipif(not kernels.cpu.library(), reason="no C++ compiler")
+pytestmark = pytest.mark.usefixtures("library")
 FAMILIES = {
     "plain": {},
     "window and biases": {"qkv_bias": True, "out_bias": True, "ffn_bias": True, "sliding_window": 5},

@@ -90,7 +90,7 @@ def drafts(pair, tmp_path_factory):
 def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     model, draft = pair(family)[1], drafts(family, name)
     expected = plain(model, TEXT, 40)
-    for k in range(1, 9):
+    for k in range(1, 9) if family == "llama3" else (1, 4, 8):
         speculation = speculation_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
         speculation = replace(speculation, verify_cost=0.1)
         steps_tokens = list(speculate(speculation, TEXT, 0, 40))
@@ -167,7 +167,7 @@ def toy_draft(table: torch.Tensor, sampling: SamplingParams, text: list[int]) ->
 @pytest.mark.parametrize(
     ("draft", "sampling", "samples"),
     [
-        ("random", SamplingParams(0.8), 20000),
+        ("random", SamplingParams(0.8), 8000),
         ("random", SamplingParams(1.3, top_k=3), 4000),
         ("random", SamplingParams(1.0, top_p=0.7), 4000),
         ("never", SamplingParams(1.0), 4000),  # q = 0 where p > 0

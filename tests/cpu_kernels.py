@@ -1,0 +1,53 @@
+"""What the tests of the C++ kernels share (test_kernels.py, test_kernels_attention.py, test_kernels_experts.py)."""
+
+import pytest
+import torch
+
+import kernels
+from kernels.formats import MXFP4, Int8
+from kernels.formats.integers import GroupedFormat
+from kernels.params import WeightMatrix
+from layers import Linear
+
+built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def library():
+    """Loads the kernels, for tests that call an operation without a layer."""
+    return kernels.cpu.library()
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request, library):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def packed(module):
+    """module on the kernels, for as many tokens as these can take."""
+    layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
+    kernels.prepare_kernels(layers, torch.float32)
+    for layer in layers:
+        if isinstance(layer, Linear):
+            assert layer.backend == "cpu" and 8 <= layer.max_tokens <= kernels.MAX_CPU_TOKENS
+            layer.max_tokens = kernels.MAX_CPU_TOKENS
+    return module
+
+
+def rounded_activations(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels of 8- and 4-bit weights make of 16-bit activations: int8 in groups of 8."""
+    groups = x.float().unflatten(-1, (-1, 8))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)
+
+
+def rounds_activations(format, dtype: torch.dtype) -> bool:
+    return isinstance(format, Int8 | GroupedFormat | MXFP4) and dtype != torch.float32
+
+
+def as_seen(x: torch.Tensor, format) -> torch.Tensor:
+    """x as a product with weights of this format takes it."""
+    return rounded_activations(x) if rounds_activations(format, x.dtype) else x

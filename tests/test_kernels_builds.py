@@ -1,0 +1,151 @@
+"""How kernels/csrc/ is built, cached and loaded; what it computes on other CPUs; what runs without it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+from kernels import prepare
+from layers import ExpertsDown
+from scripts.kernel_checks.exact_results import CPU_FORMATS, make_linear
+from tests.compiler import write_compiler
+from tests.cpu_kernels import built
+from tests.tiny import ROOT
+
+TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts")]  # of what the kernels compute
+
+
+@built
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
+def test_without_this_cpus_instructions(march):
+    """The same tests, on the code for CPUs with AVX2 alone, for those of any kind, and for those that have AVX2 and
+    AVX-VNNI, which only the products use. How the threads share the work is the same code everywhere. -O1 takes less
+    time to compile, and with -O0 the tests would take longer."""
+    if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
+        return
+    needs_vnni = "avxvnni" in march
+    if needs_vnni and "avx_vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX-VNNI")
+    env = os.environ | {"CXXFLAGS": f"-march={march} -O1", "OMP_NUM_THREADS": "1"}
+    cases = "one_thread and test_linear" if needs_vnni else "one_thread"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", cases, *TESTS]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def build_in_a_process(expected: bool, **env: str) -> str:
+    """Loads the kernels in a process of its own, with this environment. Returns what it says on stderr."""
+    code = f"import kernels; assert bool(kernels.cpu.library()) is {expected}"
+    command, env = [sys.executable, "-c", code], os.environ | env
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_builds(tmp_path, monkeypatch):
+    """Several processes that build at once all get the library. A broken one is built again. Once it is built, it needs
+    no compiler, whichever made it; but it is for these flags."""
+    script = write_compiler(tmp_path / "compiler")
+    cxx = f"{script} -O0"  # a command with an argument
+    env = {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0", "TMPDIR": str(tmp_path)}
+    with monkeypatch.context() as context:
+        context.setenv("CXXFLAGS", "-O0")
+        library = tmp_path / "gpt-fast" / kernels.cpu.library_name(cxx.split())
+    library.parent.mkdir()
+    library.touch()
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(lambda _: build_in_a_process(True, **env), range(2))] == ["", ""]
+    assert [*library.parent.iterdir()] == [library] and library.stat().st_size > 0
+
+    for without in ({"PATH": "", "CXX": ""}, {"CXX": "false"}):
+        assert build_in_a_process(True, **env | without) == ""
+    said = build_in_a_process(False, **env | {"PATH": "", "CXX": "", "CXXFLAGS": "-O1"})
+    assert "no C++ compiler" in said and said.count("\n") == 1
+
+    # A cache that cannot be written
+    env |= {"CXX": script, "XDG_CACHE_HOME": "/dev/null"}
+    said = build_in_a_process(True, **env)
+    elsewhere = tmp_path / f"gpt-fast-{os.getuid()}"
+    assert said.count("\n") == 1 and "/dev/null/gpt-fast does not serve ([Errno 20] Not a directory" in said
+    assert said.endswith(f": the kernels are in {elsewhere}\n")
+    assert build_in_a_process(True, **env) == ""  # found there
+    elsewhere.chmod(0o777)  # now others can write to it
+    tmp_path.chmod(0o777)
+    assert "another user" in build_in_a_process(False, **env)
+
+
+def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
+    kernels.cpu.check_folder(tmp_path)
+    mounted = SimpleNamespace(f_flag=getattr(os, "ST_NOEXEC", 0))
+    monkeypatch.setattr(os, "statvfs", lambda folder: mounted)
+    with pytest.raises(OSError, match="noexec"):
+        kernels.cpu.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_the_compiler_ends_with_the_process(sig, tmp_path):
+    """And with it what it has started, as g++ starts cc1plus."""
+    script, pid = tmp_path / "compiler", tmp_path / "pid"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 60 &\necho $! >{pid}\nwait\n')
+    script.chmod(0o755)
+    env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    code = "import kernels; kernels.cpu.library()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
+        while not (pid.exists() and pid.read_text().endswith("\n")):
+            time.sleep(0.01)
+        process.send_signal(sig)
+        assert process.wait() in (128 + sig, -sig)
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":  # or it waits for its parent to be told
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not list((tmp_path / "gpt-fast").iterdir())  # nothing is left over
+
+
+@pytest.mark.parametrize("compiler", ["false", "script"])
+def test_no_compiler(compiler, tmp_path):
+    """One line, and everything runs on PyTorch."""
+    (tmp_path / "script").write_text("no program")
+    (tmp_path / "script").chmod(0o755)
+    cxx = "false" if compiler == "false" else str(tmp_path / "script")
+    said = build_in_a_process(False, CXX=cxx, XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path))
+    assert said.count("\n") == 1 and "slower" in said
+
+
+def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
+    """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
+    monkeypatch.setattr(kernels.cpu, "library", lambda: None)
+    monkeypatch.setattr(prepare, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
+    for format in CPU_FORMATS[1:]:
+        torch.manual_seed(0)
+        linear = make_linear(33, 72, format, torch.bfloat16, bias=True)
+        experts = make_linear(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
+        expected = [w.dequantized_weight(torch.bfloat16) for w in (linear, experts)]
+        with monkeypatch.context() as context:
+            context.setattr(prepare, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)
+            kernels.prepare_kernels([linear, experts], torch.bfloat16)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
+        kernels.prepare_kernels([linear, experts], torch.bfloat16)
+        for w, matrix in zip((linear, experts), expected, strict=True):
+            assert w.format.name == format.name and w.scales is w.zeros is None
+            assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.bfloat16), matrix)
+            assert w.backend == "torch" and capsys.readouterr().err == ""
+
+
+def test_every_check_says_what_is_wrong():
+    """In C++, with four words or more; or with the message of find_error."""
+    code = "".join(path.read_text() for path in kernels.cpu.SOURCES.iterdir())
+    checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
+    bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]
+    assert len(checks) > 20 and bare == ['!error, error ? error : ""']

@@ -1,0 +1,107 @@
+"""Feed-forward layers, experts and their router in kernels/csrc/ against the PyTorch references."""
+
+import pytest
+import torch
+
+import kernels
+from config import ModelConfig
+from kernels import reference
+from layers import ExpertsDown, ExpertsGateUp
+from model import FeedForward
+from scripts.kernel_checks import error_bounds as bounds
+from scripts.kernel_checks.exact_results import (
+    CPU_FORMATS,
+    DTYPES,
+    format_label,
+    make_linear,
+    make_norm,
+)
+from tests.cpu_kernels import built, packed, rounds_activations
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
+    """Two products deep: a few roundings of the type, and where activations are quantized, of theirs to 8 bits (half a
+    step of 1/127 of a group's largest, some three times the others: 0.7 % of an activation, twice)."""
+    error = (ours.double() - expected.double()).norm() / expected.double().norm()
+    assert error < (3e-2 if rounds_activations(format, ours.dtype) else 16 * bounds.U[ours.dtype])
+
+
+@built
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_feed_forward(format, dtype):
+    torch.manual_seed(0)
+    for ffn_dim, bias in [(48, False), (48, True), (40, True)]:  # the last is not whole blocks of gate and up
+        config, norm = ModelConfig(64, 1, 4, 2, 16, ffn_dim, 64, 64, ffn_bias=bias), make_norm(64, dtype)
+        f = FeedForward(config)
+        f.gate_up_proj = make_linear(2 * ffn_dim, 64, format, dtype, bias=bias)
+        f.down_proj = make_linear(64, ffn_dim, format, dtype, bias=bias)
+        xs = [torch.randn(1, rows, 64).to(dtype) for rows in (1, 3, 8)]
+        expected = [f(x, norm, x) for x in xs]
+        packed(f)
+        for x, y in zip(xs, expected, strict=True):
+            check_near(f(x, norm, x), y, format)
+
+
+@built
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts(format, dtype):
+    torch.manual_seed(0)
+    for ffn_dim, bias, activation in [
+        (48, False, "swiglu"), (40, False, "swiglu"), (48, True, "clamped_swiglu"), (40, True, "geglu_tanh"),
+    ]:  # fmt: skip
+        norm = make_norm(64, dtype)
+        gate_up = make_linear(2 * ffn_dim, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
+        down = make_linear(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
+        cases = []
+        for rows in (1, 3, 8, 33, 64, 65):  # the last goes to PyTorch, from packed weights
+            x = torch.randn(1, rows, 64).to(dtype)
+            topk_weights, topk_ids = reference.route(torch.randn(1, rows, 6) * 2, 3, True)
+            if rows == 64:  # more than 64 times the same expert
+                topk_ids[:, :40] = 5
+            hidden = gate_up(x, topk_ids, norm, activation)
+            cases.append((x, topk_weights, topk_ids, hidden, down(hidden, topk_ids, topk_weights, x)))
+        packed(gate_up), packed(down)
+        for x, topk_weights, topk_ids, hidden, expected in cases:
+            ours = gate_up(x, topk_ids, norm, activation)
+            check_near(ours, hidden, format)
+            check_near(down(ours, topk_ids, topk_weights, x), expected, format)
+            check_near(down(ours, topk_ids, topk_weights), (expected.double() - x.double()), format)
+
+
+@built
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_route(norm_topk_prob):
+    torch.manual_seed(0)
+    for rows, n_experts, top_k in [(1, 8, 2), (5, 128, 8), (8, 6, 6)]:
+        logits = torch.randn(1, rows, n_experts) * 3
+        (topk_weights, topk_ids), ours = reference.route(logits, top_k, norm_topk_prob), kernels.route(
+            logits, top_k, norm_topk_prob, "cpu"
+        )
+        assert torch.equal(ours[1], topk_ids)
+        bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
+
+
+@built
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_route_to_shared_experts(norm_topk_prob):
+    torch.manual_seed(0)
+    for rows, n_experts, top_k, n_shared_experts in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
+        logits = torch.randn(1, rows, n_experts + 1) * 3
+        ours = kernels.route(logits, top_k, norm_topk_prob, "cpu", n_shared_experts)
+        topk_weights, topk_ids = reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
+        assert torch.equal(ours[1], topk_ids)
+        assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared_experts)).all()
+        bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
+
+
+@built
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
+def test_router_of_nan(logits, norm_topk_prob):
+    """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
+    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, "cpu")
+    assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
