@@ -16,7 +16,7 @@ from typing import Protocol
 
 from chat_template import check_unicode
 from completion import Completion
-from config import UsageError
+from errors import UsageError
 from scheduler import Request
 from tokenizer import Tokenizer, common_prefix_length
 

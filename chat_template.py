@@ -17,7 +17,7 @@ from functools import cache
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from config import UsageError
+from errors import UsageError
 
 # For checkpoints of Llama 2 and Mistral that have no template
 LLAMA2_TEMPLATE = """

@@ -12,17 +12,11 @@ temporary name and renamed at the end, so a file with its real name is always co
 file, the one that started later wins, and the other fails.
 """
 
-import contextlib
 import ctypes
 import glob
-import json
 import os
-import pickle
-import re
 import secrets
-import warnings
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -33,8 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 from tqdm import tqdm
 
-from config import ModelConfig, UsageError
-from machine import is_out_of_memory
+from config import ModelConfig
+from errors import UsageError
+from files import is_state_dict, load_torch_file
 
 CHECKPOINT_VERSION = "gpt-fast/5"
 
@@ -145,13 +140,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
-def is_state_dict(tensors) -> bool:
-    """Whether tensors is a dict of tensors by name."""
-    if not isinstance(tensors, dict):
-        return False
-    return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())
-
-
 def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
     """(config, tensors) of an earlier version, with today's names. The config may still be anything:
     ModelConfig.from_dict checks it later."""
@@ -172,62 +160,3 @@ def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
 
 def rename_fields(fields: dict) -> dict:
     return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
-
-
-def load_torch_file(path: Path, legacy: bool = False):
-    """Reads what torch.save has written to path, memory-mapped. Raises UsageError for anything but weights, since other
-    pickles can run code. legacy: also read files from before PyTorch 1.6, which cannot be mapped."""
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist or is not a file")
-    mmap = not legacy or zipfile.is_zipfile(path)
-    try:
-        with warnings.catch_warnings():  # about unusual kinds of tensors; the callers refuse these
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as e:  # torch.load raises a dozen types on broken input
-        if is_out_of_memory(e):
-            raise
-        raise UsageError(explain_load_error(path, e)) from None
-
-
-def explain_load_error(path: Path, e: Exception) -> str:
-    if isinstance(e, UnicodeEncodeError):
-        return f"{path} has a name that this locale cannot write; set PYTHONUTF8=1"
-    if isinstance(e, pickle.UnpicklingError) and "Unsupported operand" not in str(e):
-        return f"{path} holds more than weights, so it is not opened: pickles can run code"
-    converters = {".gguf": "convert_gguf.py", ".safetensors": "convert_hf_checkpoint.py"}
-    if path.suffix in converters:
-        return f"{path} is not a {CHECKPOINT_VERSION} checkpoint; scripts/{converters[path.suffix]} makes one of it"
-    return f"{path} is truncated or not a PyTorch file ({type(e).__name__})"
-
-
-@contextlib.contextmanager
-def type_errors_as_usage_errors(where: str) -> Iterator[None]:
-    """Within this context, an error that a value of the wrong type or size causes becomes a UsageError. where: the file
-    with the value."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
-        raise UsageError(f"{where} holds something of the wrong kind ({e})") from None
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text in path. Raises UsageError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that Windows writes
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} as UTF-8 text: {e}") from None
-
-
-def read_json(path: Path, default=None):
-    """The JSON in path, or default, if that is given and path does not exist. Raises UsageError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if default is None:
-            raise UsageError(f"{path} does not exist") from None
-        return default
-    except (OSError, ValueError, RecursionError) as e:
-        raise UsageError(f"{path} is not readable JSON: {str(e).splitlines()[0]}") from None

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from chat_template import check_unicode
-from config import UsageError
+from errors import UsageError
 from machine import pick_device
 from model import Transformer
 from sampling import SamplingParams

@@ -6,14 +6,7 @@ with values that no model can have raises UsageError; the checks are at the end.
 
 from dataclasses import dataclass, replace
 
-
-class UsageError(ValueError):
-    """The user's input cannot work. The message is one sentence: what is wrong and what would be right."""
-
-
-class OutOfMemoryError(UsageError):
-    """Memory is too small. Each script has its own advice, which run_script appends to the message."""
-
+from errors import UsageError
 
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py: activate has their formulas
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")

@@ -20,14 +20,14 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import read_text
 from cli import options
 from cli.checkpoints import resolve_checkpoint
 from cli.ranks import process_group
 from cli.script import run_script
-from config import UsageError
+from errors import UsageError
 from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity
+from files import read_text
 from loading import load
 from machine import pick_device
 

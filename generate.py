@@ -48,7 +48,7 @@ from cli.script import run_script
 from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from completion import Completion, check_max_new_tokens, encode_prompt, generate_many
-from config import UsageError
+from errors import UsageError
 from loading import load, load_model
 from machine import pick_device
 from model import KVCache, Transformer

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import UsageError
+from errors import UsageError
 from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
 from evaluation.scoring import split_windows
 from kernels.formats import Int4, Tensors

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tp
 from checkpoint import read_checkpoint
-from config import UsageError
+from errors import UsageError
 from kernels.formats import Tensors, parse_formats
 from machine import check_memory, drop_pages
 from model import Transformer, empty_model

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import OutOfMemoryError, UsageError
+from errors import OutOfMemoryError, UsageError
 
 READ_BYTES = 2**29  # read by read_bandwidth at a time: more than any cache holds
 UNKNOWN_CACHE_BYTES = 2**28  # of a processor that does not say what its cache holds

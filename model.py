@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
 from kernels.formats import Dense, WeightFormat, WeightFormats
 from kernels.params import AttentionParams, LayerCache, WeightMatrix
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm

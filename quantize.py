@@ -32,11 +32,13 @@ import torch
 from torch import Tensor
 
 import gptq
-from checkpoint import read_checkpoint, read_text, save_checkpoint
+from checkpoint import read_checkpoint, save_checkpoint
 from cli import options
 from cli.checkpoints import resolve_checkpoint
 from cli.script import run_script
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
+from files import read_text
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups

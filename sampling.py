@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
-from config import UsageError
+from errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
 # How sorted_nucleus avoids sorting a whole vocabulary on a CPU

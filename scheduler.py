@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import tp
-from config import UsageError
+from errors import UsageError
 from kernels.record import with_tape_threads
 from machine import free_memory
 from model import Transformer

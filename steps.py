@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import tp
-from config import UsageError
+from errors import UsageError
 from kernels.cpu import find_compiler
 from kernels.record import record, with_tape_threads
 from machine import check_memory

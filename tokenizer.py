@@ -17,7 +17,7 @@ from pathlib import Path
 import tokenizers
 
 from chat_template import LLAMA2_TEMPLATE, render
-from config import UsageError
+from errors import UsageError
 from tokenizer_files import (
     TokenizerConfig,
     read_tokenizer_config,

@@ -18,8 +18,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from chat_template import check_unicode
-from checkpoint import read_json
-from config import UsageError
+from errors import UsageError
+from files import read_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files that are one; the first that is there counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
 from kernels.formats import WeightFormat
 from kernels.record import graph_break
 from model import Attention, Transformer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cli import options
 from cli.checkpoints import resolve_checkpoint
-from config import UsageError
+from errors import UsageError
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from sampling import SamplingParams
 from speculate import MAX_DRAFT_TOKENS

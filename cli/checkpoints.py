@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from cli.ranks import call_on_rank_0
-from config import UsageError
 from converters.sources import (
     ADAPTER_CONFIG,
     GGUF_PART,
@@ -23,6 +22,7 @@ from converters.sources import (
     have_changed,
     is_stale,
 )
+from errors import UsageError
 
 
 def resolve_checkpoint(path: Path | str) -> Path:

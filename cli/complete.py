@@ -17,7 +17,7 @@ from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import build_result, print_result
 from completion import Completion, complete_all
-from config import OutOfMemoryError, UsageError
+from errors import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
 from scheduler import Request, Scheduler, max_parallel
 from tokenizer import Tokenizer

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from config import UsageError
+from errors import UsageError
 
 PRECISIONS = ["bfloat16", "float16", "float32"]
 MAX_THREADS = 1024

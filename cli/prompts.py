@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import read_text
 from completion import encode_prompt
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
+from files import read_text
 from tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")

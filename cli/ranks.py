@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import UsageError
+from errors import UsageError
 from tp import world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun ends the others at once

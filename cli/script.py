@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cli.interrupts import exit_interrupted, interrupts_raised
-from config import OutOfMemoryError, UsageError
+from errors import OutOfMemoryError, UsageError
 
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 

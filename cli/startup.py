@@ -12,7 +12,7 @@ from torch import Tensor
 import tp
 from cli.prompts import Prompt
 from cli.ranks import communication_share
-from config import UsageError
+from errors import UsageError
 from kernels import MAX_CPU_TOKENS
 from loading import load
 from model import KVCache, Transformer

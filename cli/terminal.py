@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chat import Conversation, check_messages
-from checkpoint import read_json
 from cli.ranks import input_lines
-from config import UsageError
+from errors import UsageError
+from files import read_json
 
 HELP = (
     "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "

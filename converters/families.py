@@ -8,8 +8,7 @@ To add a family, add a row. docs/add_a_model.md has an example; family.py: Famil
 
 from functools import partial
 
-from checkpoint import type_errors_as_usage_errors
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.family import Family
 from converters.family_fields import (
     baichuan,
@@ -49,6 +48,7 @@ from converters.hf_config import (
     sliding_from_max_window_layers,
     unsupported_part,
 )
+from errors import UsageError, type_errors_as_usage_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:

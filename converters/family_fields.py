@@ -3,8 +3,8 @@
 Those of the first group give fields of ModelConfig, for Family.read_overrides.
 """
 
-from config import UsageError
 from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
+from errors import UsageError
 
 # ---- read_overrides: fields of ModelConfig that come from config.json -----------------------------------------------
 

@@ -10,8 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import read_json
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
@@ -20,6 +19,8 @@ from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import Announcement, HFTensors, SourceModel, write_folder
 from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, remember_sources
+from errors import UsageError
+from files import read_json
 from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 

@@ -12,9 +12,10 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from config import ModelConfig, RopeScaling, UsageError
+from config import ModelConfig, RopeScaling
 from converters.families import config_from_hf
 from converters.gguf_file import GGUFTensor
+from errors import UsageError
 from rope import rope_frequencies
 
 # The metadata's fields, after "llama." or the like -> the fields of config.json that say the same

@@ -21,13 +21,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from config import UsageError
 from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, QuantizedRows, decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor
 from converters.hf_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
 from converters.quantized_weight import QuantizedWeight
+from errors import UsageError
 from kernels.formats import MXFP4, Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat

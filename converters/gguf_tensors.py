@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.families import FAMILIES
 from converters.gguf_config import (
     LONG_FACTORS,
@@ -27,6 +27,7 @@ from converters.gguf_tokenizer import tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import Announcement, HFTensors, SourceModel, TensorReader, plan_tensors, write_folder
 from converters.sources import describe_sources, find_gguf_parts, remember_sources
+from errors import UsageError
 from tokenizer_files import TOKENIZER_FILES
 
 GGUF_TO_CANONICAL = {  # GGUF's names of modules -> canonical ones (model_tensors.py)

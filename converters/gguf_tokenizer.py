@@ -10,7 +10,7 @@ import json
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from config import UsageError
+from errors import UsageError
 from tokenizer_files import QWEN2_SPLIT
 
 # The patterns by which a text is cut before byte-level BPE

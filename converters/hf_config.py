@@ -6,8 +6,9 @@ Fields that change the maths and that model.py does not implement are refused.
 import math
 import re
 
-from config import MAX_MODULES, ModelConfig, MoEConfig, RopeScaling, UsageError
+from config import MAX_MODULES, ModelConfig, MoEConfig, RopeScaling
 from converters.family import Family
+from errors import UsageError
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoint import is_state_dict, load_torch_file, read_json
-from config import UsageError
 from converters.model_tensors import HFTensors
+from errors import UsageError
+from files import is_state_dict, load_torch_file, read_json
 
 
 def read_folder(folder: Path) -> HFTensors:

@@ -14,8 +14,8 @@ import re
 import torch
 from torch import Tensor
 
-from config import UsageError
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
+from errors import UsageError
 from kernels.formats import MXFP4, Float8, Tensors
 from kernels.formats.base import pack_int4, shard_groups
 

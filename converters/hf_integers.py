@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import UsageError
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
+from errors import UsageError
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups
 from kernels.formats.integers import GroupedFormat

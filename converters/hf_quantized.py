@@ -12,11 +12,11 @@ import re
 import torch
 from torch import Tensor
 
-from checkpoint import type_errors_as_usage_errors
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.hf_floats import float8_weight, split_mxfp4
 from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
 from converters.quantized_weight import QuantizedWeight, StoredLayer
+from errors import UsageError, type_errors_as_usage_errors
 
 PLACE = "config.json: quantization_config"
 METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4")

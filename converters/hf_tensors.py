@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.family import Family
 from converters.family_tensors import pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
 from converters.quantized_weight import QuantizedWeight
+from errors import UsageError
 
 
 def to_canonical_layout(

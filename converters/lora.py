@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import read_json, type_errors_as_usage_errors
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors
 from converters.quantized_weight import QuantizedWeight
 from converters.sources import ADAPTER_CONFIG
+from errors import UsageError, type_errors_as_usage_errors
+from files import read_json
 
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
 

@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import is_state_dict, load_torch_file, read_json
-from config import ModelConfig, RopeScaling, UsageError
+from config import ModelConfig, RopeScaling
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, SourceModel
 from converters.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens, tokenizer_files
+from errors import UsageError
+from files import is_state_dict, load_torch_file, read_json
 from tokenizer_files import read_tokenizer_model
 
 PARAMS = "params.json"

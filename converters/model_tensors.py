@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import save_checkpoint
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
+from errors import UsageError
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from config import UsageError
+from errors import UsageError
 from kernels.formats import GROUP_SIZES, Dense, Tensors, WeightFormat
 
 CHANNEL_GROUP_SIZE = 128  # for a scale that all inputs share

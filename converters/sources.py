@@ -15,8 +15,8 @@ import json
 import re
 from pathlib import Path
 
-from checkpoint import read_json
-from config import UsageError
+from errors import UsageError
+from files import read_json
 
 MEMORY = "model.sources.json"
 STALE = "stale models"  # in MEMORY, beside the sources: name, size and time of models made of earlier ones

@@ -16,8 +16,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from config import UsageError
 from converters.gguf_tokenizer import LLAMA3_WORDS
+from errors import UsageError
 from tokenizer import byte_level_alphabet
 from tokenizer_files import TIKTOKEN_LINE
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from chat_template import render
 from completion import complete_all
-from config import UsageError
+from errors import UsageError
 from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
 from sampling import SamplingParams

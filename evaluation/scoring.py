@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from config import UsageError
+from errors import UsageError
 from model import Transformer
 from steps import NOT_FINITE, chunked_prefill, compile_blocks, make_kv_cache
 from tokenizer import Tokenizer

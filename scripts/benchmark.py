@@ -43,7 +43,8 @@ import torch
 import kernels
 from cli import options
 from cli.script import run_script
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
 from kernels.formats import GROUP_SIZES, MODES, Dense, WeightFormat
 from machine import pick_device
 from scheduler import check_length

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from cli import options
 from cli.script import run_script
-from config import UsageError
+from errors import UsageError
 from kernels import cpu
 from machine import cpu_name
 from scripts import tables

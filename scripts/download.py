@@ -23,7 +23,7 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from cli import options
 from cli.interrupts import exit_on_interrupt
 from cli.script import run_script
-from config import UsageError
+from errors import UsageError
 from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 SETTINGS = {"config.json", "generation_config.json", *TOKENIZER_FILES}

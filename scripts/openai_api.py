@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from cli.prompts import read_message
 from completion import Completion
-from config import UsageError
+from errors import UsageError
 from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from tokenizer import Tokenizer

@@ -30,7 +30,7 @@ from cli import options
 from cli.checkpoints import resolve_checkpoint
 from cli.script import exit_with_error, run_script
 from completion import AsyncCompleter, CompletionError
-from config import UsageError
+from errors import UsageError
 from loading import load
 from machine import pick_device
 from scheduler import Scheduler

@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from cli.arguments import parse_args
-from config import UsageError
 from sampling import SamplingParams, probabilities
 from tests.tiny import call
 

@@ -17,8 +17,8 @@ import torch
 
 import kernels
 from checkpoint import Checkpoint
-from config import UsageError
 from converters.families import config_from_hf
+from errors import UsageError
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormats
 from loading import load_model, quantized_tensor_names
 from model import empty_model

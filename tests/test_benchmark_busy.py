@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from config import ModelConfig, OutOfMemoryError, UsageError
+from config import ModelConfig
+from errors import OutOfMemoryError, UsageError
 from kernels.formats import Dense
 from scripts import benchmark
 from scripts.benchmarking import busy

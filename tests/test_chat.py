@@ -12,8 +12,8 @@ import torch
 import generate
 from chat import ContextFull
 from cli.script import run_script
-from config import UsageError
 from converters.families import config_from_hf
+from errors import UsageError
 from generate import build_token_generator, load
 from kernels import cpu
 from model import KVCache, Transformer

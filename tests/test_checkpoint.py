@@ -10,7 +10,8 @@ import torch
 
 import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
 from generate import load_model
 from model import KVCache
 from tests.tiny import call, convert, make_hf, write_earlier_format
@@ -120,7 +121,7 @@ def test_what_is_no_checkpoint(tmp_path):
             read_checkpoint(path)
     for name, match in [("x.gguf", "convert_gguf.py"), ("x.safetensors", "convert_hf_checkpoint.py")]:
         (tmp_path / name).write_bytes(b"odd")
-        with pytest.raises(UsageError, match=f"is not a gpt-fast/5 checkpoint; scripts/{match} makes one of it"):
+        with pytest.raises(UsageError, match=f"is not a model.pth; scripts/{match} makes one of it"):
             read_checkpoint(tmp_path / name)
     for path, match in [(tmp_path, "is a folder"), (tmp_path / "gone.pth", "does not exist or is not a file")]:
         with pytest.raises(UsageError, match=match):

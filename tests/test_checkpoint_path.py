@@ -14,8 +14,8 @@ import generate
 import quantize
 from cli.checkpoints import resolve_checkpoint
 from cli.script import run_script
-from config import UsageError
 from converters.folder import convert_folder
+from errors import UsageError
 from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter
 from tests.test_meta import PARAMS, SCALED, make_ranks, write_meta, write_tiktoken

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
-from config import ModelConfig, RopeScaling, UsageError
+from config import ModelConfig, RopeScaling
 from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.gguf_tensors import rename_gguf_tensors
 from converters.model_tensors import SourceModel, convert
+from errors import UsageError
 from kernels.formats import Dense
 from scripts import compare_llama_cpp as compare
 from scripts import tables

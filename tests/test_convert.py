@@ -17,8 +17,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from checkpoint import read_checkpoint
-from config import UsageError
 from converters.families import MODEL_TYPES, config_from_hf
+from errors import UsageError
 from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, refused, same_logits
 from tests.tiny_gguf import in_meta_order
 

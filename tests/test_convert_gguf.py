@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers as hf
 
-from config import UsageError
 from converters.gguf_config import gguf_to_config_json
 from converters.gguf_file import read_gguf
 from converters.gguf_tensors import convert_gguf
+from errors import UsageError
 from tests.tiny import LINEAR, LLAMA3, ROOT, YARN, make_hf, same_logits
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 

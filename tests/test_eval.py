@@ -13,7 +13,7 @@ import transformers as hf
 import eval
 import gptq
 from cli.script import run_script
-from config import UsageError
+from errors import UsageError
 from evaluation import lm_harness
 from evaluation.lm_harness import GenerationOptions, harness_model
 from evaluation.scoring import ScoredSequence, compute_scores

@@ -11,7 +11,6 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from checkpoint import read_checkpoint
-from config import UsageError
 from converters.gguf_blocks import decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import (
@@ -28,6 +27,7 @@ from converters.gguf_quantized import (
 )
 from converters.gguf_tensors import convert_gguf
 from converters.model_tensors import TensorPlan
+from errors import UsageError
 from kernels.formats import MXFP4, Dense, GroupedInt8
 from loading import load_model
 from model import KVCache

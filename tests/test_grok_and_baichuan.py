@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import quantize
-from config import UsageError
 from converters.families import config_from_hf
+from errors import UsageError
 from generate import generate
 from loading import load_model
 from model import KVCache

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chat import Conversation
-from config import UsageError
+from errors import UsageError
 from generate import LLM, build_steps, build_token_generator, generate, load, make_kv_cache
 from sampling import SamplingParams
 from tests.tiny import PACKAGES, ROOT

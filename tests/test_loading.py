@@ -9,7 +9,7 @@ import torch
 
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
-from config import UsageError
+from errors import UsageError
 from generate import load, load_model
 from kernels.formats import Dense, GroupedInt8, Int4, Int8
 from model import KVCache

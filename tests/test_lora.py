@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import read_checkpoint
-from config import UsageError
 from converters.folder import convert_folder
+from errors import UsageError
 from scripts import convert_hf_checkpoint
 from tests.tiny import FAMILIES, call, make_hf, refused, same_logits, write_tokenizer
 from tokenizer import load_tokenizer

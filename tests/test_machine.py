@@ -9,7 +9,7 @@ import torch
 import machine
 from cli import options
 from cli.script import run_script
-from config import UsageError
+from errors import UsageError
 
 # Files of a group whose limits are 600 bytes and 1.5 CPUs, and of one without limits
 STAT = "anon 300\nfile 600\ninactive_anon 20\ninactive_file 500\nactive_file 100\ntotal_inactive_file 500\n"

@@ -11,7 +11,7 @@ import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
-from config import UsageError
+from errors import UsageError
 from kernels import formats
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4

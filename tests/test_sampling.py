@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from config import UsageError
+from errors import UsageError
 from generate import build_steps, build_token_generator, make_kv_cache
 from sampling import SamplingParams, probabilities, sample
 from scheduler import Request, Scheduler

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from completion import AsyncCompleter, Completion, CompletionError, complete_all, generate_many
-from config import UsageError
+from errors import UsageError
 from generate import build_steps, generate, load, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
 from model import Transformer

@@ -16,7 +16,8 @@ import quantize
 import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.startup import warn_about_size
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
 from model import KVCache, empty_model
 from sampling import SamplingParams, multinomial, probabilities, sample
 from speculate import (

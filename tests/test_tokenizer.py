@@ -19,7 +19,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import AddedToken, models, normalizers, processors
 
-from config import UsageError
+from errors import UsageError
 from tests.tiny_tokenizers import FORGED, MISTRAL, TEMPLATES, TEXTS, conversations, train, write
 from tokenizer import detokenize, load_tokenizer
 

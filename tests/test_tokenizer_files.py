@@ -11,7 +11,7 @@ import tokenizers
 import transformers as hf
 from tokenizers import decoders, models, pre_tokenizers
 
-from config import UsageError
+from errors import UsageError
 from tests.tiny_tokenizers import TEMPLATES, TEXTS, conversations, train_byte_level, write
 from tokenizer import load_tokenizer
 

@@ -18,7 +18,8 @@ import pytest
 
 import quantize
 import tp
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
 from kernels.formats import Dense, Int4
 from tests import test_grok_and_baichuan
 from tests.tiny import ROOT, convert, give_input_orders, make_hf, quantize_embedding, write_folder

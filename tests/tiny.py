@@ -15,8 +15,8 @@ import torch
 import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
-from config import UsageError
 from converters.folder import convert_folder
+from errors import UsageError
 from generate import load_model
 from kernels.formats import parse_formats
 from model import KVCache, empty_model

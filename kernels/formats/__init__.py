@@ -26,7 +26,7 @@ Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in its low ha
 
 from dataclasses import dataclass, field
 
-from config import UsageError
+from errors import UsageError
 from kernels.formats.base import Dense, Dequantized, Tensors, WeightFormat
 from kernels.formats.floats import MXFP4, Float8
 from kernels.formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8

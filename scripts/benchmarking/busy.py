@@ -32,7 +32,8 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from config import ModelConfig, OutOfMemoryError, UsageError
+from config import ModelConfig
+from errors import OutOfMemoryError, UsageError
 from generate import generate
 from kernels.formats import WeightFormat
 from machine import cpu_name

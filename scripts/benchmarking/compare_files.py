@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import read_checkpoint
-from config import ModelConfig, UsageError
+from config import ModelConfig
 from converters.model_tensors import source_shapes
+from errors import UsageError
 from kernels.formats import Int4, Int8, Tensors
 from quantize import linear_weights, quantize_each, write_quantized
 from rope import rope_frequencies

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from checkpoint import read_checkpoint
 from cli.interrupts import exit_on_interrupt
-from config import ModelConfig, UsageError
+from config import ModelConfig
+from errors import UsageError
 from generate import generate
 from loading import load_model
 from machine import read_bandwidth

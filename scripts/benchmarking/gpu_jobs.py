@@ -26,7 +26,7 @@ from statistics import median
 
 import torch
 
-from config import UsageError
+from errors import UsageError
 from scripts.benchmarking.speed import copy_bandwidth, find_config
 
 ROOT = Path(__file__).resolve().parents[2]

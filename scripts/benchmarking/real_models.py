@@ -25,7 +25,7 @@ from checkpoint import read_checkpoint
 from cli.arguments import DEFAULT_SPECULATE_K
 from cli.checkpoints import resolve_checkpoint
 from cli.report import tokens_per_step
-from config import UsageError
+from errors import UsageError
 from machine import pick_device, read_bandwidth
 from model import empty_model
 from scripts import tables

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from checkpoint import read_checkpoint, read_json, save_checkpoint
-from config import ModelConfig, MoEConfig, RopeScaling, UsageError
+from checkpoint import read_checkpoint, save_checkpoint
+from config import ModelConfig, MoEConfig, RopeScaling
 from converters.families import config_from_hf
+from errors import UsageError
+from files import read_json
 from generate import generate
 from kernels.formats import Dense, Tensors, WeightFormat
 from layers import Embedding, Linear, RMSNorm

@@ -18,7 +18,8 @@ from functools import partial
 import torch
 
 import kernels
-from config import ModelConfig, MoEConfig, UsageError
+from config import ModelConfig, MoEConfig
+from errors import UsageError
 from generate import generate
 from kernels.formats import Int8
 from machine import pick_device

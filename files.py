@@ -1,0 +1,67 @@
+"""Reads the files that people have: texts, JSON, and what torch.save wrote. A broken file raises UsageError."""
+
+import json
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import UsageError
+from machine import is_out_of_memory
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text in path. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that Windows writes
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read {path} as UTF-8 text: {e}") from None
+
+
+def read_json(path: Path, default=None):
+    """The JSON in path, or default, if that is given and path does not exist. Raises UsageError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is None:
+            raise UsageError(f"{path} does not exist") from None
+        return default
+    except (OSError, ValueError, RecursionError) as e:
+        raise UsageError(f"{path} is not readable JSON: {str(e).splitlines()[0]}") from None
+
+
+def load_torch_file(path: Path, legacy: bool = False):
+    """Reads what torch.save has written to path, memory-mapped. Raises UsageError for anything but weights, since other
+    pickles can run code. legacy: also read files from before PyTorch 1.6, which cannot be mapped."""
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file")
+    mmap = not legacy or zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings():  # about unusual kinds of tensors; the callers refuse these
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except Exception as e:  # torch.load raises a dozen types on broken input
+        if is_out_of_memory(e):
+            raise
+        raise UsageError(explain_load_error(path, e)) from None
+
+
+def explain_load_error(path: Path, e: Exception) -> str:
+    if isinstance(e, UnicodeEncodeError):
+        return f"{path} has a name that this locale cannot write; set PYTHONUTF8=1"
+    if isinstance(e, pickle.UnpicklingError) and "Unsupported operand" not in str(e):
+        return f"{path} holds more than weights, so it is not opened: pickles can run code"
+    converters = {".gguf": "convert_gguf.py", ".safetensors": "convert_hf_checkpoint.py"}
+    if path.suffix in converters:
+        return f"{path} is not a model.pth; scripts/{converters[path.suffix]} makes one of it"
+    return f"{path} is truncated or not a PyTorch file ({type(e).__name__})"
+
+
+def is_state_dict(tensors) -> bool:
+    """Whether tensors is a dict of tensors by name."""
+    if not isinstance(tensors, dict):
+        return False
+    return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())
