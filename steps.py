@@ -6,12 +6,17 @@
     tokens = steps.decode(tokens[:, None], start_pos + prompt.shape[1])
 
 prefill takes a prompt of any length, in chunks. decode takes one token of every sequence. A third kind of step verifies
-several tokens of a draft (speculate.py). A step runs the model in the fastest of these ways that it can:
+several tokens of a draft (speculate.py). Decoding and verification run the model in one of three ways (ModelRunner):
 
-    recorded    as kernels, replayed in one go (kernels/record.py): up to kernels.MAX_CPU_TOKENS tokens on a CPU; on a
-                GPU up to MAX_TRITON_TOKENS, with compile only
-    compiled    by torch.compile, if compile or compile_prefill says so; on a GPU what it makes is recorded, too
-    eager       operation by operation
+    recorded    all operations as kernels, replayed in one go (kernels/record.py); on a GPU with compile only
+    compiled    by torch.compile, with compile only; a GPU mostly records what it makes
+    eager       one call for each operation
+
+Prefill is never recorded. Its chunks are compiled with compile_prefill, or else eager (chunked_prefill).
+
+An eager operation also runs on a kernel, if one takes that many tokens. LinearParams.max_tokens says how many the
+kernels of a layer take (kernels/prepare.py): at most 64, maybe fewer in a dense model on a CPU, 8 on a GPU without
+matrix units.
 
 Shapes: B sequences, T new tokens of each, V vocabulary. start_pos [B] are those of each sequence's first new token.
 """
@@ -66,7 +71,8 @@ def build_steps(
     model: Transformer, kv_cache: KVCache, sampling: SamplingParams, compile: bool = False,
     compile_prefill: bool = False,
 ) -> GenerationSteps:  # fmt: skip
-    """The steps of plain generation with model, for the sequences of kv_cache."""
+    """The steps of plain generation with model, for the sequences of kv_cache. compile, compile_prefill: what the
+    options of generate.py ask for."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
     def sample_next(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
@@ -112,15 +118,20 @@ def chunked_prefill(
     model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
 ) -> Iterator[Tensor]:
     """model.compute_hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the
-    cache. compiled_model, made by compile_blocks, does the chunks that have too many tokens for the kernels."""
+    cache. Chunks bound the memory of activations; no decoding takes place between them.
+
+    compiled_model: made by compile_blocks; computes the chunks that have too many tokens for the kernels. None: model
+    computes all chunks."""
     batch_size, n_tokens = tokens.shape
     chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if tokens.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
     chunk_size = max(1, chunk_tokens // batch_size)
     n_cached = int(start_pos.max())
     for offset in range(0, n_tokens, chunk_size):
         chunk = tokens[:, offset : offset + chunk_size]
-        is_eager = compiled_model is None or chunk.numel() < MIN_COMPILED_TOKENS or model.uses_kernels(*chunk.shape)
-        chunk_model = model if is_eager else compiled_model
+        use_compiled = (
+            compiled_model is not None and chunk.numel() >= MIN_COMPILED_TOKENS and not model.uses_kernels(*chunk.shape)
+        )
+        chunk_model = compiled_model if use_compiled else model
         used_length = n_cached + offset + chunk.shape[1]
         yield chunk_model.compute_hidden(chunk, start_pos + offset, kv_cache.narrow_length(used_length))
 
@@ -129,10 +140,10 @@ def chunked_prefill(
 
 
 class ModelRunner:
-    """Executes steps: the model, then sampler on its logits. For the shape of each step it takes the fastest way:
+    """Executes steps: the model, then sampler on its logits. The shape of a step decides how:
 
-        kernels compute all operations    on a CPU recorded; on a GPU recorded with compile, else eager
-        they do not                       compiled with compile, else eager
+        model.uses_kernels(B, T)    on a CPU recorded; on a GPU recorded with compile, else eager
+        otherwise                   compiled with compile, else eager
 
     runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
     *sampler_inputs). All arguments are tensors. The B sequences are the first of kv_cache.
@@ -161,7 +172,7 @@ def build_step_with_kernels(model: Transformer, kv_cache: KVCache, sampler: Call
 
     if model.device.type != "cpu":
         return record(eager_step) if compile and model.device.type == "cuda" else eager_step
-    # A recording on a CPU holds nothing but kernels, and there are none for sampling.
+    # A recording on a CPU holds leaf operations alone, and sampling is none.
     recorded_logits = record(compute_logits)
 
     def recorded_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
