@@ -99,11 +99,12 @@ class Transformer(nn.Module):
                 yield name, module
 
     def uses_kernels(self, batch: int, n_tokens: int) -> bool:
-        """Whether kernels compute every operation of a step with n_tokens new tokens in each of batch sequences. If so,
-        the step can be recorded."""
+        """Whether a step with n_tokens new tokens in each of batch sequences can be recorded as kernels. On a CPU then
+        all its operations are kernels. On a GPU a dense embedding and unfused glu and add have none: a CUDA graph
+        records PyTorch's."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
-        if self.embed_tokens.format.is_quantized:  # a dense one has a kernel on every CPU, and needs none on a GPU
+        if self.embed_tokens.format.is_quantized:  # a dense one has a kernel on every CPU, and a GPU does without
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1:
             return False
@@ -229,9 +230,9 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts: the router chooses top_k feed-forwards for each token, and sums their outputs weighted by
-    its softmax. Source: Mixtral (arXiv:2401.04088). Qwen3 keeps the softmax as it is, Mixtral makes the chosen weights
-    sum to one. Qwen2's shared expert is stored as several more experts, which every token uses."""
+    """A mixture of experts (Mixtral, arXiv:2401.04088): the router chooses top_k feed-forwards for each token, whose
+    outputs are summed with its softmax as weights. norm_topk_prob says whether the chosen weights are made to sum to
+    one; Mixtral's always are. Qwen2's shared expert is stored as several more experts, which every token uses."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
