@@ -74,15 +74,19 @@ class SamplingParams:
 
     @property
     def filters_tokens(self) -> bool:
-        """Whether top_k, top_p or min_p is set, which exclude tokens."""
+        """Whether an option is set that excludes tokens: top_k, top_p, min_p, and every field to come. All but
+        temperature and repetition_penalty count."""
         return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
 
 
 def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]; -1 where a sequence's logits are not finite. backend: see kernels.
-    uniform: a random number for each sequence, see multinomial."""
-    draws_from_all = uniform is None and not sampling.filters_tokens
-    if backend == "cpu" and sampling.is_greedy or backend == "triton" and (sampling.is_greedy or draws_from_all):
+    """float32 logits [B, V] -> token ids [B]; -1 where a sequence's logits are not finite.
+
+    backend: whose kernel may sample (kernels/ops.py).
+    uniform: a random number for each sequence, see multinomial; None: PyTorch's next ones."""
+    # Both kernels find the likeliest token. A GPU's also draws one of all tokens, with its own random numbers.
+    can_draw_on_kernel = backend == "triton" and uniform is None and not sampling.filters_tokens
+    if can_draw_on_kernel or (sampling.is_greedy and backend != "torch"):
         return kernels.sample(logits, sampling.temperature, backend)
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
