@@ -10,7 +10,8 @@ completion.py makes texts of the tokens.
 
 A slot of the KV cache holds one sequence, at a position of its own. When a sequence ends, the next prompt is prefilled
 into its slot. The running sequences are always in the first slots, so that a step computes no padding. A slot keeps its
-keys and values after its sequence has ended. A prompt that begins like the tokens of any slot copies what they share:
+keys and values after its sequence has ended. A prompt that begins like the tokens of any slot copies what they share
+(prefix caching):
 
     slot 0   Question: 2 + 2?  Answer: 4       runs
     slot 1   Question: 3 + 5?  Answer:         has copied "Question: " from slot 0
@@ -140,7 +141,8 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[NewToken]:
-        """Prefills a waiting prompt if there is a free slot. Otherwise computes the next token of all that run."""
+        """Prefills the whole of a waiting prompt if there is a free slot. Otherwise decodes: the next token of all
+        sequences that run."""
         if self.waiting and (slot := self.find_free_slot()) is not None:
             return self.prefill(self.waiting.popleft(), slot)
         self.compact()
@@ -180,7 +182,7 @@ class Scheduler:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. The slots of
         sequences that end become free."""
         sequences = self.running[slots.start : slots.stop]
-        scores = self.penalize(slots, logits, tokens, start_pos)
+        scores = self.apply_repetition_penalties(slots, logits, tokens, start_pos)
         ids = tp.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         check_finite(ids)
         new_tokens = []
@@ -196,7 +198,7 @@ class Scheduler:
                 self.running[slot] = None
         return new_tokens
 
-    def penalize(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+    def apply_repetition_penalties(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """The logits [n, 1, V] with each sequence's repetition_penalty."""
         kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
         penalties = [self.running[slot].request.sampling.repetition_penalty for slot in slots]
@@ -242,10 +244,11 @@ def max_parallel(model: Transformer, max_seq_len: int) -> int:
 
 def sample_each(logits: Tensor, sequences: list[Sequence], backend: str = "torch") -> Tensor:
     """Samples a token for each of n sequences: logits [n, V] -> ids [n]. Each sequence has its own sampling options and
-    random numbers. backend: see kernels."""
-    sampling, *others = {sequence.request.sampling for sequence in sequences}
-    if others:
+    random numbers. backend: whose kernel may sample (kernels/ops.py)."""
+    options = {sequence.request.sampling for sequence in sequences}
+    if len(options) > 1:
         return torch.cat([sample_each(logits[i : i + 1], [sequence], backend) for i, sequence in enumerate(sequences)])
+    (sampling,) = options
     if sampling.is_greedy:
         return sample(logits, sampling, backend)
     uniform = [torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in sequences]
