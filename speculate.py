@@ -138,7 +138,7 @@ def rejection_sample(
 
     logits [k + 1, V]: the model's, after the last token and after each of the draft_tokens [k].
     draft_probs [k, V or fewer]: the distributions from which the draft_tokens were sampled.
-    backend: see kernels."""
+    backend: whose kernel may sample (kernels/ops.py)."""
     if draft_probs is None:
         # The model samples a token at each position, and accepts a proposed token that is the same.
         tokens = sample(logits, sampling, backend)
