@@ -10,9 +10,9 @@ overwritten by the next call. Only what the arguments hold may change from call 
     CPU           CPUGraph: the list of the C++ kernels that step calls, with the addresses of their inputs and
                   outputs. This list is called a tape. It is replayed in one parallel region (kernels/csrc/tape.h)
 
-A tape can hold leaf operations alone: those in kernels/ops.py, of which a model is composed. Anything else that step
-computes on a CPU raises an error, since it would happen once, while recording, and never again. A collective is no
-leaf operation, so it runs between two tapes:
+A tape can hold leaf operations alone: those in kernels/schema.py: SCHEMAS, of which a model is composed. Anything else
+that step computes on a CPU raises an error, since it would happen once, while recording, and never again. A collective
+is no leaf operation, so it runs between two tapes:
 
         embed  fused_linear  attend  fused_linear  ...  fused_linear |  all_reduce   | add  fused_linear  attend ...
         [--------------------------- tape --------------------------] graph_break() [----------- tape ----------
