@@ -12,7 +12,11 @@
     experts_gate_up, experts_down      the matrix products with the chosen experts' weights
 
 They are called leaf operations, after the leaves of a call tree: a model calls them to compute anything, and they call
-no module. So a step is a list of them, which can be recorded (record.py).
+no module. So a step is a list of them, which can be recorded (record.py). These are none:
+
+    rotate                  what comes before attention, where PyTorch computes attention itself
+    sample                  from logits to token ids, after the model
+    has_attention_kernel    whether attend calls a kernel
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
 Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
