@@ -95,6 +95,7 @@ def embed(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype, sca
     return weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
+# For attention in PyTorch, which is not recorded.
 @define(
     "(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rope, int n_heads, "
     "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
@@ -130,11 +131,13 @@ def experts_down(hidden, weight, scales, zeros, format_id, n, group_size, bias, 
     return hidden.new_empty(*topk_ids.shape[:-1], n)
 
 
-@define(f"({WEIGHT}, int k, ScalarType dtype) -> Tensor", recordable=False)  # for prefill, which is not recorded
+# For PyTorch's matrix products, in steps of many tokens, which are not recorded.
+@define(f"({WEIGHT}, int k, ScalarType dtype) -> Tensor", recordable=False)
 def dequantize(weight, scales, zeros, format_id, n, group_size, k, dtype):
     return weight.new_empty(n, k, dtype=dtype)
 
 
-@define("(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)  # of logits, after a recording
+# Takes logits after the tape has run, so it is on no tape.
+@define("(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)
 def sample(logits, noise, temperature):
     return logits.new_empty(len(logits), dtype=torch.int64)
