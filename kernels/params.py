@@ -87,7 +87,8 @@ class LinearParams(WeightMatrix):
     clip: if not 0, y is clamped to -clip ... clip.
 
     input_order: int32 [K], or None. If given, the columns of W stand in this order, in which the inputs of a group of
-    its format are neighbours: W's i-th column is for x[..., input_order[i]]. A norm has its weight in this order, too.
+    its format are neighbours: W's i-th column is for x[..., input_order[i]]. x is put in this order first, then normed;
+    so the norm before this layer has its weight in it, too.
     max_tokens: up to how many tokens the backend's kernels compute y. With more tokens plain PyTorch does."""
 
     def __init__(
