@@ -9,6 +9,8 @@ one. The rounding error of a column is compensated by changing the columns that 
 The groups are static, unlike the paper's: before the first column is rounded, every group gets its scale and zero. Of
 several candidates it gets those with the least rounding error, weighted by diag(H). So the groups do not depend on the
 order of rounding, which act_order changes.
+
+Others' GPTQ checkpoints are read in converters/hf_integers.py.
 """
 
 import sys
