@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from errors import UsageError
 
-ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")  # kernels/reference.py: activate has their formulas
+# Of a gated feed-forward, activation(gate) * up: model.py: FeedForward and MoE have no other kind. The formulas are in
+# kernels/reference.py: activate.
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not create millions of them
 MAX_SIZE = 2**31
