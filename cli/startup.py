@@ -89,7 +89,8 @@ def warm_up(
     args: argparse.Namespace, steps: GenerationSteps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
     device: torch.device,
 ):  # fmt: skip
-    """Compiles and records all steps that will be used. The prompt overwrites what this writes to the KV caches."""
+    """Compiles prefill, with --compile_prefill. Compiles or records all other steps that will be used, with --compile;
+    without it a CPU records them at their first use. The prompt overwrites what this writes to the KV caches."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=device)
