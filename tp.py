@@ -10,10 +10,17 @@ routers.
     o_proj, down_proj         sharded along the inputs: a rank computes partial sums, which an all-reduce adds up
     lm_head                   sharded along the outputs: an all-gather concatenates the logits
 
-tp_plan is this table, shard applies it to a model and its checkpoint, insert_collectives adds the communication.
-model.py does not know about ranks; cli/ranks.py joins the processes. The collectives run on gloo between CPUs and on
-NCCL between GPUs. Where GPUs can read each other's memory, small tensors, such as a decode step's, are summed through
-that memory instead of NCCL.
+tp_plan is this table. Every rank runs the same lines. What a line does differs from rank to rank here only:
+
+    loading.py: load_model             a rank keeps its shard (shard), and gets the collectives (insert_collectives)
+    RowParallelLinear, ParallelHead    a rank computes its part, and a collective joins the parts
+    shard_inputs                       rank 0 alone has the biases of o_proj and down_proj; the others' are 0
+    broadcast, in steps.py, scheduler.py and speculate.py    all ranks sample, and rank 0's tokens count
+    cli/ranks.py                       rank 0 alone prints (silence), reads what the user types (input_lines) and
+                                       converts checkpoints (call_on_rank_0); all join and end (process_group)
+
+The collectives run on gloo between CPUs and on NCCL between GPUs. Where GPUs can read each other's memory, small
+tensors, such as a decode step's, are summed through that memory instead of NCCL.
 """
 
 import os
@@ -262,8 +269,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Rank 0's x on every rank. With it all ranks continue with the same token, although they draw different random
-    numbers."""
+    """Rank 0's x on every rank. So all ranks continue with the same token, even if they draw different random numbers.
+    generate.py seeds all ranks alike; other programs need not."""
     return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
 
 
