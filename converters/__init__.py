@@ -29,6 +29,8 @@ What is new goes here:
     a family that is there, as GGUF     a row of gguf_config.py: ARCHITECTURES
     a quantized type of GGUF's          a row of gguf_blocks.py: BLOCK_TYPES; without --keep nothing
     a value of tokenizer.ggml.pre       a row of gguf_tokenizer.py: SPLITS
-    a quantized format of the hub       hf_quantized.py: METHODS, and a function in hf_integers.py or hf_floats.py
+    a quantized format of the hub       hf_quantized.py: LAYER_READERS, and the function there, of hf_integers.py or
+                                        hf_floats.py; check_supported; OF_WEIGHT and is_quantized, if its tensors have
+                                        other names; a line of docs/quantized_checkpoints.md
     another kind of folder              a branch of folder.py: convert_one
 """

@@ -8,6 +8,7 @@ hf_integers.py and hf_floats.py; docs/quantized_checkpoints.md says which there 
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from converters.quantized_weight import QuantizedWeight, StoredLayer
 from errors import UsageError, type_errors_as_usage_errors
 
 PLACE = "config.json: quantization_config"
-METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4")
 AWQ_VERSIONS = ("gemm",)
 GPTQ_FORMATS = ("gptq", "gptq_v2")
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -75,7 +75,7 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
             del tensors[name]
         for layer in find_layers(tensors):
             with type_errors_as_usage_errors(PLACE):
-                weight = read_layer(layer, quantization)
+                weight = LAYER_READERS[quantization["quant_method"]](layer, quantization)
                 layer.check_all_taken()
             for kind in layer.tensors:
                 del tensors[f"{layer.name}.{kind}"]
@@ -101,19 +101,12 @@ def is_quantized(tensors: dict[str, Tensor]) -> bool:
     return "qweight" in tensors or "weight_packed" in tensors
 
 
-def read_layer(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
-    method = quantization["quant_method"]
-    if method == "gptq":
-        return gptq_weight(layer, quantization)
-    if method == "awq":
-        return awq_weight(layer, quantization)
-    if method == "compressed-tensors":
-        return read_compressed(layer, find_scheme(layer.name, quantization))
+def read_float8(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
     return float8_weight(layer, quantization.get("weight_block_size"))
 
 
-def read_compressed(layer: StoredLayer, scheme: dict) -> QuantizedWeight:
-    """scheme: what config.json says about the layer's weight."""
+def read_compressed(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+    scheme = find_scheme(layer.name, quantization)
     is_float = "weight" in layer.tensors and layer.tensors["weight"].dtype != torch.int8
     layer.expect("type", "float" if is_float else "int", scheme.get("type"))
     if is_float:
@@ -139,3 +132,14 @@ def matches_target(name: str, target: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
     return target == name
+
+
+# quant_method -> what reads a layer. mxfp4 is not here: its tensors hold all experts of a layer, see split_mxfp4.
+LAYER_READERS: dict[str, Callable[[StoredLayer, dict], QuantizedWeight]] = {
+    "awq": awq_weight,
+    "compressed-tensors": read_compressed,
+    "fbgemm_fp8": read_float8,
+    "fp8": read_float8,
+    "gptq": gptq_weight,
+}
+METHODS = (*LAYER_READERS, "mxfp4")
