@@ -129,8 +129,8 @@ def read_input_order(layer: StoredLayer, kind: str, k: int, group_size: int, n_g
 # ---- GPTQ and AWQ ---------------------------------------------------------------------------------------------------
 
 
-def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
-    """config: quantization_config. If it has "dynamic", layers may differ from what it says."""
+def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+    """quantization: config.json's quantization_config. If it has "dynamic", layers may differ from what it says."""
     qweight, qzeros, scales = take_qweight(layer)
     n_groups, n = scales.shape
     bits = infer_bits(layer, qzeros.shape[1], n)
@@ -138,13 +138,13 @@ def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     layer.expect_shape("qweight", qweight.shape[0], n)
     layer.expect_shape("qzeros", n_groups, qzeros.shape[1])
     group_size = math.ceil(k / n_groups)
-    if not config.get("dynamic"):
-        layer.expect("bits", bits, config.get("bits"))
-        group_size = check_group_size(layer, config.get("group_size"), k, n_groups)
+    if not quantization.get("dynamic"):
+        layer.expect("bits", bits, quantization.get("bits"))
+        group_size = check_group_size(layer, quantization.get("group_size"), k, n_groups)
 
     def read_zeros() -> Tensor:
         zeros = unpack_numbers(qzeros, bits)
-        if has_v1_zeros(zeros, bits, config):
+        if has_v1_zeros(zeros, bits, quantization):
             one_each = 0x11111111 if bits == 4 else 0x01010101
             zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since it was subtracted with borrows
         return zeros.T[:n]
@@ -156,24 +156,26 @@ def gptq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
     ).to_weight()
 
 
-def has_v1_zeros(zeros: Tensor, bits: int, config: dict) -> bool:
+def has_v1_zeros(zeros: Tensor, bits: int, quantization: dict) -> bool:
     """Whether zeros, as stored, are one less than the zero points, as in version 1 of GPTQ's format. The zero points of
     symmetric weights are all in the middle, so their zeros show it. For other weights config.json says it."""
     middle = 1 << (bits - 1)
     if (zeros == middle).all():
         return False
-    return bool((zeros == middle - 1).all()) or config.get("checkpoint_format") != "gptq_v2"
+    return bool((zeros == middle - 1).all()) or quantization.get("checkpoint_format") != "gptq_v2"
 
 
-def awq_weight(layer: StoredLayer, config: dict) -> QuantizedWeight:
+def awq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+    """quantization: config.json's quantization_config."""
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
     bits = infer_bits(layer, n_words, n)
-    layer.expect("bits", bits, config.get("bits", config.get("w_bit")))
+    layer.expect("bits", bits, quantization.get("bits", quantization.get("w_bit")))
     if bits != 4:
         raise UsageError(f"{layer.name} is AWQ of {bits} bits; 4 are supported")
     layer.expect_shape("qzeros", n_groups, n_words)
-    group_size = check_group_size(layer, config.get("group_size", config.get("q_group_size")), k, n_groups)
+    stated = quantization.get("group_size", quantization.get("q_group_size"))
+    group_size = check_group_size(layer, stated, k, n_groups)
 
     def unpack_awq(words: Tensor) -> Tensor:
         return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_UNPACK_ORDER].flatten(-2).T
