@@ -17,7 +17,7 @@ tp_plan is this table. Every rank runs the same lines. What a line does differs 
     shard_inputs                       rank 0 alone has the biases of o_proj and down_proj; the others' are 0
     broadcast, in steps.py, scheduler.py and speculate.py    all ranks sample, and rank 0's tokens count
     cli/ranks.py                       rank 0 alone prints (silence), reads what the user types (input_lines) and
-                                       converts checkpoints (call_on_rank_0); all join and end (process_group)
+                                       converts checkpoints (call_on_rank_0); each has a trace file (rank_path)
 
 The collectives run on gloo between CPUs and on NCCL between GPUs. Where GPUs can read each other's memory, small
 tensors, such as a decode step's, are summed through that memory instead of NCCL.
@@ -85,10 +85,11 @@ def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
     if can_shard(config, format, n_ranks):
         return
     possible = [str(n) for n in range(2, config.n_heads + 1) if can_shard(config, format, n)]
-    packed = f", of which {format.name} keeps {format.pack_factor} together," if format.pack_factor > 1 else ""
+    multiple = format.shard_multiple
+    kept_together = f", of which {format.name} keeps {multiple} together," if multiple > 1 else ""
     raise UsageError(
         f"{config.n_heads} heads, {config.n_kv_heads} key/value heads and a feed-forward of width {config.ffn_dim}"
-        f"{packed} cannot be cut into {n_ranks} equal parts, but into {' or '.join(possible) or 'none'}"
+        f"{kept_together} cannot be cut into {n_ranks} equal parts, but into {' or '.join(possible) or 'none'}"
     )
 
 
@@ -101,7 +102,7 @@ def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
     if kv_heads % n_ranks and n_ranks % kv_heads:
         return False
     inputs_per_rank = heads // n_ranks * config.head_dim, width // n_ranks  # of o_proj and down_proj
-    return all(n % format.pack_factor == 0 for n in inputs_per_rank)
+    return all(n % format.shard_multiple == 0 for n in inputs_per_rank)
 
 
 def check_device(device: torch.device):
@@ -120,7 +121,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
     linears = dict(model.quantizable_linears())
     formats = {name: linear.format for name, linear in linears.items()}  # of the checkpoint; the model's will change
     check_device(device)
-    check_can_shard(model.config, max(formats.values(), key=lambda format: format.pack_factor), n_ranks)
+    check_can_shard(model.config, max(formats.values(), key=lambda format: format.shard_multiple), n_ranks)
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
         """A copy of this rank's shard, so that no other part of a memory-mapped tensor is read. If every rank has the

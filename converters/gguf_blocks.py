@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from kernels.formats import Tensors
-from kernels.formats.base import pack_int4
+from kernels.formats.base import nibbles_to_bytes
 
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 
@@ -161,4 +161,5 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
 def decode_mxfp4(rows: Tensor) -> Tensors:
     """The tensors of our MXFP4 with the same numbers. A block has the exponent and 32 codes."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
-    return {"weight": pack_int4(unpack_nibbles(blocks[..., 1:]).flatten(-2)), "scales": blocks[..., 0].contiguous()}
+    weight = nibbles_to_bytes(unpack_nibbles(blocks[..., 1:]).flatten(-2))
+    return {"weight": weight, "scales": blocks[..., 0].contiguous()}

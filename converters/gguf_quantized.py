@@ -67,10 +67,10 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
     if not is_kept.all():  # the zero of some groups is beyond 0 ... 255
         rounded = format.quantize(groups.dequantize())
-        rounded["q"] = format.unpack_elements(rounded["weight"])
+        rounded["q"] = format.bytes_to_elements(rounded["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
         tensors = {name: torch.where(kept, tensors[name], rounded[name]) for name, kept in where.items()}
-    weight = format.pack_elements(tensors["q"])
+    weight = format.elements_to_bytes(tensors["q"])
     return {"weight": weight, "scales": tensors["scales"], "zeros": tensors["zeros"]}, is_kept
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
 from errors import UsageError
 from kernels.formats import MXFP4, Float8, Tensors
-from kernels.formats.base import pack_int4, shard_groups
+from kernels.formats.base import nibbles_to_bytes, shard_groups
 
 E4M3_NAN = 0x7F  # of either sign
 E8M0_NAN = 0xFF
@@ -80,6 +80,6 @@ def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
         if (scales == E8M0_NAN).any():
             raise UsageError(f"tensor {name}_scales holds scales that are not finite")
         q = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-3)  # [N, K]
-        return {"weight": pack_int4(q), "scales": scales}
+        return {"weight": nibbles_to_bytes(q), "scales": scales}
 
     return QuantizedWeight(MXFP4(), torch.Size([len(blocks), blocks.shape[1] * 32]), read)

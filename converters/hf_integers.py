@@ -67,7 +67,7 @@ class IntegerWeight:
         tensors = {"scales": self.scales.to(format.scale_dtype), "zeros": self.read_zeros() * format.zeros_per_step}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
-        return {"weight": format.pack_elements(q)} | groups
+        return {"weight": format.elements_to_bytes(q)} | groups
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:

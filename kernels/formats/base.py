@@ -23,14 +23,14 @@ class WeightFormat:
                   quantization    {"mode": "int4", "groupsize": 32}, the entry of model.pth that parse reads
     """
 
-    format_id: int
+    format_id: int  # its position in csrc/weights.h: Formats, and in FORMATS; model.pth has the mode instead
     mode: str | None = None
     is_cli_mode = True  # whether --mode has it. Some are no choice, or only converters make them
     group_size_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
     group_size: int | None  # inputs of an output that share a scale. None: all of its inputs do, or there is none
     elements_per_byte = 1  # of "weight"
-    pack_factor = 1  # inputs that a checkpoint packs together: a shard of W is cut at multiples of it
     input_multiple = 1  # a whole W must have a multiple of so many inputs
+    shard_multiple = 1  # and so must a rank's shard, since a checkpoint's words hold so many
 
     @property
     def name(self) -> str | None:
@@ -191,14 +191,14 @@ def repeat_groups(t: Tensor, group_size: int, k: int) -> Tensor:
 # ---- Layouts --------------------------------------------------------------------------------------------------------
 
 
-def pack_int4(q: Tensor) -> Tensor:
+def nibbles_to_bytes(q: Tensor) -> Tensor:
     """q [..., K] uint8 in 0..15 -> [..., K / 2], as drawn in __init__.py."""
     low, high = q.unflatten(-1, (-1, 2, 4)).unbind(-2)
     return (low | high << 4).flatten(-2)
 
 
-def unpack_int4(weight: Tensor) -> Tensor:
-    """The inverse of pack_int4."""
+def bytes_to_nibbles(weight: Tensor) -> Tensor:
+    """The inverse: q [..., K]."""
     octets = weight.unflatten(-1, (-1, 4))  # [..., K / 8, 4]
     return torch.cat([octets & 15, octets >> 4], dim=-1).flatten(-2)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from kernels.formats.base import (
     Tensors,
     WeightFormat,
+    bytes_to_nibbles,
     from_blocked_layout,
-    pack_int4,
+    nibbles_to_bytes,
     repeat_groups,
     swap_bytes,
     to_blocked_layout,
-    unpack_int4,
 )
 from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from kernels.formats.integers import GROUP_SIZES, split_groups
@@ -95,9 +95,9 @@ class MXFP4(WeightFormat):
     format_id = 5
     mode = name = "mxfp4"
     quantization = {"mode": mode}  # its group size is always the same
-    pack_factor = 8
     elements_per_byte = 2
     input_multiple = 32
+    shard_multiple = 8
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape
@@ -108,10 +108,10 @@ class MXFP4(WeightFormat):
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
-        return {"weight": pack_int4(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
+        return {"weight": nibbles_to_bytes(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
 
     def dequantize(self, tensors, dtype):
-        q = unpack_int4(tensors["weight"])
+        q = bytes_to_nibbles(tensors["weight"])
         scales = repeat_groups(tensors["scales"], self.group_size, q.shape[-1])
         return decode_mxfp4(q, scales).to(dtype)
 
@@ -128,12 +128,12 @@ class MXFP4(WeightFormat):
         from kernels.triton.elements import by_column
         from kernels.triton.tiles import pack_tiles
 
-        return {"weight": pack_tiles(unpack_int4(tensors["weight"])), "scales": by_column(tensors["scales"])}
+        return {"weight": pack_tiles(bytes_to_nibbles(tensors["weight"])), "scales": by_column(tensors["scales"])}
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
         from kernels.triton.tiles import unpack_tiles
 
-        weight = pack_int4(unpack_tiles(tensors["weight"], out_features, in_features))
+        weight = nibbles_to_bytes(unpack_tiles(tensors["weight"], out_features, in_features))
         return {"weight": weight, "scales": tensors["scales"]}

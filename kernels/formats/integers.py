@@ -10,11 +10,11 @@ from torch import Tensor
 from kernels.formats.base import (
     Tensors,
     WeightFormat,
+    bytes_to_nibbles,
     from_blocked_layout,
-    pack_int4,
+    nibbles_to_bytes,
     repeat_groups,
     to_blocked_layout,
-    unpack_int4,
 )
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4
@@ -101,16 +101,16 @@ class GroupedFormat(WeightFormat):
             "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
         }
 
-    def pack_elements(self, q: Tensor) -> Tensor:
+    def elements_to_bytes(self, q: Tensor) -> Tensor:
         """The tensor "weight" of q [..., N, K] uint8."""
         return q.contiguous()
 
-    def unpack_elements(self, weight: Tensor) -> Tensor:
-        """The inverse of pack_elements."""
+    def bytes_to_elements(self, weight: Tensor) -> Tensor:
+        """The inverse."""
         return weight
 
     def dequantize(self, tensors, dtype):
-        q = self.unpack_elements(tensors["weight"])
+        q = self.bytes_to_elements(tensors["weight"])
         scales, zeros = (
             repeat_groups(t, self.group_size, q.shape[-1])
             for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_per_step)
@@ -131,7 +131,7 @@ class Int4(GroupedFormat):
     format_id = 2
     mode = "int4"
     group_sizes = group_size_options = GROUP_SIZES
-    pack_factor = input_multiple = 8
+    input_multiple = shard_multiple = 8
     elements_per_byte = 2
     zeros_per_step = 16
 
@@ -143,7 +143,8 @@ class Int4(GroupedFormat):
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
         """The tensors for groups [N, n_groups, group_size], whose last one is padded beyond the k elements of a row."""
         q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
-        return {"weight": self.pack_elements(q.to(torch.uint8).flatten(-2)[:, :k]), "scales": scales, "zeros": zeros}
+        weight = self.elements_to_bytes(q.to(torch.uint8).flatten(-2)[:, :k])
+        return {"weight": weight, "scales": scales, "zeros": zeros}
 
     def fill_randomly(self, tensors, std):
         tensors["weight"].random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
@@ -152,15 +153,15 @@ class Int4(GroupedFormat):
 
     def widen(self, tensors, wider, in_features):
         if isinstance(wider, GroupedInt8):
-            q, zeros = self.unpack_elements(tensors["weight"]), tensors["zeros"] // self.zeros_per_step
+            q, zeros = self.bytes_to_elements(tensors["weight"]), tensors["zeros"] // self.zeros_per_step
             tensors = tensors | {"weight": q, "zeros": zeros}
         return super().widen(tensors, wider, in_features)
 
-    def pack_elements(self, q):
-        return pack_int4(q)
+    def elements_to_bytes(self, q):
+        return nibbles_to_bytes(q)
 
-    def unpack_elements(self, weight):
-        return unpack_int4(weight)
+    def bytes_to_elements(self, weight):
+        return bytes_to_nibbles(weight)
 
     def pack(self, tensors, backend):
         """triton: tiles, drawn in triton/tiles.py; scales and zeros in words, column by column (triton/elements.py:
@@ -170,7 +171,7 @@ class Int4(GroupedFormat):
         from kernels.triton.elements import pack_scales  # here, since a CPU may lack Triton
         from kernels.triton.tiles import pack_tiles
 
-        tiles = pack_tiles(self.unpack_elements(tensors["weight"]))
+        tiles = pack_tiles(self.bytes_to_elements(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
     def unpack(self, tensors, backend, out_features, in_features):
@@ -180,7 +181,7 @@ class Int4(GroupedFormat):
         from kernels.triton.tiles import unpack_tiles
 
         scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
-        weight = self.pack_elements(unpack_tiles(tensors["weight"], out_features, in_features))
+        weight = self.elements_to_bytes(unpack_tiles(tensors["weight"], out_features, in_features))
         return {"weight": weight, "scales": scales, "zeros": zeros}
 
 
@@ -200,7 +201,7 @@ class GroupedInt8(GroupedFormat):
         zeros = zeros.round().clamp(0, 255)
         q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
         return {
-            "weight": self.pack_elements(q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]]),
+            "weight": self.elements_to_bytes(q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]]),
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
