@@ -14,10 +14,10 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.formats.triton_layouts import pack_tiles, unpack_tiles
 from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import FORMATS
-from kernels.triton.tiles import pack_tiles, unpack_tiles
 from model import KVCache
 from rope import rope_table
 from scripts.kernel_checks import checks
@@ -134,7 +134,7 @@ def test_every_element(dtype):
 
 @pytest.mark.parametrize("shape", [(16, 64), (5, 8), (33, 200), (2, 16, 72)])
 def test_int4_tiles(shape):
-    """Every element is where the drawing in tiles.py has it; the rest is zeros."""
+    """Every element is where the drawing in triton_layouts.py has it; the rest is zeros."""
     q = torch.randint(16, shape, dtype=torch.uint8)
     n, k = shape[-2:]
     tiles = pack_tiles(q)

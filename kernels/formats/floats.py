@@ -18,6 +18,7 @@ from kernels.formats.base import (
 )
 from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from kernels.formats.integers import GROUP_SIZES, split_groups
+from kernels.formats.triton_layouts import by_column, pack_tiles, pack_words, unpack_tiles, unpack_words
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,10 @@ class Float8(WeightFormat):
     def pack(self, tensors, backend):
         """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
         then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16].
-        triton: rows of words of four elements (triton/elements.py: pack_words); scales column by column."""
+        triton: rows of words of four elements (triton_layouts.py: pack_words); scales column by column."""
         if backend == "cpu":
             words = to_blocked_layout(tensors["weight"].view(torch.int32))
             return {"weight": swap_bytes(words, 4, 2), "scales": to_blocked_layout(tensors["scales"])}
-        from kernels.triton.elements import by_column, pack_words
-
         return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
 
     def unpack(self, tensors, backend, out_features, in_features):
@@ -81,8 +80,6 @@ class Float8(WeightFormat):
             words = from_blocked_layout(swap_bytes(tensors["weight"], 2, 4), out_features)
             scales = from_blocked_layout(tensors["scales"], out_features)
             return {"weight": words.view(torch.float8_e4m3fn), "scales": scales}
-        from kernels.triton.elements import unpack_words
-
         return {"weight": unpack_words(tensors["weight"]).view(torch.float8_e4m3fn), "scales": tensors["scales"]}
 
 
@@ -125,15 +122,10 @@ class MXFP4(WeightFormat):
         """triton: tiles, as Int4's; scales column by column."""
         if backend == "cpu":
             return super().pack(tensors, backend)
-        from kernels.triton.elements import by_column
-        from kernels.triton.tiles import pack_tiles
-
         return {"weight": pack_tiles(bytes_to_nibbles(tensors["weight"])), "scales": by_column(tensors["scales"])}
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
-        from kernels.triton.tiles import unpack_tiles
-
         weight = nibbles_to_bytes(unpack_tiles(tensors["weight"], out_features, in_features))
         return {"weight": weight, "scales": tensors["scales"]}

@@ -16,6 +16,7 @@ from kernels.formats.base import (
     repeat_groups,
     to_blocked_layout,
 )
+from kernels.formats.triton_layouts import pack_scales, pack_tiles, unpack_scales, unpack_tiles
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4
 INT8_GROUP_SIZES = (16, *GROUP_SIZES)  # of GroupedInt8
@@ -164,22 +165,15 @@ class Int4(GroupedFormat):
         return bytes_to_nibbles(weight)
 
     def pack(self, tensors, backend):
-        """triton: tiles, drawn in triton/tiles.py; scales and zeros in words, column by column (triton/elements.py:
-        pack_scales)."""
+        """triton: tiles; scales and zeros in words, column by column (triton_layouts.py)."""
         if backend == "cpu":
             return super().pack(tensors, backend)
-        from kernels.triton.elements import pack_scales  # here, since a CPU may lack Triton
-        from kernels.triton.tiles import pack_tiles
-
         tiles = pack_tiles(self.bytes_to_elements(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
-        from kernels.triton.elements import unpack_scales
-        from kernels.triton.tiles import unpack_tiles
-
         scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
         weight = self.elements_to_bytes(unpack_tiles(tensors["weight"], out_features, in_features))
         return {"weight": weight, "scales": scales, "zeros": zeros}
@@ -215,16 +209,12 @@ class GroupedInt8(GroupedFormat):
         """triton: rows of int8, each q - 128; scales and zeros as Int4's."""
         if backend == "cpu":
             return super().pack(tensors, backend)
-        from kernels.triton.elements import pack_scales
-
         weight = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128, or adds it
         return {"weight": weight, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
     def unpack(self, tensors, backend, out_features, in_features):
         if backend == "cpu":
             return super().unpack(tensors, backend, out_features, in_features)
-        from kernels.triton.elements import unpack_scales
-
         scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
         return {"weight": tensors["weight"].view(torch.uint8) ^ 128, "scales": scales, "zeros": zeros}
 

@@ -4,7 +4,7 @@
     weights.py      where a weight's elements lie, and how a program loads its part
     formats.py      how each weight format is multiplied and dequantized; embed and dequantize
     elements.py     stored elements and scales to floats
-    tiles.py        the order in which elements of 4 bits are stored
+    tiles.py        stored elements of 4 bits to a matrix unit's factor
     launch.py       what the GPU can do, the tile sizes of a product (tuned.json), kernels that overlap
     moe.py          a mixture of experts: route, experts_gate_up, experts_down
     attention.py    attend

@@ -1,9 +1,11 @@
-"""How the stored elements and scales of a weight become floats in the Triton kernels, and how they are packed for that.
+"""How the stored elements and scales of a weight become floats in the Triton kernels.
 
-    int4_pair, e2m1_pair                    two elements of 4 bits, out of a word of tiles.py
-    pack_words, e4m3_to_floats              elements of 8 bits, four in a word
-    pack_scales, unpack_scale_words         a scale and a zero point in one word
-    e8m0_to_float                           a scale that is a power of two
+    int4_pair, e2m1_pair     two elements of 4 bits, out of a word of a tile
+    e4m3_to_floats           elements of 8 bits, four in a word
+    unpack_scale_words       a scale and a zero point in one word
+    e8m0_to_float            a scale that is a power of two
+
+kernels/formats/triton_layouts.py stores them so.
 
 The floats are of DTYPE, which is x's. Two 16-bit floats share a register, so elements are taken out of a word in pairs:
 16 bits apart, and side by side in their row. For float32 they are taken out one by one.
@@ -23,7 +25,6 @@ exactly.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 SIGN_MASK = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008000, as an int32
 
@@ -72,45 +73,13 @@ def int4_pair(words, packed_offset, DTYPE: tl.constexpr):
         return join_halves(nibbles | packed_offset, DTYPE)
 
 
-def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
-    """scales [..., N, n_groups] bfloat16 or float16 and zeros uint8 -> words int32 of the same shape, stored column by
-    column. A word is the scale as a float32, whose lowest 8 bits are zero, with the zero point in these."""
-    return by_column(scales.float().view(torch.int32) | zeros.int())
-
-
-def unpack_scales(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The inverse, for scales of dtype."""
-    return (words & -256).view(torch.float32).to(dtype), (words & 255).to(torch.uint8)
-
-
 @triton.jit
 def unpack_scale_words(words):
     """What pack_scales packed: scales, and zero points as they are stored, both float32."""
     return (words & -256).to(tl.float32, bitcast=True), (words & 255).to(tl.float32)
 
 
-def by_column(scales: Tensor) -> Tensor:
-    """scales [..., N, n_groups] in the same shape, but stored column by column."""
-    return scales.mT.contiguous().mT
-
-
 # ---- Float8: e4m3 ---------------------------------------------------------------------------------------------------
-
-
-def pack_words(weight: Tensor) -> Tensor:
-    """[..., K] of elements of 8 bits -> words int32 [..., K / 4]. A word has four neighbours, in the order 0 2 1 3: so
-    the first two are 16 bits apart, and the last two."""
-    return swap_middle(weight.view(torch.uint8)).view(torch.int32)
-
-
-def unpack_words(words: Tensor) -> Tensor:
-    """The inverse, uint8."""
-    return swap_middle(words.view(torch.uint8))
-
-
-def swap_middle(t: Tensor) -> Tensor:
-    """t [..., K] with the second and the third of every four elements swapped."""
-    return t.unflatten(-1, (-1, 2, 2)).mT.flatten(-3)
 
 
 @triton.jit

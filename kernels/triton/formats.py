@@ -186,7 +186,7 @@ class Scales(Enum):
 
     NONE = "none"
     FLOAT32 = "float32"
-    WITH_ZEROS = "a scale and a zero point in each word"  # elements.py: pack_scales
+    WITH_ZEROS = "a scale and a zero point in each word"  # kernels/formats/triton_layouts.py: pack_scales
     E8M0 = "exponents of powers of two"
 
 

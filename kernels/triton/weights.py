@@ -5,7 +5,8 @@
     slice_starts, load_rows, load_tiles, load_slice_scales    what a step of fused_linear's loop multiplies
 
 There are two layouts. W in rows is [N, K], row after row. W in tiles (IS_TILED) is stored in tiles of 16 rows and 64
-columns, which tiles.py draws. formats.py says which format has which layout, and how it is multiplied.
+columns, which kernels/formats/triton_layouts.py draws. formats.py says which format has which layout, and how it is
+multiplied.
 """
 
 from typing import NamedTuple
