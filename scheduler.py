@@ -104,6 +104,9 @@ class Sequence:
 
 
 class Scheduler:
+    """Decides what the next step computes, and samples. A sequence begins with submit. It ends with an end token, after
+    max_new_tokens, or by cancel."""
+
     def __init__(
         self, model: Transformer, parallel: int, max_seq_len: int, eos_ids: set[int] | None = None,
         compile: bool = False,
@@ -143,12 +146,13 @@ class Scheduler:
     def step(self) -> list[NewToken]:
         """Prefills the whole of a waiting prompt if there is a free slot. Otherwise decodes: the next token of all
         sequences that run."""
-        if self.waiting and (slot := self.find_free_slot()) is not None:
+        if self.waiting and (slot := self.reserve_slot()) is not None:
             return self.prefill(self.waiting.popleft(), slot)
         self.compact()
         return self.decode() if self.running else []
 
-    def find_free_slot(self) -> int | None:
+    def reserve_slot(self) -> int | None:
+        """A free slot, at the end of self.running if there is none before. None: all are in use."""
         if None in self.running:
             return self.running.index(None)
         if len(self.running) == self.parallel:
@@ -168,7 +172,7 @@ class Scheduler:
         return self.sample_next(range(slot, slot + 1), logits, tokens, start_pos)
 
     def decode(self) -> list[NewToken]:
-        """The next token of the sequences in all of self.running."""
+        """The next token of all in self.running, which has no gaps after compact."""
         device = self.kv_cache.device
         slots = range(len(self.running))
         last_ids = torch.tensor([sequence.new_ids[-1:] for sequence in self.running], device=device)
