@@ -205,18 +205,21 @@ def insert_collectives(model: Transformer):
 
 class RowParallelLinear(nn.Module):
     """A linear layer that is sharded along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the
-    ranks' partial results. The residual is added after that, or else every rank would add it.
+    ranks' partial sums. The residual is added after that, or else every rank would add it.
 
-    A rank's inputs are those that it has computed itself, if it has not computed all. With an input_order they may be
-    any: then an all-gather gives every rank all of them, of which its part of input_order selects its own."""
+    Mostly x has exactly the inputs of this rank's shard, since the layer before is sharded, too. Otherwise:
+
+        every rank has computed all inputs (see tp_plan)    it selects its own
+        there is an input_order, and x has only some        an all-gather joins all, of which input_order, this rank's
+                                                            part of it, selects those of the shard"""
 
     def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_width: int):
-        """x_width: how many inputs this rank computes."""
+        """x_width: how many inputs x has."""
         super().__init__()
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
         has_all = x_width > linear.in_features
-        self.get_inputs = None  # x -> what linear takes. None: that is x
+        self.get_inputs = None  # x -> what linear takes; None: x itself
         if linear.input_order is None and has_all:
             self.get_inputs = self.select_own_inputs
         elif linear.input_order is not None and not has_all:
