@@ -117,6 +117,7 @@ def speculate(
             return
         # The last token is the model's own. In its place, the proposer may have proposed another one.
         proposer.rewind(len(token_ids) - 1)
+        # A step that accepts k tokens adds k + 1.
         lengths = [length for length in draft_lengths(speculation.k) if length < n_left]
         k = best_draft_length(lengths, acceptance.rate, proposer.cost + speculation.verify_cost)
         proposal = proposer.propose(token_ids, k) if k > 0 else None
@@ -216,7 +217,7 @@ def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -
     return max([0, *lengths], key=tokens_per_time)
 
 
-# ---- Proposers ----------------------------------------------------------------------------------------------
+# ---- Proposers ------------------------------------------------------------------------------------------------------
 
 
 class PromptLookup:
