@@ -132,7 +132,8 @@ class LLM:
     ):  # fmt: skip
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (cli/checkpoints.py).
         device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
-        have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
+        have, at most the model's own. compile: as --compile. sampling: fields of SamplingParams, such as temperature.
+        Raises UsageError."""
         names = [field.name for field in fields(SamplingParams)]
         for name in sampling:
             if name not in names:
