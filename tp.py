@@ -19,8 +19,8 @@ tp_plan is this table. Every rank runs the same lines. What a line does differs 
     cli/ranks.py                       rank 0 alone prints (silence), reads what the user types (input_lines) and
                                        converts checkpoints (call_on_rank_0); each has a trace file (rank_path)
 
-The collectives run on gloo between CPUs and on NCCL between GPUs. Where GPUs can read each other's memory, small
-tensors, such as a decode step's, are summed through that memory instead of NCCL.
+cli/ranks.py: process_group joins the processes. The collectives run on gloo between CPUs and on NCCL between GPUs.
+Where GPUs can read each other's memory, small tensors, such as a decode step's, are summed through it instead of NCCL.
 """
 
 import os

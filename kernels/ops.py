@@ -12,7 +12,7 @@
     experts_gate_up, experts_down      the matrix products with the chosen experts' weights
 
 They are called leaf operations, after the leaves of a call tree: a model calls them to compute anything, and they call
-no module. So a step is a list of them, which can be recorded (record.py). These are none:
+no module. So a step is a list of them, which can be recorded (record.py). Not among them are:
 
     rotate                  what comes before attention, where PyTorch computes attention itself
     sample                  from logits to token ids, after the model
