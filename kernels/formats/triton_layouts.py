@@ -5,7 +5,7 @@
     pack_scales, unpack_scales    Int4 and GroupedInt8: a scale and a zero point in one word
     by_column                     other scales
 
-All is plain PyTorch, since packing needs no Triton. kernels/triton/elements.py and tiles.py make floats of it.
+All is plain PyTorch, since packing needs no Triton. kernels/triton/elements.py makes floats of it.
 
 A row of W is an output, a column an input. A tile has 16 rows and 64 columns: 128 words of 8 elements. A warp loads it
 with one instruction: lane l gets words 4 l to 4 l + 3. They hold exactly the elements that the matrix unit wants from
