@@ -207,7 +207,7 @@ class Attention(AttentionParams):
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]; see kernels/reference.py: attend
+        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]; kernels/reference.py has the maths
         return self.o_proj(y, residual=residual)
 
     @property

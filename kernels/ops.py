@@ -128,18 +128,18 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
     are written to cache, the first at start_pos [B]."""
     batch, n_tokens, _ = qkv.shape
     if not has_attention_kernel(backend, batch, n_tokens, params.n_heads // cache.k.shape[1]):
-        q = rotate(qkv, params, cache, start_pos, backend)
-        return reference.attend_to_cache(q, params, cache, start_pos)
+        q = rope_and_cache(qkv, params, cache, start_pos, backend)
+        return reference.cached_attention(q, params, cache, start_pos)
     return ops_of_backend(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
 
 
-def rotate(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
-    """What comes before attention: the norm and RoPE of queries and keys, and the cache write. Returns the queries
+def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache. Returns the queries
     [B, T, H, D]."""
     if backend != "cpu" or not qkv.numel():
-        return reference.rotate(qkv, params, cache, start_pos)
+        return reference.rope_and_cache(qkv, params, cache, start_pos)
     n_heads, _, _, _, q_norm_weight, k_norm_weight, eps, _ = params.kernel_arguments()
-    return torch.ops.gptfast.rotate(
+    return torch.ops.gptfast.rope_and_cache(
         qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, n_heads, q_norm_weight, k_norm_weight, eps
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 
-EAGER_QUERIES = 256  # whose scores are in memory at a time
+EAGER_QUERIES = 256  # eager_attention holds the scores of this many queries in memory at a time
 
 
 def fused_linear(
@@ -90,11 +90,9 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
-    return attend_to_cache(rotate(qkv, params, cache, start_pos), params, cache, start_pos)
-
-
-def rotate(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
+def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache. Returns the queries
+    [B, T, H, D]."""
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
     q, k, v = qkv.view(B, T, -1, D).split([params.n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if params.q_norm is not None:
@@ -112,8 +110,9 @@ def rotate(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
     return apply_rope(q, rope)
 
 
-def attend_to_cache(q: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
-    """Attention of queries q [B, T, H, D], the first at start_pos [B], over the cache: [B, T, H D]."""
+def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
+    """Attends from q [B, T, H, D] to the keys and values in the cache: [B, T, H D]. The first of the T queries is at
+    start_pos [B]."""
     B, T, _, _ = q.shape
     positions = start_pos[:, None] + torch.arange(T, device=q.device)  # [B, T]
     q = q.transpose(1, 2)  # [B, H, T, D]
@@ -127,15 +126,15 @@ def attend_to_cache(q: Tensor, params: AttentionParams, cache: LayerCache, start
 
 
 def fills_cache(T: int, S: int) -> bool:
-    """Whether T new tokens are all that the cache of S positions holds, so that they start at position 0. False under
-    torch.compile, where this comparison would specialize the graph."""
+    """Returns whether T new tokens fill a cache of S positions, and so start at position 0. Always False under
+    torch.compile, where comparing T with S would specialize the graph."""
     return not torch.compiler.is_compiling() and S == T
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attention by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """Attends by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
-    if T == 1:  # several times faster: the query heads of a key/value head take the place of SDPA's query positions
+    if T == 1:  # SDPA is several times faster if the query heads of a key/value head stand where it expects positions
         mask = causal_mask(positions, S, params.window)
         y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
         return y.view(B, H, 1, D)
@@ -149,7 +148,7 @@ def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positi
 
 
 def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attention with what SDPA lacks: softcap, ALiBi and sinks. q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """Attends with what SDPA lacks, softcap, ALiBi and sinks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
@@ -161,7 +160,7 @@ def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, posit
         scores = scores + bias.view_as(scores)
     mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if params.sinks is not None:  # the score of one more key, which takes its part of the softmax's sum
+    if params.sinks is not None:  # the score of one more key, which counts in the sum of the softmax
         sinks = params.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
@@ -169,14 +168,14 @@ def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, posit
 
 
 def norm_heads(x: Tensor, norm: NormParams) -> Tensor:
-    """x [B, T, H, D], normed over each head, or over all heads together if the norm has so many weights."""
+    """Norms x [B, T, H, D] over each head, or, if the norm has H D weights, over all heads together."""
     if norm.weight.numel() == x.shape[-1]:
         return rms_norm(x, norm)
     return rms_norm(x.flatten(2), norm).view_as(x)
 
 
 def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
-    """Whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S], the same for all heads."""
+    """Returns which of S keys the token at each of positions [B, T] sees: [B, 1, T, S], the same for all heads."""
     queries, keys = positions[..., None], torch.arange(S, device=positions.device)
     mask = keys <= queries  # [B, T, S]
     if window:
@@ -185,7 +184,8 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates x [B, T, H, D] by rope [B, T, D/2, 2], cos and sin. As in Hugging Face, i and i + D/2 are a pair."""
+    """Rotates x [B, T, H, D] by rope [B, T, D/2, 2], cos and sin. Elements i and i + D/2 are a pair, as in Hugging
+    Face."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = rope[:, :, None].unbind(-1)  # [B, T, 1, D/2]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -101,7 +101,7 @@ def embed(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype, sca
     "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
     recordable=False, namespaces=CPU_ONLY,
 )  # fmt: skip
-def rotate(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps):
+def rope_and_cache(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps):
     return qkv.new_empty(*qkv.shape[:-1], n_heads, k_cache.shape[-1])
 
 

@@ -61,7 +61,7 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
 @pytest.mark.parametrize("n_heads, n_kv_heads, d", [(9, 3, 64), (2, 1, 256), (6, 2, 40)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
-    """In one sequence or in many, and with larger chunks of keys than few tokens have."""
+    """In one sequence or in many, and with longer splits than few tokens have."""
     torch.manual_seed(0)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1400)
     for window, tokens, starts in [
@@ -98,7 +98,7 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
 @pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_a_prompt(n_heads, n_kv_heads, d, norm, dtype, monkeypatch):
-    """Of more tokens than the kernel takes. One of another kind rotates them and writes the cache, PyTorch attends."""
+    """Of more tokens than attend takes: the kernel rope_and_cache and PyTorch's attention together."""
     torch.manual_seed(0)
     monkeypatch.setattr(reference, "EAGER_QUERIES", 30)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180)

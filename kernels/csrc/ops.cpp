@@ -179,16 +179,17 @@ Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, in
   return out;
 }
 
-// The RotateOp of these tensors, whose q is left open.
+// Checks these tensors and returns their RopeAndCacheOp. The caller sets q, the output.
 template <typename T>
-RotateOp<T> rotate_op(const Tensor& qkv, const Tensor& start_pos, const Tensor& k_cache, const Tensor& v_cache,
-                      const Tensor& rope, int64_t n_heads, const OptTensor& q_norm_weight,
-                      const OptTensor& k_norm_weight, double eps) {
-  const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), capacity = k_cache.size(2), d = k_cache.size(3);
+RopeAndCacheOp<T> rope_and_cache_op(const Tensor& qkv, const Tensor& start_pos, const Tensor& k_cache,
+                                    const Tensor& v_cache, const Tensor& rope, int64_t n_heads,
+                                    const OptTensor& q_norm_weight, const OptTensor& k_norm_weight, double eps) {
+  const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), d = k_cache.size(3);
+  const int64_t max_seq_len = k_cache.size(2);
   STD_TORCH_CHECK(start_pos.scalar_type() == ScalarType::Long && start_pos.is_contiguous(),
                   "start_pos must be int64 [B]");
   STD_TORCH_CHECK(start_pos.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
-  STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= capacity &&
+  STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= max_seq_len &&
                   rope.size(1) == d / 2, "rope must be float32 [S, D / 2, 2]");
   const bool norms_all_heads = q_norm_weight && q_norm_weight->numel() != d;
   STD_TORCH_CHECK((!q_norm_weight || q_norm_weight->numel() == (norms_all_heads ? n_heads : 1) * d) &&
@@ -202,20 +203,20 @@ RotateOp<T> rotate_op(const Tensor& qkv, const Tensor& start_pos, const Tensor& 
           .v_cache = mutable_ptr<T>(v_cache), .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1),
           .rope = ptr<float>(rope), .q_norm_weight = ptr<T>(q_norm_weight), .k_norm_weight = ptr<T>(k_norm_weight),
           .norms_all_heads = norms_all_heads, .eps = float(eps), .batch = batch, .n_tokens = m / batch,
-          .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = d, .capacity = capacity, .q = nullptr};
+          .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = d, .max_seq_len = max_seq_len, .q = nullptr};
 }
 
 int64_t qkv_width(const Tensor& k_cache, int64_t n_heads) {
   return (n_heads + 2 * k_cache.size(1)) * k_cache.size(3);
 }
 
-Tensor rotate(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, int64_t n_heads,
+Tensor rope_and_cache(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, int64_t n_heads,
               OptTensor q_norm_weight, OptTensor k_norm_weight, double eps) {
   const int64_t batch = k_cache.size(0), d = k_cache.size(3);
   const int64_t m = check_rows(qkv, qkv_width(k_cache, n_heads), {k_cache, v_cache, q_norm_weight, k_norm_weight});
   Tensor q = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads, d});
   dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
-    RotateOp<T> op = rotate_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps);
+    auto op = rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps);
     op.q = mutable_ptr<T>(q);
     submit(op);
   });
@@ -233,7 +234,8 @@ Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tens
                                     alibi_slopes->scalar_type() == ScalarType::Float), "slopes must be float32 [H]");
   Tensor out = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads * d});
   dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
-    AttendOp<T> op{rotate_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps)};
+    AttendOp<T> op{rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight,
+                                        eps)};
     op.sinks = ptr<T>(sinks), op.alibi_slopes = ptr<float>(alibi_slopes);
     op.scale = float(scale), op.softcap = float(softcap), op.window = window;
     op.out = mutable_ptr<T>(out);
@@ -329,7 +331,7 @@ STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gather_inputs", TORCH_BOX(&gather_inputs));
   m.impl("embed", TORCH_BOX(&embed));
-  m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("rope_and_cache", TORCH_BOX(&rope_and_cache));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("route", TORCH_BOX(&route));
   m.impl("experts_gate_up", TORCH_BOX(&experts_gate_up));

@@ -2,12 +2,12 @@
 
     attend    q/k norm, RoPE, cache write and softmax([ALiBi] q k^T) v, registered as torch.ops.gptfast_triton.attend
 
-It is Flash-Decoding: each program goes over a part of the cache with FlashAttention's online softmax
-(arXiv:2205.14135), and the last program to finish combines the parts. How many tokens are in the cache is read on the
-device, so one CUDA graph serves every position. kernels/reference.py computes the same in plain PyTorch.
+This is Flash-Decoding: the cache is cut into splits, each program goes over one split with FlashAttention's online
+softmax (arXiv:2205.14135), and the last program to finish combines the splits. How many tokens are in the cache is read
+on the device, so one CUDA graph serves every position. kernels/reference.py computes the same in plain PyTorch.
 
-In shape comments B is sequences, T new tokens of each, S the cache's length, H query heads, G key/value heads, D
-head_dim. In a program M is queries and N keys; BLOCK_M, BLOCK_N, BLOCK_D and BLOCK_T are powers of two.
+In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
+heads, D head_dim. In a program M is queries and N keys; BLOCK_M, BLOCK_N, BLOCK_D and BLOCK_T are powers of two.
 
 RoPE rotates the two halves of a head against each other. So queries and keys are held as two halves, q_lo and q_hi, of
 D / 2 elements each, in BLOCK_HALF.
@@ -22,7 +22,7 @@ from kernels.schema import triton_op
 from kernels.triton.launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
 from kernels.triton.linear import apply_softcap
 
-BLOCK_T = tl.constexpr(16)  # new tokens of a sequence: MAX_TRITON_NEW_TOKENS; tl.dot takes no fewer
+BLOCK_T = tl.constexpr(16)  # new tokens of a sequence; as kernels/ops.py: MAX_TRITON_NEW_TOKENS; tl.dot takes no fewer
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,20 +41,21 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr,
     DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: [N_SPLITS, G, B]. Program (i, g, b) takes part i of the cached tokens of sequence b, for the T * H / G
-    queries that use key/value head g. The parts are equal, and the last program also has the new tokens:
+    """Attends to one split. Grid: [N_SPLITS, G, B]. Program (i, g, b) takes split i of the cached tokens of sequence b,
+    for the T * H / G queries that use key/value head g. The splits are equal, and the last program also has the new
+    tokens:
 
         start_pos    0                              start           start + T
                      |   cached tokens              |   new tokens  |
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
-    The last program takes the new tokens from qkv, and only it writes them into the cache. So no program waits for
+    The last program takes the new tokens from qkv, and no other program writes to the cache. So no program waits for
     another.
 
     Each program stores its result in splits and stats, and counts itself in n_done. The program that finds all others
     counted combines the results, and sets the counter back to zero.
 
-    qk_scale and qk_softcap are those of logits to base 2, whose exponential is one instruction."""
+    The softmax is to base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
@@ -64,7 +65,7 @@ def attend_kernel(
     v_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     start = tl.load(start_pos_ptr + sequence).to(tl.int32)  # position of the first new token
 
-    # Load the new tokens. They come first, since they need not wait for start
+    # Load the new tokens first, since these loads need not wait for start
     offs_m = tl.arange(0, BLOCK_M)  # queries: all heads of token 0, all heads of token 1, ...
     token, head = offs_m // HEADS_PER_KV, kv_head * HEADS_PER_KV + offs_m % HEADS_PER_KV
     mask_m = token < T
@@ -74,12 +75,12 @@ def attend_kernel(
     k_lo, k_hi = load_halves(qkv_ptr, k_offset, new < T, D, BLOCK_HALF)
     v = load_vectors(qkv_ptr, k_offset + N_KV_HEADS * D, new < T, D, BLOCK_D)
 
-    # Norm and RoPE of the queries; what the softmax begins with
-    q_lo, q_hi = norm_and_rotate(
+    # Norm and rotate the queries, and begin the softmax
+    q_lo, q_hi = norm_and_rope(
         q_lo, q_hi, q_norm_weight_ptr, qkv_ptr, token, head, T, eps, rope_ptr, start + token,
         mask_m & is_inside(start + token, S), D, Q_NORM_HEADS, TOKEN_STRIDE, DTYPE,
     )  # fmt: skip
-    has_sink = mask_m & (split == N_SPLITS - 1)  # one of the splits has it
+    has_sink = mask_m & (split == N_SPLITS - 1)  # the sink counts once, in the last split
     m_i, l_i = initial_softmax(sinks_ptr, head, has_sink, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     slope = None
@@ -88,7 +89,7 @@ def attend_kernel(
 
     # Accumulate the cached tokens
     begin, end = split_bounds(start, S, split, WINDOW, N_SPLITS, BLOCK_N)
-    m_i, l_i, acc = attend_cached(
+    m_i, l_i, acc = attend_to_split(
         q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, qk_scale,
         qk_softcap, slope, D, WINDOW, BLOCK_N,
     )  # fmt: skip
@@ -96,7 +97,7 @@ def attend_kernel(
     # Accumulate the new tokens, and write them into the cache
     if split == N_SPLITS - 1:
         mask_new = (new < T) & is_inside(start + new, S)
-        k_lo, k_hi = norm_and_rotate(
+        k_lo, k_hi = norm_and_rope(
             k_lo, k_hi, k_norm_weight_ptr, qkv_ptr + N_HEADS * D, new, kv_head, T, eps, rope_ptr, start + new,
             mask_new, D, K_NORM_HEADS, TOKEN_STRIDE, DTYPE,
         )  # fmt: skip
@@ -111,11 +112,11 @@ def attend_kernel(
         store_vectors(v_cache_ptr, (start + new) * D, v, mask_new, D)
 
     # Epilogue
-    query = (sequence * T + token) * N_HEADS + head  # its index in [B, T, H]
+    query = (sequence * T + token) * N_HEADS + head  # index in [B, T, H]
     if N_SPLITS == 1:
         store_vectors(out_ptr, query * D, acc / l_i[:, None], mask_m, D)
     else:
-        counter = sequence * N_KV_HEADS + kv_head  # its index in [B, G]
+        counter = sequence * N_KV_HEADS + kv_head  # index in [B, G]
         store_and_combine(
             m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
             D, N_SPLITS, N_SPLITS_PADDED,
@@ -124,8 +125,8 @@ def attend_kernel(
 
 @triton.jit
 def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The cached tokens [begin, end) of a split: those before start that a new token sees, in N_SPLITS equal parts of
-    whole blocks."""
+    """Returns the cached tokens [begin, end) of a split. Those that some new token sees are cut into N_SPLITS equal
+    splits, of whole blocks."""
     first = tl.maximum(start - WINDOW + 1, 0) if WINDOW else 0
     split_len = tl.cdiv(tl.cdiv(start - first, N_SPLITS), BLOCK_N) * BLOCK_N
     begin = first + split * split_len
@@ -134,13 +135,13 @@ def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, 
 
 # ---- Softmax --------------------------------------------------------------------------------------------------------
 #
-# FlashAttention's names. For every query of a program: m_i, the largest score so far; l_i, the sum of 2^(score - m_i);
-# acc, the sum of 2^(score - m_i) v. The output is acc / l_i.
+# The names are FlashAttention's. For every query of a program m_i is the largest score so far, l_i the sum of
+# 2^(score - m_i), and acc the sum of 2^(score - m_i) v. The output is acc / l_i.
 
 
 @triton.jit
 def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
-    """m_i, l_i [BLOCK_M] before the first key. A sink is the score of a key whose value is zero."""
+    """Returns m_i and l_i [BLOCK_M] before the first key. A sink is the score of a key whose value is zero."""
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf: for a query that sees nothing, -inf - -inf would be NaN
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
@@ -151,11 +152,11 @@ def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def attend_cached(
+def attend_to_split(
     q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, qk_scale, qk_softcap, slope,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Takes the cached tokens [begin, end) into the softmax of queries at position [BLOCK_M]."""
+    """Adds the cached tokens [begin, end) to the softmax of the queries at position [BLOCK_M]."""
     for n in range(begin, end, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)
         k_lo, k_hi = load_halves(k_cache_ptr, key * D, key < end, D, q_lo.shape[1])
@@ -172,9 +173,10 @@ def attend_cached(
 
 @triton.jit
 def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc):
-    """Takes keys [N, D] and values v [N, D] that mask [M, N] lets queries [M, D] see into m_i [M], l_i [M] and acc
-    [M, D]. The products' factors are of q's type. slope [M], if it is not None, times the keys' distance [M, N] from
-    the queries is added to the scores (ALiBi)."""
+    """Adds keys [N, D] and values v [N, D] to the softmax of queries [M, D]: to m_i [M], l_i [M] and acc [M, D].
+
+    mask [M, N]: which keys a query sees. slope [M], if not None: slope * distance [M, N] is added to the scores
+    (ALiBi). Both factors of a product have the type of q."""
     k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
     qk *= qk_scale
@@ -196,9 +198,9 @@ def store_and_combine(
     m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the result of one split for the queries at indices query [BLOCK_M] of [B, T, H], and counts it in n_done
-    at index counter. The last program to come here stores the output."""
-    first_split = query * N_SPLITS  # its index in [B, T, H, N_SPLITS]
+    """Stores the result of one split for the queries at indices query [BLOCK_M] of [B, T, H], and counts this program
+    in n_done at index counter. The last program to come here stores the output."""
+    first_split = query * N_SPLITS  # index in [B, T, H, N_SPLITS]
     store_vectors(splits_ptr, (first_split + split) * D, acc, mask_m, D)
     tl.store(stats_ptr + (first_split + split) * 2, m_i, mask=mask_m)
     tl.store(stats_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
@@ -214,8 +216,8 @@ def combine_splits(
     splits_ptr, stats_ptr, first_split, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Attention's output [BLOCK_M, BLOCK_D] from that of the splits, for queries whose first split is at index
-    first_split [BLOCK_M]. Other programs have just written them, so they are read past the first-level cache."""
+    """Combines the results of all splits into the output [BLOCK_M, BLOCK_D]. first_split [BLOCK_M]: the index of the
+    first split of a query. Other programs have just written the results, so loads go past the first-level cache."""
     split = tl.arange(0, N_SPLITS_PADDED)[None, :]
     stat_ptr, mask_stats = stats_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
     m_splits = tl.load(stat_ptr, mask=mask_stats, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, N_SPLITS_PADDED]
@@ -237,25 +239,28 @@ def combine_splits(
 
 
 @triton.jit
-def norm_and_rotate(
+def norm_and_rope(
     lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, rope_ptr, position, mask,
     D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """New queries or keys, given and returned as halves [X, BLOCK_HALF]: norm, if there is a weight, and RoPE."""
+    """Norms new queries or keys, if there is a weight, and rotates them. They are given and returned as halves
+    [X, BLOCK_HALF]."""
     lo, hi = lo.to(tl.float32), hi.to(tl.float32)
     if norm_weight_ptr is not None:
-        lo, hi = rms_norm(lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, D, NORM_HEADS, TOKEN_STRIDE)
-    return rotate(lo, hi, rope_ptr, position, mask, D, DTYPE)
+        lo, hi = norm_halves(lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, D, NORM_HEADS, TOKEN_STRIDE)
+    return apply_rope(lo, hi, rope_ptr, position, mask, D, DTYPE)
 
 
 @triton.jit
-def rms_norm(
+def norm_halves(
     lo, hi, weight_ptr, heads_ptr, token, head, T, eps,
     D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Vectors of D elements, given and returned as halves [X, BLOCK_HALF], divided by their rms and multiplied with the
-    weight [D]. If NORM_HEADS > 1, each is one head [X] of a token [X]. Then the rms is that of all NORM_HEADS heads of
-    the token, which are at heads_ptr, and the weight is [NORM_HEADS, D]."""
+    """Divides heads of D elements by their rms and multiplies them with the weight [D]. They are given and returned as
+    halves [X, BLOCK_HALF]. head [X] and token [X] say which heads they are.
+
+    If NORM_HEADS > 1, NORM_HEADS heads of a token, at heads_ptr, are normed together: the rms is that of all these
+    heads, and the weight is [NORM_HEADS, D]."""
     if NORM_HEADS == 1:
         squares = tl.sum(lo * lo + hi * hi, axis=1)
         weight_offset = tl.zeros([1], tl.int32)
@@ -263,14 +268,15 @@ def rms_norm(
         squares = sum_of_squares(heads_ptr, token, T, NORM_HEADS * D, TOKEN_STRIDE)
         weight_offset = head * D + tl.zeros([1], tl.int32)  # [X], or [1] if all are of one head
     inverse_rms = tl.rsqrt(squares / (NORM_HEADS * D) + eps)[:, None]
-    no_mask = weight_offset >= 0  # all true
-    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, no_mask, D, lo.shape[1])
+    all_true = weight_offset >= 0
+    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, all_true, D, lo.shape[1])
     return lo * (inverse_rms * weight_lo.to(tl.float32)), hi * (inverse_rms * weight_hi.to(tl.float32))
 
 
 @triton.jit
 def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexpr):
-    """Of the first WIDTH elements of each token [X], at ptr: [X]. A token is read once, however many heads it has."""
+    """Sums up the squares of the first WIDTH elements of each token [X] at ptr: [X]. Reads every token once, even if
+    several of its heads are asked for."""
     i = tl.arange(0, triton.next_power_of_2(WIDTH))
     total = tl.zeros(token.shape, tl.float32)
     for t in range(T):
@@ -280,9 +286,9 @@ def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexp
 
 
 @triton.jit
-def rotate(lo, hi, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Vectors of D elements, given and returned as halves [X, BLOCK_HALF], rotated for position [X]. Those outside
-    mask [X] become zeros."""
+def apply_rope(lo, hi, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Rotates vectors of D elements, given and returned as halves [X, BLOCK_HALF], for position [X]. A vector outside
+    mask [X] becomes zeros."""
     d = tl.arange(0, lo.shape[1])
     mask_d = d < D // 2
     angle_ptr = rope_ptr + position[:, None] * D + 2 * d[None, :]  # rope is [S, D / 2, 2]
@@ -296,20 +302,20 @@ def rotate(lo, hi, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def is_inside(position, S):
-    """Whether there is such a position in the cache."""
+    """Returns whether the cache has this position."""
     return (position >= 0) & (position < S)
 
 
 @triton.jit
 def load_vectors(ptr, offset, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vectors of D elements at ptr + offset [X]: [X, BLOCK_D], the rest zeros."""
+    """Loads vectors of D elements at ptr + offset [X]: [X, BLOCK_D], filled up with zeros."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(ptr + offset[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def load_halves(ptr, offset, mask, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The same vectors' halves: [X, BLOCK_HALF] each."""
+    """Loads vectors of D elements at ptr + offset [X] as two halves: [X, BLOCK_HALF] each."""
     d = tl.arange(0, BLOCK_HALF)
     lo_ptr, mask_lo = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
     lo = tl.load(lo_ptr, mask=mask_lo, other=0.0)
@@ -340,19 +346,17 @@ def attend(
     n_heads: int, scale: float, window: int, softcap: float, q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None, eps: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """qkv [B, T, (H + 2 G) D] -> [B, T, H D]. A sequence's first new token is at start_pos [B], the others right after
-    it.
+    """Computes qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The T new tokens of a sequence are at start_pos [B] and the
+    positions after start_pos. T is at most 16 and T H / G at most 64: a program has that much room.
 
-    Keys and values go into the caches [B, G, S, D], which hold those of earlier tokens and may be views of longer
-    ones. Nothing is read or written beyond S. rope [S, D / 2, 2] is cosine and sine of every position's angles.
-    q_norm_weight, k_norm_weight: [D] to norm each head, [H D] and [G D] to norm all heads of a token together. sinks:
-    [H], scores of a key whose value is zero. window: a token sees no more than so many, itself included, if it is not
-    0. Scores are q k^T times scale, then, if softcap is not 0, capped. alibi_slopes: [H] float32; slope * (position of
-    the key - position of the query) is added to the scores then.
+    k_cache, v_cache: [B, G, S, D], perhaps views of longer caches. They hold the keys and values of earlier tokens, and
+    get those of the new tokens. Nothing is read or written beyond S.
+    rope: [S, D / 2, 2], cosine and sine of the angles of every position.
+    q_norm_weight, k_norm_weight: [D] to norm each head; [H D] and [G D] to norm all heads of a token together.
 
-    T may be up to 16, and T H / G up to 64: a program has that much room."""
-    (batch, n_tokens, _), (_, n_kv_heads, cache_len, head_dim) = qkv.shape, k_cache.shape
-    n_splits = choose_splits(gpu_of(qkv.device).num_sms, batch * n_kv_heads, cache_len, window)
+    scale, softcap, window, alibi_slopes, sinks: see AttentionParams and LayerCache in kernels/params.py."""
+    (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
+    n_splits = choose_splits(gpu_of(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
     out = qkv.new_empty(batch, n_tokens, n_heads * head_dim)
@@ -365,7 +369,7 @@ def attend(
         qkv, k_cache, v_cache, start_pos, rope, q_norm_weight, k_norm_weight, sinks, alibi_slopes,
         out, splits, stats, done_counters(qkv.device),
         eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
-        k_cache.stride(0), k_cache.stride(1), cache_len, n_tokens,
+        k_cache.stride(0), k_cache.stride(1), max_seq_len, n_tokens,
         n_heads, n_kv_heads, head_dim, window,
         Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
         K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
@@ -382,10 +386,10 @@ def attend(
     return out
 
 
-def choose_splits(num_sms: int, programs_per_split: int, cache_len: int, window: int) -> int:
-    """N_SPLITS: as many as give every multiprocessor two programs, of 64 tokens or more each. A short cache is one
-    split, which needs no combining."""
-    n_visible = min(cache_len, window) if window else cache_len
+def choose_splits(num_sms: int, programs_per_split: int, max_seq_len: int, window: int) -> int:
+    """Chooses N_SPLITS, so that every multiprocessor gets two programs, but no split is shorter than 64 tokens. A short
+    cache is one split, which needs no combining."""
+    n_visible = min(max_seq_len, window) if window else max_seq_len
     if n_visible <= 128:
         return 1
     return min(triton.cdiv(2 * num_sms, programs_per_split), triton.cdiv(n_visible, 64))
