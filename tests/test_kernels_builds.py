@@ -14,9 +14,12 @@ import pytest
 import torch
 
 import kernels
-from kernels import prepare
+from kernels import ops, prepare
+from kernels.formats.base import CPU_BLOCK_N
+from kernels.triton import attention
+from kernels.triton.elements import pack_offset
 from layers import ExpertsDown
-from scripts.kernel_checks.exact_results import CPU_FORMATS, make_linear
+from scripts.kernel_checks.exact_results import CPU_FORMATS, OFFSETS, make_linear
 from tests.compiler import write_compiler
 from tests.cpu_kernels import built
 from tests.tiny import ROOT
@@ -149,3 +152,16 @@ def test_every_check_says_what_is_wrong():
     checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
     bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]
     assert len(checks) > 20 and bare == ['!error, error ? error : ""']
+
+
+def test_sizes_are_the_same_in_all_languages():
+    """Numbers that Python, C++ and Triton each have to know."""
+    code = (kernels.cpu.SOURCES / "weights.h").read_text()
+    sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
+    assert sizes["MAX_TOKENS"] == ops.MAX_CPU_TOKENS
+    assert f"activations must be of 1 to {ops.MAX_CPU_TOKENS} tokens" in (kernels.cpu.SOURCES / "ops.cpp").read_text()
+    assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
+    assert attention.BLOCK_T.value == ops.MAX_TRITON_NEW_TOKENS
+    offsets = {dtype: OFFSETS[dtype] for dtype in (torch.bfloat16, torch.float16)}
+    packed = {dtype: torch.tensor([pack_offset(dtype)], dtype=torch.int32).view(dtype).tolist() for dtype in offsets}
+    assert packed == {dtype: [offset, offset] for dtype, offset in offsets.items()}

@@ -1,4 +1,4 @@
-// Activations, in the form that the products with weights read: normed, and quantized or copied into tiles.
+// Prepares activations for the products with weights: norms them, and quantizes them or copies them into tiles.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@ constexpr int64_t TILE_BYTES = 1024;
 
 // ---- RMSNorm --------------------------------------------------------------------------------------------------------
 
-// 1 / rms(x) of x [k].
+// Returns 1 / rms(x) of x [k].
 template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
   Vec squares = {};
   for (int64_t i = 0; i < k; i += LANES) {
@@ -21,7 +21,7 @@ template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
   return 1 / std::sqrt(sum(squares) / k + eps);
 }
 
-// Elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds to T before the product with weight, as
+// Computes elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds to T before the product with weight, as
 // kernels/reference.py does.
 template <typename T> Vec normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
   T rounded[LANES];
@@ -29,7 +29,7 @@ template <typename T> Vec normed_vec(const T* x, const T* weight, float inverse_
   return load_vec(rounded) * load_partial(weight, i, k);
 }
 
-// out [k] = x [k] * inverse_rms * weight [k]. Returns out, which may be x.
+// Computes out [k] = x [k] * inverse_rms * weight [k]. Returns out, which may be x.
 template <typename T> const T* apply_norm(const T* x, const T* weight, float inverse_rms, int64_t k, T* out) {
   for (int64_t i = 0; i < k; i += LANES) store_partial(normed_vec(x, weight, inverse_rms, i, k), out, i, k);
   return out;
@@ -44,29 +44,30 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * sum of x
 //
-// The last sum is the same for all outputs, so it is computed once, here. Which form it has depends on the format:
+// The sum of x is the same for all outputs, so it is computed once, here. Its form depends on the format of w:
 //
-//     F::SHARED_ZERO    All weights have this zero. zero_term = -zero * (sum of q) is added to every group of
-//                       activations' sum of w * q.
-//     the others        A group of weights has a zero of its own, and is as long as several groups of activations.
+//     F::SHARED_ZERO    All weights have one zero. zero_term = -zero * (sum of q) is added to the sum of w * q of every
+//                       group of activations.
+//     other formats     A group of weights has a zero of its own, and is as long as several groups of activations.
 //                       running_sum is the sum of x from the beginning of the group of weights to the end of this group
-//                       of activations. The loops read it at the last one, where it is the whole sum.
+//                       of activations. The loops read running_sum at the end of the group of weights, where it is the
+//                       whole sum.
 struct QuantizedGroup {
   float scale;  // NaN if one of x is not finite; then the outputs are NaN, too
   union { float zero_term, running_sum; };
   int8_t q[ACT_GROUP];
 };
 
-// Whether activations of type T are quantized for a product with weights of format F. With float32 (--precision
-// float32) nothing is.
+// Whether activations of type T are quantized for a product with weights of format F. Float32 activations (--precision
+// float32) never are.
 template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVATIONS && !std::is_same_v<T, float>;
 
-// Whether they become float, for a product with weights of format F.
+// Whether activations of type T become float for a product with weights of format F.
 template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Dense> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to groups [padded k / ACT_GROUP], two groups at a time, each in half of a Vec. F: w's format.
+// Quantizes x [k] to groups [padded k / ACT_GROUP], two groups at a time, each in half of a Vec. F: the format of w.
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
   const auto add = [](IntVec a, IntVec b) { return a + b; };
@@ -74,7 +75,7 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   float running_sum = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
     const Vec v = load_partial(x, k, w.k);
-    // The largest magnitude of each group. Without their sign, floats compare like their bits, and NaN is the largest.
+    // Find the largest magnitude of each group. Without a sign, floats compare like their bits, and NaN is the largest.
     const Vec peak = (Vec)reduce_halves((IntVec)v & 0x7fffffff, maximum);
     const Vec scale = peak * (1 / 127.0f) + peak * 0.0f;  // infinity becomes NaN
     const IntVec q = (IntVec)(v * (peak > 1e-30f ? 127 / peak : Vec{}) + to_int) - (IntVec)to_int;
@@ -94,18 +95,18 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 
 // ---- The input of a product -----------------------------------------------------------------------------------------
 
-// A token's activations, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, float [k] if is_widened,
-// else T [k].
-using ActivationRow = const void*;
+// The activations of a token, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, float [k] if
+// is_widened, else T [k].
+using PreparedInput = const void*;
 
-// The activations x [m, k] of a product with w. They are normed first if norm_weight [k] is not null.
+// Prepares the activations x [m, k] of a product with w. Norms them first, if norm_weight [k] is not null.
 template <typename T> struct ProductInput {
   const T* x;
   int64_t m;
   const Weights& w;
   const T* norm_weight;
   float eps;
-  bool for_amx = false;  // they become tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], filled up with zeros
+  bool for_amx = false;  // copy x into tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], filled up with zeros
 
   bool is_quantized() const {
     return !for_amx && dispatch_format(w.format, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
@@ -116,7 +117,7 @@ template <typename T> struct ProductInput {
   int64_t padded_m() const { return for_amx ? (m + TILE_M - 1) / TILE_M * TILE_M : m; }
   int64_t padded_k() const { return (w.k + TILE_K - 1) / TILE_K * TILE_K; }
 
-  // The size of a prepared token; 0 if that is the row of x itself.
+  // Returns the size of a prepared token; 0 if the row of x is used as it is.
   int64_t token_bytes() const {
     if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
     if (is_widened()) return padded_k() * sizeof(float);
@@ -128,16 +129,17 @@ template <typename T> struct ProductInput {
   bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
   size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
 
-  // Fills tokens [m]; of tiles only the first, with their address. They are valid until this thread's next call or, if
-  // they are shared, until the operation ends.
-  void prepare(char* shared, Barrier& barrier, ActivationRow* tokens) const {
+  // Prepares x and fills tokens [m]. With for_amx leaves tokens alone, and returns the address of the tiles. What is
+  // prepared is valid until this thread calls prepare again or, if is_shared, until the operation ends.
+  const char* prepare(char* shared, Barrier& barrier, PreparedInput* tokens) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Range range = is_shared() ? thread_range(m) : Range{0, m};
     for (int64_t i = range.begin; i < range.end; i++) prepare_token(i, memory);
-    for (int64_t i = 0; i < m; i++)
-      tokens[i] = token_bytes() ? static_cast<ActivationRow>(memory + i * token_bytes()) : x + i * w.k;
+    for (int64_t i = 0; i < m && !for_amx; i++)
+      tokens[i] = token_bytes() ? static_cast<PreparedInput>(memory + i * token_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
+    return memory;
   }
 
   void prepare_token(int64_t i, char* memory) const {

@@ -4,8 +4,8 @@
 //
 //     activations [16 tokens, 32 inputs]  *  weights [32 inputs, 16 outputs]  ->  sums [16 tokens, 16 outputs], float32
 //
-// Weights of any format become bf16 on the way, once for all tokens. Those with scales of groups are rounded to it, as
-// they are in prefill's matrix products. Activations are not quantized.
+// Weights of any format become bf16 on the way, once for all tokens. Weights with scales of groups are rounded to bf16,
+// as in the matrix products of prefill. Activations are not quantized.
 #pragma once
 
 #include <optional>
@@ -16,7 +16,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Whether this process may use AMX. Linux wants to be asked for it, and a sandbox may say no.
+// Asks Linux whether this process may use AMX. A sandbox may say no.
 inline bool has_amx() {
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   static const bool is_permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
@@ -32,7 +32,7 @@ template <typename T> bool uses_amx(const Weights& w, int64_t m) {
   });
 }
 
-// While it lives, this thread's tile registers have 16 rows of 64 bytes each.
+// Configures the tile registers of this thread, with 16 rows of 64 bytes each, until it is destroyed.
 class TileRegisters {
   struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -53,25 +53,25 @@ class TileRegisters {
 // Lane i gets the pair (a[i], b[i]), cut to bf16.
 inline IntVec bf16_pairs(Vec a, Vec b) { return (IntVec)(((UIntVec)a >> 16) | ((UIntVec)b & 0xffff0000)); }
 
-// A line of memory, while lines ahead of it are fetched.
+// Loads a line of memory, and prefetches the lines ahead.
 inline IntVec load_ahead(const char* data) {
   prefetch_l2(data + PREFETCH_L2);
   prefetch_l1(data + PREFETCH_L1);
   return load<IntVec>(data);
 }
 
-// Adds half of the last place that bf16 has. Then v, cut to bf16, is the nearest one.
+// Adds half of the last place that bf16 has. Then cutting v to bf16 rounds to nearest.
 inline Vec add_half_ulp(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
 
-// Makes bf16 of a line, 16 words of format F:
+// Decodes a line, 16 words of format F, to bf16:
 //
 //     set_group(w, group)    for the lines of this group of inputs
 //     decode(words, lines)   PER_WORD / 2 lines of a tile: in line i elements 2 i and 2 i + 1 of each of the 16 outputs,
 //                            as AMX wants it (VNNI layout)
 //
-// The scales of outputs, and those of sums (SCALES_SUMS), are left to dot_amx.
+// dot_amx applies the scales of outputs and of sums (SCALES_SUMS).
 //
-// This one serves any format. The others are faster.
+// This template serves any format. Its specializations are faster.
 template <typename F> struct LineDecoder {
   ScalesAndZeros group = {};
 
@@ -157,8 +157,8 @@ template <> struct LineDecoder<MXFP4> {
   }
 };
 
-// Reads a block of weights as tiles of TILE_K inputs, the first one first: read(begin, end, lines) gives the next tile,
-// of inputs [begin, end), line by line as LineDecoder does.
+// Reads a block of weights in order, as tiles of TILE_K inputs: read(begin, end, lines) gives the next tile, of inputs
+// [begin, end), line by line as LineDecoder does.
 template <typename F> class WeightTiles {
   const Weights& w;
   const char* data;
@@ -199,7 +199,7 @@ template <> class WeightTiles<Dense> {
 
 // ---- The product ----------------------------------------------------------------------------------------------------
 
-// out [16 N, BLOCK_N] = activations [16 N, k], as tiles [k / TILE_K, N], times a block of w.
+// Computes out [16 N, BLOCK_N] = activations [16 N, k], as tiles [k / TILE_K, N], times a block of w.
 template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* tiles, Vec* out) {
   WeightTiles<F> weights(w, block);
   IntVec lines[TILE_K / 2];
@@ -250,12 +250,12 @@ static_assert(MAX_TOKENS == 4 * TILE_M);
 template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
-// The same as dot in dot.h, for activations in tiles.
-inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, ActivationRow tiles,
+// Computes what dot in dot.h does, for activations in tiles.
+inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* tiles,
                     Outputs* out) {
   dispatch_format(w.format, [&]<typename F>(F) {
     const auto dot_block = DOT_AMX<F>[(m - 1) / TILE_M];
-    for (int64_t b = 0; b < n_blocks; b++) dot_block(w, blocks[b], static_cast<const char*>(tiles), out[b]);
+    for (int64_t b = 0; b < n_blocks; b++) dot_block(w, blocks[b], tiles, out[b]);
   });
 }
 
@@ -263,5 +263,5 @@ inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t 
 inline bool has_amx() { return false; }
 struct TileRegisters {};
 template <typename T> bool uses_amx(const Weights&, int64_t) { return false; }
-inline void dot_amx(int64_t, const Weights&, const int64_t*, int64_t, ActivationRow, Outputs*) {}
+inline void dot_amx(int64_t, const Weights&, const int64_t*, int64_t, const char*, Outputs*) {}
 #endif

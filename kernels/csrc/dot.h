@@ -6,7 +6,7 @@
 // times, while it is in the cache.
 //
 //     dot_w8a8           8-bit weights, activations rounded to 8 bits
-//     dot_grouped        the same for 8- or 4-bit weights of which groups share scales and zeros
+//     dot_grouped        8- or 4-bit weights in groups with scales and zeros, activations rounded to 8 bits
 //     dot_weight_only    weights of any packed format, float32 activations
 //     dot_float8         8-bit floats as weights, bf16 or float32 activations
 //     dot_dense          weights of the activations' type
@@ -59,7 +59,7 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 
 // Int8 weights, M tokens. BLOCKS blocks at a time share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const ActivationRow* tokens, Vec* const* out) {
+void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
@@ -100,7 +100,7 @@ template <typename F> BytePair load_bytes(const char* words) {
 
 // Weights of format F, Int4, MXFP4 or GroupedInt8, M tokens.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const ActivationRow* tokens, Vec* const* out) {
+void dot_grouped(const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   constexpr int64_t N_BYTES = 64 * ACT_GROUP / F::PER_WORD;  // of a block's weights for ACT_GROUP inputs
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
@@ -140,7 +140,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const ActivationRow* t
 
 // Weights of packed format F, M tokens of float32 activations. Nothing is rounded but in float32.
 template <typename F, int M>
-void dot_weight_only(const Weights& w, int64_t block, const ActivationRow* tokens, Vec* out) {
+void dot_weight_only(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
   const char* data = w.block_data(block);
   Vec total[M] = {};
   for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
@@ -179,7 +179,7 @@ inline Vec add_pairs(Vec a, Vec b) {
 }
 
 // M tokens of activations of type X, bf16 or float, times a block. Each group of inputs is summed up and then scaled.
-template <int M, typename X> void dot_float8(const Weights& w, int64_t block, const ActivationRow* tokens, Vec* out) {
+template <int M, typename X> void dot_float8(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
   constexpr int UNROLL = M <= 2 ? 2 : 1;  // independent sums along k, so that no addition waits for the one before
   const char* data = w.block_data(block);
@@ -232,7 +232,7 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 // Not inlined into dot_dense, so that its loop has more registers.
 template <typename T>
 [[gnu::noinline]]
-void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const ActivationRow* tokens, int64_t m, Vec* out) {
+void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const PreparedInput* tokens, int64_t m, Vec* out) {
   for (int64_t i = 0; i < m; i++)
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = begin; j < k; j++)
@@ -240,7 +240,7 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const Activa
 }
 
 // Weights of the activations' type T, output by output: [n, k]. M tokens.
-template <int M, typename T> void dot_dense(const Weights& w, int64_t block, const ActivationRow* tokens, Vec* out) {
+template <int M, typename T> void dot_dense(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
   constexpr int R = M <= 2 ? 1 : 4;       // outputs at a time, which share the loads of the activations
   constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along k, so that no addition waits for the one before
   constexpr int64_t WIDTH = 64 / sizeof(T);
@@ -254,7 +254,7 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
       for (int j = 0; j < R; j++) {
-        // So many bytes ahead in weight[j]. Beyond its end that is in the output that is read next, R outputs on.
+        // Goes bytes ahead in weight[j], and beyond the end of weight[j] on in the output that is read next, R further.
         const auto ahead = [&](int64_t bytes) {
           const int64_t to = i + bytes / int64_t(sizeof(T));
           return weight[j] + to + (to < k ? 0 : (R - 1) * k);
@@ -282,13 +282,13 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
 
 // ---- Any weights ----------------------------------------------------------------------------------------------------
 
-// A block's outputs v and its part of bias [n], if bias is not null.
+// Adds the bias [n] of a block, if bias is not null, to the outputs v of the block.
 template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t n) {
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// y: the products with some blocks of weights. Returns token i's outputs in block blocks[b], after bias and activation.
-// With an activation b is 0, and the blocks are one of the gate projection and one of the up projection.
+// Applies bias and activation. y: the products with some blocks of weights. Returns the outputs of token i in block
+// blocks[b]. With an activation b is 0, and blocks are one of the gate projection and one of the up projection.
 template <typename T>
 Vec finish_product(const Outputs* y, int64_t i, int64_t b, const int64_t* blocks, const T* bias, int64_t n,
                    Glu activation) {
@@ -296,31 +296,31 @@ Vec finish_product(const Outputs* y, int64_t i, int64_t b, const int64_t* blocks
   return is_gated(activation) ? activate(v, add_bias(y[1][i], bias, blocks[1], n), activation) : v;
 }
 
-// The product of M tokens with BLOCKS blocks of weights, for any packed format, and overloads for some. T: the
-// activations' type.
+// Multiplies M tokens with BLOCKS blocks of weights. This template serves any packed format, its overloads some. T: the
+// type of the activations.
 template <int M, int BLOCKS, typename T, typename F>
-void dot_blocks(F, const Weights& w, const int64_t* blocks, const ActivationRow* tokens, Vec* const* out) {
+void dot_blocks(F, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   if constexpr (ROUNDS_TO_INT8<F, T>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename T>
-void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const ActivationRow* tokens, Vec* const* out) {
+void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   for (int b = 0; b < BLOCKS; b++) dot_dense<M, T>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename T>
-void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const ActivationRow* tokens, Vec* const* out) {
+void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   if constexpr (ROUNDS_TO_INT8<Int8, T>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename T>
-void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const ActivationRow* tokens, Vec* const* out) {
+void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   using X = std::conditional_t<WIDENS_TO_FLOAT<Float8, T>, float, T>;
   for (int b = 0; b < BLOCKS; b++) dot_float8<M, X>(w, blocks[b], tokens, out[b]);
 }
 
 // dot for M tokens, at most BLOCK_M.
 template <int M, typename T>
-void dot_tokens(const Weights& w, const int64_t* blocks, int64_t n_blocks, const ActivationRow* tokens,
+void dot_tokens(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedInput* tokens,
                 Vec* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
     // Two blocks share the loads of these many activations.
@@ -337,7 +337,7 @@ template <typename T, int... I> constexpr auto dot_by_tokens(std::integer_sequen
 
 // out[b][i] = block blocks[b] of w . tokens[i], for m tokens [m] and n_blocks blocks, 1 or 2.
 template <typename T>
-void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const ActivationRow* tokens,
+void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedInput* tokens,
          Outputs* out) {
   static constexpr auto by_tokens = dot_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
   const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // of about the same number of tokens

@@ -1,13 +1,13 @@
-// linear, the operations that it can fuse (rms_norm, glu, add), gather_inputs, dequantize, and embed.
+// fused_linear, the operations that it can fuse (rms_norm, glu, add), gather_inputs, dequantize, and embed.
 #pragma once
 
 #include "amx.h"
 
-// out [m, n_out] = [residual +] [clip] [cap] out_scale * [activation] ([rms_norm] x [m, k] W^T [+ bias])
+// Computes out [m, n_out] = epilogue(norm(x [m, k]) W^T), in the order that kernels/ops.py gives for fused_linear.
 //
-// With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each has n / 2
-// outputs, a multiple of BLOCK_N, so that a block of one never reaches into the other.
-template <typename T> struct LinearOp {
+// With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each projection
+// has n / 2 outputs, a multiple of BLOCK_N, so that a block of one never reaches into the other.
+template <typename T> struct FusedLinearOp {
   const T* x;
   int64_t m;
   Weights w;
@@ -27,8 +27,8 @@ template <typename T> struct LinearOp {
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
-    ActivationRow tokens[MAX_TOKENS];
-    input().prepare(shared, barrier, tokens);
+    PreparedInput tokens[MAX_TOKENS];
+    const char* tiles = input().prepare(shared, barrier, tokens);
     const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
     Outputs y[2];
     std::optional<TileRegisters> tile_registers;
@@ -36,7 +36,7 @@ template <typename T> struct LinearOp {
     for (int64_t block = range.begin, n_blocks; block < range.end; block += n_blocks) {
       n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // of outputs
       const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
-      if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tokens[0], y);
+      if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, y);
       else dot<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, y);
       for (int64_t i = 0; i < m; i++)
         for (int64_t b = 0; b < n_blocks; b++)
@@ -63,8 +63,8 @@ template <typename T> struct RMSNormOp {
   const T* residual;  // [m, k] or null
   T* out;
 
-  // The threads share out the elements. Each sums up the squares of all tokens of which it has a part, which is cheaper
-  // than another barrier.
+  // The threads share out the elements. A thread that has some elements of a token sums up the squares of all of the
+  // token, which is cheaper than another barrier.
   void execute(char*, Barrier&) const {
     const int64_t vecs_per_token = (k + LANES - 1) / LANES;
     const Range range = thread_range(m * vecs_per_token);
@@ -79,7 +79,7 @@ template <typename T> struct RMSNormOp {
   }
 };
 
-// out [m, n]: element i of a token is element order[i] of its x [m, k]
+// Computes out [m, n] from x [m, k]: element i of a token becomes element order[i] of the same token.
 template <typename T> struct GatherInputsOp {
   const T* x;
   int64_t m, k;
@@ -87,7 +87,7 @@ template <typename T> struct GatherInputsOp {
   int64_t n;
   T* out;
 
-  // The threads share out the elements, in pieces of LANES, so that no two write to one of these.
+  // The threads share out the elements, in pieces of LANES, so that no two threads write to one piece.
   void execute(char*, Barrier&) const {
     const Range range = thread_range((n + LANES - 1) / LANES);
     const int64_t begin = range.begin * LANES, end = std::min(n, range.end * LANES);
@@ -127,14 +127,14 @@ template <typename T> struct AddOp {
   }
 };
 
-// The inputs in a line of a block, [F::PER_WORD, 16 outputs].
+// Unpacks a line of a block to inputs [F::PER_WORD, 16 outputs].
 template <typename F> void line_to_inputs(F, const char* line, Vec* out) {
   const IntVec words = load<IntVec>(line);
   for (int j = 0; j < F::PER_WORD; j++) out[j] = as_float(F::element(words, j));
 }
 inline void line_to_inputs(Float8, const char* line, Vec* out) { float8_to_inputs(load<IntVec>(line), out); }
 
-// out [k] = one row of the matrix. Its words lie in the lines of its block, beside those of the 15 other rows.
+// Computes out [k] = one row of the matrix. The words of 16 rows, one of them this, lie side by side in the lines.
 template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
   const int64_t block = row / BLOCK_N, lane = row % BLOCK_N;
   const char* line = w.block_data(block);
@@ -182,7 +182,7 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// out [n, k] = the matrix that weights of packed format F stand for. For prefill, so it is not recorded on a tape.
+// Computes out [n, k] = the matrix that weights of packed format F stand for. Serves prefill, so no tape records it.
 //
 // A line holds a few inputs of 16 outputs, but a row of out is one output. So 16 inputs at a time, a Vec each, are
 // transposed: then each Vec is a piece of a row.

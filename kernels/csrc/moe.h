@@ -1,16 +1,16 @@
-// A mixture of experts: the choice of experts, and the products with their weights.
+// A mixture of experts: route chooses experts, and two products multiply with the weights of the chosen ones.
 #pragma once
 
 #include "dot.h"
 
-// A pair is a token and one of its experts: an index into topk_ids [m, top_k], flattened. Its token is pair / top_k.
+// A pair is a token and one of its experts: an index into topk_ids [m, top_k], flattened. pair / top_k is the token.
 struct ExpertBatch {
   int64_t expert;
   std::vector<int64_t> pairs;  // 1 to MAX_TOKENS with this expert
 };
 
-// Puts pairs [n_pairs] of the same expert together, so that its weights are read once for all of them. They are sorted
-// by expert, so that a token's sum over its experts does not depend on the other tokens.
+// Groups pairs [n_pairs] by expert, so that the weights of an expert are read once for all its pairs. The batches are
+// sorted by expert, so that the sum over the experts of a token does not depend on the other tokens.
 inline std::vector<ExpertBatch> group_by_expert(const int64_t* topk_ids, int64_t n_pairs) {
   std::vector<ExpertBatch> batches;
   for (int64_t pair = 0; pair < n_pairs; pair++) {
@@ -34,7 +34,7 @@ template <typename T> struct ExpertsGateUpOp {
   const T* bias;         // [n_experts, n] or null
   const T* norm_weight;  // [k] or null
   float eps;
-  Glu activation;  // as in LinearOp
+  Glu activation;        // as in FusedLinearOp
   T* hidden;
 
   ProductInput<T> input() const { return {x, m, w, norm_weight, eps}; }
@@ -44,7 +44,7 @@ template <typename T> struct ExpertsGateUpOp {
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    ActivationRow tokens[MAX_TOKENS], tokens_of_expert[MAX_TOKENS];
+    PreparedInput tokens[MAX_TOKENS], tokens_of_expert[MAX_TOKENS];
     input().prepare(shared, barrier, tokens);
     Outputs y[2];
     const Range range = thread_range(n_blocks * batches.size());
@@ -81,9 +81,9 @@ template <typename T> struct ExpertsDownOp {
   // The threads share out the blocks of outputs: one thread adds up all experts of a block.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    std::vector<ActivationRow> hidden_of_pairs(m * top_k);
+    std::vector<PreparedInput> hidden_of_pairs(m * top_k);
     input().prepare(shared, barrier, hidden_of_pairs.data());
-    ActivationRow hidden_of_expert[MAX_TOKENS];
+    PreparedInput hidden_of_expert[MAX_TOKENS];
     Outputs y[2], total;
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
@@ -106,12 +106,13 @@ template <typename T> struct ExpertsDownOp {
   }
 };
 
-// topk_weights, topk_ids [m, top_k] = the largest entries of softmax(logits [m, n_experts]). The weights are divided by
-// their sum if norm_topk_prob. If a logit is NaN, the ids are still top_k different ones, and all weights are NaN.
+// Computes topk_weights, topk_ids [m, top_k] = the largest entries of softmax(logits [m, n_experts]). If
+// norm_topk_prob, divides the weights of a token by their sum. If a logit is NaN, all weights are NaN, and the ids are
+// still top_k different ones.
 //
 // With n_shared_experts, topk_weights and topk_ids are [m, top_k + n_shared_experts]. The shared experts follow the
-// chosen ones, and their ids begin at n_experts. Then logits are [m, n_experts + 1], and the sigmoid of the last one is
-// the weight of each shared expert.
+// chosen ones, and the ids of shared experts begin at n_experts. Then logits are [m, n_experts + 1], and the sigmoid of
+// the last logit is the weight of each shared expert.
 struct RouteOp {
   const float* logits;
   int64_t m, n_experts, top_k, n_shared_experts;

@@ -27,14 +27,14 @@ template <typename T> const T* ptr(const OptTensor& t) { return t ? ptr<T>(*t) :
 
 Sizes sizes(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
-// t's sizes with another last one.
+// Returns the sizes of t with another last size.
 Sizes resized(const Tensor& t, int64_t last) {
   Sizes shape = sizes(t);
   shape.back() = last;
   return shape;
 }
 
-// t's sizes and one more.
+// Returns the sizes of t and one more.
 Sizes extended(const Tensor& t, int64_t last) {
   Sizes shape = sizes(t);
   shape.push_back(last);
@@ -49,7 +49,7 @@ template <typename F> void dispatch_type(ScalarType type, F f) {
   else STD_TORCH_CHECK(false, "activations must be float32, float16 or bfloat16");
 }
 
-// Checks activations x [..., k], and that the other tensors are of the same type. Returns the number of tokens.
+// Checks activations x [..., k], and that the other tensors have the type of x. Returns the number of tokens.
 int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = k ? x.numel() / k : 0;
   STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0, "activations must be whole rows, at least one");
@@ -59,7 +59,7 @@ int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> 
   return m;
 }
 
-// The same for an operation that takes few tokens.
+// Does what check_rows does, and checks that there are at most MAX_TOKENS tokens.
 int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = check_rows(x, k, others);
   STD_TORCH_CHECK(m <= MAX_TOKENS, "activations must be of 1 to 64 tokens");
@@ -71,7 +71,7 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// The tensors of a weight, checked. format_id: WeightFormat.format_id in kernels/formats/. type: the activations'.
+// Checks the tensors of a weight. format_id: WeightFormat.format_id in kernels/formats/. type: of the activations.
 Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
                 int64_t k, int64_t group_size, ScalarType type) {
   STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
@@ -79,7 +79,7 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
   Weights result{.format = format_id, .data = ptr<char>(w), .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
                  .data_stride = stride(w), .scales_stride = scales ? stride(*scales) : 0,
                  .zeros_stride = zeros ? stride(*zeros) : 0, .n = n, .k = k, .group_size = group_size, .n_groups = 1};
-  const bool is_right = dispatch_format(format_id, [&]<typename F>(F) {
+  const bool is_packed_for_cpu = dispatch_format(format_id, [&]<typename F>(F) {
     if constexpr (std::is_same_v<F, Dense>) {
       result.bits = 8 * w.element_size();
       return w.scalar_type() == type;
@@ -90,11 +90,12 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
       return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;
     }
   });
-  STD_TORCH_CHECK(w.is_contiguous() && is_right, "weights must be packed for the CPU, or of the activations' type");
+  STD_TORCH_CHECK(w.is_contiguous() && is_packed_for_cpu,
+                  "weights must be packed for the CPU, or of the activations' type");
   return result;
 }
 
-// The Glu of a number of ACTIVATION_IDS in kernels/schema.py.
+// Returns the Glu of a number of ACTIVATION_IDS in kernels/schema.py.
 Glu glu_of(int64_t id) {
   STD_TORCH_CHECK(id >= 0 && id < int64_t(Glu::COUNT), "these kernels do not know this activation");
   return Glu{id};
@@ -109,10 +110,11 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
   Tensor out = torch::stable::new_empty(x, resized(x, is_gated(activation) ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(LinearOp<T>{.x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight),
-                       .eps = float(eps), .residual = ptr<T>(residual), .activation = activation,
-                       .out_scale = float(out_scale), .softcap = float(softcap), .clip = float(clip),
-                       .out = mutable_ptr<T>(out), .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
+    submit(FusedLinearOp<T>{
+        .x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
+        .residual = ptr<T>(residual), .activation = activation, .out_scale = float(out_scale),
+        .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
+        .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
   });
   return out;
 }
@@ -152,7 +154,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// The values of input_order are checked here, and not when a tape is replayed: they are as constant as a weight.
+// Checks the values of input_order here, and not when a tape is replayed: they are as constant as a weight.
 Tensor gather_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
@@ -298,7 +300,7 @@ Tensor sample(Tensor logits, OptTensor noise, double temperature) {
                   logits.numel() > 0, "logits must be float32 [B, V]");
   STD_TORCH_CHECK(!noise && temperature == 0, "this kernel only finds the likeliest token");
   Tensor tokens = torch::stable::new_empty(logits, Sizes{logits.size(0)}, ScalarType::Long);
-  submit(ArgmaxOp{.logits = ptr<float>(logits), .m = logits.size(0), .n = logits.size(1),
+  submit(SampleOp{.logits = ptr<float>(logits), .m = logits.size(0), .n = logits.size(1),
                   .tokens = mutable_ptr<int64_t>(tokens)});
   return tokens;
 }
@@ -318,8 +320,7 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
 
 // For kernels/cpu.py.
 extern "C" {
-// Up to how many tokens the products with dense weights are faster here than PyTorch's
-// (docs/measurements.md).
+// Up to how many tokens products with dense weights are faster here than in PyTorch (docs/measurements.md).
 int max_dense_tokens(int is_bf16) { return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2; }
 int has_amx_bf16() { return has_amx(); }  // for the tests
 }

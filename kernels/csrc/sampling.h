@@ -1,17 +1,17 @@
-// The choice of the likeliest token. PyTorch's argmax is not vectorized: it takes 0.2 ms for 49,152 tokens.
+// Chooses the likeliest token. PyTorch's argmax is not vectorized: it takes 0.2 ms for 49,152 tokens.
 #pragma once
 
 #include <limits>
 
 #include "tape.h"
 
-// tokens [m] = argmax of logits [m, n]: of tied tokens the first; -1 where a logit is not finite
-struct ArgmaxOp {
+// Computes tokens [m] = argmax of logits [m, n]: the first of tied tokens; -1 if a logit of the row is not finite.
+struct SampleOp {
   const float* logits;
   int64_t m, n;
   int64_t* tokens;
 
-  // The vocabulary is cut into so many parts, whole Vecs, whatever the number of threads.
+  // The vocabulary is cut into N_PARTS parts of whole Vecs, whatever the number of threads.
   static constexpr int64_t N_PARTS = 32;
 
   Range part_range(int64_t part) const {
@@ -20,7 +20,8 @@ struct ArgmaxOp {
   }
   size_t shared_bytes() const { return m * N_PARTS * sizeof(float); }
 
-  // First the threads share out the parts of all rows, of which each gives its largest logit, then the rows.
+  // First the threads share out the parts of all rows, and find the largest logit of each part. Then they share out the
+  // rows.
   void execute(char* shared, Barrier& barrier) const {
     float* largest = reinterpret_cast<float*>(shared);  // [m, N_PARTS]
     const Range parts = thread_range(m * N_PARTS);
@@ -32,7 +33,7 @@ struct ArgmaxOp {
       tokens[row] = likeliest(logits + row * n, largest + row * N_PARTS);
   }
 
-  // NaN if one is not finite.
+  // Returns NaN if a logit is not finite.
   static float largest_logit(const float* row, Range range) {
     constexpr float LEAST = -std::numeric_limits<float>::max();
     Vec largest = Vec{} + LEAST, zeros{};

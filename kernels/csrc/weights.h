@@ -7,7 +7,7 @@
 #include "float8.h"
 #include "tape.h"
 
-constexpr int64_t MAX_TOKENS = 64;  // that an operation takes; also in kernels/ops.py
+constexpr int64_t MAX_TOKENS = 64;  // the tokens that an operation takes: kernels/ops.py: MAX_CPU_TOKENS
 constexpr int64_t BLOCK_M = 8;      // tokens of a block, whose sums are kept in registers
 constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes of one Vec
 
@@ -58,9 +58,9 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// A struct for each format has what the loops must know of it. A new one needs PER_WORD, SCALE_BYTES, element and
-// scales_and_zeros, and its name in Formats; then the loops that serve any format serve it. One with loops of its own is
-// an overload of dot_blocks (dot.h) or a specialization of LineDecoder (amx.h).
+// A struct for each format has what the loops must know. A new format needs PER_WORD, SCALE_BYTES, element and
+// scales_and_zeros, and a place in Formats. Then the loops that serve any format serve the new one. Loops for one format
+// alone are an overload of dot_blocks (dot.h) or a specialization of LineDecoder (amx.h).
 
 // An element q of a quantized weight stands for (q - zero) * scale, and that times its output's scale if the format has
 // HAS_OUTPUT_SCALES. These are the scales and zeros of a block's 16 outputs in one group of inputs.
@@ -69,8 +69,8 @@ struct ScalesAndZeros { Vec scales, zeros; };
 // What is true of a format that does not say otherwise.
 struct AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = false;  // whether 16-bit activations are rounded to int8 for the product
-  static constexpr bool BF16_ACTIVATIONS = false;  // whether bf16 ones are multiplied as they are; else they become float
-  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from so many tokens on, amx.h is faster than dot.h
+  static constexpr bool BF16_ACTIVATIONS = false;  // whether bf16 activations are multiplied as they are, not as float
+  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // the number of tokens from which amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether sums are multiplied by a scale of their output
   static constexpr bool SCALES_SUMS = false;              // whether amx.h scales the sums of groups, not the weights
