@@ -13,6 +13,8 @@ RoPE rotates the two halves of a head against each other. So queries and keys ar
 D / 2 elements each, in BLOCK_HALF.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,14 @@ from kernels.triton.linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # new tokens of a sequence; as kernels/ops.py: MAX_TRITON_NEW_TOKENS; tl.dot takes no fewer
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class ScoreOptions(NamedTuple):
+    """How scores become the logits of the softmax. None: left out."""
+
+    qk_scale: tl.tensor
+    qk_softcap: tl.tensor | None
+    slope: tl.tensor | None  # [BLOCK_M], ALiBi: slope * distance is added
 
 
 @triton.jit
@@ -86,12 +96,13 @@ def attend_kernel(
     slope = None
     if alibi_slopes_ptr is not None:
         slope = tl.load(alibi_slopes_ptr + head, mask=mask_m, other=0.0) * LOG2_E
+    options = ScoreOptions(qk_scale, qk_softcap, slope)
 
     # Accumulate the cached tokens
     begin, end = split_bounds(start, S, split, WINDOW, N_SPLITS, BLOCK_N)
     m_i, l_i, acc = attend_to_split(
-        q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, qk_scale,
-        qk_softcap, slope, D, WINDOW, BLOCK_N,
+        q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, options,
+        D, WINDOW, BLOCK_N,
     )  # fmt: skip
 
     # Accumulate the new tokens, and write them into the cache
@@ -105,9 +116,7 @@ def attend_kernel(
         if WINDOW:
             mask &= new[None, :] > token[:, None] - WINDOW
         distance = new[None, :] - token[:, None]
-        m_i, l_i, acc = online_softmax_step(
-            q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc
-        )
+        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc)
         store_halves(k_cache_ptr, (start + new) * D, k_lo, k_hi, mask_new, D)
         store_vectors(v_cache_ptr, (start + new) * D, v, mask_new, D)
 
@@ -153,7 +162,7 @@ def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def attend_to_split(
-    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, qk_scale, qk_softcap, slope,
+    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, options,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the cached tokens [begin, end) to the softmax of the queries at position [BLOCK_M]."""
@@ -165,25 +174,23 @@ def attend_to_split(
         if WINDOW:
             mask &= key[None, :] > position[:, None] - WINDOW
         distance = key[None, :] - position[:, None]
-        m_i, l_i, acc = online_softmax_step(
-            q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc
-        )
+        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc)
     return m_i, l_i, acc
 
 
 @triton.jit
-def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, qk_scale, qk_softcap, slope, distance, m_i, l_i, acc):
+def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc):
     """Adds keys [N, D] and values v [N, D] to the softmax of queries [M, D]: to m_i [M], l_i [M] and acc [M, D].
 
-    mask [M, N]: which keys a query sees. slope [M], if not None: slope * distance [M, N] is added to the scores
-    (ALiBi). Both factors of a product have the type of q."""
+    mask [M, N]: which keys a query sees. distance [M, N]: from a query to a key. Both factors of a product have the
+    type of q."""
     k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
-    qk *= qk_scale
-    if qk_softcap is not None:
-        qk = apply_softcap(qk, qk_softcap)
-    if slope is not None:
-        qk += slope[:, None] * distance
+    qk *= options.qk_scale
+    if options.qk_softcap is not None:
+        qk = apply_softcap(qk, options.qk_softcap)
+    if options.slope is not None:
+        qk += options.slope[:, None] * distance
     qk = tl.where(mask, qk, -float("inf"))
     m_new = tl.maximum(m_i, tl.max(qk, axis=1))
     p = tl.exp2(qk - m_new[:, None])

@@ -1,14 +1,14 @@
 """The products of a decode step on a GPU, in Triton: a few tokens times a weight in any format.
 
-    fused_linear   y = x W^T; before it a norm, after it bias, activation, out_scale, softcap, clip and residual
+    fused_linear   y = x W^T, with what comes before and after, in the order that kernels/ops.py gives
     rms_norm       a norm that no product follows
     gather_inputs  puts x in the order of a weight's columns
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
-computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs it on CPU tensors, which is how
-tests/test_triton.py checks it. formats.py has what depends on the weight's format.
+computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs the kernels on CPU tensors: so
+tests/test_triton.py checks them. formats.py has what depends on the format of W.
 
-In shape comments M is tokens, N outputs, which are the rows of W, and K inputs, which are the columns of W.
+In shape comments M is tokens, N outputs (the rows of W) and K inputs (the columns of W).
 """
 
 import torch
@@ -30,11 +30,11 @@ from kernels.triton.launch import (
 from kernels.triton.weights import ProgramWeights, prefetch_weights, program_outputs, slice_columns, slice_starts
 
 ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
-PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the previous kernel: about what its loop does
+PREFETCH_BYTES = 16384  # of W, for which a program asks before it waits for the previous kernel: as many as in its loop
 
 # ---- fused_linear ---------------------------------------------------------------------------------------------------
 #
-# A program computes BLOCK_N outputs of all tokens. In each step of its loop it multiplies a tile of W with a tile of x:
+# A program computes BLOCK_N outputs of all tokens. Each step of the loop multiplies a tile of W with a tile of x:
 #
 #                                                   BLOCK_M tokens
 #                                                  +---------+
@@ -52,10 +52,10 @@ PREFETCH_BYTES = 16384  # of W that a program asks for before it waits for the p
 # W is the left factor, since an NVIDIA matrix unit multiplies [16, 16] with [16, 8] in one instruction: 16 outputs and
 # 8 tokens. So up to 8 tokens cost what one costs.
 #
-# Each warp takes some of the slices (CUTLASS's sliced-K). The slices' sums are added up after the loop.
+# Each warp takes some of the slices (CUTLASS's sliced-K). The sums of the slices are added up after the loop.
 #
 # The norm costs no pass of its own. The loop multiplies x with the norm's weight and sums the squares of x. After the
-# loop a token's outputs are multiplied with its 1 / rms.
+# loop the outputs of a token are multiplied with 1 / rms of its x.
 #
 # With an activation W is a gate projection above an up projection. A program has rows of both, so that it can compute
 # activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (weights.py: program_outputs).
@@ -73,25 +73,26 @@ def fused_linear_kernel(
     eps,  # of the norm
     out_scale, softcap, clip,  # of the epilogue
     packed_offset, N,  # packed_offset: see elements.py: int4_pair
-    n_tokens,  # the number of tokens, or None: it is M
-    M: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
+    n_tokens, N_TOKENS: tl.constexpr,  # the number of tokens: one of the two, the other is None
+    K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # of the format
     W_STRIDE: tl.constexpr,  # elements or words that W stores for an output
-    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of the products' factors
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of both factors of the products
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):  # fmt: skip
-    """y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 with an activation. What is None is left out.
+    """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 with an activation. An argument that is None
+    is left out.
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens.
 
-    Few tokens are M, a constant, and n_tokens is None: a kernel is compiled for each number of them. Many tokens are
-    n_tokens, and M is BLOCK_M: one compiled kernel serves all numbers up to that.
+    The number of few tokens is a constant, N_TOKENS: a kernel is compiled for each number. The number of many tokens is
+    n_tokens: one compiled kernel serves all numbers up to BLOCK_M.
 
     With topk_ids W is a stack of experts. A pair is a token and one of its experts; y has a result for each pair.
-    Grid: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs of all tokens that have the pair's expert,
-    so that an expert is read once. If an earlier pair has the same expert, there is nothing left to do."""
+    Grid: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs of all tokens that have the expert of the
+    pair, so that an expert is read once. If an earlier pair has the same expert, there is nothing left to do."""
     SLICE_K: tl.constexpr = BLOCK_K // K_SLICES
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION is not None else BLOCK_N
     N_OUT = N // 2 if ACTIVATION is not None else N
@@ -101,30 +102,31 @@ def fused_linear_kernel(
         prefetch_weights(w_ptr, N, N_OUT, W_STRIDE, IS_TILED, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
 
-    # Where the tokens' inputs and results are in x and y: at the token's number, or at its pair's
+    # Find the inputs and the results of each token in x and y: at the index of the token, or of its pair
     offs_m = tl.arange(0, BLOCK_M)
-    m_end = M if n_tokens is None else n_tokens
+    m_end = N_TOKENS if n_tokens is None else n_tokens
     x_index, y_index, mask_m = offs_m, offs_m, offs_m < m_end
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
         expert = tl.load(topk_ids_ptr + pair)
-        if M == 1:
+        if N_TOKENS == 1:
             x_ptr += pair * K if X_IS_PER_PAIR else 0
             y_ptr += pair * N_OUT
         else:
             y_index, mask_m = pairs_of(expert, topk_ids_ptr, offs_m, m_end, TOP_K)
-            if tl.min(tl.where(mask_m, y_index, M * TOP_K), axis=0) < pair:
+            AFTER_ALL: tl.constexpr = (BLOCK_M if N_TOKENS is None else N_TOKENS) * TOP_K  # more than any pair
+            if tl.min(tl.where(mask_m, y_index, AFTER_ALL), axis=0) < pair:
                 return
             x_index = y_index if X_IS_PER_PAIR else x_index
-        first_output = expert * N  # among those of all experts
+        first_output = expert * N  # among the outputs of all experts
         w_ptr += first_output * W_STRIDE
         if scales_ptr is not None:
             scales_ptr += first_output * tl.cdiv(K, GROUP_SIZE)
         if bias_ptr is not None:
             bias_ptr += first_output
 
-    # Load for the epilogue, before the loop, so that nothing waits for memory after it. Only the residual of many
-    # tokens is loaded after the loop: registers have no room for it meanwhile
+    # Load for the epilogue before the loop, so that nothing waits for memory after the loop. Only the residual of many
+    # tokens is loaded after the loop: during the loop registers have no room for it
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     y_offsets = y_index[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
     mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
@@ -138,14 +140,16 @@ def fused_linear_kernel(
 
     # Accumulate
     acc = tl.zeros([K_SLICES, BLOCK_N, BLOCK_M], tl.float32)
-    squares = zero_squares(M, K_SLICES, SLICE_K)
+    squares = ()
+    if norm_weight_ptr is not None:
+        squares = zero_squares(N_TOKENS, K_SLICES, SLICE_K)
     starts = slice_starts(IS_TILED, SLICE_K, K_SLICES)
     for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         k_starts = k + starts  # [K_SLICES]
         offs_k = slice_columns(k_starts, SLICE_K)  # [K_SLICES, SLICE_K]
-        x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, M, K, DTYPE)  # [K_SLICES, SLICE_K, BLOCK_M]
+        x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_TOKENS, K, DTYPE)
         if norm_weight_ptr is not None:
-            squares = add_squares(squares, x_ptr, offs_k, M, K)
+            squares = add_squares(squares, x_ptr, offs_k, N_TOKENS, K)
         w = ProgramWeights(w_ptr, scales_ptr, packed_offset, offs_n, mask_n, N, N_OUT)
         acc = MULTIPLY(acc, x, w, k, k_starts, K, GROUP_SIZE, BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
@@ -158,14 +162,15 @@ def fused_linear_kernel(
     if HAS_CHANNEL_SCALES:
         y *= channel_scale
     if norm_weight_ptr is not None:
-        y *= inverse_rms(squares, eps, M, K, BLOCK_M)[None, :]
+        y *= inverse_rms(squares, eps, N_TOKENS, K, BLOCK_M)[None, :]
     y = epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
 
 @triton.jit
 def pairs_of(expert, topk_ids_ptr, token, m_end, TOP_K: tl.constexpr):
-    """Which pair every token [BLOCK_M] has with expert, and whether it has one. A token has an expert once at most."""
+    """Finds the pair of every token [BLOCK_M] with expert. Returns the pairs, and which tokens have one. A token has an
+    expert once at most."""
     pair, has_pair = token * TOP_K, token < 0
     for i in tl.static_range(TOP_K):
         is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < m_end, other=-1) == expert
@@ -175,10 +180,13 @@ def pairs_of(expert, topk_ids_ptr, token, m_end, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr):
-    """Inputs offs_k of the tokens at x_index [BLOCK_M] of x, times the norm's weight: [K_SLICES, SLICE_K, BLOCK_M]."""
+def load_x(
+    x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Loads inputs offs_k of the tokens at x_index [BLOCK_M] of x, and multiplies them with the weight of the norm:
+    [K_SLICES, SLICE_K, BLOCK_M]."""
     mask_k = offs_k < K
-    if M == 1:  # the one token in every column
+    if N_TOKENS == 1:  # the same token in every column
         x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[:, :, None]
     else:
         x = tl.load(x_ptr + offs_k[:, :, None] + x_index * K, mask=mask_k[:, :, None] & mask_m, other=0.0)
@@ -189,37 +197,37 @@ def load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, M: tl.constexpr, K: 
 
 
 @triton.jit
-def zero_squares(M: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
-    """What add_squares begins with: zeros [K_SLICES, SLICE_K] for every token."""
+def zero_squares(N_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
+    """Returns what add_squares begins with: zeros [K_SLICES, SLICE_K] for every token."""
     squares = ()
-    for _ in tl.static_range(M):
+    for _ in tl.static_range(N_TOKENS):
         squares = squares + (tl.zeros([K_SLICES, SLICE_K], tl.float32),)
     return squares
 
 
 @triton.jit
-def add_squares(squares, x_ptr, offs_k, M: tl.constexpr, K: tl.constexpr):
-    """squares, a tuple of M, plus those of every token's inputs offs_k."""
+def add_squares(squares, x_ptr, offs_k, N_TOKENS: tl.constexpr, K: tl.constexpr):
+    """Adds the squares of inputs offs_k to squares, a tuple with a tensor for every token."""
     new = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(N_TOKENS):
         x = tl.load(x_ptr + offs_k + m * K, mask=offs_k < K, other=0.0).to(tl.float32)
         new = new + (squares[m] + x * x,)
     return new
 
 
 @triton.jit
-def inverse_rms(squares, eps, M: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
-    """1 / rms of every token: [BLOCK_M]."""
+def inverse_rms(squares, eps, N_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Returns 1 / rms of every token: [BLOCK_M]."""
     offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
-    for m in tl.static_range(M):
+    for m in tl.static_range(N_TOKENS):
         total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
     return tl.rsqrt(total / K + eps)
 
 
 @triton.jit
 def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constexpr):
-    """[residual +] [clip] [cap] out_scale * [glu] (y [+ bias]). y [BLOCK_N, BLOCK_M] and bias [BLOCK_N, 1] are before
-    the activation, residual [BLOCK_OUT, BLOCK_M] after it."""
+    """Applies what follows the product, in the order that kernels/ops.py gives. y [BLOCK_N, BLOCK_M] and bias
+    [BLOCK_N, 1] are before the activation, residual [BLOCK_OUT, BLOCK_M] after it."""
     if bias is not None:
         y += bias
     if ACTIVATION is not None:
@@ -237,7 +245,7 @@ def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constex
 
 @triton.jit
 def glu(gate_up, ACTIVATION: tl.constexpr):
-    """gate_up [2 F, M], gate above up -> activation(gate) * up [F, M]. Another activation is another branch."""
+    """Computes activation(gate) * up [F, M] of gate_up [2 F, M], gate above up. A new activation is one more branch."""
     halves = tl.reshape(gate_up, [2, gate_up.shape[0] // 2, gate_up.shape[1]])
     gate, up = tl.split(tl.permute(halves, [1, 2, 0]))
     if ACTIVATION == "swiglu":
@@ -256,7 +264,7 @@ def glu(gate_up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def apply_softcap(x, softcap):
-    """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
+    """Returns softcap * tanh(x / softcap), which stays between -softcap and softcap."""
     return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)
 
 
@@ -276,7 +284,7 @@ def launch_fused_linear(
         n_pairs, top_k = topk_ids.numel(), topk_ids.shape[-1]
         n_tokens = n_pairs // top_k
     has_few_tokens = n_tokens <= FEW_TOKENS
-    if norm_weight is not None and not has_few_tokens:  # registers have no room for the sums of their squares
+    if norm_weight is not None and not has_few_tokens:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
     block_m = max(min_block_m_of(x), triton.next_power_of_2(n_tokens))
     format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size, n_tokens)
@@ -289,7 +297,7 @@ def launch_fused_linear(
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
         eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
         packed_offset=pack_offset(x.dtype), N=n, K=k, GROUP_SIZE=group_size,
-        n_tokens=None if has_few_tokens else n_tokens, M=n_tokens if has_few_tokens else block_m,  # see the kernel
+        n_tokens=None if has_few_tokens else n_tokens, N_TOKENS=n_tokens if has_few_tokens else None,
         TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens,
         MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
         HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(weight),
@@ -307,8 +315,7 @@ def fused_linear(
     bias: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None, activation: int,
     out_scale: float, softcap: float, clip: float, float32_out: bool,
 ) -> Tensor:  # fmt: skip
-    """[residual +] [clip] [cap] out_scale * [activation] ([rms_norm] x W^T [+ bias]) for x [..., K] of up to
-    MAX_TRITON_TOKENS tokens and W [n, K]."""
+    """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]."""
     dtype = torch.float32 if float32_out else x.dtype
     y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
     launch_fused_linear(
@@ -326,7 +333,8 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, residual_ptr, y_ptr, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y [M, DIM] = [residual +] x / rms(x) * weight. Grid: [M]. Program m has token m. BLOCK >= DIM is a power of 2."""
+    """Computes y [M, DIM] = [residual +] x / rms(x) * weight. Grid: [M]. Program m has token m. BLOCK >= DIM is a power
+    of 2."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     d = tl.arange(0, BLOCK)
     offsets, mask = tl.program_id(0) * DIM + d, d < DIM
@@ -342,7 +350,7 @@ def rms_norm_kernel(
 
 @triton_op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-    """[residual +] x / rms(x) * weight over the last dimension."""
+    """Computes [residual +] x / rms(x) * weight over the last dimension."""
     y, dim = torch.empty_like(x), x.shape[-1]
     grid = (x.numel() // dim,)
     rms_norm_kernel[grid](
@@ -362,7 +370,7 @@ def gather_inputs_kernel(
     x_ptr, order_ptr, y_ptr,
     K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] at order [N]. Grid: [M, N / BLOCK]. Program (m, i) has the i-th block of token m."""
+    """Gathers y [M, N] from x [M, K] at order [N]. Grid: [M, N / BLOCK]. Program (m, i) has block i of token m."""
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_n < N
     order = tl.load(order_ptr + offs_n, mask=mask, other=0)  # a part of the weight, so before the wait
@@ -373,7 +381,7 @@ def gather_inputs_kernel(
 
 @triton_op
 def gather_inputs(x: Tensor, input_order: Tensor) -> Tensor:
-    """x [..., K] -> [..., N], for int32 input_order [N] of inputs."""
+    """Gathers the inputs input_order, int32 [N], of x [..., K]: [..., N]."""
     k, n = x.shape[-1], len(input_order)
     y, block = x.new_empty(*x.shape[:-1], n), min(1024, triton.next_power_of_2(n))
     grid = x.numel() // k, triton.cdiv(n, block)
