@@ -135,7 +135,7 @@ def matches_target(name: str, target: str) -> bool:
     return target == name
 
 
-# quant_method -> what reads a layer. mxfp4 is not here: its tensors hold all experts of a layer, see split_mxfp4.
+# quant_method -> the function that reads a layer. mxfp4 has none: a tensor holds all experts of a layer (split_mxfp4).
 LAYER_READERS: dict[str, Callable[[StoredLayer, dict], QuantizedWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,
