@@ -3,13 +3,13 @@
     checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
     checkpoint.config, checkpoint.quantization, checkpoint.tensors
 
-It is a file of torch.save with this dict:
+torch.save writes the file, with this dict:
 
-    {"format": "gpt-fast/5", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/6", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
-It is read with torch.load(mmap=True, weights_only=True), so it cannot run code. It is written tensor by tensor under a
-temporary name and renamed at the end, so a file with its real name is always complete. If two processes write the same
-file, the one that started later wins, and the other fails.
+torch.load(mmap=True, weights_only=True) reads it, so a checkpoint cannot run code. save_checkpoint writes it tensor by
+tensor under a temporary name, and renames it at the end, so a file named model.pth is always complete. If two processes
+write the same file, the process that started later wins, and the other one fails.
 """
 
 import ctypes
@@ -31,14 +31,15 @@ from config import ModelConfig
 from errors import UsageError
 from files import is_state_dict, load_torch_file
 
-CHECKPOINT_VERSION = "gpt-fast/5"
+CHECKPOINT_VERSION = "gpt-fast/6"
 
 # Earlier versions of the format differ in names only: of tensors, of the config's fields, and of activations.
-EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4")
+EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4", "gpt-fast/5")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
     ".w13.": ".gate_up_proj.", ".w2.": ".down_proj.",
+    ".attention_norm.": ".pre_attention_norm.", ".ffn_norm.": ".pre_ffn_norm.",
 }  # fmt: skip
 RENAMED_FIELDS = {
     "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
@@ -62,9 +63,8 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(
     path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[NamedTensor], quantization: dict | None = None
 ):
-    """Writes a checkpoint of the tensors that shapes lists. tensors yields them in any order, so that only one needs to
-    be in memory at a time. Raises UsageError if tensors are not exactly those of shapes. After any error, a file that
-    was at path before is unchanged."""
+    """Writes a checkpoint of the tensors that shapes lists. tensors yields (name, tensor) in any order, so that only
+    one tensor needs to be in memory at a time. After any error, a file that was at path before is unchanged."""
     header = {"format": CHECKPOINT_VERSION, "config": asdict(config), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -75,16 +75,16 @@ def save_checkpoint(
             write_tensors(file, placeholders, tensors)
             file.flush()
             os.fsync(file.fileno())
-        replace_file(temporary, path)
+        replace_checkpoint(temporary, path)
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def replace_file(temporary: Path, path: Path):
-    """Renames temporary to path. Raises UsageError if temporary is gone: then another process has begun to write path,
-    and has deleted temporary as if a killed process had left it."""
+def replace_checkpoint(temporary: Path, path: Path):
+    """Renames temporary to path. If temporary is gone, another process has begun to write path: that process took
+    temporary for what a killed process had left, and deleted it."""
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
@@ -92,8 +92,8 @@ def replace_file(temporary: Path, path: Path):
 
 
 def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
-    """Writes the checkpoint except for the tensors' bytes, for which the file gets room. Returns a fake tensor for each
-    of shapes: it has no data, but it knows the offset of the real tensor in the file."""
+    """Writes the checkpoint without the tensors' bytes, and leaves room for them. Returns a placeholder for each name
+    in shapes: a fake tensor, without data, that knows the offset of the real tensor in the file."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with skip_data(materialize_fake_tensors=True):
@@ -104,7 +104,7 @@ def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Ten
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[NamedTensor]):
-    """Writes the tensors' bytes where reserve_space has made room for them."""
+    """Writes the bytes of each tensor into the room that reserve_space has left for it."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -124,8 +124,8 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Maps a checkpoint's tensors into memory, on the CPU. Whoever has read a tensor may release its pages
-    (machine.drop_pages). Raises UsageError if path is not a checkpoint."""
+    """Maps a checkpoint's tensors into memory, on the CPU. A caller that has read a tensor may release the tensor's
+    pages (machine.drop_pages)."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_torch_file(path)
@@ -141,7 +141,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
-    """(config, tensors) of an earlier version, with today's names. The config may still be anything:
+    """Returns (config, tensors) of an earlier version with today's names. config may be of any type:
     ModelConfig.from_dict checks it later."""
     if isinstance(config, dict):
         config = rename_fields(config)

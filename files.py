@@ -1,6 +1,7 @@
-"""Reads the files that people have: texts, JSON, and what torch.save wrote. A broken file raises UsageError."""
+"""Reads texts, JSON, and what torch.save wrote; a broken file raises UsageError. Replaces small files in one step."""
 
 import json
+import os
 import pickle
 import warnings
 import zipfile
@@ -14,7 +15,7 @@ from machine import is_out_of_memory
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text in path. Raises UsageError."""
+    """Reads the UTF-8 text in path."""
     try:
         return path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that Windows writes
     except (OSError, UnicodeDecodeError) as e:
@@ -22,7 +23,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, default=None):
-    """The JSON in path, or default, if that is given and path does not exist. Raises UsageError."""
+    """Reads the JSON in path. Returns default if it is given and path does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -33,14 +34,22 @@ def read_json(path: Path, default=None):
         raise UsageError(f"{path} is not readable JSON: {str(e).splitlines()[0]}") from None
 
 
+def replace_file(path: Path, content: bytes):
+    """Writes content under a temporary name, and then renames the file to path, so that other processes see the whole
+    file or none. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def load_torch_file(path: Path, legacy: bool = False):
-    """Reads what torch.save has written to path, memory-mapped. Raises UsageError for anything but weights, since other
-    pickles can run code. legacy: also read files from before PyTorch 1.6, which cannot be mapped."""
+    """Reads what torch.save has written to path, memory-mapped. Refuses anything but weights, since other pickles can
+    run code. legacy: whether to read files from before PyTorch 1.6, too, which cannot be mapped."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     mmap = not legacy or zipfile.is_zipfile(path)
     try:
-        with warnings.catch_warnings():  # about unusual kinds of tensors; the callers refuse these
+        with warnings.catch_warnings():  # about unusual kinds of tensors, which the callers refuse
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on broken input
@@ -61,7 +70,7 @@ def explain_load_error(path: Path, e: Exception) -> str:
 
 
 def is_state_dict(tensors) -> bool:
-    """Whether tensors is a dict of tensors by name."""
+    """Returns whether tensors is a dict of tensors by name."""
     if not isinstance(tensors, dict):
         return False
     return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())

@@ -2,15 +2,15 @@
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
-The layers are quantized one after the other. The inputs x of a linear layer come through the quantized layers before
-it. The layer's Hessian H is the sum of x x^T over all its inputs. Then the columns of its weight are rounded one by
-one. The rounding error of a column is compensated by changing the columns that are not rounded yet.
+The layers are quantized one after the other. A linear layer's inputs x have passed through the quantized layers before
+it. The layer's Hessian H is the sum of x x^T over all inputs x. Then the columns of the layer's weight are rounded one
+by one. The rounding error of a column is compensated by changing the columns that are not rounded yet.
 
-The groups are static, unlike the paper's: before the first column is rounded, every group gets its scale and zero. Of
-several candidates it gets those with the least rounding error, weighted by diag(H). So the groups do not depend on the
-order of rounding, which act_order changes.
+The groups are static, unlike the paper's: every group gets a scale and a zero before any column is rounded. Of several
+candidates, the pair with the least rounding error wins, weighted by diag(H). So the groups do not depend on the order
+of rounding, which act_order changes.
 
-Others' GPTQ checkpoints are read in converters/hf_integers.py.
+converters/hf_integers.py reads GPTQ checkpoints of other projects.
 """
 
 import sys
@@ -40,7 +40,7 @@ MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time; bounds the memory of 
 class GPTQConfig:
     group_size: int
     damp: float  # this fraction of the diagonal's mean is added to the Hessian's diagonal, so that it has an inverse
-    block_size: int  # so many columns are rounded before their errors are compensated in all columns behind them
+    block_size: int  # how many columns are rounded before the columns behind the block compensate their errors
     act_order: bool  # round the columns with the largest inputs first
 
 
@@ -50,10 +50,10 @@ def quantize_model(
 ) -> Iterator[tuple[str, Tensors]]:
     """Quantizes the linear layers of model, calibrated on windows [n, T] of tokens. Yields (name, tensors).
 
-    model is on the CPU. Its blocks move to device one by one. A block that is done moves to meta, which frees its
+    model is on the CPU. The blocks move to device one by one. A quantized block moves to meta, which frees the
     memory."""
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
-    # One cache for all windows: each begins at position 0 and overwrites what is there.
+    # One cache serves all windows: every window begins at position 0, and overwrites the window before.
     caches = KVCache(model, 1, windows.shape[1]).layers
     layer_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, layer in enumerate(model.layers):
@@ -72,8 +72,8 @@ def quantize_model(
 
 
 def quantize_linear(name: str, linear: Linear, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """The int4 tensors of linear, on the CPU. Also rounds the weight of linear itself, so that the inputs of the layers
-    after it include the rounding error."""
+    """Returns the int4 tensors of linear, on the CPU. Also rounds the weight of linear itself, so that the inputs of
+    later layers include the rounding error."""
     check_finite_weight(name, linear.weight)
     is_zero = hessian.diagonal(dim1=-2, dim2=-1) == 0  # [K], for experts [E, K]
     n_unseen = is_zero.all(-1).sum().item()
@@ -93,8 +93,9 @@ def check_finite_weight(name: str, weight: Tensor):
 def compute_hessians(
     model: Transformer, i: int, layer_inputs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
-    """The Hessians of the linear layers in block i, by name: [K, K], for experts [E, K, K]. layer_inputs: the
-    inputs of the block, [1, T, dim] for each window."""
+    """Returns the Hessians of the linear layers in block i, by name: [K, K], for experts [E, K, K].
+
+    layer_inputs: the inputs of the block, [1, T, dim] for each window."""
     sums, hooks = {}, []
 
     def add_inputs(name: str, linear: Linear, args: tuple, kwargs: dict):
@@ -124,7 +125,7 @@ def compute_hessians(
 
 
 def sum_of_outer_products(x: Tensor) -> Tensor:
-    """The sum of x x^T over all vectors in x [..., K]: [K, K], float32."""
+    """Returns the sum of x x^T over all vectors in x [..., K]: [K, K], float32."""
     x = x.flatten(0, -2).float()
     return x.T @ x
 
@@ -133,7 +134,7 @@ def sum_of_outer_products(x: Tensor) -> Tensor:
 
 
 def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int) -> Tensor:
-    """Windows of length tokens, spread evenly over text, at most limit of them: [n, length]."""
+    """Returns at most limit windows of length tokens, spread evenly over text: [n, length]."""
     windows = [window for window in split_windows(tokenizer, text, length) if len(window) == length]
     if not windows:
         raise UsageError(f"the calibration text is shorter than one window of --calibration_seq_length {length} tokens")
@@ -142,7 +143,7 @@ def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int
 
 
 def task_text(tasks: list[str], limit: int) -> str:
-    """The texts that lm_eval gives a model to score in the first limit examples of each task."""
+    """Returns the texts that lm_eval gives a model to score in the first limit examples of each task."""
     manager, texts = task_manager(tasks, None), []
 
     class RequestCollector(import_lm_eval().api.model.LM):
@@ -170,7 +171,8 @@ def task_text(tasks: list[str], limit: int) -> str:
 
 
 def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """Rounds w [..., N, K]. For the inputs x that hessian [..., K, K] sums over, (w - rounded) x becomes small."""
+    """Rounds w [..., N, K] so that (w - rounded) x is small for the inputs x over which hessian [..., K, K] is
+    summed."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()  # [..., K]
     mean = diagonal.mean(-1, keepdim=True)
     mean[mean == 0] = 1  # without inputs all columns count the same
@@ -187,14 +189,14 @@ def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
     except torch.linalg.LinAlgError:
         raise UsageError("a Hessian has no inverse: raise --percdamp, unless the model overflows") from None
     chunks = w.split(max(1, MAX_WEIGHTS_PER_PASS * w.shape[-2] // w.numel()), dim=-2)  # some rows each
-    done = [gptq_quantize_rows(rows.float(), diagonal + damping, order, upper, config) for rows in chunks]
-    return {name: torch.cat([tensors[name] for tensors in done], dim=-2) for name in done[0]}
+    quantized = [gptq_quantize_rows(rows.float(), diagonal + damping, order, upper, config) for rows in chunks]
+    return {name: torch.cat([tensors[name] for tensors in quantized], dim=-2) for name in quantized[0]}
 
 
 def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor, config: GPTQConfig) -> Tensors:
-    """gptq_quantize for some rows of w.
+    """Does gptq_quantize for some rows of w.
 
-    diagonal [..., K]: of the damped Hessian, in the order of w's columns.
+    diagonal [..., K]: the damped Hessian's, in the order of w's columns.
     order [..., K]: the columns in the order of rounding.
     upper [..., K, K]: the upper Cholesky factor of the inverse Hessian, in the order of rounding."""
     group_size, k = config.group_size, w.shape[-1]
@@ -215,7 +217,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]
             q = round_int4(column, scale, zero)
             error = (column - (q - zero) * scale) / upper[..., i, i, None]
-            # Correct the later columns of this block now. All columns after the block are corrected together, below.
+            # Correct the later columns of this block now. All columns after the block are corrected together.
             columns[..., i + 1 : stop, :] -= upper[..., i, i + 1 : stop, None] * error[..., None, :]
             columns[..., i, :], errors[..., i - start, :] = q, error
         columns[..., stop:, :] -= upper[..., start:stop, stop:].mT @ errors
@@ -224,9 +226,9 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
 
 
 def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and zeros [..., n_groups] that round groups [..., n_groups, group_size] with the least sum of squared
-    errors, weighted by importance. The candidates are those of each group's range, shrunk by several factors. Each
-    candidate is improved in turns: round, then fit scale and zero to the rounded numbers."""
+    """Returns the scales and zeros [..., n_groups] that round groups [..., n_groups, group_size] with the least sum of
+    squared errors, weighted by importance. A candidate spans a group's range, shrunk by a factor. Several steps improve
+    each candidate: round, then fit scale and zero to the rounded numbers."""
     best_loss, best_scales, best_zeros = torch.inf, 0, 0
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6):
         scales, zeros = choose_qparams(groups * shrink)
@@ -243,8 +245,8 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
 
 
 def least_squares(groups: Tensor, q: Tensor, importance: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. A group
-    keeps its given scale if the fitted one is not positive, as when all its q are equal."""
+    """Returns the scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. A
+    group keeps the scale in scales if the fitted scale is not positive, as when all q of the group are equal."""
     total = importance.sum(-1)
     weighted = q * importance
     q_mean, w_mean = weighted.sum(-1) / total, (groups * importance).sum(-1) / total

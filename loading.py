@@ -1,10 +1,10 @@
-"""Load a model: read its checkpoint, check it, keep this rank's shard, move it to the device, pack it for the kernels.
+"""Loads a model: reads and checks a checkpoint, keeps this rank's shard, moves it to the device, packs it for kernels.
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     model = load_model(path, device="cuda", dtype=torch.float16)
 
-A checkpoint is memory-mapped. Its tensors are converted and moved one by one, and after each the file's pages are
-released, so that no tensor is in memory twice. A tensor that needs no change stays in the mapped file.
+A checkpoint is memory-mapped. Loading converts and moves the tensors one by one, and releases the file's pages after
+each tensor, so that no tensor is in memory twice. A tensor that needs no change stays in the mapped file.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,10 @@ from tokenizer import Tokenizer, load_tokenizer
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
-    """The model in path, and the tokenizer from the same folder. options: load_model's. The tokenizer's end tokens
-    become the model's, too. Raises UsageError if the tokenizer has more tokens than the model, special tokens aside."""
+    """Returns the model in path, and the tokenizer from the same folder. The model ends a text at the tokenizer's end
+    tokens, too. Apart from special tokens, the tokenizer may not have more tokens than the model.
+
+    options: of load_model."""
     model = load_model(path, **options)
     tokenizer = load_tokenizer(Path(path).parent)
     vocab_size = model.config.vocab_size
@@ -45,11 +47,11 @@ def load_model(
     use_kernels: bool = True,
     sharded: bool = True,
 ) -> Transformer:
-    """Reads the model in path onto device, in dtype, ready for inference. Raises UsageError.
+    """Reads the model in path onto device, in dtype, ready for inference.
 
-    dtype: of all tensors but those of quantized weights.
-    use_kernels: run on this project's kernels where they are available; False: plain PyTorch.
-    sharded: with several ranks, this rank gets its shard (tp.py); False: it gets the whole model."""
+    dtype: of all tensors but the quantized weights'.
+    use_kernels: run on this project's kernels, if the device has any; False: run on plain PyTorch.
+    sharded: with several ranks, read this rank's shard (tp.py); False: read the whole model."""
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, parse_formats(quantization))
@@ -83,8 +85,9 @@ def load_model(
 
 
 def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
-    """The head's tensors that are not in the checkpoint, since the embedding's serve as both: their names -> the
-    embedding's. Empty if the checkpoint has a head, or must have one since its format differs from the embedding's."""
+    """Returns {head tensor name: embedding tensor name} for a tied head, which the checkpoint stores once, as the
+    embedding. The dict is empty if the checkpoint stores the head separately, as it must if the head's format differs
+    from the embedding's."""
     head, embedding = model.lm_head, model.embed_tokens
     if not model.config.tie_embeddings or head.format != embedding.format or "lm_head.weight" in tensors:
         return {}
@@ -92,7 +95,7 @@ def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
 
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
-    """The names of the tensors of quantized weights. Loading does not change the dtypes of these tensors."""
+    """Returns the names of quantized weights' tensors, whose dtypes loading does not change."""
     names = {f"{name}.input_order" for name, linear in model.quantizable_linears() if linear.input_order is not None}
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
         if matrix.format.is_quantized:
@@ -101,7 +104,7 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
 
 
 def check_tensors(path: Path, model: Transformer, tensors: Tensors, tied: dict[str, str], quantized_names: set[str]):
-    """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
+    """Checks that the checkpoint in path holds exactly the tensors that model needs.
 
     tied: see tied_tensor_names.
     quantized_names: the tensors whose dtypes must fit, too."""
@@ -117,7 +120,7 @@ def check_tensors(path: Path, model: Transformer, tensors: Tensors, tied: dict[s
 
 
 def check_input_orders(path: Path, tensors: Tensors):
-    """Raises UsageError unless every input_order has each of its layer's inputs once."""
+    """Checks that every input_order holds each input of the layer once."""
     for name, order in tensors.items():
         if name.endswith(".input_order") and not torch.equal(order.sort().values, torch.arange(len(order)).int()):
             raise UsageError(f"{path}: tensor {name} is no order of the layer's {len(order)} inputs; convert it again")
@@ -127,8 +130,9 @@ def move_tensors(
     tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
     shard_tensor: Callable[[str, Tensor], Tensor] | None,
 ) -> Tensors:  # fmt: skip
-    """Moves a checkpoint's tensors to device and converts them to dtype, except for those in quantized_names, which
-    keep their dtypes. shard_tensor: gives this rank's shard of a tensor; None: there is one rank."""
+    """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
+
+    shard_tensor: (name, tensor) -> this rank's shard of the tensor; None: there is one rank."""
     moved = {}
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

@@ -1,11 +1,11 @@
-"""The machine: its devices, how much memory is free, how fast that memory is read, and how many threads may run.
+"""Describes the machine: devices, free memory, memory's bandwidth, and how many threads may run.
 
     device = pick_device(None)                     # the accelerator, or the CPU if there is none
     check_memory(2 * 10**9, "the KV cache")        # raises OutOfMemoryError
     read_bandwidth(device)                         # bytes per second
     limit_threads()                                # to what the process may use
 
-drop_pages and use_huge_pages tell the system how the memory of a tensor will be used.
+drop_pages and use_huge_pages tell the system how this process will use the memory of a tensor.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from errors import OutOfMemoryError, UsageError
 
-READ_BYTES = 2**29  # read by read_bandwidth at a time: more than any cache holds
-UNKNOWN_CACHE_BYTES = 2**28  # of a processor that does not say what its cache holds
+READ_BYTES = 2**29  # how much read_bandwidth reads at a time: more than any cache holds
+UNKNOWN_CACHE_BYTES = 2**28  # assumed where the processor does not report a cache size
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
@@ -39,9 +39,9 @@ MEMORY_FILES = [
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables that PyTorch reads
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # Linux's codes for madvise
 
+
 def pick_device(name: str | None) -> torch.device:
-    """The device called name. None: the accelerator, or the CPU if there is none. Raises UsageError if the machine has
-    no such device."""
+    """Returns the device called name. With None, returns the accelerator, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
         return accelerator or torch.device("cpu")
@@ -71,7 +71,7 @@ def cpu_name() -> str:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which a sum over 512 MiB reads memory, the best of five. A step cannot read its weights
+    """Returns the bytes per second at which a sum over 512 MiB reads memory, the best of five. No step can read weights
     faster. Raises MemoryError or RuntimeError (see is_out_of_memory) if there is no room for 512 MiB."""
     if device.type == "cpu" and free_memory() < READ_BYTES:
         raise MemoryError
@@ -79,8 +79,8 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
-    """read_bandwidth of a CPU, measured on some of tensors instead of new memory. None if the processor's caches could
-    hold half of the tensors or more."""
+    """Returns a CPU's read_bandwidth, measured on some of tensors instead of new memory. Returns None if the
+    processor's caches could hold half of the tensors or more."""
     cached, n_bytes, chosen = cache_bytes(), 0, []
     for tensor in tensors:
         if n_bytes >= max(2 * cached, READ_BYTES // 2):
@@ -91,7 +91,7 @@ def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
 
 
 def sum_bandwidth(tensors: list[Tensor]) -> float:
-    """Bytes per second at which sums over int64 tensors read them, the best of five."""
+    """Returns the bytes per second at which sums over int64 tensors read memory, the best of five."""
     seconds = []
     for _ in range(5):
         synchronize(tensors[0].device)
@@ -104,11 +104,11 @@ def sum_bandwidth(tensors: list[Tensor]) -> float:
 
 
 def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
-    """The memory of CPU tensors as int64 tensors. Tensors that lie next to each other become one, since the sum of a
-    small tensor takes less time than the call."""
+    """Returns the memory of CPU tensors as int64 tensors. Neighbours in memory become one tensor, since the call of a
+    small tensor's sum takes longer than the sum."""
     spans: list[list[int]] = []  # [start, end)
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors):
-        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # then their pages hold the gap, too
+        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # the pages of both tensors hold the gap, too
             spans[-1][1] = max(end, spans[-1][1])
         else:
             spans.append([start, end])
@@ -117,7 +117,7 @@ def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def cache_bytes() -> int:
-    """The size of a CPU's last-level caches together."""
+    """Returns how many bytes all last-level caches of the CPU hold together."""
     for level in ("index3", "index2"):
         sizes = {}  # list of the CPUs that share a cache -> size of the cache
         with contextlib.suppress(OSError, ValueError):
@@ -133,8 +133,8 @@ def cache_bytes() -> int:
 
 
 def free_memory() -> float:
-    """Bytes of main memory that this process can still allocate: the least of three limits. Infinite if the system does
-    not report any. Linux kills a process that takes more, without a message."""
+    """Returns the bytes of main memory that this process can still allocate: the least of three limits, or infinity if
+    the system reports none. Linux kills a process that takes more, without a message."""
     free = [math.inf]
     with contextlib.suppress(OSError, ValueError):  # the machine: free pages, cached copies of files, and swap
         words = Path("/proc/meminfo").read_text().split()  # MemAvailable: 123 kB SwapFree: 456 kB ...
@@ -151,9 +151,9 @@ def free_memory() -> float:
 
 
 def free_in_cgroup(folder: Path) -> float:
-    """Bytes that a control group's limit leaves; infinite without a limit. Cached copies of files, such as a checkpoint
-    just read, count as memory in use. Those that were not used lately (inactive_file) are dropped when memory is
-    needed, so here they count as free."""
+    """Returns the bytes that a control group's limit leaves, or infinity without a limit. Linux counts cached copies of
+    files, such as a checkpoint just read, as memory in use. When memory is needed, Linux drops the copies that were not
+    used lately (inactive_file), so this function counts them as free."""
     for limit_file, usage_file, inactive in MEMORY_FILES:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means none
             limit = int((folder / limit_file).read_text())
@@ -164,8 +164,8 @@ def free_in_cgroup(folder: Path) -> float:
 
 
 def cgroup_folders(controller: str) -> list[Path]:
-    """The folders of the control groups that this process is in, for a controller ("memory", "cpu"). A container is a
-    group. Groups are in other groups, whose limits count too."""
+    """Returns the folders of the control groups that this process is in, for a controller ("memory", "cpu"). A
+    container is a group. A group can be in another group, whose limits count, too."""
     folders = []
     with contextlib.suppress(OSError, ValueError):
         for line in PROCESS_CGROUPS.read_text().splitlines():  # 0::/a/b, or in version 1: 4:memory:/a/b
@@ -173,13 +173,14 @@ def cgroup_folders(controller: str) -> list[Path]:
             if controllers and controller not in controllers.split(","):
                 continue
             root = CGROUPS / controller if controllers else CGROUPS
-            folder = root / group.strip("/")  # in a container, it may not exist there; its root does
+            folder = root / group.strip("/")  # in a container, only root may exist
             folders += [f for f in (folder, *folder.parents) if f.is_relative_to(root)]
     return folders
 
 
 def check_memory(n_bytes: int, what: str):
-    """Raises OutOfMemoryError if main memory has no room for n_bytes. what: what needs them, for the message."""
+    """Raises OutOfMemoryError if main memory has no room for n_bytes. what: names the part that needs the memory, for
+    the message."""
     free = free_memory()
     if n_bytes > free:
         needed, available = n_bytes / 1e9, free / 1e9
@@ -187,14 +188,15 @@ def check_memory(n_bytes: int, what: str):
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Whether e means that memory ran out. PyTorch's allocators raise RuntimeError for that."""
+    """Returns whether e means that memory ran out, for which PyTorch's allocators raise RuntimeError."""
     if isinstance(e, RuntimeError):
         return re.search("out of memory|allocate memory|bad_alloc", str(e)) is not None
     return isinstance(e, MemoryError)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes of memory that this process has used at a time: on a GPU those of tensors, else main memory."""
+    """Returns the most bytes that this process has used at a time: of a GPU's memory for tensors, else of main
+    memory."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated()
     with contextlib.suppress(OSError, ValueError):  # not ru_maxrss, which in a child process starts at the parent's
@@ -205,19 +207,19 @@ def peak_memory(device: torch.device) -> int:
 
 
 def drop_pages(t: Tensor):
-    """Releases the pages of t, which must lie in a memory-mapped file; otherwise they count as memory in use. If they
-    are needed again, the system reads them from the file again."""
+    """Releases the pages of t, which must lie in a memory-mapped file. Until then, the pages count as memory in use. If
+    t is used again, the system reads the file again."""
     madvise(t, MADV_DONTNEED)
 
 
 def use_huge_pages(t: Tensor):
-    """Asks for pages of 2 MB instead of 4 KB for t, to which nothing has been written yet. Translating the addresses of
-    small pages costs a fifth of the bandwidth."""
+    """Asks for pages of 2 MB instead of 4 KB for t, before anything is written to t. Translating the addresses of small
+    pages costs a fifth of the bandwidth."""
     madvise(t, MADV_HUGEPAGE)
 
 
 def madvise(t: Tensor, advice: int):
-    """Linux's madvise for the pages that lie completely in t. Does nothing on other systems."""
+    """Calls Linux's madvise for the pages that lie completely in t. Does nothing on other systems."""
     start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # rounded up
     end = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE  # rounded down
     if sys.platform == "linux" and end > start:
@@ -228,8 +230,8 @@ def madvise(t: Tensor, advice: int):
 
 
 def limit_threads():
-    """Makes PyTorch use no more threads than this process may run at a time. PyTorch itself takes the physical cores
-    that the process may run on. Does nothing if the user has set one of THREAD_VARIABLES."""
+    """Makes PyTorch use no more threads than this process may run at a time. By default, PyTorch takes all physical
+    cores that the process may run on. Does nothing if the user has set one of THREAD_VARIABLES."""
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         n_threads = min(torch.get_num_threads(), allowed_threads())
         if n_threads < torch.get_num_threads():
@@ -237,16 +239,16 @@ def limit_threads():
 
 
 def allowed_threads() -> int:
-    """How many CPUs this process may use at a time: those of its affinity mask, and not more than its control groups
-    give it of their time. Rounded down: one thread more would be stopped for a part of every period, and the others
-    would wait for it."""
+    """Returns how many CPUs this process may use at a time: as many as are in its affinity mask, and at most as many as
+    the control groups' quotas pay for. A quota is rounded down: one thread more would be stopped for a part of every
+    period, while the others wait."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(map(cpu_quota, cgroup_folders("cpu")), default=math.inf)
     return max(1, int(min(n_cpus, quota)))
 
 
 def cpu_quota(folder: Path) -> float:
-    """The processor time that a control group gets per time; infinite without a limit."""
+    """Returns how many CPUs a control group may keep busy on average, or infinity without a limit."""
     with contextlib.suppress(OSError, ValueError):  # version 2: "150000 100000", or "max 100000" without a limit
         quota, period = (folder / "cpu.max").read_text().split()
         return int(quota) / int(period)

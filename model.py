@@ -20,13 +20,13 @@ from torch import Tensor, nn
 import kernels
 from config import ModelConfig
 from errors import UsageError
-from kernels.formats import Dense, WeightFormat, WeightFormats
+from kernels.formats import Dense, QuantizationScheme, WeightFormat
 from kernels.params import AttentionParams, LayerCache, WeightMatrix
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm
 from rope import RopeTables, alibi_slopes
 
 DENSE = Dense()
-ALL_DENSE = WeightFormats(DENSE)
+ALL_DENSE = QuantizationScheme(DENSE)
 
 
 class Transformer(nn.Module):
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         return round(total)
 
 
-def empty_model(config: ModelConfig, formats: WeightFormats = ALL_DENSE) -> Transformer:
+def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_DENSE) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
     quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or for
     which it has no such format."""
@@ -155,10 +155,10 @@ class TransformerBlock(nn.Module):
         def norm(enabled: bool) -> RMSNorm | None:
             return RMSNorm(config.dim, config.norm_eps) if enabled else None
 
-        self.attention_norm = norm(config.pre_norm)
+        self.pre_attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, layer)
         self.post_attention_norm = norm(config.post_norm)
-        self.ffn_norm = norm(config.pre_norm)
+        self.pre_ffn_norm = norm(config.pre_norm)
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
 
@@ -166,8 +166,8 @@ class TransformerBlock(nn.Module):
         """x [B, T, dim] -> [B, T, dim]."""
         # x = x + [post_norm] attention([norm] x)
         # x = x + [post_norm] feed_forward([norm] x)
-        x = self.add_sublayer(x, self.attention, self.attention_norm, self.post_attention_norm, start_pos, cache)
-        return self.add_sublayer(x, self.feed_forward, self.ffn_norm, self.post_ffn_norm)
+        x = self.add_sublayer(x, self.attention, self.pre_attention_norm, self.post_attention_norm, start_pos, cache)
+        return self.add_sublayer(x, self.feed_forward, self.pre_ffn_norm, self.post_ffn_norm)
 
     def add_sublayer(
         self, x: Tensor, sublayer: nn.Module, norm: RMSNorm | None, post_norm: RMSNorm | None, *args

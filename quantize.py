@@ -1,4 +1,4 @@
-"""Quantize the linear layers of a checkpoint, output head included, to 8 or 4 bits.
+"""Quantizes the linear layers of a checkpoint, output head included, to 8 or 4 bits.
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int8                 -> model_int8.pth
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode fp8                  -> model_fp8.pth
@@ -11,10 +11,10 @@ int4-hqq    the same format; zero points refined without data (half-quadratic qu
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 fp8         8-bit floats (e4m3), one scale per output channel
 mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats). Of two possible
-            powers it is the one with the smaller squared error
+            powers, the one with the smaller squared error
 
-Norms, biases, routers and the embedding are not quantized. kernels/formats/ describes the formats. One tensor at a
-time is in memory (for int4-gptq: one layer). The file appears under its name when it is complete.
+Norms, biases, routers and the embedding are not quantized. kernels/formats/ describes the formats. One tensor at a time
+is in memory (for int4-gptq: one layer). The result gets its name when it is complete.
 """
 
 import argparse
@@ -60,8 +60,8 @@ class Int4HQQ(Int4):
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
     """Refines zeros so that each group's sum of |w - dequantized|^0.5 gets small, by half-quadratic splitting. Each
-    step shrinks the rounding errors towards 0, subtracts what remains of them (the outliers) from the weights, and fits
-    the zero points to the difference."""
+    step shrinks the rounding errors towards 0, and what remains are the outliers. Then it subtracts the outliers from
+    the weights, and fits the zero points to the difference."""
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # both in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
@@ -75,8 +75,8 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
     return encode_zeros(best[..., 0])
 
 
-# --mode -> the format that it makes. int4-gptq rounds in another way (gptq.py) to the format of int4.
-MODES = formats.MODES | {"int4-hqq": Int4HQQ, "int4-gptq": Int4}
+# --mode -> the format that the mode makes. int4-gptq makes Int4, too, but rounds in another way (gptq.py).
+QUANTIZE_MODES = formats.MODES | {"int4-hqq": Int4HQQ, "int4-gptq": Int4}
 DEFAULT_GROUP_SIZE = 32
 
 
@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
     options.add_checkpoint_path(parser, help=help)
-    add("--mode", default="int8", help=f"{', '.join(MODES)} (default: %(default)s)")
+    add("--mode", default="int8", help=f"{', '.join(QUANTIZE_MODES)} (default: %(default)s)")
     help = f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})"
     add("--groupsize", dest="group_size", metavar="GROUPSIZE", type=int, help=help)
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
@@ -112,9 +112,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace):
-    if args.mode not in MODES:
-        raise UsageError(f"--mode must be one of {', '.join(MODES)}, not {args.mode}")
-    group_sizes = MODES[args.mode].group_size_options
+    if args.mode not in QUANTIZE_MODES:
+        raise UsageError(f"--mode must be one of {', '.join(QUANTIZE_MODES)}, not {args.mode}")
+    group_sizes = QUANTIZE_MODES[args.mode].group_size_options
     if args.group_size is not None and not group_sizes:
         raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
     if args.group_size is not None and args.group_size not in group_sizes:
@@ -139,9 +139,9 @@ def main():
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
-    format = MODES[args.mode].from_options(args.group_size)
+    format = QUANTIZE_MODES[args.mode].from_options(args.group_size)
     weights = linear_weights(path, config, tensors)
-    check_sizes(weights, format)
+    check_input_widths(weights, format)
     if args.mode == "int4-gptq":
         quantized = quantize_calibrated(args, weights["lm_head"].dtype)
     else:
@@ -153,8 +153,8 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights to quantize, by the names of their layers. tensors: the contents of path. The weight of a tied
-    head is the embedding's. Raises UsageError if one is missing or of the wrong shape."""
+    """Returns the weights to quantize, by the name of the layer. tensors: the contents of path. A tied head has the
+    embedding's weight."""
     shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
     if config.tie_embeddings:
         tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
@@ -165,7 +165,7 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
     return weights
 
 
-def check_sizes(weights: dict[str, Tensor], format: WeightFormat):
+def check_input_widths(weights: dict[str, Tensor], format: WeightFormat):
     for name, w in weights.items():
         k, factor = w.shape[-1], format.input_multiple
         if k % factor:
@@ -181,8 +181,8 @@ def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tenso
 
 
 def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, Tensors]]:
-    """Yields (name, tensors) for every linear layer of the checkpoint that args names, quantized by GPTQ. dtype: the
-    dtype of its weights."""
+    """Yields (name, tensors) for every linear layer of the checkpoint in args, quantized by GPTQ. dtype: of the
+    checkpoint's weights."""
     device, limit = pick_device(args.device), args.calibration_limit
     text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
     model, tokenizer = load(args.checkpoint_path, dtype=dtype, use_kernels=False)
@@ -199,8 +199,8 @@ def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
 ):  # fmt: skip
-    """Writes a checkpoint of tensors with each of weights replaced by its quantized tensors. quantized yields (name,
-    tensors in format) for each of weights, in any order. Raises UsageError if the file cannot be written."""
+    """Writes a checkpoint of tensors, with every tensor in weights replaced by the tensors that quantized yields for
+    it. quantized yields (name, tensors in format) for every weight, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():

@@ -10,17 +10,18 @@ routers.
     o_proj, down_proj         sharded along the inputs: a rank computes partial sums, which an all-reduce adds up
     lm_head                   sharded along the outputs: an all-gather concatenates the logits
 
-tp_plan is this table. Every rank runs the same lines. What a line does differs from rank to rank here only:
+tp_plan is this table. All ranks run the same code, except in these places:
 
     loading.py: load_model             a rank keeps its shard (shard), and gets the collectives (insert_collectives)
     RowParallelLinear, ParallelHead    a rank computes its part, and a collective joins the parts
-    shard_inputs                       rank 0 alone has the biases of o_proj and down_proj; the others' are 0
+    shard_inputs                       only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
     broadcast, in steps.py, scheduler.py and speculate.py    all ranks sample, and rank 0's tokens count
-    cli/ranks.py                       rank 0 alone prints (silence), reads what the user types (input_lines) and
-                                       converts checkpoints (call_on_rank_0); each has a trace file (rank_path)
+    cli/ranks.py                       only rank 0 prints (silence), reads what the user types (input_lines) and
+                                       converts checkpoints (call_on_rank_0); each rank has a trace file (rank_path)
 
 cli/ranks.py: process_group joins the processes. The collectives run on gloo between CPUs and on NCCL between GPUs.
-Where GPUs can read each other's memory, small tensors, such as a decode step's, are summed through it instead of NCCL.
+Where GPUs can read each other's memory, small tensors, such as a decode step's, are summed through peer memory instead
+of NCCL.
 """
 
 import os
@@ -48,40 +49,43 @@ class ShardSpec:
     """How a linear layer is sharded."""
 
     style: str  # "colwise": along its outputs; "rowwise": along its inputs. Megatron's names, for W^T
-    sections: tuple[int, ...]  # sizes of what one weight stacks, such as q, k and v; each section is sharded separately
-    granularity: int = 1  # elements that stay together, such as those of a head
+    sizes: tuple[int, ...]  # of the matrices that one weight stacks, such as q, k and v; each matrix is cut separately
+    head_size: int = 1  # a head's elements, which stay on one rank; 1: there are no heads
 
 
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
-    """The sharded linear layers, by the last component of their name. Every rank has all other tensors whole.
+    """Returns how each linear layer is sharded, by the last component of the layer's name. Every rank has all other
+    tensors whole.
 
-    If a q/k norm is over all heads together, a rank needs all heads. Then every rank computes all of attention, and
-    only o_proj is sharded."""
+    A q/k norm over all heads together needs all heads. With such a norm, every rank computes all of attention, and only
+    o_proj is sharded."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shards_heads = not config.qk_norm_all_heads
-    qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), granularity=config.head_dim)} if shards_heads else {}
+    qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), head_size=config.head_dim)} if shards_heads else {}
     return qkv_proj | {
-        "o_proj": ShardSpec("rowwise", (q,), granularity=config.head_dim),
+        "o_proj": ShardSpec("rowwise", (q,), head_size=config.head_dim),
         "gate_up_proj": ShardSpec("colwise", (config.ffn_dim, config.ffn_dim)),
         "down_proj": ShardSpec("rowwise", (config.ffn_dim,)),
         "lm_head": ShardSpec("colwise", (config.vocab_size,)),
     }
 
 
-def shard_range(size: int, granularity: int, rank: int, n_ranks: int) -> tuple[int, int]:
-    """(start, length) of a rank's shard of size elements, which consist of pieces of granularity elements.
+def shard_range(size: int, head_size: int, rank: int, n_ranks: int) -> tuple[int, int]:
+    """Returns (start, length) of a rank's shard of size elements, which is cut only between heads of head_size
+    elements.
 
-    The length is the same on all ranks. If it does not divide size, the last ranks' ranges reach beyond the end. If
-    there are fewer pieces than ranks, as there may be of key/value heads, several ranks share a piece."""
-    n_pieces = size // granularity
-    if n_pieces < n_ranks:
-        return rank * n_pieces // n_ranks * granularity, granularity
-    length = -(-n_pieces // n_ranks) * granularity  # rounded up
+    The length is the same on all ranks. If the length does not divide size, the last ranks' ranges reach beyond the
+    end. With fewer heads than ranks, as is common for key/value heads, several ranks share a head."""
+    n_heads = size // head_size
+    if n_heads < n_ranks:
+        return rank * n_heads // n_ranks * head_size, head_size
+    length = -(-n_heads // n_ranks) * head_size  # rounded up
     return rank * length, length
 
 
 def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
-    """Raises UsageError if n_ranks ranks cannot have equal shards. The message names the numbers of ranks that can."""
+    """Raises UsageError if n_ranks ranks cannot have equal shards. The message names the numbers of ranks that are
+    possible."""
     if can_shard(config, format, n_ranks):
         return
     possible = [str(n) for n in range(2, config.n_heads + 1) if can_shard(config, format, n)]
@@ -94,8 +98,8 @@ def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
 
 
 def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
-    """Whether n_ranks ranks can have equal shards. Ranks may share key/value heads. The vocabulary is padded, so that
-    it may have any size."""
+    """Returns whether n_ranks ranks can have equal shards. Ranks may share key/value heads. The vocabulary is padded,
+    so it may have any size."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
     if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
         return False
@@ -106,7 +110,7 @@ def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
 
 
 def check_device(device: torch.device):
-    """Raises UsageError unless this rank has an accelerator to itself or runs on the CPU."""
+    """Checks that this rank has an accelerator to itself or runs on the CPU."""
     local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
     if device.type != "cpu" and (local_rank >= n_devices or device.index not in (None, local_rank)):
         raise UsageError(f"every process needs a device of its own, and here are {n_devices}; "
@@ -114,18 +118,17 @@ def check_device(device: torch.device):
 
 
 def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    """Shrinks model, which is on the meta device in its checkpoint's format, to this rank's shard. Returns the function
-    (name, tensor of the checkpoint) -> this rank's shard of the tensor. Raises UsageError if the sizes do not allow
-    equal shards, or if there are too few devices."""
+    """Shrinks model, which is on the meta device in the checkpoint's format, to this rank's shard. Returns the function
+    (name, tensor of the checkpoint) -> this rank's shard of the tensor."""
     plan, n_ranks = tp_plan(model.config), world_size()
     linears = dict(model.quantizable_linears())
-    formats = {name: linear.format for name, linear in linears.items()}  # of the checkpoint; the model's will change
+    formats = {name: linear.format for name, linear in linears.items()}  # the checkpoint's; linear.format changes here
     check_device(device)
     check_can_shard(model.config, max(formats.values(), key=lambda format: format.shard_multiple), n_ranks)
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
-        """A copy of this rank's shard, so that no other part of a memory-mapped tensor is read. If every rank has the
-        whole tensor: tensor itself."""
+        """Returns a copy of this rank's shard, so that no other part of a memory-mapped tensor is read. If every rank
+        has the whole tensor, returns tensor itself."""
         module_name, _, tensor_name = name.rpartition(".")
         if tensor_name == "sinks":
             start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
@@ -145,7 +148,7 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
             continue
         for tensor_name, tensor in linear.state_dict().items():
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
-        n = sum(shard_range(size, spec.granularity, 0, n_ranks)[1] for size in spec.sections)  # the same on every rank
+        n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
         if spec.style == "rowwise":
             linear.in_features, linear.format = n, formats[name].shard_format(n)
         else:
@@ -168,25 +171,26 @@ def shard_attention(attention: Attention, n_ranks: int):
 
 
 def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
-    """This rank's shard of the weight, scales, zeros, input_order or bias (tensor_name) of a layer that is sharded
-    along its inputs."""
+    """Returns this rank's shard of a tensor of a layer that is sharded along its inputs.
+
+    tensor_name: weight, scales, zeros, input_order or bias."""
     if tensor_name == "bias":  # the all-reduce sums the ranks' biases, so only rank 0 has one that is not 0
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
-    (size,) = spec.sections
-    start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
+    (size,) = spec.sizes
+    start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
     if tensor_name == "input_order":
         return tensor[start : start + length].clone()
     return format.shard_inputs(tensor_name, tensor, start, length)
 
 
 def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
-    """This rank's outputs of every section, along dim. Where the rank's range reaches beyond the section, it is padded
-    with zeros."""
+    """Returns this rank's outputs along dim. A weight that stacks several matrices is cut in each of them. A range that
+    reaches beyond the end of a matrix is padded with zeros."""
     shards = []
-    for size, section in zip(spec.sections, tensor.split(spec.sections, dim), strict=True):
-        start, length = shard_range(size, spec.granularity, dist.get_rank(), world_size())
+    for size, matrix in zip(spec.sizes, tensor.split(spec.sizes, dim), strict=True):
+        start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
         available = max(0, min(length, size - start))
-        shard = section.narrow(dim, min(start, size), available)
+        shard = matrix.narrow(dim, min(start, size), available)
         pad_after_dim = (0, 0) * (tensor.dim() - 1 - dim)  # F.pad names the last dimension first
         shards.append(F.pad(shard, (*pad_after_dim, 0, length - available)))
     return torch.cat(shards, dim)
@@ -205,13 +209,13 @@ def insert_collectives(model: Transformer):
 
 class RowParallelLinear(nn.Module):
     """A linear layer that is sharded along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the
-    ranks' partial sums. The residual is added after that, or else every rank would add it.
+    ranks' partial sums. The residual is added after the all-reduce, or else every rank would add the residual.
 
-    Mostly x has exactly the inputs of this rank's shard, since the layer before is sharded, too. Otherwise:
+    There are three cases:
 
-        every rank has computed all inputs (see tp_plan)    it selects its own
-        there is an input_order, and x has only some        an all-gather joins all, of which input_order, this rank's
-                                                            part of it, selects those of the shard"""
+        x is this rank's shard, since the layer before is sharded, too    use x
+        x is complete: attention is not sharded (see tp_plan)             take this rank's slice of x
+        act-order: the rank's columns need inputs of other ranks          all-gather x; then input_order picks inputs"""
 
     def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_width: int):
         """x_width: how many inputs x has."""
@@ -219,7 +223,7 @@ class RowParallelLinear(nn.Module):
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
         has_all = x_width > linear.in_features
-        self.get_inputs = None  # x -> what linear takes; None: x itself
+        self.get_inputs = None  # x -> the inputs that linear takes; None: linear takes x
         if linear.input_order is None and has_all:
             self.get_inputs = self.select_own_inputs
         elif linear.input_order is not None and not has_all:
@@ -247,46 +251,46 @@ class ParallelHead(nn.Module):
         return graph_break(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
-        """All ranks' logits. The last ranks' may end with padding."""
+        """Returns all ranks' logits, without the padding of the last ranks."""
         return all_gather(logits)[..., : self.vocab_size]
 
 
 def world_size() -> int:
-    """The number of ranks."""
+    """Returns the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A step recorded on a GPU includes the collectives. One recorded on a CPU cannot, so they run between two of its tapes
-# (kernels/record.py).
+# A step recorded on a GPU includes the collectives. A step recorded on a CPU cannot: each collective runs between two
+# tapes (kernels/record.py).
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum of all ranks' x."""
+    """Returns the sum of all ranks' x."""
     return graph_break(partial(collective, "all_reduce", "sum"), x)
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """All ranks' x [..., X], concatenated: [..., ranks * X]."""
+    """Concatenates all ranks' x [..., X]: [..., ranks * X]."""
     gathered = collective("all_gather_into_tensor", world_size(), x)  # [ranks * ..., X]
     by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
     return by_rank.movedim(0, -2).flatten(-2)
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Rank 0's x on every rank. So all ranks continue with the same token, even if they draw different random numbers.
-    generate.py seeds all ranks alike; other programs need not."""
+    """Returns rank 0's x on every rank. With rank 0's token all ranks continue alike, even if they draw different
+    random numbers. generate.py seeds all ranks alike; other programs need not."""
     return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
 
 
 def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
-    """One of PyTorch's functional collectives, which torch.compile can include in its graphs."""
+    """Calls one of PyTorch's functional collectives, which torch.compile can include in its graphs."""
     operation = getattr(torch.ops._c10d_functional, name)
     pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
 def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """The fastest all-reduce that all ranks support, for tensors with the device and dtype of like."""
+    """Returns the fastest all-reduce that all ranks support, for tensors with the device and dtype of like."""
     if not all(gather_objects(can_one_shot(like))):
         return all_reduce
     one_shot = one_shot_all_reduce(like.device, like.dtype)
@@ -298,8 +302,8 @@ def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def can_one_shot(like: Tensor) -> bool:
-    """Whether this rank's GPU can read the memory of all the others, and PyTorch's operation fits. It exists for two
-    dtypes. It adds in the same order on every rank only if there are 2, 4 or 8 ranks."""
+    """Returns whether this rank's GPU can read the memory of all other GPUs, and PyTorch's one-shot all-reduce fits.
+    The operation exists for two dtypes. It adds in the same order on every rank only if there are 2, 4 or 8 ranks."""
     n_ranks = world_size()
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
         return False
@@ -311,8 +315,8 @@ def can_one_shot(like: Tensor) -> bool:
 
 @cache
 def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """All-reduce in one kernel, over PyTorch's symmetric memory. It is a custom op with a buffer of its own, so that
-    CUDA graphs see a fixed address."""
+    """Makes an all-reduce that is one kernel, over PyTorch's symmetric memory. The all-reduce is a custom op with a
+    buffer of its own, so that CUDA graphs see a fixed address."""
     import torch.distributed._symmetric_memory as symmetric_memory  # here, since only several GPUs need it
 
     group_name = dist.group.WORLD.group_name
@@ -330,7 +334,7 @@ def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[T
 
 
 def gather_objects(value) -> list:
-    """Every rank's value, on every rank."""
+    """Returns every rank's value, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)

@@ -1,33 +1,33 @@
-"""Other projects' files to model.pth: a checkpoint's folder by folder.py, a GGUF by gguf_tensors.py.
+"""Converts other projects' files to model.pth: a checkpoint's folder by folder.py, a GGUF by gguf_tensors.py.
 
-All formats go the same way. What is read becomes a SourceModel (model_tensors.py): a config, and tensors with canonical
-names and one layout, whose data is not read yet. Then convert reads, stacks and writes the tensors one by one.
+All formats go the same way. A reader makes a SourceModel (model_tensors.py): a config, and tensors with canonical names
+and one layout, whose data is not read yet. Then convert reads, stacks and writes the tensors one by one.
 
     format              opened by       its config by     its tensors by           its tokenizer by
     Hugging Face        hf_files.py     hf_config.py      hf_tensors.py            (needs no change)
     Meta, tinyllamas    meta.py         meta.py           meta.py                  tiktoken_file.py
     GGUF                gguf_file.py    gguf_config.py    gguf_tensors.py          gguf_tokenizer.py
 
-    hf_quantized.py        which weights of Hugging Face's are quantized; they are unpacked in
+    hf_quantized.py        finds the quantized weights of a Hugging Face checkpoint; these files unpack them:
       hf_integers.py         GPTQ, AWQ, compressed-tensors
       hf_floats.py           FP8, MXFP4
-    gguf_quantized.py      --keep: a GGUF's quantized weights stay quantized; its types of blocks are in
+    gguf_quantized.py      --keep: a GGUF's quantized weights stay quantized; this file decodes the blocks:
       gguf_blocks.py
-    lora.py                --lora: an adapter is merged into Hugging Face's weights
+    lora.py                --lora: merges an adapter into Hugging Face's weights
     quantized_weight.py    a weight that stays quantized: renamed, split and reordered like a tensor
-    model_tensors.py       canonical names, what is stacked, and convert, with which all formats end
+    model_tensors.py       canonical names, which tensors are stacked, and convert, the last step of every format
 
-    families.py            the table of families, for all formats; family.py explains its columns
-    family_fields.py       what only one family's config.json has
-    family_tensors.py      what only one family's tensors have
+    families.py            the table of families, for all formats; family.py explains the columns
+    family_fields.py       reads fields that only one family's config.json has
+    family_tensors.py      renames and splits tensors that only one family has
 
-    sources.py             remembers of which files a model.pth was made
+    sources.py             remembers from which files a model.pth was made
 
-What is new goes here:
+Where to add something new:
 
     a family                            a row of families.py: FAMILIES (docs/add_a_model.md)
-    a family that is there, as GGUF     a row of gguf_config.py: ARCHITECTURES
-    a quantized type of GGUF's          a row of gguf_blocks.py: BLOCK_TYPES; without --keep nothing
+    a known family, as GGUF             a row of gguf_config.py: ARCHITECTURES
+    a quantized type of GGUF            a row of gguf_blocks.py: BLOCK_TYPES, for --keep only
     a value of tokenizer.ggml.pre       a row of gguf_tokenizer.py: SPLITS
     a quantized format of the hub       hf_quantized.py: LAYER_READERS, and the function there, of hf_integers.py or
                                         hf_floats.py; check_supported; OF_WEIGHT and is_quantized, if its tensors have

@@ -1,5 +1,5 @@
-"""The families: FAMILIES has one row for each architecture. What a row cannot say itself are functions that it names:
-those that read config.json are in family_fields.py, those that change tensors in family_tensors.py.
+"""Lists the families: FAMILIES has one row for each architecture. A row may name functions for what no column can say:
+functions that read config.json are in family_fields.py, functions that change tensors in family_tensors.py.
 
     config = config_from_hf(json.load(open("config.json")))
 
@@ -52,9 +52,10 @@ from errors import UsageError, type_errors_as_usage_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
-    """Reads Hugging Face's config.json (hf_config), in its old spelling (rope_theta, rope_scaling) or its new one
-    (rope_parameters). generation, if given, is generation_config.json, which may name more end tokens. Raises
-    UsageError for what is not supported."""
+    """Reads Hugging Face's config.json (hf_config), in the old spelling (rope_theta, rope_scaling) or the new spelling
+    (rope_parameters).
+
+    generation: generation_config.json, which may name more end tokens."""
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
@@ -67,8 +68,8 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
 
 
 def find_family(hf_config: dict) -> Family:
-    """By model_type, as in transformers, which ignores architectures. But an unknown architecture is refused if the
-    folder has code for it (auto_map): it may differ from its model_type, such as "llama"."""
+    """Finds the family by model_type, as transformers does, which ignores architectures. But an unknown architecture is
+    refused if the folder has code for it (auto_map): the code may differ from what model_type says, such as "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]

@@ -1,4 +1,4 @@
-"""Family: the columns of the table of families, which is families.py: FAMILIES."""
+"""Defines Family: the columns of the table of families, which is families.py: FAMILIES."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ class Family:
     model_type: str  # the value of config.json's "model_type"
     defaults: dict  # what transformers assumes for a field that config.json leaves out
 
-    # Gives the fields of config.json the names that they have for Llama
+    # Gives the fields of config.json Llama's names
     rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
 
     # Sliding window
-    sliding_layers: str = "none"  # which layers have it: "none", "all", or "layer_types", as that field lists them
-    default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json has none; None: it must have them
-    needs_use_sliding_window: bool = False  # no layer has it unless use_sliding_window is true
+    sliding_layers: str = "none"  # which layers have a window: "none", "all", or "layer_types": as that field says
+    default_layer_types: Callable[[dict], list[str]] | None = None  # if layer_types is missing; None: it must be there
+    needs_use_sliding_window: bool = False  # no layer has a window unless use_sliding_window is true
     scales_sliding_rope: bool = True  # False: rope_scaling is only for the layers without a sliding window
 
     # Feed-forward
     ffn_dim_field: str = "intermediate_size"
-    n_experts_fields: tuple[str, ...] = ()  # the first one that is there counts; (): no mixture of experts
-    norm_topk_prob: bool | None = True  # None: as config.json's norm_topk_prob
+    n_experts_fields: tuple[str, ...] = ()  # config.json's names for n_experts, in order; (): no mixture of experts
+    norm_topk_prob: bool | None = True  # None: config.json says it
     shared_expert: bool = False  # every token also uses an expert of shared_expert_intermediate_size
     experts_bias: bool = False  # the router and the experts have biases
 
@@ -36,9 +36,9 @@ class Family:
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig that the whole family shares
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 
-    # Tensors, at conversion. family_tensors.py has the renames and functions, hf_tensors.py applies all of this.
-    renames: dict[str, str] = field(default_factory=dict)  # parts of names -> parts of canonical names, in this order
-    split_experts: Callable[[HFTensors, ModelConfig], None] = split_stacked_experts  # what holds all experts of a layer
+    # Tensors, at conversion. family_tensors.py defines the renames and functions, hf_tensors.py applies them.
+    renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
+    split_experts: Callable[[HFTensors, ModelConfig], None] = split_stacked_experts  # a tensor for all experts
     normalizes_head: Callable[[ModelConfig], bool] = lambda config: False  # the head's rows are scaled to length one
     norm_offset: float = 0.0  # added to the weights of norms: Gemma computes x * (1 + w)
     layer_norm: bool = False  # norms subtract the mean of x; conversion makes this mean zero

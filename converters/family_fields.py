@@ -1,6 +1,6 @@
-"""What only one family's config.json has: functions for the rows of families.py: FAMILIES.
+"""Reads fields that only one family's config.json has: functions for the rows of families.py: FAMILIES.
 
-Those of the first group give fields of ModelConfig, for Family.read_overrides.
+A function for Family.read_overrides is named after its family, and returns fields of ModelConfig.
 """
 
 from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
@@ -27,7 +27,7 @@ def gemma2(hf_config: dict) -> dict:
 
 
 def smollm3(hf_config: dict) -> dict:
-    """The layers without RoPE are those where no_rope_layers has a 0. Without that list, every
+    """Reads which layers have RoPE. A layer has none where no_rope_layers has a 0. Without that list, every
     no_rope_layer_interval-th layer has none."""
     n_layers = required(hf_config, "num_hidden_layers")
     interval = hf_config.get("no_rope_layer_interval") or 4
@@ -77,8 +77,8 @@ def grok(hf_config: dict) -> dict:
 
 
 def baichuan(hf_config: dict) -> dict:
-    """Baichuan 7B has RoPE, 13B has ALiBi. Which one it is shows in the name of the field for the context's length:
-    max_position_embeddings means RoPE, model_max_length ALiBi."""
+    """Tells Baichuan 7B, which has RoPE, from 13B, which has ALiBi. The field for the context's length shows it:
+    max_position_embeddings means RoPE, model_max_length means ALiBi."""
     dim = required(hf_config, "hidden_size")
     if hf_config.get("max_position_embeddings") is None:
         return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
@@ -103,7 +103,7 @@ def gemma3_layer_types(hf_config: dict) -> list[str]:
 
 
 def smollm3_layer_types(hf_config: dict) -> list[str]:
-    """The layers without RoPE have the window."""
+    """Gives the window to the layers without RoPE."""
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
 
 
@@ -123,12 +123,12 @@ DBRX_FIELDS_TO_LLAMA = {
 
 
 def rename_dbrx(hf_config: dict) -> dict:
-    """Renames the fields of DBRX, and lifts those of attn_config and ffn_config to the top level."""
+    """Renames DBRX's fields, and lifts the fields of attn_config and ffn_config to the top level."""
     hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
     attention = hf_config.get("attn_config") or {}
     ffn = hf_config.get("ffn_config") or {}
     rope = hf_config.get("rope_parameters") or {}
-    if "rope_theta" in attention:  # this one is right: transformers 5 writes its default into rope_parameters
+    if "rope_theta" in attention:  # it counts: transformers 5 writes a default into rope_parameters
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
     if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:

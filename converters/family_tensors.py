@@ -1,4 +1,4 @@
-"""How one family's tensors differ from the canonical ones (model_tensors.py): for the rows of families.py: FAMILIES."""
+"""Renames and splits tensors that only one family has, for the rows of families.py: FAMILIES."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from converters.model_tensors import HFTensors
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
-# Renames are made in order: the first one of GEMMA_NORMS_TO_CANONICAL frees a name that the second one takes.
+# Renames are made in order. In GEMMA_NORMS_TO_CANONICAL, renaming .post_attention_layernorm. frees that name for
+# .pre_feedforward_layernorm.
 GEMMA_NORMS_TO_CANONICAL = {
     ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
     ".post_feedforward_layernorm.": ".post_ffn_norm.",
@@ -44,13 +45,14 @@ def rename_tensor(name: str, new_names: dict[str, str]) -> str:
 
 
 # ---- split_experts: splits, in place, tensors that hold all experts of a layer --------------------------------------
-# The parts are views, and nothing is read.
+# The parts are views: splitting reads nothing.
 
 
 def split_stacked_experts(tensors: HFTensors, config: ModelConfig, are_transposed: bool = False):
     """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
 
-    are_transposed: each expert's, as in gpt-oss, where the columns of gate and up take turns. There are biases, too."""
+    are_transposed: every expert's matrix is transposed, as in gpt-oss, where the columns of gate and up alternate.
+    gpt-oss has biases, too."""
     for experts, (prefix, projection, is_bias) in pop_matches(
         tensors, r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?"
     ):
@@ -67,7 +69,7 @@ def split_stacked_experts(tensors: HFTensors, config: ModelConfig, are_transpose
 
 
 def split_dbrx_experts(tensors: HFTensors, config: ModelConfig):
-    """Splits w1, v1 and w2, each of all experts [E F, dim]. w2's are transposed."""
+    """Splits w1, v1 and w2, each [E F, dim] for all experts. w2 is transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
         for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
@@ -75,8 +77,8 @@ def split_dbrx_experts(tensors: HFTensors, config: ModelConfig):
 
 
 def pop_matches(tensors: HFTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    """Removes every tensor whose name matches, and yields it with the groups of the match. One of fewer dimensions than
-    min_dim stays, since it cannot be split; convert will name what is missing instead."""
+    """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor of
+    fewer dimensions than min_dim stays, since it cannot be split; later, convert names the tensors that are missing."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:
@@ -87,5 +89,6 @@ def pop_matches(tensors: HFTensors, pattern: str, min_dim: int = 2) -> Iterator[
 
 
 def is_baichuan2(config: ModelConfig) -> bool:
-    """Baichuan 2 scales every row of its head to length one. Its vocabulary is larger than Baichuan 1's 64000."""
+    """Returns whether this is Baichuan 2, which scales every row of the head to length one. Baichuan 1's vocabulary has
+    64000 tokens, Baichuan 2's has more."""
     return config.vocab_size > 64000

@@ -2,8 +2,7 @@
 
     path = convert_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))
 
-A folder with config.json is in Hugging Face's format, one with params.json in Meta's, and a single .pt is one of
-tinyllamas.
+config.json marks Hugging Face's format, params.json Meta's. A folder with a single .pt holds one of tinyllamas.
 """
 
 import sys
@@ -25,8 +24,8 @@ from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 
 def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:
-    """Writes model.pth into folder. With an adapter in the folder lora, writes model.pth of both into lora. Returns the
-    path of the file, which has another name if weights are quantized. announce: as for convert."""
+    """Writes model.pth into folder. With an adapter in the folder lora, writes the merged model.pth into lora. Returns
+    the path of the file, whose name is another if weights are quantized. announce: see convert."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     target = folder if lora is None else lora
@@ -59,7 +58,7 @@ def how_to_merge(lora: Path) -> str:
 
 
 def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
-    """A folder in Hugging Face's format. adapter: is merged into the weights."""
+    """Reads a folder in Hugging Face's format, and merges adapter, if given, into the weights."""
     hf_config = read_json(folder / "config.json")
     if adapter is not None:
         check_not_quantized(folder, hf_config)
@@ -69,7 +68,8 @@ def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
 
 
 def read_config(folder: Path, hf_config: dict) -> ModelConfig:
-    """The model's config. hf_config: config.json. Ids of tokens that the vocabulary lacks are ignored, and named."""
+    """Returns the model's config. Ignores ids of tokens that the vocabulary lacks, and prints them. hf_config:
+    config.json."""
     config = config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
     known = range(config.vocab_size)
     unknown = [i for i in (config.bos_id, *config.eos_ids) if i is not None and i not in known]
@@ -82,7 +82,8 @@ def read_config(folder: Path, hf_config: dict) -> ModelConfig:
 
 
 def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> HFTensors:
-    """All tensors of the folder, memory-mapped, and quantized weights as QuantizedWeight. hf_config: config.json."""
+    """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized weight. hf_config:
+    config.json."""
     quantization = read_quantization(hf_config)
     tensors = read_folder(folder)
     if quantization is not None:
@@ -91,7 +92,7 @@ def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> HFTensor
 
 
 def merge_folders(folder: Path, lora: Path) -> Path:
-    """Writes model.pth of the model in folder and the adapter in lora, into lora."""
+    """Merges the adapter in lora into the model in folder, and writes model.pth into lora."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
     if lora.resolve() == folder.resolve():
@@ -104,8 +105,8 @@ def merge_folders(folder: Path, lora: Path) -> Path:
 
 
 def check_not_quantized(folder: Path, hf_config: dict):
-    """Raises UsageError if the base model is quantized. gpt-oss may be: its attention, which adapters change, is
-    not."""
+    """Raises UsageError if the base model is quantized. gpt-oss may be: adapters change gpt-oss's attention, which is
+    not quantized."""
     quantization = hf_config.get("quantization_config") if isinstance(hf_config, dict) else None
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"

@@ -1,4 +1,4 @@
-"""The quantized types of GGUF: how their blocks hold codes, scales and minima.
+"""Decodes the quantized types of GGUF, whose blocks hold codes, scales and minima.
 
     groups = decode_rows(rows, Type.Q4_K)    # rows: [N, bytes] uint8
     groups.q, groups.scales, groups.zeros    # w = (q - zero) * scale
@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from kernels.formats import Tensors
-from kernels.formats.base import nibbles_to_bytes
+from kernels.formats.base import low_then_high_halves, nibbles_to_bytes
 
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 
@@ -23,7 +23,7 @@ FLOATS = (Type.F32, Type.F16, Type.BF16)
 
 @dataclass(frozen=True)
 class BlockType:
-    """A quantized type of GGUF. An input is q * scale + offset.
+    """A quantized type of GGUF. A weight is q * scale + offset.
 
     decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, scales and offsets [..., n_groups] float32."""
 
@@ -34,13 +34,8 @@ class BlockType:
 
 
 def read_float16(blocks: Tensor, start: int) -> Tensor:
-    """The float16 at byte start of each block, as float32: [..., 1]."""
+    """Reads the float16 at byte start of each block, as float32: [..., 1]."""
     return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """[..., n] -> [..., 2 n]: all low halves, then all high halves."""
-    return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
 def select_bits(packed: Tensor, bit: int, n: int = 1) -> Tensor:
@@ -48,10 +43,10 @@ def select_bits(packed: Tensor, bit: int, n: int = 1) -> Tensor:
 
 
 def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
-    """The codes of Q4_0, Q4_1, Q5_0 and Q5_1, whose blocks begin with n_header bytes. The fifth bits of Q5's 32 codes
-    come before the others."""
+    """Returns the codes of Q4_0, Q4_1, Q5_0 and Q5_1. Such a block begins with n_header bytes. In Q5_0 and Q5_1 the
+    fifth bits of all 32 codes follow, then the lower four."""
     start = n_header + (4 if fifth_bit else 0)
-    q = unpack_nibbles(blocks[..., start : start + 16])
+    q = low_then_high_halves(blocks[..., start : start + 16])
     if fifth_bit:
         high = blocks[..., n_header:start, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [..., 4, 8]
         q = q | high.flatten(-2) << 4
@@ -59,13 +54,13 @@ def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
 
 
 def decode_symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Q4_0 and Q5_0 have a scale and a fixed zero point."""
+    """Decodes Q4_0 and Q5_0, which have a scale and a fixed zero point."""
     scale = read_float16(blocks, 0)
     return decode_q4(blocks, 2, **options), scale, -zero * scale
 
 
 def decode_asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Q4_1 and Q5_1 have a scale and a minimum."""
+    """Decodes Q4_1 and Q5_1, which have a scale and a minimum."""
     return decode_q4(blocks, 4, **options), read_float16(blocks, 0), read_float16(blocks, 2)
 
 
@@ -75,22 +70,23 @@ def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """32 bytes hold the codes of two groups: one in the low halves, the next in the high ones."""
+    """Decodes Q4_K: 32 bytes hold the codes of two groups, one in the low halves, the next in the high halves."""
     scales, offsets = decode_k_scales(blocks)
-    return unpack_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
+    return low_then_high_halves(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
 
 
 def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The low 4 bits are as in Q4_K. Byte i of qh has the fifth bits of input i of each of the 8 groups."""
+    """Decodes Q5_K: the low 4 bits lie as in Q4_K, and byte i of qh holds the fifth bit of input i of each of the 8
+    groups."""
     scales, offsets = decode_k_scales(blocks)
-    qh, low = blocks[..., 16:48], unpack_nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
+    qh, low = blocks[..., 16:48], low_then_high_halves(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
     high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
     return low | high << 4, scales, offsets
 
 
 def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has one scale and one minimum in float16, which
-    integers of 6 bits multiply, two for each group. These are in 12 bytes:
+    """Returns the scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has one scale and one minimum in float16.
+    Every group multiplies them with two integers of 6 bits, packed into 12 bytes:
 
         byte      bits 0-3               bits 4-5                 bits 6-7
         0 - 3     scale of group 0 - 3, all 6 bits                scale of group 4 - 7, its upper 2 bits
@@ -103,13 +99,13 @@ def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A block has two halves of 128 inputs, and an int8 scale for every 16. For each half:
+    """Decodes Q6_K: a block has two halves of 128 inputs, and an int8 scale for every 16 inputs. For each half:
 
-        ql    64 bytes: the lower 4 bits of input i, and in the high half of the byte those of input i + 64
+        ql    64 bytes: low half of byte i: the lower 4 bits of input i; high half: the lower 4 bits of input i + 64
         qh    32 bytes: the upper 2 bits of the inputs i, i + 32, i + 64, i + 96, from the lowest bits on"""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
-    q = (unpack_nibbles(ql) | high << 4).flatten(-2)
+    q = (low_then_high_halves(ql) | high << 4).flatten(-2)
     scales = read_float16(blocks, 208) * blocks[..., 192:208].view(torch.int8)
     return q, scales, -32 * scales
 
@@ -131,7 +127,7 @@ BLOCK_TYPES = {
 
 @dataclass
 class QuantizedRows:
-    """Rows of a GGUF's tensor, w = (q - zero) * scale: q [N, K], scales and zeros [N, n_groups] in float32."""
+    """Rows of a GGUF's tensor: w = (q - zero) * scale, with q [N, K], scales and zeros [N, n_groups] in float32."""
 
     type: BlockType
     q: Tensor
@@ -139,7 +135,7 @@ class QuantizedRows:
     zeros: Tensor
 
     def expand(self, per_group: Tensor) -> Tensor:
-        """[N, n_groups] -> [N, K]."""
+        """Repeats each group's value for every input: [N, n_groups] -> [N, K]."""
         return per_group[..., None].expand(*per_group.shape, self.type.group_size).flatten(-2)
 
     def dequantize(self) -> Tensor:
@@ -147,11 +143,11 @@ class QuantizedRows:
 
 
 def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
-    """rows: [N, bytes] uint8."""
+    """Decodes rows [N, bytes] uint8 of a quantized type."""
     type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
     q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
     groups, is_constant = QuantizedRows(type, q, scales, -offsets / scales), scales == 0
-    if is_constant.any():  # all inputs of such a group are its offset: (1 - 0) * offset or (0 - 1) * -offset
+    if is_constant.any():  # all weights of a constant group are the offset: (1 - 0) * offset or (0 - 1) * -offset
         groups.scales = torch.where(is_constant, offsets.abs(), scales)
         groups.zeros = torch.where(is_constant, (offsets < 0).float(), groups.zeros)
         groups.q = torch.where(groups.expand(is_constant), groups.expand((offsets > 0).to(torch.uint8)), q)
@@ -159,7 +155,7 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
 
 
 def decode_mxfp4(rows: Tensor) -> Tensors:
-    """The tensors of our MXFP4 with the same numbers. A block has the exponent and 32 codes."""
+    """Returns our MXFP4's tensors for GGUF's MXFP4, whose blocks hold an exponent and 32 codes."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
-    weight = nibbles_to_bytes(unpack_nibbles(blocks[..., 1:]).flatten(-2))
+    weight = nibbles_to_bytes(low_then_high_halves(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

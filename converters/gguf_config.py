@@ -1,6 +1,6 @@
-"""Reads a GGUF's metadata into a ModelConfig, as the config.json of the same model would be read.
+"""Reads a GGUF's metadata into a ModelConfig, by way of the config.json that the same model would have.
 
-    config = read_gguf_config(metadata, tensors)    # what gguf_file.py reads
+    config = read_gguf_config(metadata, tensors)    # both from gguf_file.py: read_gguf
 
 To add an architecture, add a row to ARCHITECTURES; its family must be in families.py.
 """
@@ -18,7 +18,7 @@ from converters.gguf_file import GGUFTensor
 from errors import UsageError
 from rope import rope_frequencies
 
-# The metadata's fields, after "llama." or the like -> the fields of config.json that say the same
+# GGUF's name of a field, without the architecture's prefix ("llama.") -> config.json's name
 REQUIRED_FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -42,7 +42,7 @@ GGUF_FIELDS = REQUIRED_FIELDS | {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
-# Fields that change the maths in a way that model.py does not implement -> the values with which they change nothing
+# Fields that change the maths in a way that model.py does not implement -> the values that change nothing
 GGUF_NEUTRAL_VALUES = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -57,7 +57,7 @@ GGUF_NEUTRAL_VALUES = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-# Tensors of no module: what RoPE's frequencies are divided by, Llama 3.1's and LongRoPE's
+# Tensors that belong to no module: divisors of RoPE's frequencies, for Llama 3.1's scaling and for LongRoPE
 ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -69,75 +69,75 @@ class Architecture:
     """How the GGUF files of one architecture are read."""
 
     family: str  # in families.py
-    fields: dict[str, str] = field(default_factory=dict)  # more of GGUF_FIELDS
-    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that the metadata lack
-    names: dict[str, str] = field(default_factory=dict)  # what differs from gguf_tensors.py: GGUF_TO_CANONICAL
-    ffn_up_has_gate: bool = False  # ffn_up has the rows of the gate, too, first
-    interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a pair's side by side
+    fields: dict[str, str] = field(default_factory=dict)  # added to GGUF_FIELDS
+    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that metadata lack
+    names: dict[str, str] = field(default_factory=dict)  # added to gguf_tensors.py: GGUF_TO_CANONICAL
+    ffn_up_has_gate: bool = False  # ffn_up has the gate's rows, and then its own
+    interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a RoPE pair's rows are neighbours
 
 
-def llama(hf_config: dict) -> dict:
+def llama_fields(hf_config: dict) -> dict:
     return {"architectures": ["MixtralForCausalLM"]} if hf_config.get("num_local_experts") else {}
 
 
-def gemma2(hf_config: dict) -> dict:
+def gemma2_fields(hf_config: dict) -> dict:
     window = hf_config.get("sliding_window", 4096)
     return {"query_pre_attn_scalar": query_dim(hf_config, n_layers_of_27b=46), "sliding_window": window}
 
 
-def gemma3(hf_config: dict) -> dict:
+def gemma3_fields(hf_config: dict) -> dict:
     return {"query_pre_attn_scalar": query_dim(hf_config, n_layers_of_27b=62)}
 
 
 def query_dim(hf_config: dict, n_layers_of_27b: int) -> int:
-    """The square root of this divides the scores: head_dim, but dim / n_heads in the models of 27B."""
+    """Returns the number whose square root divides the scores: head_dim, but dim / n_heads in the models of 27B."""
     if hf_config["num_hidden_layers"] == n_layers_of_27b:
         return hf_config["hidden_size"] // hf_config["num_attention_heads"]
     return hf_config["head_dim"]
 
 
-def olmo2(hf_config: dict) -> dict:
-    """Olmo 3 is Olmo 2 with a window."""
+def olmo2_fields(hf_config: dict) -> dict:
+    """Tells Olmo 3, which has a window, from Olmo 2."""
     return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf_config.get("sliding_window") else {}
 
 
-def granite(hf_config: dict) -> dict:
+def granite_fields(hf_config: dict) -> dict:
     return {"attention_multiplier": hf_config.get("attention_multiplier") or hf_config["head_dim"] ** -0.5}
 
 
-def qwen3moe(hf_config: dict) -> dict:
+def qwen3moe_fields(hf_config: dict) -> dict:
     return {"norm_topk_prob": hf_config.get("norm_topk_prob", True)}
 
 
-def gpt_oss(hf_config: dict) -> dict:
-    """YaRN's limits are not rounded. That is OpenAI's code; llama.cpp rounds them."""
+def gpt_oss_fields(hf_config: dict) -> dict:
+    """Leaves YaRN's limits unrounded, as OpenAI's code does. llama.cpp rounds them."""
     return {"rope_scaling": (hf_config["rope_scaling"] or {}) | {"truncate": False}}
 
 
-# Where neither extra_fields nor the metadata have a field, the family's default holds: Gemma 3's local rope_theta,
-# which layers of Gemma 2 and 3 and gpt-oss have a window, which layers of SmolLM3 have no RoPE.
+# A field that neither extra_fields nor metadata have takes the family's default: Gemma 3's local rope_theta, the layers
+# with a window of Gemma 2, Gemma 3 and gpt-oss, and the layers without RoPE of SmolLM3.
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", extra_fields=llama, interleaved_rope=True),
+    "llama": Architecture("LlamaForCausalLM", extra_fields=llama_fields, interleaved_rope=True),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "qwen3moe": Architecture(
         "Qwen3MoeForCausalLM",
         {"expert_feed_forward_length": "moe_intermediate_size", "expert_weights_norm": "norm_topk_prob"},
-        qwen3moe,
+        qwen3moe_fields,
     ),
     "gemma": Architecture("GemmaForCausalLM"),
-    "gemma2": Architecture("Gemma2ForCausalLM", extra_fields=gemma2),
-    "gemma3": Architecture("Gemma3ForCausalLM", {"rope.freq_base_swa": "rope_local_base_freq"}, gemma3),
+    "gemma2": Architecture("Gemma2ForCausalLM", extra_fields=gemma2_fields),
+    "gemma3": Architecture("Gemma3ForCausalLM", {"rope.freq_base_swa": "rope_local_base_freq"}, gemma3_fields),
     "phi3": Architecture("Phi3ForCausalLM", ffn_up_has_gate=True),
-    "olmo2": Architecture("Olmo2ForCausalLM", extra_fields=olmo2),
+    "olmo2": Architecture("Olmo2ForCausalLM", extra_fields=olmo2_fields),
     "smollm3": Architecture("SmolLM3ForCausalLM", interleaved_rope=True),
-    "granite": Architecture("GraniteForCausalLM", extra_fields=granite, interleaved_rope=True),
+    "granite": Architecture("GraniteForCausalLM", extra_fields=granite_fields, interleaved_rope=True),
     "glm4": Architecture("Glm4ForCausalLM", ffn_up_has_gate=True),
     "gpt-oss": Architecture(
         "GptOssForCausalLM",
         {"expert_feed_forward_length": "intermediate_size"},
-        gpt_oss,
-        names={"post_attention_norm": "post_attention_layernorm"},  # after attention and before the feed-forward
+        gpt_oss_fields,
+        names={"post_attention_norm": "post_attention_layernorm"},  # the norm before the feed-forward
     ),
 }
 
@@ -153,7 +153,8 @@ def find_architecture(metadata: dict) -> Architecture:
 
 
 def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelConfig:
-    """Raises UsageError for what is not supported, and other errors for metadata that are missing or broken."""
+    """Returns the config. Raises UsageError for what is not supported, and other errors for metadata that are missing
+    or broken."""
     try:
         config = config_from_hf(gguf_to_config_json(metadata, tensors))
     except UsageError as e:
@@ -170,7 +171,7 @@ def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelCon
 
 
 def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
-    """The contents of config.json that the same model would have."""
+    """Returns the contents of config.json that the same model would have."""
     name, architecture = metadata["general.architecture"], find_architecture(metadata)
     fields = {key.removeprefix(f"{name}."): value for key, value in metadata.items()}
     check_fields(fields, name)
@@ -208,15 +209,15 @@ def check_fields(fields: dict, name: str):
 
 
 def window_pattern(pattern: int | list | None) -> dict:
-    """The field of config.json that says which layers have the window. A list pattern has an entry for each layer; a
-    number means that every pattern-th layer has no window."""
+    """Returns the field of config.json that says which layers have the window. If pattern is a list, it has an entry
+    for each layer. If pattern is a number, every pattern-th layer has no window."""
     if isinstance(pattern, list):
         return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
     return {} if pattern is None else {"sliding_window_pattern": pattern}
 
 
 def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dict | None:
-    """config.json's rope_scaling."""
+    """Returns config.json's rope_scaling."""
     rope_type = fields.get("rope.scaling.type", "linear")
     if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
         return {
@@ -243,7 +244,7 @@ def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dic
 
 
 def read_llama3_scaling(config: ModelConfig, stored: GGUFTensor) -> RopeScaling:
-    """Llama 3.1's scaling. A GGUF holds nothing of it but the numbers that config's frequencies are divided by."""
+    """Returns Llama 3.1's scaling. A GGUF stores only the divisors of RoPE's frequencies."""
     factors = torch.tensor(stored.data.view(np.float32))
     scaling = RopeScaling("llama3", float(factors.max()))
     scaled = replace(config, rope_scaling=scaling)

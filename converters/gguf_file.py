@@ -2,7 +2,8 @@
 
     metadata, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
 
-The gguf package's own reader takes seconds for a vocabulary, and loops as often as a broken header tells it to.
+This is not the gguf package's own reader, which takes seconds for a vocabulary, and loops as often as a broken header
+says.
 """
 
 import math
@@ -17,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from errors import UsageError
 
-SCALARS = {  # as the module struct spells them
+SCALARS = {  # type -> its letter in the module struct
     GGUFValueType.UINT8: "B", GGUFValueType.UINT16: "H", GGUFValueType.UINT32: "I", GGUFValueType.UINT64: "Q",
     GGUFValueType.INT8: "b", GGUFValueType.INT16: "h", GGUFValueType.INT32: "i", GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
@@ -37,7 +38,8 @@ class GGUFTensor:
 
 
 def read_gguf(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
-    """The metadata and the tensors of file and, if it is one of several parts, of all of them. Raises UsageError."""
+    """Returns the metadata and the tensors of file. If file is one of several parts, returns the tensors of all
+    parts."""
     metadata, tensors = read_part(file)
     n_parts = metadata.get("split.count", 1)
     if type(n_parts) is not int or n_parts <= 1:
@@ -51,7 +53,7 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
         if (part_metadata.get("split.no"), part_metadata.get("split.count")) != (i, n_parts):
             raise UsageError(f"{parts[i]} is not part {i + 1} of {n_parts}")
     tensors = {name: tensor for _, part_tensors in contents for name, tensor in part_tensors.items()}
-    metadata, _ = contents[0]  # the others have none
+    metadata, _ = contents[0]  # other parts have none
     n_tensors = metadata.get("split.tensors.count", len(tensors))
     if n_tensors != len(tensors):
         raise UsageError(f"the {n_parts} parts of {file} hold {len(tensors)} tensors, not {n_tensors}")
@@ -75,7 +77,7 @@ def read_part(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
 
 
 def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
-    """The metadata and the tensors of one file's bytes."""
+    """Parses a file's bytes into metadata and tensors."""
     header = Header(data)
     if header.scalar("4s") != b"GGUF" or header.scalar("I") not in (2, 3):
         raise ValueError("not GGUF")
@@ -107,7 +109,7 @@ class Header:
         self.data, self.offset = data, 0
 
     def scalar(self, form: str):
-        """form: as the module struct spells it."""
+        """Reads a value. form: its letter in the module struct."""
         (value,) = struct.unpack_from("<" + form, self.data, self.offset)
         self.offset += struct.calcsize("<" + form)
         return value

@@ -5,10 +5,10 @@
     print(*kept.report(), sep="\\n")              # how each type was converted
 
 A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
-minimum. Codes of 4 bits become Int4, all others GroupedInt8, with the same groups. Only scales and zeros are rounded.
-MXFP4 stays what it is. Weights that are stacked, such as q, k and v, get one format. If that makes the file larger than
-SIZE_LIMIT times the GGUF, weights are rounded again to smaller formats, first those that save the most bytes for what
-they lose.
+minimum. Codes of 4 bits become Int4, all other codes GroupedInt8, with the same groups. Only scales and zeros are
+rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format. If the file would be larger
+than SIZE_LIMIT times the GGUF, some weights are rounded again to smaller formats, beginning with the weights that save
+the most bytes for the accuracy that they lose.
 """
 
 import re
@@ -32,12 +32,11 @@ from kernels.formats import MXFP4, Dense, GroupedInt8, Int4, Int8, Tensors, Weig
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat
 
-SIZE_LIMIT = 1.1  # of the result, in sizes of the GGUF's tensors
+SIZE_LIMIT = 1.1  # the result's largest size, in sizes of the GGUF's tensors
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
-# The loss of an input that is rounded again. Rounded to 4 bits, it depends on the bits of the input's code, since
-# llama.cpp gave more bits to inputs that matter more. Rounded to 8 bits, it grows with the number of inputs that share
-# a scale.
+# The loss of an input that is rounded again. Rounding to 4 bits loses more where the code has more bits, since
+# llama.cpp gives more bits to inputs that matter more. Rounding to 8 bits loses more where more inputs share a scale.
 LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}
 LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
@@ -52,12 +51,12 @@ def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
 
 
 def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
-    """Returns (the tensors of format, whether each group keeps its codes [N, n_groups]). Other groups are rounded
-    again."""
+    """Converts groups to format. Returns (the tensors of format, whether each group keeps the stored codes [N,
+    n_groups]). Groups that do not are rounded again."""
     if not keeps_codes(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # A minimum makes zeros that are no integers. Codes of 4 or 5 bits are multiplied to fill 8 bits, so that zeros,
-    # which are rounded to integers, get smaller steps.
+    # A minimum makes fractional zeros, which are rounded to integers. Where codes have fewer bits than the format,
+    # codes and zeros are multiplied to fill 8 bits, so that the rounding steps of zeros are smaller.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
     zeros = (groups.zeros * factor * format.zeros_per_step).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
@@ -65,7 +64,7 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
     repeats = groups.type.group_size // format.group_size
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
-    if not is_kept.all():  # the zero of some groups is beyond 0 ... 255
+    if not is_kept.all():  # some groups' zeros are beyond 0 ... 255
         rounded = format.quantize(groups.dequantize())
         rounded["q"] = format.bytes_to_elements(rounded["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
@@ -79,9 +78,9 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
 
 @dataclass
 class StackedWeight:
-    """One of our weights, and the GGUF's tensors that it stacks.
+    """One of our weights, and the GGUF's tensors that are stacked to it.
 
-    formats: the formats that the weight may have, each smaller than the one before; the first loses nothing.
+    formats: the formats that the weight may have, from the largest, which loses nothing, to the smallest.
     n_bytes: the weight's size in each format."""
 
     name: str
@@ -122,8 +121,8 @@ class StackedWeight:
         return total
 
     def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
-        """Returns (price, index) of the smaller format that loses least for each byte that it saves. price: the loss
-        for each byte. index: into formats. At most n_excess of the saved bytes count, since no more are needed."""
+        """Returns (price, index) of the smaller format that loses least for each saved byte. price: the loss for each
+        byte. index: into formats. At most n_excess of the saved bytes count, since no more are needed."""
         now, *smaller = self.formats
         prices = []
         for format in smaller:
@@ -134,7 +133,8 @@ class StackedWeight:
 
 
 def choose_formats(stacks: list[StackedWeight], n_bytes: float):
-    """Sets the format of each of stacks, so that together they take at most n_bytes, if that is possible."""
+    """Chooses the format of every weight in stacks, so that all weights together take at most n_bytes, if that is
+    possible."""
     n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
     stacks = middle_layers_first(stacks)  # at equal prices, layers in the middle come first
     while n_excess > 0:
@@ -150,7 +150,7 @@ def choose_formats(stacks: list[StackedWeight], n_bytes: float):
 
 
 def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
-    """stacks, sorted by the distance of their layer from the middle one: the first and last layers matter most."""
+    """Sorts stacks by the distance of the layer from the middle layer, since the first and last layers matter most."""
     layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
     middle = max(layers.values(), default=0) / 2
     return sorted(stacks, key=lambda stack: abs(layers.get(stack.name, 2 * middle) - middle))
@@ -161,14 +161,14 @@ def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
 
 @dataclass
 class RoundingErrors:
-    """How far the converted weights of one type are from the GGUF's."""
+    """Sums up how far the converted weights of one type are from the GGUF's weights."""
 
     n_tensors: int = 0
-    largest: float = 0.0  # error of the groups that keep their codes, in steps of these
+    largest: float = 0.0  # error in groups that keep the stored codes, in steps of the codes
     n_groups: int = 0
     n_rounded: int = 0  # groups that are rounded again
-    squared_errors: float = 0.0  # sum over the inputs that are rounded again
-    squared_steps: float = 0.0  # likewise, of a group's scale
+    squared_errors: float = 0.0  # sum over the weights that are rounded again
+    squared_steps: float = 0.0  # sum of squared scales over the same weights
 
     def add(self, groups: QuantizedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
@@ -195,8 +195,7 @@ class RoundingErrors:
 class KeptWeights:
     """The weights of a GGUF that stay quantized, by canonical names (weights).
 
-    plans: our tensors. sources: the GGUF's tensors by canonical names. order: see reorder_heads. Raises UsageError
-    for a type that no format can hold."""
+    plans: our tensors. sources: the GGUF's tensors by canonical names. order: see reorder_heads."""
 
     def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], order: Tensor | None):
         linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
@@ -210,7 +209,7 @@ class KeptWeights:
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
-        self.became_dense: Counter[str] = Counter()  # tensors of each type that are stacked with floats
+        self.became_dense: Counter[str] = Counter()  # how many tensors of each type are stacked with floats
         self.weights: dict[str, QuantizedWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Dense):
@@ -221,18 +220,19 @@ class KeptWeights:
                 self.weights[source] = QuantizedWeight(stack.format, torch.Size(sources[source].shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
-        """Returns a TensorReader: of self.weights for those that stay quantized, of read for all others."""
+        """Returns a TensorReader that takes weights that stay quantized from self.weights, and all other tensors from
+        read."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
     def read(self, name: str, stored: GGUFTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
-        """The tensors of format for the GGUF's tensor called name."""
+        """Reads the GGUF's tensor called name, and converts it to the tensors of format."""
         errors = self.errors[stored.type.name, format.name]
         errors.n_tensors += 1
         if stored.type == Type.MXFP4:
             whole = decode_mxfp4(torch.tensor(stored.data))
             if (whole["scales"] == E8M0_NAN).any():
                 raise UsageError(f"tensor {name} holds scales that are not finite")
-            errors.n_groups += whole["scales"].numel()  # all exact
+            errors.n_groups += whole["scales"].numel()  # all are exact
             return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
@@ -249,7 +249,8 @@ class KeptWeights:
         return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
 
     def report(self) -> list[str]:
-        """Lines that say how each type was converted, and how large the result is. Call when all weights are read."""
+        """Returns lines that say how each type was converted, and how large the result is. Call report when all weights
+        are read."""
         lines = []
         for (type_name, format_name), errors in sorted(self.errors.items()):
             lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")

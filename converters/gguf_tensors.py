@@ -30,7 +30,7 @@ from converters.sources import describe_sources, find_gguf_parts, remember_sourc
 from errors import UsageError
 from tokenizer_files import TOKENIZER_FILES
 
-GGUF_TO_CANONICAL = {  # GGUF's names of modules -> canonical ones (model_tensors.py)
+GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (model_tensors.py)
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -61,10 +61,10 @@ def convert_gguf(
     file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, keep: bool = False,
     announce: Announcement | None = None,
 ) -> Path:  # fmt: skip
-    """Writes model.pth, its weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
+    """Writes model.pth, with weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
 
-    keep: what is quantized stays so, as the path then says. How close it is to the GGUF is printed.
-    announce: as for convert."""
+    keep: quantized weights stay quantized, and the path says how; prints how close the result is to the GGUF.
+    announce: see convert."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
@@ -79,7 +79,7 @@ def convert_gguf(
         tokenizer = tokenizer_files(metadata)
     except UsageError:
         raise
-    except Exception as e:  # whatever odd metadata runs into; tokenizers raises bare Exception
+    except Exception as e:  # broken metadata can cause any error; tokenizers raises bare Exception
         why = f"{type(e).__name__} {e}".splitlines()[0]
         raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
     files = dict.fromkeys(TOKENIZER_FILES) | tokenizer
@@ -99,8 +99,8 @@ def convert_gguf(
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[HFTensors, TensorReader]:
-    """The tensors of a SourceModel, on the meta device, and its function that reads one of them, with its rows in our
-    order. Gemma's norms stay as they are, since a GGUF has 1 + w already."""
+    """Returns what a SourceModel needs: the tensors, on the meta device, and the function that reads a tensor, with the
+    rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
     order = gguf_rope_order(config, architecture)
@@ -120,7 +120,7 @@ def rename_gguf_tensors(
 def keep_quantized(
     stored: dict[str, GGUFTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
 ) -> KeptWeights:
-    """The weights among tensors that stay quantized. tensors: those that rename_gguf_tensors makes of stored."""
+    """Returns the weights that stay quantized. tensors: what rename_gguf_tensors makes of stored."""
     sources = split_gguf_tensors(stored, config, architecture)
     return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
 
@@ -133,7 +133,7 @@ def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor |
 def split_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """The GGUF's tensors by canonical names."""
+    """Returns the GGUF's tensors by canonical names."""
     sources: dict[str, GGUFTensor] = {}
     for name, tensor in stored.items():
         if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
@@ -144,8 +144,8 @@ def split_gguf_tensors(
 def split_tensor(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """The canonical tensors that one tensor of the GGUF holds, by name: a single one, several stacked along the rows,
-    or those of all experts."""
+    """Returns the canonical tensors that one tensor of the GGUF holds, by name: one tensor, several tensors stacked
+    along the rows, or a tensor for each expert."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_CANONICAL | architecture.names

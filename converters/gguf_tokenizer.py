@@ -1,9 +1,9 @@
 """Makes a tokenizer's files from the vocabulary in a GGUF's metadata.
 
-    files = tokenizer_files(metadata)    # their contents by name
+    files = tokenizer_files(metadata)    # name -> contents
 
-They are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a value
-of tokenizer.ggml.pre, add a row to SPLITS.
+The files are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a
+value of tokenizer.ggml.pre, add a row to SPLITS.
 """
 
 import json
@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from errors import UsageError
 from tokenizer_files import QWEN2_SPLIT
 
-# The patterns by which a text is cut before byte-level BPE
+# Patterns that cut a text into words before byte-level BPE
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_WORDS = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 GPT4O = (
@@ -26,7 +26,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # by tokenizer.ggml.pre; several patterns apply one after the other
+SPLITS = {  # tokenizer.ggml.pre -> patterns, which apply one after the other
     "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "refact": [r"\p{N}", GPT2], "tekken": [TEKKEN],
     "llama-bpe": [LLAMA3_WORDS], "llama3": [LLAMA3_WORDS], "smaug-bpe": [LLAMA3_WORDS], "dbrx": [LLAMA3_WORDS],
     "chatglm-bpe": [LLAMA3_WORDS], "glm4": [LLAMA3_WORDS],
@@ -40,7 +40,7 @@ UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces in tokenize
 
 
 def tokenizer_files(metadata: dict) -> dict[str, bytes]:
-    """The contents of the files, by name. Raises UsageError for what is not supported, and other errors for metadata
+    """Returns the files' contents, by name. Raises UsageError for what is not supported, and other errors for metadata
     that are missing or broken."""
     pieces = metadata["tokenizer.ggml.tokens"]
     model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
@@ -69,7 +69,7 @@ def tokenizer_files(metadata: dict) -> dict[str, bytes]:
 
 
 def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
-    """A tokenizer whose texts begin with the tokens of prefix."""
+    """Makes a tokenizer that puts the tokens of prefix before a text."""
     pieces, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
@@ -99,7 +99,7 @@ def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
 
 
 def sentencepiece_model(metadata: dict) -> bytes:
-    """The contents of tokenizer.model."""
+    """Returns the contents of tokenizer.model."""
     try:
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
     except ImportError as e:
@@ -110,7 +110,7 @@ def sentencepiece_model(metadata: dict) -> bytes:
     model = sentencepiece_model_pb2.ModelProto()
     for i, (piece, score, token_type) in enumerate(zip(pieces, metadata["tokenizer.ggml.scores"], types, strict=True)):
         if token_type == USER_DEFINED:
-            piece = piece.replace(" ", "▁")  # sentencepiece's space, which llama.cpp replaces
+            piece = piece.replace(" ", "▁")  # sentencepiece's spelling of a space; a GGUF has a space
         model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else token_type)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE

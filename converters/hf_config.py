@@ -1,6 +1,6 @@
-"""Reads Hugging Face's config.json into a ModelConfig, as a Family (family.py) says; the families are in families.py.
+"""Reads Hugging Face's config.json into a ModelConfig, as a Family (family.py) says; families.py lists the families.
 
-Fields that change the maths and that model.py does not implement are refused.
+A field is refused if it changes the maths and model.py does not implement the change.
 """
 
 import math
@@ -12,8 +12,8 @@ from errors import UsageError
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
-# Fields that change the maths -> the values with which they change nothing, besides null and false. Another value is
-# refused, unless the family has the field in supported_fields.
+# Fields that change the maths -> the values that change nothing, besides null and false. Any other value is refused,
+# unless the family has the field in supported_fields.
 HF_NEUTRAL_VALUES = {
     "hidden_act": ("silu", "swish"),
     "attn_logit_softcapping": (),
@@ -30,7 +30,7 @@ HF_NEUTRAL_VALUES = {
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
 }
-# Fields of ModelConfig -> config.json's names of them, for messages
+# A field of ModelConfig -> config.json's name of the field, for messages
 OUR_NAMES_TO_HF = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
@@ -58,7 +58,7 @@ def check_neutral_values(fields: dict, family: Family):
 
 
 def check_layer_types(hf_config: dict):
-    """Raises UsageError for a list that does not fit the layers, or for kinds of attention that model.py lacks."""
+    """Checks that layer_types fits the layers, and names only kinds of attention that model.py has."""
     types, n_layers = hf_config.get("layer_types"), required(hf_config, "num_hidden_layers")
     if types is None:
         return
@@ -70,7 +70,8 @@ def check_layer_types(hf_config: dict):
 
 
 def unsupported_part(hf_config: dict) -> str | None:
-    """The reason why an unknown architecture cannot run: a part that model.py lacks. None: no such part is known."""
+    """Returns why an unknown architecture cannot run: it has a part that model.py lacks. Returns None if no such part
+    is known."""
     for name, meaning in UNSUPPORTED_PARTS.items():
         if hf_config.get(name):
             return f"config.json's {name} means {meaning}"
@@ -98,7 +99,7 @@ def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelCo
 
 
 def in_config_json(message: str, hf_config: dict, family: Family) -> str:
-    """The message of config.py with config.json's names of the fields."""
+    """Gives a message of config.py config.json's names of the fields."""
     for ours, theirs in (OUR_NAMES_TO_HF | {"ffn_dim": family.ffn_dim_field}).items():
         message = re.sub(rf"(the model's )?\b{ours}\b", theirs, message)
     if not hf_config.get("rope_scaling"):
@@ -107,7 +108,8 @@ def in_config_json(message: str, hf_config: dict, family: Family) -> str:
 
 
 def required(hf_config: dict, *names: str):
-    """The value of the first of these fields that config.json has. Raises UsageError if it has none of them."""
+    """Returns the value of a field that config.json must have. The field may have several names: the first one that is
+    there counts."""
     for name in names:
         if hf_config.get(name) is not None:
             return hf_config[name]
@@ -122,7 +124,7 @@ def read_flag(hf_config: dict, name: str) -> bool:
 
 
 def read_sizes(hf_config: dict, family: Family) -> dict:
-    """The sizes of ModelConfig, and other fields that config.json has in the same form."""
+    """Reads the sizes of ModelConfig, and other fields that config.json states in the same form."""
     n_heads = required(hf_config, "num_attention_heads")
     has_attention_bias = read_flag(hf_config, "attention_bias")
     return dict(
@@ -152,7 +154,7 @@ def read_head_dim(hf_config: dict) -> int:
 
 
 def read_eos_ids(hf_config: dict, generation: dict) -> tuple[int, ...]:
-    """The end tokens of config.json and generation_config.json, without duplicates."""
+    """Reads the end tokens of config.json and generation_config.json, without duplicates."""
     eos_ids = []
     for source in (hf_config, generation):
         ids = source.get("eos_token_id")
@@ -180,7 +182,7 @@ def read_moe(hf_config: dict, family: Family) -> MoEConfig | None:
 
 
 def read_n_shared_experts(hf_config: dict, family: Family) -> int:
-    """How many experts of the usual width the shared expert makes, which is one wide expert in config.json."""
+    """Returns how many experts of the usual width make the shared expert, which in config.json is one wide expert."""
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
@@ -193,7 +195,7 @@ def read_n_shared_experts(hf_config: dict, family: Family) -> int:
 
 
 def read_sliding_window(hf_config: dict, family: Family) -> dict:
-    """ModelConfig's sliding_window and, if only some layers have it, layer_has_window."""
+    """Reads ModelConfig's sliding_window and, if only some layers have a window, layer_has_window."""
     window = hf_config.get("sliding_window")
     if not window or family.sliding_layers == "none":
         return {}
@@ -219,25 +221,25 @@ def all_sliding(hf_config: dict) -> list[str]:
 
 
 def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
-    """The first max_window_layers layers see all tokens."""
+    """Gives all layers but the first max_window_layers the window."""
     first = hf_config["max_window_layers"]
     return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
 
 
 def sliding_below_max_window_layers(hf_config: dict) -> list[str]:
-    """Every second one of the first max_window_layers layers, from the first on, has the window."""
+    """Gives the even layers below max_window_layers the window: layer 0, 2 and so on."""
     end = hf_config["max_window_layers"]
     return ["full_attention" if i % 2 or i >= end else "sliding_attention" for i in layer_numbers(hf_config)]
 
 
 def full_attention_every(n: int, hf_config: dict) -> list[str]:
-    """Every n-th layer sees all tokens."""
+    """Gives all layers but every n-th the window."""
     return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
 
 
 def layer_numbers(hf_config: dict) -> range:
-    """The numbers of the layers, from 0. At most MAX_MODULES, so that a senseless number in config.json, which
-    ModelConfig refuses later, does not fill the memory."""
+    """Returns the numbers of the layers, from 0. There are at most MAX_MODULES, so that a senseless num_hidden_layers
+    does not fill the memory before ModelConfig refuses it."""
     return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 
@@ -245,7 +247,7 @@ def layer_numbers(hf_config: dict) -> range:
 
 
 def read_rope(hf_config: dict, family: Family) -> dict:
-    """ModelConfig's fields of RoPE, and the context's length that its scaling makes possible."""
+    """Reads ModelConfig's fields of RoPE, and the context's length that RoPE's scaling makes possible."""
     rope, sliding_rope = collect_rope_fields(hf_config, family)
     check_neutral_values(rope, family)
     theta, scaling = rope["rope_theta"], read_rope_scaling(rope, hf_config)
@@ -265,25 +267,25 @@ def read_rope(hf_config: dict, family: Family) -> dict:
 
 
 def replace_rope_parameters(hf_config: dict) -> dict:
-    """hf_config without what rope_scaling, an older name of rope_parameters, replaces: all of rope_parameters, also a
-    default of the family. But rope_parameters may have an object for each type of layer. Then rope_scaling changes that
-    of the layers without a sliding window."""
+    """Returns hf_config with only one of rope_scaling and rope_parameters, which is the newer name. rope_scaling, if it
+    is there, replaces rope_parameters, and a family's default, too. But if rope_parameters has an object for each type
+    of layer, both stay: rope_scaling then changes the layers without a sliding window."""
     if not hf_config.get("rope_scaling") or has_layer_types(hf_config.get("rope_parameters")):
         return hf_config
     return hf_config | {"rope_parameters": None}
 
 
 def has_layer_types(rope) -> bool:
-    """Whether RoPE's fields, which should be a dict, are an object for each type of layer."""
+    """Returns whether rope, which should be a dict, has an object for each type of layer."""
     return isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
 
 
 def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | None]:
-    """RoPE's fields: rope_theta, rope_type, factor and so on. The second dict is for the layers with a sliding window;
-    None: theirs are the same.
+    """Returns RoPE's fields (rope_theta, rope_type, factor and so on) twice: for the layers without a sliding window,
+    and for the layers with one, or None if all layers have the same fields.
 
-    rope_theta may stand alone in config.json. The others are in rope_parameters or, in older files, in rope_scaling.
-    Either may have an object for each type of layer."""
+    rope_theta may stand alone in config.json. All other fields are in rope_parameters or, in older files, in
+    rope_scaling. Either may have an object for each type of layer."""
     unscaled = {"rope_theta": hf_config.get("rope_theta", 10000.0), "rope_type": "default"}
     rope, sliding_rope = dict(unscaled), None
     if hf_config.get("rope_local_base_freq") is not None:
@@ -298,13 +300,13 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
             sliding_rope = (sliding_rope or unscaled) | fields.get("sliding_attention", {})
             fields = fields.get("full_attention", {})
         rope |= fields
-        if "rope_type" not in fields and "type" in fields:  # its older name
+        if "rope_type" not in fields and "type" in fields:  # the older name
             rope["rope_type"] = fields["type"]
     return rope, sliding_rope
 
 
 def read_rope_scaling(rope: dict, hf_config: dict) -> RopeScaling | None:
-    rope_type = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])  # "su": its older name
+    rope_type = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])  # "su": the older name
     if rope_type == "default":
         return None
     max_seq_len = required(hf_config, "max_position_embeddings")
@@ -335,7 +337,7 @@ def read_llama3(rope: dict) -> dict:
 
 
 def read_yarn(rope: dict, factor: float) -> dict:
-    """YaRN (arXiv:2309.00071). With mscale, the factor of cosine and sine is that of DeepSeek."""
+    """Reads YaRN (arXiv:2309.00071). With mscale, cosine and sine have DeepSeek's factor."""
 
     def log_scale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0

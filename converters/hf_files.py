@@ -1,6 +1,6 @@
 """Opens Hugging Face's weights: safetensors and pytorch_model.bin, in one file or many.
 
-    tensors = read_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # memory-mapped: none is read yet
+    tensors = read_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # memory-mapped: nothing is read yet
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from files import is_state_dict, load_torch_file, read_json
 
 
 def read_folder(folder: Path) -> HFTensors:
-    """All tensors of a folder, memory-mapped: none is read yet."""
+    """Returns all tensors of a folder, memory-mapped."""
     load, files = load_safetensors, list_files(folder, "model.safetensors")
     if files is None:
         load, files = load_bin, list_files(folder, "pytorch_model.bin")
@@ -27,8 +27,8 @@ def read_folder(folder: Path) -> HFTensors:
 
 
 def list_files(folder: Path, whole: str) -> list[str] | None:
-    """The names of a checkpoint's files: whole if it is a single file, else the files that its index names. None: there
-    is neither."""
+    """Returns the names of a checkpoint's files: whole if the checkpoint is one file, else the files that the index
+    names. Returns None if there is neither."""
     if (folder / whole).is_file():
         return [whole]
     index = folder / f"{whole}.index.json"

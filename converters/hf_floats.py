@@ -1,11 +1,11 @@
-"""Weights of FP8 (e4m3) and MXFP4 as Hugging Face's checkpoints store them -> QuantizedWeight, without rounding.
+"""Reads weights of FP8 (e4m3) and MXFP4 from Hugging Face's checkpoints into QuantizedWeight, without rounding.
 
-    fp8                          weight [N, K], weight_scale_inv [N / 128, K / 128]: a factor for each block
-    float-quantized, fbgemm_fp8  weight [N, K], weight_scale [N, 1] or one number: factors, too
+    fp8                          weight [N, K], weight_scale_inv [N / 128, K / 128]: a scale for each block
+    float-quantized, fbgemm_fp8  weight [N, K], weight_scale [N, 1], or one scale for all of W
     mxfp4 (gpt-oss)              X_blocks [E, N, K / 32, 16] for E experts: bytes of two numbers, the lower half first
                                  X_scales [E, N, K / 32]: exponents of powers of two, with a bias of 127
 
-Such checkpoints also say how to round activations to 8 bits. Here they keep their 16 bits.
+Such checkpoints also say how to round activations to 8 bits. Here activations keep 16 bits.
 """
 
 import math
@@ -17,14 +17,15 @@ from torch import Tensor
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
 from errors import UsageError
 from kernels.formats import MXFP4, Float8, Tensors
-from kernels.formats.base import nibbles_to_bytes, shard_groups
+from kernels.formats.base import alternating_halves, nibbles_to_bytes, shard_groups
 
 E4M3_NAN = 0x7F  # of either sign
 E8M0_NAN = 0xFF
 
 
 def float8_weight(layer: StoredLayer, block_shape: list[int] | None) -> QuantizedWeight:
-    """block_shape: the outputs and inputs that share a scale. None: all inputs, and one output or all."""
+    """Reads a weight of FP8. block_shape: how many outputs and inputs share a scale. None: all inputs share a scale,
+    and either one output or all outputs."""
     weight = layer.take("weight", (torch.float8_e4m3fn,), 2)
     n, k = weight.shape
     kind = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
@@ -47,8 +48,8 @@ def float8_weight(layer: StoredLayer, block_shape: list[int] | None) -> Quantize
 
 
 def split_mxfp4(tensors: dict[str, Tensor | QuantizedWeight]):
-    """Replaces gpt-oss's projections of all experts by a weight for each expert, in place. The rows of gate and up are
-    in turn."""
+    """Replaces gpt-oss's projections of all experts by a weight for each expert, in place. The rows of gate and up
+    alternate."""
     for blocks_name in list(tensors):
         match = re.fullmatch(r"((.*\.experts)\.(gate_up_proj|down_proj))_blocks", blocks_name)
         if match is None:
@@ -74,12 +75,11 @@ def check_mxfp4(name: str, blocks: Tensor, scales: Tensor):
 
 
 def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
-    """blocks [N, K / 32, 16], scales [N, K / 32]. name: for an error."""
+    """Makes a weight of blocks [N, K / 32, 16] and scales [N, K / 32]. name: for an error's message."""
 
     def read() -> Tensors:
         if (scales == E8M0_NAN).any():
             raise UsageError(f"tensor {name}_scales holds scales that are not finite")
-        q = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-3)  # [N, K]
-        return {"weight": nibbles_to_bytes(q), "scales": scales}
+        return {"weight": nibbles_to_bytes(alternating_halves(blocks.flatten(-2))), "scales": scales}
 
     return QuantizedWeight(MXFP4(), torch.Size([len(blocks), blocks.shape[1] * 32]), read)

@@ -1,8 +1,8 @@
-"""Weights of 4 and 8 bits as GPTQ, AWQ and compressed-tensors store them -> QuantizedWeight, without rounding.
+"""Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into QuantizedWeight, without rounding.
 
 All three have w = (q - zero) * scale, with a scale and a zero point for every group of inputs of an output. They differ
-in where the numbers lie. A word is an int32 and holds 8 numbers of 4 bits or 4 of 8 bits, the lowest bits first. This
-is for 4 bits:
+in where the numbers lie. A word is an int32 and holds 8 numbers of 4 bits or 4 numbers of 8 bits, the lowest bits
+first. With 4 bits:
 
                           q                         scales         zero points
     GPTQ                  qweight [K / 8, N]        [n_groups, N]  qzeros [n_groups, N / 8]; version 1: minus one
@@ -10,7 +10,7 @@ is for 4 bits:
     pack-quantized        weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups]; without: 8
     int-quantized         weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8; without: 0
 
-A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. The last two formats are compressed-tensors'.
+A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. pack-quantized and int-quantized are compressed-tensors'.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import Tensor
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
 from errors import UsageError
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
-from kernels.formats.base import shard_groups
+from kernels.formats.base import alternating_halves, shard_groups
 from kernels.formats.integers import GroupedFormat
 
 AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word holds the outputs 0 to 7
@@ -39,7 +39,7 @@ class IntegerWeight:
     scales: Tensor  # [N, n_groups]
     read_q: Callable[[], Tensor]  # gives [N, K] uint8
     read_zeros: Callable[[], Tensor]  # gives [N, n_groups] uint8
-    input_order: Tensor | None = None  # the order of the inputs in which each group's stand together
+    input_order: Tensor | None = None  # the order that makes every group contiguous; None: the inputs' own order does
 
     @property
     def middle(self) -> int:
@@ -47,7 +47,7 @@ class IntegerWeight:
         return 1 << (self.bits - 1)
 
     def to_weight(self) -> QuantizedWeight:
-        """The weight in one of our formats, with the same values."""
+        """Returns the weight in one of our formats, with the same values."""
         if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
@@ -71,9 +71,10 @@ class IntegerWeight:
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:
-    """The dtype in which our format stores scales. Scales of 16 bits keep theirs. For float32 it is a 16-bit dtype that
-    holds them exactly, or else float16 if all are within its normal range, where rounding changes a scale by at most
-    2^-11 of itself. Otherwise it is float32, for which we have no format."""
+    """Returns the dtype in which our format stores scales. Scales of 16 bits keep their dtype. Scales of float32 get a
+    16-bit dtype that holds them exactly, if there is one. Else scales get float16 if all are within float16's normal
+    range, where rounding changes a scale by at most 2^-11 of the scale. Else scales keep float32, for which no format
+    exists here."""
     if scales.dtype != torch.float32:
         return scales.dtype
     for dtype in (torch.bfloat16, torch.float16):
@@ -85,13 +86,13 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
 
 
 def unpack_numbers(words: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] -> uint8 [..., n * 32 / bits], the lowest bits first."""
+    """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
     octets = words.contiguous().view(torch.uint8)
-    return octets if bits == 8 else torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
+    return octets if bits == 8 else alternating_halves(octets)
 
 
 def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
-    """How many bits a number has, if n_numbers fill n_words. Raises UsageError for others than 4 and 8."""
+    """Returns how many bits a number has, 4 or 8, if n_numbers fill n_words."""
     for bits in (4, 8):
         if math.ceil(n_numbers * bits / 32) == n_words:
             return bits
@@ -99,8 +100,8 @@ def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
 
 
 def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
-    """The group size that config.json states; k if it states -1, which means all inputs. Raises UsageError if it does
-    not fit the number of groups."""
+    """Returns the group size that config.json states, and checks that it fits n_groups. -1 means that all k inputs are
+    one group."""
     group_size = stated if isinstance(stated, int) and stated > 0 else k
     if math.ceil(k / group_size) != n_groups:
         layer.refuse(f"{n_groups} scales for {k} inputs", f"group_size {stated}")
@@ -108,8 +109,8 @@ def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: i
 
 
 def read_input_order(layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int) -> Tensor | None:
-    """The order of the inputs in which each group's inputs stand together. None: they do so already. kind: the name of
-    the tensor that has the group of each input."""
+    """Returns the order of the inputs that makes every group contiguous, or None if the groups already are. kind: the
+    name of the tensor with the group of each input."""
     if kind not in layer.tensors:
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
@@ -130,7 +131,9 @@ def read_input_order(layer: StoredLayer, kind: str, k: int, group_size: int, n_g
 
 
 def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
-    """quantization: config.json's quantization_config. If it has "dynamic", layers may differ from what it says."""
+    """Reads a weight of GPTQ.
+
+    quantization: config.json's quantization_config. If it has "dynamic", layers may differ from what it says."""
     qweight, qzeros, scales = take_qweight(layer)
     n_groups, n = scales.shape
     bits = infer_bits(layer, qzeros.shape[1], n)
@@ -146,7 +149,7 @@ def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
         zeros = unpack_numbers(qzeros, bits)
         if has_v1_zeros(zeros, bits, quantization):
             one_each = 0x11111111 if bits == 4 else 0x01010101
-            zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since it was subtracted with borrows
+            zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since 1 was subtracted with borrows
         return zeros.T[:n]
 
     order = read_input_order(layer, "g_idx", k, group_size, n_groups)
@@ -157,8 +160,9 @@ def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
 
 
 def has_v1_zeros(zeros: Tensor, bits: int, quantization: dict) -> bool:
-    """Whether zeros, as stored, are one less than the zero points, as in version 1 of GPTQ's format. The zero points of
-    symmetric weights are all in the middle, so their zeros show it. For other weights config.json says it."""
+    """Returns whether zeros, as stored, are one less than the zero points, as in version 1 of GPTQ's format. Symmetric
+    weights tell by themselves, since all zero points are in the middle. For other weights config.json says the
+    version."""
     middle = 1 << (bits - 1)
     if (zeros == middle).all():
         return False
@@ -166,7 +170,7 @@ def has_v1_zeros(zeros: Tensor, bits: int, quantization: dict) -> bool:
 
 
 def awq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
-    """quantization: config.json's quantization_config."""
+    """Reads a weight of AWQ. quantization: config.json's quantization_config."""
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
     bits = infer_bits(layer, n_words, n)
@@ -194,7 +198,7 @@ def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """Reads pack-quantized. stated: what config.json says about the layer's weight."""
+    """Reads a weight of pack-quantized. stated: what config.json says about the weight."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
     if len(shape) != 2 or min(shape) < 1 or shape[0] != len(packed):
@@ -205,7 +209,7 @@ def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
 
 
 def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """Reads int-quantized. stated: what config.json says about the layer's weight."""
+    """Reads a weight of int-quantized. stated: what config.json says about the weight."""
     weight = layer.take("weight", (torch.int8,), 2)
     return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
 

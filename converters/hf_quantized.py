@@ -1,10 +1,10 @@
-"""Finds the quantized layers of a Hugging Face checkpoint. They keep their values: nothing is rounded again.
+"""Finds the quantized layers of a Hugging Face checkpoint. Weights keep their values: nothing is rounded again.
 
-    quantization = read_quantization(hf)                # of config.json
+    quantization = read_quantization(hf_config)         # hf_config: config.json
     collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
-Which layers are quantized is what the tensors say. What config.json says about them must agree. The formats are in
-hf_integers.py and hf_floats.py; docs/quantized_checkpoints.md says which there are.
+The tensors say which layers are quantized, and config.json must agree. The formats are in hf_integers.py and
+hf_floats.py; docs/quantized_checkpoints.md lists them.
 """
 
 import re
@@ -24,14 +24,14 @@ AWQ_VERSIONS = ("gemm",)
 GPTQ_FORMATS = ("gptq", "gptq_v2")
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 MIXED = "mixed-precision"  # each of config_groups has its own format
-# Scales of activations and of the KV cache, which keep their 16 bits here
+# Names of scales for activations and for the KV cache, both of which keep 16 bits here
 ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?(scale|zero_point|scale_ub)$")
 OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
 
 
-def read_quantization(hf: dict) -> dict | None:
-    """config.json's quantization_config, None if it has none. Raises UsageError for what is not supported."""
-    quantization = hf.get("quantization_config")
+def read_quantization(hf_config: dict) -> dict | None:
+    """Returns config.json's quantization_config, or None if it has none. Checks that the method is supported."""
+    quantization = hf_config.get("quantization_config")
     if quantization is None:
         return None
     if not isinstance(quantization, dict):
@@ -65,8 +65,8 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
 
 
 def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization: dict, config: ModelConfig):
-    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place, and drops what has no meaning
-    here. Raises UsageError if quantization contradicts the tensors, or there are none."""
+    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Drops the scales of activations
+    and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)
     if quantization["quant_method"] == "mxfp4":
         split_mxfp4(tensors)
@@ -86,7 +86,7 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
 
 
 def find_layers(tensors: dict[str, Tensor]) -> list[StoredLayer]:
-    """The quantized layers, with the tensors of their weights."""
+    """Finds the quantized layers, each with the tensors of its weight."""
     layers: dict[str, StoredLayer] = {}
     for name, tensor in tensors.items():
         layer_name, _, kind = name.rpartition(".")
@@ -106,6 +106,7 @@ def read_float8(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
 
 
 def read_compressed(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+    """Reads a weight of compressed-tensors. quantization: config.json's quantization_config."""
     scheme = find_scheme(layer.name, quantization)
     is_float = "weight" in layer.tensors and layer.tensors["weight"].dtype != torch.int8
     layer.expect("type", "float" if is_float else "int", scheme.get("type"))
@@ -116,8 +117,8 @@ def read_compressed(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
 
 
 def find_scheme(name: str, quantization: dict) -> dict:
-    """What config_groups says about the weight of the layer called name. A group's targets are layers' names, patterns
-    after "re:", and types of layers. A name or pattern counts more than a type."""
+    """Returns what config_groups says about the weight of the layer called name. A group's targets are names of layers,
+    patterns after "re:", and types of layers. A name or a pattern takes precedence over a type."""
     schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
     for scheme in schemes:
         if any(matches_target(name, target) for target in scheme["targets"]):
@@ -134,7 +135,7 @@ def matches_target(name: str, target: str) -> bool:
     return target == name
 
 
-# quant_method -> what reads a layer. mxfp4 is not here: its tensors hold all experts of a layer, see split_mxfp4.
+# quant_method -> the function that reads a layer. mxfp4 has none: a tensor holds all experts of a layer (split_mxfp4).
 LAYER_READERS: dict[str, Callable[[StoredLayer, dict], QuantizedWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,

@@ -2,8 +2,8 @@
 
     read = to_canonical_layout(tensors, config, family)    # family.py: Family says what differs in a family
 
-Differences between families that other weights can express never reach the model: fused matrices are split, heads are
-reordered, constants are added.
+A difference between families never reaches the model if changed weights can express it: conversion splits fused
+matrices, reorders heads, and adds constants.
 """
 
 import re
@@ -26,8 +26,9 @@ from errors import UsageError
 def to_canonical_layout(
     tensors: HFTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:  # fmt: skip
-    """Renames and splits tensors, in place. Returns the function that reads one of them: what changes its data is done
-    there, so that only one is in memory at a time. adapter: is merged into them."""
+    """Renames and splits tensors, in place. Returns the function that reads a tensor by its canonical name. Changes of
+    a tensor's data happen in that function, so that only one tensor is in memory at a time. adapter: the function
+    merges it into the weights."""
     rename = partial(rename_tensor, new_names=family.renames)
     split = partial(split_tensors, config=config, family=family)
     if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
@@ -65,10 +66,11 @@ def to_canonical_layout(
 
 
 def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
-    """The order of a head's elements in which the two elements of a RoPE pair are half a head apart, and elements
-    without RoPE come last in each half. None: the elements are in this order already.
+    """Returns our order of a head's elements: the two elements of a RoPE pair are half a head apart, and elements
+    without RoPE come last in each half. Returns None if the elements are in this order already.
 
-    interleaved: the two elements of a pair are side by side, as in Meta's files. For six it is 0 2 4 1 3 5."""
+    interleaved: the two elements of a pair are side by side, as in Meta's files. Six elements then have the order 0 2 4
+    1 3 5."""
     rotary_dim = config.rotary_dim or config.head_dim
     if rotary_dim == config.head_dim and not interleaved:
         return None
@@ -79,7 +81,7 @@ def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
 
 
 def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, order: Tensor | None) -> Tensor | QuantizedWeight:
-    """The tensor of this name with the rows of each head in rope_order's order, if it is of queries or keys."""
+    """Puts the rows of each head in rope_order's order, if name says that tensor makes queries or keys."""
     if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(order)))[:, order].flatten())
@@ -90,9 +92,9 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
 
 
 def undo_act_order(tensors: HFTensors):
-    """Undoes act-order in down_proj, where it has scattered the inputs of groups: each group's inputs come to stand
-    together. The inputs of down_proj are the rows of gate_proj and up_proj. These are put in the same order, so the
-    model stays the same."""
+    """Undoes GPTQ's act-order in down_proj, which scatters the inputs of a group: afterwards every group is contiguous.
+    The inputs of down_proj are the rows of gate_proj and up_proj. Those rows are put in the same order, so the model
+    stays the same."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
         if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
@@ -100,16 +102,16 @@ def undo_act_order(tensors: HFTensors):
         sources = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
         sources = [source for source in sources if source in tensors]
         if any(isinstance(tensors[source], Tensor) and tensors[source].dim() > 1 for source in sources):
-            continue  # copies of these would stay in memory
+            continue  # copies of dense weights would stay in memory
         for source in sources:
             tensors[source] = select_rows(tensors[source], down.input_order)
         tensors[name] = replace(down, input_order=None)
 
 
 def center_outputs(name: str, tensor: Tensor) -> Tensor:
-    """The tensor of this name, changed so that its outputs have mean zero, if they are added to x: the embedding and
-    the last projection of each sublayer. Then x has mean zero, too, and LayerNorm(x) is RMSNorm(x). The model stays the
-    same: every LayerNorm would subtract that mean from x anyway."""
+    """Makes the mean of the outputs zero in tensors whose outputs are added to x: the embedding and each sublayer's
+    last projection. Then x has mean zero, too, and LayerNorm(x) is RMSNorm(x). The model stays the same: every
+    LayerNorm subtracts the mean of x anyway."""
     is_embedding = name == EMBEDDING
     if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.weight$", name):
         return tensor
@@ -121,7 +123,7 @@ def center_outputs(name: str, tensor: Tensor) -> Tensor:
 
 
 def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
-    """Splits tensors that hold several canonical tensors, or all experts."""
+    """Splits tensors that hold several canonical tensors, or all experts of a layer."""
     split_fused(tensors, config)
     undo_act_order(tensors)
     family.split_experts(tensors, config)
@@ -130,7 +132,7 @@ def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
 
 
 def split_fused(tensors: HFTensors, config: ModelConfig):
-    """Splits qkv_proj and gate_up_proj, as Phi-3 has them."""
+    """Splits qkv_proj and gate_up_proj, which Phi-3 stores."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
         for projection, part in zip("qkv", tensor.tensor_split([q, q + kv]), strict=True):
@@ -140,8 +142,8 @@ def split_fused(tensors: HFTensors, config: ModelConfig):
 
 
 def split_shared_expert(tensors: HFTensors, config: ModelConfig):
-    """Splits a shared expert, n_shared_experts times as wide as the others, into experts of their width. It is the sum
-    of these."""
+    """Splits a shared expert, n_shared_experts times as wide as the other experts, into experts of the usual width.
+    Their outputs add up to the shared expert's."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts
     for tensor, (prefix, projection) in pop_matches(tensors, r"(.*\.mlp)\.shared_expert\.(\w+)\.weight"):
         dim = 1 if projection == "down_proj" else 0

@@ -4,8 +4,8 @@
     merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_canonical_layout
     weight = merge(name, tensors[name])
 
-LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]. W becomes W + scale * B A, with A [r, K] and
-B [N, r]. PEFT has other kinds of adapters, too. They are refused by name.
+LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]. W becomes W + scale * B A, with A [r, K] and B [N,
+r]. PEFT's other kinds of adapters are refused by name.
 """
 
 import math
@@ -27,7 +27,7 @@ from files import read_json
 
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
 
-# Fields of adapter_config.json that change the maths, unless they are null, false or empty
+# Fields of adapter_config.json that change the maths, unless null, false or empty
 UNSUPPORTED_FIELDS = {
     "use_dora": "DoRA", "lora_bias": "biases of LoRA's own", "fan_in_fan_out": "transposed weights",
     "layer_replication": "layers that are used several times", "target_parameters": "LoRA of whole stacks of experts",
@@ -35,7 +35,7 @@ UNSUPPORTED_FIELDS = {
     "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "monteclora_config": "MonteCLoRA", "ensure_weight_tying": "LoRA of an embedding and a head together",
 }  # fmt: skip
-# Initializations of A and B that leave W as it is. Others, such as PiSSA, change W, so that the adapter needs that W.
+# Initializations of A and B that leave W as it is. Other methods, such as PiSSA, train an adapter for a changed W.
 SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -54,15 +54,15 @@ class LoraDelta:
 @dataclass(frozen=True)
 class Adapter:
     deltas: dict[str, LoraDelta]  # by transformers' name of the weight
-    whole_tensors: HFTensors  # trained in full (modules_to_save): they replace the base model's
-    has_all_layers: bool  # whether it must have the same deltas in every layer of its model
+    whole_tensors: HFTensors  # trained in full (modules_to_save): each replaces a tensor of the base model
+    has_all_layers: bool  # whether the deltas must be the same in every layer of the model
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder. Raises UsageError."""
+    """Reads the adapter in a folder."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}")
@@ -97,7 +97,7 @@ def check_config(config: dict):
 
 
 def read_adapter_tensors(folder: Path) -> HFTensors:
-    """All tensors, by transformers' names. Raises UsageError if one is not finite."""
+    """Reads all tensors, by transformers' names, and checks that they are finite."""
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")
     elif (folder / "adapter_model.bin").is_file():
@@ -113,7 +113,7 @@ def read_adapter_tensors(folder: Path) -> HFTensors:
 
 
 def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], HFTensors]:
-    """Returns (A and B of each module by name, the whole tensors by name)."""
+    """Sorts tensors by kind. Returns (A and B of each module by name, the whole tensors by name)."""
     lora_pairs, whole_tensors = {}, {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.default)?(\.weight)?", name)
@@ -125,7 +125,7 @@ def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], 
         module, is_embedding, half, *_ = match.groups()
         if tensor.dim() != 2:
             raise UsageError(f"tensor {name} is no matrix but {list(tensor.shape)}")
-        if is_embedding:  # its weight is [V, dim], and its A [r, V] and B [dim, r]: B A is the change transposed
+        if is_embedding:  # the weight is [V, dim], with A [r, V] and B [dim, r]: B A is the change transposed
             tensor, half = tensor.mT, {"A": "B", "B": "A"}[half]
         lora_pairs.setdefault(module, {})[half] = tensor
     for module, half in lora_pairs.items():
@@ -148,14 +148,15 @@ def make_delta(module: str, config: dict, a: Tensor, b: Tensor) -> LoraDelta:
 
 
 def is_target(module: str, target_modules: str | list[str]) -> bool:
-    """Whether target_modules names this module: "all-linear", a regular expression, or a list of names' ends."""
+    """Returns whether target_modules names module. target_modules: "all-linear", a regular expression, or a list of
+    names' ends."""
     if isinstance(target_modules, str):
         return target_modules == "all-linear" or re.fullmatch(target_modules, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in target_modules)
 
 
 def find_pattern(value_of: dict | None, module: str, default: float) -> float:
-    """The value of the first regular expression that matches the end of a module's name."""
+    """Returns the value of the first regular expression that matches the end of a module's name, or default."""
     for pattern, value in (value_of or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -166,8 +167,8 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 
 
 def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str]):
-    """Replaces tensors of the model by whole tensors of the adapter. If the adapter changes only one of a tied
-    embedding and head, they are no longer tied: the head becomes a tensor of its own."""
+    """Replaces tensors of the model by whole tensors of the adapter. A tied head that the adapter may change apart from
+    the embedding becomes a tensor of its own."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
     if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
@@ -182,8 +183,8 @@ def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, r
 
 
 class LoraMerger:
-    """merge(name, weight) returns the weight called name with its delta added. Conversion renames and splits weights,
-    so the deltas are renamed and split likewise. Raises UsageError if a delta does not fit the model."""
+    """merge(name, weight) returns the weight called name with the adapter's delta added. Conversion renames and splits
+    weights, so LoraMerger renames and splits the deltas likewise."""
 
     def __init__(
         self, adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str],
@@ -199,7 +200,7 @@ class LoraMerger:
                 self.delta_of[part] = name, delta
         if adapter.has_all_layers:
             check_layers(self.delta_of, config.n_layers)
-        self.last: tuple[str, HFTensors] = "", {}  # the delta that was computed last: its name, its parts
+        self.last: tuple[str, HFTensors] = "", {}  # the most recent delta: name, parts
 
     def split_delta(self, name: str, delta: Tensor) -> HFTensors:
         parts = {self.rename(name): delta}
@@ -231,7 +232,7 @@ def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor |
 
 
 def check_layers(changed: dict[str, tuple[str, LoraDelta]], n_layers: int):
-    """Raises UsageError unless every layer has the same deltas, or none has any."""
+    """Checks that a delta in one layer has a counterpart in every layer."""
     layers_of: dict[str, set[int]] = {}  # name within a layer -> layers
     for name in changed:
         match = re.match(r"model\.layers\.(\d+)\.(.+)", name)

@@ -3,9 +3,9 @@
     model = read_meta(Path("checkpoints/Llama3.2-1B"))
 
 Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have this format, too.
-karpathy's tinyllamas also have it, except that their params are in the file itself (read_tinyllamas).
+karpathy's tinyllamas have it, too, except that the params are in the file itself (read_tinyllamas).
 
-params.json does not state the length of the context. infer_llama_version finds it by the first line that applies:
+params.json does not state the length of the context. infer_llama_version takes the first row that applies:
 
     Llama 3.1    use_scaled_rope                              131072   RoPE is stretched 8-fold
     Llama 3.2    use_scaled_rope, the head is the embedding   131072   32-fold
@@ -36,7 +36,7 @@ from tokenizer_files import read_tokenizer_model
 
 PARAMS = "params.json"
 TIED = (HEAD, EMBEDDING)  # the same tensor in models that tie them
-META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # parts of Meta's names -> of canonical ones (model_tensors.py)
+META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name (model_tensors.py)
     "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
@@ -51,7 +51,7 @@ LLAMA3_THETA = 500000
 
 
 def to_canonical_name(name: str) -> str:
-    """The canonical name of one of Meta's tensors."""
+    """Returns the canonical name of one of Meta's tensors."""
     return HEAD if name == "output.weight" else "model." + rename_tensor(name, META_TO_CANONICAL)
 
 
@@ -59,8 +59,8 @@ def to_canonical_name(name: str) -> str:
 
 
 def read_meta(folder: Path) -> SourceModel:
-    """The model in folder, with the tokenizer's files that are not there yet, and a note about what params.json leaves
-    open. Raises UsageError."""
+    """Reads the model in folder, the tokenizer's files that folder does not have yet, and a note about what params.json
+    leaves open."""
     path = folder / PARAMS
     params, files = read_json(path), shard_files(folder)
     shards = collect_shards(files)
@@ -86,7 +86,7 @@ def read_meta(folder: Path) -> SourceModel:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files of the shards, in the order of their numbers. Raises UsageError if one is missing."""
+    """Lists the files of the shards, in the order of their numbers, and checks that none is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     for i, file in enumerate(files):
         if file.name != f"consolidated.{i:02d}.pth":
@@ -100,7 +100,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
-    """The canonical name of a tensor -> its part in each file, memory-mapped. Raises UsageError."""
+    """Returns {canonical name of a tensor: the tensor's shard in each file, memory-mapped}."""
     contents = [load_safetensors(file) if file.suffix == ".safetensors" else load_bin(file) for file in files]
     for file, tensors in zip(files, contents, strict=True):
         if difference := tensors.keys() ^ contents[0].keys():
@@ -110,8 +110,8 @@ def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
 
 
 def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
-    """Along which dimension a tensor was cut; None: every shard has all of it. Llama 3 cuts the rows of the embedding,
-    whose shards then have all columns, and Llama 1 and 2 cut its columns."""
+    """Returns the dimension along which a tensor was cut, or None if every shard has the whole tensor. Llama 3 cuts the
+    rows of the embedding, so a shard has all columns; Llama 1 and 2 cut the columns."""
     if shard.dim() < 2:
         return None
     if name == EMBEDDING:
@@ -136,7 +136,7 @@ def check_params(params: dict):
 
 
 def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]], n_files: int):
-    """Raises UsageError if attention's last projection [dim, n_heads * head_dim] shows that shards are missing."""
+    """Checks by the shape of o_proj [dim, n_heads * head_dim] that no shards are missing."""
     name = "model.layers.0.self_attn.o_proj.weight"
     if name not in shards or shards[name][0].dim() != 2:
         return
@@ -151,7 +151,7 @@ def meta_head_dim(params: dict) -> int:
 
 
 def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
-    """The config, and a line about what was inferred; "" if nothing was."""
+    """Returns the config, and a line about what was inferred; "" if nothing was."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
     note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"
@@ -171,7 +171,7 @@ def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[
 
 
 def infer_llama_version(params: dict, has_tied_head: bool) -> tuple[str, int, float]:
-    """(name, context, how far RoPE is stretched or 0), by the table above."""
+    """Returns (name, context, how far RoPE is stretched or 0), by the table in this file's docstring."""
     theta = params.get("rope_theta") or 10000
     if params.get("use_scaled_rope"):
         return ("Llama 3.2", LLAMA31_CONTEXT, 32.0) if has_tied_head else ("Llama 3.1", LLAMA31_CONTEXT, 8.0)
@@ -186,7 +186,7 @@ def infer_llama_version(params: dict, has_tied_head: bool) -> tuple[str, int, fl
 
 
 def meta_ffn_dim(params: dict) -> int:
-    """Two thirds of 4 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
+    """Returns two thirds of 4 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
     ffn_dim, multiple_of = int(2 * 4 * params["dim"] / 3), params.get("multiple_of") or 256
     if params.get("ffn_dim_multiplier"):
         ffn_dim = int(params["ffn_dim_multiplier"] * ffn_dim)
@@ -197,8 +197,8 @@ def meta_ffn_dim(params: dict) -> int:
 
 
 def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
-    """The config with the tokenizer's bos and end tokens; the files to write. tokenizer.model is in the model's folder
-    or, as Meta's download puts it, in the one above. Raises UsageError."""
+    """Returns (the config with the tokenizer's bos and end tokens, the files to write). tokenizer.model is in the
+    model's folder or, as Meta's download puts it, in the folder above."""
     here, above = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
     path = here if here.is_file() else above
     if not path.is_file():
@@ -221,8 +221,8 @@ def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig,
 
 
 def read_tinyllamas(folder: Path) -> SourceModel:
-    """karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names and Meta's order of RoPE's rows, which
-    reading changes to ours."""
+    """Reads a model of karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names. SourceModel.read
+    changes Meta's order of RoPE's rows to ours."""
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
@@ -233,7 +233,7 @@ def read_tinyllamas(folder: Path) -> SourceModel:
             raise UsageError(f"{file} is not a table of tensors")
         tensors = {}
         for name, tensor in data["model"].items():
-            name = name.removeprefix("_orig_mod.")  # torch.compile's
+            name = name.removeprefix("_orig_mod.")  # which torch.compile adds
             tensors[to_canonical_name(name)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
     except UsageError:

@@ -1,9 +1,9 @@
-"""Writes model.pth from tensors with canonical names, which every converter gives them. All converters end with this.
+"""Writes model.pth from tensors with canonical names: the last step of every converter.
 
     convert(Path("model.pth"), SourceModel(config, tensors, read))
 
-It renames tensors and stacks those that are always used together: q, k and v; gate and up; the experts of a layer. Only
-one weight is in memory at a time. Quantized weights stay quantized.
+convert renames tensors, and stacks tensors that are always used together: q, k and v; gate and up; the experts of a
+layer. Only one weight is in memory at a time. Quantized weights stay quantized.
 """
 
 import os
@@ -21,30 +21,32 @@ from checkpoint import save_checkpoint
 from config import ModelConfig
 from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
 from errors import UsageError
+from files import replace_file
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
 
 # ---- Canonical names ------------------------------------------------------------------------------------------------
 
-# Tensors of every format and family are renamed to these before they are stacked. Most are the names of Hugging Face's
-# Llama, where input_layernorm comes before attention, and post_attention_layernorm before the feed-forward. What Llama
-# lacks is called as in Hugging Face's Qwen (q_norm, k_norm, gate, experts, shared_expert_gate) and gpt-oss (sinks). Two
-# names are our own, for the norms after attention and after the feed-forward: post_attention_norm and post_ffn_norm.
+# Tensors of every format and family get canonical names before they are stacked. Most canonical names are Hugging
+# Face's for Llama, where input_layernorm comes before attention, and post_attention_layernorm before the feed-forward.
+# Tensors that Llama lacks have the names of Hugging Face's Qwen (q_norm, k_norm, gate, experts, shared_expert_gate) and
+# gpt-oss (sinks). Two names are our own: post_attention_norm and post_ffn_norm come after attention and after the
+# feed-forward.
 
-# Our module in model.pth -> the canonical modules whose weights are concatenated along dim 0 to its weight
+# Our module in model.pth -> the canonical modules whose weights make our weight, concatenated along dim 0
 CANONICAL_SOURCES = {
     "embed_tokens": ["model.embed_tokens"],
     "norm": ["model.norm"],
     "lm_head": ["lm_head"],
-    # In a layer: our names begin with "layers.3.", canonical names with "model.layers.3."
-    "attention_norm": ["input_layernorm"],
-    "attention": ["self_attn"],  # its sinks
+    # In a layer, without the prefixes: "layers.3." of our names, "model.layers.3." of canonical names
+    "pre_attention_norm": ["input_layernorm"],
+    "attention": ["self_attn"],  # the sinks
     "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attention.o_proj": ["self_attn.o_proj"],
     "attention.q_norm": ["self_attn.q_norm"],
     "attention.k_norm": ["self_attn.k_norm"],
     "post_attention_norm": ["post_attention_norm"],
-    "ffn_norm": ["post_attention_layernorm"],
+    "pre_ffn_norm": ["post_attention_layernorm"],
     "post_ffn_norm": ["post_ffn_norm"],
     "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
     "feed_forward.down_proj": ["mlp.down_proj"],
@@ -55,15 +57,17 @@ MOE_SOURCES = CANONICAL_SOURCES | {
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
-# The norm before a linear layer: its elements stand in the order of the layer's inputs
-NORM_BEFORE = {"attention.qkv_proj": "attention_norm", "feed_forward.gate_up_proj": "ffn_norm", "lm_head": "norm"}
-# Tables of RoPE and constants of masks in some checkpoints, which are computed here
+# A linear layer -> the norm before it, whose elements are in the order of the layer's inputs
+NORM_BEFORE = {
+    "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
+}  # fmt: skip
+# Names of tensors that some checkpoints store, and that are computed here: tables of RoPE, constants of masks
 BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
-# Layers that predict tokens further ahead, for speculation; the model is the same without them
+# Names of layers that predict tokens further ahead, for speculation; the model is the same without these layers
 EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-HFTensors = dict[str, Tensor | QuantizedWeight]  # by canonical names; before they are renamed, by Hugging Face's
+HFTensors = dict[str, Tensor | QuantizedWeight]  # by canonical names, or Hugging Face's before tensors are renamed
 Announcement = Callable[[], None]
 TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a tensor -> the tensor with its data
 
@@ -73,22 +77,22 @@ class SourceModel:
     """A checkpoint of any format, ready to be written as model.pth."""
 
     config: ModelConfig
-    tensors: HFTensors  # by canonical names; they may be on the meta device, since only shapes and dtypes count
-    read: TensorReader  # gives one of them with its data
-    tokenizer_files: dict[str, bytes | None] = field(default_factory=dict)  # to write beside it; None: to remove
-    note: str = ""  # to print when it is written
+    tensors: HFTensors  # by canonical names, perhaps on the meta device: only shapes and dtypes count
+    read: TensorReader
+    tokenizer_files: dict[str, bytes | None] = field(default_factory=dict)  # name -> contents; None: remove the file
+    note: str = ""  # to print when model.pth is written
 
 
 @dataclass
 class TensorPlan:
-    """One of our tensors, and the canonical tensors (sources) that are concatenated to it along dim 0."""
+    """One of our tensors, and the canonical tensors (sources) that make it, concatenated along dim 0."""
 
     shape: torch.Size
     dtype: torch.dtype
     sources: list[str]
-    linear_format: WeightFormat | None = None  # the format to store it in; None: it is no weight that may be quantized
-    input_order: Tensor | None = None  # of a linear layer: QuantizedWeight's
-    element_order: Tensor | None = None  # of a norm: the order of the inputs of the layer behind it
+    linear_format: WeightFormat | None = None  # to store the weight in; None: the tensor cannot be quantized
+    input_order: Tensor | None = None  # for a linear layer: see QuantizedWeight
+    element_order: Tensor | None = None  # for a norm: the input_order of the layer behind the norm
 
     @property
     def format(self) -> WeightFormat:
@@ -96,10 +100,11 @@ class TensorPlan:
 
 
 def convert(path: Path, model: SourceModel, announce: Announcement | None = None) -> Path:
-    """Writes model to path, without the tokenizer's files. If some of its weights are quantized, so is the result, and
-    its name says how: model_int4.g128.pth. announce: is called before the data is read, if nothing is wrong by then.
-    Returns the path of what it wrote. Raises UsageError naming a tensor that is missing, left over, of the wrong shape,
-    or of a dtype other than float32, float16, bfloat16 and float64, which becomes float32."""
+    """Writes model to path, without the tokenizer's files. If weights are quantized, so is the result, and its name
+    says how: model_int4.g128.pth. Returns the path of the result. float64 becomes float32. Raises UsageError naming a
+    tensor that is missing, left over, of the wrong shape, or of the wrong dtype.
+
+    announce: called when everything is checked, just before the data is read."""
     config, tensors, read = model.config, model.tensors, model.read
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
         config = replace(config, tie_embeddings=False)  # whatever config.json says; transformers takes the head, too
@@ -125,8 +130,8 @@ def convert(path: Path, model: SourceModel, announce: Announcement | None = None
 
 
 def check_left_over(tensors: HFTensors, read: TensorReader):
-    """Raises UsageError for a tensor without which the model would be another one. Those that change nothing are
-    ignored: buffers, biases of zeros and, as it says, layers that predict further tokens."""
+    """Raises UsageError if tensors has one that would change the model. Ignores tensors that change nothing: buffers,
+    biases of zeros, and layers that predict further tokens, for which it prints a line."""
     extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
     if extra:
         why = "this model does not predict several tokens at once"
@@ -148,13 +153,13 @@ def has_tied_head(tensors: HFTensors, read: TensorReader) -> bool:
 
 
 def stored_name(name: str, tensor_name: str) -> str:
-    """The name in model.pth of one of the tensors that our tensor called name is stored as."""
+    """Returns the name in model.pth of the part called tensor_name (weight, scales ...) of our tensor called name."""
     return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
 
 def write_folder(folder: Path, model: SourceModel, announce: Announcement | None = None) -> Path:
-    """Writes model.pth and the tokenizer's files to folder. model.pth gets its name last: where it is, its tokenizer is
-    too. Returns its path, as convert does, which calls announce. Raises UsageError."""
+    """Writes model.pth and the tokenizer's files to folder. Returns the path of model.pth, whose name may be another
+    (see convert). The tokenizer's files come first, so that a folder with model.pth has a complete tokenizer."""
     if not model.tokenizer_files:
         return convert(folder / "model.pth", model, announce)
     unnamed = folder / "model.tmp"
@@ -163,12 +168,11 @@ def write_folder(folder: Path, model: SourceModel, announce: Announcement | None
         for left_over in folder.glob("model*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
         unnamed = convert(unnamed, model, announce)
-        for name, data in model.tokenizer_files.items():
-            if data is None:
+        for name, content in model.tokenizer_files.items():
+            if content is None:
                 (folder / name).unlink(missing_ok=True)
-                continue
-            (folder / f"{name}.tmp").write_bytes(data)
-            os.replace(folder / f"{name}.tmp", folder / name)
+            else:
+                replace_file(folder / name, content)
         os.replace(unnamed, unnamed.with_suffix(".pth"))
     except OSError as e:
         raise UsageError(f"cannot write to {folder}: {e.strerror}") from None
@@ -178,7 +182,7 @@ def write_folder(folder: Path, model: SourceModel, announce: Announcement | None
 
 
 def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPlan]:
-    """A plan for every tensor of our checkpoint. Raises UsageError if tensors lack what it needs."""
+    """Plans every tensor of our checkpoint."""
     try:
         model = empty_model(config.with_layers(1))  # the shapes are the same in every layer
     except RuntimeError as e:
@@ -205,7 +209,7 @@ def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPla
 
 
 def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | QuantizedWeight]):
-    """Sets the format and the order of inputs in the plan of the weight called name, which weights are stacked to."""
+    """Chooses the format and the order of inputs for our weight called name, in which weights are stacked."""
     plan.linear_format = common_format(weights)
     if plan.format.quantization is None:
         return
@@ -216,16 +220,17 @@ def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | QuantizedW
 
 
 def loses_order(name: str, plan: TensorPlan, weights: list[QuantizedWeight]) -> bool:
-    """Whether act-order keeps weights from staying quantized: only a linear layer has an order of inputs, only one, and
-    experts have none."""
+    """Returns whether act-order keeps weights from staying quantized. Only a linear layer can have an order of inputs,
+    and experts cannot. Weights that are stacked must have the same order."""
     can_have_order = len(plan.shape) == 2 and name != "embed_tokens.weight"
     has_order = any(weight.input_order is not None for weight in weights)
     return has_order and not (can_have_order and have_one_order(weights))
 
 
 def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
-    """The names and shapes of the canonical tensors whose concatenation along dim 0 is our tensor called name. Ours is
-    a vector [N] or a matrix [N, K]; with experts it is [E, N] or [E, N, K], and canonical ones are of one expert."""
+    """Returns the names and shapes of the canonical tensors whose concatenation along dim 0 is our tensor called name.
+    Our tensor is a vector [N] or a matrix [N, K]; with experts it is [E, N] or [E, N, K], while a canonical tensor
+    belongs to one expert."""
     layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias|sinks)", name).groups()
     modules = (MOE_SOURCES if config.moe else CANONICAL_SOURCES)[module]
     n_experts = 1
@@ -247,8 +252,8 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
 
 
 def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dtype:
-    """The narrowest dtype that holds all sources exactly. Quantized sources do not count; if all are quantized, it is
-    bfloat16. Raises UsageError for a source that is missing or has the wrong shape or dtype."""
+    """Returns the narrowest dtype that holds all sources exactly. Quantized sources do not count; if all are quantized,
+    returns bfloat16. Checks that no source is missing, or has the wrong shape or dtype."""
     dtype = None
     for name, shape in sources.items():
         if name not in tensors:
@@ -265,8 +270,8 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of our tensors. Only one weight is in memory at a time. Raises UsageError for a source
-    whose numbers are not finite."""
+    """Yields (name, tensor) of our tensors. Only one weight is in memory at a time. Checks that all numbers are
+    finite."""
     for name, plan in plans.items():
         ours = plan.format.empty(plan.shape, plan.dtype, "cpu")
         start = 0
@@ -280,7 +285,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
                 rows = ours[tensor_name]
                 rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
                 rows[start : start + len(t)].copy_(t)
-                if plan.format == Dense():  # converters check the scales of others when they read them
+                if plan.format == Dense():  # converters have checked the scales of quantized weights
                     check_finite(source, rows[start : start + len(t)])
             start += weight.shape[0]
         for tensor_name, t in ours.items():
@@ -290,7 +295,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
 
 
 def check_finite(name: str, tensor: Tensor):
-    # aminmax reads the tensor once, and allocates nothing. NaN anywhere makes both of its results NaN.
+    # aminmax reads the tensor once, and allocates nothing. NaN anywhere makes both results NaN.
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")
 
@@ -299,19 +304,20 @@ def check_finite(name: str, tensor: Tensor):
 
 
 def most_common_format(plans: dict[str, TensorPlan]) -> WeightFormat:
-    """The format of most of the quantized weights. Dense if none is quantized."""
+    """Returns the format of most of the quantized weights, or Dense if none is quantized."""
     counts = Counter(plan.format for plan in plans.values() if plan.format.quantization is not None)
     return counts.most_common(1)[0][0] if counts else Dense()
 
 
 def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dict | None:
-    """The header's "quantization": default, what other linear layers have, and which have an order of inputs."""
+    """Returns the header's "quantization": the default format, the layers with another format, and the layers with an
+    order of inputs."""
     if default.quantization is None:
         return None
     layers, embedding = {}, plans["embed_tokens.weight"].format
     if "lm_head.weight" not in plans and embedding != default:  # a tied head
         layers["lm_head"] = embedding.quantization
-    if embedding.quantization is not None:  # it has no default
+    if embedding.quantization is not None:  # default does not count for the embedding
         layers["embed_tokens"] = embedding.quantization
     for name, plan in plans.items():
         if plan.linear_format not in (None, default) and name != "embed_tokens.weight":
@@ -333,7 +339,7 @@ def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
 
 
 def why_dequantized(name: str, plan: TensorPlan, weights: list[QuantizedWeight]) -> str:
-    """The reason why weights, which are stacked to our tensor called name, become dense."""
+    """Returns why weights, which are stacked in our tensor called name, become dense."""
     if loses_order(name, plan, weights) or any(isinstance(weight.format, Dense) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
         return f"{why}; a checkpoint without it becomes a smaller file"

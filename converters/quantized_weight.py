@@ -1,9 +1,9 @@
-"""A weight that another project's checkpoint holds quantized, and that keeps its values in ours.
+"""Defines QuantizedWeight: a weight that another project has quantized, and that keeps its values in our checkpoint.
 
     weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() gives the tensors of that format
 
-Converters rename, split and reorder it like a tensor, without reading it. What only moves its rows moves the rows of
-each of its tensors.
+Converters rename, split and reorder a QuantizedWeight like a tensor, without reading it. Moving rows of the weight
+moves the same rows of weight, scales and zeros.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,17 @@ from torch import Tensor
 from errors import UsageError
 from kernels.formats import GROUP_SIZES, Dense, Tensors, WeightFormat
 
-CHANNEL_GROUP_SIZE = 128  # for a scale that all inputs share
+CHANNEL_GROUP_SIZE = 128  # where all inputs share a scale
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [N, K] that is not read yet.
+    """A quantized weight [N, K] that is not read yet.
 
-    read: gives the tensors of format.
-    input_order: the k-th input of these tensors is input input_order[k] of the weight. None: they are in order. Such an
-    order comes from GPTQ's act-order, which quantizes the inputs that matter most first: a group's are anywhere."""
+    read: returns the tensors of format.
+    input_order: column i of these tensors is for input input_order[i]. None: the columns are in the inputs' order.
+    GPTQ's act-order needs this: it quantizes the inputs that matter most first, so that a group's inputs are anywhere.
+    Ordered columns make each group contiguous."""
 
     format: WeightFormat
     shape: torch.Size
@@ -35,7 +36,7 @@ class QuantizedWeight:
         return len(self.shape)
 
     def select_rows(self, rows: Tensor) -> "QuantizedWeight":
-        """Its outputs number rows."""
+        """Returns the weight with only these outputs, in this order."""
         n_rows = torch.Size([len(rows), self.shape[1]])
         return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
 
@@ -50,7 +51,7 @@ class QuantizedWeight:
         return QuantizedWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
 
     def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
-        """As Tensor.tensor_split."""
+        """Splits the weight as Tensor.tensor_split does."""
         parts = torch.arange(self.shape[dim]).tensor_split(sections)
         if dim == 0:
             return [self.select_rows(part) for part in parts]
@@ -65,21 +66,22 @@ class QuantizedWeight:
         return in_order
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
-        """The tensors of another format that has the same values, as common_format gives it. dtype: of Dense."""
+        """Reads the tensors of a format that common_format has returned, with the same values. dtype: of a Dense
+        weight."""
         if format == Dense():
             return {"weight": self.dequantize(dtype)}
         return self.format.widen(self.read(), format, self.shape[1])
 
     def is_storable(self) -> bool:
-        """Whether model.pth can hold it in its format."""
+        """Returns whether model.pth can hold the weight in this format."""
         quantization = self.format.quantization
         is_known = quantization is None or self.format.parse(quantization) == self.format
         return is_known and self.shape[1] % self.format.input_multiple == 0
 
 
 def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
-    """The format of the weight that parts, one above the other, become: one that holds each of them exactly. Dense if
-    there is none. The order of their inputs does not count."""
+    """Returns a format that holds all parts exactly, for the weight that stacks parts along the rows. Returns Dense if
+    there is none. The order of the inputs does not count."""
     common = None
     for part in parts:
         if not isinstance(part, QuantizedWeight) or not part.is_storable():
@@ -91,7 +93,7 @@ def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
 
 
 def have_one_order(weights: list[QuantizedWeight]) -> bool:
-    """Whether the inputs of all weights are in one order."""
+    """Returns whether the inputs of all weights are in the same order."""
     first, *others = (weight.input_order for weight in weights)
     if first is None:
         return all(order is None for order in others)
@@ -99,8 +101,8 @@ def have_one_order(weights: list[QuantizedWeight]) -> bool:
 
 
 def stored_group_size(group_size: int, k: int) -> int:
-    """The group size to store where each scale belongs to group_size of k inputs: the largest of GROUP_SIZES that
-    divides group_size, so that every scale only has to be repeated. group_size itself, if none of them divides it."""
+    """Returns the group size to store where group_size of k inputs share a scale: the largest of GROUP_SIZES that
+    divides group_size, so that scales only have to be repeated. Returns group_size itself, if none divides it."""
     if group_size >= k and group_size not in GROUP_SIZES:
         return CHANNEL_GROUP_SIZE
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
@@ -110,19 +112,20 @@ def stored_group_size(group_size: int, k: int) -> int:
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-MAY_BE_LEFT_OVER = {"weight_shape"}  # which weights that are not packed have anyway
+MAY_BE_LEFT_OVER = {"weight_shape"}  # only packed weights need it, but all have it
 
 
 @dataclass
 class StoredLayer:
-    """The tensors of a linear layer in another project's checkpoint, by the last part of their names."""
+    """The tensors of a linear layer in another project's checkpoint, by the last part of the name, such as
+    "qweight"."""
 
     name: str
     tensors: Tensors
     taken: set[str] = field(default_factory=set)
 
     def take(self, kind: str, dtypes: tuple[torch.dtype, ...], *dims: int) -> Tensor:
-        """The tensor called kind. Raises UsageError if it is missing, or is not of dtypes and dims."""
+        """Returns the tensor called kind, and checks its dtype and number of dimensions."""
         tensor = self.tensors.get(kind)
         if tensor is None:
             raise UsageError(f"the checkpoint has no tensor {self.name}.{kind}")
@@ -133,14 +136,14 @@ class StoredLayer:
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
-        """take, for finite numbers of 16 or 32 bits."""
+        """Takes a tensor of scales, and checks that they are finite numbers of 16 or 32 bits."""
         scales = self.take(kind, FLOATS, *dims)
         if not scales.isfinite().all():
             raise UsageError(f"tensor {self.name}.{kind} holds scales that are not finite")
         return scales
 
     def take_row_scales(self, kind: str, n: int) -> Tensor:
-        """Scales [N, n_groups], of which the checkpoint may hold [N] or one for all outputs."""
+        """Takes scales [N, n_groups]. The checkpoint may hold [N], or one scale for all outputs."""
         scales = self.take_scales(kind, 0, 1, 2)
         if scales.dim() < 2:
             scales = scales.reshape(-1, 1)
@@ -149,7 +152,7 @@ class StoredLayer:
         return scales.expand(n, -1)
 
     def check_all_taken(self):
-        """Raises UsageError for a tensor that nothing has read: the weight would mean something else with it."""
+        """Checks that every tensor was taken, since another tensor would change what the weight means."""
         left_over = self.tensors.keys() - self.taken - MAY_BE_LEFT_OVER
         if left_over:
             raise UsageError(f"tensor {self.name}.{min(left_over)} is no part of a weight quantized like this")
@@ -160,7 +163,7 @@ class StoredLayer:
             raise UsageError(f"tensor {self.name}.{kind} is {found}; the layer's other tensors make it {list(shape)}")
 
     def expect(self, what: str, found, stated):
-        """Raises UsageError if config.json states another value than the tensors have."""
+        """Checks that config.json states the value that the tensors have, if it states one."""
         if stated is not None and found != stated:
             self.refuse(f"{what} {found}", f"{what} {stated if type(stated) is type(found) else repr(stated)}")
 

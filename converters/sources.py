@@ -1,12 +1,12 @@
-"""Remembers of which files a folder's model.pth was made, so that it is made again when they are replaced.
+"""Remembers from which files a folder's model.pth was made, so that it is made again when the files are replaced.
 
     found = describe_sources(files)             # before the conversion
     remember_sources(folder, found, model)      # after it: in folder/model.sources.json
     have_changed(folder, files)
-    is_stale(folder / "model_int8.pth")         # was it made of earlier files?
+    is_stale(folder / "model_int8.pth")         # was it made from earlier files?
 
-A file with the same size and time is the same. Otherwise its time cannot tell: `cp -p` and `rsync -a` give a new file
-an old one, and a folder's copy gets new ones. Then a file is known by samples of its content.
+A file with the same size and time counts as the same file. A different time does not tell: `cp -p` and `rsync -a` give
+a new file an old time, and copying a folder gives old files new times. Then samples of the content decide.
 """
 
 import glob
@@ -19,14 +19,14 @@ from errors import UsageError
 from files import read_json
 
 MEMORY = "model.sources.json"
-STALE = "stale models"  # in MEMORY, beside the sources: name, size and time of models made of earlier ones
+STALE = "stale models"  # a key of MEMORY, beside the sources: models made from earlier files, with size and time
 MODELS = "model*.pth"
-GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # how the files of a split GGUF are called, without .gguf
-# The files from which model.pth is made. Without weights nothing can be made.
+GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, without .gguf
+# The files from which model.pth is made; WEIGHTS are needed, the others depend on the format.
 SETTINGS = ("config.json", "generation_config.json", "params.json")
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
-SAMPLES, SAMPLE_BYTES = 64, 4096  # at equal distances: one falls into any 63rd of the file
+SAMPLES, SAMPLE_BYTES = 64, 4096  # at equal distances: every 63rd of the file has one
 
 
 def find_files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:
@@ -38,7 +38,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def find_gguf_parts(file: Path) -> list[Path]:
-    """All parts of a GGUF that is split, and of which file is one part. Otherwise file alone."""
+    """Returns all parts of a split GGUF of which file is one part, or file alone if the GGUF is not split."""
     match = re.fullmatch(GGUF_PART, file.stem)
     if match is None:
         return [file]
@@ -46,7 +46,7 @@ def find_gguf_parts(file: Path) -> list[Path]:
 
 
 def describe_sources(files: list[Path]) -> dict[str, dict]:
-    """For each file's name its size and time, and a hash of its size and samples. Raises UsageError."""
+    """Returns size, time, and a hash of size and samples of each file, by the file's name."""
     try:
         return {file.name: size_and_time(file) | {"samples": hash_samples(file)} for file in files}
     except OSError as e:
@@ -69,8 +69,8 @@ def hash_samples(file: Path) -> str:
 
 
 def remember_sources(folder: Path, described: dict[str, dict], model: Path):
-    """Remembers what describe_sources said of the files from which model was made. The folder's other models become
-    stale if they were made of other files."""
+    """Writes MEMORY: what describe_sources returned for the files from which model was made. The folder's other models
+    become stale if they were made from other files."""
     remembered = read_memory(folder) or {}
     stale = dict(remembered.get(STALE, {}))
     if remembered and any(remembered.get(name, {}).get("samples") != described[name]["samples"] for name in described):
@@ -83,7 +83,8 @@ def remember_sources(folder: Path, described: dict[str, dict], model: Path):
 
 
 def have_changed(folder: Path, files: list[Path]) -> bool:
-    """Whether one of files is not what folder's last model was made of. False also if nothing is remembered."""
+    """Returns whether one of files has changed since folder's last model was made. Returns False if nothing is
+    remembered."""
     if not (folder / MEMORY).is_file():
         return False
     remembered = read_memory(folder)
@@ -91,13 +92,13 @@ def have_changed(folder: Path, files: list[Path]) -> bool:
 
 
 def is_stale(model: Path) -> bool:
-    """Whether model was made of files that have been replaced since."""
+    """Returns whether model was made from files that have been replaced since."""
     stale = (read_memory(model.parent) or {}).get(STALE, {})
     return stale.get(model.name) == size_and_time(model)  # quantize.py may have made it again, with the same content
 
 
 def read_memory(folder: Path) -> dict[str, dict] | None:
-    """What remember_sources has written; None if there is nothing, or if someone has changed it."""
+    """Reads what remember_sources has written. Returns None if there is nothing, or if someone has edited it."""
     try:
         remembered = read_json(folder / MEMORY)
         described = [*remembered.values(), *remembered.get(STALE, {}).values()]
@@ -107,7 +108,7 @@ def read_memory(folder: Path) -> dict[str, dict] | None:
 
 
 def is_same(file: Path, described: dict[str, dict]) -> bool:
-    """Whether file is what described says about the file of its name."""
+    """Returns whether file is the one that described has under this name."""
     description = described.get(file.name, {})
     try:
         if size_and_time(file).items() <= description.items():

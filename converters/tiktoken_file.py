@@ -1,11 +1,12 @@
-"""Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json.
+"""Converts Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json.
 
     ranks = read_tiktoken(Path("checkpoints/Llama3.2-1B/tokenizer.model"))
     files = tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
 
-Its lines are tokens, in base64, each with its rank, which is its id. tiktoken cuts a text into words with a regular
-expression. A word that is a token is that token. In others it joins neighbours as long as the bytes of two are a token,
-that of the lowest rank first. tokenizer.json has in place of the ranks a list of the pairs to join.
+Every line is a token, in base64, and the token's rank, which is also the id. tiktoken cuts a text into words with a
+regular expression. If a word is a token, that is the result. If not, tiktoken begins with the word's bytes and joins
+two neighbours as long as any pair makes a token, the pair whose token has the lowest rank first. Where tiktoken has
+ranks, tokenizer.json has a list of the pairs to join.
 """
 
 import base64
@@ -21,13 +22,13 @@ from errors import UsageError
 from tokenizer import byte_level_alphabet
 from tokenizer_files import TIKTOKEN_LINE
 
-# The special tokens that have a name; "" stands for a reserved one.
+# The names of special tokens; "" stands for a reserved token.
 LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id", "end_header_id", "", "eot_id"]
 LLAMA31_NAMES = [
     "begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id", "eom_id",
     "eot_id", "python_tag",
 ]  # fmt: skip
-# The chat models' template. Other models have not learnt it.
+# The chat models' template. Base models have not learnt it.
 LLAMA3_TEMPLATE = """
 {{- bos_token }}
 {%- for m in messages -%}
@@ -42,7 +43,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """The rank of each token. Raises UsageError unless the ranks are 0, 1, 2 ... and every byte is a token."""
+    """Returns the rank of each token. Checks that the ranks are 0, 1, 2 ... and that every byte is a token."""
     ranks = {}
     try:
         for line in path.read_bytes().splitlines():
@@ -58,7 +59,8 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def special_tokens(n: int, is_first: bool) -> list[str]:
-    """The names of the n special tokens, whose ids follow the others'. is_first: of Llama 3.0. Raises UsageError."""
+    """Returns the names of the n special tokens, whose ids follow the other tokens'. is_first: whether this is Llama
+    3.0."""
     names = LLAMA3_NAMES if is_first else LLAMA31_NAMES
     if n < len(names):
         raise UsageError(f"Llama 3 has at least {len(names)} special tokens; this vocabulary leaves room for {n}")
@@ -70,7 +72,7 @@ def special_tokens(n: int, is_first: bool) -> list[str]:
 
 
 def tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json."""
+    """Returns the contents of tokenizer.json and tokenizer_config.json, by name."""
     character_of = {byte: character for character, byte in byte_level_alphabet().items()}
 
     def spell(token: bytes) -> str:
@@ -93,8 +95,8 @@ def tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, by
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair of tokens that is joined to each token, in the order of the ranks. A token that arises only as a whole
-    word has no pair."""
+    """Returns the pair of tokens that makes each token, in the order of the ranks. A token that no joining makes, only
+    a whole word, has no pair."""
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = join_pairs(token, ranks, ranks[token])
@@ -104,7 +106,7 @@ def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def join_pairs(word: bytes, ranks: dict[bytes, int], end: int) -> list[bytes]:
-    """The tokens of a word in a vocabulary of only the ranks below end."""
+    """Returns the tokens of a word in a vocabulary of only the ranks below end."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 1:
         pair_ranks = [ranks.get(left + right, end) for left, right in zip(parts, parts[1:], strict=False)]

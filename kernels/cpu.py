@@ -1,9 +1,9 @@
 """Compiles and loads the C++ kernels in kernels/csrc/, and puts weights into huge pages for them.
 
 The kernels are compiled for this machine at first use, which takes some fifteen seconds, and cached in
-~/.cache/gpt-fast, or in a temporary folder if that is not usable. The environment variables CXX and CXXFLAGS
-choose the compiler and add to its flags. Once compiled, they need no compiler. Without them everything runs on
-PyTorch's own, slower operations.
+~/.cache/gpt-fast, or in a temporary folder if the cache is not usable. The environment variables CXX and CXXFLAGS
+choose the compiler and add flags. Compiled kernels need no compiler. Without kernels, everything runs on PyTorch's own,
+slower operations.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ FLAGS = [
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Loads the kernels, which then are torch.ops.gptfast. Compiles them first if they are not in the cache; several
-    processes may do so at once. If it fails, prints one line to stderr and returns None.
+    """Loads the kernels, which become torch.ops.gptfast. If the cache has none, compiles them first; several processes
+    may do so at once. On failure, prints one line to stderr and returns None.
 
-    The library that is returned has the functions by which record.py records and replays tapes (kernels/csrc/tape.h).
+    The returned library has the functions with which record.py records and replays tapes (kernels/csrc/tape.h).
     """
     library = find_or_compile()
     if library is not None:
@@ -68,13 +68,14 @@ def find_or_compile() -> ctypes.CDLL | None:
 
 
 def use_one_thread():
-    """Called in the child of a fork. OpenMP's other threads exist only in the parent, so the child would wait for them
-    for ever."""
+    """Makes the child of a fork use one thread. OpenMP's other threads exist only in the parent, so a child with more
+    would wait for ever."""
     torch.set_num_threads(1)
 
 
 def max_dense_tokens(dtype: torch.dtype) -> int:
-    """Up to how many tokens the kernels multiply dense weights of dtype faster than PyTorch does on this CPU."""
+    """Returns up to how many tokens the kernels multiply dense weights of dtype faster than PyTorch does on this
+    CPU."""
     return library().max_dense_tokens(dtype == torch.bfloat16)
 
 
@@ -95,8 +96,9 @@ def compiler_flags() -> list[str]:
 
 
 def library_name(compiler: list[str] | None) -> str:
-    """The compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch version and
-    the CPU, and B of the compiler. None: a pattern for the libraries of any compiler; "" if the CPU is not known."""
+    """Returns the compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch
+    version and the CPU; B is a hash of the compiler. Without a compiler, returns a pattern for the libraries of any
+    compiler, or "" if the CPU is not known."""
     cpu = cpu_description()
     key = hashlib.sha256(repr((compiler_flags(), torch.__version__, cpu)).encode())
     for source in sorted(SOURCES.iterdir()):
@@ -110,7 +112,8 @@ def library_name(compiler: list[str] | None) -> str:
 
 
 def cpu_description() -> str:
-    """The model and the instruction sets of the first CPU, as Linux reports them; "" on other systems."""
+    """Returns the model and the instruction sets of the machine's first CPU, as Linux reports them; "" on other
+    systems."""
     with contextlib.suppress(OSError):
         first_cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
         fields = dict(map(str.strip, line.partition(":")[::2]) for line in first_cpu.splitlines())
@@ -119,7 +122,7 @@ def cpu_description() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """The folders for compiled libraries, the preferred one first."""
+    """Returns the folders for compiled libraries, the preferred folder first."""
     folders = [Path(tempfile.gettempdir()) / f"gpt-fast-{os.getuid()}"]
     with contextlib.suppress(RuntimeError):  # no home folder
         folders.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast")
@@ -127,8 +130,8 @@ def cache_folders() -> list[Path]:
 
 
 def check_folder(folder: Path):
-    """Raises OSError if a library in folder cannot be loaded, or must not be: where all users can make folders, it may
-    be another user's."""
+    """Raises OSError if libraries in folder cannot be loaded, or must not be: where all users can make folders, the
+    folder may be another user's."""
     status, parent = folder.lstat(), folder.parent.stat()
     is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
     if parent.st_mode & stat.S_IWOTH and not is_own:
@@ -138,7 +141,7 @@ def check_folder(folder: Path):
 
 
 def load_cached(name: str) -> ctypes.CDLL | None:
-    """Loads the library of this name, or of a name that fits this pattern, if there is one that is not broken."""
+    """Loads a library whose name is, or fits the pattern, name. Returns None if there is none that loads."""
     for folder in cache_folders() if name else []:
         with contextlib.suppress(OSError):
             check_folder(folder)
@@ -152,8 +155,8 @@ def load_cached(name: str) -> ctypes.CDLL | None:
 
 
 def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles the library into the first of cache_folders that it can be loaded from, and loads it. If that is not the
-    first one, says why. Raises OSError or CalledProcessError."""
+    """Compiles and loads the library, in the first of cache_folders that allows both. Prints why if that is not the
+    preferred folder. Raises OSError or CalledProcessError if no folder does."""
     if sys.stderr and sys.stderr.isatty():
         print("compiling kernels/csrc for this machine, once", file=sys.stderr)
     preferred, *others = cache_folders()
@@ -180,7 +183,8 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
 
 
 def run_compiler(command: list[str], env: dict[str, str]):
-    """Raises CalledProcessError if it fails. If this process is ended meanwhile, so is all that the command started."""
+    """Runs command. Raises CalledProcessError if it fails. If a signal ends this process meanwhile, everything that the
+    command has started ends, too."""
     with signals_held() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:  # fmt: skip
@@ -196,8 +200,9 @@ def run_compiler(command: list[str], env: dict[str, str]):
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[list[int]]:
-    """Within this context, signals that would end the process are only noted, in the list that it yields. They act when
-    it ends. Not in other threads than the main one, where Python cannot do that."""
+    """Defers signals that would end the process: within this context a signal is only noted, in the yielded list, and
+    takes effect at the end of the context. Python allows this in the main thread only; in another thread nothing is
+    deferred."""
     held, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -216,14 +221,14 @@ def signals_held() -> Iterator[list[int]]:
 
 
 def reason(e: Exception) -> str:
-    """The line that gives the reason, of a compiler's output or another error's message."""
+    """Returns the line that gives the reason, from a compiler's output or another error's message."""
     lines = (getattr(e, "stderr", None) or str(e)).splitlines()
     reasons = [line for word in ("No space left", "error") for line in lines if word in line]
     return reasons[0] if reasons else str(e)
 
 
 def load_library(library: Path) -> ctypes.CDLL:
-    """Raises OSError if it cannot be loaded."""
+    """Loads the library and declares its functions. Raises OSError if it cannot be loaded."""
     torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
     functions.tape_begin.restype = ctypes.c_void_p
@@ -233,10 +238,11 @@ def load_library(library: Path) -> ctypes.CDLL:
     return functions
 
 
-class HugePages:
-    """Copies tensors into huge pages, one after the other. With small pages, TLB misses would cost time."""
+class HugePageArena:
+    """An arena of huge pages. copy(t) copies a tensor to the next free place. With small pages, TLB misses would cost
+    time."""
 
-    MIN_ALLOCATION = 2**26  # bytes that are allocated at a time, or more for a larger tensor
+    MIN_ALLOCATION = 2**26  # bytes to allocate at a time; a larger tensor gets more
     PAGE_BYTES = 2**21
     ALIGNMENT = 64  # a cache line
 

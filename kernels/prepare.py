@@ -43,7 +43,7 @@ def prepare_kernels(layers: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapp
 
 def pack_for_cpu(linears: list[WeightMatrix], is_mmapped: bool):
     """Packs the weights of linears into huge pages, one after the other."""
-    memory = cpu.HugePages()
+    memory = cpu.HugePageArena()
     is_quantized = any(layer.format.is_quantized for layer in linears)
     for layer in tqdm(linears, "load", disable=None, leave=False):
         if not layer.format.fits_kernels("cpu", layer.in_features):

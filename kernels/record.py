@@ -1,18 +1,18 @@
-"""record(step): a decode step that is recorded once and replayed. CUDA graphs, and the same for CPUs.
+"""record(step) records a decode step once, and replays it for every token: CUDA graphs, and the same for CPUs.
 
     step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     logits = step(tokens, start_pos)       # the first call with these shapes records, every later one replays
 
-One contract on both devices: a call copies its arguments into the buffers of the recording, and what it returns is
-overwritten by the next call. Only what the arguments hold may change from call to call.
+The contract is the same on both devices. A call copies the arguments into the recording's buffers, and returns tensors
+that the next call overwrites. Only the arguments' contents may change from call to call.
 
     CUDA, ROCm    CUDAGraph: everything that step does on the GPU
-    CPU           CPUGraph: the list of the C++ kernels that step calls, with the addresses of their inputs and
-                  outputs. This list is called a tape. It is replayed in one parallel region (kernels/csrc/tape.h)
+    CPU           CPUGraph: a tape, which is the list of the C++ kernels that step calls, with the addresses of inputs
+                  and outputs. A tape is replayed in one parallel region (kernels/csrc/tape.h)
 
-A tape can hold leaf operations alone: those in kernels/schema.py: SCHEMAS, of which a model is composed. Anything else
-that step computes on a CPU raises an error, since it would happen once, while recording, and never again. A collective
-is no leaf operation, so it runs between two tapes:
+A tape can hold leaf operations alone: the operations of kernels/schema.py: SCHEMAS, of which a model is composed. Any
+other operation raises an error on a CPU, since it would run once, while recording, and never again. A collective is no
+leaf operation, so it runs between two tapes:
 
         embed  fused_linear  attend  fused_linear  ...  fused_linear |  all_reduce   | add  fused_linear  attend ...
         [--------------------------- tape --------------------------] graph_break() [----------- tape ----------
@@ -29,16 +29,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.schema import SCHEMAS
 
-# How many recordings a step keeps on a CPU: the ones used last. Each holds the memory of all its activations. Recording
-# again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
+# How many recordings a step keeps on a CPU: the most recently used ones. A recording holds the memory of all
+# activations. Recording again takes some milliseconds, as much as calling the operations one by one
+# (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
 active_recorder: "Recorder | None" = None
-tape_functions: ctypes.CDLL | None = None  # once there is a tape
+tape_functions: ctypes.CDLL | None = None  # None: no tape has been recorded yet
 
 
 def record(step: Callable) -> Callable:
-    """step, a function of tensors on one device (or None), recorded for every combination of their shapes."""
-    recordings: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the ones used last at the end
+    """Returns a function like step that records step for every combination of the arguments' shapes, and replays it
+    from then on. step takes tensors on one device, or None."""
+    recordings: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the most recently used at the end
 
     @torch.inference_mode()
     def replay(*args: Tensor | None):
@@ -56,16 +58,16 @@ def record(step: Callable) -> Callable:
 
 
 def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """fn(*inputs). While a CPUGraph is recorded, this is a graph break: the tape ends and another one begins. Replaying
-    calls fn between the two. Its result must always have the same shape."""
+    """Returns fn(*inputs). While a CPUGraph is recorded, this is a graph break: the tape ends and another tape begins.
+    Replaying calls fn between the two tapes. The result of fn must always have the same shape."""
     if active_recorder is None:
         return fn(*inputs)
     return active_recorder.graph_break(fn, inputs)
 
 
 def with_tape_threads(fn: Callable, *args):
-    """Runs fn(*args), between two replays, with at most as many PyTorch threads as the tape uses now. More would wait
-    for cores that other programs need, and then spin there for milliseconds."""
+    """Runs fn(*args) with the tape's current thread count. On a busy machine the tape uses fewer threads; if PyTorch
+    used more than that, they would spin for cores held by other programs."""
     n_threads = torch.get_num_threads()
     n_tape_threads = n_threads if tape_functions is None else tape_functions.tape_threads()
     if n_tape_threads == n_threads:
@@ -78,7 +80,7 @@ def with_tape_threads(fn: Callable, *args):
 
 
 class CUDAGraph:
-    """Everything that a step does on a GPU: one launch in place of hundreds."""
+    """A recording of everything that a step does on a GPU: one launch in place of hundreds."""
 
     def __init__(self, step: Callable, args: tuple):
         self.inputs = [None if arg is None else arg.clone() for arg in args]
@@ -99,13 +101,14 @@ class CUDAGraph:
 
 
 class CPUGraph:
-    """The kernels that a step calls on a CPU, as tapes, and the functions that it calls between the tapes."""
+    """A recording of what a step does on a CPU: the kernels' calls, as tapes, and the functions to call between two
+    tapes."""
 
     def __init__(self, step: Callable, args: tuple):
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
         recorder = Recorder()
         with recorder:
-            self.outputs = step(*self.inputs)  # nothing is computed: the kernels only append themselves to a tape
+            self.outputs = step(*self.inputs)  # nothing is computed: every kernel only appends itself to a tape
         self.segments, self.keepalive = recorder.segments, recorder.keepalive
         if len(self.segments) == 1:
             self.segments[0].adapt_threads = True
@@ -118,12 +121,12 @@ class CPUGraph:
 
 
 class Recorder(TorchDispatchMode):
-    """Makes the segments of a CPUGraph from what is called inside `with`. It sees every operation that PyTorch is asked
-    for, and lets only leaf operations and views pass."""
+    """Makes the segments of a CPUGraph from what is called inside `with`. A Recorder sees every operation that PyTorch
+    is asked for, and lets only leaf operations and views pass."""
 
     def __init__(self):
         super().__init__()
-        self.segments: list[Callable[[], None]] = []  # tapes, and the functions between them
+        self.segments: list[Callable[[], None]] = []  # the tapes, and the functions to call between two tapes
         self.keepalive = []  # every tensor whose address is on a tape
 
     def __enter__(self):
@@ -145,7 +148,7 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: PyTorch would import its compiler to see to it, which takes a second and 150 MB."""
+        """Returns False: to skip Dynamo, PyTorch would first import it, which takes a second and 150 MB."""
         return False
 
     def begin_tape(self):
@@ -159,10 +162,10 @@ class Recorder(TorchDispatchMode):
         cpu.library().tape_end()
 
     def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
-        """Between two tapes: see the function graph_break."""
+        """Ends the tape, has fn called at this point of every replay, and begins another tape."""
         self.end_tape()
         with torch.utils._python_dispatch._disable_current_modes():
-            result = fn(*inputs).clone()  # of inputs that have not been computed: only its shape counts
+            result = fn(*inputs).clone()  # the inputs have not been computed yet: only the result's shape counts
 
         def call():
             result.copy_(fn(*inputs))
@@ -174,8 +177,9 @@ class Recorder(TorchDispatchMode):
 
 
 class Tape:
-    """A tape of kernels/csrc/tape.h. Its constructor begins to record, and end_tape() of Recorder ends that. A call
-    replays it. adapt_threads: with fewer threads, while other programs need the cores (kernels/csrc/threads.h)."""
+    """A tape of kernels/csrc/tape.h. The constructor begins to record, and end_tape() of Recorder stops. A call replays
+    the tape. adapt_threads: whether to use fewer threads while other programs need the cores
+    (kernels/csrc/threads.h)."""
 
     def __init__(self, functions: ctypes.CDLL):
         self.functions, self.address, self.adapt_threads = functions, functions.tape_begin(), False

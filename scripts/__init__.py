@@ -1,18 +1,18 @@
-"""The commands beside generate.py, quantize.py and eval.py.
+"""Commands beside generate.py, quantize.py and eval.py. Running a model needs nothing in this folder.
 
-    prepare.sh                  makes a model of the Hugging Face hub ready to run, by the next two and quantize.py
-    download.py                 a repository of the hub
-    convert_hf_checkpoint.py    Hugging Face's or Meta's folder to model.pth
-    convert_gguf.py             GGUF to model.pth
+    prepare.sh                  makes a model of the Hugging Face hub ready to run: download, convert, quantize
+    download.py                 downloads a repository of the hub
+    convert_hf_checkpoint.py    converts Hugging Face's or Meta's folder to model.pth
+    convert_gguf.py             converts a GGUF to model.pth
 
-    serve.py                    OpenAI's API over HTTP; openai_api.py is its JSON
-    speculate*.sh               speculation with large models, as in gpt-fast
+    serve.py                    serves OpenAI's API over HTTP; openai_api.py reads and writes the JSON
+    speculate*.sh               speculates with large models, as in gpt-fast
 
-    benchmark.py                speed, memory, quality, and checks of the kernels
-    compare_llama_cpp.py        speed beside llama.cpp's
-    benchmarking/               what both of them measure, and how
-    kernel_checks/              the kernels against exact results: "check" of benchmark.py, and the tests
-    tables.py                   docs' tables from the results in benchmarks/
+    benchmark.py                measures speed, memory and quality, and checks the kernels
+    compare_llama_cpp.py        measures speed beside llama.cpp
+    benchmarking/               the measurements of benchmark.py and compare_llama_cpp.py
+    kernel_checks/              compares the kernels with exact results, for "benchmark.py check" and the tests
+    tables.py                   makes the docs' tables of the results in benchmarks/
 
     demo.sh  test.sh  venv.sh   a first run; the test suite; the environment of both
 """

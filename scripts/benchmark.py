@@ -1,13 +1,13 @@
-"""Benchmarks and checks of any model's shape, with random weights and without a download.
+"""Measures and checks any model's shape, with random weights and without a download.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --compile
     python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
-    python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of so many sequences together
+    python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s with so many sequences at once
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
     python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
-All of these are the command "speed", whose name may be left out. Two commands are for GPUs:
+Without a command's name, the command is "speed", as here. Two commands are for GPUs:
 
     python scripts/benchmark.py check --precision bfloat16      # every kernel against its reference
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
@@ -17,8 +17,8 @@ Two need a real model:
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-The speed of decoding is compared with memory's read bandwidth, measured before and after it; the higher value counts.
-A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
+The speed of decoding is compared with memory's read bandwidth, measured before and after decoding; the higher value
+counts. A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -177,7 +177,6 @@ def speed(args: argparse.Namespace):
 
 
 def check_speed_options(args: argparse.Namespace, config: ModelConfig):
-    """Raises UsageError."""
     if args.cold_start and args.mode:
         raise UsageError("--cold_start is measured without --mode")
     if args.parallel and min(args.parallel) < 1:
@@ -192,7 +191,6 @@ def check_speed_options(args: argparse.Namespace, config: ModelConfig):
 
 
 def check_busy_options(args: argparse.Namespace):
-    """Raises UsageError."""
     if args.busy < 1:
         raise UsageError("--busy must be at least 1")
     if args.cold_start or args.parallel or args.compile or args.tune:
@@ -202,7 +200,7 @@ def check_busy_options(args: argparse.Namespace):
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """--tune: see benchmarking/tune_triton.py."""
+    """Does what --tune asks for: see benchmarking/tune_triton.py."""
     if device.type != "cuda" or not kernels.load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
     from scripts.benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
@@ -216,8 +214,9 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 
 def measure_cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
-    """Seconds from starting generate.py --compile to the first byte of text on stdout: with empty caches of compiled
-    code, then with what that left in them. The checkpoint was just written, so both find it in the page cache."""
+    """Measures the seconds from starting generate.py --compile to the first byte of text on stdout, twice: with empty
+    caches of compiled code, and then with full ones. The checkpoint was just written, so it is in the page cache both
+    times."""
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder, "model.pth"), Path(folder, "cache")
         save_random_checkpoint(path, config, getattr(torch, args.precision))

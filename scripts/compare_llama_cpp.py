@@ -1,4 +1,4 @@
-"""This project against llama.cpp on the same CPU, with the same weights: tokens per second, ratios, one table.
+"""Compares this project with llama.cpp on the same CPU, with the same weights: tokens per second, ratios, one table.
 
     pip install llama-cpp-python gguf matplotlib
     python scripts/compare_llama_cpp.py --config TinyLlama-1.1B     # or a config.json: random weights, no download
@@ -6,8 +6,9 @@
     python scripts/compare_llama_cpp.py --gguf model.gguf --parallel 1 8 16 32 64      # sequences at a time
 
 --gguf takes what convert_gguf.py takes and llama.cpp knows, --config only Llama and its like. The weights become
-bfloat16, and both sides' files are made from that: ours as quantize.py does, theirs by llama.cpp's quantizer with its
-usual mixtures of types. All take five times the space of the bfloat16 weights, in $TMPDIR. Rows are "ours / theirs":
+bfloat16, from which both sides' files are made: ours as quantize.py does, theirs by llama.cpp's quantizer with its
+usual mixtures of types. All files together take five times the space of the bfloat16 weights, in $TMPDIR. A row of the
+table is "ours / theirs":
 
     bf16 / BF16          the same numbers; of a GGUF, convert_gguf.py's and llama.cpp's own
     int8 / Q8_0          8 bits and a scale, for a row / for 32 elements
@@ -16,12 +17,12 @@ usual mixtures of types. All take five times the space of the bfloat16 weights, 
     int4.g32 / Q4_K_M    the same / a mixture of 4-bit types and wider ones
     bf16, int8 or int4.g32 / file    each of ours / --gguf's file as it is
 
-Their 4-bit files have the output head in 6 or 8 bits, ours in 4. So theirs are larger, and closer to the original: much
-so if the model is small and its vocabulary large.
+llama.cpp's 4-bit files have the output head in 6 or 8 bits, ours in 4. So llama.cpp's files are larger, and closer to
+the original: much so if the model is small and the vocabulary large.
 
-The two sides of a pair are a process each, which waits for its turns. A round measures memory's read bandwidth, then
-how both decode and how both read a prompt, one right after the other, since bandwidth may change from second to second;
-in every second round theirs come first. Both decode greedily; llama.cpp's settings are its defaults. Bytes per token:
+Either side of a pair is a process, and the two take turns. A round measures memory's read bandwidth, then how both
+sides decode and how both read a prompt, one right after the other, since bandwidth may change from second to second; in
+every second round llama.cpp comes first. Both decode greedily; llama.cpp has its default settings. Bytes per token are
 the weights that a decode step reads, and the keys and values of the tokens in the cache.
 """
 
@@ -71,7 +72,7 @@ PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
     Pair("int4.g32", "Q4_K_M"),
 ]  # fmt: skip
-MAX_SEQUENCES = PREFILL // PROMPT  # whose prompts fit one batch
+MAX_SEQUENCES = PREFILL // PROMPT  # all prompts must fit one batch
 PARALLEL_PAIRS = PAIRS[:3]
 PAIRS_OF_FILE = [Pair("bf16", "file"), Pair("int8", "file"), Pair("int4.g32", "file")]  # with --gguf
 
@@ -88,9 +89,9 @@ def main():
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """Makes both sides' files and measures them. The result is what --json writes."""
+    """Makes both sides' files and measures both sides. Returns what --json writes."""
     torch.set_num_threads(args.threads)
-    cpu.library()  # now, or the first round would; says so if it cannot
+    cpu.library()  # compiles now, and not in the first round; prints a line if that fails
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(args.config, args.gguf, folder / "bf16.pth")
@@ -107,7 +108,7 @@ def compare(args: argparse.Namespace) -> dict:
         with new_process() as process:
             system_info = result_of(process.submit(make_theirs, files, args.threads))
         sizes = bytes_per_token(files)
-        os.sync()  # or what is still on its way to the disk would take its share of the bandwidth
+        os.sync()  # or writing the files to the disk would take a part of the bandwidth
         with tqdm(total=len(pairs) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:
             tasks = args.parallel or TASKS
             rounds = [measure(files, pair, sizes, args.rounds, args.threads, bar, tasks) for pair in pairs]
@@ -155,7 +156,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def plot(result: dict, path: Path, draw: Callable):
-    """draw(axes, rows) draws the pairs of result."""
+    """Draws result to the file path. draw(axes, rows) draws the pairs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

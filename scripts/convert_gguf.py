@@ -1,17 +1,15 @@
-"""A GGUF file to model.pth and its tokenizer.
+"""Converts a GGUF file to model.pth and a tokenizer.
 
     python scripts/convert_gguf.py model.Q4_1.gguf --checkpoint_dir checkpoints/model
     python scripts/convert_gguf.py model-00001-of-00003.gguf --checkpoint_dir checkpoints/model    # and the other parts
     python scripts/convert_gguf.py model.Q4_1.gguf --checkpoint_dir checkpoints/model --keep       # stays quantized
 
-Reads the architectures llama (Mixtral, too), qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, phi3, olmo2 (Olmo 3, too),
-smollm3, granite, glm4 and gpt-oss, in F32, F16, BF16 and every quantized type that the gguf package dequantizes. The
-vocabulary becomes tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece); bos, eos and chat template go to
-tokenizer_config.json.
+Reads F32, F16, BF16 and every quantized type that the gguf package dequantizes. The vocabulary becomes tokenizer.json
+(byte-level BPE) or tokenizer.model (sentencepiece); bos, eos and chat template go to tokenizer_config.json.
 
 With --keep quantized weights are not rounded again, if that is possible in 1.1 times the GGUF's size. The result is
-named as most of them are stored: model_int4.g32.pth. What became of each type is printed. These types can be kept:
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K.
+named after the format of most weights: model_int4.g32.pth. The command prints what became of each type. --keep takes
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K and MXFP4.
 """
 
 import sys
@@ -29,6 +27,7 @@ from cli import options
 from cli.script import exit_with_error, run_script
 
 try:
+    from converters.gguf_config import ARCHITECTURES
     from converters.gguf_tensors import convert_gguf
 except ImportError as e:
     exit_with_error(f"this script needs `pip install gguf protobuf` ({e})")
@@ -36,7 +35,9 @@ except ImportError as e:
 
 def main():
     parser = options.make_parser(__doc__)
-    parser.add_argument("file", type=Path)
+    architectures = ", ".join(ARCHITECTURES)
+    help = f"a .gguf of one of the architectures {architectures}; Mixtral is a llama, and Olmo 3 an olmo2"
+    parser.add_argument("file", type=Path, help=help)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth and the tokenizer go there")
     help = "of the stored weights (default: %(default)s)"
     parser.add_argument("--dtype", choices=options.PRECISIONS, default="bfloat16", help=help)

@@ -1,4 +1,4 @@
-"""A checkpoint's folder, in Hugging Face's or Meta's format, to model.pth.
+"""Converts a checkpoint's folder, in Hugging Face's or Meta's format, to model.pth.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B --lora my-adapter
@@ -9,11 +9,11 @@ The folder holds one of these:
 - Meta's params.json and consolidated.00.pth, consolidated.01.pth ...; Llama 3's tokenizer.model becomes tokenizer.json
 - one .pt of karpathy's tinyllamas
 
-A quantized checkpoint of Hugging Face (GPTQ, AWQ, compressed-tensors, FP8, MXFP4) keeps its values. It becomes
+A quantized checkpoint of Hugging Face (GPTQ, AWQ, compressed-tensors, FP8, MXFP4) keeps its values, and becomes
 model_int4.g128.pth or the like: docs/quantized_checkpoints.md.
 
---lora merges a LoRA adapter of PEFT into a model in Hugging Face's format. The result is my-adapter/model.pth, with the
-base's tokenizer beside it unless the adapter has its own. The base's model.pth stays as it is.
+--lora merges a LoRA adapter of PEFT into a model in Hugging Face's format. The result is my-adapter/model.pth, beside
+the base's tokenizer unless the adapter has one. The base's model.pth stays as it is.
 """
 
 import sys

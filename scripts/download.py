@@ -1,9 +1,9 @@
-"""Download from the Hugging Face hub to checkpoints/OWNER/NAME: the files of a repository that the converter needs.
+"""Downloads the files that the converter needs from a repository of the Hugging Face hub to checkpoints/OWNER/NAME.
 
     python scripts/download.py --repo_id meta-llama/Llama-3.2-1B --hf_token hf_...
-    python scripts/download.py --repo_id karpathy/tinyllamas/stories15M    # one of its .pt, in a folder of its own
+    python scripts/download.py --repo_id karpathy/tinyllamas/stories15M    # one .pt, in a folder of its own
 
-What is there already is not fetched again. HF_ENDPOINT names another hub than the public one.
+Files that are there already are not fetched again. HF_ENDPOINT names another hub than the public one.
 """
 
 import re
@@ -27,8 +27,8 @@ from errors import UsageError
 from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 SETTINGS = {"config.json", "generation_config.json", *TOKENIZER_FILES}
-# The first of these that is there, or its index.json, makes a model of all files that match the pattern beside it.
-# consolidated*.safetensors holds the same weights again under other names.
+# A file -> the pattern of all files of a model that has this file or its index.json; the first match counts.
+# consolidated*.safetensors is left out: it holds the same weights again under other names.
 WEIGHTS = {
     "model.safetensors": r"(?!consolidated)[^/]+\.safetensors",
     "pytorch_model.bin": r"pytorch_model[^/]*\.bin",
@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--repo_id", required=True, help="OWNER/NAME, or OWNER/NAME/STEM for its STEM.pt")
     parser.add_argument("--hf_token", help="for private and gated repositories (default: HF_TOKEN, or `hf auth login`)")
     args = parser.parse_args()
-    logging.set_verbosity_error()  # what it warns of is an error here
+    logging.set_verbosity_error()  # this script makes errors of huggingface_hub's warnings
     if not sys.stderr.isatty():
         disable_progress_bars()
     exit_on_interrupt()  # or Ctrl-C would wait for the files that are under way
@@ -69,7 +69,7 @@ def download(repo_id: str, token: str | None):
 
 
 def choose_files(repo: str, names: set[str], stem: str | None = None) -> list[str]:
-    """Which files of a repository to get, for stem.pt or, without a stem, for the model in it. Raises UsageError."""
+    """Chooses the files of a repository to get, for stem.pt or, without a stem, for the repository's model."""
     if stem is None and "config.json" in names:
         for file, pattern in WEIGHTS.items():
             index = f"{file}.index.json"

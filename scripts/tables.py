@@ -1,8 +1,8 @@
-"""Writes the tables of README.md and docs/measurements.md, from what benchmark.py and compare_llama_cpp.py measured.
+"""Writes the tables of README.md and docs/measurements.md, from the results of benchmark.py and compare_llama_cpp.py.
 
-    python scripts/tables.py            # a test fails while a page is not what this makes of it
+    python scripts/tables.py            # a test fails while a page differs from what this script writes
 
-A table stands between <!-- NAME --> and <!-- /NAME -->; it has a row or more for every benchmarks/*_NAME.json.
+A table is between <!-- NAME --> and <!-- /NAME -->, and has one or more rows for every benchmarks/*_NAME.json.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/measurements.md"]
 
-TABLES = {  # name -> columns: the head, and the template of a cell, filled with the values of its row
+TABLES = {  # name -> columns: the head, and the template of a cell, which is filled with a row's values
     "speed": [
         ("shape", "{config}, {weights}"),
         ("decode, tokens/s", "{decode_tokens_per_sec:.1f}"),
@@ -84,7 +84,7 @@ def main():
 
 
 def with_tables(text: str) -> str:
-    """text with each table in it replaced by what benchmarks/*.json say now."""
+    """Replaces each table in text by what benchmarks/*.json say now."""
     for name in TABLES:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
@@ -97,7 +97,7 @@ def with_tables(text: str) -> str:
 
 
 def table(name: str, *results: dict) -> str:
-    """One of TABLES, in Markdown, of what the JSON files hold."""
+    """Returns one of TABLES in Markdown. results: the contents of JSON files."""
     headers, templates = zip(*TABLES[name], strict=True)
     lines = [headers, [":--"] + ["--:"] * (len(headers) - 1)]
     for result in results:
@@ -107,10 +107,10 @@ def table(name: str, *results: dict) -> str:
 
 
 def rows(name: str, result: dict) -> list[dict]:
-    """The rows of the table for the contents of a JSON file: the values of each row."""
+    """Returns a table's rows for the contents of a JSON file: the values of each row."""
     match name:
         case "speed":
-            # Not of quantized weights: when these were measured, quantizing took memory, too.
+            # No overhead for quantized weights: at the time of measuring, quantizing took memory, too.
             overhead = "" if result["mode"] else f"{result['peak_over_weights_and_kv_bytes'] / 1e6:.0f}"
             return [result | {"weights": weights_name(result), "overhead_mb": overhead}]
         case "busy":

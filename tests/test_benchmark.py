@@ -19,7 +19,7 @@ import kernels
 from checkpoint import Checkpoint
 from converters.families import config_from_hf
 from errors import UsageError
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormats
+from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, QuantizationScheme
 from loading import load_model, quantized_tensor_names
 from model import empty_model
 from scripts import benchmark
@@ -92,7 +92,7 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    empty = empty_model(config, WeightFormats(format))
+    empty = empty_model(config, QuantizationScheme(format))
     needed, quantized_names = empty.state_dict(), quantized_tensor_names(empty)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}
@@ -329,8 +329,8 @@ def test_calls_are_processes(tmp_path, monkeypatch):
 
 def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
     """Of three modes; the result has what the committed ones have."""
-    modes = {name: real_models.MODES[name] for name in ("16 bits", "int8", "int4 g32")}
-    monkeypatch.setattr(real_models, "MODES", modes)
+    modes = {name: real_models.QUANTIZE_FLAGS[name] for name in ("16 bits", "int8", "int4 g32")}
+    monkeypatch.setattr(real_models, "QUANTIZE_FLAGS", modes)
     text, out = tmp_path / "text", tmp_path / "out.json"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
     flags = ["--text_file", text, "--calibration_text", text, "--json_file", out]

@@ -160,8 +160,8 @@ def test_orders_of_inputs(act_order, monkeypatch):
         weight = linear.dequantized_weight(torch.float32)[:, linear.input_order.argsort()]
         linear.set_format(Dense())
         linear.set_tensor("weight", weight)
-    norms = [(layer.attention_norm, layer.attention.qkv_proj) for layer in in_order.layers]
-    norms += [(layer.ffn_norm, layer.feed_forward.gate_up_proj) for layer in in_order.layers]
+    norms = [(layer.pre_attention_norm, layer.attention.qkv_proj) for layer in in_order.layers]
+    norms += [(layer.pre_ffn_norm, layer.feed_forward.gate_up_proj) for layer in in_order.layers]
     for norm, linear in [*norms, (in_order.norm, in_order.lm_head)]:
         norm.weight.data = norm.weight[linear.input_order.argsort()]
     for _, linear in in_order.quantizable_linears():

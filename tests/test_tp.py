@@ -185,10 +185,10 @@ def test_what_can_be_cut():
         tp.check_can_shard(CONFIG, Int4(32), 2)
 
 
-@pytest.mark.parametrize("size, granularity, n", [(12, 1, 4), (97, 1, 4), (96, 16, 3), (32, 16, 4), (5, 1, 4)])
-def test_shard_ranges_cover_everything(size, granularity, n):
-    ranges = [tp.shard_range(size, granularity, rank, n) for rank in range(n)]
+@pytest.mark.parametrize("size, head_size, n", [(12, 1, 4), (97, 1, 4), (96, 16, 3), (32, 16, 4), (5, 1, 4)])
+def test_shard_ranges_cover_everything(size, head_size, n):
+    ranges = [tp.shard_range(size, head_size, rank, n) for rank in range(n)]
     assert len({length for _, length in ranges}) == 1
-    assert all(start % granularity == length % granularity == 0 for start, length in ranges)
+    assert all(start % head_size == length % head_size == 0 for start, length in ranges)
     covered = {i for start, length in ranges for i in range(start, start + length)}
     assert covered >= set(range(size))

@@ -17,7 +17,7 @@ from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, Weigh
 from kernels.formats.triton_layouts import pack_tiles, unpack_tiles
 from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
-from kernels.triton.formats import FORMATS
+from kernels.triton.formats import KERNEL_FORMATS
 from model import KVCache
 from rope import rope_table
 from scripts.kernel_checks import checks
@@ -152,7 +152,7 @@ def test_int4_tiles(shape):
 
 def test_every_format_is_checked():
     """A format of the kernels has its checks, and what is checked goes through the kernels."""
-    assert {type(format) for format in TRITON_FORMATS} == {format.format_class for format in FORMATS}
+    assert {type(format) for format in TRITON_FORMATS} == {format.format_class for format in KERNEL_FORMATS}
 
 
 class Unknown(Int4):

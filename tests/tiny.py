@@ -178,9 +178,13 @@ NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", 
 
 
 def write_earlier_format(path: Path, format: str):
-    """Rewrites the checkpoint in path as "gpt-fast/1" ... "gpt-fast/4"."""
+    """Rewrites the checkpoint in path as "gpt-fast/1" ... "gpt-fast/5"."""
     data = torch.load(path, weights_only=True)
     config = data["config"]
+    data["tensors"] = {re.sub(r"\.pre_(\w+_norm)\.", r".\1.", name): t for name, t in data["tensors"].items()}
+    if format == "gpt-fast/5":
+        torch.save(data | {"format": format}, path)
+        return
     for new, old in {"layer_has_window": "window_layers", "layer_has_rope": "rope_layers"}.items():
         config[old] = config.pop(new)
     config["activation"] = {"swiglu": "silu", "geglu_tanh": "gelu_tanh"}.get(

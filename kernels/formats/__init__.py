@@ -32,7 +32,7 @@ from kernels.formats.floats import MXFP4, Float8
 from kernels.formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
 
 __all__ = [
-    "Dense", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "WeightFormats",
+    "Dense", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationScheme",
     "Tensors", "FORMATS", "MODES", "GROUP_SIZES", "parse_formats", "parse_format",
 ]  # fmt: skip
 
@@ -41,8 +41,9 @@ MODES = {format_class.mode: format_class for format_class in FORMATS if format_c
 
 
 @dataclass(frozen=True)
-class WeightFormats:
-    """The format of every linear layer of a model: most have the same, and a checkpoint may name others."""
+class QuantizationScheme:
+    """Which format every linear layer of a model has: a default, and the layers for which a checkpoint names another
+    format."""
 
     default: WeightFormat
     overrides: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
@@ -52,7 +53,7 @@ class WeightFormats:
         return self.overrides.get(name, self.default)
 
 
-def parse_formats(quantization: dict | None) -> WeightFormats:
+def parse_formats(quantization: dict | None) -> QuantizationScheme:
     """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
     name; "act_order" lists layers. Raises UsageError."""
     fields = quantization if isinstance(quantization, dict) else {}
@@ -62,7 +63,7 @@ def parse_formats(quantization: dict | None) -> WeightFormats:
     if not isinstance(act_order, list) or not all(isinstance(name, str) for name in act_order):
         raise UsageError(f"the checkpoint's act_order is {act_order!r}, not a list of layers; convert it again")
     formats = {name: parse_format(value) for name, value in overrides.items()}
-    return WeightFormats(parse_format(quantization), formats, tuple(act_order))
+    return QuantizationScheme(parse_format(quantization), formats, tuple(act_order))
 
 
 def parse_format(quantization: dict | None) -> WeightFormat:

@@ -55,8 +55,8 @@ class WeightFormat:
     def parse(cls, quantization: dict) -> "WeightFormat | None":
         """The inverse of quantization. None: it describes no format of this class. Here, for classes that have no
         options."""
-        is_ours = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
-        return cls() if is_ours else None
+        matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
+        return cls() if matches else None
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
         """Uninitialized tensors, as a checkpoint holds them, for W of this shape and dtype."""
@@ -172,8 +172,8 @@ class Dequantized(Dense):
 def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     """quantize_rows, which takes [rows, K], applied to w [..., N, K] a few rows at a time."""
     chunks = w.flatten(0, -2).split(max(1, QUANTIZE_CHUNK // w.shape[-1]))
-    done = [quantize_rows(chunk) for chunk in chunks]
-    return {name: torch.cat([tensors[name] for tensors in done]).unflatten(0, w.shape[:-1]) for name in done[0]}
+    parts = [quantize_rows(chunk) for chunk in chunks]
+    return {name: torch.cat([part[name] for part in parts]).unflatten(0, w.shape[:-1]) for name in parts[0]}
 
 
 def shard_groups(t: Tensor, start: int, length: int, group_size: int, shard_group_size: int) -> Tensor:
@@ -199,8 +199,17 @@ def nibbles_to_bytes(q: Tensor) -> Tensor:
 
 def bytes_to_nibbles(weight: Tensor) -> Tensor:
     """The inverse: q [..., K]."""
-    octets = weight.unflatten(-1, (-1, 4))  # [..., K / 8, 4]
-    return torch.cat([octets & 15, octets >> 4], dim=-1).flatten(-2)
+    return low_then_high_halves(weight.unflatten(-1, (-1, 4))).flatten(-2)  # [..., K / 8, 4] -> [..., K / 8, 8]
+
+
+def low_then_high_halves(octets: Tensor) -> Tensor:
+    """Unpacks the half-bytes of octets [..., n] to [..., 2 n]: all low halves, then all high halves."""
+    return torch.cat([octets & 15, octets >> 4], dim=-1)
+
+
+def alternating_halves(octets: Tensor) -> Tensor:
+    """Unpacks the half-bytes of octets [..., n] to [..., 2 n]: the low and the high half of every byte in turn."""
+    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
 
 
 def to_blocked_layout(t: Tensor) -> Tensor:

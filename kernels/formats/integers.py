@@ -33,8 +33,8 @@ class Int8(WeightFormat):
 
     @classmethod
     def parse(cls, quantization):
-        is_ours = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
-        return cls() if is_ours else None
+        matches = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
+        return cls() if matches else None
 
     def empty(self, shape, dtype, device):
         return {
@@ -90,8 +90,8 @@ class GroupedFormat(WeightFormat):
     @classmethod
     def parse(cls, quantization):
         group_size, scale_dtype = quantization.get("groupsize"), quantization.get("scale_dtype", "bfloat16")
-        is_ours = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
-        return cls(group_size, getattr(torch, scale_dtype)) if is_ours and scale_dtype in SCALE_DTYPES else None
+        matches = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
+        return cls(group_size, getattr(torch, scale_dtype)) if matches and scale_dtype in SCALE_DTYPES else None
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape

@@ -1,6 +1,6 @@
 """The weight formats in the Triton kernels: how a step of fused_linear multiplies, and how a tile is dequantized.
 
-A format is two functions, which are compiled into the kernels, and a line in FORMATS:
+A format is two functions, which are compiled into the kernels, and a line in KERNEL_FORMATS:
 
     multiply_...      acc + W x for the columns [k, k + BLOCK_K) of one step. w is a ProgramWeights (weights.py), x is
                       [K_SLICES, SLICE_K, BLOCK_M], acc [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice. k_starts
@@ -221,7 +221,7 @@ class KernelFormat(NamedTuple):
         return weight.stride(-3) // TILE_N.value if self.is_tiled else weight.stride(-2)
 
 
-FORMATS = [
+KERNEL_FORMATS = [
     KernelFormat(Dense, Layout.ROWS, Scales.NONE, multiply_rows, None),
     KernelFormat(Int8, Layout.ROWS, Scales.FLOAT32, multiply_rows, dequantize_int8),
     KernelFormat(Int4, Layout.TILES, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
@@ -229,7 +229,7 @@ FORMATS = [
     KernelFormat(Float8, Layout.ROWS, Scales.FLOAT32, multiply_float8, dequantize_float8),
     KernelFormat(MXFP4, Layout.TILES, Scales.E8M0, multiply_mxfp4, dequantize_mxfp4),
 ]
-BY_ID = {format.format_class.format_id: format for format in FORMATS}
+BY_ID = {format.format_class.format_id: format for format in KERNEL_FORMATS}
 
 
 def kernel_format(format_id: int) -> KernelFormat:

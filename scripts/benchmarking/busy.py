@@ -3,17 +3,17 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --busy        # three rounds
     python scripts/benchmark.py --config TinyLlama-1.1B --busy 9      # nine
 
-If another program needs a core, kernels/csrc/threads.h: ThreadCount takes fewer threads. Every round decodes a text in
-each of these ways, one after the other:
+kernels/csrc/threads.h: ThreadCount takes fewer threads while another program needs a core. Every round decodes a text
+in each of these ways, one after the other:
 
     alone                     with all threads
     beside_busy               with all threads, beside a process that keeps one core busy
     one_thread_beside_busy    with one thread, beside that process; more threads should not be slower
-    two                       two processes at once, each with all threads; together they should give 0.9 of one alone
+    two                       two processes at once, each with all threads; together at least 0.9 of "alone"
 
-Every text follows a pause, after which it begins with all threads. So its time includes the search for the number that
-is best. The other processes hold the end of a pipe from this one. When it ends, for whatever reason, the pipe ends, and
-so do they.
+A pause comes before every text, so that decoding begins with all threads, and the time includes the search for the best
+number of threads. The other processes hold the end of a pipe from this process. When this process ends, for whatever
+reason, the pipe ends, and so do the other processes.
 """
 
 import argparse
@@ -48,12 +48,13 @@ BUSY_LOOP = "import select\nprint(flush=True)\nwhile not select.select([0], [], 
 
 
 def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFormat) -> dict:
-    """Medians over the rounds, the rounds, and the machine. args: the options of benchmark.py."""
+    """Returns the rounds, medians over the rounds, and a description of the machine. args: the options of
+    benchmark.py."""
     n_threads = torch.get_num_threads()
     with second_decoder(n_threads, args, config, format) as second:
         decoder = Decoder(args, config, format)
         rounds = [measure_round(decoder, second, n_threads) for _ in range(1 + args.busy)]
-    del rounds[0]  # it warms up
+    del rounds[0]  # which only warms up
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -103,7 +104,7 @@ class Decoder:
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 
     def new_steps(self, n_threads: int) -> GenerationSteps:
-        """Steps that have just been recorded."""
+        """Returns steps that have just been recorded."""
         torch.set_num_threads(n_threads)
         steps = build_steps(self.model, self.kv_cache, SAMPLING)
         time_tokens(self.model, steps, 0, 1, 2)  # records
@@ -126,7 +127,7 @@ class Decoder:
 
 @contextlib.contextmanager
 def busy_process() -> Iterator[subprocess.Popen]:
-    """Within this context a process keeps one core busy."""
+    """Keeps one core busy, with a process, within this context."""
     command, pipe = [sys.executable, "-I", "-c", BUSY_LOOP], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
         process.stdout.readline()
@@ -135,11 +136,11 @@ def busy_process() -> Iterator[subprocess.Popen]:
 
 @contextlib.contextmanager
 def second_decoder(*arguments) -> Iterator[Connection]:
-    """Within this context a process does serve_decode_requests(connection, *arguments): see ask."""
+    """Runs serve_decode_requests(connection, *arguments) in a process within this context: see ask."""
     spawn = multiprocessing.get_context("spawn")
     connection, their_end = spawn.Pipe()
     process = spawn.Process(target=serve_decode_requests, args=(their_end, *arguments), daemon=True)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it, and says nothing at Ctrl-C
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that Ctrl-C prints nothing
     process.start()
     signal.signal(signal.SIGINT, on_interrupt)
     their_end.close()
@@ -151,8 +152,8 @@ def second_decoder(*arguments) -> Iterator[Connection]:
 
 
 def ask(second: Connection, word: str) -> list[float] | None:
-    """Tells the second process to "decode", which it answers as soon as it does, or to "stop": then it answers when its
-    tokens came. Raises what it raised."""
+    """Sends a word to the second process and returns the answer. After "decode" the process begins to decode, and
+    answers None. After "stop" it stops, and answers the times of all tokens. Raises what the process raises."""
     try:
         second.send(word)
         answer = second.recv()
@@ -164,8 +165,8 @@ def ask(second: Connection, word: str) -> list[float] | None:
 
 
 def serve_decode_requests(connection: Connection, n_threads: int, *arguments):
-    """The main loop of the second process, which answers the requests of ask."""
-    tqdm.set_lock(threading.RLock())  # its own is one of the system, which a killed process would leave behind
+    """Answers the requests of ask: the main loop of the second process."""
+    tqdm.set_lock(threading.RLock())  # tqdm's default is a lock of the system, which a killed process leaves behind
     try:
         decoder = Decoder(*arguments)
         while True:

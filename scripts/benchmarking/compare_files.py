@@ -1,4 +1,4 @@
-"""The files that compare_llama_cpp.py measures: one model in this project's formats and in llama.cpp's.
+"""Makes the files that compare_llama_cpp.py measures: one model in this project's formats and in llama.cpp's.
 
     make_model("TinyLlama-1.1B", None, folder / "bf16.pth")
     make_ours(folder)
@@ -35,7 +35,7 @@ LLAMA_OPTIONS = (  # the options of ModelConfig that llama.cpp's architecture "l
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """Both sides' files of the model, by the names of their formats."""
+    """Returns both sides' files of the model, by the name of the format."""
     ours = {name: folder / f"{name}.pth" for name in ("bf16", *OURS)}
     return ours | {name: folder / f"{name}.gguf" for name in THEIRS}
 
@@ -44,22 +44,22 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
-    """Writes the weights to compare with to path: random ones for config_name, or those of gguf_file. Raises UsageError
-    if llama.cpp could not do the same with them."""
+    """Writes the weights to compare with to path: random weights for config_name, or gguf_file's weights. Raises
+    UsageError for a model that llama.cpp cannot run."""
     if gguf_file:
         from scripts.convert_gguf import convert_gguf
 
         convert_gguf(gguf_file, path.parent, torch.bfloat16)
         config = read_checkpoint(path.with_name("model.pth").rename(path)).config
-        check_sizes(config)
+        check_comparable(config)
     else:
         config = find_config(config_name)
-        check_sizes(config)
+        check_comparable(config)
         check_like_llama(config)
         save_random_checkpoint(path, config, torch.bfloat16)
 
 
-def check_sizes(config: ModelConfig):
+def check_comparable(config: ModelConfig):
     widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
     if any(width % 32 for width in widths):
         raise UsageError("only models of widths that are multiples of 32 can be compared")
@@ -68,7 +68,7 @@ def check_sizes(config: ModelConfig):
 
 
 def check_like_llama(config: ModelConfig):
-    """Raises UsageError for a model that write_gguf cannot write as one of llama.cpp's architecture "llama"."""
+    """Raises UsageError for a model that write_gguf cannot write for llama.cpp's architecture "llama"."""
     defaults = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
     other = [name for name in defaults if name not in LLAMA_OPTIONS and getattr(config, name) != defaults[name]]
     if config.rope_scaling is not None and config.rope_scaling.rope_type not in ("linear", "llama3"):
@@ -84,7 +84,7 @@ def check_like_llama(config: ModelConfig):
 
 
 def make_ours(folder: Path):
-    """bf16.pth in our other formats, as quantize.py makes them."""
+    """Quantizes bf16.pth to our other formats, as quantize.py does."""
     source = folder / "bf16.pth"
     config, _, tensors = read_checkpoint(source)
     weights = linear_weights(source, config, tensors)
@@ -97,7 +97,8 @@ def make_ours(folder: Path):
 
 
 def write_gguf(source: Path, target: Path):
-    """A checkpoint of bfloat16 weights as a GGUF file without a tokenizer. A tied head is the embedding there, too."""
+    """Writes a checkpoint of bfloat16 weights as a GGUF file without a tokenizer. GGUF, too, stores a tied head only as
+    the embedding."""
     import gguf
 
     config, _, tensors = read_checkpoint(source)
@@ -115,7 +116,7 @@ def write_gguf(source: Path, target: Path):
     out.add_rope_dimension_count(config.head_dim)
     out.add_rope_freq_base(config.rope_theta)
     out.add_layer_norm_rms_eps(config.norm_eps)
-    if config.rope_scaling:  # as what each frequency is divided by
+    if config.rope_scaling:  # a GGUF holds the divisor of each frequency
         unscaled = rope_frequencies(replace(config, rope_scaling=None), config.max_seq_len)
         factors = unscaled / rope_frequencies(config, config.max_seq_len)
         out.add_tensor("rope_freqs.weight", factors.numpy())
@@ -132,8 +133,8 @@ def write_gguf(source: Path, target: Path):
 
 
 def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors as a GGUF of the architecture "llama" has them. Their rows of q and k are in the order of
-    Meta's RoPE: i and i + D/2 side by side."""
+    """Yields a checkpoint's tensors as a GGUF of the architecture "llama" has them. GGUF has the rows of q and k in the
+    order of Meta's RoPE: i and i + D/2 side by side."""
     from converters.gguf_tensors import GGUF_TO_CANONICAL
 
     gguf_names = {hf_name: gguf_name for gguf_name, hf_name in GGUF_TO_CANONICAL.items()}
@@ -150,7 +151,7 @@ def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, T
 
 
 def make_theirs(files: dict[str, Path], threads: int) -> str:
-    """Those of files that are in llama.cpp's formats: BF16 from the GGUF file, if there is one, and the others from
+    """Makes the files that are in llama.cpp's formats: BF16 from the GGUF file, if there is one, and all others from
     BF16. Returns llama.cpp's description of its build."""
     import llama_cpp
 

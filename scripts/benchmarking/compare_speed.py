@@ -1,10 +1,9 @@
-"""How fast this project and llama.cpp decode and read a prompt: what compare_llama_cpp.py measures.
+"""Measures how fast this project and llama.cpp decode and read a prompt, for compare_llama_cpp.py.
 
     rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, bar)
-    rounds = measure(..., tasks=[8, 16])     # tokens per second of so many sequences at a time, all together
+    rounds = measure(..., tasks=[8, 16])     # tokens per second of 8 and of 16 sequences together
 
-Each side of a pair is a process of its own, which waits for its turns. gguf and llama_cpp are imported only where they
-are needed.
+Each side of a pair is a process, and the two take turns. gguf and llama_cpp are imported only where they are needed.
 """
 
 import logging
@@ -51,8 +50,8 @@ def measure(
     tasks: Sequence[str | int] = TASKS,
 ) -> list[dict]:  # fmt: skip
     """Measures the two files of a pair in turns. Returns for each round memory's read bandwidth and, for each side,
-    tokens per second in each of tasks, and which share of the bandwidth "decode" uses. A task that is a number is to
-    decode so many sequences at a time."""
+    tokens per second in each task, and the share of the bandwidth that "decode" uses. A task that is a number decodes
+    that many sequences at a time."""
     names = pair._asdict()
     order, rounds = ["ours", "theirs"], []
     with new_process() as our_process, new_process() as their_process:
@@ -68,11 +67,11 @@ def measure(
             rounds.append(result)
             order.reverse()
             bar.update()
-    return rounds[1:]  # without the first, which loads the files and warms up
+    return rounds[1:]  # round 0 loads the files and warms up
 
 
 def summarize(pair: Pair, rounds: list[dict], sizes: dict[str, float]) -> dict:
-    """The medians of what measure returns for a pair, and of the rounds' ratios of ours to theirs."""
+    """Returns the medians of what measure returns for a pair, and the median ratio of ours to theirs."""
     row = {"read_bytes_per_sec": median(r["read_bytes_per_sec"] for r in rounds)}
     for side, name in pair._asdict().items():
         row[side] = {key: median(r[side][key] for r in rounds) for key in rounds[0][side]}
@@ -83,8 +82,8 @@ def summarize(pair: Pair, rounds: list[dict], sizes: dict[str, float]) -> dict:
 
 
 def new_process() -> ProcessPoolExecutor:
-    """A process that does one task after the other. In llama.cpp's process PyTorch is imported, but not called, so it
-    starts no threads there."""
+    """Returns a process that does one task after the other. llama.cpp's process imports PyTorch, but does not call it,
+    so PyTorch starts no threads there."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=exit_on_interrupt)
 
@@ -100,8 +99,8 @@ def result_of(future: Future):
 
 
 def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
-    """The bytes that a decode step reads on average, for each file by name. Keys and values have 16 bits on both
-    sides."""
+    """Returns the bytes that a decode step reads on average, for each file by name. Keys and values have 16 bits on
+    both sides."""
     config = read_checkpoint(files["bf16"]).config
     n_attended = mean(config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
     cache_bytes = round(4 * config.n_layers * config.n_kv_heads * config.head_dim * n_attended)
@@ -115,11 +114,11 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
 
 
 def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
-    """Transformer.active_weight_bytes of a GGUF."""
+    """Returns what Transformer.active_weight_bytes returns for a model, for a GGUF."""
     from converters.gguf_file import read_gguf
 
     _, tensors = read_gguf(file)
-    if "output.weight" in tensors:  # then of the embedding a step reads one row
+    if "output.weight" in tensors:  # of an embedding that is not the head, a step reads one row
         del tensors["token_embd.weight"]
     total = 0
     for name, tensor in tensors.items():
@@ -129,12 +128,12 @@ def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
 
 # ---- In a process of its own ----------------------------------------------------------------------------------------
 
-Generate = Callable[[list[list[int]], int], Iterator]  # (prompts, n) -> takes a step for each of n tokens after them
+Generate = Callable[[list[list[int]], int], Iterator]  # (prompts, n) -> an iterator that decodes n tokens, step by step
 
 
 def tokens_per_second(load: Callable[[str, int, int], Generate], file: str, threads: int, task: str | int) -> float:
-    """Runs a task once and returns its tokens per second. "prefill" takes PREFILL tokens, "decode" takes STEPS tokens
-    after PROMPT tokens, and a number decodes so many sequences together. load is one of LOADERS."""
+    """Runs a task once and returns tokens per second. "prefill" reads PREFILL tokens, "decode" decodes STEPS tokens
+    after PROMPT tokens, and a number decodes that many sequences together. load is one of LOADERS."""
     n_sequences = task if isinstance(task, int) else 1
     generate_greedily = load(file, threads, n_sequences)
     time.sleep(PAUSE)
@@ -192,7 +191,8 @@ def load_theirs(file: str, threads: int, n_sequences: int) -> Generate:
     batch = llama_cpp.llama_batch_init(PREFILL, 0, 1)
 
     def fill_batch(sequences: list[list[int]], position: int):
-        """The next tokens of each sequence, the first at position. Only the last one's logits are wanted."""
+        """Fills batch with the next tokens of each sequence, from position on. Asks for the logits of each sequence's
+        last token."""
         batch.n_tokens = 0
         for sequence, tokens in enumerate(sequences):
             for i, token in enumerate(tokens):

@@ -1,8 +1,8 @@
-"""The command "gpu" of benchmark.py: a table of models, weight formats and engines on a GPU; and one of the engines.
+"""Runs the commands "gpu" and "transformers" of benchmark.py: a table of models, weight formats and engines on a GPU.
 
-    python scripts/benchmark.py gpu                          # checks, then as much of the table as there is time for
+    python scripts/benchmark.py gpu                          # checks, then the table, as far as time allows
     python scripts/benchmark.py gpu --only check             # jobs whose name has "check" in it
-    python scripts/benchmark.py gpu --tune --only 8B         # the kernels' tiles are tuned first, for later use too
+    python scripts/benchmark.py gpu --tune --only 8B         # tunes the kernels' tiles first, for later use, too
 
 The table compares, by tokens per second and the share of the device's copy bandwidth, for several models and formats,
 
@@ -10,7 +10,7 @@ The table compares, by tokens per second and the share of the device's copy band
     plain          --kernels off: torch.compile of F.linear and PyTorch's attention, gpt-fast's technique
     transformers   Hugging Face's, static cache, compiled; if installed
 
-Every number comes from a job, which is a process of its own: one that fails takes nothing with it.
+Every number comes from a job. A job is a process, so a job that fails stops no other job.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from scripts.benchmarking.speed import copy_bandwidth, find_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
-FLAGS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}  # of a format
+FLAGS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}  # by format
 MODELS = [f"Llama-3.1-8B {format}" for format in FLAGS] + ["Mixtral-8x7B int8", "Llama-3-70B int4"]
 MODELS += [f"{shape} {format}" for shape in ("Llama-3.2-1B", "Llama-2-7B") for format in FLAGS]
 LEAST_SECONDS = 20  # with less time left, no job is started
@@ -61,13 +61,13 @@ def gpu(args: argparse.Namespace):
 
 
 def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
-    """Names of jobs that run at the same time: all checks, since they mostly compile; every other job alone."""
+    """Groups the names of jobs that run at the same time: all checks, which mostly compile; every other job alone."""
     checks = [job for job in jobs if job.startswith("check")]
     return [checks, *([job] for job in jobs if job not in checks)]
 
 
 def all_jobs(tune: bool) -> dict[str, list[str]]:
-    """The arguments of benchmark.py for each job, by the jobs' names. The most important jobs come first."""
+    """Returns the arguments of benchmark.py for each job, by the job's name. The most important jobs come first."""
     jobs = {f"check {dtype}": ["check", "--precision", dtype] for dtype in ("bfloat16", "float16", "float32")}
     engines = {"ours": ["--tune"] if tune else [], "plain": ["--kernels", "off", "--decode_only"]}
     for engine, flags in engines.items():
@@ -87,16 +87,16 @@ def start(arguments: list[str], end: float) -> dict:
         return {"error": "no time left"}
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        return json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        return json.loads(process.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {"error": "out of time"}
-    except (IndexError, ValueError):  # it printed nothing, or something else
-        return {"error": f"exit {done.returncode}: {done.stderr[-600:]}"}
+    except (IndexError, ValueError):  # the job printed nothing, or no JSON
+        return {"error": f"exit {process.returncode}: {process.stderr[-600:]}"}
 
 
 def table(jobs: dict[str, dict]) -> str:
-    """Tokens per second and share of the copy bandwidth, a line for each shape and format."""
+    """Returns a table: tokens per second and share of the copy bandwidth, a line for each shape and format."""
     lines = [f"{'':22}{'ours':>16}{'plain':>16}{'transformers':>16}{'verify 5':>10}{'prefill 2048':>14}"]
     for job, ours in jobs.items():
         engine, _, model = job.partition(" ")
@@ -148,7 +148,7 @@ def transformers(args: argparse.Namespace):
 
 
 def time_transformers_step(model) -> float:
-    """Seconds of a decode step."""
+    """Returns the seconds that a decode step takes."""
     prompt = torch.ones(1, 5, dtype=torch.long, device="cuda")
 
     def seconds(n: int) -> float:

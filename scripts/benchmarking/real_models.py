@@ -1,10 +1,10 @@
-"""The commands "quantization" and "speculation" of benchmark.py: what they gain and cost with a real model.
+"""Measures what quantization and speculation gain and cost with a real model: two commands of benchmark.py.
 
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-The work is done by this project's other scripts. Each round runs every variant once, in a process of its own. What
-counts are medians over the rounds.
+Other scripts of this project do the work. Each round runs every variant once, in a process of its own. The results are
+medians over the rounds.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from statistics import median
 
 import torch
 
-import quantize
 from checkpoint import read_checkpoint
 from cli.arguments import DEFAULT_SPECULATE_K
 from cli.checkpoints import resolve_checkpoint
@@ -28,6 +27,7 @@ from cli.report import tokens_per_step
 from errors import UsageError
 from machine import pick_device, read_bandwidth
 from model import empty_model
+from quantize import QUANTIZE_MODES
 from scripts import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,14 +35,14 @@ ROUNDS = 5
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------
 
-# Perplexities are those of the stored weights, as prefill multiplies them; a decode step on a CPU also rounds
+# Perplexity is measured with prefill, which multiplies the weights as stored. A decode step on a CPU also rounds
 # activations to 8 bits, except with fp8.
 UNQUANTIZED = "16 bits"
-WITHOUT_GROUP_SIZE = [mode for mode, format_class in quantize.MODES.items() if not format_class.group_size_options]
-MODES = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUP_SIZE}  # -> flags of quantize.py
-MODES |= {
+WITHOUT_GROUP_SIZE = [mode for mode, format_class in QUANTIZE_MODES.items() if not format_class.group_size_options]
+QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUP_SIZE}
+QUANTIZE_FLAGS |= {
     f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
-    for mode in quantize.MODES
+    for mode in QUANTIZE_MODES
     if mode not in WITHOUT_GROUP_SIZE
     for size in (32, 64, 128)
 }
@@ -57,14 +57,14 @@ def quantization(args: argparse.Namespace):
     rows, files = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         source = link_checkpoint(path, Path(folder))
-        for mode in MODES:
+        for mode in QUANTIZE_FLAGS:
             began = time.perf_counter()
             files[mode] = quantized_file(source, mode, args.calibration_text)
             quantize_seconds = time.perf_counter() - began
             rows[mode] = {"quantize_seconds": quantize_seconds} | measure_file(files[mode], args.text_file)
             rows[mode]["perplexity_change"] = rows[mode]["perplexity"] / rows[UNQUANTIZED]["perplexity"] - 1
         speeds, reads = measure_speeds(files)
-    for mode in MODES:
+    for mode in QUANTIZE_FLAGS:
         rows[mode]["decode_tokens_per_sec"] = speeds[mode]
     result = {"checkpoint": path.parent.name, **texts, "read_gb_per_sec": reads, "modes": rows}
     write_result("quantization", result, args.json_file)
@@ -76,7 +76,7 @@ def describe_text(file: Path) -> dict:
 
 
 def measure_file(file: Path, text_file: Path) -> dict:
-    """Size and perplexity."""
+    """Measures size and perplexity."""
     size = {"file_bytes": file.stat().st_size, "bits_per_weight": bits_per_weight(file)}
     return size | json.loads(script_output("eval.py", "--checkpoint_path", file, "--text_file", text_file, "--json"))
 
@@ -93,7 +93,8 @@ def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float
 
 
 def link_checkpoint(path: Path, folder: Path) -> Path:
-    """Makes folder one like path's, so that what is made of the checkpoint lies beside its tokenizer, but not there."""
+    """Links everything beside the checkpoint path into folder, so that quantize.py writes into folder, and finds the
+    tokenizer there. Returns the linked checkpoint."""
     for file in path.absolute().parent.iterdir():
         if file.suffix != ".pth":
             (folder / file.name).symlink_to(file)
@@ -102,16 +103,16 @@ def link_checkpoint(path: Path, folder: Path) -> Path:
 
 
 def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
-    """source quantized in one of MODES."""
+    """Quantizes source in one of QUANTIZE_FLAGS."""
     if mode == UNQUANTIZED:
         return source
     calibration = ["--calibration_text", calibration_text] if "gptq" in mode else []
-    output = script_output("quantize.py", "--checkpoint_path", source, *MODES[mode], *calibration)
+    output = script_output("quantize.py", "--checkpoint_path", source, *QUANTIZE_FLAGS[mode], *calibration)
     return Path(output.removeprefix("wrote ").strip())
 
 
 def bits_per_weight(file: Path) -> float:
-    """Bits that file holds for a weight of its linears, scales and zero points included."""
+    """Returns the bits of file for each weight of a linear layer, scales and zero points included."""
     config, _, tensors = read_checkpoint(file)
     tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])  # a tied head that is not quantized
     n_bytes = n_weights = 0
@@ -124,7 +125,7 @@ def bits_per_weight(file: Path) -> float:
 
 # ---- Speculation ----------------------------------------------------------------------------------------------------
 
-# An edit repeats most of what it was given; a story little, and drawn at temperature 1 less still
+# An edit repeats most of the prompt, a story little of it, and a story drawn at temperature 1 even less
 STORY = "Tell me a story about a clockmaker who finds a letter."
 EDIT = (
     "Repeat this text word for word, but write 'sailors' instead of 'fishermen':\n\nThe harbour of the old town was "
@@ -155,7 +156,7 @@ def speculation(args: argparse.Namespace):
 
 
 def compare_speeds(plain_flags: list, speculative_flags: list) -> dict[str, float]:
-    """A row of the table."""
+    """Measures a row of the table: plain decoding, and speculation."""
     plain, speculative, steps = [], [], []
     for results in run_rounds({"plain": plain_flags, "speculative": speculative_flags}):
         plain.append(results["plain"]["decode_tokens_per_sec"])
@@ -173,7 +174,7 @@ def compare_speeds(plain_flags: list, speculative_flags: list) -> dict[str, floa
 
 
 def run_rounds(variants: dict[str, list]) -> Iterator[dict[str, dict]]:
-    """Yields for each round the --json results of generate.py by variant. variants: name -> flags."""
+    """Yields generate.py's --json results by variant, for each round. variants: name -> flags."""
     for seed in range(ROUNDS):
         results = {}
         for variant, flags in variants.items():
@@ -182,15 +183,15 @@ def run_rounds(variants: dict[str, list]) -> Iterator[dict[str, dict]]:
 
 
 def script_output(script: str, *arguments) -> str:
-    """Runs a script of this project, and returns what it prints. Raises UsageError if it fails."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    """Runs a script of this project, and returns what the script prints."""
+    process = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    if process.returncode:
         raise UsageError(f"{script} failed; what it said is above")
-    return done.stdout
+    return process.stdout
 
 
 def write_result(table: str, result: dict, json_file: Path | None):
-    """Prints the result as a table of tables.py; json_file gets it whole, with what it was measured with."""
+    """Prints result as a table of tables.py. Writes result and the software's versions to json_file."""
     print(tables.table(table, result))
     software = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads()}
     if json_file:

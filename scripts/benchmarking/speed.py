@@ -3,8 +3,8 @@
     config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
 
-Weights have mean 0 and variance 1 / inputs, so that what goes through a layer neither grows nor shrinks. They are made
-in the format in which they are stored, on their device: a model in int4 never exists in 16 bits.
+Weights have mean 0 and variance 1 / inputs, so that activations neither grow nor shrink from layer to layer. Weights
+are made in their format, on their device: a model in int4 never exists in 16 bits.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from sampling import SamplingParams
 from scheduler import Request, Scheduler
 from steps import GenerationSteps, ModelRunner, build_steps
 
-SAMPLES = 3  # of every timing; their median counts
+SAMPLES = 3  # timings of everything; the median counts
 PREFILLS = (512, 2048)  # prompt tokens
 SAMPLING = SamplingParams(temperature=0.8)
 
@@ -57,7 +57,7 @@ CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_d
 
 
 def find_config(name: str) -> ModelConfig:
-    """The shape that --config means: one of CONFIGS, or that of a file. Raises UsageError."""
+    """Returns the shape that --config means: one of CONFIGS, or a file's."""
     if name in CONFIGS:
         return CONFIGS[name]
     if name.endswith(".json"):
@@ -68,13 +68,13 @@ def find_config(name: str) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A model whose linears are in format, as a checkpoint has it: not yet on the kernels."""
+    """Makes a model whose linears are in format, as a checkpoint has it: not yet on the kernels."""
     model = empty_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
     is_tied = config.tie_embeddings and format == Dense()
     if is_tied:
-        model.lm_head.weight = None  # or it would take memory for a moment
+        model.lm_head.weight = None  # or to_empty would allocate memory for it
     model.to_empty(device=device)
     if is_tied:
         model.lm_head.weight = model.embed_tokens.weight
@@ -86,7 +86,7 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
 def random_linear(
     shape: tuple[int, ...], format: WeightFormat, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
 ) -> Linear:
-    """One layer with W [N, K], or experts' [E, N, K]."""
+    """Makes one layer with W [N, K], or [E, N, K] for experts."""
     *experts, out_features, in_features = shape
     with torch.device("meta"):
         linear = kind(in_features, out_features, n_experts=experts[0] if experts else None).to(dtype)
@@ -110,7 +110,7 @@ def fill_randomly(module: nn.Module):
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:
-    """The tensors of model as a checkpoint holds them: a tied head only once, as the embedding."""
+    """Returns the tensors of model as a checkpoint holds them: a tied head only once, as the embedding."""
     tensors = model.state_dict()
     if model.is_tied:
         del tensors["lm_head.weight"]
@@ -128,7 +128,7 @@ def save_random_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype):
 
 
 def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightFormat, device: torch.device) -> dict:
-    """args: the options of benchmark.py."""
+    """Measures what args, the options of benchmark.py, ask for."""
     memory_before = peak_memory(device)
     began = time.perf_counter()
     model = random_model(config, format, device, getattr(torch, args.precision))
@@ -139,7 +139,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     result = {
         "make_weights_seconds": time.perf_counter() - began,
         "weights_bytes": weights_bytes,
-        "peak_memory_before_model_bytes": memory_before,  # Python and PyTorch; part of what is over weights and cache
+        "peak_memory_before_model_bytes": memory_before,  # Python and PyTorch
     }
     if args.parallel:
         return result | measure_parallel(model, args.parallel, args.prompt_tokens, args.max_new_tokens, args.compile)
@@ -158,7 +158,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
 
 
 def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool) -> dict:
-    """Decoding, and the peak of memory up to the first text."""
+    """Measures decoding, and the peak of memory up to the end of the first text."""
     device, kv_cache = model.device, KVCache(model, 1, n_prompt + n_new)
     began = time.perf_counter()
     steps = build_steps(model, kv_cache, SAMPLING, compile)
@@ -172,7 +172,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     start = n_prompt - 1  # the prompt is still in the cache
     seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
-    positions = range(n_prompt, n_prompt + n_new - 1)  # the first of the new tokens is prefill's
+    positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
     tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
     bytes_per_second = (model.active_weight_bytes() + kv_cache.bytes_per_position() * tokens_read) / seconds
     return {
@@ -189,7 +189,8 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
 
 
 def time_tokens(model: Transformer, steps: GenerationSteps, start: int, n_prompt: int, n_new: int) -> list[float]:
-    """Seconds of prefill and the first token, then of every decode step, for a random prompt at position start."""
+    """Returns the seconds of prefill, which makes one token, and of every decode step, for a random prompt at position
+    start."""
     prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=model.device)
     times = [time.perf_counter()]
     for _ in generate(steps, prompt, start, n_new):
@@ -198,10 +199,10 @@ def time_tokens(model: Transformer, steps: GenerationSteps, start: int, n_prompt
 
 
 def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new: int, compile: bool) -> dict:
-    """Tokens per second of all sequences together, for each of sizes, the numbers of sequences. They take turns."""
+    """Measures tokens per second of n sequences together, for each n in sizes. The sizes take turns."""
     schedulers = {n: Scheduler(model, n, n_prompt + n_new, eos_ids=set(), compile=compile) for n in sizes}
     speeds = {n: [] for n in sizes}
-    for i in range(SAMPLES + 1):  # the first time records and compiles
+    for i in range(SAMPLES + 1):  # round 0 records and compiles
         for n, scheduler in schedulers.items():
             for _ in range(n):
                 prompt = torch.randint(model.config.vocab_size, (n_prompt,)).tolist()
@@ -227,7 +228,8 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 
 @torch.inference_mode()
 def measure_verify(model: Transformer, compile: bool) -> float:
-    """The time of a step of 5 tokens, as in a verification, over that of a step of one token. The two take turns."""
+    """Returns the time of a step of 5 tokens, as in a verification, over the time of a step of one token. The two take
+    turns."""
     step = ModelRunner(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
     position = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -237,12 +239,12 @@ def measure_verify(model: Transformer, compile: bool) -> float:
             began = time.perf_counter()
             step(tokens[:, :n], position)[0, -1].item()
             seconds[n].append(time.perf_counter() - began)
-    return median(seconds[5][1:]) / median(seconds[1][1:])  # the first of each compiles or records
+    return median(seconds[5][1:]) / median(seconds[1][1:])  # step 0 compiles or records
 
 
 def prefill_flops(config: ModelConfig, n: int) -> int:
-    """Floating-point operations that n prompt tokens need: every layer's matrices (of a mixture the active experts),
-    both products of attention over what each token sees, and the head once."""
+    """Returns the floating-point operations that n prompt tokens need: every layer's matrices (of a mixture the active
+    experts), both products of attention over the tokens that each token attends to, and the head once."""
     q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
     matrices = config.dim * (2 * q_width + 2 * kv_width + n_experts + 3 * config.ffn_dim * top_k)
@@ -254,7 +256,7 @@ def prefill_flops(config: ModelConfig, n: int) -> int:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 2 GiB."""
+    """Returns the bytes per second that a copy of 2 GiB reads and writes."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
     timer = Timer("target.copy_(source)", globals={"source": source, "target": torch.empty_like(source)})
     return 2 * source.nbytes / timer.blocked_autorange().median
@@ -262,8 +264,8 @@ def copy_bandwidth() -> float:
 
 @torch.inference_mode()
 def profile_step(model: Transformer) -> dict[str, float]:
-    """Microseconds of the kernels that take longest in a decode step, by name and number. What remains of a step's time
-    is between them. The step is not compiled, or a graph's name would be all there is."""
+    """Returns the microseconds of the kernels that take longest in a decode step, by name and number of calls. The rest
+    of a step's time is between kernels. The step is not compiled, or the profile would only name a graph."""
     steps = build_steps(model, KVCache(model, 1, 256), SAMPLING)
     token, position = torch.ones(1, 1, dtype=torch.long, device="cuda"), torch.tensor([100], device="cuda")
     steps.decode(token, position)

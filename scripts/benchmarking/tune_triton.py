@@ -7,9 +7,7 @@ The sizes are written to kernels/triton/tuned.json, where the kernels look them 
 
 import json
 import math
-import os
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from triton.testing import do_bench_cudagraph
 
 import kernels
 from config import ModelConfig
+from files import replace_file
 from kernels.formats import WeightFormat
 from kernels.triton.launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from layers import Linear, RMSNorm
@@ -32,18 +31,18 @@ CANDIDATES = [
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """Tunes every product of a model whose linears are in format. Takes some minutes."""
+    """Tunes every matrix product of a model whose linears are in format. Takes some minutes."""
     linears = empty_model(config.with_layers(1)).quantizable_linears()
     for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
 
 
 def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
-    """Writes down the fastest tile sizes for W [n, k], of those that also work with FEW_TOKENS tokens. gated: W is a
-    gate and an up projection, with the activation."""
+    """Writes down the fastest tile sizes for W [n, k] that also work with FEW_TOKENS tokens. gated: W is a gate and an
+    up projection, with the activation."""
     weights = make_weights(n, k, format, device)
     x = torch.randn(1, FEW_TOKENS, k, device=device, dtype=torch.bfloat16)
-    tuned = gpu_of(x.device).tuned  # choose_tiles looks into it
+    tuned = gpu_of(x.device).tuned  # where choose_tiles looks first
     group_size = format.scale_group_size(k)
     key = table_key(format.format_id, n, k, gated, group_size)
     tuned.pop(key, None)
@@ -53,7 +52,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
         tuned[key] = tiles._asdict()
         try:
             return time_products(x[:, :n_tokens], weights, gated)
-        except Exception as e:  # a GPU with less shared memory than it takes
+        except Exception as e:  # the tiles take more shared memory than the GPU has
             print(f"{key}: {tuple(tiles)} does not run: {e}", file=sys.stderr)
             return math.inf
 
@@ -70,7 +69,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
 
 
 def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> list[Linear]:
-    """Packed weights [n, k]: so many that none is in the GPU's cache when it is needed again."""
+    """Makes packed weights [n, k], enough that none is still in the GPU's cache when it is used again."""
     weights = [random_linear((n, k), format, device, torch.bfloat16)]
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):
@@ -81,7 +80,7 @@ def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> 
 
 @torch.inference_mode()
 def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
-    """The device's microseconds for the product of x with one of the weights."""
+    """Returns the device's microseconds for the product of x with one of the weights."""
     norm = RMSNorm(x.shape[-1], eps=1e-5).to(x.device, x.dtype)
     fill_randomly(norm)
 
@@ -93,10 +92,7 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
 
 def write_tiles(key: str, tiles: TileConfig):
-    """Writes tiles for this GPU into tuned.json. The file is replaced in one step, so it is complete at any
-    time."""
+    """Writes tiles for this GPU into tuned.json."""
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     table.setdefault(torch.cuda.get_device_name(), {})[key] = tiles._asdict()
-    temporary = Path(f"{TUNED}.tmp")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
-    os.replace(temporary, TUNED)
+    replace_file(TUNED, (json.dumps(table, indent=1) + "\n").encode())
