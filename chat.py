@@ -1,6 +1,6 @@
 """A conversation with a chat model.
 
-    conversation = LLM("checkpoints/M/model.pth").chat()  # of generate.py
+    conversation = LLM("checkpoints/M/model.pth").chat()  # of llm.py
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
@@ -12,10 +12,9 @@ nearly full, the oldest messages are dropped. cli/terminal.py leads a conversati
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from chat_template import check_unicode
-from completion import Completion
+from completion import Completion, TokenGenerator, add_steps
 from errors import UsageError
 from scheduler import Request
 from tokenizer import Tokenizer, common_prefix_length
@@ -29,15 +28,6 @@ RESUMABLE = ("length", "context", "interrupted")  # finish_reason of an answer t
 
 class ContextFull(UsageError):
     """A message or an answer takes the whole context."""
-
-
-class TokenGenerator(Protocol):
-    """Continues a text, token by token. Made by generate.build_token_generator or, with speculation, as
-    partial(speculate, speculation)."""
-
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues the text token_ids. Yields the new tokens of each step, [n][B]: n tokens of each of B sequences.
-        n_cached: how many of token_ids are in the KV cache."""
 
 
 class Conversation:
@@ -131,13 +121,10 @@ class Conversation:
         self.messages += new_messages
         self.finish_reason = "interrupted"  # it stays so if the caller stops early
         try:
-            for token in self.new_tokens(ids, limit):
-                piece = completion.add_step([token])
+            for (piece,) in add_steps([completion], self.token_steps(ids, limit)):
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
-                if completion.finish_reason:
-                    break
             is_full = limit == n_free and completion.finish_reason != "stop"
             self.finish_reason = "context" if is_full else completion.finish_reason
         finally:
@@ -145,18 +132,18 @@ class Conversation:
                 self.finish_reason = None
                 del self.messages[-2:]
 
-    def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Yields the tokens that follow ids, max_new_tokens at most. Keeps self.cached_ids up to date: all tokens but
-        the newest, which the model gets only in the next step."""
+    def token_steps(self, ids: list[int], max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Yields the tokens that follow ids, max_new_tokens at most, each as a step of its own [1][1]. Keeps
+        self.cached_ids up to date: all tokens but the newest, which the model gets only in the next step."""
         # Compute at least one token: logits come only from tokens that are computed.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
         for step_tokens in self.generate_tokens(ids, n_cached, max_new_tokens):
-            for (token,) in step_tokens:
+            for token in step_tokens[0]:
                 self.cached_ids += not_cached
                 not_cached = [token]
-                yield token
+                yield [[token]]
 
     def drop_oldest(self) -> list[dict]:
         """Drops the oldest message and its answer, and returns both."""

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Protocol
 
 from chat_template import check_unicode
 from errors import UsageError
@@ -84,6 +85,25 @@ class Completion:
     @property
     def decode_seconds(self) -> float:
         return self.step_times[-1] - self.step_times[0]
+
+
+class TokenGenerator(Protocol):
+    """Continues a text, token by token. llm.py: build_token_generator makes one; partial(speculate, speculation) is
+    one with speculation."""
+
+    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Continues the text token_ids in each of B sequences. Yields the new tokens of each step, [B][n]: n tokens of
+        each sequence. n_cached: how many of token_ids are in the KV cache."""
+
+
+def add_steps(completions: list[Completion], steps: Iterable[list[list[int]]]) -> Iterator[list[str]]:
+    """Adds the tokens of steps to completions, until all have ended. steps: what a TokenGenerator yields, with a
+    completion for each sequence. Yields after each step the new text of each completion; "" if it ended earlier."""
+    for step_tokens in steps:
+        pairs = zip(completions, step_tokens, strict=True)
+        yield ["" if completion.finish_reason else completion.add_step(tokens) for completion, tokens in pairs]
+        if all(completion.finish_reason for completion in completions):
+            return
 
 
 def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Completion]:

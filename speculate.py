@@ -100,7 +100,7 @@ def build_speculative_decoder(
 def speculate(
     speculation: SpeculativeDecoder, token_ids: list[int], n_cached: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
-    """Continues the text token_ids by max_new_tokens tokens. Yields the tokens of each step, [n][1]: one or several
+    """Continues the text token_ids by max_new_tokens tokens. Yields the tokens of each step, [1][n]: one or several
     tokens, for a batch of one. n_cached: how many of token_ids are in the KV cache."""
     proposer, device = speculation.proposer, speculation.device
     token_ids, n_left = list(token_ids), max_new_tokens
@@ -110,7 +110,7 @@ def speculate(
     tokens = speculation.steps.prefill(prompt, torch.tensor([n_cached], device=device)).tolist()
     while True:
         check_finite(tokens)
-        yield [[token] for token in tokens]
+        yield [tokens]
         token_ids += tokens
         n_left -= len(tokens)
         if n_left == 0:

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import TokenGenerator
 from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import build_result, print_result
-from completion import Completion, complete_all
+from completion import Completion, TokenGenerator, add_steps, complete_all
 from errors import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
 from scheduler import Request, Scheduler, max_parallel
@@ -60,15 +59,9 @@ def complete_batch(
     request, ends = make_request(args, prompt, args.seed), choose_eos_ids(args, model)
     request.start_time = time.perf_counter()
     completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
-    for step_tokens in generate_tokens(prompt.ids, 0, args.max_new_tokens):
-        for completion, tokens in zip(completions, zip(*step_tokens, strict=True), strict=True):
-            if completion.finish_reason:
-                continue
-            text = completion.add_step(tokens)
-            if completion is completions[0] and not args.json:
-                print(text, end="", flush=True)
-        if all(completion.finish_reason for completion in completions):
-            break
+    for texts in add_steps(completions, generate_tokens(prompt.ids, 0, args.max_new_tokens)):
+        if not args.json:
+            print(texts[0], end="", flush=True)
     return completions
 
 

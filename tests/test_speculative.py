@@ -63,7 +63,7 @@ def plain(model, text: list[int], n: int) -> list[int]:
 
 
 def flat(steps_tokens) -> list[int]:
-    return [i for step_tokens in steps_tokens for (i,) in step_tokens]
+    return [i for (tokens,) in steps_tokens for i in tokens]
 
 
 @pytest.fixture(scope="module")
