@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from chat_template import check_unicode
+from chat_template import check_unicode, read_message
 from completion import Completion, TokenGenerator, add_steps
 from errors import UsageError
 from scheduler import Request
@@ -170,13 +170,13 @@ class Conversation:
 
 def check_messages(messages) -> list[dict]:
     """A copy of messages. Raises UsageError if they are not a conversation."""
+    if not isinstance(messages, list):
+        raise UsageError('A conversation is a list of {"role": ..., "content": text}.')
+    copy = [read_message(message) for message in messages]
     try:
-        if not isinstance(messages, list):
-            raise TypeError
-        copy = [{"role": message["role"], "content": message["content"]} for message in messages]
         check_unicode("".join(message["content"] for message in copy))
-    except (KeyError, TypeError, UnicodeError):
-        raise UsageError('A conversation is a list of {"role": ..., "content": text}.') from None
+    except UnicodeEncodeError:
+        raise UsageError("A message of the conversation is not valid UTF-8.") from None
     roles = ["system"] * (len(copy) % 2) + ["user", "assistant"] * (len(copy) // 2)
     if [message["role"] for message in copy] != roles:
         raise UsageError("A conversation is at most one system message, then user's and assistant's messages in turn.")

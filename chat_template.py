@@ -31,6 +31,7 @@ LLAMA2_TEMPLATE = """
 {{ ' ' + m.content + ' ' + eos_token }}
 {%- endif -%}
 {%- endfor -%}"""
+ROLES = ("system", "user", "assistant")
 MAX_SECONDS = 10  # time for one template
 MAX_REPEATED = 10**6  # characters or list items that one multiplication may make
 
@@ -47,6 +48,23 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
     except Exception as e:  # a template is a program and fails like one
         why = " ".join(str(e).split()) or type(e).__name__
         raise UsageError(f"the checkpoint's chat template failed: {why}") from None
+
+
+def read_message(message) -> dict:
+    """Checks a message of any source, and returns it as {"role": ..., "content": text}, which templates take. As in
+    OpenAI's API, the content may be a list of parts {"type": "text", "text": ...}, and developer is another word for
+    system."""
+    try:
+        role, content = message["role"], message["content"]
+        if isinstance(content, list):
+            content = "\n".join(part["text"] for part in content)
+    except (KeyError, TypeError):
+        role = content = None
+    role = "system" if role == "developer" else role
+    if role not in ROLES or not isinstance(content, str):
+        must = f"a message must have a role ({', '.join(ROLES)}) and a text as content"
+        raise UsageError(f"{must}, and this one is not so: {message!r:.80}")
+    return {"role": role, "content": content}
 
 
 def check_unicode(text: str):

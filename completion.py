@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
-from chat_template import check_unicode
+from chat_template import check_unicode, read_message
 from errors import UsageError
 from machine import pick_device
 from model import Transformer
@@ -140,8 +140,9 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: i
     """The ids of a text, or of a chat's messages [{"role": ..., "content": ...}]; none of an empty prompt. Raises
     UsageError if messages are malformed, if a text comes from bytes that are not UTF-8, and if it certainly exceeds
     max_seq_len, which the message calls limit: to encode it would take long."""
-    texts = [prompt] if isinstance(prompt, str) else [content_of(message) for message in prompt]
-    for text in texts:
+    is_chat = not isinstance(prompt, str)
+    messages = [read_message(message) for message in prompt] if is_chat else []
+    for text in [message["content"] for message in messages] if is_chat else [prompt]:
         try:
             check_unicode(text)
         except UnicodeEncodeError:
@@ -150,15 +151,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: i
             raise UsageError(f"a prompt of {len(text)} characters exceeds {limit} tokens")
     if not prompt:
         return []
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-
-
-def content_of(message: dict) -> str:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise UsageError(f'a message is {{"role": ..., "content": text}}, not {message!r}')
-    if not isinstance(message["content"], str):
-        raise UsageError(f"a message's content must be a text, not {message['content']!r}")
-    return message["content"]
+    return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
 
 
 class CompletionError(RuntimeError):

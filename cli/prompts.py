@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from chat_template import read_message
 from completion import encode_prompt
 from config import ModelConfig
 from errors import UsageError
 from files import read_text
 from tokenizer import Tokenizer
-
-ROLES = ("system", "user", "assistant")
 
 
 class Prompt(NamedTuple):
@@ -82,19 +81,3 @@ def parse_json_line(line: str, place: str) -> str | list[dict]:
         except UsageError as e:
             raise UsageError(f"{place}: {e}") from None
     raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
-
-
-def read_message(fields) -> dict:
-    """The message that fields hold, as the tokenizer takes it: {"role": ..., "content": text}. As in OpenAI's API, the
-    content may be a list of parts {"type": "text", "text": ...}, and developer is another word for system. Raises
-    UsageError."""
-    try:
-        role, content = fields["role"], fields["content"]
-        if isinstance(content, list):
-            content = "\n".join(part["text"] for part in content)
-    except (KeyError, TypeError):
-        role = content = None
-    role = "system" if role == "developer" else role
-    if role not in ROLES or not isinstance(content, str):
-        raise UsageError(f"a message must have a role ({', '.join(ROLES)}) and a text as content")
-    return {"role": role, "content": content}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from itertools import accumulate
 
-from cli.prompts import read_message
+from chat_template import read_message
 from completion import Completion
 from errors import UsageError
 from sampling import SamplingParams
