@@ -115,17 +115,17 @@ class Conversation:
         """Yields the text that follows ids, and appends it to the last message. new_messages: are added first. If the
         answer is cut within a character, the character comes when the answer goes on."""
         n_free = self.max_seq_len - len(ids)
-        limit = min(max_new_tokens, n_free)
+        max_new_tokens = min(max_new_tokens, n_free)
         completion = self.completion
-        completion.resume(limit)
+        completion.resume(max_new_tokens)
         self.messages += new_messages
         self.finish_reason = "interrupted"  # it stays so if the caller stops early
         try:
-            for (piece,) in add_steps([completion], self.token_steps(ids, limit)):
+            for (piece,) in add_steps([completion], self.token_steps(ids, max_new_tokens)):
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
-            is_full = limit == n_free and completion.finish_reason != "stop"
+            is_full = max_new_tokens == n_free and completion.finish_reason != "stop"
             self.finish_reason = "context" if is_full else completion.finish_reason
         finally:
             if self.finish_reason == "interrupted" and not self.answer_ids:

@@ -26,7 +26,7 @@ from errors import UsageError
 from machine import pick_device
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import GREEDY, Logprobs, Request, Scheduler, check_length, finish_reason
+from scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer
 
 
@@ -136,10 +136,21 @@ def check_max_new_tokens(max_new_tokens: int):
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str) -> list[int]:
-    """The ids of a text, or of a chat's messages [{"role": ..., "content": ...}]; none of an empty prompt. Raises
-    UsageError if messages are malformed, if a text comes from bytes that are not UTF-8, and if it certainly exceeds
-    max_seq_len, which the message calls limit: to encode it would take long."""
+def build_request(
+    prompt: str | list[dict], tokenizer: Tokenizer, max_new_tokens: int, max_seq_len: int, limit_name: str,
+    sampling: SamplingParams, seed: int = 0, stop: tuple[str, ...] = (),
+) -> Request:  # fmt: skip
+    """Makes a Request to continue prompt: a text, or a chat's messages. Refuses what encode_prompt and check_length
+    refuse."""
+    ids = encode_prompt(prompt, tokenizer, max_seq_len, limit_name)
+    check_length(len(ids), max_new_tokens, max_seq_len, limit_name)
+    return Request(ids, max_new_tokens, sampling, seed, stop, is_chat=not isinstance(prompt, str))
+
+
+def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit_name: str) -> list[int]:
+    """The ids of a text, or of a chat's messages [{"role": ..., "content": ...}]; none of an empty prompt. Refuses
+    messages that are malformed, a text from bytes that are not UTF-8, and one that certainly has more than max_seq_len
+    tokens, which would take long to encode. limit_name: what the error calls max_seq_len."""
     is_chat = not isinstance(prompt, str)
     messages = [read_message(message) for message in prompt] if is_chat else []
     for text in [message["content"] for message in messages] if is_chat else [prompt]:
@@ -148,7 +159,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: i
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
         if tokenizer.exceeds(text, max_seq_len):
-            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit} tokens")
+            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit_name} tokens")
     if not prompt:
         return []
     return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
@@ -222,15 +233,13 @@ def generate_many(
     which end a continuation and are not part of it. compile: record the steps on a GPU, too. Raises UsageError."""
     check_max_new_tokens(max_new_tokens)
     context, requests = model.config.max_seq_len, []
+    limit_name = f"the model's context of {context}"
     for i, prompt in enumerate(prompts):
         try:
-            ids = encode_prompt(prompt, tokenizer, context, f"the model's context of {context}")
+            request = build_request(prompt, tokenizer, max_new_tokens, context, limit_name, sampling, seed + i, stop)
         except UsageError as e:
             raise UsageError(f"prompt {i}: {e}") from None
-        requests.append(Request(ids, max_new_tokens, sampling, seed + i, stop, is_chat=not isinstance(prompt, str)))
-    max_seq_len = max((len(request.prompt_ids) for request in requests), default=1) + max_new_tokens
-    scheduler = Scheduler(model, max(1, min(parallel, len(requests))), max_seq_len, compile=compile)
+        requests.append(request)
+    scheduler = build_scheduler(model, requests, parallel, compile=compile)
     for completion in complete_all(scheduler, tokenizer, requests):
-        if completion.error:
-            raise UsageError(f"prompt {completion.index}: {completion.error}")
         yield completion.index, completion.text

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from chat import Conversation
 from cli.checkpoints import resolve_checkpoint
-from completion import Completion, TokenGenerator, add_steps, check_max_new_tokens, encode_prompt, generate_many
+from completion import Completion, TokenGenerator, add_steps, build_request, check_max_new_tokens, generate_many
 from errors import UsageError
 from loading import load
 from machine import pick_device
 from model import KVCache
 from sampling import SamplingParams
-from scheduler import Request, check_length
 from steps import GenerationSteps, build_steps, check_finite, make_kv_cache
 
 
@@ -122,14 +121,13 @@ class LLM:
         be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises
         UsageError."""
         check_max_new_tokens(max_new_tokens)
-        limit = f"max_seq_len, {self.max_seq_len}"
-        prompt_ids = encode_prompt(prompt, self.tokenizer, self.max_seq_len, limit)
-        check_length(len(prompt_ids), max_new_tokens, self.max_seq_len, limit)
-        request = Request(prompt_ids, max_new_tokens, self.sampling, stop=stop, is_chat=not isinstance(prompt, str))
+        limit_name = f"max_seq_len, {self.max_seq_len}"
+        options = {"sampling": self.sampling, "stop": stop}
+        request = build_request(prompt, self.tokenizer, max_new_tokens, self.max_seq_len, limit_name, **options)
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         generate_tokens = self.free_generators.pop() if self.free_generators else self.new_token_generator()
         try:
-            for (text,) in add_steps([completion], generate_tokens(prompt_ids, 0, max_new_tokens)):
+            for (text,) in add_steps([completion], generate_tokens(request.prompt_ids, 0, max_new_tokens)):
                 if text:
                     yield text
         finally:

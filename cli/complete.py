@@ -18,7 +18,7 @@ from cli.report import build_result, print_result
 from completion import Completion, TokenGenerator, add_steps, complete_all
 from errors import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
-from scheduler import Request, Scheduler, max_parallel
+from scheduler import Request, Scheduler, build_scheduler, longest_seq_len, max_slots
 from tokenizer import Tokenizer
 
 
@@ -70,8 +70,8 @@ def complete_in_parallel(
 ):
     """Completes prompts, args.parallel of them at a time, and prints the results in their order. A prompt that does not
     fit the model's context does not stop the others. Raises UsageError at the end if there was one."""
-    scheduler = make_scheduler(args, model, prompts)
     requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
+    scheduler = make_scheduler(args, model, requests)
     start, n_new, n_refused = time.perf_counter(), 0, 0
     hide_bar = True if sys.stdout.isatty() else None  # there the texts show the progress
     completions = complete_all(scheduler, tokenizer, requests)
@@ -90,15 +90,12 @@ def complete_in_parallel(
         raise UsageError(f"{n_refused} of {len(prompts)} prompts could not be completed")
 
 
-def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[Prompt]) -> Scheduler:
-    """A Scheduler with room for the longest prompt, or for the model's context if that is shorter. Raises UsageError if
-    memory is too small."""
-    longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
-    max_seq_len, parallel = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
+def make_scheduler(args: argparse.Namespace, model: Transformer, requests: list[Request]) -> Scheduler:
+    """A Scheduler for requests. If memory is too small, the error says how many fit at a time."""
     try:
-        return Scheduler(model, parallel, max_seq_len, choose_eos_ids(args, model), args.compile)
+        return build_scheduler(model, requests, args.parallel, choose_eos_ids(args, model), args.compile)
     except OutOfMemoryError as e:
-        n_fitting = max_parallel(model, max_seq_len)
+        n_fitting = max_slots(model, longest_seq_len(model, requests))
         raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
 
 

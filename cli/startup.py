@@ -59,8 +59,8 @@ def required_seq_len(
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(prompt.ids) for prompt in prompts)
-    limit = f"the {name}'s context of {context}; lower --max_new_tokens or shorten the prompt"
-    check_length(longest, args.max_new_tokens, context, limit)
+    limit_name = f"the {name}'s context of {context}; lower --max_new_tokens or shorten the prompt"
+    check_length(longest, args.max_new_tokens, context, limit_name)
     return longest + args.max_new_tokens
 
 

@@ -17,7 +17,7 @@ from errors import UsageError
 from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import Request, Scheduler
+from scheduler import Request, build_scheduler
 from tokenizer import Tokenizer
 
 
@@ -143,9 +143,7 @@ class HarnessModel:
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The model's answers, max_batch_size of them computed at a time."""
         answers = [self.make_request(*request.args, seed=i) for i, request in enumerate(requests)]
-        max_seq_len = max((len(answer.prompt_ids) + answer.max_new_tokens for answer in answers), default=1)
-        parallel = max(1, min(self.max_batch_size, len(answers)))
-        scheduler = Scheduler(self.model, parallel, max_seq_len, compile=self.compile)
+        scheduler = build_scheduler(self.model, answers, self.max_batch_size, compile=self.compile)
         completions = complete_all(scheduler, self.tokenizer, answers)
         bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
         return [completion.text for completion in bar]
