@@ -14,7 +14,7 @@ class OutOfMemoryError(UsageError):
 
 
 @contextlib.contextmanager
-def type_errors_as_usage_errors(where: str) -> Iterator[None]:
+def convert_type_errors(where: str) -> Iterator[None]:
     """Within this context, an error that a value of the wrong type or size causes becomes a UsageError. where: the file
     with the value."""
     try:

@@ -29,7 +29,7 @@ from loading import load
 from machine import pick_device
 from model import KVCache
 from sampling import SamplingParams
-from steps import GenerationSteps, build_steps, check_finite, make_kv_cache
+from steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
 
 
 @torch.inference_mode()
@@ -49,7 +49,7 @@ def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_toke
         if next_is_queued:
             tokens, start_pos = decode(steps, tokens, start_pos)
         ids = read_ids()
-        check_finite(ids)
+        check_sampled_ids(ids)
         yield ids
         if n_left > 0 and not next_is_queued:
             tokens, start_pos = decode(steps, tokens, start_pos)

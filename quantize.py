@@ -141,7 +141,7 @@ def main():
         raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
     format = MODES[args.mode].from_options(args.group_size)
     weights = linear_weights(path, config, tensors)
-    check_sizes(weights, format)
+    check_input_widths(weights, format)
     if args.mode == "int4-gptq":
         quantized = quantize_calibrated(args, weights["lm_head"].dtype)
     else:
@@ -165,7 +165,7 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
     return weights
 
 
-def check_sizes(weights: dict[str, Tensor], format: WeightFormat):
+def check_input_widths(weights: dict[str, Tensor], format: WeightFormat):
     for name, w in weights.items():
         k, factor = w.shape[-1], format.input_multiple
         if k % factor:

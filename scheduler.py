@@ -38,7 +38,7 @@ from sampling import SamplingParams, sample
 from steps import (
     ModelRunner,
     apply_repetition_penalty,
-    check_finite,
+    check_sampled_ids,
     kv_bytes_per_token,
     make_kv_cache,
     prefill_logits,
@@ -188,7 +188,7 @@ class Scheduler:
         sequences = self.running[slots.start : slots.stop]
         scores = self.apply_repetition_penalties(slots, logits, tokens, start_pos)
         ids = tp.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
-        check_finite(ids)
+        check_sampled_ids(ids)
         new_tokens = []
         for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):
             request = sequence.request

@@ -40,7 +40,7 @@ class Tokenizer:
     vocab_size: int  # one more than the largest id
     bos_ids: list[int]  # the ids that every text begins with: bos, or none
     special_token_ids: dict[str, int]  # by the special token's text
-    text_token_ids: dict[str, int] = {}  # by text: added tokens that are not special and that the library lacks
+    added_token_ids: dict[str, int] = {}  # by text: added tokens that are not special and that the library lacks
     drops_space: bool  # whether the first token of a text begins with a space that the library has added
 
     def __init__(self, config: TokenizerConfig):
@@ -105,12 +105,12 @@ class Tokenizer:
         return parts[1] if follows_directly else None
 
     def drop_special_tokens(self, n_tokens: int):
-        """Treats special tokens, and text_token_ids, with ids from n_tokens on as text, unless other tokens have such
+        """Treats special tokens, and added_token_ids, with ids from n_tokens on as text, unless other tokens have such
         ids, too. Gemma 3's tokenizer has such a token, for images, and its smallest model has no embedding for it."""
-        droppable = {*self.special_token_ids.values(), *self.text_token_ids.values()}
+        droppable = {*self.special_token_ids.values(), *self.added_token_ids.values()}
         if all(i in droppable for i in range(n_tokens, self.vocab_size)):
             self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
-            self.text_token_ids = {piece: i for piece, i in self.text_token_ids.items() if i < n_tokens}
+            self.added_token_ids = {piece: i for piece, i in self.added_token_ids.items() if i < n_tokens}
             self.vocab_size = min(self.vocab_size, n_tokens)
 
     def escape_special_tokens(self, text: str) -> str:
@@ -243,7 +243,7 @@ class JsonTokenizer(Tokenizer):
         self.library = library
         added = config.merge_added_tokens(library.get_added_tokens_decoder())
         library.add_tokens(list(added.values()))  # one that the library knows gets other flags
-        library.add_tokens(config.further_tokens(added))
+        library.add_tokens(config.missing_special_tokens(added))
         self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
@@ -310,17 +310,17 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = {library.id_to_piece(i): i for i in range(self.n_pieces)}
         added = config.merge_added_tokens({})
         ids = pieces | {token.content: i for i, token in added.items()}
-        further = config.further_tokens(added)
+        further = config.missing_special_tokens(added)
         for token in further:
             ids.setdefault(token.content, max(ids.values(), default=-1) + 1)
         tokens = [*added.values(), *further]
         control = {piece: i for piece, i in pieces.items() if library.is_control(i)}
         self.special_token_ids = control | {token.content: ids[token.content] for token in tokens if token.special}
         others = {token.content: i for i, token in added.items() if not token.special}
-        self.text_token_ids = {piece: i for piece, i in others.items() if pieces.get(piece) != i}
+        self.added_token_ids = {piece: i for piece, i in others.items() if pieces.get(piece) != i}
         self.ids_with_lstrip = {ids[token.content] for token in tokens if token.lstrip}
         self.ids_with_rstrip = {ids[token.content] for token in tokens if token.rstrip}
-        self.text_of = {i: piece for piece, i in self.text_token_ids.items()}
+        self.text_of = {i: piece for piece, i in self.added_token_ids.items()}
         self.ids_without_text = {library.unk_id(), *self.special_token_ids.values()}
         self.vocab_size = max(ids.values(), default=-1) + 1
         for name, i in {"bos_token": library.bos_id(), "eos_token": library.eos_id()}.items():
@@ -335,7 +335,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Encodes the parts one by one. Sentencepiece puts a space before every text that it encodes. That is right for
         the first part, and in tokenizers with the setting "legacy" also for other parts that do not begin with a space.
         For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and both are cut off."""
-        parts = self.swallow_spaces([piece for part in parts for piece in self.split_at_text_tokens(part)])
+        parts = self.swallow_spaces([piece for part in parts for piece in self.split_at_added_tokens(part)])
         n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
         for number, part in enumerate(parts):
             if isinstance(part, int):
@@ -346,9 +346,9 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self.library.encode(self.ANCHOR + part)[n_anchor:]
         return ids
 
-    def split_at_text_tokens(self, part: Part) -> list[Part]:
+    def split_at_added_tokens(self, part: Part) -> list[Part]:
         """Added tokens that are not special are such tokens in every text."""
-        return split_at(part, self.text_token_ids) if isinstance(part, str) else [part]
+        return split_at(part, self.added_token_ids) if isinstance(part, str) else [part]
 
     def swallow_spaces(self, parts: list[Part]) -> list[Part]:
         """Cuts white space beside added tokens with lstrip (to their left) or rstrip (to their right)."""

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_
                    "chat_template.jinja")  # fmt: skip
 # Special tokens that have no id yet get one in this order.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-NAMELESS_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first that is there counts
+UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first that is there counts
 TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 
 # The pattern by which Qwen2 cuts a text before byte-level BPE
@@ -61,7 +61,7 @@ class TokenizerConfig:
             token.special = token.special or token.content in self.special_tokens_map.values()
         return dict(sorted(table.items()))
 
-    def further_tokens(self, added_tokens: dict[int, AddedToken]) -> list[AddedToken]:
+    def missing_special_tokens(self, added_tokens: dict[int, AddedToken]) -> list[AddedToken]:
         """The special tokens that are not in added_tokens."""
         known = {token.content for token in added_tokens.values()}
         return [token for token in self.special_tokens if token.content not in known]
@@ -82,15 +82,15 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
                 added_tokens[check_id(int(i))] = make_added_token(token)
     else:
         fields |= read_fields(folder / "special_tokens_map.json")
-    named, nameless = special_tokens(fields)
+    named, unnamed = special_tokens(fields)
     if not overrides_tokenizer:
-        contents = {token.content for token in (*named.values(), *nameless)}
+        contents = {token.content for token in (*named.values(), *unnamed)}
         with refuse_broken(folder / "added_tokens.json"):
             for piece, i in read_json(folder / "added_tokens.json", {}).items():
                 added_tokens[check_id(i)] = make_added_token(piece, special=piece in contents)
     special_tokens_map = {name: token.content for name, token in named.items()}
     template = read_chat_template(folder, fields)
-    every = [*named.values(), *nameless]
+    every = [*named.values(), *unnamed]
     return TokenizerConfig(fields, special_tokens_map, every, added_tokens, overrides_tokenizer, template)
 
 
@@ -101,9 +101,9 @@ def read_fields(path: Path) -> dict:
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
                 fields[key] = make_added_token(value, special=True)
-            elif key in NAMELESS_TOKENS and isinstance(value, dict):  # these have names, too
+            elif key in UNNAMED_TOKENS and isinstance(value, dict):  # these have names, too
                 fields[key] = {name: make_added_token(token, special=True) for name, token in value.items()}
-            elif key in NAMELESS_TOKENS and value:
+            elif key in UNNAMED_TOKENS and value:
                 fields[key] = [make_added_token(token, special=True) for token in value]
         return fields
 
@@ -120,11 +120,11 @@ def refuse_broken(path: Path) -> Iterator[None]:
 def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
     """The special tokens in fields that have a name, by name, and the others."""
     named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
-    nameless = next((fields[key] for key in NAMELESS_TOKENS if fields.get(key)), [])
-    if isinstance(nameless, dict):
-        named, nameless = named | nameless, []
+    unnamed = next((fields[key] for key in UNNAMED_TOKENS if fields.get(key)), [])
+    if isinstance(unnamed, dict):
+        named, unnamed = named | unnamed, []
     order = [*(name for name in SPECIAL_TOKEN_NAMES if name in named), *named]  # a dict keeps the first place
-    return {name: named[name] for name in order}, nameless
+    return {name: named[name] for name in order}, unnamed
 
 
 def make_added_token(token: str | dict, special: bool | None = None) -> AddedToken:

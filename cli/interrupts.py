@@ -25,7 +25,7 @@ def exit_on_interrupt():
 
 
 @contextlib.contextmanager
-def interrupts_raised() -> Iterator[None]:
+def raise_on_interrupt() -> Iterator[None]:
     """Within this context Ctrl-C raises KeyboardInterrupt. Not in a process that ignores SIGINT (nohup) or leaves it to
     the system (torchrun's ranks)."""
     before = signal.getsignal(signal.SIGINT)

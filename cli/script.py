@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from cli.interrupts import exit_interrupted, interrupts_raised
+from cli.interrupts import exit_interrupted, raise_on_interrupt
 from errors import OutOfMemoryError, UsageError
 
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
@@ -43,7 +43,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
 
         limit_threads()
     try:
-        with interrupts_raised():
+        with raise_on_interrupt():
             main()
     except KeyboardInterrupt:
         exit_interrupted()

@@ -45,22 +45,22 @@ def converse(conversation: Conversation, max_new_tokens: int):
     with a note. If standard input is no terminal, a refused line also raises UsageError at the end."""
     print_note(HELP)
     read = make_reader()
-    shell = Shell(conversation, max_new_tokens)
+    commands = ChatCommands(conversation, max_new_tokens)
     try:
-        for line in input_lines(lambda: shell.next_line(read)):
+        for line in input_lines(lambda: commands.next_line(read)):
             command, argument = parse(line)
             if command == "/exit":
                 break
-            has_terminal = shell.has_read and is_terminal(sys.stdin)
-            hold = typing_held(is_line=read is read_line) if has_terminal else contextlib.nullcontext()
-            with shell.errors_as_notes(), hold:
-                shell.run(command, argument)
+            has_terminal = commands.has_read and is_terminal(sys.stdin)
+            hold = hold_typing(is_line=read is read_line) if has_terminal else contextlib.nullcontext()
+            with commands.print_errors(), hold:
+                commands.run(command, argument)
     except Exception:
-        if shell.has_read:
+        if commands.has_read:
             print_unread()
         raise
-    if shell.n_refused and not is_terminal(sys.stdin):
-        raise UsageError(f"lines on standard input that could not be answered: {shell.n_refused}")
+    if commands.n_refused and not is_terminal(sys.stdin):
+        raise UsageError(f"lines on standard input that could not be answered: {commands.n_refused}")
 
 
 def parse(line: str) -> tuple[str, str]:
@@ -72,7 +72,7 @@ def parse(line: str) -> tuple[str, str]:
     return "", line[1:] if is_escaped else line
 
 
-class Shell:
+class ChatCommands:
     """Carries out what the user types."""
 
     def __init__(self, conversation: Conversation, max_new_tokens: int):
@@ -82,7 +82,7 @@ class Shell:
         self.has_said_full = False
 
     @contextlib.contextmanager
-    def errors_as_notes(self) -> Iterator[None]:
+    def print_errors(self) -> Iterator[None]:
         """Within this context, a UsageError is printed as a note and counted."""
         try:
             yield
@@ -99,7 +99,7 @@ class Shell:
             if not command:
                 return line
             path = Path(os.path.expanduser(argument))
-            with self.errors_as_notes():
+            with self.print_errors():
                 if COMMANDS.get(command) is not bool(argument):
                     shown = shorten(line)
                     raise UsageError(f"{shown} is none of the commands; to say it, write /{shown}. {HELP}")
@@ -204,7 +204,7 @@ def is_terminal(stream) -> bool:
 
 
 @contextlib.contextmanager
-def typing_held(is_line: bool) -> Iterator[None]:
+def hold_typing(is_line: bool) -> Iterator[None]:
     """Within this context nothing is shown of what the user types. It waits in the terminal for whoever reads next: as
     keys for prompt_toolkit, or with is_line as lines, which the terminal itself edits."""
     import termios  # here, since only terminals need it

@@ -1,7 +1,7 @@
 """Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json.
 
     ranks = read_tiktoken(Path("checkpoints/Llama3.2-1B/tokenizer.model"))
-    files = tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
+    files = make_tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
 
 Its lines are tokens, in base64, each with its rank, which is its id. tiktoken cuts a text into words with a regular
 expression. A word that is a token is that token. In others it joins neighbours as long as the bytes of two are a token,
@@ -69,7 +69,7 @@ def special_tokens(n: int, is_first: bool) -> list[str]:
     return tokens
 
 
-def tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, bytes]:
+def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json."""
     character_of = {byte: character for character, byte in byte_level_alphabet().items()}
 

@@ -181,7 +181,7 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
 
 def run_compiler(command: list[str], env: dict[str, str]):
     """Raises CalledProcessError if it fails. If this process is ended meanwhile, so is all that the command started."""
-    with signals_held() as held, subprocess.Popen(
+    with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:  # fmt: skip
         errors = None
@@ -195,7 +195,7 @@ def run_compiler(command: list[str], env: dict[str, str]):
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[list[int]]:
+def defer_signals() -> Iterator[list[int]]:
     """Within this context, signals that would end the process are only noted, in the list that it yields. They act when
     it ends. Not in other threads than the main one, where Python cannot do that."""
     held, handlers = [], {}

@@ -407,10 +407,10 @@ def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
 def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
     weights = {"lm_head": torch.zeros(3, 12)}
     for format in (Int8(), Float8()):
-        quantize.check_sizes(weights, format)
+        quantize.check_input_widths(weights, format)
     for format, multiple in ((Int4(32), "int4 needs a multiple of 8"), (MXFP4(), "mxfp4 needs a multiple of 32")):
         with pytest.raises(UsageError, match=f"lm_head.weight has 12 inputs; {multiple}: use --mode int8"):
-            quantize.check_sizes(weights, format)
+            quantize.check_input_widths(weights, format)
 
 
 def test_what_a_checkpoint_says_of_its_format_is_read():

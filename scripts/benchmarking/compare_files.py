@@ -51,15 +51,15 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
 
         convert_gguf(gguf_file, path.parent, torch.bfloat16)
         config = read_checkpoint(path.with_name("model.pth").rename(path)).config
-        check_sizes(config)
+        check_comparable(config)
     else:
         config = find_config(config_name)
-        check_sizes(config)
+        check_comparable(config)
         check_like_llama(config)
         save_random_checkpoint(path, config, torch.bfloat16)
 
 
-def check_sizes(config: ModelConfig):
+def check_comparable(config: ModelConfig):
     widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
     if any(width % 32 for width in widths):
         raise UsageError("only models of widths that are multiples of 32 can be compared")
