@@ -35,8 +35,8 @@ class Conversation:
         self, tokenizer: Tokenizer, generate_tokens: TokenGenerator, max_seq_len: int, eos_ids: Sequence[int],
         system: str | None = None,
     ):  # fmt: skip
-        """max_seq_len: that of generate_tokens' KV cache. system: the system message. Raises UsageError if the
-        checkpoint has no chat template."""
+        """max_seq_len: how many tokens the KV cache of generate_tokens holds. system: the system message. A checkpoint
+        without a chat template is refused."""
         self.tokenizer, self.generate_tokens = tokenizer, generate_tokens
         self.max_seq_len, self.eos_ids = max_seq_len, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
@@ -49,7 +49,7 @@ class Conversation:
         self.encode("Hello", [])  # raises if there is no chat template
 
     def new_completion(self) -> Completion:
-        """An answer that has no tokens yet. stream says how many it may have."""
+        """Returns an answer that has no tokens yet. The method stream sets how many tokens the answer may have."""
         request = Request([], max_new_tokens=0, is_chat=True)
         return Completion(request, self.tokenizer, self.eos_ids, resumable=True)
 
@@ -61,26 +61,28 @@ class Conversation:
 
     @property
     def token_times(self) -> list[float]:
-        """When each token of the last answer arrived, also the end token. Only those since the answer last went on."""
+        """The times at which the tokens of the last answer arrived, the end token included. If the answer was
+        continued, only the tokens since then."""
         return self.completion.step_times
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
-        """The token ids of the conversation with one more message. earlier: the messages before message; None: all."""
+        """Returns the token ids of the conversation with one more message. earlier: the messages before that message;
+        None takes all."""
         earlier = self.messages if earlier is None else earlier
         return self.tokenizer.encode_chat([*self.system, *earlier, {"role": "user", "content": message}])
 
     def answer(self, message: str, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Yields the answer to message, piece by piece, as long as the context has room. Raises ContextFull if there is
-        no room for the message alone. If the caller stops early, the conversation keeps the part of the answer that
-        was generated. If nothing was generated, it drops the message, too."""
+        """Yields the answer to message, piece by piece, as long as the context has room. Raises ContextFull if message
+        alone does not fit. If the caller stops early, the conversation keeps the part of the answer that was generated.
+        If nothing was generated, the conversation drops the message."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         self.completion = self.new_completion()
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, new_messages)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Goes on with the last answer after its last token, and yields what follows. Raises ContextFull if the answer
-        takes the whole context, and UsageError if it was not cut."""
+        """Continues the last answer after its last token, and yields the text that follows. Raises ContextFull if the
+        answer fills the whole context, and UsageError if the answer was not cut."""
         if not self.messages or self.finish_reason not in RESUMABLE:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
@@ -88,8 +90,9 @@ class Conversation:
         return self.stream(ids, max_new_tokens, [])
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
-        """The token ids of the conversation: the earlier messages, message, and answer_ids, its answer so far. If these
-        leave little room, the oldest of the earlier messages are dropped, each with its answer."""
+        """Returns the token ids of the conversation: the earlier messages, message, and answer_ids, the tokens that the
+        answer has so far. If these leave little room, drops the oldest of the earlier messages, each with its
+        answer."""
 
         def ids_without(n_pairs: int) -> list[int]:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
@@ -112,8 +115,9 @@ class Conversation:
         return ids
 
     def stream(self, ids: list[int], max_new_tokens: int, new_messages: list[dict]) -> Iterator[str]:
-        """Yields the text that follows ids, and appends it to the last message. new_messages: are added first. If the
-        answer is cut within a character, the character comes when the answer goes on."""
+        """Yields the text that follows ids, and appends the text to the last message. new_messages are added to the
+        conversation first. If max_new_tokens cuts the answer within a character, that character comes when the answer
+        is continued."""
         n_free = self.max_seq_len - len(ids)
         max_new_tokens = min(max_new_tokens, n_free)
         completion = self.completion
@@ -133,8 +137,9 @@ class Conversation:
                 del self.messages[-2:]
 
     def token_steps(self, ids: list[int], max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Yields the tokens that follow ids, max_new_tokens at most, each as a step of its own [1][1]. Keeps
-        self.cached_ids up to date: all tokens but the newest, which the model gets only in the next step."""
+        """Yields the tokens that follow ids, at most max_new_tokens, each as a step of its own [1][1]. Keeps
+        self.cached_ids up to date. cached_ids ends before the newest token, which the model gets only in the next
+        step."""
         # Compute at least one token: logits come only from tokens that are computed.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
@@ -155,12 +160,12 @@ class Conversation:
         self.messages.clear()
 
     def to_list(self) -> list[dict]:
-        """All messages, the system message included: [{"role", "content"}]."""
+        """Returns all messages, the system message included: [{"role", "content"}]."""
         return [*self.system, *self.messages]
 
     def load(self, messages: list[dict]):
-        """Replaces all messages, the system message included, by messages, in to_list's form. Raises UsageError, and
-        changes nothing, if they are not a conversation, or not one that the chat template takes."""
+        """Replaces all messages, the system message included. messages: as to_list returns them. Changes nothing if
+        messages are not a conversation, or if the chat template does not take them."""
         messages = check_messages(messages)
         self.tokenizer.encode_chat([*messages, {"role": "user", "content": "Hello"}])
         n_system = len(messages) % 2
@@ -169,7 +174,7 @@ class Conversation:
 
 
 def check_messages(messages) -> list[dict]:
-    """A copy of messages. Raises UsageError if they are not a conversation."""
+    """Returns a copy of messages. Refuses what is not a conversation."""
     if not isinstance(messages, list):
         raise UsageError('A conversation is a list of {"role": ..., "content": text}.')
     copy = [read_message(message) for message in messages]

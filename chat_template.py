@@ -37,8 +37,8 @@ MAX_REPEATED = 10**6  # characters or list items that one multiplication may mak
 
 
 def render(template: str, names: dict[str, str], messages: list[dict], add_generation_prompt: bool) -> str:
-    """The text of messages in template, which gets the variables and functions that transformers provides. names:
-    special tokens by name, such as bos_token. Raises UsageError."""
+    """Renders messages by template, which gets the variables and functions that transformers provides. names: special
+    tokens by name, such as bos_token."""
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         with time_limit(MAX_SECONDS):
@@ -51,7 +51,7 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
 
 
 def read_message(message) -> dict:
-    """Checks a message of any source, and returns it as {"role": ..., "content": text}, which templates take. As in
+    """Checks a message from any source, and returns it as templates take it: {"role": ..., "content": text}. As in
     OpenAI's API, the content may be a list of parts {"type": "text", "text": ...}, and developer is another word for
     system."""
     try:
@@ -68,7 +68,8 @@ def read_message(message) -> dict:
 
 
 def check_unicode(text: str):
-    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair, which UTF-8 cannot encode."""
+    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair: UTF-8 cannot encode such a
+    text."""
     text.encode()
 
 
@@ -103,7 +104,7 @@ def refuse_power(a, b):
 
 
 def multiply(a, b):
-    """a * b. Refuses to repeat a text or a list to more than MAX_REPEATED items."""
+    """Computes a * b. Refuses to repeat a text or a list to more than MAX_REPEATED items."""
     is_number = [isinstance(x, (int, float)) for x in (a, b)]
     if not all(is_number):
         sizes = [x if number else len(x) for x, number in zip((a, b), is_number, strict=True)]
@@ -114,7 +115,8 @@ def multiply(a, b):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TemplateError if the context takes longer. Only in the main thread, since only it receives signals."""
+    """Raises TemplateError if the context takes longer than seconds. Works only in the main thread, since no other
+    thread receives signals."""
 
     def stop(signum, frame):
         raise TemplateError(f"it takes more than {seconds} s")

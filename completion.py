@@ -31,14 +31,14 @@ from tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Completion:
-    """The new text and tokens after the prompt of a request."""
+    """Holds the text and the tokens that follow the prompt of a request."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0, resumable: bool = False
     ):  # fmt: skip
-        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request. resumable: if
-        max_new_tokens cuts the text within a character, hold the character's beginning back until resume has completed
-        it. Otherwise U+FFFD takes its place."""
+        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request. resumable:
+        max_new_tokens may cut the text within a character. Then the beginning of that character is held back until
+        resume has completed it. If not resumable, U+FFFD takes the place of the character."""
         self.request, self.eos_ids, self.index, self.resumable = request, eos_ids, index, resumable
         prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
@@ -75,7 +75,8 @@ class Completion:
             self.text += self.detokenizer.end()
 
     def resume(self, max_new_tokens: int):
-        """Lets the text, which has no end token yet, go on for max_new_tokens more tokens. The times begin anew."""
+        """Lets the text go on for max_new_tokens more tokens. The text must not have an end token. The times begin
+        anew."""
         self.request = replace(self.request, max_new_tokens=len(self.tokens) + max_new_tokens)
         self.finish_reason, self.step_times, self.step_sizes = None, [], []
 
@@ -88,17 +89,18 @@ class Completion:
 
 
 class TokenGenerator(Protocol):
-    """Continues a text, token by token. llm.py: build_token_generator makes one; partial(speculate, speculation) is
-    one with speculation."""
+    """Continues a text, token by token. llm.py: build_token_generator makes a TokenGenerator; with speculation,
+    partial(speculate, speculation) is one."""
 
     def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
         """Continues the text token_ids in each of B sequences. Yields the new tokens of each step, [B][n]: n tokens of
-        each sequence. n_cached: how many of token_ids are in the KV cache."""
+        each sequence. The first n_cached of token_ids are in the KV cache."""
 
 
 def add_steps(completions: list[Completion], steps: Iterable[list[list[int]]]) -> Iterator[list[str]]:
-    """Adds the tokens of steps to completions, until all have ended. steps: what a TokenGenerator yields, with a
-    completion for each sequence. Yields after each step the new text of each completion; "" if it ended earlier."""
+    """Adds the tokens of each step to completions, until all completions have ended. steps: what a TokenGenerator
+    yields, with a completion for each sequence. Yields after each step the new texts, one for each completion. The text
+    is "" for a completion that ended earlier."""
     for step_tokens in steps:
         pairs = zip(completions, step_tokens, strict=True)
         yield ["" if completion.finish_reason else completion.add_step(tokens) for completion, tokens in pairs]
@@ -107,8 +109,8 @@ def add_steps(completions: list[Completion], steps: Iterable[list[list[int]]]) -
 
 
 def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Completion]:
-    """Yields the completion of each of requests, in their order. A request that scheduler refuses does not stop the
-    others. After Ctrl-C, yields the completions that are complete and raises KeyboardInterrupt again."""
+    """Yields the completion of each of requests, in the order of requests. If scheduler refuses a request, the others
+    are still completed. After Ctrl-C, yields the completions that are complete and raises KeyboardInterrupt again."""
     completions = {}
     for i, request in enumerate(requests):
         completions[request] = Completion(request, tokenizer, scheduler.eos_ids, i)
@@ -148,8 +150,8 @@ def build_request(
 
 
 def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit_name: str) -> list[int]:
-    """The ids of a text, or of a chat's messages [{"role": ..., "content": ...}]; none of an empty prompt. Refuses
-    messages that are malformed, a text from bytes that are not UTF-8, and one that certainly has more than max_seq_len
+    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Refuses
+    malformed messages, a text from bytes that are not UTF-8, and a text that certainly has more than max_seq_len
     tokens, which would take long to encode. limit_name: what the error calls max_seq_len."""
     is_chat = not isinstance(prompt, str)
     messages = [read_message(message) for message in prompt] if is_chat else []
@@ -166,12 +168,12 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: i
 
 
 class CompletionError(RuntimeError):
-    """A step failed, and with it all completions that it was to advance."""
+    """A step failed, and with the step all completions that were running."""
 
 
 class AsyncCompleter:
-    """Computes the completions of several callers together. Its thread alone uses the scheduler; the event loop does
-    the rest."""
+    """Computes the completions of several callers together. Only a thread of the AsyncCompleter uses the scheduler; the
+    event loop does the rest."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
@@ -181,8 +183,8 @@ class AsyncCompleter:
         self.step: asyncio.Task | None = None  # the last one
 
     async def complete(self, completions: list[Completion]) -> AsyncIterator[None]:
-        """Yields after each step, in which completions may have grown, until all are complete. A caller that stops
-        early frees their slots. Raises CompletionError if a step fails; later calls are served."""
+        """Yields after each step, in which completions may have grown, until all completions are complete. If a caller
+        stops early, its slots become free. Raises CompletionError if a step fails; later calls are served."""
         for completion in completions:
             request = completion.request
             check_length(len(request.prompt_ids), request.max_new_tokens, self.scheduler.max_seq_len)
@@ -228,9 +230,9 @@ def generate_many(
     max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
     compile: bool = False,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
-    """Yields (number, continuation) for each of prompts, in order. parallel: how many are computed at a time. A prompt
-    is a text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: stop strings,
-    which end a continuation and are not part of it. compile: record the steps on a GPU, too. Raises UsageError."""
+    """Yields (number, continuation) for each of prompts, in order. parallel: how many prompts are computed at a time. A
+    prompt is a text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: stop
+    strings, which end a continuation and are not part of it. compile: record the steps on a GPU, too."""
     check_max_new_tokens(max_new_tokens)
     context, requests = model.config.max_seq_len, []
     limit_name = f"the model's context of {context}"

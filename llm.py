@@ -80,8 +80,8 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
 
 
 def build_token_generator(steps: GenerationSteps, kv_cache: KVCache) -> TokenGenerator:
-    """A TokenGenerator that continues a text in every sequence of kv_cache, one token a step. speculate.speculate does
-    the same with several tokens a step."""
+    """Returns a TokenGenerator that continues a text in every sequence of kv_cache, one token a step.
+    speculate.speculate does the same with several tokens a step."""
 
     def generate_tokens(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
         prompt = torch.tensor([token_ids[n_cached:]] * kv_cache.batch_size, device=kv_cache.device)
@@ -100,7 +100,7 @@ class LLM:
     ):  # fmt: skip
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (cli/checkpoints.py).
         device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
-        have, at most the model's own. sampling: fields of SamplingParams, such as temperature. Raises UsageError."""
+        have, at most the model's own. sampling: fields of SamplingParams, such as temperature."""
         names = [field.name for field in fields(SamplingParams)]
         for name in sampling:
             if name not in names:
@@ -112,14 +112,13 @@ class LLM:
         self.free_generators: list[TokenGenerator] = []  # those that no text is using
 
     def new_token_generator(self) -> TokenGenerator:
-        """A TokenGenerator with a new KV cache."""
+        """Returns a TokenGenerator with a new KV cache."""
         kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
         """Yields what follows prompt, piece by piece, up to an end token or one of the stop strings. Several texts may
-        be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises
-        UsageError."""
+        be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
         check_max_new_tokens(max_new_tokens)
         limit_name = f"max_seq_len, {self.max_seq_len}"
         options = {"sampling": self.sampling, "stop": stop}
@@ -142,6 +141,6 @@ class LLM:
         return generate_many(self.model, self.tokenizer, prompts, *options)
 
     def chat(self, system: str | None = None) -> Conversation:
-        """A new conversation; its answer method takes the messages. system: the system message."""
+        """Returns a new conversation; its answer method takes the messages. system: the system message."""
         generate_tokens, eos_ids = self.new_token_generator(), self.model.config.eos_ids
         return Conversation(self.tokenizer, generate_tokens, self.max_seq_len, eos_ids, system)

@@ -45,7 +45,7 @@ VOCAB_CLASSES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What the files beside the tokenizer say. All of them may be missing."""
+    """Holds what the files beside the tokenizer say. Any of these files may be missing."""
 
     fields: dict  # of tokenizer_config.json, overridden by special_tokens_map.json
     special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
@@ -55,21 +55,23 @@ class TokenizerConfig:
     chat_template: str | None
 
     def merge_added_tokens(self, own: dict[int, AddedToken]) -> dict[int, AddedToken]:
-        """All added tokens by id, those in tokenizer.json (own) included. One that has a name is special."""
+        """Returns all added tokens by id. own: the added tokens in tokenizer.json. A token that has a name is
+        special."""
         table = own | self.added_tokens if self.overrides_tokenizer else self.added_tokens | own
         for token in table.values():
             token.special = token.special or token.content in self.special_tokens_map.values()
         return dict(sorted(table.items()))
 
     def missing_special_tokens(self, added_tokens: dict[int, AddedToken]) -> list[AddedToken]:
-        """The special tokens that are not in added_tokens."""
+        """Returns the special tokens that are not in added_tokens."""
         known = {token.content for token in added_tokens.values()}
         return [token for token in self.special_tokens if token.content not in known]
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
-    """Raises UsageError. As in transformers, special_tokens_map.json and added_tokens.json count only if
-    tokenizer_config.json has no added_tokens_decoder. Tokens in added_tokens.json are special if they are named."""
+    """Reads the files beside the tokenizer in folder. As in transformers, special_tokens_map.json and added_tokens.json
+    count only if tokenizer_config.json has no added_tokens_decoder. A token in added_tokens.json is special if another
+    file names it."""
     path = folder / "tokenizer_config.json"
     fields = read_fields(path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -95,7 +97,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 
 
 def read_fields(path: Path) -> dict:
-    """The fields of a JSON file, in which special tokens become AddedTokens. {} if there is no file."""
+    """Reads the fields of a JSON file, and makes special tokens into AddedTokens. Returns {} if there is no file."""
     fields = read_json(path, {})
     with refuse_broken(path):
         for key, value in fields.items():
@@ -110,7 +112,7 @@ def read_fields(path: Path) -> dict:
 
 @contextlib.contextmanager
 def refuse_broken(path: Path) -> Iterator[None]:
-    """Raises UsageError if the context fails on what path holds."""
+    """Raises UsageError if the context fails on the contents of path."""
     try:
         yield
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
@@ -118,7 +120,7 @@ def refuse_broken(path: Path) -> Iterator[None]:
 
 
 def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens in fields that have a name, by name, and the others."""
+    """Returns the special tokens in fields: those that have a name, by name, and the others."""
     named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
     unnamed = next((fields[key] for key in UNNAMED_TOKENS if fields.get(key)), [])
     if isinstance(unnamed, dict):
@@ -174,8 +176,8 @@ def tokenizer_class(fields: dict) -> str:
 
 
 def read_vocab_and_merges(folder: Path, fields: dict) -> tokenizers.Tokenizer:
-    """Byte-level BPE without tokenizer.json. vocab.json and merges.txt do not say how a text is cut before, so the
-    class must be known."""
+    """Makes a byte-level BPE tokenizer without tokenizer.json. vocab.json and merges.txt do not say how a text is cut
+    before BPE, so the class must be known."""
     kind = tokenizer_class(fields)
     if kind not in VOCAB_CLASSES or not (folder / "merges.txt").is_file():
         raise UsageError(

@@ -21,7 +21,7 @@ DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 
 def parse_args(doc: str) -> argparse.Namespace:
-    """The options of the command line, and these fields:
+    """Returns the options of the command line, and these fields:
 
         conversation    whether messages are read from standard input
         speculative     whether steps verify proposed tokens

@@ -26,8 +26,9 @@ from errors import UsageError
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
-    """The model.pth of a folder or a .gguf. It is made now if it is missing, older than its sources, or of others. Any
-    other path is returned as it is. With several ranks, rank 0 converts while the others wait. Raises UsageError."""
+    """Returns the model.pth of a folder or a .gguf. The model.pth is made now if it is missing, older than its sources,
+    or made of other sources. Any other path is returned as it is. With several ranks, rank 0 converts while the others
+    wait."""
     path = Path(path)
     if path.is_dir():
         return Path(call_on_rank_0(partial(model_of_folder, path)))
@@ -53,7 +54,8 @@ def model_of_folder(folder: Path) -> str:
 
 
 def model_of_gguf(file: Path) -> str:
-    """The model.pth of a GGUF. It lies in a folder beside the file, since the tokenizer gets files of its own."""
+    """Returns the model.pth of a GGUF. The model.pth lies in a folder beside the GGUF, since the tokenizer becomes
+    files, too."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     match = re.fullmatch(GGUF_PART, file.stem)
@@ -70,9 +72,9 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """The converted model in folder: model.pth or, if it is not there, the only model_FORMAT.pth, which conversion
-    makes of quantized weights. Files older than one of sources do not count, and none does that was made of other
-    sources. None: there is no such file."""
+    """Returns the converted model in folder: model.pth or, if that is missing, the only model_FORMAT.pth, which
+    conversion makes of quantized weights. A file that is older than one of sources does not count, nor a file that was
+    made of other sources. Returns None if there is no file that counts."""
     if have_changed(folder, sources):
         return None
     newest = max((file.stat().st_mtime for file in sources), default=0)

@@ -45,7 +45,8 @@ def complete_one_by_one(
 
 
 def print_label(numbers: list[tuple[str, int, int]]):
-    """Says whose text follows. numbers: (what, its number, how many there are); what there is once needs no number."""
+    """Says whose text follows. numbers: (what, its number, how many there are). What there is only once gets no
+    number."""
     several = [f"{what} {number}" for what, number, n in numbers if n > 1]
     if several:
         print(f"--- {', '.join(several)}", flush=True)
@@ -68,8 +69,8 @@ def complete_batch(
 def complete_in_parallel(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], stats: dict
 ):
-    """Completes prompts, args.parallel of them at a time, and prints the results in their order. A prompt that does not
-    fit the model's context does not stop the others. Raises UsageError at the end if there was one."""
+    """Completes prompts, args.parallel of them at a time, and prints the results in the order of prompts. A prompt that
+    does not fit the model's context does not stop the others, but raises UsageError at the end."""
     requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
     scheduler = make_scheduler(args, model, requests)
     start, n_new, n_refused = time.perf_counter(), 0, 0
@@ -91,7 +92,7 @@ def complete_in_parallel(
 
 
 def make_scheduler(args: argparse.Namespace, model: Transformer, requests: list[Request]) -> Scheduler:
-    """A Scheduler for requests. If memory is too small, the error says how many fit at a time."""
+    """Returns a Scheduler for requests. If memory is too small, the error says how many fit at a time."""
     try:
         return build_scheduler(model, requests, args.parallel, choose_eos_ids(args, model), args.compile)
     except OutOfMemoryError as e:
@@ -118,13 +119,13 @@ def make_request(args: argparse.Namespace, prompt: Prompt, seed: int) -> Request
 
 
 def choose_eos_ids(args: argparse.Namespace, model: Transformer) -> set[int]:
-    """The tokens that end a sequence."""
+    """Returns the tokens that end a sequence."""
     return set() if args.ignore_eos else set(model.config.eos_ids)
 
 
 @contextlib.contextmanager
 def profiled(path: Path | None) -> Iterator[None]:
-    """Writes a Chrome trace of the context to path; several ranks write a file each. None: does nothing."""
+    """Writes a Chrome trace of the context to path. Several ranks write a file each. Does nothing if path is None."""
     if path is None:
         yield
         return

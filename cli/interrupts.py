@@ -26,8 +26,8 @@ def exit_on_interrupt():
 
 @contextlib.contextmanager
 def raise_on_interrupt() -> Iterator[None]:
-    """Within this context Ctrl-C raises KeyboardInterrupt. Not in a process that ignores SIGINT (nohup) or leaves it to
-    the system (torchrun's ranks)."""
+    """Makes Ctrl-C raise KeyboardInterrupt within this context. Changes nothing in a process that ignores SIGINT
+    (nohup) or leaves SIGINT to the system (torchrun's ranks)."""
     before = signal.getsignal(signal.SIGINT)
     if not callable(before):
         yield

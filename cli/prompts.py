@@ -27,8 +27,8 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
-    """The prompts that args ask for. config: the model's. Raises UsageError if there is no prompt, or if one is empty,
-    malformed or far too long."""
+    """Returns the prompts that args ask for. config: the model's. Refuses a prompt that is empty, malformed or far too
+    long."""
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
@@ -41,7 +41,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelCo
 
 
 def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> Prompt:
-    """source: a text, or the messages of a chat. context: how many tokens the model can see."""
+    """Encodes source: a text, or the messages of a chat. context: how many tokens the model can see."""
     if isinstance(source, str) and args.chat and source:
         source = [{"role": "user", "content": source}]
     is_chat = not isinstance(source, str)
@@ -52,7 +52,7 @@ def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokeni
 
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:
-    """A text or the messages of a chat for each line. Empty lines are skipped and named on stderr."""
+    """Reads a text, or the messages of a chat, from each line. Empty lines are skipped and named on stderr."""
     text, sources = read_text(path).rstrip(), []
     for number, line in enumerate(text.split("\n") if text else [], start=1):
         if not line.strip():
@@ -65,7 +65,7 @@ def read_prompt_file(path: Path) -> list[str | list[dict]]:
 
 
 def parse_json_line(line: str, place: str) -> str | list[dict]:
-    """place: where the line stands, for the error."""
+    """Reads a prompt from a line of a .jsonl file. place: where the line stands, for the error."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as e:

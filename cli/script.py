@@ -80,7 +80,7 @@ def exit_with_error(error: str) -> NoReturn:
 
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
-    """The one line that explains e; None if e does not mean that memory ran out."""
+    """Returns the one line that explains e, or None if e does not mean that memory ran out."""
     from machine import free_memory, is_out_of_memory  # here, since it imports torch (see above)
 
     if not is_out_of_memory(e):
@@ -94,7 +94,7 @@ def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str |
 
 
 def explain_file_error(e: MemoryError | RuntimeError) -> str | None:
-    """The one line that explains e; None unless torch.compile could not write its files, or not load them."""
+    """Returns the one line that explains e, or None unless torch.compile could not write or load its files."""
     reasons = "No space left on device|File too large|Read-only file system|Permission denied|failed to map segment"
     match = re.search(f"[^\n]*?({reasons})", str(e))
     if match is None or not type(e).__module__.startswith("torch."):

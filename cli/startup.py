@@ -50,7 +50,7 @@ def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, **load_options) -
 def required_seq_len(
     args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
 ) -> int:
-    """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
+    """Returns how many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
     name, context = "model", model.config.max_seq_len
     if draft is not None and draft.config.max_seq_len < context:
         name, context = "draft", draft.config.max_seq_len
@@ -67,7 +67,7 @@ def required_seq_len(
 def build_speculation(
     args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
-    """The SpeculativeDecoder that args ask for: with the draft model, or by prompt lookup if draft is None."""
+    """Returns the SpeculativeDecoder that args ask for: with the draft model, or by prompt lookup if draft is None."""
     warn_about_size(args.speculate_k, model)
     if draft is None:
         proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
@@ -111,7 +111,7 @@ def warm_up(
 
 
 def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.device) -> dict:
-    """The fields of --json that only a run with several ranks has."""
+    """Returns the fields of --json that only a run with several ranks has."""
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
     return {"world_size": tp.world_size(), "communication_share": share}

@@ -64,7 +64,8 @@ def converse(conversation: Conversation, max_new_tokens: int):
 
 
 def parse(line: str) -> tuple[str, str]:
-    """(command, its argument); ("", message) if line is a message. //drop is the message /drop."""
+    """Splits line into (command, argument), or returns ("", message) if line is a message. //drop is the message
+    /drop."""
     match = COMMAND_PATTERN.fullmatch(line)
     if match:
         return match[1].lower(), match[2] or ""
@@ -83,7 +84,7 @@ class ChatCommands:
 
     @contextlib.contextmanager
     def print_errors(self) -> Iterator[None]:
-        """Within this context, a UsageError is printed as a note and counted."""
+        """Prints a UsageError within this context as a note, and counts it."""
         try:
             yield
         except UsageError as e:
@@ -91,8 +92,8 @@ class ChatCommands:
             print_note(" ".join(str(e).split()))
 
     def next_line(self, read: Reader) -> str | None:
-        """The next line for all ranks, read on rank 0; None after the last. It does what touches files, which rank 0
-        alone may: it carries out /save, and puts the file's contents in the place of the name in /load."""
+        """Reads, on rank 0, the next line for all ranks. Returns None after the last line. Only rank 0 may touch files.
+        So this method carries out /save, and for /load it puts the file's contents in the place of the file's name."""
         self.has_read = True
         while (line := read()) is not None:
             command, argument = parse(line)
@@ -126,7 +127,7 @@ class ChatCommands:
         print_note(f"{path} is written.")
 
     def run(self, command: str, argument: str):
-        """Carries out a command, or with command "" answers the message in argument. Raises UsageError."""
+        """Carries out a command, or with command "" answers the message in argument."""
         conversation = self.conversation
         if command == "/continue":
             self.stream_answer(lambda: conversation.continue_answer(self.max_new_tokens))
@@ -205,8 +206,8 @@ def is_terminal(stream) -> bool:
 
 @contextlib.contextmanager
 def hold_typing(is_line: bool) -> Iterator[None]:
-    """Within this context nothing is shown of what the user types. It waits in the terminal for whoever reads next: as
-    keys for prompt_toolkit, or with is_line as lines, which the terminal itself edits."""
+    """Hides what the user types within this context. The typed text waits in the terminal for the next reader: as keys
+    for prompt_toolkit; with is_line as lines, which the terminal itself edits."""
     import termios  # here, since only terminals need it
 
     before, held = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
@@ -259,7 +260,7 @@ def make_editor() -> Reader:
 
 
 def read_line() -> str | None:
-    """The next line of standard input, stripped; None after the last. Raises UsageError."""
+    """Reads the next line of standard input and strips it. Returns None after the last line."""
     while sys.stdin is not None:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -277,7 +278,7 @@ def read_line() -> str | None:
 
 
 def print_unread():
-    """After an error: prints how many lines of a pipe were not read. Does not wait for lines that are not written
+    """Prints, after an error, how many lines of a pipe were not read. Does not wait for lines that are not written
     yet."""
     if sys.stdin is None or sys.stdin.isatty():
         return

@@ -140,7 +140,7 @@ async def read_body(client: http.Request) -> bytes:
 
 
 async def events(reply: Reply, steps: AsyncIterator[None]) -> AsyncIterator[str]:
-    """The server-sent events of a reply that grows with steps."""
+    """Yields the server-sent events of a reply that grows with steps."""
     try:
         async for _ in steps:
             for response in reply.new_responses():
