@@ -20,8 +20,8 @@ from scheduler import Request
 from tokenizer import Tokenizer, common_prefix_length
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
-# free. Without a message, all tokens after it have other positions and must be computed again. So that this does not
-# happen in every turn, more is freed than one answer needs.
+# free. Dropping a message changes the positions of all tokens after it, which must then be computed again. More is
+# freed than one answer needs, so that not every turn drops a message.
 DROP_BELOW, DROP_UNTIL = 1 / 8, 1 / 4
 RESUMABLE = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
 
@@ -45,8 +45,8 @@ class Conversation:
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
         # About the last answer
         self.completion = self.new_completion()
-        self.finish_reason: str | None = None  # "stop": an end token; or one of RESUMABLE; None: there is no answer
-        self.encode("Hello", [])  # raises if there is no chat template
+        self.finish_reason: str | None = None  # "stop": an end token; one of RESUMABLE; None: no answer
+        self.encode("Hello", [])  # raises UsageError without a chat template
 
     def new_completion(self) -> Completion:
         """Returns an answer that has no tokens yet. The method stream sets how many tokens the answer may have."""
@@ -104,7 +104,7 @@ class Conversation:
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
         if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):
-            # The least number that is enough; all pairs, if none is.
+            # Drop the fewest pairs that are enough; all pairs if no number is.
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)
             ids = ids_without(n_pairs)
         if len(ids) >= self.max_seq_len:
@@ -123,7 +123,7 @@ class Conversation:
         completion = self.completion
         completion.resume(max_new_tokens)
         self.messages += new_messages
-        self.finish_reason = "interrupted"  # it stays so if the caller stops early
+        self.finish_reason = "interrupted"  # remains if the caller stops early
         try:
             for (piece,) in add_steps([completion], self.token_steps(ids, max_new_tokens)):
                 self.messages[-1]["content"] += piece

@@ -75,10 +75,10 @@ def check_unicode(text: str):
 
 @cache
 def compile_template(template: str) -> Template:
-    # {% generation %} marks the model's words for training. Here it only needs to be a scope, like {% with %}.
+    # {% generation %} marks the model's words for training. Here {% with %}, which only opens a scope, replaces it.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # A single power or product can take all time or memory, and the time limit cannot interrupt it.
+    # The time limit cannot interrupt a single power or product, which can take all time or memory.
     env.intercepted_binops = frozenset({"**", "*"})
     env.binop_table |= {"**": refuse_power, "*": multiply}
     env.filters["tojson"] = to_json

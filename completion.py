@@ -2,7 +2,7 @@
 
     completion = Completion(Request(prompt_ids, max_new_tokens=100), tokenizer, eos_ids)
     completion.add_step([token, ...])         # the tokens of each step; returns the new text
-    completion.finish_reason                  # None as long as it goes on
+    completion.finish_reason                  # None until the text ends
 
     for i, text in generate_many(model, tokenizer, ["One", "Two"], parallel=16, max_new_tokens=20):
         print(i, text)
@@ -44,7 +44,7 @@ class Completion:
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
         self.text = ""
         self.tokens: list[int] = []  # all new tokens, an end token included
-        self.logprobs: list[Logprobs] = []  # of each token, if the request asks for them
+        self.logprobs: list[Logprobs] = []  # of each token, if the request asks for logprobs
         self.step_times: list[float] = []  # when the tokens of each step arrived; the first step is prefill
         self.step_sizes: list[int] = []  # how many tokens each step gave
         self.finish_reason: str | None = None  # "stop": end token or stop string; "length"; "error"
@@ -180,7 +180,7 @@ class AsyncCompleter:
         device = str(scheduler.kv_cache.device)
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
         self.completions: dict[Request, Completion] = {}  # of all callers
-        self.step: asyncio.Task | None = None  # the last one
+        self.step: asyncio.Task | None = None  # the last step
 
     async def complete(self, completions: list[Completion]) -> AsyncIterator[None]:
         """Yields after each step, in which completions may have grown, until all completions are complete. If a caller
@@ -194,9 +194,9 @@ class AsyncCompleter:
                 self.thread.submit(self.scheduler.submit, completion.request)
             is_complete = False
             while not is_complete:
-                if self.step is None or self.step.done():  # whoever waits for a step begins it
+                if self.step is None or self.step.done():  # the first caller that waits begins the step
                     self.step = asyncio.create_task(self.run_step())
-                await asyncio.shield(self.step)  # a caller that is cancelled must not cancel it
+                await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
                 for completion in completions:
                     if completion.error is not None:
                         raise CompletionError(completion.error)

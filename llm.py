@@ -109,7 +109,7 @@ class LLM:
         path = resolve_checkpoint(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_generators: list[TokenGenerator] = []  # those that no text is using
+        self.free_generators: list[TokenGenerator] = []  # generators that no text is using
 
     def new_token_generator(self) -> TokenGenerator:
         """Returns a TokenGenerator with a new KV cache."""

@@ -26,7 +26,7 @@ from tokenizer_files import (
     read_vocab_and_merges,
 )
 
-SENTINEL = str(secrets.randbits(128))  # in no text; it has only digits, which no filter of a template changes
+SENTINEL = str(secrets.randbits(128))  # occurs in no text; no filter of a template changes digits
 MATCHES_NOTHING = "(?!)"  # a regular expression
 SAMPLE_LENGTH = 16  # exceeds encodes so many characters for each token that a text may have
 
@@ -61,7 +61,7 @@ class Tokenizer:
         them."""
         if len(text) <= SAMPLE_LENGTH * n_tokens:
             return False
-        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow the white space before it
+        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow white space to its left
         return len(self.encode(beginning)) > 2 * n_tokens
 
     def decode(self, ids: Iterable[int], prefix_ids: Iterable[int] = ()) -> str:
@@ -212,7 +212,7 @@ class StopStringFinder:
         places = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
         if places:
             self.found = True
-            _, start = min(places)  # of the stop string that is complete first
+            _, start = min(places)  # the stop string that is complete first
             return text[:start]
         n_held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         n_known = len(text) - n_held
@@ -288,7 +288,7 @@ class JsonTokenizer(Tokenizer):
             return bytes(self.byte_of[character] for character in piece)
         if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
-        # The decoder may drop a space at the start of a text, so decode this piece after another one.
+        # The decoder may drop a space at the start of a text, so decode the piece after an "a".
         return self.decode_pieces(["a", piece])[1:].encode()
 
     def decode_pieces(self, pieces: list[str]) -> str:
@@ -308,7 +308,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    ANCHOR = "\ue000"  # a character that is in no piece, so its ids do not depend on what follows it
+    ANCHOR = "\ue000"  # a character that no piece contains: its ids do not depend on the next character
 
     def __init__(self, path: Path, config: TokenizerConfig):
         super().__init__(config)

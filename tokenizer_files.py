@@ -21,12 +21,12 @@ from chat_template import check_unicode
 from errors import UsageError
 from files import read_json
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files that are one; the first that is there counts
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each is a tokenizer; the first file found counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")  # fmt: skip
-# Special tokens that have no id yet get one in this order.
+# Special tokens without an id get new ids in this order.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first that is there counts
+UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first field found counts
 TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 
 # The pattern by which Qwen2 cuts a text before byte-level BPE
@@ -34,8 +34,8 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Tokenizers that vocab.json and merges.txt define, by tokenizer_class, with the special tokens that these classes have
-# where the files name none
+# tokenizer_class -> the special tokens of that class, if the files name none. These are the classes that vocab.json and
+# merges.txt define.
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_CLASSES = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
@@ -49,9 +49,9 @@ class TokenizerConfig:
 
     fields: dict  # of tokenizer_config.json, overridden by special_tokens_map.json
     special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
-    special_tokens: list[AddedToken]  # those of special_tokens_map, then those that have no name
+    special_tokens: list[AddedToken]  # the tokens of special_tokens_map, then tokens without a name
     added_tokens: dict[int, AddedToken]  # by id
-    overrides_tokenizer: bool  # whether added_tokens count more than those in tokenizer.json
+    overrides_tokenizer: bool  # whether added_tokens override tokenizer.json's
     chat_template: str | None
 
     def merge_added_tokens(self, own: dict[int, AddedToken]) -> dict[int, AddedToken]:
@@ -103,7 +103,7 @@ def read_fields(path: Path) -> dict:
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
                 fields[key] = make_added_token(value, special=True)
-            elif key in UNNAMED_TOKENS and isinstance(value, dict):  # these have names, too
+            elif key in UNNAMED_TOKENS and isinstance(value, dict):  # a dict names its tokens
                 fields[key] = {name: make_added_token(token, special=True) for name, token in value.items()}
             elif key in UNNAMED_TOKENS and value:
                 fields[key] = [make_added_token(token, special=True) for token in value]

@@ -1,6 +1,6 @@
 """Resolves --checkpoint_path: it may be a model.pth, a folder that holds a model, or a GGUF file.
 
-    path = resolve_checkpoint(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # its model.pth, made if it is missing
+    path = resolve_checkpoint(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # model.pth in the folder, made if missing
 
 The converters are imported only if something must be converted.
 """
@@ -48,7 +48,7 @@ def model_of_folder(folder: Path) -> str:
     if not weights and not any((folder / name).is_file() for name in (*SETTINGS, ADAPTER_CONFIG)):
         what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
         raise UsageError(f"{folder} holds no model: it needs {what}")
-    from converters.folder import convert_folder  # here, since it is seldom needed
+    from converters.folder import convert_folder  # here, since few calls convert
 
     return str(convert_folder(folder, announce=partial(announce_conversion, folder, folder)))
 
@@ -64,7 +64,7 @@ def model_of_gguf(file: Path) -> str:
     if model is not None:
         return str(model)
     try:
-        from converters.gguf_tensors import convert_gguf  # here, since it needs packages that others do without
+        from converters.gguf_tensors import convert_gguf  # here, for only GGUF needs the packages gguf and protobuf
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 

@@ -1,5 +1,4 @@
-"""Completes the prompts of generate.py's command line, one by one or in parallel, and prints the results.
-"""
+"""Completes the prompts of generate.py's command line, one by one or in parallel, and prints the results."""
 
 import argparse
 import contextlib
@@ -74,7 +73,7 @@ def complete_in_parallel(
     requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
     scheduler = make_scheduler(args, model, requests)
     start, n_new, n_refused = time.perf_counter(), 0, 0
-    hide_bar = True if sys.stdout.isatty() else None  # there the texts show the progress
+    hide_bar = True if sys.stdout.isatty() else None  # on a terminal the texts show the progress
     completions = complete_all(scheduler, tokenizer, requests)
     for completion in tqdm(completions, "prompts", len(prompts), disable=hide_bar, leave=False):
         if completion.error:
@@ -133,7 +132,7 @@ def profiled(path: Path | None) -> Iterator[None]:
         yield
     path = rank_path(path)
     path.unlink(missing_ok=True)
-    profile.export_chrome_trace(str(path))  # does not raise if it cannot write
+    profile.export_chrome_trace(str(path))  # raises nothing if path cannot be written
     if not path.is_file():
         path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         raise UsageError(f"cannot write --profile {path}")

@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 class Prompt(NamedTuple):
     source: str | list[dict]  # the text, or a chat's messages
     ids: list[int]
-    is_chat: bool = False  # whether what follows is a text of its own, the answer to a message
+    is_chat: bool = False  # whether the new text is an answer, and does not continue source
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:

@@ -33,7 +33,7 @@ def process_group() -> Iterator[None]:
 
     Only rank 0 prints, also the one-line error that ends a script. The other ranks exit after rank 0 has printed, since
     torchrun kills all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
-    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some of them
+    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some
     if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return

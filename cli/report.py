@@ -20,7 +20,7 @@ def build_result(
     The bandwidth does not count what a draft model reads."""
     longest = [max(batch, key=lambda completion: len(completion.step_times)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
-    decoded = [one for one in longest if len(one.step_times) > 1]  # those with decode steps after prefill
+    decoded = [one for one in longest if len(one.step_times) > 1]  # with decode steps after prefill
     tokens_per_second = median([sum(one.step_sizes[1:]) / one.decode_seconds for one in decoded])
     steps_per_second = median([(len(one.step_times) - 1) / one.decode_seconds for one in decoded])
     halfway = len(prompt.ids) + len(last.tokens) // 2  # tokens in the cache, on average over the steps
@@ -109,7 +109,7 @@ def print_summary(result: dict, model: Transformer):
     used, percentage, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
     if readable is not None:
         percentage = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
-    # All sequences of a batch take every step together, so this is the speed of each of them.
+    # All sequences of a batch take every step together, so each sequence has this speed.
     n = len(result["tokens"])
     sequences, each = (f" in {n} sequences,", " each") if n > 1 else ("", "")
     print(

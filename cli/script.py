@@ -39,7 +39,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     for name in MATMUL_CACHES:
         os.environ.setdefault(name, MATMUL_CACHE_SIZE)
     if "torch" in sys.modules:
-        from machine import limit_threads  # here, since it imports torch (see above)
+        from machine import limit_threads  # here, since machine imports torch (see above)
 
         limit_threads()
     try:
@@ -52,7 +52,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     except UsageError as e:
         exit_with_error(str(e))
     except (MemoryError, RuntimeError) as e:
-        # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds that it is too short.
+        # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds the file too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
         why = explain_out_of_memory(e, oom_hint) or explain_file_error(e)
@@ -70,7 +70,7 @@ def replace_closed_streams():
     """Makes print work if the shell has closed stdout or stderr (`>&-`), or if stdout cannot encode a character."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):  # pytest's replacement of stdout does not have it
+    if hasattr(sys.stdout, "reconfigure"):  # pytest's replacement of stdout has no reconfigure
         sys.stdout.reconfigure(errors="replace")
 
 
@@ -81,7 +81,7 @@ def exit_with_error(error: str) -> NoReturn:
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
     """Returns the one line that explains e, or None if e does not mean that memory ran out."""
-    from machine import free_memory, is_out_of_memory  # here, since it imports torch (see above)
+    from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see above)
 
     if not is_out_of_memory(e):
         return None

@@ -96,7 +96,7 @@ def warm_up(
         return torch.zeros(shape, dtype=torch.long, device=device)
 
     if args.compile_prefill:
-        # In a conversation the prompt's length is not known yet: take one that is too long for the kernels.
+        # The length of a conversation's prompt is not known yet: take a length beyond what the kernels compute.
         n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
         # At position 0, T would equal S, and torch.compile would specialize on that. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)

@@ -27,11 +27,11 @@ HELP = (
 COMMANDS = {  # whether each takes a file's name
     "/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True,
 }  # fmt: skip
-COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; with more lines it is a message
+COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; several lines are a message
 LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
 MARK_PASTE, MARK_NO_PASTE = "\x1b[?2004h", "\x1b[?2004l"  # a terminal writes marks around what is pasted, or not
 IFLAG, LFLAG = 0, 3  # of what termios.tcgetattr returns
-CUT_NOTES = {  # finish_reason of an answer -> the note that follows it
+CUT_NOTES = {  # finish_reason of an answer -> the note after the answer
     "length": "Cut by --max_new_tokens; /continue goes on.",
     "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
     "interrupted": "Stopped; /continue goes on.",
@@ -264,7 +264,7 @@ def read_line() -> str | None:
     while sys.stdin is not None:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()  # bytes, so that print_unread finds the lines behind it
+        line = sys.stdin.buffer.readline()  # bytes: decoding would read ahead, and print_unread would miss lines
         if not line:
             break
         if sys.stdin.isatty() and len(line) > LONGEST_LINE:
@@ -283,7 +283,7 @@ def print_unread():
     if sys.stdin is None or sys.stdin.isatty():
         return
     pipe = sys.stdin.buffer
-    with contextlib.suppress(OSError):  # a file that is not the system's
+    with contextlib.suppress(OSError):  # an object that Python made, without a file descriptor
         os.set_blocking(pipe.fileno(), False)
     n = sum(bool(line.strip()) for line in (pipe.read() or b"").splitlines())
     at_least = "at least " if pipe.read() is None else ""  # not b"": whoever writes the pipe has not closed it
