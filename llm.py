@@ -42,9 +42,10 @@ def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_toke
     start_pos = start_pos + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
-        # A GPU gets its next step before the host waits for the tokens of this one, so that it computes while the host
-        # handles them. The next step may overwrite tokens, the buffer of a recorded step. But the copy to the host
-        # precedes that step in the stream. A CPU would compute the next step now, in vain if the caller stops here.
+        # A GPU gets the next step before the host waits for the tokens of this step, so that the GPU computes while the
+        # host handles the tokens. The next step may overwrite tokens, the buffer of a recorded step. But the copy to
+        # the host precedes the next step in the stream. A CPU would compute the next step here and now, in vain if the
+        # caller stops after this one.
         next_is_queued = tokens.is_cuda and n_left > 0
         if next_is_queued:
             tokens, start_pos = decode(steps, tokens, start_pos)
@@ -56,16 +57,16 @@ def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_toke
 
 
 def decode(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
-    """One decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
-    # Logits that are not finite give token -1, which the embedding does not have. On a GPU this step starts before the
-    # host has checked the tokens.
+    """Makes one decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
+    # Logits that are not finite give the token -1, which the embedding does not have. On a GPU this step starts before
+    # the host has checked the tokens.
     inputs = tokens[:, None].clamp(min=0)
     return steps.decode(inputs, start_pos), start_pos + 1
 
 
 def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy tokens [B] to the host, and returns a function that waits for the copy and returns the tokens. It
-    does not wait for steps that are queued on the GPU after the copy."""
+    """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. That
+    function does not wait for steps that are queued on the GPU after the copy."""
     if not tokens.is_cuda:
         return tokens.tolist
     copy = tokens.to("cpu", non_blocking=True)
@@ -100,7 +101,8 @@ class LLM:
     ):  # fmt: skip
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (cli/checkpoints.py).
         device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
-        have, at most the model's own. sampling: fields of SamplingParams, such as temperature."""
+        have, at most the model's own. compile: as --compile. sampling: fields of SamplingParams, such as
+        temperature."""
         names = [field.name for field in fields(SamplingParams)]
         for name in sampling:
             if name not in names:
@@ -117,8 +119,8 @@ class LLM:
         return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """Yields what follows prompt, piece by piece, up to an end token or one of the stop strings. Several texts may
-        be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
+        """Yields the text that follows prompt, piece by piece, up to an end token or one of the stop strings. Several
+        texts may be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
         check_max_new_tokens(max_new_tokens)
         limit_name = f"max_seq_len, {self.max_seq_len}"
         options = {"sampling": self.sampling, "stop": stop}

@@ -57,9 +57,9 @@ class Request:
     sampling: SamplingParams = GREEDY
     seed: int = 0
     stop: tuple[str, ...] = ()  # stop strings, which end the new text; see completion.py
-    is_chat: bool = False  # detokenize the new text without the prompt as context: it is an answer of its own
+    is_chat: bool = False  # the new text is an answer: detokenize it without the prompt as context
     n_logprobs: int | None = None  # how many of the likeliest tokens to report in each step; None: no probabilities
-    start_time: float | None = None  # when its prefill began
+    start_time: float | None = None  # when prefill began
 
 
 def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit_name: str | None = None):
@@ -73,8 +73,8 @@ def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, li
 
 
 def finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
-    """Why token, the last of n_new_tokens, ends a text: "stop": it is an end token; "length": it is the last one that
-    was asked for. None: the text goes on. (Stop strings are completion.py's.)"""
+    """Says why token, the last of n_new_tokens, ends a text. "stop": token is an end token. "length": the text has all
+    max_new_tokens. None: the text goes on. completion.py looks for stop strings."""
     if token in eos_ids:
         return "stop"
     return "length" if n_new_tokens == max_new_tokens else None
@@ -90,17 +90,17 @@ class Logprobs(NamedTuple):
 class NewToken(NamedTuple):
     request: Request
     token: int
-    finish_reason: str | None  # see the function of this name
+    finish_reason: str | None  # see the function finish_reason
     logprobs: Logprobs | None
 
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request that is running, in a slot."""
+    """A request that runs in a slot of the KV cache."""
 
     request: Request
-    generator: torch.Generator  # of its random numbers
-    new_ids: list[int] = field(default_factory=list)  # the last one has not been fed to the model yet
+    generator: torch.Generator  # of random numbers, for sampling
+    new_ids: list[int] = field(default_factory=list)  # the model has not been fed the last one yet
 
 
 class Scheduler:
@@ -121,13 +121,13 @@ class Scheduler:
         compile = compile and model.uses_kernels(n_slots, 1)
         self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
-        self.running: list[RunningRequest | None] = []  # by slot; None: it has ended
+        self.running: list[RunningRequest | None] = []  # by slot; None: the request has ended
         # For each slot, the ids of the tokens whose keys and values it holds. They stay after the slot's sequence has
         # ended, for a later prompt that begins with the same tokens.
         self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
 
     def submit(self, request: Request):
-        """Queues request. Raises UsageError if it does not fit a slot."""
+        """Queues request. Refuses a request that does not fit a slot."""
         check_length(len(request.prompt_ids), request.max_new_tokens, self.max_seq_len)
         self.waiting.append(request)
 
@@ -239,14 +239,14 @@ class Scheduler:
 def build_scheduler(
     model: Transformer, requests: list[Request], parallel: int, eos_ids: set[int] | None = None, compile: bool = False
 ) -> Scheduler:
-    """A Scheduler for these requests, up to parallel of them at a time."""
+    """Returns a Scheduler for requests, which runs up to parallel of them at a time."""
     n_slots = max(1, min(parallel, len(requests)))
     return Scheduler(model, n_slots, longest_seq_len(model, requests), eos_ids, compile)
 
 
 def longest_seq_len(model: Transformer, requests: list[Request]) -> int:
-    """The length of the longest of requests, with its new tokens, but at most the model's context: Scheduler.submit
-    refuses what is longer."""
+    """Returns the length of the longest of requests, with its new tokens, but at most the model's context.
+    Scheduler.submit refuses what is longer."""
     longest = max((len(request.prompt_ids) + request.max_new_tokens for request in requests), default=1)
     return min(longest, model.config.max_seq_len)
 
@@ -257,7 +257,7 @@ def return_logits(logits: Tensor, *_) -> Tensor:
 
 
 def max_slots(model: Transformer, max_seq_len: int) -> int:
-    """How many sequences of max_seq_len tokens main memory has room for."""
+    """Returns how many sequences of max_seq_len tokens main memory has room for."""
     return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 
 
@@ -275,7 +275,7 @@ def sample_each(logits: Tensor, sequences: list[RunningRequest], backend: str = 
 
 
 def compute_logprobs(logits: Tensor, token: int, n: int) -> Logprobs:
-    """The log-probability of token and the n likeliest tokens, from logits [V]."""
+    """Computes the log-probability of token and the n likeliest tokens, from logits [V]."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, len(logprobs)))
     return Logprobs(logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
