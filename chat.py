@@ -5,8 +5,8 @@
         print(piece, end="", flush=True)
 
 In every turn the checkpoint's chat template writes out the whole conversation. The KV cache still holds the tokens of
-earlier turns, so the model computes only the tokens after the beginning that both have in common. When the context is
-nearly full, the oldest messages are dropped. cli/terminal.py leads a conversation on a terminal.
+earlier turns, so the model computes only the tokens that differ from the cached ones, and those after. When the context
+is nearly full, the oldest messages are dropped. cli/terminal.py leads a conversation on a terminal.
 """
 
 import sys

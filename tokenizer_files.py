@@ -1,10 +1,10 @@
-"""The files that a checkpoint's tokenizer consists of.
+"""Reads the files of a checkpoint's tokenizer.
 
     config = read_tokenizer_config(Path("checkpoints/SmolLM2-135M-Instruct"))
     library = read_tokenizer_json(Path("checkpoints/SmolLM2-135M-Instruct/tokenizer.json"))
 
-A tokenizer is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. What the files
-beside it say of special and added tokens is put together as in transformers.
+A tokenizer is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. What the other
+files say of special and added tokens is put together as in transformers.
 """
 
 import contextlib

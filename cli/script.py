@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         run_script(main)
 
-torch is imported only where it is needed: scripts/download.py does without, and need not wait for it.
+torch is imported only where it is needed: scripts/download.py does not use torch, and need not wait for the import.
 """
 
 import os
@@ -39,7 +39,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     for name in MATMUL_CACHES:
         os.environ.setdefault(name, MATMUL_CACHE_SIZE)
     if "torch" in sys.modules:
-        from machine import limit_threads  # here, since machine imports torch (see above)
+        from machine import limit_threads  # here, since machine imports torch (see the first docstring)
 
         limit_threads()
     try:
@@ -81,7 +81,7 @@ def exit_with_error(error: str) -> NoReturn:
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
     """Returns the one line that explains e, or None if e does not mean that memory ran out."""
-    from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see above)
+    from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see the first docstring)
 
     if not is_out_of_memory(e):
         return None

@@ -3,8 +3,8 @@
     python generate.py --checkpoint_path checkpoints/M/model.pth --chat
 
 Answers go to standard output, everything else to standard error. On a terminal, prompt_toolkit edits the messages: they
-may be long and have several lines. Of several ranks, rank 0 alone reads, and it alone touches the files of /save and
-/load.
+may be long and have several lines. Of several ranks, only rank 0 reads, and only rank 0 touches the files of /save
+and /load.
 """
 
 import contextlib

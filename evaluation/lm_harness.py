@@ -3,7 +3,7 @@
     lm = harness_model(model, tokenizer, max_length=2048, batch_size=8, compile=False)
     results, table = evaluate(lm, ["hellaswag"], task_manager(["hellaswag"], None), limit=100)
 
-lm_eval is imported at first use, so that this file can be imported without it. eval.py is the command.
+lm_eval is imported at first use, so that this file can be imported without lm_eval. eval.py is the command.
 """
 
 from pathlib import Path
