@@ -13,8 +13,8 @@ EXIT_INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
 
 
 def exit_on_interrupt():
-    """Makes Ctrl-C end the process at once, without a message. Changes nothing in an interactive interpreter, which goes
-    on after the script (%run)."""
+    """Makes Ctrl-C end the process at once, without a message. Changes nothing in an interactive interpreter, which
+    goes on after the script (%run)."""
     if hasattr(sys, "ps1"):
         return
 

@@ -1,6 +1,7 @@
 """The prompts of generate.py's command line, as token ids.
 
-A --prompt_file has one prompt a line. In a .jsonl file a line is an object, whose texts may contain line breaks: {"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]}.
+A --prompt_file has one prompt a line. In a .jsonl file a line is an object, whose texts may contain line breaks:
+{"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]}.
 """
 
 import argparse
