@@ -1,28 +1,27 @@
 """A conversation with a chat model.
 
-    conversation = LLM("checkpoints/M/model.pth").chat()  # of generate.py
+    conversation = LLM("checkpoints/M/model.pth").chat()  # of llm.py
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
 In every turn the checkpoint's chat template writes out the whole conversation. The KV cache still holds the tokens of
-earlier turns, so the model computes only the tokens after the beginning that both have in common. When the context is
-nearly full, the oldest messages are dropped. cli/terminal.py leads a conversation on a terminal.
+earlier turns, so the model computes only the tokens that differ from the cached ones, and those after. When the context
+is nearly full, the oldest messages are dropped. cli/terminal.py leads a conversation on a terminal.
 """
 
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
-from chat_template import check_unicode
-from completion import Completion
+from chat_template import check_unicode, read_message
+from completion import Completion, TokenGenerator, add_steps
 from errors import UsageError
 from scheduler import Request
 from tokenizer import Tokenizer, common_prefix_length
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
-# free. Without a message, all tokens after it have other positions and must be computed again. So that this does not
-# happen in every turn, more is freed than one answer needs.
+# free. Dropping a message changes the positions of all tokens after it, which must then be computed again. More is
+# freed than one answer needs, so that not every turn drops a message.
 DROP_BELOW, DROP_UNTIL = 1 / 8, 1 / 4
 RESUMABLE = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
 
@@ -31,22 +30,13 @@ class ContextFull(UsageError):
     """A message or an answer takes the whole context."""
 
 
-class TokenGenerator(Protocol):
-    """Continues a text, token by token. Made by generate.build_token_generator or, with speculation, as
-    partial(speculate, speculation)."""
-
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues the text token_ids. Yields the new tokens of each step, [n][B]: n tokens of each of B sequences.
-        n_cached: how many of token_ids are in the KV cache."""
-
-
 class Conversation:
     def __init__(
         self, tokenizer: Tokenizer, generate_tokens: TokenGenerator, max_seq_len: int, eos_ids: Sequence[int],
         system: str | None = None,
     ):  # fmt: skip
-        """max_seq_len: that of generate_tokens' KV cache. system: the system message. Raises UsageError if the
-        checkpoint has no chat template."""
+        """max_seq_len: how many tokens the KV cache of generate_tokens holds. system: the system message. A checkpoint
+        without a chat template is refused."""
         self.tokenizer, self.generate_tokens = tokenizer, generate_tokens
         self.max_seq_len, self.eos_ids = max_seq_len, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
@@ -55,11 +45,11 @@ class Conversation:
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
         # About the last answer
         self.completion = self.new_completion()
-        self.finish_reason: str | None = None  # "stop": an end token; or one of RESUMABLE; None: there is no answer
-        self.encode("Hello", [])  # raises if there is no chat template
+        self.finish_reason: str | None = None  # "stop": an end token; one of RESUMABLE; None: no answer
+        self.encode("Hello", [])  # raises UsageError without a chat template
 
     def new_completion(self) -> Completion:
-        """An answer that has no tokens yet. stream says how many it may have."""
+        """Returns an answer that has no tokens yet. The method stream sets how many tokens the answer may have."""
         request = Request([], max_new_tokens=0, is_chat=True)
         return Completion(request, self.tokenizer, self.eos_ids, resumable=True)
 
@@ -71,26 +61,28 @@ class Conversation:
 
     @property
     def token_times(self) -> list[float]:
-        """When each token of the last answer arrived, also the end token. Only those since the answer last went on."""
+        """The times at which the tokens of the last answer arrived, the end token included. If the answer was
+        continued, only the tokens since then."""
         return self.completion.step_times
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
-        """The token ids of the conversation with one more message. earlier: the messages before message; None: all."""
+        """Returns the token ids of the conversation with one more message. earlier: the messages before that message;
+        None takes all."""
         earlier = self.messages if earlier is None else earlier
         return self.tokenizer.encode_chat([*self.system, *earlier, {"role": "user", "content": message}])
 
     def answer(self, message: str, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Yields the answer to message, piece by piece, as long as the context has room. Raises ContextFull if there is
-        no room for the message alone. If the caller stops early, the conversation keeps the part of the answer that
-        was generated. If nothing was generated, it drops the message, too."""
+        """Yields the answer to message, piece by piece, as long as the context has room. Raises ContextFull if message
+        alone does not fit. If the caller stops early, the conversation keeps the part of the answer that was generated.
+        If nothing was generated, the conversation drops the message."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         self.completion = self.new_completion()
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, new_messages)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Goes on with the last answer after its last token, and yields what follows. Raises ContextFull if the answer
-        takes the whole context, and UsageError if it was not cut."""
+        """Continues the last answer after its last token, and yields the text that follows. Raises ContextFull if the
+        answer fills the whole context, and UsageError if the answer was not cut."""
         if not self.messages or self.finish_reason not in RESUMABLE:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
@@ -98,8 +90,9 @@ class Conversation:
         return self.stream(ids, max_new_tokens, [])
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
-        """The token ids of the conversation: the earlier messages, message, and answer_ids, its answer so far. If these
-        leave little room, the oldest of the earlier messages are dropped, each with its answer."""
+        """Returns the token ids of the conversation: the earlier messages, message, and answer_ids, the tokens that the
+        answer has so far. If these leave little room, drops the oldest of the earlier messages, each with its
+        answer."""
 
         def ids_without(n_pairs: int) -> list[int]:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
@@ -111,7 +104,7 @@ class Conversation:
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
         if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):
-            # The least number that is enough; all pairs, if none is.
+            # Drop the fewest pairs that are enough; all pairs if no number is.
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)
             ids = ids_without(n_pairs)
         if len(ids) >= self.max_seq_len:
@@ -122,41 +115,40 @@ class Conversation:
         return ids
 
     def stream(self, ids: list[int], max_new_tokens: int, new_messages: list[dict]) -> Iterator[str]:
-        """Yields the text that follows ids, and appends it to the last message. new_messages: are added first. If the
-        answer is cut within a character, the character comes when the answer goes on."""
+        """Yields the text that follows ids, and appends the text to the last message. new_messages are added to the
+        conversation first. If max_new_tokens cuts the answer within a character, that character comes when the answer
+        is continued."""
         n_free = self.max_seq_len - len(ids)
-        limit = min(max_new_tokens, n_free)
+        max_new_tokens = min(max_new_tokens, n_free)
         completion = self.completion
-        completion.resume(limit)
+        completion.resume(max_new_tokens)
         self.messages += new_messages
-        self.finish_reason = "interrupted"  # it stays so if the caller stops early
+        self.finish_reason = "interrupted"  # remains if the caller stops early
         try:
-            for token in self.new_tokens(ids, limit):
-                piece = completion.add_step([token])
+            for (piece,) in add_steps([completion], self.token_steps(ids, max_new_tokens)):
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
-                if completion.finish_reason:
-                    break
-            is_full = limit == n_free and completion.finish_reason != "stop"
+            is_full = max_new_tokens == n_free and completion.finish_reason != "stop"
             self.finish_reason = "context" if is_full else completion.finish_reason
         finally:
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]
 
-    def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Yields the tokens that follow ids, max_new_tokens at most. Keeps self.cached_ids up to date: all tokens but
-        the newest, which the model gets only in the next step."""
+    def token_steps(self, ids: list[int], max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Yields the tokens that follow ids, at most max_new_tokens, each as a step of its own [1][1]. Keeps
+        self.cached_ids up to date. cached_ids ends before the newest token, which the model gets only in the next
+        step."""
         # Compute at least one token: logits come only from tokens that are computed.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
         for step_tokens in self.generate_tokens(ids, n_cached, max_new_tokens):
-            for (token,) in step_tokens:
+            for token in step_tokens[0]:
                 self.cached_ids += not_cached
                 not_cached = [token]
-                yield token
+                yield [[token]]
 
     def drop_oldest(self) -> list[dict]:
         """Drops the oldest message and its answer, and returns both."""
@@ -168,12 +160,12 @@ class Conversation:
         self.messages.clear()
 
     def to_list(self) -> list[dict]:
-        """All messages, the system message included: [{"role", "content"}]."""
+        """Returns all messages, the system message included: [{"role", "content"}]."""
         return [*self.system, *self.messages]
 
     def load(self, messages: list[dict]):
-        """Replaces all messages, the system message included, by messages, in to_list's form. Raises UsageError, and
-        changes nothing, if they are not a conversation, or not one that the chat template takes."""
+        """Replaces all messages, the system message included. messages: as to_list returns them. Changes nothing if
+        messages are not a conversation, or if the chat template does not take them."""
         messages = check_messages(messages)
         self.tokenizer.encode_chat([*messages, {"role": "user", "content": "Hello"}])
         n_system = len(messages) % 2
@@ -182,14 +174,14 @@ class Conversation:
 
 
 def check_messages(messages) -> list[dict]:
-    """A copy of messages. Raises UsageError if they are not a conversation."""
+    """Returns a copy of messages. Refuses what is not a conversation."""
+    if not isinstance(messages, list):
+        raise UsageError('A conversation is a list of {"role": ..., "content": text}.')
+    copy = [read_message(message) for message in messages]
     try:
-        if not isinstance(messages, list):
-            raise TypeError
-        copy = [{"role": message["role"], "content": message["content"]} for message in messages]
         check_unicode("".join(message["content"] for message in copy))
-    except (KeyError, TypeError, UnicodeError):
-        raise UsageError('A conversation is a list of {"role": ..., "content": text}.') from None
+    except UnicodeEncodeError:
+        raise UsageError("A message of the conversation is not valid UTF-8.") from None
     roles = ["system"] * (len(copy) % 2) + ["user", "assistant"] * (len(copy) // 2)
     if [message["role"] for message in copy] != roles:
         raise UsageError("A conversation is at most one system message, then user's and assistant's messages in turn.")

@@ -31,13 +31,14 @@ LLAMA2_TEMPLATE = """
 {{ ' ' + m.content + ' ' + eos_token }}
 {%- endif -%}
 {%- endfor -%}"""
+ROLES = ("system", "user", "assistant")
 MAX_SECONDS = 10  # time for one template
 MAX_REPEATED = 10**6  # characters or list items that one multiplication may make
 
 
 def render(template: str, names: dict[str, str], messages: list[dict], add_generation_prompt: bool) -> str:
-    """The text of messages in template, which gets the variables and functions that transformers provides. names:
-    special tokens by name, such as bos_token. Raises UsageError."""
+    """Renders messages by template, which gets the variables and functions that transformers provides. names: special
+    tokens by name, such as bos_token."""
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         with time_limit(MAX_SECONDS):
@@ -49,17 +50,35 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
         raise UsageError(f"the checkpoint's chat template failed: {why}") from None
 
 
+def read_message(message) -> dict:
+    """Checks a message from any source, and returns it as templates take it: {"role": ..., "content": text}. As in
+    OpenAI's API, the content may be a list of parts {"type": "text", "text": ...}, and developer is another word for
+    system."""
+    try:
+        role, content = message["role"], message["content"]
+        if isinstance(content, list):
+            content = "\n".join(part["text"] for part in content)
+    except (KeyError, TypeError):
+        role = content = None
+    role = "system" if role == "developer" else role
+    if role not in ROLES or not isinstance(content, str):
+        must = f"a message must have a role ({', '.join(ROLES)}) and a text as content"
+        raise UsageError(f"{must}, and this one is not so: {message!r:.80}")
+    return {"role": role, "content": content}
+
+
 def check_unicode(text: str):
-    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair, which UTF-8 cannot encode."""
+    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair: UTF-8 cannot encode such a
+    text."""
     text.encode()
 
 
 @cache
 def compile_template(template: str) -> Template:
-    # {% generation %} marks the model's words for training. Here it only needs to be a scope, like {% with %}.
+    # {% generation %} marks the model's words for training. Here {% with %}, which only opens a scope, replaces it.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # A single power or product can take all time or memory, and the time limit cannot interrupt it.
+    # The time limit cannot interrupt a single power or product, which can take all time or memory.
     env.intercepted_binops = frozenset({"**", "*"})
     env.binop_table |= {"**": refuse_power, "*": multiply}
     env.filters["tojson"] = to_json
@@ -85,7 +104,7 @@ def refuse_power(a, b):
 
 
 def multiply(a, b):
-    """a * b. Refuses to repeat a text or a list to more than MAX_REPEATED items."""
+    """Computes a * b. Refuses to repeat a text or a list to more than MAX_REPEATED items."""
     is_number = [isinstance(x, (int, float)) for x in (a, b)]
     if not all(is_number):
         sizes = [x if number else len(x) for x, number in zip((a, b), is_number, strict=True)]
@@ -96,7 +115,8 @@ def multiply(a, b):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TemplateError if the context takes longer. Only in the main thread, since only it receives signals."""
+    """Raises TemplateError if the context takes longer than seconds. Works only in the main thread, since no other
+    thread receives signals."""
 
     def stop(signum, frame):
         raise TemplateError(f"it takes more than {seconds} s")

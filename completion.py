@@ -2,7 +2,7 @@
 
     completion = Completion(Request(prompt_ids, max_new_tokens=100), tokenizer, eos_ids)
     completion.add_step([token, ...])         # the tokens of each step; returns the new text
-    completion.finish_reason                  # None as long as it goes on
+    completion.finish_reason                  # None until the text ends
 
     for i, text in generate_many(model, tokenizer, ["One", "Two"], parallel=16, max_new_tokens=20):
         print(i, text)
@@ -19,31 +19,32 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Protocol
 
-from chat_template import check_unicode
+from chat_template import check_unicode, read_message
 from errors import UsageError
 from machine import pick_device
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import GREEDY, Logprobs, Request, Scheduler, check_length, finish_reason
+from scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Completion:
-    """The new text and tokens after the prompt of a request."""
+    """Holds the text and the tokens that follow the prompt of a request."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0, resumable: bool = False
     ):  # fmt: skip
-        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request. resumable: if
-        max_new_tokens cuts the text within a character, hold the character's beginning back until resume has completed
-        it. Otherwise U+FFFD takes its place."""
+        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request. resumable:
+        max_new_tokens may cut the text within a character. Then the beginning of that character is held back until
+        resume has completed it. If not resumable, U+FFFD takes the place of the character."""
         self.request, self.eos_ids, self.index, self.resumable = request, eos_ids, index, resumable
         prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
         self.text = ""
         self.tokens: list[int] = []  # all new tokens, an end token included
-        self.logprobs: list[Logprobs] = []  # of each token, if the request asks for them
+        self.logprobs: list[Logprobs] = []  # of each token, if the request asks for logprobs
         self.step_times: list[float] = []  # when the tokens of each step arrived; the first step is prefill
         self.step_sizes: list[int] = []  # how many tokens each step gave
         self.finish_reason: str | None = None  # "stop": end token or stop string; "length"; "error"
@@ -74,7 +75,8 @@ class Completion:
             self.text += self.detokenizer.end()
 
     def resume(self, max_new_tokens: int):
-        """Lets the text, which has no end token yet, go on for max_new_tokens more tokens. The times begin anew."""
+        """Lets the text go on for max_new_tokens more tokens. The text must not have an end token. The times begin
+        anew."""
         self.request = replace(self.request, max_new_tokens=len(self.tokens) + max_new_tokens)
         self.finish_reason, self.step_times, self.step_sizes = None, [], []
 
@@ -86,9 +88,29 @@ class Completion:
         return self.step_times[-1] - self.step_times[0]
 
 
+class TokenGenerator(Protocol):
+    """Continues a text, token by token. llm.py: build_token_generator makes a TokenGenerator; with speculation,
+    partial(speculate, speculation) is one."""
+
+    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Continues the text token_ids in each of B sequences. Yields the new tokens of each step, [B][n]: n tokens of
+        each sequence. The first n_cached of token_ids are in the KV cache."""
+
+
+def add_steps(completions: list[Completion], steps: Iterable[list[list[int]]]) -> Iterator[list[str]]:
+    """Adds the tokens of each step to completions, until all completions have ended. steps: what a TokenGenerator
+    yields, with a completion for each sequence. Yields after each step the new texts, one for each completion. The text
+    is "" for a completion that ended earlier."""
+    for step_tokens in steps:
+        pairs = zip(completions, step_tokens, strict=True)
+        yield ["" if completion.finish_reason else completion.add_step(tokens) for completion, tokens in pairs]
+        if all(completion.finish_reason for completion in completions):
+            return
+
+
 def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Completion]:
-    """Yields the completion of each of requests, in their order. A request that scheduler refuses does not stop the
-    others. After Ctrl-C, yields the completions that are complete and raises KeyboardInterrupt again."""
+    """Yields the completion of each of requests, in the order of requests. If scheduler refuses a request, the others
+    are still completed. After Ctrl-C, yields the completions that are complete and raises KeyboardInterrupt again."""
     completions = {}
     for i, request in enumerate(requests):
         completions[request] = Completion(request, tokenizer, scheduler.eos_ids, i)
@@ -116,49 +138,53 @@ def check_max_new_tokens(max_new_tokens: int):
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str) -> list[int]:
-    """The ids of a text, or of a chat's messages [{"role": ..., "content": ...}]; none of an empty prompt. Raises
-    UsageError if messages are malformed, if a text comes from bytes that are not UTF-8, and if it certainly exceeds
-    max_seq_len, which the message calls limit: to encode it would take long."""
-    texts = [prompt] if isinstance(prompt, str) else [content_of(message) for message in prompt]
-    for text in texts:
+def build_request(
+    prompt: str | list[dict], tokenizer: Tokenizer, max_new_tokens: int, max_seq_len: int, limit_name: str,
+    sampling: SamplingParams, seed: int = 0, stop: tuple[str, ...] = (),
+) -> Request:  # fmt: skip
+    """Makes a Request to continue prompt: a text, or a chat's messages. Refuses what encode_prompt and check_length
+    refuse."""
+    ids = encode_prompt(prompt, tokenizer, max_seq_len, limit_name)
+    check_length(len(ids), max_new_tokens, max_seq_len, limit_name)
+    return Request(ids, max_new_tokens, sampling, seed, stop, is_chat=not isinstance(prompt, str))
+
+
+def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit_name: str) -> list[int]:
+    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Refuses
+    malformed messages, a text from bytes that are not UTF-8, and a text that certainly has more than max_seq_len
+    tokens, which would take long to encode. limit_name: what the error calls max_seq_len."""
+    is_chat = not isinstance(prompt, str)
+    messages = [read_message(message) for message in prompt] if is_chat else []
+    for text in [message["content"] for message in messages] if is_chat else [prompt]:
         try:
             check_unicode(text)
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
         if tokenizer.exceeds(text, max_seq_len):
-            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit} tokens")
+            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit_name} tokens")
     if not prompt:
         return []
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-
-
-def content_of(message: dict) -> str:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise UsageError(f'a message is {{"role": ..., "content": text}}, not {message!r}')
-    if not isinstance(message["content"], str):
-        raise UsageError(f"a message's content must be a text, not {message['content']!r}")
-    return message["content"]
+    return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
 
 
 class CompletionError(RuntimeError):
-    """A step failed, and with it all completions that it was to advance."""
+    """A step failed, and with the step all completions that were running."""
 
 
 class AsyncCompleter:
-    """Computes the completions of several callers together. Its thread alone uses the scheduler; the event loop does
-    the rest."""
+    """Computes the completions of several callers together. Only a thread of the AsyncCompleter uses the scheduler; the
+    event loop does the rest."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         device = str(scheduler.kv_cache.device)
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
         self.completions: dict[Request, Completion] = {}  # of all callers
-        self.step: asyncio.Task | None = None  # the last one
+        self.step: asyncio.Task | None = None  # the last step
 
     async def complete(self, completions: list[Completion]) -> AsyncIterator[None]:
-        """Yields after each step, in which completions may have grown, until all are complete. A caller that stops
-        early frees their slots. Raises CompletionError if a step fails; later calls are served."""
+        """Yields after each step, in which completions may have grown, until all completions are complete. If a caller
+        stops early, its slots become free. Raises CompletionError if a step fails; later calls are served."""
         for completion in completions:
             request = completion.request
             check_length(len(request.prompt_ids), request.max_new_tokens, self.scheduler.max_seq_len)
@@ -168,9 +194,9 @@ class AsyncCompleter:
                 self.thread.submit(self.scheduler.submit, completion.request)
             is_complete = False
             while not is_complete:
-                if self.step is None or self.step.done():  # whoever waits for a step begins it
+                if self.step is None or self.step.done():  # the first caller that waits begins the step
                     self.step = asyncio.create_task(self.run_step())
-                await asyncio.shield(self.step)  # a caller that is cancelled must not cancel it
+                await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
                 for completion in completions:
                     if completion.error is not None:
                         raise CompletionError(completion.error)
@@ -204,20 +230,18 @@ def generate_many(
     max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
     compile: bool = False,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
-    """Yields (number, continuation) for each of prompts, in order. parallel: how many are computed at a time. A prompt
-    is a text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: stop strings,
-    which end a continuation and are not part of it. compile: record the steps on a GPU, too. Raises UsageError."""
+    """Yields (number, continuation) for each of prompts, in order. parallel: how many prompts are computed at a time. A
+    prompt is a text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: stop
+    strings, which end a continuation and are not part of it. compile: record the steps on a GPU, too."""
     check_max_new_tokens(max_new_tokens)
     context, requests = model.config.max_seq_len, []
+    limit_name = f"the model's context of {context}"
     for i, prompt in enumerate(prompts):
         try:
-            ids = encode_prompt(prompt, tokenizer, context, f"the model's context of {context}")
+            request = build_request(prompt, tokenizer, max_new_tokens, context, limit_name, sampling, seed + i, stop)
         except UsageError as e:
             raise UsageError(f"prompt {i}: {e}") from None
-        requests.append(Request(ids, max_new_tokens, sampling, seed + i, stop, is_chat=not isinstance(prompt, str)))
-    max_seq_len = max((len(request.prompt_ids) for request in requests), default=1) + max_new_tokens
-    scheduler = Scheduler(model, max(1, min(parallel, len(requests))), max_seq_len, compile=compile)
+        requests.append(request)
+    scheduler = build_scheduler(model, requests, parallel, compile=compile)
     for completion in complete_all(scheduler, tokenizer, requests):
-        if completion.error:
-            raise UsageError(f"prompt {completion.index}: {completion.error}")
         yield completion.index, completion.text

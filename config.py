@@ -132,7 +132,7 @@ class ModelConfig:
             raise UsageError(f"the checkpoint's config does not fit this version ({e}); convert it again") from None
 
     def __post_init__(self):
-        check_sizes(self)
+        check_dimensions(self)
         check_rope(self)
         check_options(self)
 
@@ -144,7 +144,7 @@ def lists_to_tuples(fields: dict) -> dict:
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_sizes(config: ModelConfig):
+def check_dimensions(config: ModelConfig):
     for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
         check_size(f"the model's {name}", getattr(config, name))
     if config.sliding_window is not None:

@@ -3,27 +3,12 @@
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
 Text goes to stdout, a summary to stderr. With --json, stdout has one JSON object for each prompt and nothing else.
-From Python:
-
-    llm = LLM("checkpoints/SmolLM2-135M-Instruct/model.pth", temperature=0.8)
-    for piece in llm.generate("Hello", max_new_tokens=50):
-        print(piece, end="", flush=True)
-
-The parts of LLM, which do batches and more:
-
-    model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
-    prompt = torch.tensor([tokenizer.encode("Hello")])
-    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
-    steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8))
-    for ids in generate(steps, prompt, n_cached=0, max_new_tokens=50):
-        print(tokenizer.decode(ids))
+llm.py generates from Python.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +19,10 @@ if __name__ == "__main__":
     exit_on_interrupt()  # also while the modules below are imported, which takes seconds
 
 import torch
-from torch import Tensor
 
 import tp
-from chat import Conversation, TokenGenerator
+from chat import Conversation
 from cli.arguments import parse_args
-from cli.checkpoints import resolve_checkpoint
 from cli.complete import complete_in_parallel, complete_one_by_one
 from cli.options import set_threads
 from cli.prompts import Prompt, read_prompts
@@ -47,144 +30,18 @@ from cli.ranks import process_group
 from cli.script import run_script
 from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
-from completion import Completion, check_max_new_tokens, encode_prompt, generate_many
-from errors import UsageError
+from llm import LLM, build_token_generator, generate
 from loading import load, load_model
 from machine import pick_device
-from model import KVCache, Transformer
-from sampling import SamplingParams
-from scheduler import Request, check_length
+from model import Transformer
 from speculate import speculate
-from steps import GenerationSteps, build_steps, check_finite, make_kv_cache
+from steps import build_steps, make_kv_cache
 from tokenizer import Tokenizer
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
-
-
-@torch.inference_mode()
-def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Yields the next token of each sequence, max_new_tokens times. prompt [B, T] follows n_cached tokens that are in
-    the KV cache, which must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits are not
-    finite."""
-    start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
-    tokens = steps.prefill(prompt, start_pos)
-    start_pos = start_pos + prompt.shape[1]
-    for n_left in reversed(range(max_new_tokens)):
-        read_ids = copy_to_host_async(tokens)
-        # A GPU gets its next step before the host waits for the tokens of this one, so that it computes while the host
-        # handles them. The next step may overwrite tokens, the buffer of a recorded step. But the copy to the host
-        # precedes that step in the stream. A CPU would compute the next step now, in vain if the caller stops here.
-        next_is_queued = tokens.is_cuda and n_left > 0
-        if next_is_queued:
-            tokens, start_pos = decode(steps, tokens, start_pos)
-        ids = read_ids()
-        check_finite(ids)
-        yield ids
-        if n_left > 0 and not next_is_queued:
-            tokens, start_pos = decode(steps, tokens, start_pos)
-
-
-def decode(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
-    """One decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
-    # Logits that are not finite give token -1, which the embedding does not have. On a GPU this step starts before the
-    # host has checked the tokens.
-    inputs = tokens[:, None].clamp(min=0)
-    return steps.decode(inputs, start_pos), start_pos + 1
-
-
-def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy tokens [B] to the host, and returns a function that waits for the copy and returns the tokens. It
-    does not wait for steps that are queued on the GPU after the copy."""
-    if not tokens.is_cuda:
-        return tokens.tolist
-    copy = tokens.to("cpu", non_blocking=True)
-    is_done = torch.cuda.Event()
-    is_done.record()
-
-    def read() -> list[int]:
-        is_done.synchronize()
-        return copy.tolist()
-
-    return read
-
-
-def build_token_generator(steps: GenerationSteps, kv_cache: KVCache) -> TokenGenerator:
-    """A TokenGenerator that continues a text in every sequence of kv_cache, one token a step. speculate.speculate does
-    the same with several tokens a step."""
-
-    def generate_tokens(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        prompt = torch.tensor([token_ids[n_cached:]] * kv_cache.batch_size, device=kv_cache.device)
-        for ids in generate(steps, prompt, n_cached, max_new_tokens):
-            yield [ids]
-
-    return generate_tokens
-
-
-class LLM:
-    """A model for use from Python: text in, text out."""
-
-    def __init__(
-        self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
-        max_seq_len: int = 2048, compile: bool = False, **sampling,
-    ):  # fmt: skip
-        """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (cli/checkpoints.py).
-        device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
-        have, at most the model's own. compile: as --compile. sampling: fields of SamplingParams, such as temperature.
-        Raises UsageError."""
-        names = [field.name for field in fields(SamplingParams)]
-        for name in sampling:
-            if name not in names:
-                raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
-        self.sampling, self.compile = SamplingParams(**sampling), compile
-        path = resolve_checkpoint(checkpoint_path)
-        self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
-        self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_generators: list[TokenGenerator] = []  # those that no text is using
-
-    def new_token_generator(self) -> TokenGenerator:
-        """A TokenGenerator with a new KV cache."""
-        kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
-
-    def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """Yields what follows prompt, piece by piece, up to an end token or one of the stop strings. Several texts may
-        be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]. Raises
-        UsageError."""
-        check_max_new_tokens(max_new_tokens)
-        limit = f"max_seq_len, {self.max_seq_len}"
-        prompt_ids = encode_prompt(prompt, self.tokenizer, self.max_seq_len, limit)
-        check_length(len(prompt_ids), max_new_tokens, self.max_seq_len, limit)
-        request = Request(prompt_ids, max_new_tokens, self.sampling, stop=stop, is_chat=not isinstance(prompt, str))
-        completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
-        generate_tokens = self.free_generators.pop() if self.free_generators else self.new_token_generator()
-        try:
-            for step_tokens in generate_tokens(prompt_ids, 0, max_new_tokens):
-                text = completion.add_step(sequences[0] for sequences in step_tokens)
-                if text:
-                    yield text
-                if completion.finish_reason:
-                    return
-        finally:
-            self.free_generators.append(generate_tokens)
-
-    def generate_many(
-        self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
-        stop: tuple[str, ...] = (), seed: int = 0,
-    ) -> Iterator[tuple[int, str]]:  # fmt: skip
-        """Yields (number, continuation) for each of prompts: see completion.generate_many."""
-        options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
-        return generate_many(self.model, self.tokenizer, prompts, *options)
-
-    def chat(self, system: str | None = None) -> Conversation:
-        """A new conversation; its answer method takes the messages. system: the system message."""
-        generate_tokens, eos_ids = self.new_token_generator(), self.model.config.eos_ids
-        return Conversation(self.tokenizer, generate_tokens, self.max_seq_len, eos_ids, system)
-
-
-# ---- The command line -----------------------------------------------------------------------------------------------
 
 
 def main():

@@ -1,6 +1,6 @@
 """Many prompts at once: continuous batching over a static KV cache.
 
-    scheduler = Scheduler(model, parallel=16, max_seq_len=2048)
+    scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
     scheduler.submit(Request(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
         for new in scheduler.step():
@@ -38,7 +38,7 @@ from sampling import SamplingParams, sample
 from steps import (
     ModelRunner,
     apply_repetition_penalty,
-    check_finite,
+    check_sampled_ids,
     kv_bytes_per_token,
     make_kv_cache,
     prefill_logits,
@@ -57,24 +57,24 @@ class Request:
     sampling: SamplingParams = GREEDY
     seed: int = 0
     stop: tuple[str, ...] = ()  # stop strings, which end the new text; see completion.py
-    is_chat: bool = False  # detokenize the new text without the prompt as context: it is an answer of its own
+    is_chat: bool = False  # the new text is an answer: detokenize it without the prompt as context
     n_logprobs: int | None = None  # how many of the likeliest tokens to report in each step; None: no probabilities
-    start_time: float | None = None  # when its prefill began
+    start_time: float | None = None  # when prefill began
 
 
-def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit: str | None = None):
-    """Raises UsageError if the prompt is empty, or if prompt and new tokens exceed max_seq_len. limit: what the message
-    calls max_seq_len."""
+def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit_name: str | None = None):
+    """Refuses a prompt that is empty, or that exceeds max_seq_len with its new tokens. limit_name: what the error calls
+    max_seq_len."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
         excess = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed"
-        raise UsageError(f"{excess} {limit or max_seq_len}")
+        raise UsageError(f"{excess} {limit_name or max_seq_len}")
 
 
 def finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
-    """Why token, the last of n_new_tokens, ends a text: "stop": it is an end token; "length": it is the last one that
-    was asked for. None: the text goes on. (Stop strings are completion.py's.)"""
+    """Says why token, the last of n_new_tokens, ends a text. "stop": token is an end token. "length": the text has all
+    max_new_tokens. None: the text goes on. completion.py looks for stop strings."""
     if token in eos_ids:
         return "stop"
     return "length" if n_new_tokens == max_new_tokens else None
@@ -90,17 +90,17 @@ class Logprobs(NamedTuple):
 class NewToken(NamedTuple):
     request: Request
     token: int
-    finish_reason: str | None  # see the function of this name
+    finish_reason: str | None  # see the function finish_reason
     logprobs: Logprobs | None
 
 
 @dataclass(eq=False)
-class Sequence:
-    """A request that is running, in a slot."""
+class RunningRequest:
+    """A request that runs in a slot of the KV cache."""
 
     request: Request
-    generator: torch.Generator  # of its random numbers
-    new_ids: list[int] = field(default_factory=list)  # the last one has not been fed to the model yet
+    generator: torch.Generator  # of random numbers, for sampling
+    new_ids: list[int] = field(default_factory=list)  # the model has not been fed the last one yet
 
 
 class Scheduler:
@@ -108,26 +108,26 @@ class Scheduler:
     max_new_tokens, or by cancel."""
 
     def __init__(
-        self, model: Transformer, parallel: int, max_seq_len: int, eos_ids: set[int] | None = None,
+        self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
         compile: bool = False,
     ):  # fmt: skip
-        """parallel: sequences at a time. max_seq_len: most tokens of a sequence, its prompt included. eos_ids: the
-        tokens that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises
+        """n_slots: how many sequences run at a time. max_seq_len: most tokens of a sequence, its prompt included.
+        eos_ids: the tokens that end a sequence; None: the model's. compile: record the steps on a GPU, too. Raises
         OutOfMemoryError if memory is too small for the KV cache."""
-        self.model, self.parallel, self.max_seq_len = model, parallel, max_seq_len
+        self.model, self.n_slots, self.max_seq_len = model, n_slots, max_seq_len
         self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
-        self.kv_cache = make_kv_cache(model, parallel, max_seq_len)
+        self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
         # torch.compile would compile anew for every number of running sequences, so not without kernels.
-        compile = compile and model.uses_kernels(parallel, 1)
+        compile = compile and model.uses_kernels(n_slots, 1)
         self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
-        self.running: list[Sequence | None] = []  # by slot; None: it has ended
+        self.running: list[RunningRequest | None] = []  # by slot; None: the request has ended
         # For each slot, the ids of the tokens whose keys and values it holds. They stay after the slot's sequence has
         # ended, for a later prompt that begins with the same tokens.
-        self.cached_ids: list[list[int]] = [[] for _ in range(parallel)]
+        self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
 
     def submit(self, request: Request):
-        """Queues request. Raises UsageError if it does not fit a slot."""
+        """Queues request. Refuses a request that does not fit a slot."""
         check_length(len(request.prompt_ids), request.max_new_tokens, self.max_seq_len)
         self.waiting.append(request)
 
@@ -155,7 +155,7 @@ class Scheduler:
         """A free slot, at the end of self.running if there is none before. None: all are in use."""
         if None in self.running:
             return self.running.index(None)
-        if len(self.running) == self.parallel:
+        if len(self.running) == self.n_slots:
             return None
         self.running.append(None)
         return len(self.running) - 1
@@ -168,7 +168,7 @@ class Scheduler:
         start_pos = torch.tensor([n_cached], device=self.kv_cache.device)
         logits = prefill_logits(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1))
         self.cached_ids[slot] = list(request.prompt_ids)
-        self.running[slot] = Sequence(request, torch.Generator().manual_seed(request.seed))
+        self.running[slot] = RunningRequest(request, torch.Generator().manual_seed(request.seed))
         return self.sample_next(range(slot, slot + 1), logits, tokens, start_pos)
 
     def decode(self) -> list[NewToken]:
@@ -188,7 +188,7 @@ class Scheduler:
         sequences = self.running[slots.start : slots.stop]
         scores = self.apply_repetition_penalties(slots, logits, tokens, start_pos)
         ids = tp.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
-        check_finite(ids)
+        check_sampled_ids(ids)
         new_tokens = []
         for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):
             request = sequence.request
@@ -236,17 +236,32 @@ class Scheduler:
             self.running[target], self.cached_ids[target] = sequence, list(self.cached_ids[source])
 
 
+def build_scheduler(
+    model: Transformer, requests: list[Request], parallel: int, eos_ids: set[int] | None = None, compile: bool = False
+) -> Scheduler:
+    """Returns a Scheduler for requests, which runs up to parallel of them at a time."""
+    n_slots = max(1, min(parallel, len(requests)))
+    return Scheduler(model, n_slots, longest_seq_len(model, requests), eos_ids, compile)
+
+
+def longest_seq_len(model: Transformer, requests: list[Request]) -> int:
+    """Returns the length of the longest of requests, with its new tokens, but at most the model's context.
+    Scheduler.submit refuses what is longer."""
+    longest = max((len(request.prompt_ids) + request.max_new_tokens for request in requests), default=1)
+    return min(longest, model.config.max_seq_len)
+
+
 def return_logits(logits: Tensor, *_) -> Tensor:
     """A sampler for ModelRunner that leaves sampling to the scheduler: each sequence has its own options."""
     return logits
 
 
-def max_parallel(model: Transformer, max_seq_len: int) -> int:
-    """How many sequences of max_seq_len tokens main memory has room for."""
+def max_slots(model: Transformer, max_seq_len: int) -> int:
+    """Returns how many sequences of max_seq_len tokens main memory has room for."""
     return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[Sequence], backend: str = "torch") -> Tensor:
+def sample_each(logits: Tensor, sequences: list[RunningRequest], backend: str = "torch") -> Tensor:
     """Samples a token for each of n sequences: logits [n, V] -> ids [n]. Each sequence has its own sampling options and
     random numbers. backend: whose kernel may sample (kernels/ops.py)."""
     options = {sequence.request.sampling for sequence in sequences}
@@ -260,7 +275,7 @@ def sample_each(logits: Tensor, sequences: list[Sequence], backend: str = "torch
 
 
 def compute_logprobs(logits: Tensor, token: int, n: int) -> Logprobs:
-    """The log-probability of token and the n likeliest tokens, from logits [V]."""
+    """Computes the log-probability of token and the n likeliest tokens, from logits [V]."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, len(logprobs)))
     return Logprobs(logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -25,7 +25,7 @@ from torch import Tensor
 import tp
 from model import KVCache, Transformer
 from sampling import SamplingParams, multinomial, probabilities, sample
-from steps import GenerationSteps, ModelRunner, StepFunction, apply_repetition_penalty, build_steps, check_finite
+from steps import GenerationSteps, ModelRunner, StepFunction, apply_repetition_penalty, build_steps, check_sampled_ids
 
 MAX_DRAFT_TOKENS = 32  # limit of --speculate_k and --prompt_lookup
 # The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
@@ -100,7 +100,7 @@ def build_speculative_decoder(
 def speculate(
     speculation: SpeculativeDecoder, token_ids: list[int], n_cached: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
-    """Continues the text token_ids by max_new_tokens tokens. Yields the tokens of each step, [n][1]: one or several
+    """Continues the text token_ids by max_new_tokens tokens. Yields the tokens of each step, [1][n]: one or several
     tokens, for a batch of one. n_cached: how many of token_ids are in the KV cache."""
     proposer, device = speculation.proposer, speculation.device
     token_ids, n_left = list(token_ids), max_new_tokens
@@ -109,8 +109,8 @@ def speculate(
     prompt = torch.tensor([token_ids[n_cached:]], device=device)
     tokens = speculation.steps.prefill(prompt, torch.tensor([n_cached], device=device)).tolist()
     while True:
-        check_finite(tokens)
-        yield [[token] for token in tokens]
+        check_sampled_ids(tokens)
+        yield [tokens]
         token_ids += tokens
         n_left -= len(tokens)
         if n_left == 0:
@@ -157,7 +157,7 @@ def rejection_sample(
     residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may have left nothing
     tokens = torch.cat([draft_tokens, draft_tokens[:1]]).scatter(0, n_accepted, multinomial(residual))
     result = torch.cat([n_accepted, tokens])
-    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # n_accepted is 0, the token -1: check_finite raises
+    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # n_accepted is 0, the token -1: check_sampled_ids raises
     return torch.where(logits.sum().isfinite(), result, not_finite)
 
 

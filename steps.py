@@ -247,7 +247,7 @@ def can_be_one_graph(model: Transformer) -> bool:
     return model.config.moe is None
 
 
-def check_finite(ids: list[int]):
+def check_sampled_ids(ids: list[int]):
     """Raises UsageError if sampling found logits that are not finite."""
     if min(ids) < 0:
         raise UsageError(NOT_FINITE)

@@ -26,7 +26,7 @@ from tokenizer_files import (
     read_vocab_and_merges,
 )
 
-SENTINEL = str(secrets.randbits(128))  # in no text; it has only digits, which no filter of a template changes
+SENTINEL = str(secrets.randbits(128))  # occurs in no text; no filter of a template changes digits
 MATCHES_NOTHING = "(?!)"  # a regular expression
 SAMPLE_LENGTH = 16  # exceeds encodes so many characters for each token that a text may have
 
@@ -34,50 +34,52 @@ Part = str | int  # a piece of a prompt: text, or the id of a special token
 
 
 class Tokenizer:
-    """The interface to both libraries. A subclass sets the fields below, and implements encode_parts and
+    """Defines the interface to both libraries. A subclass sets the fields below, and implements encode_parts and
     token_bytes."""
 
     vocab_size: int  # one more than the largest id
     bos_ids: list[int]  # the ids that every text begins with: bos, or none
     special_token_ids: dict[str, int]  # by the special token's text
-    text_token_ids: dict[str, int] = {}  # by text: added tokens that are not special and that the library lacks
+    added_token_ids: dict[str, int] = {}  # by text: added tokens that are not special and that the library lacks
     drops_space: bool  # whether the first token of a text begins with a space that the library has added
 
     def __init__(self, config: TokenizerConfig):
         self.special_tokens_map, self.chat_template = config.special_tokens_map, config.chat_template
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """The ids of a text to continue, in which special tokens may be written. They begin with the checkpoint's
-        beginning-of-sequence token, if it has one and bos is True; it is not added to a text that begins with it. There
-        is no end-of-sequence token, even if the tokenizer's settings append one."""
+        """Encodes a text to continue, in which special tokens may be written. If the checkpoint has a
+        beginning-of-sequence token and bos is True, the ids begin with that token; a text that begins with the token
+        gets no second one. The ids never end with an end-of-sequence token, even if the tokenizer's settings append
+        one."""
         ids = self.encode_parts(self.split_at_special_tokens(text))
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return self.bos_ids + ids if bos and not has_bos else ids
 
     def exceeds(self, text: str, n_tokens: int) -> bool:
-        """Whether text is so long that it certainly has more than n_tokens tokens. Only its beginning is encoded, since
-        100 MB take minutes. The rest of the text can change the last tokens of the beginning, but not half of them."""
+        """Tells whether text certainly has more than n_tokens tokens. To encode 100 MB would take minutes, so only the
+        beginning of text is encoded. The rest of text can change the last tokens of the beginning, but not half of
+        them."""
         if len(text) <= SAMPLE_LENGTH * n_tokens:
             return False
-        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow the white space before it
+        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow white space to its left
         return len(self.encode(beginning)) > 2 * n_tokens
 
     def decode(self, ids: Iterable[int], prefix_ids: Iterable[int] = ()) -> str:
-        """The text of ids. Special tokens have no text; bytes that are not valid UTF-8 become U+FFFD.
+        """Returns the text of ids. Special tokens have no text; bytes that are not valid UTF-8 become U+FFFD.
 
-        prefix_ids: the ids that precede these. If any of them has text, the leading space of the first id is kept. At
-        the start of a text it is dropped."""
+        prefix_ids: the ids that precede ids. If any of prefix_ids has text, the leading space of the first id is kept.
+        At the start of a text the space is dropped."""
         return "".join(detokenize(self, ids, prefix_ids))
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation [{"role": "system" | "user" | "assistant", "content": text}], written out by the
-        checkpoint's chat template. Special tokens that are written in a message stay text. Raises UsageError if there
-        is no template, or if it fails."""
+        """Encodes a conversation [{"role": "system" | "user" | "assistant", "content": text}], as the checkpoint's chat
+        template renders it. Special tokens that are written in a message stay text. Raises UsageError if the checkpoint
+        has no template, or if the template fails."""
         marked = [message | {"content": self.escape_special_tokens(message["content"])} for message in messages]
         return self.encode_parts(self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt)))
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        """A conversation's text, in which the template's special tokens are written. Raises UsageError."""
+        """Renders a conversation as a text, in which the template's special tokens are written."""
         template, names = self.chat_template, self.special_tokens_map
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
@@ -87,13 +89,14 @@ class Tokenizer:
         return render(template, names, messages, add_generation_prompt)
 
     def eos_ids(self) -> list[int]:
-        """The tokens that end a text: eos_token, and what the chat template puts after an assistant's message."""
+        """Returns the tokens that end a text: eos_token, and what the chat template puts after an assistant's
+        message."""
         ends = [self.special_token_ids.get(self.special_tokens_map.get("eos_token")), self.end_of_turn()]
         return [i for i in ends if i is not None]
 
     def end_of_turn(self) -> int | None:
-        """The special token that the chat template puts right after an assistant's message, white space aside. None if
-        there is none, or if the template fails."""
+        """Returns the special token that the chat template puts right after an assistant's message, white space aside.
+        Returns None if the template puts none, or if the template fails."""
         answer = "An answer."
         messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
         try:
@@ -105,12 +108,13 @@ class Tokenizer:
         return parts[1] if follows_directly else None
 
     def drop_special_tokens(self, n_tokens: int):
-        """Treats special tokens, and text_token_ids, with ids from n_tokens on as text, unless other tokens have such
-        ids, too. Gemma 3's tokenizer has such a token, for images, and its smallest model has no embedding for it."""
-        droppable = {*self.special_token_ids.values(), *self.text_token_ids.values()}
+        """Makes special tokens, and added_token_ids, into text if their ids are n_tokens or more. Does nothing if other
+        tokens have such ids, too. Gemma 3's tokenizer has such a token, for images, and the smallest Gemma 3 has no
+        embedding for that token."""
+        droppable = {*self.special_token_ids.values(), *self.added_token_ids.values()}
         if all(i in droppable for i in range(n_tokens, self.vocab_size)):
             self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
-            self.text_token_ids = {piece: i for piece, i in self.text_token_ids.items() if i < n_tokens}
+            self.added_token_ids = {piece: i for piece, i in self.added_token_ids.items() if i < n_tokens}
             self.vocab_size = min(self.vocab_size, n_tokens)
 
     def escape_special_tokens(self, text: str) -> str:
@@ -124,11 +128,12 @@ class Tokenizer:
         return split_at(text, self.special_token_ids)
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
-        """The ids of one prompt, given in parts. A part that is text stays text, whatever it looks like."""
+        """Encodes the parts of one prompt. A part that is text stays text, whatever it looks like."""
         raise NotImplementedError
 
     def token_bytes(self, i: int) -> bytes:
-        """The UTF-8 of token i, which may end within a character. b"" for a special token and for an unknown id."""
+        """Returns the UTF-8 of token i, which may end within a character. Returns b"" for a special token and for an
+        unknown id."""
         raise NotImplementedError
 
 
@@ -153,7 +158,8 @@ class IncrementalDetokenizer:
         self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in prefix_ids)
 
     def push(self, i: int) -> str:
-        """Returns the text that id i completes: "" if it ends within a character, or perhaps within a stop string."""
+        """Returns the text that id i completes. Returns "" if the text ends within a character, or perhaps within a
+        stop string."""
         data = self.tokenizer.token_bytes(i)
         if self.at_start and data:
             data = data.removeprefix(b" ")
@@ -161,7 +167,7 @@ class IncrementalDetokenizer:
         return self.stop_finder.push(self.utf8.decode(data))
 
     def end(self) -> str:
-        """Call after the last id. Returns the text that was held back. U+FFFD stands for an incomplete character."""
+        """Returns the text that was held back. Call it after the last id. U+FFFD stands for an incomplete character."""
         return self.stop_finder.push(self.utf8.decode(b"", final=True)) + self.stop_finder.end()
 
     @property
@@ -182,7 +188,7 @@ def detokenize(tokenizer: Tokenizer, ids: Iterable[int], prefix_ids: Iterable[in
 
 
 def common_prefix_length(a: list[int], b: list[int]) -> int:
-    """How many ids a and b have in common at their beginning."""
+    """Returns how many ids a and b have in common at their beginning."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
@@ -199,14 +205,14 @@ class StopStringFinder:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """Returns the text that now certainly comes before any stop string."""
+        """Returns the text that certainly comes before any stop string."""
         text, self.held = self.held + piece, ""
         if self.found:
             return ""
         places = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
         if places:
             self.found = True
-            _, start = min(places)  # of the stop string that is complete first
+            _, start = min(places)  # the stop string that is complete first
             return text[:start]
         n_held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         n_known = len(text) - n_held
@@ -214,13 +220,13 @@ class StopStringFinder:
         return text[:n_known]
 
     def end(self) -> str:
-        """Call after the last piece. Returns the text that was held back."""
+        """Returns the text that was held back. Call it after the last piece."""
         rest, self.held = self.held, ""
         return rest
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder. Raises UsageError."""
+    """Returns the tokenizer in a checkpoint's folder."""
     config = read_tokenizer_config(folder)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(read_tokenizer_json(folder / "tokenizer.json"), config)
@@ -243,7 +249,7 @@ class JsonTokenizer(Tokenizer):
         self.library = library
         added = config.merge_added_tokens(library.get_added_tokens_decoder())
         library.add_tokens(list(added.values()))  # one that the library knows gets other flags
-        library.add_tokens(config.further_tokens(added))
+        library.add_tokens(config.missing_special_tokens(added))
         self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
@@ -257,8 +263,9 @@ class JsonTokenizer(Tokenizer):
         self.byte_of = byte_level_alphabet()
 
     def add_placeholders(self):
-        """Makes the library treat special tokens in a text as text, and adds a placeholder token for each of them. So
-        encode_parts can join text and special tokens to one string, which the library then encodes as a whole."""
+        """Makes the library treat special tokens in a text as text, and adds a placeholder token for each special
+        token. So encode_parts can join text and special tokens to one string, which the library then encodes as a
+        whole."""
         self.library.encode_special_tokens = True
         self.placeholder = {i: f"<{SENTINEL}:{i}>" for i in self.special_tokens}
         placeholders = []
@@ -281,7 +288,7 @@ class JsonTokenizer(Tokenizer):
             return bytes(self.byte_of[character] for character in piece)
         if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
-        # The decoder may drop a space at the start of a text, so decode this piece after another one.
+        # The decoder may drop a space at the start of a text, so decode the piece after an "a".
         return self.decode_pieces(["a", piece])[1:].encode()
 
     def decode_pieces(self, pieces: list[str]) -> str:
@@ -289,8 +296,8 @@ class JsonTokenizer(Tokenizer):
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level piece stands for, as in GPT-2. A byte that is a printable character
-    stands for itself. The others are written, in order, as U+0100, U+0101 ..."""
+    """Returns the byte that each character of a byte-level piece stands for, as in GPT-2. A byte that is a printable
+    character stands for itself. The other bytes are written, in order, as U+0100, U+0101 ..."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     printing = [byte for byte in range(256) if chr(byte) in alphabet]
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
@@ -301,7 +308,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    ANCHOR = "\ue000"  # a character that is in no piece, so its ids do not depend on what follows it
+    ANCHOR = "\ue000"  # a character that no piece contains: its ids do not depend on the next character
 
     def __init__(self, path: Path, config: TokenizerConfig):
         super().__init__(config)
@@ -310,17 +317,17 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = {library.id_to_piece(i): i for i in range(self.n_pieces)}
         added = config.merge_added_tokens({})
         ids = pieces | {token.content: i for i, token in added.items()}
-        further = config.further_tokens(added)
+        further = config.missing_special_tokens(added)
         for token in further:
             ids.setdefault(token.content, max(ids.values(), default=-1) + 1)
         tokens = [*added.values(), *further]
         control = {piece: i for piece, i in pieces.items() if library.is_control(i)}
         self.special_token_ids = control | {token.content: ids[token.content] for token in tokens if token.special}
         others = {token.content: i for i, token in added.items() if not token.special}
-        self.text_token_ids = {piece: i for piece, i in others.items() if pieces.get(piece) != i}
+        self.added_token_ids = {piece: i for piece, i in others.items() if pieces.get(piece) != i}
         self.ids_with_lstrip = {ids[token.content] for token in tokens if token.lstrip}
         self.ids_with_rstrip = {ids[token.content] for token in tokens if token.rstrip}
-        self.text_of = {i: piece for piece, i in self.text_token_ids.items()}
+        self.text_of = {i: piece for piece, i in self.added_token_ids.items()}
         self.ids_without_text = {library.unk_id(), *self.special_token_ids.values()}
         self.vocab_size = max(ids.values(), default=-1) + 1
         for name, i in {"bos_token": library.bos_id(), "eos_token": library.eos_id()}.items():
@@ -333,9 +340,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
         """Encodes the parts one by one. Sentencepiece puts a space before every text that it encodes. That is right for
-        the first part, and in tokenizers with the setting "legacy" also for other parts that do not begin with a space.
-        For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and both are cut off."""
-        parts = self.swallow_spaces([piece for part in parts for piece in self.split_at_text_tokens(part)])
+        the first part. In tokenizers with the setting "legacy" it is also right for other parts that do not begin with
+        a space. For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and the ids of space
+        and ANCHOR are cut off."""
+        parts = self.swallow_spaces([piece for part in parts for piece in self.split_at_added_tokens(part)])
         n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
         for number, part in enumerate(parts):
             if isinstance(part, int):
@@ -346,12 +354,12 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self.library.encode(self.ANCHOR + part)[n_anchor:]
         return ids
 
-    def split_at_text_tokens(self, part: Part) -> list[Part]:
-        """Added tokens that are not special are such tokens in every text."""
-        return split_at(part, self.text_token_ids) if isinstance(part, str) else [part]
+    def split_at_added_tokens(self, part: Part) -> list[Part]:
+        """Splits a text at added tokens that are not special. Such tokens count in every text."""
+        return split_at(part, self.added_token_ids) if isinstance(part, str) else [part]
 
     def swallow_spaces(self, parts: list[Part]) -> list[Part]:
-        """Cuts white space beside added tokens with lstrip (to their left) or rstrip (to their right)."""
+        """Cuts white space beside added tokens: to the left of those with lstrip, to the right of those with rstrip."""
         for k, text in enumerate(parts):
             if isinstance(text, str):
                 if k > 0 and parts[k - 1] in self.ids_with_rstrip:

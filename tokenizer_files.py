@@ -1,10 +1,10 @@
-"""The files that a checkpoint's tokenizer consists of.
+"""Reads the files of a checkpoint's tokenizer.
 
     config = read_tokenizer_config(Path("checkpoints/SmolLM2-135M-Instruct"))
     library = read_tokenizer_json(Path("checkpoints/SmolLM2-135M-Instruct/tokenizer.json"))
 
-A tokenizer is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. What the files
-beside it say of special and added tokens is put together as in transformers.
+A tokenizer is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. What the other
+files say of special and added tokens is put together as in transformers.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from chat_template import check_unicode
 from errors import UsageError
 from files import read_json
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files that are one; the first that is there counts
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each is a tokenizer; the first file found counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")  # fmt: skip
-# Special tokens that have no id yet get one in this order.
+# Special tokens without an id get new ids in this order.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-NAMELESS_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first that is there counts
+UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first field found counts
 TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 
 # The pattern by which Qwen2 cuts a text before byte-level BPE
@@ -34,8 +34,8 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Tokenizers that vocab.json and merges.txt define, by tokenizer_class, with the special tokens that these classes have
-# where the files name none
+# tokenizer_class -> the special tokens of that class, if the files name none. These are the classes that vocab.json and
+# merges.txt define.
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_CLASSES = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
@@ -45,31 +45,33 @@ VOCAB_CLASSES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What the files beside the tokenizer say. All of them may be missing."""
+    """Holds what the files beside the tokenizer say. Any of these files may be missing."""
 
     fields: dict  # of tokenizer_config.json, overridden by special_tokens_map.json
     special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
-    special_tokens: list[AddedToken]  # those of special_tokens_map, then those that have no name
+    special_tokens: list[AddedToken]  # the tokens of special_tokens_map, then tokens without a name
     added_tokens: dict[int, AddedToken]  # by id
-    overrides_tokenizer: bool  # whether added_tokens count more than those in tokenizer.json
+    overrides_tokenizer: bool  # whether added_tokens override tokenizer.json's
     chat_template: str | None
 
     def merge_added_tokens(self, own: dict[int, AddedToken]) -> dict[int, AddedToken]:
-        """All added tokens by id, those in tokenizer.json (own) included. One that has a name is special."""
+        """Returns all added tokens by id. own: the added tokens in tokenizer.json. A token that has a name is
+        special."""
         table = own | self.added_tokens if self.overrides_tokenizer else self.added_tokens | own
         for token in table.values():
             token.special = token.special or token.content in self.special_tokens_map.values()
         return dict(sorted(table.items()))
 
-    def further_tokens(self, added_tokens: dict[int, AddedToken]) -> list[AddedToken]:
-        """The special tokens that are not in added_tokens."""
+    def missing_special_tokens(self, added_tokens: dict[int, AddedToken]) -> list[AddedToken]:
+        """Returns the special tokens that are not in added_tokens."""
         known = {token.content for token in added_tokens.values()}
         return [token for token in self.special_tokens if token.content not in known]
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
-    """Raises UsageError. As in transformers, special_tokens_map.json and added_tokens.json count only if
-    tokenizer_config.json has no added_tokens_decoder. Tokens in added_tokens.json are special if they are named."""
+    """Reads the files beside the tokenizer in folder. As in transformers, special_tokens_map.json and added_tokens.json
+    count only if tokenizer_config.json has no added_tokens_decoder. A token in added_tokens.json is special if another
+    file names it."""
     path = folder / "tokenizer_config.json"
     fields = read_fields(path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -82,35 +84,35 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
                 added_tokens[check_id(int(i))] = make_added_token(token)
     else:
         fields |= read_fields(folder / "special_tokens_map.json")
-    named, nameless = special_tokens(fields)
+    named, unnamed = special_tokens(fields)
     if not overrides_tokenizer:
-        contents = {token.content for token in (*named.values(), *nameless)}
+        contents = {token.content for token in (*named.values(), *unnamed)}
         with refuse_broken(folder / "added_tokens.json"):
             for piece, i in read_json(folder / "added_tokens.json", {}).items():
                 added_tokens[check_id(i)] = make_added_token(piece, special=piece in contents)
     special_tokens_map = {name: token.content for name, token in named.items()}
     template = read_chat_template(folder, fields)
-    every = [*named.values(), *nameless]
+    every = [*named.values(), *unnamed]
     return TokenizerConfig(fields, special_tokens_map, every, added_tokens, overrides_tokenizer, template)
 
 
 def read_fields(path: Path) -> dict:
-    """The fields of a JSON file, in which special tokens become AddedTokens. {} if there is no file."""
+    """Reads the fields of a JSON file, and makes special tokens into AddedTokens. Returns {} if there is no file."""
     fields = read_json(path, {})
     with refuse_broken(path):
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
                 fields[key] = make_added_token(value, special=True)
-            elif key in NAMELESS_TOKENS and isinstance(value, dict):  # these have names, too
+            elif key in UNNAMED_TOKENS and isinstance(value, dict):  # a dict names its tokens
                 fields[key] = {name: make_added_token(token, special=True) for name, token in value.items()}
-            elif key in NAMELESS_TOKENS and value:
+            elif key in UNNAMED_TOKENS and value:
                 fields[key] = [make_added_token(token, special=True) for token in value]
         return fields
 
 
 @contextlib.contextmanager
 def refuse_broken(path: Path) -> Iterator[None]:
-    """Raises UsageError if the context fails on what path holds."""
+    """Raises UsageError if the context fails on the contents of path."""
     try:
         yield
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
@@ -118,13 +120,13 @@ def refuse_broken(path: Path) -> Iterator[None]:
 
 
 def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens in fields that have a name, by name, and the others."""
+    """Returns the special tokens in fields: those that have a name, by name, and the others."""
     named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
-    nameless = next((fields[key] for key in NAMELESS_TOKENS if fields.get(key)), [])
-    if isinstance(nameless, dict):
-        named, nameless = named | nameless, []
+    unnamed = next((fields[key] for key in UNNAMED_TOKENS if fields.get(key)), [])
+    if isinstance(unnamed, dict):
+        named, unnamed = named | unnamed, []
     order = [*(name for name in SPECIAL_TOKEN_NAMES if name in named), *named]  # a dict keeps the first place
-    return {name: named[name] for name in order}, nameless
+    return {name: named[name] for name in order}, unnamed
 
 
 def make_added_token(token: str | dict, special: bool | None = None) -> AddedToken:
@@ -174,8 +176,8 @@ def tokenizer_class(fields: dict) -> str:
 
 
 def read_vocab_and_merges(folder: Path, fields: dict) -> tokenizers.Tokenizer:
-    """Byte-level BPE without tokenizer.json. vocab.json and merges.txt do not say how a text is cut before, so the
-    class must be known."""
+    """Makes a byte-level BPE tokenizer without tokenizer.json. vocab.json and merges.txt do not say how a text is cut
+    before BPE, so the class must be known."""
     kind = tokenizer_class(fields)
     if kind not in VOCAB_CLASSES or not (folder / "merges.txt").is_file():
         raise UsageError(

@@ -6,12 +6,12 @@
     checkpoints.py         --checkpoint_path, which may name a folder or a .gguf
     ranks.py               several processes, which torchrun started
 
-In generate.py, in the order in which they are used:
+In generate.py, in the order of their use:
 
-    arguments.py           its options, and the checks of their values
+    arguments.py           the options of generate.py, and the checks of their values
     prompts.py             --prompt and --prompt_file as token ids
     startup.py             what comes before the first token: a draft model, the KV cache's size, compilation
     complete.py            completes the prompts and prints the texts
     report.py              --json, and the summary on stderr
-    terminal.py            instead of the last two: --chat, a conversation
+    terminal.py            --chat, a conversation: instead of complete.py and report.py
 """

@@ -15,13 +15,13 @@ from speculate import MAX_DRAFT_TOKENS
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-# The default of --speculate_k. Looking tokens up costs nothing. So their number is the largest that a GPU verifies in
-# the time of one token: with the last token of the text they are 8, which matrix units multiply at a time.
+# The default of --speculate_k. To look tokens up costs nothing. So 7 are looked up, the most that a GPU verifies in the
+# time of one token: with the last token of the text a step has 8 tokens, which matrix units multiply at a time.
 DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 
 def parse_args(doc: str) -> argparse.Namespace:
-    """The options of the command line, and these fields:
+    """Returns the options of the command line, and these fields:
 
         conversation    whether messages are read from standard input
         speculative     whether steps verify proposed tokens

@@ -1,6 +1,6 @@
-"""Resolves --checkpoint_path: it may be a model.pth, a folder that holds a model, or a GGUF file.
+"""Resolves --checkpoint_path, which may be a model.pth, a folder that holds a model, or a GGUF file.
 
-    path = resolve_checkpoint(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # its model.pth, made if it is missing
+    path = resolve_checkpoint(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # model.pth in the folder, made if missing
 
 The converters are imported only if something must be converted.
 """
@@ -26,8 +26,9 @@ from errors import UsageError
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
-    """The model.pth of a folder or a .gguf. It is made now if it is missing, older than its sources, or of others. Any
-    other path is returned as it is. With several ranks, rank 0 converts while the others wait. Raises UsageError."""
+    """Returns the model.pth of a folder or a .gguf. The model.pth is made now if it is missing, older than its sources,
+    or made of other sources. Any other path is returned as it is. With several ranks, rank 0 converts while the others
+    wait."""
     path = Path(path)
     if path.is_dir():
         return Path(call_on_rank_0(partial(model_of_folder, path)))
@@ -47,13 +48,14 @@ def model_of_folder(folder: Path) -> str:
     if not weights and not any((folder / name).is_file() for name in (*SETTINGS, ADAPTER_CONFIG)):
         what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
         raise UsageError(f"{folder} holds no model: it needs {what}")
-    from converters.folder import convert_folder  # here, since it is seldom needed
+    from converters.folder import convert_folder  # here, since few calls convert
 
     return str(convert_folder(folder, announce=partial(announce_conversion, folder, folder)))
 
 
 def model_of_gguf(file: Path) -> str:
-    """The model.pth of a GGUF. It lies in a folder beside the file, since the tokenizer gets files of its own."""
+    """Returns the model.pth of a GGUF. The model.pth lies in a folder beside the GGUF, since the tokenizer becomes
+    files, too."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     match = re.fullmatch(GGUF_PART, file.stem)
@@ -62,7 +64,7 @@ def model_of_gguf(file: Path) -> str:
     if model is not None:
         return str(model)
     try:
-        from converters.gguf_tensors import convert_gguf  # here, since it needs packages that others do without
+        from converters.gguf_tensors import convert_gguf  # here, for only GGUF needs the packages gguf and protobuf
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 
@@ -70,9 +72,9 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """The converted model in folder: model.pth or, if it is not there, the only model_FORMAT.pth, which conversion
-    makes of quantized weights. Files older than one of sources do not count, and none does that was made of other
-    sources. None: there is no such file."""
+    """Returns the converted model in folder: model.pth or, if that is missing, the only model_FORMAT.pth, which
+    conversion makes of quantized weights. A file that is older than one of sources does not count, nor a file that was
+    made of other sources. Returns None if there is no file that counts."""
     if have_changed(folder, sources):
         return None
     newest = max((file.stat().st_mtime for file in sources), default=0)

@@ -1,5 +1,4 @@
-"""Completes the prompts of generate.py's command line, one by one or in parallel, and prints the results.
-"""
+"""Completes the prompts of generate.py's command line, one by one or in parallel, and prints the results."""
 
 import argparse
 import contextlib
@@ -12,14 +11,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import TokenGenerator
 from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import build_result, print_result
-from completion import Completion, complete_all
+from completion import Completion, TokenGenerator, add_steps, complete_all
 from errors import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
-from scheduler import Request, Scheduler, max_parallel
+from scheduler import Request, Scheduler, build_scheduler, longest_seq_len, max_slots
 from tokenizer import Tokenizer
 
 
@@ -46,7 +44,8 @@ def complete_one_by_one(
 
 
 def print_label(numbers: list[tuple[str, int, int]]):
-    """Says whose text follows. numbers: (what, its number, how many there are); what there is once needs no number."""
+    """Says whose text follows. numbers: (what, its number, how many there are). What there is only once gets no
+    number."""
     several = [f"{what} {number}" for what, number, n in numbers if n > 1]
     if several:
         print(f"--- {', '.join(several)}", flush=True)
@@ -60,27 +59,21 @@ def complete_batch(
     request, ends = make_request(args, prompt, args.seed), choose_eos_ids(args, model)
     request.start_time = time.perf_counter()
     completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
-    for step_tokens in generate_tokens(prompt.ids, 0, args.max_new_tokens):
-        for completion, tokens in zip(completions, zip(*step_tokens, strict=True), strict=True):
-            if completion.finish_reason:
-                continue
-            text = completion.add_step(tokens)
-            if completion is completions[0] and not args.json:
-                print(text, end="", flush=True)
-        if all(completion.finish_reason for completion in completions):
-            break
+    for texts in add_steps(completions, generate_tokens(prompt.ids, 0, args.max_new_tokens)):
+        if not args.json:
+            print(texts[0], end="", flush=True)
     return completions
 
 
 def complete_in_parallel(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], stats: dict
 ):
-    """Completes prompts, args.parallel of them at a time, and prints the results in their order. A prompt that does not
-    fit the model's context does not stop the others. Raises UsageError at the end if there was one."""
-    scheduler = make_scheduler(args, model, prompts)
+    """Completes prompts, args.parallel of them at a time, and prints the results in the order of prompts. A prompt that
+    does not fit the model's context does not stop the others, but raises UsageError at the end."""
     requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
+    scheduler = make_scheduler(args, model, requests)
     start, n_new, n_refused = time.perf_counter(), 0, 0
-    hide_bar = True if sys.stdout.isatty() else None  # there the texts show the progress
+    hide_bar = True if sys.stdout.isatty() else None  # on a terminal the texts show the progress
     completions = complete_all(scheduler, tokenizer, requests)
     for completion in tqdm(completions, "prompts", len(prompts), disable=hide_bar, leave=False):
         if completion.error:
@@ -97,15 +90,12 @@ def complete_in_parallel(
         raise UsageError(f"{n_refused} of {len(prompts)} prompts could not be completed")
 
 
-def make_scheduler(args: argparse.Namespace, model: Transformer, prompts: list[Prompt]) -> Scheduler:
-    """A Scheduler with room for the longest prompt, or for the model's context if that is shorter. Raises UsageError if
-    memory is too small."""
-    longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
-    max_seq_len, parallel = min(longest, model.config.max_seq_len), min(args.parallel, len(prompts))
+def make_scheduler(args: argparse.Namespace, model: Transformer, requests: list[Request]) -> Scheduler:
+    """Returns a Scheduler for requests. If memory is too small, the error says how many fit at a time."""
     try:
-        return Scheduler(model, parallel, max_seq_len, choose_eos_ids(args, model), args.compile)
+        return build_scheduler(model, requests, args.parallel, choose_eos_ids(args, model), args.compile)
     except OutOfMemoryError as e:
-        n_fitting = max_parallel(model, max_seq_len)
+        n_fitting = max_slots(model, longest_seq_len(model, requests))
         raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
 
 
@@ -128,13 +118,13 @@ def make_request(args: argparse.Namespace, prompt: Prompt, seed: int) -> Request
 
 
 def choose_eos_ids(args: argparse.Namespace, model: Transformer) -> set[int]:
-    """The tokens that end a sequence."""
+    """Returns the tokens that end a sequence."""
     return set() if args.ignore_eos else set(model.config.eos_ids)
 
 
 @contextlib.contextmanager
 def profiled(path: Path | None) -> Iterator[None]:
-    """Writes a Chrome trace of the context to path; several ranks write a file each. None: does nothing."""
+    """Writes a Chrome trace of the context to path. Several ranks write a file each. Does nothing if path is None."""
     if path is None:
         yield
         return
@@ -142,7 +132,7 @@ def profiled(path: Path | None) -> Iterator[None]:
         yield
     path = rank_path(path)
     path.unlink(missing_ok=True)
-    profile.export_chrome_trace(str(path))  # does not raise if it cannot write
+    profile.export_chrome_trace(str(path))  # raises nothing if path cannot be written
     if not path.is_file():
         path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         raise UsageError(f"cannot write --profile {path}")

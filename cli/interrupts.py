@@ -1,6 +1,6 @@
-"""What Ctrl-C does in a script. It ends the process at once while the script imports its modules, since every script
-calls exit_on_interrupt before it imports torch. In the script's main it raises KeyboardInterrupt (script.py), so that a
-file that is being written can be removed first. This module must not import torch either."""
+"""Decides what Ctrl-C does in a script. While the script imports modules, Ctrl-C ends the process at once, since every
+script calls exit_on_interrupt before it imports torch. In the script's main, Ctrl-C raises KeyboardInterrupt
+(script.py), so that a file that is being written can be removed first. This module must not import torch."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ EXIT_INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
 
 
 def exit_on_interrupt():
-    """From now on Ctrl-C ends the process at once, without a message. In an interactive interpreter, which goes on
-    after the script (%run), nothing changes."""
+    """Makes Ctrl-C end the process at once, without a message. Changes nothing in an interactive interpreter, which
+    goes on after the script (%run)."""
     if hasattr(sys, "ps1"):
         return
 
@@ -25,9 +25,9 @@ def exit_on_interrupt():
 
 
 @contextlib.contextmanager
-def interrupts_raised() -> Iterator[None]:
-    """Within this context Ctrl-C raises KeyboardInterrupt. Not in a process that ignores SIGINT (nohup) or leaves it to
-    the system (torchrun's ranks)."""
+def raise_on_interrupt() -> Iterator[None]:
+    """Makes Ctrl-C raise KeyboardInterrupt within this context. Changes nothing in a process that ignores SIGINT
+    (nohup) or leaves SIGINT to the system (torchrun's ranks)."""
     before = signal.getsignal(signal.SIGINT)
     if not callable(before):
         yield

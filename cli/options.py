@@ -12,7 +12,7 @@ CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .g
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose --help begins with doc, the script's docstring."""
+    """Returns a parser whose --help begins with doc, the script's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -41,7 +41,7 @@ def add_threads(parser: argparse.ArgumentParser):
 
 
 def set_threads(n: int | None):
-    """Applies --threads to this process and to those that it starts. Raises UsageError."""
+    """Applies --threads to this process and to those that it starts."""
     if n is None:
         return
     if not 1 <= n <= MAX_THREADS:

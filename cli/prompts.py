@@ -1,7 +1,7 @@
 """The prompts of generate.py's command line, as token ids.
 
-A --prompt_file has one prompt a line. If its name ends in .jsonl, a line is an object, whose texts may contain line
-breaks: {"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]}.
+A --prompt_file has one prompt a line. In a .jsonl file a line is an object, whose texts may contain line breaks:
+{"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]}.
 """
 
 import argparse
@@ -12,24 +12,23 @@ from typing import NamedTuple
 
 import torch
 
+from chat_template import read_message
 from completion import encode_prompt
 from config import ModelConfig
 from errors import UsageError
 from files import read_text
 from tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant")
-
 
 class Prompt(NamedTuple):
     source: str | list[dict]  # the text, or a chat's messages
     ids: list[int]
-    is_chat: bool = False  # whether what follows is a text of its own, the answer to a message
+    is_chat: bool = False  # whether the new text is an answer, and does not continue source
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
-    """The prompts that args ask for. config: the model's. Raises UsageError if there is no prompt, or if one is empty,
-    malformed or far too long."""
+    """Returns the prompts that args ask for. config: the model's. Refuses a prompt that is empty, malformed or far too
+    long."""
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
@@ -42,18 +41,18 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelCo
 
 
 def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> Prompt:
-    """source: a text, or the messages of a chat. context: how many tokens the model can see."""
+    """Encodes source: a text, or the messages of a chat. context: how many tokens the model can see."""
     if isinstance(source, str) and args.chat and source:
         source = [{"role": "user", "content": source}]
     is_chat = not isinstance(source, str)
     if is_chat and args.system and source[0]["role"] != "system":
         source = [{"role": "system", "content": args.system}, *source]
-    ids = encode_prompt(source, tokenizer, context, limit=f"the model's context of {context}")
+    ids = encode_prompt(source, tokenizer, context, limit_name=f"the model's context of {context}")
     return Prompt(source, ids, is_chat)
 
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:
-    """A text or the messages of a chat for each line. Empty lines are skipped and named on stderr."""
+    """Reads a text, or the messages of a chat, from each line. Empty lines are skipped and named on stderr."""
     text, sources = read_text(path).rstrip(), []
     for number, line in enumerate(text.split("\n") if text else [], start=1):
         if not line.strip():
@@ -66,7 +65,7 @@ def read_prompt_file(path: Path) -> list[str | list[dict]]:
 
 
 def parse_json_line(line: str, place: str) -> str | list[dict]:
-    """place: where the line stands, for the error."""
+    """Reads a prompt from a line of a .jsonl file. place: where the line stands, for the error."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -82,19 +81,3 @@ def parse_json_line(line: str, place: str) -> str | list[dict]:
         except UsageError as e:
             raise UsageError(f"{place}: {e}") from None
     raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
-
-
-def read_message(fields) -> dict:
-    """The message that fields hold, as the tokenizer takes it: {"role": ..., "content": text}. As in OpenAI's API, the
-    content may be a list of parts {"type": "text", "text": ...}, and developer is another word for system. Raises
-    UsageError."""
-    try:
-        role, content = fields["role"], fields["content"]
-        if isinstance(content, list):
-            content = "\n".join(part["text"] for part in content)
-    except (KeyError, TypeError):
-        role = content = None
-    role = "system" if role == "developer" else role
-    if role not in ROLES or not isinstance(content, str):
-        raise UsageError(f"a message must have a role ({', '.join(ROLES)}) and a text as content")
-    return {"role": role, "content": content}

@@ -33,7 +33,7 @@ def process_group() -> Iterator[None]:
 
     Only rank 0 prints, also the one-line error that ends a script. The other ranks exit after rank 0 has printed, since
     torchrun kills all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
-    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some of them
+    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some
     if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
@@ -62,8 +62,8 @@ def silence(errors: io.StringIO) -> Iterator[None]:
 
 
 def wait_for_rank_0(errors: str):
-    """Call before a rank exits with an error. Rank 0, which has printed its error, tells the other ranks that it has.
-    They wait for this message. If rank 0 has no error, it sends none, and the waiting rank prints its own errors."""
+    """Waits, before a rank exits with an error, until rank 0 has printed an error. Rank 0 tells the other ranks when it
+    has. If rank 0 has no error, it sends no message, and the waiting rank prints its own errors."""
     store = dist.distributed_c10d._get_default_store()  # a key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")
@@ -90,8 +90,8 @@ def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
 
 
 def broadcast_json(store: dist.Store, function: Callable[[], object]):
-    """Calls function on rank 0, and returns its result, which JSON must be able to write, on every rank. Waits without
-    a time-out."""
+    """Calls function on rank 0, and returns the result on every rank. JSON must be able to write the result. Waits
+    without a time-out."""
     key = f"result {next(broadcast_numbers)}"
     if dist.get_rank() == 0:
         store.set(key, json.dumps(function()))
@@ -119,14 +119,14 @@ def call_on_rank_0(function: Callable[[], str]) -> str:
 
 
 def rank_path(path: Path) -> Path:
-    """path, with the number of this rank in the name if there are several ranks."""
+    """Returns path, with the number of this rank in the name if there are several ranks."""
     return path if world_size() == 1 else path.with_stem(f"{path.stem}.rank{dist.get_rank()}")
 
 
 @torch.inference_mode()
 def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
-    """The fraction of a step's time that this rank spends in collectives, including the wait for other ranks. It is
-    measured with the profiler, which also sees the collectives in compiled steps. On a CPU it is PyTorch's older
+    """Returns the fraction of a step's time that this rank spends in collectives, including the wait for other ranks.
+    It is measured with the profiler, which also sees the collectives in compiled steps. On a CPU it is PyTorch's older
     profiler (use_kineto=False), which has less overhead."""
     device_type = step().device.type  # the first call may record or compile
     on_cpu = device_type == "cpu"

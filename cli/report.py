@@ -16,11 +16,11 @@ from model import KVCache, Transformer
 def build_result(
     args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, samples: list[list[Completion]]
 ) -> dict:
-    """The part of --json's object that differs from prompt to prompt. samples: each is a batch of completions. The
-    bandwidth does not count what a draft model reads."""
+    """Returns the part of --json's object that differs from prompt to prompt. samples: each is a batch of completions.
+    The bandwidth does not count what a draft model reads."""
     longest = [max(batch, key=lambda completion: len(completion.step_times)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
-    decoded = [one for one in longest if len(one.step_times) > 1]  # those with decode steps after prefill
+    decoded = [one for one in longest if len(one.step_times) > 1]  # with decode steps after prefill
     tokens_per_second = median([sum(one.step_sizes[1:]) / one.decode_seconds for one in decoded])
     steps_per_second = median([(len(one.step_times) - 1) / one.decode_seconds for one in decoded])
     halfway = len(prompt.ids) + len(last.tokens) // 2  # tokens in the cache, on average over the steps
@@ -61,7 +61,7 @@ def median(values: list[float]) -> float:
 
 
 def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> int:
-    """Bytes of keys and values that a decode step reads when n_tokens tokens are in the cache."""
+    """Returns how many bytes of keys and values a decode step reads when n_tokens tokens are in the cache."""
     if model.uses_kernels(kv_cache.batch_size, 1):
         n_read = model.config.mean_attended_tokens(n_tokens)
     else:  # a compiled step reads the whole cache, used or not
@@ -71,9 +71,9 @@ def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, comp
 
 @lru_cache(maxsize=1)
 def measured_bandwidth(model: Transformer) -> float | None:
-    """Bytes per second at which the machine reads memory, measured once. On a CPU it is measured on those weights of
-    model that every step reads. None if they are so few that the processor's caches hold them, or if memory is too
-    small for the measurement."""
+    """Measures once at how many bytes per second the machine reads memory. On a CPU it reads those weights of model
+    that every step reads. Returns None if the processor's caches hold these weights, or if memory is too small for the
+    measurement."""
     device = model.device
     linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
     try:
@@ -97,7 +97,8 @@ def print_result(args: argparse.Namespace, result: dict, model: Transformer):
 
 
 def tokens_per_step(accept_counts: list[int]) -> float:
-    """accept_counts: how many steps accepted 0, 1, 2 ... proposed tokens. Such a step gives 1, 2, 3 ... tokens."""
+    """Returns the mean number of tokens that a step gives. accept_counts: how many steps accepted 0, 1, 2 ... proposed
+    tokens. Such steps give 1, 2, 3 ... tokens."""
     return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
 
 
@@ -108,7 +109,7 @@ def print_summary(result: dict, model: Transformer):
     used, percentage, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
     if readable is not None:
         percentage = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
-    # All sequences of a batch take every step together, so this is the speed of each of them.
+    # All sequences of a batch take every step together, so each sequence has this speed.
     n = len(result["tokens"])
     sequences, each = (f" in {n} sequences,", " each") if n > 1 else ("", "")
     print(

@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         run_script(main)
 
-torch is imported only where it is needed: scripts/download.py does without, and need not wait for it.
+torch is imported only where it is needed: scripts/download.py does not use torch, and need not wait for the import.
 """
 
 import os
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from cli.interrupts import exit_interrupted, interrupts_raised
+from cli.interrupts import exit_interrupted, raise_on_interrupt
 from errors import OutOfMemoryError, UsageError
 
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
@@ -39,11 +39,11 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     for name in MATMUL_CACHES:
         os.environ.setdefault(name, MATMUL_CACHE_SIZE)
     if "torch" in sys.modules:
-        from machine import limit_threads  # here, since it imports torch (see above)
+        from machine import limit_threads  # here, since machine imports torch (see the first docstring)
 
         limit_threads()
     try:
-        with interrupts_raised():
+        with raise_on_interrupt():
             main()
     except KeyboardInterrupt:
         exit_interrupted()
@@ -52,7 +52,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     except UsageError as e:
         exit_with_error(str(e))
     except (MemoryError, RuntimeError) as e:
-        # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds that it is too short.
+        # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds the file too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
         why = explain_out_of_memory(e, oom_hint) or explain_file_error(e)
@@ -70,7 +70,7 @@ def replace_closed_streams():
     """Makes print work if the shell has closed stdout or stderr (`>&-`), or if stdout cannot encode a character."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):  # pytest's replacement of stdout does not have it
+    if hasattr(sys.stdout, "reconfigure"):  # pytest's replacement of stdout has no reconfigure
         sys.stdout.reconfigure(errors="replace")
 
 
@@ -80,8 +80,8 @@ def exit_with_error(error: str) -> NoReturn:
 
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
-    """The one line that explains e; None if e does not mean that memory ran out."""
-    from machine import free_memory, is_out_of_memory  # here, since it imports torch (see above)
+    """Returns the one line that explains e, or None if e does not mean that memory ran out."""
+    from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see the first docstring)
 
     if not is_out_of_memory(e):
         return None
@@ -94,7 +94,7 @@ def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str |
 
 
 def explain_file_error(e: MemoryError | RuntimeError) -> str | None:
-    """The one line that explains e; None unless torch.compile could not write its files, or not load them."""
+    """Returns the one line that explains e, or None unless torch.compile could not write or load its files."""
     reasons = "No space left on device|File too large|Read-only file system|Permission denied|failed to map segment"
     match = re.search(f"[^\n]*?({reasons})", str(e))
     if match is None or not type(e).__module__.startswith("torch."):

@@ -50,7 +50,7 @@ def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, **load_options) -
 def required_seq_len(
     args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
 ) -> int:
-    """How many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
+    """Returns how many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
     name, context = "model", model.config.max_seq_len
     if draft is not None and draft.config.max_seq_len < context:
         name, context = "draft", draft.config.max_seq_len
@@ -59,15 +59,15 @@ def required_seq_len(
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(prompt.ids) for prompt in prompts)
-    limit = f"the {name}'s context of {context}; lower --max_new_tokens or shorten the prompt"
-    check_length(longest, args.max_new_tokens, context, limit)
+    limit_name = f"the {name}'s context of {context}; lower --max_new_tokens or shorten the prompt"
+    check_length(longest, args.max_new_tokens, context, limit_name)
     return longest + args.max_new_tokens
 
 
 def build_speculation(
     args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
-    """The SpeculativeDecoder that args ask for: with the draft model, or by prompt lookup if draft is None."""
+    """Returns the SpeculativeDecoder that args ask for: with the draft model, or by prompt lookup if draft is None."""
     warn_about_size(args.speculate_k, model)
     if draft is None:
         proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
@@ -96,7 +96,7 @@ def warm_up(
         return torch.zeros(shape, dtype=torch.long, device=device)
 
     if args.compile_prefill:
-        # In a conversation the prompt's length is not known yet: take one that is too long for the kernels.
+        # The length of a conversation's prompt is not known yet: take a length beyond what the kernels compute.
         n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
         # At position 0, T would equal S, and torch.compile would specialize on that. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
@@ -111,7 +111,7 @@ def warm_up(
 
 
 def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.device) -> dict:
-    """The fields of --json that only a run with several ranks has."""
+    """Returns the fields of --json that only a run with several ranks has."""
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
     return {"world_size": tp.world_size(), "communication_share": share}

@@ -3,8 +3,8 @@
     python generate.py --checkpoint_path checkpoints/M/model.pth --chat
 
 Answers go to standard output, everything else to standard error. On a terminal, prompt_toolkit edits the messages: they
-may be long and have several lines. Of several ranks, rank 0 alone reads, and it alone touches the files of /save and
-/load.
+may be long and have several lines. Of several ranks, only rank 0 reads, and only rank 0 touches the files of /save
+and /load.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ HELP = (
 COMMANDS = {  # whether each takes a file's name
     "/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True,
 }  # fmt: skip
-COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; with more lines it is a message
+COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; several lines are a message
 LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
 MARK_PASTE, MARK_NO_PASTE = "\x1b[?2004h", "\x1b[?2004l"  # a terminal writes marks around what is pasted, or not
 IFLAG, LFLAG = 0, 3  # of what termios.tcgetattr returns
-CUT_NOTES = {  # finish_reason of an answer -> the note that follows it
+CUT_NOTES = {  # finish_reason of an answer -> the note after the answer
     "length": "Cut by --max_new_tokens; /continue goes on.",
     "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
     "interrupted": "Stopped; /continue goes on.",
@@ -45,26 +45,27 @@ def converse(conversation: Conversation, max_new_tokens: int):
     with a note. If standard input is no terminal, a refused line also raises UsageError at the end."""
     print_note(HELP)
     read = make_reader()
-    shell = Shell(conversation, max_new_tokens)
+    commands = ChatCommands(conversation, max_new_tokens)
     try:
-        for line in input_lines(lambda: shell.next_line(read)):
+        for line in input_lines(lambda: commands.next_line(read)):
             command, argument = parse(line)
             if command == "/exit":
                 break
-            has_terminal = shell.has_read and is_terminal(sys.stdin)
-            hold = typing_held(is_line=read is read_line) if has_terminal else contextlib.nullcontext()
-            with shell.errors_as_notes(), hold:
-                shell.run(command, argument)
+            has_terminal = commands.has_read and is_terminal(sys.stdin)
+            hold = hold_typing(is_line=read is read_line) if has_terminal else contextlib.nullcontext()
+            with commands.print_errors(), hold:
+                commands.run(command, argument)
     except Exception:
-        if shell.has_read:
+        if commands.has_read:
             print_unread()
         raise
-    if shell.n_refused and not is_terminal(sys.stdin):
-        raise UsageError(f"lines on standard input that could not be answered: {shell.n_refused}")
+    if commands.n_refused and not is_terminal(sys.stdin):
+        raise UsageError(f"lines on standard input that could not be answered: {commands.n_refused}")
 
 
 def parse(line: str) -> tuple[str, str]:
-    """(command, its argument); ("", message) if line is a message. //drop is the message /drop."""
+    """Splits line into (command, argument), or returns ("", message) if line is a message. //drop is the message
+    /drop."""
     match = COMMAND_PATTERN.fullmatch(line)
     if match:
         return match[1].lower(), match[2] or ""
@@ -72,7 +73,7 @@ def parse(line: str) -> tuple[str, str]:
     return "", line[1:] if is_escaped else line
 
 
-class Shell:
+class ChatCommands:
     """Carries out what the user types."""
 
     def __init__(self, conversation: Conversation, max_new_tokens: int):
@@ -82,8 +83,8 @@ class Shell:
         self.has_said_full = False
 
     @contextlib.contextmanager
-    def errors_as_notes(self) -> Iterator[None]:
-        """Within this context, a UsageError is printed as a note and counted."""
+    def print_errors(self) -> Iterator[None]:
+        """Prints a UsageError within this context as a note, and counts it."""
         try:
             yield
         except UsageError as e:
@@ -91,15 +92,15 @@ class Shell:
             print_note(" ".join(str(e).split()))
 
     def next_line(self, read: Reader) -> str | None:
-        """The next line for all ranks, read on rank 0; None after the last. It does what touches files, which rank 0
-        alone may: it carries out /save, and puts the file's contents in the place of the name in /load."""
+        """Reads, on rank 0, the next line for all ranks. Returns None after the last line. Only rank 0 may touch files.
+        So this method carries out /save, and for /load it puts the file's contents in the place of the file's name."""
         self.has_read = True
         while (line := read()) is not None:
             command, argument = parse(line)
             if not command:
                 return line
             path = Path(os.path.expanduser(argument))
-            with self.errors_as_notes():
+            with self.print_errors():
                 if COMMANDS.get(command) is not bool(argument):
                     shown = shorten(line)
                     raise UsageError(f"{shown} is none of the commands; to say it, write /{shown}. {HELP}")
@@ -126,7 +127,7 @@ class Shell:
         print_note(f"{path} is written.")
 
     def run(self, command: str, argument: str):
-        """Carries out a command, or with command "" answers the message in argument. Raises UsageError."""
+        """Carries out a command, or with command "" answers the message in argument."""
         conversation = self.conversation
         if command == "/continue":
             self.stream_answer(lambda: conversation.continue_answer(self.max_new_tokens))
@@ -204,9 +205,9 @@ def is_terminal(stream) -> bool:
 
 
 @contextlib.contextmanager
-def typing_held(is_line: bool) -> Iterator[None]:
-    """Within this context nothing is shown of what the user types. It waits in the terminal for whoever reads next: as
-    keys for prompt_toolkit, or with is_line as lines, which the terminal itself edits."""
+def hold_typing(is_line: bool) -> Iterator[None]:
+    """Hides what the user types within this context. The typed text waits in the terminal for the next reader: as keys
+    for prompt_toolkit; with is_line as lines, which the terminal itself edits."""
     import termios  # here, since only terminals need it
 
     before, held = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
@@ -259,11 +260,11 @@ def make_editor() -> Reader:
 
 
 def read_line() -> str | None:
-    """The next line of standard input, stripped; None after the last. Raises UsageError."""
+    """Reads the next line of standard input and strips it. Returns None after the last line."""
     while sys.stdin is not None:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()  # bytes, so that print_unread finds the lines behind it
+        line = sys.stdin.buffer.readline()  # bytes: decoding would read ahead, and print_unread would miss lines
         if not line:
             break
         if sys.stdin.isatty() and len(line) > LONGEST_LINE:
@@ -277,12 +278,12 @@ def read_line() -> str | None:
 
 
 def print_unread():
-    """After an error: prints how many lines of a pipe were not read. Does not wait for lines that are not written
+    """Prints, after an error, how many lines of a pipe were not read. Does not wait for lines that are not written
     yet."""
     if sys.stdin is None or sys.stdin.isatty():
         return
     pipe = sys.stdin.buffer
-    with contextlib.suppress(OSError):  # a file that is not the system's
+    with contextlib.suppress(OSError):  # an object that Python made, without a file descriptor
         os.set_blocking(pipe.fileno(), False)
     n = sum(bool(line.strip()) for line in (pipe.read() or b"").splitlines())
     at_least = "at least " if pipe.read() is None else ""  # not b"": whoever writes the pipe has not closed it

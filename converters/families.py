@@ -48,7 +48,7 @@ from converters.hf_config import (
     sliding_from_max_window_layers,
     unsupported_part,
 )
-from errors import UsageError, type_errors_as_usage_errors
+from errors import UsageError, convert_type_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
@@ -59,7 +59,7 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
-    with type_errors_as_usage_errors("config.json"):
+    with convert_type_errors("config.json"):
         family = find_family(hf_config)
         try:
             return read_hf_config(hf_config, generation, family)

@@ -23,7 +23,7 @@ from converters.gguf_config import (
 )
 from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import KeptWeights
-from converters.gguf_tokenizer import tokenizer_files
+from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import Announcement, HFTensors, SourceModel, TensorReader, plan_tensors, write_folder
 from converters.sources import describe_sources, find_gguf_parts, remember_sources
@@ -76,7 +76,7 @@ def convert_gguf(
         architecture = find_architecture(metadata)
         tensors, read = rename_gguf_tensors(stored, config, dtype, architecture)
         kept = keep_quantized(stored, config, tensors, architecture) if keep else None
-        tokenizer = tokenizer_files(metadata)
+        tokenizer = make_tokenizer_files(metadata)
     except UsageError:
         raise
     except Exception as e:  # broken metadata can cause any error; tokenizers raises bare Exception

@@ -1,6 +1,6 @@
 """Makes a tokenizer's files from the vocabulary in a GGUF's metadata.
 
-    files = tokenizer_files(metadata)    # name -> contents
+    files = make_tokenizer_files(metadata)    # name -> contents
 
 The files are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a
 value of tokenizer.ggml.pre, add a row to SPLITS.
@@ -39,7 +39,7 @@ GLM4_PREFIX = ("[gMASK]", "<sop>")
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces in tokenizer.ggml.token_type and in sentencepiece
 
 
-def tokenizer_files(metadata: dict) -> dict[str, bytes]:
+def make_tokenizer_files(metadata: dict) -> dict[str, bytes]:
     """Returns the files' contents, by name. Raises UsageError for what is not supported, and other errors for metadata
     that are missing or broken."""
     pieces = metadata["tokenizer.ggml.tokens"]

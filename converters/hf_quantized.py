@@ -17,7 +17,7 @@ from config import ModelConfig
 from converters.hf_floats import float8_weight, split_mxfp4
 from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
 from converters.quantized_weight import QuantizedWeight, StoredLayer
-from errors import UsageError, type_errors_as_usage_errors
+from errors import UsageError, convert_type_errors
 
 PLACE = "config.json: quantization_config"
 AWQ_VERSIONS = ("gemm",)
@@ -36,7 +36,7 @@ def read_quantization(hf_config: dict) -> dict | None:
         return None
     if not isinstance(quantization, dict):
         raise UsageError("config.json: quantization_config must be an object")
-    with type_errors_as_usage_errors(PLACE):
+    with convert_type_errors(PLACE):
         check_supported(quantization)
     return quantization
 
@@ -74,7 +74,7 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
         for name in [name for name in tensors if ACTIVATION_SCALES.search(name)]:
             del tensors[name]
         for layer in find_layers(tensors):
-            with type_errors_as_usage_errors(PLACE):
+            with convert_type_errors(PLACE):
                 weight = LAYER_READERS[quantization["quant_method"]](layer, quantization)
                 layer.check_all_taken()
             for kind in layer.tensors:

@@ -22,7 +22,7 @@ from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors
 from converters.quantized_weight import QuantizedWeight
 from converters.sources import ADAPTER_CONFIG
-from errors import UsageError, type_errors_as_usage_errors
+from errors import UsageError, convert_type_errors
 from files import read_json
 
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
@@ -67,7 +67,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}")
     config = read_json(path)
-    with type_errors_as_usage_errors(str(path)):
+    with convert_type_errors(str(path)):
         try:
             check_config(config)
             lora_pairs, whole_tensors = sort_tensors(read_adapter_tensors(folder))

@@ -29,7 +29,7 @@ from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import EMBEDDING, HEAD, HFTensors, SourceModel
-from converters.tiktoken_file import is_tiktoken, read_tiktoken, special_tokens, tokenizer_files
+from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
 from errors import UsageError
 from files import is_state_dict, load_torch_file, read_json
 from tokenizer_files import read_tokenizer_model
@@ -214,7 +214,7 @@ def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig,
     ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     eos_ids = tuple(n + i for i, token in enumerate(special) if token in ends)
     has_files = (folder / "tokenizer.json").is_file()
-    return replace(config, bos_id=n, eos_ids=eos_ids), {} if has_files else tokenizer_files(ranks, special)
+    return replace(config, bos_id=n, eos_ids=eos_ids), {} if has_files else make_tokenizer_files(ranks, special)
 
 
 # ---- tinyllamas -----------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
                 rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
                 rows[start : start + len(t)].copy_(t)
                 if plan.format == Dense():  # converters have checked the scales of quantized weights
-                    check_finite(source, rows[start : start + len(t)])
+                    check_finite_tensor(source, rows[start : start + len(t)])
             start += weight.shape[0]
         for tensor_name, t in ours.items():
             yield stored_name(name, tensor_name), t
@@ -294,7 +294,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
             yield stored_name(name, "input_order"), plan.input_order.int()
 
 
-def check_finite(name: str, tensor: Tensor):
+def check_finite_tensor(name: str, tensor: Tensor):
     # aminmax reads the tensor once, and allocates nothing. NaN anywhere makes both results NaN.
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")

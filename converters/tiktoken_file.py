@@ -1,7 +1,7 @@
 """Converts Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json.
 
     ranks = read_tiktoken(Path("checkpoints/Llama3.2-1B/tokenizer.model"))
-    files = tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
+    files = make_tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
 
 Every line is a token, in base64, and the token's rank, which is also the id. tiktoken cuts a text into words with a
 regular expression. If a word is a token, that is the result. If not, tiktoken begins with the word's bytes and joins
@@ -71,7 +71,7 @@ def special_tokens(n: int, is_first: bool) -> list[str]:
     return tokens
 
 
-def tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, bytes]:
+def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, bytes]:
     """Returns the contents of tokenizer.json and tokenizer_config.json, by name."""
     character_of = {byte: character for character, byte in byte_level_alphabet().items()}
 

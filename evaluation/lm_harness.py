@@ -3,7 +3,7 @@
     lm = harness_model(model, tokenizer, max_length=2048, batch_size=8, compile=False)
     results, table = evaluate(lm, ["hellaswag"], task_manager(["hellaswag"], None), limit=100)
 
-lm_eval is imported at first use, so that this file can be imported without it. eval.py is the command.
+lm_eval is imported at first use, so that this file can be imported without lm_eval. eval.py is the command.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ from errors import UsageError
 from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import Request, Scheduler
+from scheduler import Request, build_scheduler
 from tokenizer import Tokenizer
 
 
 def import_lm_eval():
-    """The package lm_eval. Raises UsageError if it is not installed."""
+    """Imports the package lm_eval and the parts of it that are used here."""
     try:
         import lm_eval
         import lm_eval.api.model
@@ -34,7 +34,7 @@ def import_lm_eval():
 
 
 def task_manager(tasks: list[str], include_path: Path | None):
-    """lm_eval's index of tasks. Raises UsageError if it lacks one of tasks."""
+    """Returns lm_eval's index of tasks. Refuses tasks that the index lacks."""
     if include_path and not include_path.is_dir():
         raise UsageError(f"--include_path {include_path}: there is no such folder")
     manager = import_lm_eval().tasks.TaskManager(include_path=str(include_path) if include_path else None)
@@ -64,7 +64,8 @@ def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = Fals
 
 
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
-    """The model as lm_eval's TemplateLM. The class is defined here, so that this file imports without lm_eval."""
+    """Returns the model as lm_eval's TemplateLM. The class is defined here, so that this file imports without
+    lm_eval."""
 
     class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):
         """HarnessModel implements the abstract methods of TemplateLM."""
@@ -73,7 +74,8 @@ def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, bat
 
 
 class HarnessModel:
-    """The abstract methods of lm_eval's TemplateLM. Tokenizes, truncates and scores as lm_eval's Hugging Face class."""
+    """Implements the abstract methods of lm_eval's TemplateLM. Tokenizes, truncates and scores as lm_eval's Hugging
+    Face class does."""
 
     tokenizer_name = "gpt-fast"
 
@@ -96,7 +98,8 @@ class HarnessModel:
         raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Text that is written like a special token becomes one, since lm_eval passes on a chat template's as text."""
+        """Encodes string. Text that is written like a special token becomes that token, since lm_eval hands a chat
+        template's special tokens on as text."""
         ids = self.tokenizer.encode_parts(self.tokenizer.split_at_special_tokens(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
@@ -113,8 +116,8 @@ class HarnessModel:
         return text
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """Requests are (_, context ids, answer ids). Returns for each the answer's log-likelihood, and whether greedy
-        decoding gives the answer."""
+        """Scores requests (_, context ids, answer ids). Returns for each request the log-likelihood of the answer, and
+        whether greedy decoding gives the answer."""
         longest = self.max_length + 1
         sequences = [ScoredSequence((context + answer)[-longest:], len(answer)) for _, context, answer in requests]
         if any(sequence.n_scored >= len(sequence.ids) for sequence in sequences):
@@ -126,7 +129,7 @@ class HarnessModel:
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, which are cut into windows."""
+        """Returns the log-likelihoods of whole texts, which are cut into windows."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows = []
@@ -141,22 +144,20 @@ class HarnessModel:
         return sums
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The model's answers, max_batch_size of them computed at a time."""
+        """Generates the answers to requests, max_batch_size of them at a time."""
         answers = [self.make_request(*request.args, seed=i) for i, request in enumerate(requests)]
-        max_seq_len = max((len(answer.prompt_ids) + answer.max_new_tokens for answer in answers), default=1)
-        parallel = max(1, min(self.max_batch_size, len(answers)))
-        scheduler = Scheduler(self.model, parallel, max_seq_len, compile=self.compile)
+        scheduler = build_scheduler(self.model, answers, self.max_batch_size, compile=self.compile)
         completions = complete_all(scheduler, self.tokenizer, answers)
         bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
         return [completion.text for completion in bar]
 
     def make_request(self, text: str, kwargs: dict, seed: int) -> Request:
-        """A generation request of lm_eval: the prompt's text, and the options of the answer."""
+        """Makes a Request of the prompt's text and the options of lm_eval's generation request."""
         options = read_options(kwargs)
         return Request(self.prompt_ids(text, options), seed=seed, **options._asdict())
 
     def prompt_ids(self, text: str, options: "GenerationOptions") -> list[int]:
-        """The token ids of text. If they leave no room for an answer, the first ones are dropped."""
+        """Encodes text. If the ids leave no room for an answer, drops the first ids."""
         asked = options.max_new_tokens
         n = self.max_length - asked
         if n < 1:
@@ -173,7 +174,7 @@ class GenerationOptions(NamedTuple):
 
 
 def read_options(kwargs: dict) -> GenerationOptions:
-    """The options in the keyword arguments of lm_eval's generation request."""
+    """Reads the options in the keyword arguments of lm_eval's generation request."""
     sampling = {name: value for name, value in kwargs.items() if value}  # None or 0 is off: the default
     if kwargs.get("do_sample") is False:
         sampling["temperature"] = 0.0

@@ -25,7 +25,8 @@ LOGITS_CHUNK_TOKENS = 256  # positions whose logits are in memory at a time
 
 
 def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
-    """text as windows of length token ids, the last one maybe shorter. Each begins with the tokenizer's bos_ids."""
+    """Cuts text into windows of length token ids; the last window may be shorter. Each window begins with the
+    tokenizer's bos_ids."""
     bos = tokenizer.bos_ids
     ids = tokenizer.encode(text)[len(bos) :]
     step = length - len(bos)
@@ -35,8 +36,8 @@ def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int
 def perplexity(
     model: Transformer, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False
 ) -> dict:
-    """exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. A window's first token is
-    given, the others are predicted."""
+    """Computes exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. The first token
+    of a window is given, the others are predicted."""
     windows = split_windows(tokenizer, text, length)
     sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
     if not sequences:
@@ -54,7 +55,7 @@ def perplexity(
 
 
 class ScoredSequence(NamedTuple):
-    """Token ids. The last n_scored of them are scored, and at least one id must precede them. For example,
+    """Token ids, of which the last n_scored are scored. At least one id must precede the scored ones. For example,
     ScoredSequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
 
     ids: list[int]
@@ -73,7 +74,7 @@ class Score(NamedTuple):
 def compute_scores(
     model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
 ) -> Iterator[Score]:
-    """Yields the score of every sequence, the longest first. In a batch the shorter ones are padded on the right.
+    """Yields the score of every sequence, the longest first. In a batch the shorter sequences are padded on the right.
     Causal attention does not see the padding."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
@@ -97,7 +98,7 @@ def pad(id_lists: list[list[int]]) -> Tensor:
 
 
 def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hidden: Tensor) -> Score:
-    """The score of a sequence. hidden [T, dim]: the hidden states of all its tokens but the last."""
+    """Computes the score of a sequence. hidden [T, dim]: the hidden states of all tokens of sequence but the last."""
     n, last = sequence.n_scored, len(sequence.ids) - 1
     targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
     logprobs, is_greedy = [], []

@@ -185,7 +185,7 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
 def run_compiler(command: list[str], env: dict[str, str]):
     """Runs command. Raises CalledProcessError if it fails. If a signal ends this process meanwhile, everything that the
     command has started ends, too."""
-    with signals_held() as held, subprocess.Popen(
+    with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:  # fmt: skip
         errors = None
@@ -199,7 +199,7 @@ def run_compiler(command: list[str], env: dict[str, str]):
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[list[int]]:
+def defer_signals() -> Iterator[list[int]]:
     """Defers signals that would end the process: within this context a signal is only noted, in the yielded list, and
     takes effect at the end of the context. Python allows this in the main thread only; in another thread nothing is
     deferred."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from itertools import accumulate
 
-from cli.prompts import read_message
+from chat_template import read_message
 from completion import Completion
 from errors import UsageError
 from sampling import SamplingParams
@@ -18,7 +18,7 @@ UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_p
 
 
 def read_body(data: bytes) -> dict:
-    """The fields of a request that are not null. Raises UsageError."""
+    """Reads the fields of a request that are not null."""
     try:
         body = json.loads(data)
         json.dumps(body, ensure_ascii=False).encode()  # raises if a text is not Unicode
@@ -31,7 +31,7 @@ def read_body(data: bytes) -> dict:
 
 
 def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[Request]:
-    """The texts that body asks for. max_seq_len: most tokens of a prompt and its text. Raises UsageError."""
+    """Reads the requests for texts in body. max_seq_len: most tokens of a prompt and its text."""
     if is_chat:
         messages = body.get("messages")
         require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
@@ -58,7 +58,8 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: i
 
 
 def read_sampling(body: dict) -> SamplingParams:
-    """OpenAI's API has temperature and top_p. The other fields of SamplingParams are called as in vLLM's API."""
+    """Reads the sampling options. temperature and top_p are called as in OpenAI's API, the other fields of
+    SamplingParams as in vLLM's."""
     sampling = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
     require(sampling.temperature <= 2, "temperature must be at most 2")
     # Others could make logits infinite, which ends the texts of all clients.
@@ -67,7 +68,7 @@ def read_sampling(body: dict) -> SamplingParams:
 
 
 def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
-    """prompts: a text, a list of token ids, or a list of these."""
+    """Encodes prompts: a text, a list of token ids, or a list of these."""
     if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
         prompts = [prompts]
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts[: MAX_TEXTS + 1]]
@@ -93,7 +94,7 @@ class Reply:
     """Builds the response to a request. A stream has several responses, each with the new text."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
-        """data: the request. Takes seconds to tokenize megabytes. Raises UsageError."""
+        """data: the bytes of the request. To tokenize megabytes takes seconds."""
         body = read_body(data)
         requests = read_request(body, is_chat, tokenizer, scheduler.max_seq_len)
         self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
@@ -110,7 +111,7 @@ class Reply:
         return self.header | {"choices": [self.new_choice(completion) for completion in completions]}
 
     def new_responses(self) -> Iterator[dict]:
-        """A stream's next responses, one for each text that has grown."""
+        """Yields a stream's next responses, one for each text that has grown."""
         for completion in self.completions:
             if len(completion.tokens) > self.sent[completion.index][1]:
                 yield self.response([completion])
@@ -121,7 +122,7 @@ class Reply:
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def new_choice(self, completion: Completion) -> dict:
-        """The part of completion that is in no response yet."""
+        """Returns the part of completion that is in no response yet."""
         n_characters, n_tokens = self.sent[completion.index]
         self.sent[completion.index] = len(completion.text), len(completion.tokens)
         logprobs = self.logprobs(completion, n_characters, n_tokens) if completion.logprobs else None

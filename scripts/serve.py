@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
     async def complete(self, client: http.Request) -> Response:
         self.check_key(client)
         body, is_chat = await read_body(client), client.scope["path"] == "/v1/chat/completions"
-        # In a thread, for it may take seconds
+        # In a thread, since tokenizing may take seconds
         reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
         steps = self.completer.complete(reply.completions)
         if reply.is_stream:
@@ -140,7 +140,7 @@ async def read_body(client: http.Request) -> bytes:
 
 
 async def events(reply: Reply, steps: AsyncIterator[None]) -> AsyncIterator[str]:
-    """The server-sent events of a reply that grows with steps."""
+    """Yields the server-sent events of a reply that grows with steps."""
     try:
         async for _ in steps:
             for response in reply.new_responses():

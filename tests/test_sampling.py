@@ -100,7 +100,7 @@ def test_repetition_penalty_equals_transformers(pair):
 
     lookup = build_speculative_decoder(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
     steps_of_lookup = list(speculate(lookup, ids, 0, n))
-    assert [i for step in steps_of_lookup for (i,) in step] == expected
+    assert [i for (tokens,) in steps_of_lookup for i in tokens] == expected
 
     scheduler = Scheduler(ours, 3, 64, eos_ids=set())
     plain, penalized = Request(ids, n), Request(ids, n, sampling)

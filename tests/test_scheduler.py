@@ -16,7 +16,7 @@ from generate import build_steps, generate, load, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import Request, Scheduler, Sequence, sample_each
+from scheduler import Request, RunningRequest, Scheduler, sample_each
 from tests.tiny import make_hf, to_ours
 from tokenizer import StopStringFinder
 
@@ -137,7 +137,8 @@ def test_the_likeliest_token_takes_no_random_numbers():
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     samplings = SamplingParams(), SamplingParams(1.0)
     states = [generator.get_state() for generator in generators]
-    sequences = [Sequence(Request([1], 1, s), generator) for s, generator in zip(samplings, generators, strict=True)]
+    pairs = zip(samplings, generators, strict=True)
+    sequences = [RunningRequest(Request([1], 1, s), generator) for s, generator in pairs]
     sample_each(torch.randn(2, 50), sequences)
     is_same = [torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)]
     assert is_same == [True, False]

@@ -63,7 +63,7 @@ def plain(model, text: list[int], n: int) -> list[int]:
 
 
 def flat(steps_tokens) -> list[int]:
-    return [i for step_tokens in steps_tokens for (i,) in step_tokens]
+    return [i for (tokens,) in steps_tokens for i in tokens]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
         speculation = replace(speculation, verify_cost=0.1)
         steps_tokens = list(speculate(speculation, TEXT, 0, 40))
         assert flat(steps_tokens) == expected
-        sizes = [len(tokens) for tokens in steps_tokens]
+        sizes = [len(tokens) for (tokens,) in steps_tokens]
         assert max(sizes) <= k + 1
         if name == "itself":
             assert sizes[1:-1].count(k + 1) >= (39 // (k + 1)) - 1

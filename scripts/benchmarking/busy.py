@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from errors import OutOfMemoryError, UsageError
-from generate import generate
 from kernels.formats import WeightFormat
+from llm import generate
 from machine import cpu_name
 from model import KVCache
 from scripts.benchmarking.speed import SAMPLING, random_model, time_tokens

@@ -24,7 +24,7 @@ from checkpoint import read_checkpoint
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
 from errors import UsageError
-from generate import generate
+from llm import generate
 from loading import load_model
 from machine import read_bandwidth
 from model import KVCache, Transformer

@@ -21,9 +21,9 @@ from config import ModelConfig, MoEConfig, RopeScaling
 from converters.families import config_from_hf
 from errors import UsageError
 from files import read_json
-from generate import generate
 from kernels.formats import Dense, Tensors, WeightFormat
 from layers import Embedding, Linear, RMSNorm
+from llm import generate
 from machine import peak_memory, read_bandwidth, synchronize
 from model import KVCache, Transformer, empty_model
 from sampling import SamplingParams

@@ -20,8 +20,8 @@ import torch
 import kernels
 from config import ModelConfig, MoEConfig
 from errors import UsageError
-from generate import generate
 from kernels.formats import Int8
+from llm import generate
 from machine import pick_device
 from model import KVCache
 from sampling import SamplingParams
