@@ -96,17 +96,22 @@ def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_the_compiler_ends_with_the_process(sig, tmp_path):
-    """And with it what it has started, as g++ starts cc1plus."""
+    """And with it what it has started, as g++ starts cc1plus. A command that a shell runs in the background ignores
+    SIGINT, and so do its children, until they choose a handler of their own."""
     script, pid = tmp_path / "compiler", tmp_path / "pid"
-    script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 60 &\necho $! >{pid}\nwait\n')
+    script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 20 &\necho $! >{pid}\nwait\n')
     script.chmod(0o755)
     env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    code = "import kernels; kernels.cpu.library()"
+    code = "import signal, kernels; signal.signal(signal.SIGINT, signal.default_int_handler); kernels.cpu.library()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
         while not (pid.exists() and pid.read_text().endswith("\n")):
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(sig)
-        assert process.wait() in (128 + sig, -sig)
+        try:
+            assert process.wait(10) in (128 + sig, -sig)
+        finally:
+            process.kill()
     state = Path(f"/proc/{pid.read_text().strip()}/stat")
     deadline = time.monotonic() + 10
     while state.exists() and state.read_text().split()[2] != "Z":  # or it waits for its parent to be told
