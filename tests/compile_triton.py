@@ -46,7 +46,7 @@ MANY_TOKENS = [(16, Dense()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
 OTHERS.update(attend_kernel=2, sample_kernel=2, gather_inputs_kernel=1)
-ALL_OTHERS = OTHERS + Counter(fused_linear_kernel=6, moe_combine_kernel=2, attend_kernel=1)
+ALL_OTHERS = OTHERS + Counter(fused_linear_kernel=6, moe_combine_kernel=2)
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,14 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
         kernels.sample(torch.randn(1, 5000), temperature, "triton")
-    for n_tokens, n_heads in [(2, 8), (8, 16)]:  # the last: 64 queries of a key/value head, which is the most
-        k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
-        cache, start_pos = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
-        qkv = torch.zeros(1, n_tokens, (n_heads + 4) * 64, dtype=dtype)
-        if compiles_all or n_tokens == 2:
-            attend(qkv, cache, start_pos, n_heads, "triton")
-    norms, sinks = [make_norm(n * 64, dtype) for n in (n_heads, 2)], torch.zeros(n_heads, dtype=dtype)
-    cache = cache._replace(alibi_slopes=torch.zeros(n_heads))
-    attend(qkv, cache, start_pos, n_heads, "triton", 100, *norms, sinks, softcap=50.0)
+    k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
+    cache, start_pos = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
+    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, "triton")
+    # 64 queries of a key/value head, which is the most. With all options, for each adds to the shared memory or nothing
+    norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
+    cache = cache._replace(alibi_slopes=torch.zeros(16))
+    qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
+    attend(qkv, cache, start_pos, 16, "triton", 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):
