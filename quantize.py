@@ -138,7 +138,7 @@ def main():
     path = args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
-        raise UsageError(f"{path} is quantized already ({quantization}); start from the model.pth it came from")
+        raise UsageError(f"{path} is quantized already, to {quantization['mode']}; give a model.pth of 16 bits")
     format = QUANTIZE_MODES[args.mode].from_options(args.group_size)
     weights = linear_weights(path, config, tensors)
     check_input_widths(weights, format)

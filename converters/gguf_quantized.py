@@ -81,12 +81,14 @@ class StackedWeight:
     """One of our weights, and the GGUF's tensors that are stacked to it.
 
     formats: the formats that the weight may have, from the largest, which loses nothing, to the smallest.
+    gentle_format: the smallest of them that neither rounds codes to fewer bits nor rounds codes of 4 bits again.
     n_bytes: the weight's size in each format."""
 
     name: str
     plan: TensorPlan
     parts: list[GGUFTensor]
     formats: list[WeightFormat] = field(init=False)
+    gentle_format: WeightFormat = field(init=False)
     n_bytes: dict[WeightFormat, int] = field(init=False)
 
     def __post_init__(self):
@@ -106,6 +108,9 @@ class StackedWeight:
         for format in formats[1:]:  # with few inputs, larger groups save nothing
             if self.n_bytes[format] < self.n_bytes[self.formats[-1]]:
                 self.formats.append(format)
+        largest = self.formats[0]
+        gentle = [f for f in self.formats if type(f) is type(largest) and f != SMALLER_INT4]
+        self.gentle_format = gentle[-1]
 
     @property
     def format(self) -> WeightFormat:
@@ -145,8 +150,8 @@ def choose_formats(stacks: list[StackedWeight], n_bytes: float):
         n_excess -= stack.n_bytes[stack.format] - stack.n_bytes[stack.formats[i]]
         del stack.formats[:i]
     if n_excess > 0:
-        for stack in stacks:  # n_bytes is out of reach, so do not round codes of 4 bits again in vain
-            stack.formats = [INT4] if stack.format == SMALLER_INT4 else stack.formats
+        for stack in stacks:  # n_bytes is out of reach, so do not lose bits in vain
+            stack.formats = [stack.gentle_format]
 
 
 def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:

@@ -108,10 +108,14 @@ def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: i
     return group_size
 
 
-def read_input_order(layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int) -> Tensor | None:
+def read_input_order(
+    layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
+) -> Tensor | None:
     """Returns the order of the inputs that makes every group contiguous, or None if the groups already are. kind: the
-    name of the tensor with the group of each input."""
+    name of the tensor with the group of each input. is_required: config.json says that the inputs are not in order."""
     if kind not in layer.tensors:
+        if is_required and n_groups > 1:
+            raise UsageError(f"tensor {layer.name}.{kind} is missing, although config.json says act-order (desc_act)")
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
     layer.expect_shape(kind, k)
@@ -152,7 +156,8 @@ def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
             zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since 1 was subtracted with borrows
         return zeros.T[:n]
 
-    order = read_input_order(layer, "g_idx", k, group_size, n_groups)
+    has_order = bool(quantization.get("desc_act"))
+    order = read_input_order(layer, "g_idx", k, group_size, n_groups, is_required=has_order)
     shape = torch.Size([n, k])
     return IntegerWeight(
         shape, bits, group_size, scales.T, lambda: unpack_numbers(qweight.T, bits), read_zeros, order
@@ -235,5 +240,6 @@ def compressed_weight(
             return (zeros.short() + middle).to(torch.uint8)
         return unpack_numbers(zeros.T, bits)[:, :n].T
 
-    order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups)
+    has_order = stated.get("actorder") == "group"
+    order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)
     return IntegerWeight(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()

@@ -116,7 +116,7 @@ def convert(path: Path, model: SourceModel, announce: Announcement | None = None
     default = most_common_format(plans)
     if default.quantization is not None:
         path = path.with_name(f"{path.stem}_{default.name}{path.suffix}")
-        warn_dequantized(plans, tensors)
+    warn_dequantized(plans, tensors)
     shapes = {}
     for name, plan in plans.items():
         for tensor_name, t in plan.format.empty(plan.shape, plan.dtype, "meta").items():

@@ -193,8 +193,15 @@ def test_formats_that_save_nothing():
     """Of 32 inputs a group of 128 has no fewer scales than one of 32, and a float32 takes more than a float16."""
     stack = make_stack("lm_head", w=("Q8_0", 64, 32))
     assert stack.formats == [INT8_G32, INT4]
-    choose_formats([stack], 0)
+    choose_formats([stack], stack.n_bytes[INT4])
     assert stack.format == INT4
+
+
+def test_no_bits_are_lost_in_vain():
+    """If the size limit is out of reach, weights of 8 bits stay so."""
+    stack = make_stack("lm_head", w=("Q8_0", 64, 32))
+    choose_formats([stack], 0)
+    assert stack.format == INT8_G32
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------

@@ -408,6 +408,15 @@ def sort_feed_forward(folder: Path):
     save_file({name: t.contiguous() for name, t in dense.items()}, file, {"format": "pt"})
 
 
+def test_groups_without_a_format(tmp_path, capsys):
+    """If nothing can stay quantized the file is one of 16 bits, and a line says so."""
+    *_, config, quantize = gptq_case("llama2", "", group_size=24)
+    write_quantized(tmp_path / "m", "llama2", config, quantize)
+    capsys.readouterr()
+    assert convert(tmp_path / "m").name == "model.pth"
+    assert "14 weights are not kept quantized, as " in capsys.readouterr().err
+
+
 def test_layers_that_differ(tmp_path, capsys):
     """What is stacked gets a format that holds all of it: smaller groups, more bits or, if there is none, 16 bits."""
     how = {"symmetric": False, "bits": 4, "group_size": 64}
@@ -572,6 +581,7 @@ def test_broken_gptq(tmp_path):
     refuse(f"{k_proj}.g_idx names group -1", {"g_idx": with_first(-1)})
     refuse(f"{k_proj}.g_idx does not make groups of 32", {"g_idx": with_first(1)})
     refuse(rf"{k_proj}.g_idx is \[127\]", {"g_idx": lambda t: t[1:]})
+    refuse(f"{k_proj}.g_idx is missing, although", {"g_idx": None}, config_changes={"desc_act": True})
     file = tmp_path / "m/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     refused(tmp_path / "m", "truncated")
