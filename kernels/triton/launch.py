@@ -49,8 +49,8 @@ FEW_TOKENS = 8
 
 class Gpu(NamedTuple):
     num_sms: int  # multiprocessors (NVIDIA) or compute units (AMD)
-    min_block_m: int  # the fewest tokens that its matrix units multiply at a time; 1: the kernels do not use them
-    can_overlap: bool  # whether it has programmatic dependent launch
+    min_block_m: int  # the fewest tokens that matrix units multiply at a time; 1: the kernels use no matrix units
+    can_overlap: bool  # whether the GPU has programmatic dependent launch
     tuned: dict[str, dict[str, int]]  # table_key -> fields of a TileConfig
 
 
