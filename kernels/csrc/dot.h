@@ -28,7 +28,7 @@ using Outputs = Vec[MAX_TOKENS];  // a block's outputs for each token: [MAX_TOKE
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 
-// Four activations, in every lane.
+// Puts four activations in every lane.
 inline IntVec broadcast4(const int8_t* x) { return IntVec{} + load<int32_t>(x); }
 
 // acc[lane] += the sum over j < 4 of w[lane][j] (unsigned byte) * x[lane][j] (signed byte). Exact.
@@ -57,7 +57,7 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #endif
 }
 
-// Int8 weights, M tokens. BLOCKS blocks at a time share the loads of the activations.
+// Multiplies Int8 weights with M tokens. BLOCKS blocks at a time share the loads of the activations.
 template <int M, int BLOCKS>
 void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   const char* data[BLOCKS];
@@ -90,7 +90,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedInput* toke
   }
 }
 
-// A block's weights for ACT_GROUP inputs, as bytes: elements 0-3 of each output and elements 4-7.
+// Holds the weights of a block for ACT_GROUP inputs, as bytes: elements 0-3 of each output and elements 4-7.
 struct BytePair { IntVec first, second; };
 template <typename F> BytePair load_bytes(const char* words) {
   const IntVec v = load<IntVec>(words), low = IntVec{} + 0x0f0f0f0f;
@@ -98,7 +98,7 @@ template <typename F> BytePair load_bytes(const char* words) {
   else return {F::unsigned_bytes(v & low), F::unsigned_bytes((v >> 4) & low)};
 }
 
-// Weights of format F, Int4, MXFP4 or GroupedInt8, M tokens.
+// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens.
 template <typename F, int M, int BLOCKS>
 void dot_grouped(const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
   constexpr int64_t N_BYTES = 64 * ACT_GROUP / F::PER_WORD;  // of a block's weights for ACT_GROUP inputs
@@ -138,7 +138,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const PreparedInput* t
     for (int m = 0; m < M; m++) out[b][m] = total[b][m];
 }
 
-// Weights of packed format F, M tokens of float32 activations. Nothing is rounded but in float32.
+// Multiplies weights of packed format F with M tokens of float32 activations. Rounds only in float32.
 template <typename F, int M>
 void dot_weight_only(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
   const char* data = w.block_data(block);
@@ -158,7 +158,7 @@ void dot_weight_only(const Weights& w, int64_t block, const PreparedInput* token
 
 // ---- 8-bit floats ---------------------------------------------------------------------------------------------------
 
-// Two bf16 in every lane; two floats in every pair of lanes.
+// Puts two bf16 in every lane, or two floats in every pair of lanes.
 inline IntVec broadcast2(const bf16* x) { return IntVec{} + load<int32_t>(x); }
 inline Vec broadcast2(const float* x) { return (Vec)(LongVec{} + load<int64_t>(x)); }
 
@@ -172,13 +172,14 @@ inline void add_bf16_products(Vec& acc, IntVec w, IntVec x) {
 #endif
 }
 
-// The sums of the pairs of lanes of a, and those of b.
+// Adds each pair of lanes of a, and then of b.
 inline Vec add_pairs(Vec a, Vec b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// M tokens of activations of type X, bf16 or float, times a block. Each group of inputs is summed up and then scaled.
+// Multiplies M tokens of activations of type X, bf16 or float, with a block. Sums up each group of inputs, then scales
+// it.
 template <int M, typename X> void dot_float8(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
   constexpr int UNROLL = M <= 2 ? 2 : 1;  // independent sums along k, so that no addition waits for the one before
@@ -218,7 +219,7 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
 
 // ---- Dense weights --------------------------------------------------------------------------------------------------
 
-// Adds the products of 64 bytes of a and of b to acc, to any of its lanes: the caller uses only the sum of all lanes.
+// Adds the products of 64 bytes of a and of b to any lanes of acc: the caller uses only the sum of all lanes.
 template <typename T> inline void multiply_add(Vec& acc, const T* a, const T* b) {
   for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
 }
@@ -228,8 +229,8 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// out [m, BLOCK_N] += tokens [m, k] times w [n, k]^T, but only inputs begin to k, which are fewer than 64 bytes.
-// Not inlined into dot_dense, so that its loop has more registers.
+// Adds tokens [m, k] times w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k, which are fewer than 64 bytes.
+// Not inlined into dot_dense, so that the loop there has more registers.
 template <typename T>
 [[gnu::noinline]]
 void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const PreparedInput* tokens, int64_t m, Vec* out) {
@@ -239,7 +240,7 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const Prepar
         out[i][r] += to_float(w[r * k + j]) * to_float(static_cast<const T*>(tokens[i])[j]);
 }
 
-// Weights of the activations' type T, output by output: [n, k]. M tokens.
+// Multiplies weights [n, k] of the type T of the activations, output by output, with M tokens.
 template <int M, typename T> void dot_dense(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
   constexpr int R = M <= 2 ? 1 : 4;       // outputs at a time, which share the loads of the activations
   constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along k, so that no addition waits for the one before
@@ -318,7 +319,7 @@ void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const PreparedI
   for (int b = 0; b < BLOCKS; b++) dot_float8<M, X>(w, blocks[b], tokens, out[b]);
 }
 
-// dot for M tokens, at most BLOCK_M.
+// Computes dot for M tokens, at most BLOCK_M.
 template <int M, typename T>
 void dot_tokens(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedInput* tokens,
                 Vec* const* out) {
@@ -335,7 +336,7 @@ template <typename T, int... I> constexpr auto dot_by_tokens(std::integer_sequen
   return std::array{&dot_tokens<I + 1, T>...};
 }
 
-// out[b][i] = block blocks[b] of w . tokens[i], for m tokens [m] and n_blocks blocks, 1 or 2.
+// Computes out[b][i] = block blocks[b] of w . tokens[i], for tokens [m] and n_blocks blocks, 1 or 2.
 template <typename T>
 void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedInput* tokens,
          Outputs* out) {

@@ -1,4 +1,4 @@
-// Weights that are 8-bit floats, e4m3: how they become bf16 or float in registers, for the products in dot.h and amx.h.
+// Converts weights that are 8-bit floats, e4m3, to bf16 or float in registers, for the products in dot.h and amx.h.
 //
 // A line of a block is 64 bytes, 4 inputs of 16 outputs:
 //
@@ -8,18 +8,18 @@
 //                a0 a1  b0 b1  c0 c1  d0 d1    a2 a3  b2 b3  c2 c3  d2 d3
 //
 // So the lower and the upper half of each 16 bytes, widened to 16 bits, are registers with a pair of inputs for each of
-// the 16 outputs. That is what the instructions for bf16 multiply.
+// the 16 outputs. The instructions for bf16 multiply such pairs.
 //
-// Every function here gives 1/256 of a weight, so the scales are multiplied by FLOAT8_FACTOR, 256. That spares an
-// addition: the bits of e become f16's exponent as they are, although its bias is 15 and e's is 7.
+// Every function here gives 1/256 of a weight, so the scales are multiplied by FLOAT8_FACTOR, 256. This spares an
+// addition: the bits of e become the exponent of f16 as they are, although f16 has a bias of 15 and e4m3 one of 7.
 #pragma once
 
 #include <array>
 
 #include "simd.h"
 
-// Whether bf16 activations are multiplied as they are: the CPU has instructions for that, and for float8_to_bf16.
-// Otherwise they become float.
+// Whether bf16 activations are multiplied as bf16, for which and for float8_to_bf16 the CPU has instructions. Otherwise
+// they become float.
 #if defined(__AVX512BF16__) && defined(__GFNI__) && defined(__AVX512VBMI__)
 constexpr bool HAS_FLOAT8_BF16 = true;
 #else
@@ -39,7 +39,7 @@ constexpr std::array<float, 256> FLOAT8_VALUES = [] {  // 1/256 of what each byt
 
 // ---- Conversion -----------------------------------------------------------------------------------------------------
 
-// A line's inputs 0 and 1 of 16 outputs as pairs of bf16, and inputs 2 and 3.
+// Holds a line as pairs of bf16: inputs 0 and 1 of 16 outputs, and inputs 2 and 3.
 struct Bf16Line { IntVec inputs01, inputs23; };
 
 inline Bf16Line float8_to_bf16(IntVec line) {
@@ -68,12 +68,12 @@ inline Bf16Line float8_to_bf16(IntVec line) {
 #endif
 }
 
-// A line as floats. Lanes 2 i and 2 i + 1 are a pair of inputs of output i, or 8 + i.
+// Holds a line as floats. Lanes 2 i and 2 i + 1 are a pair of inputs of output i, or 8 + i.
 struct FloatLine {
   Vec inputs01[2], inputs23[2];  // of outputs 0-7 and of outputs 8-15
 };
 
-// As f16 on the way, s 0eeee mmm0000000: a weight in the upper byte of 16 bits, shifted right by one.
+// Goes by way of f16, s 0eeee mmm0000000: a weight in the upper byte of 16 bits, shifted right by one.
 inline FloatLine float8_to_float(IntVec line) {
 #if defined(__AVX512BW__)
   const auto convert = [](__m512i upper_bytes, Vec* out) {
@@ -109,7 +109,7 @@ inline FloatLine float8_to_float(IntVec line) {
 #endif
 }
 
-// A line's 4 inputs, 1/256 of them: [4 inputs, 16 outputs].
+// Unpacks a line to 1/256 of the inputs: [4 inputs, 16 outputs].
 inline void float8_to_inputs(IntVec line, Vec* out) {
   const FloatLine pairs = float8_to_float(line);
   const Vec* halves[] = {pairs.inputs01, pairs.inputs23};

@@ -33,14 +33,14 @@ inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 
 
 // ---- Load, store, prefetch ------------------------------------------------------------------------------------------
 
-// A value of type T, a number or a vector, from any address.
+// Loads a value of type T, a number or a vector, from any address.
 template <typename T> inline T load(const void* p) {
   T v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-// load_vec: 16 elements of any type, converted to float.
+// load_vec converts 16 elements of any type to float.
 #if defined(__AVX512F__)
 inline Vec load_vec(const bf16* p) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16); }
 inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
@@ -60,7 +60,7 @@ template <typename T> inline Vec load_vec(const T* p) {
 #endif
 inline Vec load_vec(const float* p) { return load<Vec>(p); }
 
-// store_vec: rounds to the nearest number of the type, ties to even. NaN stays NaN.
+// store_vec rounds to the nearest number of the type, ties to even. NaN stays NaN.
 inline void store_vec(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
 inline void store_vec(Vec v, bf16* p) {
   const UIntVec bits = (UIntVec)v;
@@ -77,7 +77,8 @@ inline void store_vec(Vec v, f16* p) {
 #endif
 }
 
-// Elements [first, first + 16) of an array p of n. Beyond its end, load gives zeros and store does nothing.
+// Load or store elements [first, first + 16) of an array p [n]. Beyond the end, load gives zeros and store does
+// nothing.
 template <typename T> inline Vec load_partial(const T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return load_vec(p + first);
   T padded[LANES] = {};
@@ -91,7 +92,7 @@ template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int6
   std::memcpy(p + first, padded, std::max<int64_t>(n - first, 0) * sizeof(T));
 }
 
-// Prefetch distances, in bytes: how far ahead of their use weights are fetched into a cache. A core that takes 20 GB/s
+// Prefetch distances, in bytes: how far ahead of use weights are fetched into a cache. A core that takes 20 GB/s
 // from memory with a latency of 250 ns has 5,000 bytes on the way.
 constexpr int64_t PREFETCH_L2 = 8192;
 constexpr int64_t PREFETCH_L1 = 512;
@@ -99,7 +100,7 @@ constexpr int64_t PREFETCH_L1 = 512;
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// table[byte] for every byte of bytes, which are 0 to 15.
+// Returns table[byte] for every byte of bytes, which are 0 to 15.
 inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 #if defined(__AVX512BW__)
   return (IntVec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), (__m512i)bytes);
@@ -115,7 +116,7 @@ inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 #endif
 }
 
-// table[index], where the lowest four bits of each index count.
+// Returns table[index], where the lowest four bits of each index count.
 inline Vec lookup(Vec table, IntVec indices) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_permutexvar_ps((__m512i)indices, (__m512)table);
@@ -126,7 +127,7 @@ inline Vec lookup(Vec table, IntVec indices) {
 #endif
 }
 
-// 2^(exponent - 127) of 16 exponents, which a float has in the same way. 2^-127 is a subnormal number with one bit set.
+// Returns 2^(exponent - 127) of 16 exponents: the exponent field of a float. 2^-127 is a subnormal number, one bit set.
 inline Vec exp2_vec(const uint8_t* exponents) {
 #if defined(__AVX512F__)
   IntVec bits = (IntVec)_mm512_cvtepu8_epi32(load<__m128i>(exponents));
@@ -146,10 +147,10 @@ inline Vec as_float(Vec v) { return v; }
 
 const Vec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// v with lanes n to 15 replaced by rest.
+// Replaces lanes n to 15 of v by rest.
 inline Vec mask_lanes(Vec v, int64_t n, float rest) { return LANE < float(n) ? v : Vec{} + rest; }
 
-// The sum of all lanes.
+// Returns the sum of all lanes.
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -165,7 +166,7 @@ inline float sum(Vec v) {
 #endif
 
 // Transposes and adds: lane i of the result is the sum of all lanes of v[i], for 16 Vecs, which are overwritten.
-// Each step halves their number: the sum of two Vecs' halves, interleaved, becomes one Vec.
+// Each step halves the number of Vecs: the sum of the halves of two Vecs, interleaved, becomes one Vec.
 inline Vec transpose_reduce_add(Vec* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
@@ -176,9 +177,9 @@ inline Vec transpose_reduce_add(Vec* v) {
   return v[0];
 }
 
-// Transposes 16 vectors of 16 words: lane j of v[i] and lane i of v[j] change places. An element's place is 8 bits, 4 of
-// its vector's number and 4 of its lane's. Each round interleaves the first half of the vectors with the second, which
-// rotates these bits by one.
+// Transposes 16 vectors of 16 words: lane j of v[i] and lane i of v[j] change places. The place of an element is 8
+// bits: 4 of the number of the vector and 4 of the number of the lane. Each round interleaves the first half of the
+// vectors with the second, which rotates these 8 bits by one.
 template <typename V> inline void transpose(V* v) {
   V from[16];
 #pragma GCC unroll 4
@@ -193,7 +194,7 @@ template <typename V> inline void transpose(V* v) {
   }
 }
 
-// Lane i gets lane i ^ D, for a power of two D: neighbouring groups of D lanes change places.
+// Gives lane i the value of lane i ^ D, for a power of two D: neighbouring groups of D lanes change places.
 template <int D> inline IntVec swap_lanes(IntVec v) {
   return __builtin_shufflevector(v, v, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
                                  8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
@@ -210,7 +211,7 @@ inline IntVec reduce_halves(IntVec v, auto op) {
 // Subtracting it again, as a float or as bits, gives the integer as a float or as an int.
 constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 
-// e^x to float's precision; x is first clamped to [-87, 88], and NaN stays NaN.
+// Returns e^x to float's precision. x is first clamped to [-87, 88], and NaN stays NaN.
 // x = n ln 2 + r with an integer n, so e^x = 2^n e^r. e^r is Cephes' polynomial; n is added to its exponent.
 inline Vec exp_vec(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
@@ -227,7 +228,7 @@ inline Vec exp_vec(Vec x) {
   return (Vec)((IntVec)p + (((IntVec)t - (IntVec)to_int) << 23));
 }
 
-// tanh(x) to float's precision, also where it is close to zero: there it is Cephes' polynomial. NaN stays NaN.
+// Returns tanh(x) to float's precision, also close to zero, where Cephes' polynomial serves. NaN stays NaN.
 inline Vec tanh_vec(Vec x) {
   const Vec x2 = x * x, large = 1 - 2 / (1 + exp_vec(2 * x));
   Vec p = Vec{} - 5.70498872745e-3f;
@@ -238,16 +239,16 @@ inline Vec tanh_vec(Vec x) {
   return x2 < 0.390625f ? p * x2 * x + x : large;  // |x| < 0.625
 }
 
-// softcap * tanh(x / softcap), which stays between -softcap and softcap.
+// Returns softcap * tanh(x / softcap), which stays between -softcap and softcap.
 inline Vec apply_softcap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
 
-// x, or where that is outside [-limit, limit], the nearer of the two. NaN stays NaN.
+// Clamps x to [-limit, limit]. NaN stays NaN.
 inline Vec clamp(Vec x, float limit) {
   x = x > limit ? Vec{} + limit : x;
   return x < -limit ? Vec{} - limit : x;
 }
 
-// Phi(x) = (1 + erf(x / sqrt(2))) / 2, the normal distribution's. NaN stays NaN.
+// Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2 of the normal distribution. NaN stays NaN.
 // Abramowitz and Stegun 7.1.26, where erf is off by 1.5e-7 at most. For z >= 0 and t = 1 / (1 + 0.3275911 z):
 //     1 - erf(z) = (a1 t + a2 t^2 + ... + a5 t^5) e^(-z^2)
 inline Vec normal_cdf(Vec x) {
@@ -264,10 +265,10 @@ inline Vec normal_cdf(Vec x) {
 // The activation of a gated feed-forward (a gated linear unit), or none. In the order of config.py: ACTIVATIONS.
 enum class Glu : int64_t { NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, COUNT };
 
-// Whether what it is applied to is a gate and, beside it, an up projection.
+// Returns whether the activation applies to a gate and, beside it, an up projection.
 inline bool is_gated(Glu activation) { return activation != Glu::NONE; }
 
-// activation(gate) * up, as in kernels/reference.py. activation is gated.
+// Computes activation(gate) * up, as in kernels/reference.py. activation is gated.
 inline Vec activate(Vec gate, Vec up, Glu activation) {
   switch (activation) {
     case Glu::NONE: case Glu::COUNT: break;

@@ -1,8 +1,8 @@
-// Operations, and tapes: recorded lists of operations, which are to a CPU what CUDA graphs are to a GPU.
+// Operations, and tapes. A tape is a recorded list of operations: for a CPU what a CUDA graph is for a GPU.
 //
-// All threads of an OpenMP parallel region execute an operation together, each a range of it. Called from Python, an
-// operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the operation to
-// it, with the addresses of inputs and outputs. Replaying the tape executes all of them in one parallel region:
+// All threads of an OpenMP parallel region execute an operation together, each thread a range of the tasks. Called from
+// Python, an operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the
+// operation to the tape, with the addresses of inputs and outputs. A replay executes all operations in one region:
 //
 //     tape_begin   fused_linear(...)  attend(...)  fused_linear(...)  ...   tape_end        records: nothing is computed
 //     tape_replay                                                               computes, on the same addresses
@@ -22,7 +22,7 @@
 #include "simd.h"
 #include "threads.h"
 
-// Scratch memory that starts on a cache line. It grows as needed and is kept for the next operation.
+// Holds scratch memory that starts on a cache line, grows as needed, and is kept for the next operation.
 class Scratch {
   struct alignas(64) CacheLine { char bytes[64]; };
   std::vector<CacheLine> lines;
@@ -52,7 +52,7 @@ class Op {
   virtual const char* error() const = 0;
 };
 
-// Gives such a struct the interface above.
+// Wraps the struct of an operation as an Op.
 template <typename Operation> class OpOf : public Op {
   const Operation operation;
 
@@ -76,7 +76,7 @@ struct Tape {
   double second_seconds = 0;  // of the second replay; the first one also waits for new memory
 };
 
-// Executes ops in one parallel region. Returns how long its threads stalled, all together.
+// Executes ops in one parallel region. Returns how long threads stalled, all threads together.
 inline double execute(const Ops& ops, int n_threads) {
   static thread_local Scratch scratch;
   size_t n_bytes = 0;
@@ -91,19 +91,19 @@ inline double execute(const Ops& ops, int n_threads) {
   return barrier.stalled_seconds();
 }
 
-// What is wrong with the values of the inputs, or null.
+// Returns what is wrong with the values of the inputs, or null.
 inline const char* find_error(const Ops& ops) {
   for (const auto& op : ops)
     if (const char* error = op->error()) return error;
   return nullptr;
 }
 
-// How many threads the tapes take that this thread replays. One number serves all, since to change it from tape to tape
-// would cost more than it gains.
+// Decides for all tapes that this thread replays. One number of threads serves all tapes, since changing it from tape
+// to tape would cost more than it gains.
 inline thread_local ThreadCount thread_count;
 
-// Executes a tape. If an input's value is wrong, computes nothing and returns the message. adapt_threads: take fewer
-// threads while other programs need the cores. Not for one of several tapes with functions between them.
+// Executes a tape. If the value of an input is wrong, computes nothing and returns the message. adapt_threads: take
+// fewer threads while other programs need the cores. Not for one of several tapes with functions between them.
 inline const char* replay(Tape& tape, bool adapt_threads) {
   static thread_local double last_end = 0;
   if (const char* error = find_error(tape.ops)) return error;

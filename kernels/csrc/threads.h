@@ -12,20 +12,21 @@
 #include <cstdint>
 #include <thread>
 
-// Seconds, by a clock that all programs share.
+// Returns seconds, by a clock that all programs share.
 inline double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// The range [begin, end) of n tasks that a thread does.
+// A range [begin, end) of n tasks, which one thread does.
 struct Range { int64_t begin, end; };
 inline Range range_of_thread(int64_t thread, int64_t n_threads, int64_t n) {
   return {n * thread / n_threads, n * (thread + 1) / n_threads};
 }
 inline Range thread_range(int64_t n) { return range_of_thread(omp_get_thread_num(), omp_get_num_threads(), n); }
 
-// Where the threads of a parallel region wait for each other. It spins only briefly, unlike OpenMP's barrier, and then
-// yields the CPU: on a busy machine, the thread that is still missing may need it. The time from then on is a stall.
+// Lets the threads of a parallel region wait for each other. Unlike OpenMP's barrier, wait spins only briefly and then
+// yields the CPU: on a busy machine, the thread that is still missing may need the CPU. The time after spinning is a
+// stall.
 class Barrier {
   std::atomic<int> arrived{0}, round{0};
   std::atomic<int64_t> stalled_ns{0};
@@ -49,16 +50,16 @@ class Barrier {
     stalled_ns.fetch_add(int64_t((now() - start) * 1e9), std::memory_order_relaxed);
   }
 
-  // The stalls of all threads together.
+  // Returns the stalls of all threads together.
   double stalled_seconds() const { return stalled_ns.load(std::memory_order_relaxed) * 1e-9; }
 };
 
-// How many threads repeated computations take. If another program needs a core, the thread on it stops for milliseconds
-// at a time, and all others wait for it at the next barrier. Then fewer threads are faster.
+// Decides how many threads repeated computations take. If another program needs a core, the thread on this core stops
+// for milliseconds at a time, and all other threads wait at the next barrier. Then fewer threads are faster.
 //
-// If threads stall, it tries fewer of them for some repetitions, and keeps the number that took less time. Later it
-// tries more again from time to time, since the other program may have ended. After a trial in vain, the next one waits
-// twice as long. On an idle machine nobody stalls, and nothing is tried. After a pause all of that is forgotten.
+// If threads stall, ThreadCount tries fewer for some repetitions, and keeps the number that took less time. From time
+// to time it tries more again, since the other program may have ended. After a trial in vain, the next one waits twice
+// as long. On an idle machine nobody stalls, and nothing is tried. After a pause all of that is forgotten.
 //
 // Two programs that decode at the same time are only faster if both take fewer threads. So both should try it together,
 // without knowing of each other. A trial begins when their common clock passes a multiple of the time to wait:

@@ -44,13 +44,13 @@ struct Weights {
     return w;
   }
 
-  // Scales and zeros lie in memory as [n_blocks, n_groups, 16]. These are the addresses of a block's 16 in one group of
-  // inputs. group: block * n_groups + its number in the block.
+  // Scales and zeros lie in memory as [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of the 16 of
+  // a block in one group of inputs. group: block * n_groups + the number of the group in the block.
   template <typename T> const T* scales_of(int64_t group) const {
     return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
   }
   const uint8_t* zeros_of(int64_t group) const { return reinterpret_cast<const uint8_t*>(zeros) + group * BLOCK_N; }
-  // Scales of 16 bits.
+  // Loads scales of 16 bits.
   Vec half_scales(int64_t group) const {
     return has_f16_scales ? load_vec(scales_of<f16>(group)) : load_vec(scales_of<bf16>(group));
   }
@@ -59,14 +59,14 @@ struct Weights {
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
 // A struct for each format has what the loops must know. A new format needs PER_WORD, SCALE_BYTES, element and
-// scales_and_zeros, and a place in Formats. Then the loops that serve any format serve the new one. Loops for one format
-// alone are an overload of dot_blocks (dot.h) or a specialization of LineDecoder (amx.h).
+// scales_and_zeros, and a place in Formats. Then the loops that serve any format serve the new one. Loops for one
+// format alone are an overload of dot_blocks (dot.h) or a specialization of LineDecoder (amx.h).
 
-// An element q of a quantized weight stands for (q - zero) * scale, and that times its output's scale if the format has
-// HAS_OUTPUT_SCALES. These are the scales and zeros of a block's 16 outputs in one group of inputs.
+// Holds the scales and zeros of the 16 outputs of a block in one group of inputs. An element q of a quantized weight
+// stands for (q - zero) * scale. If the format has HAS_OUTPUT_SCALES, this is multiplied by a scale of the output.
 struct ScalesAndZeros { Vec scales, zeros; };
 
-// What is true of a format that does not say otherwise.
+// Says what is true of a format, unless the format says otherwise.
 struct AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = false;  // whether 16-bit activations are rounded to int8 for the product
   static constexpr bool BF16_ACTIVATIONS = false;  // whether bf16 activations are multiplied as they are, not as float

@@ -31,13 +31,14 @@ SIGN_MASK = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008
 
 @triton.jit
 def join_halves(words, DTYPE: tl.constexpr):
-    """The 16-bit floats in the low and the high half of each word: [..., 2]."""
+    """Returns the 16-bit floats in the low and the high half of each word: [..., 2]."""
     return tl.join(words.to(tl.int16).to(DTYPE, bitcast=True), (words >> 16).to(tl.int16).to(DTYPE, bitcast=True))
 
 
 @triton.jit
 def join_bfloat16_halves(words, DTYPE: tl.constexpr):
-    """The same of bfloat16 for DTYPE bfloat16 or float32, of which a bfloat16 is the upper half."""
+    """Returns the bfloat16s in the low and the high half of each word, as DTYPE, bfloat16 or float32: [..., 2]. A
+    bfloat16 is the upper half of the same float32."""
     if DTYPE == tl.bfloat16:
         return join_halves(words, DTYPE)
     else:
@@ -48,20 +49,21 @@ def join_bfloat16_halves(words, DTYPE: tl.constexpr):
 
 
 def pack_offset(dtype: torch.dtype) -> int:
-    """OFFSET (see int4_pair) twice, as two floats of dtype in a word. Float32 has no use for it."""
+    """Returns OFFSET (see int4_pair) twice, as two floats of dtype in a word. Float32 has no use for it."""
     return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
 
 
 @triton.jit
 def offset_of(DTYPE: tl.constexpr):
-    """OFFSET (see int4_pair)."""
+    """Returns OFFSET (see int4_pair)."""
     OFFSET: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
     return OFFSET
 
 
 @triton.jit
 def int4_pair(words, packed_offset, DTYPE: tl.constexpr):
-    """words -> the elements q in bits 0-3 and 16-19, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts OFFSET.
+    """Decodes the elements q in bits 0-3 and 16-19 of words, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts
+    OFFSET.
 
     OR the nibble into the mantissa of OFFSET, which is 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q.
     packed_offset has OFFSET in both halves, so two elements take one and-or instruction (lop3). It is a runtime
@@ -84,7 +86,7 @@ def unpack_scale_words(words):
 
 @triton.jit
 def e4m3_to_floats(words, DTYPE: tl.constexpr):
-    """pack_words of e4m3, [X, Y, Z] -> floats of DTYPE, [X, Y, 4 Z]. NaN becomes 480."""
+    """Decodes words of e4m3 (pack_words) [X, Y, Z] to floats of DTYPE [X, Y, 4 Z]. NaN becomes 480."""
     BIAS_FACTOR: tl.constexpr = 2.0**8 if DTYPE == tl.float16 else 2.0**120
     pairs = tl.join(e4m3_pair(words << 8, DTYPE), e4m3_pair(words, DTYPE))  # [X, Y, Z, element of its pair, pair]
     pairs = tl.permute(pairs, 0, 1, 2, 4, 3)
@@ -93,7 +95,7 @@ def e4m3_to_floats(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def e4m3_pair(words, DTYPE: tl.constexpr):
-    """The elements in bits 8-15 and 24-31 of words, divided by BIAS_FACTOR: [..., 2]."""
+    """Decodes the elements in bits 8-15 and 24-31 of words, divided by BIAS_FACTOR: [..., 2]."""
     if DTYPE == tl.float16:
         return join_halves(((words >> 1) & 0x3F803F80) | (words & SIGN_MASK), DTYPE)
     else:
@@ -105,14 +107,14 @@ def e4m3_pair(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def e2m1_bias_factor(DTYPE: tl.constexpr):
-    """BIAS_FACTOR of e2m1."""
+    """Returns BIAS_FACTOR of e2m1."""
     BIAS_FACTOR: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
     return BIAS_FACTOR
 
 
 @triton.jit
 def e2m1_pair(words, packed_offset, DTYPE: tl.constexpr):
-    """The elements in bits 0-3 and 16-19 of words, divided by BIAS_FACTOR: [..., 2]."""
+    """Decodes the elements in bits 0-3 and 16-19 of words, divided by BIAS_FACTOR: [..., 2]."""
     if DTYPE == tl.float16:
         return join_halves(((words << 9) & 0x0E000E00) | ((words << 12) & SIGN_MASK), DTYPE)
     else:
@@ -121,5 +123,5 @@ def e2m1_pair(words, packed_offset, DTYPE: tl.constexpr):
 
 @triton.jit
 def e8m0_to_float(scales):
-    """uint8 -> 2^(scale - 127), float32. For 0 that is a subnormal number, of which one bit is set."""
+    """Returns 2^(scale - 127), float32, for uint8 scales. For 0 that is a subnormal number with one bit set."""
     return tl.maximum(scales.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)

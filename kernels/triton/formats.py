@@ -87,8 +87,8 @@ def dequantize_grouped_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, m
 
 @triton.jit
 def product_with_zeros(q, x, scale, zero):
-    """((q - zero) * scale) x, slice by slice: q [K_SLICES, BLOCK_N, SLICE_K] times x [K_SLICES, SLICE_K, BLOCK_M] is
-    [K_SLICES, BLOCK_N, BLOCK_M]. scale and zero [K_SLICES, BLOCK_N, 1] are those of a whole slice, so
+    """Computes ((q - zero) * scale) x, slice by slice: q [K_SLICES, BLOCK_N, SLICE_K] times x [K_SLICES, SLICE_K,
+    BLOCK_M] is [K_SLICES, BLOCK_N, BLOCK_M]. scale and zero [K_SLICES, BLOCK_N, 1] are those of a whole slice, so
 
         sum of (q - zero) * scale * x  =  scale * (sum of q * x  -  zero * sum of x)
 
@@ -146,7 +146,7 @@ def dequantize_int4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
 
 @triton.jit
 def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
-    """The elements of a tile, as DECODE decodes them: [TILE_N, TILE_K], float32."""
+    """Loads a tile and decodes its elements with DECODE: [TILE_N, TILE_K], float32."""
     tile = tile_n.to(tl.int64) * tl.cdiv(K, TILE_K) + tile_k
     words = tl.load(w_ptr + tile * TILE_WORDS + tl.arange(0, TILE_WORDS))
     return tl.reshape(tiles_to_floats(words[None, :], 0, DECODE, 1, TILE_K, tl.float32), [TILE_N, TILE_K])
@@ -182,7 +182,7 @@ class Layout(Enum):
 
 
 class Scales(Enum):
-    """What the packed scales of a format are."""
+    """Says what the packed scales of a format are."""
 
     NONE = "none"
     FLOAT32 = "float32"
@@ -191,7 +191,7 @@ class Scales(Enum):
 
 
 class KernelFormat(NamedTuple):
-    """What the kernels must know of a format."""
+    """Holds what the kernels must know of a format."""
 
     format_class: type[WeightFormat]
     layout: Layout
@@ -209,15 +209,15 @@ class KernelFormat(NamedTuple):
         return self.layout is Layout.TILES
 
     def has_channel_scales(self, group_size: int, k: int) -> bool:
-        """Whether fused_linear multiplies an output's sum with its only scale, after its loop over K."""
+        """Returns whether an output has a single scale, which fused_linear applies after the loop over K."""
         return self.scales is Scales.FLOAT32 and group_size >= k
 
     def has_slice_scales(self, group_size: int, k: int) -> bool:
-        """Whether multiply scales the sum of each slice. Then a slice must lie in one group."""
+        """Returns whether multiply scales the sum of each slice. Then a slice must lie in one group."""
         return self.scales is not Scales.NONE and not self.has_channel_scales(group_size, k)
 
     def stride(self, weight: Tensor) -> int:
-        """How many elements, or words of several elements, the packed weight has for each output."""
+        """Returns how many elements, or words of several elements, the packed weight has for each output."""
         return weight.stride(-3) // TILE_N.value if self.is_tiled else weight.stride(-2)
 
 
@@ -258,7 +258,7 @@ def supports(layer: WeightMatrix) -> bool:
 
 @triton.jit
 def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl.constexpr):
-    """y [N, K] = W. Program (i, j) has rows [16 i, 16 (i + 1)) and columns [64 j, 64 (j + 1)): one tile."""
+    """Computes y [N, K] = W. Program (i, j) has rows [16 i, 16 (i + 1)) and columns [64 j, 64 (j + 1)): one tile."""
     tile_n, tile_k = tl.program_id(0), tl.program_id(1)
     offs_n, offs_k = tile_n * TILE_N + tl.arange(0, TILE_N), tile_k * TILE_K + tl.arange(0, TILE_K)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
@@ -271,7 +271,7 @@ def dequantize(
     weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The matrix W [n, k] of a quantized weight."""
+    """Dequantizes a weight to the matrix W [n, k]."""
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](weight, scales, y, n, k, group_size, kernel_format(format_id).dequantize)
@@ -280,8 +280,8 @@ def dequantize(
 
 @triton.jit
 def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, DEQUANTIZE: tl.constexpr):
-    """y [n_tokens, K] = the rows of W at tokens, times scale. Program (i, j) has token i, columns [64 j, 64 (j + 1)).
-    It dequantizes the tile that they lie in, and stores one row of it."""
+    """Computes y [n_tokens, K] = the rows of W at tokens, times scale. Program (i, j) has token i and columns
+    [64 j, 64 (j + 1)). It dequantizes a whole tile, and stores one row."""
     i, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(tokens_ptr + i)
     tile_n = token // TILE_N
@@ -298,7 +298,7 @@ def embed(
     tokens: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, k: int, dtype: torch.dtype, scale: float,
 ) -> Tensor:  # fmt: skip
-    """The rows [..., k] of a quantized weight [n, k] at tokens, times scale."""
+    """Dequantizes the rows [..., k] of a weight [n, k] at tokens, and multiplies them with scale."""
     y = weight.new_empty(*tokens.shape, k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():

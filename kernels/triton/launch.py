@@ -2,7 +2,7 @@
 
     choose_tiles(x, format_id, n, gated, group_size)  the tile sizes for y = x W^T
     overlap_options(device, grid)                     for a kernel that may start before the previous one has ended
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)  the first line of such a kernel
+    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)  what a kernel that overlaps must begin with
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product;
 scripts/benchmark.py --tune writes it. For other GPUs and products choose_tiles guesses.
@@ -18,13 +18,14 @@ Here kernel B follows kernel A:
     A    ... loop over K ...  gdc_launch_dependents  epilogue, stores  end
     B                                   starts, prefetches its weights    gdc_wait  reads what A wrote ...
 
-Before gdc_wait a kernel reads only weights, since no kernel writes those. Every kernel executes gdc_wait, even if it
-needs nothing from the previous one. So a kernel ends after the one before it, and the next one waits for all of them.
+Before gdc_wait a kernel reads only weights, since no kernel writes weights. Every kernel executes gdc_wait, even if it
+needs nothing from the previous kernel. So kernels end in order, and a kernel that waits for B waits for A, too.
 
-When to let the next kernel start. Its first programs take the places of programs that have ended. If a product let it
-start at once, the multiprocessors that finish first would get most of its programs, and the others none: int8 steps of
-Llama-3.1-8B then took 4.5 ms instead of 3.3 (H100). So a product lets it start after the loop over K, when all programs
-are nearly done. Only a kernel with at most one program for each multiprocessor lets it start at once (TRIGGER_EARLY).
+When to execute gdc_launch_dependents. The first programs of B go to the multiprocessors that have room first. If a
+product A executed it at once, most programs of B would pile up on the multiprocessors that finish A early, while others
+had none: int8 steps of Llama-3.1-8B then took 4.5 ms instead of 3.3 (H100). So a product executes it after the loop
+over K, when all programs are nearly done. Only a kernel with at most one program for each multiprocessor does so at
+once (TRIGGER_EARLY).
 """
 
 import json
@@ -48,8 +49,8 @@ FEW_TOKENS = 8
 
 class Gpu(NamedTuple):
     num_sms: int  # multiprocessors (NVIDIA) or compute units (AMD)
-    min_block_m: int  # the fewest tokens that its matrix units multiply at a time; 1: the kernels do not use them
-    can_overlap: bool  # whether it has programmatic dependent launch
+    min_block_m: int  # the fewest tokens that matrix units multiply at a time; 1: the kernels use no matrix units
+    can_overlap: bool  # whether the GPU has programmatic dependent launch
     tuned: dict[str, dict[str, int]]  # table_key -> fields of a TileConfig
 
 
@@ -73,20 +74,21 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def min_block_m_of(x: Tensor) -> int:
-    """The fewest tokens in a product with x. Float32 does without matrix units, which would round it to fewer bits."""
+    """Returns the fewest tokens in a product with x. Float32 takes no matrix units, which would round x to fewer
+    bits."""
     return 1 if x.dtype == torch.float32 else gpu_of(x.device).min_block_m
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """The type of both factors of products with x. The interpreter has no arithmetic of bfloat16."""
+    """Returns the type of both factors of products with x. The interpreter has no arithmetic of bfloat16."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return tl.float32
     return getattr(tl, str(x.dtype).removeprefix("torch."))
 
 
 def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
-    """Arguments for the launch of a kernel that overlaps with others where the GPU can do that. The kernel must begin
-    with wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY). If USE_PDL and not TRIGGER_EARLY, it may execute
+    """Returns arguments for the launch of a kernel, which overlaps with others where the GPU can do that. The kernel
+    must begin with wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY). If USE_PDL and not TRIGGER_EARLY, it may execute
     gdc_launch_dependents after its loop."""
     gpu = gpu_of(device)
     if not gpu.can_overlap:
@@ -96,7 +98,7 @@ def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
 
 @triton.jit
 def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
-    """What a kernel begins with. Afterwards it may read everything."""
+    """Waits until the kernel may read everything. Every kernel begins with this."""
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
         if TRIGGER_EARLY:
@@ -105,11 +107,11 @@ def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr)
 
 @cache
 def done_counters(device: torch.device) -> Tensor:
-    """Zeros, in which a kernel's programs count themselves when they are done. So one of them learns that it is the
-    last, combines what all have stored, and sets the counter back to zero.
+    """Returns counters, zeros, in which the programs of a kernel count themselves when they are done. So a program
+    learns that it is the last, combines what all programs have stored, and sets the counter back to zero.
 
-    All kernels count in this one tensor. Two kernels that overlap do not disturb each other: the second one counts only
-    after its gdc_wait, and by then the first has ended."""
+    All kernels count in this one tensor. Two kernels that overlap do not disturb each other: the second kernel counts
+    only after gdc_wait, and by then the first kernel has ended."""
     return torch.zeros(2**14, dtype=torch.int32, device=device)
 
 
@@ -135,7 +137,7 @@ class TileConfig(NamedTuple):
 
 
 def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
-    """What tuned.json calls a product with W [n, k]."""
+    """Returns the name of a product with W [n, k] in tuned.json."""
     key = f"{kernel_format(format_id).name}, {n} x {k}"
     if group_size < min(64, k):  # then slices are narrower
         key += f", g{group_size}"

@@ -25,12 +25,12 @@ def route_kernel(
     E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, N_SHARED: tl.constexpr, BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """logits [M, E], or [M, E + 1] if N_SHARED -> topk_weights and topk_ids [M, TOP_K + N_SHARED]. Grid: [M]. Program m
-    has token m.
+    """Chooses experts by logits [M, E], or [M, E + 1] if N_SHARED: topk_weights and topk_ids [M, TOP_K + N_SHARED].
+    Grid: [M]. Program m has token m.
 
-    First the TOP_K likeliest experts, with their probabilities. Then N_SHARED shared experts, E and following; the
-    weight of each is the sigmoid of the token's last logit. BLOCK is a power of two that has room for all logits and
-    all results."""
+    The results are the TOP_K likeliest experts, with their probabilities, and then N_SHARED shared experts, with the
+    ids E and following. The weight of a shared expert is the sigmoid of the last logit of the token. BLOCK is a power
+    of two that has room for all logits and all results."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     token, e = tl.program_id(0), tl.arange(0, BLOCK)
     logits_ptr += token * (E + 1 if N_SHARED else E)
@@ -60,7 +60,7 @@ def moe_combine_kernel(
     y_ptr, topk_weights_ptr, residual_ptr, out_ptr, N,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = [residual +] the sum over TOP_K of topk_weights [M, TOP_K] times y [M, TOP_K, N].
+    """Computes out [M, N] = [residual +] the sum over TOP_K of topk_weights [M, TOP_K] times y [M, TOP_K, N].
     Grid: [N / BLOCK, M]. Program (i, m) has outputs [i * BLOCK, (i + 1) * BLOCK) of token m."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     token, offs_n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -80,8 +80,8 @@ def experts_gate_up(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, topk_ids: Tensor, norm_weight: Tensor | None, eps: float, activation: int,
 ) -> Tensor:  # fmt: skip
-    """x [..., dim] times the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and activation
-    as in fused_linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
+    """Multiplies x [..., dim] with the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and
+    activation as in fused_linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
     y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
     launch_fused_linear(
         y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps,
@@ -95,8 +95,8 @@ def experts_down(
     hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """hidden [..., top_k, F] times the experts topk_ids [..., top_k] of W [E, n, F], plus bias [E, n], summed with
-    topk_weights: [residual +] [..., n]."""
+    """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], plus bias [E, n], summed
+    with topk_weights: [residual +] [..., n]."""
     y = hidden.new_empty(*topk_ids.shape, n, dtype=torch.float32)
     launch_fused_linear(y, hidden, weight, scales, format_id, n, group_size, bias, topk_ids=topk_ids)
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
@@ -109,8 +109,8 @@ def experts_down(
 
 @triton_op
 def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
-    """Of float32 logits [..., E] the top_k largest: their softmax weights, made to sum to one if norm_topk_prob, and
-    their indices, both [..., top_k]. With n_shared_experts shared experts, whose weight is the sigmoid of one more
+    """Returns the top_k largest of float32 logits [..., E]: softmax weights, made to sum to one if norm_topk_prob, and
+    indices, both [..., top_k]. With n_shared_experts shared experts, whose weight is the sigmoid of one more
     logit: [..., top_k + n_shared_experts]."""
     topk_weights, topk_ids = schema.route(logits, top_k, norm_topk_prob, n_shared_experts)
     n_logits = logits.shape[-1]

@@ -54,8 +54,8 @@ def sample_kernel(
 
 @triton.jit
 def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr):
-    """The token of a sequence's block with the highest score. Other programs have just written both, so they are read
-    past the first-level cache."""
+    """Returns the token of the block of a sequence with the highest score. Other programs have just written scores and
+    tokens, so loads go past the first-level cache."""
     block = tl.arange(0, N_BLOCKS_PADDED)
     offsets, mask = sequence * N_BLOCKS + block, block < N_BLOCKS
     scores = tl.load(block_scores_ptr + offsets, mask=mask, other=-float("inf"), cache_modifier=".cg")
@@ -65,8 +65,8 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 
 @triton_op
 def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-    """float32 logits [B, V] and, unless the likeliest token is wanted, noise [B, V] of the exponential distribution ->
-    token ids [B]; -1 where logits are not finite."""
+    """Chooses token ids [B] by float32 logits [B, V] and, unless the likeliest token is wanted, noise [B, V] of the
+    exponential distribution; -1 where logits are not finite."""
     batch, vocab_size = logits.shape
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = logits.new_empty(batch, dtype=torch.int64)

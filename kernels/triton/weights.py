@@ -18,7 +18,7 @@ from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS
 
 
 class ProgramWeights(NamedTuple):
-    """The weights of a program of fused_linear: its rows of W [N, K]. The functions below call it w."""
+    """Holds the weights of a program of fused_linear: some rows of W [N, K]. Functions that take this call it w."""
 
     ptr: tl.tensor
     scales_ptr: tl.tensor
@@ -31,7 +31,7 @@ class ProgramWeights(NamedTuple):
 
 @triton.jit
 def program_outputs(i, BLOCK_OUT: tl.constexpr, N_OUT):
-    """Which row of W is the i-th of this program, for i in [0, BLOCK_N).
+    """Returns which row of W is row i of this program, for i in [0, BLOCK_N).
 
     Without an activation the rows of a program follow each other: BLOCK_OUT = BLOCK_N, N_OUT = N. With one, W is a gate
     projection of N_OUT rows above an up projection of N_OUT rows. Then BLOCK_OUT = BLOCK_N / 2, and program p takes the
@@ -51,9 +51,9 @@ def prefetch_weights(
     W_STRIDE: tl.constexpr, IS_TILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
     PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Starts to bring the first PREFETCH_BYTES of a program's weights into the L2 cache: as many of each row, or, if
-    IS_TILED, of each 16 rows, which are stored together. One thread asks for all of a row, since many small requests
-    are slow."""
+    """Starts to bring the first PREFETCH_BYTES of the weights of a program into the L2 cache: equally many of each row
+    or, if IS_TILED, of each 16 rows, which are stored together. One thread asks for all of a row, since many small
+    requests are slow."""
     UNIT_N: tl.constexpr = TILE_N if IS_TILED else 1  # rows that are stored together
     N_UNITS: tl.constexpr = BLOCK_N // UNIT_N
     UNIT_BYTES: tl.constexpr = UNIT_N * W_STRIDE * w_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -72,8 +72,8 @@ def prefetch_weights(
 
 @triton.jit
 def slice_starts(IS_TILED: tl.constexpr, SLICE_K: tl.constexpr, K_SLICES: tl.constexpr):
-    """In which of a step's columns each slice begins: [K_SLICES]. If slices are half a tile wide, all left halves come
-    before all right halves, as tiles_to_floats returns them."""
+    """Returns the column of a step in which each slice begins: [K_SLICES]. If slices are half a tile wide, all left
+    halves come before all right halves, as tiles_to_floats returns them."""
     i = tl.arange(0, K_SLICES)
     if IS_TILED:
         TILES_IN_STEP: tl.constexpr = K_SLICES * SLICE_K // TILE_K
@@ -83,13 +83,13 @@ def slice_starts(IS_TILED: tl.constexpr, SLICE_K: tl.constexpr, K_SLICES: tl.con
 
 @triton.jit
 def slice_columns(k_starts, SLICE_K: tl.constexpr):
-    """The columns of slices that begin at k_starts [K_SLICES]: [K_SLICES, SLICE_K]."""
+    """Returns the columns of slices that begin at k_starts [K_SLICES]: [K_SLICES, SLICE_K]."""
     return k_starts[:, None] + tl.arange(0, SLICE_K)[None, :]
 
 
 @triton.jit
 def load_rows(w, k_starts, K: tl.constexpr, SLICE_K: tl.constexpr):
-    """Of a W in rows: the program's outputs, of the slices that begin at columns k_starts [K_SLICES]:
+    """Loads from a W in rows: the outputs of the program, of the slices that begin at columns k_starts [K_SLICES]:
     [K_SLICES, BLOCK_N, SLICE_K]."""
     offs_k = slice_columns(k_starts, SLICE_K)
     offsets = w.offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
@@ -98,7 +98,7 @@ def load_rows(w, k_starts, K: tl.constexpr, SLICE_K: tl.constexpr):
 
 @triton.jit
 def load_tiles(w, k, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of a W in tiles: the program's outputs and columns [k, k + BLOCK_K), as the words of whole tiles:
+    """Loads from a W in tiles: the outputs of the program and columns [k, k + BLOCK_K), as the words of whole tiles:
     [BLOCK_N / TILE_N * BLOCK_K / TILE_K, TILE_WORDS]."""
     TILES_IN_STEP: tl.constexpr = BLOCK_K // TILE_K  # side by side
     i = tl.arange(0, BLOCK_N // TILE_N * TILES_IN_STEP)
@@ -112,8 +112,8 @@ def load_tiles(w, k, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.const
 
 @triton.jit
 def load_slice_scales(w, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Of scales that are stored column by column, [n_groups, N]: those of the program's outputs and of the slices that
-    begin at columns k_starts [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
+    """Loads scales that are stored column by column, [n_groups, N]: those of the outputs of the program and of the
+    slices that begin at columns k_starts [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
     offsets = (k_starts // GROUP_SIZE)[:, None] * w.N + w.offs_n[None, :]
     mask = (k_starts < K)[:, None] & w.mask_n[None, :]
     return tl.load(w.scales_ptr + offsets, mask=mask, other=0)[:, :, None]
@@ -121,6 +121,6 @@ def load_slice_scales(w, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
 
 @triton.jit
 def load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE):
-    """Of scales that are stored column by column: those of outputs offs_n [X] and columns offs_k [Y]: [X, Y]."""
+    """Loads scales that are stored column by column: those of outputs offs_n [X] and columns offs_k [Y]: [X, Y]."""
     offsets = (offs_k // GROUP_SIZE).to(tl.int64)[None, :] * N + offs_n[:, None]
     return tl.load(scales_ptr + offsets, mask=mask, other=0)

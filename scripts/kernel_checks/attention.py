@@ -12,10 +12,11 @@ ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
 
 
 def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list, options: tuple):
-    """Sequences at positions of their own, in a cache that holds NaN where nothing has been written yet, and is a view
-    of a longer one. Compared are the output, and both caches whole: only the new tokens' places may change.
+    """Checks sequences at positions of their own, in a cache that holds NaN where nothing has been written yet, and
+    that is a view of a longer cache. Compares the output, and both caches whole: only the places of new tokens may
+    change.
 
-    caches: each the number of new tokens, the position of the first in every sequence, and the cache's length."""
+    caches: tuples of the number of new tokens, the position of the first in every sequence, and max_seq_len."""
     n_heads, n_kv_heads, head_dim = heads
     norms, slopes, arguments = make_options(options, heads, dtype)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
@@ -38,8 +39,8 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
 
 
 def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list, Tensor | None, dict]:
-    """The norms of queries and keys, ALiBi's slopes, and the other arguments of attention. The first of the sinks takes
-    nearly everything."""
+    """Makes the norms of queries and keys, the slopes of ALiBi, and the other arguments of attention. The first sink
+    gets nearly all of the softmax."""
     n_heads, n_kv_heads, head_dim = heads
     norms, arguments = [None, None], {}
     if "head_norms" in options:

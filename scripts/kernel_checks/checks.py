@@ -162,7 +162,7 @@ def name_of(check: Check) -> str:
 
 
 def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """A product of exact data, which shows the smallest mistake."""
+    """Checks a product of exact data, which shows the smallest mistake."""
     n, k, has_bias, token_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
@@ -185,7 +185,7 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """A product of random data: sums and the product with the norm's weight are rounded, and int4's OFFSET costs
+    """Checks a product of random data: sums and the product with the norm's weight are rounded, and int4's OFFSET costs
     bits."""
     n, k, n_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
@@ -231,7 +231,7 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_activation(dtype: torch.dtype, activation: str):
-    """An activation near zero, where it bends, and beyond its clamp. NaN stays NaN."""
+    """Checks an activation near zero, where it bends, and beyond the clamp. NaN stays NaN."""
     n, k, operation = 96, 72, f"{activation}_linear"
     w = exact_linear(n, k, Dense(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
@@ -250,7 +250,7 @@ def check_activation(dtype: torch.dtype, activation: str):
 
 
 def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float):
-    """After the bias or the activation, before the residual."""
+    """Checks scale, softcap and clip, after the bias or the activation and before the residual."""
     n, k, operation = 96, 72, "clipped_linear" if clip else "capped_linear"
     w = exact_linear(n, k, Int8(), dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
     matrix, bias = matrix_and_bias(w)
@@ -288,7 +288,7 @@ def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
 
 
 def check_gather_inputs(dtype: torch.dtype):
-    """To the last bit: all inputs in another order, and some of them, as a rank of several gathers."""
+    """Checks to the last bit: all inputs in another order, and a part of all inputs, as a rank of several gathers."""
     for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
         y = kernels.gather_inputs(x, order.int(), "triton")
@@ -299,8 +299,8 @@ def check_gather_inputs(dtype: torch.dtype):
 
 
 def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Products with the gate and up projections of experts that tokens share. PyTorch computes sizes that kernels
-    lack."""
+    """Checks products with the gate and up projections of experts that tokens share. PyTorch computes sizes that
+    kernels lack."""
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
     w = exact_linear(n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp)
@@ -358,7 +358,7 @@ def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int
 
 
 def check_sample(vocab_size: int):
-    """The likeliest token, the first of equals; with noise as the formula says; -1 if a logit is not finite."""
+    """Checks the likeliest token, the first of equals; with noise, the formula; -1 if a logit is not finite."""
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
@@ -375,8 +375,8 @@ def check_sample(vocab_size: int):
 
 
 def check_distribution(operation: str):
-    """How often each token is drawn: within five standard deviations. multinomial is not one of our kernels, but on a
-    GPU it takes a way of its own."""
+    """Checks how often each token is drawn: within five standard deviations. multinomial is no kernel of this project,
+    but on a GPU it takes a way of its own."""
     probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
     if operation == "sample":
         logits = (probabilities.log() * temperature).clamp(min=-1e30)

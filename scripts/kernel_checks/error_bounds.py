@@ -19,8 +19,9 @@ FLIPS = 8
 
 
 def magnitudes(w) -> Tensor:
-    """[N, K]: for a WeightMatrix as in a checkpoint, the magnitude of what is added up and taken off again for each
-    weight: of quantized ones the offset of an unsigned number and the zero point count for themselves."""
+    """Returns, for each weight of a WeightMatrix as in a checkpoint, the sum of the magnitudes of what a kernel adds up
+    and takes off again: [N, K]. In a quantized weight the offset of an unsigned number and the zero point count,
+    too."""
     weight, scales = w.weight.double(), w.scales
     if scales is None:
         return weight.abs()
@@ -38,8 +39,8 @@ def magnitudes(w) -> Tensor:
 
 
 def product_error(x: Tensor, magnitude: Tensor, y: Tensor, dtype: torch.dtype, step: float = 0.0) -> Tensor:
-    """The bound for y = x W^T, stored in dtype. magnitude [N, K]: of W. step: how much one flip changes an element of
-    x."""
+    """Returns the bound for y = x W^T, stored in dtype. magnitude [N, K]: of W. step: how much one flip changes an
+    element of x."""
     k = x.shape[-1]
     total = x.double().abs() @ magnitude.mT
     flips = FLIPS * step * magnitude.max()
@@ -51,7 +52,7 @@ def rounding_error(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def step_of(x: Tensor, quantized: bool) -> float:
-    """The largest distance between an element of x and its neighbour: of its type, or of 8 bits in groups of 8."""
+    """Returns the largest distance between neighbouring values of x: in the type of x, or in 8 bits in groups of 8."""
     largest = x.double().abs().max().item()
     return largest / 127 if quantized else 2 * U[x.dtype] * largest
 

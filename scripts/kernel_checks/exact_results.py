@@ -43,22 +43,22 @@ class Comparison(NamedTuple):
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, which knows bfloat16 only as a type of memory."""
+    """Returns whether kernels run in Triton's interpreter, which knows bfloat16 only as a type of memory."""
     return torch.get_default_device().type == "cpu"
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of a product's factors, for x in dtype."""
+    """Returns the type of the factors of a product, for x in dtype."""
     return torch.float32 if dtype == torch.bfloat16 and is_interpreted() else dtype
 
 
 def rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The rounding error of a result y in dtype. Triton's interpreter does not round to bfloat16, it truncates."""
+    """Returns the rounding error of a result y in dtype. Triton's interpreter does not round to bfloat16, but cuts."""
     return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
 
 def format_label(value) -> str:
-    """The label of a format, or of any other parameter, in a test's name."""
+    """Returns the label of a format, or of any other parameter, in the name of a test."""
     return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
 
 
@@ -68,7 +68,7 @@ def format_label(value) -> str:
 def make_linear(
     n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
 ):
-    """A random Linear as in a checkpoint."""
+    """Makes a random Linear as in a checkpoint."""
     w = kind(k, n, bias, n_experts, **options)
     torch.nn.init.normal_(w.weight)
     if bias:
@@ -77,7 +77,7 @@ def make_linear(
 
 
 def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
-    """A random Embedding as in a checkpoint."""
+    """Makes a random Embedding as in a checkpoint."""
     return set_weight(Embedding(k, n), torch.randn(n, k).to(dtype), format)
 
 
@@ -90,7 +90,7 @@ def set_weight(matrix, w: torch.Tensor, format):
 
 
 def use_triton(module: torch.nn.Module) -> torch.nn.Module:
-    """Switches all of its linear layers to the Triton kernels."""
+    """Switches all linear layers of module to the Triton kernels."""
     linears = [m for m in module.modules() if isinstance(m, Linear)]
     kernels.pack_for_triton(linears)
     assert all(w.backend == "triton" for w in linears)
@@ -98,7 +98,7 @@ def use_triton(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def matrix_and_bias(w: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """W [..., N, K] and the bias of a Linear, in float64."""
+    """Returns W [..., N, K] and the bias of a Linear, in float64."""
     bias = torch.zeros(()) if w.bias is None else w.bias
     return w.dequantized_weight(torch.float32).double(), bias.double()
 
@@ -123,7 +123,7 @@ def attend(
 
 
 def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
-    """A Linear whose sums with integers are exact in float32, up to int4's last step: scale times a group's sum."""
+    """Makes a Linear whose sums with integers are exact in float32, up to the last step: scale times a group's sum."""
     w = make_linear(n, k, format, dtype, **options)
     if isinstance(format, Dense):
         w.weight.data = (w.weight.data * 16).round() / 16
@@ -141,9 +141,9 @@ def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
-    """The error of an output in float32, from sums that are exact within a slice of 16 or more columns. The slices'
-    sums are scaled and added up; a few roundings (1 / rms, bias, residual) follow. float8 has a wider range than a sum
-    of float32, so every term may be rounded. terms: the sum of all magnitudes."""
+    """Returns the error of an output in float32, from sums that are exact within a slice of 16 or more columns. The
+    sums of slices are scaled and added up; a few roundings (1 / rms, bias, residual) follow. float8 has a wider range
+    than a sum of float32, so every term may be rounded. terms: the sum of all magnitudes."""
     weight = format.empty(torch.Size([1, k]), torch.float32, "meta")["weight"]
     n_sums = k if weight.dtype == torch.float8_e4m3fn else 0 if format.group_size is None else k / 16
     return (n_sums + 12) * U32 * terms
@@ -152,33 +152,34 @@ def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
 def exact_product(
     x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | float, norm: RMSNorm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K], normed by norm, times matrix [..., N, K], plus bias, in float64; and the sum of all magnitudes."""
+    """Returns x [..., K], normed by norm, times matrix [..., N, K], plus bias, in float64; and the sum of
+    magnitudes."""
     x = x.double() if norm is None else exact_rms_norm(x, norm)
     return x @ matrix.mT + bias, x.abs() @ matrix.abs().mT + abs(bias)
 
 
 def exact_rms_norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-    """norm of x, in float64."""
+    """Applies norm to x, in float64."""
     rms = (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
     return x.double() / rms * norm.weight.double()
 
 
 def with_residual(y: torch.Tensor, error: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y + residual, and its error in float32."""
+    """Returns y + residual, and the error of this sum in float32."""
     total = y + residual.double()
     return total, error + U32 * total.abs()
 
 
 def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The error of a result that is off by no more than error and then stored in dtype."""
+    """Returns the error of a result that is off by no more than error and then stored in dtype."""
     return error + rounding_error(y.abs() + error, dtype)
 
 
 def glu_with_error(
     gate_up: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """activation(gate) * up of a gate_up that is off by no more than error, and how far that may be off. The slope of
-    every activation is at most 1.13, and what becomes of up has a slope of at most 1."""
+    """Returns activation(gate) * up of a gate_up that is off by no more than error, and how far the product may be off.
+    The slope of every activation is at most 1.13, and that of the factor made of up at most 1."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
     y, one = reference.glu(gate_up, activation), torch.ones_like(up)
     if activation == "clamped_swiglu":
@@ -196,8 +197,8 @@ def glu_with_error(
 def exact_stored_glu(
     gate_up: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, stored in dtype. If it is not fused with the product, PyTorch computes it from a stored gate_up, and
-    stores what it computes on the way."""
+    """Returns activation(gate) * up stored in dtype, and how far it may be off. If the activation is not fused with the
+    product, PyTorch computes it from a stored gate_up, and stores what it computes on the way."""
     if not fused:
         error = stored_error(gate_up, error, dtype)
     y, error = glu_with_error(gate_up, error, activation)
@@ -205,20 +206,20 @@ def exact_stored_glu(
 
 
 def softcap_error(softcap: float) -> float:
-    """The error of softcap * tanh(x / softcap), by a sigmoid."""
+    """Returns the error of softcap * tanh(x / softcap), computed by a sigmoid."""
     return 2**-20 * softcap
 
 
 def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """The error of a product by PyTorch's operations, which round the factors, the result, and what they make of it."""
+    """Returns the error of a product by PyTorch's operations, which round factors, product, and every later result."""
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
 
 def attention_factors(
     qkv: torch.Tensor, cache: LayerCache, start_pos: torch.Tensor, n_heads: int, norms, factor: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [B, T, G, H / G, D], and k and v [B, G, S, D], of what the kernel multiplies: with the new tokens, normed,
-    rotated, and rounded to factor. In float64."""
+    """Returns what the kernel multiplies, in float64: q [B, T, G, H / G, D], and k and v [B, G, S, D] with the new
+    tokens. q and k are normed, rotated, and rounded to factor."""
     (B, T, _), (_, G, _, D) = qkv.shape, cache.k.shape
     positions = start_pos[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
@@ -235,8 +236,8 @@ def exact_attention(
     qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0,
     factor: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The output in float64, given the cache before; and how far a kernel may be off whose products have factors of
-    type factor (None: those of the Triton kernels)."""
+    """Returns the output in float64, given the cache before, and how far a kernel may be off. factor: the type of the
+    factors of the kernel's products (None: as in the Triton kernels)."""
     (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor or factor_dtype(qkv.dtype)
     scale = D**-0.5 if scale is None else scale
     positions = start_pos[:, None] + torch.arange(T)
@@ -275,8 +276,8 @@ def exact_attention(
 def exact_cache(
     qkv, before: LayerCache, start_pos, n_heads: int, norms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The cache's keys and values afterwards, and how far the keys may be off: the new ones by a norm's sum, roundings
-    and a flip; the others, like all values, not at all."""
+    """Returns the keys and values in the cache afterwards, and how far the keys may be off. New keys may be off by the
+    sum of a norm, roundings and a flip; old keys and all values not at all."""
     (B, T, _), (_, G, _, D) = qkv.shape, before.k.shape
     new = torch.arange(B)[:, None], slice(None), start_pos[:, None] + torch.arange(T)
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
