@@ -138,10 +138,11 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, star
     [B, T, H, D]."""
     if backend != "cpu" or not qkv.numel():
         return reference.rope_and_cache(qkv, params, cache, start_pos)
-    n_heads, _, _, _, q_norm_weight, k_norm_weight, eps, _ = params.kernel_arguments()
+    arguments = params.kernel_arguments()
     return torch.ops.gptfast.rope_and_cache(
-        qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, n_heads, q_norm_weight, k_norm_weight, eps
-    )
+        qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, arguments.n_heads, arguments.q_norm_weight,
+        arguments.k_norm_weight, arguments.eps,
+    )  # fmt: skip
 
 
 def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
