@@ -74,18 +74,22 @@ class WeightMatrix(nn.Module):
         )
 
     def dequantized_weight(self, dtype: torch.dtype, experts: int | slice | Tensor = slice(None)) -> Tensor:
-        """W [N, K] in dtype. With experts, the matrices [..., N, K] that this index, slice or tensor of indices
-        selects."""
+        """W [N, K] in dtype. With experts, the matrices that this index, slice or tensor [X] of indices selects: [N, K]
+        or [X, N, K]."""
         tensors = self.tensors()
         if self.n_experts is not None:
             tensors = {name: t[experts] for name, t in tensors.items()}
         if self.backend == "torch" or not self.format.is_quantized:
             return self.format.dequantize(tensors, dtype)
-        if self.n_experts is None or isinstance(experts, int):  # one matrix
-            arguments = self.kernel_arguments()._replace(**tensors)
-            return ops_of_backend(self.backend).dequantize(*arguments, self.in_features, dtype)
-        unpacked = self.format.unpack(tensors, self.backend, self.out_features, self.in_features)
-        return self.format.dequantize(unpacked, dtype)
+        if self.n_experts is None or isinstance(experts, int):
+            return self.dequantize_packed(tensors, dtype)
+        matrices = [{name: t[i] for name, t in tensors.items()} for i in range(len(tensors["weight"]))]
+        return torch.stack([self.dequantize_packed(matrix, dtype) for matrix in matrices])
+
+    def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """One matrix [N, K], by the backend's kernel, of its packed tensors."""
+        arguments = self.kernel_arguments()._replace(**tensors)
+        return ops_of_backend(self.backend).dequantize(*arguments, self.in_features, dtype)
 
 
 class LinearParams(WeightMatrix):

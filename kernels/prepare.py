@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import cpu
-from kernels.formats import Dequantized, Tensors, WeightFormat
+from kernels.formats import Dequantized, Tensors, WeightFormat, cpu_layouts, triton_layouts
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
 from kernels.params import WeightMatrix
@@ -52,7 +52,7 @@ def pack_for_cpu(linears: list[WeightMatrix], is_mmapped: bool):
         if layer.is_embedding and not layer.format.is_quantized:  # it may stay in the file: few of its pages are read
             continue
         unpacked = layer.tensors()
-        for name, packed in layer.format.pack(unpacked, "cpu").items():
+        for name, packed in cpu_layouts.pack(layer.format, unpacked).items():
             layer.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
@@ -99,7 +99,7 @@ def pack_for_triton(linears: list[WeightMatrix], dtype: torch.dtype = torch.bflo
 
     for layer in linears:
         if supports(layer):
-            for name, packed in layer.format.pack(layer.tensors(), "triton").items():
+            for name, packed in triton_layouts.pack(layer.format, layer.tensors()).items():
                 layer.set_tensor(name, packed)
             has_matrix_units = min_block_m_of(layer.weight.new_empty(0, dtype=dtype)) > 1
             layer.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
