@@ -182,10 +182,19 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(AttentionParams):
-    """softmax(scale * q k^T) v, with grouped key/value heads and RoPE or ALiBi."""
+    """Grouped-query attention with RoPE or ALiBi. forward computes, with what the model has of it:
+
+        q, k, v = split(qkv_proj(norm(x)))
+        q, k = rope(q_norm(q)), rope(k_norm(k))
+        cache[start_pos:] = k, v
+        p = softmax(softcap(scale * q k^T) + slope * distance + mask)    of all keys in cache and window, and the sinks
+        y = residual + o_proj(p v)
+
+    All between the two products is one operation (kernels/reference.py: rope_and_cache, attend_to_cache). It reads the options
+    of AttentionParams, among them q_norm, k_norm and sinks, from this module."""
 
     def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(
+        super().__init__(  # without q_norm, k_norm and sinks
             config.n_heads,
             scale=config.attention_scale or config.head_dim**-0.5,
             window=config.window(layer),
@@ -207,7 +216,7 @@ class Attention(AttentionParams):
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]; kernels/reference.py has the maths
+        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     @property

@@ -7,7 +7,8 @@
     LayerCache         the keys and values of earlier tokens
     WeightArguments, AttentionArguments    a weight, the options of attention, as kernels take them
 
-These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward.
+These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward. They
+are two halves, since forward calls the operations of ops.py, and these take the data: ops.py stands between the two.
 """
 
 from typing import NamedTuple
@@ -167,7 +168,8 @@ class AttentionParams(nn.Module):
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights."""
+    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights. The tables
+    are here, since they are made for a cache's length, on its device."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
