@@ -98,21 +98,21 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
-    def uses_kernels(self, batch: int, n_tokens: int) -> bool:
-        """Whether a step with n_tokens new tokens in each of batch sequences can be recorded as kernels. On a CPU then
-        all its operations are kernels. On a GPU a dense embedding and unfused glu and add have none: a CUDA graph
-        records PyTorch's."""
+    def uses_kernels(self, batch: int, n_new: int) -> bool:
+        """Whether a step with n_new new tokens in each of batch sequences can be recorded as kernels. On a CPU then all
+        its operations are kernels. On a GPU a dense embedding and unfused glu and add have none: a CUDA graph records
+        PyTorch's."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # a dense one has a kernel on every CPU, and a GPU does without
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1:
             return False
-        if batch * n_tokens > min(linear.max_tokens for linear in linears):
+        if batch * n_new > min(linear.max_tokens for linear in linears):
             return False
         attention = self.layers[0].attention
         (backend,) = backends
-        return kernels.has_attention_kernel(backend, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
+        return kernels.has_attention_kernel(backend, batch, n_new, attention.n_heads // attention.n_kv_heads)
 
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
@@ -190,7 +190,7 @@ class Attention(AttentionParams):
         p = softmax(softcap(scale * q k^T) + slope * distance + mask)    of all keys in cache and window, and the sinks
         y = residual + o_proj(p v)
 
-    All between the two products is one operation (kernels/reference.py: rope_and_cache, attend_to_cache). It reads the options
+    All between the two products is one operation (kernels/reference.py: rope_and_cache, cached_attention). It reads the options
     of AttentionParams, among them q_norm, k_norm and sinks, from this module."""
 
     def __init__(self, config: ModelConfig, layer: int):
