@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = DENSE  # of most linear layers
-        self.embed_scale = config.embed_scale
+        self.embed_scale = config.embed_scale  # load_model rounds it to dtype, which a recorded step could not
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)

@@ -14,6 +14,8 @@ them a tensor-parallel rank keeps (shard_inputs).
     Float8         weight [N, K] float8_e4m3fn, scales [N, n_groups] float32   w = q * scale
     MXFP4          weight [N, K / 2] uint8, scales [N, K / 32] uint8           w = e2m1(q) * 2^(scale - 127)
 
+In model.pth Int8 and GroupedInt8 have the same mode, "int8". An entry with a "groupsize" means GroupedInt8.
+
 In Int4 and GroupedInt8 group_size inputs of an output share a scale and a zero point. The scales are bfloat16, or
 float16 where another project's checkpoint has those, since bfloat16 has fewer bits.
 

@@ -19,7 +19,7 @@ class Int8(WeightFormat):
     """Symmetric, q from -127 to 127 where quantize.py made it, one scale for each output."""
 
     format_id = 1
-    mode = "int8"  # in model.pth without a "groupsize": with one it is GroupedInt8
+    mode = "int8"  # and no "groupsize", which would mean GroupedInt8
     group_size = None
 
     @classmethod
@@ -149,7 +149,7 @@ class GroupedInt8(GroupedFormat):
     """q from 0 to 255, and so is the zero point."""
 
     format_id = 3
-    mode = "int8"  # in model.pth as Int8's. An entry with a "groupsize" means this class, one without means Int8
+    mode = "int8"  # with a "groupsize"; without one it is Int8
     is_cli_mode = False
     group_sizes = INT8_GROUP_SIZES
     zeros_per_step = 1

@@ -7,6 +7,8 @@ A format is two functions, which are compiled into the kernels, and a line in KE
                       [K_SLICES] is where slices begin
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
 
+Packed, a weight is this. What is in a checkpoint, and what it means, is in the table of kernels/formats/__init__.py.
+
     format         W                                        scales
     Dense          rows                                     none
     Int8           rows                                     float32 [N]
