@@ -17,6 +17,7 @@ no module. So a step is a list of them, which can be recorded (record.py). Not a
     rotate                  what comes before attention, where PyTorch computes attention itself
     sample                  from logits to token ids, after the model
     has_attention_kernel    whether attend calls a kernel
+    has_sample_kernel       whether sample can be called
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
 Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
@@ -213,7 +214,7 @@ def experts_down(
 
 
 def has_sample_kernel(backend: str, is_greedy: bool) -> bool:
-    """Whether backend has a kernel that samples: on a CPU the likeliest token alone."""
+    """Whether backend has a kernel that samples. A CPU's finds the likeliest token alone."""
     return backend == "triton" or backend == "cpu" and is_greedy
 
 

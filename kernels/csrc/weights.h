@@ -1,5 +1,5 @@
-// Weights as kernels/cpu_layouts.py packs them, and what is different from format to format. What is in a checkpoint,
-// and what it means, is in the table of kernels/formats/__init__.py.
+// Weights as kernels/formats/cpu_layouts.py packs them, and what is different from format to format. What is in a
+// checkpoint, and what it means, is in the table of kernels/formats/__init__.py.
 //
 // In y [m, n] = x [m, k] W [n, k]^T a token is a row of x, and an output is a row of W. A sequence is a row of the
 // batch, and of the KV cache.
