@@ -190,8 +190,8 @@ class Attention(AttentionParams):
         p = softmax(softcap(scale * q k^T) + slope * distance + mask)    of all keys in cache and window, and the sinks
         y = residual + o_proj(p v)
 
-    All between the two products is one operation (kernels/reference.py: rope_and_cache, cached_attention). It reads the options
-    of AttentionParams, among them q_norm, k_norm and sinks, from this module."""
+    All between the two products is one operation (kernels/reference.py: rope_and_cache, cached_attention). It reads the
+    options of AttentionParams, among them q_norm, k_norm and sinks, from this module."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(  # without q_norm, k_norm and sinks

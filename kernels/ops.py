@@ -14,7 +14,7 @@
 They are called leaf operations, after the leaves of a call tree: a model calls them to compute anything, and they call
 no module. So a step is a list of them, which can be recorded (record.py). Not among them are:
 
-    rotate                  what comes before attention, where PyTorch computes attention itself
+    rope_and_cache          what comes before attention, where PyTorch computes attention itself
     sample                  from logits to token ids, after the model
     has_attention_kernel    whether attend calls a kernel
     has_sample_kernel       whether sample can be called
