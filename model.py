@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = DENSE  # of most linear layers
-        self.embed_scale = config.embed_scale
+        self.embed_scale = config.embed_scale  # load_model rounds it to dtype, which a recorded step could not
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -98,21 +98,21 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
-    def uses_kernels(self, batch: int, n_tokens: int) -> bool:
-        """Whether a step with n_tokens new tokens in each of batch sequences can be recorded as kernels. On a CPU then
-        all its operations are kernels. On a GPU a dense embedding and unfused glu and add have none: a CUDA graph
-        records PyTorch's."""
+    def uses_kernels(self, batch: int, n_new: int) -> bool:
+        """Whether a step with n_new new tokens in each of batch sequences can be recorded as kernels. On a CPU then all
+        its operations are kernels. On a GPU a dense embedding and unfused glu and add have none: a CUDA graph records
+        PyTorch's."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # a dense one has a kernel on every CPU, and a GPU does without
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1:
             return False
-        if batch * n_tokens > min(linear.max_tokens for linear in linears):
+        if batch * n_new > min(linear.max_tokens for linear in linears):
             return False
         attention = self.layers[0].attention
         (backend,) = backends
-        return kernels.has_attention_kernel(backend, batch, n_tokens, attention.n_heads // attention.n_kv_heads)
+        return kernels.has_attention_kernel(backend, batch, n_new, attention.n_heads // attention.n_kv_heads)
 
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
@@ -182,10 +182,19 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(AttentionParams):
-    """softmax(scale * q k^T) v, with grouped key/value heads and RoPE or ALiBi."""
+    """Grouped-query attention with RoPE or ALiBi. forward computes, with what the model has of it:
+
+        q, k, v = split(qkv_proj(norm(x)))
+        q, k = rope(q_norm(q)), rope(k_norm(k))
+        cache[start_pos:] = k, v
+        p = softmax(softcap(scale * q k^T) + slope * distance + mask)    of all keys in cache and window, and the sinks
+        y = residual + o_proj(p v)
+
+    All between the two products is one operation (kernels/reference.py: rope_and_cache, cached_attention). It reads the
+    options of AttentionParams, among them q_norm, k_norm and sinks, from this module."""
 
     def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(
+        super().__init__(  # without q_norm, k_norm and sinks
             config.n_heads,
             scale=config.attention_scale or config.head_dim**-0.5,
             window=config.window(layer),
@@ -207,7 +216,7 @@ class Attention(AttentionParams):
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]; kernels/reference.py has the maths
+        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     @property

@@ -84,9 +84,9 @@ def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uni
 
     backend: whose kernel may sample (kernels/ops.py).
     uniform: a random number for each sequence, see multinomial; None: PyTorch's next ones."""
-    # Both kernels find the likeliest token. A GPU's also draws one of all tokens, with its own random numbers.
-    can_draw_on_kernel = backend == "triton" and uniform is None and not sampling.filters_tokens
-    if can_draw_on_kernel or (sampling.is_greedy and backend != "torch"):
+    # A kernel finds the likeliest token, or draws one of all tokens with its own random numbers.
+    draws_from_all = uniform is None and not sampling.filters_tokens
+    if (sampling.is_greedy or draws_from_all) and kernels.has_sample_kernel(backend, sampling.is_greedy):
         return kernels.sample(logits, sampling.temperature, backend)
     if sampling.is_greedy:
         tokens = logits.argmax(-1)

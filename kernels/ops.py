@@ -14,14 +14,18 @@
 They are called leaf operations, after the leaves of a call tree: a model calls them to compute anything, and they call
 no module. So a step is a list of them, which can be recorded (record.py). Not among them are:
 
-    rotate                  what comes before attention, where PyTorch computes attention itself
+    rope_and_cache          what comes before attention, where PyTorch computes attention itself
     sample                  from logits to token ids, after the model
     has_attention_kernel    whether attend calls a kernel
+    has_sample_kernel       whether sample can be called
 
 A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
 Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
 a GPU. A step with more tokens runs in plain PyTorch.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,97 +41,111 @@ MAX_TRITON_QUERIES = 64  # of a key/value head, likewise
 # Kernels compute 16 outputs at a time. To fuse an activation, the gate's and the up projection's outputs, each half of
 # out_features, must both be a multiple of 16. Otherwise glu() is a call of its own.
 FUSED_GLU_MULTIPLE = 32
+# Up to how many tokens, of all sequences together, a kernel takes: most, and some operations'. 0: there is none.
+MAX_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
+SPECIAL_MAX_TOKENS = {
+    "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # of a table that is not quantized
+    "rms_norm": {"cpu": math.inf, "triton": MAX_TRITON_TOKENS},
+    "glu": {"cpu": math.inf, "triton": 0},
+    "add": {"cpu": math.inf, "triton": 0},
+    "rope_and_cache": {"cpu": math.inf, "triton": 0},
+}
 
 
-def ops_for_tokens(backend: str, n_tokens: int):
-    """ops_of_backend; None also if there are no tokens, or more than the kernels take. Then plain PyTorch computes."""
-    max_tokens = MAX_CPU_TOKENS if backend == "cpu" else MAX_TRITON_TOKENS
-    return ops_of_backend(backend) if 0 < n_tokens <= max_tokens else None
+def kernel_for(name: str, backend: str, n_tokens: int, max_tokens: float | None = None) -> Callable | None:
+    """The kernel of backend for the operation called name, on n_tokens tokens of all sequences together. None: plain
+    PyTorch computes it, since there is no such kernel, or no token, or more than max_tokens (by default those of the
+    tables above)."""
+    if backend == "torch":
+        return None
+    if max_tokens is None:
+        max_tokens = SPECIAL_MAX_TOKENS.get(name, MAX_TOKENS)[backend]
+    return getattr(ops_of_backend(backend), name) if 0 < n_tokens <= max_tokens else None
 
 
-def ops_of_layer(layer: LinearParams, n_tokens: int):
-    """ops_for_tokens of layer's backend; None also if PyTorch is faster with so many tokens."""
-    return ops_for_tokens(layer.backend, n_tokens) if n_tokens <= layer.max_tokens else None
+def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | None:
+    """kernel_for linear. None also if PyTorch is faster with so many tokens."""
+    return kernel_for(name, linear.backend, n_tokens, linear.max_tokens)
 
 
 def fused_linear(
-    x: Tensor, layer: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
+    x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [..., K] -> [..., N], by layer.
+    """x [..., K] -> [..., N], by linear.
 
     norm: is applied to x first.
     activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
     [..., N / 2].
-    residual: added last, after layer.out_scale, layer.softcap and layer.clip.
+    residual: added last, after linear.out_scale, linear.softcap and linear.clip.
     out_dtype: x.dtype (None) or torch.float32."""
-    ops = ops_of_layer(layer, count_tokens(x))
-    if activation and (ops is None or layer.out_features % FUSED_GLU_MULTIPLE):
-        y = glu(fused_linear(x, layer, norm), activation, layer.backend)  # such a layer has no scale, softcap or clip
-        return y if residual is None else add(y, residual, layer.backend)
-    if ops is None:
+    kernel = linear_kernel("fused_linear", linear, count_tokens(x))
+    if activation and (kernel is None or linear.out_features % FUSED_GLU_MULTIPLE):
+        y = glu(fused_linear(x, linear, norm), activation, linear.backend)  # it has no scale, softcap or clip
+        return y if residual is None else add(y, residual, linear.backend)
+    if kernel is None:
         if norm is not None:
-            x = rms_norm(x, norm, None, layer.backend)
-        return reference.fused_linear(x, layer, residual=residual, out_dtype=out_dtype)
+            x = rms_norm(x, norm, None, linear.backend)
+        return reference.fused_linear(x, linear, residual=residual, out_dtype=out_dtype)
     norm_weight, eps = norm_arguments(norm)
-    return ops.fused_linear(
-        x.contiguous(), *layer.kernel_arguments(), layer.bias, norm_weight, eps,
+    return kernel(
+        x.contiguous(), *linear.kernel_arguments(), linear.bias, norm_weight, eps,
         residual=None if residual is None else residual.contiguous(),
         activation=ACTIVATION_IDS[activation],
-        out_scale=layer.out_scale,
-        softcap=layer.softcap,
-        clip=layer.clip,
+        out_scale=linear.out_scale,
+        softcap=linear.softcap,
+        clip=linear.clip,
         float32_out=out_dtype == torch.float32,
     )  # fmt: skip
 
 
 def glu(gate_up: Tensor, activation: str, backend: str) -> Tensor:
     """[..., 2 F] -> [..., F]: activation(gate) * up."""
-    if backend == "cpu" and gate_up.numel():
-        return torch.ops.gptfast.glu(gate_up, ACTIVATION_IDS[activation])
-    return reference.glu(gate_up, activation)
+    kernel = kernel_for("glu", backend, count_tokens(gate_up))
+    if kernel is None:
+        return reference.glu(gate_up, activation)
+    return kernel(gate_up, ACTIVATION_IDS[activation])
 
 
 def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
     """x + y, of the same shape."""
-    if backend == "cpu" and x.numel():
-        return torch.ops.gptfast.add(x.contiguous(), y.contiguous())
-    return x + y
+    kernel = kernel_for("add", backend, count_tokens(x))
+    if kernel is None:
+        return x + y
+    return kernel(x.contiguous(), y.contiguous())
 
 
 def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None, backend: str) -> Tensor:
     """[residual +] x / rms(x) * weight over the last dimension."""
-    takes_many_tokens = backend == "cpu" and x.numel()
-    ops = ops_of_backend("cpu") if takes_many_tokens else ops_for_tokens(backend, count_tokens(x))
-    if ops is None:
+    kernel = kernel_for("rms_norm", backend, count_tokens(x))
+    if kernel is None:
         return reference.rms_norm(x, norm, residual)
-    return ops.rms_norm(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
+    return kernel(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
 
 
 def gather_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
     """x [..., K] -> [..., len(input_order)]: element i is element input_order[i] of x. input_order is int32."""
-    ops = ops_for_tokens(backend, count_tokens(x))
-    return (ops or reference).gather_inputs(x.contiguous(), input_order)
+    kernel = kernel_for("gather_inputs", backend, count_tokens(x))
+    if kernel is None:
+        return reference.gather_inputs(x, input_order)
+    return kernel(x.contiguous(), input_order)
 
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
-    if table.format.is_quantized:  # only the kernels can read what is packed for them, for however many tokens
-        ops = ops_of_backend(table.backend)
-    elif table.backend == "cpu":
-        ops = ops_for_tokens("cpu", tokens.numel())
-    else:  # there is no other kernel for a dense table
-        ops = None
-    if ops is None:
+    kernel = kernel_for("embed", table.backend, tokens.numel())
+    if table.format.is_quantized and table.backend != "torch":  # only the kernel can read what is packed for it
+        kernel = ops_of_backend(table.backend).embed
+    if kernel is None:
         return reference.embed(tokens, table, scale, dtype)
-    return ops.embed(tokens.contiguous(), *table.kernel_arguments(), table.in_features, dtype, scale)
+    return kernel(tokens.contiguous(), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
 def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
     """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The new keys and values
     are written to cache, the first at start_pos [B]."""
-    batch, n_tokens, _ = qkv.shape
-    if not has_attention_kernel(backend, batch, n_tokens, params.n_heads // cache.k.shape[1]):
+    B, T, _ = qkv.shape
+    if not has_attention_kernel(backend, B, T, params.n_heads // cache.k.shape[1]):
         q = rope_and_cache(qkv, params, cache, start_pos, backend)
         return reference.cached_attention(q, params, cache, start_pos)
     return ops_of_backend(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
@@ -136,21 +154,21 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
 def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache. Returns the queries
     [B, T, H, D]."""
-    if backend != "cpu" or not qkv.numel():
+    kernel = kernel_for("rope_and_cache", backend, count_tokens(qkv))
+    if kernel is None:
         return reference.rope_and_cache(qkv, params, cache, start_pos)
-    n_heads, _, _, _, q_norm_weight, k_norm_weight, eps, _ = params.kernel_arguments()
-    return torch.ops.gptfast.rope_and_cache(
-        qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, n_heads, q_norm_weight, k_norm_weight, eps
-    )
+    arguments = params.kernel_arguments()
+    return kernel(
+        qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, arguments.n_heads, arguments.q_norm_weight,
+        arguments.k_norm_weight, arguments.eps,
+    )  # fmt: skip
 
 
-def has_attention_kernel(backend: str, batch: int, n_tokens: int, heads_per_kv_head: int) -> bool:
-    """Whether backend has a kernel for n_tokens new tokens in each of batch sequences."""
-    if ops_for_tokens(backend, batch * n_tokens) is None:
+def has_attention_kernel(backend: str, batch: int, n_new: int, heads_per_kv_head: int) -> bool:
+    """Whether backend has a kernel for n_new new tokens in each of batch sequences."""
+    if kernel_for("attend", backend, batch * n_new) is None:
         return False
-    if backend == "cpu":
-        return True
-    return n_tokens <= MAX_TRITON_NEW_TOKENS and n_tokens * heads_per_kv_head <= MAX_TRITON_QUERIES
+    return backend == "cpu" or n_new <= MAX_TRITON_NEW_TOKENS and n_new * heads_per_kv_head <= MAX_TRITON_QUERIES
 
 
 def route(
@@ -161,36 +179,43 @@ def route(
 
     n_shared_experts: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The
     sigmoid of the last one is the weight of each of them, and the results are [..., top_k + n_shared_experts]."""
-    ops = ops_for_tokens(backend, count_tokens(logits))
-    return (ops or reference).route(logits, top_k, norm_topk_prob, n_shared_experts)
+    kernel = kernel_for("route", backend, count_tokens(logits))
+    if kernel is None:
+        return reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
+    return kernel(logits, top_k, norm_topk_prob, n_shared_experts)
 
 
 def experts_gate_up(
-    x: Tensor, layer: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
+    x: Tensor, linear: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
 ) -> Tensor:
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
     [B, T, top_k, F]. norm and activation are as in fused_linear."""
-    ops = ops_of_layer(layer, count_tokens(x))
-    if ops is None:
-        return reference.experts_gate_up(x, layer, topk_ids, norm, activation)
-    if activation and layer.out_features % FUSED_GLU_MULTIPLE:
-        return glu(experts_gate_up(x, layer, topk_ids, norm), activation, layer.backend)
+    kernel = linear_kernel("experts_gate_up", linear, count_tokens(x))
+    if kernel is None:
+        return reference.experts_gate_up(x, linear, topk_ids, norm, activation)
+    if activation and linear.out_features % FUSED_GLU_MULTIPLE:
+        return glu(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
     norm_weight, eps = norm_arguments(norm)
-    return ops.experts_gate_up(
-        x.contiguous(), *layer.kernel_arguments(), layer.bias, topk_ids, norm_weight, eps,
+    return kernel(
+        x.contiguous(), *linear.kernel_arguments(), linear.bias, topk_ids, norm_weight, eps,
         activation=ACTIVATION_IDS[activation],
     )  # fmt: skip
 
 
 def experts_down(
-    hidden: Tensor, layer: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
     [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
-    ops = ops_of_layer(layer, count_tokens(topk_ids))
-    if ops is None:
-        return reference.experts_down(hidden, layer, topk_ids, topk_weights, residual)
-    return ops.experts_down(hidden, *layer.kernel_arguments(), layer.bias, topk_ids, topk_weights, residual)
+    kernel = linear_kernel("experts_down", linear, count_tokens(topk_ids))
+    if kernel is None:
+        return reference.experts_down(hidden, linear, topk_ids, topk_weights, residual)
+    return kernel(hidden, *linear.kernel_arguments(), linear.bias, topk_ids, topk_weights, residual)
+
+
+def has_sample_kernel(backend: str, is_greedy: bool) -> bool:
+    """Whether backend has a kernel that samples. A CPU's finds the likeliest token alone."""
+    return backend == "triton" or backend == "cpu" and is_greedy
 
 
 def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:

@@ -5,8 +5,10 @@
     NormParams         the weight of an RMSNorm
     AttentionParams    the options of attention
     LayerCache         the keys and values of earlier tokens
+    WeightArguments, AttentionArguments    a weight, the options of attention, as kernels take them
 
-These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward.
+These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward. They
+are two halves, since forward calls the operations of ops.py, and these take the data: ops.py stands between the two.
 """
 
 from typing import NamedTuple
@@ -16,6 +18,17 @@ from torch import Tensor, nn
 
 from kernels.formats import Dense, Tensors, WeightFormat
 from kernels.schema import ops_of_backend
+
+
+class WeightArguments(NamedTuple):
+    """A weight as a kernel takes it, in the order of kernels/schema.py: WEIGHT, which describes each."""
+
+    weight: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    format_id: int
+    n: int
+    group_size: int
 
 
 class WeightMatrix(nn.Module):
@@ -55,27 +68,29 @@ class WeightMatrix(nn.Module):
             self.set_tensor(name, tensor)
         self.format = format
 
-    def kernel_arguments(self) -> tuple:
-        """W as a kernel takes it: the arguments that kernels/schema.py: WEIGHT names."""
+    def kernel_arguments(self) -> WeightArguments:
         group_size = self.format.scale_group_size(self.in_features)
-        return self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
+        return WeightArguments(
+            self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
+        )
 
     def dequantized_weight(self, dtype: torch.dtype, experts: int | slice | Tensor = slice(None)) -> Tensor:
-        """W [N, K] in dtype. With experts, the matrices [..., N, K] that this index, slice or tensor of indices
-        selects."""
+        """W [N, K] in dtype. With experts, the matrices that this index, slice or tensor [X] of indices selects: [N, K]
+        or [X, N, K]."""
         tensors = self.tensors()
         if self.n_experts is not None:
             tensors = {name: t[experts] for name, t in tensors.items()}
         if self.backend == "torch" or not self.format.is_quantized:
             return self.format.dequantize(tensors, dtype)
-        if self.n_experts is None or isinstance(experts, int):  # one matrix
-            format_id, n, group_size = self.kernel_arguments()[3:]
-            return ops_of_backend(self.backend).dequantize(
-                tensors["weight"], tensors.get("scales"), tensors.get("zeros"), format_id, n, group_size,
-                self.in_features, dtype,
-            )  # fmt: skip
-        unpacked = self.format.unpack(tensors, self.backend, self.out_features, self.in_features)
-        return self.format.dequantize(unpacked, dtype)
+        if self.n_experts is None or isinstance(experts, int):
+            return self.dequantize_packed(tensors, dtype)
+        matrices = [{name: t[i] for name, t in tensors.items()} for i in range(len(tensors["weight"]))]
+        return torch.stack([self.dequantize_packed(matrix, dtype) for matrix in matrices])
+
+    def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """One matrix [N, K], by the backend's kernel, of its packed tensors."""
+        arguments = self.kernel_arguments()._replace(**tensors)
+        return ops_of_backend(self.backend).dequantize(*arguments, self.in_features, dtype)
 
 
 class LinearParams(WeightMatrix):
@@ -111,6 +126,19 @@ class NormParams(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
 
+class AttentionArguments(NamedTuple):
+    """The options of attention as a kernel takes them, in the order of kernels/schema.py: ATTENTION."""
+
+    n_heads: int
+    scale: float
+    window: int
+    softcap: float
+    q_norm_weight: Tensor | None
+    k_norm_weight: Tensor | None
+    eps: float
+    sinks: Tensor | None
+
+
 class AttentionParams(nn.Module):
     """The options of attention. With its default, an option changes nothing.
 
@@ -129,17 +157,19 @@ class AttentionParams(nn.Module):
         self.n_heads, self.scale, self.window, self.softcap = n_heads, scale, window, softcap
         self.q_norm, self.k_norm, self.sinks = q_norm, k_norm, sinks
 
-    def kernel_arguments(self) -> tuple:
-        """The options as a kernel takes them: the arguments that kernels/schema.py: ATTENTION names."""
+    def kernel_arguments(self) -> AttentionArguments:
         q_norm_weight = k_norm_weight = None
         eps = 0.0
         if self.q_norm is not None:
             q_norm_weight, k_norm_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        return self.n_heads, self.scale, self.window, self.softcap, q_norm_weight, k_norm_weight, eps, self.sinks
+        return AttentionArguments(
+            self.n_heads, self.scale, self.window, self.softcap, q_norm_weight, k_norm_weight, eps, self.sinks
+        )
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights."""
+    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights. The tables
+    are here, since they are made for a cache's length, on its device."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]

@@ -1,6 +1,6 @@
 """Choose a backend for a model's device, and pack the weights for its kernels.
 
-A layer's backend is "torch" until it is packed. It stays so where there are no kernels for the layer or the device.
+A matrix's backend is "torch" until it is packed. It stays so where there are no kernels for the matrix or the device.
 """
 
 import math
@@ -12,70 +12,70 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import cpu
-from kernels.formats import Dequantized, Tensors, WeightFormat
+from kernels.formats import Dequantized, Tensors, WeightFormat, cpu_layouts, triton_layouts
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
 from kernels.params import WeightMatrix
 from machine import drop_pages, free_memory, use_huge_pages
 
 
-def prepare_kernels(layers: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
-    """Switches layers, all of a model's, to the kernels for their device, if these work here. Their weights move to
-    packed copies, so no two layers may share one.
+def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
+    """Switches matrices, all of a model's, to the kernels for their device, if these work here. Their weights move to
+    packed copies, so no two matrices may share one.
 
     On a CPU, quantized weights for which there are no kernels are dequantized to dtype.
 
     dtype: of the activations.
     is_mmapped: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
     so that no weight is in memory twice."""
-    layers = [layer for layer in layers if layer.backend == "torch"]
-    device = layers[0].weight.device if layers else torch.device("cpu")
+    matrices = [matrix for matrix in matrices if matrix.backend == "torch"]
+    device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
         has_kernels = cpu.library() is not None
-        fitting = [layer for layer in layers if has_kernels and layer.format.fits_kernels("cpu", layer.in_features)]
-        without_kernels = [layer for layer in layers if layer.format.is_quantized and layer not in fitting]
+        fitting = [m for m in matrices if has_kernels and m.format.fits_kernels("cpu", m.in_features)]
+        without_kernels = [m for m in matrices if m.format.is_quantized and m not in fitting]
         dequantize_weights(without_kernels, dtype, is_mmapped)
         if has_kernels:
-            pack_for_cpu(layers, is_mmapped)
+            pack_for_cpu(matrices, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
-        pack_for_triton(layers, dtype)
+        pack_for_triton(matrices, dtype)
 
 
-def pack_for_cpu(linears: list[WeightMatrix], is_mmapped: bool):
-    """Packs the weights of linears into huge pages, one after the other."""
+def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
+    """Packs the weights of matrices into huge pages, one after the other."""
     memory = cpu.HugePageArena()
-    is_quantized = any(layer.format.is_quantized for layer in linears)
-    for layer in tqdm(linears, "load", disable=None, leave=False):
-        if not layer.format.fits_kernels("cpu", layer.in_features):
+    is_quantized = any(matrix.format.is_quantized for matrix in matrices)
+    for matrix in tqdm(matrices, "load", disable=None, leave=False):
+        if not matrix.format.fits_kernels("cpu", matrix.in_features):
             continue
-        layer.backend = "cpu"
-        if layer.is_embedding and not layer.format.is_quantized:  # it may stay in the file: few of its pages are read
+        matrix.backend = "cpu"
+        if matrix.is_embedding and not matrix.format.is_quantized:  # it may stay in the file: few of its pages are read
             continue
-        unpacked = layer.tensors()
-        for name, packed in layer.format.pack(unpacked, "cpu").items():
-            layer.set_tensor(name, memory.copy(packed))
+        unpacked = matrix.tensors()
+        for name, packed in cpu_layouts.pack(matrix.format, unpacked).items():
+            matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
-        # In a quantized model dense layers, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be faster:
-        # one operation outside the kernels would make the whole step impossible to record.
-        layer.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(layer.weight.dtype)
+        # In a quantized model dense matrices, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be
+        # faster: one operation outside the kernels would make the whole step impossible to record.
+        matrix.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
 
 
-def dequantize_weights(linears: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
-    """Replaces the quantized weights of linears by dequantized ones. Otherwise PyTorch would dequantize every matrix
+def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
+    """Replaces the quantized weights of matrices by dequantized ones. Otherwise PyTorch would dequantize every matrix
     again for every token, which takes some twenty times as long as multiplying it. If memory is too small, prints that
     and changes nothing."""
-    n_bytes = sum(layer.out_features * layer.in_features * (layer.n_experts or 1) for layer in linears) * dtype.itemsize
+    n_bytes = sum(m.out_features * m.in_features * (m.n_experts or 1) for m in matrices) * dtype.itemsize
     free = free_memory()
     if n_bytes > free:
         lack = f"dequantized they take {n_bytes / 1e9:.2f} GB, of which {free / 1e9:.2f} are free"
         print(f"every token dequantizes all weights, since {lack}", file=sys.stderr)
         return
-    for layer in tqdm(linears, "load", disable=None, leave=False):
-        quantized = layer.tensors()
-        layer.set_tensor("weight", dequantize_rows(layer.format, quantized, layer.in_features, dtype))
-        layer.scales = layer.zeros = None
-        layer.format = Dequantized(layer.format.name)
+    for matrix in tqdm(matrices, "load", disable=None, leave=False):
+        quantized = matrix.tensors()
+        matrix.set_tensor("weight", dequantize_rows(matrix.format, quantized, matrix.in_features, dtype))
+        matrix.scales = matrix.zeros = None
+        matrix.format = Dequantized(matrix.format.name)
         for tensor in quantized.values() if is_mmapped else ():
             drop_pages(tensor)
 
@@ -92,18 +92,18 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     return weight.view(*outputs, in_features)
 
 
-def pack_for_triton(linears: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
+def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
     """dtype: of the activations. Without matrix units PyTorch is faster with more than a few tokens."""
     from kernels.triton.formats import supports
     from kernels.triton.launch import FEW_TOKENS, min_block_m_of
 
-    for layer in linears:
-        if supports(layer):
-            for name, packed in layer.format.pack(layer.tensors(), "triton").items():
-                layer.set_tensor(name, packed)
-            has_matrix_units = min_block_m_of(layer.weight.new_empty(0, dtype=dtype)) > 1
-            layer.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
-            layer.backend = "triton"
+    for matrix in matrices:
+        if supports(matrix):
+            for name, packed in triton_layouts.pack(matrix.format, matrix.tensors()).items():
+                matrix.set_tensor(name, packed)
+            has_matrix_units = min_block_m_of(matrix.weight.new_empty(0, dtype=dtype)) > 1
+            matrix.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
+            matrix.backend = "triton"
 
 
 def load_triton_kernels(device: torch.device) -> bool:

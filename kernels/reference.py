@@ -1,6 +1,6 @@
 """The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
-kernels/ops.py describes each. Weights of every format are read through layer.dequantized_weight(dtype). If the
+kernels/ops.py describes each. Weights of every format are read through linear.dequantized_weight(dtype). If the
 weights are packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch", and so does
 a quantized embedding.
 """
@@ -15,26 +15,26 @@ EAGER_QUERIES = 256  # eager_attention holds the scores of this many queries in 
 
 
 def fused_linear(
-    x: Tensor, layer: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
+    x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     if norm is not None:
         x = rms_norm(x, norm)
-    y = linear(x, layer.dequantized_weight(x.dtype), layer.bias)
+    y = apply_weight(x, linear.dequantized_weight(x.dtype), linear.bias)
     if activation:
         y = glu(y, activation)
-    if layer.out_scale != 1:
-        y = y * layer.out_scale
+    if linear.out_scale != 1:
+        y = y * linear.out_scale
     if out_dtype is not None:
         y = y.to(out_dtype)
-    if layer.softcap:
-        y = apply_softcap(y, layer.softcap)
-    if layer.clip:
-        y = y.clamp(-layer.clip, layer.clip)
+    if linear.softcap:
+        y = apply_softcap(y, linear.softcap)
+    if linear.clip:
+        y = y.clamp(-linear.clip, linear.clip)
     return y if residual is None else residual + y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] W^T [+ bias]: [..., N]."""
     is_one_token = x.numel() == x.shape[-1]
     if is_one_token and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
@@ -208,45 +208,46 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
 
 
 def experts_gate_up(
-    x: Tensor, layer: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
+    x: Tensor, linear: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
 ) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm)
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
-    y = expert_products(repeated.reshape(-1, x.shape[-1]), layer, topk_ids.flatten(), n_tokens=x.shape[-2])
-    y = y.view(*topk_ids.shape, layer.out_features)
+    y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new=x.shape[-2])
+    y = y.view(*topk_ids.shape, linear.out_features)
     return glu(y, activation) if activation else y
 
 
 def experts_down(
-    hidden: Tensor, layer: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    y = expert_products(hidden.flatten(0, -2), layer, topk_ids.flatten(), n_tokens=hidden.shape[-3])
-    y = y.view(*topk_ids.shape, layer.out_features) * topk_weights[..., None].to(y.dtype)
+    y = expert_products(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new=hidden.shape[-3])
+    y = y.view(*topk_ids.shape, linear.out_features) * topk_weights[..., None].to(y.dtype)
     y = y.sum(-2)
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, layer: LinearParams, expert_ids: Tensor, n_tokens: int) -> Tensor:
-    """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_tokens: new tokens per sequence."""
+def expert_products(x: Tensor, linear: LinearParams, expert_ids: Tensor, n_new: int) -> Tensor:
+    """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new: new tokens of a sequence."""
     if not torch.compiler.is_compiling():
-        return loop_over_experts(x, layer, expert_ids)
-    if n_tokens == 1:
-        return gather_experts(x, layer, expert_ids)
-    return torch.compiler.disable(loop_over_experts)(x, layer, expert_ids)
+        return loop_over_experts(x, linear, expert_ids)
+    if n_new == 1:
+        return gather_experts(x, linear, expert_ids)
+    return torch.compiler.disable(loop_over_experts)(x, linear, expert_ids)
 
 
-def loop_over_experts(x: Tensor, layer: LinearParams, expert_ids: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Tensor:
     """One product per expert, with all of its rows. The host waits to read which experts are used."""
-    y = x.new_empty(len(x), layer.out_features)
+    y = x.new_empty(len(x), linear.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
-        y[rows] = F.linear(x[rows], layer.dequantized_weight(x.dtype, e), None if layer.bias is None else layer.bias[e])
+        bias = None if linear.bias is None else linear.bias[e]
+        y[rows] = F.linear(x[rows], linear.dequantized_weight(x.dtype, e), bias)
     return y
 
 
-def gather_experts(x: Tensor, layer: LinearParams, expert_ids: Tensor) -> Tensor:
+def gather_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Tensor:
     """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
     product and sum into one loop. Not compiled, this would first copy the experts' weights."""
-    y = (layer.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
-    return (y if layer.bias is None else y + layer.bias[expert_ids].float()).to(x.dtype)
+    y = (linear.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
+    return (y if linear.bias is None else y + linear.bias[expert_ids].float()).to(x.dtype)

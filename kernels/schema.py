@@ -3,9 +3,10 @@
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 take the arguments of this schema, so a change here is a change in both. kernels/ops.py says what each one does.
 
-A weight [N, K] is six arguments, WEIGHT: its tensors as kernels/formats/ packs them, WeightFormat.format_id, the
+A weight [N, K] is six arguments, WEIGHT: its tensors as they are packed for the backend, WeightFormat.format_id, the
 number of outputs n, and how many inputs share a scale. The options of attention are ATTENTION: those of
-AttentionParams in params.py. activation is a number of ACTIVATION_IDS.
+AttentionParams in params.py. Both have the order of a tuple there, WeightArguments and AttentionArguments. activation
+is a number of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable

@@ -190,16 +190,6 @@ def test_linear_near_its_reference(format, rows):
             bounds.check(ours, exact, bound)
 
 
-@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=format_label)
-@pytest.mark.parametrize("n_experts", [None, 3])
-def test_packing_is_undone_exactly(format, n_experts):
-    for n, k in SIZES:
-        before = make_linear(n, k, format, torch.float32, n_experts).tensors()
-        after = format.unpack(format.pack(before, "cpu"), "cpu", n, k)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,7 +203,7 @@ def test_dequantize_packed(format, dtype):
     packed(experts)
     assert torch.equal(experts.dequantized_weight(dtype), expected)
     assert torch.equal(experts.dequantized_weight(dtype, 1), expected[1])
-    some = torch.tensor([[2, 0], [1, 2]])
+    some = torch.tensor([2, 0, 1])
     assert torch.equal(experts.dequantized_weight(dtype, some), expected[some])
 
 

@@ -14,7 +14,7 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
-from kernels.formats.triton_layouts import pack_tiles, unpack_tiles
+from kernels.formats.triton_layouts import pack_tiles
 from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
@@ -104,15 +104,16 @@ def test_extremes(format):
 
 @pytest.mark.parametrize("format", TRITON_FORMATS[1:], ids=format_label)
 @pytest.mark.parametrize("n_experts", [None, 3])
-def test_packing_is_undone_exactly(format, n_experts):
+def test_dequantize_packed(format, n_experts):
     for n, k in [(16, 64), (48, 160)]:
         w = make_linear(n, k, format, torch.float32, n_experts)
-        before = w.tensors()
+        checkpoint_weight, expected = w.weight, w.dequantized_weight(torch.float32)
         use_triton(w)
-        assert (w.weight.data_ptr() == before["weight"].data_ptr()) == isinstance(format, Int8)  # read as it is
-        after = format.unpack(w.tensors(), "triton", n, k)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert (w.weight.data_ptr() == checkpoint_weight.data_ptr()) == isinstance(format, Int8)  # read as it is
+        assert torch.equal(w.dequantized_weight(torch.float32), expected)
+        if n_experts is not None:
+            for experts in (1, torch.tensor([2, 0])):
+                assert torch.equal(w.dequantized_weight(torch.float32, experts), expected[experts])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +140,6 @@ def test_int4_tiles(shape):
     n, k = shape[-2:]
     tiles = pack_tiles(q)
     assert tiles.shape == (*shape[:-2], -(-n // 16), -(-k // 64), 128)
-    assert torch.equal(unpack_tiles(tiles, n, k), q)
     columns_of_bits = {0: 0, 4: 2, 8: 16, 12: 18, 16: 1, 20: 3, 24: 17, 28: 19}
     drawn = torch.zeros(*shape[:-2], tiles.shape[-3] * 16, tiles.shape[-2] * 64, dtype=torch.int32)
     for lane in range(32):

@@ -1,4 +1,5 @@
-// Weights as kernels/formats/ packs them, and what is different from format to format.
+// Weights as kernels/formats/cpu_layouts.py packs them, and what is different from format to format. What is in a
+// checkpoint, and what it means, is in the table of kernels/formats/__init__.py.
 //
 // In y [m, n] = x [m, k] W [n, k]^T a token is a row of x, and an output is a row of W. A sequence is a row of the
 // batch, and of the KV cache.
@@ -21,7 +22,7 @@ constexpr int64_t BLOCK_N = 16;     // outputs of a block, which are the lanes o
 //
 //     Int8           byte j is element j, stored as q + 128
 //     GroupedInt8    byte j is element j
-//     Int4, MXFP4    byte j holds element j in its low half and element j + 4 in its high half
+//     Int4, MXFP4    byte j is the checkpoint's, which holds elements j and j + 4
 //     Float8         the bytes of 4 outputs' words are in another order, drawn in float8.h
 //
 // The last block is filled up to 16 outputs.

@@ -1,10 +1,10 @@
 """How weights are stored: Dense (16 or 32 bits), Int8, Int4, GroupedInt8, Float8, MXFP4. A format is a class here, a
 struct in csrc/weights.h and two functions in triton/formats.py. Integers are in integers.py, floats in floats.py, what
-they have in common in base.py. triton_layouts.py has the orders in which GPUs read them.
+they have in common in base.py. Kernels read weights in orders of their own: cpu_layouts.py, triton_layouts.py.
 
 For a weight W [..., N, K] (N outputs, K inputs, experts in front) a format knows: its names; which tensors a checkpoint
 holds; how to make them (quantize); what they mean (dequantize, which is the reference for the kernels); which part of
-them a tensor-parallel rank keeps (shard_inputs); in which order a backend's kernels read them (pack, unpack).
+them a tensor-parallel rank keeps (shard_inputs).
 
     Dense          weight [N, K]
     Int8           weight [N, K] int8, scales [N] float32                      w = q * scale
@@ -13,6 +13,8 @@ them a tensor-parallel rank keeps (shard_inputs); in which order a backend's ker
     GroupedInt8    weight [N, K] uint8, scales and zeros as Int4               w = (q - zero) * scale
     Float8         weight [N, K] float8_e4m3fn, scales [N, n_groups] float32   w = q * scale
     MXFP4          weight [N, K / 2] uint8, scales [N, K / 32] uint8           w = e2m1(q) * 2^(scale - 127)
+
+In model.pth Int8 and GroupedInt8 have the same mode, "int8". An entry with a "groupsize" means GroupedInt8.
 
 In Int4 and GroupedInt8 group_size inputs of an output share a scale and a zero point. The scales are bfloat16, or
 float16 where another project's checkpoint has those, since bfloat16 has fewer bits.

@@ -1,15 +1,13 @@
-"""What the weight formats have in common: their interface, Dense, and the layouts in which elements are packed."""
+"""What the weight formats have in common: their interface, Dense, and how two elements share a byte."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Tensors = dict[str, Tensor]  # "weight" and, if quantized, "scales" and "zeros"
-CPU_BLOCK_N = 16  # rows of W that the CPU kernels read side by side
 QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 copies stay in the processor's cache
 
 
@@ -111,17 +109,7 @@ class WeightFormat:
         formats have it: they read 8 elements at a time."""
         return in_features % 8 == 0
 
-    def pack(self, tensors: Tensors, backend: str) -> Tensors:
-        """A checkpoint's tensors in the order in which the kernels of backend ("cpu" or "triton") read them. Here:
 
-        cpu: words of four bytes. The words of 16 rows lie side by side, then their next words: int32
-        [N / 16, bytes of a row / 4, 16]; scales and zeros alike, [N / 16, n_groups, 16].
-        triton: as they are."""
-        return to_blocked_words(tensors) if backend == "cpu" else tensors
-
-    def unpack(self, tensors: Tensors, backend: str, out_features: int, in_features: int) -> Tensors:
-        """The inverse of pack, for W [..., out_features, in_features]."""
-        return from_blocked_words(tensors, out_features) if backend == "cpu" else tensors
 
 
 @dataclass(frozen=True)
@@ -151,11 +139,7 @@ class Dense(WeightFormat):
     def dequantize(self, tensors, dtype):
         return tensors["weight"]
 
-    def pack(self, tensors, backend):
-        return tensors
 
-    def unpack(self, tensors, backend, out_features, in_features):
-        return tensors
 
 
 @dataclass(frozen=True)
@@ -188,7 +172,7 @@ def repeat_groups(t: Tensor, group_size: int, k: int) -> Tensor:
     return t.repeat_interleave(group_size, -1)[..., :k]
 
 
-# ---- Layouts --------------------------------------------------------------------------------------------------------
+# ---- Elements of 4 bits ---------------------------------------------------------------------------------------------
 
 
 def nibbles_to_bytes(q: Tensor) -> Tensor:
@@ -210,33 +194,3 @@ def low_then_high_halves(octets: Tensor) -> Tensor:
 def alternating_halves(octets: Tensor) -> Tensor:
     """Unpacks the half-bytes of octets [..., n] to [..., 2 n]: the low and the high half of every byte in turn."""
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
-
-
-def to_blocked_layout(t: Tensor) -> Tensor:
-    """[..., N, X] -> [..., N / 16, X, 16], with N padded with zeros to a multiple of 16."""
-    t = F.pad(t, (0, 0, 0, -t.shape[-2] % CPU_BLOCK_N))
-    return t.unflatten(-2, (-1, CPU_BLOCK_N)).mT.contiguous()
-
-
-def swap_bytes(words: Tensor, rows: int, columns: int) -> Tensor:
-    """Words int32 [..., 16] of a blocked layout, with every 16 bytes, which are rows * columns pairs of bytes,
-    transposed. Swapping rows and columns undoes it."""
-    pairs = words.view(torch.int16).unflatten(-1, (-1, rows, columns))
-    return pairs.mT.contiguous().flatten(-3).view(torch.int32)
-
-
-def from_blocked_layout(t: Tensor, n: int) -> Tensor:
-    """The inverse of to_blocked_layout, without the padding: the first n rows."""
-    return t.mT.flatten(-3, -2)[..., :n, :].contiguous()
-
-
-def to_blocked_words(tensors: Tensors) -> Tensors:
-    """All in the blocked layout, with "weight" in words of four bytes: int32 [N / 16, bytes of a row / 4, 16]."""
-    words = {"weight": tensors["weight"].view(torch.int32)}
-    return {name: to_blocked_layout(t) for name, t in (tensors | words).items()}
-
-
-def from_blocked_words(tensors: Tensors, n: int) -> Tensors:
-    """The inverse of to_blocked_words."""
-    rows = {name: from_blocked_layout(t, n) for name, t in tensors.items()}
-    return rows | {"weight": rows["weight"].view(torch.uint8)}

@@ -6,19 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats.base import (
-    Tensors,
-    WeightFormat,
-    bytes_to_nibbles,
-    from_blocked_layout,
-    nibbles_to_bytes,
-    repeat_groups,
-    swap_bytes,
-    to_blocked_layout,
-)
+from kernels.formats.base import Tensors, WeightFormat, bytes_to_nibbles, nibbles_to_bytes, repeat_groups
 from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from kernels.formats.integers import GROUP_SIZES, split_groups
-from kernels.formats.triton_layouts import by_column, pack_tiles, pack_words, unpack_tiles, unpack_words
 
 
 @dataclass(frozen=True)
@@ -66,21 +56,7 @@ class Float8(WeightFormat):
             return None
         return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)
 
-    def pack(self, tensors, backend):
-        """cpu: words of four elements, blocked as Int8's. Of 4 rows side by side, elements 0 and 1 of each come first,
-        then elements 2 and 3 of each (csrc/float8.h). Scales float32 [N / 16, n_groups, 16].
-        triton: rows of words of four elements (triton_layouts.py: pack_words); scales column by column."""
-        if backend == "cpu":
-            words = to_blocked_layout(tensors["weight"].view(torch.int32))
-            return {"weight": swap_bytes(words, 4, 2), "scales": to_blocked_layout(tensors["scales"])}
-        return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
 
-    def unpack(self, tensors, backend, out_features, in_features):
-        if backend == "cpu":
-            words = from_blocked_layout(swap_bytes(tensors["weight"], 2, 4), out_features)
-            scales = from_blocked_layout(tensors["scales"], out_features)
-            return {"weight": words.view(torch.float8_e4m3fn), "scales": scales}
-        return {"weight": unpack_words(tensors["weight"]).view(torch.float8_e4m3fn), "scales": tensors["scales"]}
 
 
 @dataclass(frozen=True)
@@ -117,15 +93,3 @@ class MXFP4(WeightFormat):
         exponent = math.floor(math.log2(std / 2.93))
         excess = (std / 2.93 / 2**exponent) ** 2  # 1 to 4: of the variance with this exponent for all
         tensors["scales"].bernoulli_((excess - 1) / 3).add_(exponent + E8M0_BIAS)  # so many get the next one
-
-    def pack(self, tensors, backend):
-        """triton: tiles, as Int4's; scales column by column."""
-        if backend == "cpu":
-            return super().pack(tensors, backend)
-        return {"weight": pack_tiles(bytes_to_nibbles(tensors["weight"])), "scales": by_column(tensors["scales"])}
-
-    def unpack(self, tensors, backend, out_features, in_features):
-        if backend == "cpu":
-            return super().unpack(tensors, backend, out_features, in_features)
-        weight = nibbles_to_bytes(unpack_tiles(tensors["weight"], out_features, in_features))
-        return {"weight": weight, "scales": tensors["scales"]}

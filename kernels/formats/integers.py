@@ -7,16 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.formats.base import (
-    Tensors,
-    WeightFormat,
-    bytes_to_nibbles,
-    from_blocked_layout,
-    nibbles_to_bytes,
-    repeat_groups,
-    to_blocked_layout,
-)
-from kernels.formats.triton_layouts import pack_scales, pack_tiles, unpack_scales, unpack_tiles
+from kernels.formats.base import Tensors, WeightFormat, bytes_to_nibbles, nibbles_to_bytes, repeat_groups
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4
 INT8_GROUP_SIZES = (16, *GROUP_SIZES)  # of GroupedInt8
@@ -28,7 +19,7 @@ class Int8(WeightFormat):
     """Symmetric, q from -127 to 127 where quantize.py made it, one scale for each output."""
 
     format_id = 1
-    mode = "int8"  # in model.pth without a "groupsize": with one it is GroupedInt8
+    mode = "int8"  # and no "groupsize", which would mean GroupedInt8
     group_size = None
 
     @classmethod
@@ -55,20 +46,7 @@ class Int8(WeightFormat):
         tensors["weight"].random_(-127, 128)  # whose standard deviation is 73
         tensors["scales"].fill_(std / 73)
 
-    def pack(self, tensors, backend):
-        """cpu: words of four elements, each q + 128. The words of 16 rows lie side by side, then their next words:
-        int32 [N / 16, K / 4, 16]."""
-        if backend != "cpu":
-            return tensors
-        # ^ 128 on a byte adds 128. In one expression, so that this temporary is freed before the next copy.
-        words = to_blocked_layout((tensors["weight"].view(torch.uint8) ^ 128).view(torch.int32))
-        return {"weight": words, "scales": tensors["scales"]}
 
-    def unpack(self, tensors, backend, out_features, in_features):
-        if backend != "cpu":
-            return tensors
-        unsigned = from_blocked_layout(tensors["weight"], out_features).view(torch.uint8)
-        return {"weight": (unsigned ^ 128).view(torch.int8), "scales": tensors["scales"]}
 
 
 @dataclass(frozen=True)
@@ -164,26 +142,14 @@ class Int4(GroupedFormat):
     def bytes_to_elements(self, weight):
         return bytes_to_nibbles(weight)
 
-    def pack(self, tensors, backend):
-        """triton: tiles; scales and zeros in words, column by column (triton_layouts.py)."""
-        if backend == "cpu":
-            return super().pack(tensors, backend)
-        tiles = pack_tiles(self.bytes_to_elements(tensors["weight"]))
-        return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
-    def unpack(self, tensors, backend, out_features, in_features):
-        if backend == "cpu":
-            return super().unpack(tensors, backend, out_features, in_features)
-        scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
-        weight = self.elements_to_bytes(unpack_tiles(tensors["weight"], out_features, in_features))
-        return {"weight": weight, "scales": scales, "zeros": zeros}
 
 
 class GroupedInt8(GroupedFormat):
     """q from 0 to 255, and so is the zero point."""
 
     format_id = 3
-    mode = "int8"  # in model.pth as Int8's. An entry with a "groupsize" means this class, one without means Int8
+    mode = "int8"  # with a "groupsize"; without one it is Int8
     is_cli_mode = False
     group_sizes = INT8_GROUP_SIZES
     zeros_per_step = 1
@@ -205,18 +171,7 @@ class GroupedInt8(GroupedFormat):
         tensors["scales"].fill_(std / 74)
         tensors["zeros"].random_(127, 129)  # about the mean of 0 to 255
 
-    def pack(self, tensors, backend):
-        """triton: rows of int8, each q - 128; scales and zeros as Int4's."""
-        if backend == "cpu":
-            return super().pack(tensors, backend)
-        weight = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128, or adds it
-        return {"weight": weight, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
-    def unpack(self, tensors, backend, out_features, in_features):
-        if backend == "cpu":
-            return super().unpack(tensors, backend, out_features, in_features)
-        scales, zeros = unpack_scales(tensors["scales"], self.scale_dtype)
-        return {"weight": tensors["weight"].view(torch.uint8) ^ 128, "scales": scales, "zeros": zeros}
 
 
 # ---- The arithmetic of groups, which quantize.py and gptq.py share --------------------------------------------------

@@ -1,9 +1,10 @@
 """The layouts in which the Triton kernels read weights: tiles of 4-bit elements, words of 8-bit elements, scales.
 
-    pack_tiles, unpack_tiles      Int4 and MXFP4: the order of a matrix unit, drawn below
-    pack_words, unpack_words      Float8: four elements in a word
-    pack_scales, unpack_scales    Int4 and GroupedInt8: a scale and a zero point in one word
-    by_column                     other scales
+    pack           from a checkpoint's tensors, by the following:
+    pack_tiles     Int4 and MXFP4: the order of a matrix unit, drawn below
+    pack_words     Float8: four elements in a word
+    pack_scales    Int4 and GroupedInt8: a scale and a zero point in one word
+    by_column      other scales
 
 All is plain PyTorch, since packing needs no Triton. kernels/triton/elements.py makes floats of it.
 
@@ -39,6 +40,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.formats.base import Tensors, WeightFormat, bytes_to_nibbles
+from kernels.formats.floats import MXFP4, Float8
+from kernels.formats.integers import GroupedInt8, Int4
+
+
+def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
+    """A checkpoint's tensors as the kernels read them, in the layouts that triton/formats.py lists. Those of Dense and
+    Int8 stay as they are."""
+    weight, scales, zeros = (tensors.get(name) for name in ("weight", "scales", "zeros"))
+    match format:
+        case Int4():
+            tiles = pack_tiles(bytes_to_nibbles(weight))
+            return {"weight": tiles, "scales": pack_scales(scales, zeros), "zeros": None}
+        case GroupedInt8():
+            rows = (weight ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128
+            return {"weight": rows, "scales": pack_scales(scales, zeros), "zeros": None}
+        case Float8():
+            return {"weight": pack_words(weight), "scales": by_column(scales)}
+        case MXFP4():
+            return {"weight": pack_tiles(bytes_to_nibbles(weight)), "scales": by_column(scales)}
+    return tensors
+
 
 def pack_tiles(q: Tensor) -> Tensor:
     """Elements q [..., N, K] uint8 in 0..15 -> tiles [..., N / 16, K / 64, 128] int32, filled up with zeros."""
@@ -49,51 +72,21 @@ def pack_tiles(q: Tensor) -> Tensor:
     tiles = low | high << 4
     tile_n, row_8, lane_row, tile_k, column_32, column_16, lane_column, column_1 = range(-8, 0)
     lane, word, byte = (lane_row, lane_column), (row_8, column_32), (column_1, column_16)
-    tiles = order_last(tiles, (tile_n, tile_k, *lane, *word, *byte))
+    experts = range(tiles.dim() - 8)  # the axis in front, if there is one
+    tiles = tiles.permute(*experts, tile_n, tile_k, *lane, *word, *byte)
     return tiles.flatten(-6).contiguous().view(torch.int32)
-
-
-def unpack_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
-    """The inverse: q [..., n, k]."""
-    tiles = tiles.view(torch.uint8).unflatten(-1, (8, 4, 2, 2, 2, 2))
-    tile_n, tile_k, lane_row, lane_column, row_8, column_32, column_1, column_16 = range(-8, 0)
-    row, column = (tile_n, row_8, lane_row), (tile_k, column_32, column_16, lane_column, column_1)
-    tiles = order_last(tiles, (*row, *column))
-    q = torch.stack([tiles & 15, tiles >> 4], dim=-2)
-    return q.flatten(-6).flatten(-4, -2)[..., :n, :k].contiguous()
-
-
-def order_last(t: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """t with its last axes, all that axes names, in the order of axes."""
-    first = range(t.dim() - len(axes))
-    return t.permute(*first, *axes)
 
 
 def pack_words(weight: Tensor) -> Tensor:
     """[..., K] of elements of 8 bits -> words int32 [..., K / 4]. A word has four neighbours, in the order 0 2 1 3: so
     the first two are 16 bits apart, and the last two."""
-    return swap_middle(weight.view(torch.uint8)).view(torch.int32)
-
-
-def unpack_words(words: Tensor) -> Tensor:
-    """The inverse, uint8."""
-    return swap_middle(words.view(torch.uint8))
-
-
-def swap_middle(t: Tensor) -> Tensor:
-    """t [..., K] with the second and the third of every four elements swapped."""
-    return t.unflatten(-1, (-1, 2, 2)).mT.flatten(-3)
+    return weight.view(torch.uint8).unflatten(-1, (-1, 2, 2)).mT.flatten(-3).view(torch.int32)
 
 
 def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
     """scales [..., N, n_groups] bfloat16 or float16 and zeros uint8 -> words int32 of the same shape, stored column by
     column. A word is the scale as a float32, whose lowest 8 bits are zero, with the zero point in these."""
     return by_column(scales.float().view(torch.int32) | zeros.int())
-
-
-def unpack_scales(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The inverse, for scales of dtype."""
-    return (words & -256).view(torch.float32).to(dtype), (words & 255).to(torch.uint8)
 
 
 def by_column(scales: Tensor) -> Tensor:

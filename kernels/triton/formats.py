@@ -7,6 +7,8 @@ A format is two functions, which are compiled into the kernels, and a line in KE
                       [K_SLICES] is where slices begin
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
 
+Packed, a weight is this. What is in a checkpoint, and what it means, is in the table of kernels/formats/__init__.py.
+
     format         W                                        scales
     Dense          rows                                     none
     Int8           rows                                     float32 [N]
@@ -240,17 +242,17 @@ def kernel_format(format_id: int) -> KernelFormat:
     return BY_ID[format_id]
 
 
-def supports(layer: WeightMatrix) -> bool:
-    """Whether the kernels can read the weight of layer."""
-    format = layer.format
+def supports(matrix: WeightMatrix) -> bool:
+    """Whether the kernels can read the weight of matrix."""
+    format = matrix.format
     known = BY_ID.get(getattr(format, "format_id", None))
-    if known is None or not format.fits_kernels("triton", layer.in_features):
+    if known is None or not format.fits_kernels("triton", matrix.in_features):
         return False
     group_size, narrowest_slice = getattr(format, "group_size", None), 32 if known.is_tiled else 16
     if group_size is not None and group_size % narrowest_slice:
         return False
     # An expert's tiles lie right behind the previous expert's, so they must be whole
-    return not known.is_tiled or layer.n_experts is None or layer.out_features % TILE_N.value == 0
+    return not known.is_tiled or matrix.n_experts is None or matrix.out_features % TILE_N.value == 0
 
 
 # ---- dequantize and embed -------------------------------------------------------------------------------------------
