@@ -15,7 +15,7 @@ import torch
 
 import kernels
 from kernels import ops, prepare
-from kernels.formats.base import CPU_BLOCK_N
+from kernels.formats.cpu_layouts import CPU_BLOCK_N
 from kernels.triton import attention
 from kernels.triton.elements import pack_offset
 from layers import ExpertsDown
