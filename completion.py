@@ -26,7 +26,7 @@ from errors import UsageError
 from machine import pick_device
 from model import Transformer
 from sampling import SamplingParams
-from scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, finish_reason
+from scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, find_finish_reason
 from tokenizer import IncrementalDetokenizer, Tokenizer
 
 
@@ -66,7 +66,7 @@ class Completion:
 
     def add_token(self, token: int):
         self.tokens.append(token)
-        self.finish_reason = finish_reason(token, len(self.tokens), self.request.max_new_tokens, self.eos_ids)
+        self.finish_reason = find_finish_reason(token, len(self.tokens), self.request.max_new_tokens, self.eos_ids)
         if self.finish_reason != "stop":  # an end token has no text
             self.text += self.detokenizer.push(token)
         if self.detokenizer.found_stop:

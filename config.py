@@ -27,8 +27,8 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3: pairs that rotate more often than this stay
     original_max_seq_len: int = 8192  # the context of training
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
-    beta_fast: float = 32.0  # yarn: pairs that rotate more often than this in training stay
-    beta_slow: float = 1.0  # yarn: pairs that rotate less often than this are stretched by factor
+    beta_fast: float = 32.0  # yarn: a pair with more rotations in training than this keeps its frequency
+    beta_slow: float = 1.0  # yarn: a pair with fewer rotations is stretched by factor
     truncate: bool = True  # yarn: the first and the last pair between these two are rounded to whole numbers
     short_factor: tuple[float, ...] = ()  # longrope: divides the frequency of each pair of elements
     long_factor: tuple[float, ...] = ()  # the same for caches longer than original_max_seq_len

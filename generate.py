@@ -2,8 +2,8 @@
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
-Text goes to stdout, a summary to stderr. With --json, stdout has one JSON object for each prompt and nothing else.
-llm.py generates from Python.
+This is the command; the loop is llm.py: generate. Text goes to stdout, a summary to stderr. With --json, stdout has one
+JSON object for each prompt and nothing else.
 """
 
 import argparse

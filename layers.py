@@ -5,8 +5,8 @@
     Embedding      a row of W for every token
     RMSNorm        x / rms(x) * weight
 
-An operation of kernels/ops.py runs on the kernels of the layer's backend or in plain PyTorch. The operations take the
-weights as kernels/params.py defines them, so these stand below them and the layers above. model.py composes the layers.
+An operation of kernels/ops.py runs on the kernels of the layer's backend or in plain PyTorch. kernels/params.py says
+why the weights are defined there. model.py composes the layers.
 """
 
 import torch

@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = DENSE  # of most linear layers
-        self.embed_scale = config.embed_scale  # load_model rounds it to dtype, which a recorded step could not
+        self.embed_scale = config.embed_scale  # load_model rounds it to the activations' dtype, as transformers does
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1:
             return False
-        if batch * n_new > min(linear.max_tokens for linear in linears):
+        if batch * n_new > min(linear.max_kernel_tokens for linear in linears):
             return False
         attention = self.layers[0].attention
         (backend,) = backends
@@ -139,7 +139,7 @@ def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_DENSE) ->
     for name, linear in linears.items():
         linear.set_format(formats.of_layer(name))
     model.embed_tokens.set_format(formats.overrides.get("embed_tokens", DENSE))
-    for name in formats.act_order:
+    for name in formats.act_order_layers:
         linear = linears.get(name)
         if linear is None or linear.n_experts is not None:
             raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")

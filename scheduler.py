@@ -72,7 +72,7 @@ def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, li
         raise UsageError(f"{excess} {limit_name or max_seq_len}")
 
 
-def finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
+def find_finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
     """Says why token, the last of n_new_tokens, ends a text. "stop": token is an end token. "length": the text has all
     max_new_tokens. None: the text goes on. completion.py looks for stop strings."""
     if token in eos_ids:
@@ -193,7 +193,7 @@ class Scheduler:
         for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):
             request = sequence.request
             sequence.new_ids.append(token)
-            reason = finish_reason(token, len(sequence.new_ids), request.max_new_tokens, self.eos_ids)
+            reason = find_finish_reason(token, len(sequence.new_ids), request.max_new_tokens, self.eos_ids)
             logprobs = None
             if request.n_logprobs is not None:
                 logprobs = compute_logprobs(logits[i, -1], token, request.n_logprobs)

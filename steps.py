@@ -14,9 +14,12 @@ several tokens of a draft (speculate.py). Decoding and verification run the mode
 
 Prefill is never recorded. Its chunks are compiled with compile_prefill, or else eager (chunked_prefill).
 
-An eager operation also runs on a kernel, if one takes that many tokens. LinearParams.max_tokens says how many the
-kernels of a layer take (kernels/prepare.py): at most 64, maybe fewer in a dense model on a CPU, 8 on a GPU without
-matrix units.
+An eager operation also runs on a kernel, if there is one for so many tokens. LinearParams.max_kernel_tokens is the most
+that the kernels of a layer take (kernels/prepare.py):
+
+    64 tokens          of quantized weights, and on a GPU with matrix units
+    8 to 64            of dense weights on a CPU, depending on its instructions
+    8                  on a GPU without matrix units
 
 Shapes: B sequences, T new tokens of each, V vocabulary. start_pos [B] are those of each sequence's first new token.
 """
@@ -48,7 +51,7 @@ StepFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [
 
 
 class GenerationSteps(NamedTuple):
-    """Prefill and decode, which generate.generate calls."""
+    """Prefill and decode, which llm.generate calls."""
 
     prefill: StepFunction  # any T
     decode: StepFunction  # T = 1

@@ -41,7 +41,8 @@ MAX_TRITON_QUERIES = 64  # of a key/value head, likewise
 # Kernels compute 16 outputs at a time. To fuse an activation, the gate's and the up projection's outputs, each half of
 # out_features, must both be a multiple of 16. Otherwise glu() is a call of its own.
 FUSED_GLU_MULTIPLE = 32
-# Up to how many tokens, of all sequences together, a kernel takes: most, and some operations'. 0: there is none.
+# The most tokens of a call, of all sequences together, by backend. SPECIAL_MAX_TOKENS has the exceptions; 0 means that
+# the backend lacks the kernel.
 MAX_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
 SPECIAL_MAX_TOKENS = {
     "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # of a table that is not quantized
@@ -65,7 +66,7 @@ def kernel_for(name: str, backend: str, n_tokens: int, max_tokens: float | None 
 
 def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | None:
     """kernel_for linear. None also if PyTorch is faster with so many tokens."""
-    return kernel_for(name, linear.backend, n_tokens, linear.max_tokens)
+    return kernel_for(name, linear.backend, n_tokens, linear.max_kernel_tokens)
 
 
 def fused_linear(
@@ -81,12 +82,14 @@ def fused_linear(
     out_dtype: x.dtype (None) or torch.float32."""
     kernel = linear_kernel("fused_linear", linear, count_tokens(x))
     if activation and (kernel is None or linear.out_features % FUSED_GLU_MULTIPLE):
-        y = glu(fused_linear(x, linear, norm), activation, linear.backend)  # it has no scale, softcap or clip
+        # Here the activation comes after out_scale, softcap and clip, so there must be none of these.
+        assert linear.out_scale == 1 and not linear.softcap and not linear.clip and out_dtype is None
+        y = glu(fused_linear(x, linear, norm), activation, linear.backend)
         return y if residual is None else add(y, residual, linear.backend)
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm, None, linear.backend)
-        return reference.fused_linear(x, linear, residual=residual, out_dtype=out_dtype)
+        return reference.fused_linear(x, linear, residual, out_dtype)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         x.contiguous(), *linear.kernel_arguments(), linear.bias, norm_weight, eps,

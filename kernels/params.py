@@ -7,8 +7,8 @@
     LayerCache         the keys and values of earlier tokens
     WeightArguments, AttentionArguments    a weight, the options of attention, as kernels take them
 
-These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward. They
-are two halves, since forward calls the operations of ops.py, and these take the data: ops.py stands between the two.
+These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward. A
+layer is split in two, since imports go one way: params.py (data) <- ops.py (operations on it) <- layers.py (forward).
 """
 
 from typing import NamedTuple
@@ -101,10 +101,10 @@ class LinearParams(WeightMatrix):
     softcap: if not 0, y becomes softcap * tanh(y / softcap).
     clip: if not 0, y is clamped to -clip ... clip.
 
-    input_order: int32 [K], or None. If given, the columns of W stand in this order, in which the inputs of a group of
-    its format are neighbours: W's i-th column is for x[..., input_order[i]]. x is put in this order first, then normed;
-    so the norm before this layer has its weight in it, too.
-    max_tokens: up to how many tokens the backend's kernels compute y. With more tokens plain PyTorch does."""
+    input_order: int32 [K], or None. Column i of W multiplies x[..., input_order[i]]. Sorted so, the columns of each
+    quantization group are neighbours (GPTQ's act-order). Linear.forward permutes x before the fused norm, so conversion
+    permutes the weight of that norm likewise.
+    max_kernel_tokens: up to how many tokens the backend's kernels compute y. With more tokens plain PyTorch does."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
@@ -112,7 +112,7 @@ class LinearParams(WeightMatrix):
     ):  # fmt: skip
         super().__init__(in_features, out_features, n_experts)
         self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
-        self.max_tokens = 0
+        self.max_kernel_tokens = 0
         self.register_buffer("input_order", None)
         self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 

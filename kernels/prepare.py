@@ -58,7 +58,7 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
                 drop_pages(unpacked[name])
         # In a quantized model dense matrices, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be
         # faster: one operation outside the kernels would make the whole step impossible to record.
-        matrix.max_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
+        matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
 
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
@@ -102,7 +102,7 @@ def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfl
             for name, packed in triton_layouts.pack(matrix.format, matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             has_matrix_units = min_block_m_of(matrix.weight.new_empty(0, dtype=dtype)) > 1
-            matrix.max_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
+            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
             matrix.backend = "triton"
 
 

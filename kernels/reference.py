@@ -15,14 +15,10 @@ EAGER_QUERIES = 256  # eager_attention holds the scores of this many queries in 
 
 
 def fused_linear(
-    x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
-    activation: str | None = None, out_dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    if norm is not None:
-        x = rms_norm(x, norm)
+    x: Tensor, linear: LinearParams, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Without norm and activation: without a kernel, kernels/ops.py calls operations of their own for these."""
     y = apply_weight(x, linear.dequantized_weight(x.dtype), linear.bias)
-    if activation:
-        y = glu(y, activation)
     if linear.out_scale != 1:
         y = y * linear.out_scale
     if out_dtype is not None:

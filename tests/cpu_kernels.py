@@ -32,8 +32,8 @@ def packed(module):
     kernels.prepare_kernels(layers, torch.float32)
     for layer in layers:
         if isinstance(layer, Linear):
-            assert layer.backend == "cpu" and 8 <= layer.max_tokens <= kernels.MAX_CPU_TOKENS
-            layer.max_tokens = kernels.MAX_CPU_TOKENS
+            assert layer.backend == "cpu" and 8 <= layer.max_kernel_tokens <= kernels.MAX_CPU_TOKENS
+            layer.max_kernel_tokens = kernels.MAX_CPU_TOKENS
     return module
 
 

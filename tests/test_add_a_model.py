@@ -76,7 +76,7 @@ def test_nf4_on_a_cpu(dtype):
         exact = w.dequantized_weight(torch.float32)
         kernels.prepare_kernels([w], dtype)
         assert w.backend == "cpu" and torch.equal(w.dequantized_weight(torch.float32), exact)
-        w.max_tokens = kernels.MAX_CPU_TOKENS
+        w.max_kernel_tokens = kernels.MAX_CPU_TOKENS
         x = torch.randn(n_tokens, k).to(dtype)
         y, terms = x.double() @ exact.double().T, x.double().abs() @ exact.double().abs().T
         u = torch.finfo(dtype).eps / 2

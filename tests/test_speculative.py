@@ -392,7 +392,7 @@ def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
     model = empty_model(ModelConfig(64, 1, 16 * heads_per_kv_head, 16, 4, 64, 64, 64))
     for backend, k, warns in [("triton", most, False), ("triton", most + 1, True), ("cpu", 32, False)]:
         for _, linear in model.quantizable_linears():
-            linear.backend, linear.max_tokens = backend, 64
+            linear.backend, linear.max_kernel_tokens = backend, 64
         warn_about_size(k, model)
         said = f"More than {most} tokens at a time are verified without the kernels.\n"
         assert capsys.readouterr().err == said * warns

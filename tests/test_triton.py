@@ -297,7 +297,7 @@ def test_without_matrix_units(monkeypatch):
         monkeypatch.setattr(launch, "gpu_of", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
         kernels.pack_for_triton([w], dtype)
-        assert w.max_tokens == most
+        assert w.max_kernel_tokens == most
 
 
 def test_torch_compile(small_gpu):

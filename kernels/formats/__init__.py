@@ -49,7 +49,7 @@ class QuantizationScheme:
 
     default: WeightFormat
     overrides: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
-    act_order: tuple[str, ...] = ()  # layers whose columns are in an order of their own, input_order in model.pth
+    act_order_layers: tuple[str, ...] = ()  # those with a tensor input_order
 
     def of_layer(self, name: str) -> WeightFormat:
         return self.overrides.get(name, self.default)

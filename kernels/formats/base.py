@@ -27,8 +27,8 @@ class WeightFormat:
     group_size_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
     group_size: int | None  # inputs of an output that share a scale. None: all of its inputs do, or there is none
     elements_per_byte = 1  # of "weight"
-    input_multiple = 1  # a whole W must have a multiple of so many inputs
-    shard_multiple = 1  # and so must a rank's shard, since a checkpoint's words hold so many
+    input_multiple = 1  # the inputs of a whole W must be a multiple of it
+    shard_multiple = 1  # those of a rank's shard, too, since a checkpoint's word cannot be cut
 
     @property
     def name(self) -> str | None:

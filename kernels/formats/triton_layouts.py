@@ -40,9 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats.base import Tensors, WeightFormat, bytes_to_nibbles
+from kernels.formats.base import Dense, Tensors, WeightFormat, bytes_to_nibbles
 from kernels.formats.floats import MXFP4, Float8
-from kernels.formats.integers import GroupedInt8, Int4
+from kernels.formats.integers import GroupedInt8, Int4, Int8
 
 
 def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
@@ -60,7 +60,9 @@ def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
             return {"weight": pack_words(weight), "scales": by_column(scales)}
         case MXFP4():
             return {"weight": pack_tiles(bytes_to_nibbles(weight)), "scales": by_column(scales)}
-    return tensors
+        case Dense() | Int8():
+            return tensors
+    raise TypeError(f"there is no layout for {format}")
 
 
 def pack_tiles(q: Tensor) -> Tensor:
