@@ -18,7 +18,7 @@ from pathlib import Path
 from chat import Conversation, check_messages
 from cli.ranks import input_lines
 from errors import UsageError
-from files import read_json
+from files import read_json, replace_file
 
 HELP = (
     "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "
@@ -119,9 +119,7 @@ class ChatCommands:
             raise UsageError(f"{path} is there and holds no conversation; nothing is written") from None
         text = json.dumps(self.conversation.to_list(), indent=1, ensure_ascii=False) + "\n"
         try:
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            replace_file(path, text.encode())
         except (OSError, ValueError) as e:
             raise UsageError(f"cannot write {path}: {e}") from None
         print_note(f"{path} is written.")
