@@ -194,10 +194,12 @@ def experts_gate_up(
     """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
     [B, T, top_k, F]. norm and activation are as in fused_linear."""
     kernel = linear_kernel("experts_gate_up", linear, count_tokens(x))
-    if kernel is None:
-        return reference.experts_gate_up(x, linear, topk_ids, norm, activation)
-    if activation and linear.out_features % FUSED_GLU_MULTIPLE:
+    if activation and (kernel is None or linear.out_features % FUSED_GLU_MULTIPLE):
         return glu(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
+    if kernel is None:
+        if norm is not None:
+            x = rms_norm(x, norm, None, linear.backend)
+        return reference.experts_gate_up(x, linear, topk_ids)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         x.contiguous(), *linear.kernel_arguments(), linear.bias, topk_ids, norm_weight, eps,

@@ -203,15 +203,11 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
     return topk_weights, topk_ids
 
 
-def experts_gate_up(
-    x: Tensor, linear: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
-) -> Tensor:
-    if norm is not None:
-        x = rms_norm(x, norm)
+def experts_gate_up(x: Tensor, linear: LinearParams, topk_ids: Tensor) -> Tensor:
+    """Without norm and activation: see fused_linear."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new=x.shape[-2])
-    y = y.view(*topk_ids.shape, linear.out_features)
-    return glu(y, activation) if activation else y
+    return y.view(*topk_ids.shape, linear.out_features)
 
 
 def experts_down(
