@@ -13,11 +13,11 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from chat_template import check_unicode, read_message
-from completion import Completion, TokenGenerator, add_steps
+from engine.completion import Completion, TokenGenerator, add_steps
+from engine.scheduler import Request
 from errors import UsageError
-from scheduler import Request
-from tokenizer import Tokenizer, common_prefix_length
+from text.chat_template import check_unicode, read_message
+from text.tokenizer import Tokenizer, common_prefix_length
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
 # free. Dropping a message changes the positions of all tokens after it, which must then be computed again. More is

@@ -21,9 +21,9 @@ if __name__ == "__main__":
 import torch
 
 from cli import options
-from cli.checkpoints import resolve_checkpoint
 from cli.ranks import process_group
 from cli.script import run_script
+from converters.resolve import resolve_checkpoint
 from errors import UsageError
 from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity

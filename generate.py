@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 
-import tp
+import collectives
 from chat import Conversation
 from cli.arguments import parse_args
 from cli.complete import complete_in_parallel, complete_one_by_one
@@ -30,13 +30,13 @@ from cli.ranks import process_group
 from cli.script import run_script
 from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
+from engine.speculate import speculate
+from engine.steps import build_steps, make_kv_cache
 from llm import LLM, build_token_generator, generate
 from loading import load, load_model
 from machine import pick_device
 from model import Transformer
-from speculate import speculate
-from steps import build_steps, make_kv_cache
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 # For programs that import this file
 __all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
@@ -74,7 +74,7 @@ def generate_one_by_one(
     start = time.perf_counter()
     warm_up(args, steps, speculation, prompts, model.device)
     stats["compile_seconds"] = time.perf_counter() - start
-    if args.json and tp.world_size() > 1:
+    if args.json and collectives.world_size() > 1:
         stats |= tp_stats(args, steps, model.device)
 
     torch.manual_seed(args.seed)

@@ -31,7 +31,7 @@ from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros,
 from kernels.params import LayerCache
 from layers import ExpertsGateUp, Linear
 from model import KVCache, Transformer
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time; bounds the memory of their float32 copies
 

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from chat import Conversation
-from cli.checkpoints import resolve_checkpoint
-from completion import Completion, TokenGenerator, add_steps, build_request, check_max_new_tokens, generate_many
+from converters.resolve import resolve_checkpoint
+from engine.completion import Completion, TokenGenerator, add_steps, build_request, check_max_new_tokens, generate_many
+from engine.sampling import SamplingParams
+from engine.steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
 from errors import UsageError
 from loading import load
 from machine import pick_device
 from model import KVCache
-from sampling import SamplingParams
-from steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
 
 
 @torch.inference_mode()
@@ -99,7 +99,7 @@ class LLM:
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
         max_seq_len: int = 2048, compile: bool = False, **sampling,
     ):  # fmt: skip
-        """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (cli/checkpoints.py).
+        """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (converters/resolve.py).
         device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
         have, at most the model's own. compile: as --compile. sampling: fields of SamplingParams, such as
         temperature."""

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import collectives
 import tp
 from checkpoint import read_checkpoint
 from errors import UsageError
 from kernels.formats import Tensors, parse_formats
 from machine import check_memory, drop_pages
 from model import Transformer, empty_model
-from tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
@@ -59,7 +60,7 @@ def load_model(
     quantized_names = quantized_tensor_names(model)
     check_tensors(path, model, tensors, tied, quantized_names)
     check_input_orders(path, tensors)
-    n_ranks = tp.world_size() if sharded else 1
+    n_ranks = collectives.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # where packing copies all weights
         itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())

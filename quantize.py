@@ -34,9 +34,9 @@ from torch import Tensor
 import gptq
 from checkpoint import read_checkpoint, save_checkpoint
 from cli import options
-from cli.checkpoints import resolve_checkpoint
 from cli.script import run_script
 from config import ModelConfig
+from converters.resolve import resolve_checkpoint
 from errors import UsageError
 from files import read_text
 from kernels import formats

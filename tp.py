@@ -12,22 +12,21 @@ routers.
 
 tp_plan is this table. All ranks run the same code, except in these places:
 
-    loading.py: load_model             a rank keeps its shard (shard), and gets the collectives (insert_collectives)
+    load_model                         (loading.py) a rank keeps its shard (shard), and gets the collectives
+                                       (insert_collectives)
     RowParallelLinear, ParallelHead    a rank computes its part, and a collective joins the parts
     shard_inputs                       only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
-    broadcast, in steps.py, scheduler.py and speculate.py    all ranks sample, and rank 0's tokens count
-    cli/ranks.py                       only rank 0 prints (silence), reads what the user types (input_lines) and
-                                       converts checkpoints (call_on_rank_0); each rank has a trace file (rank_path)
+    broadcast                          (collectives.py) all ranks sample a token, and rank 0's token counts
+    call_on_rank_0                     (collectives.py) only rank 0 converts a checkpoint
+    silence, input_lines               (cli/ranks.py) only rank 0 prints, and reads what the user types
+    rank_path                          (cli/ranks.py) each rank has a trace file
 
-cli/ranks.py: process_group joins the processes. The collectives run on gloo between CPUs and on NCCL between GPUs.
-Where GPUs can read each other's memory, small tensors, such as a decode step's, are summed through peer memory instead
-of NCCL.
+cli/ranks.py: process_group joins the processes.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -35,13 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from errors import UsageError
 from kernels.formats import WeightFormat
 from kernels.record import graph_break
 from model import Attention, Transformer
-
-ONE_SHOT_BYTES = 2**18  # up to this size, one-shot all-reduce over peer memory is faster than NCCL
 
 
 @dataclass(frozen=True)
@@ -253,89 +251,3 @@ class ParallelHead(nn.Module):
     def all_gather(self, logits: Tensor) -> Tensor:
         """Returns all ranks' logits, without the padding of the last ranks."""
         return all_gather(logits)[..., : self.vocab_size]
-
-
-def world_size() -> int:
-    """Returns the number of ranks."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-# A step recorded on a GPU includes the collectives. A step recorded on a CPU cannot: each collective runs between two
-# tapes (kernels/record.py).
-
-
-def all_reduce(x: Tensor) -> Tensor:
-    """Returns the sum of all ranks' x."""
-    return graph_break(partial(collective, "all_reduce", "sum"), x)
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """Concatenates all ranks' x [..., X]: [..., ranks * X]."""
-    gathered = collective("all_gather_into_tensor", world_size(), x)  # [ranks * ..., X]
-    by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
-    return by_rank.movedim(0, -2).flatten(-2)
-
-
-def broadcast(x: Tensor) -> Tensor:
-    """Returns rank 0's x on every rank. With rank 0's token all ranks continue alike, even if they draw different
-    random numbers. generate.py seeds all ranks alike; other programs need not."""
-    return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
-
-
-def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
-    """Calls one of PyTorch's functional collectives, which torch.compile can include in its graphs."""
-    operation = getattr(torch.ops._c10d_functional, name)
-    pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
-    return torch.ops._c10d_functional.wait_tensor(pending)
-
-
-def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the fastest all-reduce that all ranks support, for tensors with the device and dtype of like."""
-    if not all(gather_objects(can_one_shot(like))):
-        return all_reduce
-    one_shot = one_shot_all_reduce(like.device, like.dtype)
-
-    def by_size(x: Tensor) -> Tensor:
-        return one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else all_reduce(x)
-
-    return by_size
-
-
-def can_one_shot(like: Tensor) -> bool:
-    """Returns whether this rank's GPU can read the memory of all other GPUs, and PyTorch's one-shot all-reduce fits.
-    The operation exists for two dtypes. It adds in the same order on every rank only if there are 2, 4 or 8 ranks."""
-    n_ranks = world_size()
-    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
-        return False
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(n_ranks):  # some ranks may be on another machine
-        return False
-    this = like.device
-    return all(torch.cuda.can_device_access_peer(this, i) for i in range(n_ranks) if i != this.index)
-
-
-@cache
-def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Makes an all-reduce that is one kernel, over PyTorch's symmetric memory. The all-reduce is a custom op with a
-    buffer of its own, so that CUDA graphs see a fixed address."""
-    import torch.distributed._symmetric_memory as symmetric_memory  # here, since only several GPUs need it
-
-    group_name = dist.group.WORLD.group_name
-    buffer = symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
-    symmetric_memory.rendezvous(buffer, group_name)
-    dtype_name = str(dtype).removeprefix("torch.")
-
-    @torch.library.custom_op(f"gptfast_tp::one_shot_all_reduce_{dtype_name}", mutates_args=())
-    def one_shot(x: Tensor) -> Tensor:
-        shared = buffer[: x.numel()].view(x.shape)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", group_name)
-
-    one_shot.register_fake(torch.empty_like)
-    return one_shot
-
-
-def gather_objects(value) -> list:
-    """Returns every rank's value, on every rank."""
-    values = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values

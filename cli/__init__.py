@@ -3,7 +3,6 @@
     interrupts.py          Ctrl-C ends the script without a traceback, also during its imports
     script.py              run_script calls the script's main, and makes of an error one line on stderr
     options.py             options that several scripts have, such as --device
-    checkpoints.py         --checkpoint_path, which may name a folder or a .gguf
     ranks.py               several processes, which torchrun started
 
 In generate.py, in the order of their use:

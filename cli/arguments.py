@@ -6,11 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from cli import options
-from cli.checkpoints import resolve_checkpoint
+from converters.resolve import resolve_checkpoint
+from engine.sampling import SamplingParams
+from engine.speculate import MAX_DRAFT_TOKENS
 from errors import UsageError
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
-from sampling import SamplingParams
-from speculate import MAX_DRAFT_TOKENS
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import build_result, print_result
-from completion import Completion, TokenGenerator, add_steps, complete_all
+from engine.completion import Completion, TokenGenerator, add_steps, complete_all
+from engine.scheduler import Request, Scheduler, build_scheduler, longest_seq_len, max_slots
 from errors import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
-from scheduler import Request, Scheduler, build_scheduler, longest_seq_len, max_slots
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 
 def complete_one_by_one(

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from chat_template import read_message
-from completion import encode_prompt
 from config import ModelConfig
+from engine.completion import encode_prompt
 from errors import UsageError
 from files import read_text
-from tokenizer import Tokenizer
+from text.chat_template import read_message
+from text.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):

@@ -6,7 +6,6 @@
 
 import contextlib
 import io
-import json
 import os
 import re
 import signal
@@ -14,15 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import UsageError
-from tp import world_size
+from collectives import broadcast_json, world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun ends the others at once
 
@@ -74,10 +71,6 @@ def wait_for_rank_0(errors: str):
         print(errors, end="", file=sys.stderr)
 
 
-# Numbers the keys of broadcast_json: a key must not be one that an earlier call has set.
-broadcast_numbers = count()
-
-
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
     """Yields on every rank what read returns on rank 0, until read returns None. While the user types, the other ranks
     wait without a time-out and without using the processor."""
@@ -87,35 +80,6 @@ def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
     store = dist.distributed_c10d._get_default_store()
     while (line := broadcast_json(store, read)) is not None:
         yield line
-
-
-def broadcast_json(store: dist.Store, function: Callable[[], object]):
-    """Calls function on rank 0, and returns the result on every rank. JSON must be able to write the result. Waits
-    without a time-out."""
-    key = f"result {next(broadcast_numbers)}"
-    if dist.get_rank() == 0:
-        store.set(key, json.dumps(function()))
-    store.wait([key], timedelta(days=1000))
-    return json.loads(store.get(key))
-
-
-def call_on_rank_0(function: Callable[[], str]) -> str:
-    """Calls function on rank 0, while the others wait, and returns its result on every rank. A UsageError is raised on
-    every rank, too."""
-
-    def result_or_error() -> tuple[str | None, str | None]:
-        try:
-            return function(), None
-        except UsageError as e:
-            return None, str(e)
-
-    if world_size() == 1:
-        return function()
-    store = dist.distributed_c10d._get_default_store()
-    result, error = broadcast_json(store, result_or_error)
-    if result is None:
-        raise UsageError(error)
-    return result
 
 
 def rank_path(path: Path) -> Path:

@@ -6,9 +6,9 @@ import statistics
 import sys
 from functools import lru_cache
 
-import tp
+import collectives
 from cli.prompts import Prompt
-from completion import Completion
+from engine.completion import Completion
 from machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 from model import KVCache, Transformer
 
@@ -88,8 +88,8 @@ def measured_bandwidth(model: Transformer) -> float | None:
 
 def print_result(args: argparse.Namespace, result: dict, model: Transformer):
     """Prints result as JSON to stdout if --json is given, else a summary to stderr."""
-    if tp.world_size() > 1:
-        result = result | {"rank_peak_memory_bytes": tp.gather_objects(result["peak_memory_bytes"])}
+    if collectives.world_size() > 1:
+        result = result | {"rank_peak_memory_bytes": collectives.gather_objects(result["peak_memory_bytes"])}
     if args.json:
         print(json.dumps(result), flush=True)
     else:

@@ -9,15 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import tp
+import collectives
 from cli.prompts import Prompt
 from cli.ranks import communication_share
-from errors import UsageError
-from kernels import MAX_CPU_TOKENS
-from loading import load
-from model import KVCache, Transformer
-from scheduler import check_length
-from speculate import (
+from engine.scheduler import check_length
+from engine.speculate import (
     PromptLookup,
     Proposer,
     SpeculativeDecoder,
@@ -25,8 +21,12 @@ from speculate import (
     build_speculative_decoder,
     draft_lengths,
 )
-from steps import GenerationSteps, make_kv_cache
-from tokenizer import Tokenizer
+from engine.steps import GenerationSteps, make_kv_cache
+from errors import UsageError
+from kernels import MAX_CPU_TOKENS
+from loading import load
+from model import KVCache, Transformer
+from text.tokenizer import Tokenizer
 
 CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
 
@@ -114,4 +114,4 @@ def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.dev
     """Returns the fields of --json that only a run with several ranks has."""
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
-    return {"world_size": tp.world_size(), "communication_share": share}
+    return {"world_size": collectives.world_size(), "communication_share": share}

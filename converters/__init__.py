@@ -21,6 +21,7 @@ and one layout, whose data is not read yet. Then convert reads, stacks and write
     family_fields.py       reads fields that only one family's config.json has
     family_tensors.py      renames and splits tensors that only one family has
 
+    resolve.py             --checkpoint_path, which may name a folder or a .gguf: finds or makes its model.pth
     sources.py             remembers from which files a model.pth was made
 
 Where to add something new:

@@ -20,7 +20,7 @@ from converters.model_tensors import Announcement, HFTensors, SourceModel, write
 from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, remember_sources
 from errors import UsageError
 from files import read_json
-from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
+from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 
 def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:

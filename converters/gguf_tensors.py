@@ -28,7 +28,7 @@ from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import Announcement, HFTensors, SourceModel, TensorReader, plan_tensors, write_folder
 from converters.sources import describe_sources, find_gguf_parts, remember_sources
 from errors import UsageError
-from tokenizer_files import TOKENIZER_FILES
+from text.tokenizer_files import TOKENIZER_FILES
 
 GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (model_tensors.py)
     "token_embd": "model.embed_tokens",

@@ -32,7 +32,7 @@ from converters.model_tensors import EMBEDDING, HEAD, HFTensors, SourceModel
 from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
 from errors import UsageError
 from files import is_state_dict, load_torch_file, read_json
-from tokenizer_files import read_tokenizer_model
+from text.tokenizer_files import read_tokenizer_model
 
 PARAMS = "params.json"
 TIED = (HEAD, EMBEDDING)  # the same tensor in models that tie them

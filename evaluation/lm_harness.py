@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from chat_template import render
-from completion import complete_all
+from engine.completion import complete_all
+from engine.sampling import SamplingParams
+from engine.scheduler import Request, build_scheduler
 from errors import UsageError
 from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
-from sampling import SamplingParams
-from scheduler import Request, build_scheduler
-from tokenizer import Tokenizer
+from text.chat_template import render
+from text.tokenizer import Tokenizer
 
 
 def import_lm_eval():

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from engine.steps import NOT_FINITE, chunked_prefill, compile_blocks, make_kv_cache
 from errors import UsageError
 from model import Transformer
-from steps import NOT_FINITE, chunked_prefill, compile_blocks, make_kv_cache
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 LOGITS_CHUNK_TOKENS = 256  # positions whose logits are in memory at a time
 

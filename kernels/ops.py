@@ -225,8 +225,8 @@ def has_sample_kernel(backend: str, is_greedy: bool) -> bool:
 
 def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:
     """A token [B] for every row of float32 logits [B, V], drawn with probabilities softmax(logits / temperature), at
-    temperature 0 the likeliest; -1 for a row that is not finite. Backend "cpu" has temperature 0 only; sampling.py does
-    the same in PyTorch."""
+    temperature 0 the likeliest; -1 for a row that is not finite. Backend "cpu" has temperature 0 only;
+    engine/sampling.py does the same in PyTorch."""
     if backend == "cpu":
         return torch.ops.gptfast.sample(logits.contiguous(), None, temperature)
     noise = None

@@ -44,10 +44,10 @@ import kernels
 from cli import options
 from cli.script import run_script
 from config import ModelConfig
+from engine.scheduler import check_length
 from errors import UsageError
 from kernels.formats import GROUP_SIZES, MODES, Dense, WeightFormat
 from machine import pick_device
-from scheduler import check_length
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
@@ -102,7 +102,7 @@ def add_speed(subparsers):
     add("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     add("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     add("--decode_only", action="store_true", help="no prefill, no verification")
-    help = "only time decoding of so many sequences at a time, all together (scheduler.py)"
+    help = "only time decoding of so many sequences at a time, all together (engine/scheduler.py)"
     add("--parallel", type=int, nargs="+", metavar="N", help=help)
     help = "only time decoding beside a busy process, and two at once: medians of so many rounds (default: 3)"
     add("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=help)

@@ -24,7 +24,7 @@ from cli import options
 from cli.interrupts import exit_on_interrupt
 from cli.script import run_script
 from errors import UsageError
-from tokenizer_files import TOKENIZER_FILES, TOKENIZERS
+from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 SETTINGS = {"config.json", "generation_config.json", *TOKENIZER_FILES}
 # A file -> the pattern of all files of a model that has this file or its index.json; the first match counts.

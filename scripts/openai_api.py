@@ -1,4 +1,4 @@
-"""OpenAI's API: the JSON of requests and responses, to and from what completion.py computes. serve.py calls it."""
+"""OpenAI's API: the JSON of requests and responses, for what engine/completion.py computes. serve.py calls it."""
 
 import json
 import secrets
@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from itertools import accumulate
 
-from chat_template import read_message
-from completion import Completion
+from engine.completion import Completion
+from engine.sampling import SamplingParams
+from engine.scheduler import Request, Scheduler
 from errors import UsageError
-from sampling import SamplingParams
-from scheduler import Request, Scheduler
-from tokenizer import Tokenizer
+from text.chat_template import read_message
+from text.tokenizer import Tokenizer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # that one request may ask for
 UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]

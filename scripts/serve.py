@@ -27,15 +27,15 @@ if __name__ == "__main__":
 import torch
 
 from cli import options
-from cli.checkpoints import resolve_checkpoint
 from cli.script import exit_with_error, run_script
-from completion import AsyncCompleter, CompletionError
+from converters.resolve import resolve_checkpoint
+from engine.completion import AsyncCompleter, CompletionError
+from engine.scheduler import Scheduler
 from errors import UsageError
 from loading import load
 from machine import pick_device
-from scheduler import Scheduler
 from scripts.openai_api import Reply, require
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 try:
     import uvicorn

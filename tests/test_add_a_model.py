@@ -20,7 +20,7 @@ import torch
 
 from cli.arguments import parse_args
 from errors import UsageError
-from sampling import SamplingParams, probabilities
+from engine.sampling import SamplingParams, probabilities
 from tests.tiny import call
 
 

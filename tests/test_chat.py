@@ -13,15 +13,15 @@ import generate
 from chat import ContextFull
 from cli.script import run_script
 from converters.families import config_from_hf
+from engine.sampling import SamplingParams
+from engine.steps import build_steps
 from errors import UsageError
 from generate import build_token_generator, load
 from kernels import cpu
 from model import KVCache, Transformer
-from sampling import SamplingParams
-from steps import build_steps
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
 from tests.tiny_tokenizers import TEMPLATES, train, write
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 GREEDY = ["--temperature=0", "--precision=float32", "--max_new_tokens=12"]
 CONTEXT = 160  # of chatty

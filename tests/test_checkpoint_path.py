@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import eval
 import generate
 import quantize
-from cli.checkpoints import resolve_checkpoint
 from cli.script import run_script
 from converters.folder import convert_folder
+from converters.resolve import resolve_checkpoint
 from errors import UsageError
 from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter

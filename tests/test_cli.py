@@ -11,13 +11,13 @@ import pytest
 
 import generate
 import machine
-import scheduler
 from cli import report
 from cli.script import run_script
 from config import MoEConfig
+from engine import scheduler
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
 from tests.tiny import ROOT
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 FIELDS = {
     "text": list,

@@ -9,11 +9,11 @@ import torch
 import transformers as hf
 
 from converters.gguf_tensors import convert_gguf
+from engine.sampling import SamplingParams
 from generate import build_steps, generate, load_model
 from model import KVCache
-from sampling import SamplingParams
 from tests.tiny import ROOT
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 FOLDER = ROOT / "checkpoints/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-import steps as steps_module
+from engine import steps as steps_module
+from engine.sampling import SamplingParams
+from engine.steps import build_steps
 from generate import generate
 from kernels import cpu
 from model import KVCache
-from sampling import SamplingParams
-from steps import build_steps
 from tests.tiny import FAMILIES
 
 SOME = ["llama3", "mistral-window", "mixtral"]  # dense, with a window, of experts

@@ -20,7 +20,7 @@ from converters.gguf_tokenizer import SPLITS
 from tests.tiny import ROOT
 from tests.tiny_gguf import BPE, make_llama, write_gguf
 from tests.tiny_tokenizers import TEXTS as MORE_TEXTS
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 TEXTS = [
     "Hello world",

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from chat import Conversation
+from engine.sampling import SamplingParams
 from errors import UsageError
 from generate import LLM, build_steps, build_token_generator, generate, load, make_kv_cache
-from sampling import SamplingParams
 from tests.tiny import PACKAGES, ROOT
-from tokenizer import detokenize
+from text.tokenizer import detokenize
 
 
 def test_text(chatty, ask):

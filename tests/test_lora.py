@@ -16,7 +16,7 @@ from converters.folder import convert_folder
 from errors import UsageError
 from scripts import convert_hf_checkpoint
 from tests.tiny import FAMILIES, call, make_hf, refused, same_logits, write_tokenizer
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 PREFIX = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": "all-linear", "bias": "none"}

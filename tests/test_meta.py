@@ -18,7 +18,7 @@ from tests.test_convert import TINYLLAMAS_NAMES
 from tests.tiny import LLAMA3, convert, make_hf, refused, same_logits
 from tests.tiny_gguf import in_meta_order
 from tests.tiny_tokenizers import FORGED, LLAMA3_SPLIT, MISTRAL, TEXTS, train_byte_level
-from tokenizer import byte_level_alphabet, load_tokenizer
+from text.tokenizer import byte_level_alphabet, load_tokenizer
 
 PARAMS = {
     "dim": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "multiple_of": 16,

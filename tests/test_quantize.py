@@ -22,7 +22,7 @@ from model import KVCache
 from quantize import Int4HQQ
 from scripts.kernel_checks import exact_results
 from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from engine.sampling import SamplingParams, probabilities, sample
+from engine.scheduler import Request, Scheduler
+from engine.speculate import PromptLookup, build_speculative_decoder, speculate
 from errors import UsageError
 from generate import build_steps, build_token_generator, make_kv_cache
-from sampling import SamplingParams, probabilities, sample
-from scheduler import Request, Scheduler
-from speculate import PromptLookup, build_speculative_decoder, speculate
 
 
 def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:

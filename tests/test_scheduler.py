@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from completion import AsyncCompleter, Completion, CompletionError, complete_all, generate_many
+from engine.completion import AsyncCompleter, Completion, CompletionError, complete_all, generate_many
+from engine.sampling import SamplingParams
+from engine.scheduler import Request, RunningRequest, Scheduler, sample_each
 from errors import UsageError
 from generate import build_steps, generate, load, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
 from model import Transformer
-from sampling import SamplingParams
-from scheduler import Request, RunningRequest, Scheduler, sample_each
 from tests.tiny import make_hf, to_ours
-from tokenizer import StopStringFinder
+from text.tokenizer import StopStringFinder
 
 FAMILIES = ["llama3", "mixtral", "gemma3", "qwen2-moe", "gpt-oss"]
 

@@ -13,14 +13,12 @@ import torch
 
 import generate
 import quantize
-import speculate as speculate_module
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.startup import warn_about_size
 from config import ModelConfig
-from errors import UsageError
-from model import KVCache, empty_model
-from sampling import SamplingParams, multinomial, probabilities, sample
-from speculate import (
+from engine import speculate as speculate_module
+from engine.sampling import SamplingParams, multinomial, probabilities, sample
+from engine.speculate import (
     DraftModel,
     PromptLookup,
     SpeculativeDecoder,
@@ -32,7 +30,9 @@ from speculate import (
     rejection_sample,
     speculate,
 )
-from steps import GenerationSteps, build_steps
+from engine.steps import GenerationSteps, build_steps
+from errors import UsageError
+from model import KVCache, empty_model
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import FAMILIES, ROOT, call, convert, make_hf, to_ours, write_folder

@@ -1,5 +1,5 @@
-"""tokenizer.py against transformers, sentencepiece and Mistral's reference encoder; special tokens in prompts and in
-messages; end tokens; streaming. The tokenizers are trained here, or come with mistral_common.
+"""text/tokenizer.py against transformers, sentencepiece and Mistral's reference encoder; special tokens in prompts and
+in messages; end tokens; streaming. The tokenizers are trained here, or come with mistral_common.
 
     pytest tests/test_tokenizer.py
 """
@@ -21,7 +21,7 @@ from tokenizers import AddedToken, models, normalizers, processors
 
 from errors import UsageError
 from tests.tiny_tokenizers import FORGED, MISTRAL, TEMPLATES, TEXTS, conversations, train, write
-from tokenizer import detokenize, load_tokenizer
+from text.tokenizer import detokenize, load_tokenizer
 
 
 def replace(tokenizer, **fields):
@@ -299,7 +299,7 @@ def test_continuation_keeps_its_space(byte_level, mistral):
     ],
 )
 def test_template_refuses(byte_level, template, says, monkeypatch):
-    monkeypatch.setattr("chat_template.MAX_SECONDS", 1)
+    monkeypatch.setattr("text.chat_template.MAX_SECONDS", 1)
     with pytest.raises(UsageError, match=says) as error:
         replace(byte_level, chat_template=template).encode_chat([{"role": "user", "content": "a"}])
     assert "\n" not in str(error.value)

@@ -1,5 +1,5 @@
-"""tokenizer_files.py against transformers: special and added tokens that only the files beside the tokenizer name, and
-tokenizers without tokenizer.json or without a decoder.
+"""text/tokenizer_files.py against transformers: special and added tokens that only the files beside the tokenizer name,
+and tokenizers without tokenizer.json or without a decoder.
 
     pytest tests/test_tokenizer_files.py
 """
@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from errors import UsageError
 from tests.tiny_tokenizers import TEMPLATES, TEXTS, conversations, train_byte_level, write
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 

@@ -22,7 +22,7 @@ from kernels.formats import parse_formats
 from model import KVCache, empty_model
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cli", "converters", "evaluation", "kernels")
+PACKAGES = ("cli", "converters", "engine", "evaluation", "kernels", "text")
 
 SIZES = {
     "hidden_size": 48,

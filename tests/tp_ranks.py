@@ -21,16 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import collectives  # noqa: E402
 import eval as evaluation  # noqa: E402
 import generate  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import read_checkpoint  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
+from engine.sampling import SamplingParams  # noqa: E402
+from engine.steps import build_steps  # noqa: E402
 from kernels.formats import parse_formats  # noqa: E402
 from model import KVCache, Transformer, empty_model  # noqa: E402
-from sampling import SamplingParams  # noqa: E402
-from steps import build_steps  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
 CASES = {
@@ -113,11 +114,11 @@ def compare(folder: Path) -> dict:
     """For every case how far the logits of all ranks are from one process's, whether the tokens are the same, ..."""
     results = {}
     for name, (_, _, _, sizes) in CASES.items():
-        if tp.world_size() in sizes:
+        if collectives.world_size() in sizes:
             results[name] = compare_case(folder / name / "model.pth")
-            if name == COMPILED and tp.world_size() == 2:
+            if name == COMPILED and collectives.world_size() == 2:
                 results[name]["same"] &= compiled_tokens_are_the_same(folder / name / "model.pth")
-    if tp.world_size() == 2:
+    if collectives.world_size() == 2:
         results["commands"] = run_commands(folder)
     return results
 
@@ -132,11 +133,11 @@ def compare_case(path: Path) -> dict:
     errors = errors_in_bfloat16(path, one, prompt[:, :8])
     n_kv_heads = [KVCache(model, 1, 1).layers[0].k.shape[1] for model in (one, ours)]
     return {
-        "error": max(tp.gather_objects(relative_error(logits, expected))),
+        "error": max(collectives.gather_objects(relative_error(logits, expected))),
         "errors in bfloat16": errors,
         "same": tokens_of(ours, prompt) == tokens_of(one, prompt),
-        "agreed": len(set(map(str, tp.gather_objects(sampled)))) == 1,
-        "kv heads": n_kv_heads[1] * tp.world_size() / n_kv_heads[0],
+        "agreed": len(set(map(str, collectives.gather_objects(sampled)))) == 1,
+        "kv heads": n_kv_heads[1] * collectives.world_size() / n_kv_heads[0],
         **bytes_read(path),
     }
 
@@ -184,7 +185,7 @@ def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor) -> dict[s
         model = load(path, torch.bfloat16, **options)
         differences = (decoded_logits(model, tokens) - expected).norm(dim=-1)  # [B, T]
         errors[name] = (differences / expected.norm(dim=-1)).median().item()
-    errors["ranks"] = max(tp.gather_objects(errors["ranks"]))
+    errors["ranks"] = max(collectives.gather_objects(errors["ranks"]))
     return errors
 
 
@@ -233,9 +234,9 @@ def bytes_read(path: Path) -> dict:
 
 
 def wait():
-    print("pid", tp.gather_objects(os.getpid()), flush=True)
+    print("pid", collectives.gather_objects(os.getpid()), flush=True)
     while True:
-        tp.gather_objects(0)
+        collectives.gather_objects(0)
 
 
 def main():
@@ -247,7 +248,7 @@ def main():
             results = compare(folder)
             if tp.dist.get_rank() == 0:
                 out.write_text(json.dumps(results))
-            tp.gather_objects("done")
+            collectives.gather_objects("done")
             if tp.dist.get_rank() == 1:
                 raise RuntimeError("this rank dies")
         wait()

@@ -8,7 +8,7 @@
     launch.py       what the GPU can do, the tile sizes of a product (tuned.json), kernels that overlap
     moe.py          a mixture of experts: route, experts_gate_up, experts_down
     attention.py    attend
-    sampling.py     sample
+    engine/sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
 imported (kernels/schema.py). kernels/reference.py computes the same in plain PyTorch. In these files `import triton` is

@@ -33,13 +33,13 @@ import torch
 from tqdm import tqdm
 
 from config import ModelConfig
+from engine.steps import GenerationSteps, build_steps
 from errors import OutOfMemoryError, UsageError
 from kernels.formats import WeightFormat
 from llm import generate
 from machine import cpu_name
 from model import KVCache
 from scripts.benchmarking.speed import SAMPLING, random_model, time_tokens
-from steps import GenerationSteps, build_steps
 
 CPU = torch.device("cpu")
 PAUSE = 1.1  # seconds, after which ThreadCount has forgotten how busy the machine was

@@ -23,13 +23,13 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
+from engine.sampling import SamplingParams
+from engine.steps import build_steps
 from errors import UsageError
 from llm import generate
 from loading import load_model
 from machine import read_bandwidth
 from model import KVCache, Transformer
-from sampling import SamplingParams
-from steps import build_steps
 
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL

@@ -22,8 +22,8 @@ import torch
 
 from checkpoint import read_checkpoint
 from cli.arguments import DEFAULT_SPECULATE_K
-from cli.checkpoints import resolve_checkpoint
 from cli.report import tokens_per_step
+from converters.resolve import resolve_checkpoint
 from errors import UsageError
 from machine import pick_device, read_bandwidth
 from model import empty_model

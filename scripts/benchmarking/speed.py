@@ -19,6 +19,9 @@ from torch.utils.benchmark import Timer
 from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.families import config_from_hf
+from engine.sampling import SamplingParams
+from engine.scheduler import Request, Scheduler
+from engine.steps import GenerationSteps, ModelRunner, build_steps
 from errors import UsageError
 from files import read_json
 from kernels.formats import Dense, Tensors, WeightFormat
@@ -26,9 +29,6 @@ from layers import Embedding, Linear, RMSNorm
 from llm import generate
 from machine import peak_memory, read_bandwidth, synchronize
 from model import KVCache, Transformer, empty_model
-from sampling import SamplingParams
-from scheduler import Request, Scheduler
-from steps import GenerationSteps, ModelRunner, build_steps
 
 SAMPLES = 3  # timings of everything; the median counts
 PREFILLS = (512, 2048)  # prompt tokens

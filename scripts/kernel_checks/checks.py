@@ -17,12 +17,12 @@ from torch import Tensor
 
 import kernels
 from config import ACTIVATIONS
+from engine.sampling import multinomial
 from kernels import reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8, WeightFormat
 from kernels.ops import FUSED_GLU_MULTIPLE
 from kernels.triton.launch import FEW_TOKENS
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
-from sampling import multinomial
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from scripts.kernel_checks.exact_results import (

@@ -32,13 +32,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import tp
+import collectives
+from engine.sampling import SamplingParams, penalize, sample
 from errors import UsageError
 from kernels.cpu import find_compiler
 from kernels.record import record, with_tape_threads
 from machine import check_memory
 from model import KVCache, Transformer
-from sampling import SamplingParams, penalize, sample
 
 # How many tokens of all sequences together prefill takes at a time, which bounds the memory of its activations. Every
 # chunk dequantizes all weights again, and attention of a later chunk needs a mask, so small ones are slow.
@@ -81,7 +81,7 @@ def build_steps(
     def sample_next(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """The sampler: logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
         logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
-        return tp.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
+        return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
         logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)

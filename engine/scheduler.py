@@ -6,7 +6,7 @@
         for new in scheduler.step():
             print(new.token, new.finish_reason)
 
-completion.py makes texts of the tokens.
+engine/completion.py makes texts of the tokens.
 
 A slot of the KV cache holds one sequence, at a position of its own. When a sequence ends, the next prompt is prefilled
 into its slot. The running sequences are always in the first slots, so that a step computes no padding. A slot keeps its
@@ -29,13 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import tp
-from errors import UsageError
-from kernels.record import with_tape_threads
-from machine import free_memory
-from model import Transformer
-from sampling import SamplingParams, sample
-from steps import (
+import collectives
+from engine.sampling import SamplingParams, sample
+from engine.steps import (
     ModelRunner,
     apply_repetition_penalty,
     check_sampled_ids,
@@ -43,7 +39,11 @@ from steps import (
     make_kv_cache,
     prefill_logits,
 )
-from tokenizer import common_prefix_length
+from errors import UsageError
+from kernels.record import with_tape_threads
+from machine import free_memory
+from model import Transformer
+from text.tokenizer import common_prefix_length
 
 GREEDY = SamplingParams()
 
@@ -56,7 +56,7 @@ class Request:
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
     seed: int = 0
-    stop: tuple[str, ...] = ()  # stop strings, which end the new text; see completion.py
+    stop: tuple[str, ...] = ()  # stop strings, which end the new text; see engine/completion.py
     is_chat: bool = False  # the new text is an answer: detokenize it without the prompt as context
     n_logprobs: int | None = None  # how many of the likeliest tokens to report in each step; None: no probabilities
     start_time: float | None = None  # when prefill began
@@ -74,7 +74,7 @@ def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, li
 
 def find_finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
     """Says why token, the last of n_new_tokens, ends a text. "stop": token is an end token. "length": the text has all
-    max_new_tokens. None: the text goes on. completion.py looks for stop strings."""
+    max_new_tokens. None: the text goes on. engine/completion.py looks for stop strings."""
     if token in eos_ids:
         return "stop"
     return "length" if n_new_tokens == max_new_tokens else None
@@ -187,7 +187,7 @@ class Scheduler:
         sequences that end become free."""
         sequences = self.running[slots.start : slots.stop]
         scores = self.apply_repetition_penalties(slots, logits, tokens, start_pos)
-        ids = tp.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
+        ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         check_sampled_ids(ids)
         new_tokens = []
         for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):

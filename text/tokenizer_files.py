@@ -17,9 +17,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from chat_template import check_unicode
 from errors import UsageError
 from files import read_json
+from text.chat_template import check_unicode
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each is a tokenizer; the first file found counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
-from chat_template import check_unicode, read_message
+from engine.sampling import SamplingParams
+from engine.scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, find_finish_reason
 from errors import UsageError
 from machine import pick_device
 from model import Transformer
-from sampling import SamplingParams
-from scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, find_finish_reason
-from tokenizer import IncrementalDetokenizer, Tokenizer
+from text.chat_template import check_unicode, read_message
+from text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Completion:

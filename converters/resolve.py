@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from cli.ranks import call_on_rank_0
+from collectives import call_on_rank_0
 from converters.sources import (
     ADAPTER_CONFIG,
     GGUF_PART,

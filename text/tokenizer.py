@@ -16,9 +16,9 @@ from pathlib import Path
 
 import tokenizers
 
-from chat_template import LLAMA2_TEMPLATE, render
 from errors import UsageError
-from tokenizer_files import (
+from text.chat_template import LLAMA2_TEMPLATE, render
+from text.tokenizer_files import (
     TokenizerConfig,
     read_tokenizer_config,
     read_tokenizer_json,

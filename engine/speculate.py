@@ -22,10 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import tp
+import collectives
+from engine.sampling import SamplingParams, multinomial, probabilities, sample
+from engine.steps import (
+    GenerationSteps,
+    ModelRunner,
+    StepFunction,
+    apply_repetition_penalty,
+    build_steps,
+    check_sampled_ids,
+)
 from model import KVCache, Transformer
-from sampling import SamplingParams, multinomial, probabilities, sample
-from steps import GenerationSteps, ModelRunner, StepFunction, apply_repetition_penalty, build_steps, check_sampled_ids
 
 MAX_DRAFT_TOKENS = 32  # limit of --speculate_k and --prompt_lookup
 # The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
@@ -90,7 +97,8 @@ def build_speculative_decoder(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
         logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
-        return tp.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, model.lm_head.backend))
+        backend = model.lm_head.backend
+        return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))
 
     verify_step = ModelRunner(model, kv_cache, sampler, compile)
     return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, estimate_verify_cost(model))
@@ -299,9 +307,9 @@ def build_draft_model(
         # A family may pad one vocabulary to several sizes. So drop the logits of tokens that the model does not have.
         logits = logits[:, -1, :vocab_size]
         if sampling.is_greedy:
-            return tp.broadcast(sample(logits, sampling, draft.lm_head.backend).clamp(min=0)), None
+            return collectives.broadcast(sample(logits, sampling, draft.lm_head.backend).clamp(min=0)), None
         probs = probabilities(logits, sampling)
-        return tp.broadcast(multinomial(probs)), probs
+        return collectives.broadcast(multinomial(probs)), probs
 
     prefill = build_steps(draft, kv_cache, SamplingParams()).prefill
     step = ModelRunner(draft, kv_cache, sampler, compile)

@@ -1,0 +1,144 @@
+"""Collectives: what the ranks of a tensor-parallel run tell each other. Without torchrun there is one rank.
+
+    all_reduce, all_gather, broadcast    of tensors, within a step
+    gather_objects, call_on_rank_0       of Python values, outside of steps
+
+tp.py shards the model and calls the first two. The collectives run on gloo between CPUs and on NCCL between GPUs. Where
+GPUs can read each other's memory, small tensors, such as a decode step's, are summed through peer memory instead of
+NCCL.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache, partial
+from itertools import count
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import UsageError
+from kernels.record import graph_break
+
+ONE_SHOT_BYTES = 2**18  # up to this size, one-shot all-reduce over peer memory is faster than NCCL
+
+
+def world_size() -> int:
+    """Returns the number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# A step recorded on a GPU includes the collectives. A step recorded on a CPU cannot: each collective runs between two
+# tapes (kernels/record.py).
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Returns the sum of all ranks' x."""
+    return graph_break(partial(collective, "all_reduce", "sum"), x)
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenates all ranks' x [..., X]: [..., ranks * X]."""
+    gathered = collective("all_gather_into_tensor", world_size(), x)  # [ranks * ..., X]
+    by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
+    return by_rank.movedim(0, -2).flatten(-2)
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Returns rank 0's x on every rank. With rank 0's token all ranks continue alike, even if they draw different
+    random numbers. generate.py seeds all ranks alike; other programs need not."""
+    return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
+
+
+def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
+    """Calls one of PyTorch's functional collectives, which torch.compile can include in its graphs."""
+    operation = getattr(torch.ops._c10d_functional, name)
+    pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
+    return torch.ops._c10d_functional.wait_tensor(pending)
+
+
+def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the fastest all-reduce that all ranks support, for tensors with the device and dtype of like."""
+    if not all(gather_objects(can_one_shot(like))):
+        return all_reduce
+    one_shot = one_shot_all_reduce(like.device, like.dtype)
+
+    def by_size(x: Tensor) -> Tensor:
+        return one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else all_reduce(x)
+
+    return by_size
+
+
+def can_one_shot(like: Tensor) -> bool:
+    """Returns whether this rank's GPU can read the memory of all other GPUs, and PyTorch's one-shot all-reduce fits.
+    The operation exists for two dtypes. It adds in the same order on every rank only if there are 2, 4 or 8 ranks."""
+    n_ranks = world_size()
+    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
+        return False
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(n_ranks):  # some ranks may be on another machine
+        return False
+    this = like.device
+    return all(torch.cuda.can_device_access_peer(this, i) for i in range(n_ranks) if i != this.index)
+
+
+@cache
+def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Makes an all-reduce that is one kernel, over PyTorch's symmetric memory. The all-reduce is a custom op with a
+    buffer of its own, so that CUDA graphs see a fixed address."""
+    import torch.distributed._symmetric_memory as symmetric_memory  # here, since only several GPUs need it
+
+    group_name = dist.group.WORLD.group_name
+    buffer = symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
+    symmetric_memory.rendezvous(buffer, group_name)
+    dtype_name = str(dtype).removeprefix("torch.")
+
+    @torch.library.custom_op(f"gptfast_tp::one_shot_all_reduce_{dtype_name}", mutates_args=())
+    def one_shot(x: Tensor) -> Tensor:
+        shared = buffer[: x.numel()].view(x.shape)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", group_name)
+
+    one_shot.register_fake(torch.empty_like)
+    return one_shot
+
+
+def gather_objects(value) -> list:
+    """Returns every rank's value, on every rank."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+# Numbers the keys of broadcast_json: a key must not be one that an earlier call has set.
+broadcast_numbers = count()
+
+
+def broadcast_json(store: dist.Store, function: Callable[[], object]):
+    """Calls function on rank 0, and returns the result on every rank. JSON must be able to write the result. Waits
+    without a time-out."""
+    key = f"result {next(broadcast_numbers)}"
+    if dist.get_rank() == 0:
+        store.set(key, json.dumps(function()))
+    store.wait([key], timedelta(days=1000))
+    return json.loads(store.get(key))
+
+
+def call_on_rank_0(function: Callable[[], str]) -> str:
+    """Calls function on rank 0, while the others wait, and returns its result on every rank. A UsageError is raised on
+    every rank, too."""
+
+    def result_or_error() -> tuple[str | None, str | None]:
+        try:
+            return function(), None
+        except UsageError as e:
+            return None, str(e)
+
+    if world_size() == 1:
+        return function()
+    store = dist.distributed_c10d._get_default_store()
+    result, error = broadcast_json(store, result_or_error)
+    if result is None:
+        raise UsageError(error)
+    return result
