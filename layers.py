@@ -60,6 +60,6 @@ class Embedding(WeightMatrix):
 
 
 class RMSNorm(NormParams):
-    def forward(self, x: Tensor, residual: Tensor | None = None, backend: str = "torch") -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[residual +] x / rms(x) * weight."""
-        return kernels.rms_norm(x, self, residual, backend)
+        return kernels.rms_norm(x, self, residual)

@@ -91,6 +91,9 @@ class Transformer(nn.Module):
         kernels.prepare_kernels(matrices, self.dtype, is_mmapped)
         if is_tied:  # the head's weight may have been packed
             self.tie_embedding()
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.backend = self.lm_head.backend
 
     def quantizable_linears(self) -> Iterator[tuple[str, "Linear"]]:
         """Yields (name, layer) for every linear layer that quantization rewrites: all but the routers."""
@@ -163,22 +166,25 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]."""
-        # x = x + [post_norm] attention([norm] x)
-        # x = x + [post_norm] feed_forward([norm] x)
-        x = self.add_sublayer(x, self.attention, self.pre_attention_norm, self.post_attention_norm, start_pos, cache)
-        return self.add_sublayer(x, self.feed_forward, self.pre_ffn_norm, self.post_ffn_norm)
+        """x [B, T, dim] -> [B, T, dim].
 
-    def add_sublayer(
-        self, x: Tensor, sublayer: nn.Module, norm: RMSNorm | None, post_norm: RMSNorm | None, *args
-    ) -> Tensor:
-        """x + [post_norm] sublayer([norm] x, *args).
+        A sublayer takes its norm and its residual as arguments, since kernels fuse them with matrix products: the norm
+        with the sublayer's first product, the residual with its last. A post-norm stands between the last product and
+        the residual, so the post-norm adds the residual."""
+        # x = x + attention(norm(x))
+        if self.post_attention_norm is None:
+            x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
+        else:
+            y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
+            x = self.post_attention_norm(y, residual=x)
 
-        Norm and residual x are arguments of sublayer, since kernels fuse them: its first matrix product applies the
-        norm, and its last one adds the residual. A post_norm comes in between, so it adds the residual itself."""
-        if post_norm is None:
-            return sublayer(x, *args, norm=norm, residual=x)
-        return post_norm(sublayer(x, *args, norm=norm), residual=x, backend=self.attention.backend)
+        # x = x + feed_forward(norm(x))
+        if self.post_ffn_norm is None:
+            x = self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
+        else:
+            y = self.feed_forward(x, norm=self.pre_ffn_norm)
+            x = self.post_ffn_norm(y, residual=x)
+        return x
 
 
 class Attention(AttentionParams):
@@ -194,23 +200,27 @@ class Attention(AttentionParams):
     options of AttentionParams, among them q_norm, k_norm and sinks, from this module."""
 
     def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(  # without q_norm, k_norm and sinks
-            config.n_heads,
-            scale=config.attention_scale or config.head_dim**-0.5,
+        n_heads, n_kv_heads, head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        q_norm = k_norm = sinks = None
+        if config.qk_norm:
+            q_heads, k_heads = (n_heads, n_kv_heads) if config.qk_norm_all_heads else (1, 1)
+            q_norm = RMSNorm(q_heads * head_dim, config.norm_eps)
+            k_norm = RMSNorm(k_heads * head_dim, config.norm_eps)
+        if config.sinks:
+            sinks = nn.Parameter(torch.empty(n_heads), requires_grad=False)
+        super().__init__(
+            n_heads,
+            scale=config.attention_scale or head_dim**-0.5,
             window=config.window(layer),
             softcap=config.attention_softcap,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            sinks=sinks,
         )
-        self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
-        self.alibi_slopes = alibi_slopes(self.n_heads) if config.alibi else None
-        qkv_width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        self.qkv_proj = Linear(config.dim, qkv_width, config.qkv_bias, clip=config.clip_qkv)
-        self.o_proj = Linear(self.n_heads * self.head_dim, config.dim, config.out_bias, out_scale=config.residual_scale)
-        if config.qk_norm:
-            q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_all_heads else (1, 1)
-            self.q_norm = RMSNorm(q_heads * self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(k_heads * self.head_dim, config.norm_eps)
-        if config.sinks:
-            self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
+        self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
+        self.alibi_slopes = alibi_slopes(n_heads) if config.alibi else None
+        self.qkv_proj = Linear(config.dim, (n_heads + 2 * n_kv_heads) * head_dim, config.qkv_bias, clip=config.clip_qkv)
+        self.o_proj = Linear(n_heads * head_dim, config.dim, config.out_bias, out_scale=config.residual_scale)
 
     def forward(
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None

@@ -88,7 +88,7 @@ def fused_linear(
         return y if residual is None else add(y, residual, linear.backend)
     if kernel is None:
         if norm is not None:
-            x = rms_norm(x, norm, None, linear.backend)
+            x = rms_norm(x, norm)
         return reference.fused_linear(x, linear, residual, out_dtype)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
@@ -118,9 +118,9 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
     return kernel(x.contiguous(), y.contiguous())
 
 
-def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None, backend: str) -> Tensor:
+def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
     """[residual +] x / rms(x) * weight over the last dimension."""
-    kernel = kernel_for("rms_norm", backend, count_tokens(x))
+    kernel = kernel_for("rms_norm", norm.backend, count_tokens(x))
     if kernel is None:
         return reference.rms_norm(x, norm, residual)
     return kernel(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
@@ -198,7 +198,7 @@ def experts_gate_up(
         return glu(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
     if kernel is None:
         if norm is not None:
-            x = rms_norm(x, norm, None, linear.backend)
+            x = rms_norm(x, norm)
         return reference.experts_gate_up(x, linear, topk_ids)
     norm_weight, eps = norm_arguments(norm)
     return kernel(

@@ -123,6 +123,7 @@ class NormParams(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
+        self.backend = "torch"  # as a WeightMatrix's
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
 

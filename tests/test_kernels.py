@@ -315,17 +315,18 @@ def test_rms_norm(dtype):
     torch.manual_seed(0)
     for k in (5, 37, 576):
         norm = make_norm(k, dtype)
+        norm.backend = "cpu"
         for rows in (1, 3, 8, 17, 65):  # any number
             x, residual = (torch.randn(1, rows, k) * 3).to(dtype), torch.randn(1, rows, k).to(dtype)
             exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
             # The sum of squares, and the rounding before the product with the weight
             bound = ((k + 8) * bounds.U[torch.float32] + bounds.U[dtype]) * exact.abs() + bounds.SMALLEST[dtype]
             bound = bound + bounds.rounding_error(exact, dtype)
-            bounds.check(norm(x, backend="cpu"), exact, bound)
+            bounds.check(norm(x), exact, bound)
             total = exact + residual.double()
-            bounds.check(norm(x, residual, "cpu"), total, bound + bounds.rounding_error(total, dtype))
+            bounds.check(norm(x, residual), total, bound + bounds.rounding_error(total, dtype))
     with pytest.raises(RuntimeError, match="shape"):
-        norm(x[:, :2], residual[:, :1], "cpu")
+        norm(x[:, :2], residual[:, :1])
 
 
 # ---- The likeliest token --------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def test_every_argument_is_recorded(format):
     embedding = make_embedding(97, dim, format, torch.float32)
     norm, sinks = make_norm(dim, torch.float32), torch.randn(n_heads)
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
+    norm.backend = "cpu"
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
@@ -89,7 +90,7 @@ def test_every_argument_is_recorded(format):
         y = attend(
             qkv_proj(x), cache, start_pos, n_heads, "cpu", 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
         )
-        x = norm(y, residual=x, backend="cpu")
+        x = norm(y, residual=x)
         topk_weights, topk_ids = kernels.route(router(x), 2, True, "cpu", n_shared_experts=2)
         hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
         return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
