@@ -4,8 +4,8 @@
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys and values of earlier tokens; allocated once and passed in
 
-The layers that hold the weights are in layers.py. All is computed by the operations of kernels/ops.py, so one forward
-runs everywhere: in plain PyTorch, and on the kernels of a CPU or a GPU.
+The layers that hold the weights are in layers.py. Every computation is an operation of kernels/ops.py, which calls a
+kernel or plain PyTorch. So one forward runs on every device.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
 heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.
@@ -102,12 +102,12 @@ class Transformer(nn.Module):
                 yield name, module
 
     def uses_kernels(self, batch: int, n_new: int) -> bool:
-        """Whether a step with n_new new tokens in each of batch sequences can be recorded as kernels. On a CPU then all
-        its operations are kernels. On a GPU a dense embedding and unfused glu and add have none: a CUDA graph records
-        PyTorch's."""
+        """Whether a step with n_new new tokens in each of batch sequences can be recorded. On a CPU every operation of
+        a recorded step is a kernel. On a GPU some are not: a CUDA graph also records PyTorch's operations, which look
+        up a dense embedding and compute an unfused glu or add."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
-        if self.embed_tokens.format.is_quantized:  # a dense one has a kernel on every CPU, and a GPU does without
+        if self.embed_tokens.format.is_quantized:  # a dense embedding can always be recorded
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1:
             return False
@@ -130,8 +130,8 @@ class Transformer(nn.Module):
 
 def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_DENSE) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or for
-    which it has no such format."""
+    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
+    gives a layer an input_order that it cannot have."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
@@ -188,7 +188,7 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(AttentionParams):
-    """Grouped-query attention with RoPE or ALiBi. forward computes, with what the model has of it:
+    """Grouped-query attention with RoPE or ALiBi. forward computes:
 
         q, k, v = split(qkv_proj(norm(x)))
         q, k = rope(q_norm(q)), rope(k_norm(k))
@@ -196,8 +196,8 @@ class Attention(AttentionParams):
         p = softmax(softcap(scale * q k^T) + slope * distance + mask)    of all keys in cache and window, and the sinks
         y = residual + o_proj(p v)
 
-    All between the two products is one operation (kernels/reference.py: rope_and_cache, cached_attention). It reads the
-    options of AttentionParams, among them q_norm, k_norm and sinks, from this module."""
+    A model has only some of the norms, softcap, slopes, window and sinks. Everything between the products qkv_proj and
+    o_proj is one operation, kernels/ops.py: attend. This module is its AttentionParams."""
 
     def __init__(self, config: ModelConfig, layer: int):
         n_heads, n_kv_heads, head_dim = config.n_heads, config.n_kv_heads, config.head_dim
@@ -249,9 +249,10 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts (Mixtral, arXiv:2401.04088): the router chooses top_k feed-forwards for each token, whose
-    outputs are summed with its softmax as weights. norm_topk_prob says whether the chosen weights are made to sum to
-    one; Mixtral's always are. Qwen2's shared expert is stored as several more experts, which every token uses."""
+    """A mixture of experts (Mixtral, arXiv:2401.04088). For each token the router chooses top_k experts, each a
+    feed-forward. The sum of their outputs is weighted by the softmax of the router's logits. norm_topk_prob: the chosen
+    weights are scaled to sum to one, as Mixtral's always are. Shared experts (Qwen2-MoE) are the last ones; every token
+    uses them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -311,8 +312,8 @@ class KVCache:
         return seen.scatter_(-1, ids, True)[..., :vocab_size]
 
     def narrow_length(self, n: int) -> "KVCache":
-        """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache
-        that it gets, so a shorter one costs less."""
+        """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
+        so a shorter view costs less."""
         view = copy.copy(self)
         view.max_seq_len, view.token_ids = n, self.token_ids[:, :n]
         view.layers = [
