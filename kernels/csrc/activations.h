@@ -1,12 +1,13 @@
-// Prepares activations for the products with weights: norms them, and quantizes them or copies them into tiles.
+// Prepares the activations of a product: norms, and then quantizes, converts or copies into tiles (InputPreparer). The
+// operations that multiply with weights (linear.h, moe.h) prepare x first, and pass the result to dot.h or amx.h.
 #pragma once
 
 #include <cmath>
 
 #include "weights.h"
 
-constexpr int64_t ACT_GROUP = 8;             // activations that share a scale, where they are quantized
-constexpr int64_t TILE_M = 16, TILE_K = 32;  // tokens and inputs of a tile of activations (amx.h)
+constexpr int64_t ACT_GROUP = 8;             // a quantized group: this many activations share a scale
+constexpr int64_t TILE_M = 16, TILE_K = 32;  // a tile of activations is [16 tokens, 32 inputs] (amx.h)
 constexpr int64_t TILE_BYTES = 1024;
 
 // ---- RMSNorm --------------------------------------------------------------------------------------------------------
@@ -21,7 +22,7 @@ template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
   return 1 / std::sqrt(sum(squares) / k + eps);
 }
 
-// Computes elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds to T before the product with weight, as
+// Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, as
 // kernels/reference.py does.
 template <typename T> Vec normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
   T rounded[LANES];
@@ -37,29 +38,29 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// ACT_GROUP activations as int8: x = scale * q, |q| <= 127.
+// ACT_GROUP activations x as int8: x = scale * q, |q| <= 127.
 //
-// The zero points of the weights are taken out of the sum over a group of weights w (oneDNN calls it compensation; in
-// llama.cpp it is s of block_q8_1):
+// The loops multiply x with weights w - zero. They compute the sum of w * x, and subtract the zero points afterwards:
 //
-//     sum of (w - zero) * x  =  sum of w * x  -  zero * sum of x
+//     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
-// The sum of x is the same for all outputs, so it is computed once, here. Its form depends on the format of w:
+// All outputs need the same sum of x, so quantize_token computes this sum once and stores it as the compensation, which
+// is oneDNN's name (llama.cpp: s of block_q8_1). The format of w decides what is stored:
 //
-//     F::SHARED_ZERO    All weights have one zero. zero_term = -zero * (sum of q) is added to the sum of w * q of every
-//                       group of activations.
-//     other formats     A group of weights has a zero of its own, and is as long as several groups of activations.
-//                       running_sum is the sum of x from the beginning of the group of weights to the end of this group
-//                       of activations. The loops read running_sum at the end of the group of weights, where it is the
-//                       whole sum.
+//     format            zero points                           compensation
+//     F::SHARED_ZERO    one for all weights                   -zero * (sum of q in this group of activations)
+//     others            one for each group of weights, or     the sum of x from the first input of the group of weights
+//                       several groups of activations         to the end of this group of activations
+//
+// In the second case the loops read the compensation at the end of a group of weights, where the sum is complete.
 struct QuantizedGroup {
-  float scale;  // NaN if one of x is not finite; then the outputs are NaN, too
-  union { float zero_term, running_sum; };
+  float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
+  float compensation;
   int8_t q[ACT_GROUP];
 };
 
 // Whether activations of type T are quantized for a product with weights of format F. Float32 activations (--precision
-// float32) never are.
+// float32) are never quantized.
 template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVATIONS && !std::is_same_v<T, float>;
 
 // Whether activations of type T become float for a product with weights of format F.
@@ -67,7 +68,7 @@ template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Dense> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to groups [padded k / ACT_GROUP], two groups at a time, each in half of a Vec. F: the format of w.
+// Quantizes x [k] to groups [padded k / ACT_GROUP]. F is the format of w. A Vec holds two groups, one in each half.
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
   const auto add = [](IntVec a, IntVec b) { return a + b; };
@@ -75,19 +76,19 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   float running_sum = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
     const Vec v = load_partial(x, k, w.k);
-    // Find the largest magnitude of each group. Without a sign, floats compare like their bits, and NaN is the largest.
-    const Vec peak = (Vec)reduce_halves((IntVec)v & 0x7fffffff, maximum);
-    const Vec scale = peak * (1 / 127.0f) + peak * 0.0f;  // infinity becomes NaN
-    const IntVec q = (IntVec)(v * (peak > 1e-30f ? 127 / peak : Vec{}) + to_int) - (IntVec)to_int;
+    // Without the sign bit, the bits of floats are ordered as the floats are, and NaN is the largest.
+    const Vec max = (Vec)reduce_halves((IntVec)v & 0x7fffffff, maximum);
+    const Vec scale = max * (1 / 127.0f) + max * 0.0f;  // infinity becomes NaN
+    const IntVec q = (IntVec)(v * (max > 1e-30f ? 127 / max : Vec{}) + to_int) - (IntVec)to_int;
     const ByteVec bytes = __builtin_convertvector(q, ByteVec);
     const IntVec sums = reduce_halves(q, add);
     for (int i = 0; i < LANES; i += ACT_GROUP) {
-      const bool begins_group = (k + i) % w.group_size == 0;  // of weights
-      running_sum = (begins_group ? 0 : running_sum) + sums[i] * scale[i];
+      const bool begins_weight_group = (k + i) % w.group_size == 0;
+      running_sum = (begins_weight_group ? 0 : running_sum) + sums[i] * scale[i];
       QuantizedGroup& group = groups[(k + i) / ACT_GROUP];
       group.scale = scale[i];
-      if constexpr (F::SHARED_ZERO) group.zero_term = -F::SHARED_ZERO * sums[i];
-      else group.running_sum = running_sum;
+      if constexpr (F::SHARED_ZERO) group.compensation = -F::SHARED_ZERO * sums[i];
+      else group.compensation = running_sum;
       std::memcpy(group.q, reinterpret_cast<const int8_t*>(&bytes) + i, ACT_GROUP);
     }
   }
@@ -95,18 +96,23 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 
 // ---- The input of a product -----------------------------------------------------------------------------------------
 
-// The activations of a token, ready for a product: QuantizedGroup [k / ACT_GROUP] if is_quantized, float [k] if
-// is_widened, else T [k].
-using PreparedInput = const void*;
+// What dot.h multiplies with weights of format F: an array of QuantizedGroup [k / ACT_GROUP], float [k] or T [k].
+template <typename F, typename T>
+using Prepared = std::conditional_t<ROUNDS_TO_INT8<F, T>, QuantizedGroup,
+                                    std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
-// Prepares the activations x [m, k] of a product with w. Norms them first, if norm_weight [k] is not null.
-template <typename T> struct ProductInput {
+// The address of a token's Prepared array. The type is erased, because Weights has the format F only at run time.
+// dot_tokens (dot.h) restores the type.
+using PreparedToken = const void*;
+
+// Prepares the activations x [m, k] of a product with w. If norm_weight [k] is not null, applies RMSNorm first.
+template <typename T> struct InputPreparer {
   const T* x;
   int64_t m;
   const Weights& w;
   const T* norm_weight;
   float eps;
-  bool for_amx = false;  // copy x into tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], filled up with zeros
+  bool for_amx = false;  // whether to copy x into tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], padded with zeros
 
   bool is_quantized() const {
     return !for_amx && dispatch_format(w.format, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
@@ -117,7 +123,7 @@ template <typename T> struct ProductInput {
   int64_t padded_m() const { return for_amx ? (m + TILE_M - 1) / TILE_M * TILE_M : m; }
   int64_t padded_k() const { return (w.k + TILE_K - 1) / TILE_K * TILE_K; }
 
-  // Returns the size of a prepared token; 0 if the row of x is used as it is.
+  // Returns the bytes of a prepared token. 0 means that the product can read x itself.
   int64_t token_bytes() const {
     if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
     if (is_widened()) return padded_k() * sizeof(float);
@@ -125,19 +131,21 @@ template <typename T> struct ProductInput {
   }
   int64_t bytes() const { return padded_m() * token_bytes(); }
 
-  // Few tokens are prepared by every thread for itself, which is cheaper than a barrier. Many are shared out.
+  // Whether the threads share the work. For few tokens, each thread prepares all tokens in memory of its own, which is
+  // cheaper than a barrier.
   bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
   size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
 
-  // Prepares x and fills tokens [m]. With for_amx leaves tokens alone, and returns the address of the tiles. What is
-  // prepared is valid until this thread calls prepare again or, if is_shared, until the operation ends.
-  const char* prepare(char* shared, Barrier& barrier, PreparedInput* tokens) const {
+  // Prepares x and writes the addresses of the prepared tokens to tokens [m]. With for_amx, tokens is not written, and
+  // the returned address is that of the tiles. The prepared data stay valid until this thread calls prepare again or,
+  // if is_shared, until the operation ends.
+  const char* prepare(char* shared, Barrier& barrier, PreparedToken* tokens) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Range range = is_shared() ? thread_range(m) : Range{0, m};
     for (int64_t i = range.begin; i < range.end; i++) prepare_token(i, memory);
     for (int64_t i = 0; i < m && !for_amx; i++)
-      tokens[i] = token_bytes() ? static_cast<PreparedInput>(memory + i * token_bytes()) : x + i * w.k;
+      tokens[i] = token_bytes() ? static_cast<PreparedToken>(memory + i * token_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
     return memory;
   }
@@ -166,9 +174,9 @@ template <typename T> struct ProductInput {
 
   void copy_to_tiles(const T* token, int64_t i, char* tiles) const {
     for (int64_t k = 0; k < w.k; k += TILE_K, tiles += padded_m() / TILE_M * TILE_BYTES) {
-      T line[TILE_K] = {};
-      std::memcpy(line, token + k, std::min(TILE_K, w.k - k) * sizeof(T));
-      std::memcpy(tiles + i * sizeof line, line, sizeof line);
+      T row[TILE_K] = {};  // of a tile
+      std::memcpy(row, token + k, std::min(TILE_K, w.k - k) * sizeof(T));
+      std::memcpy(tiles + i * sizeof row, row, sizeof row);
     }
   }
 };

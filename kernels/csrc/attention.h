@@ -1,27 +1,29 @@
-// attend: q/k norm, RoPE, cache write, and softmax([ALiBi] [cap] (scale * q k^T)) v over the keys in the cache.
+// The operation attend: q/k norm, RoPE, cache write, and attention over the keys in the cache,
 //
-// This is Flash-Decoding: the keys of a sequence are cut into splits, to which threads attend at the same time. There
-// are three phases, with a barrier between them. In each phase the threads share out the tasks:
+//     softmax(softcap(scale * q k^T) + ALiBi) v        softcap and ALiBi are optional
 //
-//     phase                a task
-//     1 RopeAndCacheOp     one head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
-//     2 attend_to_splits   some new tokens and a split of a key/value head: partial outputs, with m_i and l_i
-//     3 combine_splits     one query head: the output, combined from the partial outputs of all splits
+// The algorithm is Flash-Decoding: the keys of a sequence are cut into splits, and threads attend to the splits in
+// parallel. Three phases are separated by barriers. In each phase the threads share the tasks:
 //
-// Every sequence has a position of its own, which is read at execution. So the time depends on how many keys are in the
-// cache, not on how many the cache has room for.
+//     phase                one task
+//     1 RopeAndCacheOp     a head of a new token: norm and RoPE; q goes to shared memory, k and v into the cache
+//     2 attend_to_splits   a block of new tokens and a split of a key/value head: a partial output, m_i and l_i
+//     3 combine_splits     a query head of a new token: the output, from the partial outputs of all splits
+//
+// Every sequence has a position, start_pos, which is read at execution. So the time depends on the number of keys in
+// the cache, and not on the length of the cache.
 #pragma once
 
 #include <limits>
 
 #include "activations.h"
 
-constexpr int64_t TOKEN_BLOCK = 8;  // new tokens that read a split of keys together
-constexpr int64_t SPLIT_LEN = 256;  // keys of a split, for up to TOKEN_BLOCK tokens
+constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all of them
+constexpr int64_t SPLIT_LEN = 256;  // the keys of a split, for up to TOKEN_BLOCK tokens
 constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_TOKENS / TOKEN_BLOCK);
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
-// RoPE: rotates the pairs (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). Writes out [d], which may be x.
+// Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). out [d] may be x.
 template <typename T> void apply_rope(const T* x, const float* rope, int64_t d, T* out) {
   for (int64_t i = 0; i < d / 2; i += LANES) {
     const Vec lo = load_partial(rope, 2 * i, d), hi = load_partial(rope, 2 * i + LANES, d);
@@ -35,7 +37,7 @@ template <typename T> void apply_rope(const T* x, const float* rope, int64_t d, 
 
 // ---- One query against one split of keys ----------------------------------------------------------------------------
 //
-// These loops are compiled for D = 64, 128 and 256, the usual head_dims. D = 0 takes any head_dim, as d, but is slower.
+// The loops are compiled for D = 64, 128 and 256, the usual head_dims. D = 0 is slower and reads head_dim from d.
 
 // Returns q [D] . k [D] as 16 partial sums.
 template <int64_t D> inline Vec dot_head(const auto* q, const auto* k) {
@@ -52,16 +54,16 @@ template <int64_t D> inline Vec dot_head(const bf16* q, const bf16* k) {
 }
 #endif
 
-// Prefetches a key or a value [d].
+// Prefetches x [d], a key or a value.
 template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(x + i);
 }
 
-// Returns the maximum of each lane. NaN in b stays NaN.
+// Returns the larger of a and b in each lane. NaN in b stays NaN.
 inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
 
-// Computes scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns the maximum score as a Vec of 16 partial
-// maxima. Meanwhile prefetches the values next [n / stride, d], if next is not null: one value for every stride keys.
+// Computes scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns 16 partial maxima of the scores.
+// If next is not null, prefetches the values next [n / stride, d]: one value for every stride keys.
 template <int64_t D, typename T>
 Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float* scores, const T* next,
                int64_t stride) {
@@ -89,14 +91,14 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float*
   return max;
 }
 
-// Caps scores [n]. max: the maximum before. Returns the maximum afterwards: max capped, since softcap keeps the order.
+// Applies softcap to scores [n]. Softcap is monotonic, so the new maximum is the old one, max, with softcap applied.
 inline Vec cap_scores(float* scores, int64_t n, Vec max, float softcap) {
   for (int64_t s = 0; s < n; s += LANES) store_vec(apply_softcap(load_vec(scores + s), softcap), scores + s);
   return apply_softcap(max, softcap);
 }
 
-// Adds ALiBi's slope * distance to scores [n] of keys at distances first, first + 1 ... from the query. A distance is
-// zero or negative, since keys come before the query. Returns the new maximum.
+// Adds ALiBi's slope * distance to scores [n]. distance is the position of the key minus that of the query, and
+// first is the distance of the first key. Returns the new maximum.
 inline Vec add_alibi(float* scores, int64_t n, float slope, int64_t first) {
   Vec max = Vec{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
@@ -107,11 +109,11 @@ inline Vec add_alibi(float* scores, int64_t n, float slope, int64_t first) {
   return max;
 }
 
-// Describes a softmax over some keys, in FlashAttention's names. m_i: the maximum score. l_i: the sum of
+// The state of a softmax over some keys, with FlashAttention's names: m_i is the maximum score, and l_i is the sum of
 // exp(score - m_i).
 struct Softmax { float m_i, l_i; };
 
-// Replaces scores [n] by p = exp(score - m_i), where m_i is the maximum of the lanes of max.
+// Replaces scores [n] with p = exp(score - m_i). m_i is the maximum of the lanes of max, or NaN if any lane is NaN.
 inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
   float m_i = NEGATIVE_INFINITY;
   for (int r = 0; r < LANES; r++) m_i = max[r] > m_i || max[r] != max[r] ? max[r] : m_i;
@@ -124,8 +126,8 @@ inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
   return {m_i, sum(l_i)};
 }
 
-// Computes out [Q, D] = p [Q, n] . v [n, D] for Q queries, which share the loads of v. stride: from the p of a query to
-// the p of the next query. Prefetches the keys next [n, D], if next is not null.
+// Computes out [Q, D] = p [Q, n] v [n, D]. The Q queries share the loads of v. stride is the stride of p between two
+// queries. If next is not null, prefetches the keys next [n, D].
 template <int64_t D, int Q, typename T>
 void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
   Vec acc[Q][D / LANES] = {};
@@ -139,10 +141,10 @@ void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float*
   std::memcpy(out, acc, sizeof acc);
 }
 
-// How many queries accumulate_pv takes at a time: their sums fit in 16 registers. For any d (D = 0): one.
+// The most queries of a call of accumulate_pv, whose sums fit in 16 registers. D = 0 takes one query.
 template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 
-// Calls accumulate_pv for n_queries, 1 to MAX_Q. For D = 0 takes any d.
+// Calls accumulate_pv<D, Q, T> with Q = n_queries, which is 1 to MAX_Q.
 template <int64_t D, typename T>
 void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v, int64_t n, int64_t d, float* out,
                   const T* next) {
@@ -161,20 +163,20 @@ void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v
 
 // ---- Norm, RoPE and cache write -------------------------------------------------------------------------------------
 
-// Norms and rotates the new queries and keys, and writes keys and values into the cache. In attend this is phase 1.
-// With more tokens than attend takes, this is an operation of its own, and PyTorch attends.
+// Norms and rotates the new queries and keys, and writes the new keys and values into the cache. This is phase 1 of
+// attend. It is also an operation, rope_and_cache, for steps of so many tokens that PyTorch computes the attention.
 template <typename T> struct RopeAndCacheOp {
   const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
-  const int64_t* start_pos;                // [batch]: where each sequence's first new token goes
+  const int64_t* start_pos;                // [batch]: the position of each sequence's first new token
   T *k_cache, *v_cache;                    // [batch, n_kv_heads, max_seq_len, head_dim]
-  int64_t batch_stride, head_stride;       // of the caches' first two dimensions
+  int64_t batch_stride, head_stride;       // of k_cache and v_cache
   const float* rope;                       // [max_seq_len or more, head_dim / 2, 2]
   const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
-  bool norms_all_heads;                    // then the weights are [n_heads, head_dim] and [n_kv_heads, head_dim]
+  bool norms_all_heads;                    // norm all heads together; weights [n_heads or n_kv_heads, head_dim]
   float eps;
   int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim;
-  int64_t max_seq_len;  // of the cache
-  T* q;  // [batch, n_tokens, n_heads, head_dim]
+  int64_t max_seq_len;  // the length of the cache
+  T* q;                 // [batch, n_tokens, n_heads, head_dim]
 
   const char* error() const {
     for (int64_t b = 0; b < batch; b++)
@@ -189,16 +191,16 @@ template <typename T> struct RopeAndCacheOp {
   void execute(char*, Barrier&) const {
     const int64_t d = head_dim, all_heads = n_heads + 2 * n_kv_heads;  // q, k, v
     const Range range = thread_range(batch * n_tokens * all_heads);
-    float rms_scale = 0;  // 1 / rms of this head, or of all heads of this token's q or k
+    float rms_scale = 0;  // 1 / rms of this head, or of all heads of the token's q or k
     for (int64_t i = range.begin; i < range.end; i++) {
       const int64_t head = i % all_heads, token = i / all_heads, b = token / n_tokens;
       const int64_t position = start_pos[b] + token % n_tokens;
       const T* x = qkv + i * d;
-      T* to;
+      T* out;
       if (head < n_heads) {
-        to = q + (token * n_heads + head) * d;
+        out = q + (token * n_heads + head) * d;
       } else if (head < n_heads + n_kv_heads) {
-        to = cached(k_cache, b, head - n_heads, position);
+        out = cached(k_cache, b, head - n_heads, position);
       } else {
         std::memcpy(cached(v_cache, b, head - n_heads - n_kv_heads, position), x, d * sizeof(T));
         continue;
@@ -207,9 +209,9 @@ template <typename T> struct RopeAndCacheOp {
         const int64_t first = head < n_heads ? 0 : n_heads, n = head < n_heads ? n_heads : n_kv_heads;  // of q or k
         if (!norms_all_heads) rms_scale = inverse_rms(x, eps, d);
         else if (head == first || i == range.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
-        x = apply_norm(x, norm_weight + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, to);
+        x = apply_norm(x, norm_weight + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, out);
       }
-      apply_rope(x, rope + position * d, d, to);
+      apply_rope(x, rope + position * d, d, out);
     }
   }
 };
@@ -223,25 +225,24 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   const T* sinks;             // [n_heads] or null
   const float* alibi_slopes;  // [n_heads] or null
-  float scale, softcap;       // softcap: 0 for none
-  int64_t window;             // 0 for none
+  float scale, softcap;       // a softcap of 0 changes nothing
+  int64_t window;             // how many keys a token sees, its own included; 0 means all
   T* out;                     // [batch, n_tokens, n_heads, head_dim]
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
-  // The number of keys in a split. More tokens have longer splits, so that partial outputs take no more memory.
+  // The number of keys in a split. Grows with the number of tokens, so that the memory of partial outputs does not.
   int64_t split_len() const { return SPLIT_LEN * ((batch * n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK); }
   int64_t count_splits(int64_t n_keys) const { return (n_keys + split_len() - 1) / split_len(); }
   int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
   int64_t max_splits() const { return count_splits(max_seq_len); }
-  // The new tokens of a sequence are in blocks of up to TOKEN_BLOCK.
-  int64_t n_token_blocks() const { return (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }
+  int64_t n_token_blocks() const { return (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }  // of a sequence
 
-  // The results of the queries of one key/value head lie side by side, as [n_tokens, heads_per_kv].
+  // The queries of a key/value head are [n_tokens, heads_per_kv]. query_index is the index in this order, flattened.
   int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
   int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
 
-  // Holds what one phase leaves for the next: rotated queries, and the results of the splits.
+  // The memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and the state of their softmax.
   struct Shared {
     float* partial;    // [batch, n_kv_heads, max_splits, queries_per_kv, head_dim]
     T* q;              // [batch, n_tokens, n_heads, head_dim]
@@ -251,14 +252,14 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   size_t shared_bytes() const {
     return n_queries() * (max_splits() * (head_dim * sizeof(float) + sizeof(Softmax)) + head_dim * sizeof(T));
   }
-  Shared divide(char* memory) const {
+  Shared partition(char* memory) const {
     float* partial = reinterpret_cast<float*>(memory);
     T* q = reinterpret_cast<T*>(partial + n_queries() * max_splits() * head_dim);
     return {partial, q, reinterpret_cast<Softmax*>(q + n_queries() * head_dim)};
   }
 
   void execute(char* memory, Barrier& barrier) const {
-    const Shared shared = divide(memory);
+    const Shared shared = partition(memory);
     RopeAndCacheOp<T> rope_and_cache = *this;
     rope_and_cache.q = shared.q;
     rope_and_cache.execute(nullptr, barrier);
@@ -268,16 +269,16 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     combine_splits(shared);
   }
 
-  // A block of new tokens of sequence b, and a split of the keys of a key/value head.
+  // A block of new tokens of sequence b, and a split of the keys of a key/value head. The members are in the order of
+  // the tasks: token_block changes from each task to the next.
   struct Task { int64_t b, kv_head, split, token_block; };
 
-  // The tasks are in the order [b, kv_head, split, token_block].
   void attend_to_splits(const Shared& shared) const {
     const int64_t n_blocks = n_token_blocks();
     int64_t n_tasks = 0;
     for (int64_t b = 0; b < batch; b++) n_tasks += n_kv_heads * n_splits(b) * n_blocks;
     const Range range = thread_range(n_tasks);
-    for (int64_t b = 0, first = 0; b < batch; b++) {  // first: b's first task
+    for (int64_t b = 0, first = 0; b < batch; b++) {  // first is the first task of sequence b
       const int64_t n = n_splits(b), end = first + n_kv_heads * n * n_blocks;
       for (int64_t i = std::max(range.begin, first) - first; i < std::min(range.end, end) - first; i++)
         attend_to_split(shared, {b, i / n_blocks / n, i / n_blocks % n, i % n_blocks});
@@ -292,8 +293,9 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     else attend_to_split<0>(shared, task);
   }
 
-  // Goes token by token, and takes up to MAX_Q heads at a time. Only the first pass reads the split from memory, so
-  // only the first pass prefetches: score_keys the values of the split, accumulate_pv the keys of the next split.
+  // Loops over the tokens and over up to MAX_Q query heads at a time. The first iteration reads the split from memory;
+  // the others find it in the cache. So only the first iteration prefetches: score_keys prefetches the values of this
+  // split, and accumulate_pv the keys of the next split.
   template <int64_t D> void attend_to_split(const Shared& shared, const Task& task) const {
     const auto [b, kv_head, split, token_block] = task;
     const int64_t d = D ? D : head_dim;
@@ -302,11 +304,11 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     const int64_t first_token = n_tokens * token_block / n_token_blocks();
     const int64_t end_token = n_tokens * (token_block + 1) / n_token_blocks();
     const T *k = cached(this->k_cache, b, kv_head, 0), *v = cached(this->v_cache, b, kv_head, 0);
-    const int64_t first_result =
+    const int64_t first_query =  // an index of [batch, n_kv_heads, max_splits, queries_per_kv]
         ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv() + query_index(first_token, 0);
-    float* partial = shared.partial + first_result * d;
-    Softmax* softmax = shared.softmax + first_result;
-    alignas(64) float scores[MAX_Q<D> * MAX_SPLIT_LEN];  // split_len() for each query
+    float* partial = shared.partial + first_query * d;
+    Softmax* softmax = shared.softmax + first_query;
+    alignas(64) float scores[MAX_Q<D> * MAX_SPLIT_LEN];  // [count, split_len()]
     for (int64_t t = first_token; t < end_token; t++) {
       const int64_t position = start_pos[b] + t;
       const T* q = shared.q + ((b * n_tokens + t) * n_heads + kv_head * heads_per_kv()) * d;
@@ -314,24 +316,26 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
       const int64_t n = std::max<int64_t>(0, std::min(split_end, position + 1) - begin);  // keys that the token sees
       for (int64_t h = 0, count; h < heads_per_kv(); h += count, q += count * d, partial += count * d) {
         count = std::min<int64_t>(MAX_Q<D>, heads_per_kv() - h);
-        const bool first = t == first_token && h == 0;
+        const bool prefetches = t == first_token && h == 0;
         for (int64_t i = 0; i < count; i++) {
           float* s = scores + i * split_len();
-          const T* next = first ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches a part
+          const T* next = prefetches ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches n / count
           Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scale, s, next, count);
           if (softcap) max = cap_scores(s, n, max, softcap);
           if (alibi_slopes) max = add_alibi(s, n, alibi_slopes[kv_head * heads_per_kv() + h + i], begin - position);
           *softmax++ = exponentiate(s, n, max);
         }
-        const T* next = first ? k + (begin + split_len()) * d : nullptr;
+        const T* next = prefetches ? k + (begin + split_len()) * d : nullptr;
         accumulate_pv<D>(count, scores, split_len(), v + begin * d, n, d, partial, next);
       }
     }
   }
 
-  // With m_i the maximum over all splits s, and alpha_s = exp(m_s - m_i):
+  // Combines the splits s of each query. m_s and l_s are the state of the softmax of split s.
   //
-  //     out  =  (the sum of alpha_s * partial_s) / (the sum of alpha_s * l_s)
+  //     m_i      =  the maximum of all m_s
+  //     alpha_s  =  exp(m_s - m_i)
+  //     out      =  (the sum of alpha_s * partial_s) / (the sum of alpha_s * l_s)
   //
   // A sink is the score of one more key, whose value is zero.
   void combine_splits(const Shared& shared) const {
@@ -341,7 +345,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     for (int64_t i = range.begin; i < range.end; i++) {
       const int64_t head = i % n_heads, t = i / n_heads % n_tokens, b = i / n_heads / n_tokens;
       const int64_t kv_head = b * n_kv_heads + head / heads_per_kv();
-      // The results of split s are at first + s * step.
+      // The partial output of split s is at first + s * step.
       const int64_t first = kv_head * max_splits() * queries_per_kv() + query_index(t, head), step = queries_per_kv();
       const float sink = sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY;
       float m_i = sink;

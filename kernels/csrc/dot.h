@@ -1,15 +1,18 @@
 // Products of blocks of weights with the activations of 1 to MAX_TOKENS tokens, for every format of weights.
 //
-// A decode step multiplies every weight with few activations, so it is as fast as weights arrive from memory. These
-// loops read each weight once, in order, prefetch the weights ahead, and compute in registers in the meantime. The
-// registers have room for the sums of BLOCK_M tokens. With more tokens, the loops go through a block of weights several
-// times, while it is in the cache.
+// A decode step multiplies every weight with few activations, so memory bandwidth limits its speed. The loops here read
+// each weight once and in order, prefetch later weights, and keep the sums of up to BLOCK_M tokens in registers. For
+// more tokens, the loops read a block of weights several times. After the first time the block is in the cache.
 //
-//     dot_w8a8           8-bit weights, activations rounded to 8 bits
-//     dot_grouped        8- or 4-bit weights in groups with scales and zeros, activations rounded to 8 bits
-//     dot_weight_only    weights of any packed format, float32 activations
-//     dot_float8         8-bit floats as weights, bf16 or float32 activations
-//     dot_dense          weights of the activations' type
+//     loop               weights                                       activations
+//     dot_w8a8           Int8                                          int8 (QuantizedGroup)
+//     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (QuantizedGroup)
+//     dot_weight_only    any packed format                             float
+//     dot_float8         Float8                                        bf16 or float
+//     dot_dense          Dense                                         the type of the weights
+//
+// Start reading at the end: dot cuts the tokens into parts, dot_tokens dispatches by format, dot_blocks calls a loop.
+// Some loops copy the addresses of the tokens to x [M], a local array, which the compiler can keep in registers.
 #pragma once
 
 #include <array>
@@ -17,21 +20,21 @@
 
 #include "activations.h"
 
-// Whether a Vec is one register, of which there are 32.
+// Whether a Vec fits in one register. CPUs with such registers have 32 of them.
 #if defined(__AVX512F__)
 constexpr bool HAS_WIDE_REGISTERS = true;
 #else
 constexpr bool HAS_WIDE_REGISTERS = false;
 #endif
 
-using Outputs = Vec[MAX_TOKENS];  // a block's outputs for each token: [MAX_TOKENS, BLOCK_N]
+using BlockSums = Vec[MAX_TOKENS];  // the products of a block of weights with each token: [MAX_TOKENS, BLOCK_N]
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 
-// Puts four activations in every lane.
+// Copies four activations into every lane.
 inline IntVec broadcast4(const int8_t* x) { return IntVec{} + load<int32_t>(x); }
 
-// acc[lane] += the sum over j < 4 of w[lane][j] (unsigned byte) * x[lane][j] (signed byte). Exact.
+// acc[lane] += the sum over j < 4 of w[lane][j] * x[lane][j]. Bytes of w are unsigned, bytes of x signed. Exact.
 inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #if defined(__AVX512VNNI__)
   acc = (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
@@ -40,7 +43,8 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
   const __m256i *v = reinterpret_cast<const __m256i*>(&w), *b = reinterpret_cast<const __m256i*>(&x);
   for (int h = 0; h < 2; h++) a[h] = _mm256_dpbusd_avx_epi32(a[h], v[h], b[h]);
 #elif defined(__AVX2__)
-  // maddubs adds two products in 16 bits and saturates. With 4 bits of w at a time they always fit.
+  // maddubs adds two products in 16 bits and saturates. Products with 4 bits of w never saturate, so the lower and the
+  // upper 4 bits are multiplied separately.
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), b = *reinterpret_cast<const __m256i*>(&x);
   __m256i* a = reinterpret_cast<__m256i*>(&acc);
   const __m256i* v = reinterpret_cast<const __m256i*>(&w);
@@ -57,21 +61,21 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #endif
 }
 
-// Multiplies Int8 weights with M tokens. BLOCKS blocks at a time share the loads of the activations.
+// Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
+void dot_w8a8(const Weights& w, const int64_t* blocks, const QuantizedGroup* const* tokens, Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(tokens[m]);
+  for (int m = 0; m < M; m++) x[m] = tokens[m];
   Vec total[BLOCKS][M] = {};
   for (int64_t g = 0; g < w.k / ACT_GROUP; g++) {  // 8 inputs: two words of each output, 128 bytes
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
       const char* words = data[b] + g * 128;
-      for (int line = 0; line < 128; line += 64) {
-        prefetch_l2(words + line + PREFETCH_L2);
-        prefetch_l1(words + line + PREFETCH_L1);
+      for (int offset = 0; offset < 128; offset += 64) {
+        prefetch_l2(words + offset + PREFETCH_L2);
+        prefetch_l1(words + offset + PREFETCH_L1);
       }
       first[b] = load<IntVec>(words), second[b] = load<IntVec>(words + 64);
     }
@@ -80,7 +84,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedInput* toke
       for (int b = 0; b < BLOCKS; b++) {
         IntVec acc = {};
         dot4(acc, first[b], q0), dot4(acc, second[b], q4);
-        total[b][m] += (as_float(acc) + x[m][g].zero_term) * x[m][g].scale;
+        total[b][m] += (as_float(acc) + x[m][g].compensation) * x[m][g].scale;
       }
     }
   }
@@ -90,33 +94,34 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const PreparedInput* toke
   }
 }
 
-// Holds the weights of a block for ACT_GROUP inputs, as bytes: elements 0-3 of each output and elements 4-7.
-struct BytePair { IntVec first, second; };
-template <typename F> BytePair load_bytes(const char* words) {
+// The weights of a block for ACT_GROUP inputs, as bytes: elements 0-3 of each output, and elements 4-7.
+struct WeightBytes { IntVec first, second; };
+template <typename F> WeightBytes load_bytes(const char* words) {
   const IntVec v = load<IntVec>(words), low = IntVec{} + 0x0f0f0f0f;
   if constexpr (F::PER_WORD == 4) return {v, load<IntVec>(words + 64)};
   else return {F::unsigned_bytes(v & low), F::unsigned_bytes((v >> 4) & low)};
 }
 
-// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens.
+// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. g counts groups of activations; group
+// counts groups of weights.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
-  constexpr int64_t N_BYTES = 64 * ACT_GROUP / F::PER_WORD;  // of a block's weights for ACT_GROUP inputs
+void dot_grouped(const Weights& w, const int64_t* blocks, const QuantizedGroup* const* tokens, Vec* const* out) {
+  constexpr int64_t N_BYTES = 64 * ACT_GROUP / F::PER_WORD;  // bytes of a block's weights for ACT_GROUP inputs
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  for (int m = 0; m < M; m++) x[m] = static_cast<const QuantizedGroup*>(tokens[m]);
+  for (int m = 0; m < M; m++) x[m] = tokens[m];
   Vec total[BLOCKS][M] = {};
-  for (int64_t g = 0, end, group = 0; g < w.k / ACT_GROUP; g = end, group++) {  // a group of the weights
+  for (int64_t g = 0, end, group = 0; g < w.k / ACT_GROUP; g = end, group++) {
     end = std::min(w.k, g * ACT_GROUP + w.group_size) / ACT_GROUP;
     Vec partial[BLOCKS][M] = {};
     for (; g < end; g++) {
-      BytePair bytes[BLOCKS];
+      WeightBytes bytes[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
         const char* words = data[b] + g * N_BYTES;
-        for (int line = 0; line < N_BYTES; line += 64) {
-          prefetch_l2(words + line + PREFETCH_L2);
-          prefetch_l1(words + line + PREFETCH_L1);
+        for (int offset = 0; offset < N_BYTES; offset += 64) {
+          prefetch_l2(words + offset + PREFETCH_L2);
+          prefetch_l1(words + offset + PREFETCH_L1);
         }
         bytes[b] = load_bytes<F>(words);
       }
@@ -131,16 +136,16 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const PreparedInput* t
     }
     for (int b = 0; b < BLOCKS; b++) {
       const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);
-      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].running_sum) * scale;
+      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].compensation) * scale;
     }
   }
   for (int b = 0; b < BLOCKS; b++)
     for (int m = 0; m < M; m++) out[b][m] = total[b][m];
 }
 
-// Multiplies weights of packed format F with M tokens of float32 activations. Rounds only in float32.
+// Multiplies weights of packed format F with M tokens in float32.
 template <typename F, int M>
-void dot_weight_only(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
+void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens, Vec* out) {
   const char* data = w.block_data(block);
   Vec total[M] = {};
   for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
@@ -149,7 +154,7 @@ void dot_weight_only(const Weights& w, int64_t block, const PreparedInput* token
       const IntVec words = load<IntVec>(data);
       for (int j = 0; j < F::PER_WORD; j++, k++) {
         const Vec weight = (as_float(F::element(words, j)) - zero) * scale;
-        for (int m = 0; m < M; m++) total[m] += weight * static_cast<const float*>(tokens[m])[k];
+        for (int m = 0; m < M; m++) total[m] += weight * tokens[m][k];
       }
     }
   }
@@ -158,11 +163,11 @@ void dot_weight_only(const Weights& w, int64_t block, const PreparedInput* token
 
 // ---- 8-bit floats ---------------------------------------------------------------------------------------------------
 
-// Puts two bf16 in every lane, or two floats in every pair of lanes.
+// Copies two bf16 into every lane, or two floats into every pair of lanes.
 inline IntVec broadcast2(const bf16* x) { return IntVec{} + load<int32_t>(x); }
 inline Vec broadcast2(const float* x) { return (Vec)(LongVec{} + load<int64_t>(x)); }
 
-// acc[lane] += w[lane][0] * x[lane][0] + w[lane][1] * x[lane][1], of bf16.
+// acc[lane] += w[lane][0] * x[lane][0] + w[lane][1] * x[lane][1]. Each lane of w and x holds two bf16.
 inline void add_bf16_products(Vec& acc, IntVec w, IntVec x) {
 #if defined(__AVX512BF16__)
   acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
@@ -172,17 +177,16 @@ inline void add_bf16_products(Vec& acc, IntVec w, IntVec x) {
 #endif
 }
 
-// Adds each pair of lanes of a, and then of b.
+// Returns the sum of each pair of lanes: of a in lanes 0-7, of b in lanes 8-15.
 inline Vec add_pairs(Vec a, Vec b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// Multiplies M tokens of activations of type X, bf16 or float, with a block. Sums up each group of inputs, then scales
-// it.
-template <int M, typename X> void dot_float8(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
+// Multiplies Float8 weights with M tokens. X is bf16 or float. Scales the sum of each group of inputs.
+template <int M, typename X> void dot_float8(const Weights& w, int64_t block, const X* const* tokens, Vec* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
-  constexpr int UNROLL = M <= 2 ? 2 : 1;  // independent sums along k, so that no addition waits for the one before
+  constexpr int UNROLL = M <= 2 ? 2 : 1;  // independent sums along k, which hide the latency of the additions
   const char* data = w.block_data(block);
   Vec total[M] = {};
   for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
@@ -191,19 +195,20 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
       for (int u = 0; u < UNROLL; u++, data += 64) {
         prefetch_l2(data + PREFETCH_L2);
         prefetch_l1(data + PREFETCH_L1);
-        const auto line = [&] {
+        const auto weights = [&] {
           if constexpr (IS_BF16) return float8_to_bf16(load<IntVec>(data));
           else return float8_to_float(load<IntVec>(data));
         }();
         for (int m = 0; m < M; m++) {
-          const X* x = static_cast<const X*>(tokens[m]) + k + 4 * u;
+          const X* x = tokens[m] + k + 4 * u;
           const auto x01 = broadcast2(x), x23 = broadcast2(x + 2);
           if constexpr (IS_BF16) {
-            add_bf16_products(acc[m][u][0], line.inputs01, x01), add_bf16_products(acc[m][u][1], line.inputs23, x23);
+            add_bf16_products(acc[m][u][0], weights.inputs01, x01);
+            add_bf16_products(acc[m][u][1], weights.inputs23, x23);
           } else {
             for (int h = 0; h < 2; h++) {
-              acc[m][u][h] += line.inputs01[h] * x01;
-              acc[m][u][h] += line.inputs23[h] * x23;
+              acc[m][u][h] += weights.inputs01[h] * x01;
+              acc[m][u][h] += weights.inputs23[h] * x23;
             }
           }
         }
@@ -219,7 +224,8 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
 
 // ---- Dense weights --------------------------------------------------------------------------------------------------
 
-// Adds the products of 64 bytes of a and of b to any lanes of acc: the caller uses only the sum of all lanes.
+// Multiplies 64 bytes of a and b element by element, and adds the products to acc. The caller sums all lanes of acc, so
+// a product may go to any lane.
 template <typename T> inline void multiply_add(Vec& acc, const T* a, const T* b) {
   for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
 }
@@ -229,25 +235,24 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// Adds tokens [m, k] times w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k, which are fewer than 64 bytes.
-// Not inlined into dot_dense, so that the loop there has more registers.
+// Adds to out [m, BLOCK_N] the part of tokens [m, k] * w [n, k]^T with inputs begin to k, which are less than 64 bytes.
+// noinline leaves more registers to the loop in dot_dense.
 template <typename T>
 [[gnu::noinline]]
-void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const PreparedInput* tokens, int64_t m, Vec* out) {
+void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* const* tokens, int64_t m, Vec* out) {
   for (int64_t i = 0; i < m; i++)
     for (int64_t r = 0; r < n; r++)
-      for (int64_t j = begin; j < k; j++)
-        out[i][r] += to_float(w[r * k + j]) * to_float(static_cast<const T*>(tokens[i])[j]);
+      for (int64_t j = begin; j < k; j++) out[i][r] += to_float(w[r * k + j]) * to_float(tokens[i][j]);
 }
 
-// Multiplies weights [n, k] of the type T of the activations, output by output, with M tokens.
-template <int M, typename T> void dot_dense(const Weights& w, int64_t block, const PreparedInput* tokens, Vec* out) {
+// Multiplies Dense weights with M tokens. T is the type of weights and activations.
+template <int M, typename T> void dot_dense(const Weights& w, int64_t block, const T* const* tokens, Vec* out) {
   constexpr int R = M <= 2 ? 1 : 4;       // outputs at a time, which share the loads of the activations
-  constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along k, so that no addition waits for the one before
+  constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along k, which hide the latency of the additions
   constexpr int64_t WIDTH = 64 / sizeof(T);
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
-  for (int m = 0; m < M; m++) x[m] = static_cast<const T*>(tokens[m]);
+  for (int m = 0; m < M; m++) x[m] = tokens[m];
   Vec sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* weight[R];
@@ -255,10 +260,11 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
       for (int j = 0; j < R; j++) {
-        // Goes bytes ahead in weight[j], and beyond the end of weight[j] on in the output that is read next, R further.
+        // The address to prefetch: `bytes` after weight[j] + i. Output r + j + R is read after output r + j. So an
+        // address beyond the end of output r + j skips the R - 1 outputs between the two.
         const auto ahead = [&](int64_t bytes) {
-          const int64_t to = i + bytes / int64_t(sizeof(T));
-          return weight[j] + to + (to < k ? 0 : (R - 1) * k);
+          const int64_t input = i + bytes / int64_t(sizeof(T));
+          return weight[j] + input + (input < k ? 0 : (R - 1) * k);
         };
         prefetch_l2(ahead(PREFETCH_L2));
         prefetch_l1(ahead(PREFETCH_L1));
@@ -283,65 +289,66 @@ template <int M, typename T> void dot_dense(const Weights& w, int64_t block, con
 
 // ---- Any weights ----------------------------------------------------------------------------------------------------
 
-// Adds the bias [n] of a block, if bias is not null, to the outputs v of the block.
+// Adds the bias [n] of a block to the outputs v of the block. A null bias adds nothing.
 template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t n) {
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// Applies bias and activation. y: the products with some blocks of weights. Returns the outputs of token i in block
-// blocks[b]. With an activation b is 0, and blocks are one of the gate projection and one of the up projection.
+// The first steps of an epilogue. Adds the bias [n] to sums[b][token], the products with block blocks[b], and applies
+// the activation. With an activation b is 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
 template <typename T>
-Vec finish_product(const Outputs* y, int64_t i, int64_t b, const int64_t* blocks, const T* bias, int64_t n,
-                   Glu activation) {
-  const Vec v = add_bias(y[b][i], bias, blocks[b], n);
-  return is_gated(activation) ? activate(v, add_bias(y[1][i], bias, blocks[1], n), activation) : v;
+Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, const T* bias,
+                          int64_t n, Activation activation) {
+  const Vec v = add_bias(sums[b][token], bias, blocks[b], n);
+  return is_gated(activation) ? activate(v, add_bias(sums[1][token], bias, blocks[1], n), activation) : v;
 }
 
-// Multiplies M tokens with BLOCKS blocks of weights. This template serves any packed format, its overloads some. T: the
-// type of the activations.
-template <int M, int BLOCKS, typename T, typename F>
-void dot_blocks(F, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
-  if constexpr (ROUNDS_TO_INT8<F, T>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
+// Multiplies M tokens with BLOCKS blocks of weights, by the loop for the format and the type X of the activations. The
+// first template is for all packed formats without an overload.
+template <int M, int BLOCKS, typename F, typename X>
+void dot_blocks(F, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
-template <int M, int BLOCKS, typename T>
-void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
-  for (int b = 0; b < BLOCKS; b++) dot_dense<M, T>(w, blocks[b], tokens, out[b]);
+template <int M, int BLOCKS, typename X>
+void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+  for (int b = 0; b < BLOCKS; b++) dot_dense<M>(w, blocks[b], tokens, out[b]);
 }
-template <int M, int BLOCKS, typename T>
-void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
-  if constexpr (ROUNDS_TO_INT8<Int8, T>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
+template <int M, int BLOCKS, typename X>
+void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
-template <int M, int BLOCKS, typename T>
-void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const PreparedInput* tokens, Vec* const* out) {
-  using X = std::conditional_t<WIDENS_TO_FLOAT<Float8, T>, float, T>;
-  for (int b = 0; b < BLOCKS; b++) dot_float8<M, X>(w, blocks[b], tokens, out[b]);
+template <int M, int BLOCKS, typename X>
+void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+  for (int b = 0; b < BLOCKS; b++) dot_float8<M>(w, blocks[b], tokens, out[b]);
 }
 
-// Computes dot for M tokens, at most BLOCK_M.
+// Computes what dot computes, for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
 template <int M, typename T>
-void dot_tokens(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedInput* tokens,
+void dot_tokens(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
                 Vec* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
-    // Two blocks share the loads of these many activations.
+    const Prepared<F, T>* typed[M];
+    for (int m = 0; m < M; m++) typed[m] = static_cast<const Prepared<F, T>*>(tokens[m]);
+    // With more than 2 tokens, two blocks share the loads of the activations.
     if constexpr (M > 2 && HAS_WIDE_REGISTERS && ROUNDS_TO_INT8<F, T>)
-      if (n_blocks == 2) return dot_blocks<M, 2, T>(format, w, blocks, tokens, out);
-    for (int64_t b = 0; b < n_blocks; b++) dot_blocks<M, 1, T>(format, w, blocks + b, tokens, out + b);
+      if (n_blocks == 2) return dot_blocks<M, 2>(format, w, blocks, typed, out);
+    for (int64_t b = 0; b < n_blocks; b++) dot_blocks<M, 1>(format, w, blocks + b, typed, out + b);
   });
 }
 
-// dot_tokens for 1, 2, ... BLOCK_M tokens.
+// Returns the addresses of dot_tokens for 1, 2, ... BLOCK_M tokens.
 template <typename T, int... I> constexpr auto dot_by_tokens(std::integer_sequence<int, I...>) {
   return std::array{&dot_tokens<I + 1, T>...};
 }
 
-// Computes out[b][i] = block blocks[b] of w . tokens[i], for tokens [m] and n_blocks blocks, 1 or 2.
+// Computes out[b][i] = tokens[i] * (block blocks[b] of w)^T for tokens [m] and 1 or 2 blocks.
 template <typename T>
-void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedInput* tokens,
-         Outputs* out) {
+void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
+         BlockSums* out) {
   static constexpr auto by_tokens = dot_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
-  const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // of about the same number of tokens
+  const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // parts of nearly equal numbers of tokens
   for (int64_t i = 0; i < n_parts; i++) {
     const int64_t first = m * i / n_parts, n_tokens = m * (i + 1) / n_parts - first;
     Vec* const part[] = {out[0] + first, out[1] + first};

@@ -1,12 +1,12 @@
-// fused_linear, the operations that it can fuse (rms_norm, glu, add), gather_inputs, dequantize, and embed.
+// The operations fused_linear, rms_norm, gather_inputs, glu, add, embed and dequantize. ops.cpp submits them.
 #pragma once
 
 #include "amx.h"
 
-// Computes out [m, n_out] = epilogue(norm(x [m, k]) W^T), in the order that kernels/ops.py gives for fused_linear.
+// Computes out [m, n_out] = epilogue(norm(x [m, k]) W^T). kernels/ops.py lists the steps of fused_linear in order.
 //
 // With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each projection
-// has n / 2 outputs, a multiple of BLOCK_N, so that a block of one never reaches into the other.
+// has n / 2 outputs, a multiple of BLOCK_N, so no block has outputs of both projections.
 template <typename T> struct FusedLinearOp {
   const T* x;
   int64_t m;
@@ -14,37 +14,40 @@ template <typename T> struct FusedLinearOp {
   const T *bias, *norm_weight;  // [n], [k], or null
   float eps;
   const T* residual;  // [m, n_out] or null
-  Glu activation;
-  float out_scale, softcap, clip;  // softcap, clip: 0 for none
+  Activation activation;
+  float out_scale, softcap, clip;  // a softcap or clip of 0 changes nothing
   T* out;
   float* float32_out;  // if not null, replaces out
 
   bool is_on_amx() const { return uses_amx<T>(w, m); }
-  ProductInput<T> input() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
-  size_t shared_bytes() const { return input().shared_bytes(); }
+  InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
+  size_t shared_bytes() const { return preparer().shared_bytes(); }
 
-  // The threads share out the blocks of outputs.
+  // The threads share the blocks of outputs. Each iteration multiplies two blocks of W: two blocks of outputs, or, with
+  // an activation, a block of gate and the block of up for the same outputs.
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
-    PreparedInput tokens[MAX_TOKENS];
-    const char* tiles = input().prepare(shared, barrier, tokens);
+    PreparedToken tokens[MAX_TOKENS];
+    const char* tiles = preparer().prepare(shared, barrier, tokens);
     const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
-    Outputs y[2];
+    BlockSums sums[2];
     std::optional<TileRegisters> tile_registers;
     if (on_amx) tile_registers.emplace();
     for (int64_t block = range.begin, n_blocks; block < range.end; block += n_blocks) {
       n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // of outputs
       const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
-      if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, y);
-      else dot<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, y);
-      for (int64_t i = 0; i < m; i++)
-        for (int64_t b = 0; b < n_blocks; b++)
-          epilogue(finish_product(y, i, b, blocks, bias, w.n, activation), i, blocks[b], n_out);
+      if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, sums);
+      else dot<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
+      for (int64_t token = 0; token < m; token++)
+        for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, token, b, blocks, n_out);
     }
   }
 
-  void epilogue(Vec v, int64_t token, int64_t block, int64_t n_out) const {
+  // Computes and stores the outputs of a token in block blocks[b].
+  void epilogue(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, int64_t n_out) const {
+    const int64_t block = blocks[b];
+    Vec v = add_bias_and_activate(sums, token, b, blocks, bias, w.n, activation);
     if (out_scale != 1) v *= out_scale;
     if (softcap) v = apply_softcap(v, softcap);
     if (clip) v = clamp(v, clip);
@@ -63,12 +66,12 @@ template <typename T> struct RMSNormOp {
   const T* residual;  // [m, k] or null
   T* out;
 
-  // The threads share out the elements. A thread that has some elements of a token sums up the squares of all of the
-  // token, which is cheaper than another barrier.
+  // The threads share the elements. Each thread computes the rms of every token that it has elements of, which is
+  // cheaper than a barrier.
   void execute(char*, Barrier&) const {
     const int64_t vecs_per_token = (k + LANES - 1) / LANES;
     const Range range = thread_range(m * vecs_per_token);
-    float inverse_rms = 0;  // of the token
+    float inverse_rms = 0;  // of the current token
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
       if (i == 0 || task == range.begin) inverse_rms = ::inverse_rms(x + token * k, eps, k);
@@ -79,7 +82,7 @@ template <typename T> struct RMSNormOp {
   }
 };
 
-// Computes out [m, n] from x [m, k]: element i of a token becomes element order[i] of the same token.
+// out [m, n]: out[token][i] = x[token][order[i]]
 template <typename T> struct GatherInputsOp {
   const T* x;
   int64_t m, k;
@@ -87,7 +90,7 @@ template <typename T> struct GatherInputsOp {
   int64_t n;
   T* out;
 
-  // The threads share out the elements, in pieces of LANES, so that no two threads write to one piece.
+  // The threads share the columns of out, in pieces of LANES columns.
   void execute(char*, Barrier&) const {
     const Range range = thread_range((n + LANES - 1) / LANES);
     const int64_t begin = range.begin * LANES, end = std::min(n, range.end * LANES);
@@ -100,7 +103,7 @@ template <typename T> struct GatherInputsOp {
 template <typename T> struct GluOp {
   const T* gate_up;
   int64_t m, f;
-  Glu activation;
+  Activation activation;
   T* out;
 
   void execute(char*, Barrier&) const {
@@ -127,26 +130,26 @@ template <typename T> struct AddOp {
   }
 };
 
-// Unpacks a line of a block to inputs [F::PER_WORD, 16 outputs].
-template <typename F> void line_to_inputs(F, const char* line, Vec* out) {
-  const IntVec words = load<IntVec>(line);
+// Computes out [F::PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
+template <typename F> void unpack_words(F, const char* data, Vec* out) {
+  const IntVec words = load<IntVec>(data);
   for (int j = 0; j < F::PER_WORD; j++) out[j] = as_float(F::element(words, j));
 }
-inline void line_to_inputs(Float8, const char* line, Vec* out) { float8_to_inputs(load<IntVec>(line), out); }
+inline void unpack_words(Float8, const char* data, Vec* out) { unpack_float8(load<IntVec>(data), out); }
 
-// Computes out [k] = one row of the matrix. The words of 16 rows, one of them this, lie side by side in the lines.
+// Computes out [k] = row `row` of w. The row is one lane of a block, since the words of 16 rows are adjacent.
 template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
   const int64_t block = row / BLOCK_N, lane = row % BLOCK_N;
-  const char* line = w.block_data(block);
+  const char* data = w.block_data(block);
   for (int64_t begin = 0, end, group = block * w.n_groups; begin < w.k; begin = end, group++) {
     end = std::min(w.k, begin + w.group_size);
     const auto [group_scale, zero] = F::scales_and_zeros(w, group);
     const Vec scale = group_scale * F::output_scales(w, block);
     for (int64_t k = begin; k < end; k += LANES) {
       Vec values = {};
-      for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, line += 64) {
+      for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, data += 64) {
         Vec inputs[F::PER_WORD];
-        line_to_inputs(F{}, line, inputs);
+        unpack_words(F{}, data, inputs);
         for (int64_t j = 0; j < F::PER_WORD; j++) values[i + j] = inputs[j][lane];
       }
       store_partial((values - zero[lane]) * scale[lane], out, k, end);
@@ -154,7 +157,7 @@ template <typename F, typename T> void dequantize_row(const Weights& w, int64_t 
   }
 }
 
-// out [m, w.k] = the rows of W [vocab_size, dim] at tokens [m], times scale
+// out [m, dim] = rows tokens [m] of W [vocab_size, dim], times scale
 template <typename T> struct EmbedOp {
   const int64_t* tokens;
   int64_t m;
@@ -182,14 +185,15 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// Computes out [n, k] = the matrix that weights of packed format F stand for. Serves prefill, so no tape records it.
+// Computes out [n, k] = the dequantized weights of packed format F. Prefill calls it, and no tape
+// records it.
 //
-// A line holds a few inputs of 16 outputs, but a row of out is one output. So 16 inputs at a time, a Vec each, are
-// transposed: then each Vec is a piece of a row.
+// Unpacking gives Vecs that hold one input of 16 outputs. Transposing 16 Vecs gives Vecs that hold 16 inputs of one
+// output, which are a piece of a row of out.
 template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
 #pragma omp parallel for num_threads(torch::stable::get_num_threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
-    const char* line = w.block_data(b);
+    const char* data = w.block_data(b);
     const int64_t n_outputs = std::min(BLOCK_N, w.n - b * BLOCK_N);
     for (int64_t begin = 0, end, group = b * w.n_groups; begin < w.k; begin = end, group++) {
       end = std::min(w.k, begin + w.group_size);
@@ -197,7 +201,7 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
       const Vec scale = group_scale * F::output_scales(w, b);
       for (int64_t k = begin; k < end; k += LANES) {
         Vec tile[LANES] = {};
-        for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, line += 64) line_to_inputs(F{}, line, tile + i);
+        for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, data += 64) unpack_words(F{}, data, tile + i);
         for (Vec& inputs : tile) inputs = (inputs - zero) * scale;
         transpose(tile);
         for (int64_t r = 0; r < n_outputs; r++) store_partial(tile[r], out + (b * BLOCK_N + r) * w.k, k, end);

@@ -1,22 +1,24 @@
-// A mixture of experts: route chooses experts, and two products multiply with the weights of the chosen ones.
+// The operations of a mixture of experts: route, experts_gate_up and experts_down, in order of execution. route chooses
+// the experts of each token; the two products multiply with the weights of the chosen experts. ops.cpp submits them.
 #pragma once
 
 #include "dot.h"
 
-// A pair is a token and one of its experts: an index into topk_ids [m, top_k], flattened. pair / top_k is the token.
+// A pair of a token and one of its experts is an index into topk_ids [m, top_k], flattened: topk_ids[pair] is the
+// expert, and pair / top_k is the token. A batch is 1 to MAX_TOKENS pairs with the same expert.
 struct ExpertBatch {
   int64_t expert;
-  std::vector<int64_t> pairs;  // 1 to MAX_TOKENS with this expert
+  std::vector<int64_t> pairs;
 };
 
-// Groups pairs [n_pairs] by expert, so that the weights of an expert are read once for all its pairs. The batches are
-// sorted by expert, so that the sum over the experts of a token does not depend on the other tokens.
+// Groups pairs [n_pairs] by expert, so that the weights of an expert are read once for all pairs of a batch. Sorts the
+// batches by expert, so that the order in which a token's experts are summed does not depend on the other tokens.
 inline std::vector<ExpertBatch> group_by_expert(const int64_t* topk_ids, int64_t n_pairs) {
   std::vector<ExpertBatch> batches;
   for (int64_t pair = 0; pair < n_pairs; pair++) {
     const int64_t expert = topk_ids[pair];
     const auto is_before = [](int64_t e, const ExpertBatch& batch) { return e < batch.expert; };
-    auto next = std::upper_bound(batches.begin(), batches.end(), expert, is_before);  // behind the expert's last batch
+    auto next = std::upper_bound(batches.begin(), batches.end(), expert, is_before);  // after the expert's last batch
     if (next == batches.begin() || next[-1].expert != expert || next[-1].pairs.size() == MAX_TOKENS)
       next = batches.insert(next, ExpertBatch{expert, {}}) + 1;
     next[-1].pairs.push_back(pair);
@@ -34,29 +36,29 @@ template <typename T> struct ExpertsGateUpOp {
   const T* bias;         // [n_experts, n] or null
   const T* norm_weight;  // [k] or null
   float eps;
-  Glu activation;        // as in FusedLinearOp
+  Activation activation;  // as in FusedLinearOp
   T* hidden;
 
-  ProductInput<T> input() const { return {x, m, w, norm_weight, eps}; }
-  size_t shared_bytes() const { return input().shared_bytes(); }
+  InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps}; }
+  size_t shared_bytes() const { return preparer().shared_bytes(); }
 
-  // The threads share out the blocks of outputs of all experts in use.
+  // A task is a block of outputs of a batch. The threads share the tasks.
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    PreparedInput tokens[MAX_TOKENS], tokens_of_expert[MAX_TOKENS];
-    input().prepare(shared, barrier, tokens);
-    Outputs y[2];
+    PreparedToken tokens[MAX_TOKENS], batch_tokens[MAX_TOKENS];
+    preparer().prepare(shared, barrier, tokens);
+    BlockSums sums[2];
     const Range range = thread_range(n_blocks * batches.size());
     for (int64_t task = range.begin; task < range.end; task++) {
       const auto& [expert, pairs] = batches[task / n_blocks];
       const int64_t block = task % n_blocks, n_pairs = pairs.size();
       const int64_t blocks[] = {block, block + n_blocks};  // gate, up
-      for (int64_t i = 0; i < n_pairs; i++) tokens_of_expert[i] = tokens[pairs[i] / top_k];
-      dot<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, tokens_of_expert, y);
+      for (int64_t i = 0; i < n_pairs; i++) batch_tokens[i] = tokens[pairs[i] / top_k];
+      dot<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, batch_tokens, sums);
       const T* expert_bias = bias ? bias + expert * w.n : nullptr;
       for (int64_t i = 0; i < n_pairs; i++) {
-        const Vec v = finish_product(y, i, 0, blocks, expert_bias, w.n, activation);
+        const Vec v = add_bias_and_activate(sums, i, 0, blocks, expert_bias, w.n, activation);
         store_partial(v, hidden + pairs[i] * n_out, block * BLOCK_N, n_out);
       }
     }
@@ -75,27 +77,27 @@ template <typename T> struct ExpertsDownOp {
   const T* residual;  // [m, n] or null
   T* out;
 
-  ProductInput<T> input() const { return {hidden, m * top_k, w, nullptr, 0}; }
-  size_t shared_bytes() const { return input().shared_bytes(); }
+  InputPreparer<T> preparer() const { return {hidden, m * top_k, w, nullptr, 0}; }
+  size_t shared_bytes() const { return preparer().shared_bytes(); }
 
-  // The threads share out the blocks of outputs: one thread adds up all experts of a block.
+  // The threads share the blocks of outputs. One thread sums the products of a block over all experts.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    std::vector<PreparedInput> hidden_of_pairs(m * top_k);
-    input().prepare(shared, barrier, hidden_of_pairs.data());
-    PreparedInput hidden_of_expert[MAX_TOKENS];
-    Outputs y[2], total;
+    std::vector<PreparedToken> prepared(m * top_k);  // the rows of hidden
+    preparer().prepare(shared, barrier, prepared.data());
+    PreparedToken batch_rows[MAX_TOKENS];
+    BlockSums sums[2], total;  // dot fills sums[0] alone
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
       std::fill_n(total, m, Vec{});
       for (const auto& [expert, pairs] : batches) {
         const int64_t n_pairs = pairs.size();
-        for (int64_t i = 0; i < n_pairs; i++) hidden_of_expert[i] = hidden_of_pairs[pairs[i]];
-        dot<T>(n_pairs, w.expert(expert), &block, 1, hidden_of_expert, y);
+        for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = prepared[pairs[i]];
+        dot<T>(n_pairs, w.expert(expert), &block, 1, batch_rows, sums);
         const T* expert_bias = bias ? bias + expert * w.n : nullptr;
         for (int64_t i = 0; i < n_pairs; i++) {
           const int64_t pair = pairs[i];
-          total[pair / top_k] += topk_weights[pair] * add_bias(y[0][i], expert_bias, block, w.n);
+          total[pair / top_k] += topk_weights[pair] * add_bias(sums[0][i], expert_bias, block, w.n);
         }
       }
       for (int64_t i = 0; i < m; i++) {
@@ -106,13 +108,15 @@ template <typename T> struct ExpertsDownOp {
   }
 };
 
-// Computes topk_weights, topk_ids [m, top_k] = the largest entries of softmax(logits [m, n_experts]). If
-// norm_topk_prob, divides the weights of a token by their sum. If a logit is NaN, all weights are NaN, and the ids are
-// still top_k different ones.
+// Computes topk_weights and topk_ids [m, top_k], the largest entries of softmax(logits [m, n_experts]). If
+// norm_topk_prob, divides the weights of a token by the sum of these weights. If a logit is NaN, all weights of the
+// token are NaN, and the ids are top_k different experts.
 //
-// With n_shared_experts, topk_weights and topk_ids are [m, top_k + n_shared_experts]. The shared experts follow the
-// chosen ones, and the ids of shared experts begin at n_experts. Then logits are [m, n_experts + 1], and the sigmoid of
-// the last logit is the weight of each shared expert.
+// Shared experts are used by every token. With n_shared_experts > 0, logits are [m, n_experts + 1], and the sigmoid of
+// the last logit is the weight of each shared expert:
+//
+//     topk_ids[token]        top_k chosen experts    n_experts, n_experts + 1, ...
+//     topk_weights[token]    softmax                 sigmoid, sigmoid, ...
 struct RouteOp {
   const float* logits;
   int64_t m, n_experts, top_k, n_shared_experts;
@@ -140,7 +144,7 @@ struct RouteOp {
       ids[i] = best;
       topk_total += weights[i] = std::exp(logits[best] - max);
     }
-    const float sum = norm_topk_prob ? topk_total + 0 * total : total;  // 0 * total: NaN if any logit is
+    const float sum = norm_topk_prob ? topk_total + 0 * total : total;  // 0 * total is NaN if any logit is NaN
     for (int64_t i = 0; i < top_k; i++) weights[i] /= sum;
     for (int64_t i = 0; i < n_shared_experts; i++) {
       ids[top_k + i] = n_experts + i;

@@ -1,8 +1,19 @@
-// The CPU kernels as PyTorch operations: torch.ops.gptfast.NAME. Each function checks its tensors, allocates the output
-// and submits the operation.
+// The CPU kernels as PyTorch operations, torch.ops.gptfast.NAME. Each function here checks its tensors, allocates the
+// output, and submits the operation (tape.h: submit). kernels/cpu.py compiles this file, which includes the headers.
 //
-// kernels/ops.py describes the operations, kernels/schema.py has their schemas, kernels/reference.py computes the
-// same in PyTorch, and kernels/cpu.py compiles this file.
+//     kernels/ops.py          describes the operations, and calls the functions
+//     kernels/schema.py       has the schemas of the functions
+//     kernels/reference.py    computes the same operations in PyTorch
+//
+// The headers, in the order in which to read them:
+//
+//     simd.h           vectors of 16 floats
+//     threads.h        how threads share work, and how many there are
+//     tape.h           operations: executed, recorded or replayed
+//     weights.h        packed weights and their formats (float8.h: 8-bit floats)
+//     activations.h    prepares the inputs of products
+//     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens
+//     linear.h, moe.h, attention.h, sampling.h    the operations
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,21 +38,21 @@ template <typename T> const T* ptr(const OptTensor& t) { return t ? ptr<T>(*t) :
 
 Sizes sizes(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
-// Returns the sizes of t with another last size.
+// Returns the sizes of t with last in place of the last size.
 Sizes resized(const Tensor& t, int64_t last) {
   Sizes shape = sizes(t);
   shape.back() = last;
   return shape;
 }
 
-// Returns the sizes of t and one more.
+// Returns the sizes of t, and last after them.
 Sizes extended(const Tensor& t, int64_t last) {
   Sizes shape = sizes(t);
   shape.push_back(last);
   return shape;
 }
 
-// Calls f with a value of the C++ type of the activations.
+// Calls f with a value of the C++ type for type, the dtype of the activations.
 template <typename F> void dispatch_type(ScalarType type, F f) {
   if (type == ScalarType::Float) f(float{});
   else if (type == ScalarType::Half) f(f16{});
@@ -49,7 +60,7 @@ template <typename F> void dispatch_type(ScalarType type, F f) {
   else STD_TORCH_CHECK(false, "activations must be float32, float16 or bfloat16");
 }
 
-// Checks activations x [..., k], and that the other tensors have the type of x. Returns the number of tokens.
+// Checks that activations x are [..., k] and that the other tensors have the type of x. Returns the number of tokens.
 int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = k ? x.numel() / k : 0;
   STD_TORCH_CHECK(x.is_contiguous() && x.size(-1) == k && m > 0, "activations must be whole rows, at least one");
@@ -59,7 +70,7 @@ int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> 
   return m;
 }
 
-// Does what check_rows does, and checks that there are at most MAX_TOKENS tokens.
+// Calls check_rows, and checks that there are at most MAX_TOKENS tokens.
 int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = check_rows(x, k, others);
   STD_TORCH_CHECK(m <= MAX_TOKENS, "activations must be of 1 to 64 tokens");
@@ -71,9 +82,10 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// Checks the tensors of a weight. format_id: WeightFormat.format_id in kernels/formats/. type: of the activations.
-Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
-                int64_t k, int64_t group_size, ScalarType type) {
+// Checks the tensors of a weight [n, k] or [n_experts, n, k]. Returns them as Weights. format_id is
+// WeightFormat.format_id in kernels/formats/, and type is the dtype of the activations.
+Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
+                      int64_t k, int64_t group_size, ScalarType type) {
   STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
   const auto stride = [](const Tensor& t) { return t.stride(0) * int64_t(t.element_size()); };
   Weights result{.format = format_id, .data = ptr<char>(w), .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
@@ -95,18 +107,18 @@ Weights weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros
   return result;
 }
 
-// Returns the Glu of a number of ACTIVATION_IDS in kernels/schema.py.
-Glu glu_of(int64_t id) {
-  STD_TORCH_CHECK(id >= 0 && id < int64_t(Glu::COUNT), "these kernels do not know this activation");
-  return Glu{id};
+// Checks id, a value of ACTIVATION_IDS in kernels/schema.py. Returns the Activation.
+Activation check_activation(int64_t id) {
+  STD_TORCH_CHECK(id >= 0 && id < int64_t(Activation::COUNT), "these kernels do not know this activation");
+  return Activation{id};
 }
 
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
               int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
               int64_t activation_id, double out_scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight, residual});
-  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
-  const Glu activation = glu_of(activation_id);
+  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
+  const Activation activation = check_activation(activation_id);
   Tensor out = torch::stable::new_empty(x, resized(x, is_gated(activation) ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
@@ -120,7 +132,7 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
 }
 
 Tensor glu(Tensor gate_up, int64_t activation_id) {
-  const Glu activation = glu_of(activation_id);
+  const Activation activation = check_activation(activation_id);
   STD_TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0, "gate and up must be contiguous halves");
   STD_TORCH_CHECK(is_gated(activation), "glu needs an activation");
   const int64_t f = gate_up.size(-1) / 2;
@@ -154,7 +166,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// Checks the values of input_order here, and not when a tape is replayed: they are as constant as a weight.
+// Checks the values of input_order here and not at every replay of a tape, since they are as constant as a weight.
 Tensor gather_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
@@ -172,7 +184,7 @@ Tensor gather_inputs(Tensor x, Tensor input_order) {
 Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
              int64_t group_size, int64_t k, ScalarType type, double scale) {
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous(), "tokens must be int64");
-  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, type);
+  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, type);
   Tensor out = torch::stable::new_empty(weight, extended(tokens, k), type);
   dispatch_type(type, [&]<typename T>(T) {
     submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .w = w, .scale = float(scale),
@@ -181,7 +193,7 @@ Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, in
   return out;
 }
 
-// Checks these tensors and returns their RopeAndCacheOp. The caller sets q, the output.
+// Checks the tensors and returns a RopeAndCacheOp. The caller sets the output, q.
 template <typename T>
 RopeAndCacheOp<T> rope_and_cache_op(const Tensor& qkv, const Tensor& start_pos, const Tensor& k_cache,
                                     const Tensor& v_cache, const Tensor& rope, int64_t n_heads,
@@ -265,8 +277,8 @@ Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zero
                        int64_t activation_id) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
-  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
-  const Glu activation = glu_of(activation_id);
+  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
+  const Activation activation = check_activation(activation_id);
   Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(activation) ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
@@ -285,7 +297,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
                   "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], the others of its type");
-  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, hidden.scalar_type());
+  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, hidden.scalar_type());
   Tensor out = torch::stable::new_empty(hidden, resized(topk_ids, n));
   dispatch_type(hidden.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsDownOp<T>{.hidden = ptr<T>(hidden), .m = m, .top_k = top_k, .topk_ids = ptr<int64_t>(topk_ids),
@@ -307,7 +319,7 @@ Tensor sample(Tensor logits, OptTensor noise, double temperature) {
 
 Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n, int64_t group_size,
                   int64_t k, ScalarType type) {
-  const Weights w = weights(weight, scales, zeros, format_id, n, k, group_size, type);
+  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, type);
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
   dispatch_type(type, [&]<typename T>(T) {
     dispatch_format(w.format, [&]<typename F>(F) {
@@ -318,11 +330,12 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
   return out;
 }
 
-// For kernels/cpu.py.
 extern "C" {
-// Up to how many tokens products with dense weights are faster here than in PyTorch (docs/measurements.md).
+// Returns the most tokens for which these kernels multiply dense weights faster than PyTorch (docs/measurements.md).
+// kernels/cpu.py calls it.
 int max_dense_tokens(int is_bf16) { return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2; }
-int has_amx_bf16() { return has_amx(); }  // for the tests
+// The tests call it.
+int has_amx_bf16() { return has_amx(); }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

@@ -1,7 +1,7 @@
-// Vectors of 16 numbers, and the types that activations have: float, f16 and bf16.
+// Vectors of 16 numbers, which all kernels compute with, and the types of activations: float, f16 and bf16.
 //
-// A Vec is written with GCC's vector extensions, which clang has too. It becomes one AVX-512 register, two of AVX2, or
-// whatever another CPU has. There are intrinsics only where the compiler would convert one element at a time.
+// A Vec is a type of the vector extensions of GCC and clang. It fills one AVX-512 register or two AVX2 registers; on
+// other CPUs the compiler chooses. Intrinsics are used only where the compiler would convert one element at a time.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -33,14 +33,14 @@ inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 
 
 // ---- Load, store, prefetch ------------------------------------------------------------------------------------------
 
-// Loads a value of type T, a number or a vector, from any address.
+// Loads a number or a vector of type T. The address need not be aligned.
 template <typename T> inline T load(const void* p) {
   T v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-// load_vec converts 16 elements of any type to float.
+// load_vec loads 16 elements and converts them to float.
 #if defined(__AVX512F__)
 inline Vec load_vec(const bf16* p) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16); }
 inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
@@ -60,7 +60,7 @@ template <typename T> inline Vec load_vec(const T* p) {
 #endif
 inline Vec load_vec(const float* p) { return load<Vec>(p); }
 
-// store_vec rounds to the nearest number of the type, ties to even. NaN stays NaN.
+// store_vec converts 16 floats to the type of p and stores them. Rounds to nearest even; NaN stays NaN.
 inline void store_vec(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
 inline void store_vec(Vec v, bf16* p) {
   const UIntVec bits = (UIntVec)v;
@@ -77,8 +77,8 @@ inline void store_vec(Vec v, f16* p) {
 #endif
 }
 
-// Load or store elements [first, first + 16) of an array p [n]. Beyond the end, load gives zeros and store does
-// nothing.
+// Load or store elements [first, first + 16) of an array p [n]. Elements beyond the end are loaded as zeros, and are
+// not stored.
 template <typename T> inline Vec load_partial(const T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return load_vec(p + first);
   T padded[LANES] = {};
@@ -92,15 +92,14 @@ template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int6
   std::memcpy(p + first, padded, std::max<int64_t>(n - first, 0) * sizeof(T));
 }
 
-// Prefetch distances, in bytes: how far ahead of use weights are fetched into a cache. A core that takes 20 GB/s
-// from memory with a latency of 250 ns has 5,000 bytes on the way.
+// Prefetch distances in bytes. A core that reads 20 GB/s at a latency of 250 ns has 5,000 bytes in flight.
 constexpr int64_t PREFETCH_L2 = 8192;
 constexpr int64_t PREFETCH_L1 = 512;
 
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Returns table[byte] for every byte of bytes, which are 0 to 15.
+// Returns table [16][byte] for each byte of bytes. Every byte is 0 to 15.
 inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 #if defined(__AVX512BW__)
   return (IntVec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), (__m512i)bytes);
@@ -116,7 +115,7 @@ inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 #endif
 }
 
-// Returns table[index], where the lowest four bits of each index count.
+// Returns table[index & 15] for each index.
 inline Vec lookup(Vec table, IntVec indices) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_permutexvar_ps((__m512i)indices, (__m512)table);
@@ -127,7 +126,8 @@ inline Vec lookup(Vec table, IntVec indices) {
 #endif
 }
 
-// Returns 2^(exponent - 127) of 16 exponents: the exponent field of a float. 2^-127 is a subnormal number, one bit set.
+// Returns 2^(e - 127) for exponents e [16]. A float's exponent field has the bias 127, so e is shifted into that field.
+// The exception is e = 0: 2^-127 is a subnormal number, whose only bit is the highest bit of the mantissa.
 inline Vec exp2_vec(const uint8_t* exponents) {
 #if defined(__AVX512F__)
   IntVec bits = (IntVec)_mm512_cvtepu8_epi32(load<__m128i>(exponents));
@@ -147,7 +147,7 @@ inline Vec as_float(Vec v) { return v; }
 
 const Vec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Replaces lanes n to 15 of v by rest.
+// Keeps lanes 0 to n - 1 of v. Sets the other lanes to rest.
 inline Vec mask_lanes(Vec v, int64_t n, float rest) { return LANE < float(n) ? v : Vec{} + rest; }
 
 // Returns the sum of all lanes.
@@ -165,8 +165,8 @@ inline float sum(Vec v) {
 #define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
 #endif
 
-// Transposes and adds: lane i of the result is the sum of all lanes of v[i], for 16 Vecs, which are overwritten.
-// Each step halves the number of Vecs: the sum of the halves of two Vecs, interleaved, becomes one Vec.
+// Returns a Vec whose lane i is the sum of all lanes of v[i], for v [16]. Overwrites v.
+// Each step turns pairs of Vecs into one Vec: interleaves the lower halves of both, then the upper halves, and adds.
 inline Vec transpose_reduce_add(Vec* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
@@ -177,9 +177,10 @@ inline Vec transpose_reduce_add(Vec* v) {
   return v[0];
 }
 
-// Transposes 16 vectors of 16 words: lane j of v[i] and lane i of v[j] change places. The place of an element is 8
-// bits: 4 of the number of the vector and 4 of the number of the lane. Each round interleaves the first half of the
-// vectors with the second, which rotates these 8 bits by one.
+// Transposes 16 vectors of 16 words: swaps lane j of v[i] and lane i of v[j].
+//
+// The address of an element is 8 bits, vvvvllll: the index of the vector, then the lane. Each round interleaves vectors
+// 0-7 with vectors 8-15, so the highest bit of the address becomes the lowest. After four rounds it is llllvvvv.
 template <typename V> inline void transpose(V* v) {
   V from[16];
 #pragma GCC unroll 4
@@ -194,30 +195,31 @@ template <typename V> inline void transpose(V* v) {
   }
 }
 
-// Gives lane i the value of lane i ^ D, for a power of two D: neighbouring groups of D lanes change places.
+// Sets lane i to lane i ^ D. D is a power of two, so neighbouring groups of D lanes swap places.
 template <int D> inline IntVec swap_lanes(IntVec v) {
   return __builtin_shufflevector(v, v, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
                                  8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
 }
 
-// Reduces lanes 0-7 and lanes 8-15 with op (maximum, sum). All eight lanes get the result.
+// Reduces lanes 0-7 with op, such as a maximum or a sum, and writes the result to all eight lanes. Lanes 8-15 likewise.
 inline IntVec reduce_halves(IntVec v, auto op) {
   v = op(v, swap_lanes<4>(v));
   v = op(v, swap_lanes<2>(v));
   return op(v, swap_lanes<1>(v));
 }
 
-// Adding this to a float x, |x| < 2^22, rounds x to an integer, because the sum has no bits left for a fraction.
-// Subtracting it again, as a float or as bits, gives the integer as a float or as an int.
+// x + ROUND_TO_INT rounds x to an integer if |x| < 2^22, because the sum has no mantissa bits for a fraction.
+// Subtracting ROUND_TO_INT from the sum gives the integer: as a float, or as an int if the bits are subtracted.
 constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 
-// Returns e^x to float's precision. x is first clamped to [-87, 88], and NaN stays NaN.
-// x = n ln 2 + r with an integer n, so e^x = 2^n e^r. e^r is Cephes' polynomial; n is added to its exponent.
+// Returns e^x to float's precision. Clamps x to [-87, 88] first. NaN stays NaN.
+// x = n ln 2 + r with an integer n, so e^x = 2^n e^r. A polynomial of Cephes gives e^r; adding n to the exponent field
+// of e^r multiplies by 2^n.
 inline Vec exp_vec(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
   x = x > 88.0f ? Vec{} + 88.0f : x;
   const Vec to_int = Vec{} + ROUND_TO_INT, t = x * 1.44269504f + to_int, n = t - to_int;
-  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, for precision
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 is split in two constants, for precision
   Vec p = Vec{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -228,7 +230,8 @@ inline Vec exp_vec(Vec x) {
   return (Vec)((IntVec)p + (((IntVec)t - (IntVec)to_int) << 23));
 }
 
-// Returns tanh(x) to float's precision, also close to zero, where Cephes' polynomial serves. NaN stays NaN.
+// Returns tanh(x) to float's precision. NaN stays NaN. The formula with e^(2x) loses precision near zero, so a
+// polynomial of Cephes serves |x| < 0.625.
 inline Vec tanh_vec(Vec x) {
   const Vec x2 = x * x, large = 1 - 2 / (1 + exp_vec(2 * x));
   Vec p = Vec{} - 5.70498872745e-3f;
@@ -236,10 +239,10 @@ inline Vec tanh_vec(Vec x) {
   p = p * x2 - 5.37397155531e-2f;
   p = p * x2 + 1.33314422036e-1f;
   p = p * x2 - 3.33332819422e-1f;
-  return x2 < 0.390625f ? p * x2 * x + x : large;  // |x| < 0.625
+  return x2 < 0.390625f ? p * x2 * x + x : large;  // 0.625^2
 }
 
-// Returns softcap * tanh(x / softcap), which stays between -softcap and softcap.
+// Bounds x smoothly to (-softcap, softcap): softcap * tanh(x / softcap).
 inline Vec apply_softcap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
 
 // Clamps x to [-limit, limit]. NaN stays NaN.
@@ -248,9 +251,9 @@ inline Vec clamp(Vec x, float limit) {
   return x < -limit ? Vec{} - limit : x;
 }
 
-// Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2 of the normal distribution. NaN stays NaN.
-// Abramowitz and Stegun 7.1.26, where erf is off by 1.5e-7 at most. For z >= 0 and t = 1 / (1 + 0.3275911 z):
-//     1 - erf(z) = (a1 t + a2 t^2 + ... + a5 t^5) e^(-z^2)
+// Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
+// Formula 7.1.26 of Abramowitz and Stegun gives erf with an error of at most 1.5e-7:
+//     1 - erf(z) = (a1 t + a2 t^2 + ... + a5 t^5) e^(-z^2)  for z >= 0, with t = 1 / (1 + 0.3275911 z)
 inline Vec normal_cdf(Vec x) {
   const Vec z = 0.70710678f * (x < 0.0f ? -x : x), t = 1 / (1 + 0.3275911f * z);
   Vec p = Vec{} + 1.061405429f;
@@ -262,23 +265,24 @@ inline Vec normal_cdf(Vec x) {
   return x < 0.0f ? tail : 1 - tail;
 }
 
-// The activation of a gated feed-forward (a gated linear unit), or none. In the order of config.py: ACTIVATIONS.
-enum class Glu : int64_t { NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, COUNT };
+// The activation of a feed-forward. The order is that of ACTIVATION_IDS in kernels/schema.py. COUNT is the number of
+// entries before it.
+enum class Activation : int64_t { NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, COUNT };
 
-// Returns whether the activation applies to a gate and, beside it, an up projection.
-inline bool is_gated(Glu activation) { return activation != Glu::NONE; }
+// Whether the feed-forward has a gate projection beside its up projection. All activations but NONE are gated.
+inline bool is_gated(Activation activation) { return activation != Activation::NONE; }
 
-// Computes activation(gate) * up, as in kernels/reference.py. activation is gated.
-inline Vec activate(Vec gate, Vec up, Glu activation) {
+// Computes activation(gate) * up, as kernels/reference.py does. activation must be gated.
+inline Vec activate(Vec gate, Vec up, Activation activation) {
   switch (activation) {
-    case Glu::NONE: case Glu::COUNT: break;
-    case Glu::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
-    case Glu::GEGLU: return gate * normal_cdf(gate) * up;
-    case Glu::GEGLU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
+    case Activation::NONE: case Activation::COUNT: break;
+    case Activation::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
+    case Activation::GEGLU: return gate * normal_cdf(gate) * up;
+    case Activation::GEGLU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
       return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
-    case Glu::CLAMPED_SWIGLU:
+    case Activation::CLAMPED_SWIGLU:
       gate = gate > 7.0f ? Vec{} + 7 : gate;
       return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
   }
-  __builtin_unreachable();  // ops.cpp refuses other numbers
+  __builtin_unreachable();  // ops.cpp refuses other ids
 }

@@ -1,17 +1,19 @@
-// Operations, and tapes. A tape is a recorded list of operations: for a CPU what a CUDA graph is for a GPU.
+// Operations and tapes. A tape is a recorded list of operations; a CPU replays it as a GPU replays a CUDA graph.
 //
-// All threads of an OpenMP parallel region execute an operation together, each thread a range of the tasks. Called from
-// Python, an operation gets a parallel region of its own. But while a tape is being recorded, a call only appends the
-// operation to the tape, with the addresses of inputs and outputs. A replay executes all operations in one region:
+// The threads of an OpenMP parallel region execute an operation together. Each thread computes a range of the tasks.
+// ops.cpp submits every operation that Python calls (submit). What happens next depends on whether a tape is recorded:
 //
-//     tape_begin   fused_linear(...)  attend(...)  fused_linear(...)  ...   tape_end        records: nothing is computed
-//     tape_replay                                                               computes, on the same addresses
+//     no tape     submit executes the operation in a parallel region of its own
+//     recording   submit appends the operation to the tape, with the addresses of inputs and outputs; computes nothing
+//     replay      one parallel region executes all operations of the tape, on the recorded addresses
 //
-//     thread 0     | fused_linear: first half   | attend: RoPE | keys | out | fused_linear ...
-//     thread 1     | fused_linear: second half  | attend: RoPE | keys | out | fused_linear ...
-//                                               ^ barrier      ^      ^     ^
+//     tape_begin   fused_linear(...)  attend(...)  fused_linear(...)  ...  tape_end
 //
-// Separate calls are slower: they ran a small model at 0.4 to 0.7 of a tape's speed (docs/how_it_works.md).
+//     tape_replay  thread 0 | fused_linear: first half  | attend: RoPE | keys | out | fused_linear ...
+//                  thread 1 | fused_linear: second half | attend: RoPE | keys | out | fused_linear ...
+//                                               barrier ^              ^      ^     ^
+//
+// Without a tape, a small model ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -22,7 +24,7 @@
 #include "simd.h"
 #include "threads.h"
 
-// Holds scratch memory that starts on a cache line, grows as needed, and is kept for the next operation.
+// Scratch memory, which is aligned to cache lines. It grows as needed, and is kept for the next operation.
 class Scratch {
   struct alignas(64) CacheLine { char bytes[64]; };
   std::vector<CacheLine> lines;
@@ -37,13 +39,13 @@ class Scratch {
 
 // ---- Operations -----------------------------------------------------------------------------------------------------
 
-// An operation is a struct of its inputs, outputs and sizes with one to three functions:
+// An operation is a struct that holds the addresses and sizes of its inputs and outputs. It has one to three functions:
 //
-//     void execute(char* shared, Barrier&) const    Every thread of the region calls it. The output is complete when
-//                                                   all have returned. barrier.wait() separates phases.
-//     size_t shared_bytes() const                   (optional) The size of shared: scratch memory of all threads.
-//     const char* error() const                     (optional) What is wrong with the inputs' values, or null.
-//                                                   Called once, before the region.
+//     void execute(char* shared, Barrier&) const    Every thread of the region calls execute. The output is complete
+//                                                   when all threads have returned. barrier.wait() separates phases.
+//     size_t shared_bytes() const                   (optional) The size of shared, scratch memory for all threads.
+//     const char* error() const                     (optional) Says what is wrong with the values of the inputs, or
+//                                                   returns null. Is called once, before the region.
 class Op {
  public:
   virtual ~Op() = default;
@@ -52,7 +54,7 @@ class Op {
   virtual const char* error() const = 0;
 };
 
-// Wraps the struct of an operation as an Op.
+// Makes an Op of an operation's struct. Supplies the optional functions that the struct lacks.
 template <typename Operation> class OpOf : public Op {
   const Operation operation;
 
@@ -73,10 +75,10 @@ using Ops = std::vector<std::unique_ptr<Op>>;
 struct Tape {
   Ops ops;
   int n_replays = 0;
-  double second_seconds = 0;  // of the second replay; the first one also waits for new memory
+  double second_seconds = 0;  // the duration of the second replay; the first replay also waits for new memory
 };
 
-// Executes ops in one parallel region. Returns how long threads stalled, all threads together.
+// Executes ops in one parallel region. Returns the sum of all threads' stalls in seconds.
 inline double execute(const Ops& ops, int n_threads) {
   static thread_local Scratch scratch;
   size_t n_bytes = 0;
@@ -91,19 +93,19 @@ inline double execute(const Ops& ops, int n_threads) {
   return barrier.stalled_seconds();
 }
 
-// Returns what is wrong with the values of the inputs, or null.
+// Returns the first error() of ops, or null.
 inline const char* find_error(const Ops& ops) {
   for (const auto& op : ops)
     if (const char* error = op->error()) return error;
   return nullptr;
 }
 
-// Decides for all tapes that this thread replays. One number of threads serves all tapes, since changing it from tape
-// to tape would cost more than it gains.
+// All tapes use the same number of threads, since changing the number between tapes would cost more than it gains.
 inline thread_local ThreadCount thread_count;
 
-// Executes a tape. If the value of an input is wrong, computes nothing and returns the message. adapt_threads: take
-// fewer threads while other programs need the cores. Not for one of several tapes with functions between them.
+// Executes a tape. If the value of an input is wrong, computes nothing and returns the message.
+// adapt_threads: whether to use fewer threads while other programs need the cores. Must be false if functions run
+// between the tapes of a step (kernels/record.py).
 inline const char* replay(Tape& tape, bool adapt_threads) {
   static thread_local double last_end = 0;
   if (const char* error = find_error(tape.ops)) return error;
@@ -116,12 +118,12 @@ inline const char* replay(Tape& tape, bool adapt_threads) {
   return nullptr;
 }
 
-inline thread_local Tape* recording = nullptr;
+inline thread_local Tape* recorded_tape = nullptr;  // the tape that is being recorded, or null
 
-// Appends an operation to the tape that is being recorded. If there is none, executes it.
+// Appends an operation to recorded_tape. If that is null, executes the operation.
 inline void submit_op(std::unique_ptr<Op> op) {
-  if (recording) {
-    recording->ops.push_back(std::move(op));
+  if (recorded_tape) {
+    recorded_tape->ops.push_back(std::move(op));
     return;
   }
   Ops ops;
@@ -134,10 +136,11 @@ template <typename Operation> void submit(const Operation& operation) {
   submit_op(std::make_unique<OpOf<Operation>>(operation));
 }
 
-// For kernels/record.py.
+// kernels/record.py calls these functions. tape_begin starts recording a new tape, and tape_end stops. tape_threads
+// returns the current number of threads. tape_free frees a tape.
 extern "C" {
-Tape* tape_begin() { return recording = new Tape; }
-void tape_end() { recording = nullptr; }
+Tape* tape_begin() { return recorded_tape = new Tape; }
+void tape_end() { recorded_tape = nullptr; }
 const char* tape_replay(Tape* tape, bool adapt_threads) { return replay(*tape, adapt_threads); }
 int tape_threads() { return thread_count.next(torch::stable::get_num_threads()); }
 void tape_free(Tape* tape) { delete tape; }

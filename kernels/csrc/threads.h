@@ -1,4 +1,8 @@
-// The threads of a parallel region: how they share work, how they wait for each other, and how many there are.
+// The threads of a parallel region.
+//
+//     thread_range    how threads share tasks; every operation calls it
+//     Barrier         how threads wait for each other; tape.h has one for each region
+//     ThreadCount     how many threads a region has; tape.h has one for all tapes
 #pragma once
 
 #include <omp.h>
@@ -12,21 +16,21 @@
 #include <cstdint>
 #include <thread>
 
-// Returns seconds, by a clock that all programs share.
+// Returns the time in seconds. All programs of the machine read the same clock.
 inline double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// A range [begin, end) of n tasks, which one thread does.
+// A range of tasks, [begin, end). range_of_thread returns the range of one of n_threads threads that share n tasks.
 struct Range { int64_t begin, end; };
 inline Range range_of_thread(int64_t thread, int64_t n_threads, int64_t n) {
   return {n * thread / n_threads, n * (thread + 1) / n_threads};
 }
 inline Range thread_range(int64_t n) { return range_of_thread(omp_get_thread_num(), omp_get_num_threads(), n); }
 
-// Lets the threads of a parallel region wait for each other. Unlike OpenMP's barrier, wait spins only briefly and then
-// yields the CPU: on a busy machine, the thread that is still missing may need the CPU. The time after spinning is a
-// stall.
+// Lets the threads of a parallel region wait for each other. wait spins briefly and then yields the CPU, since on a
+// busy machine the last thread may need this CPU. OpenMP's barrier would go on spinning. The time after the spinning is
+// a stall.
 class Barrier {
   std::atomic<int> arrived{0}, round{0};
   std::atomic<int64_t> stalled_ns{0};
@@ -50,83 +54,91 @@ class Barrier {
     stalled_ns.fetch_add(int64_t((now() - start) * 1e9), std::memory_order_relaxed);
   }
 
-  // Returns the stalls of all threads together.
+  // Returns the sum of all threads' stalls.
   double stalled_seconds() const { return stalled_ns.load(std::memory_order_relaxed) * 1e-9; }
 };
 
-// Decides how many threads repeated computations take. If another program needs a core, the thread on this core stops
-// for milliseconds at a time, and all other threads wait at the next barrier. Then fewer threads are faster.
+// Decides how many threads a repeated computation uses, such as the replay of a tape. If another program needs a core,
+// the thread on that core stops for milliseconds, and all other threads wait at the next barrier. Then fewer threads
+// are faster.
 //
-// If threads stall, ThreadCount tries fewer for some repetitions, and keeps the number that took less time. From time
-// to time it tries more again, since the other program may have ended. After a trial in vain, the next one waits twice
-// as long. On an idle machine nobody stalls, and nothing is tried. After a pause all of that is forgotten.
+//     what happens                          what ThreadCount does
+//     threads stall                         tries fewer threads for some repetitions, and keeps the faster number
+//     no stalls, some threads are unused    tries more threads again, since the other program may have ended
+//     no stalls, all threads are used       nothing: the machine is idle
+//     a trial gains nothing                 returns to the earlier number; the next trial waits twice as long
+//     a pause                               forgets everything
 //
-// Two programs that decode at the same time are only faster if both take fewer threads. So both should try it together,
-// without knowing of each other. A trial begins when their common clock passes a multiple of the time to wait:
+// If two programs decode at the same time, both must use fewer threads before either gets faster. So the trials of both
+// should coincide, although neither program knows of the other. A trial begins when the common clock passes a multiple
+// of `patience` windows:
 //
-//     windows of the clock    0   1   2   3   4   5   6   7   8      trials every 2 windows at first, then every 4 ...
-//     one program                     |trial  |       |trial          every 2, then every 4
-//     another, just started                           |trial
+//     windows of the clock           0   1   2   3   4   5   6   7   8   9
+//     first program                          trial   trial           trial      patience 2, 4, 8
+//     second program, starts in 5                            trial   trial      patience 2, 4
 //
-// Several computations may take turns, such as decoding and verifying. Then their times cannot be compared, so each is
-// divided by what the same computation took once.
+// Different computations may take turns, such as decoding and verifying. To make their times comparable, each time is
+// divided by the time that the same computation took once.
 class ThreadCount {
-  static constexpr double WINDOW_SECONDS = 0.03;             // for how long they are timed before a decision, at least
-  static constexpr int MIN_TIMED = 2;                        // how many repetitions are timed before it, at least
-  static constexpr double MAX_STALLED = 0.15;                // of the waiting threads' time; above it fewer are tried
-  static constexpr double MIN_GAIN = 0.03;                   // of the time; a trial that gains less is in vain
-  static constexpr double MAX_LOSS = 0.25;                   // of a repetition; above it a trial of more threads ends
-  static constexpr int LESS_PATIENCE = 2, MORE_PATIENCE = 16, MAX_PATIENCE = 256;  // windows between two trials
+  static constexpr double WINDOW_SECONDS = 0.03;  // repetitions are timed for at least this long before a decision
+  static constexpr int MIN_TIMED = 2;             // and at least this many repetitions
+  static constexpr double MAX_STALLED = 0.15;     // try fewer threads above this share of the waiting threads' time
+  static constexpr double MIN_GAIN = 0.03;        // a trial must save this share of the time
+  static constexpr double MAX_LOSS = 0.25;        // a trial of more threads ends if a repetition is this much slower
+  static constexpr int LESS_PATIENCE = 2, MORE_PATIENCE = 16, MAX_PATIENCE = 256;
   static constexpr double PAUSE_SECONDS = 1;
 
-  int most = 0, current = 0;  // threads
-  int before_trial = 0;       // threads before the trial that is going on; 0: there is none
-  int divisor = 2;            // the next trial of fewer threads leaves out one of so many
-  int patience = LESS_PATIENCE;
-  int64_t first_window = 0;          // of the clock, in which the repetitions began that are being timed
-  int n_timed = 0;                   // how many these are
-  double seconds = 0, stalled = 0;   // of all of these
-  double time = 0;                   // of all of these, each relative to once_seconds (see add); then their mean
-  double time_before = 0;            // that mean before the trial
+  int most = 0, current = 0;     // numbers of threads
+  int before_trial = 0;          // the number of threads before the current trial; 0 means that there is no trial
+  int divisor = 2;               // the next trial of fewer threads uses current / divisor threads less
+  int patience = LESS_PATIENCE;  // windows between two trials
+  double mean_before_trial = 0;  // the mean relative time before the current trial
+
+  // Of the repetitions since the last decision:
+  int64_t first_window = 0;  // the window of the clock in which the first one began
+  int n_timed = 0;
+  double total_seconds = 0, total_stalled = 0;
+  double total_relative = 0;  // of relative times: seconds / once_seconds (see add)
 
  public:
-  // How many threads the next repetition takes, of n. pause_seconds: since the last one.
+  // Returns how many of n threads the next repetition uses. pause_seconds is the time since the last repetition.
   int next(int n, double pause_seconds = 0) {
     if (n != most || pause_seconds > PAUSE_SECONDS) *this = ThreadCount{}, most = current = n;
     return current;
   }
 
-  // Tells it when that repetition ended, how long it took, how long its threads stalled, all together, and how long the
-  // same computation took once.
-  void add(double end, double repetition_seconds, double stalled_seconds, double once_seconds) {
+  // Takes the times of a repetition: when it ended, how long it took, how long its threads stalled (the sum over all
+  // threads), and how long the same computation took once.
+  void add(double end, double seconds, double stalled_seconds, double once_seconds) {
     const int64_t window = int64_t(end / WINDOW_SECONDS);
-    const double repetition = repetition_seconds / once_seconds;
-    if (n_timed++ == 0) first_window = int64_t((end - repetition_seconds) / WINDOW_SECONDS);
-    seconds += repetition_seconds, stalled += stalled_seconds, time += repetition;
-    const bool is_hopeless = before_trial && current > before_trial && repetition > (1 + MAX_LOSS) * time_before;
+    const double relative = seconds / once_seconds;
+    if (n_timed++ == 0) first_window = int64_t((end - seconds) / WINDOW_SECONDS);
+    total_seconds += seconds, total_stalled += stalled_seconds, total_relative += relative;
+    const bool is_hopeless = before_trial && current > before_trial && relative > (1 + MAX_LOSS) * mean_before_trial;
     if ((n_timed < MIN_TIMED || window == first_window) && !is_hopeless) return;
-    time /= n_timed;
-    if (before_trial) end_trial();
-    else if (window / patience != first_window / patience) begin_trial();
-    n_timed = 0, seconds = stalled = time = 0;
+    const double mean = total_relative / n_timed;
+    if (before_trial) end_trial(mean);
+    else if (window / patience != first_window / patience) begin_trial(mean);
+    n_timed = 0, total_seconds = total_stalled = total_relative = 0;
   }
 
  private:
-  void begin_trial() {
+  void begin_trial(double mean) {
+    const bool is_stalling = total_stalled > MAX_STALLED * (current - 1) * total_seconds;
     int n = current;
-    if (current > 1 && stalled > MAX_STALLED * (current - 1) * seconds) n = current - std::max(1, current / divisor);
+    if (current > 1 && is_stalling) n = current - std::max(1, current / divisor);
     else if (current < most) n = current + (most - current + 1) / 2;
     if (n == current) return;
-    before_trial = current, current = n, time_before = time;
+    before_trial = current, current = n, mean_before_trial = mean;
   }
 
-  void end_trial() {
-    const bool is_drop = current < before_trial;
-    if (time < (1 - MIN_GAIN) * time_before) {
-      divisor = 2, patience = is_drop ? MORE_PATIENCE : LESS_PATIENCE;
+  void end_trial(double mean) {
+    const bool was_fewer_threads = current < before_trial;
+    if (mean < (1 - MIN_GAIN) * mean_before_trial) {
+      divisor = 2, patience = was_fewer_threads ? MORE_PATIENCE : LESS_PATIENCE;
     } else {
       current = before_trial, patience = std::min(2 * patience, MAX_PATIENCE);
-      if (is_drop) divisor = divisor < current ? 2 * divisor : 2;
+      if (was_fewer_threads) divisor = divisor < current ? 2 * divisor : 2;
     }
     before_trial = 0;
   }
