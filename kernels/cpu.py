@@ -1,9 +1,10 @@
-"""Compiles and loads the C++ kernels in kernels/csrc/, and puts weights into huge pages for them.
+"""Compiles and loads the C++ kernels in kernels/csrc/ (library), and copies weights into huge pages (HugePageArena).
+kernels/prepare.py calls both.
 
-The kernels are compiled for this machine at first use, which takes some fifteen seconds, and cached in
-~/.cache/gpt-fast, or in a temporary folder if the cache is not usable. The environment variables CXX and CXXFLAGS
-choose the compiler and add flags. Compiled kernels need no compiler. Without kernels, everything runs on PyTorch's own,
-slower operations.
+The first use compiles the kernels for this machine, which takes some fifteen seconds. The compiled library is cached in
+~/.cache/gpt-fast, or in a temporary folder if that cache is not usable. The environment variable CXX chooses the
+compiler, and CXXFLAGS adds flags. Loading a cached library needs no compiler. Without a library, everything runs on
+PyTorch's own, slower operations.
 """
 
 import contextlib
@@ -29,22 +30,22 @@ from kernels import schema  # noqa: F401  (defines the schemas of the operations
 from machine import use_huge_pages
 
 SOURCES = Path(__file__).parent / "csrc"
-CPU_FIELDS = (  # fields of /proc/cpuinfo that determine what -march=native compiles for
+CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
     "vendor_id", "cpu family", "model", "model name", "flags",
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features", "isa",
 )  # fmt: skip
 FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
-    "-Werror=switch",  # so that the compiler names the places that a new format or activation must be added to
+    "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
 ]  # fmt: skip
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Loads the kernels, which become torch.ops.gptfast. If the cache has none, compiles them first; several processes
-    may do so at once. On failure, prints one line to stderr and returns None.
+    """Loads the kernels as torch.ops.gptfast. Compiles them first if the cache has no library; several processes may
+    compile at once. On failure, prints one line to stderr and returns None.
 
-    The returned library has the functions with which record.py records and replays tapes (kernels/csrc/tape.h).
+    The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
     """
     library = find_or_compile()
     if library is not None:
@@ -61,21 +62,20 @@ def find_or_compile() -> ctypes.CDLL | None:
             return load_cached(library_name(compiler)) or compile_and_load(compiler)
         except (OSError, subprocess.CalledProcessError) as e:
             why = f"kernels/csrc does not build here ({reason(e)})"
-    library = load_cached(library_name(None))  # made earlier, by any compiler
+    library = load_cached(library_name(None))  # which any compiler may have made earlier
     if library is None:
         print(f"{why}: running on PyTorch's own, slower operations", file=sys.stderr)
     return library
 
 
 def use_one_thread():
-    """Makes the child of a fork use one thread. OpenMP's other threads exist only in the parent, so a child with more
-    would wait for ever."""
+    """Makes the child of a fork use one thread. OpenMP's other threads exist only in the parent, so a child that used
+    more threads would wait forever."""
     torch.set_num_threads(1)
 
 
 def max_dense_tokens(dtype: torch.dtype) -> int:
-    """Returns up to how many tokens the kernels multiply dense weights of dtype faster than PyTorch does on this
-    CPU."""
+    """Returns the most tokens for which the kernels multiply dense weights of dtype faster than PyTorch on this CPU."""
     return library().max_dense_tokens(dtype == torch.bfloat16)
 
 
@@ -97,22 +97,22 @@ def compiler_flags() -> list[str]:
 
 def library_name(compiler: list[str] | None) -> str:
     """Returns the compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch
-    version and the CPU; B is a hash of the compiler. Without a compiler, returns a pattern for the libraries of any
-    compiler, or "" if the CPU is not known."""
+    version and the CPU. B is a hash of the compiler. If compiler is None, returns a pattern for the libraries of any
+    compiler, or "" if the CPU is unknown."""
     cpu = cpu_description()
     key = hashlib.sha256(repr((compiler_flags(), torch.__version__, cpu)).encode())
     for source in sorted(SOURCES.iterdir()):
         key.update(source.read_bytes())
     if compiler is None:
         return f"kernels-{key.hexdigest()[:16]}-*.so" if cpu else ""
-    # The predefined macros name the compiler's version and the instruction sets that it will use.
+    # The predefined macros have the compiler's version, and the instruction sets of -march=native.
     macros = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     compiler_key = hashlib.sha256(subprocess.run(macros, capture_output=True).stdout)
     return f"kernels-{key.hexdigest()[:16]}-{compiler_key.hexdigest()[:8]}.so"
 
 
 def cpu_description() -> str:
-    """Returns the model and the instruction sets of the machine's first CPU, as Linux reports them; "" on other
+    """Returns the model and the instruction sets of the first CPU, as Linux reports both. Returns "" on other
     systems."""
     with contextlib.suppress(OSError):
         first_cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
@@ -122,7 +122,7 @@ def cpu_description() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Returns the folders for compiled libraries, the preferred folder first."""
+    """Returns the folders for compiled libraries. The first folder is preferred."""
     folders = [Path(tempfile.gettempdir()) / f"gpt-fast-{os.getuid()}"]
     with contextlib.suppress(RuntimeError):  # no home folder
         folders.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast")
@@ -130,8 +130,8 @@ def cache_folders() -> list[Path]:
 
 
 def check_folder(folder: Path):
-    """Raises OSError if libraries in folder cannot be loaded, or must not be: where all users can make folders, the
-    folder may be another user's."""
+    """Raises OSError if libraries cannot be loaded from folder, or must not be, since another user could have written
+    them: in a parent that all users can write to, the folder must be this user's alone."""
     status, parent = folder.lstat(), folder.parent.stat()
     is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
     if parent.st_mode & stat.S_IWOTH and not is_own:
@@ -141,7 +141,7 @@ def check_folder(folder: Path):
 
 
 def load_cached(name: str) -> ctypes.CDLL | None:
-    """Loads a library whose name is, or fits the pattern, name. Returns None if there is none that loads."""
+    """Loads a cached library. name is a file name or a pattern. Returns None if no library fits or none loads."""
     for folder in cache_folders() if name else []:
         with contextlib.suppress(OSError):
             check_folder(folder)
@@ -155,8 +155,8 @@ def load_cached(name: str) -> ctypes.CDLL | None:
 
 
 def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles and loads the library, in the first of cache_folders that allows both. Prints why if that is not the
-    preferred folder. Raises OSError or CalledProcessError if no folder does."""
+    """Compiles and loads the library in the first of cache_folders that allows both. If that is not the preferred
+    folder, prints the reason. If no folder allows both, raises OSError or CalledProcessError."""
     if sys.stderr and sys.stderr.isatty():
         print("compiling kernels/csrc for this machine, once", file=sys.stderr)
     preferred, *others = cache_folders()
@@ -178,13 +178,13 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
         out = f"{scratch}/kernels.so"
         command = [*compiler, str(SOURCES / "ops.cpp"), "-o", out, *compiler_flags()]
         run_compiler(command, os.environ | {"TMPDIR": scratch})
-        os.replace(out, library)  # atomic, so that other processes see a whole file or none
+        os.replace(out, library)  # atomic: other processes see a whole file or no file
     return load_library(library)
 
 
 def run_compiler(command: list[str], env: dict[str, str]):
-    """Runs command. Raises CalledProcessError if it fails. If a signal ends this process meanwhile, everything that the
-    command has started ends, too."""
+    """Runs command. Raises CalledProcessError if command fails. If a signal ends this process, also kills command and
+    all processes that command has started."""
     with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:  # fmt: skip
@@ -200,9 +200,9 @@ def run_compiler(command: list[str], env: dict[str, str]):
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[list[int]]:
-    """Defers signals that would end the process: within this context a signal is only noted, in the yielded list, and
-    takes effect at the end of the context. Python allows this in the main thread only; in another thread nothing is
-    deferred."""
+    """Defers signals that would end the process. Within this context a signal is only appended to the yielded list. The
+    signal takes effect at the end of the context. Python handles signals in the main thread alone, so other threads
+    defer nothing."""
     held, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -221,7 +221,7 @@ def defer_signals() -> Iterator[list[int]]:
 
 
 def reason(e: Exception) -> str:
-    """Returns the line that gives the reason, from a compiler's output or another error's message."""
+    """Returns the line of a compiler's output, or of another error's message, that gives the reason."""
     lines = (getattr(e, "stderr", None) or str(e)).splitlines()
     reasons = [line for word in ("No space left", "error") for line in lines if word in line]
     return reasons[0] if reasons else str(e)
@@ -239,20 +239,20 @@ def load_library(library: Path) -> ctypes.CDLL:
 
 
 class HugePageArena:
-    """An arena of huge pages. copy(t) copies a tensor to the next free place. With small pages, TLB misses would cost
-    time."""
+    """Memory in huge pages for weights. Small pages would cost time by TLB misses."""
 
-    MIN_ALLOCATION = 2**26  # bytes to allocate at a time; a larger tensor gets more
+    MIN_ALLOCATION = 2**26  # bytes of a chunk; a chunk for a larger tensor is larger
     PAGE_BYTES = 2**21
     ALIGNMENT = 64  # a cache line
 
     def __init__(self):
-        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
+        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0  # the current chunk, and how many bytes are used
 
     def copy(self, t: Tensor) -> Tensor:
-        if self.used + t.nbytes > self.memory.numel():  # a new chunk, with room to start at the beginning of a page
+        """Copies t to the next free address. If the chunk is full, allocates a new one."""
+        if self.used + t.nbytes > self.memory.numel():
             self.memory = torch.empty(max(t.nbytes, self.MIN_ALLOCATION) + 2 * self.PAGE_BYTES, dtype=torch.uint8)
-            self.used = -self.memory.data_ptr() % self.PAGE_BYTES
+            self.used = -self.memory.data_ptr() % self.PAGE_BYTES  # begins at a page
             use_huge_pages(self.memory[self.used :])
         copy = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
         self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT

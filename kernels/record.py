@@ -1,21 +1,33 @@
-"""record(step) records a decode step once, and replays it for every token: CUDA graphs, and the same for CPUs.
+"""record(step) records a decode step as a graph, and replays the graph for every token: a CUDA graph on a GPU, tapes of
+C++ kernels on a CPU.
 
     step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
-    logits = step(tokens, start_pos)       # the first call with these shapes records, every later one replays
+    logits = step(tokens, start_pos)       # the first call with these shapes records; every later call replays
 
-The contract is the same on both devices. A call copies the arguments into the recording's buffers, and returns tensors
-that the next call overwrites. Only the arguments' contents may change from call to call.
+A call copies the arguments into the graph's inputs, and returns the graph's outputs, which the next call overwrites.
+Only the contents of the arguments may change between calls.
 
-    CUDA, ROCm    CUDAGraph: everything that step does on the GPU
-    CPU           CPUGraph: a tape, which is the list of the C++ kernels that step calls, with the addresses of inputs
-                  and outputs. A tape is replayed in one parallel region (kernels/csrc/tape.h)
+Who owns whom:
 
-A tape can hold leaf operations alone: the operations of kernels/schema.py: SCHEMAS, of which a model is composed. Any
-other operation raises an error on a CPU, since it would run once, while recording, and never again. A collective is no
-leaf operation, so it runs between two tapes:
+    record's dict of graphs        one graph for each combination of the arguments' shapes
+     +- CUDAGraph (CUDA, ROCm)     inputs, outputs, and PyTorch's CUDA graph of everything that step does on the GPU
+     +- CPUGraph                   inputs, outputs, the activations between them, and the segments:
+         +- Tape                   a C++ list of kernel calls, with the addresses of tensors (kernels/csrc/tape.h)
+         +- function               Python to call between two tapes
 
-        embed  fused_linear  attend  fused_linear  ...  fused_linear |  all_reduce   | add  fused_linear  attend ...
-        [--------------------------- tape --------------------------] graph_break() [----------- tape ----------
+How a CPUGraph records and replays:
+
+    record    step runs once. Each kernel appends itself to the tape and computes nothing. A collective is no kernel, so
+              step passes it to graph_break, which ends the tape and begins another.
+
+              embed  fused_linear  attend  ...  fused_linear |   all_reduce   | add  fused_linear  attend  ...
+              [------------------- Tape -------------------] |    function    | [----------- Tape -----------
+
+    replay    copy the arguments to inputs, call the segments one by one, return outputs. A Tape executes all of its
+              kernels in one parallel region.
+
+A tape can hold only leaf operations: those of kernels/schema.py: SCHEMAS. Any other operation would run once, during
+recording, and never again. So a CPUGraph raises an error for it.
 """
 
 import ctypes
@@ -29,45 +41,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.schema import SCHEMAS
 
-# How many recordings a step keeps on a CPU: the most recently used ones. A recording holds the memory of all
-# activations. Recording again takes some milliseconds, as much as calling the operations one by one
-# (docs/measurements.md).
+# A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
+# Recording again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
-active_recorder: "Recorder | None" = None
-tape_functions: ctypes.CDLL | None = None  # None: no tape has been recorded yet
+recorded_graph: "CPUGraph | None" = None  # the graph that is being recorded
+tape_functions: ctypes.CDLL | None = None  # the C++ library, once a tape has been recorded
 
 
 def record(step: Callable) -> Callable:
-    """Returns a function like step that records step for every combination of the arguments' shapes, and replays it
-    from then on. step takes tensors on one device, or None."""
-    recordings: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the most recently used at the end
+    """Returns a function that takes step's arguments and returns step's result. It records a graph for every
+    combination of the arguments' shapes, and replays the graph. The arguments are tensors on one device, or None."""
+    graphs: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the most recently used at the end
 
     @torch.inference_mode()
     def replay(*args: Tensor | None):
         shapes = tuple(None if arg is None else arg.shape for arg in args)
-        recording = recordings.pop(shapes, None)
-        if recording is None:
+        graph = graphs.pop(shapes, None)
+        if graph is None:
             on_gpu = any(arg is not None and arg.is_cuda for arg in args)
-            if not on_gpu and len(recordings) == MAX_CPU_GRAPHS:
-                del recordings[next(iter(recordings))]
-            recording = CUDAGraph(step, args) if on_gpu else CPUGraph(step, args)
-        recordings[shapes] = recording
-        return recording(args)
+            if not on_gpu and len(graphs) == MAX_CPU_GRAPHS:
+                del graphs[next(iter(graphs))]
+            graph = CUDAGraph(step, args) if on_gpu else CPUGraph(step, args)
+        graphs[shapes] = graph
+        return graph(args)
 
     return replay
 
 
 def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Returns fn(*inputs). While a CPUGraph is recorded, this is a graph break: the tape ends and another tape begins.
-    Replaying calls fn between the two tapes. The result of fn must always have the same shape."""
-    if active_recorder is None:
+    """Returns fn(*inputs). While a CPUGraph is recorded, splits the tape, so that every replay calls fn between the two
+    tapes. fn must always return the same shape."""
+    if recorded_graph is None:
         return fn(*inputs)
-    return active_recorder.graph_break(fn, inputs)
+    return recorded_graph.split_tape(fn, inputs)
 
 
 def with_tape_threads(fn: Callable, *args):
-    """Runs fn(*args) with the tape's current thread count. On a busy machine the tape uses fewer threads; if PyTorch
-    used more than that, they would spin for cores held by other programs."""
+    """Returns fn(*args), computed with as many threads as tapes use. On a busy machine tapes use fewer threads. Further
+    threads of PyTorch would spin for cores that other programs hold."""
     n_threads = torch.get_num_threads()
     n_tape_threads = n_threads if tape_functions is None else tape_functions.tape_threads()
     if n_tape_threads == n_threads:
@@ -80,17 +91,17 @@ def with_tape_threads(fn: Callable, *args):
 
 
 class CUDAGraph:
-    """A recording of everything that a step does on a GPU: one launch in place of hundreds."""
+    """Everything that a step does on a GPU, in one launch."""
 
     def __init__(self, step: Callable, args: tuple):
         self.inputs = [None if arg is None else arg.clone() for arg in args]
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):  # compiles and loads the kernels, which must not happen while capturing
+        with torch.cuda.stream(warm_up):  # compiles and loads the kernels, which is impossible during a capture
             step(*self.inputs)
         torch.cuda.current_stream().wait_stream(warm_up)
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's own thread may go on asking the GPU about its collectives
+        # thread_local allows calls of other threads: NCCL's thread queries the GPU during a capture.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = step(*self.inputs)
 
@@ -100,16 +111,21 @@ class CUDAGraph:
         return self.outputs
 
 
-class CPUGraph:
-    """A recording of what a step does on a CPU: the kernels' calls, as tapes, and the functions to call between two
-    tapes."""
+class CPUGraph(TorchDispatchMode):
+    """What a step does on a CPU: tapes, and functions to call between two tapes. The constructor records, and a call
+    replays. As a TorchDispatchMode, the graph intercepts every PyTorch operation during recording."""
 
     def __init__(self, step: Callable, args: tuple):
+        super().__init__()
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
-        recorder = Recorder()
-        with recorder:
-            self.outputs = step(*self.inputs)  # nothing is computed: every kernel only appends itself to a tape
-        self.segments, self.keepalive = recorder.segments, recorder.keepalive
+        self.segments: list[Callable[[], None]] = []  # tapes and functions, in order of execution
+        self.keepalive = []  # all tensors whose addresses are on a tape
+        self.begin_tape()
+        try:
+            with self:  # calls __torch_dispatch__ for every operation
+                self.outputs = step(*self.inputs)
+        finally:
+            self.end_tape()
         if len(self.segments) == 1:
             self.segments[0].adapt_threads = True
 
@@ -119,25 +135,8 @@ class CPUGraph:
             segment()
         return self.outputs
 
-
-class Recorder(TorchDispatchMode):
-    """Makes the segments of a CPUGraph from what is called inside `with`. A Recorder sees every operation that PyTorch
-    is asked for, and lets only leaf operations and views pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.segments: list[Callable[[], None]] = []  # the tapes, and the functions to call between two tapes
-        self.keepalive = []  # every tensor whose address is on a tape
-
-    def __enter__(self):
-        self.begin_tape()
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        self.end_tape()
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Lets only leaf operations and views pass. A leaf operation appends itself to the tape."""
         is_leaf = func.namespace == "gptfast" and func._schema.name.removeprefix("gptfast::") in SCHEMAS
         if not is_leaf and not func.is_view:
             raise RuntimeError(f"{func} is no leaf operation: it cannot be recorded (see kernels/record.py)")
@@ -148,24 +147,26 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Returns False: to skip Dynamo, PyTorch would first import it, which takes a second and 150 MB."""
+        """PyTorch asks whether Dynamo should skip this mode. If so, PyTorch imports Dynamo, which takes a second and
+        150 MB."""
         return False
 
     def begin_tape(self):
-        global active_recorder, tape_functions
-        active_recorder, tape_functions = self, cpu.library()
+        global recorded_graph, tape_functions
+        recorded_graph, tape_functions = self, cpu.library()
         self.segments.append(Tape(tape_functions))
 
     def end_tape(self):
-        global active_recorder
-        active_recorder = None
+        global recorded_graph
+        recorded_graph = None
         cpu.library().tape_end()
 
-    def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
-        """Ends the tape, has fn called at this point of every replay, and begins another tape."""
+    def split_tape(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
+        """Ends the tape, adds a segment that calls fn(*inputs), and begins another tape. Returns the tensor that will
+        hold the result of fn."""
         self.end_tape()
         with torch.utils._python_dispatch._disable_current_modes():
-            result = fn(*inputs).clone()  # the inputs have not been computed yet: only the result's shape counts
+            result = fn(*inputs).clone()  # has the right shape; the values are garbage, since inputs is not computed
 
         def call():
             result.copy_(fn(*inputs))
@@ -177,9 +178,9 @@ class Recorder(TorchDispatchMode):
 
 
 class Tape:
-    """A tape of kernels/csrc/tape.h. The constructor begins to record, and end_tape() of Recorder stops. A call replays
-    the tape. adapt_threads: whether to use fewer threads while other programs need the cores
-    (kernels/csrc/threads.h)."""
+    """A tape of kernels/csrc/tape.h. The constructor starts recording; CPUGraph.end_tape stops. A call replays.
+
+    adapt_threads: whether to use fewer threads while other programs need the cores (kernels/csrc/threads.h)."""
 
     def __init__(self, functions: ctypes.CDLL):
         self.functions, self.address, self.adapt_threads = functions, functions.tape_begin(), False

@@ -1,12 +1,14 @@
-"""The schema of each operation that has kernels, and the shape of its result, as PyTorch needs them.
+"""The kernels as PyTorch operations: for each, the schema and a function that returns an empty result (define).
 
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
-take the arguments of this schema, so a change here is a change in both. kernels/ops.py says what each one does.
+implement the same schema, so a changed schema changes both. kernels/ops.py describes the operations and calls them.
 
-A weight [N, K] is six arguments, WEIGHT: its tensors as they are packed for the backend, WeightFormat.format_id, the
-number of outputs n, and how many inputs share a scale. The options of attention are ATTENTION: those of
-AttentionParams in params.py. Both have the order of a tuple there, WeightArguments and AttentionArguments. activation
-is a number of ACTIVATION_IDS.
+Arguments that several schemas share:
+
+    WEIGHT        a weight W [N, K], in the order of WeightArguments in params.py: the tensors as packed for the
+                  backend, WeightFormat.format_id, n = N, and group_size, the number of inputs that share a scale
+    ATTENTION     the options of AttentionParams in params.py, in the order of AttentionArguments
+    activation    a value of ACTIVATION_IDS
 """
 
 from collections.abc import Callable
@@ -17,18 +19,21 @@ from config import ACTIVATIONS
 
 CPU_ONLY = ("gptfast",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
-ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # C++ has the same order (csrc/simd.h)
+ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/simd.h: Activation
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
 ATTENTION = (
     "int n_heads, float scale, int window, float softcap, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, "
     "Tensor? sinks"
 )
-SCHEMAS: dict[str, str] = {}  # name -> schema, of the operations that a recorded CPU step may call: the leaf operations
+SCHEMAS: dict[str, str] = {}  # name -> schema of each leaf operation: a tape can hold these operations alone
 
 
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
-    """Decorator: defines an operation of the function's name in namespaces. The function itself returns an empty
-    tensor like the operation's result; torch.compile calls it in place of the kernel to learn the shape."""
+    """Decorator: defines the operation with the function's name in each namespace. The function takes the arguments of
+    schema, and returns an empty tensor with the shape and dtype of the result. torch.compile calls the function in
+    place of the kernel.
+
+    recordable: whether a tape can hold the operation (record.py)."""
 
     def register(shape_function: Callable) -> Callable:
         name = shape_function.__name__
@@ -43,7 +48,7 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
 
 
 def ops_of_backend(backend: str):
-    """The torch.ops namespace of backend's kernels; None if backend is "torch"."""
+    """Returns the torch.ops namespace of the backend's kernels, or None for the backend "torch"."""
     if backend == "cpu":
         return torch.ops.gptfast
     if backend == "triton":
@@ -52,8 +57,8 @@ def ops_of_backend(backend: str):
 
 
 def triton_op(function: Callable) -> Callable:
-    """Decorator: makes function the implementation of its name in torch.ops.gptfast_triton. It also takes CPU tensors,
-    with which Triton's interpreter runs it."""
+    """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name.
+    Registers it for CPU tensors, too, since Triton's interpreter runs on these."""
     name = f"gptfast_triton::{function.__name__}"
     torch.library.impl(name, ("CUDA", "CPU"), function)
     return function
@@ -96,7 +101,7 @@ def embed(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype, sca
     return weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
-# For attention in PyTorch, which is not recorded.
+# Comes before attention in PyTorch, which no tape records.
 @define(
     "(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rope, int n_heads, "
     "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
@@ -132,13 +137,13 @@ def experts_down(hidden, weight, scales, zeros, format_id, n, group_size, bias, 
     return hidden.new_empty(*topk_ids.shape[:-1], n)
 
 
-# For PyTorch's matrix products, in steps of many tokens, which are not recorded.
+# Comes before a matrix product in PyTorch, which no tape records.
 @define(f"({WEIGHT}, int k, ScalarType dtype) -> Tensor", recordable=False)
 def dequantize(weight, scales, zeros, format_id, n, group_size, k, dtype):
     return weight.new_empty(n, k, dtype=dtype)
 
 
-# Takes logits after the tape has run, so it is on no tape.
+# Takes the logits that a tape computes, so it comes after the tape.
 @define("(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)
 def sample(logits, noise, temperature):
     return logits.new_empty(len(logits), dtype=torch.int64)

@@ -47,8 +47,8 @@ struct Weights {
     return w;
   }
 
-  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of row `group` of
-  // [n_blocks * n_groups, 16].
+  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of the 16 scales or zeros
+  // of a block in one group of inputs. group is block * n_groups + the index of the group in the block.
   template <typename T> const T* scales_of(int64_t group) const {
     return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
   }
@@ -65,7 +65,7 @@ struct Weights {
 //     PER_WORD            elements of a word
 //     SCALE_BYTES         bytes of a scale: 4 (float), 2 (f16 or bf16) or 1 (an exponent)
 //     element             element j of each of 16 words
-//     scales_and_zeros    the scales and zeros of 16 outputs in a group of inputs
+//     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
 // and an entry in Formats. Then the loops for any format can read the new format. To add faster loops for one format,
 // overload dot_blocks (dot.h) or specialize WordDecoder (amx.h).
