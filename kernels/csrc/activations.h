@@ -47,12 +47,12 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 // All outputs need the same sum of x, so quantize_token computes this sum once and stores it as the compensation, which
 // is oneDNN's name (llama.cpp: s of block_q8_1). The format of w decides what is stored:
 //
-//     format            zero points                           compensation
-//     F::SHARED_ZERO    one for all weights                   -zero * (sum of q in this group of activations)
-//     others            one for each group of weights, or     the sum of x from the first input of the group of weights
-//                       several groups of activations         to the end of this group of activations
+//     format            zero points                       compensation
+//     F::SHARED_ZERO    one for all weights               -zero * (sum of q in this group)
+//     other formats     one for each group of weights     a running sum of x, which each group of weights begins anew
 //
-// In the second case the loops read the compensation at the end of a group of weights, where the sum is complete.
+// A group of weights spans several groups of activations. In the last one the running sum is complete, and the loops
+// read it there.
 struct QuantizedGroup {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
   float compensation;
@@ -96,13 +96,14 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 
 // ---- The input of a product -----------------------------------------------------------------------------------------
 
-// What dot.h multiplies with weights of format F: an array of QuantizedGroup [k / ACT_GROUP], float [k] or T [k].
+// The element type of a prepared token, which dot.h multiplies with weights of format F. A prepared token is an array:
+// QuantizedGroup [k / ACT_GROUP], float [k] or T [k].
 template <typename F, typename T>
 using Prepared = std::conditional_t<ROUNDS_TO_INT8<F, T>, QuantizedGroup,
                                     std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
-// The address of a token's Prepared array. The type is erased, because Weights has the format F only at run time.
-// dot_tokens (dot.h) restores the type.
+// The address of a prepared token. Its type is unknown at compile time, since the format F is. dot_tokens (dot.h) casts
+// the address to const Prepared<F, T>*.
 using PreparedToken = const void*;
 
 // Prepares the activations x [m, k] of a product with w. If norm_weight [k] is not null, applies RMSNorm first.

@@ -5,8 +5,8 @@
 //
 //     activations [16 tokens, 32 inputs]  *  weights [32 inputs, 16 outputs]  ->  sums [16 tokens, 16 outputs]
 //
-// Weights of any format are converted to bf16 once for all tokens. Products with the scales of groups are rounded to
-// bf16, as prefill rounds dequantized weights. Activations are not quantized.
+// Weights of any format are converted to bf16, once for all tokens. If a group has a scale, the dequantized weight is
+// rounded to bf16, as in prefill. Activations are not quantized.
 //
 //     WordDecoder    packed words of one format to rows of a tile
 //     WeightTiles    a block of weights as tiles

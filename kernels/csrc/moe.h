@@ -32,9 +32,9 @@ template <typename T> struct ExpertsGateUpOp {
   const T* x;
   int64_t m, top_k;
   const int64_t* topk_ids;
-  Weights w;             // [n_experts, n, k]
-  const T* bias;         // [n_experts, n] or null
-  const T* norm_weight;  // [k] or null
+  Weights w;              // [n_experts, n, k]
+  const T* bias;          // [n_experts, n] or null
+  const T* norm_weight;   // [k] or null
   float eps;
   Activation activation;  // as in FusedLinearOp
   T* hidden;

@@ -99,7 +99,7 @@ constexpr int64_t PREFETCH_L1 = 512;
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Returns table [16][byte] for each byte of bytes. Every byte is 0 to 15.
+// Returns table[byte] for each byte of bytes. table has 16 bytes, and each byte of bytes is 0 to 15.
 inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 #if defined(__AVX512BW__)
   return (IntVec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), (__m512i)bytes);
@@ -166,7 +166,7 @@ inline float sum(Vec v) {
 #endif
 
 // Returns a Vec whose lane i is the sum of all lanes of v[i], for v [16]. Overwrites v.
-// Each step turns pairs of Vecs into one Vec: interleaves the lower halves of both, then the upper halves, and adds.
+// Each step turns two Vecs into one: interleaves their lower halves, interleaves their upper halves, and adds the two.
 inline Vec transpose_reduce_add(Vec* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
@@ -201,15 +201,15 @@ template <int D> inline IntVec swap_lanes(IntVec v) {
                                  8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
 }
 
-// Reduces lanes 0-7 with op, such as a maximum or a sum, and writes the result to all eight lanes. Lanes 8-15 likewise.
+// Reduces each half of v, 8 lanes, with op, such as a maximum or a sum. All lanes of the half get the result.
 inline IntVec reduce_halves(IntVec v, auto op) {
   v = op(v, swap_lanes<4>(v));
   v = op(v, swap_lanes<2>(v));
   return op(v, swap_lanes<1>(v));
 }
 
-// x + ROUND_TO_INT rounds x to an integer if |x| < 2^22, because the sum has no mantissa bits for a fraction.
-// Subtracting ROUND_TO_INT from the sum gives the integer: as a float, or as an int if the bits are subtracted.
+// Adding ROUND_TO_INT to x, |x| < 2^22, rounds x to an integer, because the sum has no mantissa bits for a fraction.
+// Subtracting ROUND_TO_INT from the sum gives the integer as a float. Subtracting the bits gives the integer as an int.
 constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 
 // Returns e^x to float's precision. Clamps x to [-87, 88] first. NaN stays NaN.
@@ -266,7 +266,7 @@ inline Vec normal_cdf(Vec x) {
 }
 
 // The activation of a feed-forward. The order is that of ACTIVATION_IDS in kernels/schema.py. COUNT is the number of
-// entries before it.
+// the others.
 enum class Activation : int64_t { NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, COUNT };
 
 // Whether the feed-forward has a gate projection beside its up projection. All activations but NONE are gated.
