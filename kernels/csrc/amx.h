@@ -58,13 +58,6 @@ class TileRegisters {
 // Truncates a and b to bf16. Lane i of the result is the pair (a[i], b[i]).
 inline IntVec bf16_pairs(Vec a, Vec b) { return (IntVec)(((UIntVec)a >> 16) | ((UIntVec)b & 0xffff0000)); }
 
-// Loads 16 words and prefetches later words.
-inline IntVec load_and_prefetch(const char* data) {
-  prefetch_l2(data + PREFETCH_L2);
-  prefetch_l1(data + PREFETCH_L1);
-  return load<IntVec>(data);
-}
-
 // Adds half a unit in the last place of bf16. Truncating the result to bf16 then rounds v to nearest.
 inline Vec add_half_ulp(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
 
@@ -176,7 +169,8 @@ template <typename F> class WeightTiles {
   void read(int64_t begin, int64_t end, IntVec* rows) {
     for (int64_t k = begin; k < end; k += F::PER_WORD, rows += F::PER_WORD / 2, data += 64) {
       if (k == next_group_begin) decoder.set_group(w, next_group++), next_group_begin += w.group_size;
-      decoder.decode(load_and_prefetch(data), rows);
+      prefetch_ahead(data);
+      decoder.decode(load<IntVec>(data), rows);
     }
   }
 };

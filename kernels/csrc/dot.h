@@ -73,10 +73,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const QuantizedGroup* con
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
       const char* words = data[b] + g * 128;
-      for (int offset = 0; offset < 128; offset += 64) {
-        prefetch_l2(words + offset + PREFETCH_L2);
-        prefetch_l1(words + offset + PREFETCH_L1);
-      }
+      for (int offset = 0; offset < 128; offset += 64) prefetch_ahead(words + offset);
       first[b] = load<IntVec>(words), second[b] = load<IntVec>(words + 64);
     }
     for (int m = 0; m < M; m++) {
@@ -119,10 +116,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const QuantizedGroup* 
       WeightBytes bytes[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
         const char* words = data[b] + g * N_BYTES;
-        for (int offset = 0; offset < N_BYTES; offset += 64) {
-          prefetch_l2(words + offset + PREFETCH_L2);
-          prefetch_l1(words + offset + PREFETCH_L1);
-        }
+        for (int offset = 0; offset < N_BYTES; offset += 64) prefetch_ahead(words + offset);
         bytes[b] = load_bytes<F>(words);
       }
       for (int m = 0; m < M; m++) {
@@ -193,8 +187,7 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
     Vec acc[M][UNROLL][2] = {};
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; k += 4 * UNROLL)
       for (int u = 0; u < UNROLL; u++, data += 64) {
-        prefetch_l2(data + PREFETCH_L2);
-        prefetch_l1(data + PREFETCH_L1);
+        prefetch_ahead(data);
         const auto weights = [&] {
           if constexpr (IS_BF16) return float8_to_bf16(load<IntVec>(data));
           else return float8_to_float(load<IntVec>(data));
