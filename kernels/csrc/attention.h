@@ -63,7 +63,7 @@ template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
 inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
 
 // Computes scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns 16 partial maxima of the scores.
-// If next is not null, prefetches the values next [n / stride, d]: one value for every stride keys.
+// If next is not null, also prefetches the values next [n / stride, d], one value for every stride keys.
 template <int64_t D, typename T>
 Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float* scores, const T* next,
                int64_t stride) {
@@ -141,7 +141,7 @@ void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float*
   std::memcpy(out, acc, sizeof acc);
 }
 
-// The most queries of a call of accumulate_pv, whose sums fit in 16 registers. D = 0 takes one query.
+// The most queries per call of accumulate_pv: their sums fit in 16 registers. D = 0 takes one query.
 template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 
 // Calls accumulate_pv<D, Q, T> with Q = n_queries, which is 1 to MAX_Q.

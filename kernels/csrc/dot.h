@@ -43,7 +43,7 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
   const __m256i *v = reinterpret_cast<const __m256i*>(&w), *b = reinterpret_cast<const __m256i*>(&x);
   for (int h = 0; h < 2; h++) a[h] = _mm256_dpbusd_avx_epi32(a[h], v[h], b[h]);
 #elif defined(__AVX2__)
-  // maddubs adds two products in 16 bits and saturates. Products with 4 bits of w never saturate, so the lower and the
+  // maddubs adds two products in 16 bits and saturates. With 4 bits of w the sum always fits, so the lower and the
   // upper 4 bits are multiplied separately.
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), b = *reinterpret_cast<const __m256i*>(&x);
   __m256i* a = reinterpret_cast<__m256i*>(&acc);
@@ -228,7 +228,7 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// Adds to out [m, BLOCK_N] the part of tokens [m, k] * w [n, k]^T with inputs begin to k, which are less than 64 bytes.
+// Adds tokens [m, k] * w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k - 1, which are less than 64 bytes.
 // noinline leaves more registers to the loop in dot_dense.
 template <typename T>
 [[gnu::noinline]]

@@ -23,8 +23,8 @@ template <typename T> struct FusedLinearOp {
   InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
   size_t shared_bytes() const { return preparer().shared_bytes(); }
 
-  // The threads share the blocks of outputs. Each iteration multiplies two blocks of W: two blocks of outputs, or, with
-  // an activation, a block of gate and the block of up for the same outputs.
+  // The threads share the blocks of outputs. Each iteration multiplies up to two blocks of W. With an activation, the
+  // two are a block of the gate projection and a block of the up projection, for the same outputs.
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
@@ -35,7 +35,7 @@ template <typename T> struct FusedLinearOp {
     std::optional<TileRegisters> tile_registers;
     if (on_amx) tile_registers.emplace();
     for (int64_t block = range.begin, n_blocks; block < range.end; block += n_blocks) {
-      n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // of outputs
+      n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // blocks of outputs
       const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
       if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, sums);
       else dot<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
@@ -185,8 +185,7 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// Computes out [n, k] = the dequantized weights of packed format F. Prefill calls it, and no tape
-// records it.
+// Computes out [n, k] = the dequantized weights of packed format F. Prefill calls it, and no tape records it.
 //
 // Unpacking gives Vecs that hold one input of 16 outputs. Transposing 16 Vecs gives Vecs that hold 16 inputs of one
 // output, which are a piece of a row of out.

@@ -26,8 +26,8 @@ inline std::vector<ExpertBatch> group_by_expert(const int64_t* topk_ids, int64_t
   return batches;
 }
 
-// hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] W^T [+ bias]), W [n, k] and bias [n] of each expert in
-// topk_ids [m, top_k]
+// hidden [m, top_k, n_out] = [activation] ([rms_norm] x [m, k] W^T [+ bias]). Each expert in topk_ids [m, top_k] has W
+// [n, k] and bias [n].
 template <typename T> struct ExpertsGateUpOp {
   const T* x;
   int64_t m, top_k;
@@ -83,7 +83,7 @@ template <typename T> struct ExpertsDownOp {
   // The threads share the blocks of outputs. One thread sums the products of a block over all experts.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    std::vector<PreparedToken> prepared(m * top_k);  // the rows of hidden
+    std::vector<PreparedToken> prepared(m * top_k);  // a row of hidden for each pair
     preparer().prepare(shared, barrier, prepared.data());
     PreparedToken batch_rows[MAX_TOKENS];
     BlockSums sums[2], total;  // dot fills sums[0] alone

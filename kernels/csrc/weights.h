@@ -34,7 +34,7 @@ struct Weights {
   int64_t data_stride, scales_stride, zeros_stride;  // bytes between two matrices of the stack
   int64_t bits;                                      // of an element
   int64_t n, k;
-  int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8: k and 1
+  int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8 has one group of k inputs
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
 
   int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
@@ -137,7 +137,7 @@ struct Float8 : AnyFormat {
 struct MXFP4 : AnyFormat {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int PER_WORD = 8, SCALE_BYTES = 1;
-  // q and the e2m1 number, by the four bits of the number.
+  // For the four bits of a number, TABLE has q, and VALUES has the number.
   alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
   alignas(64) static constexpr std::array<float, 16> VALUES = [] {
     std::array<float, 16> values = {};
@@ -155,7 +155,7 @@ struct MXFP4 : AnyFormat {
 template <typename... F> struct FormatList { static constexpr int64_t SIZE = sizeof...(F); };
 using Formats = FormatList<Dense, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id, as in kernels/formats/
 
-// Calls function with an object of the list's struct at index.
+// Calls function(F{}) with the list's struct F at index.
 template <typename First, typename... Others, typename Function>
 auto dispatch(FormatList<First, Others...>, int64_t index, Function function) {
   if constexpr (sizeof...(Others) > 0)
