@@ -149,18 +149,20 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
     are written to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
     if not has_attention_kernel(backend, B, T, params.n_heads // cache.k.shape[1]):
-        q = rope_and_cache(qkv, params, cache, start_pos, backend)
-        return reference.cached_attention(q, params, cache, start_pos)
+        positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
+        q = rope_and_cache(qkv, params, cache, positions, backend)
+        return reference.cached_attention(q, params, cache, positions)
     return ops_of_backend(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
 
 
-def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
-    """Norms and rotates queries and keys, and writes keys and values into the cache. Returns the queries
-    [B, T, H, D]."""
+def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: str) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which follow
+    each other. Returns the queries [B, T, H, D]."""
     kernel = kernel_for("rope_and_cache", backend, count_tokens(qkv))
     if kernel is None:
-        return reference.rope_and_cache(qkv, params, cache, start_pos)
+        return reference.rope_and_cache(qkv, params, cache, positions)
     arguments = params.kernel_arguments()
+    start_pos = positions[:, 0].contiguous()
     return kernel(
         qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, arguments.n_heads, arguments.q_norm_weight,
         arguments.k_norm_weight, arguments.eps,

@@ -40,10 +40,9 @@ def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
-    """RMSNorm (arXiv:1910.07467), in float32 except for the product with the weight."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    y = normed.to(x.dtype) * norm.weight
+    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds it to x.dtype. The product with
+    the weight comes after the rounding, as in transformers."""
+    y = F.rms_norm(x, x.shape[-1:], eps=norm.eps) * norm.weight
     return y if residual is None else residual + y
 
 
@@ -86,16 +85,16 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
-    """Norms and rotates queries and keys, and writes keys and values into the cache. Returns the queries
-    [B, T, H, D]."""
+def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. Returns the
+    queries [B, T, H, D]."""
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
-    q, k, v = qkv.view(B, T, -1, D).split([params.n_heads, G, G], dim=2)  # [B, T, H or G, D]
+    H = params.n_heads
+    qk, v = qkv.view(B, T, -1, D).split([H + G, G], dim=2)  # [B, T, heads, D]
     if params.q_norm is not None:
-        q, k = norm_heads(q, params.q_norm), norm_heads(k, params.k_norm)
-    positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-    rope = cache.rope[positions]  # [B, T, D/2, 2]
-    k = apply_rope(k, rope)
+        q, k = qk.split([H, G], dim=2)
+        qk = torch.cat([norm_heads(q, params.q_norm), norm_heads(k, params.k_norm)], dim=2)
+    q, k = apply_rope(qk, cache.rope[positions]).split([H, G], dim=2)
     if fills_cache(T, S):
         cache.k.copy_(k.transpose(1, 2))
         cache.v.copy_(v.transpose(1, 2))
@@ -103,14 +102,12 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, star
         sequences = torch.arange(B, device=qkv.device)[:, None]
         cache.k[sequences, :, positions] = k
         cache.v[sequences, :, positions] = v
-    return apply_rope(q, rope)
+    return q
 
 
-def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
-    """Attends from q [B, T, H, D] to the keys and values in the cache: [B, T, H D]. The first of the T queries is at
-    start_pos [B]."""
+def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+    """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
     B, T, _, _ = q.shape
-    positions = start_pos[:, None] + torch.arange(T, device=q.device)  # [B, T]
     q = q.transpose(1, 2)  # [B, H, T, D]
     if params.sinks is not None or params.softcap or cache.alibi_slopes is not None:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
