@@ -25,7 +25,7 @@ class Linear(LinearParams):
     ) -> Tensor:  # fmt: skip
         """x [..., K] -> [..., N], with an activation [..., N / 2]: see kernels/ops.py: fused_linear."""
         if self.input_order is not None:
-            x = kernels.gather_inputs(x, self.input_order, self.backend)
+            x = kernels.permute_inputs(x, self.input_order, self.backend)
         return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
 
 

@@ -4,7 +4,7 @@
                        1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. out_scale   6. softcap
                        7. clip   8. residual
     rms_norm           a norm that no matrix product follows, and the residual after it
-    gather_inputs      puts a product's inputs in the order of its weight's columns
+    permute_inputs      puts a product's inputs in the order of its weight's columns
     glu, add           an activation or a residual that fused_linear cannot fuse
     embed              looks tokens up in the embedding
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
-from kernels.schema import ACTIVATION_IDS, ops_of_backend
+from kernels.schema import ACTIVATION_IDS, kernel_namespace
 
 MAX_CPU_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
 MAX_TRITON_TOKENS = 64  # that the Triton kernels take
@@ -61,7 +61,7 @@ def kernel_for(name: str, backend: str, n_tokens: int, max_tokens: float | None 
         return None
     if max_tokens is None:
         max_tokens = SPECIAL_MAX_TOKENS.get(name, MAX_TOKENS)[backend]
-    return getattr(ops_of_backend(backend), name) if 0 < n_tokens <= max_tokens else None
+    return getattr(kernel_namespace(backend), name) if 0 < n_tokens <= max_tokens else None
 
 
 def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | None:
@@ -126,11 +126,11 @@ def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Ten
     return kernel(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
 
 
-def gather_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
+def permute_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
     """x [..., K] -> [..., len(input_order)]: element i is element input_order[i] of x. input_order is int32."""
-    kernel = kernel_for("gather_inputs", backend, count_tokens(x))
+    kernel = kernel_for("permute_inputs", backend, count_tokens(x))
     if kernel is None:
-        return reference.gather_inputs(x, input_order)
+        return reference.permute_inputs(x, input_order)
     return kernel(x.contiguous(), input_order)
 
 
@@ -138,7 +138,7 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
     """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
     kernel = kernel_for("embed", table.backend, tokens.numel())
     if table.format.is_quantized and table.backend != "torch":  # only the kernel can read what is packed for it
-        kernel = ops_of_backend(table.backend).embed
+        kernel = kernel_namespace(table.backend).embed
     if kernel is None:
         return reference.embed(tokens, table, scale, dtype)
     return kernel(tokens.contiguous(), *table.kernel_arguments(), table.in_features, dtype, scale)
@@ -152,7 +152,7 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
         q = rope_and_cache(qkv, params, cache, positions, backend)
         return reference.cached_attention(q, params, cache, positions)
-    return ops_of_backend(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
+    return kernel_namespace(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
 
 
 def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: str) -> Tensor:

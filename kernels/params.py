@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.formats import Dense, Tensors, WeightFormat
-from kernels.schema import ops_of_backend
+from kernels.schema import kernel_namespace
 
 
 class WeightArguments(NamedTuple):
@@ -69,7 +69,7 @@ class WeightMatrix(nn.Module):
         self.format = format
 
     def kernel_arguments(self) -> WeightArguments:
-        group_size = self.format.scale_group_size(self.in_features)
+        group_size = self.format.inputs_per_scale(self.in_features)
         return WeightArguments(
             self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
         )
@@ -90,7 +90,7 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """One matrix [N, K], by the backend's kernel, of its packed tensors."""
         arguments = self.kernel_arguments()._replace(**tensors)
-        return ops_of_backend(self.backend).dequantize(*arguments, self.in_features, dtype)
+        return kernel_namespace(self.backend).dequantize(*arguments, self.in_features, dtype)
 
 
 class LinearParams(WeightMatrix):

@@ -95,14 +95,14 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
     """dtype: of the activations. Without matrix units PyTorch is faster with more than a few tokens."""
     from kernels.triton.formats import supports
-    from kernels.triton.launch import FEW_TOKENS, min_block_m_of
+    from kernels.triton.launch import MMA_TOKENS, min_block_m_of
 
     for matrix in matrices:
         if supports(matrix):
             for name, packed in triton_layouts.pack(matrix.format, matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             has_matrix_units = min_block_m_of(matrix.weight.new_empty(0, dtype=dtype)) > 1
-            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
+            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if has_matrix_units else MMA_TOKENS
             matrix.backend = "triton"
 
 

@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Ten
     return y if residual is None else residual + y
 
 
-def gather_inputs(x: Tensor, input_order: Tensor) -> Tensor:
+def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     return x.index_select(-1, input_order)
 
 

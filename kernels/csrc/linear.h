@@ -1,4 +1,4 @@
-// fused_linear, the operations that it can fuse (rms_norm, glu, add), gather_inputs, dequantize, and embed.
+// fused_linear, the operations that it can fuse (rms_norm, glu, add), permute_inputs, dequantize, and embed.
 #pragma once
 
 #include "amx.h"
@@ -80,7 +80,7 @@ template <typename T> struct RMSNormOp {
 };
 
 // Computes out [m, n] from x [m, k]: element i of a token becomes element order[i] of the same token.
-template <typename T> struct GatherInputsOp {
+template <typename T> struct PermuteInputsOp {
   const T* x;
   int64_t m, k;
   const int32_t* order;  // [n]

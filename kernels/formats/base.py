@@ -82,7 +82,7 @@ class WeightFormat:
 
     def widen(self, tensors: Tensors, wider: "WeightFormat", in_features: int) -> Tensors:
         """The tensors of wider, a format that common_format gives, with the same values. Here: of shorter groups."""
-        sizes = self.scale_group_size(in_features), wider.scale_group_size(in_features)
+        sizes = self.inputs_per_scale(in_features), wider.inputs_per_scale(in_features)
         if sizes[0] == sizes[1]:
             return tensors
         groups = {name: shard_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
@@ -100,7 +100,7 @@ class WeightFormat:
         """The format of such a shard. Its groups are so small that none spans two groups of W."""
         return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 
-    def scale_group_size(self, in_features: int) -> int:
+    def inputs_per_scale(self, in_features: int) -> int:
         """How many inputs of an output share a scale."""
         return self.group_size or in_features
 
@@ -183,14 +183,14 @@ def nibbles_to_bytes(q: Tensor) -> Tensor:
 
 def bytes_to_nibbles(weight: Tensor) -> Tensor:
     """The inverse: q [..., K]."""
-    return low_then_high_halves(weight.unflatten(-1, (-1, 4))).flatten(-2)  # [..., K / 8, 4] -> [..., K / 8, 8]
+    return unpack_nibbles_planar(weight.unflatten(-1, (-1, 4))).flatten(-2)  # [..., K / 8, 4] -> [..., K / 8, 8]
 
 
-def low_then_high_halves(octets: Tensor) -> Tensor:
+def unpack_nibbles_planar(octets: Tensor) -> Tensor:
     """Unpacks the half-bytes of octets [..., n] to [..., 2 n]: all low halves, then all high halves."""
     return torch.cat([octets & 15, octets >> 4], dim=-1)
 
 
-def alternating_halves(octets: Tensor) -> Tensor:
+def unpack_nibbles_interleaved(octets: Tensor) -> Tensor:
     """Unpacks the half-bytes of octets [..., n] to [..., 2 n]: the low and the high half of every byte in turn."""
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)

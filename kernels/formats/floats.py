@@ -29,7 +29,7 @@ class Float8(WeightFormat):
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape
-        n_groups = math.ceil(k / self.scale_group_size(k))
+        n_groups = math.ceil(k / self.inputs_per_scale(k))
         return {
             "weight": torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
             "scales": torch.empty((*outputs, n_groups), dtype=torch.float32, device=device),
@@ -37,7 +37,7 @@ class Float8(WeightFormat):
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
-        groups = split_groups(w.float(), self.scale_group_size(k))
+        groups = split_groups(w.float(), self.inputs_per_scale(k))
         scales = (groups.abs().amax(-1) / FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
         q = (groups / scales[..., None]).flatten(-2)[:, :k]
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
@@ -45,7 +45,7 @@ class Float8(WeightFormat):
     def dequantize(self, tensors, dtype):
         q = tensors["weight"].float()
         k = q.shape[-1]
-        return (q * repeat_groups(tensors["scales"], self.scale_group_size(k), k)).to(dtype)
+        return (q * repeat_groups(tensors["scales"], self.inputs_per_scale(k), k)).to(dtype)
 
     def fill_randomly(self, tensors, std):
         tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; the standard deviation is 68.5
