@@ -143,7 +143,7 @@ def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, 
 
 # ---- Softmax --------------------------------------------------------------------------------------------------------
 #
-# The names are FlashAttention's. For each query, m_i is the largest score so far, l_i is the sum of 2^(score - m_i), and
+# The names are FlashAttention's. For each query m_i is the largest score so far, l_i is the sum of 2^(score - m_i), and
 # acc is the sum of 2^(score - m_i) v. The output is acc / l_i.
 
 
