@@ -1,18 +1,16 @@
-"""What a model computes: on the kernels of its device, or in plain PyTorch.
+"""The operations of a model, on the kernels of a device or in plain PyTorch; weight formats; recording of steps.
 
-Each file imports from those above it alone.
+Callers write kernels.attend(...). Each file imports only from the files above it:
 
     formats/       how weights are stored: int8, int4, ...
-    schema.py      the arguments of the kernels, the same in C++ and in Triton
-    params.py      what an operation takes besides its input: a weight, a norm, the options of attention, a KV cache
-    reference.py   the maths: every operation in plain PyTorch, for any device
+    schema.py      the arguments of the kernels, one list for C++ and Triton
+    params.py      the arguments of operations besides x: a weight, a norm, the options of attention, a KV cache
+    reference.py   every operation in plain PyTorch, for any device
     cpu.py         compiles and loads the C++ kernels (csrc/)
-    triton/        the kernels of GPUs; its __init__.py lists the files
-    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or its equal in reference.py
-    prepare.py     chooses the backend of a device, and packs the weights for it
-    record.py      records a decode step once, and replays it
-
-Others call the operations as kernels.attend(...).
+    triton/        the Triton kernels; triton/__init__.py lists the files
+    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or reference.py
+    prepare.py     chooses the backend of a device, and packs the weights for the backend
+    record.py      records a decode step once, and replays the recording
 """
 
 from kernels.ops import (

@@ -3,8 +3,8 @@ kernel may be from them, on a GPU or in Triton's interpreter. The bounds are der
 (error_bounds.py), for sums in any order.
 
 In exact data x is small integers, norms' weights are powers of two, and weights in 16 or 32 bits multiples of 1/16.
-Then nothing is lost to int4's magic bias either (kernels/triton/elements.py: int4_pair), and the smallest error in a zero
-point shows.
+Then nothing is lost to int4's magic bias either (kernels/triton/elements.py: int4_pair), and the smallest error in a
+zero point shows.
 
 Everything is made on PyTorch's default device: `with torch.device("cuda"):` makes it there.
 """
