@@ -25,7 +25,7 @@ Each function calls the kernel of a backend, or computes the same result in plai
     backend     kernels                                                        most tokens of a step
     "cpu"       C++, kernels/csrc/                                             MAX_CPU_TOKENS
     "triton"    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs           MAX_TRITON_TOKENS
-    "torch"     none: plain PyTorch, for any device and any number of tokens
+    "torch"     none: plain PyTorch, for any device
 
 The tokens of all sequences of a step count together. A step with more tokens runs in plain PyTorch.
 """

@@ -21,7 +21,7 @@ Then, in every decode step:
 
     linear.py: fused_linear             looks up KERNEL_FORMATS, chooses the tile sizes, launches the kernel
     linear.py: fused_linear_kernel      the loop over K; in each step it calls MULTIPLY, which is multiply_int4
-    formats.py: multiply_int4           acc += scale * (q x - zero * sum of x), with these:
+    formats.py: multiply_int4           acc += scale * (q x - zero * sum of x), by calling
         weights.py: load_tiles              words of 8 elements
         elements.py: tiles_to_floats        words to the left factor of the product, by int4_pair
         weights.py: load_slice_scales       words of a scale and a zero point

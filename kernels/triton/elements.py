@@ -8,9 +8,9 @@
 
 formats.py calls these functions. kernels/formats/triton_layouts.py packs the words.
 
-The floats have the type DTYPE, which is the type of x. A register holds two 16-bit floats. So a function decodes two
-elements of a word at a time, which are 16 bits apart in the word and neighbours in their row. For float32 it decodes
-each alone.
+The floats have the type DTYPE, which is the type of x. A register holds two 16-bit floats. So the functions decode
+elements in pairs. The two elements of a pair are 16 bits apart in the word, and neighbours in their row of W. For
+float32 each element is decoded alone.
 
 e4m3 and e2m1 are floats themselves. Their exponent and mantissa are shifted to where the exponent of DTYPE ends and
 the mantissa of DTYPE begins:
@@ -96,7 +96,7 @@ def magic_bias(DTYPE: tl.constexpr):
 @triton.jit
 def e2m1_pair(words, magic_number, DTYPE: tl.constexpr):
     """Decodes the elements in bits 0-3 and 16-19 of words, divided by e2m1_bias_factor(DTYPE): [..., 2]. magic_number
-    is not used: it is here because int4_pair has it."""
+    is not used: DECODE has the arguments of int4_pair."""
     if DTYPE == tl.float16:
         return join_halves(((words << 9) & 0x0E000E00) | ((words << 12) & SIGN_MASK), DTYPE)
     else:

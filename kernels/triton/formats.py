@@ -55,8 +55,8 @@ from kernels.triton.weights import (
 
 # ---- Dense and Int8 -------------------------------------------------------------------------------------------------
 #
-# All multiply_... have the same arguments, and all dequantize_... have. A function ignores those that its format does
-# not need.
+# All multiply_... have the same arguments, and all dequantize_... have the same arguments. A function ignores the
+# arguments that its format does not need.
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     gpu_of, min_block_m_of, dot_dtype    what the GPU can do, by device and by type of x
     overlap_options             arguments for the launch of a kernel that may overlap with the previous kernel
     wait_for_previous_kernel    the first call in every kernel
-    done_counters               counters by which the last program of a kernel knows that it is the last
+    done_counters               counters by which a program knows that all other programs of the kernel are done
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product.
@@ -28,11 +28,11 @@ When to execute gdc_launch_dependents:
 
     a kernel with at most one program per multiprocessor    at once (TRIGGER_EARLY)
     a product with more programs                            after the loop over K, when all programs are nearly done
-    any other kernel                                        never; the next kernel starts when it ends
+    any other kernel                                        never, so the next kernel starts when this kernel ends
 
-If a product with more programs executed it at once, the programs of B would fill the multiprocessors that finish A
-first, and other multiprocessors would have nothing to do. Int8 steps of Llama-3.1-8B then took 4.5 ms instead of 3.3
-(H100).
+If a product with more programs executed the instruction at once, the programs of B would fill the multiprocessors that
+finish A first, and other multiprocessors would have nothing to do. Int8 steps of Llama-3.1-8B then took 4.5 ms instead
+of 3.3 (H100).
 """
 
 import json

@@ -32,7 +32,7 @@ from kernels.triton.launch import (
 from kernels.triton.weights import ProgramWeights, prefetch_weights, program_outputs, slice_columns, slice_starts
 
 ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
-# Bytes of W that a program prefetches before it waits for the previous kernel: about as many as its loop has in flight
+# Bytes of W that a program prefetches before it waits for the previous kernel: about what the loop has in flight
 PREFETCH_BYTES = 16384
 
 # ---- fused_linear ---------------------------------------------------------------------------------------------------
