@@ -7,7 +7,7 @@
     launch.py       what the GPU can do, the tile sizes of a product (tuned.json), kernels that overlap
     moe.py          a mixture of experts: route, experts_gate_up, experts_down
     attention.py    attend
-    engine/sampling.py     sample
+    sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
 imported (kernels/schema.py). kernels/ops.py calls the operations. kernels/reference.py computes the same results in
