@@ -1,12 +1,12 @@
-"""The layers that hold a model's weights: each adds to its weights (kernels/params.py) the operation that takes them.
+"""The layers that hold the weights of a model. Each is data of kernels/params.py with a forward.
 
-    Linear         y = x W^T, W in the checkpoint's format (kernels/formats/)
-    ExpertsGateUp, ExpertsDown    the same with a W for each expert, for the experts that the router chose
+    Linear         y = x W^T, with W in the format of the checkpoint (kernels/formats/)
+    ExpertsGateUp, ExpertsDown    Linear with a W for each expert, for the experts that the router chose
     Embedding      a row of W for every token
     RMSNorm        x / rms(x) * weight
 
-An operation of kernels/ops.py runs on the kernels of the layer's backend or in plain PyTorch. kernels/params.py says
-why the weights are defined there. model.py composes the layers.
+A forward calls an operation of kernels/ops.py, which runs on the kernels of the layer's backend or in plain PyTorch.
+kernels/params.py says why the data are defined there. model.py composes the layers.
 """
 
 import torch
@@ -17,15 +17,16 @@ from kernels.params import LinearParams, NormParams, WeightMatrix
 
 
 class Linear(LinearParams):
-    """y = x W^T [+ bias], with the norm before it and the activation and residual after it, which kernels fuse."""
+    """y = x W^T [+ bias]. norm, activation and residual are arguments of forward, since kernels fuse them."""
 
     def forward(
         self, x: Tensor, norm: NormParams | None = None, residual: Tensor | None = None,
         activation: str | None = None, out_dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [..., K] -> [..., N], with an activation [..., N / 2]: see kernels/ops.py: fused_linear."""
+        """x [..., K] -> [..., N], or [..., N / 2] with an activation. kernels/ops.py: fused_linear describes the
+        arguments."""
         if self.input_order is not None:
-            x = kernels.gather_inputs(x, self.input_order, self.backend)
+            x = kernels.permute_inputs(x, self.input_order, self.backend)
         return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
 
 
@@ -35,7 +36,8 @@ class ExpertsGateUp(Linear):
     def forward(
         self, x: Tensor, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
     ) -> Tensor:
-        """x [B, T, dim], topk_ids [B, T, top_k] -> every token times each of its experts: [B, T, top_k, F]."""
+        """x [B, T, dim], topk_ids [B, T, top_k] -> the product of every token with each of its experts:
+        [B, T, top_k, F]."""
         return kernels.experts_gate_up(x, self, topk_ids, norm, activation)
 
 
@@ -45,7 +47,7 @@ class ExpertsDown(Linear):
     def forward(
         self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        """hidden [B, T, top_k, F] -> the weighted sum over each token's experts: [B, T, dim]."""
+        """hidden [B, T, top_k, F] -> the weighted sum over the experts of each token: [B, T, dim]."""
         return kernels.experts_down(hidden, self, topk_ids, topk_weights, residual)
 
 
@@ -55,7 +57,7 @@ class Embedding(WeightMatrix):
     is_embedding = True
 
     def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """tokens [B, T] -> the rows of the tokens, times scale: [B, T, dim] in dtype."""
+        """tokens [B, T] -> the rows of tokens, times scale: [B, T, dim] in dtype."""
         return kernels.embed(tokens, self, scale, dtype)
 
 

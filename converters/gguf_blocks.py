@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from kernels.formats import Tensors
-from kernels.formats.base import low_then_high_halves, nibbles_to_bytes
+from kernels.formats.base import nibbles_to_bytes, unpack_nibbles_planar
 
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 
@@ -46,7 +46,7 @@ def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
     """Returns the codes of Q4_0, Q4_1, Q5_0 and Q5_1. Such a block begins with n_header bytes. In Q5_0 and Q5_1 the
     fifth bits of all 32 codes follow, then the lower four."""
     start = n_header + (4 if fifth_bit else 0)
-    q = low_then_high_halves(blocks[..., start : start + 16])
+    q = unpack_nibbles_planar(blocks[..., start : start + 16])
     if fifth_bit:
         high = blocks[..., n_header:start, None] >> torch.arange(8, dtype=torch.uint8) & 1  # [..., 4, 8]
         q = q | high.flatten(-2) << 4
@@ -72,14 +72,14 @@ def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decodes Q4_K: 32 bytes hold the codes of two groups, one in the low halves, the next in the high halves."""
     scales, offsets = decode_k_scales(blocks)
-    return low_then_high_halves(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
+    return unpack_nibbles_planar(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
 
 
 def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decodes Q5_K: the low 4 bits lie as in Q4_K, and byte i of qh holds the fifth bit of input i of each of the 8
     groups."""
     scales, offsets = decode_k_scales(blocks)
-    qh, low = blocks[..., 16:48], low_then_high_halves(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
+    qh, low = blocks[..., 16:48], unpack_nibbles_planar(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
     high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
     return low | high << 4, scales, offsets
 
@@ -105,7 +105,7 @@ def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qh    32 bytes: the upper 2 bits of the inputs i, i + 32, i + 64, i + 96, from the lowest bits on"""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
-    q = (low_then_high_halves(ql) | high << 4).flatten(-2)
+    q = (unpack_nibbles_planar(ql) | high << 4).flatten(-2)
     scales = read_float16(blocks, 208) * blocks[..., 192:208].view(torch.int8)
     return q, scales, -32 * scales
 
@@ -157,5 +157,5 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
 def decode_mxfp4(rows: Tensor) -> Tensors:
     """Returns our MXFP4's tensors for GGUF's MXFP4, whose blocks hold an exponent and 32 codes."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
-    weight = nibbles_to_bytes(low_then_high_halves(blocks[..., 1:]).flatten(-2))
+    weight = nibbles_to_bytes(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

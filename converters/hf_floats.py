@@ -17,7 +17,7 @@ from torch import Tensor
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
 from errors import UsageError
 from kernels.formats import MXFP4, Float8, Tensors
-from kernels.formats.base import alternating_halves, nibbles_to_bytes, shard_groups
+from kernels.formats.base import nibbles_to_bytes, shard_groups, unpack_nibbles_interleaved
 
 E4M3_NAN = 0x7F  # of either sign
 E8M0_NAN = 0xFF
@@ -42,7 +42,7 @@ def float8_weight(layer: StoredLayer, block_shape: list[int] | None) -> Quantize
         if (weight.view(torch.uint8) & E4M3_NAN == E4M3_NAN).any():
             raise UsageError(f"tensor {layer.name}.weight holds numbers that are not finite")
         by_row = scales.float().repeat_interleave(n_rows, 0)[:n]
-        return {"weight": weight, "scales": shard_groups(by_row, 0, k, n_columns, format.scale_group_size(k))}
+        return {"weight": weight, "scales": shard_groups(by_row, 0, k, n_columns, format.inputs_per_scale(k))}
 
     return QuantizedWeight(format, weight.shape, read)
 
@@ -80,6 +80,6 @@ def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
     def read() -> Tensors:
         if (scales == E8M0_NAN).any():
             raise UsageError(f"tensor {name}_scales holds scales that are not finite")
-        return {"weight": nibbles_to_bytes(alternating_halves(blocks.flatten(-2))), "scales": scales}
+        return {"weight": nibbles_to_bytes(unpack_nibbles_interleaved(blocks.flatten(-2))), "scales": scales}
 
     return QuantizedWeight(MXFP4(), torch.Size([len(blocks), blocks.shape[1] * 32]), read)

@@ -23,7 +23,7 @@ from torch import Tensor
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
 from errors import UsageError
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
-from kernels.formats.base import alternating_halves, shard_groups
+from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
 from kernels.formats.integers import GroupedFormat
 
 AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word holds the outputs 0 to 7
@@ -88,7 +88,7 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
 def unpack_numbers(words: Tensor, bits: int) -> Tensor:
     """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
     octets = words.contiguous().view(torch.uint8)
-    return octets if bits == 8 else alternating_halves(octets)
+    return octets if bits == 8 else unpack_nibbles_interleaved(octets)
 
 
 def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:

@@ -1,27 +1,33 @@
-"""The operations that a model is made of. Each calls the kernel of its backend, or does the same in plain PyTorch.
+"""The operations that a model is made of, called leaf operations. layers.py and model.py call kernels.attend(...), ...
 
-    fused_linear       a matrix product with what comes before and after it, of which each is optional:
+    fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
                        1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. out_scale   6. softcap
                        7. clip   8. residual
-    rms_norm           a norm that no matrix product follows, and the residual after it
-    gather_inputs      puts a product's inputs in the order of its weight's columns
+    rms_norm           a norm that no matrix product follows, and the residual after the norm
+    permute_inputs     puts x in the order of the columns of a weight
     glu, add           an activation or a residual that fused_linear cannot fuse
     embed              looks tokens up in the embedding
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
-    route              a router's choice of experts
-    experts_gate_up, experts_down      the matrix products with the chosen experts' weights
+    route              the router's choice of experts
+    experts_gate_up, experts_down      the matrix products with the weights of the chosen experts
 
-They are called leaf operations, after the leaves of a call tree: a model calls them to compute anything, and they call
-no module. So a step is a list of them, which can be recorded (record.py). Not among them are:
+A model computes everything by calling leaf operations, and a leaf operation calls no module: hence the name, after the
+leaves of a call tree. So a step is a list of leaf operations, which can be recorded (record.py). These functions are no
+leaf operations:
 
-    rope_and_cache          what comes before attention, where PyTorch computes attention itself
+    rope_and_cache          the first half of attend, if PyTorch computes attention
     sample                  from logits to token ids, after the model
     has_attention_kernel    whether attend calls a kernel
     has_sample_kernel       whether sample can be called
 
-A backend is "cpu" (C++, kernels/csrc/), "triton" (NVIDIA and AMD GPUs) or "torch" (any device, kernels/reference.py).
-Kernels are made for steps of few tokens, of all sequences together: up to MAX_CPU_TOKENS on a CPU, MAX_TRITON_TOKENS on
-a GPU. A step with more tokens runs in plain PyTorch.
+Each function calls the kernel of a backend, or computes the same result in plain PyTorch (reference.py):
+
+    backend     kernels                                                        most tokens of a step
+    "cpu"       C++, kernels/csrc/                                             MAX_CPU_TOKENS
+    "triton"    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs           MAX_TRITON_TOKENS
+    "torch"     none: plain PyTorch, for any device
+
+The tokens of all sequences of a step count together. A step with more tokens runs in plain PyTorch.
 """
 
 import math
@@ -32,20 +38,20 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
-from kernels.schema import ACTIVATION_IDS, ops_of_backend
+from kernels.schema import ACTIVATION_IDS, kernel_namespace
 
-MAX_CPU_TOKENS = 64  # that the CPU kernels take; also in csrc/weights.h
-MAX_TRITON_TOKENS = 64  # that the Triton kernels take
-MAX_TRITON_NEW_TOKENS = 16  # of a sequence, which one program of attention holds in registers
-MAX_TRITON_QUERIES = 64  # of a key/value head, likewise
-# Kernels compute 16 outputs at a time. To fuse an activation, the gate's and the up projection's outputs, each half of
-# out_features, must both be a multiple of 16. Otherwise glu() is a call of its own.
+MAX_CPU_TOKENS = 64  # also in csrc/weights.h
+MAX_TRITON_TOKENS = 64
+# A program of Triton's attention holds these in registers:
+MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
+MAX_TRITON_QUERIES = 64  # the queries of a key/value head
+# Kernels compute 16 outputs at a time. To fuse an activation, a kernel needs multiples of 16 gate outputs and up
+# outputs, so out_features must be a multiple of 32. Otherwise glu is a call of its own.
 FUSED_GLU_MULTIPLE = 32
-# The most tokens of a call, of all sequences together, by backend. SPECIAL_MAX_TOKENS has the exceptions; 0 means that
-# the backend lacks the kernel.
+# The most tokens per call, by backend. SPECIAL_MAX_TOKENS has the exceptions; 0 means that the backend has no kernel.
 MAX_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
 SPECIAL_MAX_TOKENS = {
-    "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # of a table that is not quantized
+    "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # for a dense table
     "rms_norm": {"cpu": math.inf, "triton": MAX_TRITON_TOKENS},
     "glu": {"cpu": math.inf, "triton": 0},
     "add": {"cpu": math.inf, "triton": 0},
@@ -54,18 +60,18 @@ SPECIAL_MAX_TOKENS = {
 
 
 def kernel_for(name: str, backend: str, n_tokens: int, max_tokens: float | None = None) -> Callable | None:
-    """The kernel of backend for the operation called name, on n_tokens tokens of all sequences together. None: plain
-    PyTorch computes it, since there is no such kernel, or no token, or more than max_tokens (by default those of the
-    tables above)."""
+    """Returns the kernel of backend for the operation called name, with n_tokens tokens. Returns None if plain PyTorch
+    computes the operation: without a kernel, without tokens, or with more than max_tokens. The default of max_tokens is
+    in the tables above."""
     if backend == "torch":
         return None
     if max_tokens is None:
         max_tokens = SPECIAL_MAX_TOKENS.get(name, MAX_TOKENS)[backend]
-    return getattr(ops_of_backend(backend), name) if 0 < n_tokens <= max_tokens else None
+    return getattr(kernel_namespace(backend), name) if 0 < n_tokens <= max_tokens else None
 
 
 def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | None:
-    """kernel_for linear. None also if PyTorch is faster with so many tokens."""
+    """kernel_for, with the backend and the most tokens of linear."""
     return kernel_for(name, linear.backend, n_tokens, linear.max_kernel_tokens)
 
 
@@ -73,16 +79,15 @@ def fused_linear(
     x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [..., K] -> [..., N], by linear.
+    """Multiplies x [..., K] with the weight of linear: [..., N], or [..., N / 2] with an activation.
 
-    norm: is applied to x first.
-    activation: W holds a gate projection and, below it, an up projection; the result is activation(gate) * up,
-    [..., N / 2].
+    norm: applied to x first.
+    activation: W is a gate projection above an up projection, and the result is activation(gate) * up.
     residual: added last, after linear.out_scale, linear.softcap and linear.clip.
-    out_dtype: x.dtype (None) or torch.float32."""
+    out_dtype: None, which means x.dtype, or torch.float32."""
     kernel = linear_kernel("fused_linear", linear, count_tokens(x))
     if activation and (kernel is None or linear.out_features % FUSED_GLU_MULTIPLE):
-        # Here the activation comes after out_scale, softcap and clip, so there must be none of these.
+        # glu after fused_linear comes too late if fused_linear applies out_scale, softcap or clip
         assert linear.out_scale == 1 and not linear.softcap and not linear.clip and out_dtype is None
         y = glu(fused_linear(x, linear, norm), activation, linear.backend)
         return y if residual is None else add(y, residual, linear.backend)
@@ -92,7 +97,9 @@ def fused_linear(
         return reference.fused_linear(x, linear, residual, out_dtype)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
-        x.contiguous(), *linear.kernel_arguments(), linear.bias, norm_weight, eps,
+        x.contiguous(),
+        *linear.kernel_arguments(),  # weight, scales, zeros, format_id, n, group_size
+        linear.bias, norm_weight, eps,
         residual=None if residual is None else residual.contiguous(),
         activation=ACTIVATION_IDS[activation],
         out_scale=linear.out_scale,
@@ -119,48 +126,55 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
 
 
 def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
-    """[residual +] x / rms(x) * weight over the last dimension."""
+    """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
     kernel = kernel_for("rms_norm", norm.backend, count_tokens(x))
     if kernel is None:
         return reference.rms_norm(x, norm, residual)
     return kernel(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
 
 
-def gather_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
-    """x [..., K] -> [..., len(input_order)]: element i is element input_order[i] of x. input_order is int32."""
-    kernel = kernel_for("gather_inputs", backend, count_tokens(x))
+def permute_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
+    """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
+    rank takes only the inputs of its own columns."""
+    kernel = kernel_for("permute_inputs", backend, count_tokens(x))
     if kernel is None:
-        return reference.gather_inputs(x, input_order)
+        return reference.permute_inputs(x, input_order)
     return kernel(x.contiguous(), input_order)
 
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
-    """tokens [B, T] -> their rows of table [V, dim], times scale: [B, T, dim] in dtype."""
+    """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
     kernel = kernel_for("embed", table.backend, tokens.numel())
-    if table.format.is_quantized and table.backend != "torch":  # only the kernel can read what is packed for it
-        kernel = ops_of_backend(table.backend).embed
+    if table.format.is_quantized and table.backend != "torch":  # only the kernel can read a packed table
+        kernel = kernel_namespace(table.backend).embed
     if kernel is None:
         return reference.embed(tokens, table, scale, dtype)
     return kernel(tokens.contiguous(), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
 def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
-    """Causal attention of each sequence's T new tokens: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The new keys and values
-    are written to cache, the first at start_pos [B]."""
+    """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
+    keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
     if not has_attention_kernel(backend, B, T, params.n_heads // cache.k.shape[1]):
-        q = rope_and_cache(qkv, params, cache, start_pos, backend)
-        return reference.cached_attention(q, params, cache, start_pos)
-    return ops_of_backend(backend).attend(qkv, start_pos, *cache, *params.kernel_arguments())
+        positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
+        q = rope_and_cache(qkv, params, cache, positions, backend)
+        return reference.cached_attention(q, params, cache, positions)
+    return kernel_namespace(backend).attend(
+        qkv, start_pos,
+        *cache,  # k, v, rope, alibi_slopes
+        *params.kernel_arguments(),  # n_heads, scale, window, softcap, q_norm_weight, k_norm_weight, eps, sinks
+    )  # fmt: skip
 
 
-def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
-    """Norms and rotates queries and keys, and writes keys and values into the cache. Returns the queries
-    [B, T, H, D]."""
+def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: str) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
+    contiguous in each sequence. Returns the queries [B, T, H, D]."""
     kernel = kernel_for("rope_and_cache", backend, count_tokens(qkv))
     if kernel is None:
-        return reference.rope_and_cache(qkv, params, cache, start_pos)
+        return reference.rope_and_cache(qkv, params, cache, positions)
     arguments = params.kernel_arguments()
+    start_pos = positions[:, 0].contiguous()
     return kernel(
         qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, arguments.n_heads, arguments.q_norm_weight,
         arguments.k_norm_weight, arguments.eps,
@@ -168,7 +182,7 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, star
 
 
 def has_attention_kernel(backend: str, batch: int, n_new: int, heads_per_kv_head: int) -> bool:
-    """Whether backend has a kernel for n_new new tokens in each of batch sequences."""
+    """Whether attend calls a kernel of backend for n_new new tokens in each of batch sequences."""
     if kernel_for("attend", backend, batch * n_new) is None:
         return False
     return backend == "cpu" or n_new <= MAX_TRITON_NEW_TOKENS and n_new * heads_per_kv_head <= MAX_TRITON_QUERIES
@@ -177,11 +191,12 @@ def has_attention_kernel(backend: str, batch: int, n_new: int, heads_per_kv_head
 def route(
     logits: Tensor, top_k: int, norm_topk_prob: bool, backend: str, n_shared_experts: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """router logits [..., E], float32 -> the top_k experts' (softmax weights, ids), both [..., top_k].
-    norm_topk_prob: scale the weights so that they sum to one.
+    """float32 logits [..., E] of the router -> (topk_weights, topk_ids), both [..., top_k]. The weights are softmax
+    probabilities.
 
-    n_shared_experts: so many more experts, E and following, are used by every token. Then logits are [..., E + 1]. The
-    sigmoid of the last one is the weight of each of them, and the results are [..., top_k + n_shared_experts]."""
+    norm_topk_prob: scales the weights to sum to one.
+    n_shared_experts: every token also uses these experts, with ids from E on. Then logits are [..., E + 1], the weight
+    of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
     kernel = kernel_for("route", backend, count_tokens(logits))
     if kernel is None:
         return reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
@@ -191,8 +206,8 @@ def route(
 def experts_gate_up(
     x: Tensor, linear: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
 ) -> Tensor:
-    """Every token times the gate and up projections of each of its experts: x [B, T, dim], topk_ids [B, T, top_k] ->
-    [B, T, top_k, F]. norm and activation are as in fused_linear."""
+    """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
+    topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
     kernel = linear_kernel("experts_gate_up", linear, count_tokens(x))
     if activation and (kernel is None or linear.out_features % FUSED_GLU_MULTIPLE):
         return glu(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
@@ -210,8 +225,8 @@ def experts_gate_up(
 def experts_down(
     hidden: Tensor, linear: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """Each expert's hidden vector times its down projection, summed over a token's experts with topk_weights
-    [B, T, top_k], plus residual: hidden [B, T, top_k, F] -> [B, T, dim]."""
+    """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
+    each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
     kernel = linear_kernel("experts_down", linear, count_tokens(topk_ids))
     if kernel is None:
         return reference.experts_down(hidden, linear, topk_ids, topk_weights, residual)
@@ -219,14 +234,14 @@ def experts_down(
 
 
 def has_sample_kernel(backend: str, is_greedy: bool) -> bool:
-    """Whether backend has a kernel that samples. A CPU's finds the likeliest token alone."""
+    """Whether backend has a kernel that samples. The CPU kernel only finds the likeliest token."""
     return backend == "triton" or backend == "cpu" and is_greedy
 
 
 def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:
-    """A token [B] for every row of float32 logits [B, V], drawn with probabilities softmax(logits / temperature), at
-    temperature 0 the likeliest; -1 for a row that is not finite. Backend "cpu" has temperature 0 only;
-    engine/sampling.py does the same in PyTorch."""
+    """Draws a token [B] for every row of float32 logits [B, V], with probabilities softmax(logits / temperature). At
+    temperature 0, the only one of backend "cpu", it is the likeliest token. A row with a logit that is not finite gives
+    -1. engine/sampling.py does the same in PyTorch."""
     if backend == "cpu":
         return torch.ops.gptfast.sample(logits.contiguous(), None, temperature)
     noise = None
@@ -236,9 +251,10 @@ def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:
 
 
 def count_tokens(x: Tensor) -> int:
-    """The number of tokens in x [..., width]."""
+    """The number of tokens in x [..., width], of all sequences together."""
     return x.numel() // x.shape[-1]
 
 
 def norm_arguments(norm: NormParams | None) -> tuple[Tensor | None, float]:
+    """(norm_weight, eps), as kernels take them."""
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)

@@ -1,14 +1,14 @@
-"""What an operation takes besides its input: a weight, a norm, the options of attention, the KV cache of a layer.
+"""The arguments of operations besides x: a weight, a norm, the options of attention, the KV cache of a layer.
 
     WeightMatrix       W in some format (formats/), packed for some backend
-    LinearParams       W, and what is applied to its products
+    LinearParams       W, and what is applied to the products with W
     NormParams         the weight of an RMSNorm
     AttentionParams    the options of attention
     LayerCache         the keys and values of earlier tokens
-    WeightArguments, AttentionArguments    a weight, the options of attention, as kernels take them
+    WeightArguments, AttentionArguments    a weight and the options of attention, in the order of kernel arguments
 
-These hold data and compute nothing. The modules of layers.py and model.py are derived from them and add forward. A
-layer is split in two, since imports go one way: params.py (data) <- ops.py (operations on it) <- layers.py (forward).
+These classes hold data. A layer is a subclass that adds forward, in layers.py or model.py. Data and forward are in two
+files, since imports go one way: params.py (data) <- ops.py (operations on the data) <- layers.py (forward).
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.formats import Dense, Tensors, WeightFormat
-from kernels.schema import ops_of_backend
+from kernels.schema import kernel_namespace
 
 
 class WeightArguments(NamedTuple):
-    """A weight as a kernel takes it, in the order of kernels/schema.py: WEIGHT, which describes each."""
+    """A weight as a kernel takes it, in the order of kernels/schema.py: WEIGHT, which describes each argument."""
 
     weight: Tensor
     scales: Tensor | None
@@ -32,10 +32,11 @@ class WeightArguments(NamedTuple):
 
 
 class WeightMatrix(nn.Module):
-    """A weight W [N, K], of N outputs and K inputs, or one for each expert [E, N, K].
+    """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (kernels/formats/).
-    backend: whose kernels W is packed for, "cpu" or "triton". "torch": W is as in the checkpoint, for plain PyTorch.
+    backend: "cpu" or "triton" means that W is packed for the kernels of this backend. "torch" means that W is stored as
+    in the checkpoint, for plain PyTorch.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
@@ -51,7 +52,7 @@ class WeightMatrix(nn.Module):
         self.register_buffer("zeros", None)
 
     def tensors(self) -> Tensors:
-        """The tensors that store W, by name: weight and, if W is quantized, scales and perhaps zeros."""
+        """The tensors that store W, by name: weight and, if the format has them, scales and zeros."""
         named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -63,20 +64,20 @@ class WeightMatrix(nn.Module):
         return tensor
 
     def set_format(self, format: WeightFormat):
-        """Changes the format of W. Its tensors are new and uninitialized."""
+        """Changes the format of W, and replaces the tensors by uninitialized tensors of the new format."""
         for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
             self.set_tensor(name, tensor)
         self.format = format
 
     def kernel_arguments(self) -> WeightArguments:
-        group_size = self.format.scale_group_size(self.in_features)
+        group_size = self.format.inputs_per_scale(self.in_features)
         return WeightArguments(
             self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
         )
 
     def dequantized_weight(self, dtype: torch.dtype, experts: int | slice | Tensor = slice(None)) -> Tensor:
-        """W [N, K] in dtype. With experts, the matrices that this index, slice or tensor [X] of indices selects: [N, K]
-        or [X, N, K]."""
+        """W [N, K] in dtype. With a W for each expert, experts selects: an index gives [N, K], a slice or a tensor
+        of indices gives [X, N, K]."""
         tensors = self.tensors()
         if self.n_experts is not None:
             tensors = {name: t[experts] for name, t in tensors.items()}
@@ -88,23 +89,23 @@ class WeightMatrix(nn.Module):
         return torch.stack([self.dequantize_packed(matrix, dtype) for matrix in matrices])
 
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        """One matrix [N, K], by the backend's kernel, of its packed tensors."""
+        """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments()._replace(**tensors)
-        return ops_of_backend(self.backend).dequantize(*arguments, self.in_features, dtype)
+        return kernel_namespace(self.backend).dequantize(*arguments, self.in_features, dtype)
 
 
 class LinearParams(WeightMatrix):
-    """A weight and what is applied to its products y = x W^T, in this order:
+    """A weight W, and what is applied to y = x W^T, in this order:
 
-    bias: [N], of experts [E, N], is added.
-    out_scale: y is multiplied by it.
-    softcap: if not 0, y becomes softcap * tanh(y / softcap).
-    clip: if not 0, y is clamped to -clip ... clip.
+        bias         y + bias                          bias [N], of experts [E, N], or None
+        out_scale    y * out_scale
+        softcap      softcap * tanh(y / softcap)       if softcap is not 0
+        clip         y, clamped to [-clip, clip]       if clip is not 0
 
-    input_order: int32 [K], or None. Column i of W multiplies x[..., input_order[i]]. Sorted so, the columns of each
-    quantization group are neighbours (GPTQ's act-order). Linear.forward permutes x before the fused norm, so conversion
-    permutes the weight of that norm likewise.
-    max_kernel_tokens: up to how many tokens the backend's kernels compute y. With more tokens plain PyTorch does."""
+    input_order: int32 [K], or None; GPTQ and Marlin call it perm. Column i of W multiplies x[..., input_order[i]]. With
+    act-order the inputs of a quantization group are scattered; sorting the columns makes each group contiguous.
+    Linear.forward permutes x before the fused norm, so conversion permutes the weight of this norm, too.
+    max_kernel_tokens: the most tokens for which the kernels of the backend compute y. Plain PyTorch takes more."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
@@ -118,12 +119,13 @@ class LinearParams(WeightMatrix):
 
 
 class NormParams(nn.Module):
-    """Of an RMSNorm: its weight [dim], and eps, which is added to the mean square."""
+    """The parameters of an RMSNorm: weight [dim]; eps, which is added to the mean square; and backend, as in
+    WeightMatrix."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.backend = "torch"  # as a WeightMatrix's
+        self.backend = "torch"
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
 
@@ -141,13 +143,13 @@ class AttentionArguments(NamedTuple):
 
 
 class AttentionParams(nn.Module):
-    """The options of attention. With its default, an option changes nothing.
+    """The options of attention. The default of an option means that attention leaves it out.
 
     n_heads: H, the heads of queries.
-    scale: the scores are multiplied by it.
-    window: how many tokens a token sees, itself included; 0: all.
-    softcap: if not 0, scores then become softcap * tanh(score / softcap).
-    q_norm, k_norm: applied before RoPE, to each head, or to all heads together if the norm is so wide.
+    scale: multiplies the scores.
+    window: how many tokens a token sees, including itself. 0 means all.
+    softcap: scores, after scale, become softcap * tanh(score / softcap).
+    q_norm, k_norm: applied before RoPE. A weight of D elements norms each head, a wider weight all heads together.
     sinks: [H], the scores of one more key, whose value is zero."""
 
     def __init__(
@@ -169,10 +171,10 @@ class AttentionParams(nn.Module):
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of a layer, and the tables of its positions: what attention reads besides weights. The tables
-    are here, since they are made for a cache's length, on its device."""
+    """What attention reads besides weights: the keys and values of a layer, and the tables of positions. The tables are
+    here, since they have the length and the device of the cache."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
-    rope: Tensor  # [S, D/2, 2]: cos and sin of every position's angles, float32
-    alibi_slopes: Tensor | None = None  # [H], float32: slope * (key's position - query's) is added to the scores
+    rope: Tensor  # [S, D/2, 2] float32: cos and sin of the angles of every position
+    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores

@@ -1,6 +1,7 @@
-"""Choose a backend for a model's device, and pack the weights for its kernels.
+"""Prepares a model for the kernels of its device: chooses the backend, and packs the weights for the backend.
 
-A matrix's backend is "torch" until it is packed. It stays so where there are no kernels for the matrix or the device.
+model.py: Transformer.prepare_kernels calls prepare_kernels. The backend of a matrix is "torch" until the matrix is
+packed. It stays "torch" if there are no kernels for the matrix or for the device.
 """
 
 import math
@@ -20,14 +21,13 @@ from machine import drop_pages, free_memory, use_huge_pages
 
 
 def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
-    """Switches matrices, all of a model's, to the kernels for their device, if these work here. Their weights move to
-    packed copies, so no two matrices may share one.
+    """Switches matrices, which are all of a model, to the kernels of their device, if the kernels work here. Packed
+    copies replace the weights, so no two matrices may share a weight. On a CPU, quantized weights without kernels are
+    dequantized to dtype.
 
-    On a CPU, quantized weights for which there are no kernels are dequantized to dtype.
-
-    dtype: of the activations.
-    is_mmapped: the weights lie in a memory-mapped file. The pages of a weight are released as soon as it is packed,
-    so that no weight is in memory twice."""
+    dtype: the type of the activations.
+    is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
+    weight is packed, so that no weight is in memory twice."""
     matrices = [matrix for matrix in matrices if matrix.backend == "torch"]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
@@ -42,29 +42,29 @@ def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mma
 
 
 def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
-    """Packs the weights of matrices into huge pages, one after the other."""
+    """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = cpu.HugePageArena()
     is_quantized = any(matrix.format.is_quantized for matrix in matrices)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
         if not matrix.format.fits_kernels("cpu", matrix.in_features):
             continue
         matrix.backend = "cpu"
-        if matrix.is_embedding and not matrix.format.is_quantized:  # it may stay in the file: few of its pages are read
+        if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
             continue
         unpacked = matrix.tensors()
         for name, packed in cpu_layouts.pack(matrix.format, unpacked).items():
             matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
-        # In a quantized model dense matrices, such as routers, take MAX_CPU_TOKENS, too, although PyTorch may be
-        # faster: one operation outside the kernels would make the whole step impossible to record.
+        # In a quantized model, dense matrices such as routers use the kernels for MAX_CPU_TOKENS, too, even where
+        # PyTorch is faster: a step can be recorded only if all operations are kernels.
         matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
 
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
-    """Replaces the quantized weights of matrices by dequantized ones. Otherwise PyTorch would dequantize every matrix
-    again for every token, which takes some twenty times as long as multiplying it. If memory is too small, prints that
-    and changes nothing."""
+    """Replaces the quantized weights of matrices by dequantized weights. Otherwise PyTorch would dequantize every
+    matrix for every token, which takes about twenty times as long as the product. If memory is too small, prints a
+    line and changes nothing."""
     n_bytes = sum(m.out_features * m.in_features * (m.n_experts or 1) for m in matrices) * dtype.itemsize
     free = free_memory()
     if n_bytes > free:
@@ -81,7 +81,7 @@ def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmap
 
 
 def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dtype: torch.dtype) -> Tensor:
-    """format.dequantize, a few rows at a time, so that its float32 copies stay in the processor's cache."""
+    """format.dequantize, a few rows at a time: the float32 copies stay in the processor's cache."""
     *outputs, _ = tensors["weight"].shape
     rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
     weight = torch.empty(math.prod(outputs), in_features, dtype=dtype)
@@ -93,21 +93,22 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 
 
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
-    """dtype: of the activations. Without matrix units PyTorch is faster with more than a few tokens."""
+    """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations. Without matrix units
+    the kernels take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
     from kernels.triton.formats import supports
-    from kernels.triton.launch import FEW_TOKENS, min_block_m_of
+    from kernels.triton.launch import MMA_TOKENS, min_block_m_of
 
     for matrix in matrices:
         if supports(matrix):
             for name, packed in triton_layouts.pack(matrix.format, matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             has_matrix_units = min_block_m_of(matrix.weight.new_empty(0, dtype=dtype)) > 1
-            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if has_matrix_units else FEW_TOKENS
+            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if has_matrix_units else MMA_TOKENS
             matrix.backend = "triton"
 
 
 def load_triton_kernels(device: torch.device) -> bool:
-    """Whether Triton works here. It needs a C compiler and Python.h. If it does not work, prints why."""
+    """Whether Triton works here: it needs a C compiler and Python.h. If Triton does not work, prints why."""
     try:
         from kernels.triton import attention, linear, moe, sampling  # noqa: F401  (they register the operations)
 

@@ -1,8 +1,8 @@
 """The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
 
-kernels/ops.py describes each. Weights of every format are read through linear.dequantized_weight(dtype). If the
-weights are packed for a backend, its kernel dequantizes them; a pure reference needs the backend "torch", and so does
-a quantized embedding.
+kernels/ops.py describes the operations, and calls these functions for steps without a kernel. A weight of any format is
+read through linear.dequantized_weight(dtype). If the weight is packed for a backend, a kernel of this backend
+dequantizes it.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 
-EAGER_QUERIES = 256  # eager_attention holds the scores of this many queries in memory at a time
+EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
 
 
 def fused_linear(
     x: Tensor, linear: LinearParams, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Without norm and activation: without a kernel, kernels/ops.py calls operations of their own for these."""
+    """kernels/ops.py: fused_linear without norm and activation, for which ops.py calls rms_norm and glu."""
     y = apply_weight(x, linear.dequantized_weight(x.dtype), linear.bias)
     if linear.out_scale != 1:
         y = y * linear.out_scale
@@ -31,23 +31,22 @@ def fused_linear(
 
 
 def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] W^T [+ bias]: [..., N]."""
+    """x W^T [+ bias] for x [..., K]: [..., N]."""
     is_one_token = x.numel() == x.shape[-1]
     if is_one_token and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
-        y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # reads W twice as fast as F.linear does
+        y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
-    """RMSNorm (arXiv:1910.07467), in float32 except for the product with the weight."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    y = normed.to(x.dtype) * norm.weight
+    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds it to x.dtype. The product with
+    the weight comes after the rounding, as in transformers."""
+    y = F.rms_norm(x, x.shape[-1:], eps=norm.eps) * norm.weight
     return y if residual is None else residual + y
 
 
-def gather_inputs(x: Tensor, input_order: Tensor) -> Tensor:
+def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     return x.index_select(-1, input_order)
 
 
@@ -69,7 +68,7 @@ def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
             return F.gelu(gate) * up
         case "geglu_tanh":
             return F.gelu(gate, approximate="tanh") * up
-        case "clamped_swiglu":  # gpt-oss's: both clamped, a steeper sigmoid, and up + 1
+        case "clamped_swiglu":  # gpt-oss
             gate, up = gate.clamp(max=7), up.clamp(-7, 7)
             return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     raise ValueError(f"activation {activation!r} has no formula")
@@ -86,16 +85,16 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
-    """Norms and rotates queries and keys, and writes keys and values into the cache. Returns the queries
-    [B, T, H, D]."""
+def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. Returns the
+    queries [B, T, H, D]."""
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
-    q, k, v = qkv.view(B, T, -1, D).split([params.n_heads, G, G], dim=2)  # [B, T, H or G, D]
+    H = params.n_heads
+    qk, v = qkv.view(B, T, -1, D).split([H + G, G], dim=2)  # [B, T, heads, D]
     if params.q_norm is not None:
-        q, k = norm_heads(q, params.q_norm), norm_heads(k, params.k_norm)
-    positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-    rope = cache.rope[positions]  # [B, T, D/2, 2]
-    k = apply_rope(k, rope)
+        q, k = qk.split([H, G], dim=2)
+        qk = torch.cat([norm_heads(q, params.q_norm), norm_heads(k, params.k_norm)], dim=2)
+    q, k = apply_rope(qk, cache.rope[positions]).split([H, G], dim=2)
     if fills_cache(T, S):
         cache.k.copy_(k.transpose(1, 2))
         cache.v.copy_(v.transpose(1, 2))
@@ -103,14 +102,12 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, star
         sequences = torch.arange(B, device=qkv.device)[:, None]
         cache.k[sequences, :, positions] = k
         cache.v[sequences, :, positions] = v
-    return apply_rope(q, rope)
+    return q
 
 
-def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor) -> Tensor:
-    """Attends from q [B, T, H, D] to the keys and values in the cache: [B, T, H D]. The first of the T queries is at
-    start_pos [B]."""
+def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+    """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
     B, T, _, _ = q.shape
-    positions = start_pos[:, None] + torch.arange(T, device=q.device)  # [B, T]
     q = q.transpose(1, 2)  # [B, H, T, D]
     if params.sinks is not None or params.softcap or cache.alibi_slopes is not None:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
@@ -122,20 +119,20 @@ def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, star
 
 
 def fills_cache(T: int, S: int) -> bool:
-    """Returns whether T new tokens fill a cache of S positions, and so start at position 0. Always False under
-    torch.compile, where comparing T with S would specialize the graph."""
+    """Returns whether T new tokens fill a cache of S positions. Then the first token is at position 0. Returns False
+    under torch.compile, where comparing T with S would specialize the graph."""
     return not torch.compiler.is_compiling() and S == T
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attends by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
-    if T == 1:  # SDPA is several times faster if the query heads of a key/value head stand where it expects positions
+    if T == 1:  # fold the query heads of a key/value head into the dimension T: SDPA is then several times faster
         mask = causal_mask(positions, S, params.window)
         y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
         return y.view(B, H, 1, D)
     k, v = cache.k, cache.v
-    if q.is_cuda:  # for grouped heads with a mask, or in float32, SDPA has only its slowest kernel
+    if q.is_cuda:  # with enable_gqa SDPA uses its slowest kernel, if there is a mask or in float32
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
     if fills_cache(T, S) and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale, enable_gqa=True)
@@ -144,7 +141,7 @@ def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positi
 
 
 def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attends with what SDPA lacks, softcap, ALiBi and sinks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
@@ -156,7 +153,7 @@ def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, posit
         scores = scores + bias.view_as(scores)
     mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if params.sinks is not None:  # the score of one more key, which counts in the sum of the softmax
+    if params.sinks is not None:  # the scores of one more key
         sinks = params.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
@@ -164,14 +161,14 @@ def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, posit
 
 
 def norm_heads(x: Tensor, norm: NormParams) -> Tensor:
-    """Norms x [B, T, H, D] over each head, or, if the norm has H D weights, over all heads together."""
+    """Norms x [B, T, H, D] over each head or, if the weight of norm is [H D], over all heads together."""
     if norm.weight.numel() == x.shape[-1]:
         return rms_norm(x, norm)
     return rms_norm(x.flatten(2), norm).view_as(x)
 
 
 def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
-    """Returns which of S keys the token at each of positions [B, T] sees: [B, 1, T, S], the same for all heads."""
+    """Returns whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S]. All heads share it."""
     queries, keys = positions[..., None], torch.arange(S, device=positions.device)
     mask = keys <= queries  # [B, T, S]
     if window:
@@ -181,7 +178,7 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotates x [B, T, H, D] by rope [B, T, D/2, 2], cos and sin. Elements i and i + D/2 are a pair, as in Hugging
-    Face."""
+    Face transformers."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = rope[:, :, None].unbind(-1)  # [B, T, 1, D/2]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -204,7 +201,7 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
 
 
 def experts_gate_up(x: Tensor, linear: LinearParams, topk_ids: Tensor) -> Tensor:
-    """Without norm and activation: see fused_linear."""
+    """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and glu."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new=x.shape[-2])
     return y.view(*topk_ids.shape, linear.out_features)
@@ -220,7 +217,8 @@ def experts_down(
 
 
 def expert_products(x: Tensor, linear: LinearParams, expert_ids: Tensor, n_new: int) -> Tensor:
-    """Row i of x [M, K] times the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new: new tokens of a sequence."""
+    """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new: new tokens of each
+    sequence."""
     if not torch.compiler.is_compiling():
         return loop_over_experts(x, linear, expert_ids)
     if n_new == 1:
@@ -229,7 +227,7 @@ def expert_products(x: Tensor, linear: LinearParams, expert_ids: Tensor, n_new: 
 
 
 def loop_over_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Tensor:
-    """One product per expert, with all of its rows. The host waits to read which experts are used."""
+    """One product for each expert that occurs in expert_ids. The host waits for the device to read expert_ids."""
     y = x.new_empty(len(x), linear.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
@@ -239,7 +237,7 @@ def loop_over_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Te
 
 
 def gather_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Tensor:
-    """One matrix per row, for a compiled decode step, which has few rows. torch.compile fuses look-up, dequantization,
-    product and sum into one loop. Not compiled, this would first copy the experts' weights."""
+    """One matrix for each row, for a compiled decode step, which has few rows. torch.compile fuses look-up,
+    dequantization, product and sum into one loop. Without torch.compile this would copy the weights of the experts."""
     y = (linear.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
     return (y if linear.bias is None else y + linear.bias[expert_ids].float()).to(x.dtype)

@@ -47,8 +47,8 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
     return register
 
 
-def ops_of_backend(backend: str):
-    """Returns the torch.ops namespace of the backend's kernels, or None for the backend "torch"."""
+def kernel_namespace(backend: str):
+    """The torch.ops namespace of backend's kernels; None if backend is "torch"."""
     if backend == "cpu":
         return torch.ops.gptfast
     if backend == "triton":
@@ -92,7 +92,7 @@ def rms_norm(x, weight, eps, residual):
 
 
 @define("(Tensor x, Tensor input_order) -> Tensor")
-def gather_inputs(x, input_order):
+def permute_inputs(x, input_order):
     return x.new_empty(*x.shape[:-1], len(input_order))
 
 

@@ -45,7 +45,7 @@ TILED_FORMATS = [Int4(32), Int4(64), MXFP4()]  # only of these do the tile sizes
 MANY_TOKENS = [(16, Dense()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
-OTHERS.update(attend_kernel=2, sample_kernel=2, gather_inputs_kernel=1)
+OTHERS.update(attend_kernel=2, sample_kernel=2, permute_inputs_kernel=1)
 ALL_OTHERS = OTHERS + Counter(fused_linear_kernel=6, moe_combine_kernel=2)
 
 
@@ -155,7 +155,7 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     norm.backend = "triton"
     norm(x, x)
-    kernels.gather_inputs(x, torch.arange(2048, dtype=torch.int32), "triton")
+    kernels.permute_inputs(x, torch.arange(2048, dtype=torch.int32), "triton")
     capped = make_linear(256, 2048, Dense(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
     for activation in ("geglu", "geglu_tanh", "clamped_swiglu") if compiles_all else ("geglu",):

@@ -279,16 +279,16 @@ def test_small_operations(dtype):
 
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gather_inputs(dtype):
+def test_permute_inputs(dtype):
     """To the last bit: all inputs in another order, and some of them, as a rank of several gathers."""
     torch.manual_seed(0)
     for n_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        assert torch.equal(kernels.gather_inputs(x, order.int(), "cpu"), x[..., order])
+        assert torch.equal(kernels.permute_inputs(x, order.int(), "cpu"), x[..., order])
     x = torch.zeros(1, 2, 8).to(dtype)
     for order in (torch.tensor([0, 8]).int(), torch.tensor([-1]).int(), torch.tensor([0, 1]), torch.zeros(1, 2).int()):
         with pytest.raises(RuntimeError, match="input_order"):
-            kernels.gather_inputs(x, order, "cpu")
+            kernels.permute_inputs(x, order, "cpu")
 
 
 @built

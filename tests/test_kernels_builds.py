@@ -17,9 +17,9 @@ import kernels
 from kernels import ops, prepare
 from kernels.formats.cpu_layouts import CPU_BLOCK_N
 from kernels.triton import attention
-from kernels.triton.elements import pack_offset
+from kernels.triton.elements import magic_number
 from layers import ExpertsDown
-from scripts.kernel_checks.exact_results import CPU_FORMATS, OFFSETS, make_linear
+from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_linear
 from tests.compiler import write_compiler
 from tests.cpu_kernels import built
 from tests.tiny import ROOT
@@ -170,6 +170,6 @@ def test_sizes_are_the_same_in_all_languages():
     assert f"activations must be of 1 to {ops.MAX_CPU_TOKENS} tokens" in (kernels.cpu.SOURCES / "ops.cpp").read_text()
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
     assert attention.BLOCK_T.value == ops.MAX_TRITON_NEW_TOKENS
-    offsets = {dtype: OFFSETS[dtype] for dtype in (torch.bfloat16, torch.float16)}
-    packed = {dtype: torch.tensor([pack_offset(dtype)], dtype=torch.int32).view(dtype).tolist() for dtype in offsets}
-    assert packed == {dtype: [offset, offset] for dtype, offset in offsets.items()}
+    for dtype in (torch.bfloat16, torch.float16):
+        halves = torch.tensor([magic_number(dtype)], dtype=torch.int32).view(dtype).tolist()
+        assert halves == 2 * [MAGIC_BIASES[dtype]]

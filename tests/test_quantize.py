@@ -173,7 +173,7 @@ def test_floats_are_rounded_to_the_nearest_the_format_has(format):
     else:
         values, steps = E4M3[~E4M3.isnan()], tensors["scales"]
         assert torch.equal(steps.max(1).values, w.abs().amax(1).div(448).clamp(min=2.0**-126))  # 448 is e4m3's largest
-    levels = steps.repeat_interleave(format.scale_group_size(96), 1)[..., None] * values  # [N, K, values]
+    levels = steps.repeat_interleave(format.inputs_per_scale(96), 1)[..., None] * values  # [N, K, values]
     nearest = (levels - w[..., None]).abs().amin(-1)
     assert (error <= nearest * (1 + FLOAT_ERROR) + 1e-37).all()
 

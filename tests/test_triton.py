@@ -307,7 +307,7 @@ def test_torch_compile(small_gpu):
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def step(tokens, start_pos, kv_cache):
-        return (compiled if tokens.numel() <= launch.FEW_TOKENS else model)(tokens, start_pos, kv_cache)
+        return (compiled if tokens.numel() <= launch.MMA_TOKENS else model)(tokens, start_pos, kv_cache)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

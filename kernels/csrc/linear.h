@@ -1,4 +1,4 @@
-// The operations fused_linear, rms_norm, gather_inputs, glu, add, embed and dequantize. ops.cpp submits them.
+// The operations fused_linear, rms_norm, permute_inputs, glu, add, embed and dequantize. ops.cpp submits them.
 #pragma once
 
 #include "amx.h"
@@ -82,8 +82,8 @@ template <typename T> struct RMSNormOp {
   }
 };
 
-// out [m, n]: out[token][i] = x[token][order[i]]
-template <typename T> struct GatherInputsOp {
+// Computes out [m, n] from x [m, k]: element i of a token becomes element order[i] of the same token.
+template <typename T> struct PermuteInputsOp {
   const T* x;
   int64_t m, k;
   const int32_t* order;  // [n]

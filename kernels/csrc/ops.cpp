@@ -166,8 +166,8 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// Checks the values of input_order here and not at every replay of a tape, since they are as constant as a weight.
-Tensor gather_inputs(Tensor x, Tensor input_order) {
+// Checks the values of input_order here, and not when a tape is replayed: they are as constant as a weight.
+Tensor permute_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
                   input_order.dim() == 1, "input_order must be int32 [K]");
@@ -176,7 +176,7 @@ Tensor gather_inputs(Tensor x, Tensor input_order) {
                   "input_order names an input that is not there");
   Tensor out = torch::stable::new_empty(x, resized(x, n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(GatherInputsOp<T>{.x = ptr<T>(x), .m = m, .k = k, .order = order, .n = n, .out = mutable_ptr<T>(out)});
+    submit(PermuteInputsOp<T>{.x = ptr<T>(x), .m = m, .k = k, .order = order, .n = n, .out = mutable_ptr<T>(out)});
   });
   return out;
 }
@@ -343,7 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("glu", TORCH_BOX(&glu));
   m.impl("add", TORCH_BOX(&add));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("gather_inputs", TORCH_BOX(&gather_inputs));
+  m.impl("permute_inputs", TORCH_BOX(&permute_inputs));
   m.impl("embed", TORCH_BOX(&embed));
   m.impl("rope_and_cache", TORCH_BOX(&rope_and_cache));
   m.impl("attend", TORCH_BOX(&attend));

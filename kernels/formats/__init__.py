@@ -1,29 +1,35 @@
-"""How weights are stored: Dense (16 or 32 bits), Int8, Int4, GroupedInt8, Float8, MXFP4. A format is a class here, a
-struct in csrc/weights.h and two functions in triton/formats.py. Integers are in integers.py, floats in floats.py, what
-they have in common in base.py. Kernels read weights in orders of their own: cpu_layouts.py, triton_layouts.py.
+"""Weight formats: how a weight W [N, K] of N outputs and K inputs is stored. This is the one table of all formats:
 
-For a weight W [..., N, K] (N outputs, K inputs, experts in front) a format knows: its names; which tensors a checkpoint
-holds; how to make them (quantize); what they mean (dequantize, which is the reference for the kernels); which part of
-them a tensor-parallel rank keeps (shard_inputs).
+    class         --mode   tensors of a checkpoint                              meaning
+    Dense                  weight [N, K], 16 or 32 bits
+    Int8          int8     weight [N, K] int8, scales [N] float32               w = q * scale
+    Int4          int4     weight [N, K / 2] uint8,                             w = (q - zero / 16) * scale
+                           scales [N, n_groups], zeros [N, n_groups] uint8
+    GroupedInt8            weight [N, K] uint8, scales and zeros as Int4        w = (q - zero) * scale
+    Float8        fp8      weight [N, K] float8_e4m3fn,                         w = q * scale
+                           scales [N, n_groups] float32
+    MXFP4         mxfp4    weight [N, K / 2] uint8, scales [N, K / 32] uint8    w = e2m1(q) * 2^(scale - 127)
 
-    Dense          weight [N, K]
-    Int8           weight [N, K] int8, scales [N] float32                      w = q * scale
-    Int4           weight [N, K / 2] uint8,                                    w = (q - zero / 16) * scale
-                   scales [N, n_groups], zeros [N, n_groups] uint8
-    GroupedInt8    weight [N, K] uint8, scales and zeros as Int4               w = (q - zero) * scale
-    Float8         weight [N, K] float8_e4m3fn, scales [N, n_groups] float32   w = q * scale
-    MXFP4          weight [N, K / 2] uint8, scales [N, K / 32] uint8           w = e2m1(q) * 2^(scale - 127)
+q is an element of weight. Experts have one more dimension in front: [E, N, K]. group_size inputs of an output are a
+group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16. They are float16 if the
+weights come from a checkpoint of another project with float16 scales, since bfloat16 has fewer bits.
 
-In model.pth Int8 and GroupedInt8 have the same mode, "int8". An entry with a "groupsize" means GroupedInt8.
+Only converters make GroupedInt8. In model.pth the mode of both Int8 and GroupedInt8 is "int8"; GroupedInt8 also has a
+"groupsize".
 
-In Int4 and GroupedInt8 group_size inputs of an output share a scale and a zero point. The scales are bfloat16, or
-float16 where another project's checkpoint has those, since bfloat16 has fewer bits.
-
-Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in its low half and element j + 4 in its high half:
+Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low half and element j + 4 in the high half:
 
              byte        0        1        2        3
              low half    q0       q1       q2       q3
              high half   q4       q5       q6       q7
+
+The files, in the order in which to read them:
+
+    base.py             WeightFormat, the interface; Dense; packing of 4-bit elements
+    integers.py         Int8, Int4, GroupedInt8
+    floats.py           Float8, MXFP4; float_bits.py has their numbers
+    cpu_layouts.py      packs the tensors for the C++ kernels (csrc/weights.h has a struct for each format)
+    triton_layouts.py   packs the tensors for the Triton kernels (triton/formats.py has two functions for each format)
 """
 
 from dataclasses import dataclass, field
@@ -44,20 +50,19 @@ MODES = {format_class.mode: format_class for format_class in FORMATS if format_c
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """Which format every linear layer of a model has: a default, and the layers for which a checkpoint names another
-    format."""
+    """The format of every linear layer of a model: a default, and the layers with another format."""
 
     default: WeightFormat
     overrides: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
-    act_order_layers: tuple[str, ...] = ()  # those with a tensor input_order
+    act_order_layers: tuple[str, ...] = ()  # the layers with a tensor input_order
 
     def of_layer(self, name: str) -> WeightFormat:
         return self.overrides.get(name, self.default)
 
 
 def parse_formats(quantization: dict | None) -> QuantizationScheme:
-    """The formats that a checkpoint's "quantization" describes: of most layers, and in "layers" those of the others, by
-    name; "act_order" lists layers. Raises UsageError."""
+    """The formats that a checkpoint's "quantization" describes. It is the entry of the default format. In it, "layers"
+    has an entry for each layer with another format, and "act_order" lists layers. Raises UsageError."""
     fields = quantization if isinstance(quantization, dict) else {}
     overrides, act_order = fields.get("layers", {}), fields.get("act_order", [])
     if not isinstance(overrides, dict):

@@ -1,4 +1,4 @@
-"""What the weight formats have in common: their interface, Dense, and how two elements share a byte."""
+"""WeightFormat, the interface of the weight formats; Dense; and how two elements of 4 bits share a byte."""
 
 import math
 from collections.abc import Callable
@@ -7,28 +7,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Tensors = dict[str, Tensor]  # "weight" and, if quantized, "scales" and "zeros"
-QUANTIZE_CHUNK = 2**18  # elements quantized at a time, so that their float32 copies stay in the processor's cache
+Tensors = dict[str, Tensor]  # by name: "weight" and, if the format has them, "scales" and "zeros"
+QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit into the processor's cache
 
 
 class WeightFormat:
-    """The interface of a format, with what most formats have in common. A class is a kind of format, an object of it a
-    format with its options. What they are called, and where:
+    """The interface of a format, with defaults that suit most formats. A class, such as Int4, is a kind of format. An
+    object, such as Int4(group_size=32), is a format with its options. Four names of a format:
 
-        class     format_id       2              in the kernels of C++ and Triton
-                  mode            "int4"         in --mode and in model.pth; None: not quantized
-        object    name            "int4.g32"     in a file's name and in the output of --json
-                  quantization    {"mode": "int4", "groupsize": 32}, the entry of model.pth that parse reads
+        class     format_id       2                                     in the C++ and Triton kernels
+                  mode            "int4"                                in --mode; None: not quantized
+        object    name            "int4.g32"                            in file names and in the output of --json
+                  quantization    {"mode": "int4", "groupsize": 32}     in model.pth; parse reads it
     """
 
-    format_id: int  # its position in csrc/weights.h: Formats, and in FORMATS; model.pth has the mode instead
+    format_id: int  # the position in FORMATS and in csrc/weights.h: Formats
     mode: str | None = None
-    is_cli_mode = True  # whether --mode has it. Some are no choice, or only converters make them
-    group_size_options: tuple[int, ...] = ()  # what --groupsize may be; (): it has no such option
-    group_size: int | None  # inputs of an output that share a scale. None: all of its inputs do, or there is none
+    is_cli_mode = True  # whether --mode offers the class
+    group_size_options: tuple[int, ...] = ()  # values of --groupsize; empty if the class has no such option
+    group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     elements_per_byte = 1  # of "weight"
-    input_multiple = 1  # the inputs of a whole W must be a multiple of it
-    shard_multiple = 1  # those of a rank's shard, too, since a checkpoint's word cannot be cut
+    input_multiple = 1  # K must be a multiple of this number
+    shard_multiple = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property
     def name(self) -> str | None:
@@ -46,50 +46,52 @@ class WeightFormat:
 
     @classmethod
     def from_options(cls, group_size: int) -> "WeightFormat":
-        """What --mode with --groupsize makes."""
+        """The format that --mode with --groupsize names."""
         return cls(group_size) if cls.group_size_options else cls()
 
     @classmethod
     def parse(cls, quantization: dict) -> "WeightFormat | None":
-        """The inverse of quantization. None: it describes no format of this class. Here, for classes that have no
-        options."""
+        """The inverse of quantization. None means that quantization describes no format of this class. This default is
+        for classes without options."""
         matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
         return cls() if matches else None
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
-        """Uninitialized tensors, as a checkpoint holds them, for W of this shape and dtype."""
+        """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape and dtype."""
         raise NotImplementedError
 
     def quantize(self, w: Tensor) -> Tensors:
-        """The tensors for w [..., N, K], each element rounded to the nearest value that the format can store."""
+        """The tensors of a checkpoint for w [..., N, K]: each element is rounded to the nearest value of the format."""
         return in_chunks(self.quantize_rows, w)
 
     def quantize_rows(self, w: Tensor) -> Tensors:
-        """The same for some rows of one matrix, w [rows, K]."""
+        """Quantizes some rows of a matrix, w [rows, K]. quantize calls it."""
         raise NotImplementedError
 
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        """W [..., N, K] in dtype, from a checkpoint's tensors."""
+        """W [..., N, K] in dtype, from the tensors of a checkpoint. The kernels are tested against this function."""
         raise NotImplementedError
 
     def fill_randomly(self, tensors: Tensors, std: float):
-        """Fills a checkpoint's tensors in place, so that W has mean 0 and this standard deviation."""
+        """Fills the tensors of a checkpoint in place. W then has mean 0 and standard deviation std."""
         raise NotImplementedError
 
     def common_format(self, other: "WeightFormat") -> "WeightFormat | None":
-        """The narrowest format that holds other projects' weights in both, without loss. None: there is none."""
+        """The narrowest format that can hold weights of both formats without loss, or None. For weights of other
+        projects that are stacked, such as q, k and v."""
         return self if self == other else None
 
     def widen(self, tensors: Tensors, wider: "WeightFormat", in_features: int) -> Tensors:
-        """The tensors of wider, a format that common_format gives, with the same values. Here: of shorter groups."""
-        sizes = self.scale_group_size(in_features), wider.scale_group_size(in_features)
+        """Converts tensors to wider, a format that common_format returns, without loss. This default makes groups
+        shorter."""
+        sizes = self.inputs_per_scale(in_features), wider.inputs_per_scale(in_features)
         if sizes[0] == sizes[1]:
             return tensors
         groups = {name: shard_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
         return tensors | groups
 
     def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
-        """The part of one of the tensors that belongs to W's inputs [start, start + length)."""
+        """The part of the tensor called name that belongs to inputs [start, start + length) of W."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:
@@ -97,16 +99,16 @@ class WeightFormat:
         return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
 
     def shard_format(self, length: int) -> "WeightFormat":
-        """The format of such a shard. Its groups are so small that none spans two groups of W."""
+        """The format of a shard of length inputs. No group of the shard spans two groups of W."""
         return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 
-    def scale_group_size(self, in_features: int) -> int:
-        """How many inputs of an output share a scale."""
+    def inputs_per_scale(self, in_features: int) -> int:
+        """How many inputs of an output share a scale: group_size, or all."""
         return self.group_size or in_features
 
     def fits_kernels(self, backend: str, in_features: int) -> bool:
-        """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs. Here, as all quantized
-        formats have it: they read 8 elements at a time."""
+        """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs. This default is for
+        quantized formats, whose kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -114,7 +116,7 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Dense(WeightFormat):
-    """Not quantized: 16 or 32 bits, as PyTorch has them."""
+    """Not quantized: a tensor of 16 or 32 bits."""
 
     format_id = 0
     is_cli_mode = False
@@ -122,7 +124,7 @@ class Dense(WeightFormat):
 
     @classmethod
     def parse(cls, quantization):
-        return None  # model.pth has no entry for it
+        return None  # model.pth has no entry for Dense
 
     def empty(self, shape, dtype, device):
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
@@ -144,9 +146,10 @@ class Dense(WeightFormat):
 
 @dataclass(frozen=True)
 class Dequantized(Dense):
-    """What a quantized weight becomes where there are no kernels for it (kernels/prepare.py: dequantize_weights)."""
+    """A weight that was dequantized while loading, since its format has no kernels on this device
+    (kernels/prepare.py: dequantize_weights)."""
 
-    original_name: str  # of the format that the checkpoint has
+    original_name: str  # the name of the format in the checkpoint
 
     @property
     def name(self):
@@ -154,21 +157,21 @@ class Dequantized(Dense):
 
 
 def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
-    """quantize_rows, which takes [rows, K], applied to w [..., N, K] a few rows at a time."""
+    """Applies quantize_rows, which takes [rows, K], to w [..., N, K], a few rows at a time."""
     chunks = w.flatten(0, -2).split(max(1, QUANTIZE_CHUNK // w.shape[-1]))
     parts = [quantize_rows(chunk) for chunk in chunks]
     return {name: torch.cat([part[name] for part in parts]).unflatten(0, w.shape[:-1]) for name in parts[0]}
 
 
 def shard_groups(t: Tensor, start: int, length: int, group_size: int, shard_group_size: int) -> Tensor:
-    """Scales or zeros t [..., n_groups] for W's inputs [start, start + length), which now are in groups of
-    shard_group_size: for each of these, those of the group of W that it lies in."""
+    """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
+    shard_group_size: for each short group, the scale or zero of the group of W around it."""
     first_inputs = torch.arange(start, start + length, shard_group_size, device=t.device)
     return t[..., first_inputs // group_size]
 
 
 def repeat_groups(t: Tensor, group_size: int, k: int) -> Tensor:
-    """Scales or zeros t [..., n_groups] for each of the k inputs: [..., k]."""
+    """Repeats scales or zeros t [..., n_groups] for each of the k inputs: [..., k]."""
     return t.repeat_interleave(group_size, -1)[..., :k]
 
 
@@ -176,21 +179,21 @@ def repeat_groups(t: Tensor, group_size: int, k: int) -> Tensor:
 
 
 def nibbles_to_bytes(q: Tensor) -> Tensor:
-    """q [..., K] uint8 in 0..15 -> [..., K / 2], as drawn in __init__.py."""
+    """Packs q [..., K] uint8 in 0..15 to [..., K / 2], as drawn in __init__.py."""
     low, high = q.unflatten(-1, (-1, 2, 4)).unbind(-2)
     return (low | high << 4).flatten(-2)
 
 
 def bytes_to_nibbles(weight: Tensor) -> Tensor:
-    """The inverse: q [..., K]."""
-    return low_then_high_halves(weight.unflatten(-1, (-1, 4))).flatten(-2)  # [..., K / 8, 4] -> [..., K / 8, 8]
+    """Unpacks [..., K / 2], as drawn in __init__.py, to q [..., K]."""
+    return unpack_nibbles_planar(weight.unflatten(-1, (-1, 4))).flatten(-2)  # [..., K / 8, 4] -> [..., K / 8, 8]
 
 
-def low_then_high_halves(octets: Tensor) -> Tensor:
-    """Unpacks the half-bytes of octets [..., n] to [..., 2 n]: all low halves, then all high halves."""
+def unpack_nibbles_planar(octets: Tensor) -> Tensor:
+    """Unpacks octets [..., n] to [..., 2 n]: all low nibbles, then all high nibbles."""
     return torch.cat([octets & 15, octets >> 4], dim=-1)
 
 
-def alternating_halves(octets: Tensor) -> Tensor:
-    """Unpacks the half-bytes of octets [..., n] to [..., 2 n]: the low and the high half of every byte in turn."""
+def unpack_nibbles_interleaved(octets: Tensor) -> Tensor:
+    """Unpacks octets [..., n] to [..., 2 n]: low nibble, high nibble, low nibble, ..."""
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""Float8 and MXFP4: weights as floats of 8 and 4 bits (float_bits.py) with a scale."""
+"""Float8 and MXFP4: weights as floats of 8 and 4 bits with a scale. float_bits.py has the floats."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from kernels.formats.integers import GROUP_SIZES, split_groups
 
 @dataclass(frozen=True)
 class Float8(WeightFormat):
-    """8-bit floats, e4m3: 4 bits of exponent, 3 of mantissa, up to 448, no infinity. Every group_size inputs of an
-    output share a scale; None: all of its inputs do."""
+    """8-bit floats, e4m3: 4 bits of exponent, 3 bits of mantissa, up to 448, no infinity. Every group_size inputs of an
+    output share a scale. With None all inputs of an output share a scale."""
 
     group_size: int | None = None
     format_id = 4
@@ -29,7 +29,7 @@ class Float8(WeightFormat):
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape
-        n_groups = math.ceil(k / self.scale_group_size(k))
+        n_groups = math.ceil(k / self.inputs_per_scale(k))
         return {
             "weight": torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
             "scales": torch.empty((*outputs, n_groups), dtype=torch.float32, device=device),
@@ -37,7 +37,7 @@ class Float8(WeightFormat):
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
-        groups = split_groups(w.float(), self.scale_group_size(k))
+        groups = split_groups(w.float(), self.inputs_per_scale(k))
         scales = (groups.abs().amax(-1) / FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
         q = (groups / scales[..., None]).flatten(-2)[:, :k]
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
@@ -45,10 +45,10 @@ class Float8(WeightFormat):
     def dequantize(self, tensors, dtype):
         q = tensors["weight"].float()
         k = q.shape[-1]
-        return (q * repeat_groups(tensors["scales"], self.scale_group_size(k), k)).to(dtype)
+        return (q * repeat_groups(tensors["scales"], self.inputs_per_scale(k), k)).to(dtype)
 
     def fill_randomly(self, tensors, std):
-        tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; the standard deviation is 68.5
+        tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; standard deviation 68.5
         tensors["scales"].fill_(std / 68.5)
 
     def common_format(self, other):
@@ -61,13 +61,13 @@ class Float8(WeightFormat):
 
 @dataclass(frozen=True)
 class MXFP4(WeightFormat):
-    """4-bit floats, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. 32 inputs of an output share a power of two,
-    of which the scale is the exponent (OCP Microscaling Formats, version 1.0)."""
+    """4-bit floats, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. 32 inputs of an output share a scale. The
+    scale is a power of two, stored as an exponent (OCP Microscaling Formats, version 1.0)."""
 
-    group_size: int = 32  # smaller only in a shard that cuts through a group
+    group_size: int = 32  # smaller in a shard that cuts through a group
     format_id = 5
     mode = name = "mxfp4"
-    quantization = {"mode": mode}  # its group size is always the same
+    quantization = {"mode": mode}  # without a group size, which is always 32
     elements_per_byte = 2
     input_multiple = 32
     shard_multiple = 8
@@ -89,7 +89,9 @@ class MXFP4(WeightFormat):
         return decode_mxfp4(q, scales).to(dtype)
 
     def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # two numbers a byte; their standard deviation is 2.93
+        tensors["weight"].random_(0, 256)  # two e2m1 a byte, of standard deviation 2.93
         exponent = math.floor(math.log2(std / 2.93))
-        excess = (std / 2.93 / 2**exponent) ** 2  # 1 to 4: of the variance with this exponent for all
-        tensors["scales"].bernoulli_((excess - 1) / 3).add_(exponent + E8M0_BIAS)  # so many get the next one
+        # A power of two is too coarse for std. So a share p of the scales gets the next exponent, which has 4 times the
+        # variance: 1 + 3 p is the wanted variance, relative to that of all scales with the first exponent
+        relative_variance = (std / 2.93 / 2**exponent) ** 2  # 1 to 4
+        tensors["scales"].bernoulli_((relative_variance - 1) / 3).add_(exponent + E8M0_BIAS)

@@ -1,4 +1,4 @@
-"""Int8, Int4 and GroupedInt8: weights as integers with a scale, and how they are rounded to these."""
+"""Int8, Int4 and GroupedInt8: weights as integers with a scale; and the rounding, for quantize.py and gptq.py."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from kernels.formats.base import Tensors, WeightFormat, bytes_to_nibbles, nibbles_to_bytes, repeat_groups
 
-GROUP_SIZES = (32, 64, 128, 256)  # of Int4
-INT8_GROUP_SIZES = (16, *GROUP_SIZES)  # of GroupedInt8
-SCALE_DTYPES = ("bfloat16", "float16")  # of scales that a group shares
+GROUP_SIZES = (32, 64, 128, 256)  # that Int4 and Float8 may have
+INT8_GROUP_SIZES = (16, *GROUP_SIZES)  # that GroupedInt8 may have
+SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
 
 
 @dataclass(frozen=True)
 class Int8(WeightFormat):
-    """Symmetric, q from -127 to 127 where quantize.py made it, one scale for each output."""
+    """Symmetric, with one scale for each output. quantize.py makes q from -127 to 127."""
 
     format_id = 1
-    mode = "int8"  # and no "groupsize", which would mean GroupedInt8
+    mode = "int8"  # with a "groupsize" the mode "int8" means GroupedInt8
     group_size = None
 
     @classmethod
@@ -43,7 +43,7 @@ class Int8(WeightFormat):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
 
     def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(-127, 128)  # whose standard deviation is 73
+        tensors["weight"].random_(-127, 128)  # the standard deviation of q is 73
         tensors["scales"].fill_(std / 73)
 
 
@@ -51,15 +51,15 @@ class Int8(WeightFormat):
 
 @dataclass(frozen=True)
 class GroupedFormat(WeightFormat):
-    """What Int4 and GroupedInt8 have in common. Asymmetric, q from 0 up. Every group_size inputs of an output share a
-    scale and a zero point. The last group may be shorter."""
+    """What Int4 and GroupedInt8 have in common. Asymmetric, q >= 0. Every group_size inputs of an output share a scale
+    and a zero point. The last group may be shorter."""
 
     group_size: int
     scale_dtype: torch.dtype = torch.bfloat16
 
     mode: ClassVar[str]
-    group_sizes: ClassVar[tuple[int, ...]]  # that model.pth may have
-    zeros_per_step: ClassVar[int]  # a stored zero point counts 1 / zeros_per_step of a step of q
+    group_sizes: ClassVar[tuple[int, ...]]  # valid values of "groupsize" in model.pth
+    zeros_per_step: ClassVar[int]  # the zero point is the stored number divided by zeros_per_step
 
     @property
     def quantization(self):
@@ -81,11 +81,11 @@ class GroupedFormat(WeightFormat):
         }
 
     def elements_to_bytes(self, q: Tensor) -> Tensor:
-        """The tensor "weight" of q [..., N, K] uint8."""
+        """Packs q [..., N, K] uint8 to the tensor "weight"."""
         return q.contiguous()
 
     def bytes_to_elements(self, weight: Tensor) -> Tensor:
-        """The inverse."""
+        """Unpacks the tensor "weight" to q [..., N, K] uint8."""
         return weight
 
     def dequantize(self, tensors, dtype):
@@ -97,7 +97,8 @@ class GroupedFormat(WeightFormat):
         return ((q - zeros) * scales).to(dtype)
 
     def common_format(self, other):
-        """Other projects' zero points are whole steps, which GroupedInt8 has, too."""
+        """Two GroupedFormats with one scale_dtype have a common format. Zero points of other projects are integers, so
+        GroupedInt8 can hold Int4."""
         if not isinstance(other, GroupedFormat) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
@@ -105,7 +106,7 @@ class GroupedFormat(WeightFormat):
 
 
 class Int4(GroupedFormat):
-    """q from 0 to 15, zero points in sixteenths of a step."""
+    """q from 0 to 15. A zero point is a multiple of 1/16."""
 
     format_id = 2
     mode = "int4"
@@ -120,15 +121,15 @@ class Int4(GroupedFormat):
         return self.round_groups(groups, scales, zeros, w.shape[-1])
 
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
-        """The tensors for groups [N, n_groups, group_size], whose last one is padded beyond the k elements of a row."""
+        """The tensors for groups [N, n_groups, group_size] of rows of k elements. The last group may have padding."""
         q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
         weight = self.elements_to_bytes(q.to(torch.uint8).flatten(-2)[:, :k])
         return {"weight": weight, "scales": scales, "zeros": zeros}
 
     def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # two numbers from 0 to 15 a byte; their standard deviation is 4.6
+        tensors["weight"].random_(0, 256)  # two q a byte; the standard deviation of q is 4.6
         tensors["scales"].uniform_(std / 5, std / 4)
-        tensors["zeros"].random_(100, 141)  # sixteenths, so about 7.5, the mean of 0 to 15
+        tensors["zeros"].random_(100, 141)  # about 16 * 7.5, and 7.5 is the mean of q
 
     def widen(self, tensors, wider, in_features):
         if isinstance(wider, GroupedInt8):
@@ -146,17 +147,17 @@ class Int4(GroupedFormat):
 
 
 class GroupedInt8(GroupedFormat):
-    """q from 0 to 255, and so is the zero point."""
+    """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
     format_id = 3
-    mode = "int8"  # with a "groupsize"; without one it is Int8
+    mode = "int8"  # without a "groupsize" the mode "int8" means Int8
     is_cli_mode = False
     group_sizes = INT8_GROUP_SIZES
     zeros_per_step = 1
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        # Not 255, so that 0..255 spans a group even if its scale is rounded down
+        # 254 and not 255: a scale that is rounded down makes q larger, and q must stay below 256
         scales, zeros = choose_range(groups, 254, self.scale_dtype)
         zeros = zeros.round().clamp(0, 255)
         q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
@@ -167,9 +168,9 @@ class GroupedInt8(GroupedFormat):
         }
 
     def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # whose standard deviation is 74
+        tensors["weight"].random_(0, 256)  # the standard deviation of q is 74
         tensors["scales"].fill_(std / 74)
-        tensors["zeros"].random_(127, 129)  # about the mean of 0 to 255
+        tensors["zeros"].random_(127, 129)  # about the mean of q
 
 
 
@@ -178,8 +179,8 @@ class GroupedInt8(GroupedFormat):
 
 
 def split_groups(w: Tensor, group_size: int) -> Tensor:
-    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with its last element, which does not
-    change the group's minimum and maximum."""
+    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with the last element. So the minimum and
+    the maximum of the group stay the same."""
     missing = -w.shape[-1] % group_size
     if missing:
         w = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], dim=-1)
@@ -187,8 +188,8 @@ def split_groups(w: Tensor, group_size: int) -> Tensor:
 
 
 def choose_range(groups: Tensor, max_q: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales in scale_dtype and zero points in float32 [...], in steps of the scale, with which q = 0..max_q spans each
-    group [..., group_size] and 0."""
+    """Chooses scales [...] in scale_dtype and zero points [...] in float32 for groups [..., group_size]. q from 0 to
+    max_q then spans the values of each group, and the value 0."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = ((high - low) / max_q).to(scale_dtype)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
@@ -196,18 +197,18 @@ def choose_range(groups: Tensor, max_q: int, scale_dtype: torch.dtype) -> tuple[
 
 
 def choose_qparams(groups: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (uint8) [...] with which q = 0..15 spans each group [..., group_size] and 0."""
+    """choose_range for int4: scales [...] and stored zero points [...] uint8."""
     scales, zero = choose_range(groups, 15, scale_dtype)
     return scales, encode_zeros(zero)
 
 
 def round_int4(w: Tensor, scale: Tensor | float, zero: Tensor) -> Tensor:
-    """The q in 0..15, as float32, with which (q - zero) * scale is nearest to w. The arguments are float32."""
+    """Returns q in 0..15, such that (q - zero) * scale is nearest to w. All are float32."""
     return (w / scale + zero).round_().clamp_(0, 15)
 
 
 def encode_zeros(zero: Tensor) -> Tensor:
-    """Zero points, in steps of the scale, as the checkpoint stores them: uint8, in sixteenths of a step."""
+    """Converts zero points to the stored numbers of int4: 16 * zero, rounded, uint8."""
     return (zero * 16).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -1,16 +1,30 @@
-"""The operations of a decode step on a GPU, in Triton. In the order in which to read them:
+"""The Triton kernels: the operations of a decode step on a GPU. In the order in which to read them:
 
-    linear.py       a few tokens times a weight: fused_linear, rms_norm and gather_inputs
-    weights.py      where a weight's elements lie, and how a program loads its part
-    formats.py      how each weight format is multiplied and dequantized; embed and dequantize
-    elements.py     stored elements and scales to floats
-    tiles.py        stored elements of 4 bits to a matrix unit's factor
+    linear.py       fused_linear: the product of a few tokens and a weight; rms_norm and permute_inputs
+    formats.py      for each weight format, how fused_linear multiplies and how W is dequantized; dequantize and embed
+    weights.py      where the elements of W are stored, and how a program loads a part of W
+    elements.py     converts stored elements and scales to floats
     launch.py       what the GPU can do, the tile sizes of a product (tuned.json), kernels that overlap
     moe.py          a mixture of experts: route, experts_gate_up, experts_down
     attention.py    attend
-    engine/sampling.py     sample
+    sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
-imported (kernels/schema.py). kernels/reference.py computes the same in plain PyTorch. In these files `import triton` is
-the library.
+imported (kernels/schema.py). kernels/ops.py calls the operations. kernels/reference.py computes the same results in
+plain PyTorch. In these files `import triton` is the library.
+
+A weight of int4 takes this way. It is packed once, when the model is loaded:
+
+    formats/triton_layouts.py: pack_tiles, pack_scales     from a checkpoint's bytes to tiles and to words of scales
+
+Then, in every decode step:
+
+    linear.py: fused_linear             looks up KERNEL_FORMATS, chooses the tile sizes, launches the kernel
+    linear.py: fused_linear_kernel      the loop over K; in each step it calls MULTIPLY, which is multiply_int4
+    formats.py: multiply_int4           acc += scale * (q x - zero * sum of x), by calling
+        weights.py: load_tiles              words of 8 elements
+        elements.py: tiles_to_floats        words to the left factor of the product, by int4_pair
+        weights.py: load_slice_scales       words of a scale and a zero point
+        elements.py: unpack_scale_words     words to scales and zero points
+        formats.py: product_with_zeros      the products of the matrix unit, tl.dot
 """

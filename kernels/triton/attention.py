@@ -1,16 +1,18 @@
-"""Attention of a decode step on a GPU, in Triton: a few new tokens of each sequence attend to those in the KV cache.
+"""Attention of a decode step on a GPU, in Triton: a few new tokens of each sequence attend to the KV cache.
 
     attend    q/k norm, RoPE, cache write and softmax([ALiBi] q k^T) v, registered as torch.ops.gptfast_triton.attend
 
-This is Flash-Decoding: the cache is cut into splits, each program goes over one split with FlashAttention's online
-softmax (arXiv:2205.14135), and the last program to finish combines the splits. How many tokens are in the cache is read
-on the device, so one CUDA graph serves every position. kernels/reference.py computes the same in plain PyTorch.
+This is Flash-Decoding. The cache is cut into splits. Each program goes over one split with FlashAttention's online
+softmax (arXiv:2205.14135). The last program to finish combines the results of all splits. Programs read on the device
+how many tokens the cache holds, so one CUDA graph serves every position. kernels/ops.py calls attend, and
+kernels/reference.py computes the same result in plain PyTorch.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
-heads, D head_dim. In a program M is queries and N keys; BLOCK_M, BLOCK_N, BLOCK_D and BLOCK_T are powers of two.
+heads, D head_dim. In a program M is queries and N keys. X is whatever a function is called with: queries or keys.
+BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_HALF and BLOCK_T are powers of two.
 
-RoPE rotates the two halves of a head against each other. So queries and keys are held as two halves, q_lo and q_hi, of
-D / 2 elements each, in BLOCK_HALF.
+RoPE rotates elements i and i + D / 2 of a head. So a program holds queries and keys as two halves, q_lo and q_hi, of
+D / 2 elements each, padded to BLOCK_HALF.
 """
 
 from typing import NamedTuple
@@ -24,12 +26,12 @@ from kernels.schema import triton_op
 from kernels.triton.launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
 from kernels.triton.linear import apply_softcap
 
-BLOCK_T = tl.constexpr(16)  # new tokens of a sequence; as kernels/ops.py: MAX_TRITON_NEW_TOKENS; tl.dot takes no fewer
+BLOCK_T = tl.constexpr(16)  # kernels/ops.py: MAX_TRITON_NEW_TOKENS; tl.dot needs at least 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class ScoreOptions(NamedTuple):
-    """How scores become the logits of the softmax. None: left out."""
+    """How scores become the logits of the softmax. None means that the step is left out."""
 
     qk_scale: tl.tensor
     qk_softcap: tl.tensor | None
@@ -51,21 +53,18 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr,
     DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attends to one split. Grid: [N_SPLITS, G, B]. Program (i, g, b) takes split i of the cached tokens of sequence b,
-    for the T * H / G queries that use key/value head g. The splits are equal, and the last program also has the new
-    tokens:
+    """Attends to one split. Grid: [N_SPLITS, G, B]. Program (i, g, b) has the T * H / G queries that use key/value head
+    g, and split i of the cached tokens of sequence b. The last program also has the new tokens:
 
         start_pos    0                              start           start + T
                      |   cached tokens              |   new tokens  |
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
-    The last program takes the new tokens from qkv, and no other program writes to the cache. So no program waits for
-    another.
+    The last program reads the new tokens from qkv, and only this program writes to the cache. So no program waits for
+    another. Each program stores its result in splits and stats, and adds one to n_done. The program that finds all
+    others counted combines the results, and sets n_done back to zero.
 
-    Each program stores its result in splits and stats, and counts itself in n_done. The program that finds all others
-    counted combines the results, and sets the counter back to zero.
-
-    The softmax is to base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
+    The softmax has base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
@@ -75,8 +74,8 @@ def attend_kernel(
     v_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     start = tl.load(start_pos_ptr + sequence).to(tl.int32)  # position of the first new token
 
-    # Load the new tokens first, since these loads need not wait for start
-    offs_m = tl.arange(0, BLOCK_M)  # queries: all heads of token 0, all heads of token 1, ...
+    # Load the new tokens first: their addresses do not depend on start, which is still being loaded
+    offs_m = tl.arange(0, BLOCK_M)  # queries: the heads of token 0, the heads of token 1, ...
     token, head = offs_m // HEADS_PER_KV, kv_head * HEADS_PER_KV + offs_m % HEADS_PER_KV
     mask_m = token < T
     q_lo, q_hi = load_halves(qkv_ptr, token * TOKEN_STRIDE + head * D, mask_m, D, BLOCK_HALF)
@@ -134,8 +133,8 @@ def attend_kernel(
 
 @triton.jit
 def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns the cached tokens [begin, end) of a split. Those that some new token sees are cut into N_SPLITS equal
-    splits, of whole blocks."""
+    """Returns the cached tokens [begin, end) of a split. The cached tokens that some new token sees are cut into
+    N_SPLITS equal splits of whole blocks."""
     first = tl.maximum(start - WINDOW + 1, 0) if WINDOW else 0
     split_len = tl.cdiv(tl.cdiv(start - first, N_SPLITS), BLOCK_N) * BLOCK_N
     begin = first + split * split_len
@@ -144,14 +143,14 @@ def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, 
 
 # ---- Softmax --------------------------------------------------------------------------------------------------------
 #
-# The names are FlashAttention's. For every query of a program m_i is the largest score so far, l_i the sum of
-# 2^(score - m_i), and acc the sum of 2^(score - m_i) v. The output is acc / l_i.
+# The names are FlashAttention's. For each query m_i is the largest score so far, l_i is the sum of 2^(score - m_i), and
+# acc is the sum of 2^(score - m_i) v. The output is acc / l_i.
 
 
 @triton.jit
 def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
     """Returns m_i and l_i [BLOCK_M] before the first key. A sink is the score of a key whose value is zero."""
-    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf: for a query that sees nothing, -inf - -inf would be NaN
+    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf, since a query may see no key, and -inf - -inf is NaN
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=has_sink, other=0.0).to(tl.float32) * LOG2_E
@@ -182,8 +181,9 @@ def attend_to_split(
 def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc):
     """Adds keys [N, D] and values v [N, D] to the softmax of queries [M, D]: to m_i [M], l_i [M] and acc [M, D].
 
-    mask [M, N]: which keys a query sees. distance [M, N]: from a query to a key. Both factors of a product have the
-    type of q."""
+    mask [M, N]: whether a query sees a key.
+    distance [M, N]: the position of the key minus the position of the query.
+    Keys, values and p are rounded to the type of q, since both factors of a product must have one type."""
     k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
     qk *= options.qk_scale
@@ -205,13 +205,13 @@ def store_and_combine(
     m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the result of one split for the queries at indices query [BLOCK_M] of [B, T, H], and counts this program
-    in n_done at index counter. The last program to come here stores the output."""
+    """Stores the result of one split, and adds one to n_done at index counter. The last program of the counter stores
+    the output. query [BLOCK_M]: indices of the queries in [B, T, H]."""
     first_split = query * N_SPLITS  # index in [B, T, H, N_SPLITS]
     store_vectors(splits_ptr, (first_split + split) * D, acc, mask_m, D)
     tl.store(stats_ptr + (first_split + split) * 2, m_i, mask=mask_m)
     tl.store(stats_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
-    tl.debug_barrier()  # all threads have stored when the first of them counts
+    tl.debug_barrier()  # all threads of the program have stored before the program counts
     if tl.atomic_add(n_done_ptr + counter, 1, sem="acq_rel") == N_SPLITS - 1:
         tl.store(n_done_ptr + counter, 0)
         out = combine_splits(splits_ptr, stats_ptr, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1])
@@ -223,8 +223,9 @@ def combine_splits(
     splits_ptr, stats_ptr, first_split, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Combines the results of all splits into the output [BLOCK_M, BLOCK_D]. first_split [BLOCK_M]: the index of the
-    first split of a query. Other programs have just written the results, so loads go past the first-level cache."""
+    """Combines the results of all splits into the output [BLOCK_M, BLOCK_D]. first_split [BLOCK_M]: indices of the
+    first split of each query in [B, T, H, N_SPLITS]. Other programs have just written the results, so loads bypass the
+    L1 cache (.cg)."""
     split = tl.arange(0, N_SPLITS_PADDED)[None, :]
     stat_ptr, mask_stats = stats_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
     m_splits = tl.load(stat_ptr, mask=mask_stats, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, N_SPLITS_PADDED]
@@ -250,8 +251,8 @@ def norm_and_rope(
     lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, rope_ptr, position, mask,
     D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Norms new queries or keys, if there is a weight, and rotates them. They are given and returned as halves
-    [X, BLOCK_HALF]."""
+    """Norms new queries or keys, if there is a weight, and rotates them. lo and hi [X, BLOCK_HALF] are the halves of
+    the queries or keys, before and after."""
     lo, hi = lo.to(tl.float32), hi.to(tl.float32)
     if norm_weight_ptr is not None:
         lo, hi = norm_halves(lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, D, NORM_HEADS, TOKEN_STRIDE)
@@ -263,17 +264,17 @@ def norm_halves(
     lo, hi, weight_ptr, heads_ptr, token, head, T, eps,
     D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Divides heads of D elements by their rms and multiplies them with the weight [D]. They are given and returned as
-    halves [X, BLOCK_HALF]. head [X] and token [X] say which heads they are.
+    """Computes RMSNorm of vectors of D elements, given and returned as halves lo and hi [X, BLOCK_HALF]. Vector x is
+    head[x] of token[x].
 
-    If NORM_HEADS > 1, NORM_HEADS heads of a token, at heads_ptr, are normed together: the rms is that of all these
-    heads, and the weight is [NORM_HEADS, D]."""
+    NORM_HEADS = 1: each head has an rms of its own, and the weight is [D].
+    NORM_HEADS > 1: the NORM_HEADS heads of a token, at heads_ptr, share one rms, and the weight is [NORM_HEADS, D]."""
     if NORM_HEADS == 1:
         squares = tl.sum(lo * lo + hi * hi, axis=1)
         weight_offset = tl.zeros([1], tl.int32)
     else:
         squares = sum_of_squares(heads_ptr, token, T, NORM_HEADS * D, TOKEN_STRIDE)
-        weight_offset = head * D + tl.zeros([1], tl.int32)  # [X], or [1] if all are of one head
+        weight_offset = head * D + tl.zeros([1], tl.int32)  # [X], or [1] if head is one number
     inverse_rms = tl.rsqrt(squares / (NORM_HEADS * D) + eps)[:, None]
     all_true = weight_offset >= 0
     weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, all_true, D, lo.shape[1])
@@ -282,8 +283,8 @@ def norm_halves(
 
 @triton.jit
 def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexpr):
-    """Sums up the squares of the first WIDTH elements of each token [X] at ptr: [X]. Reads every token once, even if
-    several of its heads are asked for."""
+    """Returns the sum of squares of the first WIDTH elements of each token [X] at ptr: [X]. Each of the T tokens is
+    read once, even if it occurs several times in token."""
     i = tl.arange(0, triton.next_power_of_2(WIDTH))
     total = tl.zeros(token.shape, tl.float32)
     for t in range(T):
@@ -294,8 +295,8 @@ def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexp
 
 @triton.jit
 def apply_rope(lo, hi, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rotates vectors of D elements, given and returned as halves [X, BLOCK_HALF], for position [X]. A vector outside
-    mask [X] becomes zeros."""
+    """Rotates vectors of D elements by the angles of position [X]. The vectors are given and returned as halves
+    [X, BLOCK_HALF]. Where mask [X] is false, a vector becomes zeros."""
     d = tl.arange(0, lo.shape[1])
     mask_d = d < D // 2
     angle_ptr = rope_ptr + position[:, None] * D + 2 * d[None, :]  # rope is [S, D / 2, 2]
@@ -309,25 +310,23 @@ def apply_rope(lo, hi, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.cons
 
 @triton.jit
 def is_inside(position, S):
-    """Returns whether the cache has this position."""
+    """Returns whether position is one of the S positions of the cache."""
     return (position >= 0) & (position < S)
 
 
 @triton.jit
 def load_vectors(ptr, offset, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Loads vectors of D elements at ptr + offset [X]: [X, BLOCK_D], filled up with zeros."""
+    """Loads vectors of D elements at ptr + offset [X]: [X, BLOCK_D], padded with zeros."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(ptr + offset[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def load_halves(ptr, offset, mask, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Loads vectors of D elements at ptr + offset [X] as two halves: [X, BLOCK_HALF] each."""
+    """Loads vectors of D elements at ptr + offset [X] as two halves, [X, BLOCK_HALF] each, padded with zeros."""
     d = tl.arange(0, BLOCK_HALF)
     lo_ptr, mask_lo = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
-    lo = tl.load(lo_ptr, mask=mask_lo, other=0.0)
-    hi = tl.load(lo_ptr + D // 2, mask=mask_lo, other=0.0)
-    return lo, hi
+    return tl.load(lo_ptr, mask=mask_lo, other=0.0), tl.load(lo_ptr + D // 2, mask=mask_lo, other=0.0)
 
 
 @triton.jit
@@ -353,15 +352,15 @@ def attend(
     n_heads: int, scale: float, window: int, softcap: float, q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None, eps: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Computes qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The T new tokens of a sequence are at start_pos [B] and the
-    positions after start_pos. T is at most 16 and T H / G at most 64: a program has that much room.
+    """Attends from T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first new token is at
+    start_pos [B]. T may be up to 16 and T H / G up to 64, since a program holds all queries of a key/value head.
 
-    k_cache, v_cache: [B, G, S, D], perhaps views of longer caches. They hold the keys and values of earlier tokens, and
-    get those of the new tokens. Nothing is read or written beyond S.
+    k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
+    tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
     rope: [S, D / 2, 2], cosine and sine of the angles of every position.
     q_norm_weight, k_norm_weight: [D] to norm each head; [H D] and [G D] to norm all heads of a token together.
 
-    scale, softcap, window, alibi_slopes, sinks: see AttentionParams and LayerCache in kernels/params.py."""
+    The other arguments: see AttentionParams and LayerCache in kernels/params.py."""
     (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_of(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -380,22 +379,19 @@ def attend(
         n_heads, n_kv_heads, head_dim, window,
         Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
         K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
-        N_SPLITS=n_splits,
-        N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
+        N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
         BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
-        BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys and of values, twice: any GPU has room
-        BLOCK_D=block_d,
-        BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
-        DTYPE=dot_dtype(qkv),
-        num_stages=2,
+        BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
+        BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
+        DTYPE=dot_dtype(qkv), num_stages=2,
         **overlap_options(qkv.device, grid),
     )  # fmt: skip
     return out
 
 
 def choose_splits(num_sms: int, programs_per_split: int, max_seq_len: int, window: int) -> int:
-    """Chooses N_SPLITS, so that every multiprocessor gets two programs, but no split is shorter than 64 tokens. A short
-    cache is one split, which needs no combining."""
+    """Returns N_SPLITS: two programs for every multiprocessor, but no split shorter than 64 tokens. A cache of up to
+    128 tokens is one split, so nothing is combined."""
     n_visible = min(max_seq_len, window) if window else max_seq_len
     if n_visible <= 128:
         return 1

@@ -1,25 +1,27 @@
-"""How the stored elements and scales of a weight become floats in the Triton kernels.
+"""Converts the stored elements and scales of a weight to floats, in the Triton kernels.
 
-    int4_pair, e2m1_pair     two elements of 4 bits, out of a word of a tile
+    tiles_to_floats          elements of 4 bits, 8 in a word of a tile; calls int4_pair or e2m1_pair
+    int4_pair, e2m1_pair     two elements of 4 bits from a word
     e4m3_to_floats           elements of 8 bits, four in a word
     unpack_scale_words       a scale and a zero point in one word
     e8m0_to_float            a scale that is a power of two
 
-kernels/formats/triton_layouts.py stores them so.
+formats.py calls these functions. kernels/formats/triton_layouts.py packs the words.
 
-The floats are of DTYPE, which is x's. Two 16-bit floats share a register, so elements are taken out of a word in pairs:
-16 bits apart, and side by side in their row. For float32 they are taken out one by one.
+The floats have the type DTYPE, which is the type of x. A register holds two 16-bit floats. So the functions decode
+elements in pairs. The two elements of a pair are 16 bits apart in the word, and neighbours in their row of W. For
+float32 each element is decoded alone.
 
-e4m3 and e2m1 are floats themselves. Exponent and mantissa go where DTYPE's exponent ends and its mantissa begins:
+e4m3 and e2m1 are floats themselves. Their exponent and mantissa are shifted to where the exponent of DTYPE ends and
+the mantissa of DTYPE begins:
 
     bits of a bfloat16    15      14 ... 7    6 ... 0
                           sign    exponent    mantissa
     e4m3 (FP8)            s       0000eeee    mmm0000
     e2m1 (FP4)            s       000000ee    m000000
 
-The exponent of DTYPE has another bias, so the float is the element times 2^-120 or 2^-126. That holds for subnormal
-elements, too, which become subnormal floats. The product with BIAS_FACTOR, 2^120 or 2^126, is the element again,
-exactly.
+DTYPE has a larger exponent bias, so the result is the element times 2^-120 (e4m3) or 2^-126 (e2m1). A subnormal element
+becomes a subnormal float. Multiplying with BIAS_FACTOR, 2^120 or 2^126, gives the element exactly.
 """
 
 import torch
@@ -29,59 +31,86 @@ import triton.language as tl
 SIGN_MASK = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008000, as an int32
 
 
-@triton.jit
-def join_halves(words, DTYPE: tl.constexpr):
-    """Returns the 16-bit floats in the low and the high half of each word: [..., 2]."""
-    return tl.join(words.to(tl.int16).to(DTYPE, bitcast=True), (words >> 16).to(tl.int16).to(DTYPE, bitcast=True))
+# ---- Elements of 4 bits ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def join_bfloat16_halves(words, DTYPE: tl.constexpr):
-    """Returns the bfloat16s in the low and the high half of each word, as DTYPE, bfloat16 or float32: [..., 2]. A
-    bfloat16 is the upper half of the same float32."""
-    if DTYPE == tl.bfloat16:
-        return join_halves(words, DTYPE)
+def tiles_to_floats(
+    words, magic_number, DECODE: tl.constexpr, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Decodes the words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles to the left factor of tl.dot, in
+    slices of SLICE_K columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. kernels/formats/triton_layouts.py draws a
+    tile.
+
+    DECODE: int4_pair or e2m1_pair.
+    SLICE_K: 64, a whole tile, or 32, half a tile. Then all left halves come before all right halves."""
+    TILES_K: tl.constexpr = words.shape[0] // TILES_N
+    words = tl.reshape(words, [TILES_N, TILES_K, 8, 4, 4])  # tile_n, tile_k, lane / 4, lane % 4, word
+    # Bits 0 and 16 hold columns c + 0 and c + 1, bits 8 and 24 columns c + 16 and c + 17, and so on: see the drawing
+    columns_0_1_16_17 = tl.join(DECODE(words, magic_number, DTYPE), DECODE(words >> 8, magic_number, DTYPE))
+    columns_2_3_18_19 = tl.join(DECODE(words >> 4, magic_number, DTYPE), DECODE(words >> 12, magic_number, DTYPE))
+    q = tl.join(columns_0_1_16_17, columns_2_3_18_19)
+    # Now every digit of a row and of a column has an axis:
+    #
+    #     axis   0       1       2         3            4      5          6         7          8
+    #     digit  tile_n  tile_k  lane_row  lane_column  row_8  column_32  column_1  column_16  column_2
+    #
+    #     row    = 16 tile_n + 8 row_8 + lane_row                                                   axes 0 4 2
+    #     column = 64 tile_k + 32 column_32 + 16 column_16 + 4 lane_column + 2 column_2 + column_1  axes 1 5 7 3 8 6
+    q = tl.reshape(q, [TILES_N, TILES_K, 8, 4, 2, 2, 2, 2, 2])
+    if SLICE_K == 64:
+        q = tl.permute(q, 1, 0, 4, 2, 5, 7, 3, 8, 6)  # slice: 1    row: 0 4 2    column in the slice: 5 7 3 8 6
     else:
-        return tl.join((words << 16).to(DTYPE, bitcast=True), (words & -65536).to(DTYPE, bitcast=True))
-
-
-# ---- Int4 -----------------------------------------------------------------------------------------------------------
-
-
-def pack_offset(dtype: torch.dtype) -> int:
-    """Returns OFFSET (see int4_pair) twice, as two floats of dtype in a word. Float32 has no use for it."""
-    return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
+        q = tl.permute(q, 5, 1, 0, 4, 2, 7, 3, 8, 6)  # slice: 5 1    row: 0 4 2    column in the slice: 7 3 8 6
+    return tl.reshape(q, [64 * TILES_K // SLICE_K, 16 * TILES_N, SLICE_K])
 
 
 @triton.jit
-def offset_of(DTYPE: tl.constexpr):
-    """Returns OFFSET (see int4_pair)."""
-    OFFSET: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
-    return OFFSET
+def int4_pair(words, magic_number, DTYPE: tl.constexpr):
+    """Decodes the elements q in bits 0-3 and 16-19 of words to bias + q, of DTYPE: [..., 2]. The caller subtracts the
+    bias, magic_bias(DTYPE).
 
-
-@triton.jit
-def int4_pair(words, packed_offset, DTYPE: tl.constexpr):
-    """Decodes the elements q in bits 0-3 and 16-19 of words, as OFFSET + q of DTYPE: [..., 2]. The caller subtracts
-    OFFSET.
-
-    OR the nibble into the mantissa of OFFSET, which is 1024.0 (float16) or 128.0 (bfloat16): the value is OFFSET + q.
-    packed_offset has OFFSET in both halves, so two elements take one and-or instruction (lop3). It is a runtime
-    argument because the mask already takes lop3's immediate. For float32 OFFSET is 0, and elements are converted."""
+    The trick: OR q into the mantissa of 1024.0 (float16) or 128.0 (bfloat16), and the float becomes 1024 + q or
+    128 + q. magic_number has this float in both halves, so one instruction (lop3) masks and ORs two elements. It is an
+    argument of the kernel, since lop3 takes one immediate operand only, and the mask is one. For float32 the bias is
+    0: q is converted to a float."""
     nibbles = words & 0x000F000F
     if DTYPE == tl.float32:
         return tl.join((nibbles & 15).to(DTYPE), (nibbles >> 16).to(DTYPE))
     else:
-        return join_halves(nibbles | packed_offset, DTYPE)
+        return join_halves(nibbles | magic_number, DTYPE)
+
+
+def magic_number(dtype: torch.dtype) -> int:
+    """Returns a word with two floats of dtype, each of which is magic_bias. For float32 the word is not used."""
+    return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
 
 
 @triton.jit
-def unpack_scale_words(words):
-    """What pack_scales packed: scales, and zero points as they are stored, both float32."""
-    return (words & -256).to(tl.float32, bitcast=True), (words & 255).to(tl.float32)
+def magic_bias(DTYPE: tl.constexpr):
+    """Returns what int4_pair adds to every element."""
+    BIAS: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
+    return BIAS
 
 
-# ---- Float8: e4m3 ---------------------------------------------------------------------------------------------------
+@triton.jit
+def e2m1_pair(words, magic_number, DTYPE: tl.constexpr):
+    """Decodes the elements in bits 0-3 and 16-19 of words, divided by e2m1_bias_factor(DTYPE): [..., 2]. magic_number
+    is not used: DECODE has the arguments of int4_pair."""
+    if DTYPE == tl.float16:
+        return join_halves(((words << 9) & 0x0E000E00) | ((words << 12) & SIGN_MASK), DTYPE)
+    else:
+        return join_bfloat16_halves(((words << 6) & 0x01C001C0) | ((words << 12) & SIGN_MASK), DTYPE)
+
+
+@triton.jit
+def e2m1_bias_factor(DTYPE: tl.constexpr):
+    """Returns BIAS_FACTOR of e2m1."""
+    BIAS_FACTOR: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
+    return BIAS_FACTOR
+
+
+# ---- Elements of 8 bits: e4m3 ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -102,26 +131,35 @@ def e4m3_pair(words, DTYPE: tl.constexpr):
         return join_bfloat16_halves(((words >> 4) & 0x07F007F0) | (words & SIGN_MASK), DTYPE)
 
 
-# ---- MXFP4: e2m1 and e8m0 -------------------------------------------------------------------------------------------
+# ---- Scales ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def e2m1_bias_factor(DTYPE: tl.constexpr):
-    """Returns BIAS_FACTOR of e2m1."""
-    BIAS_FACTOR: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
-    return BIAS_FACTOR
-
-
-@triton.jit
-def e2m1_pair(words, packed_offset, DTYPE: tl.constexpr):
-    """Decodes the elements in bits 0-3 and 16-19 of words, divided by BIAS_FACTOR: [..., 2]."""
-    if DTYPE == tl.float16:
-        return join_halves(((words << 9) & 0x0E000E00) | ((words << 12) & SIGN_MASK), DTYPE)
-    else:
-        return join_bfloat16_halves(((words << 6) & 0x01C001C0) | ((words << 12) & SIGN_MASK), DTYPE)
+def unpack_scale_words(words):
+    """The inverse of pack_scales. Returns scales and stored zero points, both float32."""
+    return (words & -256).to(tl.float32, bitcast=True), (words & 255).to(tl.float32)
 
 
 @triton.jit
 def e8m0_to_float(scales):
-    """Returns 2^(scale - 127), float32, for uint8 scales. For 0 that is a subnormal number with one bit set."""
+    """Returns 2^(scale - 127), float32, for uint8 scales. 2^-127 is a subnormal number with one bit set."""
     return tl.maximum(scales.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+
+
+# ---- Two 16-bit floats in a word ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def join_halves(words, DTYPE: tl.constexpr):
+    """Returns the 16-bit floats in the low and the high half of each word: [..., 2]."""
+    return tl.join(words.to(tl.int16).to(DTYPE, bitcast=True), (words >> 16).to(tl.int16).to(DTYPE, bitcast=True))
+
+
+@triton.jit
+def join_bfloat16_halves(words, DTYPE: tl.constexpr):
+    """Returns the bfloat16s in the low and the high half of each word, converted to DTYPE, bfloat16 or float32:
+    [..., 2]. A bfloat16 is the upper half of a float32 with the same value."""
+    if DTYPE == tl.bfloat16:
+        return join_halves(words, DTYPE)
+    else:
+        return tl.join((words << 16).to(DTYPE, bitcast=True), (words & -65536).to(DTYPE, bitcast=True))

@@ -1,25 +1,22 @@
-"""The weight formats in the Triton kernels: how a step of fused_linear multiplies, and how a tile is dequantized.
+"""The weight formats in the Triton kernels: how fused_linear multiplies, how W is dequantized; dequantize and embed.
 
-A format is two functions, which are compiled into the kernels, and a line in KERNEL_FORMATS:
+A format is a line in KERNEL_FORMATS (below) and two functions, which are compiled into the kernels:
 
-    multiply_...      acc + W x for the columns [k, k + BLOCK_K) of one step. w is a ProgramWeights (weights.py), x is
-                      [K_SLICES, SLICE_K, BLOCK_M], acc [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice. k_starts
-                      [K_SLICES] is where slices begin
+    multiply_...      acc + W x for the columns [k, k + BLOCK_K) of one step of fused_linear's loop
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
 
-Packed, a weight is this. What is in a checkpoint, and what it means, is in the table of kernels/formats/__init__.py.
+The arguments of multiply_... are
 
-    format         W                                        scales
-    Dense          rows                                     none
-    Int8           rows                                     float32 [N]
-    GroupedInt8    rows of int8, q - 128                    int32 [n_groups, N]: a scale and a zero point in each word
-    Float8         rows of words of 4 e4m3                  float32 [n_groups, N]
-    Int4           tiles of words of 8 elements             int32 [n_groups, N], as GroupedInt8
-    MXFP4          tiles of words of 8 e2m1                 uint8 [n_groups, N]: exponents of powers of two
+    acc         [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice
+    x           [K_SLICES, SLICE_K, BLOCK_M]
+    w           the weights of the program, a ProgramWeights (weights.py)
+    k_starts    [K_SLICES], the first column of each slice
 
-weights.py loads from rows and tiles, elements.py makes floats of what is loaded. Scales are applied in one of two ways
-(KernelFormat). One float32 for a whole output multiplies its sum after the loop of fused_linear. Every other scale
-multiplies the sum of a slice, in multiply_...: slices are so narrow that each lies in one group.
+linear.py calls multiply_..., dequantize_kernel and embed_kernel call dequantize_.... Both load with weights.py, and
+convert what is loaded to floats with elements.py.
+
+kernels/formats/__init__.py has the table of all formats: the tensors of a checkpoint, and their meaning.
+kernels/formats/triton_layouts.py packs these tensors.
 
 In shape comments a row of W is an output, and a column an input.
 """
@@ -42,16 +39,24 @@ from kernels.triton.elements import (
     e4m3_to_floats,
     e8m0_to_float,
     int4_pair,
-    offset_of,
+    magic_bias,
+    tiles_to_floats,
     unpack_scale_words,
 )
-from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS, tiles_to_floats
-from kernels.triton.weights import load_rows, load_scales, load_slice_scales, load_tiles
+from kernels.triton.weights import (
+    TILE_K,
+    TILE_N,
+    TILE_WORDS,
+    load_rows,
+    load_scales,
+    load_slice_scales,
+    load_tiles,
+)
 
 # ---- Dense and Int8 -------------------------------------------------------------------------------------------------
 #
-# fused_linear calls every multiply_... with the same arguments, and dequantize_kernel every dequantize_... Each ignores
-# what its format does not need.
+# All multiply_... have the same arguments, and all dequantize_... have the same arguments. A function ignores the
+# arguments that its format does not need.
 
 
 @triton.jit
@@ -68,7 +73,7 @@ def dequantize_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
     return q.to(tl.float32) * tl.load(scales_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
 
 
-# ---- GroupedInt8, whose q are stored as q - 128 ---------------------------------------------------------------------
+# ---- GroupedInt8: W holds q - 128 -----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -90,15 +95,16 @@ def dequantize_grouped_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, m
 @triton.jit
 def product_with_zeros(q, x, scale, zero):
     """Computes ((q - zero) * scale) x, slice by slice: q [K_SLICES, BLOCK_N, SLICE_K] times x [K_SLICES, SLICE_K,
-    BLOCK_M] is [K_SLICES, BLOCK_N, BLOCK_M]. scale and zero [K_SLICES, BLOCK_N, 1] are those of a whole slice, so
+    BLOCK_M] is [K_SLICES, BLOCK_N, BLOCK_M]. All columns of a slice share scale and zero [K_SLICES, BLOCK_N, 1], so
 
         sum of (q - zero) * scale * x  =  scale * (sum of q * x  -  zero * sum of x)
 
-    The sum of x is a product with ones: the matrix unit has time to spare, and its result lies where it is needed. The
-    ones come out of a join as q does, so that Triton gives both one layout and loads x once for the two products."""
+    The sum of x is a product with ones, since the matrix unit has time to spare and leaves the sum in the layout of the
+    other product. The ones are the result of a join, as q is. So Triton gives ones and q the same layout, and loads x
+    once for both products."""
     half = tl.full([q.shape[0], q.shape[1], q.shape[2] // 2], 1.0, q.dtype)
     ones = tl.reshape(tl.join(half, half), q.shape)
-    sum_x = tl.dot(ones, x, input_precision="ieee")  # the same for every output
+    sum_x = tl.dot(ones, x, input_precision="ieee")  # equal in all rows
     return scale * (tl.dot(q, x, input_precision="ieee") - zero * sum_x)
 
 
@@ -135,8 +141,8 @@ def multiply_int4(
 ):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
-    q = tiles_to_floats(words, w.packed_offset, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
-    return acc + product_with_zeros(q, x, scale, zero * 0.0625 + offset_of(x.dtype))
+    q = tiles_to_floats(words, w.magic_number, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
+    return acc + product_with_zeros(q, x, scale, zero * 0.0625 + magic_bias(x.dtype))
 
 
 @triton.jit
@@ -163,7 +169,7 @@ def multiply_mxfp4(
 ):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale = e8m0_to_float(load_slice_scales(w, k_starts, K, GROUP_SIZE))
-    q = tiles_to_floats(words, w.packed_offset, e2m1_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
+    q = tiles_to_floats(words, w.magic_number, e2m1_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
     return acc + scale * tl.dot(q * e2m1_bias_factor(x.dtype), x, input_precision="ieee")
 
 
@@ -177,23 +183,26 @@ def dequantize_mxfp4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N,
 
 
 class Layout(Enum):
-    """Where the elements of W lie; weights.py explains both."""
+    """How packed elements are stored: see weights.py."""
 
-    ROWS = "rows"
-    TILES = "tiles"
+    ROWS = "rows"  # of elements, or of words of 4 e4m3
+    TILES = "tiles"  # of words of 8 elements
 
 
 class Scales(Enum):
-    """Says what the packed scales of a format are."""
+    """The packed scales: [n_groups, N], those of Int8 [N]."""
 
     NONE = "none"
     FLOAT32 = "float32"
-    WITH_ZEROS = "a scale and a zero point in each word"  # kernels/formats/triton_layouts.py: pack_scales
+    WITH_ZEROS = "words of a scale and a zero point"  # kernels/formats/triton_layouts.py: pack_scales
     E8M0 = "exponents of powers of two"
 
 
 class KernelFormat(NamedTuple):
-    """Holds what the kernels must know of a format."""
+    """A weight format for the kernels. A scale is applied in one of two ways:
+
+        channel scale    one float32 for an output: multiplies the output after the loop over K
+        slice scale      any other scale: multiplies the sum of a slice, in multiply. A slice lies in one group"""
 
     format_class: type[WeightFormat]
     layout: Layout
@@ -203,7 +212,7 @@ class KernelFormat(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In tuned.json."""
+        """The name in tuned.json."""
         return self.format_class.__name__.lower()
 
     @property
@@ -211,15 +220,15 @@ class KernelFormat(NamedTuple):
         return self.layout is Layout.TILES
 
     def has_channel_scales(self, group_size: int, k: int) -> bool:
-        """Returns whether an output has a single scale, which fused_linear applies after the loop over K."""
+        """Returns whether fused_linear applies the scales after the loop over K."""
         return self.scales is Scales.FLOAT32 and group_size >= k
 
     def has_slice_scales(self, group_size: int, k: int) -> bool:
-        """Returns whether multiply scales the sum of each slice. Then a slice must lie in one group."""
+        """Returns whether multiply applies the scales, to the sum of each slice."""
         return self.scales is not Scales.NONE and not self.has_channel_scales(group_size, k)
 
     def stride(self, weight: Tensor) -> int:
-        """Returns how many elements, or words of several elements, the packed weight has for each output."""
+        """Returns how many elements, or words, the packed weight has for each output."""
         return weight.stride(-3) // TILE_N.value if self.is_tiled else weight.stride(-2)
 
 
@@ -243,7 +252,7 @@ def kernel_format(format_id: int) -> KernelFormat:
 
 
 def supports(matrix: WeightMatrix) -> bool:
-    """Whether the kernels can read the weight of matrix."""
+    """Returns whether the kernels can read the weight of matrix."""
     format = matrix.format
     known = BY_ID.get(getattr(format, "format_id", None))
     if known is None or not format.fits_kernels("triton", matrix.in_features):
@@ -251,7 +260,7 @@ def supports(matrix: WeightMatrix) -> bool:
     group_size, narrowest_slice = getattr(format, "group_size", None), 32 if known.is_tiled else 16
     if group_size is not None and group_size % narrowest_slice:
         return False
-    # An expert's tiles lie right behind the previous expert's, so they must be whole
+    # The tiles of an expert begin where those of the previous expert end, so N must be whole tiles
     return not known.is_tiled or matrix.n_experts is None or matrix.out_features % TILE_N.value == 0
 
 
@@ -260,7 +269,8 @@ def supports(matrix: WeightMatrix) -> bool:
 
 @triton.jit
 def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl.constexpr):
-    """Computes y [N, K] = W. Program (i, j) has rows [16 i, 16 (i + 1)) and columns [64 j, 64 (j + 1)): one tile."""
+    """Computes y [N, K] = W. Program (i, j) dequantizes the tile of rows [16 i, 16 (i + 1)) and columns
+    [64 j, 64 (j + 1))."""
     tile_n, tile_k = tl.program_id(0), tl.program_id(1)
     offs_n, offs_k = tile_n * TILE_N + tl.arange(0, TILE_N), tile_k * TILE_K + tl.arange(0, TILE_K)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
@@ -273,7 +283,7 @@ def dequantize(
     weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Dequantizes a weight to the matrix W [n, k]."""
+    """Dequantizes a packed weight to W [n, k]."""
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](weight, scales, y, n, k, group_size, kernel_format(format_id).dequantize)
@@ -283,7 +293,7 @@ def dequantize(
 @triton.jit
 def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, DEQUANTIZE: tl.constexpr):
     """Computes y [n_tokens, K] = the rows of W at tokens, times scale. Program (i, j) has token i and columns
-    [64 j, 64 (j + 1)). It dequantizes a whole tile, and stores one row."""
+    [64 j, 64 (j + 1)). It dequantizes a whole tile, and stores one row of the tile."""
     i, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(tokens_ptr + i)
     tile_n = token // TILE_N
@@ -300,7 +310,7 @@ def embed(
     tokens: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, k: int, dtype: torch.dtype, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Dequantizes the rows [..., k] of a weight [n, k] at tokens, and multiplies them with scale."""
+    """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
     y = weight.new_empty(*tokens.shape, k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():

@@ -1,31 +1,38 @@
 """How the Triton kernels are launched: what a GPU can do, the tile sizes of a product, kernels that overlap.
 
-    choose_tiles(x, format_id, n, gated, group_size)  the tile sizes for y = x W^T
-    overlap_options(device, grid)                     for a kernel that may start before the previous one has ended
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)  what a kernel that overlaps must begin with
+    gpu_of, min_block_m_of, dot_dtype    what the GPU can do, by device and by type of x
+    overlap_options             arguments for the launch of a kernel that may overlap with the previous kernel
+    wait_for_previous_kernel    the first call in every kernel
+    done_counters               counters by which a program knows that all other programs of the kernel are done
+    choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
-tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product;
-scripts/benchmark.py --tune writes it. For other GPUs and products choose_tiles guesses.
+tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product.
+scripts/benchmark.py --tune writes it. linear.py calls choose_tiles. All kernels use the other functions.
 
-Kernels that overlap. On NVIDIA's Hopper and later, a kernel may start while the previous one still runs. CUDA calls
-this programmatic dependent launch (PDL). Two instructions control it:
+Kernels that overlap. On NVIDIA's Hopper and later GPUs, a kernel may start while the previous kernel still runs. CUDA
+calls this programmatic dependent launch (PDL). Two instructions control it:
 
     gdc_launch_dependents    when all programs of a kernel have executed it or ended, the next kernel may start
-    gdc_wait                 waits until the previous kernel has ended and everything it wrote can be read
+    gdc_wait                 waits until the previous kernel has ended and all its results can be read
 
 Here kernel B follows kernel A:
 
     A    ... loop over K ...  gdc_launch_dependents  epilogue, stores  end
     B                                   starts, prefetches its weights    gdc_wait  reads what A wrote ...
 
-Before gdc_wait a kernel reads only weights, since no kernel writes weights. Every kernel executes gdc_wait, even if it
-needs nothing from the previous kernel. So kernels end in order, and a kernel that waits for B waits for A, too.
+Before gdc_wait a kernel reads only weights, since no kernel writes weights. Every kernel executes gdc_wait, even a
+kernel that needs no result of the previous kernel. So kernels end in order, and a kernel that waits for B waits for A,
+too.
 
-When to execute gdc_launch_dependents. The first programs of B go to the multiprocessors that have room first. If a
-product A executed it at once, most programs of B would pile up on the multiprocessors that finish A early, while others
-had none: int8 steps of Llama-3.1-8B then took 4.5 ms instead of 3.3 (H100). So a product executes it after the loop
-over K, when all programs are nearly done. Only a kernel with at most one program for each multiprocessor does so at
-once (TRIGGER_EARLY).
+When to execute gdc_launch_dependents:
+
+    a kernel with at most one program per multiprocessor    at once (TRIGGER_EARLY)
+    a product with more programs                            after the loop over K, when all programs are nearly done
+    any other kernel                                        never, so the next kernel starts when this kernel ends
+
+If a product with more programs executed the instruction at once, the programs of B would fill the multiprocessors that
+finish A first, and other multiprocessors would have nothing to do. Int8 steps of Llama-3.1-8B then took 4.5 ms instead
+of 3.3 (H100).
 """
 
 import json
@@ -43,14 +50,15 @@ from kernels.formats import Dense
 from kernels.triton.formats import kernel_format
 
 TUNED = Path(__file__).with_name("tuned.json")
-# A matrix unit multiplies 8 tokens at a time, so up to 8 cost what one costs. What was measured is about these.
-FEW_TOKENS = 8
+# Tokens that an instruction of NVIDIA's matrix unit multiplies: the n of mma.m16n8k16. So 8 tokens cost as much as one,
+# and the tile sizes that were measured for one token hold for 8.
+MMA_TOKENS = 8
 
 
 class Gpu(NamedTuple):
     num_sms: int  # multiprocessors (NVIDIA) or compute units (AMD)
-    min_block_m: int  # the fewest tokens that matrix units multiply at a time; 1: the kernels use no matrix units
-    can_overlap: bool  # whether the GPU has programmatic dependent launch
+    min_block_m: int  # tokens that a matrix unit multiplies at a time; 1 means that the kernels use no matrix units
+    can_overlap: bool  # whether the GPU has PDL
     tuned: dict[str, dict[str, int]]  # table_key -> fields of a TileConfig
 
 
@@ -74,22 +82,22 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def min_block_m_of(x: Tensor) -> int:
-    """Returns the fewest tokens in a product with x. Float32 takes no matrix units, which would round x to fewer
-    bits."""
+    """Returns the smallest BLOCK_M of a product with x. Float32 products do not use matrix units, which would round x
+    to fewer bits."""
     return 1 if x.dtype == torch.float32 else gpu_of(x.device).min_block_m
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """Returns the type of both factors of products with x. The interpreter has no arithmetic of bfloat16."""
+    """Returns the type of both factors of products with x. Triton's interpreter, which runs on a CPU, cannot compute
+    in bfloat16."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return tl.float32
     return getattr(tl, str(x.dtype).removeprefix("torch."))
 
 
 def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
-    """Returns arguments for the launch of a kernel, which overlaps with others where the GPU can do that. The kernel
-    must begin with wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY). If USE_PDL and not TRIGGER_EARLY, it may execute
-    gdc_launch_dependents after its loop."""
+    """Returns arguments for the launch of a kernel. On a GPU with PDL the kernel may start before the previous kernel
+    has ended, so it must call wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)."""
     gpu = gpu_of(device)
     if not gpu.can_overlap:
         return {"USE_PDL": False, "TRIGGER_EARLY": False}
@@ -98,7 +106,7 @@ def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
 
 @triton.jit
 def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
-    """Waits until the kernel may read everything. Every kernel begins with this."""
+    """Waits until the previous kernel has ended. Until then a kernel may read only weights, and must not write."""
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
         if TRIGGER_EARLY:
@@ -107,11 +115,11 @@ def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr)
 
 @cache
 def done_counters(device: torch.device) -> Tensor:
-    """Returns counters, zeros, in which the programs of a kernel count themselves when they are done. So a program
-    learns that it is the last, combines what all programs have stored, and sets the counter back to zero.
+    """Returns counters, all zero. Each program of a kernel adds one when it is done. The program that finds all others
+    counted is the last: it combines what all programs have stored, and sets the counter back to zero.
 
-    All kernels count in this one tensor. Two kernels that overlap do not disturb each other: the second kernel counts
-    only after gdc_wait, and by then the first kernel has ended."""
+    All kernels share this tensor. Two kernels that overlap do not disturb each other: the second kernel counts only
+    after gdc_wait, and by then the first kernel has ended."""
     return torch.zeros(2**14, dtype=torch.int32, device=device)
 
 
@@ -119,9 +127,9 @@ def done_counters(device: torch.device) -> Tensor:
 
 
 class TileConfig(NamedTuple):
-    """The tile sizes of y = x W^T, in CUTLASS's terms. tuned.json has them by these names.
+    """The tile sizes of y = x W^T, in CUTLASS's terms. tuned.json uses the names of these fields.
 
-    In a step of its loop over K, a program reads this tile of W; each warp multiplies a part of it (sliced-K):
+    In a step of the loop over K, a program reads this tile of W. Each warp multiplies a part of the tile (sliced-K):
 
                             BLOCK_K = num_warps * warp_k
                         warp_k      warp_k      warp_k
@@ -130,28 +138,29 @@ class TileConfig(NamedTuple):
                      +-----------+-----------+-----------+
     """
 
-    block_n: int  # outputs of a program (BLOCK_N): a multiple of 16
+    block_n: int  # rows of W of a program (BLOCK_N): a multiple of 16
     num_warps: int
-    warp_k: int  # inputs that a warp takes in a step: a multiple of 64, or 32 or 16
-    num_stages: int  # of the loop's software pipeline, as in Triton
+    warp_k: int  # inputs that a warp takes in a step: 16, 32 or a multiple of 64
+    num_stages: int  # stages of the loop's software pipeline, as in Triton
 
 
 def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
-    """Returns the name of a product with W [n, k] in tuned.json."""
+    """Returns the name in tuned.json of a product with W [n, k]."""
     key = f"{kernel_format(format_id).name}, {n} x {k}"
-    if group_size < min(64, k):  # then slices are narrower
+    if group_size < min(64, k):  # small groups make narrow slices, which have tile sizes of their own
         key += f", g{group_size}"
     return f"{key}, gated" if gated else key
 
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
-    """For x [..., K] and W [n, K]: what tuned.json says, or a guess. gated: W is a gate projection above an up
-    projection, and a program needs 16 outputs of both. n_tokens: per product. With experts, x has a row for every pair
-    of a token and one of its experts. The guess gives no program more than 99 KB of shared memory, or 64 KB on GPUs
-    whose min_block_m is not 8."""
+    """Returns the tile sizes for x [..., K] and W [n, K]: those of tuned.json, or a guess. A guess takes at most 99 KB
+    of shared memory per program, and 64 KB on a GPU whose min_block_m is not 8.
+
+    gated: W is a gate projection above an up projection. A program needs 16 rows of each.
+    n_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
     gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
     k = x.shape[-1]
-    if n_tokens > FEW_TOKENS and min_block_m > 1:
+    if n_tokens > MMA_TOKENS and min_block_m > 1:
         tiles = guess_for_many(triton.next_power_of_2(n_tokens), format_id, n, k, gated, group_size, gpu.num_sms)
         return tiles if min_block_m == 8 else tiles._replace(num_stages=2)
     key = table_key(format_id, n, k, gated, group_size)
@@ -164,19 +173,21 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
         return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
     if kernel_format(format_id).is_tiled:
         return guess_tiled(n / gpu.num_sms, gated, group_size)
-    if group_size <= 16:  # a warp has so many slices that their sums must fit in registers
+    if group_size <= 16:  # each slice has sums of its own, and the sums of all slices must fit in registers
         return TileConfig(block_n, num_warps=4, warp_k=64 if gated else 128, num_stages=3)
-    if k <= 1024 and not gated:  # one step
+    if k <= 1024 and not gated:  # the loop has one step
         return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)
     warp_k = 64 if format_id != Dense.format_id and gated else 128
     return TileConfig(block_n, num_warps=4, warp_k=warp_k, num_stages=3)
 
 
 def guess_tiled(outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
-    """For weights of 4 bits. outputs_per_sm: n divided by the number of multiprocessors. In a step a program reads 8 KB
-    of W; 16 KB if there are enough outputs for programs of 64, which share what they load of x."""
+    """Guesses the tile sizes for weights of 4 bits. outputs_per_sm: n divided by the number of multiprocessors.
+
+    A program reads 8 KB of W in a step. With many outputs it reads 16 KB: then a program has 64 rows, for which it
+    loads x once."""
     has_two_tiles = gated or outputs_per_sm >= 32
-    if group_size == 32:  # twice as many slices, whose sums must fit in registers
+    if group_size == 32:  # twice as many slices as with 64, and the sums of all slices must fit in registers
         if has_two_tiles:
             return TileConfig(block_n=32, num_warps=4, warp_k=128, num_stages=3)
         return TileConfig(block_n=16, num_warps=4, warp_k=256, num_stages=3)
@@ -190,13 +201,15 @@ def guess_tiled(outputs_per_sm: float, gated: bool, group_size: int) -> TileConf
 def guess_for_many(
     block_m: int, format_id: int, n: int, k: int, gated: bool, group_size: int, num_sms: int
 ) -> TileConfig:
-    """For more than FEW_TOKENS tokens. Together the programs read W once, but each of them reads all of x: with 32
-    outputs of int8 and 64 tokens that is four times as much. So block_n is what gives the busiest multiprocessor the
-    least to read.
+    """Guesses the tile sizes for more than MMA_TOKENS tokens.
 
-    A warp has block_n * block_m sums for each slice. If a slice's product is multiplied with a scale before it is
-    added, there are twice as many. In a step a warp executes 64 instructions of the matrix unit (128 with zero points)
-    or fewer. So everything fits in its registers."""
+    All programs together read W once, but each program reads all of x. With 32 rows of int8 and 64 tokens, x is four
+    times as many bytes as the rows. So block_n is the candidate with which the busiest multiprocessor reads the fewest
+    bytes.
+
+    The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice, and with slice scales
+    twice as many: a product is scaled before it is added to the sums. In a step a warp executes at most 64
+    instructions of the matrix unit, 128 with zero points."""
     format = kernel_format(format_id)
     bits = 16 if format_id == Dense.format_id else 8 // format.format_class.elements_per_byte
     has_slice_scales = format.has_slice_scales(group_size, k)

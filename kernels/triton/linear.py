@@ -1,12 +1,14 @@
-"""The products of a decode step on a GPU, in Triton: a few tokens times a weight in any format.
+"""Products of a few tokens and a weight in any format, in Triton: most of a decode step on a GPU.
 
-    fused_linear   y = x W^T, with what comes before and after, in the order that kernels/ops.py gives
-    rms_norm       a norm that no product follows
-    gather_inputs  puts x in the order of a weight's columns
+    fused_linear    y = x W^T, and what comes before and after the product, in the order that kernels/ops.py gives
+    rms_norm        a norm that no product follows
+    permute_inputs  puts x in the order of the columns of W
 
-They implement torch.ops.gptfast_triton.* (kernels/schema.py). kernels/reference.py says in plain PyTorch what each
-computes. What only NVIDIA's GPUs have is left out on others. TRITON_INTERPRET=1 runs the kernels on CPU tensors: so
-tests/test_triton.py checks them. formats.py has what depends on the format of W.
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). moe.py calls fused_linear for the products of experts.
+formats.py has what depends on the format of W. kernels/reference.py computes the same results in plain PyTorch.
+
+Instructions that only NVIDIA's GPUs have are left out on other GPUs. With TRITON_INTERPRET=1 the kernels run on CPU
+tensors: so tests/test_triton.py checks them.
 
 In shape comments M is tokens, N outputs (the rows of W) and K inputs (the columns of W).
 """
@@ -17,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import ACTIVATION_IDS, triton_op
-from kernels.triton.elements import pack_offset
+from kernels.triton.elements import magic_number
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
-    FEW_TOKENS,
+    MMA_TOKENS,
     choose_tiles,
     dot_dtype,
     min_block_m_of,
@@ -30,7 +32,8 @@ from kernels.triton.launch import (
 from kernels.triton.weights import ProgramWeights, prefetch_weights, program_outputs, slice_columns, slice_starts
 
 ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
-PREFETCH_BYTES = 16384  # of W, for which a program asks before it waits for the previous kernel: as many as in its loop
+# Bytes of W that a program prefetches before it waits for the previous kernel: about what the loop has in flight
+PREFETCH_BYTES = 16384
 
 # ---- fused_linear ---------------------------------------------------------------------------------------------------
 #
@@ -49,21 +52,24 @@ PREFETCH_BYTES = 16384  # of W, for which a program asks before it waits for the
 #    outputs +---------+---------+---------+       +---------+
 #                        of W
 #
-# W is the left factor, since an NVIDIA matrix unit multiplies [16, 16] with [16, 8] in one instruction: 16 outputs and
-# 8 tokens. So up to 8 tokens cost what one costs.
+# W is the left factor. An instruction of NVIDIA's matrix unit, mma.m16n8k16, multiplies [16, 16] with [16, 8]: 16
+# outputs with 8 tokens. So 8 tokens cost as much as one.
 #
 # Each warp takes some of the slices (CUTLASS's sliced-K). The sums of the slices are added up after the loop.
 #
-# The norm costs no pass of its own. The loop multiplies x with the norm's weight and sums the squares of x. After the
-# loop the outputs of a token are multiplied with 1 / rms of its x.
+# The norm needs no pass over x before the loop. The loop multiplies x with the weight of the norm, and sums the squares
+# of x. After the loop the outputs of each token are multiplied with 1 / rms of the token.
 #
 # With an activation W is a gate projection above an up projection. A program has rows of both, so that it can compute
 # activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (weights.py: program_outputs).
+#
+# With experts, W is a stack of matrices, and topk_ids has TOP_K experts for each token. A pair is a token and one of
+# the experts of the token.
 
 
 @triton.jit
 def fused_linear_kernel(
-    w_ptr, scales_ptr,  # W [N, K], of experts [E, N, K], and its scales, as the format packs them
+    w_ptr, scales_ptr,  # W [N, K], of experts [E, N, K], and the scales of W, as the format packs them
     bias_ptr,  # [N], of experts [E, N]
     x_ptr,  # [M, K]; if X_IS_PER_PAIR [M * TOP_K, K]
     norm_weight_ptr,  # [K]
@@ -72,27 +78,26 @@ def fused_linear_kernel(
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
     eps,  # of the norm
     out_scale, softcap, clip,  # of the epilogue
-    packed_offset, N,  # packed_offset: see elements.py: int4_pair
-    n_tokens, N_TOKENS: tl.constexpr,  # the number of tokens: one of the two, the other is None
+    magic_number, N,  # magic_number: see elements.py: int4_pair
+    n_tokens, N_TOKENS: tl.constexpr,  # one of the two is the number of tokens, the other is None
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
-    MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # of the format
+    MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # formats.py: KernelFormat
     W_STRIDE: tl.constexpr,  # elements or words that W stores for an output
-    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: of both factors of the products
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: the type of both factors of the products
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):  # fmt: skip
-    """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 with an activation. An argument that is None
-    is left out.
+    """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 with an activation. None as an argument
+    means that the step is left out.
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens.
 
-    The number of few tokens is a constant, N_TOKENS: a kernel is compiled for each number. The number of many tokens is
-    n_tokens: one compiled kernel serves all numbers up to BLOCK_M.
+    Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs for all pairs that have the
+    expert of pair, so the expert is read once. The program ends at once if an earlier pair has this expert.
 
-    With topk_ids W is a stack of experts. A pair is a token and one of its experts; y has a result for each pair.
-    Grid: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs of all tokens that have the expert of the
-    pair, so that an expert is read once. If an earlier pair has the same expert, there is nothing left to do."""
+    Up to MMA_TOKENS tokens are N_TOKENS: Triton compiles a kernel for each number of tokens. More tokens are n_tokens:
+    one kernel serves all numbers up to BLOCK_M."""
     SLICE_K: tl.constexpr = BLOCK_K // K_SLICES
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION is not None else BLOCK_N
     N_OUT = N // 2 if ACTIVATION is not None else N
@@ -102,7 +107,7 @@ def fused_linear_kernel(
         prefetch_weights(w_ptr, N, N_OUT, W_STRIDE, IS_TILED, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
 
-    # Find the inputs and the results of each token in x and y: at the index of the token, or of its pair
+    # Find the rows of x and y that belong to each token: at the index of the token, or of its pair with the expert
     offs_m = tl.arange(0, BLOCK_M)
     m_end = N_TOKENS if n_tokens is None else n_tokens
     x_index, y_index, mask_m = offs_m, offs_m, offs_m < m_end
@@ -125,8 +130,8 @@ def fused_linear_kernel(
         if bias_ptr is not None:
             bias_ptr += first_output
 
-    # Load for the epilogue before the loop, so that nothing waits for memory after the loop. Only the residual of many
-    # tokens is loaded after the loop: during the loop registers have no room for it
+    # Load the operands of the epilogue before the loop, so that the epilogue does not wait for memory. Only the
+    # residual of many tokens is loaded after the loop, since registers have no room for it during the loop
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     y_offsets = y_index[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
     mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
@@ -150,7 +155,7 @@ def fused_linear_kernel(
         x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_TOKENS, K, DTYPE)
         if norm_weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, N_TOKENS, K)
-        w = ProgramWeights(w_ptr, scales_ptr, packed_offset, offs_n, mask_n, N, N_OUT)
+        w = ProgramWeights(w_ptr, scales_ptr, magic_number, offs_n, mask_n, N, N_OUT)
         acc = MULTIPLY(acc, x, w, k, k_starts, K, GROUP_SIZE, BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -169,8 +174,8 @@ def fused_linear_kernel(
 
 @triton.jit
 def pairs_of(expert, topk_ids_ptr, token, m_end, TOP_K: tl.constexpr):
-    """Finds the pair of every token [BLOCK_M] with expert. Returns the pairs, and which tokens have one. A token has an
-    expert once at most."""
+    """Returns the pair of every token [BLOCK_M] with expert, and whether the token has this pair. A token has an expert
+    at most once."""
     pair, has_pair = token * TOP_K, token < 0
     for i in tl.static_range(TOP_K):
         is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < m_end, other=-1) == expert
@@ -183,8 +188,8 @@ def pairs_of(expert, topk_ids_ptr, token, m_end, TOP_K: tl.constexpr):
 def load_x(
     x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Loads inputs offs_k of the tokens at x_index [BLOCK_M] of x, and multiplies them with the weight of the norm:
-    [K_SLICES, SLICE_K, BLOCK_M]."""
+    """Loads inputs offs_k [K_SLICES, SLICE_K] of the tokens at rows x_index [BLOCK_M] of x, and multiplies them with
+    the weight of the norm: [K_SLICES, SLICE_K, BLOCK_M]."""
     mask_k = offs_k < K
     if N_TOKENS == 1:  # the same token in every column
         x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[:, :, None]
@@ -198,7 +203,7 @@ def load_x(
 
 @triton.jit
 def zero_squares(N_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
-    """Returns what add_squares begins with: zeros [K_SLICES, SLICE_K] for every token."""
+    """Returns the first squares of add_squares: zeros [K_SLICES, SLICE_K] for every token, as a tuple."""
     squares = ()
     for _ in tl.static_range(N_TOKENS):
         squares = squares + (tl.zeros([K_SLICES, SLICE_K], tl.float32),)
@@ -207,7 +212,7 @@ def zero_squares(N_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.con
 
 @triton.jit
 def add_squares(squares, x_ptr, offs_k, N_TOKENS: tl.constexpr, K: tl.constexpr):
-    """Adds the squares of inputs offs_k to squares, a tuple with a tensor for every token."""
+    """Adds the squares of inputs offs_k [K_SLICES, SLICE_K] to squares, a tuple with a tensor for every token."""
     new = ()
     for m in tl.static_range(N_TOKENS):
         x = tl.load(x_ptr + offs_k + m * K, mask=offs_k < K, other=0.0).to(tl.float32)
@@ -226,8 +231,8 @@ def inverse_rms(squares, eps, N_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: 
 
 @triton.jit
 def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constexpr):
-    """Applies what follows the product, in the order that kernels/ops.py gives. y [BLOCK_N, BLOCK_M] and bias
-    [BLOCK_N, 1] are before the activation, residual [BLOCK_OUT, BLOCK_M] after it."""
+    """Applies what follows the product, in the order that kernels/ops.py gives: y and bias [BLOCK_N, BLOCK_M or 1],
+    residual [BLOCK_OUT, BLOCK_M] -> [BLOCK_OUT, BLOCK_M]."""
     if bias is not None:
         y += bias
     if ACTIVATION is not None:
@@ -268,25 +273,28 @@ def apply_softcap(x, softcap):
     return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)
 
 
-def launch_fused_linear(
-    y: Tensor, x: Tensor,
-    weight: Tensor, scales: Tensor | None, format_id: int, n: int, group_size: int, bias: Tensor | None = None,
-    norm_weight: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-    activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+@triton_op
+def fused_linear(
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
+    bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
+    activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0, float32_out: bool = False,
     topk_ids: Tensor | None = None,
-):  # fmt: skip
-    """Fills y with fused_linear_kernel. With topk_ids [M, top_k] y has a result for each id, and x a vector for each
-    token or for each id."""
+) -> Tensor:  # fmt: skip
+    """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
+    [..., n], with an activation [..., n / 2].
+
+    topk_ids [..., top_k], which only moe.py passes: W [E, n, K] is a stack of experts, and the result is
+    [..., top_k, n]. x has a vector for each token, or for each id."""
     k = x.shape[-1]
     n_inputs = x.numel() // k  # vectors [K] in x
-    n_tokens, n_pairs, top_k = n_inputs, 1, 1
+    n_tokens, n_pairs, top_k, y_shape = n_inputs, 1, 1, x.shape[:-1]
     if topk_ids is not None:
-        n_pairs, top_k = topk_ids.numel(), topk_ids.shape[-1]
+        n_pairs, top_k, y_shape = topk_ids.numel(), topk_ids.shape[-1], topk_ids.shape
         n_tokens = n_pairs // top_k
-    has_few_tokens = n_tokens <= FEW_TOKENS
+    y = x.new_empty(*y_shape, n // 2 if activation else n, dtype=torch.float32 if float32_out else x.dtype)
+    has_few_tokens = n_tokens <= MMA_TOKENS
     if norm_weight is not None and not has_few_tokens:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
-    block_m = max(min_block_m_of(x), triton.next_power_of_2(n_tokens))
     format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size, n_tokens)
     block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
@@ -296,31 +304,17 @@ def launch_fused_linear(
     fused_linear_kernel[grid](
         weight, scales, bias, x, norm_weight, residual, topk_ids, y,
         eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
-        packed_offset=pack_offset(x.dtype), N=n, K=k, GROUP_SIZE=group_size,
+        magic_number=magic_number(x.dtype), N=n, K=k, GROUP_SIZE=group_size,
         n_tokens=None if has_few_tokens else n_tokens, N_TOKENS=n_tokens if has_few_tokens else None,
         TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens,
         MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
         HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(weight),
         ACTIVATION=ACTIVATION_NAMES[activation], DTYPE=dot_dtype(x),
-        BLOCK_M=block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k, K_SLICES=block_k // slice_k,
+        BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
+        BLOCK_K=block_k, K_SLICES=block_k // slice_k,
         NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,
         num_warps=tiles.num_warps,
         **overlap_options(x.device, grid),
-    )  # fmt: skip
-
-
-@triton_op
-def fused_linear(
-    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
-    bias: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None, activation: int,
-    out_scale: float, softcap: float, clip: float, float32_out: bool,
-) -> Tensor:  # fmt: skip
-    """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]."""
-    dtype = torch.float32 if float32_out else x.dtype
-    y = x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
-    launch_fused_linear(
-        y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps, residual, activation, out_scale,
-        softcap, clip,
     )  # fmt: skip
     return y
 
@@ -333,8 +327,8 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, residual_ptr, y_ptr, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Computes y [M, DIM] = [residual +] x / rms(x) * weight. Grid: [M]. Program m has token m. BLOCK >= DIM is a power
-    of 2."""
+    """Computes y [M, DIM] = [residual +] x / rms(x) * weight. Grid: [M]. Program m has token m. BLOCK is a power of 2,
+    at least DIM."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     d = tl.arange(0, BLOCK)
     offsets, mask = tl.program_id(0) * DIM + d, d < DIM
@@ -362,28 +356,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     return y
 
 
-# ---- gather_inputs --------------------------------------------------------------------------------------------------
+# ---- permute_inputs --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def gather_inputs_kernel(
-    x_ptr, order_ptr, y_ptr,
+def permute_inputs_kernel(
+    x_ptr, perm_ptr, y_ptr,
     K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Gathers y [M, N] from x [M, K] at order [N]. Grid: [M, N / BLOCK]. Program (m, i) has block i of token m."""
+    """Computes y[m, i] = x[m, perm[i]], for x [M, K] and y [M, N]. Grid: [M, N / BLOCK]. Program (m, j) has block j
+    of token m."""
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_n < N
-    order = tl.load(order_ptr + offs_n, mask=mask, other=0)  # a part of the weight, so before the wait
+    perm = tl.load(perm_ptr + offs_n, mask=mask, other=0)  # part of the weight: no kernel writes it, so before the wait
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
-    x = tl.load(x_ptr + tl.program_id(0) * K + order, mask=mask, other=0.0)
+    x = tl.load(x_ptr + tl.program_id(0) * K + perm, mask=mask, other=0.0)
     tl.store(y_ptr + tl.program_id(0) * N + offs_n, x, mask=mask)
 
 
 @triton_op
-def gather_inputs(x: Tensor, input_order: Tensor) -> Tensor:
-    """Gathers the inputs input_order, int32 [N], of x [..., K]: [..., N]."""
+def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
+    """Returns x[..., input_order], for x [..., K] and input_order int32 [N]: [..., N]."""
     k, n = x.shape[-1], len(input_order)
     y, block = x.new_empty(*x.shape[:-1], n), min(1024, triton.next_power_of_2(n))
     grid = x.numel() // k, triton.cdiv(n, block)
-    gather_inputs_kernel[grid](x, input_order, y, k, n, block, **overlap_options(x.device, grid))
+    permute_inputs_kernel[grid](x, input_order, y, k, n, block, **overlap_options(x.device, grid))
     return y

@@ -1,14 +1,13 @@
-"""A mixture of experts in a decode step on a GPU, in Triton: the routing, and products with the chosen experts.
+"""A mixture of experts in a decode step on a GPU, in Triton: the router's choice, and the products of the experts.
 
-    route              which experts a token uses: the router's softmax and its top_k
-    experts_gate_up    every token times its experts' gate and up projections
-    experts_down       the results times their down projections, summed with the router's weights
+    route              chooses the experts of each token: softmax and top_k of the router's logits
+    experts_gate_up    multiplies every token with the gate and up projections of the token's experts
+    experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
-They are registered as torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/reference.py says in plain
-PyTorch what each computes. The products are those of linear.py.
+They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/reference.py computes the same results in
+plain PyTorch. Both products are the kernel of linear.py, with topk_ids.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from kernels import schema
 from kernels.schema import triton_op
 from kernels.triton.launch import overlap_options, wait_for_previous_kernel
-from kernels.triton.linear import launch_fused_linear
+from kernels.triton.linear import fused_linear
 
 
 @triton.jit
@@ -28,15 +27,15 @@ def route_kernel(
     """Chooses experts by logits [M, E], or [M, E + 1] if N_SHARED: topk_weights and topk_ids [M, TOP_K + N_SHARED].
     Grid: [M]. Program m has token m.
 
-    The results are the TOP_K likeliest experts, with their probabilities, and then N_SHARED shared experts, with the
-    ids E and following. The weight of a shared expert is the sigmoid of the last logit of the token. BLOCK is a power
-    of two that has room for all logits and all results."""
+    First come the TOP_K likeliest experts, weighted with their probabilities. Then come N_SHARED shared experts, with
+    ids from E on. The weight of each shared expert is the sigmoid of the token's last logit. BLOCK is a power of two,
+    at least E + N_SHARED and TOP_K + N_SHARED."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     token, e = tl.program_id(0), tl.arange(0, BLOCK)
     logits_ptr += token * (E + 1 if N_SHARED else E)
     logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
-    remaining = tl.where(p == p, p, 0.0)  # without NaN, which has no order
+    remaining = tl.where(p == p, p, 0.0)  # without NaN, which argmax cannot compare
     topk_weights, topk_ids = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for i in tl.static_range(TOP_K):
         best = tl.argmax(remaining, axis=0)
@@ -45,7 +44,7 @@ def route_kernel(
         remaining = tl.where(e == best, -1.0, remaining)
     total = tl.sum(p, axis=0)
     if NORMALIZE:
-        total = total * 0 + tl.sum(topk_weights, axis=0)  # NaN all the same if a logit is
+        total = total * 0 + tl.sum(topk_weights, axis=0)  # total * 0 is NaN if a logit is NaN
     topk_weights /= total
     if N_SHARED:
         topk_weights = tl.where(e < TOP_K, topk_weights, tl.sigmoid(tl.load(logits_ptr + E)))
@@ -60,7 +59,7 @@ def moe_combine_kernel(
     y_ptr, topk_weights_ptr, residual_ptr, out_ptr, N,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Computes out [M, N] = [residual +] the sum over TOP_K of topk_weights [M, TOP_K] times y [M, TOP_K, N].
+    """Computes out [M, N] = [residual +] the sum over TOP_K of topk_weights [M, TOP_K] * y [M, TOP_K, N].
     Grid: [N / BLOCK, M]. Program (i, m) has outputs [i * BLOCK, (i + 1) * BLOCK) of token m."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     token, offs_n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -80,14 +79,12 @@ def experts_gate_up(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, topk_ids: Tensor, norm_weight: Tensor | None, eps: float, activation: int,
 ) -> Tensor:  # fmt: skip
-    """Multiplies x [..., dim] with the experts topk_ids [..., top_k] of W [E, n, dim], with bias [E, n], and norm and
-    activation as in fused_linear: [..., top_k, n or n / 2]. Tokens share what is read of an expert."""
-    y = x.new_empty(*topk_ids.shape, n // 2 if activation else n)
-    launch_fused_linear(
-        y, x, weight, scales, format_id, n, group_size, bias, norm_weight, eps,
+    """Multiplies x [..., dim] with the experts topk_ids [..., top_k] of W [E, n, dim]: [..., top_k, n or n / 2].
+    bias is [E, n]. norm and activation are as in fused_linear. An expert that several tokens have is read once."""
+    return fused_linear(
+        x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps,
         activation=activation, topk_ids=topk_ids,
     )  # fmt: skip
-    return y
 
 
 @triton_op
@@ -95,10 +92,11 @@ def experts_down(
     hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], plus bias [E, n], summed
-    with topk_weights: [residual +] [..., n]."""
-    y = hidden.new_empty(*topk_ids.shape, n, dtype=torch.float32)
-    launch_fused_linear(y, hidden, weight, scales, format_id, n, group_size, bias, topk_ids=topk_ids)
+    """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], and adds bias [E, n].
+    Sums the results over top_k, weighted with topk_weights [..., top_k]: [residual +] [..., n]."""
+    y = fused_linear(
+        hidden, weight, scales, zeros, format_id, n, group_size, bias, float32_out=True, topk_ids=topk_ids
+    )  # fmt: skip
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
     grid = triton.cdiv(n, 512), out.numel() // n
     moe_combine_kernel[grid](
@@ -109,9 +107,8 @@ def experts_down(
 
 @triton_op
 def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
-    """Returns the top_k largest of float32 logits [..., E]: softmax weights, made to sum to one if norm_topk_prob, and
-    indices, both [..., top_k]. With n_shared_experts shared experts, whose weight is the sigmoid of one more
-    logit: [..., top_k + n_shared_experts]."""
+    """Returns (topk_weights, topk_ids) for float32 logits [..., E], or [..., E + 1] with shared experts. Both are
+    [..., top_k + n_shared_experts]. norm_topk_prob: the weights of the top_k experts are scaled to sum to one."""
     topk_weights, topk_ids = schema.route(logits, top_k, norm_topk_prob, n_shared_experts)
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)

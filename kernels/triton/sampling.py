@@ -2,9 +2,9 @@
 
     sample    logits and noise -> token ids, registered as torch.ops.gptfast_triton.sample
 
-To draw a token with probabilities softmax(logits / T), take the argmax of logits / T - log E, where every E is drawn
-from the exponential distribution (the Gumbel-max trick). So neither a softmax nor a sum is needed. The kernel takes the
-argmax of T times that, which works for T = 0, too.
+kernels/ops.py: sample calls it. A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is
+the argmax of logits / T - log E, where E is noise of the exponential distribution, one number for each logit. So the
+kernel needs neither a softmax nor a sum. The kernel takes the argmax of logits - T log E, which also works for T = 0.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.schema import triton_op
 from kernels.triton.launch import done_counters, overlap_options, wait_for_previous_kernel
 
-BLOCK_V = 2048  # tokens of the vocabulary for a program
+BLOCK_V = 2048  # tokens of the vocabulary that a program has
 
 
 @triton.jit
@@ -24,12 +24,12 @@ def sample_kernel(
     block_scores_ptr, block_tokens_ptr, n_done_ptr,  # [B, N_BLOCKS], [B, N_BLOCKS], [B]
     temperature, V,
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
-    N_BLOCKS_PADDED: tl.constexpr,  # to a power of two
+    N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
-    The last program of a sequence to finish finds the best of all. A logit that is not finite is better than all
-    others, as token -1."""
+    The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite gets the
+    score infinity and the token -1, so -1 is the result of the sequence."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
     block, sequence = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -38,14 +38,14 @@ def sample_kernel(
     if noise_ptr is not None:
         noise = tl.load(noise_ptr + sequence * V + token, mask=token < V, other=1.0)
         scores -= temperature * tl.log(noise.to(tl.float32))
-    is_finite = tl.abs(logits) < float("inf")  # NaN is not
+    is_finite = tl.abs(logits) < float("inf")  # false for NaN, too
     scores = tl.where(is_finite, scores, float("inf"))
     best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
     best_token = tl.where(best_score == float("inf"), -1, block * BLOCK_V + best_index)
 
     tl.store(block_scores_ptr + sequence * N_BLOCKS + block, best_score)
     tl.store(block_tokens_ptr + sequence * N_BLOCKS + block, best_token)
-    tl.debug_barrier()  # all threads have stored when the first of them counts
+    tl.debug_barrier()  # all threads of the program have stored before the program counts
     if tl.atomic_add(n_done_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
         tl.store(n_done_ptr + sequence, 0)
         best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, N_BLOCKS_PADDED)
@@ -54,8 +54,8 @@ def sample_kernel(
 
 @triton.jit
 def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr):
-    """Returns the token of the block of a sequence with the highest score. Other programs have just written scores and
-    tokens, so loads go past the first-level cache."""
+    """Returns the token of a sequence whose block has the highest score. Other programs have just written scores and
+    tokens, so loads bypass the L1 cache (.cg)."""
     block = tl.arange(0, N_BLOCKS_PADDED)
     offsets, mask = sequence * N_BLOCKS + block, block < N_BLOCKS
     scores = tl.load(block_scores_ptr + offsets, mask=mask, other=-float("inf"), cache_modifier=".cg")
@@ -65,8 +65,8 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 
 @triton_op
 def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-    """Chooses token ids [B] by float32 logits [B, V] and, unless the likeliest token is wanted, noise [B, V] of the
-    exponential distribution; -1 where logits are not finite."""
+    """Draws token ids [B] by float32 logits [B, V] and noise [B, V] of the exponential distribution. Without noise they
+    are the likeliest tokens. A row whose logits are not all finite gives -1."""
     batch, vocab_size = logits.shape
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = logits.new_empty(batch, dtype=torch.int64)

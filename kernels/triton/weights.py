@@ -1,12 +1,16 @@
-"""Where the elements of a weight W [N, K] lie for the Triton kernels, and how a program loads its part.
+"""Where the elements of a weight W [N, K] are stored for the Triton kernels, and how a program loads a part of W.
 
     program_outputs    which outputs, that is rows of W, a program computes
-    prefetch_weights   starts to bring them into the cache
-    slice_starts, load_rows, load_tiles, load_slice_scales    what a step of fused_linear's loop multiplies
+    prefetch_weights   prefetches the first weights of a program into the L2 cache
+    slice_starts, load_rows, load_tiles, load_slice_scales    load what one step of fused_linear's loop multiplies
+    load_scales        loads the scales of a tile that is dequantized
 
-There are two layouts. W in rows is [N, K], row after row. W in tiles (IS_TILED) is stored in tiles of 16 rows and 64
-columns, which kernels/formats/triton_layouts.py draws. formats.py says which format has which layout, and how it is
-multiplied.
+W has one of two layouts:
+
+    rows     [N, K], row after row
+    tiles    tiles of 16 rows and 64 columns (IS_TILED), which kernels/formats/triton_layouts.py draws
+
+formats.py lists the layout of each format. linear.py and formats.py call these functions.
 """
 
 from typing import NamedTuple
@@ -14,34 +18,35 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kernels.triton.tiles import TILE_K, TILE_N, TILE_WORDS
+TILE_N, TILE_K = tl.constexpr(16), tl.constexpr(64)  # rows and columns of a tile
+TILE_WORDS = tl.constexpr(128)
 
 
 class ProgramWeights(NamedTuple):
-    """Holds the weights of a program of fused_linear: some rows of W [N, K]. Functions that take this call it w."""
+    """The weights of a program of fused_linear: some rows of W [N, K]. In arguments it is called w."""
 
     ptr: tl.tensor
     scales_ptr: tl.tensor
-    packed_offset: tl.tensor  # elements.py: int4_pair
+    magic_number: tl.tensor  # see elements.py: int4_pair
     offs_n: tl.tensor  # [BLOCK_N], the rows: see program_outputs
-    mask_n: tl.tensor  # [BLOCK_N], which of them W has
+    mask_n: tl.tensor  # [BLOCK_N], false for a row beyond the end of W
     N: tl.tensor
-    N_OUT: tl.tensor
+    N_OUT: tl.tensor  # N, or N / 2 with an activation
 
 
 @triton.jit
 def program_outputs(i, BLOCK_OUT: tl.constexpr, N_OUT):
-    """Returns which row of W is row i of this program, for i in [0, BLOCK_N).
+    """Returns the row of W that is row i of this program, for i in [0, BLOCK_N).
 
-    Without an activation the rows of a program follow each other: BLOCK_OUT = BLOCK_N, N_OUT = N. With one, W is a gate
-    projection of N_OUT rows above an up projection of N_OUT rows. Then BLOCK_OUT = BLOCK_N / 2, and program p takes the
-    same rows of both:
+    Without an activation the rows of a program are contiguous: BLOCK_OUT = BLOCK_N, N_OUT = N. With an activation W is
+    a gate projection of N_OUT rows above an up projection of N_OUT rows. Then BLOCK_OUT = BLOCK_N / 2, and program p
+    takes the same rows of both projections:
 
         i                             row of W
         0 ... BLOCK_OUT - 1           p BLOCK_OUT ... (p + 1) BLOCK_OUT - 1        of the gate projection
-        BLOCK_OUT ... BLOCK_N - 1     the same + N_OUT                             of the up projection
+        BLOCK_OUT ... BLOCK_N - 1     N_OUT + these rows                           of the up projection
 
-    If BLOCK_OUT and N_OUT count tiles of 16 rows, so do i and the result."""
+    If BLOCK_OUT and N_OUT count tiles of 16 rows, i and the result count tiles, too."""
     return tl.program_id(0) * BLOCK_OUT + i % BLOCK_OUT + i // BLOCK_OUT * N_OUT
 
 
@@ -51,13 +56,13 @@ def prefetch_weights(
     W_STRIDE: tl.constexpr, IS_TILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
     PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Starts to bring the first PREFETCH_BYTES of the weights of a program into the L2 cache: equally many of each row
-    or, if IS_TILED, of each 16 rows, which are stored together. One thread asks for all of a row, since many small
-    requests are slow."""
-    UNIT_N: tl.constexpr = TILE_N if IS_TILED else 1  # rows that are stored together
+    """Prefetches the first PREFETCH_BYTES of the weights of a program into the L2 cache. They are shared out equally
+    among the units of the program: a unit is a row or, if IS_TILED, 16 rows, which are stored together. One thread
+    requests all bytes of a unit, since many small requests are slow."""
+    UNIT_N: tl.constexpr = TILE_N if IS_TILED else 1  # rows of a unit
     N_UNITS: tl.constexpr = BLOCK_N // UNIT_N
     UNIT_BYTES: tl.constexpr = UNIT_N * W_STRIDE * w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    PREFETCHED: tl.constexpr = min(UNIT_BYTES, PREFETCH_BYTES // N_UNITS) // 16 * 16  # bytes of each unit
+    PREFETCHED: tl.constexpr = min(UNIT_BYTES, PREFETCH_BYTES // N_UNITS) // 16 * 16  # bytes of a unit
     if PREFETCHED > 0 and UNIT_BYTES % 16 == 0:  # the instruction takes multiples of 16
         thread = tl.arange(0, N_THREADS)
         unit = program_outputs(thread % N_UNITS, BLOCK_OUT // UNIT_N, N_OUT // UNIT_N)
@@ -72,8 +77,8 @@ def prefetch_weights(
 
 @triton.jit
 def slice_starts(IS_TILED: tl.constexpr, SLICE_K: tl.constexpr, K_SLICES: tl.constexpr):
-    """Returns the column of a step in which each slice begins: [K_SLICES]. If slices are half a tile wide, all left
-    halves come before all right halves, as tiles_to_floats returns them."""
+    """Returns the first column of each slice, counted from the first column of the step: [K_SLICES]. If slices are half
+    a tile wide, all left halves come before all right halves, as in the result of tiles_to_floats."""
     i = tl.arange(0, K_SLICES)
     if IS_TILED:
         TILES_IN_STEP: tl.constexpr = K_SLICES * SLICE_K // TILE_K
@@ -89,7 +94,7 @@ def slice_columns(k_starts, SLICE_K: tl.constexpr):
 
 @triton.jit
 def load_rows(w, k_starts, K: tl.constexpr, SLICE_K: tl.constexpr):
-    """Loads from a W in rows: the outputs of the program, of the slices that begin at columns k_starts [K_SLICES]:
+    """Loads the rows of the program from a W in rows, in the slices that begin at columns k_starts [K_SLICES]:
     [K_SLICES, BLOCK_N, SLICE_K]."""
     offs_k = slice_columns(k_starts, SLICE_K)
     offsets = w.offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
@@ -98,9 +103,9 @@ def load_rows(w, k_starts, K: tl.constexpr, SLICE_K: tl.constexpr):
 
 @triton.jit
 def load_tiles(w, k, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Loads from a W in tiles: the outputs of the program and columns [k, k + BLOCK_K), as the words of whole tiles:
-    [BLOCK_N / TILE_N * BLOCK_K / TILE_K, TILE_WORDS]."""
-    TILES_IN_STEP: tl.constexpr = BLOCK_K // TILE_K  # side by side
+    """Loads the rows of the program from a W in tiles, in columns [k, k + BLOCK_K). The result is the words of whole
+    tiles: [BLOCK_N / TILE_N * BLOCK_K / TILE_K, TILE_WORDS]."""
+    TILES_IN_STEP: tl.constexpr = BLOCK_K // TILE_K
     i = tl.arange(0, BLOCK_N // TILE_N * TILES_IN_STEP)
     tile_n = program_outputs(i // TILES_IN_STEP, BLOCK_OUT // TILE_N, w.N_OUT // TILE_N)
     tile_k = k // TILE_K + i % TILES_IN_STEP
@@ -112,8 +117,8 @@ def load_tiles(w, k, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.const
 
 @triton.jit
 def load_slice_scales(w, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Loads scales that are stored column by column, [n_groups, N]: those of the outputs of the program and of the
-    slices that begin at columns k_starts [K_SLICES], each of which lies in one group: [K_SLICES, BLOCK_N, 1]."""
+    """Loads the scales of the rows of the program, in the slices that begin at columns k_starts [K_SLICES]:
+    [K_SLICES, BLOCK_N, 1]. A slice lies in one group. The scales are stored as [n_groups, N]."""
     offsets = (k_starts // GROUP_SIZE)[:, None] * w.N + w.offs_n[None, :]
     mask = (k_starts < K)[:, None] & w.mask_n[None, :]
     return tl.load(w.scales_ptr + offsets, mask=mask, other=0)[:, :, None]
@@ -121,6 +126,6 @@ def load_slice_scales(w, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
 
 @triton.jit
 def load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE):
-    """Loads scales that are stored column by column: those of outputs offs_n [X] and columns offs_k [Y]: [X, Y]."""
+    """Loads the scales of rows offs_n [X] and columns offs_k [Y]: [X, Y]. The scales are stored as [n_groups, N]."""
     offsets = (offs_k // GROUP_SIZE).to(tl.int64)[None, :] * N + offs_n[:, None]
     return tl.load(scales_ptr + offsets, mask=mask, other=0)

@@ -17,7 +17,7 @@ import kernels
 from config import ModelConfig
 from files import replace_file
 from kernels.formats import WeightFormat
-from kernels.triton.launch import FEW_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
+from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from layers import Linear, RMSNorm
 from model import empty_model
 from scripts.benchmarking.speed import fill_randomly, random_linear
@@ -38,12 +38,12 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 
 def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
-    """Writes down the fastest tile sizes for W [n, k] that also work with FEW_TOKENS tokens. gated: W is a gate and an
+    """Writes down the fastest tile sizes for W [n, k] that also work with MMA_TOKENS tokens. gated: W is a gate and an
     up projection, with the activation."""
     weights = make_weights(n, k, format, device)
-    x = torch.randn(1, FEW_TOKENS, k, device=device, dtype=torch.bfloat16)
+    x = torch.randn(1, MMA_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_of(x.device).tuned  # where choose_tiles looks first
-    group_size = format.scale_group_size(k)
+    group_size = format.inputs_per_scale(k)
     key = table_key(format.format_id, n, k, gated, group_size)
     tuned.pop(key, None)
     guess = choose_tiles(x, format.format_id, n, gated, group_size)
@@ -61,7 +61,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
         candidates = [tiles for tiles in candidates if tiles.block_n % 32 == 0]
     times = {tiles: microseconds(tiles, n_tokens=1) for tiles in candidates}
     for tiles in sorted(times, key=times.get):
-        if times[tiles] < math.inf and microseconds(tiles, FEW_TOKENS) < math.inf:
+        if times[tiles] < math.inf and microseconds(tiles, MMA_TOKENS) < math.inf:
             print(f"{key}: {tuple(tiles)} takes {times[tiles]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
             write_tiles(key, tiles)
             return

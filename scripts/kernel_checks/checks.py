@@ -21,13 +21,13 @@ from engine.sampling import multinomial
 from kernels import reference
 from kernels.formats import MXFP4, Dense, Float8, Int4, Int8, WeightFormat
 from kernels.ops import FUSED_GLU_MULTIPLE
-from kernels.triton.launch import FEW_TOKENS
+from kernels.triton.launch import MMA_TOKENS
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from scripts.kernel_checks.exact_results import (
     FORMATS,
-    OFFSETS,
+    MAGIC_BIASES,
     TRITON_FORMATS,
     U32,
     Comparison,
@@ -143,7 +143,7 @@ def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     checks += [partial(check_activation, dtype, activation) for activation in ACTIVATIONS]
     checks += [partial(check_epilogue, dtype, *epilogue) for epilogue in EPILOGUES]
     checks += [partial(check_rms_norm, dtype, *norm) for norm in NORMS]
-    checks.append(partial(check_gather_inputs, dtype))
+    checks.append(partial(check_permute_inputs, dtype))
     for format, size in product(sizes.expert_formats, sizes.experts):
         if size[2] % format.input_multiple == 0:
             checks += [partial(check_gate_up, dtype, format, size), partial(check_down, dtype, format, size)]
@@ -185,15 +185,15 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks a product of random data: sums and the product with the norm's weight are rounded, and int4's OFFSET costs
-    bits."""
+    """Checks a product of random data: sums and the product with the norm's weight are rounded, and int4's magic bias
+    costs bits."""
     n, k, n_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-    if w.zeros is not None:  # OFFSET + q times x, less OFFSET + zero times x
-        offset = OFFSETS[factor_dtype(dtype)] if format.elements_per_byte == 2 else 128
+    if w.zeros is not None:  # (bias + q) times x, less (bias + zero) times x
+        bias = MAGIC_BIASES[factor_dtype(dtype)] if format.elements_per_byte == 2 else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
-        magnitude = magnitude + 2 * offset * wide_scales
+        magnitude = magnitude + 2 * bias * wide_scales
     use_triton(w)
     x = torch.randn(1, n_tokens, k).to(dtype)
     case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens, random"
@@ -213,7 +213,7 @@ def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
     its own: the error of the norm, and, since it rounds exact data, the errors of the sums."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
-    return error * (x.shape[1] > FEW_TOKENS)
+    return error * (x.shape[1] > MMA_TOKENS)
 
 
 def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
@@ -288,12 +288,12 @@ def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
     yield Comparison("rms_norm", f"{n_tokens}x{dim}, residual", ours, total, stored_error(total, error, dtype))
 
 
-def check_gather_inputs(dtype: torch.dtype):
+def check_permute_inputs(dtype: torch.dtype):
     """Checks to the last bit: all inputs in another order, and a part of all inputs, as a rank of several gathers."""
     for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        y = kernels.gather_inputs(x, order.int(), "triton")
-        yield Comparison("gather_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
+        y = kernels.permute_inputs(x, order.int(), "triton")
+        yield Comparison("permute_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
 
 
 # ---- Mixture of experts ----------------------------------------------------------------------------------------------

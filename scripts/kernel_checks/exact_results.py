@@ -3,8 +3,8 @@ kernel may be from them, on a GPU or in Triton's interpreter. The bounds are der
 (error_bounds.py), for sums in any order.
 
 In exact data x is small integers, norms' weights are powers of two, and weights in 16 or 32 bits multiples of 1/16.
-Then nothing is lost to int4's OFFSET either (kernels/triton/elements.py: int4_pair), and the smallest error in a zero
-point shows.
+Then nothing is lost to int4's magic bias either (kernels/triton/elements.py: int4_pair), and the smallest error in a
+zero point shows.
 
 Everything is made on PyTorch's default device: `with torch.device("cuda"):` makes it there.
 """
@@ -31,7 +31,7 @@ TRITON_FORMATS = [
     *FORMATS, Int4(32, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16), Float8(), Float8(32), MXFP4(),
 ]  # fmt: skip
 U32 = bounds.U[torch.float32]
-OFFSETS = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: offset_of
+MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: magic_bias
 
 
 class Comparison(NamedTuple):
