@@ -29,8 +29,8 @@ from engine.steps import (
     ModelRunner,
     StepFunction,
     apply_repetition_penalty,
-    build_steps,
     check_sampled_ids,
+    fill_kv_cache,
 )
 from model import KVCache, Transformer
 
@@ -96,7 +96,9 @@ def build_speculative_decoder(
     def sampler(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
+        if sampling.repetition_penalty != 1:
+            kv_cache.store_token_ids(tokens, start_pos)  # only the penalty reads the ids
+            logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         backend = model.lm_head.backend
         return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))
 
@@ -311,7 +313,9 @@ def build_draft_model(
         probs = probabilities(logits, sampling)
         return collectives.broadcast(multinomial(probs)), probs
 
-    prefill = build_steps(draft, kv_cache, SamplingParams()).prefill
+    def prefill(tokens: Tensor, start_pos: Tensor):
+        fill_kv_cache(draft, tokens, start_pos, kv_cache)
+
     step = ModelRunner(draft, kv_cache, sampler, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, model.device, cost)
