@@ -91,9 +91,11 @@ class Conversation:
         return self.stream(ids, max_new_tokens, [])
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Returns the token ids of earlier, message and answer_ids, in this order. If they leave little room, first
-        drops the oldest messages of earlier, each with the answer. earlier: the beginning of self.messages. answer_ids:
-        the tokens of the answer so far."""
+        """Returns the token ids of earlier, message and answer_ids, in this order. If these leave little room, first
+        drops the oldest messages and the answers to them.
+
+        earlier: the messages before message, a prefix of self.messages.
+        answer_ids: the tokens of the answer so far."""
 
         def ids_without(n_pairs: int) -> list[int]:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids

@@ -50,7 +50,7 @@ def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_toke
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
         # On a GPU, queue the next step before the host waits for the tokens of this step. Then the GPU computes while
-        # the host handles the tokens. The next step may overwrite tokens, since they may be a recording's static
+        # the host handles the tokens. The next step may overwrite tokens, since tokens may be a recording's static
         # buffer. But the copy to the host comes first in the stream.
         # A CPU would compute the next step at once, and in vain if the caller stops after this step.
         next_is_queued = tokens.is_cuda and n_left > 0
@@ -65,8 +65,8 @@ def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_toke
 
 def decode(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
     """Runs one decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
-    # Token -1 stands for logits that are not finite, and the embedding has no row -1. On a GPU this step starts before
-    # the host has checked the tokens, so clamp them.
+    # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the tokens,
+    # and the embedding has no row -1, so clamp the tokens.
     inputs = tokens[:, None].clamp(min=0)
     return steps.decode(inputs, start_pos), start_pos + 1
 

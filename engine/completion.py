@@ -11,12 +11,12 @@
     async for _ in completer.complete([completion]):
         print(completion.text)
 
-Four functions fill Completions:
+What adds the tokens to Completions, and who calls it:
 
-    stream_completions    from a DecodeLoop: one prompt (generate.py, LLM, chat.py)
-    complete_all          from a Scheduler: many prompts (generate.py --parallel, eval.py)
-    generate_many         complete_all from text to text (LLM)
-    AsyncCompleter        from a Scheduler: many callers (scripts/serve.py)
+    stream_completions    one prompt, with a DecodeLoop         generate.py, chat.py, llm.py
+    complete_all          many prompts, with a Scheduler        generate.py --parallel, eval.py
+    generate_many         the same, from texts to texts         llm.py
+    AsyncCompleter        many callers, with one Scheduler      scripts/serve.py
 """
 
 import asyncio

@@ -58,7 +58,7 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()  # strings that end the new text; completion.py looks for them
     is_chat: bool = False  # True: the new text is a chat's answer, which is detokenized without the prompt as context
-    n_logprobs: int | None = None  # log-probabilities of how many of the likeliest tokens to report; None: report none
+    n_logprobs: int | None = None  # report the log-probabilities of this many of the likeliest tokens; None: of none
     start_time: float | None = None  # when prefill began
 
 
@@ -99,7 +99,7 @@ class RunningSequence:
     """A sequence in a slot of the KV cache."""
 
     request: Request
-    generator: torch.Generator  # random numbers for sampling
+    generator: torch.Generator  # draws the random numbers for sampling
     new_ids: list[int] = field(default_factory=list)  # the sampled tokens; the next step takes the last one as input
 
 

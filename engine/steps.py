@@ -151,7 +151,7 @@ def chunked_prefill(
 
 
 class ModelRunner:
-    """Runs decode and verification steps: the model, then sampler on the logits. choose_mode follows this table:
+    """Runs decode and verification steps: the model, then sampler on the logits. A step has one of these modes:
 
         kernels fit    device    --compile    mode
         yes            CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
@@ -176,23 +176,24 @@ class ModelRunner:
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
         self.device, self.compile = model.device, compile
         self.kernels_fit = cache(model.uses_kernels)  # uses_kernels goes through all modules
-        self.steps = build_step_by_mode(model, kv_cache, sampler, self.kernels_fit)
-
-    def choose_mode(self, batch_size: int, n_new: int) -> str:
-        """Returns "recorded", "compiled" or "eager", for a step with tokens [batch_size, n_new]."""
-        if self.kernels_fit(batch_size, n_new) and (self.compile or self.device.type == "cpu"):
-            return "recorded"
-        return "compiled" if self.compile else "eager"
+        self.step_by_mode = build_step_by_mode(model, kv_cache, sampler, self.kernels_fit)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        step = self.steps[self.choose_mode(*tokens.shape)]
-        return step(tokens, start_pos, *sampler_inputs)
+        mode = choose_mode(self.kernels_fit(*tokens.shape), self.device, self.compile)
+        return self.step_by_mode[mode](tokens, start_pos, *sampler_inputs)
+
+
+def choose_mode(kernels_fit: bool, device: torch.device, compile: bool) -> str:
+    """Returns "recorded", "compiled" or "eager", by ModelRunner's table."""
+    if kernels_fit and (compile or device.type == "cpu"):
+        return "recorded"
+    return "compiled" if compile else "eager"
 
 
 def build_step_by_mode(
     model: Transformer, kv_cache: KVCache, sampler: Callable, kernels_fit: Callable[[int, int], bool]
 ) -> dict[str, Callable]:
-    """Returns ModelRunner's step for each mode. Recording and compilation happen at a step's first call."""
+    """Returns {mode: step}, for ModelRunner. Recording and compilation happen when a step is first called."""
 
     def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
         step_cache = kv_cache.narrow_batch(0, len(tokens))
