@@ -23,7 +23,7 @@ from text.tokenizer import Tokenizer, common_prefix_length
 # free. A dropped message changes the positions of all later tokens, so they must be computed again. DROP_UNTIL is
 # larger than DROP_BELOW, so that not every turn drops a message.
 DROP_BELOW, DROP_UNTIL = 1 / 8, 1 / 4
-RESUMABLE = ("length", "context", "interrupted")  # the finish_reasons with which continue_answer can go on
+RESUMABLE = ("length", "context", "interrupted")  # values of finish_reason after which continue_answer works
 
 
 class ContextFull(UsageError):

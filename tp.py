@@ -10,10 +10,8 @@ routers.
     o_proj, down_proj         sharded along the inputs: a rank computes partial sums, which an all-reduce adds up
     lm_head                   sharded along the outputs: an all-gather concatenates the logits
 
-tp_plan returns this table. loading.py: load_model calls shard before it reads the tensors, and insert_collectives
-after.
-
-All ranks run the same code, except in these places:
+tp_plan returns this table. loading.py: load_model calls shard before reading the tensors, and insert_collectives at the
+end. All ranks run the same code, except in these places:
 
     shard                              every rank reads other parts of the tensors
     shard_inputs                       only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
@@ -54,8 +52,8 @@ class ShardSpec:
 
 
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
-    """Returns {last component of a linear layer's name: how the layer is sharded}. Every rank has all other tensors
-    whole.
+    """Returns {last component of a linear layer's name: how the layer is sharded}. All other tensors are whole on every
+    rank.
 
     A q/k norm over all heads together needs all heads. So with such a norm every rank computes all of attention, and
     only o_proj is sharded."""
