@@ -1,55 +1,56 @@
 """A conversation with a chat model.
 
-    conversation = LLM("checkpoints/M/model.pth").chat()  # of llm.py
+    conversation = LLM("checkpoints/M/model.pth").chat()  # llm.py
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
 In every turn the checkpoint's chat template writes out the whole conversation. The KV cache still holds the tokens of
-earlier turns, so the model computes only the tokens that differ from the cached ones, and those after. When the context
-is nearly full, the oldest messages are dropped. cli/terminal.py leads a conversation on a terminal.
+earlier turns. So the model computes only from the first token that differs from the cached tokens. When the context is
+nearly full, the oldest messages are dropped. cli/terminal.py runs a conversation on a terminal.
 """
 
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from engine.completion import Completion, TokenGenerator, add_steps
+from engine.completion import Completion, DecodeLoop, stream_completions
 from engine.scheduler import Request
 from errors import UsageError
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
-# free. Dropping a message changes the positions of all tokens after it, which must then be computed again. More is
-# freed than one answer needs, so that not every turn drops a message.
+# free. A dropped message changes the positions of all later tokens, so they must be computed again. DROP_UNTIL is
+# larger than DROP_BELOW, so that not every turn drops a message.
 DROP_BELOW, DROP_UNTIL = 1 / 8, 1 / 4
-RESUMABLE = ("length", "context", "interrupted")  # finish_reason of an answer that continue_answer can go on with
+RESUMABLE = ("length", "context", "interrupted")  # values of finish_reason after which continue_answer works
 
 
 class ContextFull(UsageError):
-    """A message or an answer takes the whole context."""
+    """A message or an answer fills the whole context."""
 
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, generate_tokens: TokenGenerator, max_seq_len: int, eos_ids: Sequence[int],
+        self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Sequence[int],
         system: str | None = None,
     ):  # fmt: skip
-        """max_seq_len: how many tokens the KV cache of generate_tokens holds. system: the system message. A checkpoint
-        without a chat template is refused."""
-        self.tokenizer, self.generate_tokens = tokenizer, generate_tokens
+        """Raises UsageError if the checkpoint has no chat template.
+
+        max_seq_len: how many tokens the KV cache of decode_loop holds.
+        system: the system message."""
+        self.tokenizer, self.decode_loop = tokenizer, decode_loop
         self.max_seq_len, self.eos_ids = max_seq_len, set(eos_ids)
         self.system = [{"role": "system", "content": system}] if system else []
-        self.messages: list[dict] = []  # the user's and the model's, in turn
+        self.messages: list[dict] = []  # messages of the user and of the model, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
-        # About the last answer
-        self.completion = self.new_completion()
-        self.finish_reason: str | None = None  # "stop": an end token; one of RESUMABLE; None: no answer
+        self.completion = self.new_completion()  # the last answer
+        self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
         self.encode("Hello", [])  # raises UsageError without a chat template
 
     def new_completion(self) -> Completion:
-        """Returns an answer that has no tokens yet. The method stream sets how many tokens the answer may have."""
+        """Returns an answer without tokens. The method stream sets how many tokens the answer may have."""
         request = Request([], max_new_tokens=0, is_chat=True)
         return Completion(request, self.tokenizer, self.eos_ids, resumable=True)
 
@@ -61,28 +62,28 @@ class Conversation:
 
     @property
     def token_times(self) -> list[float]:
-        """The times at which the tokens of the last answer arrived, the end token included. If the answer was
-        continued, only the tokens since then."""
+        """The times at which the tokens of the last answer arrived, end token included. After continue_answer, only the
+        times of the new tokens."""
         return self.completion.step_times
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
-        """Returns the token ids of the conversation with one more message. earlier: the messages before that message;
-        None takes all."""
+        """Returns the token ids of the conversation with one more message. earlier: the messages before message; None
+        means self.messages."""
         earlier = self.messages if earlier is None else earlier
         return self.tokenizer.encode_chat([*self.system, *earlier, {"role": "user", "content": message}])
 
     def answer(self, message: str, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Yields the answer to message, piece by piece, as long as the context has room. Raises ContextFull if message
-        alone does not fit. If the caller stops early, the conversation keeps the part of the answer that was generated.
-        If nothing was generated, the conversation drops the message."""
+        """Yields the answer to message, piece by piece, until the context is full. Raises ContextFull if message alone
+        does not fit. If the caller stops early, the conversation keeps the part of the answer that has been generated.
+        Without any part of an answer, the conversation drops the message."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         self.completion = self.new_completion()
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, new_messages)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Continues the last answer after its last token, and yields the text that follows. Raises ContextFull if the
-        answer fills the whole context, and UsageError if the answer was not cut."""
+        """Continues the last answer, and yields the new text piece by piece. Raises ContextFull if the answer fills the
+        whole context, and UsageError if the answer was not cut."""
         if not self.messages or self.finish_reason not in RESUMABLE:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
@@ -90,9 +91,11 @@ class Conversation:
         return self.stream(ids, max_new_tokens, [])
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Returns the token ids of the conversation: the earlier messages, message, and answer_ids, the tokens that the
-        answer has so far. If these leave little room, drops the oldest of the earlier messages, each with its
-        answer."""
+        """Returns the token ids of earlier, message and answer_ids, in this order. If these leave little room, first
+        drops the oldest messages and the answers to them.
+
+        earlier: the messages before message, a prefix of self.messages.
+        answer_ids: the tokens of the answer so far."""
 
         def ids_without(n_pairs: int) -> list[int]:
             return self.encode(message, earlier[2 * n_pairs :]) + answer_ids
@@ -104,7 +107,7 @@ class Conversation:
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
         if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):
-            # Drop the fewest pairs that are enough; all pairs if no number is.
+            # Drop as few pairs as possible. If even all pairs do not free enough, drop all.
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)
             ids = ids_without(n_pairs)
         if len(ids) >= self.max_seq_len:
@@ -115,17 +118,17 @@ class Conversation:
         return ids
 
     def stream(self, ids: list[int], max_new_tokens: int, new_messages: list[dict]) -> Iterator[str]:
-        """Yields the text that follows ids, and appends the text to the last message. new_messages are added to the
-        conversation first. If max_new_tokens cuts the answer within a character, that character comes when the answer
-        is continued."""
+        """Adds new_messages to the conversation. Then yields the text that follows ids, and appends the text to the
+        last message. If max_new_tokens cuts the answer within a character, the character follows after
+        continue_answer."""
         n_free = self.max_seq_len - len(ids)
         max_new_tokens = min(max_new_tokens, n_free)
         completion = self.completion
         completion.resume(max_new_tokens)
         self.messages += new_messages
-        self.finish_reason = "interrupted"  # remains if the caller stops early
+        self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
-            for (piece,) in add_steps([completion], self.token_steps(ids, max_new_tokens)):
+            for (piece,) in stream_completions([completion], self.token_steps(ids, max_new_tokens)):
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
@@ -137,21 +140,21 @@ class Conversation:
                 del self.messages[-2:]
 
     def token_steps(self, ids: list[int], max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Yields the tokens that follow ids, at most max_new_tokens, each as a step of its own [1][1]. Keeps
-        self.cached_ids up to date. cached_ids ends before the newest token, which the model gets only in the next
-        step."""
-        # Compute at least one token: logits come only from tokens that are computed.
+        """Yields up to max_new_tokens tokens that follow ids, one by one, each as a step [1][1]. Updates
+        self.cached_ids. The newest token is not in cached_ids, since the model takes that token as input only in the
+        next step."""
+        # Compute at least the last token, since only a token that is computed gives logits.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
-        for step_tokens in self.generate_tokens(ids, n_cached, max_new_tokens):
+        for step_tokens in self.decode_loop(ids, n_cached, max_new_tokens):
             for token in step_tokens[0]:
                 self.cached_ids += not_cached
                 not_cached = [token]
                 yield [[token]]
 
     def drop_oldest(self) -> list[dict]:
-        """Drops the oldest message and its answer, and returns both."""
+        """Drops the oldest message and the answer to it. Returns both."""
         dropped = self.messages[:2]
         del self.messages[:2]
         return dropped
@@ -160,12 +163,12 @@ class Conversation:
         self.messages.clear()
 
     def to_list(self) -> list[dict]:
-        """Returns all messages, the system message included: [{"role", "content"}]."""
+        """Returns all messages, system message included: [{"role": ..., "content": ...}]."""
         return [*self.system, *self.messages]
 
     def load(self, messages: list[dict]):
-        """Replaces all messages, the system message included. messages: as to_list returns them. Changes nothing if
-        messages are not a conversation, or if the chat template does not take them."""
+        """Replaces all messages, system message included, with messages in the form of to_list. Raises UsageError and
+        changes nothing if messages are no conversation, or if the chat template refuses them."""
         messages = check_messages(messages)
         self.tokenizer.encode_chat([*messages, {"role": "user", "content": "Hello"}])
         n_system = len(messages) % 2
@@ -174,7 +177,7 @@ class Conversation:
 
 
 def check_messages(messages) -> list[dict]:
-    """Returns a copy of messages. Refuses what is not a conversation."""
+    """Returns a copy of messages. Raises UsageError if messages are no conversation."""
     if not isinstance(messages, list):
         raise UsageError('A conversation is a list of {"role": ..., "content": text}.')
     copy = [read_message(message) for message in messages]

@@ -1,11 +1,11 @@
-"""Collectives: what the ranks of a tensor-parallel run tell each other. Without torchrun there is one rank.
+"""Collectives: communication between the ranks of a tensor-parallel run. Without torchrun there is one rank.
 
-    all_reduce, all_gather, broadcast    of tensors, within a step
-    gather_objects, call_on_rank_0       of Python values, outside of steps
+    all_reduce, all_gather            tensors, within a step; tp.py inserts the calls into the model
+    broadcast                         tensors, at the end of a step; the samplers call it
+    gather_objects, call_on_rank_0    Python values, outside of steps
 
-tp.py shards the model and calls the first two. The collectives run on gloo between CPUs and on NCCL between GPUs. Where
-GPUs can read each other's memory, small tensors, such as a decode step's, are summed through peer memory instead of
-NCCL.
+Collectives of tensors use gloo between CPUs and NCCL between GPUs. If the GPUs can read each other's memory, the
+all-reduce of a small tensor, such as a decode step's, uses peer memory instead of NCCL (choose_all_reduce).
 """
 
 import json
@@ -22,7 +22,7 @@ from torch import Tensor
 from errors import UsageError
 from kernels.record import graph_break
 
-ONE_SHOT_BYTES = 2**18  # up to this size, one-shot all-reduce over peer memory is faster than NCCL
+ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
 
 
 def world_size() -> int:
@@ -30,37 +30,37 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A step recorded on a GPU includes the collectives. A step recorded on a CPU cannot: each collective runs between two
-# tapes (kernels/record.py).
+# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot contain them, so each collective runs
+# between two tapes: kernels/record.py: graph_break.
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """Returns the sum of all ranks' x."""
+    """Returns the sum of x over all ranks."""
     return graph_break(partial(collective, "all_reduce", "sum"), x)
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenates all ranks' x [..., X]: [..., ranks * X]."""
+    """Concatenates x [..., X] of all ranks: [..., ranks * X]."""
     gathered = collective("all_gather_into_tensor", world_size(), x)  # [ranks * ..., X]
     by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
     return by_rank.movedim(0, -2).flatten(-2)
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Returns rank 0's x on every rank. With rank 0's token all ranks continue alike, even if they draw different
-    random numbers. generate.py seeds all ranks alike; other programs need not."""
+    """Returns rank 0's x on every rank. Samplers broadcast the tokens, so that all ranks continue with the same tokens
+    even if a program has not seeded all ranks alike."""
     return x if world_size() == 1 else graph_break(partial(collective, "broadcast", 0), x)
 
 
 def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
-    """Calls one of PyTorch's functional collectives, which torch.compile can include in its graphs."""
+    """Calls one of PyTorch's functional collectives. torch.compile can trace these."""
     operation = getattr(torch.ops._c10d_functional, name)
     pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
 def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the fastest all-reduce that all ranks support, for tensors with the device and dtype of like."""
+    """Returns the fastest all-reduce that all ranks support for tensors with like's device and dtype."""
     if not all(gather_objects(can_one_shot(like))):
         return all_reduce
     one_shot = one_shot_all_reduce(like.device, like.dtype)
@@ -72,8 +72,9 @@ def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def can_one_shot(like: Tensor) -> bool:
-    """Returns whether this rank's GPU can read the memory of all other GPUs, and PyTorch's one-shot all-reduce fits.
-    The operation exists for two dtypes. It adds in the same order on every rank only if there are 2, 4 or 8 ranks."""
+    """Whether this rank can use PyTorch's one-shot all-reduce: the rank's GPU can read the memory of all other GPUs,
+    and the operation supports dtype and number of ranks. Only with 2, 4 or 8 ranks does every rank add in the same
+    order."""
     n_ranks = world_size()
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
         return False
@@ -85,9 +86,9 @@ def can_one_shot(like: Tensor) -> bool:
 
 @cache
 def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Makes an all-reduce that is one kernel, over PyTorch's symmetric memory. The all-reduce is a custom op with a
-    buffer of its own, so that CUDA graphs see a fixed address."""
-    import torch.distributed._symmetric_memory as symmetric_memory  # here, since only several GPUs need it
+    """Returns an all-reduce that is one kernel, over PyTorch's symmetric memory. The all-reduce is a custom op with its
+    own buffer, so that CUDA graphs see a fixed address."""
+    import torch.distributed._symmetric_memory as symmetric_memory  # imported here, since only several GPUs need it
 
     group_name = dist.group.WORLD.group_name
     buffer = symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
@@ -104,20 +105,20 @@ def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[T
 
 
 def gather_objects(value) -> list:
-    """Returns every rank's value, on every rank."""
+    """Returns the values of all ranks, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-# Numbers the keys of broadcast_json: a key must not be one that an earlier call has set.
+# The numbers in broadcast_json's keys. Every call needs a new key, since the keys of earlier calls are already set.
 broadcast_numbers = count()
 
 
 def broadcast_json(store: dist.Store, function: Callable[[], object]):
-    """Calls function on rank 0, and returns the result on every rank. JSON must be able to write the result. Waits
-    without a time-out."""
+    """Calls function on rank 0, and returns the result on every rank. The result must be JSON serializable. The other
+    ranks wait without a time-out."""
     key = f"result {next(broadcast_numbers)}"
     if dist.get_rank() == 0:
         store.set(key, json.dumps(function()))
@@ -126,8 +127,8 @@ def broadcast_json(store: dist.Store, function: Callable[[], object]):
 
 
 def call_on_rank_0(function: Callable[[], str]) -> str:
-    """Calls function on rank 0, while the others wait, and returns its result on every rank. A UsageError is raised on
-    every rank, too."""
+    """Calls function on rank 0 while the other ranks wait. Returns the result, or raises function's UsageError, on
+    every rank."""
 
     def result_or_error() -> tuple[str | None, str | None]:
         try:

@@ -1,9 +1,8 @@
-"""Generate text from a checkpoint.
+"""Generate text from a checkpoint. The loop is llm.py: generate; a step is engine/steps.py. This file is the command:
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
-This is the command; the loop is llm.py: generate. Text goes to stdout, a summary to stderr. With --json, stdout has one
-JSON object for each prompt and nothing else.
+Text goes to stdout, a summary to stderr. With --json, stdout has one JSON object for each prompt and nothing else.
 """
 
 import argparse
@@ -32,14 +31,14 @@ from cli.startup import build_speculation, load_draft, required_seq_len, tp_stat
 from cli.terminal import converse
 from engine.speculate import speculate
 from engine.steps import build_steps, make_kv_cache
-from llm import LLM, build_token_generator, generate
+from llm import LLM, build_decode_loop, generate
 from loading import load, load_model
 from machine import pick_device
 from model import Transformer
 from text.tokenizer import Tokenizer
 
-# For programs that import this file
-__all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_token_generator"]
+# The names that programs import from this file
+__all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_decode_loop"]
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -67,7 +66,7 @@ def generate_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, draft: Transformer | None,
     prompts: list[Prompt], stats: dict,
 ):  # fmt: skip
-    """Completes the prompts one after the other, or leads a conversation. stats: more fields of --json."""
+    """Completes the prompts one after the other, or leads a conversation. stats: further fields for --json."""
     kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, prompts, model, draft))
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     speculation = build_speculation(args, model, draft, kv_cache, steps) if args.speculative else None
@@ -78,13 +77,13 @@ def generate_one_by_one(
         stats |= tp_stats(args, steps, model.device)
 
     torch.manual_seed(args.seed)
-    generate_tokens = partial(speculate, speculation) if speculation else build_token_generator(steps, kv_cache)
+    decode_loop = partial(speculate, speculation) if speculation else build_decode_loop(steps, kv_cache)
     if args.conversation:
         eos_ids = model.config.eos_ids
-        conversation = Conversation(tokenizer, generate_tokens, kv_cache.max_seq_len, eos_ids, args.system)
+        conversation = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, eos_ids, args.system)
         converse(conversation, args.max_new_tokens)
     else:
-        complete_one_by_one(args, model, tokenizer, generate_tokens, kv_cache, prompts, stats)
+        complete_one_by_one(args, model, tokenizer, decode_loop, kv_cache, prompts, stats)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Generation from Python: the loop, and LLM, which takes and gives text.
+"""Generation from Python: generate, which is the loop, and LLM, which takes and returns text.
 
     llm = LLM("checkpoints/SmolLM2-135M-Instruct/model.pth", temperature=0.8)
     for piece in llm.generate("Hello", max_new_tokens=50):
         print(piece, end="", flush=True)
 
-The parts of LLM, which do batches and more:
+LLM consists of these parts, which also take batches:
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
@@ -23,7 +23,14 @@ from torch import Tensor
 
 from chat import Conversation
 from converters.resolve import resolve_checkpoint
-from engine.completion import Completion, TokenGenerator, add_steps, build_request, check_max_new_tokens, generate_many
+from engine.completion import (
+    Completion,
+    DecodeLoop,
+    build_request,
+    check_max_new_tokens,
+    generate_many,
+    stream_completions,
+)
 from engine.sampling import SamplingParams
 from engine.steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
 from errors import UsageError
@@ -34,18 +41,18 @@ from model import KVCache
 
 @torch.inference_mode()
 def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Yields the next token of each sequence, max_new_tokens times. prompt [B, T] follows n_cached tokens that are in
-    the KV cache, which must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits are not
-    finite."""
+    """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
+    prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits
+    are not finite."""
     start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
     tokens = steps.prefill(prompt, start_pos)
     start_pos = start_pos + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
-        # A GPU gets the next step before the host waits for the tokens of this step, so that the GPU computes while the
-        # host handles the tokens. The next step may overwrite tokens, the buffer of a recorded step. But the copy to
-        # the host precedes the next step in the stream. A CPU would compute the next step here and now, in vain if the
-        # caller stops after this one.
+        # On a GPU, queue the next step before the host waits for the tokens of this step. Then the GPU computes while
+        # the host handles the tokens. The next step may overwrite tokens, since tokens may be a recording's static
+        # buffer. But the copy to the host comes first in the stream.
+        # A CPU would compute the next step at once, and in vain if the caller stops after this step.
         next_is_queued = tokens.is_cuda and n_left > 0
         if next_is_queued:
             tokens, start_pos = decode(steps, tokens, start_pos)
@@ -57,16 +64,16 @@ def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_toke
 
 
 def decode(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes one decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
-    # Logits that are not finite give the token -1, which the embedding does not have. On a GPU this step starts before
-    # the host has checked the tokens.
+    """Runs one decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
+    # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the tokens,
+    # and the embedding has no row -1, so clamp the tokens.
     inputs = tokens[:, None].clamp(min=0)
     return steps.decode(inputs, start_pos), start_pos + 1
 
 
 def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. That
-    function does not wait for steps that are queued on the GPU after the copy."""
+    """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. The
+    function does not wait for steps that are queued after the copy."""
     if not tokens.is_cuda:
         return tokens.tolist
     copy = tokens.to("cpu", non_blocking=True)
@@ -80,29 +87,31 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def build_token_generator(steps: GenerationSteps, kv_cache: KVCache) -> TokenGenerator:
-    """Returns a TokenGenerator that continues a text in every sequence of kv_cache, one token a step.
-    speculate.speculate does the same with several tokens a step."""
+def build_decode_loop(steps: GenerationSteps, kv_cache: KVCache) -> DecodeLoop:
+    """Returns a DecodeLoop that adds one token per step to every sequence of kv_cache. engine/speculate.py: speculate
+    adds several tokens per step."""
 
-    def generate_tokens(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+    def decode_loop(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
         prompt = torch.tensor([token_ids[n_cached:]] * kv_cache.batch_size, device=kv_cache.device)
         for ids in generate(steps, prompt, n_cached, max_new_tokens):
             yield [[token] for token in ids]
 
-    return generate_tokens
+    return decode_loop
 
 
 class LLM:
-    """A model for use from Python: text in, text out."""
+    """A model with a tokenizer: text in, text out."""
 
     def __init__(
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
         max_seq_len: int = 2048, compile: bool = False, **sampling,
     ):  # fmt: skip
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (converters/resolve.py).
-        device: by default the machine's accelerator, or the CPU. max_seq_len: tokens that a text or conversation may
-        have, at most the model's own. compile: as --compile. sampling: fields of SamplingParams, such as
-        temperature."""
+        device: by default the machine's accelerator, or the CPU if there is none.
+        dtype: of the activations, and of all weights that are not quantized.
+        max_seq_len: the most tokens of a text or a conversation; the model's context is a limit, too.
+        compile: as --compile of generate.py.
+        sampling: fields of SamplingParams, such as temperature."""
         names = [field.name for field in fields(SamplingParams)]
         for name in sampling:
             if name not in names:
@@ -111,38 +120,40 @@ class LLM:
         path = resolve_checkpoint(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_generators: list[TokenGenerator] = []  # generators that no text is using
+        self.free_decode_loops: list[DecodeLoop] = []  # the decode loops that no text uses
 
-    def new_token_generator(self) -> TokenGenerator:
-        """Returns a TokenGenerator with a new KV cache."""
+    def new_decode_loop(self) -> DecodeLoop:
+        """Returns a DecodeLoop with a new KV cache."""
         kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return build_token_generator(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
+        return build_decode_loop(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """Yields the text that follows prompt, piece by piece, up to an end token or one of the stop strings. Several
-        texts may be under way at once. prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
+        """Yields the text that follows prompt, piece by piece, up to an end token or one of the stop strings. A second
+        call may start before the first text has ended: every call has its own KV cache.
+
+        prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
         check_max_new_tokens(max_new_tokens)
         limit_name = f"max_seq_len, {self.max_seq_len}"
         options = {"sampling": self.sampling, "stop": stop}
         request = build_request(prompt, self.tokenizer, max_new_tokens, self.max_seq_len, limit_name, **options)
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
-        generate_tokens = self.free_generators.pop() if self.free_generators else self.new_token_generator()
+        decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()
         try:
-            for (text,) in add_steps([completion], generate_tokens(request.prompt_ids, 0, max_new_tokens)):
+            for (text,) in stream_completions([completion], decode_loop(request.prompt_ids, 0, max_new_tokens)):
                 if text:
                     yield text
         finally:
-            self.free_generators.append(generate_tokens)
+            self.free_decode_loops.append(decode_loop)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
         stop: tuple[str, ...] = (), seed: int = 0,
     ) -> Iterator[tuple[int, str]]:  # fmt: skip
-        """Yields (number, continuation) for each of prompts: see completion.generate_many."""
+        """Yields (number, continuation) for each prompt: see engine/completion.py: generate_many."""
         options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
         return generate_many(self.model, self.tokenizer, prompts, *options)
 
     def chat(self, system: str | None = None) -> Conversation:
-        """Returns a new conversation; its answer method takes the messages. system: the system message."""
-        generate_tokens, eos_ids = self.new_token_generator(), self.model.config.eos_ids
-        return Conversation(self.tokenizer, generate_tokens, self.max_seq_len, eos_ids, system)
+        """Returns a new conversation: see Conversation.answer. system: the system message."""
+        decode_loop, eos_ids = self.new_decode_loop(), self.model.config.eos_ids
+        return Conversation(self.tokenizer, decode_loop, self.max_seq_len, eos_ids, system)

@@ -1,10 +1,13 @@
-"""Loads a model: reads and checks a checkpoint, keeps this rank's shard, moves it to the device, packs it for kernels.
+"""Loads a model: reads and checks a checkpoint, takes this rank's shard, moves the tensors to the device and packs them
+for the kernels.
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     model = load_model(path, device="cuda", dtype=torch.float16)
 
 A checkpoint is memory-mapped. Loading converts and moves the tensors one by one, and releases the file's pages after
 each tensor, so that no tensor is in memory twice. A tensor that needs no change stays in the mapped file.
+
+Read load_model first. The other functions are the steps of load_model, in order.
 """
 
 from collections.abc import Callable
@@ -25,10 +28,10 @@ from text.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
-    """Returns the model in path, and the tokenizer from the same folder. The model ends a text at the tokenizer's end
-    tokens, too. Apart from special tokens, the tokenizer may not have more tokens than the model.
+    """Returns the model in path, and the tokenizer from the same folder. The tokenizer's end tokens become end tokens
+    of the model, too. Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
 
-    options: of load_model."""
+    options: the arguments of load_model."""
     model = load_model(path, **options)
     tokenizer = load_tokenizer(Path(path).parent)
     vocab_size = model.config.vocab_size
@@ -48,11 +51,11 @@ def load_model(
     use_kernels: bool = True,
     sharded: bool = True,
 ) -> Transformer:
-    """Reads the model in path onto device, in dtype, ready for inference.
+    """Reads the model in path onto device, ready for inference.
 
-    dtype: of all tensors but the quantized weights'.
-    use_kernels: run on this project's kernels, if the device has any; False: run on plain PyTorch.
-    sharded: with several ranks, read this rank's shard (tp.py); False: read the whole model."""
+    dtype: of activations and of all tensors except those of quantized weights.
+    use_kernels: use this project's kernels if the device has them; False: use only PyTorch.
+    sharded: with several ranks, read only this rank's shard (tp.py); False: read the whole model."""
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, parse_formats(quantization))
@@ -61,13 +64,13 @@ def load_model(
     check_tensors(path, model, tensors, tied, quantized_names)
     check_input_orders(path, tensors)
     n_ranks = collectives.world_size() if sharded else 1
-    if use_kernels and device.type == "cpu":  # where packing copies all weights
+    if use_kernels and device.type == "cpu":  # packing copies all weights
         itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
         n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
 
     shard_tensor = None
-    if n_ranks > 1:  # each rank has all of the embedding, but only a part of the head
+    if n_ranks > 1:  # not tied: a rank has the whole embedding, but only a shard of the head
         tensors |= {name: tensors[source] for name, source in tied.items()}
         tied = {}
         shard_tensor = tp.shard(model, device)
@@ -86,9 +89,9 @@ def load_model(
 
 
 def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
-    """Returns {head tensor name: embedding tensor name} for a tied head, which the checkpoint stores once, as the
-    embedding. The dict is empty if the checkpoint stores the head separately, as it must if the head's format differs
-    from the embedding's."""
+    """Returns {name of a head tensor: name of an embedding tensor} for a tied head, whose tensors the checkpoint stores
+    only as the embedding. Returns {} if the checkpoint has the head's own tensors. A tied head has its own tensors if
+    the formats of head and embedding differ."""
     head, embedding = model.lm_head, model.embed_tokens
     if not model.config.tie_embeddings or head.format != embedding.format or "lm_head.weight" in tensors:
         return {}
@@ -96,7 +99,7 @@ def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
 
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
-    """Returns the names of quantized weights' tensors, whose dtypes loading does not change."""
+    """Returns the names of all tensors of quantized weights. Loading does not change the dtypes of these tensors."""
     names = {f"{name}.input_order" for name, linear in model.quantizable_linears() if linear.input_order is not None}
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
         if matrix.format.is_quantized:
@@ -105,9 +108,9 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
 
 
 def check_tensors(path: Path, model: Transformer, tensors: Tensors, tied: dict[str, str], quantized_names: set[str]):
-    """Checks that the checkpoint in path holds exactly the tensors that model needs.
+    """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    tied: see tied_tensor_names.
+    tied: the result of tied_tensor_names.
     quantized_names: the tensors whose dtypes must fit, too."""
     needed = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     for name in needed.keys() | tensors.keys():
@@ -121,7 +124,7 @@ def check_tensors(path: Path, model: Transformer, tensors: Tensors, tied: dict[s
 
 
 def check_input_orders(path: Path, tensors: Tensors):
-    """Checks that every input_order holds each input of the layer once."""
+    """Raises UsageError unless every input_order contains each input of the layer once."""
     for name, order in tensors.items():
         if name.endswith(".input_order") and not torch.equal(order.sort().values, torch.arange(len(order)).int()):
             raise UsageError(f"{path}: tensor {name} is no order of the layer's {len(order)} inputs; convert it again")
@@ -133,7 +136,7 @@ def move_tensors(
 ) -> Tensors:  # fmt: skip
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
 
-    shard_tensor: (name, tensor) -> this rank's shard of the tensor; None: there is one rank."""
+    shard_tensor: (name, tensor) -> this rank's shard of the tensor; None: keep every tensor whole."""
     moved = {}
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

@@ -10,18 +10,18 @@ routers.
     o_proj, down_proj         sharded along the inputs: a rank computes partial sums, which an all-reduce adds up
     lm_head                   sharded along the outputs: an all-gather concatenates the logits
 
-tp_plan is this table. All ranks run the same code, except in these places:
+tp_plan returns this table. loading.py: load_model calls shard before reading the tensors, and insert_collectives at the
+end. All ranks run the same code, except in these places:
 
-    load_model                         (loading.py) a rank keeps its shard (shard), and gets the collectives
-                                       (insert_collectives)
-    RowParallelLinear, ParallelHead    a rank computes its part, and a collective joins the parts
+    shard                              every rank reads other parts of the tensors
     shard_inputs                       only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
-    broadcast                          (collectives.py) all ranks sample a token, and rank 0's token counts
+    RowParallelLinear, ParallelHead    every rank computes a part, and a collective joins the parts
+    broadcast                          (collectives.py) all ranks sample a token, then take rank 0's token
     call_on_rank_0                     (collectives.py) only rank 0 converts a checkpoint
     silence, input_lines               (cli/ranks.py) only rank 0 prints, and reads what the user types
-    rank_path                          (cli/ranks.py) each rank has a trace file
+    rank_path                          (cli/ranks.py) every rank writes its own trace file
 
-cli/ranks.py: process_group joins the processes.
+cli/ranks.py: process_group connects the processes.
 """
 
 import os
@@ -46,17 +46,17 @@ from model import Attention, Transformer
 class ShardSpec:
     """How a linear layer is sharded."""
 
-    style: str  # "colwise": along its outputs; "rowwise": along its inputs. Megatron's names, for W^T
-    sizes: tuple[int, ...]  # of the matrices that one weight stacks, such as q, k and v; each matrix is cut separately
-    head_size: int = 1  # a head's elements, which stay on one rank; 1: there are no heads
+    style: str  # "colwise": along the outputs; "rowwise": along the inputs. Megatron's names, which speak of W^T
+    sizes: tuple[int, ...]  # sizes of the matrices that one weight stacks, such as q, k and v; each is cut separately
+    head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads
 
 
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
-    """Returns how each linear layer is sharded, by the last component of the layer's name. Every rank has all other
-    tensors whole.
+    """Returns {last component of a linear layer's name: how the layer is sharded}. All other tensors are whole on every
+    rank.
 
-    A q/k norm over all heads together needs all heads. With such a norm, every rank computes all of attention, and only
-    o_proj is sharded."""
+    A q/k norm over all heads together needs all heads. So with such a norm every rank computes all of attention, and
+    only o_proj is sharded."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shards_heads = not config.qk_norm_all_heads
     qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), head_size=config.head_dim)} if shards_heads else {}
@@ -69,10 +69,9 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
 
 
 def shard_range(size: int, head_size: int, rank: int, n_ranks: int) -> tuple[int, int]:
-    """Returns (start, length) of a rank's shard of size elements, which is cut only between heads of head_size
-    elements.
+    """Returns (start, length) of a rank's shard of size elements. Cuts are between heads of head_size elements.
 
-    The length is the same on all ranks. If the length does not divide size, the last ranks' ranges reach beyond the
+    The length is the same on all ranks. If length * n_ranks exceeds size, the ranges of the last ranks reach beyond the
     end. With fewer heads than ranks, as is common for key/value heads, several ranks share a head."""
     n_heads = size // head_size
     if n_heads < n_ranks:
@@ -82,8 +81,7 @@ def shard_range(size: int, head_size: int, rank: int, n_ranks: int) -> tuple[int
 
 
 def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
-    """Raises UsageError if n_ranks ranks cannot have equal shards. The message names the numbers of ranks that are
-    possible."""
+    """Raises UsageError if n_ranks ranks cannot have equal shards. The message names possible numbers of ranks."""
     if can_shard(config, format, n_ranks):
         return
     possible = [str(n) for n in range(2, config.n_heads + 1) if can_shard(config, format, n)]
@@ -96,8 +94,8 @@ def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
 
 
 def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
-    """Returns whether n_ranks ranks can have equal shards. Ranks may share key/value heads. The vocabulary is padded,
-    so it may have any size."""
+    """Whether n_ranks ranks can have equal shards. Ranks may share key/value heads. The vocabulary may have any size,
+    since it is padded."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
     if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
         return False
@@ -108,7 +106,7 @@ def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
 
 
 def check_device(device: torch.device):
-    """Checks that this rank has an accelerator to itself or runs on the CPU."""
+    """Raises UsageError unless device is the CPU or an accelerator that no other rank uses."""
     local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
     if device.type != "cpu" and (local_rank >= n_devices or device.index not in (None, local_rank)):
         raise UsageError(f"every process needs a device of its own, and here are {n_devices}; "
@@ -116,17 +114,17 @@ def check_device(device: torch.device):
 
 
 def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    """Shrinks model, which is on the meta device in the checkpoint's format, to this rank's shard. Returns the function
-    (name, tensor of the checkpoint) -> this rank's shard of the tensor."""
+    """Shrinks model to this rank's shard. Returns a function (name, tensor of the checkpoint) -> this rank's shard of
+    the tensor. model must be on the meta device, in the formats of the checkpoint."""
     plan, n_ranks = tp_plan(model.config), world_size()
     linears = dict(model.quantizable_linears())
-    formats = {name: linear.format for name, linear in linears.items()}  # the checkpoint's; linear.format changes here
+    formats = {name: linear.format for name, linear in linears.items()}  # the checkpoint's; linear.format changes below
     check_device(device)
     check_can_shard(model.config, max(formats.values(), key=lambda format: format.shard_multiple), n_ranks)
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
-        """Returns a copy of this rank's shard, so that no other part of a memory-mapped tensor is read. If every rank
-        has the whole tensor, returns tensor itself."""
+        """Returns this rank's shard as a copy, so that the other parts of a memory-mapped tensor are not read. Returns
+        tensor itself if every rank has the whole tensor."""
         module_name, _, tensor_name = name.rpartition(".")
         if tensor_name == "sinks":
             start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
@@ -161,8 +159,8 @@ def shard_attention(attention: Attention, n_ranks: int):
     """Reduces attention to the heads of this rank."""
     start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
     attention.n_heads = length
-    attention.n_kv_heads = -(-attention.n_kv_heads // n_ranks)  # at least one
-    if attention.sinks is not None:  # on the meta device: the values come with the checkpoint's tensors
+    attention.n_kv_heads = -(-attention.n_kv_heads // n_ranks)  # rounded up: at least one
+    if attention.sinks is not None:  # meta tensors: loading reads the values from the checkpoint
         attention.sinks = nn.Parameter(attention.sinks[:length], requires_grad=False)
     if attention.alibi_slopes is not None:
         attention.alibi_slopes = attention.alibi_slopes[start : start + length]
@@ -172,7 +170,7 @@ def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: Weig
     """Returns this rank's shard of a tensor of a layer that is sharded along its inputs.
 
     tensor_name: weight, scales, zeros, input_order or bias."""
-    if tensor_name == "bias":  # the all-reduce sums the ranks' biases, so only rank 0 has one that is not 0
+    if tensor_name == "bias":  # the all-reduce sums the biases of all ranks, so ranks other than 0 have zeros
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
     (size,) = spec.sizes
     start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
@@ -182,8 +180,8 @@ def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: Weig
 
 
 def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
-    """Returns this rank's outputs along dim. A weight that stacks several matrices is cut in each of them. A range that
-    reaches beyond the end of a matrix is padded with zeros."""
+    """Returns this rank's outputs along dim. Cuts each of the matrices that tensor stacks. Zeros pad a range that
+    reaches beyond the end of a matrix."""
     shards = []
     for size, matrix in zip(spec.sizes, tensor.split(spec.sizes, dim), strict=True):
         start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
@@ -195,7 +193,7 @@ def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
 
 
 def insert_collectives(model: Transformer):
-    """Adds the collectives to a sharded model, as the last step of loading it."""
+    """Adds the collectives to a sharded model. This is the last step of load_model."""
     reduce = choose_all_reduce(model.norm.weight)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
@@ -206,25 +204,28 @@ def insert_collectives(model: Transformer):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer that is sharded along its inputs: o_proj or down_proj, also of experts. The all-reduce sums the
-    ranks' partial sums. The residual is added after the all-reduce, or else every rank would add the residual.
+    """A linear layer that is sharded along the inputs: o_proj or down_proj, also of experts. An all-reduce adds up the
+    partial sums of all ranks. The residual is added after the all-reduce, since otherwise every rank would add it.
 
-    There are three cases:
+    x and act-order (input_order) decide which inputs linear gets:
 
-        x is this rank's shard, since the layer before is sharded, too    use x
-        x is complete: attention is not sharded (see tp_plan)             take this rank's slice of x
-        act-order: the rank's columns need inputs of other ranks          all-gather x; then input_order picks inputs"""
+        x                                                    act-order    inputs of linear
+        this rank's shard: the layer before is sharded       no           x
+        this rank's shard                                    yes          all_gather(x), from which input_order picks
+        complete: attention is not sharded (see tp_plan)     no           this rank's slice of x
+        complete                                             yes          x, from which input_order picks
+    """
 
     def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_width: int):
-        """x_width: how many inputs x has."""
+        """x_width: the size of x's last dimension."""
         super().__init__()
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
-        has_all = x_width > linear.in_features
-        self.get_inputs = None  # x -> the inputs that linear takes; None: linear takes x
-        if linear.input_order is None and has_all:
+        x_is_complete = x_width > linear.in_features
+        self.get_inputs = None  # x -> the inputs of linear; None: the inputs are x
+        if linear.input_order is None and x_is_complete:
             self.get_inputs = self.select_own_inputs
-        elif linear.input_order is not None and not has_all:
+        elif linear.input_order is not None and not x_is_complete:
             self.get_inputs = all_gather
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
@@ -239,7 +240,7 @@ class RowParallelLinear(nn.Module):
 
 
 class ParallelHead(nn.Module):
-    """The output head, sharded along the vocabulary. The all-gather concatenates the ranks' logits."""
+    """The output head, sharded along the vocabulary. An all-gather concatenates the logits of all ranks."""
 
     def __init__(self, linear: nn.Module, vocab_size: int):
         super().__init__()
@@ -249,5 +250,5 @@ class ParallelHead(nn.Module):
         return graph_break(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
-        """Returns all ranks' logits, without the padding of the last ranks."""
+        """Returns the logits of all ranks, without the padding of the last ranks."""
         return all_gather(logits)[..., : self.vocab_size]

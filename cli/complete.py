@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import build_result, print_result
-from engine.completion import Completion, TokenGenerator, add_steps, complete_all
+from engine.completion import Completion, DecodeLoop, complete_all, stream_completions
 from engine.scheduler import Request, Scheduler, build_scheduler, longest_seq_len, max_slots
 from errors import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
@@ -22,7 +22,7 @@ from text.tokenizer import Tokenizer
 
 
 def complete_one_by_one(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator,
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, decode_loop: DecodeLoop,
     kv_cache: KVCache, prompts: list[Prompt], stats: dict,
 ):  # fmt: skip
     """Completes each of prompts num_samples times, each time in all sequences of kv_cache, and prints the results.
@@ -34,7 +34,7 @@ def complete_one_by_one(
             if not args.json:
                 print_label([*numbers, ("sequence", 1, args.batch_size)])
             with profiled(args.profile if sample_number == args.num_samples else None):
-                samples.append(complete_batch(args, model, tokenizer, generate_tokens, prompt))
+                samples.append(complete_batch(args, model, tokenizer, decode_loop, prompt))
             if not args.json:
                 print()
                 for k, completion in enumerate(samples[-1][1:], start=2):
@@ -52,14 +52,14 @@ def print_label(numbers: list[tuple[str, int, int]]):
 
 
 def complete_batch(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, generate_tokens: TokenGenerator, prompt: Prompt
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, decode_loop: DecodeLoop, prompt: Prompt
 ) -> list[Completion]:
     """Completes prompt in every sequence of a batch, until all have ended. Prints the first sequence as it is
     generated, unless --json is given."""
     request, ends = make_request(args, prompt, args.seed), choose_eos_ids(args, model)
     request.start_time = time.perf_counter()
     completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
-    for texts in add_steps(completions, generate_tokens(prompt.ids, 0, args.max_new_tokens)):
+    for texts in stream_completions(completions, decode_loop(prompt.ids, 0, args.max_new_tokens)):
         if not args.json:
             print(texts[0], end="", flush=True)
     return completions

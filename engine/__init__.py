@@ -1,4 +1,4 @@
-"""From a model to text: what happens at each step and between steps. Each file imports from those above it alone.
+"""From a model to text: what happens in a step and between steps. Each file imports only from the files above it.
 
     sampling.py      logits to a token: temperature, top_k, top_p, min_p, repetition penalty
     steps.py         prefill, decode and verification, as functions from token ids to the next token ids

@@ -1,7 +1,7 @@
-"""Completions: the text after each prompt, as it is generated, up to an end token or a stop string.
+"""Completions: tokens become the text after a prompt, step by step, up to an end token or a stop string.
 
     completion = Completion(Request(prompt_ids, max_new_tokens=100), tokenizer, eos_ids)
-    completion.add_step([token, ...])         # the tokens of each step; returns the new text
+    completion.add_step([token, ...])         # adds the tokens of a step, and returns the new text
     completion.finish_reason                  # None until the text ends
 
     for i, text in generate_many(model, tokenizer, ["One", "Two"], parallel=16, max_new_tokens=20):
@@ -10,6 +10,13 @@
     completer = AsyncCompleter(scheduler)     # in asyncio, for any number of callers at once
     async for _ in completer.complete([completion]):
         print(completion.text)
+
+What adds the tokens to Completions, and who calls it:
+
+    stream_completions    one prompt, with a DecodeLoop         generate.py, chat.py, llm.py
+    complete_all          many prompts, with a Scheduler        generate.py --parallel, eval.py
+    generate_many         the same, from texts to texts         llm.py
+    AsyncCompleter        many callers, with one Scheduler      scripts/serve.py
 """
 
 import asyncio
@@ -31,27 +38,29 @@ from text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Completion:
-    """Holds the text and the tokens that follow the prompt of a request."""
+    """The text and the tokens that follow the prompt of a request."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0, resumable: bool = False
     ):  # fmt: skip
-        """eos_ids: the tokens that end the text. index: a number by which the caller knows the request. resumable:
-        max_new_tokens may cut the text within a character. Then the beginning of that character is held back until
-        resume has completed it. If not resumable, U+FFFD takes the place of the character."""
+        """eos_ids: the tokens that end the text.
+        index: the caller's number for the request.
+        resumable: what happens if max_new_tokens cuts the text within a character. If True, the text does not have the
+        character until more tokens follow: see resume. If False, the text ends with U+FFFD in place of the
+        character."""
         self.request, self.eos_ids, self.index, self.resumable = request, eos_ids, index, resumable
         prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
         self.text = ""
-        self.tokens: list[int] = []  # all new tokens, an end token included
+        self.tokens: list[int] = []  # all new tokens, including an end token
         self.logprobs: list[Logprobs] = []  # of each token, if the request asks for logprobs
         self.step_times: list[float] = []  # when the tokens of each step arrived; the first step is prefill
-        self.step_sizes: list[int] = []  # how many tokens each step gave
+        self.step_sizes: list[int] = []  # how many tokens each step added
         self.finish_reason: str | None = None  # "stop": end token or stop string; "length"; "error"
         self.error: str | None = None
 
     def add_step(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> str:
-        """Adds the tokens of one step, up to the token that ends the text. Returns the new text."""
+        """Adds the tokens of one step, but none after the token that ends the text. Returns the new text."""
         n_before = len(self.text)
         self.step_times.append(time.perf_counter())
         self.step_sizes.append(0)
@@ -75,8 +84,7 @@ class Completion:
             self.text += self.detokenizer.end()
 
     def resume(self, max_new_tokens: int):
-        """Lets the text go on for max_new_tokens more tokens. The text must not have an end token. The times begin
-        anew."""
+        """Allows max_new_tokens more tokens. The text must not have an end token. Clears step_times and step_sizes."""
         self.request = replace(self.request, max_new_tokens=len(self.tokens) + max_new_tokens)
         self.finish_reason, self.step_times, self.step_sizes = None, [], []
 
@@ -88,19 +96,20 @@ class Completion:
         return self.step_times[-1] - self.step_times[0]
 
 
-class TokenGenerator(Protocol):
-    """Continues a text, token by token. llm.py: build_token_generator makes a TokenGenerator; with speculation,
-    partial(speculate, speculation) is one."""
+class DecodeLoop(Protocol):
+    """A function that continues a text. There are two: the result of llm.py: build_decode_loop, and with speculation
+    partial(speculate, speculation)."""
 
     def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues the text token_ids in each of B sequences. Yields the new tokens of each step, [B][n]: n tokens of
-        each sequence. The first n_cached of token_ids are in the KV cache."""
+        """Continues the text token_ids in each of B sequences. Yields the new tokens of each step: [B][n], n tokens per
+        sequence. The first n_cached of token_ids are in the KV cache."""
 
 
-def add_steps(completions: list[Completion], steps: Iterable[list[list[int]]]) -> Iterator[list[str]]:
-    """Adds the tokens of each step to completions, until all completions have ended. steps: what a TokenGenerator
-    yields, with a completion for each sequence. Yields after each step the new texts, one for each completion. The text
-    is "" for a completion that ended earlier."""
+def stream_completions(completions: list[Completion], steps: Iterable[list[list[int]]]) -> Iterator[list[str]]:
+    """Adds the tokens of each step to completions, until all completions have ended. After each step, yields the new
+    text of each completion. The new text is "" for a completion that has ended before.
+
+    steps: the iterator of a DecodeLoop. Sequence i belongs to completions[i]."""
     for step_tokens in steps:
         pairs = zip(completions, step_tokens, strict=True)
         yield ["" if completion.finish_reason else completion.add_step(tokens) for completion, tokens in pairs]
@@ -109,8 +118,9 @@ def add_steps(completions: list[Completion], steps: Iterable[list[list[int]]]) -
 
 
 def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[Request]) -> Iterator[Completion]:
-    """Yields the completion of each of requests, in the order of requests. If scheduler refuses a request, the others
-    are still completed. After Ctrl-C, yields the completions that are complete and raises KeyboardInterrupt again."""
+    """Yields the completion of each request, in the order of requests. If scheduler refuses a request, the completion
+    has an error, and the other requests are still completed. After Ctrl-C, yields the completions that have ended, and
+    raises KeyboardInterrupt again."""
     completions = {}
     for i, request in enumerate(requests):
         completions[request] = Completion(request, tokenizer, scheduler.eos_ids, i)
@@ -142,17 +152,17 @@ def build_request(
     prompt: str | list[dict], tokenizer: Tokenizer, max_new_tokens: int, max_seq_len: int, limit_name: str,
     sampling: SamplingParams, seed: int = 0, stop: tuple[str, ...] = (),
 ) -> Request:  # fmt: skip
-    """Makes a Request to continue prompt: a text, or a chat's messages. Refuses what encode_prompt and check_length
-    refuse."""
+    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt and
+    check_length do."""
     ids = encode_prompt(prompt, tokenizer, max_seq_len, limit_name)
     check_length(len(ids), max_new_tokens, max_seq_len, limit_name)
     return Request(ids, max_new_tokens, sampling, seed, stop, is_chat=not isinstance(prompt, str))
 
 
 def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit_name: str) -> list[int]:
-    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Refuses
-    malformed messages, a text from bytes that are not UTF-8, and a text that certainly has more than max_seq_len
-    tokens, which would take long to encode. limit_name: what the error calls max_seq_len."""
+    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
+    UsageError if messages are malformed, if a text is not valid UTF-8, or if a text is so long that it must exceed
+    max_seq_len tokens (encoding would take long). limit_name: the name of max_seq_len in the error's text."""
     is_chat = not isinstance(prompt, str)
     messages = [read_message(message) for message in prompt] if is_chat else []
     for text in [message["content"] for message in messages] if is_chat else [prompt]:
@@ -168,23 +178,24 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: i
 
 
 class CompletionError(RuntimeError):
-    """A step failed, and with the step all completions that were running."""
+    """A step failed, so all completions that were running failed, too."""
 
 
 class AsyncCompleter:
-    """Computes the completions of several callers together. Only a thread of the AsyncCompleter uses the scheduler; the
-    event loop does the rest."""
+    """Computes the completions of several callers together. Only self.thread uses the scheduler. Everything else runs
+    in the event loop."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        device = str(scheduler.kv_cache.device)
-        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))  # each has a current device
-        self.completions: dict[Request, Completion] = {}  # of all callers
-        self.step: asyncio.Task | None = None  # the last step
+        device = str(scheduler.kv_cache.device)  # PyTorch has a current device per thread
+        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))
+        self.completions: dict[Request, Completion] = {}  # the running completions of all callers
+        self.step: asyncio.Task | None = None  # the newest step; all callers wait for the same one
 
     async def complete(self, completions: list[Completion]) -> AsyncIterator[None]:
-        """Yields after each step, in which completions may have grown, until all completions are complete. If a caller
-        stops early, its slots become free. Raises CompletionError if a step fails; later calls are served."""
+        """Yields after each step, until all completions have ended. A step may add tokens to any of completions. If the
+        caller stops early, the caller's slots become free. Raises CompletionError if a step fails. Later calls still
+        work."""
         for completion in completions:
             request = completion.request
             check_length(len(request.prompt_ids), request.max_new_tokens, self.scheduler.max_seq_len)
@@ -192,15 +203,16 @@ class AsyncCompleter:
             for completion in completions:
                 self.completions[completion.request] = completion
                 self.thread.submit(self.scheduler.submit, completion.request)
-            is_complete = False
-            while not is_complete:
-                if self.step is None or self.step.done():  # the first caller that waits begins the step
+            have_ended = False
+            while not have_ended:
+                if self.step is None or self.step.done():  # the first caller that waits starts the step
                     self.step = asyncio.create_task(self.run_step())
                 await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
                 for completion in completions:
                     if completion.error is not None:
                         raise CompletionError(completion.error)
-                is_complete = all(completion.finish_reason for completion in completions)  # before yield
+                # Not after yield: until the caller comes back, another caller's step may have added the last tokens.
+                have_ended = all(completion.finish_reason for completion in completions)
                 yield
         finally:
             for completion in completions:
@@ -214,7 +226,7 @@ class AsyncCompleter:
                     completion.add_step([new.token], new.logprobs)
                     if completion.finish_reason:
                         self.end(completion)
-        except Exception as e:  # such as logits that are NaN
+        except Exception as e:  # for example the UsageError of check_sampled_ids
             traceback.print_exc()
             for completion in list(self.completions.values()):
                 completion.fail(str(e))
@@ -230,9 +242,13 @@ def generate_many(
     max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
     compile: bool = False,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
-    """Yields (number, continuation) for each of prompts, in order. parallel: how many prompts are computed at a time. A
-    prompt is a text, or a chat's messages [{"role": ..., "content": ...}]. Prompt i samples with seed + i. stop: stop
-    strings, which end a continuation and are not part of it. compile: record the steps on a GPU, too."""
+    """Yields (number, continuation) for each prompt, in the order of prompts.
+
+    prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].
+    parallel: the most prompts that are computed at a time.
+    stop: strings that end a continuation. The continuation does not contain them.
+    seed: prompt i samples with seed + i.
+    compile: record the steps on a GPU, too."""
     check_max_new_tokens(max_new_tokens)
     context, requests = model.config.max_seq_len, []
     limit_name = f"the model's context of {context}"

@@ -1,9 +1,10 @@
-"""From logits to the next token: the likeliest one, or one drawn with temperature, top_k, top_p and min_p.
+"""From logits to the next token: the likeliest token, or a token drawn with temperature, top_k, top_p and min_p.
 
-    sample(logits, SamplingParams())                          # the likeliest
+    sample(logits, SamplingParams())                          # the likeliest token
     sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
-Nothing here waits for the device, so that a sampled token can be fed to the next step before the host has seen it.
+steps.py, speculate.py and scheduler.py call sample. No function waits for the device, so that the next step can start
+before the host has read the sampled token.
 """
 
 import math
@@ -18,28 +19,35 @@ from torch.nn.utils.rnn import pad_sequence
 import kernels
 from errors import UsageError
 
-SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less
-# How sorted_nucleus avoids sorting a whole vocabulary on a CPU
-SMALL_VOCABULARY = 1000  # up to so many tokens, sorting all is faster than searching
-FIRST_THRESHOLD = 2**-10  # a probability, which fewer than 1024 tokens can exceed
-VOCAB_BLOCK = 64  # tokens with neighbouring ids, skipped together if none of them exceeds the threshold
+SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
+# On a CPU sorted_nucleus searches for the likely tokens, so that it need not sort the whole vocabulary.
+SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
+FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
+VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen. First comes repetition_penalty (arXiv:1909.05858), outside of sample, which does not know
-    the text (steps.py: apply_repetition_penalty). Then sample applies temperature, top_k, top_p (arXiv:1904.09751) and
-    min_p (arXiv:2407.01082), in this order."""
+    """How a token is chosen. The options apply in this order:
 
-    temperature: float = 0.0  # 0: the likeliest token (greedy); top_k, top_p and min_p then have no effect
+        repetition_penalty    arXiv:1909.05858; before sample, which does not know the text
+        temperature
+        top_k
+        top_p                 arXiv:1904.09751
+        min_p                 arXiv:2407.01082
+    """
+
+    # 0 takes the likeliest token (greedy), whatever top_k, top_p and min_p are. The default is 0 in Python, 0.8 in
+    # generate.py (as in gpt-fast) and 1 in the server (as in OpenAI's API).
+    temperature: float = 0.0
     _: KW_ONLY
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together have this probability
-    min_p: float | None = None  # only tokens that are at least this many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that the text has already are less likely; see penalize
+    min_p: float | None = None  # only tokens with at least min_p times the probability of the likeliest token
+    repetition_penalty: float = 1.0  # above 1: tokens that the text already contains become less likely; see penalize
 
     def __post_init__(self):
-        """Raises UsageError, whose message begins with the field's name."""
+        """Raises UsageError if a field is out of range. The message begins with the field's name."""
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -50,7 +58,7 @@ class SamplingParams:
             raise UsageError(f"min_p must be 0 to 1, not {self.min_p}")
         if not 0 < self.repetition_penalty < math.inf:
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        # These values change nothing. As None they keep the fast path of sample.
+        # These values exclude no token. None in their place keeps filters_tokens False, so that a kernel can sample.
         if self.top_p == 1:
             object.__setattr__(self, "top_p", None)
         if self.min_p == 0:
@@ -58,7 +66,8 @@ class SamplingParams:
 
     @classmethod
     def from_options(cls, options: Mapping) -> "SamplingParams":
-        """Of options, such as a request's, those that have a field's name. None: the default. Raises UsageError."""
+        """Reads the fields from options, such as the JSON of a request. Ignores options that are not fields. A value of
+        None means the default. Raises UsageError for a value of the wrong type or out of range."""
         chosen = {}
         for field in fields(cls):
             value, is_integer = options.get(field.name), field.type == int | None
@@ -74,19 +83,21 @@ class SamplingParams:
 
     @property
     def filters_tokens(self) -> bool:
-        """Whether an option is set that excludes tokens: top_k, top_p, min_p, and every field to come. All but
-        temperature and repetition_penalty count."""
+        """Whether an option is set that excludes tokens: any field but temperature and repetition_penalty."""
         return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
 
 
 def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]; -1 where a sequence's logits are not finite.
+    """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
 
-    backend: whose kernel may sample (kernels/ops.py).
-    uniform: a random number for each sequence, see multinomial; None: PyTorch's next ones."""
-    # A kernel finds the likeliest token, or draws one of all tokens with its own random numbers.
-    draws_from_all = uniform is None and not sampling.filters_tokens
-    if (sampling.is_greedy or draws_from_all) and kernels.has_sample_kernel(backend, sampling.is_greedy):
+    backend: the model's; one of its kernels samples if it can.
+    uniform: the random numbers of multinomial; None: PyTorch's generator makes them."""
+    kernel_can_sample = (
+        kernels.has_sample_kernel(backend, sampling.is_greedy)  # a CPU's only finds the likeliest token
+        and (sampling.is_greedy or not sampling.filters_tokens)  # a kernel draws from the whole vocabulary
+        and (sampling.is_greedy or uniform is None)  # a kernel does not take uniform
+    )
+    if kernel_can_sample:
         return kernels.sample(logits, sampling.temperature, backend)
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
@@ -99,16 +110,17 @@ def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uni
 
 
 def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """The distribution [B, V] that sample draws from; sampling must not be greedy."""
+    """Returns the distribution [B, V] from which sample draws. sampling must not be greedy."""
     probs, ids = filtered_probs(logits, sampling)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
 def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """Returns the probabilities and the ids of the tokens that sample draws from, both [B, C]. The probabilities of a
-    sequence need not sum to one. If ids is None, C is V: all tokens in order."""
-    # The largest score becomes 0. Then a small temperature makes the others underflow, and nothing overflows.
+    """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
+    sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
+    # Subtracting the maximum makes the largest score 0 and all others negative. So with a small temperature no score
+    # overflows to +inf, and the probabilities of the negative scores underflow to 0.
     scores = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, SMALLEST_TEMPERATURE)
     has_top_k = sampling.top_k is not None and sampling.top_k < scores.shape[-1]
     ids = None
@@ -118,7 +130,7 @@ def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Te
     if sampling.top_p is not None:
         if not has_top_k:
             probs, ids = sorted_nucleus(probs, sampling.top_p)
-        before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # what all likelier tokens have together
+        before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # the summed probability of all likelier tokens
         probs = probs.masked_fill(before >= sampling.top_p, 0)
     if sampling.min_p is not None:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
@@ -126,10 +138,10 @@ def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Te
 
 
 def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Finds the likeliest tokens of each sequence, at least so many that their probabilities sum to top_p. probs [B, V]
-    -> probabilities and ids, both [B, C], the likeliest first. Equally likely tokens are in the order of their ids. A
-    sequence that needs fewer than C tokens is padded with zeros."""
-    # On a GPU and when compiled, C must not depend on the probabilities, so all V tokens are sorted.
+    """Finds the likeliest tokens of each sequence, enough for their probabilities to sum to top_p. probs [B, V] ->
+    probabilities and ids, both [B, C], the likeliest first. Equally likely tokens are in the order of their ids. Zeros
+    pad a sequence that needs fewer than C tokens."""
+    # On a GPU and when compiled, C must not depend on the probabilities. So all V tokens are sorted there.
     if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
         return probs.sort(dim=-1, descending=True, stable=True)
     values, ids = zip(*[search_nucleus(row, top_p) for row in probs], strict=True)
@@ -137,13 +149,13 @@ def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def search_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """sorted_nucleus for one sequence [V]. Only the tokens above a threshold are sorted. If their probabilities sum to
-    less than top_p, the threshold is divided by 8 and the search begins again. The first threshold mostly serves."""
+    """sorted_nucleus for one sequence [V]. Sorts only the tokens above a threshold. If their probabilities sum to less
+    than top_p, divides the threshold by 8 and searches again. Usually the first threshold is low enough."""
     missing = -len(probs) % VOCAB_BLOCK
     blocks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, VOCAB_BLOCK)
     largest = blocks.amax(-1)
     threshold = FIRST_THRESHOLD
-    while threshold > (1 - top_p) / len(probs):  # below that, so few tokens are left out that all may be sorted
+    while threshold > (1 - top_p) / len(probs):  # a lower threshold leaves out few tokens: sort all
         block_ids = (largest > threshold).nonzero()[:, 0]
         values = blocks[block_ids].flatten()
         indices = (values > threshold).nonzero()[:, 0]  # into values
@@ -156,22 +168,25 @@ def search_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def penalize(logits: Tensor, penalty: float | Tensor) -> Tensor:
-    """Applies the repetition penalty to logits. A penalty above 1 makes their tokens less likely."""
+    """Returns logits with the repetition penalty. A penalty above 1 lowers a logit, positive or negative."""
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """Draws a token [B] for each sequence of probs [B, V], whose probabilities need not sum to one. It never draws a
-    token of probability 0. uniform [B, 1]: the random numbers in [0, 1) that choose; None: PyTorch's next ones."""
+    """Draws a token for each sequence: probs [B, V] -> ids [B]. The probabilities of a sequence need not sum to one. A
+    token of probability 0 is never drawn.
+
+    uniform: the random numbers [B, 1], in [0, 1); None: PyTorch's generator makes them."""
     if probs.is_cuda and uniform is None:
         # An exponential race, like the Gumbel-max trick: with E[i] drawn from Exp(1), the argmax of p[i] / E[i] is i
-        # with probability p[i]. An elementwise kernel and an argmax are faster on a GPU than a cumulative sum.
+        # with probability p[i]. On a GPU an elementwise kernel and an argmax are faster than a cumulative sum.
         exponential = torch.empty_like(probs, dtype=torch.float64).exponential_()
         return (probs / exponential).argmax(-1)
-    # The first token at which the cumulative sum exceeds a random number. Not all devices have float64.
+    # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number. Not every
+    # accelerator has float64.
     dtype = torch.float64 if probs.device.type == "cpu" else torch.float32
     cumulative = probs.cumsum(-1, dtype=dtype)
     if uniform is None:
         uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)
-    uniform = uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could make it 1
+    uniform = uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could give 1
     return (cumulative <= uniform * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)

@@ -1,15 +1,17 @@
-"""Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies them all in one step.
+"""Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies all of them in one step.
 
     proposer = PromptLookup(max_ngram=3, device=device)
     speculation = build_speculative_decoder(model, kv_cache, steps, sampling, proposer, k=5)
     for tokens in speculate(speculation, token_ids, n_cached=0, max_new_tokens=100): ...
 
-A step reads all weights, whether it takes one token or five, so verifying costs hardly more than decoding. The model
-accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling gives the output exactly the
-distribution of plain decoding (arXiv:2211.17192).
+A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
+one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
+distribution of the output exactly that of plain decoding (arXiv:2211.17192).
 
-    PromptLookup    proposes what followed the last few tokens where they occurred before
-    DraftModel      proposes what a smaller model samples
+    PromptLookup    searches the text for its last few tokens, and proposes the tokens that followed them there
+    DraftModel      proposes the tokens that a smaller model samples
+
+Read speculate first: it is the loop, in place of llm.py: generate. rejection_sample decides which tokens are accepted.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
@@ -27,55 +29,55 @@ from engine.sampling import SamplingParams, multinomial, probabilities, sample
 from engine.steps import (
     GenerationSteps,
     ModelRunner,
-    StepFunction,
     apply_repetition_penalty,
-    build_steps,
     check_sampled_ids,
+    fill_kv_cache,
 )
 from model import KVCache, Transformer
 
-MAX_DRAFT_TOKENS = 32  # limit of --speculate_k and --prompt_lookup
+MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
 # 8-bit and 0.15 with 4-bit weights.
 VERIFY_COST = 0.1
-# How fast AcceptanceRate forgets. It also forgets in steps without a proposal, so that proposing is tried again later.
-EMA_DECAY = 0.9  # a step that verified tokens multiplies the old counts by this
-IDLE_DECAY = 0.97  # a step without a proposal multiplies them by this
+# The factors by which AcceptanceRate's counts decay. A step without a proposal decays the counts, too, so that
+# proposing is tried again later.
+EMA_DECAY = 0.9  # a step that verifies tokens
+IDLE_DECAY = 0.97  # a step without a proposal
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # the counts before the first step
 
 
 class Proposal(NamedTuple):
     tokens: Tensor  # [k]
-    probs: Tensor | None  # [k, V]: the distribution from which each token was sampled; None: they were not sampled
+    probs: Tensor | None  # [k, V]: the distribution from which each token was sampled; None: tokens were not sampled
 
 
 class Proposer(Protocol):
-    cost: float  # time to propose one token, as a fraction of the model's step
+    cost: float  # time to propose one token, as a fraction of the time of the model's step
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
-        """Returns k tokens that may follow the text token_ids, or None if there is no guess. From one call to the next
-        the text only grows, unless rewind is called."""
+        """Returns k tokens that may follow the text token_ids, or None if the proposer has no guess. token_ids must
+        begin with the text of the previous call, unless rewind is called in between."""
 
     def rewind(self, n: int):
-        """Tells the proposer that only the first n tokens of the text are still the same."""
+        """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
 
 
 @dataclass(frozen=True)
 class SpeculativeDecoder:
-    """A model's steps, and the proposer whose tokens they verify. Made by build_speculative_decoder."""
+    """A model's steps, and the proposer of the tokens that verify_step verifies. Made by build_speculative_decoder."""
 
     steps: GenerationSteps
-    # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V] if there are any) -> what rejection_sample
-    # returns. tokens: the last token of the text, then draft_tokens.
+    # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V]) -> the result of rejection_sample.
+    # tokens are the last token of the text and draft_tokens. Without draft_probs, the proposer did not sample.
     verify_step: Callable[..., Tensor]
     proposer: Proposer
-    k: int  # most tokens to propose at a time
+    k: int  # the most tokens to propose at a time
     device: torch.device
-    verify_cost: float = VERIFY_COST  # time to verify one proposed token, as a fraction of a step
+    verify_cost: float = VERIFY_COST  # time to verify one proposed token, as a fraction of a step's time
 
     def verify(self, last_token: Tensor, start_pos: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
-        """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted, and n_accepted + 1 tokens: the
-        accepted tokens, and one more that the model chose."""
+        """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and n_accepted + 1 tokens: the
+        accepted tokens, then one token that the model sampled."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
         inputs = [tensor for tensor in proposal if tensor is not None]
         n_accepted, *next_tokens = self.verify_step(tokens, start_pos, *inputs).tolist()
@@ -91,12 +93,14 @@ def build_speculative_decoder(
     k: int,
     compile: bool = False,
 ) -> SpeculativeDecoder:
-    """Builds the step that verifies proposals. steps: those of build_steps, for the same kv_cache and sampling."""
+    """Builds the step that verifies proposals. steps: the result of build_steps for the same kv_cache and sampling."""
 
     def sampler(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
+        if sampling.repetition_penalty != 1:
+            kv_cache.store_token_ids(tokens, start_pos)  # only the penalty reads the ids
+            logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         backend = model.lm_head.backend
         return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))
 
@@ -108,8 +112,8 @@ def build_speculative_decoder(
 def speculate(
     speculation: SpeculativeDecoder, token_ids: list[int], n_cached: int, max_new_tokens: int
 ) -> Iterator[list[list[int]]]:
-    """Continues the text token_ids by max_new_tokens tokens. Yields the tokens of each step, [1][n]: one or several
-    tokens, for a batch of one. n_cached: how many of token_ids are in the KV cache."""
+    """Continues the text token_ids by max_new_tokens tokens. Yields the new tokens of each step: [1][n], n tokens of
+    the only sequence. The first n_cached of token_ids are in the KV cache."""
     proposer, device = speculation.proposer, speculation.device
     token_ids, n_left = list(token_ids), max_new_tokens
     acceptance = AcceptanceRate()
@@ -123,9 +127,9 @@ def speculate(
         n_left -= len(tokens)
         if n_left == 0:
             return
-        # The last token is the model's own. In its place, the proposer may have proposed another one.
+        # The model sampled the last token. The proposer may have proposed a different token at that position.
         proposer.rewind(len(token_ids) - 1)
-        # A step that accepts k tokens adds k + 1.
+        # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
         lengths = [length for length in draft_lengths(speculation.k) if length < n_left]
         k = best_draft_length(lengths, acceptance.rate, proposer.cost + speculation.verify_cost)
         proposal = proposer.propose(token_ids, k) if k > 0 else None
@@ -142,30 +146,30 @@ def speculate(
 def rejection_sample(
     logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams, backend: str = "torch"
 ) -> Tensor:
-    """Returns [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. It is one tensor, so
-    that one copy to the host is enough.
+    """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One tensor
+    needs only one copy to the host.
 
-    logits [k + 1, V]: the model's, after the last token and after each of the draft_tokens [k].
-    draft_probs [k, V or fewer]: the distributions from which the draft_tokens were sampled.
-    backend: whose kernel may sample (kernels/ops.py)."""
+    logits [k + 1, V]: the model's logits after the last token of the text and after each of draft_tokens [k].
+    draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled; None: they were not sampled.
+    backend: as for sampling.py: sample."""
     if draft_probs is None:
-        # The model samples a token at each position, and accepts a proposed token that is the same.
+        # The model samples a token at each position, and accepts a proposed token that equals the sampled token.
         tokens = sample(logits, sampling, backend)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
     probs = probabilities(logits, sampling)  # [k + 1, V]
     draft_probs = F.pad(draft_probs, (0, probs.shape[1] - draft_probs.shape[1], 0, 1))  # [k + 1, V]
-    # Accept each token with probability p / q. After the first that is not accepted, none counts.
+    # Accept each token with probability min(1, p / q). The first rejected token ends the accepted prefix.
     p = probs[:-1].gather(1, draft_tokens[:, None])[:, 0]
     q = draft_probs[:-1].gather(1, draft_tokens[:, None])[:, 0]
     is_accepted = torch.rand(len(draft_tokens), device=logits.device) * q < p
     n_accepted = is_accepted.cumprod(0).sum()[None]
-    # Sample the token after the accepted ones from max(0, p - q). If all k were accepted, q is the padding: 0.
+    # Sample the token after the accepted prefix from max(0, p - q). If all k tokens were accepted, q is the padding, 0.
     residual = (probs - draft_probs).clamp(min=0)[n_accepted]
-    residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may have left nothing
+    residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may leave only zeros
     tokens = torch.cat([draft_tokens, draft_tokens[:1]]).scatter(0, n_accepted, multinomial(residual))
     result = torch.cat([n_accepted, tokens])
-    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # n_accepted is 0, the token -1: check_sampled_ids raises
+    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # n_accepted = 0 and token -1, so check_sampled_ids raises
     return torch.where(logits.sum().isfinite(), result, not_finite)
 
 
@@ -175,7 +179,7 @@ def rejection_sample(
 @dataclass
 class AcceptanceRate:
     """The rate at which the model accepts proposed tokens, as an exponential moving average. A step rejects at most one
-    token: the tokens after the rejected one do not count."""
+    token, since the tokens after the rejected token do not count."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -185,27 +189,27 @@ class AcceptanceRate:
         return self.n_accepted / (self.n_accepted + self.n_rejected)
 
     def update(self, n_accepted: int, is_rejected: bool):
-        """Counts a step that accepted n_accepted tokens. is_rejected: whether it rejected the next one."""
+        """Counts a step that accepted n_accepted tokens. is_rejected: whether the step rejected the next token."""
         self.n_accepted += n_accepted
         self.n_rejected += int(is_rejected)
         self.decay(EMA_DECAY)
 
     def decay(self, factor: float):
-        """Moves both counts towards their start values."""
+        """Moves both counts towards the priors."""
         self.n_accepted = PRIOR_ACCEPTED + factor * (self.n_accepted - PRIOR_ACCEPTED)
         self.n_rejected = PRIOR_REJECTED + factor * (self.n_rejected - PRIOR_REJECTED)
 
 
 def draft_lengths(k: int) -> list[int]:
-    """The numbers of tokens that may be proposed: k and a third of k. Only two, since each number needs a compiled or
-    recorded step of its own."""
+    """Returns the numbers of tokens that may be proposed: k and a third of k. There are only two, since each number
+    needs its own compiled or recorded step."""
     return sorted({k, max(1, k // 3)})
 
 
 def estimate_verify_cost(model: Transformer) -> float:
-    """Time to verify one proposed token, as a fraction of model's step. In a mixture of experts a token brings experts
-    of its own, which must be read: one token uses 2 of Mixtral's 8 experts, and 5 tokens that choose independently use
-    6.1 of them."""
+    """Returns the time to verify one proposed token, as a fraction of the time of model's step. In a mixture of experts
+    every token adds experts that must be read. For example, of Mixtral's 8 experts one token uses 2, and 5 tokens that
+    choose independently use 6.1."""
     moe = model.config.moe
     if moe is None:
         return VERIFY_COST
@@ -214,11 +218,11 @@ def estimate_verify_cost(model: Transformer) -> float:
 
 
 def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -> int:
-    """How many tokens to propose: 0 or one of lengths, whichever gives the most tokens per time. cost: the time to
-    propose and verify one token, as a fraction of a step."""
+    """Returns how many tokens to propose: 0 or one of lengths, whichever gives the most tokens per time. cost: the time
+    to propose and verify one token, as a fraction of a step's time."""
 
     def tokens_per_time(k: int) -> float:
-        # A step's token i, from 0, needs i accepted tokens before it.
+        # Token i of a step, counted from 0, needs i accepted tokens before it.
         expected_tokens = sum(acceptance_rate**i for i in range(k + 1))
         return expected_tokens / (1 + k * cost)
 
@@ -229,15 +233,15 @@ def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -
 
 
 class PromptLookup:
-    """Looks for an earlier occurrence of the text's last few tokens, and proposes what followed it."""
+    """Finds the last earlier occurrence of the text's last few tokens, and proposes the tokens that followed."""
 
     cost = 0.0
 
     def __init__(self, max_ngram: int, device: torch.device):
-        """max_ngram: how many tokens to look for. If they do not occur, propose looks for fewer, down to two."""
+        """max_ngram: how many of the last tokens to look for. Without a match propose looks for fewer, down to 2."""
         self.max_ngram, self.device = max_ngram, device
         self.ngram_index: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
-        self.n_indexed = 0  # tokens of the text whose n-grams are in ngram_index
+        self.n_indexed = 0  # how many tokens of the text are in ngram_index
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
         self.index_ngrams(token_ids)
@@ -245,12 +249,12 @@ class PromptLookup:
             index = self.ngram_index.get(tuple(token_ids[-n:]))
             if index is not None:
                 found = token_ids[index:]
-                tokens = [found[i % len(found)] for i in range(k)]  # if they are fewer than k, repeat them
+                tokens = [found[i % len(found)] for i in range(k)]  # repeat found if it is shorter than k
                 return Proposal(torch.tensor(tokens, device=self.device), None)
         return None
 
     def index_ngrams(self, token_ids: list[int]):
-        """Adds the n-grams of the new tokens to ngram_index, except the last n-grams, which no token follows yet."""
+        """Adds the n-grams of the new tokens to ngram_index, except those at the end, which no token follows yet."""
         for index in range(max(self.n_indexed, 2), len(token_ids)):
             for n in range(2, self.max_ngram + 1):
                 self.ngram_index[tuple(token_ids[max(0, index - n) : index])] = index
@@ -263,17 +267,18 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Proposes what a smaller model samples, token by token. It has a KV cache of its own."""
+    """Proposes the tokens that a smaller model, the draft, samples. The draft has its own KV cache."""
 
-    def __init__(self, prefill: StepFunction, step: Callable, vocab_size: int, device: torch.device, cost: float = 0.0):
-        """step: (tokens [1, T], start_pos [1]) -> (token [1], its distribution [1, V] or None). vocab_size: the
-        draft's, which may be smaller than the model's."""
+    def __init__(self, prefill: Callable, step: Callable, vocab_size: int, device: torch.device, cost: float = 0.0):
+        """prefill: (tokens [1, T], start_pos [1]) -> None; fills the draft's KV cache.
+        step: (tokens [1, T], start_pos [1]) -> (token [1], distribution [1, V] of the token, or None).
+        vocab_size: the draft's, which may be smaller than the model's."""
         self.prefill, self.step, self.vocab_size, self.device, self.cost = prefill, step, vocab_size, device, cost
-        self.n_cached = 0  # tokens of the text that are in the draft's cache
+        self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
-        # The draft's cache never has the last proposed token, since no step has taken it as input. If that token was
-        # accepted, the cache lacks two tokens, else one. The first step takes two tokens in either case, so that only
+        # No step of the draft has taken the last proposed token as input. If the model accepted that token, the draft's
+        # cache lacks two tokens of the text, otherwise one. The first step takes two tokens in both cases, so that only
         # one shape is recorded or compiled.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
@@ -300,18 +305,20 @@ class DraftModel:
 def build_draft_model(
     draft: Transformer, kv_cache: KVCache, model: Transformer, sampling: SamplingParams, compile: bool = False
 ) -> DraftModel:
-    """A proposer for model that samples from draft. kv_cache: the draft's."""
+    """Returns a proposer for model that samples from draft. kv_cache: the draft's."""
     vocab_size = model.config.vocab_size
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
-        # A family may pad one vocabulary to several sizes. So drop the logits of tokens that the model does not have.
+        # The draft may pad the same vocabulary to a larger size. Drop the logits of tokens that only the draft has.
         logits = logits[:, -1, :vocab_size]
         if sampling.is_greedy:
             return collectives.broadcast(sample(logits, sampling, draft.lm_head.backend).clamp(min=0)), None
         probs = probabilities(logits, sampling)
         return collectives.broadcast(multinomial(probs)), probs
 
-    prefill = build_steps(draft, kv_cache, SamplingParams()).prefill
+    def prefill(tokens: Tensor, start_pos: Tensor):
+        fill_kv_cache(draft, tokens, start_pos, kv_cache)
+
     step = ModelRunner(draft, kv_cache, sampler, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, model.device, cost)

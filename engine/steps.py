@@ -5,23 +5,17 @@
     tokens = steps.prefill(prompt, start_pos)  # [B, T] -> [B]
     tokens = steps.decode(tokens[:, None], start_pos + prompt.shape[1])
 
-prefill takes a prompt of any length, in chunks. decode takes one token of every sequence. A third kind of step verifies
-several tokens of a draft (speculate.py). Decoding and verification run the model in one of three ways (ModelRunner):
+There are three kinds of steps:
 
-    recorded    all operations as kernels, replayed in one go (kernels/record.py); on a GPU with compile only
-    compiled    by torch.compile, with compile only; a GPU mostly records what it makes
-    eager       one call for each operation
+    prefill         takes a prompt of any length, in chunks (chunked_prefill)
+    decode          takes one token of every sequence (ModelRunner)
+    verification    takes several tokens of a draft (ModelRunner, which speculate.py calls)
 
-Prefill is never recorded. Its chunks are compiled with compile_prefill, or else eager (chunked_prefill).
+llm.py, scheduler.py and speculate.py call the steps. Read build_steps first, then ModelRunner, whose table says when a
+step is recorded, compiled or eager.
 
-An eager operation also runs on a kernel, if there is one for so many tokens. LinearParams.max_kernel_tokens is the most
-that the kernels of a layer take (kernels/prepare.py):
-
-    64 tokens          of quantized weights, and on a GPU with matrix units
-    8 to 64            of dense weights on a CPU, depending on its instructions
-    8                  on a GPU without matrix units
-
-Shapes: B sequences, T new tokens of each, V vocabulary. start_pos [B] are those of each sequence's first new token.
+Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
+token.
 """
 
 import copy
@@ -40,25 +34,25 @@ from kernels.record import record, with_tape_threads
 from machine import check_memory
 from model import KVCache, Transformer
 
-# How many tokens of all sequences together prefill takes at a time, which bounds the memory of its activations. Every
-# chunk dequantizes all weights again, and attention of a later chunk needs a mask, so small ones are slow.
+# The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
+# chunks are slow: every chunk dequantizes all weights again, and all chunks but the first need an attention mask.
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
-MIN_COMPILED_TOKENS = 9  # a chunk of fewer tokens is not worth a compilation
+MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
 StepFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next token ids [B]
 
 
 class GenerationSteps(NamedTuple):
-    """Prefill and decode, which llm.generate calls."""
+    """The two steps that llm.generate calls."""
 
     prefill: StepFunction  # any T
     decode: StepFunction  # T = 1
 
 
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
-    """A KVCache for model. Raises OutOfMemoryError if a CPU's memory is too small for it."""
+    """Returns a KVCache on model's device. Raises OutOfMemoryError if the device is a CPU with too little memory."""
     if model.device.type == "cpu":
         n_bytes = batch_size * max_seq_len * kv_bytes_per_token(model)
         check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
@@ -66,43 +60,51 @@ def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCa
 
 
 def kv_bytes_per_token(model: Transformer) -> int:
-    """Bytes of keys and values for one token of one sequence."""
-    return KVCache(model, 1, 1).bytes_per_position()
+    """Returns the bytes of keys and values for one token of one sequence, on this rank."""
+    n_elements = sum(2 * layer.attention.n_kv_heads * layer.attention.head_dim for layer in model.layers)
+    return n_elements * model.dtype.itemsize
 
 
 def build_steps(
     model: Transformer, kv_cache: KVCache, sampling: SamplingParams, compile: bool = False,
     compile_prefill: bool = False,
 ) -> GenerationSteps:  # fmt: skip
-    """The steps of plain generation with model, for the sequences of kv_cache. compile, compile_prefill: what the
-    options of generate.py ask for."""
+    """Returns the steps of plain generation with model and kv_cache. compile and compile_prefill are the options of
+    generate.py."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
-    def sample_next(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        """The sampler: logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
-        logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
+    def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        """Logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
+        if sampling.repetition_penalty != 1:
+            kv_cache.store_token_ids(tokens, start_pos)  # only the penalty reads the ids
+            logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
         logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
-        return sample_next(logits, tokens, start_pos)
+        return sampler(logits, tokens, start_pos)
 
-    return GenerationSteps(prefill, ModelRunner(model, kv_cache, sample_next, compile))
+    return GenerationSteps(prefill, ModelRunner(model, kv_cache, sampler, compile))
 
 
 def apply_repetition_penalty(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, penalty: float | Tensor
 ) -> Tensor:
-    """Penalizes the tokens that the text has up to each of the logits [B, n, V], which follow the last n of tokens
-    [B, T]. The first token is at start_pos [B]. Also stores tokens in kv_cache, for the next steps. penalty: a number,
-    or one for each sequence [B, 1, 1]. With the number 1 it does nothing."""
-    if not isinstance(penalty, Tensor) and penalty == 1:
-        return logits
-    kv_cache.store_token_ids(tokens, start_pos)
+    """Returns logits [B, n, V] with a penalty on every token that the text already contains.
+
+    logits: of the positions of the last n of tokens [B, T].
+    kv_cache: must hold the ids of the text, tokens included: see store_token_ids.
+    penalty: a number, or [B, 1, 1] with a number for each sequence."""
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
     seen = kv_cache.token_presence_mask(last_positions, logits.shape[-1])
     return torch.where(seen, penalize(logits, penalty), logits)
+
+
+def check_sampled_ids(ids: list[int]):
+    """Raises UsageError if sample returned -1, which stands for logits that are not finite."""
+    if min(ids) < 0:
+        raise UsageError(NOT_FINITE)
 
 
 # ---- Prefill --------------------------------------------------------------------------------------------------------
@@ -111,19 +113,25 @@ def apply_repetition_penalty(
 def prefill_logits(
     model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
 ) -> Tensor:
-    """The logits after the last of tokens [B, T]: [B, 1, V]. The arguments are chunked_prefill's."""
+    """Returns the logits [B, 1, V] after the last of tokens [B, T]. The arguments are those of chunked_prefill."""
     for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model):
         last_hidden = hidden[:, -1:]
     return model.compute_logits(last_hidden)
 
 
+def fill_kv_cache(model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache):
+    """Writes the keys and values of tokens [B, T] to kv_cache. Computes no logits."""
+    for _ in chunked_prefill(model, tokens, start_pos, kv_cache):
+        pass
+
+
 def chunked_prefill(
     model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
 ) -> Iterator[Tensor]:
-    """model.compute_hidden of tokens [B, T], chunk by chunk: [B, chunk, dim]. Attention sees only the used part of the
-    cache. Chunks bound the memory of activations; no decoding takes place between them.
+    """Runs the blocks on tokens [B, T], one chunk after the other. Yields the hidden states of each chunk:
+    [B, chunk, dim]. Attention gets only the used part of the cache. No decode step runs between two chunks.
 
-    compiled_model: made by compile_blocks; computes the chunks that have too many tokens for the kernels. None: model
+    compiled_model: the result of compile_blocks, for chunks with more tokens than the kernels take. With None, model
     computes all chunks."""
     batch_size, n_tokens = tokens.shape
     chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if tokens.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
@@ -143,66 +151,81 @@ def chunked_prefill(
 
 
 class ModelRunner:
-    """Executes steps: the model, then sampler on its logits. The shape of a step decides how:
+    """Runs decode and verification steps: the model, then sampler on the logits. A step has one of these modes:
 
-        model.uses_kernels(B, T)    on a CPU recorded; on a GPU recorded with compile, else eager
-        otherwise                   compiled with compile, else eager
+        kernels fit    device    --compile    mode
+        yes            CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
+        yes            GPU       yes          recorded: a CUDA graph of model and sampler
+        yes            GPU       no           eager
+        no             any       yes          compiled by torch.compile; without experts, a GPU also records the result
+        no             any       no           eager
+
+    The kernels fit if they take all B * T tokens in every operation: model.uses_kernels(B, T). The limit of a linear
+    layer is max_kernel_tokens. Eager operations use kernels, too, up to that limit:
+
+        64 tokens          quantized weights, and all weights on a GPU with matrix units
+        8 to 64 tokens     dense weights on a CPU, depending on the CPU's instructions
+        8 tokens           a GPU without matrix units
 
     runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
-    *sampler_inputs). All arguments are tensors. The B sequences are the first of kv_cache.
+    *sampler_inputs). All arguments are tensors. The step uses the first B sequences of kv_cache.
 
-    The result may lie in a static buffer, which the next call overwrites. So may the logits that sampler gets. Clone
-    what must last."""
+    The next call may overwrite the result and the logits that sampler gets, since both may be static buffers of a
+    recording. Clone what must last."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
-        self.uses_kernels = cache(model.uses_kernels)  # it goes through all modules
-        self.step_with_kernels = build_step_with_kernels(model, kv_cache, sampler, compile)
-        self.step_without_kernels = build_step_without_kernels(model, kv_cache, sampler, compile)
+        self.device, self.compile = model.device, compile
+        self.kernels_fit = cache(model.uses_kernels)  # uses_kernels goes through all modules
+        self.step_by_mode = build_step_by_mode(model, kv_cache, sampler, self.kernels_fit)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        step = self.step_with_kernels if self.uses_kernels(*tokens.shape) else self.step_without_kernels
-        return step(tokens, start_pos, *sampler_inputs)
+        mode = choose_mode(self.kernels_fit(*tokens.shape), self.device, self.compile)
+        return self.step_by_mode[mode](tokens, start_pos, *sampler_inputs)
 
 
-def build_step_with_kernels(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool) -> Callable:
-    """The first line of ModelRunner's table."""
+def choose_mode(kernels_fit: bool, device: torch.device, compile: bool) -> str:
+    """Returns "recorded", "compiled" or "eager", by ModelRunner's table."""
+    if kernels_fit and (compile or device.type == "cpu"):
+        return "recorded"
+    return "compiled" if compile else "eager"
+
+
+def build_step_by_mode(
+    model: Transformer, kv_cache: KVCache, sampler: Callable, kernels_fit: Callable[[int, int], bool]
+) -> dict[str, Callable]:
+    """Returns {mode: step}, for ModelRunner. Recording and compilation happen when a step is first called."""
 
     def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        return model(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
+        step_cache = kv_cache.narrow_batch(0, len(tokens))
+        if not kernels_fit(*tokens.shape):
+            # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
+            step_cache = step_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
+        return model(tokens, start_pos, step_cache)
 
     def eager_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
 
-    if model.device.type != "cpu":
-        return record(eager_step) if compile and model.device.type == "cuda" else eager_step
-    # A recording on a CPU holds leaf operations alone, and sampling is none.
     recorded_logits = record(compute_logits)
 
-    def recorded_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+    def tape_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        # A tape holds only leaf operations, and sampling is none.
         return with_tape_threads(sampler, recorded_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
 
-    return recorded_step
-
-
-def build_step_without_kernels(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool) -> Callable:
-    """The second line of ModelRunner's table."""
-
-    def eager_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        # Only the used part of the cache, since PyTorch's attention computes scores for every position.
-        used_length = int(start_pos.max()) + tokens.shape[1]
-        used_cache = kv_cache.narrow_batch(0, len(tokens)).narrow_length(used_length)
-        return sampler(model(tokens, start_pos, used_cache), tokens, start_pos, *sampler_inputs)
-
-    if not compile:
-        return eager_step
     compiled_step = CompiledStep(model, kv_cache, sampler)
-    # A GPU also records what torch.compile makes.
-    return record(compiled_step) if model.device.type == "cuda" and can_be_one_graph(model) else compiled_step
+    has_cuda_graphs = model.device.type == "cuda"
+    return {
+        "recorded": record(eager_step) if has_cuda_graphs else tape_step,
+        "compiled": record(compiled_step) if has_cuda_graphs and can_be_one_graph(model) else compiled_step,
+        "eager": eager_step,
+    }
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
 
 
 class CompiledStep:
-    """A step compiled by torch.compile, in two pieces: a block, which serves all layers, and the output head
-    with the sampler. Compiling the pieces takes a third of the time that the whole step takes, and they run as fast."""
+    """A step that torch.compile compiles in two pieces: a block, which serves all layers, and the output head with the
+    sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
         self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
@@ -214,8 +237,8 @@ class CompiledStep:
 
     @cached_property
     def compiled_pieces(self) -> tuple[Transformer, Callable]:
-        """Returns (model with compiled blocks, compiled head). They are made at first use: importing the compiler takes
-        a second and 150 MB."""
+        """Returns (model with compiled blocks, compiled head). The first step makes them, and not the constructor:
+        importing the compiler takes a second and 150 MB."""
         model, sampler = self.model, self.sampler
 
         def head(hidden: Tensor, *inputs: Tensor):
@@ -225,15 +248,12 @@ class CompiledStep:
         return compile_blocks(model, **options), torch.compile(head, **options)
 
 
-# ---- torch.compile --------------------------------------------------------------------------------------------------
-
-
 def compile_blocks(model: Transformer, **options) -> Transformer:
-    """A copy of model, with the same weights, whose blocks are compiled with these options of torch.compile. One
-    compilation serves all blocks, since the weights are inputs of its graph."""
+    """Returns a copy of model that shares all weights and whose blocks are compiled. options are torch.compile's. One
+    compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
     check_compiler()
     compiled = copy.copy(model)
-    compiled._modules = dict(model._modules)  # or the copy would share its children with model
+    compiled._modules = dict(model._modules)  # copy.copy shares this dict, so setting layers would change model, too
     compiled.layers = nn.ModuleList(torch.compile(layer, **options) for layer in model.layers)
     return compiled
 
@@ -245,12 +265,6 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Whether torch.compile can trace the model without a graph break. It cannot trace a mixture of experts with many
-    tokens, since the host reads which experts the tokens need."""
+    """Whether torch.compile can trace the model without a graph break. A mixture of experts breaks the graph if a step
+    has many tokens, since the host reads which experts the tokens need."""
     return model.config.moe is None
-
-
-def check_sampled_ids(ids: list[int]):
-    """Raises UsageError if sampling found logits that are not finite."""
-    if min(ids) < 0:
-        raise UsageError(NOT_FINITE)

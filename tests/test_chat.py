@@ -16,7 +16,7 @@ from converters.families import config_from_hf
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from errors import UsageError
-from generate import build_token_generator, load
+from generate import build_decode_loop, load
 from kernels import cpu
 from model import KVCache, Transformer
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
@@ -126,8 +126,8 @@ def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    generate_tokens = build_token_generator(build_steps(model, kv_cache, SamplingParams()), kv_cache)
-    conversation = generate.Conversation(tokenizer, generate_tokens, CONTEXT, model.config.eos_ids)
+    decode_loop = build_decode_loop(build_steps(model, kv_cache, SamplingParams()), kv_cache)
+    conversation = generate.Conversation(tokenizer, decode_loop, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)
     pieces.close()

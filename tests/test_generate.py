@@ -7,7 +7,7 @@ import torch
 
 from engine import steps as steps_module
 from engine.sampling import SamplingParams
-from engine.steps import build_steps
+from engine.steps import build_steps, choose_mode, kv_bytes_per_token
 from generate import generate
 from kernels import cpu
 from model import KVCache
@@ -84,6 +84,25 @@ def test_what_the_cache_held_before_does_not_matter(family, pair):
         layer.k.fill_(1e4)
         layer.v.fill_(1e4)
     assert torch.equal(new_tokens(steps, prompt_of(2, 5), 20), expected)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, pair):
+    ours = pair(family)[1]
+    layers = KVCache(ours, 2, 7).layers
+    assert 2 * 7 * kv_bytes_per_token(ours) == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
+
+
+def test_modes_of_a_step():
+    """By device, and by whether the kernels fit: without compile and with it."""
+    for device, kernels_fit, expected in [
+        ("cpu", True, ["recorded", "recorded"]),
+        ("cpu", False, ["eager", "compiled"]),
+        ("cuda", True, ["eager", "recorded"]),
+        ("cuda", False, ["eager", "compiled"]),
+        ("mps", False, ["eager", "compiled"]),
+    ]:
+        assert [choose_mode(kernels_fit, torch.device(device), compile) for compile in (False, True)] == expected
 
 
 @pytest.mark.parametrize("family", SOME)

@@ -11,7 +11,7 @@ import torch
 from chat import Conversation
 from engine.sampling import SamplingParams
 from errors import UsageError
-from generate import LLM, build_steps, build_token_generator, generate, load, make_kv_cache
+from generate import LLM, build_decode_loop, build_steps, generate, load, make_kv_cache
 from tests.tiny import PACKAGES, ROOT
 from text.tokenizer import detokenize
 
@@ -36,8 +36,8 @@ def test_conversation(chatty, cli):
     kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
     steps, other_steps = (build_steps(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    generate_tokens = build_token_generator(steps, kv_cache)
-    conversation = Conversation(tokenizer, generate_tokens, kv_cache.max_seq_len, model.config.eos_ids)
+    decode_loop = build_decode_loop(steps, kv_cache)
+    conversation = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)

@@ -9,7 +9,7 @@ from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Request, Scheduler
 from engine.speculate import PromptLookup, build_speculative_decoder, speculate
 from errors import UsageError
-from generate import build_steps, build_token_generator, make_kv_cache
+from generate import build_decode_loop, build_steps, make_kv_cache
 
 
 def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
@@ -93,9 +93,9 @@ def test_repetition_penalty_equals_transformers(pair):
 
     kv_cache, ids = make_kv_cache(ours, 1, 64), prompt[0].tolist()
     steps = build_steps(ours, kv_cache, sampling)
-    generate_tokens = build_token_generator(steps, kv_cache)
-    assert [i for ((i,),) in generate_tokens(ids, 0, n)] == expected
-    rest = generate_tokens(ids + expected[:5], 44, n - 5)  # as a conversation goes on
+    decode_loop = build_decode_loop(steps, kv_cache)
+    assert [i for ((i,),) in decode_loop(ids, 0, n)] == expected
+    rest = decode_loop(ids + expected[:5], 44, n - 5)  # as a conversation goes on
     assert [i for ((i,),) in rest] == expected[5:]
 
     lookup = build_speculative_decoder(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)

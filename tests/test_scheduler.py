@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.completion import AsyncCompleter, Completion, CompletionError, complete_all, generate_many
 from engine.sampling import SamplingParams
-from engine.scheduler import Request, RunningRequest, Scheduler, sample_each
+from engine.scheduler import Request, RunningSequence, Scheduler, sample_each
 from errors import UsageError
 from generate import build_steps, generate, load, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
@@ -138,7 +138,7 @@ def test_the_likeliest_token_takes_no_random_numbers():
     samplings = SamplingParams(), SamplingParams(1.0)
     states = [generator.get_state() for generator in generators]
     pairs = zip(samplings, generators, strict=True)
-    sequences = [RunningRequest(Request([1], 1, s), generator) for s, generator in pairs]
+    sequences = [RunningSequence(Request([1], 1, s), generator) for s, generator in pairs]
     sample_each(torch.randn(2, 50), sequences)
     is_same = [torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)]
     assert is_same == [True, False]
