@@ -5,7 +5,7 @@
 
 torch.save writes the file, with this dict:
 
-    {"format": "gpt-fast/6", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/7", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
 torch.load(mmap=True, weights_only=True) reads it, so a checkpoint cannot run code. save_checkpoint writes it tensor by
 tensor under a temporary name, and renames it at the end, so a file named model.pth is always complete. If two processes
@@ -31,10 +31,10 @@ from config import ModelConfig
 from errors import UsageError
 from files import is_state_dict, load_torch_file
 
-CHECKPOINT_VERSION = "gpt-fast/6"
+CHECKPOINT_VERSION = "gpt-fast/7"
 
 # Earlier versions of the format differ in names only: of tensors, of the config's fields, and of activations.
-EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4", "gpt-fast/5")
+EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4", "gpt-fast/5", "gpt-fast/6")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
@@ -43,7 +43,8 @@ RENAMED_TENSORS = {
 }  # fmt: skip
 RENAMED_FIELDS = {
     "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
-    "window_layers": "layer_has_window", "rope_layers": "layer_has_rope",
+    "window_layers": "layer_has_window", "rope_layers": "layer_has_rope", "out_bias": "o_proj_bias",
+    "qk_norm_all_heads": "qk_norm_across_heads", "window_rope_theta": "local_rope_theta",
 }  # fmt: skip
 RENAMED_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu_tanh"}
 

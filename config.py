@@ -69,14 +69,14 @@ class ModelConfig:
     post_norm: bool = False  # RMSNorm after them, before the residual is added
     activation: str = "swiglu"  # one of ACTIVATIONS
     qkv_bias: bool = False  # of the projections to queries, keys and values
-    out_bias: bool = False  # of attention's output projection
+    o_proj_bias: bool = False  # of attention's output projection
     ffn_bias: bool = False  # of the feed-forward's projections
     tie_embeddings: bool = False  # the head's weight is the embedding's
     moe: MoEConfig | None = None  # None: one feed-forward, without experts
 
     # Attention
     qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
-    qk_norm_all_heads: bool = False  # qk_norm is over all heads of a token together
+    qk_norm_across_heads: bool = False  # qk_norm is over all heads of a token together
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     layer_has_window: tuple[bool, ...] | None = None  # for each layer whether it has the window; None: all have it
     sinks: bool = False  # every head has a score for attending to nothing
@@ -89,7 +89,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None  # None: RoPE's wavelengths as they are
     rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
     layer_has_rope: tuple[bool, ...] | None = None  # for each layer whether it has RoPE; None: all have it
-    window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
+    local_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
     alibi: bool = False  # scores fall with the distance, in each head by another slope (rope.py: alibi_slopes)
 
     # Multipliers
@@ -151,7 +151,7 @@ def check_dimensions(config: ModelConfig):
         check_size("sliding_window", config.sliding_window)
     for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
         check_positive_number(f"the model's {name}", getattr(config, name))
-    for name in ("attention_scale", "window_rope_theta"):
+    for name in ("attention_scale", "local_rope_theta"):
         if getattr(config, name) is not None:
             check_positive_number(f"the model's {name}", getattr(config, name))
     for name in ("n_layers", "n_heads"):

@@ -20,9 +20,9 @@ class RopeTables:
         self.config = config
         self.default = rope_table(config, length).to(device)
         self.windowed = self.identity = self.default
-        if config.window_rope_theta is not None:
-            window_config = replace(config, rope_theta=config.window_rope_theta, rope_scaling=None)
-            self.windowed = rope_table(window_config, length).to(device)
+        if config.local_rope_theta is not None:
+            local_config = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
+            self.windowed = rope_table(local_config, length).to(device)
         if config.layer_has_rope is not None:
             cos, sin = torch.ones_like(self.default[..., 0]), torch.zeros_like(self.default[..., 1])
             self.identity = torch.stack([cos, sin], dim=-1)
