@@ -1,15 +1,15 @@
-"""model.pth: one file with a model's config and weights.
+"""model.pth: one file with a model's config and weights. The converters and quantize.py write it, loading.py reads it.
 
     checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
     checkpoint.config, checkpoint.quantization, checkpoint.tensors
 
-torch.save writes the file, with this dict:
+The file is what torch.save makes of this dict:
 
-    {"format": "gpt-fast/6", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/7", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
-torch.load(mmap=True, weights_only=True) reads it, so a checkpoint cannot run code. save_checkpoint writes it tensor by
-tensor under a temporary name, and renames it at the end, so a file named model.pth is always complete. If two processes
-write the same file, the process that started later wins, and the other one fails.
+torch.load(mmap=True, weights_only=True) reads the file, so a checkpoint cannot run code. save_checkpoint writes tensor
+by tensor to a temporary file, and renames that file at the end. So a file named model.pth is always complete. If two
+processes write the same model.pth, the process that started later wins, and the other one fails.
 """
 
 import ctypes
@@ -31,10 +31,11 @@ from config import ModelConfig
 from errors import UsageError
 from files import is_state_dict, load_torch_file
 
-CHECKPOINT_VERSION = "gpt-fast/6"
+CHECKPOINT_VERSION = "gpt-fast/7"
 
-# Earlier versions of the format differ in names only: of tensors, of the config's fields, and of activations.
-EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4", "gpt-fast/5")
+# Earlier versions of the format differ in names only: in those of tensors, of the config's fields and of activations.
+# Old name -> new name; of tensors, a part of the name.
+EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4", "gpt-fast/5", "gpt-fast/6")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
@@ -43,7 +44,8 @@ RENAMED_TENSORS = {
 }  # fmt: skip
 RENAMED_FIELDS = {
     "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
-    "window_layers": "layer_has_window", "rope_layers": "layer_has_rope",
+    "window_layers": "layer_has_window", "rope_layers": "layer_has_rope", "out_bias": "o_proj_bias",
+    "qk_norm_all_heads": "qk_norm_across_heads", "window_rope_theta": "local_rope_theta",
 }  # fmt: skip
 RENAMED_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu_tanh"}
 
@@ -53,7 +55,7 @@ NamedTensor = tuple[str, Tensor]
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # None: no weight is quantized; else see kernels/formats/__init__.py: parse_formats
+    quantization: dict | None  # see kernels/formats/__init__.py: parse_formats; None means that no weight is quantized
     tensors: dict[str, Tensor]  # memory-mapped
 
 
@@ -63,13 +65,13 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(
     path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[NamedTensor], quantization: dict | None = None
 ):
-    """Writes a checkpoint of the tensors that shapes lists. tensors yields (name, tensor) in any order, so that only
-    one tensor needs to be in memory at a time. After any error, a file that was at path before is unchanged."""
+    """Writes a checkpoint to path. shapes lists the tensors; tensors yields them in any order, so that only one tensor
+    needs to be in memory at a time. After any error, path is as it was before."""
     header = {"format": CHECKPOINT_VERSION, "config": asdict(config), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
-            left_over.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # temporary files of killed processes
+            leftover.unlink(missing_ok=True)
         with open(temporary, "w+b") as file:
             placeholders = reserve_space(file, header, shapes)
             write_tensors(file, placeholders, tensors)
@@ -83,8 +85,8 @@ def save_checkpoint(
 
 
 def replace_checkpoint(temporary: Path, path: Path):
-    """Renames temporary to path. If temporary is gone, another process has begun to write path: that process took
-    temporary for what a killed process had left, and deleted it."""
+    """Renames temporary to path. A missing temporary means that another process has begun to write path. That process
+    took temporary for the file of a killed process, and deleted it."""
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
@@ -92,19 +94,19 @@ def replace_checkpoint(temporary: Path, path: Path):
 
 
 def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
-    """Writes the checkpoint without the tensors' bytes, and leaves room for them. Returns a placeholder for each name
-    in shapes: a fake tensor, without data, that knows the offset of the real tensor in the file."""
+    """Writes the checkpoint to file, with room for the tensors' bytes but without the bytes. Returns a placeholder for
+    each tensor: a fake tensor, which has no data, but knows the offset of the tensor's bytes in the file."""
     with FakeTensorMode():
         fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with skip_data(materialize_fake_tensors=True):
         torch.save(header | {"tensors": fakes}, file)
     file.seek(0)
-    with FakeTensorMode():  # in this mode torch.load records the offsets
+    with FakeTensorMode():  # in this mode torch.load makes fake tensors and records their offsets
         return torch.load(file, weights_only=True)["tensors"]
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[NamedTensor]):
-    """Writes the bytes of each tensor into the room that reserve_space has left for it."""
+    """Writes the bytes of each tensor into the room that reserve_space left for the tensor."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -124,8 +126,8 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Maps a checkpoint's tensors into memory, on the CPU. A caller that has read a tensor may release the tensor's
-    pages (machine.drop_pages)."""
+    """Reads a checkpoint's config, and maps the tensors into the CPU's memory without reading them. A caller that has
+    read a tensor may release the tensor's pages (machine.py: drop_pages)."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_torch_file(path)
@@ -141,8 +143,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
-    """Returns (config, tensors) of an earlier version with today's names. config may be of any type:
-    ModelConfig.from_dict checks it later."""
+    """Replaces the names of an earlier version by today's. Returns (config, tensors). config may have any type, since
+    the file may be broken: ModelConfig.from_dict checks config later."""
     if isinstance(config, dict):
         config = rename_fields(config)
         for name in ("moe", "rope_scaling"):

@@ -1,37 +1,37 @@
-"""ModelConfig: a model's sizes and options. converters/families.py reads it from a checkpoint's config.json.
+"""ModelConfig: a model's sizes and options.
 
-Every option has a default with which it changes nothing. So a family states only the options that it needs. A config
-with values that no model can have raises UsageError; the checks are at the end.
+converters/hf_config.py makes a ModelConfig from config.json, converters/ also from other projects' files. model.pth
+stores it, and model.py builds the model from it. The default of an option is what most families do, so a family states
+only the options that differ. A value that no model can have raises UsageError: the checks are at the end of this file.
 """
 
 from dataclasses import dataclass, replace
 
 from errors import UsageError
 
-# Of a gated feed-forward, activation(gate) * up: model.py: FeedForward and MoE have no other kind. The formulas are in
-# kernels/reference.py: activate.
+# The activations of a gated feed-forward, activation(gate) * up. The formulas are in kernels/reference.py: activate.
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
-MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not create millions of them
+MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
 MAX_SIZE = 2**31
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's wavelengths are stretched for contexts longer than original_max_seq_len. rope.py: rope_frequencies
-    has the formula of each type."""
+    """How RoPE is changed for contexts longer than original_max_seq_len, the trained context. rope.py: rope_frequencies
+    has the formula of each type. "Stretched" means that a frequency is divided by factor."""
 
     rope_type: str  # one of ROPE_TYPES
     factor: float  # how many times as long the context becomes
-    low_freq_factor: float = 1.0  # llama3: pairs that rotate less often than this in training are stretched by factor
-    high_freq_factor: float = 4.0  # llama3: pairs that rotate more often than this stay
-    original_max_seq_len: int = 8192  # the context of training
+    low_freq_factor: float = 1.0  # llama3: a pair with fewer rotations within the trained context is stretched
+    high_freq_factor: float = 4.0  # llama3: a pair with more rotations within the trained context keeps its frequency
+    original_max_seq_len: int = 8192  # the trained context
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
-    beta_fast: float = 32.0  # yarn: a pair with more rotations in training than this keeps its frequency
-    beta_slow: float = 1.0  # yarn: a pair with fewer rotations is stretched by factor
-    truncate: bool = True  # yarn: the first and the last pair between these two are rounded to whole numbers
-    short_factor: tuple[float, ...] = ()  # longrope: divides the frequency of each pair of elements
-    long_factor: tuple[float, ...] = ()  # the same for caches longer than original_max_seq_len
+    beta_fast: float = 32.0  # yarn: a pair with more rotations within the trained context keeps its frequency
+    beta_slow: float = 1.0  # yarn: a pair with fewer rotations within the trained context is stretched
+    truncate: bool = True  # yarn: rounds the two indices of pairs that beta_fast and beta_slow give, outwards
+    short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies, one for each pair of elements
+    long_factor: tuple[float, ...] = ()  # longrope: the divisors for KV caches longer than the trained context
 
     def __post_init__(self):
         check_rope_scaling(self)
@@ -39,15 +39,15 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    n_experts: int  # of each layer, without shared ones
-    top_k: int  # experts that each token uses
-    norm_topk_prob: bool = True  # scale the weights of a token's experts so that they sum to one
-    n_shared_experts: int = 0  # more experts, which every token uses, weighted by one sigmoid
-    bias: bool = False  # of the router and of the experts' projections
+    n_experts: int  # routed experts of each layer
+    top_k: int  # routed experts that each token uses
+    norm_topk_prob: bool = True  # scale the weights of a token's routed experts so that they sum to one
+    n_shared_experts: int = 0  # experts beside the routed ones; every token uses them, weighted by one sigmoid
+    bias: bool = False  # the router and the experts' projections have biases
 
     @property
     def active_fraction(self) -> float:
-        """The fraction of all experts that a token uses."""
+        """The fraction of all experts, routed and shared, that a token uses."""
         return (self.top_k + self.n_shared_experts) / (self.n_experts + self.n_shared_experts)
 
     def __post_init__(self):
@@ -60,67 +60,67 @@ class ModelConfig:
     n_layers: int  # transformer blocks
     n_heads: int  # heads of queries
     n_kv_heads: int  # heads of keys and values; each serves n_heads / n_kv_heads heads of queries
-    head_dim: int  # width of a head; n_heads * head_dim need not be dim
-    ffn_dim: int  # width of the feed-forward; with experts, of one expert
+    head_dim: int  # width of a head; n_heads * head_dim may differ from dim
+    ffn_dim: int  # width of the feed-forward, or of one expert
     vocab_size: int  # rows of the embedding and of the head
     max_seq_len: int  # the longest context, in tokens
-    norm_eps: float = 1e-5  # is added to the mean square in RMSNorm
+    norm_eps: float = 1e-5  # RMSNorm adds this to the mean square
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
-    post_norm: bool = False  # RMSNorm after them, before the residual is added
+    post_norm: bool = False  # RMSNorm after attention and feed-forward, before the residual is added
     activation: str = "swiglu"  # one of ACTIVATIONS
-    qkv_bias: bool = False  # of the projections to queries, keys and values
-    out_bias: bool = False  # of attention's output projection
-    ffn_bias: bool = False  # of the feed-forward's projections
-    tie_embeddings: bool = False  # the head's weight is the embedding's
-    moe: MoEConfig | None = None  # None: one feed-forward, without experts
+    qkv_bias: bool = False  # the projections to queries, keys and values have biases
+    o_proj_bias: bool = False  # attention's output projection has a bias
+    ffn_bias: bool = False  # the feed-forward's projections have biases
+    tie_embeddings: bool = False  # head and embedding share one weight
+    moe: MoEConfig | None = None  # None means one feed-forward, without experts
 
     # Attention
-    qk_norm: bool = False  # RMSNorm on every query and key head before RoPE
-    qk_norm_all_heads: bool = False  # qk_norm is over all heads of a token together
-    sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    layer_has_window: tuple[bool, ...] | None = None  # for each layer whether it has the window; None: all have it
+    qk_norm: bool = False  # RMSNorm of queries and keys before RoPE, each head by itself
+    qk_norm_across_heads: bool = False  # that RMSNorm is over all heads of a token together
+    sliding_window: int | None = None  # a token sees the last sliding_window tokens, itself included; None means all
+    layer_has_window: tuple[bool, ...] | None = None  # whether each layer has the window; None means all have
     sinks: bool = False  # every head has a score for attending to nothing
-    attention_scale: float | None = None  # multiplies the scores; None: 1 / sqrt(head_dim)
-    attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: unchanged
-    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]; 0: unchanged
+    attention_scale: float | None = None  # multiplies the scores; None means 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0 leaves them as they are
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]; 0 leaves them as they are
 
     # Positions
-    rope_theta: float = 10000.0  # the base of RoPE's wavelengths
-    rope_scaling: RopeScaling | None = None  # None: RoPE's wavelengths as they are
-    rotary_dim: int | None = None  # elements of a head that RoPE rotates; None: all
-    layer_has_rope: tuple[bool, ...] | None = None  # for each layer whether it has RoPE; None: all have it
-    window_rope_theta: float | None = None  # the window's layers have this theta and no scaling; None: as the others
-    alibi: bool = False  # scores fall with the distance, in each head by another slope (rope.py: alibi_slopes)
+    rope_theta: float = 10000.0  # the base of RoPE's frequencies
+    rope_scaling: RopeScaling | None = None  # None means frequencies as rope_theta gives them
+    rotary_dim: int | None = None  # how many elements of a head RoPE rotates; None means all
+    layer_has_rope: tuple[bool, ...] | None = None  # whether each layer has RoPE; None means all have
+    local_rope_theta: float | None = None  # in layers with the window, in place of rope_theta and rope_scaling
+    alibi: bool = False  # scores fall with the distance, with a slope for each head (rope.py: alibi_slopes)
 
     # Multipliers
     embed_scale: float = 1.0  # multiplies the embedding's output
-    residual_scale: float = 1.0  # multiplies what attention and feed-forward add
+    residual_scale: float = 1.0  # multiplies the outputs of attention and feed-forward before the residual is added
     logit_scale: float = 1.0  # multiplies the logits
-    logit_softcap: float = 0.0  # logits become softcap * tanh(logit / softcap); 0: unchanged
+    logit_softcap: float = 0.0  # logits become softcap * tanh(logit / softcap); 0 leaves them as they are
 
     # Tokens
     bos_id: int | None = None  # the token with which a text begins
     eos_ids: tuple[int, ...] = ()  # the tokens that end a text
 
     def window(self, layer: int) -> int:
-        """How many tokens a token sees in this layer, itself included; 0: all."""
+        """Returns how many tokens a token sees in this layer, itself included. 0 means all."""
         has_window = self.layer_has_window is None or self.layer_has_window[layer]
         return (self.sliding_window or 0) if has_window else 0
 
     def mean_attended_tokens(self, n_tokens: int) -> float:
-        """How many of n_tokens tokens the last one sees, itself included: the mean over all layers."""
+        """Returns how many of n_tokens tokens the last token sees, itself included: the mean over all layers."""
         visible = [min(n_tokens, self.window(i) or n_tokens) for i in range(self.n_layers)]
         return sum(visible) / self.n_layers
 
     def with_layers(self, n: int) -> "ModelConfig":
-        """This config with only the first n layers."""
+        """Returns the config of a model that has only the first n layers."""
         has_window = self.layer_has_window and self.layer_has_window[:n]
         has_rope = self.layer_has_rope and self.layer_has_rope[:n]
         return replace(self, n_layers=n, layer_has_window=has_window, layer_has_rope=has_rope)
 
     @classmethod
     def from_dict(cls, fields: dict) -> "ModelConfig":
-        """The inverse of dataclasses.asdict, for the config stored in model.pth."""
+        """Makes the config from the dict that model.pth stores, which dataclasses.asdict made."""
         try:
             fields = lists_to_tuples(fields)
             if fields["rope_scaling"]:
@@ -151,7 +151,7 @@ def check_dimensions(config: ModelConfig):
         check_size("sliding_window", config.sliding_window)
     for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
         check_positive_number(f"the model's {name}", getattr(config, name))
-    for name in ("attention_scale", "window_rope_theta"):
+    for name in ("attention_scale", "local_rope_theta"):
         if getattr(config, name) is not None:
             check_positive_number(f"the model's {name}", getattr(config, name))
     for name in ("n_layers", "n_heads"):
@@ -173,7 +173,7 @@ def check_rope(config: ModelConfig):
     n_pairs = rotary_dim // 2
     if scaling.rope_type == "longrope" and not len(scaling.short_factor) == len(scaling.long_factor) == n_pairs:
         raise UsageError(f"rope_scaling of type longrope needs {n_pairs} short and long factors")
-    if config.rope_theta <= 1 or rotary_dim == 2:  # its formula would divide by zero
+    if config.rope_theta <= 1 or rotary_dim == 2:  # yarn_ramp would divide by log(1) = 0, "dynamic" by rotary_dim - 2
         raise UsageError(f"RoPE with theta {config.rope_theta} and {rotary_dim} elements cannot be scaled")
 
 

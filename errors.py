@@ -1,4 +1,4 @@
-"""The errors of a user's mistake, which scripts print as one line (cli/script.py). Any function may raise them."""
+"""The errors that a user's mistake causes. Any function may raise them, and cli/script.py prints them as one line."""
 
 import contextlib
 import re
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 
 class UsageError(ValueError):
-    """The user's input cannot work. The message is one sentence: what is wrong and what would be right."""
+    """The user's input cannot work. The message says in one sentence what is wrong and what would be right."""
 
 
 class OutOfMemoryError(UsageError):
-    """Memory is too small. Each script has its own advice, which run_script appends to the message."""
+    """Memory is too small. run_script appends the script's advice to the message (cli/script.py)."""
 
 
 @contextlib.contextmanager
 def convert_type_errors(where: str) -> Iterator[None]:
-    """Makes an error within this context a UsageError, if a value of the wrong type or size caused it. where: the file
-    with the value."""
+    """Turns the errors that a value of the wrong type or size causes within this context into UsageError. where: the
+    file that holds the value, for the message."""
     try:
         yield
     except UsageError:

@@ -4,7 +4,7 @@
     python eval.py --checkpoint_path checkpoints/M/model_int8.pth --text_file book.txt
 
 Tasks need `pip install lm_eval`, version 0.4. The perplexity is per token. The text is cut into windows that do not
-overlap, and each window is scored by itself. If the tokenizer has a bos token, every window begins with it.
+overlap, and each window is scored by itself. Every window begins with the bos token, if the tokenizer has one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from loading import load
 from machine import pick_device
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
-TEXT_WINDOW = 1024  # tokens of a window of text, unless the model's context is shorter
+TEXT_WINDOW = 1024  # tokens of a text's window, unless the model's context is shorter
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Reads texts, JSON, and what torch.save wrote; a broken file raises UsageError. Replaces small files in one step."""
+"""Reads text, JSON, and what torch.save wrote: a broken file raises UsageError. Replaces small files atomically."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, default=None):
-    """Reads the JSON in path. Returns default if it is given and path does not exist."""
+    """Reads the JSON in path. If path does not exist, returns default, or raises UsageError if default is None."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -35,21 +35,23 @@ def read_json(path: Path, default=None):
 
 
 def replace_file(path: Path, content: bytes):
-    """Writes content under a temporary name, and then renames the file to path, so that other processes see the whole
-    file or none. Raises OSError."""
+    """Writes content to a temporary file, and then renames that file to path. So other processes see the old content or
+    the new one, never a part. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def load_torch_file(path: Path, legacy: bool = False):
-    """Reads what torch.save has written to path, memory-mapped. Refuses anything but weights, since other pickles can
-    run code. legacy: whether to read files from before PyTorch 1.6, too, which cannot be mapped."""
+    """Reads what torch.save wrote to path. Tensors are memory-mapped. Refuses pickles that hold more than weights:
+    such pickles can run code.
+
+    legacy: also reads files of PyTorch versions before 1.6, whose tensors cannot be mapped."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     mmap = not legacy or zipfile.is_zipfile(path)
     try:
-        with warnings.catch_warnings():  # about unusual kinds of tensors, which the callers refuse
+        with warnings.catch_warnings():  # torch.load warns of unusual kinds of tensors, which the callers refuse
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on broken input

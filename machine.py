@@ -1,11 +1,11 @@
-"""Describes the machine: devices, free memory, memory's bandwidth, and how many threads may run.
+"""Describes the machine: the devices, the memory's bandwidth and free bytes, and how many threads may run.
 
     device = pick_device(None)                     # the accelerator, or the CPU if there is none
     check_memory(2 * 10**9, "the KV cache")        # raises OutOfMemoryError
     read_bandwidth(device)                         # bytes per second
-    limit_threads()                                # to what the process may use
+    limit_threads()                                # no more threads than CPUs that this process may use
 
-drop_pages and use_huge_pages tell the system how this process will use the memory of a tensor.
+drop_pages and use_huge_pages tell the operating system how this process will use a tensor's memory.
 """
 
 import contextlib
@@ -26,18 +26,19 @@ from torch import Tensor
 
 from errors import OutOfMemoryError, UsageError
 
-READ_BYTES = 2**29  # how much read_bandwidth reads at a time: more than any cache holds
-UNKNOWN_CACHE_BYTES = 2**28  # assumed where the processor does not report a cache size
+READ_BYTES = 2**29  # read_bandwidth reads this much at a time, which is more than a processor's caches hold
+UNKNOWN_CACHE_BYTES = 2**28  # the size of all caches that is assumed if the system reports none
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
-# The files of a control group, of version 2 and 1
+# In a control group's folder: the file of the limit, the file of the usage, and the line of memory.stat with the bytes
+# that can be dropped. First those of version 2, then those of version 1.
 MEMORY_FILES = [
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 ]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables that PyTorch reads
-MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # Linux's codes for madvise
+MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # the numbers in Linux's headers
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -47,9 +48,9 @@ def pick_device(name: str | None) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # fails if the device is missing, or has no memory, like meta
+        torch.empty(1, device=device).item()  # fails if the device is missing, or has no memory, as "meta" has none
         if device.type != "cpu" and device.index is not None:
-            torch.accelerator.set_device_index(device.index)  # PyTorch measures the current device
+            torch.accelerator.set_device_index(device.index)  # synchronize and peak_memory use the current device
         return device
     except Exception:  # each backend raises its own type
         available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
@@ -79,8 +80,8 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
-    """Returns a CPU's read_bandwidth, measured on some of tensors instead of new memory. Returns None if the
-    processor's caches could hold half of the tensors or more."""
+    """Measures a CPU's read bandwidth on the first of tensors, so that it needs no new memory. Returns None if all
+    tensors are less than twice as large as the processor's caches, which would make the sums too fast."""
     cached, n_bytes, chosen = cache_bytes(), 0, []
     for tensor in tensors:
         if n_bytes >= max(2 * cached, READ_BYTES // 2):
@@ -104,11 +105,11 @@ def sum_bandwidth(tensors: list[Tensor]) -> float:
 
 
 def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
-    """Returns the memory of CPU tensors as int64 tensors. Neighbours in memory become one tensor, since the call of a
-    small tensor's sum takes longer than the sum."""
-    spans: list[list[int]] = []  # [start, end)
+    """Returns the memory of CPU tensors as int64 tensors. Tensors that are adjacent in memory become one tensor, since
+    calling the sum of a small tensor takes longer than the sum."""
+    spans: list[list[int]] = []  # [start, end) of each, in bytes
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors):
-        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # the pages of both tensors hold the gap, too
+        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so short a gap is in the tensors' pages, and can be read
             spans[-1][1] = max(end, spans[-1][1])
         else:
             spans.append([start, end])
@@ -117,9 +118,9 @@ def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def cache_bytes() -> int:
-    """Returns how many bytes all last-level caches of the CPU hold together."""
+    """Returns the size of all last-level caches together, in bytes."""
     for level in ("index3", "index2"):
-        sizes = {}  # list of the CPUs that share a cache -> size of the cache
+        sizes = {}  # the list of CPUs that share a cache -> the size of that cache
         with contextlib.suppress(OSError, ValueError):
             for folder in CPUS.glob(f"cpu[0-9]*/cache/{level}"):
                 kilobytes = (folder / "size").read_text().strip().removesuffix("K")
@@ -133,16 +134,17 @@ def cache_bytes() -> int:
 
 
 def free_memory() -> float:
-    """Returns the bytes of main memory that this process can still allocate: the least of three limits, or infinity if
-    the system reports none. Linux kills a process that takes more, without a message."""
+    """Returns the bytes of main memory that this process can still allocate: the least of what the machine, the control
+    groups and `ulimit -v` leave. Returns infinity if the system reports nothing. Linux kills a process that uses more
+    memory than that, without a message."""
     free = [math.inf]
-    with contextlib.suppress(OSError, ValueError):  # the machine: free pages, cached copies of files, and swap
+    with contextlib.suppress(OSError, ValueError):  # the machine: free pages, pages that cache files, and swap
         words = Path("/proc/meminfo").read_text().split()  # MemAvailable: 123 kB SwapFree: 456 kB ...
         kilobytes = [int(words[words.index(name) + 1]) for name in ("MemAvailable:", "SwapFree:")]
         free.append(sum(kilobytes) * 1024)
-    for folder in cgroup_folders("memory"):  # the container, and the groups that it is in
+    for folder in cgroup_folders("memory"):
         free.append(free_in_cgroup(folder))
-    with contextlib.suppress(OSError, ValueError):  # the process: what `ulimit -v` leaves
+    with contextlib.suppress(OSError, ValueError):  # `ulimit -v`
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         pages_in_use = int(Path("/proc/self/statm").read_text().split()[0])
         if soft_limit != resource.RLIM_INFINITY:
@@ -151,11 +153,12 @@ def free_memory() -> float:
 
 
 def free_in_cgroup(folder: Path) -> float:
-    """Returns the bytes that a control group's limit leaves, or infinity without a limit. Linux counts cached copies of
-    files, such as a checkpoint just read, as memory in use. When memory is needed, Linux drops the copies that were not
-    used lately (inactive_file), so this function counts them as free."""
+    """Returns the bytes that a control group's limit leaves, or infinity without a limit.
+
+    Linux counts pages that cache files, such as a checkpoint just read, as memory in use. When memory runs short, Linux
+    drops the cached pages that were not used lately (inactive_file). So this function counts those pages as free."""
     for limit_file, usage_file, inactive in MEMORY_FILES:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means none
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means no limit
             limit = int((folder / limit_file).read_text())
             in_use = int((folder / usage_file).read_text())
             words = (folder / "memory.stat").read_text().split()  # anon 123 file 456 ...
@@ -164,23 +167,23 @@ def free_in_cgroup(folder: Path) -> float:
 
 
 def cgroup_folders(controller: str) -> list[Path]:
-    """Returns the folders of the control groups that this process is in, for a controller ("memory", "cpu"). A
-    container is a group. A group can be in another group, whose limits count, too."""
+    """Returns the folders of the control groups that this process is in. A container is a control group. A group may
+    lie in another group, whose limits count, too. controller: "memory" or "cpu"."""
     folders = []
     with contextlib.suppress(OSError, ValueError):
-        for line in PROCESS_CGROUPS.read_text().splitlines():  # 0::/a/b, or in version 1: 4:memory:/a/b
+        for line in PROCESS_CGROUPS.read_text().splitlines():  # version 2: "0::/a/b"; version 1: "4:memory:/a/b"
             _, controllers, group = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue
             root = CGROUPS / controller if controllers else CGROUPS
-            folder = root / group.strip("/")  # in a container, only root may exist
+            folder = root / group.strip("/")  # a container may show only root; then the other folders do not exist
             folders += [f for f in (folder, *folder.parents) if f.is_relative_to(root)]
     return folders
 
 
 def check_memory(n_bytes: int, what: str):
-    """Raises OutOfMemoryError if main memory has no room for n_bytes. what: names the part that needs the memory, for
-    the message."""
+    """Raises OutOfMemoryError if main memory has no room for n_bytes. what: the part that needs the memory, for the
+    message."""
     free = free_memory()
     if n_bytes > free:
         needed, available = n_bytes / 1e9, free / 1e9
@@ -188,15 +191,14 @@ def check_memory(n_bytes: int, what: str):
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Returns whether e means that memory ran out, for which PyTorch's allocators raise RuntimeError."""
+    """Returns whether e means that memory ran out. PyTorch's allocators raise RuntimeError then."""
     if isinstance(e, RuntimeError):
         return re.search("out of memory|allocate memory|bad_alloc", str(e)) is not None
     return isinstance(e, MemoryError)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that this process has used at a time: of a GPU's memory for tensors, else of main
-    memory."""
+    """Returns the most bytes that this process has used at a time: on a GPU those of tensors, else of main memory."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated()
     with contextlib.suppress(OSError, ValueError):  # not ru_maxrss, which in a child process starts at the parent's
@@ -207,14 +209,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def drop_pages(t: Tensor):
-    """Releases the pages of t, which must lie in a memory-mapped file. Until then, the pages count as memory in use. If
-    t is used again, the system reads the file again."""
+    """Releases the pages of t, which must lie in a memory-mapped file. The pages no longer count as memory in use. If t
+    is used again, the operating system reads the file again."""
     madvise(t, MADV_DONTNEED)
 
 
 def use_huge_pages(t: Tensor):
-    """Asks for pages of 2 MB instead of 4 KB for t, before anything is written to t. Translating the addresses of small
-    pages costs a fifth of the bandwidth."""
+    """Asks for pages of 2 MB instead of 4 KB for t. The caller must not have written to t yet. With 4 KB, translating
+    addresses costs a fifth of the bandwidth."""
     madvise(t, MADV_HUGEPAGE)
 
 
@@ -230,8 +232,8 @@ def madvise(t: Tensor, advice: int):
 
 
 def limit_threads():
-    """Makes PyTorch use no more threads than this process may run at a time. By default, PyTorch takes all physical
-    cores that the process may run on. Does nothing if the user has set one of THREAD_VARIABLES."""
+    """Makes PyTorch use no more threads than allowed_threads. PyTorch's default is one for each physical core, whatever
+    a container's quota is. Does nothing if the user has set one of THREAD_VARIABLES."""
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         n_threads = min(torch.get_num_threads(), allowed_threads())
         if n_threads < torch.get_num_threads():
@@ -239,9 +241,9 @@ def limit_threads():
 
 
 def allowed_threads() -> int:
-    """Returns how many CPUs this process may use at a time: as many as are in its affinity mask, and at most as many as
-    the control groups' quotas pay for. A quota is rounded down: one thread more would be stopped for a part of every
-    period, while the others wait."""
+    """Returns how many CPUs this process may use at a time: those in the affinity mask, but no more than the control
+    groups' quotas. A quota is rounded down. With one thread more, Linux would stop threads for a part of every
+    period, and the other threads would wait for them."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(map(cpu_quota, cgroup_folders("cpu")), default=math.inf)
     return max(1, int(min(n_cpus, quota)))
@@ -249,10 +251,10 @@ def allowed_threads() -> int:
 
 def cpu_quota(folder: Path) -> float:
     """Returns how many CPUs a control group may keep busy on average, or infinity without a limit."""
-    with contextlib.suppress(OSError, ValueError):  # version 2: "150000 100000", or "max 100000" without a limit
+    with contextlib.suppress(OSError, ValueError):  # version 2: "150000 100000"; "max 100000" means no limit
         quota, period = (folder / "cpu.max").read_text().split()
         return int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):  # version 1: -1 without a limit
+    with contextlib.suppress(OSError, ValueError):  # version 1: -1 means no limit
         quota = int((folder / "cpu.cfs_quota_us").read_text())
         return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else math.inf
     return math.inf

@@ -203,7 +203,7 @@ class Attention(AttentionParams):
         n_heads, n_kv_heads, head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         q_norm = k_norm = sinks = None
         if config.qk_norm:
-            q_heads, k_heads = (n_heads, n_kv_heads) if config.qk_norm_all_heads else (1, 1)
+            q_heads, k_heads = (n_heads, n_kv_heads) if config.qk_norm_across_heads else (1, 1)
             q_norm = RMSNorm(q_heads * head_dim, config.norm_eps)
             k_norm = RMSNorm(k_heads * head_dim, config.norm_eps)
         if config.sinks:
@@ -220,7 +220,7 @@ class Attention(AttentionParams):
         self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
         self.alibi_slopes = alibi_slopes(n_heads) if config.alibi else None
         self.qkv_proj = Linear(config.dim, (n_heads + 2 * n_kv_heads) * head_dim, config.qkv_bias, clip=config.clip_qkv)
-        self.o_proj = Linear(n_heads * head_dim, config.dim, config.out_bias, out_scale=config.residual_scale)
+        self.o_proj = Linear(n_heads * head_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None

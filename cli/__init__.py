@@ -1,16 +1,16 @@
-"""The command line. In every script:
+"""The command line. Every script uses these files:
 
-    interrupts.py          Ctrl-C ends the script without a traceback, also during its imports
-    script.py              run_script calls the script's main, and makes of an error one line on stderr
+    interrupts.py          Ctrl-C ends the script without a traceback, also during the script's imports
+    script.py              run_script calls the script's main, and turns an error into one line on stderr
     options.py             options that several scripts have, such as --device
-    ranks.py               several processes, which torchrun started
+    ranks.py               the processes that torchrun started
 
-In generate.py, in the order of their use:
+generate.py also uses these, in this order:
 
     arguments.py           the options of generate.py, and the checks of their values
     prompts.py             --prompt and --prompt_file as token ids
-    startup.py             what comes before the first token: a draft model, the KV cache's size, compilation
+    startup.py             before the first token: the draft model, the KV cache's size, compilation
     complete.py            completes the prompts and prints the texts
     report.py              --json, and the summary on stderr
-    terminal.py            --chat, a conversation: instead of complete.py and report.py
+    terminal.py            --chat: a conversation, in place of complete.py and report.py
 """

@@ -15,20 +15,20 @@ from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-# The default of --speculate_k. To look tokens up costs nothing. So 7 are looked up, the most that a GPU verifies in the
-# time of one token: with the last token of the text a step has 8 tokens, which matrix units multiply at a time.
+# The defaults of --speculate_k. Prompt lookup proposes 7 tokens, as a lookup costs nothing. A step verifies the 7 and
+# the text's last token together, and 8 tokens take a GPU's matrix units as long as one.
 DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 
 def parse_args(doc: str) -> argparse.Namespace:
-    """Returns the options of the command line, and these fields:
+    """Returns the options of the command line, with three more fields:
 
         conversation    whether messages are read from standard input
         speculative     whether steps verify proposed tokens
         sampling        temperature, top_k and so on as a SamplingParams
 
-    Without --max_new_tokens, max_new_tokens is sys.maxsize in a conversation: only the context limits an answer.
-    Raises UsageError for invalid values and for options that exclude each other. doc: the script's docstring."""
+    In a conversation without --max_new_tokens, max_new_tokens is sys.maxsize: only the context limits an answer. Raises
+    UsageError for invalid values and for options that exclude each other. doc: the script's docstring, for --help."""
     args = make_parser(doc).parse_args()
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
@@ -44,7 +44,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     check_environment(args)
     args.sampling = make_sampling(args)
     if args.logprobs is not None and args.parallel is None:
-        args.parallel = 1  # since only the scheduler reports log-probabilities
+        args.parallel = 1  # only the scheduler reports log-probabilities
     if args.speculate_k is None:
         args.speculate_k = DEFAULT_SPECULATE_K["lookup" if args.prompt_lookup else "draft"]
     args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
@@ -99,7 +99,7 @@ def add_length_options(parser: argparse.ArgumentParser):
 
 
 def add_sampling_options(parser: argparse.ArgumentParser):
-    """--seed, and the fields of SamplingParams."""
+    """Adds --seed, and an option for each field of SamplingParams."""
     add = parser.add_argument
     add("--seed", type=int, default=1234, help="default: %(default)s")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
@@ -191,4 +191,4 @@ def make_sampling(args: argparse.Namespace) -> SamplingParams:
     try:
         return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:
-        raise UsageError(f"--{e}") from None  # the message begins with the field's name, which is the option's name
+        raise UsageError(f"--{e}") from None  # the message begins with the field's name; the option has that name, too

@@ -1,4 +1,5 @@
-"""Completes the prompts of generate.py's command line, one by one or in parallel, and prints the results."""
+"""Completes the prompts of generate.py's command line and prints the results. generate.py calls complete_one_by_one, or
+complete_in_parallel with --parallel."""
 
 import argparse
 import contextlib
@@ -25,8 +26,8 @@ def complete_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, decode_loop: DecodeLoop,
     kv_cache: KVCache, prompts: list[Prompt], stats: dict,
 ):  # fmt: skip
-    """Completes each of prompts num_samples times, each time in all sequences of kv_cache, and prints the results.
-    stats: more fields of --json."""
+    """Completes each prompt --num_samples times, with --batch_size sequences each time, and prints the results. stats:
+    more fields for --json."""
     for prompt_number, prompt in enumerate(prompts, start=1):
         samples = []
         for sample_number in range(1, args.num_samples + 1):
@@ -44,8 +45,8 @@ def complete_one_by_one(
 
 
 def print_label(numbers: list[tuple[str, int, int]]):
-    """Says whose text follows. numbers: (what, its number, how many there are). What there is only once gets no
-    number."""
+    """Prints which prompt, sample and sequence the next text belongs to. numbers: ("prompt", 2, 3) is prompt 2 of 3.
+    What there is only one of is left out."""
     several = [f"{what} {number}" for what, number, n in numbers if n > 1]
     if several:
         print(f"--- {', '.join(several)}", flush=True)
@@ -54,8 +55,8 @@ def print_label(numbers: list[tuple[str, int, int]]):
 def complete_batch(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, decode_loop: DecodeLoop, prompt: Prompt
 ) -> list[Completion]:
-    """Completes prompt in every sequence of a batch, until all have ended. Prints the first sequence as it is
-    generated, unless --json is given."""
+    """Completes prompt in every sequence of a batch, until all sequences have ended. Without --json, prints the first
+    sequence while it is generated."""
     request, ends = make_request(args, prompt, args.seed), choose_eos_ids(args, model)
     request.start_time = time.perf_counter()
     completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
@@ -68,12 +69,12 @@ def complete_batch(
 def complete_in_parallel(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], stats: dict
 ):
-    """Completes prompts, args.parallel of them at a time, and prints the results in the order of prompts. A prompt that
-    does not fit the model's context does not stop the others, but raises UsageError at the end."""
+    """Completes args.parallel prompts at a time, and prints the results in the order of prompts. If a prompt does not
+    fit the model's context, the other prompts are completed, and UsageError is raised at the end."""
     requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
     scheduler = make_scheduler(args, model, requests)
     start, n_new, n_refused = time.perf_counter(), 0, 0
-    hide_bar = True if sys.stdout.isatty() else None  # on a terminal the texts show the progress
+    hide_bar = True if sys.stdout.isatty() else None  # texts on a terminal show the progress already
     completions = complete_all(scheduler, tokenizer, requests)
     for completion in tqdm(completions, "prompts", len(prompts), disable=hide_bar, leave=False):
         if completion.error:
@@ -91,7 +92,7 @@ def complete_in_parallel(
 
 
 def make_scheduler(args: argparse.Namespace, model: Transformer, requests: list[Request]) -> Scheduler:
-    """Returns a Scheduler for requests. If memory is too small, the error says how many fit at a time."""
+    """Returns a Scheduler for requests. If memory is too small, the error says how many sequences fit at a time."""
     try:
         return build_scheduler(model, requests, args.parallel, choose_eos_ids(args, model), args.compile)
     except OutOfMemoryError as e:
@@ -118,13 +119,14 @@ def make_request(args: argparse.Namespace, prompt: Prompt, seed: int) -> Request
 
 
 def choose_eos_ids(args: argparse.Namespace, model: Transformer) -> set[int]:
-    """Returns the tokens that end a sequence."""
+    """Returns the ids of the tokens that end a sequence: none with --ignore_eos."""
     return set() if args.ignore_eos else set(model.config.eos_ids)
 
 
 @contextlib.contextmanager
 def profiled(path: Path | None) -> Iterator[None]:
-    """Writes a Chrome trace of the context to path. Several ranks write a file each. Does nothing if path is None."""
+    """Writes a Chrome trace of what runs within this context to path, or with several ranks to rank_path(path). Does
+    nothing if path is None."""
     if path is None:
         yield
         return
@@ -132,7 +134,7 @@ def profiled(path: Path | None) -> Iterator[None]:
         yield
     path = rank_path(path)
     path.unlink(missing_ok=True)
-    profile.export_chrome_trace(str(path))  # raises nothing if path cannot be written
+    profile.export_chrome_trace(str(path))  # raises no error if path cannot be written
     if not path.is_file():
         path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         raise UsageError(f"cannot write --profile {path}")

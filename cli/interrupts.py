@@ -1,6 +1,9 @@
-"""Decides what Ctrl-C does in a script. While the script imports modules, Ctrl-C ends the process at once, since every
-script calls exit_on_interrupt before it imports torch. In the script's main, Ctrl-C raises KeyboardInterrupt
-(script.py), so that a file that is being written can be removed first. This module must not import torch."""
+"""What Ctrl-C does in a script:
+
+    during imports    exit_on_interrupt    ends the process at once; every script calls this before it imports torch
+    in main           raise_on_interrupt   raises KeyboardInterrupt, so that half-written files can be removed first
+
+This module must not import torch."""
 
 import contextlib
 import os
@@ -13,8 +16,8 @@ EXIT_INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
 
 
 def exit_on_interrupt():
-    """Makes Ctrl-C end the process at once, without a message. Changes nothing in an interactive interpreter, which
-    goes on after the script (%run)."""
+    """Makes Ctrl-C end the process at once, without a message. Does nothing in an interactive interpreter (IPython's
+    %run), since the user goes on there after the script."""
     if hasattr(sys, "ps1"):
         return
 
@@ -26,8 +29,8 @@ def exit_on_interrupt():
 
 @contextlib.contextmanager
 def raise_on_interrupt() -> Iterator[None]:
-    """Makes Ctrl-C raise KeyboardInterrupt within this context. Changes nothing in a process that ignores SIGINT
-    (nohup) or leaves SIGINT to the system (torchrun's ranks)."""
+    """Makes Ctrl-C raise KeyboardInterrupt within this context. Does nothing in a process that ignores SIGINT (nohup)
+    or leaves SIGINT to the system (torchrun's ranks)."""
     before = signal.getsignal(signal.SIGINT)
     if not callable(before):
         yield

@@ -1,4 +1,4 @@
-"""Options that several scripts have, with the same names, defaults and help in all of them."""
+"""Options that several scripts have. Name, default and help of an option are the same in every script."""
 
 import argparse
 import os
@@ -41,12 +41,12 @@ def add_threads(parser: argparse.ArgumentParser):
 
 
 def set_threads(n: int | None):
-    """Applies --threads to this process and to those that it starts."""
+    """Applies --threads to this process and to the processes that it starts."""
     if n is None:
         return
     if not 1 <= n <= MAX_THREADS:
         raise UsageError(f"--threads must be 1 to {MAX_THREADS}, not {n}")
-    import torch  # here, since scripts/download.py does without
+    import torch  # here, since scripts/download.py need not wait for this import
 
     os.environ["OMP_NUM_THREADS"] = str(n)
     torch.set_num_threads(n)

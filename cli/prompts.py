@@ -1,7 +1,8 @@
-"""The prompts of generate.py's command line, as token ids.
+"""The prompts of generate.py's command line, as token ids. A --prompt_file has one prompt a line:
 
-A --prompt_file has one prompt a line. In a .jsonl file a line is an object, whose texts may contain line breaks:
-{"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]}.
+    prompts.txt      a line is a text
+    prompts.jsonl    a line is {"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]};
+                     texts in JSON may contain line breaks
 """
 
 import argparse
@@ -21,14 +22,14 @@ from text.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):
-    source: str | list[dict]  # the text, or a chat's messages
-    ids: list[int]
-    is_chat: bool = False  # whether the new text is an answer, and does not continue source
+    source: str | list[dict]  # a text to continue, or a chat's messages
+    ids: list[int]  # the token ids of source
+    is_chat: bool = False  # whether source is a chat, so that the completion is an answer
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
-    """Returns the prompts that args ask for. config: the model's. Refuses a prompt that is empty, malformed or far too
-    long."""
+    """Returns the prompts of --prompt, --prompt_file or --prompt_tokens. Raises UsageError for a prompt that is empty,
+    malformed or far too long."""
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
@@ -41,7 +42,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelCo
 
 
 def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> Prompt:
-    """Encodes source: a text, or the messages of a chat. context: how many tokens the model can see."""
+    """Encodes source: a text, or the messages of a chat. context: the model's, in tokens."""
     if isinstance(source, str) and args.chat and source:
         source = [{"role": "user", "content": source}]
     is_chat = not isinstance(source, str)
@@ -52,7 +53,7 @@ def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokeni
 
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:
-    """Reads a text, or the messages of a chat, from each line. Empty lines are skipped and named on stderr."""
+    """Reads a text, or the messages of a chat, from each line. Skips empty lines, and names them on stderr."""
     text, sources = read_text(path).rstrip(), []
     for number, line in enumerate(text.split("\n") if text else [], start=1):
         if not line.strip():
@@ -65,7 +66,7 @@ def read_prompt_file(path: Path) -> list[str | list[dict]]:
 
 
 def parse_json_line(line: str, place: str) -> str | list[dict]:
-    """Reads a prompt from a line of a .jsonl file. place: where the line stands, for the error."""
+    """Reads a prompt from a line of a .jsonl file. place: the file and the line's number, for the error."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as e:

@@ -1,4 +1,5 @@
-"""The processes of a tensor-parallel run: how they join, who prints, reads and converts, how they end. See tp.py.
+"""The ranks (processes) of a tensor-parallel run: how they start and end, and what only rank 0 does. tp.py shards the
+model.
 
     with process_group():
         run_script(main)
@@ -21,16 +22,16 @@ from torch import Tensor
 
 from collectives import broadcast_json, world_size
 
-TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if one dies, torchrun ends the others at once
+TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if a rank dies, torchrun ends the other ranks at once
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the process group that torchrun set up, for as long as the context lasts. Without torchrun, does nothing.
+    """Joins torchrun's process group for as long as this context lasts. Does nothing without torchrun.
 
-    Only rank 0 prints, also the one-line error that ends a script. The other ranks exit after rank 0 has printed, since
-    torchrun kills all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
-    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some
+    Only rank 0 prints, also the one-line error that ends a script. After an error, the other ranks wait until rank 0
+    has printed it, since torchrun kills all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
+    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # without torchrun, a cluster sets some
     if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
@@ -41,7 +42,7 @@ def process_group() -> Iterator[None]:
     dist.init_process_group(timeout=TIMEOUT)
     if dist.get_rank() == 0:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the whole job
-    errors = io.StringIO()  # what ranks other than 0 would print on stderr
+    errors = io.StringIO()  # what a rank other than 0 would have printed on stderr
     try:
         with contextlib.nullcontext() if dist.get_rank() == 0 else silence(errors):
             yield
@@ -53,15 +54,15 @@ def process_group() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence(errors: io.StringIO) -> Iterator[None]:
-    """Discards what is printed to stdout. Writes what is printed to stderr to errors."""
+    """Discards what is printed to stdout within this context. Writes what is printed to stderr to errors."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(errors):
         yield
 
 
 def wait_for_rank_0(errors: str):
-    """Waits, before a rank exits with an error, until rank 0 has printed an error. Rank 0 tells the other ranks when it
-    has. If rank 0 has no error, it sends no message, and the waiting rank prints its own errors."""
-    store = dist.distributed_c10d._get_default_store()  # a key-value store that all ranks share
+    """Lets rank 0 print its error before any rank exits. Rank 0 has printed when it calls this function, and tells the
+    other ranks so. If rank 0 has no error, it never calls this function: then a rank prints its own after 5 s."""
+    store = dist.distributed_c10d._get_default_store()  # the key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")
         return
@@ -72,8 +73,8 @@ def wait_for_rank_0(errors: str):
 
 
 def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
-    """Yields on every rank what read returns on rank 0, until read returns None. While the user types, the other ranks
-    wait without a time-out and without using the processor."""
+    """Yields on every rank what read() returns on rank 0, until read returns None. While the user types, other ranks
+    wait without a timeout and without using the processor."""
     if world_size() == 1:
         yield from iter(read, None)
         return
@@ -83,15 +84,15 @@ def input_lines(read: Callable[[], str | None]) -> Iterator[str]:
 
 
 def rank_path(path: Path) -> Path:
-    """Returns path, with the number of this rank in the name if there are several ranks."""
+    """Returns path, or with several ranks a path with this rank's number in the name."""
     return path if world_size() == 1 else path.with_stem(f"{path.stem}.rank{dist.get_rank()}")
 
 
 @torch.inference_mode()
 def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
     """Returns the fraction of a step's time that this rank spends in collectives, including the wait for other ranks.
-    It is measured with the profiler, which also sees the collectives in compiled steps. On a CPU it is PyTorch's older
-    profiler (use_kineto=False), which has less overhead."""
+    The profiler measures the time, since the profiler also sees collectives in compiled steps. On a CPU PyTorch's older
+    profiler (use_kineto=False) has less overhead."""
     device_type = step().device.type  # the first call may record or compile
     on_cpu = device_type == "cpu"
     with torch.autograd.profiler.profile(use_device=None if on_cpu else device_type, use_kineto=not on_cpu) as profile:

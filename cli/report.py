@@ -1,4 +1,5 @@
-"""Reports of generate.py about a prompt: the object that --json prints, and the summary on stderr."""
+"""What generate.py reports about a prompt: the object that --json prints, and the summary on stderr. complete.py calls
+build_result and print_result."""
 
 import argparse
 import json
@@ -16,17 +17,17 @@ from model import KVCache, Transformer
 def build_result(
     args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, samples: list[list[Completion]]
 ) -> dict:
-    """Returns the part of --json's object that differs from prompt to prompt. samples: each is a batch of completions.
-    The bandwidth does not count what a draft model reads."""
+    """Returns the fields of --json's object that differ between prompts. samples: each sample is a batch of
+    completions. The bandwidth does not count what a draft model reads."""
     longest = [max(batch, key=lambda completion: len(completion.step_times)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
-    decoded = [one for one in longest if len(one.step_times) > 1]  # with decode steps after prefill
+    decoded = [one for one in longest if len(one.step_times) > 1]  # step 0 is prefill, all others are decode steps
     tokens_per_second = median([sum(one.step_sizes[1:]) / one.decode_seconds for one in decoded])
     steps_per_second = median([(len(one.step_times) - 1) / one.decode_seconds for one in decoded])
-    halfway = len(prompt.ids) + len(last.tokens) // 2  # tokens in the cache, on average over the steps
+    halfway = len(prompt.ids) + len(last.tokens) // 2  # the mean number of tokens in the cache over all steps
     bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
-    if args.speculative:  # how many steps accepted 0, 1 ... k proposed tokens; each gave one token more
+    if args.speculative:  # a step that accepts n proposed tokens gives n + 1 tokens
         accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
     texts = [describe_batch(batch) for batch in samples]
     return texts[-1] | {
@@ -64,16 +65,16 @@ def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, comp
     """Returns how many bytes of keys and values a decode step reads when n_tokens tokens are in the cache."""
     if model.uses_kernels(kv_cache.batch_size, 1):
         n_read = model.config.mean_attended_tokens(n_tokens)
-    else:  # a compiled step reads the whole cache, used or not
+    else:  # a compiled step reads the whole cache, also the part without tokens
         n_read = kv_cache.max_seq_len if compile else n_tokens
     return round(n_read * kv_cache.bytes_per_position())
 
 
 @lru_cache(maxsize=1)
 def measured_bandwidth(model: Transformer) -> float | None:
-    """Measures once at how many bytes per second the machine reads memory. On a CPU it reads those weights of model
-    that every step reads. Returns None if the processor's caches hold these weights, or if memory is too small for the
-    measurement."""
+    """Returns the bytes per second at which the machine reads memory, which is measured once. A CPU reads the weights
+    that every step reads, all but experts. Returns None if the processor's caches hold half of these weights, or if
+    there is too little memory for the measurement."""
     device = model.device
     linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
     try:
@@ -97,8 +98,8 @@ def print_result(args: argparse.Namespace, result: dict, model: Transformer):
 
 
 def tokens_per_step(accept_counts: list[int]) -> float:
-    """Returns the mean number of tokens that a step gives. accept_counts: how many steps accepted 0, 1, 2 ... proposed
-    tokens. Such steps give 1, 2, 3 ... tokens."""
+    """Returns the mean number of tokens that a step gives. accept_counts[n]: how many steps accepted n proposed tokens,
+    and so gave n + 1 tokens."""
     return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
 
 
@@ -109,7 +110,7 @@ def print_summary(result: dict, model: Transformer):
     used, percentage, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
     if readable is not None:
         percentage = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
-    # All sequences of a batch take every step together, so each sequence has this speed.
+    # The tokens/s are those of one sequence: all sequences of a batch take every step together.
     n = len(result["tokens"])
     sequences, each = (f" in {n} sequences,", " each") if n > 1 else ("", "")
     print(

@@ -1,9 +1,9 @@
-"""Runs a script's main, and ends the script with an exit status and at most one line on stderr.
+"""Runs a script's main, and turns an error into an exit status and one line on stderr.
 
     if __name__ == "__main__":
         run_script(main)
 
-torch is imported only where it is needed: scripts/download.py does not use torch, and need not wait for the import.
+Only functions that need torch import it: scripts/download.py does not use torch, and need not wait for the import.
 """
 
 import os
@@ -18,23 +18,23 @@ from errors import OutOfMemoryError, UsageError
 
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 
-# oneDNN, and PyTorch's layer above it, cache a compiled matrix product for every number of tokens that occurs. Each
-# takes 0.3 to 1 MB, and 1024 are cached by default. These variables lower that, if set before the first product.
+# oneDNN, and PyTorch's layer above oneDNN, cache a compiled matrix product for every number of tokens that occurs. A
+# product takes 0.3 to 1 MB, and by default 1024 of them are cached. These environment variables lower that number. They
+# must be set before the first product.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
 
 
 def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or take a smaller model"):
-    """Calls a script's main, with no more threads than machine.limit_threads allows. Turns these errors into an exit
-    status and at most one line on stderr:
+    """Calls a script's main, with no more threads than machine.py: limit_threads allows. Ends the script so:
 
-    - UsageError: status 2
-    - out of memory: status 2, and the line ends with oom_hint, which says what needs less
-    - an error of the file system, also within torch.compile: status 2
-    - Ctrl-C: status 130
-    - the reader of stdout has closed it, as in `| head`: status 0
+        UsageError                                             status 2, one line on stderr
+        out of memory                                          status 2, one line, which ends with oom_hint
+        an error of the file system, also in torch.compile     status 2, one line
+        Ctrl-C                                                 status 130
+        stdout is closed at the other end, as by `| head`      status 0
 
-    Anything else is a bug, and keeps its traceback."""
+    Any other error is a bug and keeps its traceback. oom_hint: what the user can do to need less memory."""
     replace_closed_streams()
     for name in MATMUL_CACHES:
         os.environ.setdefault(name, MATMUL_CACHE_SIZE)
@@ -60,7 +60,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
             raise
         exit_with_error(why)
     except OSError as e:
-        # Python flushes stdout at exit. If stdout has failed, that would fail again, so send the rest to /dev/null.
+        # Python flushes stdout at exit. After an error of stdout that would fail, too. So /dev/null takes the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(e, BrokenPipeError):
             exit_with_error(str(e))
@@ -80,12 +80,12 @@ def exit_with_error(error: str) -> NoReturn:
 
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
-    """Returns the one line that explains e, or None if e does not mean that memory ran out."""
+    """Returns one line that explains e, or None if e does not mean that memory ran out."""
     from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see the first docstring)
 
     if not is_out_of_memory(e):
         return None
-    # PyTorch's allocators report how much they tried to get; on a GPU also how much is free.
+    # PyTorch's allocators report how much they tried to allocate, and on a GPU also how much is free.
     match = re.search(r"(?i)(tried|unable) to (allocate|mmap) [\d.]+ \w+(.*? is free)?", str(e))
     details = match[0] if match else "there is no more"
     if "is free" not in details:
@@ -94,7 +94,7 @@ def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str |
 
 
 def explain_file_error(e: MemoryError | RuntimeError) -> str | None:
-    """Returns the one line that explains e, or None unless torch.compile could not write or load its files."""
+    """Returns one line that explains e if torch.compile could not write or load its files, else None."""
     reasons = "No space left on device|File too large|Read-only file system|Permission denied|failed to map segment"
     match = re.search(f"[^\n]*?({reasons})", str(e))
     if match is None or not type(e).__module__.startswith("torch."):

@@ -1,4 +1,4 @@
-"""The start of generate.py, before the first token: loads the draft model, sizes the KV cache, builds speculation, and
+"""What generate.py does before the first token: loads the draft model, sizes the KV cache, builds speculation, and
 compiles or records the steps.
 """
 
@@ -28,11 +28,12 @@ from loading import load
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 
-CONVERSATION_LENGTH = 8192  # tokens of a conversation, unless the model's context is shorter
+CONVERSATION_LENGTH = 8192  # tokens in the KV cache of a conversation, unless the model's context is shorter
 
 
 def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, **load_options) -> Transformer:
-    """Loads the draft model. Raises UsageError if its tokens differ from tokenizer's, in a sample of 1000."""
+    """Loads the draft model. Raises UsageError if a sample of 1000 tokens differs between the draft's tokenizer and
+    tokenizer, the model's."""
     sharded = args.draft_tp != "off"
     draft, draft_tokenizer = load(args.draft_checkpoint_path, sharded=sharded, **load_options)
     n_tokens = tokenizer.vocab_size
@@ -67,7 +68,7 @@ def required_seq_len(
 def build_speculation(
     args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
-    """Returns the SpeculativeDecoder that args ask for: with the draft model, or by prompt lookup if draft is None."""
+    """Returns a SpeculativeDecoder, which proposes tokens by the draft model, or by prompt lookup if draft is None."""
     warn_about_size(args.speculate_k, model)
     if draft is None:
         proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
@@ -89,16 +90,21 @@ def warm_up(
     args: argparse.Namespace, steps: GenerationSteps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
     device: torch.device,
 ):  # fmt: skip
-    """Compiles prefill, with --compile_prefill. Compiles or records all other steps that will be used, with --compile;
-    without it a CPU records them at their first use. The prompt overwrites what this writes to the KV caches."""
+    """Runs steps once, so that they are compiled or recorded before the first prompt:
+
+        --compile_prefill    prefill
+        --compile            decode, and each verification
+
+    Without --compile, a CPU records a step at its first use. The prompt overwrites what this function writes to the KV
+    caches."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=device)
 
     if args.compile_prefill:
-        # The length of a conversation's prompt is not known yet: take a length beyond what the kernels compute.
+        # The length of a conversation's first prompt is unknown. Take a length that the kernels do not compute.
         n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
-        # At position 0, T would equal S, and torch.compile would specialize on that. So start at position 1.
+        # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
     if not args.compile:
         return
@@ -111,7 +117,7 @@ def warm_up(
 
 
 def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.device) -> dict:
-    """Returns the fields of --json that only a run with several ranks has."""
+    """Returns the fields of --json that only a run on several ranks has."""
     tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
     share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
     return {"world_size": collectives.world_size(), "communication_share": share}

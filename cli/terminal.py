@@ -2,9 +2,9 @@
 
     python generate.py --checkpoint_path checkpoints/M/model.pth --chat
 
-Answers go to standard output, everything else to standard error. On a terminal, prompt_toolkit edits the messages: they
-may be long and have several lines. Of several ranks, only rank 0 reads, and only rank 0 touches the files of /save
-and /load.
+Answers go to standard output, everything else to standard error. On a terminal the user edits messages with
+prompt_toolkit, so a message may be long and have several lines. With several ranks, only rank 0 reads input, and only
+rank 0 touches the files of /save and /load. chat.py: Conversation makes the answers.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ HELP = (
     "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "
     "them, /save FILE writes them, /load FILE reads them, /exit ends."
 )
-COMMANDS = {  # whether each takes a file's name
+COMMANDS = {  # command -> whether a file's name follows
     "/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True,
 }  # fmt: skip
-COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # a command has one line; several lines are a message
-LONGEST_LINE = 4095  # bytes of a line; a terminal that edits lines itself drops the others
-MARK_PASTE, MARK_NO_PASTE = "\x1b[?2004h", "\x1b[?2004l"  # a terminal writes marks around what is pasted, or not
-IFLAG, LFLAG = 0, 3  # of what termios.tcgetattr returns
-CUT_NOTES = {  # finish_reason of an answer -> the note after the answer
+COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # "." matches no line break: several lines are a message
+LONGEST_LINE = 4095  # bytes; a terminal in canonical mode drops what exceeds them
+MARK_PASTE, MARK_NO_PASTE = "\x1b[?2004h", "\x1b[?2004l"  # turn on or off that the terminal marks pasted text
+IFLAG, LFLAG = 0, 3  # indices into what termios.tcgetattr returns
+CUT_NOTES = {  # an answer's finish_reason -> the note after the answer
     "length": "Cut by --max_new_tokens; /continue goes on.",
     "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
     "interrupted": "Stopped; /continue goes on.",
@@ -41,8 +41,8 @@ Reader = Callable[[], str | None]  # returns the next message or command, None a
 
 
 def converse(conversation: Conversation, max_new_tokens: int):
-    """Leads conversation until standard input ends. Ctrl-C stops an answer. A line that cannot be answered is refused
-    with a note. If standard input is no terminal, a refused line also raises UsageError at the end."""
+    """Reads lines from standard input until it ends, and answers them. Ctrl-C stops an answer. A note refuses a line
+    that cannot be answered. If standard input is no terminal, a refused line also raises UsageError at the end."""
     print_note(HELP)
     read = make_reader()
     commands = ChatCommands(conversation, max_new_tokens)
@@ -64,8 +64,8 @@ def converse(conversation: Conversation, max_new_tokens: int):
 
 
 def parse(line: str) -> tuple[str, str]:
-    """Splits line into (command, argument), or returns ("", message) if line is a message. //drop is the message
-    /drop."""
+    """Splits a command into (command, argument). Returns ("", message) for a message. "//drop" is the message "/drop",
+    and no command."""
     match = COMMAND_PATTERN.fullmatch(line)
     if match:
         return match[1].lower(), match[2] or ""
@@ -74,17 +74,17 @@ def parse(line: str) -> tuple[str, str]:
 
 
 class ChatCommands:
-    """Carries out what the user types."""
+    """Carries out the commands and messages that the user types."""
 
     def __init__(self, conversation: Conversation, max_new_tokens: int):
         self.conversation, self.max_new_tokens = conversation, max_new_tokens
-        self.has_read = False  # whether this is the rank that reads
-        self.n_refused = 0
-        self.has_said_full = False
+        self.has_read = False  # whether this rank has read standard input: only rank 0 does
+        self.n_refused = 0  # lines that could not be answered
+        self.has_said_full = False  # whether the user knows that old messages are forgotten
 
     @contextlib.contextmanager
     def print_errors(self) -> Iterator[None]:
-        """Prints a UsageError within this context as a note, and counts it."""
+        """Prints a UsageError within this context as a note, and counts the refused line."""
         try:
             yield
         except UsageError as e:
@@ -92,8 +92,9 @@ class ChatCommands:
             print_note(" ".join(str(e).split()))
 
     def next_line(self, read: Reader) -> str | None:
-        """Reads, on rank 0, the next line for all ranks. Returns None after the last line. Only rank 0 may touch files.
-        So this method carries out /save, and for /load it puts the file's contents in the place of the file's name."""
+        """Returns the next line, or None after the last line. Only rank 0 calls this method, and sends the line to all
+        ranks. Since only rank 0 may touch files, this method carries out /save itself. In a /load, it replaces the
+        file's name by the file's contents."""
         self.has_read = True
         while (line := read()) is not None:
             command, argument = parse(line)
@@ -112,7 +113,7 @@ class ChatCommands:
         return None
 
     def save(self, path: Path):
-        """Writes the conversation as JSON. Replaces another conversation, and no other file."""
+        """Writes the conversation to path as JSON. A file at path must hold a conversation, which is replaced."""
         try:
             check_messages(read_json(path, default=[]))
         except UsageError:
@@ -125,7 +126,7 @@ class ChatCommands:
         print_note(f"{path} is written.")
 
     def run(self, command: str, argument: str):
-        """Carries out a command, or with command "" answers the message in argument."""
+        """Carries out a command. Command "" answers the message in argument."""
         conversation = self.conversation
         if command == "/continue":
             self.stream_answer(lambda: conversation.continue_answer(self.max_new_tokens))
@@ -143,8 +144,8 @@ class ChatCommands:
             self.stream_answer(lambda: conversation.answer(argument, self.max_new_tokens))
 
     def stream_answer(self, start: Callable[[], Iterator[str]]):
-        """Prints the answer that start() begins, piece by piece, and a note on how it ended. Ctrl-C ends the answer,
-        but not the conversation."""
+        """Prints the answer that start() begins, piece by piece, and then a note on the answer's end. Ctrl-C ends the
+        answer, but not the conversation."""
         conversation, is_stopped = self.conversation, False
         try:
             pieces = start()
@@ -188,7 +189,7 @@ def shorten(text: str) -> str:
 
 
 def make_reader() -> Reader:
-    """Reads with prompt_toolkit if standard input and output are a terminal, else plain lines."""
+    """Returns a Reader: prompt_toolkit's if standard input and output are a terminal, else one of plain lines."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         return read_line
     try:
@@ -199,21 +200,21 @@ def make_reader() -> Reader:
 
 
 def is_terminal(stream) -> bool:
-    return stream is not None and stream.isatty()  # None: the shell has closed it (<&-)
+    return stream is not None and stream.isatty()  # None means that the shell has closed the stream (<&-)
 
 
 @contextlib.contextmanager
 def hold_typing(is_line: bool) -> Iterator[None]:
-    """Hides what the user types within this context. The typed text waits in the terminal for the next reader: as keys
-    for prompt_toolkit; with is_line as lines, which the terminal itself edits."""
-    import termios  # here, since only terminals need it
+    """Hides what the user types within this context. The terminal keeps the typed text for the next Reader: as lines if
+    is_line, which the terminal edits itself (canonical mode), else as keys for prompt_toolkit."""
+    import termios  # here, since only a conversation on a terminal needs this module
 
     before, held = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
     held[LFLAG] &= ~termios.ECHO
-    held[LFLAG] |= termios.NOFLSH  # Ctrl-C stops the answer, and leaves what was typed
+    held[LFLAG] |= termios.NOFLSH  # Ctrl-C stops the answer, but does not discard what was typed
     if not is_line:
         held[LFLAG] &= ~(termios.ICANON | termios.IEXTEN)
-        held[IFLAG] &= ~termios.ICRNL  # Enter stays "\r"
+        held[IFLAG] &= ~termios.ICRNL  # Enter stays "\r", which prompt_toolkit expects
         print(MARK_PASTE, end="", flush=True)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, held)
     try:
@@ -224,14 +225,14 @@ def hold_typing(is_line: bool) -> Iterator[None]:
 
 
 def make_editor() -> Reader:
-    # here, since only terminals need it
+    # here, since only a conversation on a terminal needs prompt_toolkit
     from prompt_toolkit import PromptSession
     from prompt_toolkit.enums import DEFAULT_BUFFER
     from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
-    is_editing = has_focus(DEFAULT_BUFFER)  # and not searching in the history
+    is_editing = has_focus(DEFAULT_BUFFER)  # the user edits the message, and does not search the history
 
     @keys.add("escape", "enter", filter=is_editing)
     def break_line(event):
@@ -248,7 +249,7 @@ def make_editor() -> Reader:
 
     def read() -> str | None:
         try:
-            # handle_sigint=False leaves the signal to cli or to cli.ranks: here Ctrl-C is a key.
+            # In the editor Ctrl-C is a key. handle_sigint=False leaves the signal's handler as cli/ has set it.
             return session.prompt(handle_sigint=False).rstrip().lstrip("\n")
         except EOFError:
             return None
@@ -262,7 +263,8 @@ def read_line() -> str | None:
     while sys.stdin is not None:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()  # bytes: decoding would read ahead, and print_unread would miss lines
+        # sys.stdin.readline would read ahead to decode, and print_unread would miss the lines that were read ahead.
+        line = sys.stdin.buffer.readline()
         if not line:
             break
         if sys.stdin.isatty() and len(line) > LONGEST_LINE:
@@ -276,15 +278,15 @@ def read_line() -> str | None:
 
 
 def print_unread():
-    """Prints, after an error, how many lines of a pipe were not read. Does not wait for lines that are not written
-    yet."""
+    """Prints how many lines of a pipe were not read when an error ended the conversation. Does not wait for lines that
+    are not yet written to the pipe."""
     if sys.stdin is None or sys.stdin.isatty():
         return
     pipe = sys.stdin.buffer
-    with contextlib.suppress(OSError):  # an object that Python made, without a file descriptor
+    with contextlib.suppress(OSError):  # sys.stdin may be an object without a file descriptor
         os.set_blocking(pipe.fileno(), False)
     n = sum(bool(line.strip()) for line in (pipe.read() or b"").splitlines())
-    at_least = "at least " if pipe.read() is None else ""  # not b"": whoever writes the pipe has not closed it
+    at_least = "at least " if pipe.read() is None else ""  # None: the pipe's writer has not closed the pipe
     with contextlib.suppress(OSError):
         os.set_blocking(pipe.fileno(), True)
     if n:

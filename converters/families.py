@@ -92,7 +92,7 @@ GEMMA = dict(
     hidden_act="gelu_pytorch_tanh",
 )  # fmt: skip
 OLMO = dict(max_position_embeddings=2048, eos_token_id=50279, rms_norm_eps=1e-5)
-OLMO_NORMS = dict(pre_norm=False, post_norm=True, qk_norm=True, qk_norm_all_heads=True)
+OLMO_NORMS = dict(pre_norm=False, post_norm=True, qk_norm=True, qk_norm_across_heads=True)
 GLM = dict(
     max_position_embeddings=131072, head_dim=128, num_key_value_heads=2, attention_bias=True, partial_rotary_factor=0.5,
     rms_norm_eps=1.5625e-7, eos_token_id=[151329, 151336, 151338],
@@ -127,7 +127,7 @@ FAMILIES = {
         sliding_layers="layer_types",
         default_layer_types=sliding_from_max_window_layers,
         needs_use_sliding_window=True,
-        config_overrides=dict(qkv_bias=True, out_bias=False),
+        config_overrides=dict(qkv_bias=True, o_proj_bias=False),
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
@@ -238,14 +238,14 @@ FAMILIES = {
         "glm",
         GLM,
         supported_fields=("partial_rotary_factor",),
-        config_overrides=dict(out_bias=False),
+        config_overrides=dict(o_proj_bias=False),
         interleaved_rope=True,
     ),
     "Glm4ForCausalLM": Family(
         "glm4",
         GLM,
         supported_fields=("partial_rotary_factor",),
-        config_overrides=dict(out_bias=False, post_norm=True),
+        config_overrides=dict(o_proj_bias=False, post_norm=True),
         renames=GLM4_NORMS_TO_CANONICAL,
         interleaved_rope=True,
     ),

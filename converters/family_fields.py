@@ -47,16 +47,16 @@ def granite(hf_config: dict) -> dict:
 
 
 def seed_oss(hf_config: dict) -> dict:
-    return {"out_bias": read_flag(hf_config, "attention_out_bias")}
+    return {"o_proj_bias": read_flag(hf_config, "attention_out_bias")}
 
 
 def ernie(hf_config: dict) -> dict:
     has_bias = read_flag(hf_config, "use_bias")
-    return {"qkv_bias": has_bias, "out_bias": has_bias, "ffn_bias": has_bias}
+    return {"qkv_bias": has_bias, "o_proj_bias": has_bias, "ffn_bias": has_bias}
 
 
 def qwen2_moe(hf_config: dict) -> dict:
-    return {"qkv_bias": read_flag(hf_config, "qkv_bias"), "out_bias": False}
+    return {"qkv_bias": read_flag(hf_config, "qkv_bias"), "o_proj_bias": False}
 
 
 def gpt_oss(hf_config: dict) -> dict:

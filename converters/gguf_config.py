@@ -162,7 +162,7 @@ def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelCon
     config = replace(
         config,
         qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
-        out_bias="blk.0.attn_output.bias" in tensors,
+        o_proj_bias="blk.0.attn_output.bias" in tensors,
         ffn_bias="blk.0.ffn_down.bias" in tensors,
     )
     if ROPE_FACTORS in tensors:

@@ -138,7 +138,7 @@ def read_sizes(hf_config: dict, family: Family) -> dict:
         max_seq_len=required(hf_config, "max_position_embeddings", "model_max_length"),
         norm_eps=hf_config.get("rms_norm_eps", 1e-6),
         qkv_bias=has_attention_bias,
-        out_bias=has_attention_bias,
+        o_proj_bias=has_attention_bias,
         ffn_bias=read_flag(hf_config, "mlp_bias"),
         tie_embeddings=read_flag(hf_config, "tie_word_embeddings"),
     )
@@ -256,7 +256,7 @@ def read_rope(hf_config: dict, family: Family) -> dict:
         if sliding_rope["rope_type"] != "default":
             raise UsageError("config.json: rope_parameters scales RoPE in layers with a sliding window: not supported")
         if sliding_rope["rope_theta"] != theta or scaling is not None:
-            fields["window_rope_theta"] = sliding_rope["rope_theta"]
+            fields["local_rope_theta"] = sliding_rope["rope_theta"]
     rotary_factor = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) or 1
     if rotary_factor != 1:
         fields["rotary_dim"] = int(read_head_dim(hf_config) * rotary_factor)

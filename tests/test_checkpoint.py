@@ -107,8 +107,8 @@ def test_what_is_no_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
     good = {"format": CHECKPOINT_VERSION, "config": {}, "quantization": None, "tensors": {}}
     for content, match in [
-        ([1], "is not a gpt-fast/6 checkpoint"),
-        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/6 checkpoint"),
+        ([1], "is not a gpt-fast/7 checkpoint"),
+        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/7 checkpoint"),
         (good | {"tensors": [1]}, "holds no table of tensors"),
         (good | {"tensors": {"a": 1}}, "holds no table of tensors"),
         (good | {"tensors": {1: torch.ones(1)}, "format": "gpt-fast/1"}, "holds no table of tensors"),
@@ -131,6 +131,7 @@ def test_what_is_no_checkpoint(tmp_path):
 EARLIER_FILES = [*product(["llama3", "llama-bias", "qwen3-moe"], ["gpt-fast/1", "gpt-fast/2", "gpt-fast/3"])]
 EARLIER_FILES += [("gemma2", "gpt-fast/4"), ("smollm3", "gpt-fast/4")]  # whose layers and activations differ
 EARLIER_FILES += [("gemma2", "gpt-fast/5")]  # whose layers have all four norms
+EARLIER_FILES += [*product(["llama-bias", "olmo2", "gemma3"], ["gpt-fast/6"])]  # which have the renamed options
 
 
 @pytest.mark.parametrize("family, format", EARLIER_FILES)

@@ -30,7 +30,7 @@ TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512, norm_eps=2**-16, rope_theta=5e5
 VARIANTS = {
     "plain": {},
     "tied": dict(tie_embeddings=True, rope_scaling=RopeScaling("llama3", 8.0)),
-    "biases": dict(head_dim=32, n_kv_heads=4, qkv_bias=True, out_bias=True, ffn_bias=True),
+    "biases": dict(head_dim=32, n_kv_heads=4, qkv_bias=True, o_proj_bias=True, ffn_bias=True),
 }
 
 

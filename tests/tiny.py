@@ -173,14 +173,20 @@ def call(main, *args):
         main()
 
 
+NAMES_OF_FORMAT_6 = {
+    "o_proj_bias": "out_bias", "qk_norm_across_heads": "qk_norm_all_heads", "local_rope_theta": "window_rope_theta",
+}  # fmt: skip
 NAMES_OF_FORMAT_2 = {"embed_tokens": "tok_embeddings", "lm_head": "output"}
 NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", "down_proj": "w2", "router": "gate"}
 
 
 def write_earlier_format(path: Path, format: str):
-    """Rewrites the checkpoint in path as "gpt-fast/1" ... "gpt-fast/5"."""
+    """Rewrites the checkpoint in path as "gpt-fast/1" ... "gpt-fast/6"."""
     data = torch.load(path, weights_only=True)
-    config = data["config"]
+    config = data["config"] = {NAMES_OF_FORMAT_6.get(name, name): value for name, value in data["config"].items()}
+    if format == "gpt-fast/6":
+        torch.save(data | {"format": format}, path)
+        return
     data["tensors"] = {re.sub(r"\.pre_(\w+_norm)\.", r".\1.", name): t for name, t in data["tensors"].items()}
     if format == "gpt-fast/5":
         torch.save(data | {"format": format}, path)

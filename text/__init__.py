@@ -1,6 +1,6 @@
-"""Text to tokens and back. Each file imports from those above it alone.
+"""Text to tokens and back. Each file imports only from the files above it in this list.
 
     chat_template.py      a chat's messages to one text
-    tokenizer_files.py    the files that a tokenizer consists of
-    tokenizer.py          Tokenizer: encode, decode, chats; text from tokens as they arrive
+    tokenizer_files.py    reads the files of a checkpoint's tokenizer
+    tokenizer.py          Tokenizer: encode, decode, encode_chat; text from tokens as they arrive
 """

@@ -1,8 +1,9 @@
-"""Chat templates: programs in a checkpoint that render a conversation as the text that the model was trained on.
+"""Chat templates. A checkpoint's template renders a conversation as a text in the form on which the model was trained.
 
     render(template, {"eos_token": "</s>"}, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-A template is in jinja2's language and may come from anyone. So it runs in a sandbox with limited time and memory.
+A template is a program in jinja2's language, and anyone may have written it. So render runs the template in a sandbox
+with limited time and memory. tokenizer.py: Tokenizer calls render.
 """
 
 import contextlib
@@ -32,13 +33,13 @@ LLAMA2_TEMPLATE = """
 {%- endif -%}
 {%- endfor -%}"""
 ROLES = ("system", "user", "assistant")
-MAX_SECONDS = 10  # time for one template
-MAX_REPEATED = 10**6  # characters or list items that one multiplication may make
+MAX_SECONDS = 10  # to render one conversation
+MAX_REPEATED = 10**6  # characters or list items that one multiplication in a template may make
 
 
 def render(template: str, names: dict[str, str], messages: list[dict], add_generation_prompt: bool) -> str:
-    """Renders messages by template, which gets the variables and functions that transformers provides. names: special
-    tokens by name, such as bos_token."""
+    """Renders messages by template. The template gets the variables and functions that transformers provides. names:
+    the texts of special tokens by name, such as bos_token."""
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         with time_limit(MAX_SECONDS):
@@ -51,9 +52,9 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
 
 
 def read_message(message) -> dict:
-    """Checks a message from any source, and returns it as templates take it: {"role": ..., "content": text}. As in
-    OpenAI's API, the content may be a list of parts {"type": "text", "text": ...}, and developer is another word for
-    system."""
+    """Checks a message, which may come from anywhere. Returns the message as templates expect it: {"role": ...,
+    "content": text}. As in OpenAI's API, content may be a list of parts {"type": "text", "text": ...}, and the role
+    "developer" means "system"."""
     try:
         role, content = message["role"], message["content"]
         if isinstance(content, list):
@@ -68,17 +69,16 @@ def read_message(message) -> dict:
 
 
 def check_unicode(text: str):
-    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair: UTF-8 cannot encode such a
-    text."""
+    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair, which UTF-8 cannot encode."""
     text.encode()
 
 
 @cache
 def compile_template(template: str) -> Template:
-    # {% generation %} marks the model's words for training. Here {% with %}, which only opens a scope, replaces it.
+    # {% generation %} marks the model's words for training. {% with %}, which only opens a scope, replaces that tag.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # The time limit cannot interrupt a single power or product, which can take all time or memory.
+    # The time limit cannot interrupt a single power or product, and one of them can use all time or memory.
     env.intercepted_binops = frozenset({"**", "*"})
     env.binop_table |= {"**": refuse_power, "*": multiply}
     env.filters["tojson"] = to_json
@@ -95,7 +95,7 @@ def strftime_now(form: str) -> str:
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Replaces jinja's own filter, which escapes HTML."""
+    """The filter tojson. jinja's own escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -115,8 +115,8 @@ def multiply(a, b):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TemplateError if the context takes longer than seconds. Works only in the main thread, since no other
-    thread receives signals."""
+    """Raises TemplateError if this context takes longer than seconds. There is no limit in threads other than the main
+    thread, since only the main thread receives signals."""
 
     def stop(signum, frame):
         raise TemplateError(f"it takes more than {seconds} s")

@@ -4,8 +4,11 @@
     tokenizer.decode(tokenizer.encode("Hello"))
     tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
 
-Special tokens that are written in a text to continue ("<|im_start|>") are special tokens, as in transformers and
-llama.cpp. In a conversation's messages they stay text: there only the chat template writes special tokens.
+Read Tokenizer first, then IncrementalDetokenizer, which decodes tokens as they arrive. The subclasses for the two
+libraries are at the end.
+
+"<|im_start|>" in a text to continue is the special token of that name, as in transformers and llama.cpp. In the
+messages of a conversation "<|im_start|>" is plain text: only the chat template writes special tokens there.
 """
 
 import codecs
@@ -26,60 +29,64 @@ from text.tokenizer_files import (
     read_vocab_and_merges,
 )
 
-SENTINEL = str(secrets.randbits(128))  # occurs in no text; no filter of a template changes digits
+# A mark in text that is not to be read as a special token. A random number occurs in no user's text. The mark consists
+# of digits, since a template's filters, such as upper, change no digits.
+SENTINEL = str(secrets.randbits(128))
 MATCHES_NOTHING = "(?!)"  # a regular expression
-SAMPLE_LENGTH = 16  # exceeds encodes so many characters for each token that a text may have
+SAMPLE_LENGTH = 16  # the method exceeds encodes 16 characters for each token that a text may have
 
 Part = str | int  # a piece of a prompt: text, or the id of a special token
 
 
 class Tokenizer:
-    """Defines the interface to both libraries. A subclass sets the fields below, and implements encode_parts and
+    """The interface to both libraries. A subclass sets the fields below, and implements encode_parts and
     token_bytes."""
 
     vocab_size: int  # one more than the largest id
-    bos_ids: list[int]  # the ids that every text begins with: bos, or none
-    special_token_ids: dict[str, int]  # by the special token's text
-    added_token_ids: dict[str, int] = {}  # by text: added tokens that are not special and that the library lacks
-    drops_space: bool  # whether the first token of a text begins with a space that the library has added
+    bos_ids: list[int]  # the ids with which every text begins: bos_token, or none
+    special_token_ids: dict[str, int]  # a special token's text -> its id
+    added_token_ids: dict[str, int] = {}  # text -> id of added tokens that are not special and that the library lacks
+    drops_space: bool  # whether the library puts a space before a text, which decoding drops
 
     def __init__(self, config: TokenizerConfig):
         self.special_tokens_map, self.chat_template = config.special_tokens_map, config.chat_template
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Encodes a text to continue, in which special tokens may be written. If the checkpoint has a
-        beginning-of-sequence token and bos is True, the ids begin with that token; a text that begins with the token
-        gets no second one. The ids never end with an end-of-sequence token, even if the tokenizer's settings append
-        one."""
+        """Encodes a text to continue. Special tokens that are written in text become special tokens.
+
+        With bos, the ids begin with bos_ids, which is empty for checkpoints without a bos token. A text that begins
+        with the bos token gets no second one. No eos token is appended, even if the tokenizer's settings say so."""
         ids = self.encode_parts(self.split_at_special_tokens(text))
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return self.bos_ids + ids if bos and not has_bos else ids
 
     def exceeds(self, text: str, n_tokens: int) -> bool:
-        """Tells whether text certainly has more than n_tokens tokens. To encode 100 MB would take minutes, so only the
-        beginning of text is encoded. The rest of text can change the last tokens of the beginning, but not half of
-        them."""
+        """Returns whether text certainly has more than n_tokens tokens. Encoding 100 MB would take minutes, so this
+        method encodes only the beginning of text. The text after the beginning can change the beginning's last tokens,
+        but not half of all its tokens. So the beginning must have twice n_tokens."""
         if len(text) <= SAMPLE_LENGTH * n_tokens:
             return False
-        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow white space to its left
+        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow the white space before it
         return len(self.encode(beginning)) > 2 * n_tokens
 
     def decode(self, ids: Iterable[int], prefix_ids: Iterable[int] = ()) -> str:
-        """Returns the text of ids. Special tokens have no text; bytes that are not valid UTF-8 become U+FFFD.
+        """Returns the text of ids. Special tokens have no text. Bytes that are not valid UTF-8 become U+FFFD.
 
-        prefix_ids: the ids that precede ids. If any of prefix_ids has text, the leading space of the first id is kept.
-        At the start of a text the space is dropped."""
+        prefix_ids: the ids that precede ids. A tokenizer with drops_space drops the first id's leading space at the
+        start of a text, but not after prefix_ids that have text."""
         return "".join(detokenize(self, ids, prefix_ids))
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Encodes a conversation [{"role": "system" | "user" | "assistant", "content": text}], as the checkpoint's chat
-        template renders it. Special tokens that are written in a message stay text. Raises UsageError if the checkpoint
-        has no template, or if the template fails."""
+        """Encodes a conversation [{"role": "system" | "user" | "assistant", "content": text}] by the checkpoint's chat
+        template. Special tokens that are written in a message stay text. Raises UsageError if the checkpoint has no
+        template, or if the template fails.
+
+        add_generation_prompt: whether the ids end with the beginning of an assistant's message."""
         marked = [message | {"content": self.escape_special_tokens(message["content"])} for message in messages]
         return self.encode_parts(self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt)))
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        """Renders a conversation as a text, in which the template's special tokens are written."""
+        """Renders a conversation as a text that contains the texts of the template's special tokens."""
         template, names = self.chat_template, self.special_tokens_map
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
@@ -89,7 +96,7 @@ class Tokenizer:
         return render(template, names, messages, add_generation_prompt)
 
     def eos_ids(self) -> list[int]:
-        """Returns the tokens that end a text: eos_token, and what the chat template puts after an assistant's
+        """Returns the tokens that end a text: eos_token, and the token that the chat template puts after an assistant's
         message."""
         ends = [self.special_token_ids.get(self.special_tokens_map.get("eos_token")), self.end_of_turn()]
         return [i for i in ends if i is not None]
@@ -108,9 +115,9 @@ class Tokenizer:
         return parts[1] if follows_directly else None
 
     def drop_special_tokens(self, n_tokens: int):
-        """Makes special tokens, and added_token_ids, into text if their ids are n_tokens or more. Does nothing if other
-        tokens have such ids, too. Gemma 3's tokenizer has such a token, for images, and the smallest Gemma 3 has no
-        embedding for that token."""
+        """Drops special and added tokens whose ids are n_tokens or more: their texts become plain text. Does nothing if
+        other tokens have such ids, too. Gemma 3's tokenizer has such a token, for images, for which the smallest Gemma
+        3 has no embedding."""
         droppable = {*self.special_token_ids.values(), *self.added_token_ids.values()}
         if all(i in droppable for i in range(n_tokens, self.vocab_size)):
             self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
@@ -118,39 +125,39 @@ class Tokenizer:
             self.vocab_size = min(self.vocab_size, n_tokens)
 
     def escape_special_tokens(self, text: str) -> str:
-        """Inserts SENTINEL after the first character of everything that looks like a special token, so that
-        split_at_special_tokens leaves it as text."""
+        """Inserts SENTINEL after the first character of everything in text that looks like a special token. So
+        split_at_special_tokens finds no special token in text."""
         starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special_token_ids)
         return re.sub(starts or MATCHES_NOTHING, rf"\g<0>{SENTINEL}", text)
 
     def split_at_special_tokens(self, text: str) -> list[Part]:
-        """Splits text at the special tokens in it, which become ids, and removes every SENTINEL."""
+        """Splits text at its special tokens, which become ids. Removes every SENTINEL."""
         return split_at(text, self.special_token_ids)
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
-        """Encodes the parts of one prompt. A part that is text stays text, whatever it looks like."""
+        """Encodes the parts of one prompt. What looks like a special token within a text part stays text."""
         raise NotImplementedError
 
     def token_bytes(self, i: int) -> bytes:
-        """Returns the UTF-8 of token i, which may end within a character. Returns b"" for a special token and for an
-        unknown id."""
+        """Returns the UTF-8 bytes of token i, which may end within a character. Returns b"" for a special token and for
+        an unknown id."""
         raise NotImplementedError
 
 
 def split_at(text: str, ids: dict[str, int]) -> list[Part]:
-    """Splits text at the tokens in it, which become ids, and removes every SENTINEL. ids: by the token's text."""
+    """Splits text at tokens, which become ids. Removes every SENTINEL. ids: a token's text -> its id."""
     longest_first = sorted(ids, key=len, reverse=True)
     pieces = "|".join(map(re.escape, longest_first))
     parts: list[Part] = []
     for number, fragment in enumerate(re.split(f"({pieces or MATCHES_NOTHING})(?!{SENTINEL})", text)):
-        is_text = number % 2 == 0  # text, token, text, token ... text
+        is_text = number % 2 == 0  # re.split returns text, token, text, token ... text
         parts.append(fragment.replace(SENTINEL, "") if is_text else ids[fragment])
     return parts
 
 
 class IncrementalDetokenizer:
-    """Decodes ids as they arrive, whole characters only. The pieces join to tokenizer.decode(ids, prefix_ids), up to
-    the first stop string."""
+    """Decodes ids as they arrive. A piece of text consists of whole characters. The pieces join to
+    tokenizer.decode(ids, prefix_ids), up to the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prefix_ids: Iterable[int] = (), stop: Iterable[str] = ()):
         self.tokenizer, self.stop_finder = tokenizer, StopStringFinder(stop)
@@ -158,7 +165,7 @@ class IncrementalDetokenizer:
         self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in prefix_ids)
 
     def push(self, i: int) -> str:
-        """Returns the text that id i completes. Returns "" if the text ends within a character, or perhaps within a
+        """Returns the text that id i completes. Holds back an incomplete character, and what may be the beginning of a
         stop string."""
         data = self.tokenizer.token_bytes(i)
         if self.at_start and data:
@@ -167,7 +174,7 @@ class IncrementalDetokenizer:
         return self.stop_finder.push(self.utf8.decode(data))
 
     def end(self) -> str:
-        """Returns the text that was held back. Call it after the last id. U+FFFD stands for an incomplete character."""
+        """Returns the text that was held back, with U+FFFD for an incomplete character. The caller has no more ids."""
         return self.stop_finder.push(self.utf8.decode(b"", final=True)) + self.stop_finder.end()
 
     @property
@@ -176,7 +183,7 @@ class IncrementalDetokenizer:
 
 
 def detokenize(tokenizer: Tokenizer, ids: Iterable[int], prefix_ids: Iterable[int] = ()) -> Iterator[str]:
-    """Yields tokenizer.decode(ids, prefix_ids) in pieces, as the ids arrive."""
+    """Yields the pieces of tokenizer.decode(ids, prefix_ids) as the ids arrive."""
     detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids)
     for i in ids:
         piece = detokenizer.push(i)
@@ -196,13 +203,13 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
 
 
 class StopStringFinder:
-    """Ends a text that arrives in pieces before the first stop string. Holds back the end of the text while it may be
-    the beginning of a stop string."""
+    """Cuts a text that arrives in pieces before the first stop string. Holds back the end of the text as long as that
+    end may be the beginning of a stop string."""
 
     def __init__(self, stop: Iterable[str]):
         self.stop = tuple(stop)
-        self.held = ""  # the end of the text, which may be the beginning of a stop string
-        self.found = False
+        self.held = ""  # the end of the text that is held back
+        self.found = False  # whether a stop string has come
 
     def push(self, piece: str) -> str:
         """Returns the text that certainly comes before any stop string."""
@@ -220,7 +227,7 @@ class StopStringFinder:
         return text[:n_known]
 
     def end(self) -> str:
-        """Returns the text that was held back. Call it after the last piece."""
+        """Returns the text that was held back. The caller has no more pieces."""
         rest, self.held = self.held, ""
         return rest
 
@@ -248,13 +255,13 @@ class JsonTokenizer(Tokenizer):
         super().__init__(config)
         self.library = library
         added = config.merge_added_tokens(library.get_added_tokens_decoder())
-        library.add_tokens(list(added.values()))  # one that the library knows gets other flags
+        library.add_tokens(list(added.values()))  # a token that the library has already gets the flags of added
         library.add_tokens(config.missing_special_tokens(added))
         self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
         self.add_placeholders()
-        example = self.library.encode("a")  # with the special tokens that the post-processor puts before a text
+        example = self.library.encode("a")  # begins with the special tokens that the post-processor puts before a text
         n_bos = (example.special_tokens_mask + [0]).index(0)
         self.bos_ids = example.ids[:n_bos]
         words = ("a", "▁a")
@@ -263,9 +270,8 @@ class JsonTokenizer(Tokenizer):
         self.byte_of = byte_level_alphabet()
 
     def add_placeholders(self):
-        """Makes the library treat special tokens in a text as text, and adds a placeholder token for each special
-        token. So encode_parts can join text and special tokens to one string, which the library then encodes as a
-        whole."""
+        """Adds a placeholder token for each special token, and makes the library read the special tokens themselves as
+        text. So encode_parts can join text and placeholders to one string, which the library encodes as a whole."""
         self.library.encode_special_tokens = True
         self.placeholder = {i: f"<{SENTINEL}:{i}>" for i in self.special_tokens}
         placeholders = []
@@ -288,7 +294,7 @@ class JsonTokenizer(Tokenizer):
             return bytes(self.byte_of[character] for character in piece)
         if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
-        # The decoder may drop a space at the start of a text, so decode the piece after an "a".
+        # The decoder may drop a space at the start of a text. So decode "a" and the piece, and cut off the "a".
         return self.decode_pieces(["a", piece])[1:].encode()
 
     def decode_pieces(self, pieces: list[str]) -> str:
@@ -296,8 +302,8 @@ class JsonTokenizer(Tokenizer):
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """Returns the byte that each character of a byte-level piece stands for, as in GPT-2. A byte that is a printable
-    character stands for itself. The other bytes are written, in order, as U+0100, U+0101 ..."""
+    """Returns the byte for each character of a byte-level piece, as in GPT-2. A byte that is a printable character is
+    written as that character. The other bytes are written, in order, as U+0100, U+0101 ..."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     printing = [byte for byte in range(256) if chr(byte) in alphabet]
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
@@ -308,7 +314,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    ANCHOR = "\ue000"  # a character that no piece contains: its ids do not depend on the next character
+    ANCHOR = "\ue000"  # no piece contains this character, so the next character does not change its ids
 
     def __init__(self, path: Path, config: TokenizerConfig):
         super().__init__(config)
@@ -339,10 +345,13 @@ class SentencePieceTokenizer(Tokenizer):
         self.legacy = config.fields.get("legacy", True)
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
-        """Encodes the parts one by one. Sentencepiece puts a space before every text that it encodes. That is right for
-        the first part. In tokenizers with the setting "legacy" it is also right for other parts that do not begin with
-        a space. For the rest, ANCHOR is put before the part, so that the space goes before ANCHOR, and the ids of space
-        and ANCHOR are cut off."""
+        """Encodes the parts one by one. Sentencepiece puts a space before every text that it encodes:
+
+            a first part                                                  the space is right
+            a later part, "legacy" is set, no space at the beginning      the space is right
+            any other later part                                          the space is wrong
+
+        If the space is wrong, this method encodes ANCHOR + part, and cuts off the ids of space and ANCHOR."""
         parts = self.swallow_spaces([piece for part in parts for piece in self.split_at_added_tokens(part)])
         n_anchor, ids = len(self.library.encode(self.ANCHOR)), []
         for number, part in enumerate(parts):
@@ -355,11 +364,11 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def split_at_added_tokens(self, part: Part) -> list[Part]:
-        """Splits a text at added tokens that are not special. Such tokens count in every text."""
+        """Splits a text at added tokens that are not special. Even in a chat's messages such tokens are tokens."""
         return split_at(part, self.added_token_ids) if isinstance(part, str) else [part]
 
     def swallow_spaces(self, parts: list[Part]) -> list[Part]:
-        """Cuts white space beside added tokens: to the left of those with lstrip, to the right of those with rstrip."""
+        """Cuts the white space before added tokens with lstrip, and after added tokens with rstrip."""
         for k, text in enumerate(parts):
             if isinstance(text, str):
                 if k > 0 and parts[k - 1] in self.ids_with_rstrip:

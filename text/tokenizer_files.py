@@ -3,8 +3,9 @@
     config = read_tokenizer_config(Path("checkpoints/SmolLM2-135M-Instruct"))
     library = read_tokenizer_json(Path("checkpoints/SmolLM2-135M-Instruct/tokenizer.json"))
 
-A tokenizer is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. What the other
-files say of special and added tokens is put together as in transformers.
+The tokenizer itself is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. The other
+files describe special tokens, added tokens and the chat template. TokenizerConfig holds what the other files say. Where
+the files disagree, the same file wins as in transformers.
 """
 
 import contextlib
@@ -21,21 +22,21 @@ from errors import UsageError
 from files import read_json
 from text.chat_template import check_unicode
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each is a tokenizer; the first file found counts
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first of these files that is there counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")  # fmt: skip
 # Special tokens without an id get new ids in this order.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first field found counts
+UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first of these fields that is there counts
 TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 
-# The pattern by which Qwen2 cuts a text before byte-level BPE
+# Qwen2 cuts a text by this pattern before byte-level BPE.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer_class -> the special tokens of that class, if the files name none. These are the classes that vocab.json and
-# merges.txt define.
+# tokenizer_class -> the special tokens, if the files name none. Other classes are not read from vocab.json with
+# merges.txt.
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_CLASSES = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
@@ -45,18 +46,18 @@ VOCAB_CLASSES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Holds what the files beside the tokenizer say. Any of these files may be missing."""
+    """What the files beside the tokenizer say. Any of these files may be missing."""
 
-    fields: dict  # of tokenizer_config.json, overridden by special_tokens_map.json
+    fields: dict  # of tokenizer_config.json; fields of special_tokens_map.json may override them
     special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
-    special_tokens: list[AddedToken]  # the tokens of special_tokens_map, then tokens without a name
+    special_tokens: list[AddedToken]  # the tokens of special_tokens_map, then the special tokens without a name
     added_tokens: dict[int, AddedToken]  # by id
-    overrides_tokenizer: bool  # whether added_tokens override tokenizer.json's
+    overrides_tokenizer: bool  # whether added_tokens override the added tokens in tokenizer.json
     chat_template: str | None
 
     def merge_added_tokens(self, own: dict[int, AddedToken]) -> dict[int, AddedToken]:
-        """Returns all added tokens by id. own: the added tokens in tokenizer.json. A token that has a name is
-        special."""
+        """Returns all added tokens by id. own: the added tokens in tokenizer.json. A token with a name, such as
+        bos_token, is special."""
         table = own | self.added_tokens if self.overrides_tokenizer else self.added_tokens | own
         for token in table.values():
             token.special = token.special or token.content in self.special_tokens_map.values()
@@ -70,8 +71,8 @@ class TokenizerConfig:
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Reads the files beside the tokenizer in folder. As in transformers, special_tokens_map.json and added_tokens.json
-    count only if tokenizer_config.json has no added_tokens_decoder. A token in added_tokens.json is special if another
-    file names it."""
+    count only if tokenizer_config.json has no added_tokens_decoder. A token in added_tokens.json is special if it is
+    among the special tokens of the other files."""
     path = folder / "tokenizer_config.json"
     fields = read_fields(path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -97,13 +98,13 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 
 
 def read_fields(path: Path) -> dict:
-    """Reads the fields of a JSON file, and makes special tokens into AddedTokens. Returns {} if there is no file."""
+    """Reads the fields of a JSON file, and turns special tokens into AddedTokens. Returns {} if path does not exist."""
     fields = read_json(path, {})
     with refuse_broken(path):
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
                 fields[key] = make_added_token(value, special=True)
-            elif key in UNNAMED_TOKENS and isinstance(value, dict):  # a dict names its tokens
+            elif key in UNNAMED_TOKENS and isinstance(value, dict):  # name -> token
                 fields[key] = {name: make_added_token(token, special=True) for name, token in value.items()}
             elif key in UNNAMED_TOKENS and value:
                 fields[key] = [make_added_token(token, special=True) for token in value]
@@ -112,7 +113,7 @@ def read_fields(path: Path) -> dict:
 
 @contextlib.contextmanager
 def refuse_broken(path: Path) -> Iterator[None]:
-    """Raises UsageError if the context fails on the contents of path."""
+    """Raises UsageError if this context fails on the contents of path."""
     try:
         yield
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
@@ -120,17 +121,17 @@ def refuse_broken(path: Path) -> Iterator[None]:
 
 
 def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Returns the special tokens in fields: those that have a name, by name, and the others."""
+    """Returns the special tokens in fields: those with a name, as a dict, and those without."""
     named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
     unnamed = next((fields[key] for key in UNNAMED_TOKENS if fields.get(key)), [])
     if isinstance(unnamed, dict):
         named, unnamed = named | unnamed, []
-    order = [*(name for name in SPECIAL_TOKEN_NAMES if name in named), *named]  # a dict keeps the first place
+    order = [*(name for name in SPECIAL_TOKEN_NAMES if name in named), *named]  # a repeated key keeps its first place
     return {name: named[name] for name in order}, unnamed
 
 
 def make_added_token(token: str | dict, special: bool | None = None) -> AddedToken:
-    """special: None leaves it to the token."""
+    """Makes an AddedToken of a token in JSON: a text, or a dict with flags. special: overrides the dict's flag."""
     token = {"content": token} if isinstance(token, str) else token
     if not token["content"]:
         raise ValueError("a token without text")
@@ -152,7 +153,7 @@ def read_chat_template(folder: Path, fields: dict) -> str | None:
         if path.is_file():
             return path.read_text(encoding="utf-8")
     template = fields.get("chat_template")
-    if isinstance(template, list):  # several templates, each with a name
+    if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
         with refuse_broken(folder / "tokenizer_config.json"):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
@@ -176,8 +177,8 @@ def tokenizer_class(fields: dict) -> str:
 
 
 def read_vocab_and_merges(folder: Path, fields: dict) -> tokenizers.Tokenizer:
-    """Makes a byte-level BPE tokenizer without tokenizer.json. vocab.json and merges.txt do not say how a text is cut
-    before BPE, so the class must be known."""
+    """Makes a byte-level BPE tokenizer of vocab.json and merges.txt. These files do not say how a text is cut before
+    BPE, so tokenizer_class in fields must be one of VOCAB_CLASSES."""
     kind = tokenizer_class(fields)
     if kind not in VOCAB_CLASSES or not (folder / "merges.txt").is_file():
         raise UsageError(

@@ -29,7 +29,7 @@ from scripts.benchmarking.speed import find_config, save_random_checkpoint
 OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
 THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama.cpp's numbers of file types
 LLAMA_OPTIONS = (  # the options of ModelConfig that llama.cpp's architecture "llama" has
-    "norm_eps", "qkv_bias", "out_bias", "ffn_bias", "tie_embeddings", "sliding_window", "rope_theta", "rope_scaling",
+    "norm_eps", "qkv_bias", "o_proj_bias", "ffn_bias", "tie_embeddings", "sliding_window", "rope_theta", "rope_scaling",
     "bos_id", "eos_ids",
 )  # fmt: skip
 
