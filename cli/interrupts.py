@@ -1,6 +1,14 @@
-"""Decides what Ctrl-C does in a script. While the script imports modules, Ctrl-C ends the process at once, since every
-script calls exit_on_interrupt before it imports torch. In the script's main, Ctrl-C raises KeyboardInterrupt
-(script.py), so that a file that is being written can be removed first. This module must not import torch."""
+"""Decides what Ctrl-C does in a script. Every script begins with these lines, before imports that take seconds:
+
+    if __name__ == "__main__":
+        sys.path.insert(0, ...)  # the project's folder, which Python leaves out for scripts/*.py and with python -I
+        from cli.interrupts import exit_on_interrupt
+
+        exit_on_interrupt()
+
+So Ctrl-C ends the process at once while the script imports modules. In the script's main, Ctrl-C raises
+KeyboardInterrupt (script.py), so that a file that is being written can be removed first. This module must not import
+torch."""
 
 import contextlib
 import os

@@ -32,7 +32,7 @@ class Family:
     experts_bias: bool = False  # the router and the experts have biases
 
     # Everything else that changes the maths
-    supported_fields: tuple[str, ...] = ()  # fields of hf_config.py: HF_NEUTRAL_VALUES that may have any value
+    handled_fields: tuple[str, ...] = ()  # fields of hf_config.py: HF_NEUTRAL_VALUES that may have any value
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig that the whole family shares
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 

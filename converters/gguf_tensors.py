@@ -150,8 +150,8 @@ def split_tensor(
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_CANONICAL | architecture.names
     if module == "attn_qkv":
-        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        parts = zip(QKV, np.split(tensor.data, [q, q + kv]), strict=True)
+        starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
+        parts = zip(QKV, np.split(tensor.data, starts), strict=True)
     elif module == "ffn_up" and architecture.ffn_up_has_gate:
         parts = zip(GATE_UP, np.array_split(tensor.data, 2), strict=True)
     elif module in names:

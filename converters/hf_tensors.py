@@ -133,9 +133,9 @@ def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
 
 def split_fused(tensors: HFTensors, config: ModelConfig):
     """Splits qkv_proj and gate_up_proj, which Phi-3 stores."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
-        for projection, part in zip("qkv", tensor.tensor_split([q, q + kv]), strict=True):
+        for projection, part in zip("qkv", tensor.tensor_split(starts), strict=True):
             tensors[f"{prefix}.{projection}_proj.{kind}"] = part
     for tensor, (prefix,) in pop_matches(tensors, r"(.*\.mlp)\.gate_up_proj\.weight"):
         tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = tensor.tensor_split(2)

@@ -238,7 +238,7 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
         n_experts, *shape = shape
     n_rows, *n_columns = shape
     if module == "attention.qkv_proj":
-        rows = [n_heads * config.head_dim for n_heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        rows = [config.q_dim, config.kv_dim, config.kv_dim]
     elif module == "feed_forward.router" and config.moe.n_shared_experts:
         modules, rows = [*modules, "mlp.shared_expert_gate"], [config.moe.n_experts, 1]
     else:

@@ -41,7 +41,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
+    exit_on_interrupt()
 
 import torch
 from tqdm import tqdm

@@ -60,7 +60,7 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
 
 
 def check_comparable(config: ModelConfig):
-    widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
+    widths = config.dim, config.ffn_dim, config.q_dim
     if any(width % 32 for width in widths):
         raise UsageError("only models of widths that are multiples of 32 can be compared")
     if config.max_seq_len < PREFILL:

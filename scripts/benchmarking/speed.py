@@ -245,10 +245,9 @@ def measure_verify(model: Transformer, compile: bool) -> float:
 def prefill_flops(config: ModelConfig, n: int) -> int:
     """Returns the floating-point operations that n prompt tokens need: every layer's matrices (of a mixture the active
     experts), both products of attention over the tokens that each token attends to, and the head once."""
-    q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
-    matrices = config.dim * (2 * q_width + 2 * kv_width + n_experts + 3 * config.ffn_dim * top_k)
-    attention = 2 * q_width * sum(config.mean_attended_tokens(position + 1) for position in range(n))
+    matrices = config.dim * (2 * config.q_dim + 2 * config.kv_dim + n_experts + 3 * config.ffn_dim * top_k)
+    attention = 2 * config.q_dim * sum(config.mean_attended_tokens(position + 1) for position in range(n))
     return 2 * (config.n_layers * (n * matrices + attention) + config.dim * config.vocab_size)
 
 

@@ -45,9 +45,9 @@ from scripts.kernel_checks.exact_results import (
     make_norm,
     matrix_and_bias,
     pytorch_error,
-    rounding_error,
     softcap_error,
     stored_error,
+    triton_rounding_error,
     use_triton,
     with_residual,
 )
@@ -223,10 +223,10 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     use_triton(w)
     ours = w.dequantized_weight(dtype)
     case = f"{format_label(format)} {n}x{k}"
-    yield Comparison("dequantize", case, ours, exact, rounding_error(exact, dtype))
+    yield Comparison("dequantize", case, ours, exact, triton_rounding_error(exact, dtype))
     tokens, scale = torch.randint(n, (3, 4)), 1.7
     rows = exact[tokens]
-    error = scale * rounding_error(rows, dtype) + rounding_error(2 * scale * rows, dtype)
+    error = scale * triton_rounding_error(rows, dtype) + triton_rounding_error(2 * scale * rows, dtype)
     yield Comparison("embed", case, kernels.embed(tokens, w, scale, dtype), scale * rows.double(), error)
 
 

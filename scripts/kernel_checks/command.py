@@ -18,13 +18,13 @@ from functools import partial
 import torch
 
 import kernels
+from cli import options
 from config import ModelConfig, MoEConfig
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from errors import UsageError
 from kernels.formats import Int8
 from llm import generate
-from machine import pick_device
 from model import KVCache
 from scripts.benchmarking.speed import random_model
 from scripts.kernel_checks import error_bounds as bounds
@@ -69,7 +69,7 @@ class CheckResult:
 
 def check(args: argparse.Namespace):
     """Every Triton kernel against plain PyTorch, over odd and real sizes, in one type."""
-    device, dtype = pick_device(args.device), getattr(torch, args.precision)
+    device, dtype = options.device_and_dtype(args)
     if not kernels.load_triton_kernels(device):
         raise UsageError("Triton does not run here, so there is nothing to check")
     sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)

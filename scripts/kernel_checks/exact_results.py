@@ -52,7 +52,7 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and is_interpreted() else dtype
 
 
-def rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def triton_rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the rounding error of a result y in dtype. Triton's interpreter does not round to bfloat16, but cuts."""
     return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
@@ -172,7 +172,7 @@ def with_residual(y: torch.Tensor, error: torch.Tensor, residual: torch.Tensor) 
 
 def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the error of a result that is off by no more than error and then stored in dtype."""
-    return error + rounding_error(y.abs() + error, dtype)
+    return error + triton_rounding_error(y.abs() + error, dtype)
 
 
 def glu_with_error(
@@ -202,7 +202,7 @@ def exact_stored_glu(
     if not fused:
         error = stored_error(gate_up, error, dtype)
     y, error = glu_with_error(gate_up, error, activation)
-    return y, error + rounding_error(y.abs() + error, dtype) * (1 if fused else 4)
+    return y, error + triton_rounding_error(y.abs() + error, dtype) * (1 if fused else 4)
 
 
 def softcap_error(softcap: float) -> float:
@@ -270,7 +270,7 @@ def exact_attention(
     relative = torch.expm1(2 * score_error) + 2 * (S + 32) * U32 + bounds.U[factor]
     tiny = torch.finfo(torch.float32).tiny  # below it, a weight may become zero
     error = torch.einsum("btghs,bgsd->btghd", relative * p + tiny, v_all.abs()).flatten(2)
-    return y, error + rounding_error(y.abs() + error, qkv.dtype)
+    return y, error + triton_rounding_error(y.abs() + error, qkv.dtype)
 
 
 def exact_cache(
