@@ -1,5 +1,5 @@
-"""Lists the families: FAMILIES has one row for each architecture. A row may name functions for what no column can say:
-functions that read config.json are in family_fields.py, functions that change tensors in family_tensors.py.
+"""Lists the families: FAMILIES has one row for each architecture. Some columns of a row are functions. Functions that
+read config.json are in family_fields.py, functions that change tensors in family_tensors.py.
 
     config = config_from_hf(json.load(open("config.json")))
 
@@ -42,20 +42,20 @@ from converters.family_tensors import (
 from converters.hf_config import (
     all_sliding,
     full_attention_every,
-    in_config_json,
     read_hf_config,
     sliding_below_max_window_layers,
     sliding_from_max_window_layers,
     unsupported_part,
+    with_hf_names,
 )
 from errors import UsageError, convert_type_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
-    """Reads Hugging Face's config.json (hf_config), in the old spelling (rope_theta, rope_scaling) or the new spelling
-    (rope_parameters).
+    """Returns the config that hf_config describes: the contents of Hugging Face's config.json, with the old fields of
+    RoPE (rope_theta, rope_scaling) or the new one (rope_parameters).
 
-    generation: generation_config.json, which may name more end tokens."""
+    generation: the contents of generation_config.json, which may name more end tokens."""
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
@@ -64,12 +64,13 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
         try:
             return read_hf_config(hf_config, generation, family)
         except UsageError as e:
-            raise UsageError(in_config_json(str(e), hf_config, family)) from None
+            raise UsageError(with_hf_names(str(e), hf_config, family)) from None
 
 
 def find_family(hf_config: dict) -> Family:
-    """Finds the family by model_type, as transformers does, which ignores architectures. But an unknown architecture is
-    refused if the folder has code for it (auto_map): the code may differ from what model_type says, such as "llama"."""
+    """Finds the family by model_type, as transformers does; transformers ignores "architectures". An unknown
+    architecture is refused if the folder has code for it (auto_map): such code may change the maths, although
+    model_type is "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
@@ -307,7 +308,7 @@ FAMILIES = {
         split_experts=split_dbrx_experts,
         layer_norm=True,
     ),
-    "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 7B, the first one
+    "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 1, 7B
     "BaichuanForCausalLM": BAICHUAN,
 }  # fmt: skip
 MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}

@@ -1,6 +1,6 @@
-"""Reads fields that only one family's config.json has: functions for the rows of families.py: FAMILIES.
+"""Reads fields of config.json that only one family has. families.py: FAMILIES lists these functions.
 
-A function for Family.read_overrides is named after its family, and returns fields of ModelConfig.
+A function for Family.read_overrides has the family's name, and returns fields of ModelConfig.
 """
 
 from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
@@ -90,7 +90,7 @@ def baichuan(hf_config: dict) -> dict:
 
 
 def dbrx(hf_config: dict) -> dict:
-    if hf_config.get("tie_word_embeddings"):  # conversion changes the embedding, and must not change the head
+    if hf_config.get("tie_word_embeddings"):  # conversion centers the embedding, but the head must not change
         raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
     return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
 
@@ -103,7 +103,7 @@ def gemma3_layer_types(hf_config: dict) -> list[str]:
 
 
 def smollm3_layer_types(hf_config: dict) -> list[str]:
-    """Gives the window to the layers without RoPE."""
+    """Returns a window for exactly the layers that have no RoPE."""
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
 
 
@@ -128,7 +128,7 @@ def rename_dbrx(hf_config: dict) -> dict:
     attention = hf_config.get("attn_config") or {}
     ffn = hf_config.get("ffn_config") or {}
     rope = hf_config.get("rope_parameters") or {}
-    if "rope_theta" in attention:  # it counts: transformers 5 writes a default into rope_parameters
+    if "rope_theta" in attention:  # overrides rope_parameters, into which transformers 5 writes a default
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
     if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:

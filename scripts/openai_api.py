@@ -156,5 +156,5 @@ class Reply:
 
     def entry(self, token: int, logprob: float) -> dict:
         data = self.tokenizer.token_bytes(token)
-        text = self.special_tokens.get(token) or data.decode("utf-8", "backslashreplace")  # partial UTF-8: \\xf0
+        text = self.special_tokens.get(token) or data.decode("utf-8", "backslashreplace")  # partial UTF-8: \xf0
         return {"token": text, "logprob": logprob, "bytes": list(data)}
