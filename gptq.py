@@ -2,9 +2,9 @@
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
-The layers are quantized one after the other. A linear layer's inputs x have passed through the quantized layers before
-it. The layer's Hessian H is the sum of x x^T over all inputs x. Then the columns of the layer's weight are rounded one
-by one. The rounding error of a column is compensated by changing the columns that are not rounded yet.
+The layers are quantized one after the other. So a layer gets inputs x from layers that are quantized already. The
+layer's Hessian H is the sum of x x^T over all inputs x. Then the columns of the layer's weight are rounded one by one.
+Changes of the columns that are not rounded yet compensate the rounding error of a column.
 
 Unlike the paper's, the groups are static: every group gets a scale and a zero before any column is rounded. Of several
 candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
@@ -175,7 +175,7 @@ def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
     summed."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()  # [..., K]
     mean = diagonal.mean(-1, keepdim=True)
-    mean[mean == 0] = 1  # without inputs all columns count the same
+    mean[mean == 0] = 1  # without inputs, all columns have the same importance
     damping = (config.damp * mean).expand_as(diagonal)
     if config.act_order:
         order = diagonal.argsort(-1, descending=True)

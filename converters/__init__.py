@@ -32,8 +32,8 @@ Where to add something new:
     a known family, as GGUF             a row of gguf_config.py: ARCHITECTURES
     a quantized type of GGUF            a row of gguf_blocks.py: BLOCK_TYPES, for --keep only
     a value of tokenizer.ggml.pre       a row of gguf_tokenizer.py: SPLITS
-    a quantized format of the hub       hf_quantized.py: LAYER_READERS, and the function there, of hf_integers.py or
-                                        hf_floats.py; check_supported; OF_WEIGHT and is_quantized, if its tensors have
-                                        other names; a line of docs/quantized_checkpoints.md
+    a quantized format of the hub       a row of hf_quantized.py: LAYER_READERS, with a function in hf_integers.py or
+                                        hf_floats.py; hf_quantized.py: check_supported; for tensors with new names,
+                                        OF_WEIGHT and is_quantized; a line of docs/quantized_checkpoints.md
     another kind of folder              a branch of folder.py: convert_one
 """

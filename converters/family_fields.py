@@ -27,8 +27,8 @@ def gemma2(hf_config: dict) -> dict:
 
 
 def smollm3(hf_config: dict) -> dict:
-    """Reads which layers have RoPE. A layer has none where no_rope_layers has a 0. Without that list, every
-    no_rope_layer_interval-th layer has none."""
+    """Reads which layers have RoPE. A 0 in no_rope_layers is a layer without RoPE. If config.json lacks no_rope_layers,
+    every no_rope_layer_interval-th layer has no RoPE."""
     n_layers = required(hf_config, "num_hidden_layers")
     interval = hf_config.get("no_rope_layer_interval") or 4
     has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
@@ -77,8 +77,8 @@ def grok(hf_config: dict) -> dict:
 
 
 def baichuan(hf_config: dict) -> dict:
-    """Tells Baichuan 7B, which has RoPE, from 13B, which has ALiBi. The field for the context's length shows it:
-    max_position_embeddings means RoPE, model_max_length means ALiBi."""
+    """Finds out whether the model has RoPE, as Baichuan 7B, or ALiBi, as Baichuan 13B. The field with the context's
+    length shows the difference: max_position_embeddings means RoPE, model_max_length means ALiBi."""
     dim = required(hf_config, "hidden_size")
     if hf_config.get("max_position_embeddings") is None:
         return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
@@ -108,7 +108,7 @@ def smollm3_layer_types(hf_config: dict) -> list[str]:
 
 
 def rename_phi3(hf_config: dict) -> dict:
-    """Calls RoPE with short and long factors "longrope". Phi 3's older files call it "yarn" or "su"."""
+    """Replaces the type "yarn" or "su" of RoPE, in older files of Phi 3, by "longrope"."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = hf_config.get(name)
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):

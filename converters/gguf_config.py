@@ -99,7 +99,7 @@ def query_dim(hf_config: dict, n_layers_of_27b: int) -> int:
 
 
 def olmo2_fields(hf_config: dict) -> dict:
-    """Returns Olmo 3's fields if there is a window. Olmo 2 has none, and the same GGUF architecture."""
+    """Returns Olmo 3's fields if there is a window. Olmo 2 has the same GGUF architecture, but no window."""
     return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf_config.get("sliding_window") else {}
 
 

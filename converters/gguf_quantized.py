@@ -6,7 +6,7 @@ where a format can hold them.
     print(*kept.report(), sep="\\n")              # how each type was converted
 
 A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
-minimum. Codes of 4 bits become Int4, all other codes GroupedInt8, with the same groups. Only scales and zeros are
+minimum. Codes of 4 bits become Int4, all other codes GroupedInt8, with the GGUF's groups. Only scales and zeros are
 rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format.
 
 The file may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to smaller

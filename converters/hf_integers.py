@@ -144,7 +144,8 @@ def read_input_order(
 def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
     """Reads a weight of GPTQ.
 
-    quantization: config.json's quantization_config. With "dynamic", its bits and group_size may be wrong for layers."""
+    quantization: config.json's quantization_config. With "dynamic" in quantization, some layers may have other bits or
+    another group_size than quantization states."""
     qweight, qzeros, scales = take_qweight(layer)
     n_groups, n = scales.shape
     bits = infer_bits(layer, qzeros.shape[1], n)

@@ -82,8 +82,8 @@ def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
 
 
 def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, order: Tensor | None) -> Tensor | QuantizedWeight:
-    """Puts the rows of each head in order, which rope_order has returned. Only tensors that make queries or keys
-    change; name says which tensor it is."""
+    """Puts the rows of each head in order (from rope_order), if name is the name of a tensor that makes queries or
+    keys. Returns other tensors unchanged."""
     if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(order)))[:, order].flatten())

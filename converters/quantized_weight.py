@@ -112,7 +112,7 @@ def stored_group_size(group_size: int, k: int) -> int:
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-MAY_BE_LEFT_OVER = {"weight_shape"}  # all weights of compressed-tensors have it, but only packed weights need it
+MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weights, but only packed weights need it
 
 
 @dataclass
@@ -163,7 +163,7 @@ class StoredLayer:
             raise UsageError(f"tensor {self.name}.{kind} is {found}; the layer's other tensors make it {list(shape)}")
 
     def expect(self, what: str, found, stated):
-        """Checks that config.json states the value that the tensors have, if it states one."""
+        """Checks that found, a value of the tensors, equals stated, the value in config.json, unless stated is None."""
         if stated is not None and found != stated:
             self.refuse(f"{what} {found}", f"{what} {stated if type(stated) is type(found) else repr(stated)}")
 

@@ -55,7 +55,7 @@ from scripts.kernel_checks.command import check
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
-# Options of the command "speed" that its result repeats
+# Options that the result of the command "speed" repeats
 REPORTED_OPTIONS = (
     "config", "compile", "device", "precision", "mode", "groupsize", "prompt_tokens", "max_new_tokens", "kernels",
 )  # fmt: skip

@@ -35,7 +35,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +51,6 @@ from cli import options
 from cli.script import run_script
 from errors import UsageError
 from kernels import cpu
-from machine import cpu_name
 from scripts import tables
 from scripts.benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
 from scripts.benchmarking.compare_speed import (
@@ -68,7 +66,7 @@ from scripts.benchmarking.compare_speed import (
     result_of,
     summarize,
 )
-from scripts.benchmarking.speed import CONFIGS
+from scripts.benchmarking.speed import CONFIGS, describe_machine
 
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
@@ -116,11 +114,7 @@ def compare(args: argparse.Namespace) -> dict:
             rounds = [measure(files, pair, sizes, args.rounds, args.threads, bar, tasks) for pair in pairs]
     return {
         "model": args.config or args.gguf.name,
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
+        **describe_machine(),
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
         "llama_cpp_system_info": system_info,
         "prompt_decode_prefill_tokens": (PROMPT, STEPS, PREFILL),

@@ -3,7 +3,7 @@
     python scripts/download.py --repo_id meta-llama/Llama-3.2-1B --hf_token hf_...
     python scripts/download.py --repo_id karpathy/tinyllamas/stories15M    # one .pt, in a folder of its own
 
-Files that are there already are not fetched again. HF_ENDPOINT names another hub than the public one.
+Files that exist already are not downloaded again. HF_ENDPOINT names a hub other than the public one.
 """
 
 import re

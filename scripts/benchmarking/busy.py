@@ -20,7 +20,6 @@ reason, the pipe is closed, and the other processes end.
 import argparse
 import contextlib
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -38,9 +37,8 @@ from engine.steps import GenerationSteps, build_steps
 from errors import OutOfMemoryError, UsageError
 from kernels.formats import WeightFormat
 from llm import generate
-from machine import cpu_name
 from model import KVCache
-from scripts.benchmarking.speed import SAMPLING, random_model, time_tokens
+from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, time_tokens
 
 CPU = torch.device("cpu")
 PAUSE = 1.1  # seconds, after which ThreadCount has forgotten how busy the machine was
@@ -51,20 +49,13 @@ BUSY_LOOP = "import select\nprint(flush=True)\nwhile not select.select([0], [], 
 def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFormat) -> dict:
     """Returns the rounds, medians over the rounds, and a description of the machine. args: the options of
     benchmark.py."""
-    n_threads = torch.get_num_threads()
+    n_threads, machine = torch.get_num_threads(), describe_machine()
     with second_decoder(n_threads, args, config, format) as second:
         decoder = Decoder(args, config, format)
         rounds = [measure_round(decoder, second, n_threads) for _ in range(1 + args.busy)]
     del rounds[0]  # the warm-up
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": n_threads,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        **{name: median(row[name] for row in rounds) for name in rounds[0]},
-        "rounds": rounds,
-    }
+    medians = {name: median(row[name] for row in rounds) for name in rounds[0]}
+    return machine | medians | {"rounds": rounds}
 
 
 def measure_round(decoder: "Decoder", second: Connection, n_threads: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ weights of an int4 model are random int4 codes on the device, so the model never
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -27,7 +28,7 @@ from files import read_json
 from kernels.formats import Dense, Tensors, WeightFormat
 from layers import Embedding, Linear, RMSNorm
 from llm import generate
-from machine import peak_memory, read_bandwidth, synchronize
+from machine import cpu_name, peak_memory, read_bandwidth, synchronize
 from model import KVCache, Transformer, empty_model
 
 SAMPLES = 3  # timings of each measurement; the result is the median
@@ -157,6 +158,17 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     return result
 
 
+def describe_machine() -> dict:
+    """Returns the CPU, the number of threads, the date and PyTorch's version, for JSON files of results."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+    }
+
+
 def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool) -> dict:
     """Measures decoding, and peak memory up to the end of the first text."""
     device, kv_cache = model.device, KVCache(model, 1, n_prompt + n_new)
@@ -243,8 +255,8 @@ def measure_verify(model: Transformer, compile: bool) -> float:
 
 
 def prefill_flops(config: ModelConfig, n: int) -> int:
-    """Returns the floating-point operations of a prefill of n tokens. They are those of every layer's matrices (only
-    active experts), of both products of attention, and of the head for one token."""
+    """Returns the floating-point operations of a prefill of n tokens: of all matrices in the layers (only active
+    experts), of both products of attention, and of the head for one token."""
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
     matrices = config.dim * (2 * config.q_dim + 2 * config.kv_dim + n_experts + 3 * config.ffn_dim * top_k)
     attention = 2 * config.q_dim * sum(config.mean_attended_tokens(position + 1) for position in range(n))
