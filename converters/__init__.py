@@ -1,5 +1,5 @@
 """Converts other projects' files to model.pth: folder.py a checkpoint's folder, gguf_tensors.py a GGUF. These two files
-are called by scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and cli/checkpoints.py.
+are called by scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and resolve.py.
 
 Every format is converted in two steps. First, a reader makes a SourceModel (model_tensors.py): a config, and tensors
 with canonical names and canonical layout, whose data is not read yet. Then convert reads, stacks and writes the tensors

@@ -17,8 +17,8 @@ from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_canonical_layout
 from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
-from converters.model_tensors import Announcement, HFTensors, SourceModel, write_folder
-from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, remember_sources
+from converters.model_tensors import Announcement, SourceModel, SourceTensors, write_folder
+from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, record_sources
 from errors import UsageError
 from files import read_json
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
@@ -33,7 +33,7 @@ def convert_folder(folder: Path, lora: Path | None = None, announce: Announcemen
     target = folder if lora is None else lora
     sources = describe_sources([*find_weights(target), *find_files(target, SETTINGS)])
     path = convert_one(folder, announce) if lora is None else merge_folders(folder, lora)
-    remember_sources(target, sources, path)
+    record_sources(target, sources, path)
     return path
 
 
@@ -83,7 +83,7 @@ def read_config(folder: Path, hf_config: dict) -> ModelConfig:
     return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known))
 
 
-def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> HFTensors:
+def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTensors:
     """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized weight. hf_config:
     the contents of config.json."""
     quantization = read_quantization(hf_config)

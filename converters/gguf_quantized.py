@@ -1,4 +1,4 @@
-"""Converts quantized tensors of a GGUF to our formats, for --keep of convert_gguf.py. The stored codes stay as they are
+"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored codes stay
 where a format can hold them.
 
     kept = KeptWeights(plans, sources, order)    # chooses the formats

@@ -1,4 +1,4 @@
-"""Converts a GGUF file to model.pth and a tokenizer, for scripts/convert_gguf.py and cli/checkpoints.py.
+"""Converts a GGUF file to model.pth and a tokenizer, for scripts/convert_gguf.py and resolve.py.
 
     convert_gguf(Path("model.Q4_1.gguf"), Path("checkpoints/model"))
 """
@@ -25,8 +25,8 @@ from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import Announcement, HFTensors, SourceModel, TensorReader, plan_tensors, write_folder
-from converters.sources import describe_sources, find_gguf_parts, remember_sources
+from converters.model_tensors import Announcement, SourceModel, SourceTensors, TensorReader, plan_tensors, write_folder
+from converters.sources import describe_sources, find_gguf_parts, record_sources
 from errors import UsageError
 from text.tokenizer_files import TOKENIZER_FILES
 
@@ -89,7 +89,7 @@ def convert_gguf(
     path = write_folder(folder, model, announce)
     if kept is not None:
         print(*kept.report(), sep="\n")
-    remember_sources(folder, sources, path)
+    record_sources(folder, sources, path)
     return path
 
 
@@ -98,7 +98,7 @@ def convert_gguf(
 
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
-) -> tuple[HFTensors, TensorReader]:
+) -> tuple[SourceTensors, TensorReader]:
     """Returns the tensors and the read function of a SourceModel. The tensors are on the meta device. The function
     returns a tensor with its rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
@@ -118,7 +118,7 @@ def rename_gguf_tensors(
 
 
 def keep_quantized(
-    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
+    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
 ) -> KeptWeights:
     """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
     sources = split_gguf_tensors(stored, config, architecture)

@@ -8,12 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from converters.model_tensors import HFTensors
+from converters.model_tensors import SourceTensors
 from errors import UsageError
 from files import is_state_dict, load_torch_file, read_json
 
 
-def read_folder(folder: Path) -> HFTensors:
+def read_folder(folder: Path) -> SourceTensors:
     """Returns all tensors of a folder, memory-mapped."""
     load, files = load_safetensors, list_files(folder, "model.safetensors")
     if files is None:
@@ -45,7 +45,7 @@ def list_files(folder: Path, whole: str) -> list[str] | None:
     return files
 
 
-def load_safetensors(file: Path) -> HFTensors:
+def load_safetensors(file: Path) -> SourceTensors:
     if not file.is_file():
         raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
     try:
@@ -58,7 +58,7 @@ def load_safetensors(file: Path) -> HFTensors:
         raise
 
 
-def load_bin(file: Path) -> HFTensors:
+def load_bin(file: Path) -> SourceTensors:
     tensors = load_torch_file(file, legacy=True)
     if not is_state_dict(tensors):
         raise UsageError(f"{file} is not a table of tensors")

@@ -18,13 +18,13 @@ from config import ModelConfig
 from converters.family import Family
 from converters.family_tensors import pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
+from converters.model_tensors import EMBEDDING, HEAD, SourceTensors, TensorReader
 from converters.quantized_weight import QuantizedWeight
 from errors import UsageError
 
 
 def to_canonical_layout(
-    tensors: HFTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
+    tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:  # fmt: skip
     """Renames and splits tensors, in place. Returns the function read, which returns a tensor by its canonical name.
     read makes all changes of a tensor's data, so that only one tensor is in memory at a time. adapter: a LoRA adapter,
@@ -93,7 +93,7 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
     return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
 
 
-def undo_act_order(tensors: HFTensors):
+def undo_act_order(tensors: SourceTensors):
     """Undoes GPTQ's act-order in down_proj, in place. Act-order scatters the inputs of a group. The inputs of down_proj
     are the outputs of gate_proj and up_proj. Sorting the rows of gate_proj and up_proj by input_order makes every group
     of down_proj contiguous, and leaves the model's output unchanged."""
@@ -124,7 +124,7 @@ def center_outputs(name: str, tensor: Tensor) -> Tensor:
 # ---- Splitting: views, without reading ------------------------------------------------------------------------------
 
 
-def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
+def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
     """Splits tensors that hold several canonical tensors, or all experts of a layer."""
     split_fused(tensors, config)
     undo_act_order(tensors)
@@ -133,7 +133,7 @@ def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
         split_shared_expert(tensors, config)
 
 
-def split_fused(tensors: HFTensors, config: ModelConfig):
+def split_fused(tensors: SourceTensors, config: ModelConfig):
     """Splits qkv_proj and gate_up_proj, as Phi-3 stores them."""
     starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
@@ -143,7 +143,7 @@ def split_fused(tensors: HFTensors, config: ModelConfig):
         tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = tensor.tensor_split(2)
 
 
-def split_shared_expert(tensors: HFTensors, config: ModelConfig):
+def split_shared_expert(tensors: SourceTensors, config: ModelConfig):
     """Splits a shared expert, n_shared_experts times as wide as the other experts, into experts of the usual width.
     Their outputs add up to the shared expert's."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts

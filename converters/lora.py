@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from converters.hf_files import load_bin, load_safetensors
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors
+from converters.model_tensors import EMBEDDING, HEAD, SourceTensors
 from converters.quantized_weight import QuantizedWeight
 from converters.sources import ADAPTER_CONFIG
 from errors import UsageError, convert_type_errors
@@ -54,7 +54,7 @@ class LoraDelta:
 @dataclass(frozen=True)
 class Adapter:
     deltas: dict[str, LoraDelta]  # by transformers' name of the weight
-    whole_tensors: HFTensors  # modules_to_save: tensors that replace tensors of the base model
+    whole_tensors: SourceTensors  # modules_to_save: tensors that replace tensors of the base model
     has_all_layers: bool  # whether a delta in one layer must have a counterpart in every layer
 
 
@@ -95,7 +95,7 @@ def check_config(config: dict):
         raise UsageError(f"{ADAPTER_CONFIG}: init_lora_weights = {start!r} is not supported, for {why}")
 
 
-def read_adapter_tensors(folder: Path) -> HFTensors:
+def read_adapter_tensors(folder: Path) -> SourceTensors:
     """Reads all tensors, by transformers' names, and checks that they are finite."""
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")
@@ -111,7 +111,7 @@ def read_adapter_tensors(folder: Path) -> HFTensors:
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], HFTensors]:
+def sort_tensors(tensors: SourceTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], SourceTensors]:
     """Sorts tensors by kind. Returns (A and B of each module by name, the whole tensors by name)."""
     lora_pairs, whole_tensors = {}, {}
     for name, tensor in tensors.items():
@@ -165,7 +165,7 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 # ---- Merging --------------------------------------------------------------------------------------------------------
 
 
-def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str]):
+def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str]):
     """Replaces tensors of the model by whole tensors of the adapter. If the adapter changes the embedding or the head,
     and the two are tied, the head becomes a tensor of its own."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
@@ -186,8 +186,8 @@ class LoraMerger:
     renames and splits the deltas in the same way."""
 
     def __init__(
-        self, adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str],
-        split: Callable[[HFTensors], None],
+        self, adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str],
+        split: Callable[[SourceTensors], None],
     ):  # fmt: skip
         """tensors: the base model's, renamed and split."""
         self.rename, self.split = rename, split
@@ -199,9 +199,9 @@ class LoraMerger:
                 self.delta_of[part] = name, delta
         if adapter.has_all_layers:
             check_layers(self.delta_of, config.n_layers)
-        self.last: tuple[str, HFTensors] = "", {}  # the delta computed last: name, parts
+        self.last: tuple[str, SourceTensors] = "", {}  # the delta computed last: name, parts
 
-    def split_delta(self, name: str, delta: Tensor) -> HFTensors:
+    def split_delta(self, name: str, delta: Tensor) -> SourceTensors:
         parts = {self.rename(name): delta}
         self.split(parts)
         return parts

@@ -28,7 +28,7 @@ from config import ModelConfig, RopeScaling
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors, SourceModel
+from converters.model_tensors import EMBEDDING, HEAD, SourceModel, SourceTensors
 from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
 from errors import UsageError
 from files import is_state_dict, load_torch_file, read_json
@@ -152,7 +152,7 @@ def meta_head_dim(params: dict) -> int:
     return params.get("head_dim") or params["dim"] // params["n_heads"]
 
 
-def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
+def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
     """Returns the config, and a line about inferred values, or "" if none was inferred."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
@@ -247,7 +247,7 @@ def read_tinyllamas(folder: Path) -> SourceModel:
     return SourceModel(config, tensors, read=lambda name: reorder_heads(name, tensors[name], order))
 
 
-def tinyllamas_config(args: dict, tensors: HFTensors) -> ModelConfig:
+def tinyllamas_config(args: dict, tensors: SourceTensors) -> ModelConfig:
     return ModelConfig(
         dim=args["dim"], n_layers=args["n_layers"], n_heads=args["n_heads"],
         n_kv_heads=args.get("n_kv_heads") or args["n_heads"], head_dim=args["dim"] // args["n_heads"],

@@ -69,7 +69,7 @@ BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|maske
 EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-HFTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names or, after renaming, by canonical names
+SourceTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names or, after renaming, by canonical names
 Announcement = Callable[[], None]
 TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a tensor -> the tensor with its data
 
@@ -79,7 +79,7 @@ class SourceModel:
     """A checkpoint of any format, ready to be written as model.pth."""
 
     config: ModelConfig
-    tensors: HFTensors  # by canonical names, perhaps on the meta device: only shapes and dtypes count
+    tensors: SourceTensors  # by canonical names, perhaps on the meta device: only shapes and dtypes count
     read: TensorReader
     tokenizer_files: dict[str, bytes | None] = field(default_factory=dict)  # name -> contents; None: remove the file
     note: str = ""  # to print when model.pth is written
@@ -131,7 +131,7 @@ def convert(path: Path, model: SourceModel, announce: Announcement | None = None
     return path
 
 
-def check_left_over(tensors: HFTensors, read: TensorReader):
+def check_left_over(tensors: SourceTensors, read: TensorReader):
     """Raises UsageError if one of tensors would change the model's output. Ignores tensors that change nothing:
     buffers, biases of zeros, and layers for multi-token prediction. Prints a line about the last kind."""
     extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
@@ -149,7 +149,7 @@ def is_zero(tensor: Tensor | QuantizedWeight) -> bool:
     return isinstance(tensor, Tensor) and not tensor.any()
 
 
-def has_tied_head(tensors: HFTensors, read: TensorReader) -> bool:
+def has_tied_head(tensors: SourceTensors, read: TensorReader) -> bool:
     head, embedding = read(HEAD), read(EMBEDDING)
     return isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
 
@@ -184,7 +184,7 @@ def write_folder(folder: Path, model: SourceModel, announce: Announcement | None
     return unnamed.with_suffix(".pth")
 
 
-def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPlan]:
+def plan_tensors(config: ModelConfig, tensors: SourceTensors) -> dict[str, TensorPlan]:
     """Plans every tensor of our checkpoint."""
     try:
         model = empty_model(config.with_layers(1))  # the shapes are the same in every layer
@@ -254,7 +254,7 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
     return shapes
 
 
-def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dtype:
+def common_dtype(sources: dict[str, list[int]], tensors: SourceTensors) -> torch.dtype:
     """Returns the narrowest dtype that holds all sources exactly, apart from quantized sources. If all sources are
     quantized, returns bfloat16. Checks that no source is missing, or has the wrong shape or dtype."""
     dtype = None
@@ -330,7 +330,7 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
     return default.quantization | {field: value for field, value in others.items() if value}
 
 
-def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
+def warn_dequantized(plans: dict[str, TensorPlan], tensors: SourceTensors):
     """Prints which of the checkpoint's quantized weights become dense, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, plan in plans.items():
