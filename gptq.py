@@ -171,8 +171,7 @@ def task_text(tasks: list[str], limit: int) -> str:
 
 
 def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """Rounds w [..., N, K] so that (w - rounded) x is small for the inputs x over which hessian [..., K, K] is
-    summed."""
+    """Rounds w [..., N, K] so that (w - rounded) x is small. hessian [..., K, K]: the sum of x x^T over inputs x."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()  # [..., K]
     mean = diagonal.mean(-1, keepdim=True)
     mean[mean == 0] = 1  # without inputs, all columns have the same importance

@@ -50,9 +50,12 @@ def measure(
     files: dict[str, Path], pair: Pair, sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm,
     tasks: Sequence[str | int] = TASKS,
 ) -> list[dict]:  # fmt: skip
-    """Measures the two files of a pair in turns. Returns for each round memory's read bandwidth and, for each side, the
-    tokens per second of each task, and the share of the bandwidth that the task "decode" uses. A number as a task means
-    decoding so many sequences together."""
+    """Measures the two files of a pair in turns. A number as a task means decoding so many sequences together. Returns
+    for each round:
+
+        read_bytes_per_sec    memory's read bandwidth
+        ours, theirs          tokens per second by task; with the task "decode" also share_of_read, the share of the
+                              bandwidth that decoding uses"""
     names = pair._asdict()
     order, rounds = ["ours", "theirs"], []
     with new_process() as our_process, new_process() as their_process:
