@@ -36,9 +36,9 @@ from text.tokenizer import Tokenizer
 
 try:
     import uvicorn
-    from starlette import requests as http
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as e:
@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
         ]
-        errors = (HTTPException, UsageError, CompletionError, http.ClientDisconnect, Exception)
+        errors = (HTTPException, UsageError, CompletionError, ClientDisconnect, Exception)
         app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
         super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
 
@@ -103,34 +103,34 @@ class Server(uvicorn.Server):
             os._exit(128 + signum)
         self.should_exit = True
 
-    async def models(self, client: http.Request) -> Response:
-        self.check_key(client)
+    async def models(self, request: Request) -> Response:
+        self.check_key(request)
         model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "gpt-fast"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def complete(self, client: http.Request) -> Response:
-        self.check_key(client)
-        data, is_chat = await receive_body(client), client.scope["path"] == "/v1/chat/completions"
+    async def complete(self, request: Request) -> Response:
+        self.check_key(request)
+        data, is_chat = await receive_body(request), request.scope["path"] == "/v1/chat/completions"
         # In a thread, since tokenizing megabytes of text takes seconds
         reply = await asyncio.to_thread(Reply, data, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
         steps = self.completer.complete(reply.completions)
         if reply.is_stream:
             return StreamingResponse(events(reply, steps), media_type="text/event-stream")
         async for _ in steps:
-            if await client.is_disconnected():
-                raise http.ClientDisconnect
+            if await request.is_disconnected():
+                raise ClientDisconnect
         return JSONResponse(reply.response(reply.completions) | {"usage": reply.usage()})
 
-    def check_key(self, client: http.Request):
-        given, expected = client.headers.get("authorization", ""), f"Bearer {self.api_key}"
+    def check_key(self, request: Request):
+        given, expected = request.headers.get("authorization", ""), f"Bearer {self.api_key}"
         if self.api_key and not hmac.compare_digest(given.encode("latin-1"), os.fsencode(expected)):
             raise HTTPException(401, "the API key is missing or wrong")
 
 
-async def receive_body(client: http.Request) -> bytes:
+async def receive_body(request: Request) -> bytes:
     """Receives the bytes of a request, at most MAX_BODY."""
     body = bytearray()
-    async for chunk in client.stream():
+    async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY:
             raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
@@ -154,7 +154,7 @@ def event(data: dict) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def error_response(client: http.Request, e: Exception) -> Response:
+def error_response(request: Request, e: Exception) -> Response:
     status = getattr(e, "status_code", 400 if isinstance(e, UsageError) else 500)
     return JSONResponse(describe_error(e, status), status)
 
