@@ -211,7 +211,7 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
-    """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to FEW_TOKENS tokens. With
+    """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to MMA_TOKENS tokens. With
     more tokens the norm has its own kernel. That kernel rounds the normed x, so the product's data are not exact."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
