@@ -102,6 +102,16 @@ class ModelConfig:
     bos_id: int | None = None  # the token with which a text begins
     eos_ids: tuple[int, ...] = ()  # the tokens that end a text
 
+    @property
+    def q_dim(self) -> int:
+        """The width of the queries of a token: all heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """The width of the keys, and of the values, of a token: all heads together."""
+        return self.n_kv_heads * self.head_dim
+
     def window(self, layer: int) -> int:
         """Returns how many tokens a token sees in this layer, itself included. 0 means all."""
         has_window = self.layer_has_window is None or self.layer_has_window[layer]

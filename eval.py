@@ -16,9 +16,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
-
-import torch
+    exit_on_interrupt()
 
 from cli import options
 from cli.ranks import process_group
@@ -29,7 +27,6 @@ from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity
 from files import read_text
 from loading import load
-from machine import pick_device
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
 TEXT_WINDOW = 1024  # tokens of a text's window, unless the model's context is shorter
@@ -69,9 +66,8 @@ def main():
     # Check everything else before loading the model, which takes long.
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
-    device, dtype = pick_device(args.device), getattr(torch, args.precision)
-    path = resolve_checkpoint(args.checkpoint_path)
-    model, tokenizer = load(path, device=device, dtype=dtype, use_kernels=args.kernels == "auto")
+    load_options = options.load_options(args)
+    model, tokenizer = load(resolve_checkpoint(args.checkpoint_path), **load_options)
     length = context = model.config.max_seq_len
     if args.max_seq_len is not None:
         length = args.max_seq_len

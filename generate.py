@@ -15,15 +15,15 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
+    exit_on_interrupt()
 
 import torch
 
 import collectives
 from chat import Conversation
+from cli import options
 from cli.arguments import parse_args
 from cli.complete import complete_in_parallel, complete_one_by_one
-from cli.options import set_threads
 from cli.prompts import Prompt, read_prompts
 from cli.ranks import process_group
 from cli.script import run_script
@@ -33,7 +33,6 @@ from engine.speculate import speculate
 from engine.steps import build_steps, make_kv_cache
 from llm import LLM, build_decode_loop, generate
 from loading import load, load_model
-from machine import pick_device
 from model import Transformer
 from text.tokenizer import Tokenizer
 
@@ -45,12 +44,8 @@ OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --b
 
 def main():
     args = parse_args(__doc__)
-    set_threads(args.threads)
-    load_options = {
-        "device": pick_device(args.device),
-        "dtype": getattr(torch, args.precision),
-        "use_kernels": args.kernels == "auto",
-    }
+    options.set_threads(args.threads)
+    load_options = options.load_options(args)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}

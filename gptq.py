@@ -2,15 +2,15 @@
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
-The layers are quantized one after the other. A linear layer's inputs x have passed through the quantized layers before
-it. The layer's Hessian H is the sum of x x^T over all inputs x. Then the columns of the layer's weight are rounded one
-by one. The rounding error of a column is compensated by changing the columns that are not rounded yet.
+The layers are quantized one after the other. So a layer gets inputs x from layers that are quantized already. The
+layer's Hessian H is the sum of x x^T over all inputs x. Then the columns of the layer's weight are rounded one by one.
+Changes of the columns that are not rounded yet compensate the rounding error of a column.
 
-The groups are static, unlike the paper's: every group gets a scale and a zero before any column is rounded. Of several
-candidates, the pair with the least rounding error wins, weighted by diag(H). So the groups do not depend on the order
-of rounding, which act_order changes.
+Unlike the paper's, the groups are static: every group gets a scale and a zero before any column is rounded. Of several
+candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
+of rounding, and static groups do not depend on that order.
 
-converters/hf_integers.py reads GPTQ checkpoints of other projects.
+quantize.py calls quantize_model. converters/hf_integers.py reads GPTQ checkpoints of other projects.
 """
 
 import sys
@@ -33,15 +33,15 @@ from layers import ExpertsGateUp, Linear
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 
-MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time; bounds the memory of their float32 copies
+MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time, which bounds the memory of the float32 copies
 
 
 @dataclass(frozen=True)
 class GPTQConfig:
     group_size: int
-    damp: float  # this fraction of the diagonal's mean is added to the Hessian's diagonal, so that it has an inverse
-    block_size: int  # how many columns are rounded before the columns behind the block compensate their errors
-    act_order: bool  # round the columns with the largest inputs first
+    damp: float  # adds damp * mean(diag(H)) to diag(H), so that H has an inverse
+    block_size: int  # how many columns are rounded before all columns behind the block compensate the errors
+    act_order: bool  # whether the columns with the largest inputs are rounded first
 
 
 @torch.inference_mode()
@@ -50,10 +50,10 @@ def quantize_model(
 ) -> Iterator[tuple[str, Tensors]]:
     """Quantizes the linear layers of model, calibrated on windows [n, T] of tokens. Yields (name, tensors).
 
-    model is on the CPU. The blocks move to device one by one. A quantized block moves to meta, which frees the
-    memory."""
+    model is on the CPU. The blocks move to device one by one. A quantized block moves to the meta device, which frees
+    the memory."""
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
-    # One cache serves all windows: every window begins at position 0, and overwrites the window before.
+    # One cache serves all windows: every window begins at position 0, and overwrites the previous window.
     caches = KVCache(model, 1, windows.shape[1]).layers
     layer_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, layer in enumerate(model.layers):
@@ -61,7 +61,7 @@ def quantize_model(
         cache = LayerCache(*(t if t is None else t.to(device) for t in caches[i]))
         hessians = compute_hessians(model, i, layer_inputs, start_pos, cache)
         for name in list(hessians):
-            hessian = hessians.pop(name)  # so its memory is free before the next one
+            hessian = hessians.pop(name)  # frees the Hessian's memory before the next layer
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
         layer_inputs = [layer(x, start_pos, cache) for x in layer_inputs]
         layer.to("meta")
@@ -72,8 +72,8 @@ def quantize_model(
 
 
 def quantize_linear(name: str, linear: Linear, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """Returns the int4 tensors of linear, on the CPU. Also rounds the weight of linear itself, so that the inputs of
-    later layers include the rounding error."""
+    """Returns the int4 tensors of linear, on the CPU. Also rounds the weight in linear, so that the inputs of later
+    layers include the rounding error."""
     check_finite_weight(name, linear.weight)
     is_zero = hessian.diagonal(dim1=-2, dim2=-1) == 0  # [K], for experts [E, K]
     n_unseen = is_zero.all(-1).sum().item()
@@ -93,7 +93,7 @@ def check_finite_weight(name: str, weight: Tensor):
 def compute_hessians(
     model: Transformer, i: int, layer_inputs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
-    """Returns the Hessians of the linear layers in block i, by name: [K, K], for experts [E, K, K].
+    """Returns the Hessians of the linear layers in block i, by name: [K, K], or [E, K, K] for experts.
 
     layer_inputs: the inputs of the block, [1, T, dim] for each window."""
     sums, hooks = {}, []
@@ -171,11 +171,10 @@ def task_text(tasks: list[str], limit: int) -> str:
 
 
 def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """Rounds w [..., N, K] so that (w - rounded) x is small for the inputs x over which hessian [..., K, K] is
-    summed."""
+    """Rounds w [..., N, K] so that (w - rounded) x is small. hessian [..., K, K]: the sum of x x^T over inputs x."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()  # [..., K]
     mean = diagonal.mean(-1, keepdim=True)
-    mean[mean == 0] = 1  # without inputs all columns count the same
+    mean[mean == 0] = 1  # without inputs, all columns have the same importance
     damping = (config.damp * mean).expand_as(diagonal)
     if config.act_order:
         order = diagonal.argsort(-1, descending=True)
@@ -188,7 +187,7 @@ def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
         upper = torch.linalg.cholesky(inverse).mT.contiguous()
     except torch.linalg.LinAlgError:
         raise UsageError("a Hessian has no inverse: raise --percdamp, unless the model overflows") from None
-    chunks = w.split(max(1, MAX_WEIGHTS_PER_PASS * w.shape[-2] // w.numel()), dim=-2)  # some rows each
+    chunks = w.split(max(1, MAX_WEIGHTS_PER_PASS * w.shape[-2] // w.numel()), dim=-2)
     quantized = [gptq_quantize_rows(rows.float(), diagonal + damping, order, upper, config) for rows in chunks]
     return {name: torch.cat([tensors[name] for tensors in quantized], dim=-2) for name in quantized[0]}
 
@@ -200,7 +199,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
     order [..., K]: the columns in the order of rounding.
     upper [..., K, K]: the upper Cholesky factor of the inverse Hessian, in the order of rounding."""
     group_size, k = config.group_size, w.shape[-1]
-    padded = F.pad(diagonal[..., None, :], (0, -k % group_size))  # what fills a short last group has importance 0
+    padded = F.pad(diagonal[..., None, :], (0, -k % group_size))  # the padding of a short last group has importance 0
     importance = padded.unflatten(-1, (-1, group_size))
     scales, zeros = fit_scales_and_zeros(split_groups(w, group_size), importance)  # [..., N, n_groups]
 
@@ -227,8 +226,8 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
 
 def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the scales and zeros [..., n_groups] that round groups [..., n_groups, group_size] with the least sum of
-    squared errors, weighted by importance. A candidate spans a group's range, shrunk by a factor. Several steps improve
-    each candidate: round, then fit scale and zero to the rounded numbers."""
+    squared errors, weighted by importance. A candidate scale and zero span the range of a group, shrunk by a factor.
+    Several steps improve each candidate: round the group, then fit scale and zero to the rounded numbers."""
     best_loss, best_scales, best_zeros = torch.inf, 0, 0
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6):
         scales, zeros = choose_qparams(groups * shrink)
@@ -245,8 +244,9 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
 
 
 def least_squares(groups: Tensor, q: Tensor, importance: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. A
-    group keeps the scale in scales if the fitted scale is not positive, as when all q of the group are equal."""
+    """Returns the scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. If
+    the fitted scale of a group is not positive, the group keeps its scale in scales. That happens if all q of the group
+    are equal."""
     total = importance.sum(-1)
     weighted = q * importance
     q_mean, w_mean = weighted.sum(-1) / total, (groups * importance).sum(-1) / total

@@ -219,8 +219,8 @@ class Attention(AttentionParams):
         )
         self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
         self.alibi_slopes = alibi_slopes(n_heads) if config.alibi else None
-        self.qkv_proj = Linear(config.dim, (n_heads + 2 * n_kv_heads) * head_dim, config.qkv_bias, clip=config.clip_qkv)
-        self.o_proj = Linear(n_heads * head_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
+        self.qkv_proj = Linear(config.dim, config.q_dim + 2 * config.kv_dim, config.qkv_bias, clip=config.clip_qkv)
+        self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None

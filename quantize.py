@@ -10,11 +10,11 @@ int4        asymmetric, a scale and a zero point per group along the input
 int4-hqq    the same format; zero points refined without data (half-quadratic quantization, Badri & Shaji 2023)
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 fp8         8-bit floats (e4m3), one scale per output channel
-mxfp4       4-bit floats (e2m1), a power of two as the scale of 32 inputs (OCP Microscaling Formats). Of two possible
-            powers, the one with the smaller squared error
+mxfp4       4-bit floats (e2m1); 32 inputs share a power of two as the scale (OCP Microscaling Formats). Of the two
+            possible powers, the one with the smaller squared error is taken
 
 Norms, biases, routers and the embedding are not quantized. kernels/formats/ describes the formats. One tensor at a time
-is in memory (for int4-gptq: one layer). The result gets its name when it is complete.
+is in memory; with int4-gptq, one layer. The result is written under a temporary name, and renamed when it is complete.
 """
 
 import argparse
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
+    exit_on_interrupt()
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ from model import empty_model
 
 
 class Int4HQQ(Int4):
-    """Int4 with zero points refined by half-quadratic quantization, without data."""
+    """Int4 whose zero points are refined by half-quadratic quantization (HQQ), without data."""
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -59,10 +59,10 @@ class Int4HQQ(Int4):
 
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
-    """Refines zeros so that each group's sum of |w - dequantized|^0.5 gets small, by half-quadratic splitting. Each
-    step shrinks the rounding errors towards 0, and what remains are the outliers. Then it subtracts the outliers from
-    the weights, and fits the zero points to the difference."""
-    w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # both in units of the scale
+    """Refines zeros by half-quadratic splitting, so that each group's sum of |w - dequantized|^0.5 gets small. Each
+    step shrinks the rounding errors towards 0; the errors that remain are the outliers. Then the step subtracts the
+    outliers from the weights, and fits the zero points to the difference."""
+    w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
         q = round_int4(w, 1.0, zero)
@@ -71,11 +71,11 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
         loss = root.sum(-1, keepdim=True)
         best, best_loss = torch.where(loss < best_loss, zero, best), torch.minimum(loss, best_loss)
         outliers = error.sign() * (root.square() - 1 / (beta * root)).clamp_(min=0)
-        zero = decode_zeros(encode_zeros((q - (w - outliers)).mean(-1, keepdim=True)))  # as it can be stored
+        zero = decode_zeros(encode_zeros((q - (w - outliers)).mean(-1, keepdim=True)))  # rounded as stored
     return encode_zeros(best[..., 0])
 
 
-# --mode -> the format that the mode makes. int4-gptq makes Int4, too, but rounds in another way (gptq.py).
+# --mode -> the format of the result. int4-gptq also makes Int4, but rounds in another way (gptq.py).
 QUANTIZE_MODES = formats.MODES | {"int4-hqq": Int4HQQ, "int4-gptq": Int4}
 DEFAULT_GROUP_SIZE = 32
 
@@ -153,8 +153,8 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights to quantize, by the name of the layer. tensors: the contents of path. A tied head has the
-    embedding's weight."""
+    """Returns the weights to quantize, by the name of the layer. tensors: the contents of the checkpoint at path. The
+    weight of a tied head is the embedding."""
     shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
     if config.tie_embeddings:
         tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
@@ -181,7 +181,7 @@ def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tenso
 
 
 def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, Tensors]]:
-    """Yields (name, tensors) for every linear layer of the checkpoint in args, quantized by GPTQ. dtype: of the
+    """Quantizes the linear layers of args.checkpoint_path by GPTQ, and yields (name, tensors) for each. dtype: of the
     checkpoint's weights."""
     device, limit = pick_device(args.device), args.calibration_limit
     text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
@@ -199,8 +199,8 @@ def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
 ):  # fmt: skip
-    """Writes a checkpoint of tensors, with every tensor in weights replaced by the tensors that quantized yields for
-    it. quantized yields (name, tensors in format) for every weight, in any order."""
+    """Writes a checkpoint of tensors, but with quantized tensors in place of weights. quantized yields (name, tensors
+    in format) for every one of weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():
@@ -212,7 +212,7 @@ def write_quantized(
         for name, quantized_tensors in quantized:
             for tensor_name, t in quantized_tensors.items():
                 yield f"{name}.{tensor_name}", t
-            drop_pages(weights[name])  # otherwise the file's pages would count as memory in use
+            drop_pages(weights[name])  # or the mapped file's pages would count as memory in use
 
     save_checkpoint(path, config, shapes, all_tensors(), format.quantization)
 

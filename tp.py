@@ -57,11 +57,10 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
 
     A q/k norm over all heads together needs all heads. So with such a norm every rank computes all of attention, and
     only o_proj is sharded."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shards_heads = not config.qk_norm_across_heads
-    qkv_proj = {"qkv_proj": ShardSpec("colwise", (q, kv, kv), head_size=config.head_dim)} if shards_heads else {}
+    shards_heads, qkv_dims = not config.qk_norm_across_heads, (config.q_dim, config.kv_dim, config.kv_dim)
+    qkv_proj = {"qkv_proj": ShardSpec("colwise", qkv_dims, head_size=config.head_dim)} if shards_heads else {}
     return qkv_proj | {
-        "o_proj": ShardSpec("rowwise", (q,), head_size=config.head_dim),
+        "o_proj": ShardSpec("rowwise", (config.q_dim,), head_size=config.head_dim),
         "gate_up_proj": ShardSpec("colwise", (config.ffn_dim, config.ffn_dim)),
         "down_proj": ShardSpec("rowwise", (config.ffn_dim,)),
         "lm_head": ShardSpec("colwise", (config.vocab_size,)),

@@ -1,9 +1,14 @@
-"""What Ctrl-C does in a script:
+"""Decides what Ctrl-C does in a script. Every script begins with these lines, before imports that take seconds:
 
-    during imports    exit_on_interrupt    ends the process at once; every script calls this before it imports torch
-    in main           raise_on_interrupt   raises KeyboardInterrupt, so that half-written files can be removed first
+    if __name__ == "__main__":
+        sys.path.insert(0, ...)  # the project's folder, which Python leaves out for scripts/*.py and with python -I
+        from cli.interrupts import exit_on_interrupt
 
-This module must not import torch."""
+        exit_on_interrupt()
+
+So Ctrl-C ends the process at once while the script imports modules. In the script's main, Ctrl-C raises
+KeyboardInterrupt (script.py), so that a file that is being written can be removed first. This module must not import
+torch."""
 
 import contextlib
 import os

@@ -40,6 +40,21 @@ def add_threads(parser: argparse.ArgumentParser):
     parser.add_argument("--threads", type=int, metavar="N", help=help)
 
 
+def device_and_dtype(args: argparse.Namespace):
+    """Returns the torch.device and the torch.dtype that --device and --precision name."""
+    import torch  # here, since scripts/download.py does without
+
+    from machine import pick_device
+
+    return pick_device(args.device), getattr(torch, args.precision)
+
+
+def load_options(args: argparse.Namespace) -> dict:
+    """Returns the arguments of loading.load that --device, --precision and --kernels give."""
+    device, dtype = device_and_dtype(args)
+    return {"device": device, "dtype": dtype, "use_kernels": args.kernels == "auto"}
+
+
 def set_threads(n: int | None):
     """Applies --threads to this process and to the processes that it starts."""
     if n is None:

@@ -1,5 +1,5 @@
-"""Lists the families: FAMILIES has one row for each architecture. A row may name functions for what no column can say:
-functions that read config.json are in family_fields.py, functions that change tensors in family_tensors.py.
+"""Lists the families: FAMILIES has one row for each architecture. Some columns of a row are functions. Functions that
+read config.json are in family_fields.py, functions that change tensors in family_tensors.py.
 
     config = config_from_hf(json.load(open("config.json")))
 
@@ -42,20 +42,20 @@ from converters.family_tensors import (
 from converters.hf_config import (
     all_sliding,
     full_attention_every,
-    in_config_json,
     read_hf_config,
     sliding_below_max_window_layers,
     sliding_from_max_window_layers,
     unsupported_part,
+    with_hf_names,
 )
 from errors import UsageError, convert_type_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
-    """Reads Hugging Face's config.json (hf_config), in the old spelling (rope_theta, rope_scaling) or the new spelling
-    (rope_parameters).
+    """Returns the config that hf_config describes: the contents of Hugging Face's config.json, with the old fields of
+    RoPE (rope_theta, rope_scaling) or the new one (rope_parameters).
 
-    generation: generation_config.json, which may name more end tokens."""
+    generation: the contents of generation_config.json, which may name more end tokens."""
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
@@ -64,12 +64,13 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
         try:
             return read_hf_config(hf_config, generation, family)
         except UsageError as e:
-            raise UsageError(in_config_json(str(e), hf_config, family)) from None
+            raise UsageError(with_hf_names(str(e), hf_config, family)) from None
 
 
 def find_family(hf_config: dict) -> Family:
-    """Finds the family by model_type, as transformers does, which ignores architectures. But an unknown architecture is
-    refused if the folder has code for it (auto_map): the code may differ from what model_type says, such as "llama"."""
+    """Finds the family by model_type, as transformers does; transformers ignores "architectures". An unknown
+    architecture is refused if the folder has code for it (auto_map): such code may change the maths, although
+    model_type is "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
@@ -166,7 +167,7 @@ FAMILIES = {
     "GemmaForCausalLM": Family(
         "gemma",
         GEMMA | dict(num_key_value_heads=16),
-        supported_fields=("hidden_act",),
+        handled_fields=("hidden_act",),
         read_overrides=gemma,
         norm_offset=1.0,
     ),
@@ -178,7 +179,7 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=partial(full_attention_every, 2),
-        supported_fields=("hidden_act", *SOFTCAPS),
+        handled_fields=("hidden_act", *SOFTCAPS),
         read_overrides=gemma2,
         renames=GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
@@ -191,7 +192,7 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=gemma3_layer_types,
-        supported_fields=("hidden_act", *SOFTCAPS),
+        handled_fields=("hidden_act", *SOFTCAPS),
         config_overrides=dict(qk_norm=True),
         read_overrides=gemma2,
         renames=GEMMA_NORMS_TO_CANONICAL,
@@ -205,7 +206,7 @@ FAMILIES = {
         ),
         rename_fields=rename_phi3,
         sliding_layers="all",
-        supported_fields=("partial_rotary_factor",),
+        handled_fields=("partial_rotary_factor",),
     ),
     "Olmo2ForCausalLM": Family("olmo2", OLMO, config_overrides=OLMO_NORMS, renames=GEMMA_NORMS_TO_CANONICAL),
     "Olmo3ForCausalLM": Family(
@@ -231,20 +232,20 @@ FAMILIES = {
     "GraniteForCausalLM": Family(
         "granite",
         dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2) | dict.fromkeys(MULTIPLIERS, 1.0),
-        supported_fields=MULTIPLIERS,
+        handled_fields=MULTIPLIERS,
         read_overrides=granite,
     ),
     "GlmForCausalLM": Family(
         "glm",
         GLM,
-        supported_fields=("partial_rotary_factor",),
+        handled_fields=("partial_rotary_factor",),
         config_overrides=dict(o_proj_bias=False),
         interleaved_rope=True,
     ),
     "Glm4ForCausalLM": Family(
         "glm4",
         GLM,
-        supported_fields=("partial_rotary_factor",),
+        handled_fields=("partial_rotary_factor",),
         config_overrides=dict(o_proj_bias=False, post_norm=True),
         renames=GLM4_NORMS_TO_CANONICAL,
         interleaved_rope=True,
@@ -290,7 +291,7 @@ FAMILIES = {
         ),
         n_experts_fields=("num_experts",),
         norm_topk_prob=False,
-        supported_fields=("hidden_act",),
+        handled_fields=("hidden_act",),
         read_overrides=grok,
         renames=GROK_TO_CANONICAL,
     ),
@@ -301,13 +302,13 @@ FAMILIES = {
         ffn_dim_field="ffn_hidden_size",
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
-        supported_fields=("clip_qkv",),
+        handled_fields=("clip_qkv",),
         read_overrides=dbrx,
         renames=DBRX_TO_CANONICAL,
         split_experts=split_dbrx_experts,
         layer_norm=True,
     ),
-    "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 7B, the first one
+    "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 1, 7B
     "BaichuanForCausalLM": BAICHUAN,
 }  # fmt: skip
 MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}

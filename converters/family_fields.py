@@ -1,6 +1,6 @@
-"""Reads fields that only one family's config.json has: functions for the rows of families.py: FAMILIES.
+"""Reads fields of config.json that only one family has. families.py: FAMILIES lists these functions.
 
-A function for Family.read_overrides is named after its family, and returns fields of ModelConfig.
+A function for Family.read_overrides has the family's name, and returns fields of ModelConfig.
 """
 
 from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
@@ -27,8 +27,8 @@ def gemma2(hf_config: dict) -> dict:
 
 
 def smollm3(hf_config: dict) -> dict:
-    """Reads which layers have RoPE. A layer has none where no_rope_layers has a 0. Without that list, every
-    no_rope_layer_interval-th layer has none."""
+    """Reads which layers have RoPE. A 0 in no_rope_layers is a layer without RoPE. If config.json lacks no_rope_layers,
+    every no_rope_layer_interval-th layer has no RoPE."""
     n_layers = required(hf_config, "num_hidden_layers")
     interval = hf_config.get("no_rope_layer_interval") or 4
     has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
@@ -77,8 +77,8 @@ def grok(hf_config: dict) -> dict:
 
 
 def baichuan(hf_config: dict) -> dict:
-    """Tells Baichuan 7B, which has RoPE, from 13B, which has ALiBi. The field for the context's length shows it:
-    max_position_embeddings means RoPE, model_max_length means ALiBi."""
+    """Finds out whether the model has RoPE, as Baichuan 7B, or ALiBi, as Baichuan 13B. The field with the context's
+    length shows the difference: max_position_embeddings means RoPE, model_max_length means ALiBi."""
     dim = required(hf_config, "hidden_size")
     if hf_config.get("max_position_embeddings") is None:
         return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
@@ -90,7 +90,7 @@ def baichuan(hf_config: dict) -> dict:
 
 
 def dbrx(hf_config: dict) -> dict:
-    if hf_config.get("tie_word_embeddings"):  # conversion changes the embedding, and must not change the head
+    if hf_config.get("tie_word_embeddings"):  # conversion centers the embedding, but the head must not change
         raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
     return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
 
@@ -103,12 +103,12 @@ def gemma3_layer_types(hf_config: dict) -> list[str]:
 
 
 def smollm3_layer_types(hf_config: dict) -> list[str]:
-    """Gives the window to the layers without RoPE."""
+    """Returns a window for exactly the layers that have no RoPE."""
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
 
 
 def rename_phi3(hf_config: dict) -> dict:
-    """Calls RoPE with short and long factors "longrope". Phi 3's older files call it "yarn" or "su"."""
+    """Replaces the type "yarn" or "su" of RoPE, in older files of Phi 3, by "longrope"."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = hf_config.get(name)
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
@@ -128,7 +128,7 @@ def rename_dbrx(hf_config: dict) -> dict:
     attention = hf_config.get("attn_config") or {}
     ffn = hf_config.get("ffn_config") or {}
     rope = hf_config.get("rope_parameters") or {}
-    if "rope_theta" in attention:  # it counts: transformers 5 writes a default into rope_parameters
+    if "rope_theta" in attention:  # overrides rope_parameters, into which transformers 5 writes a default
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
     if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from config import ModelConfig
-from converters.model_tensors import HFTensors
+from converters.model_tensors import SourceTensors
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
@@ -48,11 +48,11 @@ def rename_tensor(name: str, new_names: dict[str, str]) -> str:
 # The parts are views: splitting reads nothing.
 
 
-def split_stacked_experts(tensors: HFTensors, config: ModelConfig, are_transposed: bool = False):
+def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_transposed: bool = False):
     """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
 
-    are_transposed: every expert's matrix is transposed, as in gpt-oss, where the columns of gate and up alternate.
-    gpt-oss has biases, too."""
+    are_transposed: whether every expert's matrix is transposed, as in gpt-oss. The columns of gate and up then
+    alternate, and there may be biases."""
     for experts, (prefix, projection, is_bias) in pop_matches(
         tensors, r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?"
     ):
@@ -68,17 +68,17 @@ def split_stacked_experts(tensors: HFTensors, config: ModelConfig, are_transpose
             tensors[f"{prefix}.{e}.up_proj.{kind}"] = up
 
 
-def split_dbrx_experts(tensors: HFTensors, config: ModelConfig):
-    """Splits w1, v1 and w2, each [E F, dim] for all experts. w2 is transposed."""
+def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
+    """Splits w1, v1 and w2. Each is [E F, dim] and stacks all experts. The matrix of an expert in w2 is transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
         for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
             tensors[f"{prefix}.{e}.{projections[kind]}.weight"] = tensor.mT if kind == "w2" else tensor
 
 
-def pop_matches(tensors: HFTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor of
-    fewer dimensions than min_dim stays, since it cannot be split; later, convert names the tensors that are missing."""
+def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor
+    with fewer than min_dim dimensions cannot be split, and stays. Later convert reports the missing parts."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:

@@ -2,7 +2,8 @@
 
     path = convert_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))
 
-config.json marks Hugging Face's format, params.json Meta's. A folder with a single .pt holds one of tinyllamas.
+A folder with config.json is in Hugging Face's format, a folder with params.json in Meta's. A folder with a single .pt
+holds one of karpathy's tinyllamas.
 """
 
 import sys
@@ -16,22 +17,23 @@ from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_canonical_layout
 from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
-from converters.model_tensors import Announcement, HFTensors, SourceModel, write_folder
-from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, remember_sources
+from converters.model_tensors import Announcement, SourceModel, SourceTensors, write_folder
+from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, record_sources
 from errors import UsageError
 from files import read_json
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 
 def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:
-    """Writes model.pth into folder. With an adapter in the folder lora, writes the merged model.pth into lora. Returns
-    the path of the file, whose name is another if weights are quantized. announce: see convert."""
+    """Writes model.pth into folder, and returns the path. If weights are quantized, the file's name says how.
+
+    lora: a folder with an adapter, into which the merged model.pth is written. announce: see convert."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     target = folder if lora is None else lora
     sources = describe_sources([*find_weights(target), *find_files(target, SETTINGS)])
     path = convert_one(folder, announce) if lora is None else merge_folders(folder, lora)
-    remember_sources(target, sources, path)
+    record_sources(target, sources, path)
     return path
 
 
@@ -68,8 +70,8 @@ def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
 
 
 def read_config(folder: Path, hf_config: dict) -> ModelConfig:
-    """Returns the model's config. Ignores ids of tokens that the vocabulary lacks, and prints them. hf_config:
-    config.json."""
+    """Returns the model's config. Drops bos and end tokens that the vocabulary lacks, and prints their ids. hf_config:
+    the contents of config.json."""
     config = config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
     known = range(config.vocab_size)
     unknown = [i for i in (config.bos_id, *config.eos_ids) if i is not None and i not in known]
@@ -81,9 +83,9 @@ def read_config(folder: Path, hf_config: dict) -> ModelConfig:
     return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known))
 
 
-def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> HFTensors:
+def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTensors:
     """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized weight. hf_config:
-    config.json."""
+    the contents of config.json."""
     quantization = read_quantization(hf_config)
     tensors = read_folder(folder)
     if quantization is not None:
@@ -105,8 +107,8 @@ def merge_folders(folder: Path, lora: Path) -> Path:
 
 
 def check_not_quantized(folder: Path, hf_config: dict):
-    """Raises UsageError if the base model is quantized. gpt-oss may be: adapters change gpt-oss's attention, which is
-    not quantized."""
+    """Raises UsageError if the base model is quantized, unless it is gpt-oss: adapters change gpt-oss's attention, and
+    the attention is not quantized."""
     quantization = hf_config.get("quantization_config") if isinstance(hf_config, dict) else None
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"

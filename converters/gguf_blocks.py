@@ -1,4 +1,5 @@
-"""Decodes the quantized types of GGUF, whose blocks hold codes, scales and minima.
+"""Decodes the quantized types of GGUF. A block of such a type holds codes (quantized numbers), scales and minima.
+gguf_quantized.py calls decode_rows and decode_mxfp4.
 
     groups = decode_rows(rows, Type.Q4_K)    # rows: [N, bytes] uint8
     groups.q, groups.scales, groups.zeros    # w = (q - zero) * scale
@@ -30,7 +31,7 @@ class BlockType:
     bits: int  # of a code
     group_size: int
     decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    has_minimum: bool = False  # whether offset / scale can be any number
+    has_minimum: bool = False  # whether blocks store minima, so that offset / scale need not be an integer
 
 
 def read_float16(blocks: Tensor, start: int) -> Tensor:
@@ -43,8 +44,11 @@ def select_bits(packed: Tensor, bit: int, n: int = 1) -> Tensor:
 
 
 def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
-    """Returns the codes of Q4_0, Q4_1, Q5_0 and Q5_1. Such a block begins with n_header bytes. In Q5_0 and Q5_1 the
-    fifth bits of all 32 codes follow, then the lower four."""
+    """Returns the 32 codes of a block of Q4_0, Q4_1, Q5_0 or Q5_1:
+
+        n_header bytes    scale, and perhaps minimum
+        4 bytes           the fifth bit of every code, only in Q5_0 and Q5_1
+        16 bytes          the lower four bits of every code"""
     start = n_header + (4 if fifth_bit else 0)
     q = unpack_nibbles_planar(blocks[..., start : start + 16])
     if fifth_bit:
@@ -70,13 +74,14 @@ def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q4_K: 32 bytes hold the codes of two groups, one in the low halves, the next in the high halves."""
+    """Decodes Q4_K. 32 bytes hold the codes of two groups: the first group in the low halves, the second group in the
+    high halves."""
     scales, offsets = decode_k_scales(blocks)
     return unpack_nibbles_planar(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
 
 
 def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q5_K: the low 4 bits lie as in Q4_K, and byte i of qh holds the fifth bit of input i of each of the 8
+    """Decodes Q5_K. The low 4 bits are stored as in Q4_K. Byte i of qh holds the fifth bits of input i of all 8
     groups."""
     scales, offsets = decode_k_scales(blocks)
     qh, low = blocks[..., 16:48], unpack_nibbles_planar(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
@@ -85,13 +90,15 @@ def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has one scale and one minimum in float16.
-    Every group multiplies them with two integers of 6 bits, packed into 12 bytes:
+    """Returns the scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has one float16 scale and one float16
+    minimum. Each group multiplies the scale and the minimum with two 6-bit integers, packed into 12 bytes:
 
-        byte      bits 0-3               bits 4-5                 bits 6-7
-        0 - 3     scale of group 0 - 3, all 6 bits                scale of group 4 - 7, its upper 2 bits
-        4 - 7     minimum of group 0 - 3, all 6 bits              minimum of group 4 - 7, its upper 2 bits
-        8 - 11    scale of group 4 - 7   minimum of group 4 - 7: the lower 4 bits, up to bit 7"""
+        byte i     bits 0-5                                    bits 6-7
+        0 - 3      scale of group i                            upper 2 bits of the scale of group i + 4
+        4 - 7      minimum of group i - 4                      upper 2 bits of the minimum of group i
+
+                   bits 0-3                                    bits 4-7
+        8 - 11     lower 4 bits of the scale of group i - 4    lower 4 bits of the minimum of group i - 4"""
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
@@ -99,10 +106,10 @@ def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q6_K: a block has two halves of 128 inputs, and an int8 scale for every 16 inputs. For each half:
+    """Decodes Q6_K. A block has two halves of 128 inputs, and an int8 scale for every 16 inputs. Each half has
 
-        ql    64 bytes: low half of byte i: the lower 4 bits of input i; high half: the lower 4 bits of input i + 64
-        qh    32 bytes: the upper 2 bits of the inputs i, i + 32, i + 64, i + 96, from the lowest bits on"""
+        ql    64 bytes    in byte i the lower 4 bits of inputs i (low half) and i + 64 (high half)
+        qh    32 bytes    in byte i the upper 2 bits of inputs i, i + 32, i + 64 and i + 96, from bit 0 on"""
     ql, qh = blocks[..., :128].unflatten(-1, (2, 64)), blocks[..., 128:192].unflatten(-1, (2, 32))
     high = torch.cat([select_bits(qh, bit, 2) for bit in (0, 2, 4, 6)], dim=-1)
     q = (unpack_nibbles_planar(ql) | high << 4).flatten(-2)
@@ -147,7 +154,9 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
     type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
     q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
     groups, is_constant = QuantizedRows(type, q, scales, -offsets / scales), scales == 0
-    if is_constant.any():  # all weights of a constant group are the offset: (1 - 0) * offset or (0 - 1) * -offset
+    # With a scale of 0, all weights of a group equal the offset. Store an offset above 0 as q 1, zero 0, scale offset,
+    # and an offset below 0 as q 0, zero 1, scale -offset.
+    if is_constant.any():
         groups.scales = torch.where(is_constant, offsets.abs(), scales)
         groups.zeros = torch.where(is_constant, (offsets < 0).float(), groups.zeros)
         groups.q = torch.where(groups.expand(is_constant), groups.expand((offsets > 0).to(torch.uint8)), q)
@@ -155,7 +164,7 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
 
 
 def decode_mxfp4(rows: Tensor) -> Tensors:
-    """Returns our MXFP4's tensors for GGUF's MXFP4, whose blocks hold an exponent and 32 codes."""
+    """Returns the tensors of our MXFP4 for rows of GGUF's MXFP4. A block holds an exponent and 32 codes."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
     weight = nibbles_to_bytes(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

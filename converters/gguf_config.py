@@ -1,8 +1,9 @@
-"""Reads a GGUF's metadata into a ModelConfig, by way of the config.json that the same model would have.
+"""Makes a ModelConfig of a GGUF's metadata. First the metadata become the config.json of the same model, then
+families.py reads the config.json.
 
     config = read_gguf_config(metadata, tensors)    # both from gguf_file.py: read_gguf
 
-To add an architecture, add a row to ARCHITECTURES; its family must be in families.py.
+To add an architecture whose family is in families.py, add a row to ARCHITECTURES.
 """
 
 from collections.abc import Callable
@@ -66,14 +67,14 @@ ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_l
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the GGUF files of one architecture are read."""
+    """How to read the GGUF files of one architecture."""
 
-    family: str  # in families.py
-    fields: dict[str, str] = field(default_factory=dict)  # added to GGUF_FIELDS
-    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that metadata lack
-    names: dict[str, str] = field(default_factory=dict)  # added to gguf_tensors.py: GGUF_TO_CANONICAL
-    ffn_up_has_gate: bool = False  # ffn_up has the gate's rows, and then its own
-    interleaved_rope: bool = False  # rows of Q and K are in Meta's order: a RoPE pair's rows are neighbours
+    family: str  # a key of families.py: FAMILIES
+    fields: dict[str, str] = field(default_factory=dict)  # more rows of GGUF_FIELDS
+    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # config.json's fields that the metadata lack
+    names: dict[str, str] = field(default_factory=dict)  # more rows of gguf_tensors.py: GGUF_TO_CANONICAL
+    ffn_up_has_gate: bool = False  # whether ffn_up stacks the rows of gate above the rows of up
+    interleaved_rope: bool = False  # whether the two rows of a RoPE pair are neighbours in Q and K, as in Meta's files
 
 
 def llama_fields(hf_config: dict) -> dict:
@@ -90,14 +91,15 @@ def gemma3_fields(hf_config: dict) -> dict:
 
 
 def query_dim(hf_config: dict, n_layers_of_27b: int) -> int:
-    """Returns the number whose square root divides the scores: head_dim, but dim / n_heads in the models of 27B."""
+    """Returns query_pre_attn_scalar, whose square root divides the scores: head_dim, but dim / n_heads in models of
+    27B."""
     if hf_config["num_hidden_layers"] == n_layers_of_27b:
         return hf_config["hidden_size"] // hf_config["num_attention_heads"]
     return hf_config["head_dim"]
 
 
 def olmo2_fields(hf_config: dict) -> dict:
-    """Tells Olmo 3, which has a window, from Olmo 2."""
+    """Returns Olmo 3's fields if there is a window. Olmo 2 has the same GGUF architecture, but no window."""
     return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf_config.get("sliding_window") else {}
 
 
@@ -114,8 +116,8 @@ def gpt_oss_fields(hf_config: dict) -> dict:
     return {"rope_scaling": (hf_config["rope_scaling"] or {}) | {"truncate": False}}
 
 
-# A field that neither extra_fields nor metadata have takes the family's default: Gemma 3's local rope_theta, the layers
-# with a window of Gemma 2, Gemma 3 and gpt-oss, and the layers without RoPE of SmolLM3.
+# If neither the metadata nor extra_fields have a field, the family's default counts. That is so for Gemma 3's local
+# rope_theta, for the layers with a window (Gemma 2, Gemma 3, gpt-oss), and for the layers without RoPE (SmolLM3).
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", extra_fields=llama_fields, interleaved_rope=True),
     "qwen2": Architecture("Qwen2ForCausalLM"),
@@ -153,8 +155,8 @@ def find_architecture(metadata: dict) -> Architecture:
 
 
 def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelConfig:
-    """Returns the config. Raises UsageError for what is not supported, and other errors for metadata that are missing
-    or broken."""
+    """Returns the config. Raises UsageError if a feature is not supported, and other errors if metadata are missing or
+    broken."""
     try:
         config = config_from_hf(gguf_to_config_json(metadata, tensors))
     except UsageError as e:
@@ -185,12 +187,12 @@ def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
     hf_config |= window_pattern(fields.get("attention.sliding_window_pattern")) | {
         "vocab_size": tensors["token_embd.weight"].data.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "partial_rotary_factor": Fraction(rotary_dim, hf_config["head_dim"]),  # exact, where a float may round down
+        "partial_rotary_factor": Fraction(rotary_dim, hf_config["head_dim"]),  # exact; a float might round down
         "rope_scaling": rope_scaling(name, fields, tensors),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [i for i in end_ids if i is not None],
     }
-    defaults = {  # llama.cpp's, and not the family's
+    defaults = {  # llama.cpp's defaults, which differ from the family's
         "architectures": [architecture.family],
         "num_key_value_heads": hf_config["num_attention_heads"],
         "rope_theta": 10000.0,
@@ -209,8 +211,8 @@ def check_fields(fields: dict, name: str):
 
 
 def window_pattern(pattern: int | list | None) -> dict:
-    """Returns the field of config.json that says which layers have the window. If pattern is a list, it has an entry
-    for each layer. If pattern is a number, every pattern-th layer has no window."""
+    """Returns the field of config.json that says which layers have the window. A list as pattern has an entry for each
+    layer. A number as pattern means that every pattern-th layer has no window."""
     if isinstance(pattern, list):
         return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
     return {} if pattern is None else {"sliding_window_pattern": pattern}
@@ -244,7 +246,8 @@ def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dic
 
 
 def read_llama3_scaling(config: ModelConfig, stored: GGUFTensor) -> RopeScaling:
-    """Returns Llama 3.1's scaling. A GGUF stores only the divisors of RoPE's frequencies."""
+    """Returns Llama 3.1's scaling, whose factor is the largest of the stored divisors. A GGUF stores the divisor of
+    each of RoPE's frequencies, and nothing else."""
     factors = torch.tensor(stored.data.view(np.float32))
     scaling = RopeScaling("llama3", float(factors.max()))
     scaled = replace(config, rope_scaling=scaling)

@@ -1,9 +1,9 @@
-"""Reads a GGUF file, or all parts of a split one: metadata and tensors, which stay memory-mapped.
+"""Reads the metadata and the tensors of a GGUF file, or of all parts of a split GGUF. Tensors stay memory-mapped.
 
     metadata, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
 
-This is not the gguf package's own reader, which takes seconds for a vocabulary, and loops as often as a broken header
-says.
+The gguf package has a reader, too. That reader takes seconds for a vocabulary, and believes the counts in a broken
+header.
 """
 
 import math
@@ -18,12 +18,12 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from errors import UsageError
 
-SCALARS = {  # type -> its letter in the module struct
+SCALARS = {  # type -> letter in a format of the module struct
     GGUFValueType.UINT8: "B", GGUFValueType.UINT16: "H", GGUFValueType.UINT32: "I", GGUFValueType.UINT64: "Q",
     GGUFValueType.INT8: "b", GGUFValueType.INT16: "h", GGUFValueType.INT32: "i", GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
 }  # fmt: skip
-MAX_COUNT = 2**24  # tensors, fields, elements or characters
+MAX_COUNT = 2**24  # the most tensors, fields, elements or characters; more means that the header is broken
 
 
 @dataclass
@@ -38,7 +38,7 @@ class GGUFTensor:
 
 
 def read_gguf(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
-    """Returns the metadata and the tensors of file. If file is one of several parts, returns the tensors of all
+    """Returns the metadata and the tensors of file. If file is a part of a split GGUF, returns the tensors of all
     parts."""
     metadata, tensors = read_part(file)
     n_parts = metadata.get("split.count", 1)
@@ -53,7 +53,7 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
         if (part_metadata.get("split.no"), part_metadata.get("split.count")) != (i, n_parts):
             raise UsageError(f"{parts[i]} is not part {i + 1} of {n_parts}")
     tensors = {name: tensor for _, part_tensors in contents for name, tensor in part_tensors.items()}
-    metadata, _ = contents[0]  # other parts have none
+    metadata, _ = contents[0]  # only the first part has the model's metadata
     n_tensors = metadata.get("split.tensors.count", len(tensors))
     if n_tensors != len(tensors):
         raise UsageError(f"the {n_parts} parts of {file} hold {len(tensors)} tensors, not {n_tensors}")
@@ -103,13 +103,13 @@ def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
 
 
 class Header:
-    """Reads the beginning of a GGUF file value by value: metadata and the tensors' names, shapes and offsets."""
+    """Reads the header of a GGUF file value by value: the metadata, and the name, shape and offset of every tensor."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.offset = data, 0
 
     def scalar(self, form: str):
-        """Reads a value. form: its letter in the module struct."""
+        """Reads a value. form: the value's format in the module struct."""
         (value,) = struct.unpack_from("<" + form, self.data, self.offset)
         self.offset += struct.calcsize("<" + form)
         return value

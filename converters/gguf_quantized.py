@@ -1,14 +1,16 @@
-"""Converts quantized tensors of a GGUF to our formats, and keeps the stored codes where a format can hold them.
+"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored codes stay
+where a format can hold them.
 
     kept = KeptWeights(plans, sources, order)    # chooses the formats
     convert(path, SourceModel(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")              # how each type was converted
 
 A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
-minimum. Codes of 4 bits become Int4, all other codes GroupedInt8, with the same groups. Only scales and zeros are
-rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format. If the file would be larger
-than SIZE_LIMIT times the GGUF, some weights are rounded again to smaller formats, beginning with the weights that save
-the most bytes for the accuracy that they lose.
+minimum. Codes of 4 bits become Int4, all other codes GroupedInt8, with the GGUF's groups. Only scales and zeros are
+rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format.
+
+The file may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to smaller
+formats: first the weights that lose the least accuracy for each byte that they save.
 """
 
 import re
@@ -32,12 +34,13 @@ from kernels.formats import MXFP4, Dense, GroupedInt8, Int4, Int8, Tensors, Weig
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat
 
-SIZE_LIMIT = 1.1  # the result's largest size, in sizes of the GGUF's tensors
+SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
-# The loss of an input that is rounded again. Rounding to 4 bits loses more where the code has more bits, since
-# llama.cpp gives more bits to inputs that matter more. Rounding to 8 bits loses more where more inputs share a scale.
-LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}
+# How much accuracy one weight loses if it is rounded again, in units of our choice. Rounding to 4 bits loses more where
+# the code has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more
+# where more inputs share a scale.
+LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}  # by the bits of the code
 LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
 
@@ -51,12 +54,12 @@ def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
 
 
 def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
-    """Converts groups to format. Returns (the tensors of format, whether each group keeps the stored codes [N,
-    n_groups]). Groups that do not are rounded again."""
+    """Converts groups to format. Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the
+    stored codes). A group that does not keep them is rounded again."""
     if not keeps_codes(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # A minimum makes fractional zeros, which are rounded to integers. Where codes have fewer bits than the format,
-    # codes and zeros are multiplied to fill 8 bits, so that the rounding steps of zeros are smaller.
+    # A minimum makes a fractional zero, which is rounded to an integer. If codes have fewer bits than the format, codes
+    # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
     zeros = (groups.zeros * factor * format.zeros_per_step).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
@@ -78,10 +81,10 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
 
 @dataclass
 class StackedWeight:
-    """One of our weights, and the GGUF's tensors that are stacked to it.
+    """One of our weights, and the GGUF's tensors (parts) whose rows it stacks.
 
-    formats: the formats that the weight may have, from the largest, which loses nothing, to the smallest.
-    gentle_format: the smallest of them that neither rounds codes to fewer bits nor rounds codes of 4 bits again.
+    formats: the formats that the weight may have, from the largest to the smallest. The largest one loses nothing.
+    gentle_format: the smallest format that neither rounds codes to fewer bits nor rounds codes of 4 bits again.
     n_bytes: the weight's size in each format."""
 
     name: str
@@ -126,8 +129,8 @@ class StackedWeight:
         return total
 
     def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
-        """Returns (price, index) of the smaller format that loses least for each saved byte. price: the loss for each
-        byte. index: into formats. At most n_excess of the saved bytes count, since no more are needed."""
+        """Returns (price, index) of the smaller format with the lowest price. price: the loss for each saved byte.
+        index: into formats. At most n_excess of the saved bytes count, since no more are needed."""
         now, *smaller = self.formats
         prices = []
         for format in smaller:
@@ -138,8 +141,7 @@ class StackedWeight:
 
 
 def choose_formats(stacks: list[StackedWeight], n_bytes: float):
-    """Chooses the format of every weight in stacks, so that all weights together take at most n_bytes, if that is
-    possible."""
+    """Chooses the format of every weight in stacks. If possible, all weights together take at most n_bytes."""
     n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
     stacks = middle_layers_first(stacks)  # at equal prices, layers in the middle come first
     while n_excess > 0:
@@ -150,7 +152,7 @@ def choose_formats(stacks: list[StackedWeight], n_bytes: float):
         n_excess -= stack.n_bytes[stack.format] - stack.n_bytes[stack.formats[i]]
         del stack.formats[:i]
     if n_excess > 0:
-        for stack in stacks:  # n_bytes is out of reach, so do not lose bits in vain
+        for stack in stacks:  # n_bytes is out of reach, so small formats would lose bits in vain
             stack.formats = [stack.gentle_format]
 
 
@@ -198,9 +200,9 @@ class RoundingErrors:
 
 
 class KeptWeights:
-    """The weights of a GGUF that stay quantized, by canonical names (weights).
+    """Holds the weights of a GGUF that stay quantized: weights, by canonical names.
 
-    plans: our tensors. sources: the GGUF's tensors by canonical names. order: see reorder_heads."""
+    plans: our tensors. sources: the GGUF's tensors by canonical names. order: see hf_tensors.py: reorder_heads."""
 
     def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], order: Tensor | None):
         linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
@@ -214,7 +216,7 @@ class KeptWeights:
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
-        self.became_dense: Counter[str] = Counter()  # how many tensors of each type are stacked with floats
+        self.became_dense: Counter[str] = Counter()  # by type: tensors that are stacked with floats
         self.weights: dict[str, QuantizedWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Dense):
@@ -225,7 +227,7 @@ class KeptWeights:
                 self.weights[source] = QuantizedWeight(stack.format, torch.Size(sources[source].shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
-        """Returns a TensorReader that takes weights that stay quantized from self.weights, and all other tensors from
+        """Returns a TensorReader that returns a weight of self.weights, if there is one by the name, and else calls
         read."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
@@ -237,7 +239,7 @@ class KeptWeights:
             whole = decode_mxfp4(torch.tensor(stored.data))
             if (whole["scales"] == E8M0_NAN).any():
                 raise UsageError(f"tensor {name} holds scales that are not finite")
-            errors.n_groups += whole["scales"].numel()  # all are exact
+            errors.n_groups += whole["scales"].numel()  # all groups are exact
             return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
@@ -254,8 +256,8 @@ class KeptWeights:
         return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
 
     def report(self) -> list[str]:
-        """Returns lines that say how each type was converted, and how large the result is. Call report when all weights
-        are read."""
+        """Returns lines that say how each type was converted, and how large the result is. All weights must have been
+        read."""
         lines = []
         for (type_name, format_name), errors in sorted(self.errors.items()):
             lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")

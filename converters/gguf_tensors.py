@@ -1,4 +1,4 @@
-"""Converts a GGUF file to model.pth and a tokenizer. scripts/convert_gguf.py is the command.
+"""Converts a GGUF file to model.pth and a tokenizer, for scripts/convert_gguf.py and resolve.py.
 
     convert_gguf(Path("model.Q4_1.gguf"), Path("checkpoints/model"))
 """
@@ -25,8 +25,8 @@ from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import KeptWeights
 from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import Announcement, HFTensors, SourceModel, TensorReader, plan_tensors, write_folder
-from converters.sources import describe_sources, find_gguf_parts, remember_sources
+from converters.model_tensors import Announcement, SourceModel, SourceTensors, TensorReader, plan_tensors, write_folder
+from converters.sources import describe_sources, find_gguf_parts, record_sources
 from errors import UsageError
 from text.tokenizer_files import TOKENIZER_FILES
 
@@ -63,7 +63,7 @@ def convert_gguf(
 ) -> Path:  # fmt: skip
     """Writes model.pth, with weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
 
-    keep: quantized weights stay quantized, and the path says how; prints how close the result is to the GGUF.
+    keep: whether quantized weights stay quantized. Then the file's name says how, and a report is printed.
     announce: see convert."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
@@ -89,7 +89,7 @@ def convert_gguf(
     path = write_folder(folder, model, announce)
     if kept is not None:
         print(*kept.report(), sep="\n")
-    remember_sources(folder, sources, path)
+    record_sources(folder, sources, path)
     return path
 
 
@@ -98,9 +98,9 @@ def convert_gguf(
 
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
-) -> tuple[HFTensors, TensorReader]:
-    """Returns what a SourceModel needs: the tensors, on the meta device, and the function that reads a tensor, with the
-    rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w already."""
+) -> tuple[SourceTensors, TensorReader]:
+    """Returns the tensors and the read function of a SourceModel. The tensors are on the meta device. The function
+    returns a tensor with its rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
     order = gguf_rope_order(config, architecture)
@@ -118,9 +118,9 @@ def rename_gguf_tensors(
 
 
 def keep_quantized(
-    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: HFTensors, architecture: Architecture
+    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
 ) -> KeptWeights:
-    """Returns the weights that stay quantized. tensors: what rename_gguf_tensors makes of stored."""
+    """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
     sources = split_gguf_tensors(stored, config, architecture)
     return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
 
@@ -144,14 +144,14 @@ def split_gguf_tensors(
 def split_tensor(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """Returns the canonical tensors that one tensor of the GGUF holds, by name: one tensor, several tensors stacked
-    along the rows, or a tensor for each expert."""
+    """Splits one tensor of the GGUF into canonical tensors, by name. The GGUF's tensor may hold one canonical tensor,
+    several tensors stacked along the rows, or a tensor for each expert."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_CANONICAL | architecture.names
     if module == "attn_qkv":
-        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        parts = zip(QKV, np.split(tensor.data, [q, q + kv]), strict=True)
+        starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
+        parts = zip(QKV, np.split(tensor.data, starts), strict=True)
     elif module == "ffn_up" and architecture.ffn_up_has_gate:
         parts = zip(GATE_UP, np.array_split(tensor.data, 2), strict=True)
     elif module in names:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from errors import UsageError
 from text.tokenizer_files import QWEN2_SPLIT
 
-# Patterns that cut a text into words before byte-level BPE
+# Regular expressions that split a text into words before byte-level BPE
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_WORDS = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 GPT4O = (
@@ -26,22 +26,22 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # tokenizer.ggml.pre -> patterns, which apply one after the other
+SPLITS = {  # tokenizer.ggml.pre -> regular expressions, which split one after the other
     "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "refact": [r"\p{N}", GPT2], "tekken": [TEKKEN],
     "llama-bpe": [LLAMA3_WORDS], "llama3": [LLAMA3_WORDS], "smaug-bpe": [LLAMA3_WORDS], "dbrx": [LLAMA3_WORDS],
     "chatglm-bpe": [LLAMA3_WORDS], "glm4": [LLAMA3_WORDS],
     "qwen2": [QWEN2_SPLIT], "gpt-4o": [GPT4O],
 }  # fmt: skip
-LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # texts begin with bos, and a piece in the vocabulary needs no merges
-LIKE_GLM4 = ("chatglm-bpe", "glm4")  # texts begin with GLM4_PREFIX
+LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # a text begins with bos; a word in the vocabulary needs no merges
+LIKE_GLM4 = ("chatglm-bpe", "glm4")  # a text begins with GLM4_PREFIX
 GLM4_PREFIX = ("[gMASK]", "<sop>")
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces in tokenizer.ggml.token_type and in sentencepiece
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type and sentencepiece: types of pieces
 
 
 def make_tokenizer_files(metadata: dict) -> dict[str, bytes]:
-    """Returns the files' contents, by name. Raises UsageError for what is not supported, and other errors for metadata
-    that are missing or broken."""
+    """Returns the files' contents, by name. Raises UsageError if a tokenizer is not supported, and other errors if
+    metadata are missing or broken."""
     pieces = metadata["tokenizer.ggml.tokens"]
     model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
@@ -76,7 +76,7 @@ def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
         raise UsageError(f"tokenizer.ggml.pre = {pre!r} is not supported; these are: {', '.join(SPLITS)}")
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    for merge in merges:  # tokenizers would panic
+    for merge in merges:  # the library panics at such merges
         if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
             raise ValueError("tokenizer.ggml.merges makes what is no token")
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3))
@@ -101,7 +101,7 @@ def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
 def sentencepiece_model(metadata: dict) -> bytes:
     """Returns the contents of tokenizer.model."""
     try:
-        from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
+        from sentencepiece import sentencepiece_model_pb2  # here, since only this import needs protobuf
     except ImportError as e:
         raise UsageError(f"this file's tokenizer needs `pip install protobuf` ({e})") from None
 
@@ -110,7 +110,7 @@ def sentencepiece_model(metadata: dict) -> bytes:
     model = sentencepiece_model_pb2.ModelProto()
     for i, (piece, score, token_type) in enumerate(zip(pieces, metadata["tokenizer.ggml.scores"], types, strict=True)):
         if token_type == USER_DEFINED:
-            piece = piece.replace(" ", "▁")  # sentencepiece's spelling of a space; a GGUF has a space
+            piece = piece.replace(" ", "▁")  # sentencepiece writes a space as ▁, a GGUF as a space
         model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else token_type)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
@@ -118,7 +118,7 @@ def sentencepiece_model(metadata: dict) -> bytes:
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id", -1), metadata.get("tokenizer.ggml.eos_token_id", -1)
     for name, i in {"bos": bos, "eos": eos, "unk": unknown}.items():
         setattr(trainer, f"{name}_id", i)
-        if i >= 0:  # sentencepiece looks it up by its piece
+        if i >= 0:  # sentencepiece finds the token by its piece
             setattr(trainer, f"{name}_piece", pieces[i])
     normalizer = model.normalizer_spec
     normalizer.name = "identity"

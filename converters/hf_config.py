@@ -1,4 +1,5 @@
-"""Reads Hugging Face's config.json into a ModelConfig, as a Family (family.py) says; families.py lists the families.
+"""Makes a ModelConfig of Hugging Face's config.json. A Family (family.py) says how; families.py lists the families, and
+calls read_hf_config.
 
 A field is refused if it changes the maths and model.py does not implement the change.
 """
@@ -12,8 +13,8 @@ from errors import UsageError
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
-# Fields that change the maths -> the values that change nothing, besides null and false. Any other value is refused,
-# unless the family has the field in supported_fields.
+# Fields that change the maths -> the neutral values, which change nothing. null and false are neutral, too. Any other
+# value is refused, unless the family has the field in handled_fields.
 HF_NEUTRAL_VALUES = {
     "hidden_act": ("silu", "swish"),
     "attn_logit_softcapping": (),
@@ -30,12 +31,12 @@ HF_NEUTRAL_VALUES = {
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
 }
-# A field of ModelConfig -> config.json's name of the field, for messages
+# A field of ModelConfig -> config.json's name of the field, for error messages
 OUR_NAMES_TO_HF = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
 }  # fmt: skip
-# Fields by which config.json shows that an unknown architecture has parts that model.py lacks
+# Fields that only architectures with unsupported parts have -> the part
 UNSUPPORTED_PARTS = {
     "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
@@ -50,10 +51,10 @@ UNSUPPORTED_PARTS = {
 
 
 def check_neutral_values(fields: dict, family: Family):
-    if "hidden_act" not in family.supported_fields and fields.get("hidden_act", "silu") is None:
+    if "hidden_act" not in family.handled_fields and fields.get("hidden_act", "silu") is None:
         raise UsageError("config.json: hidden_act is null; it must name the activation, such as 'silu'")
     for name, neutral in HF_NEUTRAL_VALUES.items():
-        if name not in family.supported_fields and fields.get(name) not in (None, False, *neutral):
+        if name not in family.handled_fields and fields.get(name) not in (None, False, *neutral):
             raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
 
 
@@ -70,8 +71,7 @@ def check_layer_types(hf_config: dict):
 
 
 def unsupported_part(hf_config: dict) -> str | None:
-    """Returns why an unknown architecture cannot run: it has a part that model.py lacks. Returns None if no such part
-    is known."""
+    """Returns which part of an unknown architecture model.py lacks, or None if config.json names no such part."""
     for name, meaning in UNSUPPORTED_PARTS.items():
         if hf_config.get(name):
             return f"config.json's {name} means {meaning}"
@@ -98,8 +98,8 @@ def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelCo
     return ModelConfig(**fields)
 
 
-def in_config_json(message: str, hf_config: dict, family: Family) -> str:
-    """Gives a message of config.py config.json's names of the fields."""
+def with_hf_names(message: str, hf_config: dict, family: Family) -> str:
+    """Replaces ModelConfig's names of fields by config.json's names, in an error message of config.py."""
     for ours, theirs in (OUR_NAMES_TO_HF | {"ffn_dim": family.ffn_dim_field}).items():
         message = re.sub(rf"(the model's )?\b{ours}\b", theirs, message)
     if not hf_config.get("rope_scaling"):
@@ -108,8 +108,8 @@ def in_config_json(message: str, hf_config: dict, family: Family) -> str:
 
 
 def required(hf_config: dict, *names: str):
-    """Returns the value of a field that config.json must have. The field may have several names: the first one that is
-    there counts."""
+    """Returns the value of a field that config.json must have. names: the names that the field may have. The first name
+    that config.json has counts."""
     for name in names:
         if hf_config.get(name) is not None:
             return hf_config[name]
@@ -124,7 +124,7 @@ def read_flag(hf_config: dict, name: str) -> bool:
 
 
 def read_sizes(hf_config: dict, family: Family) -> dict:
-    """Reads the sizes of ModelConfig, and other fields that config.json states in the same form."""
+    """Reads ModelConfig's sizes, norm_eps, biases and tie_embeddings."""
     n_heads = required(hf_config, "num_attention_heads")
     has_attention_bias = read_flag(hf_config, "attention_bias")
     return dict(
@@ -182,7 +182,7 @@ def read_moe(hf_config: dict, family: Family) -> MoEConfig | None:
 
 
 def read_n_shared_experts(hf_config: dict, family: Family) -> int:
-    """Returns how many experts of the usual width make the shared expert, which in config.json is one wide expert."""
+    """Returns how many experts of ffn_dim the shared expert equals. config.json describes one wide shared expert."""
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
@@ -221,25 +221,25 @@ def all_sliding(hf_config: dict) -> list[str]:
 
 
 def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
-    """Gives all layers but the first max_window_layers the window."""
+    """Returns a window for all layers but the first max_window_layers."""
     first = hf_config["max_window_layers"]
     return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
 
 
 def sliding_below_max_window_layers(hf_config: dict) -> list[str]:
-    """Gives the even layers below max_window_layers the window: layer 0, 2 and so on."""
+    """Returns a window for the even layers below max_window_layers: layers 0, 2 and so on."""
     end = hf_config["max_window_layers"]
     return ["full_attention" if i % 2 or i >= end else "sliding_attention" for i in layer_numbers(hf_config)]
 
 
 def full_attention_every(n: int, hf_config: dict) -> list[str]:
-    """Gives all layers but every n-th the window."""
+    """Returns a window for all layers but every n-th."""
     return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
 
 
 def layer_numbers(hf_config: dict) -> range:
-    """Returns the numbers of the layers, from 0. There are at most MAX_MODULES, so that a senseless num_hidden_layers
-    does not fill the memory before ModelConfig refuses it."""
+    """Returns the numbers of the layers, from 0, at most MAX_MODULES. So a senseless num_hidden_layers does not fill
+    the memory before ModelConfig refuses it."""
     return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 
@@ -247,7 +247,7 @@ def layer_numbers(hf_config: dict) -> range:
 
 
 def read_rope(hf_config: dict, family: Family) -> dict:
-    """Reads ModelConfig's fields of RoPE, and the context's length that RoPE's scaling makes possible."""
+    """Reads ModelConfig's fields of RoPE. Also returns max_seq_len if RoPE's scaling makes the context longer."""
     rope, sliding_rope = collect_rope_fields(hf_config, family)
     check_neutral_values(rope, family)
     theta, scaling = rope["rope_theta"], read_rope_scaling(rope, hf_config)
@@ -260,32 +260,32 @@ def read_rope(hf_config: dict, family: Family) -> dict:
     rotary_factor = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) or 1
     if rotary_factor != 1:
         fields["rotary_dim"] = int(read_head_dim(hf_config) * rotary_factor)
-    if scaling is not None and scaling.rope_type in ("dynamic", "yarn"):  # config.json may state the trained context
+    if scaling is not None and scaling.rope_type in ("dynamic", "yarn"):  # config.json may state a shorter context
         stretched = int(scaling.original_max_seq_len * scaling.factor)
         fields["max_seq_len"] = max(required(hf_config, "max_position_embeddings"), stretched)
     return fields
 
 
 def replace_rope_parameters(hf_config: dict) -> dict:
-    """Returns hf_config with only one of rope_scaling and rope_parameters, which is the newer name. rope_scaling, if it
-    is there, replaces rope_parameters, and a family's default, too. But if rope_parameters has an object for each type
-    of layer, both stay: rope_scaling then changes the layers without a sliding window."""
+    """Removes rope_parameters, also a family's default, if config.json has rope_scaling, the older name. The exception:
+    if rope_parameters has an object for each type of layer, both stay. rope_scaling then changes the layers without a
+    sliding window."""
     if not hf_config.get("rope_scaling") or has_layer_types(hf_config.get("rope_parameters")):
         return hf_config
     return hf_config | {"rope_parameters": None}
 
 
 def has_layer_types(rope) -> bool:
-    """Returns whether rope, which should be a dict, has an object for each type of layer."""
+    """Returns whether rope, the value of rope_parameters, is a dict with an object for each type of layer."""
     return isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
 
 
 def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | None]:
-    """Returns RoPE's fields (rope_theta, rope_type, factor and so on) twice: for the layers without a sliding window,
-    and for the layers with one, or None if all layers have the same fields.
+    """Returns RoPE's fields (rope_theta, rope_type, factor and so on) for the layers without a sliding window, and for
+    the layers with a sliding window. The second is None if all layers have the same fields.
 
-    rope_theta may stand alone in config.json. All other fields are in rope_parameters or, in older files, in
-    rope_scaling. Either may have an object for each type of layer."""
+    rope_theta may be a field of config.json itself. All other fields are in rope_parameters or, in older files, in
+    rope_scaling. Both may have an object for each type of layer."""
     unscaled = {"rope_theta": hf_config.get("rope_theta", 10000.0), "rope_type": "default"}
     rope, sliding_rope = dict(unscaled), None
     if hf_config.get("rope_local_base_freq") is not None:
@@ -315,7 +315,7 @@ def read_rope_scaling(rope: dict, hf_config: dict) -> RopeScaling | None:
     if rope_type == "dynamic":
         original = max_seq_len
     factor = rope.get("factor")
-    if rope_type == "yarn" and "factor" not in rope:  # null means max_position_embeddings / original
+    if rope_type == "yarn" and "factor" not in rope:  # a factor of null means max_seq_len / original
         raise UsageError("config.json: rope_scaling of type yarn needs a factor")
     if factor is None and rope_type in ("yarn", "longrope"):
         factor = max_seq_len / original
@@ -337,7 +337,7 @@ def read_llama3(rope: dict) -> dict:
 
 
 def read_yarn(rope: dict, factor: float) -> dict:
-    """Reads YaRN (arXiv:2309.00071). With mscale, cosine and sine have DeepSeek's factor."""
+    """Reads YaRN (arXiv:2309.00071). With mscale, attention_factor is computed as in DeepSeek's models."""
 
     def log_scale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0

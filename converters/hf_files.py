@@ -1,4 +1,4 @@
-"""Opens Hugging Face's weights: safetensors and pytorch_model.bin, in one file or many.
+"""Opens Hugging Face's weights, safetensors or pytorch_model.bin, in one file or many. folder.py calls read_folder.
 
     tensors = read_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # memory-mapped: nothing is read yet
 """
@@ -8,12 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from converters.model_tensors import HFTensors
+from converters.model_tensors import SourceTensors
 from errors import UsageError
 from files import is_state_dict, load_torch_file, read_json
 
 
-def read_folder(folder: Path) -> HFTensors:
+def read_folder(folder: Path) -> SourceTensors:
     """Returns all tensors of a folder, memory-mapped."""
     load, files = load_safetensors, list_files(folder, "model.safetensors")
     if files is None:
@@ -27,8 +27,8 @@ def read_folder(folder: Path) -> HFTensors:
 
 
 def list_files(folder: Path, whole: str) -> list[str] | None:
-    """Returns the names of a checkpoint's files: whole if the checkpoint is one file, else the files that the index
-    names. Returns None if there is neither."""
+    """Returns the names of a checkpoint's files: whole, the name of a checkpoint in one file, or else the files that
+    the index names. Returns None if the folder has neither."""
     if (folder / whole).is_file():
         return [whole]
     index = folder / f"{whole}.index.json"
@@ -45,7 +45,7 @@ def list_files(folder: Path, whole: str) -> list[str] | None:
     return files
 
 
-def load_safetensors(file: Path) -> HFTensors:
+def load_safetensors(file: Path) -> SourceTensors:
     if not file.is_file():
         raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
     try:
@@ -53,12 +53,12 @@ def load_safetensors(file: Path) -> HFTensors:
     except (SafetensorError, OSError) as e:
         raise UsageError(f"{file} is truncated or not safetensors: {e}") from None
     except ValueError as e:
-        if "UntypedStorage" in str(e):  # about every second Ctrl-C in load_file; PyTorch hides the KeyboardInterrupt
+        if "UntypedStorage" in str(e):  # PyTorch makes this of about every second Ctrl-C in load_file
             raise KeyboardInterrupt from None
         raise
 
 
-def load_bin(file: Path) -> HFTensors:
+def load_bin(file: Path) -> SourceTensors:
     tensors = load_torch_file(file, legacy=True)
     if not is_state_dict(tensors):
         raise UsageError(f"{file} is not a table of tensors")

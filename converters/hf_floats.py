@@ -1,11 +1,12 @@
 """Reads weights of FP8 (e4m3) and MXFP4 from Hugging Face's checkpoints into QuantizedWeight, without rounding.
+hf_quantized.py calls float8_weight for each layer, and split_mxfp4 once.
 
     fp8                          weight [N, K], weight_scale_inv [N / 128, K / 128]: a scale for each block
     float-quantized, fbgemm_fp8  weight [N, K], weight_scale [N, 1], or one scale for all of W
-    mxfp4 (gpt-oss)              X_blocks [E, N, K / 32, 16] for E experts: bytes of two numbers, the lower half first
+    mxfp4 (gpt-oss)              X_blocks [E, N, K / 32, 16] for E experts: two numbers in a byte, the low half first
                                  X_scales [E, N, K / 32]: exponents of powers of two, with a bias of 127
 
-Such checkpoints also say how to round activations to 8 bits. Here activations keep 16 bits.
+The checkpoints also say how to round activations to 8 bits. Here activations keep 16 bits.
 """
 
 import math
@@ -19,13 +20,13 @@ from errors import UsageError
 from kernels.formats import MXFP4, Float8, Tensors
 from kernels.formats.base import nibbles_to_bytes, shard_groups, unpack_nibbles_interleaved
 
-E4M3_NAN = 0x7F  # of either sign
+E4M3_NAN = 0x7F  # without the sign bit
 E8M0_NAN = 0xFF
 
 
 def float8_weight(layer: StoredLayer, block_shape: list[int] | None) -> QuantizedWeight:
-    """Reads a weight of FP8. block_shape: how many outputs and inputs share a scale. None: all inputs share a scale,
-    and either one output or all outputs."""
+    """Reads a weight of FP8. block_shape: how many outputs and inputs share a scale. None: a scale for each output, or
+    one scale for the whole weight."""
     weight = layer.take("weight", (torch.float8_e4m3fn,), 2)
     n, k = weight.shape
     kind = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
@@ -48,8 +49,8 @@ def float8_weight(layer: StoredLayer, block_shape: list[int] | None) -> Quantize
 
 
 def split_mxfp4(tensors: dict[str, Tensor | QuantizedWeight]):
-    """Replaces gpt-oss's projections of all experts by a weight for each expert, in place. The rows of gate and up
-    alternate."""
+    """Replaces gpt-oss's tensors, which stack the projections of all experts, by a weight for each expert, in place. In
+    gate_up_proj the rows of gate and up alternate."""
     for blocks_name in list(tensors):
         match = re.fullmatch(r"((.*\.experts)\.(gate_up_proj|down_proj))_blocks", blocks_name)
         if match is None:
@@ -75,7 +76,7 @@ def check_mxfp4(name: str, blocks: Tensor, scales: Tensor):
 
 
 def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
-    """Makes a weight of blocks [N, K / 32, 16] and scales [N, K / 32]. name: for an error's message."""
+    """Makes a weight of blocks [N, K / 32, 16] and scales [N, K / 32]. name: the tensor's name, for error messages."""
 
     def read() -> Tensors:
         if (scales == E8M0_NAN).any():

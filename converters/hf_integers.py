@@ -1,16 +1,18 @@
 """Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into QuantizedWeight, without rounding.
+hf_quantized.py calls gptq_weight, awq_weight, packed_weight and int8_weight.
 
-All three have w = (q - zero) * scale, with a scale and a zero point for every group of inputs of an output. They differ
-in where the numbers lie. A word is an int32 and holds 8 numbers of 4 bits or 4 numbers of 8 bits, the lowest bits
-first. With 4 bits:
+In every format w = (q - zero) * scale, with a scale and a zero point for every output and group of inputs. The formats
+differ in the layout of the tensors. A word is an int32 and holds 8 numbers of 4 bits or 4 numbers of 8 bits, the lowest
+bits first. With 4 bits:
 
                           q                         scales         zero points
-    GPTQ                  qweight [K / 8, N]        [n_groups, N]  qzeros [n_groups, N / 8]; version 1: minus one
+    GPTQ                  qweight [K / 8, N]        [n_groups, N]  qzeros [n_groups, N / 8]
     AWQ                   qweight [K, N / 8]        [n_groups, N]  qzeros [n_groups, N / 8]
-    pack-quantized        weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups]; without: 8
-    int-quantized         weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8; without: 0
+    compressed-tensors:
+      pack-quantized      weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups], or 8
+      int-quantized       weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8, or 0
 
-A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7. pack-quantized and int-quantized are compressed-tensors'.
+Version 1 of GPTQ's format stores zero - 1 in qzeros. A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7.
 """
 
 import math
@@ -26,20 +28,20 @@ from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
 from kernels.formats.integers import GroupedFormat
 
-AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word holds the outputs 0 to 7
+AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the places of outputs 0 to 7 in a word
 
 
 @dataclass
 class IntegerWeight:
-    """w = (q - zero) * scale for a weight [N, K]. q and zero are unsigned."""
+    """A weight [N, K] in any of the formats above: w = (q - zero) * scale, with q and zero unsigned."""
 
     shape: torch.Size
     bits: int
     group_size: int
     scales: Tensor  # [N, n_groups]
-    read_q: Callable[[], Tensor]  # gives [N, K] uint8
-    read_zeros: Callable[[], Tensor]  # gives [N, n_groups] uint8
-    input_order: Tensor | None = None  # the order that makes every group contiguous; None: the inputs' own order does
+    read_q: Callable[[], Tensor]  # returns [N, K] uint8
+    read_zeros: Callable[[], Tensor]  # returns [N, n_groups] uint8
+    input_order: Tensor | None = None  # order of inputs in which groups are contiguous; None: groups are so already
 
     @property
     def middle(self) -> int:
@@ -51,7 +53,7 @@ class IntegerWeight:
         if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
-        # GroupedInt8 has groups of 16, too
+        # Int4 lacks some group sizes, such as 16. Codes of 4 bits in such groups are stored in 8 bits.
         format_class = Int4 if self.bits == 4 and group_size in Int4.group_sizes else GroupedInt8
         format = format_class(group_size, stored_dtype(self.scales))
         return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
@@ -71,10 +73,13 @@ class IntegerWeight:
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:
-    """Returns the dtype in which our format stores scales. Scales of 16 bits keep their dtype. Scales of float32 get a
-    16-bit dtype that holds them exactly, if there is one. Else scales get float16 if all are within float16's normal
-    range, where rounding changes a scale by at most 2^-11 of the scale. Else scales keep float32, for which no format
-    exists here."""
+    """Returns the dtype in which our format stores scales:
+
+        scales                                           dtype
+        of 16 bits                                       unchanged
+        float32, exact in bfloat16 or float16            bfloat16 or float16
+        float32, within the normal range of float16      float16: a scale changes by at most 2^-11 of itself
+        other float32                                    float32, for which no format exists here"""
     if scales.dtype != torch.float32:
         return scales.dtype
     for dtype in (torch.bfloat16, torch.float16):
@@ -92,7 +97,7 @@ def unpack_numbers(words: Tensor, bits: int) -> Tensor:
 
 
 def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
-    """Returns how many bits a number has, 4 or 8, if n_numbers fill n_words."""
+    """Returns how many bits a number has, 4 or 8, where n_words hold n_numbers."""
     for bits in (4, 8):
         if math.ceil(n_numbers * bits / 32) == n_words:
             return bits
@@ -111,8 +116,10 @@ def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: i
 def read_input_order(
     layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
 ) -> Tensor | None:
-    """Returns the order of the inputs that makes every group contiguous, or None if the groups already are. kind: the
-    name of the tensor with the group of each input. is_required: config.json says that the inputs are not in order."""
+    """Returns the order of the inputs in which every group is contiguous, or None if groups are contiguous already.
+
+    kind: the tensor that holds the group of each input (g_idx). is_required: whether config.json says act-order, so
+    that the tensor must exist."""
     if kind not in layer.tensors:
         if is_required and n_groups > 1:
             raise UsageError(f"tensor {layer.name}.{kind} is missing, although config.json says act-order (desc_act)")
@@ -137,7 +144,8 @@ def read_input_order(
 def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
     """Reads a weight of GPTQ.
 
-    quantization: config.json's quantization_config. If it has "dynamic", layers may differ from what it says."""
+    quantization: config.json's quantization_config. With "dynamic" in quantization, some layers may have other bits or
+    another group_size than quantization states."""
     qweight, qzeros, scales = take_qweight(layer)
     n_groups, n = scales.shape
     bits = infer_bits(layer, qzeros.shape[1], n)
@@ -152,8 +160,9 @@ def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
     def read_zeros() -> Tensor:
         zeros = unpack_numbers(qzeros, bits)
         if has_v1_zeros(zeros, bits, quantization):
-            one_each = 0x11111111 if bits == 4 else 0x01010101
-            zeros = unpack_numbers(qzeros + one_each, bits)  # with carries, since 1 was subtracted with borrows
+            # Add 1 to every number in a word, with carries: GPTQ subtracted 1 from every number, with borrows.
+            ones = 0x11111111 if bits == 4 else 0x01010101
+            zeros = unpack_numbers(qzeros + ones, bits)
         return zeros.T[:n]
 
     has_order = bool(quantization.get("desc_act"))
@@ -165,8 +174,8 @@ def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
 
 
 def has_v1_zeros(zeros: Tensor, bits: int, quantization: dict) -> bool:
-    """Returns whether zeros, as stored, are one less than the zero points, as in version 1 of GPTQ's format. Symmetric
-    weights tell by themselves, since all zero points are in the middle. For other weights config.json says the
+    """Returns whether zeros, as stored, are the zero points minus one, as in version 1 of GPTQ's format. In symmetric
+    weights all zero points are the middle, so zeros show the version. For other weights config.json states the
     version."""
     middle = 1 << (bits - 1)
     if (zeros == middle).all():
@@ -203,7 +212,7 @@ def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """Reads a weight of pack-quantized. stated: what config.json says about the weight."""
+    """Reads a weight of pack-quantized. stated: the weight's scheme in config.json."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
     if len(shape) != 2 or min(shape) < 1 or shape[0] != len(packed):
@@ -214,7 +223,7 @@ def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
 
 
 def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
-    """Reads a weight of int-quantized. stated: what config.json says about the weight."""
+    """Reads a weight of int-quantized. stated: the weight's scheme in config.json."""
     weight = layer.take("weight", (torch.int8,), 2)
     return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
 

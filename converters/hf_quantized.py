@@ -1,10 +1,11 @@
-"""Finds the quantized layers of a Hugging Face checkpoint. Weights keep their values: nothing is rounded again.
+"""Finds the quantized layers of a Hugging Face checkpoint, for folder.py. Weights keep their values: nothing is rounded
+again.
 
-    quantization = read_quantization(hf_config)         # hf_config: config.json
+    quantization = read_quantization(hf_config)         # hf_config: the contents of config.json
     collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
-The tensors say which layers are quantized, and config.json must agree. The formats are in hf_integers.py and
-hf_floats.py; docs/quantized_checkpoints.md lists them.
+The tensors say which layers are quantized. If config.json says something else, that is an error. hf_integers.py and
+hf_floats.py read the formats; docs/quantized_checkpoints.md lists the formats.
 """
 
 import re
@@ -24,13 +25,13 @@ AWQ_VERSIONS = ("gemm",)
 GPTQ_FORMATS = ("gptq", "gptq_v2")
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 MIXED = "mixed-precision"  # each of config_groups has its own format
-# Names of scales for activations and for the KV cache, both of which keep 16 bits here
+# Names of scales for activations and for the KV cache. Here activations and the KV cache keep 16 bits.
 ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?(scale|zero_point|scale_ub)$")
 OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
 
 
 def read_quantization(hf_config: dict) -> dict | None:
-    """Returns config.json's quantization_config, or None if it has none. Checks that the method is supported."""
+    """Returns quantization_config of config.json, or None if there is none. Checks that the method is supported."""
     quantization = hf_config.get("quantization_config")
     if quantization is None:
         return None
@@ -65,7 +66,7 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
 
 
 def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization: dict, config: ModelConfig):
-    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Drops the scales of activations
+    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Removes the scales of activations
     and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)
     if quantization["quant_method"] == "mxfp4":
@@ -117,8 +118,9 @@ def read_compressed(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
 
 
 def find_scheme(name: str, quantization: dict) -> dict:
-    """Returns what config_groups says about the weight of the layer called name. A group's targets are names of layers,
-    patterns after "re:", and types of layers. A name or a pattern takes precedence over a type."""
+    """Returns the scheme that config_groups gives for the weight of the layer called name. A group's targets are names
+    of layers, regular expressions after "re:", and types of layers. A name or a regular expression takes precedence
+    over a type."""
     schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
     for scheme in schemes:
         if any(matches_target(name, target) for target in scheme["targets"]):
@@ -135,7 +137,7 @@ def matches_target(name: str, target: str) -> bool:
     return target == name
 
 
-# quant_method -> the function that reads a layer. mxfp4 has none: a tensor holds all experts of a layer (split_mxfp4).
+# quant_method -> the function that reads a layer. mxfp4 is not here, since a tensor holds many layers: split_mxfp4.
 LAYER_READERS: dict[str, Callable[[StoredLayer, dict], QuantizedWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,

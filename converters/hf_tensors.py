@@ -1,9 +1,9 @@
 """Gives the tensors of any family in a Hugging Face checkpoint canonical names (model_tensors.py) and one layout.
 
-    read = to_canonical_layout(tensors, config, family)    # family.py: Family says what differs in a family
+    read = to_canonical_layout(tensors, config, family)    # family: a row of families.py: FAMILIES
 
-A difference between families never reaches the model if changed weights can express it: conversion splits fused
-matrices, reorders heads, and adds constants.
+If changed weights can express a difference between families, the model does not need to know the difference. So
+conversion splits fused matrices, reorders heads, and adds constants.
 """
 
 import re
@@ -18,21 +18,22 @@ from config import ModelConfig
 from converters.family import Family
 from converters.family_tensors import pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors, TensorReader
+from converters.model_tensors import EMBEDDING, HEAD, SourceTensors, TensorReader
 from converters.quantized_weight import QuantizedWeight
 from errors import UsageError
 
 
 def to_canonical_layout(
-    tensors: HFTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
+    tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:  # fmt: skip
-    """Renames and splits tensors, in place. Returns the function that reads a tensor by its canonical name. Changes of
-    a tensor's data happen in that function, so that only one tensor is in memory at a time. adapter: the function
-    merges it into the weights."""
+    """Renames and splits tensors, in place. Returns the function read, which returns a tensor by its canonical name.
+    read makes all changes of a tensor's data, so that only one tensor is in memory at a time. adapter: a LoRA adapter,
+    which read merges into the weights."""
     rename = partial(rename_tensor, new_names=family.renames)
     split = partial(split_tensors, config=config, family=family)
     if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
-        for name in [name for name in tensors if name != HEAD]:  # transformers saves a model without its head like this
+        # transformers omits "model." if it saves a model without a head
+        for name in [name for name in tensors if name != HEAD]:
             tensors[f"model.{name}"] = tensors.pop(name)
     for name in list(tensors):
         tensors[rename(name)] = tensors.pop(name)
@@ -66,11 +67,11 @@ def to_canonical_layout(
 
 
 def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
-    """Returns our order of a head's elements: the two elements of a RoPE pair are half a head apart, and elements
-    without RoPE come last in each half. Returns None if the elements are in this order already.
+    """Returns our order of a head's elements. In our order the two elements of a RoPE pair are half a head apart, and
+    elements without RoPE come last in each half. Returns None if the elements are in our order already.
 
-    interleaved: the two elements of a pair are side by side, as in Meta's files. Six elements then have the order 0 2 4
-    1 3 5."""
+    interleaved: whether the two elements of a pair are neighbours, as in Meta's files. For six elements the function
+    then returns 0 2 4 1 3 5."""
     rotary_dim = config.rotary_dim or config.head_dim
     if rotary_dim == config.head_dim and not interleaved:
         return None
@@ -81,7 +82,8 @@ def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
 
 
 def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, order: Tensor | None) -> Tensor | QuantizedWeight:
-    """Puts the rows of each head in rope_order's order, if name says that tensor makes queries or keys."""
+    """Puts the rows of each head in order (from rope_order), if name is the name of a tensor that makes queries or
+    keys. Returns other tensors unchanged."""
     if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(order)))[:, order].flatten())
@@ -91,10 +93,10 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
     return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
 
 
-def undo_act_order(tensors: HFTensors):
-    """Undoes GPTQ's act-order in down_proj, which scatters the inputs of a group: afterwards every group is contiguous.
-    The inputs of down_proj are the rows of gate_proj and up_proj. Those rows are put in the same order, so the model
-    stays the same."""
+def undo_act_order(tensors: SourceTensors):
+    """Undoes GPTQ's act-order in down_proj, in place. Act-order scatters the inputs of a group. The inputs of down_proj
+    are the outputs of gate_proj and up_proj. Sorting the rows of gate_proj and up_proj by input_order makes every group
+    of down_proj contiguous, and leaves the model's output unchanged."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
         if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
@@ -102,27 +104,27 @@ def undo_act_order(tensors: HFTensors):
         sources = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
         sources = [source for source in sources if source in tensors]
         if any(isinstance(tensors[source], Tensor) and tensors[source].dim() > 1 for source in sources):
-            continue  # copies of dense weights would stay in memory
+            continue  # a sorted dense weight would be a copy in memory
         for source in sources:
             tensors[source] = select_rows(tensors[source], down.input_order)
         tensors[name] = replace(down, input_order=None)
 
 
 def center_outputs(name: str, tensor: Tensor) -> Tensor:
-    """Makes the mean of the outputs zero in tensors whose outputs are added to x: the embedding and each sublayer's
-    last projection. Then x has mean zero, too, and LayerNorm(x) is RMSNorm(x). The model stays the same: every
+    """Makes the mean of the outputs zero, in tensors that write to the residual stream x: the embedding, o_proj and
+    down_proj. Then x has mean zero, so LayerNorm(x) is RMSNorm(x). The model's output does not change, since every
     LayerNorm subtracts the mean of x anyway."""
     is_embedding = name == EMBEDDING
     if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.weight$", name):
         return tensor
-    wide = tensor.float()
-    return (wide - wide.mean(1 if is_embedding else 0, keepdim=True)).to(tensor.dtype)
+    exact = tensor.float()
+    return (exact - exact.mean(1 if is_embedding else 0, keepdim=True)).to(tensor.dtype)
 
 
 # ---- Splitting: views, without reading ------------------------------------------------------------------------------
 
 
-def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
+def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
     """Splits tensors that hold several canonical tensors, or all experts of a layer."""
     split_fused(tensors, config)
     undo_act_order(tensors)
@@ -131,17 +133,17 @@ def split_tensors(tensors: HFTensors, config: ModelConfig, family: Family):
         split_shared_expert(tensors, config)
 
 
-def split_fused(tensors: HFTensors, config: ModelConfig):
-    """Splits qkv_proj and gate_up_proj, which Phi-3 stores."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+def split_fused(tensors: SourceTensors, config: ModelConfig):
+    """Splits qkv_proj and gate_up_proj, as Phi-3 stores them."""
+    starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
-        for projection, part in zip("qkv", tensor.tensor_split([q, q + kv]), strict=True):
+        for projection, part in zip("qkv", tensor.tensor_split(starts), strict=True):
             tensors[f"{prefix}.{projection}_proj.{kind}"] = part
     for tensor, (prefix,) in pop_matches(tensors, r"(.*\.mlp)\.gate_up_proj\.weight"):
         tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = tensor.tensor_split(2)
 
 
-def split_shared_expert(tensors: HFTensors, config: ModelConfig):
+def split_shared_expert(tensors: SourceTensors, config: ModelConfig):
     """Splits a shared expert, n_shared_experts times as wide as the other experts, into experts of the usual width.
     Their outputs add up to the shared expert's."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts

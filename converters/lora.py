@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter, as PEFT saves it, into the weights of its base model.
+"""Merges a LoRA adapter, as PEFT saves it, into the weights of the base model. folder.py and hf_tensors.py call this.
 
     adapter = read_adapter(Path("checkpoints/my-adapter"))    # adapter_config.json, adapter_model.safetensors or .bin
     merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_canonical_layout
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from converters.hf_files import load_bin, load_safetensors
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors
+from converters.model_tensors import EMBEDDING, HEAD, SourceTensors
 from converters.quantized_weight import QuantizedWeight
 from converters.sources import ADAPTER_CONFIG
 from errors import UsageError, convert_type_errors
@@ -27,7 +27,7 @@ from files import read_json
 
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
 
-# Fields of adapter_config.json that change the maths, unless null, false or empty
+# Fields of adapter_config.json that change the maths, unless the value is null, false or empty -> the meaning
 UNSUPPORTED_FIELDS = {
     "use_dora": "DoRA", "lora_bias": "biases of LoRA's own", "fan_in_fan_out": "transposed weights",
     "layer_replication": "layers that are used several times", "target_parameters": "LoRA of whole stacks of experts",
@@ -35,7 +35,7 @@ UNSUPPORTED_FIELDS = {
     "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "monteclora_config": "MonteCLoRA", "ensure_weight_tying": "LoRA of an embedding and a head together",
 }  # fmt: skip
-# Initializations of A and B that leave W as it is. Other methods, such as PiSSA, train an adapter for a changed W.
+# Initializations of A and B that leave W unchanged. Other methods, such as PiSSA, train an adapter for a changed W.
 SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -54,15 +54,14 @@ class LoraDelta:
 @dataclass(frozen=True)
 class Adapter:
     deltas: dict[str, LoraDelta]  # by transformers' name of the weight
-    whole_tensors: HFTensors  # trained in full (modules_to_save): each replaces a tensor of the base model
-    has_all_layers: bool  # whether the deltas must be the same in every layer of the model
+    whole_tensors: SourceTensors  # modules_to_save: tensors that replace tensors of the base model
+    has_all_layers: bool  # whether a delta in one layer must have a counterpart in every layer
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Reads the adapter in a folder."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise UsageError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}")
@@ -96,7 +95,7 @@ def check_config(config: dict):
         raise UsageError(f"{ADAPTER_CONFIG}: init_lora_weights = {start!r} is not supported, for {why}")
 
 
-def read_adapter_tensors(folder: Path) -> HFTensors:
+def read_adapter_tensors(folder: Path) -> SourceTensors:
     """Reads all tensors, by transformers' names, and checks that they are finite."""
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")
@@ -112,7 +111,7 @@ def read_adapter_tensors(folder: Path) -> HFTensors:
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], HFTensors]:
+def sort_tensors(tensors: SourceTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], SourceTensors]:
     """Sorts tensors by kind. Returns (A and B of each module by name, the whole tensors by name)."""
     lora_pairs, whole_tensors = {}, {}
     for name, tensor in tensors.items():
@@ -125,7 +124,7 @@ def sort_tensors(tensors: HFTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], 
         module, is_embedding, half, *_ = match.groups()
         if tensor.dim() != 2:
             raise UsageError(f"tensor {name} is no matrix but {list(tensor.shape)}")
-        if is_embedding:  # the weight is [V, dim], with A [r, V] and B [dim, r]: B A is the change transposed
+        if is_embedding:  # the weight is [V, dim], A [r, V] and B [dim, r], so B A is the transposed change
             tensor, half = tensor.mT, {"A": "B", "B": "A"}[half]
         lora_pairs.setdefault(module, {})[half] = tensor
     for module, half in lora_pairs.items():
@@ -148,8 +147,8 @@ def make_delta(module: str, config: dict, a: Tensor, b: Tensor) -> LoraDelta:
 
 
 def is_target(module: str, target_modules: str | list[str]) -> bool:
-    """Returns whether target_modules names module. target_modules: "all-linear", a regular expression, or a list of
-    names' ends."""
+    """Returns whether target_modules names module. target_modules: "all-linear", a regular expression, or a list of the
+    last parts of names."""
     if isinstance(target_modules, str):
         return target_modules == "all-linear" or re.fullmatch(target_modules, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in target_modules)
@@ -166,9 +165,9 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 # ---- Merging --------------------------------------------------------------------------------------------------------
 
 
-def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str]):
-    """Replaces tensors of the model by whole tensors of the adapter. A tied head that the adapter may change apart from
-    the embedding becomes a tensor of its own."""
+def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str]):
+    """Replaces tensors of the model by whole tensors of the adapter. If the adapter changes the embedding or the head,
+    and the two are tied, the head becomes a tensor of its own."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
     if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
@@ -183,12 +182,12 @@ def replace_tensors(adapter: Adapter, tensors: HFTensors, config: ModelConfig, r
 
 
 class LoraMerger:
-    """merge(name, weight) returns the weight called name with the adapter's delta added. Conversion renames and splits
-    weights, so LoraMerger renames and splits the deltas likewise."""
+    """Adds the adapter's delta to a weight: merge(name, weight). Conversion renames and splits weights, so LoraMerger
+    renames and splits the deltas in the same way."""
 
     def __init__(
-        self, adapter: Adapter, tensors: HFTensors, config: ModelConfig, rename: Callable[[str], str],
-        split: Callable[[HFTensors], None],
+        self, adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str],
+        split: Callable[[SourceTensors], None],
     ):  # fmt: skip
         """tensors: the base model's, renamed and split."""
         self.rename, self.split = rename, split
@@ -200,9 +199,9 @@ class LoraMerger:
                 self.delta_of[part] = name, delta
         if adapter.has_all_layers:
             check_layers(self.delta_of, config.n_layers)
-        self.last: tuple[str, HFTensors] = "", {}  # the most recent delta: name, parts
+        self.last: tuple[str, SourceTensors] = "", {}  # the delta computed last: name, parts
 
-    def split_delta(self, name: str, delta: Tensor) -> HFTensors:
+    def split_delta(self, name: str, delta: Tensor) -> SourceTensors:
         parts = {self.rename(name): delta}
         self.split(parts)
         return parts

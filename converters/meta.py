@@ -2,8 +2,8 @@
 
     model = read_meta(Path("checkpoints/Llama3.2-1B"))
 
-Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have this format, too.
-karpathy's tinyllamas have it, too, except that the params are in the file itself (read_tinyllamas).
+Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have the same format.
+karpathy's tinyllamas differ in one thing: the params are in the file of the tensors (read_tinyllamas).
 
 params.json does not state the length of the context. infer_llama_version takes the first row that applies:
 
@@ -28,14 +28,13 @@ from config import ModelConfig, RopeScaling
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import reorder_heads, rope_order
-from converters.model_tensors import EMBEDDING, HEAD, HFTensors, SourceModel
+from converters.model_tensors import EMBEDDING, HEAD, SourceModel, SourceTensors
 from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
 from errors import UsageError
 from files import is_state_dict, load_torch_file, read_json
 from text.tokenizer_files import read_tokenizer_model
 
 PARAMS = "params.json"
-TIED = (HEAD, EMBEDDING)  # the same tensor in models that tie them
 META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name (model_tensors.py)
     "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
@@ -59,8 +58,8 @@ def to_canonical_name(name: str) -> str:
 
 
 def read_meta(folder: Path) -> SourceModel:
-    """Reads the model in folder, the tokenizer's files that folder does not have yet, and a note about what params.json
-    leaves open."""
+    """Reads the model in folder. Also makes the tokenizer's files that folder lacks, and a note about values that
+    params.json lacks."""
     path = folder / PARAMS
     params, files = read_json(path), shard_files(folder)
     shards = collect_shards(files)
@@ -69,7 +68,10 @@ def read_meta(folder: Path) -> SourceModel:
         check_shard_count(folder, params, shards, len(files))
         dims = {name: shard_dim(name, shards[name][0], params["dim"]) for name in shards}
         tensors = {name: concat_shards([t.to("meta") for t in shards[name]], dims[name]) for name in shards}
-        has_tied_head = HEAD not in shards or torch.equal(*(concat_shards(shards[n], dims[n]) for n in TIED))
+        has_tied_head = HEAD not in shards
+        if not has_tied_head:
+            head, embedding = (concat_shards(shards[name], dims[name]) for name in (HEAD, EMBEDDING))
+            has_tied_head = torch.equal(head, embedding)
         config, note = meta_config(params, tensors, has_tied_head)
     except UsageError:
         raise
@@ -86,7 +88,7 @@ def read_meta(folder: Path) -> SourceModel:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Lists the files of the shards, in the order of their numbers, and checks that none is missing."""
+    """Lists the files of the shards in the order of the shards, and checks that no file is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     for i, file in enumerate(files):
         if file.name != f"consolidated.{i:02d}.pth":
@@ -105,13 +107,13 @@ def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
     for file, tensors in zip(files, contents, strict=True):
         if difference := tensors.keys() ^ contents[0].keys():
             raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")
-    names = [name for name in contents[0] if name != "rope.freqs"]  # a table, which we compute
+    names = [name for name in contents[0] if name != "rope.freqs"]  # RoPE's table is computed here
     return {to_canonical_name(name): [tensors[name] for tensors in contents] for name in names}
 
 
 def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
-    """Returns the dimension along which a tensor was cut, or None if every shard has the whole tensor. Llama 3 cuts the
-    rows of the embedding, so a shard has all columns; Llama 1 and 2 cut the columns."""
+    """Returns the dimension along which a tensor was cut, or None if every shard has the whole tensor. Llama 1 and 2
+    cut the columns of the embedding. Llama 3 cuts the rows, so a shard has all dim columns."""
     if shard.dim() < 2:
         return None
     if name == EMBEDDING:
@@ -136,7 +138,7 @@ def check_params(params: dict):
 
 
 def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]], n_files: int):
-    """Checks by the shape of o_proj [dim, n_heads * head_dim] that no shards are missing."""
+    """Checks that no shards are missing: the columns of all shards of o_proj must add up to n_heads * head_dim."""
     name = "model.layers.0.self_attn.o_proj.weight"
     if name not in shards or shards[name][0].dim() != 2:
         return
@@ -150,8 +152,8 @@ def meta_head_dim(params: dict) -> int:
     return params.get("head_dim") or params["dim"] // params["n_heads"]
 
 
-def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
-    """Returns the config, and a line about what was inferred; "" if nothing was."""
+def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
+    """Returns the config, and a line about inferred values, or "" if none was inferred."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
     note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"
@@ -171,7 +173,7 @@ def meta_config(params: dict, tensors: HFTensors, has_tied_head: bool) -> tuple[
 
 
 def infer_llama_version(params: dict, has_tied_head: bool) -> tuple[str, int, float]:
-    """Returns (name, context, how far RoPE is stretched or 0), by the table in this file's docstring."""
+    """Returns (version, context, factor by which RoPE is stretched or 0), by the table in this file's docstring."""
     theta = params.get("rope_theta") or 10000
     if params.get("use_scaled_rope"):
         return ("Llama 3.2", LLAMA31_CONTEXT, 32.0) if has_tied_head else ("Llama 3.1", LLAMA31_CONTEXT, 8.0)
@@ -198,7 +200,7 @@ def meta_ffn_dim(params: dict) -> int:
 
 def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
     """Returns (the config with the tokenizer's bos and end tokens, the files to write). tokenizer.model is in the
-    model's folder or, as Meta's download puts it, in the folder above."""
+    model's folder, or in the folder above, as in Meta's downloads."""
     here, above = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
     path = here if here.is_file() else above
     if not path.is_file():
@@ -206,11 +208,11 @@ def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig,
     if not is_tiktoken(path):
         library = read_tokenizer_model(path)
         files = {} if path == here else {path.name: path.read_bytes()}
-        bos_id, eos_id = library.bos_id(), library.eos_id()  # -1: there is none
+        bos_id, eos_id = library.bos_id(), library.eos_id()  # -1 means none
         return replace(config, bos_id=bos_id if bos_id >= 0 else None, eos_ids=(eos_id,) if eos_id >= 0 else ()), files
     ranks = read_tiktoken(path)
     n = len(ranks)
-    special = special_tokens(config.vocab_size - n, is_first=config.rope_scaling is None)
+    special = special_tokens(config.vocab_size - n, is_llama30=config.rope_scaling is None)
     ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     eos_ids = tuple(n + i for i, token in enumerate(special) if token in ends)
     has_files = (folder / "tokenizer.json").is_file()
@@ -221,8 +223,8 @@ def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig,
 
 
 def read_tinyllamas(folder: Path) -> SourceModel:
-    """Reads a model of karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names. SourceModel.read
-    changes Meta's order of RoPE's rows to ours."""
+    """Reads a model of karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names, and with RoPE's rows
+    in Meta's order."""
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
@@ -233,7 +235,7 @@ def read_tinyllamas(folder: Path) -> SourceModel:
             raise UsageError(f"{file} is not a table of tensors")
         tensors = {}
         for name, tensor in data["model"].items():
-            name = name.removeprefix("_orig_mod.")  # which torch.compile adds
+            name = name.removeprefix("_orig_mod.")  # torch.compile adds this prefix
             tensors[to_canonical_name(name)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
     except UsageError:
@@ -245,7 +247,7 @@ def read_tinyllamas(folder: Path) -> SourceModel:
     return SourceModel(config, tensors, read=lambda name: reorder_heads(name, tensors[name], order))
 
 
-def tinyllamas_config(args: dict, tensors: HFTensors) -> ModelConfig:
+def tinyllamas_config(args: dict, tensors: SourceTensors) -> ModelConfig:
     return ModelConfig(
         dim=args["dim"], n_layers=args["n_layers"], n_heads=args["n_heads"],
         n_kv_heads=args.get("n_kv_heads") or args["n_heads"], head_dim=args["dim"] // args["n_heads"],

@@ -27,13 +27,15 @@ from model import empty_model
 
 # ---- Canonical names ------------------------------------------------------------------------------------------------
 
-# Tensors of every format and family get canonical names before they are stacked. Most canonical names are Hugging
-# Face's for Llama, where input_layernorm comes before attention, and post_attention_layernorm before the feed-forward.
-# Tensors that Llama lacks have the names of Hugging Face's Qwen (q_norm, k_norm, gate, experts, shared_expert_gate) and
-# gpt-oss (sinks). Two names are our own: post_attention_norm and post_ffn_norm come after attention and after the
-# feed-forward.
+# Tensors of every format and family get canonical names before they are stacked. The canonical names are:
+#
+#     Hugging Face's for Llama      such as input_layernorm (before attention), post_attention_layernorm (before the
+#                                   feed-forward)
+#     Hugging Face's for Qwen       q_norm, k_norm, gate, experts, shared_expert_gate
+#     Hugging Face's for gpt-oss    sinks
+#     our own                       post_attention_norm (after attention), post_ffn_norm (after the feed-forward)
 
-# Our module in model.pth -> the canonical modules whose weights make our weight, concatenated along dim 0
+# Our module in model.pth -> the canonical modules whose weights are concatenated along dim 0 to our weight
 CANONICAL_SOURCES = {
     "embed_tokens": ["model.embed_tokens"],
     "norm": ["model.norm"],
@@ -51,23 +53,23 @@ CANONICAL_SOURCES = {
     "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
     "feed_forward.down_proj": ["mlp.down_proj"],
 }
-# For a mixture of experts. Our tensor holds all experts; {e} is an expert's number.
+# The same for a mixture of experts. Our tensor stacks all experts; {e} is an expert's number.
 MOE_SOURCES = CANONICAL_SOURCES | {
     "feed_forward.router": ["mlp.gate"],
     "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
     "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
 }
-# A linear layer -> the norm before it, whose elements are in the order of the layer's inputs
+# A linear layer -> the norm before the layer. The norm's elements have the order of the layer's inputs.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
 }  # fmt: skip
-# Names of tensors that some checkpoints store, and that are computed here: tables of RoPE, constants of masks
+# Names of buffers that some checkpoints store, and that are computed here: tables of RoPE, constants of masks
 BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
-# Names of layers that predict tokens further ahead, for speculation; the model is the same without these layers
+# Names of layers for multi-token prediction. Without these layers the model's output is the same.
 EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-HFTensors = dict[str, Tensor | QuantizedWeight]  # by canonical names, or Hugging Face's before tensors are renamed
+SourceTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names or, after renaming, by canonical names
 Announcement = Callable[[], None]
 TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a tensor -> the tensor with its data
 
@@ -77,7 +79,7 @@ class SourceModel:
     """A checkpoint of any format, ready to be written as model.pth."""
 
     config: ModelConfig
-    tensors: HFTensors  # by canonical names, perhaps on the meta device: only shapes and dtypes count
+    tensors: SourceTensors  # by canonical names, perhaps on the meta device: only shapes and dtypes count
     read: TensorReader
     tokenizer_files: dict[str, bytes | None] = field(default_factory=dict)  # name -> contents; None: remove the file
     note: str = ""  # to print when model.pth is written
@@ -90,9 +92,9 @@ class TensorPlan:
     shape: torch.Size
     dtype: torch.dtype
     sources: list[str]
-    linear_format: WeightFormat | None = None  # to store the weight in; None: the tensor cannot be quantized
-    input_order: Tensor | None = None  # for a linear layer: see QuantizedWeight
-    element_order: Tensor | None = None  # for a norm: the input_order of the layer behind the norm
+    linear_format: WeightFormat | None = None  # the format of the weight; None: the tensor cannot be quantized
+    input_order: Tensor | None = None  # of a linear layer: see QuantizedWeight
+    element_order: Tensor | None = None  # of a norm: the input_order of the layer after the norm
 
     @property
     def format(self) -> WeightFormat:
@@ -100,14 +102,14 @@ class TensorPlan:
 
 
 def convert(path: Path, model: SourceModel, announce: Announcement | None = None) -> Path:
-    """Writes model to path, without the tokenizer's files. If weights are quantized, so is the result, and its name
-    says how: model_int4.g128.pth. Returns the path of the result. float64 becomes float32. Raises UsageError naming a
-    tensor that is missing, left over, of the wrong shape, or of the wrong dtype.
+    """Writes model to path, without the tokenizer's files. Returns the path, whose name says how weights are quantized,
+    if they are: model_int4.g128.pth. float64 becomes float32. Raises UsageError naming a tensor that is missing, left
+    over, of the wrong shape, or of the wrong dtype.
 
-    announce: called when everything is checked, just before the data is read."""
+    announce: called after all checks, just before the data is read."""
     config, tensors, read = model.config, model.tensors, model.read
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
-        config = replace(config, tie_embeddings=False)  # whatever config.json says; transformers takes the head, too
+        config = replace(config, tie_embeddings=False)  # as transformers does
     plans = plan_tensors(config, tensors)
     used = {source for plan in plans.values() for source in plan.sources}
     if config.tie_embeddings:
@@ -129,9 +131,9 @@ def convert(path: Path, model: SourceModel, announce: Announcement | None = None
     return path
 
 
-def check_left_over(tensors: HFTensors, read: TensorReader):
-    """Raises UsageError if tensors has one that would change the model. Ignores tensors that change nothing: buffers,
-    biases of zeros, and layers that predict further tokens, for which it prints a line."""
+def check_left_over(tensors: SourceTensors, read: TensorReader):
+    """Raises UsageError if one of tensors would change the model's output. Ignores tensors that change nothing:
+    buffers, biases of zeros, and layers for multi-token prediction. Prints a line about the last kind."""
     extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
     if extra:
         why = "this model does not predict several tokens at once"
@@ -147,19 +149,20 @@ def is_zero(tensor: Tensor | QuantizedWeight) -> bool:
     return isinstance(tensor, Tensor) and not tensor.any()
 
 
-def has_tied_head(tensors: HFTensors, read: TensorReader) -> bool:
+def has_tied_head(tensors: SourceTensors, read: TensorReader) -> bool:
     head, embedding = read(HEAD), read(EMBEDDING)
     return isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
 
 
 def stored_name(name: str, tensor_name: str) -> str:
-    """Returns the name in model.pth of the part called tensor_name (weight, scales ...) of our tensor called name."""
+    """Returns the name in model.pth of one part of our tensor called name. tensor_name: the part, such as weight or
+    scales."""
     return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
 
 def write_folder(folder: Path, model: SourceModel, announce: Announcement | None = None) -> Path:
-    """Writes model.pth and the tokenizer's files to folder. Returns the path of model.pth, whose name may be another
-    (see convert). The tokenizer's files come first, so that a folder with model.pth has a complete tokenizer."""
+    """Writes model.pth and the tokenizer's files to folder. Returns the path of model.pth; convert chooses the name.
+    The tokenizer's files come first, so that a folder with model.pth has a complete tokenizer."""
     if not model.tokenizer_files:
         return convert(folder / "model.pth", model, announce)
     unnamed = folder / "model.tmp"
@@ -181,7 +184,7 @@ def write_folder(folder: Path, model: SourceModel, announce: Announcement | None
     return unnamed.with_suffix(".pth")
 
 
-def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPlan]:
+def plan_tensors(config: ModelConfig, tensors: SourceTensors) -> dict[str, TensorPlan]:
     """Plans every tensor of our checkpoint."""
     try:
         model = empty_model(config.with_layers(1))  # the shapes are the same in every layer
@@ -209,7 +212,7 @@ def plan_tensors(config: ModelConfig, tensors: HFTensors) -> dict[str, TensorPla
 
 
 def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | QuantizedWeight]):
-    """Chooses the format and the order of inputs for our weight called name, in which weights are stacked."""
+    """Chooses the format and the order of inputs for our weight called name, which stacks weights."""
     plan.linear_format = common_format(weights)
     if plan.format.quantization is None:
         return
@@ -220,8 +223,8 @@ def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | QuantizedW
 
 
 def loses_order(name: str, plan: TensorPlan, weights: list[QuantizedWeight]) -> bool:
-    """Returns whether act-order keeps weights from staying quantized. Only a linear layer can have an order of inputs,
-    and experts cannot. Weights that are stacked must have the same order."""
+    """Returns whether weights cannot stay quantized because of act-order. Linear layers can have an order of inputs,
+    experts and the embedding cannot. Weights that are stacked must have the same order."""
     can_have_order = len(plan.shape) == 2 and name != "embed_tokens.weight"
     has_order = any(weight.input_order is not None for weight in weights)
     return has_order and not (can_have_order and have_one_order(weights))
@@ -238,7 +241,7 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
         n_experts, *shape = shape
     n_rows, *n_columns = shape
     if module == "attention.qkv_proj":
-        rows = [n_heads * config.head_dim for n_heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        rows = [config.q_dim, config.kv_dim, config.kv_dim]
     elif module == "feed_forward.router" and config.moe.n_shared_experts:
         modules, rows = [*modules, "mlp.shared_expert_gate"], [config.moe.n_experts, 1]
     else:
@@ -251,9 +254,9 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
     return shapes
 
 
-def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dtype:
-    """Returns the narrowest dtype that holds all sources exactly. Quantized sources do not count; if all are quantized,
-    returns bfloat16. Checks that no source is missing, or has the wrong shape or dtype."""
+def common_dtype(sources: dict[str, list[int]], tensors: SourceTensors) -> torch.dtype:
+    """Returns the narrowest dtype that holds all sources exactly, apart from quantized sources. If all sources are
+    quantized, returns bfloat16. Checks that no source is missing, or has the wrong shape or dtype."""
     dtype = None
     for name, shape in sources.items():
         if name not in tensors:
@@ -270,8 +273,8 @@ def common_dtype(sources: dict[str, list[int]], tensors: HFTensors) -> torch.dty
 
 
 def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of our tensors. Only one weight is in memory at a time. Checks that all numbers are
-    finite."""
+    """Yields (name, tensor) for every tensor of our checkpoint. Only one weight is in memory at a time. Checks that all
+    numbers are finite."""
     for name, plan in plans.items():
         ours = plan.format.empty(plan.shape, plan.dtype, "cpu")
         start = 0
@@ -295,7 +298,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
 
 
 def check_finite_tensor(name: str, tensor: Tensor):
-    # aminmax reads the tensor once, and allocates nothing. NaN anywhere makes both results NaN.
+    # aminmax reads the tensor once, and allocates nothing. A NaN makes both results NaN.
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")
 
@@ -304,7 +307,7 @@ def check_finite_tensor(name: str, tensor: Tensor):
 
 
 def most_common_format(plans: dict[str, TensorPlan]) -> WeightFormat:
-    """Returns the format of most of the quantized weights, or Dense if none is quantized."""
+    """Returns the format that most quantized weights have, or Dense if no weight is quantized."""
     counts = Counter(plan.format for plan in plans.values() if plan.format.quantization is not None)
     return counts.most_common(1)[0][0] if counts else Dense()
 
@@ -317,7 +320,7 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
     layers, embedding = {}, plans["embed_tokens.weight"].format
     if "lm_head.weight" not in plans and embedding != default:  # a tied head
         layers["lm_head"] = embedding.quantization
-    if embedding.quantization is not None:  # default does not count for the embedding
+    if embedding.quantization is not None:  # the default format does not apply to the embedding
         layers["embed_tokens"] = embedding.quantization
     for name, plan in plans.items():
         if plan.linear_format not in (None, default) and name != "embed_tokens.weight":
@@ -327,7 +330,7 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
     return default.quantization | {field: value for field, value in others.items() if value}
 
 
-def warn_dequantized(plans: dict[str, TensorPlan], tensors: HFTensors):
+def warn_dequantized(plans: dict[str, TensorPlan], tensors: SourceTensors):
     """Prints which of the checkpoint's quantized weights become dense, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, plan in plans.items():

@@ -1,9 +1,8 @@
-"""Defines QuantizedWeight: a weight that another project has quantized, and that keeps its values in our checkpoint.
+"""Defines QuantizedWeight: a weight that another project has quantized. Its values stay the same in our checkpoint.
 
-    weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() gives the tensors of that format
+    weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
 
-Converters rename, split and reorder a QuantizedWeight like a tensor, without reading it. Moving rows of the weight
-moves the same rows of weight, scales and zeros.
+Converters rename, split and reorder a QuantizedWeight like a tensor, without reading the data.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch import Tensor
 from errors import UsageError
 from kernels.formats import GROUP_SIZES, Dense, Tensors, WeightFormat
 
-CHANNEL_GROUP_SIZE = 128  # where all inputs share a scale
+CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,10 @@ class QuantizedWeight:
     """A quantized weight [N, K] that is not read yet.
 
     read: returns the tensors of format.
-    input_order: column i of these tensors is for input input_order[i]. None: the columns are in the inputs' order.
-    GPTQ's act-order needs this: it quantizes the inputs that matter most first, so that a group's inputs are anywhere.
-    Ordered columns make each group contiguous."""
+    input_order: column i of the tensors multiplies x[..., input_order[i]]. None: column i multiplies x[..., i].
+
+    GPTQ's act-order quantizes the inputs that matter most first. So the inputs of a group are not neighbours. With its
+    columns in input_order, each group is contiguous."""
 
     format: WeightFormat
     shape: torch.Size
@@ -36,7 +36,7 @@ class QuantizedWeight:
         return len(self.shape)
 
     def select_rows(self, rows: Tensor) -> "QuantizedWeight":
-        """Returns the weight with only these outputs, in this order."""
+        """Returns the weight with only the outputs in rows, in the order of rows."""
         n_rows = torch.Size([len(rows), self.shape[1]])
         return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
 
@@ -66,8 +66,8 @@ class QuantizedWeight:
         return in_order
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
-        """Reads the tensors of a format that common_format has returned, with the same values. dtype: of a Dense
-        weight."""
+        """Reads the weight in another format, which common_format has returned. The values stay the same. dtype: the
+        dtype of a Dense weight."""
         if format == Dense():
             return {"weight": self.dequantize(dtype)}
         return self.format.widen(self.read(), format, self.shape[1])
@@ -80,8 +80,8 @@ class QuantizedWeight:
 
 
 def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
-    """Returns a format that holds all parts exactly, for the weight that stacks parts along the rows. Returns Dense if
-    there is none. The order of the inputs does not count."""
+    """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or Dense
+    if there is no such format. Ignores input_order."""
     common = None
     for part in parts:
         if not isinstance(part, QuantizedWeight) or not part.is_storable():
@@ -101,8 +101,8 @@ def have_one_order(weights: list[QuantizedWeight]) -> bool:
 
 
 def stored_group_size(group_size: int, k: int) -> int:
-    """Returns the group size to store where group_size of k inputs share a scale: the largest of GROUP_SIZES that
-    divides group_size, so that scales only have to be repeated. Returns group_size itself, if none divides it."""
+    """Returns the group size in our checkpoint if group_size of k inputs share a scale: the largest of GROUP_SIZES that
+    divides group_size. So scales only have to be repeated. If none divides group_size, returns group_size."""
     if group_size >= k and group_size not in GROUP_SIZES:
         return CHANNEL_GROUP_SIZE
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
@@ -112,13 +112,13 @@ def stored_group_size(group_size: int, k: int) -> int:
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-MAY_BE_LEFT_OVER = {"weight_shape"}  # only packed weights need it, but all have it
+MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weights, but only packed weights need it
 
 
 @dataclass
 class StoredLayer:
-    """The tensors of a linear layer in another project's checkpoint, by the last part of the name, such as
-    "qweight"."""
+    """The tensors of a linear layer in another project's checkpoint, by the last part of a tensor's name (kind), such
+    as "qweight"."""
 
     name: str
     tensors: Tensors
@@ -152,7 +152,7 @@ class StoredLayer:
         return scales.expand(n, -1)
 
     def check_all_taken(self):
-        """Checks that every tensor was taken, since another tensor would change what the weight means."""
+        """Checks that every tensor was taken. A tensor that nobody reads might change the weight's values."""
         left_over = self.tensors.keys() - self.taken - MAY_BE_LEFT_OVER
         if left_over:
             raise UsageError(f"tensor {self.name}.{min(left_over)} is no part of a weight quantized like this")
@@ -163,7 +163,7 @@ class StoredLayer:
             raise UsageError(f"tensor {self.name}.{kind} is {found}; the layer's other tensors make it {list(shape)}")
 
     def expect(self, what: str, found, stated):
-        """Checks that config.json states the value that the tensors have, if it states one."""
+        """Checks that found, a value of the tensors, equals stated, the value in config.json, unless stated is None."""
         if stated is not None and found != stated:
             self.refuse(f"{what} {found}", f"{what} {stated if type(stated) is type(found) else repr(stated)}")
 

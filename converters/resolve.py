@@ -64,7 +64,7 @@ def model_of_gguf(file: Path) -> str:
     if model is not None:
         return str(model)
     try:
-        from converters.gguf_tensors import convert_gguf  # here, for only GGUF needs the packages gguf and protobuf
+        from converters.gguf_tensors import convert_gguf  # here, since only GGUF needs the packages gguf and protobuf
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 
@@ -72,9 +72,9 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """Returns the converted model in folder: model.pth or, if that is missing, the only model_FORMAT.pth, which
-    conversion makes of quantized weights. A file that is older than one of sources does not count, nor a file that was
-    made of other sources. Returns None if there is no file that counts."""
+    """Returns the converted model in folder: model.pth or, if model.pth is missing, the only model_FORMAT.pth (of
+    quantized weights). A model that is older than one of sources, or that was made of other sources, does not count.
+    Returns None if no model is left."""
     if have_changed(folder, sources):
         return None
     newest = max((file.stat().st_mtime for file in sources), default=0)

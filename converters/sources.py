@@ -1,12 +1,13 @@
-"""Remembers from which files a folder's model.pth was made, so that it is made again when the files are replaced.
+"""Records from which files a folder's model.pth was made. If the files are replaced, resolve.py converts again.
 
     found = describe_sources(files)             # before the conversion
-    remember_sources(folder, found, model)      # after it: in folder/model.sources.json
-    have_changed(folder, files)
-    is_stale(folder / "model_int8.pth")         # was it made from earlier files?
+    record_sources(folder, found, model)        # after the conversion: writes folder/model.sources.json
+    have_changed(folder, files)                 # whether files were replaced since
+    is_stale(folder / "model_int8.pth")         # whether this model was made from earlier files
 
-A file with the same size and time counts as the same file. A different time does not tell: `cp -p` and `rsync -a` give
-a new file an old time, and copying a folder gives old files new times. Then samples of the content decide.
+A file with the recorded size and time counts as unchanged. Otherwise a hash of samples of the content decides, since
+times mislead: copying a folder gives unchanged files new times, while `cp -p` and `rsync -a` give a new file an old
+time.
 """
 
 import glob
@@ -18,15 +19,15 @@ from pathlib import Path
 from errors import UsageError
 from files import read_json
 
-MEMORY = "model.sources.json"
-STALE = "stale models"  # a key of MEMORY, beside the sources: models made from earlier files, with size and time
+SOURCES_FILE = "model.sources.json"
+STALE = "stale models"  # a key in SOURCES_FILE beside the sources: size and time of models made from earlier files
 MODELS = "model*.pth"
 GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, without .gguf
-# The files from which model.pth is made; WEIGHTS are needed, the others depend on the format.
+# The files from which model.pth is made. Every format has WEIGHTS; which other files there are depends on the format.
 SETTINGS = ("config.json", "generation_config.json", "params.json")
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
-SAMPLES, SAMPLE_BYTES = 64, 4096  # at equal distances: every 63rd of the file has one
+SAMPLES, SAMPLE_BYTES = 64, 4096  # samples of a file, at equal distances
 
 
 def find_files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path]:
@@ -38,7 +39,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def find_gguf_parts(file: Path) -> list[Path]:
-    """Returns all parts of a split GGUF of which file is one part, or file alone if the GGUF is not split."""
+    """Returns all parts of the GGUF that file is a part of. If the GGUF is not split, returns file."""
     match = re.fullmatch(GGUF_PART, file.stem)
     if match is None:
         return [file]
@@ -68,47 +69,47 @@ def hash_samples(file: Path) -> str:
     return digest.hexdigest()
 
 
-def remember_sources(folder: Path, described: dict[str, dict], model: Path):
-    """Writes MEMORY: what describe_sources returned for the files from which model was made. The folder's other models
-    become stale if they were made from other files."""
-    remembered = read_memory(folder) or {}
-    stale = dict(remembered.get(STALE, {}))
-    if remembered and any(remembered.get(name, {}).get("samples") != described[name]["samples"] for name in described):
+def record_sources(folder: Path, described: dict[str, dict], model: Path):
+    """Writes SOURCES_FILE. described: what describe_sources returned for the files from which model was made. If
+    SOURCES_FILE had other sources, the folder's other models become stale."""
+    recorded = read_record(folder) or {}
+    stale = dict(recorded.get(STALE, {}))
+    if recorded and any(recorded.get(name, {}).get("samples") != described[name]["samples"] for name in described):
         stale = {file.name: size_and_time(file) for file in find_files(folder, [MODELS])}
     stale.pop(model.name, None)
     try:
-        (folder / MEMORY).write_text(json.dumps(described | {STALE: stale}, indent=2))
+        (folder / SOURCES_FILE).write_text(json.dumps(described | {STALE: stale}, indent=2))
     except OSError as e:
-        raise UsageError(f"cannot write {folder / MEMORY}: {e.strerror}") from None
+        raise UsageError(f"cannot write {folder / SOURCES_FILE}: {e.strerror}") from None
 
 
 def have_changed(folder: Path, files: list[Path]) -> bool:
-    """Returns whether one of files has changed since folder's last model was made. Returns False if nothing is
-    remembered."""
-    if not (folder / MEMORY).is_file():
+    """Returns whether one of files has changed since folder's last model was made. Returns False if folder has no
+    SOURCES_FILE."""
+    if not (folder / SOURCES_FILE).is_file():
         return False
-    remembered = read_memory(folder)
-    return remembered is None or not all(is_same(file, remembered) for file in files)
+    recorded = read_record(folder)
+    return recorded is None or not all(is_same(file, recorded) for file in files)
 
 
 def is_stale(model: Path) -> bool:
     """Returns whether model was made from files that have been replaced since."""
-    stale = (read_memory(model.parent) or {}).get(STALE, {})
-    return stale.get(model.name) == size_and_time(model)  # quantize.py may have made it again, with the same content
+    stale = (read_record(model.parent) or {}).get(STALE, {})
+    return stale.get(model.name) == size_and_time(model)  # if quantize.py made the model again, the time differs
 
 
-def read_memory(folder: Path) -> dict[str, dict] | None:
-    """Reads what remember_sources has written. Returns None if there is nothing, or if someone has edited it."""
+def read_record(folder: Path) -> dict[str, dict] | None:
+    """Reads what record_sources has written. Returns None if SOURCES_FILE is missing or broken."""
     try:
-        remembered = read_json(folder / MEMORY)
-        described = [*remembered.values(), *remembered.get(STALE, {}).values()]
-        return remembered if all(isinstance(description, dict) for description in described) else None
+        recorded = read_json(folder / SOURCES_FILE)
+        described = [*recorded.values(), *recorded.get(STALE, {}).values()]
+        return recorded if all(isinstance(description, dict) for description in described) else None
     except (UsageError, AttributeError):
         return None
 
 
 def is_same(file: Path, described: dict[str, dict]) -> bool:
-    """Returns whether file is the one that described has under this name."""
+    """Returns whether described has file, by the file's name, with the same content."""
     description = described.get(file.name, {})
     try:
         if size_and_time(file).items() <= description.items():

@@ -1,12 +1,12 @@
 """Converts Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json.
 
     ranks = read_tiktoken(Path("checkpoints/Llama3.2-1B/tokenizer.model"))
-    files = make_tokenizer_files(ranks, special_tokens(256, is_first=False))    # name -> content
+    files = make_tokenizer_files(ranks, special_tokens(256, is_llama30=False))    # name -> content
 
-Every line is a token, in base64, and the token's rank, which is also the id. tiktoken cuts a text into words with a
-regular expression. If a word is a token, that is the result. If not, tiktoken begins with the word's bytes and joins
-two neighbours as long as any pair makes a token, the pair whose token has the lowest rank first. Where tiktoken has
-ranks, tokenizer.json has a list of the pairs to join.
+Every line of tokenizer.model is a token, in base64, and the token's rank. The rank is also the id. tiktoken splits a
+text into words with a regular expression. A word that is a token stays whole. Of any other word, tiktoken takes the
+bytes, and merges two neighbours again and again: the pair whose token has the lowest rank. tokenizer.json has a list of
+merges in place of the ranks.
 """
 
 import base64
@@ -22,13 +22,13 @@ from errors import UsageError
 from text.tokenizer import byte_level_alphabet
 from text.tokenizer_files import TIKTOKEN_LINE
 
-# The names of special tokens; "" stands for a reserved token.
+# The names of special tokens. "" stands for a reserved token.
 LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id", "end_header_id", "", "eot_id"]
 LLAMA31_NAMES = [
     "begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id", "eom_id",
     "eot_id", "python_tag",
 ]  # fmt: skip
-# The chat models' template. Base models have not learnt it.
+# The template of the chat models. Base models were not trained on a template.
 LLAMA3_TEMPLATE = """
 {{- bos_token }}
 {%- for m in messages -%}
@@ -58,10 +58,9 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def special_tokens(n: int, is_first: bool) -> list[str]:
-    """Returns the names of the n special tokens, whose ids follow the other tokens'. is_first: whether this is Llama
-    3.0."""
-    names = LLAMA3_NAMES if is_first else LLAMA31_NAMES
+def special_tokens(n: int, is_llama30: bool) -> list[str]:
+    """Returns the n special tokens, whose ids follow the ids of all other tokens."""
+    names = LLAMA3_NAMES if is_llama30 else LLAMA31_NAMES
     if n < len(names):
         raise UsageError(f"Llama 3 has at least {len(names)} special tokens; this vocabulary leaves room for {n}")
     tokens, n_reserved = [], 0
@@ -80,7 +79,7 @@ def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[st
 
     vocab = {spell(token): rank for token, rank in ranks.items()}
     merges = [(spell(left), spell(right)) for left, right in find_merges(ranks)]
-    library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))  # a word that is a token is not cut
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))  # a word that is a token stays whole
     words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
     library.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     library.decoder = decoders.ByteLevel()
@@ -95,18 +94,18 @@ def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[st
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Returns the pair of tokens that makes each token, in the order of the ranks. A token that no joining makes, only
-    a whole word, has no pair."""
+    """Returns the pair of tokens that is merged to each token, in the order of the ranks. A token that only whole words
+    become, and that no merge makes, has no pair."""
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        parts = join_pairs(token, ranks, ranks[token])
+        parts = merge_pairs(token, ranks, ranks[token])
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
 
 
-def join_pairs(word: bytes, ranks: dict[bytes, int], end: int) -> list[bytes]:
-    """Returns the tokens of a word in a vocabulary of only the ranks below end."""
+def merge_pairs(word: bytes, ranks: dict[bytes, int], end: int) -> list[bytes]:
+    """Returns the tokens of a word, with only the tokens whose ranks are below end."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 1:
         pair_ranks = [ranks.get(left + right, end) for left, right in zip(parts, parts[1:], strict=False)]

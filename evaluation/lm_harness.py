@@ -1,9 +1,10 @@
-"""The model as the lm-evaluation-harness sees it.
+"""Runs tasks of the lm-evaluation-harness (the package lm_eval) with a model. eval.py is the command; gptq.py takes
+calibration texts from tasks.
 
     lm = harness_model(model, tokenizer, max_length=2048, batch_size=8, compile=False)
     results, table = evaluate(lm, ["hellaswag"], task_manager(["hellaswag"], None), limit=100)
 
-lm_eval is imported at first use, so that this file can be imported without lm_eval. eval.py is the command.
+lm_eval is imported at first use, so that this file can be imported without lm_eval.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ from text.tokenizer import Tokenizer
 
 
 def import_lm_eval():
-    """Imports the package lm_eval and the parts of it that are used here."""
+    """Imports the package lm_eval and the modules of lm_eval that are used here."""
     try:
         import lm_eval
         import lm_eval.api.model
@@ -34,7 +35,7 @@ def import_lm_eval():
 
 
 def task_manager(tasks: list[str], include_path: Path | None):
-    """Returns lm_eval's index of tasks. Refuses tasks that the index lacks."""
+    """Returns lm_eval's index of tasks. Raises UsageError if the index lacks one of tasks."""
     if include_path and not include_path.is_dir():
         raise UsageError(f"--include_path {include_path}: there is no such folder")
     manager = import_lm_eval().tasks.TaskManager(include_path=str(include_path) if include_path else None)
@@ -45,9 +46,9 @@ def task_manager(tasks: list[str], include_path: Path | None):
 
 
 def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = False) -> tuple[dict, str]:
-    """Returns (lm_eval's results by task and metric, the same as a table)."""
+    """Returns (lm_eval's results by task and metric, a table of the results)."""
     lm_eval = import_lm_eval()
-    load_tasks = getattr(manager, "load", None) or manager.load_task_or_group  # versions differ
+    load_tasks = getattr(manager, "load", None) or manager.load_task_or_group  # the name depends on lm_eval's version
     try:
         load_tasks(tasks)
     except Exception as e:  # a task is a program that downloads data, and may raise anything
@@ -64,8 +65,7 @@ def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = Fals
 
 
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
-    """Returns the model as lm_eval's TemplateLM. The class is defined here, so that this file imports without
-    lm_eval."""
+    """Returns the model as lm_eval's TemplateLM. The class is defined in this function, since it needs lm_eval."""
 
     class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):
         """HarnessModel implements the abstract methods of TemplateLM."""
@@ -98,8 +98,8 @@ class HarnessModel:
         raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Encodes string. Text that is written like a special token becomes that token, since lm_eval hands a chat
-        template's special tokens on as text."""
+        """Encodes string. Text that is written like a special token becomes that token, since lm_eval passes a chat
+        template's special tokens as text."""
         ids = self.tokenizer.encode_parts(self.tokenizer.split_at_special_tokens(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
@@ -110,7 +110,7 @@ class HarnessModel:
         if template is None:
             raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
         text = render(template, self.tokenizer.special_tokens_map, chat_history, add_generation_prompt)
-        if not add_generation_prompt:  # the model shall continue the last message
+        if not add_generation_prompt:  # the model continues the last message, so cut what follows the message
             last = chat_history[-1]["content"].strip()
             text = text[: text.rindex(last) + len(last)]
         return text
@@ -144,7 +144,7 @@ class HarnessModel:
         return sums
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Generates the answers to requests, max_batch_size of them at a time."""
+        """Generates the answers to requests, max_batch_size answers at a time."""
         answers = [self.make_request(*request.args, seed=i) for i, request in enumerate(requests)]
         scheduler = build_scheduler(self.model, answers, self.max_batch_size, compile=self.compile)
         completions = complete_all(scheduler, self.tokenizer, answers)
@@ -175,7 +175,7 @@ class GenerationOptions(NamedTuple):
 
 def read_options(kwargs: dict) -> GenerationOptions:
     """Reads the options in the keyword arguments of lm_eval's generation request."""
-    sampling = {name: value for name, value in kwargs.items() if value}  # None or 0 is off: the default
+    sampling = {name: value for name, value in kwargs.items() if value}  # None and 0 mean the default
     if kwargs.get("do_sample") is False:
         sampling["temperature"] = 0.0
     elif kwargs.get("do_sample") and "temperature" not in kwargs:

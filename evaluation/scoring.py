@@ -1,9 +1,9 @@
-"""How likely a model finds given tokens: scores of sequences, and the perplexity of a text.
+"""Computes how likely a model finds given tokens: scores of sequences, and the perplexity of a text.
 
     for score in compute_scores(model, [ScoredSequence(ids, n_scored=3)]): ...
     perplexity(model, tokenizer, text, length=1024)
 
-eval.py is the command.
+eval.py is the command. lm_harness.py scores the answers of tasks.
 """
 
 import math
@@ -36,8 +36,8 @@ def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int
 def perplexity(
     model: Transformer, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False
 ) -> dict:
-    """Computes exp of the mean negative log-likelihood of text's tokens, in windows of length tokens. The first token
-    of a window is given, the others are predicted."""
+    """Computes the perplexity of text: exp of the mean negative log-likelihood of the tokens, in windows of length
+    tokens. The first token of a window is given, the other tokens are predicted."""
     windows = split_windows(tokenizer, text, length)
     sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
     if not sequences:
@@ -50,12 +50,12 @@ def perplexity(
     if not math.isfinite(nll):
         raise UsageError(NOT_FINITE)
     mean = nll / n_tokens
-    result = math.exp(mean) if mean < 700 else math.inf  # beyond that, exp overflows
+    result = math.exp(mean) if mean < 700 else math.inf  # exp of more overflows
     return {"perplexity": result, "tokens": n_tokens, "windows": len(sequences), "nll_per_token": mean}
 
 
 class ScoredSequence(NamedTuple):
-    """Token ids, of which the last n_scored are scored. At least one id must precede the scored ones. For example,
+    """Token ids, of which the last n_scored are scored. At least one id must precede the scored ids. For example,
     ScoredSequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
 
     ids: list[int]
@@ -67,15 +67,15 @@ class Score(NamedTuple):
 
     index: int  # of the sequence
     logprobs: Tensor  # [n]
-    is_greedy: Tensor  # [n], whether the token is the model's likeliest
+    is_greedy: Tensor  # [n], whether the token is the likeliest one
 
 
 @torch.inference_mode()
 def compute_scores(
     model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
 ) -> Iterator[Score]:
-    """Yields the score of every sequence, the longest first. In a batch the shorter sequences are padded on the right.
-    Causal attention does not see the padding."""
+    """Yields the score of every sequence, the longest sequence first. In a batch, shorter sequences are padded on the
+    right. Attention is causal, so the padding does not change scores."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
     device = model.device
@@ -93,7 +93,7 @@ def compute_scores(
 
 
 def pad(id_lists: list[list[int]]) -> Tensor:
-    """Pads with zeros on the right: [B, length of the longest]."""
+    """Pads id_lists with zeros on the right: [B, length of the longest list]."""
     return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in id_lists], batch_first=True)
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Generates text with the Mixtral that prepare.sh made, in int8 (MODEL=model.pth: 16 bits). Arguments go to generate.py.
-# NPROC=n: on n GPUs, each with its part of every matrix. Without GPUs it starts n processes on the CPU.
+# Generates text with the Mixtral that prepare.sh made, in int8. Arguments go to generate.py.
+# MODEL=model.pth takes the weights of 16 bits. NPROC=n runs n processes, each with a part of every matrix: on n GPUs or,
+# without GPUs, on the CPU.
 #   ./mixtral-moe/generate.sh --prompt "Hello, my name is"
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,4 +1,4 @@
-"""Commands beside generate.py, quantize.py and eval.py. Running a model needs nothing in this folder.
+"""Holds all commands but generate.py, quantize.py and eval.py. Running a model needs nothing in this folder.
 
     prepare.sh                  makes a model of the Hugging Face hub ready to run: download, convert, quantize
     download.py                 downloads a repository of the hub
@@ -14,5 +14,6 @@
     kernel_checks/              compares the kernels with exact results, for "benchmark.py check" and the tests
     tables.py                   makes the docs' tables of the results in benchmarks/
 
-    demo.sh  test.sh  venv.sh   a first run; the test suite; the environment of both
+    demo.sh                     a first run: downloads a small chat model and asks it a question
+    test.sh                     runs the test suite; venv.sh makes the environment of demo.sh and test.sh
 """

@@ -1,4 +1,4 @@
-"""Measures and checks any model's shape, with random weights and without a download.
+"""Measures speed and memory of any model's shape, with random weights and without a download. Also checks the kernels.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --compile
     python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
@@ -7,18 +7,18 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
     python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
-Without a command's name, the command is "speed", as here. Two commands are for GPUs:
+These lines name no command, which means the command "speed". Two commands are for GPUs:
 
     python scripts/benchmark.py check --precision bfloat16      # every kernel against its reference
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
 
-Two need a real model:
+Two commands need a real model:
 
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-The speed of decoding is compared with memory's read bandwidth, measured before and after decoding; the higher value
-counts. A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
+The speed of decoding is compared with memory's read bandwidth: the higher one of two measurements, before and after
+decoding. A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
+    exit_on_interrupt()
 
 import tokenizers
 import torch
@@ -55,7 +55,7 @@ from scripts.kernel_checks.command import check
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
-# Options of the command "speed" that are part of its result
+# Options that the result of the command "speed" repeats
 REPORTED_OPTIONS = (
     "config", "compile", "device", "precision", "mode", "groupsize", "prompt_tokens", "max_new_tokens", "kernels",
 )  # fmt: skip
@@ -200,7 +200,7 @@ def check_busy_options(args: argparse.Namespace):
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """Does what --tune asks for: see benchmarking/tune_triton.py."""
+    """Finds the fastest tile sizes, for --tune: see benchmarking/tune_triton.py."""
     if device.type != "cuda" or not kernels.load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
     from scripts.benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
@@ -214,9 +214,9 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 
 def measure_cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
-    """Measures the seconds from starting generate.py --compile to the first byte of text on stdout, twice: with empty
-    caches of compiled code, and then with full ones. The checkpoint was just written, so it is in the page cache both
-    times."""
+    """Measures the seconds from the start of generate.py --compile to the first byte of text on stdout. The first run
+    has empty caches of compiled code, the second run has full caches. The checkpoint was just written, so both runs
+    find it in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder, "model.pth"), Path(folder, "cache")
         save_random_checkpoint(path, config, getattr(torch, args.precision))

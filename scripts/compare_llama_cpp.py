@@ -5,25 +5,27 @@
     python scripts/compare_llama_cpp.py --gguf model.gguf --json result.json --plot result.png
     python scripts/compare_llama_cpp.py --gguf model.gguf --parallel 1 8 16 32 64      # sequences at a time
 
---gguf takes what convert_gguf.py takes and llama.cpp knows, --config only Llama and its like. The weights become
-bfloat16, from which both sides' files are made: ours as quantize.py does, theirs by llama.cpp's quantizer with its
-usual mixtures of types. All files together take five times the space of the bfloat16 weights, in $TMPDIR. A row of the
-table is "ours / theirs":
+--gguf takes files that both convert_gguf.py and llama.cpp read. --config takes only Llama and models like it. First the
+weights become bfloat16; with --gguf each side converts the file itself. Then the other files are made: ours as by
+quantize.py, theirs by llama.cpp's quantizer, with its usual mixtures of types. All files together take five times the
+space of the bfloat16 weights, in $TMPDIR. A row of the table is a pair "ours / theirs":
 
-    bf16 / BF16          the same numbers; of a GGUF, convert_gguf.py's and llama.cpp's own
-    int8 / Q8_0          8 bits and a scale, for a row / for 32 elements
-    int4.g32 / Q4_0      4 bits and, for 32 elements, a scale and a zero point / a scale
-    int4.g32 / Q4_1      4 bits and, for 32 elements, a scale and a zero point / a scale and a minimum
-    int4.g32 / Q4_K_M    the same / a mixture of 4-bit types and wider ones
-    bf16, int8 or int4.g32 / file    each of ours / --gguf's file as it is
+    pair                 ours                                          theirs
+    bf16 / BF16          bfloat16                                      bfloat16
+    int8 / Q8_0          8 bits, a scale for a row                     8 bits, a scale for 32 elements
+    int4.g32 / Q4_0      4 bits, scale and zero for 32 elements        4 bits, a scale for 32 elements
+    int4.g32 / Q4_1      4 bits, scale and zero for 32 elements        4 bits, scale and minimum for 32 elements
+    int4.g32 / Q4_K_M    4 bits, scale and zero for 32 elements        a mixture of types of 4 bits and more
+    bf16, int8 or int4.g32 / file, with --gguf                         the GGUF file itself
 
-llama.cpp's 4-bit files have the output head in 6 or 8 bits, ours in 4. So llama.cpp's files are larger, and closer to
-the original: much so if the model is small and the vocabulary large.
+llama.cpp's 4-bit files have the output head in 6 or 8 bits, ours have it in 4 bits. So llama.cpp's files are larger and
+closer to the original. The difference is large if the model is small and the vocabulary large.
 
-Either side of a pair is a process, and the two take turns. A round measures memory's read bandwidth, then how both
-sides decode and how both read a prompt, one right after the other, since bandwidth may change from second to second; in
-every second round llama.cpp comes first. Both decode greedily; llama.cpp has its default settings. Bytes per token are
-the weights that a decode step reads, and the keys and values of the tokens in the cache.
+Each side of a pair has a process, and the two processes take turns. A round measures memory's read bandwidth, then
+decoding on both sides, then prefill on both sides. All parts of a round follow each other at once, since bandwidth may
+change from second to second. In every second round llama.cpp comes first. Both sides decode greedily, and llama.cpp has
+its default settings. Bytes per token are the weights that a decode step reads, and the keys and values of the tokens in
+the cache.
 """
 
 import argparse
@@ -33,7 +35,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
+    exit_on_interrupt()
 
 import torch
 from tqdm import tqdm
@@ -50,7 +51,6 @@ from cli import options
 from cli.script import run_script
 from errors import UsageError
 from kernels import cpu
-from machine import cpu_name
 from scripts import tables
 from scripts.benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
 from scripts.benchmarking.compare_speed import (
@@ -66,7 +66,7 @@ from scripts.benchmarking.compare_speed import (
     result_of,
     summarize,
 )
-from scripts.benchmarking.speed import CONFIGS
+from scripts.benchmarking.speed import CONFIGS, describe_machine
 
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
@@ -91,7 +91,7 @@ def main():
 def compare(args: argparse.Namespace) -> dict:
     """Makes both sides' files and measures both sides. Returns what --json writes."""
     torch.set_num_threads(args.threads)
-    cpu.library()  # compiles now, and not in the first round; prints a line if that fails
+    cpu.library()  # compiles before the first round, and prints a line if that fails
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(args.config, args.gguf, folder / "bf16.pth")
@@ -108,17 +108,13 @@ def compare(args: argparse.Namespace) -> dict:
         with new_process() as process:
             system_info = result_of(process.submit(make_theirs, files, args.threads))
         sizes = bytes_per_token(files)
-        os.sync()  # or writing the files to the disk would take a part of the bandwidth
+        os.sync()  # otherwise the files are written to the disk during the measurement, which costs bandwidth
         with tqdm(total=len(pairs) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:
             tasks = args.parallel or TASKS
             rounds = [measure(files, pair, sizes, args.rounds, args.threads, bar, tasks) for pair in pairs]
     return {
         "model": args.config or args.gguf.name,
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
+        **describe_machine(),
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
         "llama_cpp_system_info": system_info,
         "prompt_decode_prefill_tokens": (PROMPT, STEPS, PREFILL),
@@ -156,7 +152,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def plot(result: dict, path: Path, draw: Callable):
-    """Draws result to the file path. draw(axes, rows) draws the pairs."""
+    """Draws result into the file at path. draw(axes, rows) draws the pairs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

@@ -9,11 +9,11 @@ The folder holds one of these:
 - Meta's params.json and consolidated.00.pth, consolidated.01.pth ...; Llama 3's tokenizer.model becomes tokenizer.json
 - one .pt of karpathy's tinyllamas
 
-A quantized checkpoint of Hugging Face (GPTQ, AWQ, compressed-tensors, FP8, MXFP4) keeps its values, and becomes
-model_int4.g128.pth or the like: docs/quantized_checkpoints.md.
+A quantized checkpoint of Hugging Face (GPTQ, AWQ, compressed-tensors, FP8, MXFP4) keeps its values. The result's name
+says the format, as in model_int4.g128.pth: docs/quantized_checkpoints.md.
 
---lora merges a LoRA adapter of PEFT into a model in Hugging Face's format. The result is my-adapter/model.pth, beside
-the base's tokenizer unless the adapter has one. The base's model.pth stays as it is.
+--lora merges a LoRA adapter of PEFT into a model in Hugging Face's format. The result is my-adapter/model.pth. If the
+adapter has no tokenizer, the base model's tokenizer is copied. The base model's model.pth does not change.
 """
 
 import sys
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
+    exit_on_interrupt()
 
 from cli import options
 from cli.script import run_script

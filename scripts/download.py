@@ -3,7 +3,7 @@
     python scripts/download.py --repo_id meta-llama/Llama-3.2-1B --hf_token hf_...
     python scripts/download.py --repo_id karpathy/tinyllamas/stories15M    # one .pt, in a folder of its own
 
-Files that are there already are not fetched again. HF_ENDPOINT names another hub than the public one.
+Files that exist already are not downloaded again. HF_ENDPOINT names a hub other than the public one.
 """
 
 import re
@@ -14,7 +14,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
+    exit_on_interrupt()
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -27,8 +27,8 @@ from errors import UsageError
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 SETTINGS = {"config.json", "generation_config.json", *TOKENIZER_FILES}
-# A file -> the pattern of all files of a model that has this file or its index.json; the first match counts.
-# consolidated*.safetensors is left out: it holds the same weights again under other names.
+# A file -> a pattern of the weights' files of a repository that has this file or its index.json. The first row that
+# applies counts. consolidated*.safetensors is left out: it holds a second copy of the weights, under other names.
 WEIGHTS = {
     "model.safetensors": r"(?!consolidated)[^/]+\.safetensors",
     "pytorch_model.bin": r"pytorch_model[^/]*\.bin",
@@ -40,10 +40,10 @@ def main():
     parser.add_argument("--repo_id", required=True, help="OWNER/NAME, or OWNER/NAME/STEM for its STEM.pt")
     parser.add_argument("--hf_token", help="for private and gated repositories (default: HF_TOKEN, or `hf auth login`)")
     args = parser.parse_args()
-    logging.set_verbosity_error()  # this script makes errors of huggingface_hub's warnings
+    logging.set_verbosity_error()  # where huggingface_hub only warns, download raises an error
     if not sys.stderr.isatty():
         disable_progress_bars()
-    exit_on_interrupt()  # or Ctrl-C would wait for the files that are under way
+    exit_on_interrupt()  # otherwise Ctrl-C waits for files that are being downloaded
     download(args.repo_id, args.hf_token or None)
     print(f"wrote checkpoints/{args.repo_id}")
 
@@ -69,7 +69,7 @@ def download(repo_id: str, token: str | None):
 
 
 def choose_files(repo: str, names: set[str], stem: str | None = None) -> list[str]:
-    """Chooses the files of a repository to get, for stem.pt or, without a stem, for the repository's model."""
+    """Chooses the files of a repository to download: for stem.pt or, without a stem, for the repository's model."""
     if stem is None and "config.json" in names:
         for file, pattern in WEIGHTS.items():
             index = f"{file}.index.json"

@@ -1,4 +1,10 @@
-"""OpenAI's API: the JSON of requests and responses, for what engine/completion.py computes. serve.py calls it."""
+"""Reads the requests of OpenAI's API, and writes the responses. serve.py sends them over HTTP.
+
+    reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
+    reply.completions           # what to compute (engine/completion.py)
+    reply.response(reply.completions) | {"usage": reply.usage()}
+    reply.new_responses()       # in a stream, after every step
+"""
 
 import json
 import secrets
@@ -13,12 +19,12 @@ from errors import UsageError
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 
-MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # that one request may ask for
+MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
 UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
 
 
-def read_body(data: bytes) -> dict:
-    """Reads the fields of a request that are not null."""
+def parse_request(data: bytes) -> dict:
+    """Returns the fields of a request that are not null."""
     try:
         body = json.loads(data)
         json.dumps(body, ensure_ascii=False).encode()  # raises if a text is not Unicode
@@ -30,23 +36,23 @@ def read_body(data: bytes) -> dict:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[Request]:
-    """Reads the requests for texts in body. max_seq_len: most tokens of a prompt and its text."""
+def read_requests(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[Request]:
+    """Returns a Request for each text that body asks for. max_seq_len: the most tokens of a prompt and its text."""
     if is_chat:
         messages = body.get("messages")
         require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
         prompts = [tokenizer.encode_chat([read_message(message) for message in messages])]
-        n_logprobs = integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if body.get("logprobs") else None
+        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if body.get("logprobs") else None
     else:
         prompts = encode_prompts(body.get("prompt"), tokenizer)
-        n_logprobs = integer(body, "logprobs", None, 0, MAX_LOGPROBS)
-    n = integer(body, "n", 1, 1, MAX_TEXTS)
+        n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
+    n = read_integer(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
     room = max_seq_len - max(map(len, prompts))
     require(room > 0 and all(prompts), f"a prompt must have 1 to {max_seq_len - 1} tokens")
-    max_tokens = integer(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
-    max_tokens = integer(body, "max_completion_tokens", max_tokens, 1, room)
-    seed = integer(body, "seed", secrets.randbits(31), -(2**62), 2**62)
+    max_tokens = read_integer(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
+    max_tokens = read_integer(body, "max_completion_tokens", max_tokens, 1, room)
+    seed = read_integer(body, "seed", secrets.randbits(31), -(2**62), 2**62)
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
@@ -58,17 +64,17 @@ def read_request(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: i
 
 
 def read_sampling(body: dict) -> SamplingParams:
-    """Reads the sampling options. temperature and top_p are called as in OpenAI's API, the other fields of
-    SamplingParams as in vLLM's."""
+    """Reads the sampling options. The names temperature and top_p are OpenAI's. The names of the other fields of
+    SamplingParams are vLLM's."""
     sampling = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
     require(sampling.temperature <= 2, "temperature must be at most 2")
-    # Others could make logits infinite, which ends the texts of all clients.
+    # A penalty beyond these bounds could make logits infinite. An infinite logit ends the texts of all clients.
     require(0.01 <= sampling.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100")
     return sampling
 
 
 def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
-    """Encodes prompts: a text, a list of token ids, or a list of these."""
+    """Encodes prompts: a text, a list of token ids, or a list of texts and lists of token ids."""
     if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
         prompts = [prompts]
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts[: MAX_TEXTS + 1]]
@@ -78,7 +84,7 @@ def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
     return ids
 
 
-def integer(body: dict, name: str, default: int | None, low: int, high: int) -> int | None:
+def read_integer(body: dict, name: str, default: int | None, low: int, high: int) -> int | None:
     value = body.get(name, default)
     is_valid = name not in body or type(value) is int and low <= value <= high
     require(is_valid, f"{name} must be an integer from {low} to {high}")
@@ -91,14 +97,14 @@ def require(condition, message: str):
 
 
 class Reply:
-    """Builds the response to a request. A stream has several responses, each with the new text."""
+    """The reply to a request: one response or, in a stream, a response with the new text after every step."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
-        """data: the bytes of the request. To tokenize megabytes takes seconds."""
-        body = read_body(data)
-        requests = read_request(body, is_chat, tokenizer, scheduler.max_seq_len)
+        """Parses data, the bytes of the request, and tokenizes the prompts. Megabytes of text take seconds."""
+        body = parse_request(data)
+        requests = read_requests(body, is_chat, tokenizer, scheduler.max_seq_len)
         self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
-        self.sent = [(0, 0)] * len(requests)  # the characters and tokens of each that are in a response
+        self.sent = [(0, 0)] * len(requests)  # how many characters and tokens of each completion were sent
         self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, bool(body.get("stream"))
         options = body.get("stream_options")
         self.streams_usage = isinstance(options, dict) and bool(options.get("include_usage"))
@@ -111,7 +117,7 @@ class Reply:
         return self.header | {"choices": [self.new_choice(completion) for completion in completions]}
 
     def new_responses(self) -> Iterator[dict]:
-        """Yields a stream's next responses, one for each text that has grown."""
+        """Yields the next responses of a stream, one for each completion that has grown."""
         for completion in self.completions:
             if len(completion.tokens) > self.sent[completion.index][1]:
                 yield self.response([completion])
@@ -122,7 +128,7 @@ class Reply:
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def new_choice(self, completion: Completion) -> dict:
-        """Returns the part of completion that is in no response yet."""
+        """Returns the part of completion that was not sent yet."""
         n_characters, n_tokens = self.sent[completion.index]
         self.sent[completion.index] = len(completion.text), len(completion.tokens)
         logprobs = self.logprobs(completion, n_characters, n_tokens) if completion.logprobs else None
@@ -150,5 +156,5 @@ class Reply:
 
     def entry(self, token: int, logprob: float) -> dict:
         data = self.tokenizer.token_bytes(token)
-        text = self.special_tokens.get(token) or data.decode("utf-8", "backslashreplace")  # \\xf0: part of a character
+        text = self.special_tokens.get(token) or data.decode("utf-8", "backslashreplace")  # partial UTF-8: \xf0
         return {"token": text, "logprob": logprob, "bytes": list(data)}

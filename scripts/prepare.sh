@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes a model of the Hugging Face hub ready to run: download, convert, quantize to int8 (MODES="int8 int4": to both).
-# A repository of quantized weights stays as it is: its file is not model.pth.
+# Makes a model of the Hugging Face hub ready to run: downloads, converts and quantizes to int8.
 #   ./scripts/prepare.sh OWNER/NAME      or      MODEL_REPO=OWNER/NAME ./scripts/prepare.sh
+# MODES="int8 int4" quantizes to both. A repository of quantized weights is not quantized again: it has no model.pth.
 # TINY_FAMILY=mixtral, or another name in tests/tiny.py, makes a tiny random model in checkpoints/OWNER/NAME instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,12 +1,12 @@
-"""Serve a checkpoint over HTTP, with the requests and responses of OpenAI's API.
+"""Serves a checkpoint over HTTP, with the requests and responses of OpenAI's API (openai_api.py).
 
     pip install starlette uvicorn
     python scripts/serve.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth
     curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
-/v1/models, /v1/completions and /v1/chat/completions, the last two also streaming, for many clients at once. A client
-that disconnects frees its slots of the KV cache. After Ctrl-C or SIGTERM the server completes the answers in flight. A
-second signal ends it at once.
+The paths are /v1/models, /v1/completions and /v1/chat/completions; both completions can stream. The texts of all
+clients are computed together. When a client disconnects, its slots of the KV cache become free. After Ctrl-C or SIGTERM
+the server completes the answers in flight, and ends. A second signal ends the server at once.
 """
 
 import asyncio
@@ -22,9 +22,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from cli.interrupts import exit_on_interrupt
 
-    exit_on_interrupt()  # also while the modules below are imported, which takes seconds
-
-import torch
+    exit_on_interrupt()
 
 from cli import options
 from cli.script import exit_with_error, run_script
@@ -33,15 +31,14 @@ from engine.completion import AsyncCompleter, CompletionError
 from engine.scheduler import Scheduler
 from errors import UsageError
 from loading import load
-from machine import pick_device
 from scripts.openai_api import Reply, require
 from text.tokenizer import Tokenizer
 
 try:
     import uvicorn
-    from starlette import requests as http
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as e:
@@ -70,7 +67,7 @@ def main():
     options.set_threads(args.threads)
 
     listener = listen(args.host, args.port)
-    device, dtype = pick_device(args.device), getattr(torch, args.precision)
+    device, dtype = options.device_and_dtype(args)
     checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     model, tokenizer = load(checkpoint_path, device=device, dtype=dtype)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
@@ -97,7 +94,7 @@ class Server(uvicorn.Server):
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
         ]
-        errors = (HTTPException, UsageError, CompletionError, http.ClientDisconnect, Exception)
+        errors = (HTTPException, UsageError, CompletionError, ClientDisconnect, Exception)
         app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
         super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
 
@@ -106,33 +103,34 @@ class Server(uvicorn.Server):
             os._exit(128 + signum)
         self.should_exit = True
 
-    async def models(self, client: http.Request) -> Response:
-        self.check_key(client)
+    async def models(self, request: Request) -> Response:
+        self.check_key(request)
         model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "gpt-fast"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def complete(self, client: http.Request) -> Response:
-        self.check_key(client)
-        body, is_chat = await read_body(client), client.scope["path"] == "/v1/chat/completions"
-        # In a thread, since tokenizing may take seconds
-        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
+    async def complete(self, request: Request) -> Response:
+        self.check_key(request)
+        data, is_chat = await receive_body(request), request.scope["path"] == "/v1/chat/completions"
+        # In a thread, since tokenizing megabytes of text takes seconds
+        reply = await asyncio.to_thread(Reply, data, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
         steps = self.completer.complete(reply.completions)
         if reply.is_stream:
             return StreamingResponse(events(reply, steps), media_type="text/event-stream")
         async for _ in steps:
-            if await client.is_disconnected():
-                raise http.ClientDisconnect
+            if await request.is_disconnected():
+                raise ClientDisconnect
         return JSONResponse(reply.response(reply.completions) | {"usage": reply.usage()})
 
-    def check_key(self, client: http.Request):
-        given, expected = client.headers.get("authorization", ""), f"Bearer {self.api_key}"
+    def check_key(self, request: Request):
+        given, expected = request.headers.get("authorization", ""), f"Bearer {self.api_key}"
         if self.api_key and not hmac.compare_digest(given.encode("latin-1"), os.fsencode(expected)):
             raise HTTPException(401, "the API key is missing or wrong")
 
 
-async def read_body(client: http.Request) -> bytes:
+async def receive_body(request: Request) -> bytes:
+    """Receives the bytes of a request, at most MAX_BODY."""
     body = bytearray()
-    async for chunk in client.stream():
+    async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY:
             raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
@@ -140,23 +138,30 @@ async def read_body(client: http.Request) -> bytes:
 
 
 async def events(reply: Reply, steps: AsyncIterator[None]) -> AsyncIterator[str]:
-    """Yields the server-sent events of a reply that grows with steps."""
+    """Yields server-sent events: after each of steps the new texts of reply, and at the end [DONE]."""
     try:
         async for _ in steps:
             for response in reply.new_responses():
-                yield f"data: {json.dumps(response)}\n\n"
+                yield event(response)
         if reply.streams_usage:
-            yield f"data: {json.dumps(reply.response([]) | {'usage': reply.usage()})}\n\n"
-    except CompletionError as e:  # the response has begun, so the error is one more event
-        yield f"data: {error_response(None, e).body.decode()}\n\n"
+            yield event(reply.response([]) | {"usage": reply.usage()})
+    except CompletionError as e:  # the status 200 is sent already, so the error is an event
+        yield event(describe_error(e, status=500))
     yield "data: [DONE]\n\n"
 
 
-def error_response(client: http.Request | None, e: Exception) -> Response:
+def event(data: dict) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def error_response(request: Request, e: Exception) -> Response:
     status = getattr(e, "status_code", 400 if isinstance(e, UsageError) else 500)
+    return JSONResponse(describe_error(e, status), status)
+
+
+def describe_error(e: Exception, status: int) -> dict:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": getattr(e, "detail", str(e)), "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error}, status)
+    return {"error": {"message": getattr(e, "detail", str(e)), "type": kind, "param": None, "code": None}}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 # Speculation with a large model: ./scripts/speculate.sh SETUP --prompt "Hello, my name is"
 #
 #   SETUP          model                                   draft
-#   7B_int4        Llama-2-7B, 16 bits                     the same in 4 bits
+#   7B_int4        Llama-2-7B, 16 bits                     Llama-2-7B, 4 bits
 #   34B_bf16       CodeLlama-34B, 16 bits                  CodeLlama-7B, 4 bits
 #   70B_int4       Llama-2-70B, 4 bits                     Llama-2-7B, 4 bits
 #   tp_70B_bf16    Llama-2-70B, 16 bits, on 8 devices      Llama-2-7B, 4 bits       (RANKS=n: on n devices)
 #
-# More arguments go to generate.py. Make the files first: MODES=int4 ./scripts/prepare.sh OWNER/NAME, for each of the two
-# repositories below. TINY=1 makes two tiny random models and uses their files of the same names.
+# More arguments go to generate.py. First make the files with MODES=int4 ./scripts/prepare.sh OWNER/NAME, for the
+# repositories of both models (see below). TINY=1 takes two tiny random models instead, and makes their files.
 set -euo pipefail
 from=$PWD python=python3 run=
 cd "$(dirname "$0")/.."
@@ -42,6 +42,6 @@ if [ -n "${TINY:-}" ]; then
         TINY_FAMILY=$family MODES=$modes ./scripts/prepare.sh "$(dirname "$file")"
     done
 fi
-cd "$from" # so that relative paths in the arguments work
+cd "$from" # relative paths in the arguments start there
 exec $python $run "$root/generate.py" --compile --speculate_k 5 --max_new_tokens 200 --temperature 0 \
     --checkpoint_path "$root/checkpoints/$target" --draft_checkpoint_path "$root/checkpoints/$draft" "$@"

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/measurements.md"]
 
-TABLES = {  # name -> columns: the head, and the template of a cell, which is filled with a row's values
+TABLES = {  # name -> columns: (header, template of a cell, which a row's values fill)
     "speed": [
         ("shape", "{config}, {weights}"),
         ("decode, tokens/s", "{decode_tokens_per_sec:.1f}"),
@@ -84,7 +84,7 @@ def main():
 
 
 def with_tables(text: str) -> str:
-    """Replaces each table in text by what benchmarks/*.json say now."""
+    """Replaces each table in text by a table of the results in benchmarks/*.json."""
     for name in TABLES:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
@@ -110,13 +110,13 @@ def rows(name: str, result: dict) -> list[dict]:
     """Returns a table's rows for the contents of a JSON file: the values of each row."""
     match name:
         case "speed":
-            # No overhead for quantized weights: at the time of measuring, quantizing took memory, too.
+            # Quantized weights have no entry: the measured peak includes the memory that quantizing took.
             overhead = "" if result["mode"] else f"{result['peak_over_weights_and_kv_bytes'] / 1e6:.0f}"
             return [result | {"weights": weights_name(result), "overhead_mb": overhead}]
         case "busy":
             return [result | {"weights": weights_name(result)}]
         case "llama_cpp":
-            model = result["model"].removesuffix(".Q4_1.gguf")  # the demo's
+            model = result["model"].removesuffix(".Q4_1.gguf")  # the file of demo.sh
             return [pair | {"name": model} for pair in result["pairs"]]
         case "parallel":
             pairs = dict(zip(("bf16", "int8", "int4"), result["pairs"], strict=True))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole test suite, in an environment of its own: ./scripts/test.sh [pytest arguments]
+# Runs the whole test suite, in .venv: ./scripts/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 needs="-r requirements-dev.txt"

@@ -1,5 +1,5 @@
-# demo.sh and test.sh source this file. They set needs, the arguments of pip install. It makes .venv, again if needs or one
-# of the requirements files has changed.
+# Makes .venv. demo.sh and test.sh source this file, and set needs: the arguments of pip install. If needs or one of the
+# requirements files changes, .venv is made again.
 stamp=.venv/$(echo "$needs" | cat - requirements.txt requirements-dev.txt | cksum | tr -d ' ').done
 if [ ! -f "$stamp" ]; then
     echo "Setting up .venv ..." >&2

@@ -128,18 +128,18 @@ def test_linear_scale_and_softcap(format, dtype):
             product = seen.double() @ matrix.T + w.bias.double()
             step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
             error = bounds.product_error(seen, magnitude, product, torch.float32, step)
-            y, bound = softcap_error(product, error, scale, softcap, clip)
+            y, bound = softcap_with_error(product, error, scale, softcap, clip)
             bounds.check(kernels.fused_linear(x, w, out_dtype=torch.float32), y, bound)
             total = y + residual.double()
             bound = bound + bounds.rounding_error(total, dtype)
             bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound)
             if n % 32 == 0:
-                y, bound = softcap_error(*glu_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
+                y, bound = softcap_with_error(*glu_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
                 ours = kernels.fused_linear(x, w, activation="geglu_tanh")
                 bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
 
 
-def softcap_error(
+def softcap_with_error(
     y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y * scale, capped and clipped, and how far it may be off if y is off by no more than error. No slope of cap's is

@@ -1,11 +1,13 @@
-"""Measurements for the commands scripts/benchmark.py and scripts/compare_llama_cpp.py.
+"""Measurements for two commands. scripts/benchmark.py calls
 
-    speed.py            speed and memory of a shape, with random weights
-    busy.py             --busy: decoding beside other programs
-    tune_triton.py      --tune: the fastest tile sizes of a GPU's products
-    gpu_jobs.py         gpu: a table of models, formats and engines
-    real_models.py      quantization and speculation: what they gain and cost
+    speed.py            the command speed: speed and memory of a shape, with random weights
+    busy.py             speed --busy: decoding beside other programs
+    tune_triton.py      speed --tune: the fastest tile sizes of a GPU's matrix products
+    gpu_jobs.py         the commands gpu and transformers: a table of models, formats and engines
+    real_models.py      the commands quantization and speculation: gains and costs with a real model
 
-    compare_files.py    one model in this project's formats and in llama.cpp's
-    compare_speed.py    how fast this project and llama.cpp decode and read a prompt
+and scripts/compare_llama_cpp.py calls
+
+    compare_files.py    makes the files of one model in this project's formats and in llama.cpp's
+    compare_speed.py    measures decoding and prefill on both sides
 """

@@ -4,22 +4,22 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --busy 9      # nine
 
 kernels/csrc/threads.h: ThreadCount takes fewer threads while another program needs a core. Every round decodes a text
-in each of these ways, one after the other:
+in each of four ways, one after the other:
 
-    alone                     with all threads
-    beside_busy               with all threads, beside a process that keeps one core busy
-    one_thread_beside_busy    with one thread, beside that process; more threads should not be slower
-    two                       two processes at once, each with all threads; together at least 0.9 of "alone"
+                              threads    beside                                expected speed
+    alone                     all        nothing
+    beside_busy               all        a process that keeps one core busy    at least one_thread_beside_busy
+    one_thread_beside_busy    one        a process that keeps one core busy
+    two                       all        a second process that decodes         both together at least 0.9 of alone
 
-A pause comes before every text, so that decoding begins with all threads, and the time includes the search for the best
-number of threads. The other processes hold the end of a pipe from this process. When this process ends, for whatever
-reason, the pipe ends, and so do the other processes.
+Before every text there is a pause, after which decoding begins with all threads. So the time includes the search for
+the best number of threads. The other processes read from a pipe of this process. When this process ends, for whatever
+reason, the pipe is closed, and the other processes end.
 """
 
 import argparse
 import contextlib
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -37,9 +37,8 @@ from engine.steps import GenerationSteps, build_steps
 from errors import OutOfMemoryError, UsageError
 from kernels.formats import WeightFormat
 from llm import generate
-from machine import cpu_name
 from model import KVCache
-from scripts.benchmarking.speed import SAMPLING, random_model, time_tokens
+from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, time_tokens
 
 CPU = torch.device("cpu")
 PAUSE = 1.1  # seconds, after which ThreadCount has forgotten how busy the machine was
@@ -50,20 +49,13 @@ BUSY_LOOP = "import select\nprint(flush=True)\nwhile not select.select([0], [], 
 def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFormat) -> dict:
     """Returns the rounds, medians over the rounds, and a description of the machine. args: the options of
     benchmark.py."""
-    n_threads = torch.get_num_threads()
+    n_threads, machine = torch.get_num_threads(), describe_machine()
     with second_decoder(n_threads, args, config, format) as second:
         decoder = Decoder(args, config, format)
         rounds = [measure_round(decoder, second, n_threads) for _ in range(1 + args.busy)]
-    del rounds[0]  # which only warms up
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": n_threads,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        **{name: median(row[name] for row in rounds) for name in rounds[0]},
-        "rounds": rounds,
-    }
+    del rounds[0]  # the warm-up
+    medians = {name: median(row[name] for row in rounds) for name in rounds[0]}
+    return machine | medians | {"rounds": rounds}
 
 
 def measure_round(decoder: "Decoder", second: Connection, n_threads: int) -> dict[str, float]:
@@ -75,7 +67,7 @@ def measure_round(decoder: "Decoder", second: Connection, n_threads: int) -> dic
     times = decoder.time_text(n_threads)
     their_times = ask(second, "stop")
     first_of_two = tokens_per_sec(times)
-    n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # while both decoded
+    n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # their tokens while both decoded
     second_of_two = n_theirs / (times[-1] - times[0])
     return {
         "alone_tokens_per_sec": alone,
@@ -140,7 +132,7 @@ def second_decoder(*arguments) -> Iterator[Connection]:
     spawn = multiprocessing.get_context("spawn")
     connection, their_end = spawn.Pipe()
     process = spawn.Process(target=serve_decode_requests, args=(their_end, *arguments), daemon=True)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that Ctrl-C prints nothing
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it, so Ctrl-C prints nothing
     process.start()
     signal.signal(signal.SIGINT, on_interrupt)
     their_end.close()
@@ -152,8 +144,9 @@ def second_decoder(*arguments) -> Iterator[Connection]:
 
 
 def ask(second: Connection, word: str) -> list[float] | None:
-    """Sends a word to the second process and returns the answer. After "decode" the process begins to decode, and
-    answers None. After "stop" it stops, and answers the times of all tokens. Raises what the process raises."""
+    """Sends a word to the second process and returns the answer. At "decode" the process begins to decode, and answers
+    None. At "stop" the process stops decoding, and answers the times of all tokens. An exception in the process is
+    raised here."""
     try:
         second.send(word)
         answer = second.recv()
@@ -166,7 +159,7 @@ def ask(second: Connection, word: str) -> list[float] | None:
 
 def serve_decode_requests(connection: Connection, n_threads: int, *arguments):
     """Answers the requests of ask: the main loop of the second process."""
-    tqdm.set_lock(threading.RLock())  # tqdm's default is a lock of the system, which a killed process leaves behind
+    tqdm.set_lock(threading.RLock())  # tqdm's default lock outlives a process that is killed
     try:
         decoder = Decoder(*arguments)
         while True:

@@ -1,4 +1,4 @@
-"""Makes the files that compare_llama_cpp.py measures: one model in this project's formats and in llama.cpp's.
+"""Makes the files that compare_llama_cpp.py measures: one model in this project's formats and in llama.cpp's formats.
 
     make_model("TinyLlama-1.1B", None, folder / "bf16.pth")
     make_ours(folder)
@@ -26,16 +26,16 @@ from rope import rope_frequencies
 from scripts.benchmarking.compare_speed import PREFILL
 from scripts.benchmarking.speed import find_config, save_random_checkpoint
 
-OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # besides bf16
-THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama.cpp's numbers of file types
-LLAMA_OPTIONS = (  # the options of ModelConfig that llama.cpp's architecture "llama" has
+OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # all formats but bf16
+THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # name -> llama.cpp's number of the file type
+LLAMA_OPTIONS = (  # the options of ModelConfig that llama.cpp's architecture "llama" supports
     "norm_eps", "qkv_bias", "o_proj_bias", "ffn_bias", "tie_embeddings", "sliding_window", "rope_theta", "rope_scaling",
     "bos_id", "eos_ids",
 )  # fmt: skip
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """Returns both sides' files of the model, by the name of the format."""
+    """Returns the files of both sides, by the name of the format."""
     ours = {name: folder / f"{name}.pth" for name in ("bf16", *OURS)}
     return ours | {name: folder / f"{name}.gguf" for name in THEIRS}
 
@@ -44,8 +44,8 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
-    """Writes the weights to compare with to path: random weights for config_name, or gguf_file's weights. Raises
-    UsageError for a model that llama.cpp cannot run."""
+    """Writes bfloat16 weights to path: random weights for config_name, or the weights of gguf_file. Raises UsageError
+    for a model that llama.cpp cannot run."""
     if gguf_file:
         from scripts.convert_gguf import convert_gguf
 
@@ -60,7 +60,7 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
 
 
 def check_comparable(config: ModelConfig):
-    widths = config.dim, config.ffn_dim, config.n_heads * config.head_dim
+    widths = config.dim, config.ffn_dim, config.q_dim
     if any(width % 32 for width in widths):
         raise UsageError("only models of widths that are multiples of 32 can be compared")
     if config.max_seq_len < PREFILL:
@@ -76,7 +76,7 @@ def check_like_llama(config: ModelConfig):
     if other:
         why = f"this model has {', '.join(other)}"
         raise UsageError(f"without --gguf, only Llama and its like can be compared; {why}")
-    if config.sliding_window and config.sliding_window < PREFILL:  # write_gguf leaves it out
+    if config.sliding_window and config.sliding_window < PREFILL:  # write_gguf leaves the window out
         raise UsageError(f"the model's sliding window is below the {PREFILL} tokens of a prefill")
 
 
@@ -97,8 +97,8 @@ def make_ours(folder: Path):
 
 
 def write_gguf(source: Path, target: Path):
-    """Writes a checkpoint of bfloat16 weights as a GGUF file without a tokenizer. GGUF, too, stores a tied head only as
-    the embedding."""
+    """Writes a checkpoint of bfloat16 weights as a GGUF file without a tokenizer. A tied head is stored only as the
+    embedding, in a GGUF as in model.pth."""
     import gguf
 
     config, _, tensors = read_checkpoint(source)
@@ -133,8 +133,8 @@ def write_gguf(source: Path, target: Path):
 
 
 def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields a checkpoint's tensors as a GGUF of the architecture "llama" has them. GGUF has the rows of q and k in the
-    order of Meta's RoPE: i and i + D/2 side by side."""
+    """Yields a checkpoint's tensors with the names and the order of rows of a GGUF of the architecture "llama". A GGUF
+    has the rows of q and k in the order of Meta's RoPE: rows i and i + D/2 are neighbours."""
     from converters.gguf_tensors import GGUF_TO_CANONICAL
 
     gguf_names = {hf_name: gguf_name for gguf_name, hf_name in GGUF_TO_CANONICAL.items()}
@@ -151,8 +151,8 @@ def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, T
 
 
 def make_theirs(files: dict[str, Path], threads: int) -> str:
-    """Makes the files that are in llama.cpp's formats: BF16 from the GGUF file, if there is one, and all others from
-    BF16. Returns llama.cpp's description of its build."""
+    """Makes the files in llama.cpp's formats: BF16 from the file of --gguf, if there is one, and the others from BF16.
+    Returns llama.cpp's description of its build."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)

@@ -1,9 +1,10 @@
-"""Measures how fast this project and llama.cpp decode and read a prompt, for compare_llama_cpp.py.
+"""Measures decoding and prefill of this project and of llama.cpp, for compare_llama_cpp.py.
 
     rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, bar)
     rounds = measure(..., tasks=[8, 16])     # tokens per second of 8 and of 16 sequences together
 
-Each side of a pair is a process, and the two take turns. gguf and llama_cpp are imported only where they are needed.
+Each side of a pair has a process, and the two processes take turns. gguf and llama_cpp are imported only where they are
+needed.
 """
 
 import logging
@@ -34,7 +35,7 @@ from model import KVCache, Transformer
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
 TASKS = ("decode", "prefill")
-PAUSE = 0.1  # seconds before each measurement: the other side's threads still spin for a while, waiting for work
+PAUSE = 0.1  # seconds before each measurement, in which the other side's threads stop to spin
 CPU = torch.device("cpu")
 
 
@@ -49,9 +50,12 @@ def measure(
     files: dict[str, Path], pair: Pair, sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm,
     tasks: Sequence[str | int] = TASKS,
 ) -> list[dict]:  # fmt: skip
-    """Measures the two files of a pair in turns. Returns for each round memory's read bandwidth and, for each side,
-    tokens per second in each task, and the share of the bandwidth that "decode" uses. A task that is a number decodes
-    that many sequences at a time."""
+    """Measures the two files of a pair in turns. A number as a task means decoding so many sequences together. Returns
+    for each round:
+
+        read_bytes_per_sec    memory's read bandwidth
+        ours, theirs          tokens per second by task; with the task "decode" also share_of_read, the share of the
+                              bandwidth that decoding uses"""
     names = pair._asdict()
     order, rounds = ["ours", "theirs"], []
     with new_process() as our_process, new_process() as their_process:
@@ -71,7 +75,7 @@ def measure(
 
 
 def summarize(pair: Pair, rounds: list[dict], sizes: dict[str, float]) -> dict:
-    """Returns the medians of what measure returns for a pair, and the median ratio of ours to theirs."""
+    """Returns the medians of rounds, which measure has returned for a pair, and the median ratio of ours to theirs."""
     row = {"read_bytes_per_sec": median(r["read_bytes_per_sec"] for r in rounds)}
     for side, name in pair._asdict().items():
         row[side] = {key: median(r[side][key] for r in rounds) for key in rounds[0][side]}
@@ -82,8 +86,8 @@ def summarize(pair: Pair, rounds: list[dict], sizes: dict[str, float]) -> dict:
 
 
 def new_process() -> ProcessPoolExecutor:
-    """Returns a process that does one task after the other. llama.cpp's process imports PyTorch, but does not call it,
-    so PyTorch starts no threads there."""
+    """Returns a process that runs one task after the other. llama.cpp's process imports PyTorch without calling it, so
+    PyTorch starts no threads there."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=exit_on_interrupt)
 
@@ -99,7 +103,7 @@ def result_of(future: Future):
 
 
 def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
-    """Returns the bytes that a decode step reads on average, for each file by name. Keys and values have 16 bits on
+    """Returns the mean number of bytes that a decode step reads, for each file by name. Keys and values have 16 bits on
     both sides."""
     config = read_checkpoint(files["bf16"]).config
     n_attended = mean(config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
@@ -114,11 +118,11 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
 
 
 def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
-    """Returns what Transformer.active_weight_bytes returns for a model, for a GGUF."""
+    """Returns the bytes of a GGUF's weights that a decode step reads, as Transformer.active_weight_bytes does."""
     from converters.gguf_file import read_gguf
 
     _, tensors = read_gguf(file)
-    if "output.weight" in tensors:  # of an embedding that is not the head, a step reads one row
+    if "output.weight" in tensors:  # a step reads one row of an embedding that is not the head
         del tensors["token_embd.weight"]
     total = 0
     for name, tensor in tensors.items():
@@ -132,8 +136,11 @@ Generate = Callable[[list[list[int]], int], Iterator]  # (prompts, n) -> an iter
 
 
 def tokens_per_second(load: Callable[[str, int, int], Generate], file: str, threads: int, task: str | int) -> float:
-    """Runs a task once and returns tokens per second. "prefill" reads PREFILL tokens, "decode" decodes STEPS tokens
-    after PROMPT tokens, and a number decodes that many sequences together. load is one of LOADERS."""
+    """Runs a task once and returns tokens per second. load: one of LOADERS. The tasks are
+
+        "prefill"    prefill of PREFILL tokens
+        "decode"     STEPS decode steps after a prompt of PROMPT tokens
+        a number     the same with so many sequences together"""
     n_sequences = task if isinstance(task, int) else 1
     generate_greedily = load(file, threads, n_sequences)
     time.sleep(PAUSE)
@@ -168,7 +175,7 @@ def their_model(file: str):
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     model_params = llama_cpp.llama_model_default_params()
-    model_params.n_gpu_layers = 0  # a build for a GPU leaves it alone
+    model_params.n_gpu_layers = 0  # also if llama.cpp was built for a GPU
     model = llama_cpp.llama_model_load_from_file(file.encode(), model_params)
     if not model:
         raise UsageError(f"llama.cpp does not load {file}")
@@ -191,8 +198,8 @@ def load_theirs(file: str, threads: int, n_sequences: int) -> Generate:
     batch = llama_cpp.llama_batch_init(PREFILL, 0, 1)
 
     def fill_batch(sequences: list[list[int]], position: int):
-        """Fills batch with the next tokens of each sequence, from position on. Asks for the logits of each sequence's
-        last token."""
+        """Fills batch with the next tokens of each sequence, from position on, and requests the logits of each
+        sequence's last token."""
         batch.n_tokens = 0
         for sequence, tokens in enumerate(sequences):
             for i, token in enumerate(tokens):

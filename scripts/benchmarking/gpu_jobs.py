@@ -4,13 +4,14 @@
     python scripts/benchmark.py gpu --only check             # jobs whose name has "check" in it
     python scripts/benchmark.py gpu --tune --only 8B         # tunes the kernels' tiles first, for later use, too
 
-The table compares, by tokens per second and the share of the device's copy bandwidth, for several models and formats,
+The table has a row for each model and format, and a column for each engine. A cell has tokens per second, and the share
+of the device's copy bandwidth. The engines are
 
-    ours           the Triton kernels, a step recorded as one graph
-    plain          --kernels off: torch.compile of F.linear and PyTorch's attention, gpt-fast's technique
-    transformers   Hugging Face's, static cache, compiled; if installed
+    ours            the Triton kernels; a step is recorded as one CUDA graph
+    plain           --kernels off: torch.compile of F.linear and PyTorch's attention, as in gpt-fast
+    transformers    Hugging Face's transformers, with a static cache, compiled; only if the package is installed
 
-Every number comes from a job. A job is a process, so a job that fails stops no other job.
+Every number comes from a job. A job is a process, so a failed job stops no other job.
 """
 
 import argparse
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}  # by format
 MODELS = [f"Llama-3.1-8B {format}" for format in FLAGS] + ["Mixtral-8x7B int8", "Llama-3-70B int4"]
 MODELS += [f"{shape} {format}" for shape in ("Llama-3.2-1B", "Llama-2-7B") for format in FLAGS]
-LEAST_SECONDS = 20  # with less time left, no job is started
+LEAST_SECONDS = 20  # if less time is left, no job is started
 
 # ---- The table -------------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,8 @@ def gpu(args: argparse.Namespace):
 
 
 def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
-    """Groups the names of jobs that run at the same time: all checks, which mostly compile; every other job alone."""
+    """Groups the names of jobs that run at the same time. All checks run together, since they mostly compile. Every
+    other job runs alone."""
     checks = [job for job in jobs if job.startswith("check")]
     return [checks, *([job] for job in jobs if job not in checks)]
 
@@ -96,7 +98,7 @@ def start(arguments: list[str], end: float) -> dict:
 
 
 def table(jobs: dict[str, dict]) -> str:
-    """Returns a table: tokens per second and share of the copy bandwidth, a line for each shape and format."""
+    """Returns the table of the module's docstring. jobs: the results by the job's name."""
     lines = [f"{'':22}{'ours':>16}{'plain':>16}{'transformers':>16}{'verify 5':>10}{'prefill 2048':>14}"]
     for job, ours in jobs.items():
         engine, _, model = job.partition(" ")
@@ -138,7 +140,7 @@ def transformers(args: argparse.Namespace):
     step_seconds = time_transformers_step(model)
     active_weight_bytes = sum(p.nbytes for p in model.parameters())  # a tied head and embedding count once
     if not config.tie_embeddings:
-        active_weight_bytes -= model.get_input_embeddings().weight.nbytes  # a step reads one row of it
+        active_weight_bytes -= model.get_input_embeddings().weight.nbytes  # a step reads one row of the embedding
     result = {
         "decode_tokens_per_sec": 1 / step_seconds,
         "decode_share_of_copy": active_weight_bytes / step_seconds / copy_bandwidth(),

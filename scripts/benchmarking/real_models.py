@@ -1,10 +1,10 @@
-"""Measures what quantization and speculation gain and cost with a real model: two commands of benchmark.py.
+"""Measures gains and costs of quantization and of speculation, with a real model: two commands of benchmark.py.
 
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-Other scripts of this project do the work. Each round runs every variant once, in a process of its own. The results are
-medians over the rounds.
+The commands run quantize.py, eval.py and generate.py. Each round runs every variant once, in a process of its own. The
+results are medians over the rounds.
 """
 
 import argparse
@@ -35,8 +35,8 @@ ROUNDS = 5
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------
 
-# Perplexity is measured with prefill, which multiplies the weights as stored. A decode step on a CPU also rounds
-# activations to 8 bits, except with fp8.
+# Perplexity is measured with prefill, which does not round activations. A decode step on a CPU rounds activations to 8
+# bits, except with fp8.
 UNQUANTIZED = "16 bits"
 WITHOUT_GROUP_SIZE = [mode for mode, format_class in QUANTIZE_MODES.items() if not format_class.group_size_options]
 QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUP_SIZE}
@@ -93,8 +93,8 @@ def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float
 
 
 def link_checkpoint(path: Path, folder: Path) -> Path:
-    """Links everything beside the checkpoint path into folder, so that quantize.py writes into folder, and finds the
-    tokenizer there. Returns the linked checkpoint."""
+    """Links the checkpoint at path, and the files beside it, into folder. So quantize.py finds the tokenizer in folder,
+    and writes into folder. Returns the link to the checkpoint."""
     for file in path.absolute().parent.iterdir():
         if file.suffix != ".pth":
             (folder / file.name).symlink_to(file)
@@ -125,7 +125,7 @@ def bits_per_weight(file: Path) -> float:
 
 # ---- Speculation ----------------------------------------------------------------------------------------------------
 
-# An edit repeats most of the prompt, a story little of it, and a story drawn at temperature 1 even less
+# An edit repeats most of the prompt, a story repeats little, and a story sampled at temperature 1 repeats even less.
 STORY = "Tell me a story about a clockmaker who finds a letter."
 EDIT = (
     "Repeat this text word for word, but write 'sailors' instead of 'fishermen':\n\nThe harbour of the old town was "
@@ -156,7 +156,7 @@ def speculation(args: argparse.Namespace):
 
 
 def compare_speeds(plain_flags: list, speculative_flags: list) -> dict[str, float]:
-    """Measures a row of the table: plain decoding, and speculation."""
+    """Measures plain decoding and speculation. Returns a row of the table."""
     plain, speculative, steps = [], [], []
     for results in run_rounds({"plain": plain_flags, "speculative": speculative_flags}):
         plain.append(results["plain"]["decode_tokens_per_sec"])

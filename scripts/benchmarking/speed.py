@@ -3,11 +3,12 @@
     config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
 
-Weights have mean 0 and variance 1 / inputs, so that activations neither grow nor shrink from layer to layer. Weights
-are made in their format, on their device: a model in int4 never exists in 16 bits.
+Random weights have mean 0 and variance 1 / inputs, so that activations neither grow nor shrink from layer to layer. The
+weights of an int4 model are random int4 codes on the device, so the model never exists in 16 bits.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -27,11 +28,11 @@ from files import read_json
 from kernels.formats import Dense, Tensors, WeightFormat
 from layers import Embedding, Linear, RMSNorm
 from llm import generate
-from machine import peak_memory, read_bandwidth, synchronize
+from machine import cpu_name, peak_memory, read_bandwidth, synchronize
 from model import KVCache, Transformer, empty_model
 
-SAMPLES = 3  # timings of everything; the median counts
-PREFILLS = (512, 2048)  # prompt tokens
+SAMPLES = 3  # timings of each measurement; the result is the median
+PREFILLS = (512, 2048)  # lengths of prompts
 SAMPLING = SamplingParams(temperature=0.8)
 
 # ---- Shapes and random weights ---------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ CONFIGS = {  # as published: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_d
 
 
 def find_config(name: str) -> ModelConfig:
-    """Returns the shape that --config means: one of CONFIGS, or a file's."""
+    """Returns the config that --config names: one of CONFIGS, or the config of a file."""
     if name in CONFIGS:
         return CONFIGS[name]
     if name.endswith(".json"):
@@ -68,13 +69,13 @@ def find_config(name: str) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Makes a model whose linears are in format, as a checkpoint has it: not yet on the kernels."""
+    """Makes a model whose linear layers have format, as a checkpoint stores it: not packed for the kernels."""
     model = empty_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
     is_tied = config.tie_embeddings and format == Dense()
     if is_tied:
-        model.lm_head.weight = None  # or to_empty would allocate memory for it
+        model.lm_head.weight = None  # otherwise to_empty allocates memory for the weight
     model.to_empty(device=device)
     if is_tied:
         model.lm_head.weight = model.embed_tokens.weight
@@ -86,7 +87,7 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
 def random_linear(
     shape: tuple[int, ...], format: WeightFormat, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
 ) -> Linear:
-    """Makes one layer with W [N, K], or [E, N, K] for experts."""
+    """Makes a linear layer. shape: of the weight, [N, K], or [E, N, K] for experts."""
     *experts, out_features, in_features = shape
     with torch.device("meta"):
         linear = kind(in_features, out_features, n_experts=experts[0] if experts else None).to(dtype)
@@ -98,7 +99,7 @@ def random_linear(
 
 @torch.no_grad()
 def fill_randomly(module: nn.Module):
-    """Fills the tensors of a single module. Norms become one and biases zero."""
+    """Fills the tensors of module, but not of its children. Norms become 1, and biases 0."""
     if isinstance(module, RMSNorm):
         module.weight.fill_(1)
     elif isinstance(module, Embedding):
@@ -110,7 +111,7 @@ def fill_randomly(module: nn.Module):
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:
-    """Returns the tensors of model as a checkpoint holds them: a tied head only once, as the embedding."""
+    """Returns the tensors of model as a checkpoint holds them: without a tied head, which is the embedding."""
     tensors = model.state_dict()
     if model.is_tied:
         del tensors["lm_head.weight"]
@@ -128,7 +129,7 @@ def save_random_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype):
 
 
 def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightFormat, device: torch.device) -> dict:
-    """Measures what args, the options of benchmark.py, ask for."""
+    """Makes a random model and measures it. args: the options of the command "speed"."""
     memory_before = peak_memory(device)
     began = time.perf_counter()
     model = random_model(config, format, device, getattr(torch, args.precision))
@@ -139,7 +140,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     result = {
         "make_weights_seconds": time.perf_counter() - began,
         "weights_bytes": weights_bytes,
-        "peak_memory_before_model_bytes": memory_before,  # Python and PyTorch
+        "peak_memory_before_model_bytes": memory_before,  # of Python and PyTorch
     }
     if args.parallel:
         return result | measure_parallel(model, args.parallel, args.prompt_tokens, args.max_new_tokens, args.compile)
@@ -157,13 +158,24 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     return result
 
 
+def describe_machine() -> dict:
+    """Returns the CPU, the number of threads, the date and PyTorch's version, for JSON files of results."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+    }
+
+
 def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool) -> dict:
-    """Measures decoding, and the peak of memory up to the end of the first text."""
+    """Measures decoding, and peak memory up to the end of the first text."""
     device, kv_cache = model.device, KVCache(model, 1, n_prompt + n_new)
     began = time.perf_counter()
     steps = build_steps(model, kv_cache, SAMPLING, compile)
     if compile:
-        time_tokens(model, steps, 0, 1, 3)  # a GPU's graph is made at the second step
+        time_tokens(model, steps, 0, 1, 3)  # a GPU's graph is recorded at the second step
     compile_seconds = time.perf_counter() - began
     time_tokens(model, steps, 0, n_prompt, n_new)
     peak = peak_memory(device)
@@ -189,8 +201,8 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
 
 
 def time_tokens(model: Transformer, steps: GenerationSteps, start: int, n_prompt: int, n_new: int) -> list[float]:
-    """Returns the seconds of prefill, which makes one token, and of every decode step, for a random prompt at position
-    start."""
+    """Returns the seconds of prefill, and of every decode step after it, for a random prompt at position start. Prefill
+    makes the first of n_new tokens."""
     prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=model.device)
     times = [time.perf_counter()]
     for _ in generate(steps, prompt, start, n_new):
@@ -199,7 +211,7 @@ def time_tokens(model: Transformer, steps: GenerationSteps, start: int, n_prompt
 
 
 def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new: int, compile: bool) -> dict:
-    """Measures tokens per second of n sequences together, for each n in sizes. The sizes take turns."""
+    """Measures tokens per second of n sequences together, for each n in sizes. The measurements of all n take turns."""
     schedulers = {n: Scheduler(model, n, n_prompt + n_new, eos_ids=set(), compile=compile) for n in sizes}
     speeds = {n: [] for n in sizes}
     for i in range(SAMPLES + 1):  # round 0 records and compiles
@@ -228,8 +240,8 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 
 @torch.inference_mode()
 def measure_verify(model: Transformer, compile: bool) -> float:
-    """Returns the time of a step of 5 tokens, as in a verification, over the time of a step of one token. The two take
-    turns."""
+    """Returns the time of a step of 5 tokens, as in a verification, over the time of a step of one token. The two kinds
+    of steps take turns."""
     step = ModelRunner(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
     position = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -243,12 +255,11 @@ def measure_verify(model: Transformer, compile: bool) -> float:
 
 
 def prefill_flops(config: ModelConfig, n: int) -> int:
-    """Returns the floating-point operations that n prompt tokens need: every layer's matrices (of a mixture the active
-    experts), both products of attention over the tokens that each token attends to, and the head once."""
-    q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    """Returns the floating-point operations of a prefill of n tokens: of all matrices in the layers (only active
+    experts), of both products of attention, and of the head for one token."""
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
-    matrices = config.dim * (2 * q_width + 2 * kv_width + n_experts + 3 * config.ffn_dim * top_k)
-    attention = 2 * q_width * sum(config.mean_attended_tokens(position + 1) for position in range(n))
+    matrices = config.dim * (2 * config.q_dim + 2 * config.kv_dim + n_experts + 3 * config.ffn_dim * top_k)
+    attention = 2 * config.q_dim * sum(config.mean_attended_tokens(position + 1) for position in range(n))
     return 2 * (config.n_layers * (n * matrices + attention) + config.dim * config.vocab_size)
 
 
@@ -264,8 +275,8 @@ def copy_bandwidth() -> float:
 
 @torch.inference_mode()
 def profile_step(model: Transformer) -> dict[str, float]:
-    """Returns the microseconds of the kernels that take longest in a decode step, by name and number of calls. The rest
-    of a step's time is between kernels. The step is not compiled, or the profile would only name a graph."""
+    """Returns the microseconds of the kernels that take longest in a decode step, by name and number of calls. The step
+    is not compiled, since the profile of a compiled step names only one graph."""
     steps = build_steps(model, KVCache(model, 1, 256), SAMPLING)
     token, position = torch.ones(1, 1, dtype=torch.long, device="cuda"), torch.tensor([100], device="cuda")
     steps.decode(token, position)

@@ -1,8 +1,8 @@
-"""Finds the fastest tile sizes for a model's products on this GPU, for --tune of benchmark.py.
+"""Finds the fastest tile sizes for a model's matrix products on this GPU, for --tune of benchmark.py.
 
     python scripts/benchmark.py --config Llama-3.1-8B --mode int4 --compile --tune
 
-The sizes are written to kernels/triton/tuned.json, where the kernels look them up.
+The sizes are written to kernels/triton/tuned.json, where kernels/triton/launch.py: choose_tiles finds them.
 """
 
 import json
@@ -22,7 +22,7 @@ from layers import Linear, RMSNorm
 from model import empty_model
 from scripts.benchmarking.speed import fill_randomly, random_linear
 
-# Candidates besides the guess: block_n, num_warps, warp_k, num_stages
+# Candidates, besides the guess of choose_tiles: block_n, num_warps, warp_k, num_stages
 CANDIDATES = [
     (16, 4, 128, 3), (16, 4, 256, 3), (16, 4, 256, 4), (16, 2, 256, 4), (16, 4, 64, 4), (16, 4, 256, 2),
     (16, 8, 256, 3), (32, 4, 128, 3), (32, 2, 256, 3), (32, 4, 64, 4), (32, 4, 64, 3), (32, 4, 128, 4),
@@ -31,15 +31,15 @@ CANDIDATES = [
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """Tunes every matrix product of a model whose linears are in format. Takes some minutes."""
+    """Tunes every matrix product of a model whose linear layers have format. This takes some minutes."""
     linears = empty_model(config.with_layers(1)).quantizable_linears()
     for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
         tune_product(n, k, gated, format, device)
 
 
 def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
-    """Writes down the fastest tile sizes for W [n, k] that also work with MMA_TOKENS tokens. gated: W is a gate and an
-    up projection, with the activation."""
+    """Writes the fastest tile sizes for W [n, k] into tuned.json. Only tile sizes that also run with MMA_TOKENS tokens
+    count. gated: whether W stacks gate and up projection, and the product ends with the activation."""
     weights = make_weights(n, k, format, device)
     x = torch.randn(1, MMA_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_of(x.device).tuned  # where choose_tiles looks first
@@ -52,7 +52,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
         tuned[key] = tiles._asdict()
         try:
             return time_products(x[:, :n_tokens], weights, gated)
-        except Exception as e:  # the tiles take more shared memory than the GPU has
+        except Exception as e:  # such as tiles that need more shared memory than the GPU has
             print(f"{key}: {tuple(tiles)} does not run: {e}", file=sys.stderr)
             return math.inf
 
@@ -69,7 +69,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
 
 
 def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> list[Linear]:
-    """Makes packed weights [n, k], enough that none is still in the GPU's cache when it is used again."""
+    """Makes packed weights [n, k]: so many that none is still in the L2 cache when its turn comes again."""
     weights = [random_linear((n, k), format, device, torch.bfloat16)]
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):
@@ -80,7 +80,7 @@ def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> 
 
 @torch.inference_mode()
 def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
-    """Returns the device's microseconds for the product of x with one of the weights."""
+    """Returns how many microseconds the product of x with one of weights takes on the device."""
     norm = RMSNorm(x.shape[-1], eps=1e-5).to(x.device, x.dtype)
     fill_randomly(norm)
 

@@ -1,4 +1,4 @@
-"""The check of attention, which checks.py lists for several sizes and options."""
+"""Checks attention. checks.py lists the sizes and options."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
 
 
 def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list, options: tuple):
-    """Checks sequences at positions of their own, in a cache that holds NaN where nothing has been written yet, and
-    that is a view of a longer cache. Compares the output, and both caches whole: only the places of new tokens may
-    change.
+    """Checks attention of sequences at different positions. The cache holds NaN where nothing has been written yet. It
+    is a view of a longer cache. Compares the output and the whole longer cache: only new tokens may change it.
 
-    caches: tuples of the number of new tokens, the position of the first in every sequence, and max_seq_len."""
+    caches: tuples (number of new tokens, position of the first new token in every sequence, max_seq_len)."""
     n_heads, n_kv_heads, head_dim = heads
     norms, slopes, arguments = make_options(options, heads, dtype)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
@@ -40,7 +39,7 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
 
 def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list, Tensor | None, dict]:
     """Makes the norms of queries and keys, the slopes of ALiBi, and the other arguments of attention. The first sink
-    gets nearly all of the softmax."""
+    takes nearly all of the softmax."""
     n_heads, n_kv_heads, head_dim = heads
     norms, arguments = [None, None], {}
     if "head_norms" in options:

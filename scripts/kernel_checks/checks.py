@@ -1,10 +1,10 @@
-"""Every Triton kernel against exact results: what is checked, for a GPU and for Triton's interpreter.
+"""Checks every Triton kernel against exact results, on a GPU and in Triton's interpreter.
 
     python scripts/benchmark.py check --precision bfloat16      # on a GPU
     python -m pytest tests/test_triton.py                       # in the interpreter
 
-A check is a generator of Comparisons. A new kernel is a new check in all_checks. exact_results.py has the data, the
-exact results and the bounds. Everything is made on PyTorch's default device.
+A check is a generator of Comparisons. To check a new kernel, add a check to all_checks. exact_results.py makes the
+data, the exact results and the bounds. All tensors are made on PyTorch's default device.
 """
 
 from collections.abc import Iterator
@@ -45,9 +45,9 @@ from scripts.kernel_checks.exact_results import (
     make_norm,
     matrix_and_bias,
     pytorch_error,
-    rounding_error,
     softcap_error,
     stored_error,
+    triton_rounding_error,
     use_triton,
     with_residual,
 )
@@ -64,13 +64,13 @@ ROUTERS = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes to check. They depend on the device: the interpreter is slow at large shapes, a GPU's compiler at
-    many."""
+    """The sizes to check. The interpreter is slow at large shapes, and a GPU's compiler is slow at many shapes, so each
+    has sizes of its own."""
 
     linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
     random_linears: list[tuple]  # N, K, tokens
     matrices: list[tuple]  # N, K
-    few_linears: list[tuple]  # as linears, but of the formats beyond FORMATS, with K a multiple of 32
+    few_linears: list[tuple]  # as linears, for formats that are not in FORMATS; K is a multiple of 32
     expert_formats: list[WeightFormat]
     experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of tokens
     attention: list[tuple]  # (n_heads, n_kv_heads, head_dim), window, caches (see check_attention), options
@@ -83,7 +83,7 @@ def gpu_sizes(dtype: torch.dtype) -> Sizes:
     attention = [(h, window, caches, ("head_norms",) if h[2] == 40 else ()) for h in heads for window in (0, 1000)]
     attention += [(h, 1000, caches[-2:], ATTENTION_OPTIONS) for h in heads[:2]]
     real_linears = [(4096, 4096, False, (1, 5))] if dtype == torch.bfloat16 else []  # in one type, which saves time
-    many = (9, 33, 64) if dtype != torch.float32 else ()  # without matrix units the kernels are made for few
+    many = (9, 33, 64) if dtype != torch.float32 else ()  # float32 kernels take at most 8 tokens
     linears = [(1056, 1544, True, (1, 2, 5, 8, *many)), (6, 72, False, (1, 3)), *real_linears]
     return Sizes(
         linears,
@@ -98,7 +98,8 @@ def gpu_sizes(dtype: torch.dtype) -> Sizes:
 
 
 def interpreter_sizes(dtype: torch.dtype) -> Sizes:
-    """The largest product is more than a program's outputs and two steps of its loop, with two multiprocessors."""
+    """Returns small sizes. With two multiprocessors, the largest product has more outputs than one program computes,
+    and more columns than two steps of the program's loop."""
     caches = [(1, [0], 96), (4, [3, 150], 160), (8, [140], 160)]
     windows = {torch.float32: [0, 90], torch.bfloat16: [7], torch.float16: [0]}[dtype]
     heads = [(4, 4, 8), (6, 2, 64), (8, 1, 40)]
@@ -113,10 +114,10 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
     if dtype == torch.float16:
         experts = [(4, 64, 64, True, (12,))]
     if dtype == torch.float32:
-        experts += [(4, 64, ffn_dim, False, (1, 7, 65)) for ffn_dim in (40, 44)]  # PyTorch does these, in part or whole
+        experts += [(4, 64, ffn_dim, False, (1, 7, 65)) for ffn_dim in (40, 44)]  # PyTorch computes some of it
     many_linears = [(38, 136, False, (33,))] if dtype == torch.float16 else []
     few_linears = [(70, 160, True, (3, 16) if dtype == torch.float16 else (3,))]
-    if dtype == torch.bfloat16:  # it is float32 in the interpreter
+    if dtype == torch.bfloat16:  # the interpreter computes in float32
         few_linears = []
     large = (96, 264) if dtype == torch.float32 else (160, 1032)
     return Sizes(
@@ -132,7 +133,8 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
 
 
 def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
-    """Partials of this file's functions, so that they can be sent to other processes."""
+    """Returns all checks. They are partials of functions at module level, so that pickle can send them to other
+    processes."""
     checks = [partial(check_linear, dtype, *case) for case in product(FORMATS, sizes.linears)]
     checks += [partial(check_random_linear, dtype, *case) for case in product(FORMATS, sizes.random_linears)]
     checks += [partial(check_rows, dtype, *case) for case in product(FORMATS, sizes.matrices)]
@@ -162,7 +164,7 @@ def name_of(check: Check) -> str:
 
 
 def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks a product of exact data, which shows the smallest mistake."""
+    """Checks a product of exact data, where even the smallest mistake shows."""
     n, k, has_bias, token_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
@@ -185,12 +187,12 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks a product of random data: sums and the product with the norm's weight are rounded, and int4's magic bias
-    costs bits."""
+    """Checks a product of random data, where sums and products with the norm's weight are rounded, and Int4's magic
+    bias costs bits."""
     n, k, n_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-    if w.zeros is not None:  # (bias + q) times x, less (bias + zero) times x
+    if w.zeros is not None:  # the kernel computes (bias + q) x - (bias + zero) x
         bias = MAGIC_BIASES[factor_dtype(dtype)] if format.elements_per_byte == 2 else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * bias * wide_scales
@@ -209,8 +211,8 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
-    """The additional error of x [B, T, ..., K] times matrix [..., N, K] if T is so large that the norm is a kernel of
-    its own: the error of the norm, and, since it rounds exact data, the errors of the sums."""
+    """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to MMA_TOKENS tokens. With
+    more tokens the norm has its own kernel. That kernel rounds the normed x, so the product's data are not exact."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
     return error * (x.shape[1] > MMA_TOKENS)
@@ -223,15 +225,15 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     use_triton(w)
     ours = w.dequantized_weight(dtype)
     case = f"{format_label(format)} {n}x{k}"
-    yield Comparison("dequantize", case, ours, exact, rounding_error(exact, dtype))
+    yield Comparison("dequantize", case, ours, exact, triton_rounding_error(exact, dtype))
     tokens, scale = torch.randint(n, (3, 4)), 1.7
     rows = exact[tokens]
-    error = scale * rounding_error(rows, dtype) + rounding_error(2 * scale * rows, dtype)
+    error = scale * triton_rounding_error(rows, dtype) + triton_rounding_error(2 * scale * rows, dtype)
     yield Comparison("embed", case, kernels.embed(tokens, w, scale, dtype), scale * rows.double(), error)
 
 
 def check_activation(dtype: torch.dtype, activation: str):
-    """Checks an activation near zero, where it bends, and beyond the clamp. NaN stays NaN."""
+    """Checks an activation near zero, where the activation bends, and beyond the clamp. NaN stays NaN."""
     n, k, operation = 96, 72, f"{activation}_linear"
     w = exact_linear(n, k, Dense(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
@@ -250,7 +252,7 @@ def check_activation(dtype: torch.dtype, activation: str):
 
 
 def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float):
-    """Checks scale, softcap and clip, after the bias or the activation and before the residual."""
+    """Checks scale, softcap and clip. The kernel applies them after the bias or the activation, before the residual."""
     n, k, operation = 96, 72, "clipped_linear" if clip else "capped_linear"
     w = exact_linear(n, k, Int8(), dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
     matrix, bias = matrix_and_bias(w)
@@ -289,7 +291,8 @@ def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
 
 
 def check_permute_inputs(dtype: torch.dtype):
-    """Checks to the last bit: all inputs in another order, and a part of all inputs, as a rank of several gathers."""
+    """Checks that results are exact: for all inputs in another order, and for a part of the inputs, as with several
+    ranks."""
     for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
         y = kernels.permute_inputs(x, order.int(), "triton")
@@ -300,8 +303,8 @@ def check_permute_inputs(dtype: torch.dtype):
 
 
 def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks products with the gate and up projections of experts that tokens share. PyTorch computes sizes that
-    kernels lack."""
+    """Checks products with the gate and up projections of experts. Several tokens use one expert. PyTorch computes the
+    sizes that kernels do not support."""
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
     w = exact_linear(n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp)
@@ -359,7 +362,8 @@ def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int
 
 
 def check_sample(vocab_size: int):
-    """Checks the likeliest token, the first of equals; with noise, the formula; -1 if a logit is not finite."""
+    """Checks that greedy sampling finds the first of the likeliest tokens, or returns -1 if a logit is not finite. With
+    noise, checks the score of the chosen token."""
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
@@ -376,8 +380,8 @@ def check_sample(vocab_size: int):
 
 
 def check_distribution(operation: str):
-    """Checks how often each token is drawn: within five standard deviations. multinomial is no kernel of this project,
-    but on a GPU it takes a way of its own."""
+    """Checks how often each token is drawn: within five standard deviations. multinomial is PyTorch code, but differs
+    between GPU and CPU."""
     probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
     if operation == "sample":
         logits = (probabilities.log() * temperature).clamp(min=-1e30)

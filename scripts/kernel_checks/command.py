@@ -1,9 +1,9 @@
-"""The command "check" of benchmark.py: every Triton kernel on a GPU, where pytest's tests do not run.
+"""Runs the command "check" of benchmark.py: checks every Triton kernel on a GPU, where the tests do not run.
 
     python scripts/benchmark.py check --precision bfloat16
 
-checks.py has the checks; tests/test_triton.py runs the same ones in Triton's interpreter. Here are also whole models
-whose steps are recorded, which only a GPU can do.
+checks.py has the checks; tests/test_triton.py runs the same checks in Triton's interpreter. This file also checks
+recorded steps of whole models, since only a GPU can record with Triton kernels.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from functools import partial
 import torch
 
 import kernels
+from cli import options
 from config import ModelConfig, MoEConfig
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from errors import UsageError
 from kernels.formats import Int8
 from llm import generate
-from machine import pick_device
 from model import KVCache
 from scripts.benchmarking.speed import random_model
 from scripts.kernel_checks import error_bounds as bounds
@@ -42,11 +42,11 @@ RECORDED_MODELS = [  # options of a ModelConfig
 
 
 class CheckResult:
-    """The result of some comparisons: those that failed, and the largest error of each operation."""
+    """The failed comparisons of some checks, and the largest error of each operation."""
 
     def __init__(self):
-        self.failed: dict[str, str] = {}  # by case: why
-        self.largest_errors: dict[str, float] = {}  # by operation: relative to the largest number of a result
+        self.failed: dict[str, str] = {}  # case -> why it failed
+        self.largest_errors: dict[str, float] = {}  # operation -> error relative to the largest number of the result
 
     def add(self, comparison: Comparison):
         operation, case, ours, exact, bound = comparison
@@ -69,12 +69,12 @@ class CheckResult:
 
 def check(args: argparse.Namespace):
     """Every Triton kernel against plain PyTorch, over odd and real sizes, in one type."""
-    device, dtype = pick_device(args.device), getattr(torch, args.precision)
+    device, dtype = options.device_and_dtype(args)
     if not kernels.load_triton_kernels(device):
         raise UsageError("Triton does not run here, so there is nothing to check")
     sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)
     tasks = [partial(run_on_device, device, check) for check in all_checks(dtype, sizes)]
-    if device.type == "cuda" and dtype == torch.float32:  # where rounding changes no token
+    if device.type == "cuda" and dtype == torch.float32:  # in float32, rounding changes no token
         tasks += [partial(run, partial(check_recorded_steps, device, options)) for options in RECORDED_MODELS]
     total = CheckResult()
     for outcome in run_all(tasks, in_parallel=device.type == "cuda"):
@@ -85,7 +85,8 @@ def check(args: argparse.Namespace):
 
 
 def run_all(tasks: list[Callable[[], CheckResult]], in_parallel: bool) -> list[CheckResult]:
-    """in_parallel: in processes, since most of the time is Triton's compiler's, which uses one core."""
+    """Runs all tasks. in_parallel: in several processes, since Triton's compiler takes most of the time and uses one
+    core."""
     if not in_parallel:
         return [task() for task in tasks]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -94,14 +95,14 @@ def run_all(tasks: list[Callable[[], CheckResult]], in_parallel: bool) -> list[C
 
 
 def run_on_device(device: torch.device, check: Check) -> CheckResult:
-    """Runs a check of kernels with device as the default device, on which the check makes its tensors."""
+    """Runs a check with device as PyTorch's default device. The check makes its tensors on the default device."""
     kernels.load_triton_kernels(device)  # registers the operations
     with device:
         return run(check)
 
 
 def run(check: Check) -> CheckResult:
-    """All comparisons of a check, up to an exception, which fails."""
+    """Makes all comparisons of a check. An exception counts as a failed case."""
     outcome = CheckResult()
     torch.manual_seed(0)
     try:
@@ -113,7 +114,7 @@ def run(check: Check) -> CheckResult:
 
 
 def check_recorded_steps(device: torch.device, options: dict) -> Iterator[Comparison]:
-    """A whole float32 model's greedy tokens, with kernels and recorded steps, and without both."""
+    """Compares the greedy tokens of a float32 model, with kernels and recorded steps, to the tokens without both."""
     config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, **options)
     tokens = []
     for use_kernels in (True, False):

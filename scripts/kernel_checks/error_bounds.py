@@ -1,11 +1,13 @@
-"""How far a result may be from the exact one. All bounds follow from the arithmetic, for sums in any order; none is a
-measurement.
+"""Bounds of the error of a result. All bounds follow from the arithmetic, for sums in any order. No bound is measured.
 
-u is half the distance between 1 and the next number of a type. A float32 sum of K products is off by at most (K + 8)
-u32 times the sum of the products' magnitudes, the 8 being for what comes before and after the sum. A result that is
-stored in 16 bits is off by another u16 of itself. Where a value is rounded on the way (a normed or quantized
-activation), two ways of computing it may round to neighbours if it lies next to the border between them; that is rare
-enough (the borders are thousands of float32 steps apart) for no more than FLIPS such in one sum.
+u is the unit roundoff of a type: half the distance between 1 and the next number. An error has up to three parts:
+
+    sum       (K + 8) u32 times the sum of the products' magnitudes, for a float32 sum of K products. The 8 covers the
+              operations before and after the sum.
+    storing   u16 times the result, for a result that is stored in 16 bits.
+    flips     A value may be rounded before the product: a normed or quantized activation. If the value is close to the
+              border between two roundings, two ways of computing it may give different roundings: a flip. Borders are
+              thousands of float32 steps apart, so a sum has no more than FLIPS flips.
 """
 
 import torch
@@ -13,23 +15,22 @@ from torch import Tensor
 
 from kernels.formats.float_bits import decode_e8m0
 
-U = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest step
+U = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoffs
+SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest subnormal number
 FLIPS = 8
 
 
 def magnitudes(w) -> Tensor:
-    """Returns, for each weight of a WeightMatrix as in a checkpoint, the sum of the magnitudes of what a kernel adds up
-    and takes off again: [N, K]. In a quantized weight the offset of an unsigned number and the zero point count,
-    too."""
+    """Returns the magnitude of each weight of w, a WeightMatrix as in a checkpoint: [N, K]. A kernel computes a
+    quantized weight as a difference, such as (q + 128) - 128. The magnitude is the sum of both magnitudes."""
     weight, scales = w.weight.double(), w.scales
     if scales is None:
         return weight.abs()
     if w.weight.dtype == torch.float8_e4m3fn:
         return w.dequantized_weight(torch.float64).abs()
-    if w.weight.dtype == torch.int8:  # q + 128, and 128
+    if w.weight.dtype == torch.int8:  # (q + 128) - 128
         return (weight.abs() + 256) * scales.double()[..., None]
-    if scales.dtype == torch.uint8:  # exponents, of e2m1 as 12 + 2 e2m1, and 12, times half the scale
+    if scales.dtype == torch.uint8:  # MXFP4: ((12 + 2 e2m1) - 12) * scale / 2, with exponents as scales
         wide = decode_e8m0(scales).repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
         return w.dequantized_weight(torch.float64) + 12 * wide
     ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}
@@ -39,8 +40,8 @@ def magnitudes(w) -> Tensor:
 
 
 def product_error(x: Tensor, magnitude: Tensor, y: Tensor, dtype: torch.dtype, step: float = 0.0) -> Tensor:
-    """Returns the bound for y = x W^T, stored in dtype. magnitude [N, K]: of W. step: how much one flip changes an
-    element of x."""
+    """Returns the bound of the error of y = x W^T, stored in dtype. magnitude [N, K]: the magnitudes of W. step: how
+    much one flip changes an element of x."""
     k = x.shape[-1]
     total = x.double().abs() @ magnitude.mT
     flips = FLIPS * step * magnitude.max()
@@ -52,7 +53,8 @@ def rounding_error(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def step_of(x: Tensor, quantized: bool) -> float:
-    """Returns the largest distance between neighbouring values of x: in the type of x, or in 8 bits in groups of 8."""
+    """Returns the largest distance between neighbouring values that an element of x can have: in the type of x or, if
+    quantized, in 8 bits with a scale for 8 elements."""
     largest = x.double().abs().max().item()
     return largest / 127 if quantized else 2 * U[x.dtype] * largest
 

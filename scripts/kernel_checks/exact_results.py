@@ -1,12 +1,14 @@
-"""Shared by all checks of the kernels: random layers, data whose sums are exact, exact results, and how far a Triton
-kernel may be from them, on a GPU or in Triton's interpreter. The bounds are derived from the arithmetic
-(error_bounds.py), for sums in any order.
+"""Makes random layers, data whose sums are exact, and exact results, for all checks of the kernels. Also computes the
+bounds of a Triton kernel's error, on a GPU or in Triton's interpreter. error_bounds.py says how bounds are derived.
 
-In exact data x is small integers, norms' weights are powers of two, and weights in 16 or 32 bits multiples of 1/16.
-Then nothing is lost to int4's magic bias either (kernels/triton/elements.py: int4_pair), and the smallest error in a
-zero point shows.
+Sums of exact data lose nothing, so even the smallest error in a zero point shows:
 
-Everything is made on PyTorch's default device: `with torch.device("cuda"):` makes it there.
+    x                           small integers
+    weights of norms            powers of two
+    weights of 16 or 32 bits    multiples of 1/16
+    weights of Int4             any: the magic bias (kernels/triton/elements.py: int4_pair) costs nothing
+
+All tensors are made on PyTorch's default device. `with torch.device("cuda"):` changes the default device.
 """
 
 from typing import NamedTuple
@@ -39,26 +41,27 @@ class Comparison(NamedTuple):
     case: str
     ours: torch.Tensor
     exact: torch.Tensor
-    bound: torch.Tensor  # how far ours may be from exact, for each element or for all
+    bound: torch.Tensor  # the largest allowed error, of each element or of all elements
 
 
 def is_interpreted() -> bool:
-    """Returns whether kernels run in Triton's interpreter, which knows bfloat16 only as a type of memory."""
+    """Returns whether kernels run in Triton's interpreter. The interpreter computes bfloat16 in float32."""
     return torch.get_default_device().type == "cpu"
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the type of the factors of a product, for x in dtype."""
+    """Returns the type in which a kernel multiplies, for x in dtype."""
     return torch.float32 if dtype == torch.bfloat16 and is_interpreted() else dtype
 
 
-def rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the rounding error of a result y in dtype. Triton's interpreter does not round to bfloat16, but cuts."""
+def triton_rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the error of storing a kernel's result y in dtype. Triton's interpreter truncates to bfloat16, instead of
+    rounding."""
     return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
 
 def format_label(value) -> str:
-    """Returns the label of a format, or of any other parameter, in the name of a test."""
+    """Returns what the name of a test calls a format, or any other parameter."""
     return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
 
 
@@ -68,7 +71,7 @@ def format_label(value) -> str:
 def make_linear(
     n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
 ):
-    """Makes a random Linear as in a checkpoint."""
+    """Makes a random Linear, not packed for the kernels."""
     w = kind(k, n, bias, n_experts, **options)
     torch.nn.init.normal_(w.weight)
     if bias:
@@ -77,7 +80,7 @@ def make_linear(
 
 
 def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
-    """Makes a random Embedding as in a checkpoint."""
+    """Makes a random Embedding, not packed for the kernels."""
     return set_weight(Embedding(k, n), torch.randn(n, k).to(dtype), format)
 
 
@@ -113,7 +116,7 @@ def attend(
     qkv, cache: LayerCache, start_pos, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
     sinks=None, scale: float | None = None, **options,
 ):  # fmt: skip
-    """Calls kernels.attend with these options of AttentionParams."""
+    """Makes AttentionParams of the options, and calls kernels.attend."""
     scale = scale or cache.k.shape[-1] ** -0.5
     params = AttentionParams(n_heads, scale, window, q_norm=q_norm, k_norm=k_norm, sinks=sinks, **options)
     return kernels.attend(qkv, params, cache, start_pos, backend)
@@ -123,7 +126,8 @@ def attend(
 
 
 def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
-    """Makes a Linear whose sums with integers are exact in float32, up to the last step: scale times a group's sum."""
+    """Makes a Linear whose products with integers have exact sums in float32. Only the last step, the product of a
+    group's sum with the scale, is rounded."""
     w = make_linear(n, k, format, dtype, **options)
     if isinstance(format, Dense):
         w.weight.data = (w.weight.data * 16).round() / 16
@@ -141,9 +145,9 @@ def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
-    """Returns the error of an output in float32, from sums that are exact within a slice of 16 or more columns. The
-    sums of slices are scaled and added up; a few roundings (1 / rms, bias, residual) follow. float8 has a wider range
-    than a sum of float32, so every term may be rounded. terms: the sum of all magnitudes."""
+    """Returns the error of a float32 output of exact data. Sums are exact within a slice of 16 or more columns. The
+    sums of slices are scaled and added up, and a few roundings (1 / rms, bias, residual) follow. With float8 every term
+    may be rounded, since float8's range is wider than the 24 bits of a float32. terms: the sum of all magnitudes."""
     weight = format.empty(torch.Size([1, k]), torch.float32, "meta")["weight"]
     n_sums = k if weight.dtype == torch.float8_e4m3fn else 0 if format.group_size is None else k / 16
     return (n_sums + 12) * U32 * terms
@@ -152,8 +156,8 @@ def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
 def exact_product(
     x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | float, norm: RMSNorm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x [..., K], normed by norm, times matrix [..., N, K], plus bias, in float64; and the sum of
-    magnitudes."""
+    """Returns x W^T + bias in float64, and the sum of the terms' magnitudes. x [..., K] is normed first, if norm is
+    given. matrix: W [..., N, K]."""
     x = x.double() if norm is None else exact_rms_norm(x, norm)
     return x @ matrix.mT + bias, x.abs() @ matrix.abs().mT + abs(bias)
 
@@ -165,31 +169,34 @@ def exact_rms_norm(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
 
 
 def with_residual(y: torch.Tensor, error: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns y + residual, and the error of this sum in float32."""
+    """Returns y + residual, and the error of the sum in float32. error: of y."""
     total = y + residual.double()
     return total, error + U32 * total.abs()
 
 
 def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the error of a result that is off by no more than error and then stored in dtype."""
-    return error + rounding_error(y.abs() + error, dtype)
+    """Returns the error of y after y is stored in dtype. error: of y before."""
+    return error + triton_rounding_error(y.abs() + error, dtype)
 
 
 def glu_with_error(
     gate_up: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns activation(gate) * up of a gate_up that is off by no more than error, and how far the product may be off.
-    The slope of every activation is at most 1.13, and that of the factor made of up at most 1."""
+    """Returns activation(gate) * up, and the error of the product. error: of gate_up. The slope of every activation is
+    at most 1.13. The slope of the factor that is made of up is at most 1."""
     (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
     y, one = reference.glu(gate_up, activation), torch.ones_like(up)
     if activation == "clamped_swiglu":
         gate, up, one = gate.clamp(max=7), up.clamp(-7, 7) + 1, one - 1
     activated = reference.activate(gate, one, activation).abs()
     bound = 1.13 * gate_error * (up.abs() + up_error) + activated * up_error
-    # The exponential is good to 2^-21 or so. Rounding the argument z of the sigmoid s changes it by z s (1 - s) < 1/4
-    # times some 2^-22. The exact GELU's Phi has an error of 2 u: in C++ its formula's 7.5e-8, in Triton erf's. In C++
-    # Phi's tail also has a relative error of up to 27 u: of the polynomial 7 u for its sums and products, 5 u for its
-    # rounded coefficients and 7 u for t, and 8 u for the factors.
+    # Relative errors of an activation, with u the unit roundoff of float32:
+    #
+    #     the exponential             about 2^-21
+    #     the sigmoid s's argument z  rounding z changes s by z s (1 - s) < 1/4, times about 2^-22
+    #     the exact GELU's Phi        2 u: in C++ 7.5e-8 by the formula, in Triton erf's error
+    #     the tail of Phi in C++      up to 27 u: 7 u for the polynomial's sums and products, 5 u for the rounded
+    #                                 coefficients, 7 u for t, 8 u for the factors
     relative = 2**-19 if activation == "geglu" else 2**-20
     return y, bound + relative * y.abs() + 2 * U32 * (gate * up).abs()
 
@@ -197,36 +204,36 @@ def glu_with_error(
 def exact_stored_glu(
     gate_up: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns activation(gate) * up stored in dtype, and how far it may be off. If the activation is not fused with the
-    product, PyTorch computes it from a stored gate_up, and stores what it computes on the way."""
+    """Returns activation(gate) * up, and the error after storing in dtype. If the activation is not fused with the
+    matrix product, PyTorch computes the activation of a stored gate_up, and stores intermediate results, too."""
     if not fused:
         error = stored_error(gate_up, error, dtype)
     y, error = glu_with_error(gate_up, error, activation)
-    return y, error + rounding_error(y.abs() + error, dtype) * (1 if fused else 4)
+    return y, error + triton_rounding_error(y.abs() + error, dtype) * (1 if fused else 4)
 
 
 def softcap_error(softcap: float) -> float:
-    """Returns the error of softcap * tanh(x / softcap), computed by a sigmoid."""
+    """Returns the error of softcap * tanh(x / softcap), if tanh is computed from a sigmoid."""
     return 2**-20 * softcap
 
 
 def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the error of a product by PyTorch's operations, which round factors, product, and every later result."""
+    """Returns the error of a product by PyTorch's operations. Factors, product and every later result are rounded."""
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
 
 def attention_factors(
     qkv: torch.Tensor, cache: LayerCache, start_pos: torch.Tensor, n_heads: int, norms, factor: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns what the kernel multiplies, in float64: q [B, T, G, H / G, D], and k and v [B, G, S, D] with the new
-    tokens. q and k are normed, rotated, and rounded to factor."""
+    """Returns the tensors that the kernel multiplies, in float64: q [B, T, G, H / G, D], and k and v [B, G, S, D] with
+    the new tokens. q and k are normed, rotated, and rounded to the type factor."""
     (B, T, _), (_, G, _, D) = qkv.shape, cache.k.shape
     positions = start_pos[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
         q, k = (reference.norm_heads(t, norm) for t, norm in zip((q, k), norms, strict=True))
     q, k = (reference.apply_rope(t, cache.rope[positions]).to(factor) for t in (q, k))
-    k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where no token looks
+    k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where nothing is written yet
     sequences = torch.arange(B)[:, None]
     k_all[sequences, :, positions], v_all[sequences, :, positions] = k.double(), v.double()
     return q.double().unflatten(2, (G, -1)), k_all, v_all
@@ -236,8 +243,8 @@ def exact_attention(
     qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0,
     factor: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Returns the output in float64, given the cache before, and how far a kernel may be off. factor: the type of the
-    factors of the kernel's products (None: as in the Triton kernels)."""
+    """Returns the output of attention in float64, and the error of a kernel. cache: as before the call of the kernel.
+    factor: the type in which the kernel multiplies (None: the Triton kernels' type)."""
     (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor or factor_dtype(qkv.dtype)
     scale = D**-0.5 if scale is None else scale
     positions = start_pos[:, None] + torch.arange(T)
@@ -262,22 +269,22 @@ def exact_attention(
     y = torch.einsum("btghs,bgsd->btghd", p, v_all).flatten(2)
 
     largest_score = torch.einsum("btghd,bgsd->btghs", q.abs(), k_all.abs()).max() * scale
-    # Where a rotated element lies next to the border between two roundings, the kernel may take the other: 2 in a score
+    # A flip (error_bounds.py): the kernel may round a rotated element to another neighbour. A score has up to 2 flips.
     flips = 2 * 2 * bounds.U[factor] * q.abs().max() * k_all.abs().max() * scale
     longest_sum = max([D] + [norm.weight.numel() for norm in norms if norm is not None])
     score_error = (longest_sum + 8) * U32 * largest_score + flips + softcap_error(softcap) + 4 * U32 * farthest
-    # Sums of S numbers, over a sum of S numbers; of weights that are rounded as factors
+    # The output is a sum of S products over a sum of S numbers. The softmax's weights are rounded to the type factor.
     relative = torch.expm1(2 * score_error) + 2 * (S + 32) * U32 + bounds.U[factor]
-    tiny = torch.finfo(torch.float32).tiny  # below it, a weight may become zero
+    tiny = torch.finfo(torch.float32).tiny  # a smaller weight may become zero
     error = torch.einsum("btghs,bgsd->btghd", relative * p + tiny, v_all.abs()).flatten(2)
-    return y, error + rounding_error(y.abs() + error, qkv.dtype)
+    return y, error + triton_rounding_error(y.abs() + error, qkv.dtype)
 
 
 def exact_cache(
     qkv, before: LayerCache, start_pos, n_heads: int, norms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the keys and values in the cache afterwards, and how far the keys may be off. New keys may be off by the
-    sum of a norm, roundings and a flip; old keys and all values not at all."""
+    """Returns the keys and values in the cache after the step, and the error of the keys. The error of new keys comes
+    from the norm, from rounding and from a flip. Old keys and all values are exact."""
     (B, T, _), (_, G, _, D) = qkv.shape, before.k.shape
     new = torch.arange(B)[:, None], slice(None), start_pos[:, None] + torch.arange(T)
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
