@@ -4,12 +4,15 @@ scripts/kernel_checks/checks.py has the cases that a GPU is checked with, too. H
 there, what is not a result, and whole models.
 """
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from triton.language.core import is_builtin
+from triton.runtime import interpreter
 
 import kernels
 from config import ModelConfig
@@ -39,6 +42,34 @@ from tests.tiny import ROOT, make_hf, to_ours
 
 U32 = bounds.U[torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about rows and columns of padding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_interpreter():
+    """Caches what takes Triton's interpreter 40 % of its time. Whenever a kernel calls a function, the interpreter
+    searches triton.language for builtins. For every operation it makes a table of NumPy's types."""
+    convert_dtype, dtypes = interpreter._get_np_dtype, {}
+
+    def numpy_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = convert_dtype(dtype)
+        return dtypes[name]
+
+    @functools.cache
+    def builtin_names(package) -> list[str]:
+        return [name for name in dir(package) if is_builtin(getattr(package, name))]
+
+    def patch_builtins(package, builder, scope):
+        for name in builtin_names(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # else it is patched already
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_get_np_dtype", numpy_dtype)
+        context.setattr(interpreter, "_patch_builtin", patch_builtins)
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,31 @@
+"""Loads the kernels in a process of its own, for test_kernels_builds.py.
+
+The processes are forks of one process that has imported this module, so only that one spends seconds on torch."""
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import kernels
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+
+def load_kernels(env: dict[str, str], err: Path) -> bool:
+    """Loads the kernels with these changes of the environment. Returns whether that worked; stderr goes to err."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=load, args=(env, err, sender))
+    process.start()
+    sender.close()
+    is_loaded = receiver.recv()
+    process.join()
+    return is_loaded
+
+
+def load(env: dict[str, str], err: Path, sender):
+    os.environ |= env
+    tempfile.tempdir = None  # which TMPDIR determines, the next time
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sender.send(bool(kernels.cpu.library()))
