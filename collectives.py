@@ -53,7 +53,7 @@ def broadcast(x: Tensor) -> Tensor:
 
 
 def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
-    """Calls one of PyTorch's functional collectives. torch.compile can trace these."""
+    """Calls one of PyTorch's functional collectives, since torch.compile can trace them."""
     operation = getattr(torch.ops._c10d_functional, name)
     pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
     return torch.ops._c10d_functional.wait_tensor(pending)

@@ -61,7 +61,7 @@ def generate_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, draft: Transformer | None,
     prompts: list[Prompt], stats: dict,
 ):  # fmt: skip
-    """Completes the prompts one after the other, or leads a conversation. stats: further fields for --json."""
+    """Completes the prompts one after the other, or runs a conversation. stats: more fields for --json."""
     kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, prompts, model, draft))
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     speculation = build_speculation(args, model, draft, kv_cache, steps) if args.speculative else None

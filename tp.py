@@ -47,7 +47,7 @@ class ShardSpec:
     """How a linear layer is sharded."""
 
     style: str  # "colwise": along the outputs; "rowwise": along the inputs. Megatron's names, which speak of W^T
-    sizes: tuple[int, ...]  # sizes of the matrices that one weight stacks, such as q, k and v; each is cut separately
+    sizes: tuple[int, ...]  # of each matrix that one weight stacks, such as q, k and v; every matrix is cut separately
     head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads
 
 
