@@ -1,8 +1,9 @@
 """ModelConfig: a model's sizes and options.
 
-converters/hf_config.py makes a ModelConfig from config.json, converters/ also from other projects' files. model.pth
-stores it, and model.py builds the model from it. The default of an option is what most families do, so a family states
-only the options that differ. A value that no model can have raises UsageError: the checks are at the end of this file.
+The converters make a ModelConfig of another project's config, such as config.json (converters/hf_config.py). model.pth
+stores the ModelConfig, and model.py builds the model from it. The default of an option is what most families do, so a
+family states only the options that differ. A value that no model can have raises UsageError: the checks are at the end
+of this file.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ class RopeScaling:
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     beta_fast: float = 32.0  # yarn: a pair with more rotations within the trained context keeps its frequency
     beta_slow: float = 1.0  # yarn: a pair with fewer rotations within the trained context is stretched
-    truncate: bool = True  # yarn: rounds the two indices of pairs that beta_fast and beta_slow give, outwards
+    truncate: bool = True  # yarn: the pairs of beta_fast and beta_slow get whole numbers, rounded outwards
     short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies, one for each pair of elements
     long_factor: tuple[float, ...] = ()  # longrope: the divisors for KV caches longer than the trained context
 

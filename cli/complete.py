@@ -46,7 +46,7 @@ def complete_one_by_one(
 
 def print_label(numbers: list[tuple[str, int, int]]):
     """Prints which prompt, sample and sequence the next text belongs to. numbers: ("prompt", 2, 3) is prompt 2 of 3.
-    What there is only one of is left out."""
+    ("sample", 1, 1) is not printed, since there is only one sample."""
     several = [f"{what} {number}" for what, number, n in numbers if n > 1]
     if several:
         print(f"--- {', '.join(several)}", flush=True)

@@ -31,7 +31,7 @@ def process_group() -> Iterator[None]:
 
     Only rank 0 prints, also the one-line error that ends a script. After an error, the other ranks wait until rank 0
     has printed it, since torchrun kills all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
-    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # without torchrun, a cluster sets some
+    names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some
     if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return

@@ -29,7 +29,7 @@ COMMANDS = {  # command -> whether a file's name follows
 }  # fmt: skip
 COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # "." matches no line break: several lines are a message
 LONGEST_LINE = 4095  # bytes; a terminal in canonical mode drops what exceeds them
-MARK_PASTE, MARK_NO_PASTE = "\x1b[?2004h", "\x1b[?2004l"  # turn on or off that the terminal marks pasted text
+BRACKETED_PASTE_ON, BRACKETED_PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # escape sequences
 IFLAG, LFLAG = 0, 3  # indices into what termios.tcgetattr returns
 CUT_NOTES = {  # an answer's finish_reason -> the note after the answer
     "length": "Cut by --max_new_tokens; /continue goes on.",
@@ -41,8 +41,8 @@ Reader = Callable[[], str | None]  # returns the next message or command, None a
 
 
 def converse(conversation: Conversation, max_new_tokens: int):
-    """Reads lines from standard input until it ends, and answers them. Ctrl-C stops an answer. A note refuses a line
-    that cannot be answered. If standard input is no terminal, a refused line also raises UsageError at the end."""
+    """Reads lines from standard input until the input ends, and answers them. Ctrl-C stops an answer. If a line cannot
+    be answered, prints a note. If standard input is no terminal, such a line also raises UsageError at the end."""
     print_note(HELP)
     read = make_reader()
     commands = ChatCommands(conversation, max_new_tokens)
@@ -52,7 +52,7 @@ def converse(conversation: Conversation, max_new_tokens: int):
             if command == "/exit":
                 break
             has_terminal = commands.has_read and is_terminal(sys.stdin)
-            hold = hold_typing(is_line=read is read_line) if has_terminal else contextlib.nullcontext()
+            hold = hold_typing(is_canonical=read is read_line) if has_terminal else contextlib.nullcontext()
             with commands.print_errors(), hold:
                 commands.run(command, argument)
     except Exception:
@@ -204,24 +204,24 @@ def is_terminal(stream) -> bool:
 
 
 @contextlib.contextmanager
-def hold_typing(is_line: bool) -> Iterator[None]:
-    """Hides what the user types within this context. The terminal keeps the typed text for the next Reader: as lines if
-    is_line, which the terminal edits itself (canonical mode), else as keys for prompt_toolkit."""
+def hold_typing(is_canonical: bool) -> Iterator[None]:
+    """Hides what the user types within this context. The terminal keeps the typed text for the next Reader: as lines,
+    which the terminal edits itself, in canonical mode; otherwise as keys for prompt_toolkit."""
     import termios  # here, since only a conversation on a terminal needs this module
 
     before, held = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
     held[LFLAG] &= ~termios.ECHO
     held[LFLAG] |= termios.NOFLSH  # Ctrl-C stops the answer, but does not discard what was typed
-    if not is_line:
+    if not is_canonical:
         held[LFLAG] &= ~(termios.ICANON | termios.IEXTEN)
         held[IFLAG] &= ~termios.ICRNL  # Enter stays "\r", which prompt_toolkit expects
-        print(MARK_PASTE, end="", flush=True)
+        print(BRACKETED_PASTE_ON, end="", flush=True)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, held)
     try:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-        print("" if is_line else MARK_NO_PASTE, end="", flush=True)
+        print("" if is_canonical else BRACKETED_PASTE_OFF, end="", flush=True)
 
 
 def make_editor() -> Reader:

@@ -95,7 +95,7 @@ def strftime_now(form: str) -> str:
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """The filter tojson. jinja's own escapes HTML."""
+    """The filter tojson. It replaces jinja's own, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
