@@ -127,6 +127,11 @@ class Transformer(nn.Module):
             total += tensor.nbytes * (self.config.moe.active_fraction if is_experts else 1)
         return round(total)
 
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values for one token of one sequence, on this rank."""
+        n_elements = sum(2 * layer.attention.n_kv_heads * layer.attention.head_dim for layer in self.layers)
+        return n_elements * self.dtype.itemsize
+
 
 def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_DENSE) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
@@ -337,7 +342,3 @@ class KVCache:
         for cache in self.layers:
             cache.k[target, :, :n] = cache.k[source, :, :n]
             cache.v[target, :, :n] = cache.v[source, :, :n]
-
-    def bytes_per_position(self) -> int:
-        """Bytes of keys and values for one token of every sequence."""
-        return sum(cache.k[:, :, :1].nbytes + cache.v[:, :, :1].nbytes for cache in self.layers)

@@ -67,7 +67,7 @@ def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, comp
         n_read = model.config.mean_attended_tokens(n_tokens)
     else:  # a compiled step reads the whole cache, also the part without tokens
         n_read = kv_cache.max_seq_len if compile else n_tokens
-    return round(n_read * kv_cache.bytes_per_position())
+    return round(n_read * kv_cache.batch_size * model.kv_bytes_per_token())
 
 
 @lru_cache(maxsize=1)

@@ -35,7 +35,6 @@ from engine.steps import (
     ModelRunner,
     apply_repetition_penalty,
     check_sampled_ids,
-    kv_bytes_per_token,
     make_kv_cache,
     prefill_logits,
 )
@@ -256,7 +255,7 @@ def return_logits(logits: Tensor, *_) -> Tensor:
 
 def max_slots(model: Transformer, max_seq_len: int) -> int:
     """Returns how many sequences of max_seq_len tokens fit into the free main memory."""
-    return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
+    return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
 def sample_each(logits: Tensor, sequences: list[RunningSequence], backend: str = "torch") -> Tensor:

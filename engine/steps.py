@@ -54,15 +54,9 @@ class GenerationSteps(NamedTuple):
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
     """Returns a KVCache on model's device. Raises OutOfMemoryError if the device is a CPU with too little memory."""
     if model.device.type == "cpu":
-        n_bytes = batch_size * max_seq_len * kv_bytes_per_token(model)
+        n_bytes = batch_size * max_seq_len * model.kv_bytes_per_token()
         check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
     return KVCache(model, batch_size, max_seq_len)
-
-
-def kv_bytes_per_token(model: Transformer) -> int:
-    """Returns the bytes of keys and values for one token of one sequence, on this rank."""
-    n_elements = sum(2 * layer.attention.n_kv_heads * layer.attention.head_dim for layer in model.layers)
-    return n_elements * model.dtype.itemsize
 
 
 def build_steps(

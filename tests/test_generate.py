@@ -7,7 +7,7 @@ import torch
 
 from engine import steps as steps_module
 from engine.sampling import SamplingParams
-from engine.steps import build_steps, choose_mode, kv_bytes_per_token
+from engine.steps import build_steps, choose_mode
 from generate import generate
 from kernels import cpu
 from model import KVCache
@@ -90,7 +90,7 @@ def test_what_the_cache_held_before_does_not_matter(family, pair):
 def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, pair):
     ours = pair(family)[1]
     layers = KVCache(ours, 2, 7).layers
-    assert 2 * 7 * kv_bytes_per_token(ours) == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
+    assert 2 * 7 * ours.kv_bytes_per_token() == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
 
 
 def test_modes_of_a_step():

@@ -185,11 +185,12 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
+    kv_bytes_per_position = kv_cache.batch_size * model.kv_bytes_per_token()
     tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
-    bytes_per_second = (model.active_weight_bytes() + kv_cache.bytes_per_position() * tokens_read) / seconds
+    bytes_per_second = (model.active_weight_bytes() + kv_bytes_per_position * tokens_read) / seconds
     return {
         "compile_seconds": compile_seconds,
-        "kv_bytes": kv_cache.bytes_per_position() * kv_cache.max_seq_len,
+        "kv_bytes": kv_bytes_per_position * kv_cache.max_seq_len,
         "peak_memory_bytes": peak,
         "model_bytes": model.active_weight_bytes(),
         "decode_tokens_per_sec": 1 / seconds,
