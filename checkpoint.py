@@ -28,8 +28,8 @@ from torch.serialization import skip_data
 from tqdm import tqdm
 
 from config import ModelConfig
-from errors import UsageError
-from files import is_state_dict, load_torch_file
+from utils.errors import UsageError
+from utils.files import is_state_dict, load_torch_file
 
 CHECKPOINT_VERSION = "gpt-fast/7"
 
@@ -127,7 +127,7 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's config, and maps the tensors into the CPU's memory without reading them. A caller that has
-    read a tensor may release the tensor's pages (machine.py: drop_pages)."""
+    read a tensor may release the tensor's pages (utils/machine.py: drop_pages)."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_torch_file(path)

@@ -8,7 +8,7 @@ of this file.
 
 from dataclasses import dataclass, replace
 
-from errors import UsageError
+from utils.errors import UsageError
 
 # The activations of a gated feed-forward, activation(gate) * up. The formulas are in kernels/reference.py: activate.
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")

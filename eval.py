@@ -22,11 +22,11 @@ from cli import options
 from cli.ranks import process_group
 from cli.script import run_script
 from converters.resolve import resolve_checkpoint
-from errors import UsageError
 from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity
-from files import read_text
 from loading import load
+from utils.errors import UsageError
+from utils.files import read_text
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
 TEXT_WINDOW = 1024  # tokens of a text's window, unless the model's context is shorter

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import torch
 
 import collectives
-from chat import Conversation
 from cli import options
 from cli.arguments import parse_args
 from cli.complete import complete_in_parallel, complete_one_by_one
@@ -29,6 +28,7 @@ from cli.ranks import process_group
 from cli.script import run_script
 from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
+from engine.chat import Conversation
 from engine.speculate import speculate
 from engine.steps import build_steps, make_kv_cache
 from llm import LLM, build_decode_loop, generate

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UsageError
 from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
 from evaluation.scoring import split_windows
 from kernels.formats import Int4, Tensors
@@ -32,6 +31,7 @@ from kernels.params import LayerCache
 from layers import ExpertsGateUp, Linear
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
+from utils.errors import UsageError
 
 MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time, which bounds the memory of the float32 copies
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chat import Conversation
 from converters.resolve import resolve_checkpoint
+from engine.chat import Conversation
 from engine.completion import (
     Completion,
     DecodeLoop,
@@ -33,10 +33,10 @@ from engine.completion import (
 )
 from engine.sampling import SamplingParams
 from engine.steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
-from errors import UsageError
 from loading import load
-from machine import pick_device
 from model import KVCache
+from utils.errors import UsageError
+from utils.machine import pick_device
 
 
 @torch.inference_mode()

@@ -20,11 +20,11 @@ from torch import Tensor
 import collectives
 import tp
 from checkpoint import read_checkpoint
-from errors import UsageError
 from kernels.formats import Tensors, parse_formats
-from machine import check_memory, drop_pages
 from model import Transformer, empty_model
 from text.tokenizer import Tokenizer, load_tokenizer
+from utils.errors import UsageError
+from utils.machine import check_memory, drop_pages
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:

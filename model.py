@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig
-from errors import UsageError
 from kernels.formats import Dense, QuantizationScheme, WeightFormat
 from kernels.params import AttentionParams, LayerCache, WeightMatrix
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm
 from rope import RopeTables, alibi_slopes
+from utils.errors import UsageError
 
 DENSE = Dense()
 ALL_DENSE = QuantizationScheme(DENSE)

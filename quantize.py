@@ -37,14 +37,14 @@ from cli import options
 from cli.script import run_script
 from config import ModelConfig
 from converters.resolve import resolve_checkpoint
-from errors import UsageError
-from files import read_text
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from loading import load
-from machine import drop_pages, pick_device
 from model import empty_model
+from utils.errors import UsageError
+from utils.files import read_text
+from utils.machine import drop_pages, pick_device
 
 # ---- Formats --------------------------------------------------------------------------------------------------------
 

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 import kernels
 from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
-from errors import UsageError
 from kernels.formats import WeightFormat
 from kernels.record import graph_break
 from model import Attention, Transformer
+from utils.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from cli import options
 from converters.resolve import resolve_checkpoint
 from engine.sampling import SamplingParams
 from engine.speculate import MAX_DRAFT_TOKENS
-from errors import UsageError
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
+from utils.errors import UsageError
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"

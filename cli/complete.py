@@ -17,9 +17,9 @@ from cli.ranks import rank_path
 from cli.report import build_result, print_result
 from engine.completion import Completion, DecodeLoop, complete_all, stream_completions
 from engine.scheduler import Request, Scheduler, build_scheduler, longest_seq_len, max_slots
-from errors import OutOfMemoryError, UsageError
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
+from utils.errors import OutOfMemoryError, UsageError
 
 
 def complete_one_by_one(

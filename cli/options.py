@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from errors import UsageError
+from utils.errors import UsageError
 
 PRECISIONS = ["bfloat16", "float16", "float32"]
 MAX_THREADS = 1024
@@ -44,7 +44,7 @@ def device_and_dtype(args: argparse.Namespace):
     """Returns the torch.device and the torch.dtype that --device and --precision name."""
     import torch  # here, since scripts/download.py need not wait for this import
 
-    from machine import pick_device
+    from utils.machine import pick_device
 
     return pick_device(args.device), getattr(torch, args.precision)
 

@@ -15,10 +15,10 @@ import torch
 
 from config import ModelConfig
 from engine.completion import encode_prompt
-from errors import UsageError
-from files import read_text
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
+from utils.errors import UsageError
+from utils.files import read_text
 
 
 class Prompt(NamedTuple):

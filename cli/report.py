@@ -10,8 +10,8 @@ from functools import lru_cache
 import collectives
 from cli.prompts import Prompt
 from engine.completion import Completion
-from machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 from model import KVCache, Transformer
+from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 
 
 def build_result(

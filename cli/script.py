@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cli.interrupts import exit_interrupted, raise_on_interrupt
-from errors import OutOfMemoryError, UsageError
+from utils.errors import OutOfMemoryError, UsageError
 
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 
@@ -26,7 +26,7 @@ MATMUL_CACHE_SIZE = "128"
 
 
 def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or take a smaller model"):
-    """Calls a script's main, with no more threads than machine.py: limit_threads allows. Ends the script so:
+    """Calls a script's main, with no more threads than utils/machine.py: limit_threads allows. Ends the script so:
 
         UsageError                                             status 2, one line on stderr
         out of memory                                          status 2, one line, which ends with oom_hint
@@ -39,7 +39,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     for name in MATMUL_CACHES:
         os.environ.setdefault(name, MATMUL_CACHE_SIZE)
     if "torch" in sys.modules:
-        from machine import limit_threads  # here, since machine imports torch (see the first docstring)
+        from utils.machine import limit_threads  # here, since machine imports torch (see the first docstring)
 
         limit_threads()
     try:
@@ -81,7 +81,10 @@ def exit_with_error(error: str) -> NoReturn:
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
     """Returns one line that explains e, or None if e does not mean that memory ran out."""
-    from machine import free_memory, is_out_of_memory  # here, since machine imports torch (see the first docstring)
+    from utils.machine import (  # here, since machine imports torch (see the first docstring)
+        free_memory,
+        is_out_of_memory,
+    )
 
     if not is_out_of_memory(e):
         return None

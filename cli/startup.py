@@ -22,11 +22,11 @@ from engine.speculate import (
     draft_lengths,
 )
 from engine.steps import GenerationSteps, make_kv_cache
-from errors import UsageError
 from kernels import MAX_CPU_TOKENS
 from loading import load
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
+from utils.errors import UsageError
 
 CONVERSATION_LENGTH = 8192  # tokens in the KV cache of a conversation, unless the model's context is shorter
 

@@ -4,7 +4,7 @@
 
 Answers go to standard output, everything else to standard error. On a terminal the user edits messages with
 prompt_toolkit, so a message may be long and have several lines. With several ranks, only rank 0 reads input, and only
-rank 0 touches the files of /save and /load. chat.py: Conversation makes the answers.
+rank 0 touches the files of /save and /load. engine/chat.py: Conversation makes the answers.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from chat import Conversation, check_messages
 from cli.ranks import input_lines
-from errors import UsageError
-from files import read_json, replace_file
+from engine.chat import Conversation, check_messages
+from utils.errors import UsageError
+from utils.files import read_json, replace_file
 
 HELP = (
     "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "

@@ -48,7 +48,7 @@ from converters.hf_config import (
     unsupported_part,
     with_hf_names,
 )
-from errors import UsageError, convert_type_errors
+from utils.errors import UsageError, convert_type_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:

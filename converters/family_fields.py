@@ -4,7 +4,7 @@ A function for Family.read_overrides has the family's name, and returns fields o
 """
 
 from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
-from errors import UsageError
+from utils.errors import UsageError
 
 # ---- read_overrides: fields of ModelConfig that come from config.json -----------------------------------------------
 

@@ -19,9 +19,9 @@ from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import Announcement, SourceModel, SourceTensors, write_folder
 from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, record_sources
-from errors import UsageError
-from files import read_json
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
+from utils.errors import UsageError
+from utils.files import read_json
 
 
 def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:

@@ -16,8 +16,8 @@ import torch
 from config import ModelConfig, RopeScaling
 from converters.families import config_from_hf
 from converters.gguf_file import GGUFTensor
-from errors import UsageError
 from rope import rope_frequencies
+from utils.errors import UsageError
 
 # GGUF's name of a field, without the architecture's prefix ("llama.") -> config.json's name
 REQUIRED_FIELDS = {

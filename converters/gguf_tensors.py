@@ -27,8 +27,8 @@ from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import Announcement, SourceModel, SourceTensors, TensorReader, plan_tensors, write_folder
 from converters.sources import describe_sources, find_gguf_parts, record_sources
-from errors import UsageError
 from text.tokenizer_files import TOKENIZER_FILES
+from utils.errors import UsageError
 
 GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (model_tensors.py)
     "token_embd": "model.embed_tokens",

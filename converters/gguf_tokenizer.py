@@ -10,8 +10,8 @@ import json
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from errors import UsageError
 from text.tokenizer_files import QWEN2_SPLIT
+from utils.errors import UsageError
 
 # Regular expressions that split a text into words before byte-level BPE
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

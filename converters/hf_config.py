@@ -9,7 +9,7 @@ import re
 
 from config import MAX_MODULES, ModelConfig, MoEConfig, RopeScaling
 from converters.family import Family
-from errors import UsageError
+from utils.errors import UsageError
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from converters.model_tensors import SourceTensors
-from errors import UsageError
-from files import is_state_dict, load_torch_file, read_json
+from utils.errors import UsageError
+from utils.files import is_state_dict, load_torch_file, read_json
 
 
 def read_folder(folder: Path) -> SourceTensors:

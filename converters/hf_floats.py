@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
-from errors import UsageError
 from kernels.formats import MXFP4, Float8, Tensors
 from kernels.formats.base import nibbles_to_bytes, shard_groups, unpack_nibbles_interleaved
+from utils.errors import UsageError
 
 E4M3_NAN = 0x7F  # without the sign bit
 E8M0_NAN = 0xFF

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
-from errors import UsageError
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
 from kernels.formats.integers import GroupedFormat
+from utils.errors import UsageError
 
 AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the places of outputs 0 to 7 in a word
 

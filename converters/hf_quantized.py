@@ -18,7 +18,7 @@ from config import ModelConfig
 from converters.hf_floats import float8_weight, split_mxfp4
 from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
 from converters.quantized_weight import QuantizedWeight, StoredLayer
-from errors import UsageError, convert_type_errors
+from utils.errors import UsageError, convert_type_errors
 
 PLACE = "config.json: quantization_config"
 AWQ_VERSIONS = ("gemm",)

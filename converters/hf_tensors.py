@@ -20,7 +20,7 @@ from converters.family_tensors import pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
 from converters.model_tensors import EMBEDDING, HEAD, SourceTensors, TensorReader
 from converters.quantized_weight import QuantizedWeight
-from errors import UsageError
+from utils.errors import UsageError
 
 
 def to_canonical_layout(

@@ -22,8 +22,8 @@ from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, SourceTensors
 from converters.quantized_weight import QuantizedWeight
 from converters.sources import ADAPTER_CONFIG
-from errors import UsageError, convert_type_errors
-from files import read_json
+from utils.errors import UsageError, convert_type_errors
+from utils.files import read_json
 
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
 

@@ -30,9 +30,9 @@ from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import EMBEDDING, HEAD, SourceModel, SourceTensors
 from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
-from errors import UsageError
-from files import is_state_dict, load_torch_file, read_json
 from text.tokenizer_files import read_tokenizer_model
+from utils.errors import UsageError
+from utils.files import is_state_dict, load_torch_file, read_json
 
 PARAMS = "params.json"
 META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name (model_tensors.py)

@@ -20,10 +20,10 @@ from torch import Tensor
 from checkpoint import save_checkpoint
 from config import ModelConfig
 from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
-from errors import UsageError
-from files import replace_file
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
+from utils.errors import UsageError
+from utils.files import replace_file
 
 # ---- Canonical names ------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from errors import UsageError
 from kernels.formats import GROUP_SIZES, Dense, Tensors, WeightFormat
+from utils.errors import UsageError
 
 CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale
 

@@ -22,7 +22,7 @@ from converters.sources import (
     have_changed,
     is_stale,
 )
-from errors import UsageError
+from utils.errors import UsageError
 
 
 def resolve_checkpoint(path: Path | str) -> Path:

@@ -16,8 +16,8 @@ import json
 import re
 from pathlib import Path
 
-from errors import UsageError
-from files import read_json
+from utils.errors import UsageError
+from utils.files import read_json
 
 SOURCES_FILE = "model.sources.json"
 STALE = "stale models"  # a key in SOURCES_FILE beside the sources: size and time of models made from earlier files

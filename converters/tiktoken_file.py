@@ -18,9 +18,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from converters.gguf_tokenizer import LLAMA3_WORDS
-from errors import UsageError
 from text.tokenizer import byte_level_alphabet
 from text.tokenizer_files import TIKTOKEN_LINE
+from utils.errors import UsageError
 
 # The names of special tokens. "" stands for a reserved token.
 LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id", "end_header_id", "", "eot_id"]

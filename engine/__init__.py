@@ -5,4 +5,5 @@
     speculate.py     draft models, prompt lookup, verification
     scheduler.py     many sequences at once, each at its own position
     completion.py    tokens to text: end tokens, stop strings, several callers at once
+    chat.py          Conversation: a chat's messages and answers in one KV cache
 """

@@ -30,11 +30,11 @@ from typing import Protocol
 
 from engine.sampling import SamplingParams
 from engine.scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, find_finish_reason
-from errors import UsageError
-from machine import pick_device
 from model import Transformer
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
+from utils.errors import UsageError
+from utils.machine import pick_device
 
 
 class Completion:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
-from errors import UsageError
+from utils.errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
 # On a CPU sorted_nucleus searches for the likely tokens, so that it need not sort the whole vocabulary.

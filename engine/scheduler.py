@@ -38,11 +38,11 @@ from engine.steps import (
     make_kv_cache,
     prefill_logits,
 )
-from errors import UsageError
 from kernels.record import with_tape_threads
-from machine import free_memory
 from model import Transformer
 from text.tokenizer import common_prefix_length
+from utils.errors import UsageError
+from utils.machine import free_memory
 
 GREEDY = SamplingParams()
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 import collectives
 from engine.sampling import SamplingParams, penalize, sample
-from errors import UsageError
 from kernels.cpu import find_compiler
 from kernels.record import record, with_tape_threads
-from machine import check_memory
 from model import KVCache, Transformer
+from utils.errors import UsageError
+from utils.machine import check_memory
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
 # chunks are slow: every chunk dequantizes all weights again, and all chunks but the first need an attention mask.

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from engine.completion import complete_all
 from engine.sampling import SamplingParams
 from engine.scheduler import Request, build_scheduler
-from errors import UsageError
 from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
 from text.chat_template import render
 from text.tokenizer import Tokenizer
+from utils.errors import UsageError
 
 
 def import_lm_eval():

@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from engine.steps import NOT_FINITE, chunked_prefill, compile_blocks, make_kv_cache
-from errors import UsageError
 from model import Transformer
 from text.tokenizer import Tokenizer
+from utils.errors import UsageError
 
 LOGITS_CHUNK_TOKENS = 256  # positions whose logits are in memory at a time
 

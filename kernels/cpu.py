@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels import schema  # noqa: F401  (defines the schemas of the operations in the library)
-from machine import use_huge_pages
+from utils.machine import use_huge_pages
 
 SOURCES = Path(__file__).parent / "csrc"
 CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on

@@ -17,7 +17,7 @@ from kernels.formats import Dequantized, Tensors, WeightFormat, cpu_layouts, tri
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
 from kernels.params import WeightMatrix
-from machine import drop_pages, free_memory, use_huge_pages
+from utils.machine import drop_pages, free_memory, use_huge_pages
 
 
 def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):

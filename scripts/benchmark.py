@@ -45,13 +45,13 @@ from cli import options
 from cli.script import run_script
 from config import ModelConfig
 from engine.scheduler import check_length
-from errors import UsageError
 from kernels.formats import GROUP_SIZES, MODES, Dense, WeightFormat
-from machine import pick_device
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
 from scripts.kernel_checks.command import check
+from utils.errors import UsageError
+from utils.machine import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"

@@ -49,7 +49,6 @@ from tqdm import tqdm
 
 from cli import options
 from cli.script import run_script
-from errors import UsageError
 from kernels import cpu
 from scripts import tables
 from scripts.benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
@@ -67,6 +66,7 @@ from scripts.benchmarking.compare_speed import (
     summarize,
 )
 from scripts.benchmarking.speed import CONFIGS, describe_machine
+from utils.errors import UsageError
 
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),

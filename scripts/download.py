@@ -23,8 +23,8 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from cli import options
 from cli.interrupts import exit_on_interrupt
 from cli.script import run_script
-from errors import UsageError
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
+from utils.errors import UsageError
 
 SETTINGS = {"config.json", "generation_config.json", *TOKENIZER_FILES}
 # A file -> a pattern of the weights' files of a repository that has this file or its index.json. The first row that

@@ -15,9 +15,9 @@ from itertools import accumulate
 from engine.completion import Completion
 from engine.sampling import SamplingParams
 from engine.scheduler import Request, Scheduler
-from errors import UsageError
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
+from utils.errors import UsageError
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
 UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]

@@ -29,10 +29,10 @@ from cli.script import exit_with_error, run_script
 from converters.resolve import resolve_checkpoint
 from engine.completion import AsyncCompleter, CompletionError
 from engine.scheduler import Scheduler
-from errors import UsageError
 from loading import load
 from scripts.openai_api import Reply, require
 from text.tokenizer import Tokenizer
+from utils.errors import UsageError
 
 try:
     import uvicorn

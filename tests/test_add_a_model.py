@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from cli.arguments import parse_args
-from errors import UsageError
+from utils.errors import UsageError
 from engine.sampling import SamplingParams, probabilities
 from tests.tiny import call
 

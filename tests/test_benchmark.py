@@ -18,7 +18,6 @@ import torch
 import kernels
 from checkpoint import Checkpoint
 from converters.families import config_from_hf
-from errors import UsageError
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, QuantizationScheme
 from loading import load_model, quantized_tensor_names
 from model import empty_model
@@ -29,6 +28,7 @@ from scripts.kernel_checks import checks
 from scripts.kernel_checks import command as check_command
 from scripts.kernel_checks.exact_results import DTYPES
 from tests.tiny import ROOT, call, convert, write_folder
+from utils.errors import UsageError
 
 PUBLISHED = {  # parameters; a tied head counts once
     "SmolLM2-135M": 134515008,

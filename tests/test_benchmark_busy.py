@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from config import ModelConfig
-from errors import OutOfMemoryError, UsageError
 from kernels.formats import Dense
 from scripts import benchmark
 from scripts.benchmarking import busy
 from scripts.benchmarking.speed import save_random_checkpoint
 from tests.tiny import call
+from utils.errors import OutOfMemoryError, UsageError
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512)
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 import generate
-from chat import ContextFull
 from cli.script import run_script
 from converters.families import config_from_hf
+from engine.chat import ContextFull
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from errors import UsageError
 from generate import build_decode_loop, load
 from kernels import cpu
 from model import KVCache, Transformer
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
 from tests.tiny_tokenizers import TEMPLATES, train, write
 from text.tokenizer import load_tokenizer
+from utils.errors import UsageError
 
 GREEDY = ["--temperature=0", "--precision=float32", "--max_new_tokens=12"]
 CONTEXT = 160  # of chatty

@@ -11,10 +11,10 @@ import torch
 import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
-from errors import UsageError
 from generate import load_model
 from model import KVCache
 from tests.tiny import call, convert, make_hf, write_earlier_format
+from utils.errors import UsageError
 
 CONFIG, SHAPES = ModelConfig(*[2] * 8), {"a": ((9,), torch.float32)}
 

@@ -15,13 +15,13 @@ import quantize
 from cli.script import run_script
 from converters.folder import convert_folder
 from converters.resolve import resolve_checkpoint
-from errors import UsageError
 from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter
 from tests.test_meta import PARAMS, SCALED, make_ranks, write_meta, write_tiktoken
 from tests.test_mxfp4 import mxfp4  # noqa: F401  (a fixture)
 from tests.tiny import call, convert, make_hf, same_logits, write_folder
 from tests.tiny_gguf import make_llama, write_gguf
+from utils.errors import UsageError
 
 RUN = ["--prompt", "Hi", "--max_new_tokens", 3, "--temperature", 0, "--device", "cpu", "--ignore_eos"]
 

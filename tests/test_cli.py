@@ -10,7 +10,6 @@ import sys
 import pytest
 
 import generate
-import machine
 from cli import report
 from cli.script import run_script
 from config import MoEConfig
@@ -18,6 +17,7 @@ from engine import scheduler
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
 from tests.tiny import ROOT
 from text.tokenizer import load_tokenizer
+from utils import machine
 
 FIELDS = {
     "text": list,

@@ -17,7 +17,6 @@ from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.gguf_tensors import rename_gguf_tensors
 from converters.model_tensors import SourceModel, convert
-from errors import UsageError
 from kernels.formats import Dense
 from scripts import compare_llama_cpp as compare
 from scripts import tables
@@ -25,6 +24,7 @@ from scripts.benchmarking import compare_files, compare_speed
 from scripts.benchmarking.speed import checkpoint_tensors, random_model
 from tests.tiny import make_hf
 from tests.tiny_gguf import write_gguf
+from utils.errors import UsageError
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512, norm_eps=2**-16, rope_theta=5e5)  # an eps that is the same in float32
 VARIANTS = {

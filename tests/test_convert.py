@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import read_checkpoint
 from converters.families import MODEL_TYPES, config_from_hf
-from errors import UsageError
 from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, refused, same_logits
 from tests.tiny_gguf import in_meta_order
+from utils.errors import UsageError
 
 
 def hub_config(config: dict) -> dict:

@@ -14,13 +14,13 @@ import eval
 import gptq
 from cli.script import run_script
 from engine.sampling import SamplingParams
-from errors import UsageError
 from evaluation import lm_harness
 from evaluation.lm_harness import GenerationOptions, harness_model
 from evaluation.scoring import ScoredSequence, compute_scores
 from loading import load_model
 from tests.tiny import convert, write_folder
 from text.tokenizer import load_tokenizer
+from utils.errors import UsageError
 
 TEXT = "Ein Männlein steht im Walde ganz still und stumm, es hat von lauter Purpur ein Mäntlein um. " * 4
 QUESTIONS = [

@@ -27,12 +27,12 @@ from converters.gguf_quantized import (
 )
 from converters.gguf_tensors import convert_gguf
 from converters.model_tensors import TensorPlan
-from errors import UsageError
 from kernels.formats import MXFP4, Dense, GroupedInt8
 from loading import load_model
 from model import KVCache
 from tests.tiny import make_hf
 from tests.tiny_gguf import make_llama, random_blocks, write_gguf
+from utils.errors import UsageError
 
 INT8_G16, INT8_G32 = GroupedInt8(16, torch.float16), GroupedInt8(32, torch.float16)
 F16 = 2.0**-11  # of a number, by which it may be rounded

@@ -14,12 +14,12 @@ import quantize
 from converters.families import config_from_hf
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from errors import UsageError
 from generate import generate
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes
 from tests.tiny import call, convert, make_hf
+from utils.errors import UsageError
 
 DIM, N_LAYERS, H, G, D, FFN, V, E = 32, 2, 4, 2, 8, 48, 97, 4
 SIZES = {

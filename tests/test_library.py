@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from chat import Conversation
+from engine.chat import Conversation
 from engine.sampling import SamplingParams
-from errors import UsageError
 from generate import LLM, build_decode_loop, build_steps, generate, load, make_kv_cache
 from tests.tiny import PACKAGES, ROOT
 from text.tokenizer import detokenize
+from utils.errors import UsageError
 
 
 def test_text(chatty, ask):

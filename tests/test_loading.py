@@ -9,12 +9,12 @@ import torch
 
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
-from errors import UsageError
 from generate import load, load_model
 from kernels.formats import Dense, GroupedInt8, Int4, Int8
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
 from tests.tiny import call, give_input_orders, quantize_embedding
+from utils.errors import UsageError
 
 
 @pytest.fixture(scope="module")

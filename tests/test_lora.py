@@ -13,10 +13,10 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from converters.folder import convert_folder
-from errors import UsageError
 from scripts import convert_hf_checkpoint
 from tests.tiny import FAMILIES, call, make_hf, refused, same_logits, write_tokenizer
 from text.tokenizer import load_tokenizer
+from utils.errors import UsageError
 
 PREFIX = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": "all-linear", "bias": "none"}

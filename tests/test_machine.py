@@ -1,4 +1,4 @@
-"""What machine.py finds out: the limits of control groups, the threads that follow from them, and the bandwidth."""
+"""What utils/machine.py finds out: the limits of control groups, the threads that follow, and the bandwidth."""
 
 import math
 import os
@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
-import machine
 from cli import options
 from cli.script import run_script
-from errors import UsageError
+from utils import machine
+from utils.errors import UsageError
 
 # Files of a group whose limits are 600 bytes and 1.5 CPUs, and of one without limits
 STAT = "anon 300\nfile 600\ninactive_anon 20\ninactive_file 500\nactive_file 100\ntotal_inactive_file 500\n"

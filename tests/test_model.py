@@ -7,10 +7,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES, config_from_hf
-from errors import UsageError
 from model import KVCache
 from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
+from utils.errors import UsageError
 
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])

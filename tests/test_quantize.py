@@ -11,7 +11,6 @@ import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
-from errors import UsageError
 from kernels import formats
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
@@ -23,6 +22,7 @@ from quantize import Int4HQQ
 from scripts.kernel_checks import exact_results
 from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
 from text.tokenizer import load_tokenizer
+from utils.errors import UsageError
 
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),

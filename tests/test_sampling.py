@@ -8,8 +8,8 @@ from transformers.generation import logits_process as hf
 from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Request, Scheduler
 from engine.speculate import PromptLookup, build_speculative_decoder, speculate
-from errors import UsageError
 from generate import build_decode_loop, build_steps, make_kv_cache
+from utils.errors import UsageError
 
 
 def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:

@@ -31,11 +31,11 @@ from engine.speculate import (
     speculate,
 )
 from engine.steps import GenerationSteps, build_steps
-from errors import UsageError
 from model import KVCache, empty_model
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import FAMILIES, ROOT, call, convert, make_hf, to_ours, write_folder
+from utils.errors import UsageError
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams()

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 import generate
-from chat import Conversation
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
+from engine.chat import Conversation
 from tests.byte_models import set_up
 
 # A conversation's text is its messages. So chain's model, which counts on after a digit, goes on with the last message.

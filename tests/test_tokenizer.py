@@ -19,9 +19,9 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import AddedToken, models, normalizers, processors
 
-from errors import UsageError
 from tests.tiny_tokenizers import FORGED, MISTRAL, TEMPLATES, TEXTS, conversations, train, write
 from text.tokenizer import detokenize, load_tokenizer
+from utils.errors import UsageError
 
 
 def replace(tokenizer, **fields):

@@ -11,9 +11,9 @@ import tokenizers
 import transformers as hf
 from tokenizers import decoders, models, pre_tokenizers
 
-from errors import UsageError
 from tests.tiny_tokenizers import TEMPLATES, TEXTS, conversations, train_byte_level, write
 from text.tokenizer import load_tokenizer
+from utils.errors import UsageError
 
 START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 

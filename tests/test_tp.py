@@ -19,11 +19,11 @@ import pytest
 import quantize
 import tp
 from config import ModelConfig
-from errors import UsageError
 from kernels.formats import Dense, Int4
 from tests import test_grok_and_baichuan
 from tests.tiny import ROOT, convert, give_input_orders, make_hf, quantize_embedding, write_folder
 from tests.tp_ranks import CASES, COMMANDS, run_command, run_commands
+from utils.errors import UsageError
 
 RANKS = ROOT / "tests/tp_ranks.py"
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}  # 160 / 4: cuts go through int4's groups

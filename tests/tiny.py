@@ -16,13 +16,13 @@ import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
 from converters.folder import convert_folder
-from errors import UsageError
 from generate import load_model
 from kernels.formats import parse_formats
 from model import KVCache, empty_model
+from utils.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cli", "converters", "engine", "evaluation", "kernels", "text")
+PACKAGES = ("cli", "converters", "engine", "evaluation", "kernels", "text", "utils")
 
 SIZES = {
     "hidden_size": 48,

@@ -18,7 +18,7 @@ from functools import cache
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from errors import UsageError
+from utils.errors import UsageError
 
 # For checkpoints of Llama 2 and Mistral that have no template
 LLAMA2_TEMPLATE = """

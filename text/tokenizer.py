@@ -19,7 +19,6 @@ from pathlib import Path
 
 import tokenizers
 
-from errors import UsageError
 from text.chat_template import LLAMA2_TEMPLATE, render
 from text.tokenizer_files import (
     TokenizerConfig,
@@ -28,6 +27,7 @@ from text.tokenizer_files import (
     read_tokenizer_model,
     read_vocab_and_merges,
 )
+from utils.errors import UsageError
 
 # A mark in text that is not to be read as a special token. A random number occurs in no user's text. The mark consists
 # of digits, since a template's filters, such as upper, change no digits.

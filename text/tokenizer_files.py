@@ -18,9 +18,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from errors import UsageError
-from files import read_json
 from text.chat_template import check_unicode
+from utils.errors import UsageError
+from utils.files import read_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first of these files that is there counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -34,10 +34,10 @@ The files, in the order in which to read them:
 
 from dataclasses import dataclass, field
 
-from errors import UsageError
 from kernels.formats.base import Dense, Dequantized, Tensors, WeightFormat
 from kernels.formats.floats import MXFP4, Float8
 from kernels.formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
+from utils.errors import UsageError
 
 __all__ = [
     "Dense", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationScheme",

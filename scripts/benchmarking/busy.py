@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from engine.steps import GenerationSteps, build_steps
-from errors import OutOfMemoryError, UsageError
 from kernels.formats import WeightFormat
 from llm import generate
 from model import KVCache
 from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, time_tokens
+from utils.errors import OutOfMemoryError, UsageError
 
 CPU = torch.device("cpu")
 PAUSE = 1.1  # seconds, after which ThreadCount has forgotten how busy the machine was

@@ -19,12 +19,12 @@ from torch import Tensor
 from checkpoint import read_checkpoint
 from config import ModelConfig
 from converters.model_tensors import source_shapes
-from errors import UsageError
 from kernels.formats import Int4, Int8, Tensors
 from quantize import linear_weights, quantize_each, write_quantized
 from rope import rope_frequencies
 from scripts.benchmarking.compare_speed import PREFILL
 from scripts.benchmarking.speed import find_config, save_random_checkpoint
+from utils.errors import UsageError
 
 OURS = {"int8": Int8(), "int4.g32": Int4(32)}  # all formats but bf16
 THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # name -> llama.cpp's number of the file type

@@ -26,11 +26,11 @@ from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from errors import UsageError
 from llm import generate
 from loading import load_model
-from machine import read_bandwidth
 from model import KVCache, Transformer
+from utils.errors import UsageError
+from utils.machine import read_bandwidth
 
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL

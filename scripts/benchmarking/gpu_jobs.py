@@ -27,8 +27,8 @@ from statistics import median
 
 import torch
 
-from errors import UsageError
 from scripts.benchmarking.speed import copy_bandwidth, find_config
+from utils.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,11 +24,11 @@ from checkpoint import read_checkpoint
 from cli.arguments import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.resolve import resolve_checkpoint
-from errors import UsageError
-from machine import pick_device, read_bandwidth
 from model import empty_model
 from quantize import QUANTIZE_MODES
 from scripts import tables
+from utils.errors import UsageError
+from utils.machine import pick_device, read_bandwidth
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5

@@ -23,13 +23,13 @@ from converters.families import config_from_hf
 from engine.sampling import SamplingParams
 from engine.scheduler import Request, Scheduler
 from engine.steps import GenerationSteps, ModelRunner, build_steps
-from errors import UsageError
-from files import read_json
 from kernels.formats import Dense, Tensors, WeightFormat
 from layers import Embedding, Linear, RMSNorm
 from llm import generate
-from machine import cpu_name, peak_memory, read_bandwidth, synchronize
 from model import KVCache, Transformer, empty_model
+from utils.errors import UsageError
+from utils.files import read_json
+from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize
 
 SAMPLES = 3  # timings of each measurement; the result is the median
 PREFILLS = (512, 2048)  # lengths of prompts

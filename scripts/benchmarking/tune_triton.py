@@ -15,12 +15,12 @@ from triton.testing import do_bench_cudagraph
 
 import kernels
 from config import ModelConfig
-from files import replace_file
 from kernels.formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
 from layers import Linear, RMSNorm
 from model import empty_model
 from scripts.benchmarking.speed import fill_randomly, random_linear
+from utils.files import replace_file
 
 # Candidates, besides the guess of choose_tiles: block_n, num_warps, warp_k, num_stages
 CANDIDATES = [

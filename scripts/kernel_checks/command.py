@@ -22,13 +22,13 @@ from cli import options
 from config import ModelConfig, MoEConfig
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from errors import UsageError
 from kernels.formats import Int8
 from llm import generate
 from model import KVCache
 from scripts.benchmarking.speed import random_model
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
+from utils.errors import UsageError
 
 RECORDED_MODELS = [  # options of a ModelConfig
     {},

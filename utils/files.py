@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import UsageError
-from machine import is_out_of_memory
+from utils.errors import UsageError
+from utils.machine import is_out_of_memory
 
 
 def read_text(path: Path) -> str:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 
 from engine.completion import Completion, DecodeLoop, stream_completions
 from engine.scheduler import Request
-from errors import UsageError
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
+from utils.errors import UsageError
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
 # free. A dropped message changes the positions of all later tokens, so they must be computed again. DROP_UNTIL is

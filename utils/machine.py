@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import OutOfMemoryError, UsageError
+from utils.errors import OutOfMemoryError, UsageError
 
 READ_BYTES = 2**29  # read_bandwidth reads this much at a time, which is more than a processor's caches hold
 UNKNOWN_CACHE_BYTES = 2**28  # the size of all caches that is assumed if the system reports none
