@@ -4,6 +4,7 @@ Callers write kernels.attend(...). Each file imports only from the files above i
 
     formats/       how weights are stored: int8, int4, ...
     schema.py      the arguments of the kernels, one list for C++ and Triton
+    aten.py        products with quantized weights by PyTorch's own kernels, without a C++ compiler
     params.py      the arguments of operations besides x: a weight, a norm, the options of attention, a KV cache
     reference.py   every operation in plain PyTorch, for any device
     cpu.py         compiles and loads the C++ kernels (csrc/)

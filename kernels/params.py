@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.aten import AtenInt4, AtenInt8
 from kernels.formats import Dense, Tensors, WeightFormat
 from kernels.schema import kernel_namespace
 
@@ -105,7 +106,8 @@ class LinearParams(WeightMatrix):
     input_order: int32 [K], or None; GPTQ and Marlin call it perm. Column i of W multiplies x[..., input_order[i]]. With
     act-order the inputs of a quantization group are scattered; sorting the columns makes each group contiguous.
     Linear.forward permutes x before the fused norm, so conversion permutes the weight of this norm, too.
-    max_kernel_tokens: the most tokens for which the kernels of the backend compute y. Plain PyTorch takes more."""
+    max_kernel_tokens: the most tokens for which the kernels of the backend compute y. Plain PyTorch takes more.
+    aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
@@ -114,6 +116,7 @@ class LinearParams(WeightMatrix):
         super().__init__(in_features, out_features, n_experts)
         self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
         self.max_kernel_tokens = 0
+        self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
         self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import cpu
+from kernels import aten, cpu
 from kernels.formats import Dequantized, Tensors, WeightFormat, cpu_layouts, triton_layouts
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
-from kernels.params import WeightMatrix
+from kernels.params import LinearParams, WeightMatrix
 from utils.machine import drop_pages, free_memory, use_huge_pages
 
 
 def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
     """Switches matrices, which are all of a model, to the kernels of their device, if the kernels work here. Packed
-    copies replace the weights, so no two matrices may share a weight. On a CPU, quantized weights without kernels are
-    dequantized to dtype.
+    copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler, PyTorch's own
+    kernels take some quantized weights (aten.py). Quantized weights without any kernel are dequantized to dtype.
 
     dtype: the type of the activations.
     is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
@@ -31,11 +31,13 @@ def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mma
     matrices = [matrix for matrix in matrices if matrix.backend == "torch"]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
-        has_kernels = cpu.library() is not None
-        fitting = [m for m in matrices if has_kernels and m.format.fits_kernels("cpu", m.in_features)]
-        without_kernels = [m for m in matrices if m.format.is_quantized and m not in fitting]
+        if cpu.library() is not None:
+            with_kernels = [m for m in matrices if m.format.fits_kernels("cpu", m.in_features)]
+        else:
+            with_kernels = [m for m in matrices if pack_for_aten(m, dtype)]
+        without_kernels = [m for m in matrices if m.format.is_quantized and m not in with_kernels]
         dequantize_weights(without_kernels, dtype, is_mmapped)
-        if has_kernels:
+        if cpu.library() is not None:
             pack_for_cpu(matrices, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
         pack_for_triton(matrices, dtype)
@@ -59,6 +61,14 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
         # In a quantized model, dense matrices such as routers use the kernels for MAX_CPU_TOKENS, too, even where
         # PyTorch is faster: a step can be recorded only if all operations are kernels.
         matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
+
+
+def pack_for_aten(matrix: WeightMatrix, dtype: torch.dtype) -> bool:
+    """Packs a linear layer's weight for PyTorch's own kernels. Returns whether PyTorch has a kernel for the weight."""
+    if not isinstance(matrix, LinearParams) or matrix.n_experts is not None:
+        return False
+    matrix.aten_weight = aten.pack(matrix.format, matrix.tensors(), dtype)
+    return matrix.aten_weight is not None
 
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import aten
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
@@ -18,7 +19,7 @@ def fused_linear(
     x: Tensor, linear: LinearParams, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """kernels/ops.py: fused_linear without norm and activation, for which ops.py calls rms_norm and glu."""
-    y = apply_weight(x, linear.dequantized_weight(x.dtype), linear.bias)
+    y = multiply_weight(x, linear)
     if linear.out_scale != 1:
         y = y * linear.out_scale
     if out_dtype is not None:
@@ -30,10 +31,14 @@ def fused_linear(
     return y if residual is None else residual + y
 
 
-def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_weight(x: Tensor, linear: LinearParams) -> Tensor:
     """x W^T [+ bias] for x [..., K]: [..., N]."""
-    is_one_token = x.numel() == x.shape[-1]
-    if is_one_token and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+    n_tokens = x.numel() // x.shape[-1]
+    if linear.aten_weight is not None and n_tokens <= aten.MAX_TOKENS:
+        y = aten.multiply(x.flatten(0, -2), linear.aten_weight).view(*x.shape[:-1], -1)
+        return y if linear.bias is None else y + linear.bias
+    weight, bias = linear.dequantized_weight(x.dtype), linear.bias
+    if n_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
         y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 import kernels
-from kernels import ops, prepare
+from kernels import aten, ops, prepare
+from kernels.formats import Int4, Int8
 from kernels.formats.cpu_layouts import CPU_BLOCK_N
+from kernels.formats.integers import split_groups
 from kernels.triton import attention
 from kernels.triton.elements import magic_number
 from layers import ExpertsDown
+from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_linear
 from tests.compiler import write_compiler
 from tests.cpu_kernels import built
@@ -143,19 +146,54 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     monkeypatch.setattr(prepare, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
-        linear = make_linear(33, 72, format, torch.bfloat16, bias=True)
-        experts = make_linear(10, 72, format, torch.bfloat16, n_experts=3, kind=ExpertsDown)
-        expected = [w.dequantized_weight(torch.bfloat16) for w in (linear, experts)]
+        linear = make_linear(33, 72, format, torch.float32, bias=True)
+        experts = make_linear(10, 72, format, torch.float32, n_experts=3, kind=ExpertsDown)
+        expected = [w.dequantized_weight(torch.float32) for w in (linear, experts)]
         with monkeypatch.context() as context:
-            context.setattr(prepare, "free_memory", lambda: 2 * (33 * 72 + 3 * 10 * 72) - 1)
-            kernels.prepare_kernels([linear, experts], torch.bfloat16)
+            context.setattr(prepare, "free_memory", lambda: 4 * (33 * 72 + 3 * 10 * 72) - 1)
+            kernels.prepare_kernels([linear, experts], torch.float32)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
-        kernels.prepare_kernels([linear, experts], torch.bfloat16)
+        kernels.prepare_kernels([linear, experts], torch.float32)
         for w, matrix in zip((linear, experts), expected, strict=True):
             assert w.format.name == format.name and w.scales is w.zeros is None
-            assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.bfloat16), matrix)
+            assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.float32), matrix)
             assert w.backend == "torch" and capsys.readouterr().err == ""
+
+
+def test_pytorchs_kernels_without_a_compiler(monkeypatch):
+    """They take 8- and 4-bit weights of linear layers with 16-bit activations. All other weights are dequantized."""
+    monkeypatch.setattr(kernels.cpu, "library", lambda: None)
+    monkeypatch.setattr(aten, "PACK_ROWS", 128)
+    for dtype in (torch.bfloat16, torch.float16):
+        for format in (Int8(), Int4(32), Int4(64)):
+            for n, k in [(16, 64), (272, 192), (33, 72), (48, 96)]:
+                torch.manual_seed(0)
+                linear = make_linear(n, k, format, dtype, bias=True)
+                experts = make_linear(16, 64, format, dtype, n_experts=2, kind=ExpertsDown)
+                exact, bias = linear.dequantized_weight(torch.float64), linear.bias.double()
+                kernels.prepare_kernels([linear, experts], dtype)
+                has_kernel = k % 16 == 0 if isinstance(format, Int8) else n % 16 == 0 and k % format.group_size == 0
+                assert (linear.aten_weight is not None) == has_kernel and linear.format.is_quantized == has_kernel
+                assert experts.aten_weight is None and not experts.format.is_quantized
+                for n_tokens in (1, 3, aten.MAX_TOKENS, aten.MAX_TOKENS + 1):
+                    x = torch.randn(1, n_tokens, k).to(dtype)
+                    # Of each weight: scale, and offset of up to 15 scales or the weight itself; of the result: a
+                    # product rounded before the bias is added, and the sum; float32 sums
+                    u, magnitude = bounds.U[dtype], x.double().abs() @ largest_weights(format, exact).T
+                    products = x.double() @ exact.T
+                    bound = (3 * u + k * bounds.U[torch.float32]) * magnitude + 2 * u * (products.abs() + bias.abs())
+                    bounds.check(linear(x), products + bias, bound)
+
+
+def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
+    """[N, K]: what every weight is at most, in its row or group; PyTorch's int4 kernel adds and subtracts numbers of
+    this size."""
+    if isinstance(format, Int8):
+        return exact.abs()
+    groups = split_groups(exact, format.group_size)
+    spans = groups.amax(-1, keepdim=True).clamp(min=0) - groups.amin(-1, keepdim=True).clamp(max=0)
+    return spans.expand_as(groups).flatten(-2)[:, : exact.shape[1]]
 
 
 def test_every_check_says_what_is_wrong():
