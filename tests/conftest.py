@@ -11,8 +11,8 @@ pytest.register_assert_rewrite("tests.serving")  # or it would be imported befor
 # Files that take longest for their tests, in this order. The two processes of test.sh take file after file, and should
 # end together, so the last files must be short. The demo compiles the kernels while Triton's interpreter needs none.
 LONGEST = [
-    "test_demo", "test_triton", "test_kernels_builds", "test_tp", "test_speculative", "test_kernels", "test_fuzz",
-    "test_kernels_attention", "test_mixtral",
+    "test_demo", "test_triton", "test_kernels_builds", "test_tp", "test_speculative", "test_robust", "test_kernels",
+    "test_kernels_attention", "test_readme", "test_record", "test_benchmark", "test_mixtral", "test_fuzz",
 ]  # fmt: skip
 
 
