@@ -188,6 +188,10 @@ def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
         shard = matrix.narrow(dim, min(start, size), available)
         pad_after_dim = (0, 0) * (tensor.dim() - 1 - dim)  # F.pad names the last dimension first
         shards.append(F.pad(shard, (*pad_after_dim, 0, length - available)))
+    if tensor.is_meta:  # torch.cat would import PyTorch's compiler for it, which takes a second
+        shape = [*tensor.shape]
+        shape[dim] = sum(shard.shape[dim] for shard in shards)
+        return tensor.new_empty(shape)
     return torch.cat(shards, dim)
 
 

@@ -6,6 +6,9 @@ A kernel must fit the GPU's shared memory and use its matrix units, if Triton ca
 
 A second or two for each kernel add up. So all kernels are compiled for one GPU of each kind: without matrix units
 (Turing), with NVIDIA's (Ampere), and with AMD's (CDNA 3). For the others every function of a kernel is compiled once.
+
+Hopper's products differ from Ampere's before their loop: they overlap with the previous kernel and prefetch W, which
+works in one way for tiled formats and in another for the rest. So for Hopper there is one format of each kind.
 """
 
 import multiprocessing
@@ -42,6 +45,7 @@ MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 FORMATS = [Dense(), Int8(), Int4(64), GroupedInt8(64), Float8(), MXFP4()]  # one of each class
 OTHER_GROUP_SIZES = [Int4(32), GroupedInt8(16), Float8(128)]
 TILED_FORMATS = [Int4(32), Int4(64), MXFP4()]  # only of these do the tile sizes depend on num_sms
+PREFETCHED_FORMATS = [Dense(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Dense()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
@@ -63,9 +67,16 @@ class Gpu:
     @property
     def formats(self) -> list[WeightFormat]:
         """Of the products."""
-        if self.num_sms == 1:  # another GPU of the list but for the tile sizes
+        if self.has_larger_tiles:
             return TILED_FORMATS
+        if self.can_overlap and self.has_matrix_units:
+            return PREFETCHED_FORMATS
         return FORMATS + OTHER_GROUP_SIZES if self.compiles_all else FORMATS
+
+    @property
+    def has_larger_tiles(self) -> bool:
+        """The GPU is another one of the list but for the tile sizes of products."""
+        return self.num_sms == 1
 
     @property
     def has_matrix_units(self) -> bool:
@@ -124,10 +135,11 @@ def specialize(kernel: JITFunction, values: dict) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def launch_products(dtype: torch.dtype, formats: list[WeightFormat]) -> Counter:
+def launch_products(gpu: Gpu) -> Counter:
     """As decode steps of one token and of eight do. Returns how often each kernel must have been launched."""
-    x, norm, launches = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype), Counter()
-    for format in formats:
+    dtype, launches = gpu.dtype, Counter()
+    x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
+    for format in gpu.formats:
         w = make_linear(256, 2048, format, dtype)
         kernels.pack_for_triton([w])
         kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="swiglu")
@@ -135,10 +147,13 @@ def launch_products(dtype: torch.dtype, formats: list[WeightFormat]) -> Counter:
         if isinstance(format, Dense | Int8 | Int4):
             kernels.fused_linear(x, w, norm, out_dtype=torch.float32)
             launches.update(fused_linear_kernel=1)
-        if not isinstance(format, Dense):
-            w.dequantized_weight(dtype)
+        if isinstance(format, Dense) or gpu.has_larger_tiles:
+            continue
+        w.dequantized_weight(dtype)
+        launches.update(dequantize_kernel=1)
+        if gpu.compiles_all or isinstance(format, Int4):  # both kernels call the same function of the format
             kernels.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
-            launches.update(dequantize_kernel=1, embed_kernel=1)
+            launches.update(embed_kernel=1)
     return launches
 
 
@@ -186,8 +201,8 @@ def compile_for(gpu: Gpu):
     known = launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.can_overlap, {})
     launch.gpu_of = attention.gpu_of = lambda device: known
     linear.dot_dtype = attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
-    expected = launch_products(gpu.dtype, gpu.formats)
-    if gpu.num_sms > 1:  # tiles are a matter of products alone
+    expected = launch_products(gpu)
+    if not gpu.has_larger_tiles:
         launch_others(gpu.dtype, gpu.compiles_all)
         expected += ALL_OTHERS if gpu.compiles_all else OTHERS
     if gpu.has_matrix_units and gpu.name != "Ampere":  # which saves time: the one with larger tiles is the same

@@ -48,7 +48,7 @@ def test_without_this_cpus_instructions(march):
         pytest.skip("this CPU has no AVX-VNNI")
     optimization, cases = ("-O0", VNNI_CASES) if needs_vnni else ("-O1", CASES)
     env = os.environ | {"CXXFLAGS": f"-march={march} {optimization}", "OMP_NUM_THREADS": "1"}
-    # Without conftest.py, whose models need transformers, which takes seconds to import
+    # Without conftest.py, whose fixtures import transformers, which takes seconds
     options = ["--noconftest", "-p", "tests.cpu_kernels", "-k", cases]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *options, *TESTS]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

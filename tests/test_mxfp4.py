@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from converters.hf_floats import mxfp4_weight
-from tests.test_hf_quantized import dequantized
+from tests.quantized_folders import dequantized
 from tests.tiny import convert, make_hf, refused, same_logits
 
 

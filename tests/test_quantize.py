@@ -1,4 +1,4 @@
-"""quantize.py and gptq.py: what the formats hold, the files, the models they load as, and every way to ask wrongly."""
+"""quantize.py: what the formats hold, the files, the models they load as, and every way to ask wrongly."""
 
 import resource
 import subprocess
@@ -15,12 +15,11 @@ from kernels import formats
 from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
 from kernels.formats.integers import GroupedFormat, split_groups
-from layers import Linear
 from loading import load_model
 from model import KVCache
 from quantize import Int4HQQ
 from scripts.kernel_checks import exact_results
-from tests.tiny import ROOT, convert, make_hf, to_ours, write_folder
+from tests.tiny import ROOT, convert, write_folder
 from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
 
@@ -237,38 +236,6 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
     torch.testing.assert_close(logits_of(ours, tokens), logits_of(plain, tokens))
 
 
-@pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("k, group_size", [(128, 32), (200, 64)])
-def test_gptq_keeps_a_layers_outputs_closer_than_rounding(k, group_size, act_order):
-    def inputs(seed: int) -> torch.Tensor:
-        """Correlated: all lie near the same 24 directions."""
-        return random_matrix(1000, 24, seed) @ random_matrix(24, k, 2) + 0.1 * random_matrix(1000, k, seed + 1)
-
-    x, w, format = inputs(3), random_matrix(96, k), Int4(group_size)
-    tensors = gptq.gptq_quantize(w, x.T @ x, gptq.GPTQConfig(group_size, damp=0.01, block_size=48, act_order=act_order))
-    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
-    fresh = inputs(5)
-    ours, plain = (
-        (fresh @ (matrix - w).T).square().sum() for matrix in (format.dequantize(tensors, w.dtype), rounded(format, w))
-    )
-    assert ours < 0.25 * plain
-
-
-def test_gptq_of_experts_is_gptq_of_each_and_rounds_the_unseen():
-    x = random_matrix(300, 64, 1) @ random_matrix(64, 64, 2)
-    w = random_matrix(90, 64).view(3, 30, 64)
-    hessian = torch.stack([x.T @ x, torch.zeros(64, 64), x[:40].T @ x[:40]])
-    config, format = gptq.GPTQConfig(group_size=32, damp=0.1, block_size=16, act_order=True), Int4(32)
-    tensors = gptq.gptq_quantize(w, hessian, config)
-    together = format.dequantize(tensors, torch.float32)
-    for e in range(3):
-        alone = format.dequantize(gptq.gptq_quantize(w[e], hessian[e], config), torch.float32)
-        assert (together[e] == alone).float().mean() > 0.95  # the inverse is rounded otherwise in a batch
-    scales, zeros = (tensors[name][1].float().repeat_interleave(32, -1) for name in ("scales", "zeros"))
-    nearest = ((w[1] / scales + zeros / 16).round().clamp(0, 15) - zeros / 16) * scales
-    torch.testing.assert_close(together[1], nearest)
-
-
 def test_hessians_are_of_what_each_linear_gets(folder):
     """Of experts, of the tokens that are sent to them."""
     model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
@@ -298,39 +265,6 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         torch.testing.assert_close(hessians["layers.0.feed_forward.gate_up_proj"][e], x.T @ x)
         h = hidden[topk_ids == e]
         torch.testing.assert_close(hessians["layers.0.feed_forward.down_proj"][e], h.T @ h)
-
-
-def test_calibration_runs_the_model():
-    """Every layer with its own RoPE and window: of weights that rounding does not change, the outputs are the same."""
-    model = to_ours(make_hf("gemma3"), use_kernels=False)
-    rounded = Int4(32)
-    for _, linear in model.quantizable_linears():
-        weight = rounded.dequantize(rounded.quantize(linear.weight), torch.float32)
-        linear.set_tensor("weight", weight)
-    windows = torch.randint(0, 97, (1, 24), generator=torch.Generator().manual_seed(0))
-    outputs = []
-    for layer in model.layers:
-        layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
-    with torch.inference_mode():
-        model.compute_hidden(windows, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 24))
-    expected, outputs[:] = list(outputs), []
-    config = gptq.GPTQConfig(32, damp=0.1, block_size=16, act_order=True)
-    assert len(list(gptq.quantize_model(model, windows, torch.device("cpu"), config))) == 4 * len(model.layers) + 1
-    for i, output in enumerate(expected):  # a layer runs for its Hessians, and then for its outputs
-        torch.testing.assert_close(outputs[2 * i + 1], output, rtol=1e-3, atol=1e-3)
-
-
-def test_gptq_of_inputs_that_are_all_zero(capsys):
-    """They say nothing about which columns matter, so the weights are rounded to nearest."""
-    torch.manual_seed(0)
-    linear = Linear(64, 16)
-    linear.weight.normal_()
-    exact = linear.weight.clone()
-    config = gptq.GPTQConfig(group_size=32, damp=0.1, block_size=128, act_order=True)
-    gptq.quantize_linear("lm_head", linear, torch.zeros(64, 64), config)
-    assert capsys.readouterr().err == "lm_head: all inputs are 0, so it is rounded to nearest\n"
-    plain = Int4(32).dequantize(Int4(32).quantize(exact), torch.float32)
-    assert (linear.weight - exact).square().mean() <= (plain - exact).square().mean()
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])

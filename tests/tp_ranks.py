@@ -115,38 +115,39 @@ def compare(folder: Path) -> dict:
     results = {}
     for name, (_, _, _, sizes) in CASES.items():
         if collectives.world_size() in sizes:
-            results[name] = compare_case(folder / name / "model.pth")
-            if name == COMPILED and collectives.world_size() == 2:
-                results[name]["same"] &= compiled_tokens_are_the_same(folder / name / "model.pth")
+            is_compiled = name == COMPILED and collectives.world_size() == 2
+            results[name] = compare_case(folder / name / "model.pth", is_compiled)
     if collectives.world_size() == 2:
         results["commands"] = run_commands(folder)
     return results
 
 
 @torch.inference_mode()
-def compare_case(path: Path) -> dict:
+def compare_case(path: Path, is_compiled: bool) -> dict:
+    """Returns on rank 0 how all ranks compare with one process, which is rank 0 alone, and {} on other ranks.
+    is_compiled: ranks that run without kernels, through torch.compile, must say the same tokens, too."""
     one, ours = load(path, torch.float32, sharded=False), load(path, torch.float32)
     prompt = make_prompt()
-    expected, logits = logits_of(one, prompt), logits_of(ours, prompt)
+    all_logits = collectives.gather_objects(logits_of(ours, prompt))
     torch.manual_seed(tp.dist.get_rank())
-    sampled = tokens_of(ours, prompt, SamplingParams(temperature=1.0))
-    errors = errors_in_bfloat16(path, one, prompt[:, :8])
+    sampled = collectives.gather_objects(tokens_of(ours, prompt, SamplingParams(temperature=1.0)))
+    greedy = [tokens_of(ours, prompt)]
+    if is_compiled:
+        greedy.append(tokens_of(load(path, torch.float32, use_kernels=False), prompt, compile=True))
+    expected_tokens = tokens_of(one, prompt)  # here, for a step broadcasts rank 0's tokens to all ranks
+    all_decoded = collectives.gather_objects(decoded_logits(load(path, torch.bfloat16), prompt[:, :8]))
+    if tp.dist.get_rank() > 0:
+        return {}
+    expected = logits_of(one, prompt)
     n_kv_heads = [KVCache(model, 1, 1).layers[0].k.shape[1] for model in (one, ours)]
     return {
-        "error": max(collectives.gather_objects(relative_error(logits, expected))),
-        "errors in bfloat16": errors,
-        "same": tokens_of(ours, prompt) == tokens_of(one, prompt),
-        "agreed": len(set(map(str, collectives.gather_objects(sampled)))) == 1,
+        "error": max(relative_error(logits, expected) for logits in all_logits),
+        "errors in bfloat16": errors_in_bfloat16(path, one, prompt[:, :8], all_decoded),
+        "same": greedy == [expected_tokens] * len(greedy),
+        "agreed": len(set(map(str, sampled))) == 1,
         "kv heads": n_kv_heads[1] * collectives.world_size() / n_kv_heads[0],
         **bytes_read(path),
     }
-
-
-def compiled_tokens_are_the_same(path: Path) -> bool:
-    """Whether ranks that run without kernels, through torch.compile, say what one process says."""
-    prompt = make_prompt()
-    ours = tokens_of(load(path, torch.float32, use_kernels=False), prompt, compile=True)
-    return ours == tokens_of(load(path, torch.float32, sharded=False), prompt)
 
 
 def make_prompt() -> Tensor:
@@ -171,22 +172,19 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return ((x - exact).norm() / exact.norm()).item()
 
 
-def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor) -> dict[str, float]:
-    """How far the logits of a decode step are from exact's: one process's with kernels and without, and the ranks'. The
-    median over tokens, since a rounding error can send a few tokens to another expert."""
-    ways = {
-        "kernels": {"sharded": False},
-        "PyTorch": {"sharded": False, "use_kernels": False},
-        "ranks": {},
-    }
+def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks: list[Tensor]) -> dict[str, float]:
+    """How far the logits of decode steps are from exact's: one process's with kernels and without, and of_ranks, which
+    has every rank's. The median over tokens, since a rounding error can send a few tokens to another expert."""
     expected = decoded_logits(exact, tokens)
-    errors = {}
-    for name, options in ways.items():
-        model = load(path, torch.bfloat16, **options)
-        differences = (decoded_logits(model, tokens) - expected).norm(dim=-1)  # [B, T]
-        errors[name] = (differences / expected.norm(dim=-1)).median().item()
-    errors["ranks"] = max(collectives.gather_objects(errors["ranks"]))
-    return errors
+
+    def error(logits: Tensor) -> float:
+        differences = (logits - expected).norm(dim=-1)  # [B, T]
+        return (differences / expected.norm(dim=-1)).median().item()
+
+    def error_of_one(use_kernels: bool) -> float:
+        return error(decoded_logits(load(path, torch.bfloat16, use_kernels, sharded=False), tokens))
+
+    return {"kernels": error_of_one(True), "PyTorch": error_of_one(False), "ranks": max(map(error, of_ranks))}
 
 
 def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:

@@ -166,8 +166,8 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
 def shard_groups(t: Tensor, start: int, length: int, group_size: int, shard_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
     shard_group_size: for each short group, the scale or zero of the group of W around it."""
-    first_inputs = torch.arange(start, start + length, shard_group_size, device=t.device)
-    return t[..., first_inputs // group_size]
+    first_inputs = range(start, start + length, shard_group_size)
+    return t[..., [i // group_size for i in first_inputs]]
 
 
 def repeat_groups(t: Tensor, group_size: int, k: int) -> Tensor:

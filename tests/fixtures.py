@@ -1,0 +1,24 @@
+"""What several test files share: each family's pair of models, made once. conftest.py loads this."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.byte_models import ask, call_cli, chain, chatty, refused  # noqa: F401  (fixtures)
+from tests.cpu_kernels import library, threads  # noqa: F401  (fixtures)
+from tests.tiny import make_hf, to_ours
+
+torch.set_num_threads(1)  # models this small only wait for a second one
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """family -> (transformers' model, the same in ours, with kernels or in plain PyTorch), float32."""
+
+    @functools.cache
+    def make(family: str, use_kernels: bool = True):
+        theirs = make_hf(family)
+        return theirs, to_ours(theirs, use_kernels)
+
+    return make

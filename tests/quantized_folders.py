@@ -1,0 +1,268 @@
+"""Tiny quantized checkpoints as other projects write them, which CASES lists, and what their weights must be."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoint import read_checkpoint
+from converters.model_tensors import NORM_BEFORE
+from kernels.formats import parse_formats
+from model import empty_model
+from tests.tiny import FAMILIES, convert, make_hf
+
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+EXPERT_SIZES = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 256}
+IS_LINEAR = re.compile(r"\.layers\.\d+\..*(_proj|\.w[123])\.weight$")
+
+# ---- The formats, as their projects describe them -------------------------------------------------------------------
+
+
+@dataclass
+class Rounded:
+    """w = (q - zero) * scale, rounded here: q [N, K], scales and zeros [N, n_groups], g_idx [K]."""
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+
+    def dequantize(self) -> Tensor:
+        return (self.q - self.zeros[:, self.g_idx]) * self.scales.float()[:, self.g_idx]
+
+
+def round_weight(
+    w: Tensor, bits: int, group_size: int, symmetric: bool, act_order: int = 0, scale_dtype=torch.float16
+) -> Rounded:
+    """act_order: 0: none; weights with the same number have the same."""
+    k = w.shape[1]
+    group_size = k if group_size == -1 else group_size
+    g_idx = torch.arange(k) // group_size
+    if act_order:
+        g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(act_order))]
+    top, scales, zeros = 2**bits - 1, [], []
+    for g in range(math.ceil(k / group_size)):
+        low, high = w[:, g_idx == g].aminmax(dim=1)
+        scale = torch.maximum(-low, high) / (top // 2) if symmetric else (high.clamp(min=0) - low.clamp(max=0)) / top
+        scale = scale.to(scale_dtype)
+        scales.append(scale)
+        zeros.append(torch.full_like(low, top // 2 + 1) if symmetric else (-low / scale.float()).round().clamp(0, top))
+    scales, zeros = torch.stack(scales, 1), torch.stack(zeros, 1)
+    q = (w / scales.float()[:, g_idx] + zeros[:, g_idx]).round().clamp(0, top)
+    return Rounded(q.int(), scales, zeros.int(), g_idx)
+
+
+def pack(numbers: Tensor, bits: int, dim: int, order=None) -> Tensor:
+    """int32 words of 32 / bits numbers along dim, the first one in the lowest bits; order: which is the first, ..."""
+    per_word = 32 // bits
+    numbers = numbers.movedim(dim, -1).long().unflatten(-1, (-1, per_word))[..., order or list(range(per_word))]
+    words = (numbers << torch.arange(0, 32, bits)).sum(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32).movedim(-1, dim).contiguous()
+
+
+def gptq(name: str, w: Tensor, version: int, **how) -> tuple[dict[str, Tensor], Tensor]:
+    """Version 1 stores zero points minus one: the subtraction goes over whole words."""
+    rounded, bits = round_weight(w, **how), how["bits"]
+    qzeros = pack(rounded.zeros.T, bits, 1)
+    if version == 1:
+        qzeros = qzeros - (0x11111111 if bits == 4 else 0x01010101)
+    tensors = {
+        "qweight": pack(rounded.q.T, bits, 0),
+        "qzeros": qzeros,
+        "scales": rounded.scales.T.contiguous(),
+        "g_idx": rounded.g_idx.int(),
+    }
+    return {f"{name}.{kind}": t for kind, t in tensors.items()}, rounded.dequantize()
+
+
+def awq(name: str, w: Tensor, group_size: int) -> tuple[dict[str, Tensor], Tensor]:
+    rounded, order = round_weight(w, 4, group_size, symmetric=False), [0, 2, 4, 6, 1, 3, 5, 7]
+    tensors = {
+        "qweight": pack(rounded.q.T, 4, 1, order),
+        "qzeros": pack(rounded.zeros.T, 4, 1, order),
+        "scales": rounded.scales.T.contiguous(),
+    }
+    return {f"{name}.{kind}": t for kind, t in tensors.items()}, rounded.dequantize()
+
+
+def packed(name: str, w: Tensor, zeros_dtype=torch.int32, **how) -> tuple[dict[str, Tensor], Tensor]:
+    """compressed-tensors' pack-quantized."""
+    rounded, bits = round_weight(w, **how), how["bits"]
+    tensors = {
+        "weight_packed": pack(rounded.q, bits, 1),
+        "weight_scale": rounded.scales,
+        "weight_shape": torch.tensor(w.shape),
+    }
+    if how.get("act_order"):
+        tensors["weight_g_idx"] = rounded.g_idx.int()
+    if not how["symmetric"]:
+        is_packed = zeros_dtype == torch.int32
+        middle = 2 ** (bits - 1)
+        signed = (rounded.zeros - middle).to(torch.int8)
+        tensors["weight_zero_point"] = pack(rounded.zeros, bits, 0) if is_packed else signed
+    return {f"{name}.{kind}": t for kind, t in tensors.items()}, rounded.dequantize()
+
+
+def int_quantized(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    rounded = round_weight(w, 8, -1, symmetric=True, scale_dtype=torch.bfloat16)
+    tensors = {f"{name}.weight": (rounded.q - 128).to(torch.int8), f"{name}.weight_scale": rounded.scales}
+    return tensors | {f"{name}.input_scale": torch.ones(1)}, rounded.dequantize()
+
+
+def float8(name: str, w: Tensor, rows: int | None, columns: int | None, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """One scale for each block of rows x columns. None: all of them."""
+    n, k = w.shape
+    is_one = rows is columns is None
+    rows, columns = rows or n, columns or k
+    scales = torch.empty(math.ceil(n / rows), math.ceil(k / columns))
+    for i in range(len(scales)):
+        for j in range(scales.shape[1]):
+            scales[i, j] = w[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].abs().max() / 448
+    by_element = scales.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+    weight = (w / by_element).to(torch.float8_e4m3fn)
+    stored = scales.flatten() if is_one else scales
+    return {f"{name}.weight": weight, f"{name}.{kind}": stored}, weight.float() * by_element
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def compressed(format: str, weights: dict) -> dict:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+def write_quantized(folder: Path, family: str, config: dict, quantize: Callable, is_linear: re.Pattern = IS_LINEAR):
+    """Writes a tiny model with each linear layer of its blocks quantized. Returns transformers' model with the weights
+    that the formats' projects would compute with, float32. quantize(name, w) -> (tensors, w dequantized)."""
+    theirs = make_hf(family, **sizes_of(family))
+    folder.mkdir(parents=True)
+    theirs.save_pretrained(folder)
+    stored, dense = {}, load_file(folder / "model.safetensors")
+    for name, w in dense.items():
+        if is_linear.search(name):
+            tensors, dense[name] = quantize(name.removesuffix(".weight"), w)
+            stored |= tensors
+        else:
+            stored[name] = w
+    reference = folder / "reference"
+    reference.mkdir()
+    (reference / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(dense, reference / "model.safetensors", {"format": "pt"})
+    save_file({name: t.contiguous() for name, t in stored.items()}, folder / "model.safetensors")
+    set_quantization(folder, config)
+    return type(theirs).from_pretrained(reference, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def sizes_of(family: str) -> dict:
+    changes = FAMILIES[family][1]
+    return SIZES | {name: size for name, size in EXPERT_SIZES.items() if name in changes}
+
+
+def set_quantization(folder: Path, config: dict):
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | {"quantization_config": config}))
+
+
+def dequantized(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, the quantized weights dequantized, float32. Inputs with an order of their own are
+    put back into the model's."""
+    config, quantization, tensors = read_checkpoint(path)
+    for name, linear in empty_model(config, parse_formats(quantization)).quantizable_linears():
+        if linear.format.is_quantized:
+            parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
+            tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
+        if linear.input_order is not None:
+            positions = tensors.pop(f"{name}.input_order").argsort()  # of the inputs
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, positions]
+            layer, _, module = re.fullmatch(r"((layers\.\d+\.)?)(.*)", name).groups()
+            norm = f"{layer}{NORM_BEFORE.get(module)}.weight"
+            if norm in tensors:
+                tensors[norm] = tensors[norm][positions]
+    return {name: t.float() for name, t in tensors.items()}
+
+
+def half_step(w: Tensor) -> Tensor:
+    """Half the distance of two bfloat16 numbers around w: they have 8 bits of mantissa."""
+    _, exponent = w.frexp()
+    return torch.ldexp(torch.full_like(w, 0.5), exponent - 8)
+
+
+def check_weights(path: Path, reference: Path, is_exact: bool):
+    """Whether every weight is the reference's, or within half a step of bfloat16 of it."""
+    ours, theirs = dequantized(path), dequantized(convert(reference))
+    assert ours.keys() == theirs.keys()
+    for name, w in theirs.items():
+        difference = (ours[name] - w).abs()
+        assert not difference.any() if is_exact else (difference <= half_step(w)).all(), name
+
+
+def formats_of(path: Path) -> dict[str, str | None]:
+    """The names of the formats of layer 0's linear layers and of the head."""
+    config, quantization, _ = read_checkpoint(path)
+    linears = empty_model(config, parse_formats(quantization)).quantizable_linears()
+    return {name.split(".")[-1]: linear.format.name for name, linear in linears if "layers.1." not in name}
+
+
+# ---- Every format ---------------------------------------------------------------------------------------------------
+
+
+def gptq_case(family: str, name: str, version: int = 1, bits: int = 4, group_size: int = 32, symmetric: bool = True):
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": symmetric}
+    config["checkpoint_format"] = "gptq_v2" if version == 2 else "gptq"
+    how = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    return family, name, config, lambda module, w: gptq(module, w, version, **how)
+
+
+def awq_case(family: str, name: str, group_size: int):
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+    return family, name, config, lambda module, w: awq(module, w, group_size)
+
+
+def packed_case(family: str, name: str, bits: int, group_size: int, symmetric: bool, **how):
+    how |= {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel", "group_size": None}
+    if group_size > 0:
+        weights |= {"strategy": "group", "group_size": group_size}
+    return family, name, compressed("pack-quantized", weights), lambda module, w: packed(module, w, **how)
+
+
+def float_case(family: str, name: str, config: dict, rows: int | None, columns: int | None, kind: str = "weight_scale"):
+    return family, name, config, lambda module, w: float8(module, w, rows, columns, kind)
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+SMALL_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 32]}
+CHANNELS = {"num_bits": 8, "type": "float", "strategy": "channel"}
+TENSOR = CHANNELS | {"strategy": "tensor"}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+CASES = {
+    "gptq": gptq_case("llama2", "int4.g32"),
+    "gptq v2": gptq_case("phi3", "int4.g64", version=2, group_size=64),
+    "gptq asymmetric": gptq_case("mixtral", "int4.g32", symmetric=False),
+    "gptq v2 asymmetric": gptq_case("qwen2", "int4.g128", version=2, group_size=128, symmetric=False),
+    "gptq channel": gptq_case("llama-bias", "int4.g128", group_size=-1),
+    "gptq 8 bits": gptq_case("qwen2-moe", "int8.g64", bits=8, group_size=64, symmetric=False),
+    "gptq 8 bits channel": gptq_case("gemma2", "int8", version=2, bits=8, group_size=-1),
+    "awq": awq_case("qwen3", "int4.g64", 64),
+    "awq of experts": awq_case("qwen3-moe", "int4.g128", 128),
+    "packed": packed_case("mistral-nemo", "int4.g128", 4, 128, True, scale_dtype=torch.bfloat16),
+    "packed asymmetric": packed_case("glm", "int4.g32", 4, 32, False, scale_dtype=torch.bfloat16),
+    "packed asymmetric, older": packed_case("phi3", "int4.g32", 4, 32, False, zeros_dtype=torch.int8),
+    "packed channel": packed_case("olmo2", "int4.g128", 4, -1, False),
+    "packed 8 bits": packed_case("llama3", "int8.g64", 8, 64, False),
+    "packed 8 bits channel": packed_case("qwen3", "int8", 8, -1, True, scale_dtype=torch.float32),
+    "int8": ("llama2", "int8", compressed("int-quantized", INT8), int_quantized),
+    "fp8 blocks": float_case("qwen3-moe", "fp8.g128", BLOCKS, 128, 128, "weight_scale_inv"),
+    "fp8 tensor": float_case("mixtral", "fp8", {"quant_method": "fp8"}, None, None),
+    "float tensor": float_case("phi3", "fp8", compressed("float-quantized", TENSOR), None, None),
+    "float channel": float_case("qwen2", "fp8", compressed("float-quantized", CHANNELS), 1, None),
+    "float blocks": float_case("llama2", "fp8.g32", compressed("float-quantized", SMALL_BLOCKS), 64, 32),
+    "fbgemm": float_case("gemma2", "fp8", {"quant_method": "fbgemm_fp8"}, 1, None),
+}

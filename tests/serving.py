@@ -1,0 +1,154 @@
+"""Two tiny models served in threads of the test's process, so that tests see what the completer holds; and clients.
+
+Test files of scripts/serve.py name this in pytest_plugins.
+"""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import openai
+import pytest
+import torch
+
+from engine.completion import AsyncCompleter
+from engine.scheduler import Scheduler
+from loading import load
+from scripts import serve
+
+N_ROWS, KEY = 4, "a key"
+USER = {"role": "user", "content": "Hello"}
+SECONDS = 60  # after which something hangs
+
+
+@pytest.fixture(scope="module")
+def no_proxy():
+    """The clients ask the servers and no proxy."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("no_proxy", "*")
+        yield
+
+
+def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
+    """A server in a thread. Its port, its completer, what stops it."""
+    model, tokenizer = load(folder / "model.pth", dtype=torch.float32)
+    completer = AsyncCompleter(Scheduler(model, N_ROWS, model.config.max_seq_len))
+    server = serve.Server(completer, tokenizer, folder.name, api_key)
+    listener = serve.listen("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # of its connections, for those who do not read
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+
+    def stop():
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+    port = listener.getsockname()[1]
+    return SimpleNamespace(port=port, server=server, completer=completer, model=model, tokenizer=tokenizer, stop=stop)
+
+
+@pytest.fixture(scope="module")
+def chatty_server(chatty, no_proxy):
+    server = start(chatty)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def chain_server(chain, no_proxy):
+    server = start(chain, api_key=KEY)
+    yield server
+    server.stop()
+
+
+def client_of(server, api_key: str = "none") -> openai.OpenAI:
+    """OpenAI's client."""
+    return openai.OpenAI(base_url=url_of(server), api_key=api_key, max_retries=0, timeout=SECONDS)
+
+
+def url_of(server) -> str:
+    return f"http://127.0.0.1:{server.port}/v1"
+
+
+@pytest.fixture(scope="module")
+def chat(chatty_server):
+    """client.chat.completions.create of the server with a chat template."""
+    with client_of(chatty_server) as client:
+        yield client.chat.completions.create
+
+
+@pytest.fixture(scope="module")
+def complete(chatty_server):
+    with client_of(chatty_server) as client:
+        yield client.completions.create
+
+
+@pytest.fixture(scope="module")
+def complete_chain(chain_server):
+    with client_of(chain_server, KEY) as client:
+        yield partial(client.completions.create, model="chain", temperature=0)
+
+
+def joined(stream) -> tuple[list[str], list[str | None]]:
+    """The texts and finish reasons of a stream's choices, by their index."""
+    texts, reasons = {}, {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            piece = choice.delta.content if hasattr(choice, "delta") else choice.text
+            texts[choice.index] = texts.get(choice.index, "") + piece
+            assert reasons.get(choice.index) is None
+            reasons[choice.index] = choice.finish_reason
+    return [texts[i] for i in sorted(texts)], [reasons[i] for i in sorted(reasons)]
+
+
+def ask_http(server, path: str, body=None, method: str = "POST") -> tuple[int, bytes]:
+    """Status and content of the response to any request. body: bytes, pieces of bytes (sent without Content-Length), or
+    what becomes JSON."""
+    if not isinstance(body, (bytes, Iterator)):
+        body = json.dumps(body).encode()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)) as connection:
+        connection.request(method, f"/v1/{path}", body)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def check_error(answer: tuple[int, bytes], status: int, word: str = ""):
+    error = json.loads(answer[1])["error"]
+    assert answer[0] == status and word in error["message"]
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+
+
+def connect(server, body: dict, buffer: int | None = None) -> socket.socket:
+    """Sends a request for completions, and reads nothing. buffer: how many bytes wait to be read, at most."""
+    connection = socket.socket()
+    if buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(SECONDS)
+    connection.connect(("127.0.0.1", server.port))
+    content = json.dumps(body).encode()
+    header = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(content)
+    connection.sendall(header + content)
+    return connection
+
+
+def read_until(connection: socket.socket, end: bytes) -> bytes:
+    data = b""
+    while end not in data:
+        new = connection.recv(2**16)
+        assert new, data
+        data += new
+    return data
+
+
+def wait_for(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)

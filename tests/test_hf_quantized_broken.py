@@ -1,0 +1,132 @@
+"""Quantized Hugging Face checkpoints that are broken, or of unknown methods, are refused."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.quantized_folders import CASES, set_quantization, write_quantized
+from tests.tiny import make_hf, refused
+
+
+def test_unsupported_methods_are_named(tmp_path):
+    make_hf("llama2").save_pretrained(tmp_path)
+    compressed_as = {"quant_method": "compressed-tensors", "config_groups": {}}
+    wrong = {
+        "quant_method 'hqq' is not supported; awq, compressed-tensors, .*gptq": {"quant_method": "hqq"},
+        "quant_method bitsandbytes is not supported": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        "quant_method bitsandbytes is": {"load_in_8bit": True},
+        "quant_method None is not supported": {"bits": 4},
+        "checkpoint_format .marlin. is not": {"quant_method": "gptq", "checkpoint_format": "marlin"},
+        "version 'gemv' is not one of gemm": {"quant_method": "awq", "version": "GEMV"},
+        "format 'nvfp4-pack-quantized' is not one of pack": compressed_as | {"format": "nvfp4-pack-quantized"},
+        "says quant_method gptq; none of the checkpoint's 30 tensors": {"quant_method": "gptq", "bits": 4},
+        "says quant_method mxfp4; none": {"quant_method": "mxfp4"},
+        "something of the wrong kind": compressed_as | {"config_groups": [3]},
+        "must be an object": [4],
+    }
+    for match, config in wrong.items():
+        set_quantization(tmp_path, config)
+        refused(tmp_path, match)
+
+
+def broken_checkpoint(folder: Path, case: str) -> Callable:
+    """Writes one of CASES to folder. Returns the function that checks that changed tensors or config are refused."""
+    family, _, config, quantize = CASES[case]
+    write_quantized(folder, family, config, quantize)
+    (folder / "model_old.pth").write_text("old")
+    tensors = load_file(folder / "model.safetensors")
+
+    def refuse(match: str, changes: dict | None = None, config_changes: dict | None = None):
+        """changes: of the tensors of layer 1's k_proj: a function of one, a new one or, to remove it, None."""
+        changed = dict(tensors)
+        for kind, tensor in (changes or {}).items():
+            name = f"model.layers.1.self_attn.k_proj.{kind}"
+            changed[name] = tensor(tensors[name].clone()) if callable(tensor) else tensor
+        save_file({n: t.contiguous() for n, t in changed.items() if t is not None}, folder / "model.safetensors")
+        set_quantization(folder, config | (config_changes or {}))
+        refused(folder, match)
+
+    return refuse
+
+
+def with_first(value: float) -> Callable[[Tensor], Tensor]:
+    def change(t: Tensor) -> Tensor:
+        t.view(-1)[0] = value
+        return t
+
+    return change
+
+
+def test_broken_gptq(tmp_path):
+    refuse = broken_checkpoint(tmp_path / "m", "gptq")
+    k_proj = "model.layers.1.self_attn.k_proj"
+    refuse("config.json says bits 8; the tensors of model.layers.0.* have bits 4", config_changes={"bits": 8})
+    refuse("says group_size 64; .* have 6 scales for 192 inputs", config_changes={"group_size": 64})
+    refuse("says group_size -1; .* have 6 scales for 192 inputs", config_changes={"group_size": -1})
+    refuse("says bits {}; ", config_changes={"bits": {}})
+    refuse("config.json says bits '4'; .* have bits 4", config_changes={"bits": "4"})
+    refuse(f"no tensor {k_proj}.scales", {"scales": None})
+    refuse(f"no tensor {k_proj}.qzeros", {"qzeros": None})
+    refuse(f"{k_proj}.scales holds scales that are not finite", {"scales": with_first(math.nan)})
+    refuse(f"{k_proj}.scales holds scales that are not finite", {"scales": with_first(math.inf)})
+    refuse(f"{k_proj}.scales is .* torch.int32, which is no part", {"scales": lambda t: t.int()})
+    refuse(rf"{k_proj}.scales is \[0, 128\] ", {"scales": lambda t: t[:0]})
+    refuse(rf"{k_proj}.qweight is \[16, 120\]; .* \[16, 128\]", {"qweight": lambda t: t[:, 8:]})
+    refuse(rf"{k_proj}.qzeros is \[3, 16\]; .* \[4, 16\]", {"qzeros": lambda t: t[1:]})
+    refuse("have 4 scales for 96 inputs", {"qweight": lambda t: t[4:], "g_idx": lambda t: t[32:]})
+    fewer = dict.fromkeys(("qzeros", "scales"), lambda t: t[1:])
+    fewer |= {"qweight": lambda t: t[4:], "g_idx": lambda t: t[:96]}
+    refuse(rf"{k_proj}.weight is \[128, 96\]; the config makes it \[128, 128\]", fewer)
+    refuse(f"{k_proj} has 3 bits; 4 and 8 are supported", {"qzeros": lambda t: t[:, 4:]})
+    refuse(f"{k_proj}.g_idx names group 4; there are 4", {"g_idx": with_first(4)})
+    refuse(f"{k_proj}.g_idx names group -1", {"g_idx": with_first(-1)})
+    refuse(f"{k_proj}.g_idx does not make groups of 32", {"g_idx": with_first(1)})
+    refuse(rf"{k_proj}.g_idx is \[127\]", {"g_idx": lambda t: t[1:]})
+    refuse(f"{k_proj}.g_idx is missing, although", {"g_idx": None}, config_changes={"desc_act": True})
+    file = tmp_path / "m/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    refused(tmp_path / "m", "truncated")
+
+
+def test_broken_awq_and_packed(tmp_path):
+    refuse = broken_checkpoint(tmp_path / "awq", "awq")
+    refuse("have 3 scales for 192 inputs", config_changes={"group_size": 128})
+    refuse(r"qzeros is \[1, 4\]; .* \[2, 4\]", {"qzeros": lambda t: t[1:]})
+    refuse("is AWQ of 8 bits; 4 are", {"scales": lambda t: t[:, ::2]}, {"bits": None})
+    refuse("k_proj.g_idx is no part of a weight", {"g_idx": torch.arange(128)})
+    refuse = broken_checkpoint(tmp_path / "packed", "packed asymmetric")
+    refuse("k_proj.weight_global_scale is no part of a weight", {"weight_global_scale": torch.ones(1)})
+    refuse(r"weight_shape is \[64, 128\], but weight_packed", {"weight_shape": with_first(64)})
+    refuse(r"weight_shape is \[-1, 128\]", {"weight_shape": with_first(-1)})
+    refuse("says num_bits 4; .* have num_bits 8", {"weight_shape": lambda t: t // torch.tensor([1, 2])})
+    refuse(r"weight_zero_point is \[\d, 3\]", {"weight_zero_point": lambda t: t[:, 1:]})
+    refuse("scales that are not finite", {"weight_scale": with_first(-math.inf)})
+    stated = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["re:.*(mlp|o_proj).*"], "weights": stated}}
+    refuse("no target of config_groups is model.layers.0.self_attn.", config_changes={"config_groups": groups})
+    groups["group_0"] |= {"targets": ["Linear"], "weights": {"num_bits": 8}}
+    refuse("says num_bits 8; .* have num_bits 4", config_changes={"config_groups": groups})
+    groups["group_0"]["weights"] = stated | {"type": "float"}
+    refuse("says type float; .* have type int", config_changes={"config_groups": groups})
+    groups["group_0"] |= {"targets": ["re:("]}
+    refuse("something of the wrong kind", config_changes={"config_groups": groups})
+
+
+def test_broken_float8(tmp_path):
+    refuse = broken_checkpoint(tmp_path / "channels", "float channel")
+    refuse("k_proj.weight_global_scale is no part of a weight", {"weight_global_scale": torch.ones(1)})
+    refuse("k_proj.weight_zero_point is no part of a weight", {"weight_zero_point": torch.ones(64, 1)})
+    refuse(r"k_proj.weight_scale(_inv)? is no part of a weight", {"weight_scale_inv": torch.ones(64, 1)})
+    refuse = broken_checkpoint(tmp_path / "blocks", "fp8 blocks")
+    refuse(r"weight_scale_inv is \[1, 1, 1\]", {"weight_scale_inv": lambda t: t[None]})
+    refuse(r"blocks that make them \[2, 4\]; .* scales \[1, 1\]", config_changes={"weight_block_size": [64, 32]})
+    refuse("wrong kind", config_changes={"weight_block_size": [64]})
+    refuse("wrong kind", config_changes={"weight_block_size": [0, 128]})
+    refuse("no tensor model.layers.1.self_attn.k_proj.weight_scale", {"weight_scale_inv": None})
+    refuse("weight holds numbers that are not finite", {"weight": lambda t: t.float().fill_(math.nan).to(t.dtype)})
+    refuse("float8_e5m2, which is no part", {"weight": lambda t: t.float().to(torch.float8_e5m2)})
+    refuse("scales that are not finite", {"weight_scale_inv": with_first(math.nan)})
