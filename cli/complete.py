@@ -80,7 +80,7 @@ def complete_in_parallel(
         if completion.error:
             n_refused += 1
             print(f"prompt {completion.index + 1}: {completion.error}", file=sys.stderr)
-        n_new += len(completion.tokens)
+        n_new += len(completion.new_ids)
         if args.json:
             print_json(args, model, scheduler, prompts[completion.index], completion, stats)
         else:

@@ -27,9 +27,9 @@ if __name__ == "__main__":
 from cli import options
 from cli.script import exit_with_error, run_script
 from converters.resolve import resolve_checkpoint
-from engine.completion import AsyncCompleter, CompletionError
 from engine.scheduler import Scheduler
 from loading import load
+from scripts.async_completer import AsyncCompleter, CompletionError
 from scripts.openai_api import Reply, require
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError

@@ -27,11 +27,11 @@ from hypothesis import strategies as st
 
 from cli.interrupts import EXIT_INTERRUPTED
 from cli.script import run_script
-from engine.completion import AsyncCompleter
 from engine.scheduler import Scheduler
 from engine.steps import make_kv_cache
 from loading import load
 from scripts import serve
+from scripts.async_completer import AsyncCompleter
 from tests.byte_models import VOCAB_SIZE
 from tests.tiny import ROOT
 
