@@ -295,8 +295,8 @@ class KVCache:
             raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
-        # The ids of the tokens, for sampling that depends on the text; see store_token_ids.
-        self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
+        # For sampling that depends on the text: see store_tokens.
+        self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
         tables = RopeTables(model.config, max_seq_len, self.device)
         self.layers = []
         for i, block in enumerate(model.layers):
@@ -307,16 +307,16 @@ class KVCache:
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
             self.layers.append(LayerCache(k, v, tables.of_layer(i), slopes))
 
-    def store_token_ids(self, tokens: Tensor, start_pos: Tensor):
+    def store_tokens(self, tokens: Tensor, start_pos: Tensor):
         """Stores the ids of tokens [B, T], the first at start_pos [B], for sampling that depends on the text."""
         positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        self.token_ids.scatter_(1, positions, tokens)
+        self.tokens.scatter_(1, positions, tokens)
 
     def token_presence_mask(self, last_positions: Tensor, vocab_size: int) -> Tensor:
         """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
         The ids of the text must have been stored."""
         is_later = torch.arange(self.max_seq_len, device=self.device) > last_positions[..., None]  # [B, n, S]
-        ids = self.token_ids[:, None].masked_fill(is_later, vocab_size)
+        ids = self.tokens[:, None].masked_fill(is_later, vocab_size)
         seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
         return seen.scatter_(-1, ids, True)[..., :vocab_size]
 
@@ -324,7 +324,7 @@ class KVCache:
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
         so a shorter view costs less."""
         view = copy.copy(self)
-        view.max_seq_len, view.token_ids = n, self.token_ids[:, :n]
+        view.max_seq_len, view.tokens = n, self.tokens[:, :n]
         view.layers = [
             cache._replace(k=cache.k[:, :, :n], v=cache.v[:, :, :n], rope=cache.rope[:n]) for cache in self.layers
         ]
@@ -335,14 +335,14 @@ class KVCache:
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self
         view = copy.copy(self)
-        view.batch_size, view.token_ids = n, self.token_ids[start : start + n]
+        view.batch_size, view.tokens = n, self.tokens[start : start + n]
         rows = slice(start, start + n)
         view.layers = [cache._replace(k=cache.k[rows], v=cache.v[rows]) for cache in self.layers]
         return view
 
     def copy_sequence(self, source: int, target: int, n: int):
         """Copies the first n tokens of sequence source to sequence target."""
-        self.token_ids[target, :n] = self.token_ids[source, :n]
+        self.tokens[target, :n] = self.tokens[source, :n]
         for cache in self.layers:
             cache.k[target, :, :n] = cache.k[source, :, :n]
             cache.v[target, :, :n] = cache.v[source, :, :n]

@@ -95,18 +95,18 @@ class SamplingParams:
 
 def process_logits(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, samplings: Sequence[SamplingParams],
-    always_store_ids: bool = False,
+    always_store: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. Stores the ids of
-    tokens in kv_cache. A new option of this kind goes here, and in SamplingParams.depends_on_text.
+    """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. Stores tokens in
+    kv_cache. A new option of this kind goes here, and in SamplingParams.depends_on_text.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
-    kv_cache: holds the ids of the text before tokens.
+    kv_cache: holds the text before tokens, which earlier calls have stored.
     samplings: one for each sequence, or one for all.
-    always_store_ids: True: store the ids even if no option needs them now."""
+    always_store: True: store tokens even if no option needs them now."""
     depends_on_text = any(sampling.depends_on_text for sampling in samplings)
-    if depends_on_text or always_store_ids:
-        kv_cache.store_token_ids(tokens, start_pos)
+    if depends_on_text or always_store:
+        kv_cache.store_tokens(tokens, start_pos)
     if not depends_on_text:
         return logits
     n = logits.shape[1]

@@ -176,12 +176,12 @@ class Scheduler:
         """Computes the next token of every sequence. self.running must have no gaps: see compact."""
         device = self.kv_cache.device
         slots = range(len(self.running))
-        last_ids = torch.tensor([sequence.new_ids[-1:] for sequence in self.running], device=device)
+        last_tokens = torch.tensor([sequence.new_ids[-1:] for sequence in self.running], device=device)
         start_pos = torch.tensor([len(self.cached_ids[slot]) for slot in slots], device=device)
-        logits = self.decode_step(last_ids, start_pos)
+        logits = self.decode_step(last_tokens, start_pos)
         for slot in slots:
             self.cached_ids[slot].append(self.running[slot].new_ids[-1])
-        return with_tape_threads(self.sample_next, slots, logits, last_ids, start_pos)
+        return with_tape_threads(self.sample_next, slots, logits, last_tokens, start_pos)
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. Frees the
@@ -189,8 +189,8 @@ class Scheduler:
         sequences = self.running[slots.start : slots.stop]
         kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
         samplings = [sequence.request.sampling for sequence in sequences]
-        # A later request with a repetition penalty may copy this slot as its prefix, so always store the ids.
-        scores = process_logits(logits, tokens, start_pos, kv_cache, samplings, always_store_ids=True)
+        # A later request with a repetition penalty may copy this slot as its prefix, so always store tokens.
+        scores = process_logits(logits, tokens, start_pos, kv_cache, samplings, always_store=True)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         check_sampled_ids(ids)
         new_tokens = []

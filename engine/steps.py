@@ -155,7 +155,7 @@ class ModelRunner:
         self.step = step = ModelStep(model, kv_cache, sampler)
         self.sampler, self.compile, self.device = sampler, compile, model.device
         self.can_record = step.can_record
-        # Each is recorded when it is first called. Most are never called.
+        # The first call of each records. Of a runner's three, only one or two are ever called.
         self.tape_of_model = record(step.compute_logits)
         self.cuda_graph = record(step.eager)
         self.compiled_cuda_graph = record(step.compiled)
@@ -172,7 +172,7 @@ class ModelRunner:
     def recorded(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         if self.device.type == "cuda":
             return self.cuda_graph(tokens, start_pos, *sampler_inputs)
-        # A tape can only hold ops of kernels/schema.py. A sampler has others.
+        # A tape holds only ops of kernels/schema.py, but a sampler has others.
         logits = self.tape_of_model(tokens, start_pos)
         return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
 
@@ -183,8 +183,9 @@ class ModelRunner:
 
 
 class ModelStep:
-    """What a ModelRunner calls or records. In a class of its own, since what is recorded must not refer to the
-    recording: with such a cycle, a KV cache that nothing uses would stay in memory until Python looks for cycles."""
+    """What a ModelRunner calls or records. The recordings are in the other class: a recording refers to the function
+    that it records, so both in one object would be a reference cycle. A cycle would keep an unused KV cache in memory
+    until Python's next garbage collection."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
         self.model, self.kv_cache, self.sampler = model, kv_cache, sampler

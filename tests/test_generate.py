@@ -1,5 +1,7 @@
 """generate() and its steps: transformers' tokens, however the prompt is cut, batched, cached or compiled."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -91,6 +93,21 @@ def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, pair):
     ours = pair(family)[1]
     layers = KVCache(ours, 2, 7).layers
     assert 2 * 7 * ours.kv_bytes_per_token() == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
+
+
+def test_a_cache_that_nothing_uses_is_freed_at_once(pair):
+    """Recorded steps refer to the cache, so none may be part of a reference cycle."""
+    model = pair("llama3")[1]
+    kv_cache = KVCache(model, 1, 12)
+    steps = build_steps(model, kv_cache, SamplingParams())
+    new_tokens(steps, prompt_of(1, 5), 4)
+    is_alive = weakref.ref(kv_cache)
+    gc.disable()
+    try:
+        del kv_cache, steps
+        assert is_alive() is None
+    finally:
+        gc.enable()
 
 
 def test_modes_of_a_step(pair):
