@@ -99,6 +99,7 @@ class SpeculativeDecoder:
             else:
                 n_accepted, new_ids = self.verify(last_token, start_pos, proposal)
                 acceptance.update(n_accepted, is_rejected=n_accepted < k)
+
     def verify(self, last_token: Tensor, start_pos: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
         """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and the ids of n_accepted + 1
         tokens: the accepted tokens, then one token that the model sampled."""
