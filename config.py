@@ -113,9 +113,9 @@ class ModelConfig:
         """The width of the keys, and of the values, of a token: all heads together."""
         return self.n_kv_heads * self.head_dim
 
-    def window(self, layer: int) -> int:
-        """Returns how many tokens a token sees in this layer, itself included. 0 means all."""
-        has_window = self.layer_has_window is None or self.layer_has_window[layer]
+    def window(self, layer_idx: int) -> int:
+        """Returns how many tokens a token sees in a layer, itself included. 0 means all."""
+        has_window = self.layer_has_window is None or self.layer_has_window[layer_idx]
         return (self.sliding_window or 0) if has_window else 0
 
     def mean_attended_tokens(self, n_tokens: int) -> float:
@@ -165,9 +165,9 @@ def check_dimensions(config: ModelConfig):
     for name in ("attention_scale", "local_rope_theta"):
         if getattr(config, name) is not None:
             check_positive_number(f"the model's {name}", getattr(config, name))
-    for name in ("n_layers", "n_heads"):
-        if getattr(config, name) > MAX_MODULES:
-            raise UsageError(f"{getattr(config, name)} {name[2:]} are more than any model has")
+    for what, n in (("layers", config.n_layers), ("heads", config.n_heads)):
+        if n > MAX_MODULES:
+            raise UsageError(f"{n} {what} are more than any model has")
     if config.n_heads % config.n_kv_heads:
         raise UsageError(f"n_heads {config.n_heads} is no multiple of n_kv_heads {config.n_kv_heads}")
     if config.head_dim % 2:

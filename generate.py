@@ -8,7 +8,6 @@ Text goes to stdout, a summary to stderr. With --json, stdout has one JSON objec
 import argparse
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,10 +25,10 @@ from cli.complete import complete_in_parallel, complete_one_by_one
 from cli.prompts import Prompt, read_prompts
 from cli.ranks import process_group
 from cli.script import run_script
-from cli.startup import build_speculation, load_draft, required_seq_len, tp_stats, warm_up
+from cli.startup import build_decoder, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from engine.chat import Conversation
-from engine.speculate import speculate
+from engine.sampling import SamplingParams
 from engine.steps import build_steps, make_kv_cache
 from llm import LLM, build_decode_loop, generate
 from loading import load, load_model
@@ -37,7 +36,9 @@ from model import Transformer
 from text.tokenizer import Tokenizer
 
 # The names that programs import from this file
-__all__ = ["LLM", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_decode_loop"]
+__all__ = [
+    "LLM", "SamplingParams", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_decode_loop",
+]  # fmt: skip
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -64,15 +65,15 @@ def generate_one_by_one(
     """Completes the prompts one after the other, or runs a conversation. stats: more fields for --json."""
     kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, prompts, model, draft))
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
-    speculation = build_speculation(args, model, draft, kv_cache, steps) if args.speculative else None
+    decoder = build_decoder(args, model, draft, kv_cache, steps) if args.speculative else None
     start = time.perf_counter()
-    warm_up(args, steps, speculation, prompts, model.device)
+    warm_up(args, steps, decoder, prompts, model.device)
     stats["compile_seconds"] = time.perf_counter() - start
     if args.json and collectives.world_size() > 1:
         stats |= tp_stats(args, steps, model.device)
 
     torch.manual_seed(args.seed)
-    decode_loop = partial(speculate, speculation) if speculation else build_decode_loop(steps, kv_cache)
+    decode_loop = decoder or build_decode_loop(steps, kv_cache)
     if args.conversation:
         eos_ids = model.config.eos_ids
         conversation = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, eos_ids, args.system)

@@ -55,19 +55,19 @@ def quantize_model(
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
     # One cache serves all windows: every window begins at position 0, and overwrites the previous window.
     caches = KVCache(model, 1, windows.shape[1]).layers
-    layer_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
-    for i, layer in enumerate(model.layers):
-        layer.to(device)
+    block_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
+    for i, block in enumerate(model.layers):
+        block.to(device)
         cache = LayerCache(*(t if t is None else t.to(device) for t in caches[i]))
-        hessians = compute_hessians(model, i, layer_inputs, start_pos, cache)
+        hessians = compute_hessians(model, i, block_inputs, start_pos, cache)
         for name in list(hessians):
             hessian = hessians.pop(name)  # frees the Hessian's memory before the next layer
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
-        layer_inputs = [layer(x, start_pos, cache) for x in layer_inputs]
-        layer.to("meta")
+        block_inputs = [block(x, start_pos, cache) for x in block_inputs]
+        block.to("meta")
     model.norm.to(device)
     model.lm_head.to(device)
-    hessian = sum(sum_of_outer_products(model.norm(x)) for x in layer_inputs)
+    hessian = sum(sum_of_outer_products(model.norm(x)) for x in block_inputs)
     yield "lm_head", quantize_linear("lm_head", model.lm_head, hessian, config)
 
 
@@ -91,11 +91,11 @@ def check_finite_weight(name: str, weight: Tensor):
 
 
 def compute_hessians(
-    model: Transformer, i: int, layer_inputs: list[Tensor], start_pos: Tensor, cache: LayerCache
+    model: Transformer, i: int, block_inputs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
     """Returns the Hessians of the linear layers in block i, by name: [K, K], or [E, K, K] for experts.
 
-    layer_inputs: the inputs of the block, [1, T, dim] for each window."""
+    block_inputs: [1, T, dim] for each window."""
     sums, hooks = {}, []
 
     def add_inputs(name: str, linear: Linear, args: tuple, kwargs: dict):
@@ -117,7 +117,7 @@ def compute_hessians(
         experts = () if linear.n_experts is None else (linear.n_experts,)
         sums[name] = torch.zeros(*experts, linear.in_features, linear.in_features, device=linear.weight.device)
         hooks.append(linear.register_forward_pre_hook(partial(add_inputs, name), with_kwargs=True))
-    for x in layer_inputs:
+    for x in block_inputs:
         model.layers[i](x, start_pos, cache)
     for hook in hooks:
         hook.remove()

@@ -6,6 +6,8 @@
 
 LLM consists of these parts, which also take batches:
 
+    from generate import SamplingParams, build_steps, generate, load, make_kv_cache
+
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
@@ -32,6 +34,7 @@ from engine.completion import (
     stream_completions,
 )
 from engine.sampling import SamplingParams
+from engine.scheduler import check_length
 from engine.steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
 from loading import load
 from model import KVCache
@@ -55,15 +58,15 @@ def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_toke
         # A CPU would compute the next step at once, and in vain if the caller stops after this step.
         next_is_queued = tokens.is_cuda and n_left > 0
         if next_is_queued:
-            tokens, start_pos = decode(steps, tokens, start_pos)
+            tokens, start_pos = decode_next(steps, tokens, start_pos)
         ids = read_ids()
         check_sampled_ids(ids)
         yield ids
         if n_left > 0 and not next_is_queued:
-            tokens, start_pos = decode(steps, tokens, start_pos)
+            tokens, start_pos = decode_next(steps, tokens, start_pos)
 
 
-def decode(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
+def decode_next(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
     """Runs one decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
     # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the tokens,
     # and the embedding has no row -1, so clamp the tokens.
@@ -88,8 +91,8 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
 
 
 def build_decode_loop(steps: GenerationSteps, kv_cache: KVCache) -> DecodeLoop:
-    """Returns a DecodeLoop that adds one token per step to every sequence of kv_cache. engine/speculate.py: speculate
-    adds several tokens per step."""
+    """Returns a DecodeLoop that adds one token per step to every sequence of kv_cache. The other DecodeLoop,
+    engine/speculate.py: SpeculativeDecoder, adds several tokens per step."""
 
     def decode_loop(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
         prompt = torch.tensor([token_ids[n_cached:]] * kv_cache.batch_size, device=kv_cache.device)
@@ -133,9 +136,9 @@ class LLM:
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
         check_max_new_tokens(max_new_tokens)
-        limit_name = f"max_seq_len, {self.max_seq_len}"
-        options = {"sampling": self.sampling, "stop": stop}
-        request = build_request(prompt, self.tokenizer, max_new_tokens, self.max_seq_len, limit_name, **options)
+        context = self.model.config.max_seq_len
+        request = build_request(prompt, self.tokenizer, context, max_new_tokens, self.sampling, stop=stop)
+        check_length(len(request.prompt_ids), max_new_tokens, self.max_seq_len, limit="max_seq_len, ")
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()
         try:

@@ -79,7 +79,7 @@ def load_model(
     model.load_state_dict(moved, assign=True)
     if tied:
         model.tie_embedding()
-    model.embed_scale = torch.tensor(model.embed_scale).to(dtype).item()  # as transformers does
+    model.round_embed_scale()
     model.eval().requires_grad_(False)
     if use_kernels:
         model.prepare_kernels(is_mmapped=True)

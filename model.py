@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = DENSE  # of most linear layers
-        self.embed_scale = config.embed_scale  # load_model rounds it to the activations' dtype, as transformers does
+        self.embed_scale = config.embed_scale  # load_model calls round_embed_scale
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -50,8 +50,8 @@ class Transformer(nn.Module):
     def compute_hidden(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """forward without the final norm and the head: [B, T, dim]."""
         x = self.embed(tokens)
-        for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
-            x = layer(x, start_pos, cache)
+        for block, cache in zip(self.layers, kv_cache.layers, strict=True):
+            x = block(x, start_pos, cache)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -75,6 +75,11 @@ class Transformer(nn.Module):
     def is_tied(self) -> bool:
         """Whether embedding and head share one weight, which is then in memory once."""
         return self.embed_tokens.weight is self.lm_head.weight
+
+    def round_embed_scale(self):
+        """Rounds embed_scale to the activations' dtype, as transformers does. A step cannot round, since only ops of
+        kernels/schema.py can be recorded."""
+        self.embed_scale = torch.tensor(self.embed_scale).to(self.dtype).item()
 
     def tie_embedding(self):
         """Makes the embedding share the head's weight."""
@@ -101,21 +106,21 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
-    def uses_kernels(self, batch: int, n_new: int) -> bool:
-        """Whether a step with n_new new tokens in each of batch sequences can be recorded. On a CPU every operation of
-        a recorded step is a kernel. On a GPU some are not: a CUDA graph also records PyTorch's operations, which look
-        up a dense embedding and compute an unfused glu or add."""
+    def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
+        """Whether every op of a step with n_new_tokens in each of batch_size sequences has a kernel, so that record()
+        can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, glu and add."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # a dense embedding can always be recorded
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1:
             return False
-        if batch * n_new > min(linear.max_kernel_tokens for linear in linears):
+        if batch_size * n_new_tokens > min(linear.max_kernel_tokens for linear in linears):
             return False
-        attention = self.layers[0].attention
         (backend,) = backends
-        return kernels.has_attention_kernel(backend, batch, n_new, attention.n_heads // attention.n_kv_heads)
+        attention = self.layers[0].attention  # all layers have the same numbers of heads
+        heads_per_kv_head = attention.n_heads // attention.n_kv_heads
+        return kernels.has_attention_kernel(backend, batch_size, n_new_tokens, heads_per_kv_head)
 
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
@@ -129,7 +134,7 @@ class Transformer(nn.Module):
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of one sequence, on this rank."""
-        n_elements = sum(2 * layer.attention.n_kv_heads * layer.attention.head_dim for layer in self.layers)
+        n_elements = sum(2 * block.attention.n_kv_heads * block.attention.head_dim for block in self.layers)
         return n_elements * self.dtype.itemsize
 
 
@@ -156,15 +161,14 @@ def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_DENSE) ->
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
-        """layer: the number of the layer, since layers may differ."""
+    def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
 
         def norm(enabled: bool) -> RMSNorm | None:
             return RMSNorm(config.dim, config.norm_eps) if enabled else None
 
         self.pre_attention_norm = norm(config.pre_norm)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config, layer_idx)
         self.post_attention_norm = norm(config.post_norm)
         self.pre_ffn_norm = norm(config.pre_norm)
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
@@ -204,7 +208,7 @@ class Attention(AttentionParams):
     A model has only some of the norms, softcap, slopes, window and sinks. Everything between the products qkv_proj and
     o_proj is one operation, kernels/ops.py: attend. This module is its AttentionParams."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer_idx: int):
         n_heads, n_kv_heads, head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         q_norm = k_norm = sinks = None
         if config.qk_norm:
@@ -216,7 +220,7 @@ class Attention(AttentionParams):
         super().__init__(
             n_heads,
             scale=config.attention_scale or head_dim**-0.5,
-            window=config.window(layer),
+            window=config.window(layer_idx),
             softcap=config.attention_softcap,
             q_norm=q_norm,
             k_norm=k_norm,
@@ -291,28 +295,28 @@ class KVCache:
             raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
-        # The ids of the tokens, for sampling that depends on the text; see store_token_ids.
-        self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
+        # For sampling that depends on the text: see store_tokens.
+        self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
         tables = RopeTables(model.config, max_seq_len, self.device)
         self.layers = []
-        for i, layer in enumerate(model.layers):
-            attention, slopes = layer.attention, None
+        for i, block in enumerate(model.layers):
+            attention, slopes = block.attention, None
             if attention.alibi_slopes is not None:
                 slopes = torch.tensor(attention.alibi_slopes, dtype=torch.float32, device=self.device)
             shape = (batch_size, attention.n_kv_heads, max_seq_len, attention.head_dim)
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
             self.layers.append(LayerCache(k, v, tables.of_layer(i), slopes))
 
-    def store_token_ids(self, tokens: Tensor, start_pos: Tensor):
+    def store_tokens(self, tokens: Tensor, start_pos: Tensor):
         """Stores the ids of tokens [B, T], the first at start_pos [B], for sampling that depends on the text."""
         positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        self.token_ids.scatter_(1, positions, tokens)
+        self.tokens.scatter_(1, positions, tokens)
 
     def token_presence_mask(self, last_positions: Tensor, vocab_size: int) -> Tensor:
         """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
         The ids of the text must have been stored."""
         is_later = torch.arange(self.max_seq_len, device=self.device) > last_positions[..., None]  # [B, n, S]
-        ids = self.token_ids[:, None].masked_fill(is_later, vocab_size)
+        ids = self.tokens[:, None].masked_fill(is_later, vocab_size)
         seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
         return seen.scatter_(-1, ids, True)[..., :vocab_size]
 
@@ -320,7 +324,7 @@ class KVCache:
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
         so a shorter view costs less."""
         view = copy.copy(self)
-        view.max_seq_len, view.token_ids = n, self.token_ids[:, :n]
+        view.max_seq_len, view.tokens = n, self.tokens[:, :n]
         view.layers = [
             cache._replace(k=cache.k[:, :, :n], v=cache.v[:, :, :n], rope=cache.rope[:n]) for cache in self.layers
         ]
@@ -331,14 +335,14 @@ class KVCache:
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self
         view = copy.copy(self)
-        view.batch_size, view.token_ids = n, self.token_ids[start : start + n]
+        view.batch_size, view.tokens = n, self.tokens[start : start + n]
         rows = slice(start, start + n)
         view.layers = [cache._replace(k=cache.k[rows], v=cache.v[rows]) for cache in self.layers]
         return view
 
     def copy_sequence(self, source: int, target: int, n: int):
         """Copies the first n tokens of sequence source to sequence target."""
-        self.token_ids[target, :n] = self.token_ids[source, :n]
+        self.tokens[target, :n] = self.tokens[source, :n]
         for cache in self.layers:
             cache.k[target, :, :n] = cache.k[source, :, :n]
             cache.v[target, :, :n] = cache.v[source, :, :n]

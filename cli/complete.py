@@ -73,20 +73,20 @@ def complete_in_parallel(
     fit the model's context, the other prompts are completed, and UsageError is raised at the end."""
     requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
     scheduler = make_scheduler(args, model, requests)
-    start, n_new, n_refused = time.perf_counter(), 0, 0
+    start, n_new_tokens, n_refused = time.perf_counter(), 0, 0
     hide_bar = True if sys.stdout.isatty() else None  # texts on a terminal show the progress already
     completions = complete_all(scheduler, tokenizer, requests)
     for completion in tqdm(completions, "prompts", len(prompts), disable=hide_bar, leave=False):
         if completion.error:
             n_refused += 1
             print(f"prompt {completion.index + 1}: {completion.error}", file=sys.stderr)
-        n_new += len(completion.tokens)
+        n_new_tokens += len(completion.new_ids)
         if args.json:
             print_json(args, model, scheduler, prompts[completion.index], completion, stats)
         else:
             print(f"--- prompt {completion.index + 1}\n{completion.text}", flush=True)
     seconds = time.perf_counter() - start
-    print(f"{n_new} tokens in {seconds:.2f} s: {n_new / seconds:.1f} tokens/s in total", file=sys.stderr)
+    print(f"{n_new_tokens} tokens in {seconds:.2f} s: {n_new_tokens / seconds:.1f} tokens/s in total", file=sys.stderr)
     if n_refused:
         raise UsageError(f"{n_refused} of {len(prompts)} prompts could not be completed")
 

@@ -48,8 +48,7 @@ def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokeni
     is_chat = not isinstance(source, str)
     if is_chat and args.system and source[0]["role"] != "system":
         source = [{"role": "system", "content": args.system}, *source]
-    ids = encode_prompt(source, tokenizer, context, limit_name=f"the model's context of {context}")
-    return Prompt(source, ids, is_chat)
+    return Prompt(source, encode_prompt(source, tokenizer, context), is_chat)
 
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:

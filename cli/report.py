@@ -24,7 +24,7 @@ def build_result(
     decoded = [one for one in longest if len(one.step_times) > 1]  # step 0 is prefill, all others are decode steps
     tokens_per_second = median([sum(one.step_sizes[1:]) / one.decode_seconds for one in decoded])
     steps_per_second = median([(len(one.step_times) - 1) / one.decode_seconds for one in decoded])
-    halfway = len(prompt.ids) + len(last.tokens) // 2  # the mean number of tokens in the cache over all steps
+    halfway = len(prompt.ids) + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
     bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
     if args.speculative:  # a step that accepts n proposed tokens gives n + 1 tokens
@@ -35,7 +35,7 @@ def build_result(
         "prompt": prompt.source,
         "seed": args.seed,
         "prompt_tokens": len(prompt.ids),
-        "generated_tokens": sum(len(completion.tokens) for completion in last_batch),
+        "generated_tokens": sum(len(completion.new_ids) for completion in last_batch),
         "prefill_seconds": last.step_times[0] - last.request.start_time,
         "decode_tokens_per_sec": tokens_per_second,
         "total_tokens_per_sec": tokens_per_second * len(last_batch),
@@ -52,7 +52,7 @@ def build_result(
 def describe_batch(batch: list[Completion]) -> dict:
     return {
         "text": [completion.text for completion in batch],
-        "tokens": [completion.tokens for completion in batch],
+        "tokens": [completion.new_ids for completion in batch],
         "finish_reason": [completion.finish_reason for completion in batch],
     }
 
@@ -63,7 +63,7 @@ def median(values: list[float]) -> float:
 
 def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> int:
     """Returns how many bytes of keys and values a decode step reads when n_tokens tokens are in the cache."""
-    if model.uses_kernels(kv_cache.batch_size, 1):
+    if model.can_record(kv_cache.batch_size, 1):
         n_read = model.config.mean_attended_tokens(n_tokens)
     else:  # a compiled step reads the whole cache, also the part without tokens
         n_read = kv_cache.max_seq_len if compile else n_tokens

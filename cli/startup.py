@@ -1,5 +1,5 @@
-"""What generate.py does before the first token: loads the draft model, sizes the KV cache, builds speculation, and
-compiles or records the steps.
+"""What generate.py does before the first token: loads the draft model, sizes the KV cache, builds the speculative
+decoder, and compiles or records the steps.
 """
 
 import argparse
@@ -60,12 +60,14 @@ def required_seq_len(
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(prompt.ids) for prompt in prompts)
-    limit_name = f"the {name}'s context of {context}; lower --max_new_tokens or shorten the prompt"
-    check_length(longest, args.max_new_tokens, context, limit_name)
+    try:
+        check_length(longest, args.max_new_tokens, context, limit=f"the {name}'s context of ")
+    except UsageError as e:
+        raise UsageError(f"{e}; lower --max_new_tokens or shorten the prompt") from None
     return longest + args.max_new_tokens
 
 
-def build_speculation(
+def build_decoder(
     args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
     """Returns a SpeculativeDecoder, which proposes tokens by the draft model, or by prompt lookup if draft is None."""
@@ -80,14 +82,14 @@ def build_speculation(
 
 def warn_about_size(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
-    most = max((i for i in range(1, k + 1) if model.uses_kernels(1, i + 1)), default=0)
+    most = max((i for i in range(1, k + 1) if model.can_record(1, i + 1)), default=0)
     if model.lm_head.backend == "triton" and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
 @torch.inference_mode()
 def warm_up(
-    args: argparse.Namespace, steps: GenerationSteps, speculation: SpeculativeDecoder | None, prompts: list[Prompt],
+    args: argparse.Namespace, steps: GenerationSteps, decoder: SpeculativeDecoder | None, prompts: list[Prompt],
     device: torch.device,
 ):  # fmt: skip
     """Runs steps once, so that they are compiled or recorded before the first prompt:
@@ -109,11 +111,11 @@ def warm_up(
     if not args.compile:
         return
     steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
-    if speculation is not None:
+    if decoder is not None:
         for k in draft_lengths(args.speculate_k):
             if k < args.max_new_tokens:
-                proposal = speculation.proposer.propose([0, 0, 0], k)
-                speculation.verify(zeros(1, 1), zeros(1), proposal)
+                proposal = decoder.proposer.propose([0, 0, 0], k)
+                decoder.verify(zeros(1, 1), zeros(1), proposal)
 
 
 def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.device) -> dict:

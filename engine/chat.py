@@ -57,7 +57,7 @@ class Conversation:
     @property
     def answer_ids(self) -> list[int]:
         """The tokens of the last answer, without the end token."""
-        ids = self.completion.tokens
+        ids = self.completion.new_ids
         return ids[:-1] if self.completion.finish_reason == "stop" else ids
 
     @property
@@ -128,7 +128,7 @@ class Conversation:
         self.messages += new_messages
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
-            for (piece,) in stream_completions([completion], self.token_steps(ids, max_new_tokens)):
+            for (piece,) in stream_completions([completion], self.new_ids_by_step(ids, max_new_tokens)):
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
@@ -139,7 +139,7 @@ class Conversation:
                 self.finish_reason = None
                 del self.messages[-2:]
 
-    def token_steps(self, ids: list[int], max_new_tokens: int) -> Iterator[list[list[int]]]:
+    def new_ids_by_step(self, ids: list[int], max_new_tokens: int) -> Iterator[list[list[int]]]:
         """Yields up to max_new_tokens tokens that follow ids, one by one, each as a step [1][1]. Updates
         self.cached_ids. The newest token is not in cached_ids, since the model takes that token as input only in the
         next step."""
@@ -147,8 +147,8 @@ class Conversation:
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
-        for step_tokens in self.decode_loop(ids, n_cached, max_new_tokens):
-            for token in step_tokens[0]:
+        for (new_ids,) in self.decode_loop(ids, n_cached, max_new_tokens):
+            for token in new_ids:
                 self.cached_ids += not_cached
                 not_cached = [token]
                 yield [[token]]

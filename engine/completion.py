@@ -1,30 +1,23 @@
 """Completions: tokens become the text after a prompt, step by step, up to an end token or a stop string.
 
     completion = Completion(Request(prompt_ids, max_new_tokens=100), tokenizer, eos_ids)
-    completion.add_step([token, ...])         # adds the tokens of a step, and returns the new text
+    completion.add_step(new_ids)              # adds the tokens of a step, and returns the new text
     completion.finish_reason                  # None until the text ends
 
     for i, text in generate_many(model, tokenizer, ["One", "Two"], parallel=16, max_new_tokens=20):
         print(i, text)
-
-    completer = AsyncCompleter(scheduler)     # in asyncio, for any number of callers at once
-    async for _ in completer.complete([completion]):
-        print(completion.text)
 
 What adds the tokens to Completions, and who calls it:
 
     stream_completions    one prompt, with a DecodeLoop         generate.py, chat.py, llm.py
     complete_all          many prompts, with a Scheduler        generate.py --parallel, eval.py
     generate_many         the same, from texts to texts         llm.py
-    AsyncCompleter        many callers, with one Scheduler      scripts/serve.py
+    AsyncCompleter        many callers, with one Scheduler      scripts/serve.py (in scripts/async_completer.py)
 """
 
-import asyncio
 import time
-import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -34,7 +27,6 @@ from model import Transformer
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError
-from utils.machine import pick_device
 
 
 class Completion:
@@ -52,21 +44,21 @@ class Completion:
         prefix_ids = () if request.is_chat else request.prompt_ids
         self.detokenizer = IncrementalDetokenizer(tokenizer, prefix_ids, request.stop)
         self.text = ""
-        self.tokens: list[int] = []  # all new tokens, including an end token
+        self.new_ids: list[int] = []  # all new tokens, including an end token
         self.logprobs: list[Logprobs] = []  # of each token, if the request asks for logprobs
         self.step_times: list[float] = []  # when the tokens of each step arrived; the first step is prefill
         self.step_sizes: list[int] = []  # how many tokens each step added
         self.finish_reason: str | None = None  # "stop": end token or stop string; "length"; "error"
         self.error: str | None = None
 
-    def add_step(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> str:
+    def add_step(self, new_ids: list[int], logprobs: Logprobs | None = None) -> str:
         """Adds the tokens of one step, but none after the token that ends the text. Returns the new text."""
         n_before = len(self.text)
         self.step_times.append(time.perf_counter())
         self.step_sizes.append(0)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        for token in tokens:
+        for token in new_ids:
             self.add_token(token)
             self.step_sizes[-1] += 1
             if self.finish_reason:
@@ -74,8 +66,8 @@ class Completion:
         return self.text[n_before:]
 
     def add_token(self, token: int):
-        self.tokens.append(token)
-        self.finish_reason = find_finish_reason(token, len(self.tokens), self.request.max_new_tokens, self.eos_ids)
+        self.new_ids.append(token)
+        self.finish_reason = find_finish_reason(token, len(self.new_ids), self.request.max_new_tokens, self.eos_ids)
         if self.finish_reason != "stop":  # an end token has no text
             self.text += self.detokenizer.push(token)
         if self.detokenizer.found_stop:
@@ -85,7 +77,7 @@ class Completion:
 
     def resume(self, max_new_tokens: int):
         """Allows max_new_tokens more tokens. The text must not have an end token. Clears step_times and step_sizes."""
-        self.request = replace(self.request, max_new_tokens=len(self.tokens) + max_new_tokens)
+        self.request = replace(self.request, max_new_tokens=len(self.new_ids) + max_new_tokens)
         self.finish_reason, self.step_times, self.step_sizes = None, [], []
 
     def fail(self, error: str):
@@ -97,22 +89,24 @@ class Completion:
 
 
 class DecodeLoop(Protocol):
-    """A function that continues a text. There are two: the result of llm.py: build_decode_loop, and with speculation
-    partial(speculate, speculation)."""
+    """A function that continues a text. There are two: the result of llm.py: build_decode_loop, and speculate.py:
+    SpeculativeDecoder."""
 
     def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues the text token_ids in each of B sequences. Yields the new tokens of each step: [B][n], n tokens per
+        """Continues the text token_ids in each of B sequences. Yields the new ids of each step: [B][n], n ids per
         sequence. The first n_cached of token_ids are in the KV cache."""
 
 
-def stream_completions(completions: list[Completion], steps: Iterable[list[list[int]]]) -> Iterator[list[str]]:
+def stream_completions(
+    completions: list[Completion], new_ids_by_step: Iterable[list[list[int]]]
+) -> Iterator[list[str]]:
     """Adds the tokens of each step to completions, until all completions have ended. After each step, yields the new
     text of each completion. The new text is "" for a completion that has ended before.
 
-    steps: the iterator of a DecodeLoop. Sequence i belongs to completions[i]."""
-    for step_tokens in steps:
-        pairs = zip(completions, step_tokens, strict=True)
-        yield ["" if completion.finish_reason else completion.add_step(tokens) for completion, tokens in pairs]
+    new_ids_by_step: the iterator of a DecodeLoop. Sequence i belongs to completions[i]."""
+    for new_ids in new_ids_by_step:
+        pairs = zip(completions, new_ids, strict=True)
+        yield ["" if completion.finish_reason else completion.add_step(ids) for completion, ids in pairs]
         if all(completion.finish_reason for completion in completions):
             return
 
@@ -149,20 +143,18 @@ def check_max_new_tokens(max_new_tokens: int):
 
 
 def build_request(
-    prompt: str | list[dict], tokenizer: Tokenizer, max_new_tokens: int, max_seq_len: int, limit_name: str,
+    prompt: str | list[dict], tokenizer: Tokenizer, context: int, max_new_tokens: int,
     sampling: SamplingParams, seed: int = 0, stop: tuple[str, ...] = (),
 ) -> Request:  # fmt: skip
-    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt and
-    check_length do."""
-    ids = encode_prompt(prompt, tokenizer, max_seq_len, limit_name)
-    check_length(len(ids), max_new_tokens, max_seq_len, limit_name)
+    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError like encode_prompt."""
+    ids = encode_prompt(prompt, tokenizer, context)
     return Request(ids, max_new_tokens, sampling, seed, stop, is_chat=not isinstance(prompt, str))
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit_name: str) -> list[int]:
+def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, context: int) -> list[int]:
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
     UsageError if messages are malformed, if a text is not valid UTF-8, or if a text is so long that it must exceed
-    max_seq_len tokens (encoding would take long). limit_name: the name of max_seq_len in the error's text."""
+    context, the model's in tokens (encoding would take long)."""
     is_chat = not isinstance(prompt, str)
     messages = [read_message(message) for message in prompt] if is_chat else []
     for text in [message["content"] for message in messages] if is_chat else [prompt]:
@@ -170,71 +162,11 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: i
             check_unicode(text)
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
-        if tokenizer.exceeds(text, max_seq_len):
-            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit_name} tokens")
+        if tokenizer.exceeds(text, context):
+            raise UsageError(f"a prompt of {len(text)} characters exceeds the model's context of {context} tokens")
     if not prompt:
         return []
     return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
-
-
-class CompletionError(RuntimeError):
-    """A step failed, so all completions that were running failed, too."""
-
-
-class AsyncCompleter:
-    """Computes the completions of several callers together. Only self.thread uses the scheduler. Everything else runs
-    in the event loop."""
-
-    def __init__(self, scheduler: Scheduler):
-        self.scheduler = scheduler
-        device = str(scheduler.kv_cache.device)  # PyTorch has a current device per thread
-        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))
-        self.completions: dict[Request, Completion] = {}  # the running completions of all callers
-        self.step: asyncio.Task | None = None  # the newest step; all callers wait for the same one
-
-    async def complete(self, completions: list[Completion]) -> AsyncIterator[None]:
-        """Yields after each step, until all completions have ended. A step may add tokens to any of completions. If the
-        caller stops early, the caller's slots become free. Raises CompletionError if a step fails. Later calls still
-        work."""
-        for completion in completions:
-            request = completion.request
-            check_length(len(request.prompt_ids), request.max_new_tokens, self.scheduler.max_seq_len)
-        try:
-            for completion in completions:
-                self.completions[completion.request] = completion
-                self.thread.submit(self.scheduler.submit, completion.request)
-            have_ended = False
-            while not have_ended:
-                if self.step is None or self.step.done():  # the first caller that waits starts the step
-                    self.step = asyncio.create_task(self.run_step())
-                await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
-                for completion in completions:
-                    if completion.error is not None:
-                        raise CompletionError(completion.error)
-                # Not after yield: until the caller comes back, another caller's step may have added the last tokens.
-                have_ended = all(completion.finish_reason for completion in completions)
-                yield
-        finally:
-            for completion in completions:
-                self.end(completion)
-
-    async def run_step(self):
-        try:
-            new_tokens = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
-            for new in new_tokens:
-                if completion := self.completions.get(new.request):
-                    completion.add_step([new.token], new.logprobs)
-                    if completion.finish_reason:
-                        self.end(completion)
-        except Exception as e:  # for example the UsageError of check_sampled_ids
-            traceback.print_exc()
-            for completion in list(self.completions.values()):
-                completion.fail(str(e))
-                self.end(completion)
-
-    def end(self, completion: Completion):
-        if self.completions.pop(completion.request, None):
-            self.thread.submit(self.scheduler.cancel, completion.request)
 
 
 def generate_many(
@@ -251,10 +183,10 @@ def generate_many(
     compile: record the steps on a GPU, too."""
     check_max_new_tokens(max_new_tokens)
     context, requests = model.config.max_seq_len, []
-    limit_name = f"the model's context of {context}"
     for i, prompt in enumerate(prompts):
         try:
-            request = build_request(prompt, tokenizer, max_new_tokens, context, limit_name, sampling, seed + i, stop)
+            request = build_request(prompt, tokenizer, context, max_new_tokens, sampling, seed + i, stop)
+            check_length(len(request.prompt_ids), max_new_tokens, context)
         except UsageError as e:
             raise UsageError(f"prompt {i}: {e}") from None
         requests.append(request)

@@ -3,12 +3,12 @@
     sample(logits, SamplingParams())                          # the likeliest token
     sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
-steps.py, speculate.py and scheduler.py call sample. No function waits for the device, so that the next step can start
-before the host has read the sampled token.
+steps.py, speculate.py and scheduler.py call process_logits, which applies the options that depend on the text, and then
+sample. No function waits for the device, so that the next step can start before the host has read the sampled token.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
+from model import KVCache
 from utils.errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
@@ -30,7 +31,7 @@ VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token
 class SamplingParams:
     """How a token is chosen. The options apply in this order:
 
-        repetition_penalty    arXiv:1909.05858; before sample, which does not know the text
+        repetition_penalty    arXiv:1909.05858; in process_logits, the others in sample
         temperature
         top_k
         top_p                 arXiv:1904.09751
@@ -44,7 +45,7 @@ class SamplingParams:
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together have this probability
     min_p: float | None = None  # only tokens with at least min_p times the probability of the likeliest token
-    repetition_penalty: float = 1.0  # above 1: tokens that the text already contains become less likely; see penalize
+    repetition_penalty: float = 1.0  # above 1: tokens that the text already contains become less likely
 
     def __post_init__(self):
         """Raises UsageError if a field is out of range. The message begins with the field's name."""
@@ -85,6 +86,38 @@ class SamplingParams:
     def filters_tokens(self) -> bool:
         """Whether an option is set that excludes tokens: any field but temperature and repetition_penalty."""
         return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
+
+    @property
+    def depends_on_text(self) -> bool:
+        """Whether an option of process_logits is set."""
+        return self.repetition_penalty != 1
+
+
+def process_logits(
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, samplings: Sequence[SamplingParams],
+    always_store: bool = False,
+) -> Tensor:  # fmt: skip
+    """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. Stores tokens in
+    kv_cache. A new option of this kind goes here, and in SamplingParams.depends_on_text.
+
+    logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
+    kv_cache: holds the text before tokens, which earlier calls have stored.
+    samplings: one for each sequence, or one for all.
+    always_store: True: store tokens even if no option needs them now."""
+    depends_on_text = any(sampling.depends_on_text for sampling in samplings)
+    if depends_on_text or always_store:
+        kv_cache.store_tokens(tokens, start_pos)
+    if not depends_on_text:
+        return logits
+    n = logits.shape[1]
+    last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
+    seen = kv_cache.token_presence_mask(last_positions, logits.shape[-1])
+    penalty: float | Tensor = samplings[0].repetition_penalty
+    if len(samplings) > 1:  # only in the scheduler, since a CUDA graph cannot record the copy to the GPU
+        penalties = [sampling.repetition_penalty for sampling in samplings]
+        penalty = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
+    # A penalty above 1 lowers a logit, positive or negative.
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
@@ -165,11 +198,6 @@ def search_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
             return values, block_ids[indices // VOCAB_BLOCK] * VOCAB_BLOCK + indices % VOCAB_BLOCK
         threshold /= 8
     return probs.sort(descending=True, stable=True)
-
-
-def penalize(logits: Tensor, penalty: float | Tensor) -> Tensor:
-    """Returns logits with the repetition penalty. A penalty above 1 lowers a logit, positive or negative."""
-    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:

@@ -30,14 +30,8 @@ import torch
 from torch import Tensor
 
 import collectives
-from engine.sampling import SamplingParams, sample
-from engine.steps import (
-    ModelRunner,
-    apply_repetition_penalty,
-    check_sampled_ids,
-    make_kv_cache,
-    prefill_logits,
-)
+from engine.sampling import SamplingParams, process_logits, sample
+from engine.steps import ModelRunner, check_sampled_ids, make_kv_cache, prefill_logits
 from kernels.record import with_tape_threads
 from model import Transformer
 from text.tokenizer import common_prefix_length
@@ -61,14 +55,16 @@ class Request:
     start_time: float | None = None  # when prefill began
 
 
-def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit_name: str | None = None):
+def check_length(
+    n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit: str = "the model's context of "
+):  # fmt: skip
     """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len.
-    limit_name: the name of max_seq_len in the error's text."""
+    limit: what max_seq_len is, for the error's text."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
         excess = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed"
-        raise UsageError(f"{excess} {limit_name or max_seq_len}")
+        raise UsageError(f"{excess} {limit}{max_seq_len}")
 
 
 def find_finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
@@ -119,7 +115,7 @@ class Scheduler:
         self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of running sequences.
-        compile = compile and model.uses_kernels(n_slots, 1)
+        compile = compile and model.can_record(n_slots, 1)
         self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[RunningSequence | None] = []  # running[slot]; None: the slot is free
@@ -128,9 +124,13 @@ class Scheduler:
         self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
 
     def submit(self, request: Request):
-        """Appends request to the queue. Raises UsageError if the request does not fit into a slot."""
-        check_length(len(request.prompt_ids), request.max_new_tokens, self.max_seq_len)
+        """Appends request to the queue. Raises UsageError as check does."""
+        self.check(request)
         self.waiting.append(request)
+
+    def check(self, request: Request):
+        """Raises UsageError if the prompt is empty, or if request does not fit into a slot."""
+        check_length(len(request.prompt_ids), request.max_new_tokens, self.max_seq_len, limit="")
 
     def cancel(self, request: Request):
         """Ends a waiting or running request. Does nothing if request has ended."""
@@ -176,25 +176,21 @@ class Scheduler:
         """Computes the next token of every sequence. self.running must have no gaps: see compact."""
         device = self.kv_cache.device
         slots = range(len(self.running))
-        last_ids = torch.tensor([sequence.new_ids[-1:] for sequence in self.running], device=device)
+        last_tokens = torch.tensor([sequence.new_ids[-1:] for sequence in self.running], device=device)
         start_pos = torch.tensor([len(self.cached_ids[slot]) for slot in slots], device=device)
-        logits = self.decode_step(last_ids, start_pos)
+        logits = self.decode_step(last_tokens, start_pos)
         for slot in slots:
             self.cached_ids[slot].append(self.running[slot].new_ids[-1])
-        return with_tape_threads(self.sample_next, slots, logits, last_ids, start_pos)
+        return with_tape_threads(self.sample_next, slots, logits, last_tokens, start_pos)
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. Frees the
         slots of sequences that end."""
         sequences = self.running[slots.start : slots.stop]
         kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
-        # Store the ids even if no sequence has a repetition penalty: a later request that has one may copy the slot.
-        kv_cache.store_token_ids(tokens, start_pos)
-        penalties = [sequence.request.sampling.repetition_penalty for sequence in sequences]
-        scores = logits
-        if any(penalty != 1 for penalty in penalties):
-            by_sequence = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
-            scores = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, by_sequence)
+        samplings = [sequence.request.sampling for sequence in sequences]
+        # A later request with a repetition penalty may copy this slot as its prefix, so always store tokens.
+        scores = process_logits(logits, tokens, start_pos, kv_cache, samplings, always_store=True)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         check_sampled_ids(ids)
         new_tokens = []

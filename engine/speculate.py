@@ -1,8 +1,8 @@
 """Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies all of them in one step.
 
     proposer = PromptLookup(max_ngram=3, device=device)
-    speculation = build_speculative_decoder(model, kv_cache, steps, sampling, proposer, k=5)
-    for tokens in speculate(speculation, token_ids, n_cached=0, max_new_tokens=100): ...
+    decoder = build_speculative_decoder(model, kv_cache, steps, sampling, proposer, k=5)
+    for (new_ids,) in decoder(token_ids, n_cached=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
@@ -11,7 +11,8 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     PromptLookup    searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModel      proposes the tokens that a smaller model samples
 
-Read speculate first: it is the loop, in place of llm.py: generate. rejection_sample decides which tokens are accepted.
+Read SpeculativeDecoder first: a call is the loop, in place of llm.py: generate. rejection_sample decides which tokens
+are accepted. Costs are times, as fractions of the time of a decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
@@ -25,19 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import collectives
-from engine.sampling import SamplingParams, multinomial, probabilities, sample
-from engine.steps import (
-    GenerationSteps,
-    ModelRunner,
-    apply_repetition_penalty,
-    check_sampled_ids,
-    fill_kv_cache,
-)
+from engine.sampling import SamplingParams, multinomial, probabilities, process_logits, sample
+from engine.steps import GenerationSteps, ModelRunner, check_sampled_ids, fill_kv_cache
 from model import KVCache, Transformer
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
-# The time to verify one proposed token, as a fraction of a step's time. Measured: 0.01 with 16-bit weights, 0.02 with
-# 8-bit and 0.15 with 4-bit weights.
+# The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights.
 VERIFY_COST = 0.1
 # The factors by which AcceptanceRate's counts decay. A step without a proposal decays the counts, too, so that
 # proposing is tried again later.
@@ -52,7 +46,7 @@ class Proposal(NamedTuple):
 
 
 class Proposer(Protocol):
-    cost: float  # time to propose one token, as a fraction of the time of the model's step
+    cost: float  # of proposing one token
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
         """Returns k tokens that may follow the text token_ids, or None if the proposer has no guess. token_ids must
@@ -64,7 +58,7 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class SpeculativeDecoder:
-    """A model's steps, and the proposer of the tokens that verify_step verifies. Made by build_speculative_decoder."""
+    """A DecodeLoop (completion.py) that verifies what proposer proposes. Made by build_speculative_decoder."""
 
     steps: GenerationSteps
     # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V]) -> the result of rejection_sample.
@@ -73,15 +67,46 @@ class SpeculativeDecoder:
     proposer: Proposer
     k: int  # the most tokens to propose at a time
     device: torch.device
-    verify_cost: float = VERIFY_COST  # time to verify one proposed token, as a fraction of a step's time
+    verify_cost: float = VERIFY_COST  # of one proposed token
+
+    @torch.inference_mode()
+    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
+        """Continues the text token_ids by max_new_tokens tokens. Yields the new ids of each step: [1][n], n ids of the
+        only sequence. The first n_cached of token_ids are in the KV cache."""
+        token_ids, n_left = list(token_ids), max_new_tokens
+        acceptance = AcceptanceRate()
+        self.proposer.rewind(n_cached)
+        prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
+        new_ids = self.steps.prefill(prompt, torch.tensor([n_cached], device=self.device)).tolist()
+        while True:
+            check_sampled_ids(new_ids)
+            yield [new_ids]
+            token_ids += new_ids
+            n_left -= len(new_ids)
+            if n_left == 0:
+                return
+            # The model sampled the last token. The proposer may have proposed a different token at that position.
+            self.proposer.rewind(len(token_ids) - 1)
+            # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
+            lengths = [length for length in draft_lengths(self.k) if length < n_left]
+            k = best_draft_length(lengths, acceptance.rate, self.proposer.cost + self.verify_cost)
+            proposal = self.proposer.propose(token_ids, k) if k > 0 else None
+            last_token = torch.tensor([token_ids[-1:]], device=self.device)
+            start_pos = torch.tensor([len(token_ids) - 1], device=self.device)
+            if proposal is None:
+                new_ids = self.steps.decode(last_token, start_pos).tolist()
+                acceptance.decay(IDLE_DECAY)
+            else:
+                n_accepted, new_ids = self.verify(last_token, start_pos, proposal)
+                acceptance.update(n_accepted, is_rejected=n_accepted < k)
 
     def verify(self, last_token: Tensor, start_pos: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
-        """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and n_accepted + 1 tokens: the
-        accepted tokens, then one token that the model sampled."""
+        """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and the ids of n_accepted + 1
+        tokens: the accepted tokens, then one token that the model sampled."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
         inputs = [tensor for tensor in proposal if tensor is not None]
-        n_accepted, *next_tokens = self.verify_step(tokens, start_pos, *inputs).tolist()
-        return n_accepted, next_tokens[: n_accepted + 1]
+        n_accepted, *next_ids = self.verify_step(tokens, start_pos, *inputs).tolist()
+        return n_accepted, next_ids[: n_accepted + 1]
 
 
 def build_speculative_decoder(
@@ -98,49 +123,12 @@ def build_speculative_decoder(
     def sampler(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        if sampling.repetition_penalty != 1:
-            kv_cache.store_token_ids(tokens, start_pos)  # only the penalty reads the ids
-            logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
+        logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         backend = model.lm_head.backend
         return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))
 
     verify_step = ModelRunner(model, kv_cache, sampler, compile)
     return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, estimate_verify_cost(model))
-
-
-@torch.inference_mode()
-def speculate(
-    speculation: SpeculativeDecoder, token_ids: list[int], n_cached: int, max_new_tokens: int
-) -> Iterator[list[list[int]]]:
-    """Continues the text token_ids by max_new_tokens tokens. Yields the new tokens of each step: [1][n], n tokens of
-    the only sequence. The first n_cached of token_ids are in the KV cache."""
-    proposer, device = speculation.proposer, speculation.device
-    token_ids, n_left = list(token_ids), max_new_tokens
-    acceptance = AcceptanceRate()
-    proposer.rewind(n_cached)
-    prompt = torch.tensor([token_ids[n_cached:]], device=device)
-    tokens = speculation.steps.prefill(prompt, torch.tensor([n_cached], device=device)).tolist()
-    while True:
-        check_sampled_ids(tokens)
-        yield [tokens]
-        token_ids += tokens
-        n_left -= len(tokens)
-        if n_left == 0:
-            return
-        # The model sampled the last token. The proposer may have proposed a different token at that position.
-        proposer.rewind(len(token_ids) - 1)
-        # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
-        lengths = [length for length in draft_lengths(speculation.k) if length < n_left]
-        k = best_draft_length(lengths, acceptance.rate, proposer.cost + speculation.verify_cost)
-        proposal = proposer.propose(token_ids, k) if k > 0 else None
-        last_token = torch.tensor([token_ids[-1:]], device=device)
-        start_pos = torch.tensor([len(token_ids) - 1], device=device)
-        if proposal is None:
-            tokens = speculation.steps.decode(last_token, start_pos).tolist()
-            acceptance.decay(IDLE_DECAY)
-        else:
-            n_accepted, tokens = speculation.verify(last_token, start_pos, proposal)
-            acceptance.update(n_accepted, is_rejected=n_accepted < k)
 
 
 def rejection_sample(
@@ -207,9 +195,8 @@ def draft_lengths(k: int) -> list[int]:
 
 
 def estimate_verify_cost(model: Transformer) -> float:
-    """Returns the time to verify one proposed token, as a fraction of the time of model's step. In a mixture of experts
-    every token adds experts that must be read. For example, of Mixtral's 8 experts one token uses 2, and 5 tokens that
-    choose independently use 6.1."""
+    """Returns the cost to verify one proposed token. In a mixture of experts every token adds experts that must be
+    read. For example, of Mixtral's 8 experts one token uses 2, and 5 tokens that choose independently use 6.1."""
     moe = model.config.moe
     if moe is None:
         return VERIFY_COST
@@ -218,8 +205,8 @@ def estimate_verify_cost(model: Transformer) -> float:
 
 
 def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -> int:
-    """Returns how many tokens to propose: 0 or one of lengths, whichever gives the most tokens per time. cost: the time
-    to propose and verify one token, as a fraction of a step's time."""
+    """Returns how many tokens to propose: 0 or one of lengths, whichever gives the most tokens per time. cost: of
+    proposing and verifying one token."""
 
     def tokens_per_time(k: int) -> float:
         # Token i of a step, counted from 0, needs i accepted tokens before it.
@@ -248,9 +235,9 @@ class PromptLookup:
         for n in range(self.max_ngram, 1, -1):
             index = self.ngram_index.get(tuple(token_ids[-n:]))
             if index is not None:
-                found = token_ids[index:]
-                tokens = [found[i % len(found)] for i in range(k)]  # repeat found if it is shorter than k
-                return Proposal(torch.tensor(tokens, device=self.device), None)
+                found_ids = token_ids[index:]
+                draft_ids = [found_ids[i % len(found_ids)] for i in range(k)]  # repeat found_ids if shorter than k
+                return Proposal(torch.tensor(draft_ids, device=self.device), None)
         return None
 
     def index_ngrams(self, token_ids: list[int]):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import collectives
-from engine.sampling import SamplingParams, penalize, sample
+from engine.sampling import SamplingParams, process_logits, sample
 from kernels.cpu import find_compiler
 from kernels.record import record, with_tape_threads
 from model import KVCache, Transformer
@@ -41,14 +41,14 @@ GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
-StepFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next token ids [B]
+NextTokenFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next tokens [B]
 
 
 class GenerationSteps(NamedTuple):
-    """The two steps that llm.generate calls."""
+    """The two functions that llm.generate calls."""
 
-    prefill: StepFunction  # any T
-    decode: StepFunction  # T = 1
+    prefill: NextTokenFunction  # any T
+    decode: NextTokenFunction  # T = 1
 
 
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
@@ -69,9 +69,7 @@ def build_steps(
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
-        if sampling.repetition_penalty != 1:
-            kv_cache.store_token_ids(tokens, start_pos)  # only the penalty reads the ids
-            logits = apply_repetition_penalty(logits, tokens, start_pos, kv_cache, sampling.repetition_penalty)
+        logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
@@ -79,20 +77,6 @@ def build_steps(
         return sampler(logits, tokens, start_pos)
 
     return GenerationSteps(prefill, ModelRunner(model, kv_cache, sampler, compile))
-
-
-def apply_repetition_penalty(
-    logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, penalty: float | Tensor
-) -> Tensor:
-    """Returns logits [B, n, V] with a penalty on every token that the text already contains.
-
-    logits: of the positions of the last n of tokens [B, T].
-    kv_cache: must hold the ids of the text, tokens included: see store_token_ids.
-    penalty: a number, or [B, 1, 1] with a number for each sequence."""
-    n = logits.shape[1]
-    last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
-    seen = kv_cache.token_presence_mask(last_positions, logits.shape[-1])
-    return torch.where(seen, penalize(logits, penalty), logits)
 
 
 def check_sampled_ids(ids: list[int]):
@@ -127,14 +111,14 @@ def chunked_prefill(
 
     compiled_model: the result of compile_blocks, for chunks with more tokens than the kernels take. With None, model
     computes all chunks."""
-    batch_size, n_tokens = tokens.shape
+    batch_size, n_new_tokens = tokens.shape
     chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if tokens.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
     chunk_size = max(1, chunk_tokens // batch_size)
     n_cached = int(start_pos.max())
-    for offset in range(0, n_tokens, chunk_size):
+    for offset in range(0, n_new_tokens, chunk_size):
         chunk = tokens[:, offset : offset + chunk_size]
         use_compiled = (
-            compiled_model is not None and chunk.numel() >= MIN_COMPILED_TOKENS and not model.uses_kernels(*chunk.shape)
+            compiled_model is not None and chunk.numel() >= MIN_COMPILED_TOKENS and not model.can_record(*chunk.shape)
         )
         chunk_model = compiled_model if use_compiled else model
         used_length = n_cached + offset + chunk.shape[1]
@@ -145,17 +129,17 @@ def chunked_prefill(
 
 
 class ModelRunner:
-    """Runs decode and verification steps: the model, then sampler on the logits. A step has one of these modes:
+    """Runs decode and verification steps: the model, then sampler on the logits. A step has one of three modes:
 
-        kernels fit    device    --compile    mode
-        yes            CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
-        yes            GPU       yes          recorded: a CUDA graph of model and sampler
-        yes            GPU       no           eager
-        no             any       yes          compiled by torch.compile; without experts, a GPU also records the result
-        no             any       no           eager
+        can_record    device    --compile    mode
+        yes           CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
+        yes           GPU       yes          recorded: a CUDA graph of model and sampler
+        yes           GPU       no           eager
+        no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
+        no            any       no           eager
 
-    The kernels fit if they take all B * T tokens in every operation: model.uses_kernels(B, T). The limit of a linear
-    layer is max_kernel_tokens. Eager operations use kernels, too, up to that limit:
+    model.can_record(B, T) says whether every op has a kernel for B * T tokens. The limit of a linear layer is
+    max_kernel_tokens. An eager step uses the kernels of the ops that are within their limit:
 
         64 tokens          quantized weights, and all weights on a GPU with matrix units
         8 to 64 tokens     dense weights on a CPU, depending on the CPU's instructions
@@ -168,71 +152,65 @@ class ModelRunner:
     recording. Clone what must last."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
-        self.device, self.compile = model.device, compile
-        self.kernels_fit = cache(model.uses_kernels)  # uses_kernels goes through all modules
-        self.step_by_mode = build_step_by_mode(model, kv_cache, sampler, self.kernels_fit)
+        self.step = step = ModelStep(model, kv_cache, sampler)
+        self.sampler, self.compile, self.device = sampler, compile, model.device
+        self.can_record = step.can_record
+        # The first call of each records. Of a runner's three, only one or two are ever called.
+        self.tape_of_model = record(step.compute_logits)
+        self.cuda_graph = record(step.eager)
+        self.compiled_cuda_graph = record(step.compiled)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        mode = choose_mode(self.kernels_fit(*tokens.shape), self.device, self.compile)
-        return self.step_by_mode[mode](tokens, start_pos, *sampler_inputs)
+        run = self.choose_mode(*tokens.shape)
+        return run(tokens, start_pos, *sampler_inputs)
+
+    def choose_mode(self, batch_size: int, n_new_tokens: int) -> Callable:
+        if self.can_record(batch_size, n_new_tokens) and (self.compile or self.device.type == "cpu"):
+            return self.recorded
+        return self.compiled if self.compile else self.step.eager
+
+    def recorded(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        if self.device.type == "cuda":
+            return self.cuda_graph(tokens, start_pos, *sampler_inputs)
+        # A tape holds only ops of kernels/schema.py, but a sampler has others.
+        logits = self.tape_of_model(tokens, start_pos)
+        return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
+
+    def compiled(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        has_cuda_graph = self.device.type == "cuda" and can_be_one_graph(self.step.model)
+        run = self.compiled_cuda_graph if has_cuda_graph else self.step.compiled
+        return run(tokens, start_pos, *sampler_inputs)
 
 
-def choose_mode(kernels_fit: bool, device: torch.device, compile: bool) -> str:
-    """Returns "recorded", "compiled" or "eager", by ModelRunner's table."""
-    if kernels_fit and (compile or device.type == "cpu"):
-        return "recorded"
-    return "compiled" if compile else "eager"
-
-
-def build_step_by_mode(
-    model: Transformer, kv_cache: KVCache, sampler: Callable, kernels_fit: Callable[[int, int], bool]
-) -> dict[str, Callable]:
-    """Returns {mode: step}, for ModelRunner. Recording and compilation happen when a step is first called."""
-
-    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        step_cache = kv_cache.narrow_batch(0, len(tokens))
-        if not kernels_fit(*tokens.shape):
-            # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
-            step_cache = step_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return model(tokens, start_pos, step_cache)
-
-    def eager_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
-
-    recorded_logits = record(compute_logits)
-
-    def tape_step(tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        # A tape holds only leaf operations, and sampling is none.
-        return with_tape_threads(sampler, recorded_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
-
-    compiled_step = CompiledStep(model, kv_cache, sampler)
-    has_cuda_graphs = model.device.type == "cuda"
-    return {
-        "recorded": record(eager_step) if has_cuda_graphs else tape_step,
-        "compiled": record(compiled_step) if has_cuda_graphs and can_be_one_graph(model) else compiled_step,
-        "eager": eager_step,
-    }
-
-
-# ---- torch.compile --------------------------------------------------------------------------------------------------
-
-
-class CompiledStep:
-    """A step that torch.compile compiles in two pieces: a block, which serves all layers, and the output head with the
-    sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
+class ModelStep:
+    """What a ModelRunner calls or records. The recordings are in the other class: a recording refers to the function
+    that it records, so both in one object would be a reference cycle. A cycle would keep an unused KV cache in memory
+    until Python's next garbage collection."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
         self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
+        self.can_record = cache(model.can_record)  # model.can_record goes through all modules
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+    def eager(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
+        return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
+
+    def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        kv_cache = self.kv_cache.narrow_batch(0, len(tokens))
+        if not self.can_record(*tokens.shape):
+            # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
+            kv_cache = kv_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
+        return self.model(tokens, start_pos, kv_cache)
+
+    def compiled(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         model, head = self.compiled_pieces
         hidden = model.compute_hidden(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
         return head(hidden, tokens, start_pos, *sampler_inputs)
 
     @cached_property
     def compiled_pieces(self) -> tuple[Transformer, Callable]:
-        """Returns (model with compiled blocks, compiled head). The first step makes them, and not the constructor:
-        importing the compiler takes a second and 150 MB."""
+        """Returns two pieces that torch.compile compiles: model, of which one compiled block serves all layers, and
+        the output head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the
+        time. The first step makes the pieces, since importing the compiler takes a second and 150 MB."""
         model, sampler = self.model, self.sampler
 
         def head(hidden: Tensor, *inputs: Tensor):
@@ -242,13 +220,16 @@ class CompiledStep:
         return compile_blocks(model, **options), torch.compile(head, **options)
 
 
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
 def compile_blocks(model: Transformer, **options) -> Transformer:
     """Returns a copy of model that shares all weights and whose blocks are compiled. options are torch.compile's. One
     compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
     check_compiler()
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)  # copy.copy shares this dict, so setting layers would change model, too
-    compiled.layers = nn.ModuleList(torch.compile(layer, **options) for layer in model.layers)
+    compiled.layers = nn.ModuleList(torch.compile(block, **options) for block in model.layers)
     return compiled
 
 

@@ -5,7 +5,8 @@
     convert_hf_checkpoint.py    converts Hugging Face's or Meta's folder to model.pth
     convert_gguf.py             converts a GGUF to model.pth
 
-    serve.py                    serves OpenAI's API over HTTP; openai_api.py reads and writes the JSON
+    serve.py                    serves OpenAI's API over HTTP; openai_api.py reads and writes the JSON, and
+                                async_completer.py completes the texts of all clients together
     speculate*.sh               speculates with large models, as in gpt-fast
 
     benchmark.py                measures speed, memory and quality, and checks the kernels

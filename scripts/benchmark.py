@@ -186,8 +186,7 @@ def check_speed_options(args: argparse.Namespace, config: ModelConfig):
     max_new_tokens = 2 if args.cold_start else args.max_new_tokens
     if args.prompt_tokens < 1 or max_new_tokens < 2:
         raise UsageError("--prompt_tokens must be at least 1, and --max_new_tokens 2: the first is prefill's")
-    context = config.max_seq_len
-    check_length(args.prompt_tokens, max_new_tokens, context, f"the model's context of {context}")
+    check_length(args.prompt_tokens, max_new_tokens, config.max_seq_len)
 
 
 def check_busy_options(args: argparse.Namespace):

@@ -119,18 +119,18 @@ class Reply:
     def new_responses(self) -> Iterator[dict]:
         """Yields the next responses of a stream, one for each completion that has grown."""
         for completion in self.completions:
-            if len(completion.tokens) > self.sent[completion.index][1]:
+            if len(completion.new_ids) > self.sent[completion.index][1]:
                 yield self.response([completion])
 
     def usage(self) -> dict:
         n_prompt = sum({id(c.request.prompt_ids): len(c.request.prompt_ids) for c in self.completions}.values())
-        n_new = sum(len(completion.tokens) for completion in self.completions)
+        n_new = sum(len(completion.new_ids) for completion in self.completions)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def new_choice(self, completion: Completion) -> dict:
         """Returns the part of completion that was not sent yet."""
         n_characters, n_tokens = self.sent[completion.index]
-        self.sent[completion.index] = len(completion.text), len(completion.tokens)
+        self.sent[completion.index] = len(completion.text), len(completion.new_ids)
         logprobs = self.logprobs(completion, n_characters, n_tokens) if completion.logprobs else None
         choice = {"index": completion.index, "logprobs": logprobs, "finish_reason": completion.finish_reason}
         text = completion.text[n_characters:]
@@ -141,7 +141,7 @@ class Reply:
 
     def logprobs(self, completion: Completion, n_characters: int, n_tokens: int) -> dict:
         entries = []
-        for token, logprobs in zip(completion.tokens[n_tokens:], completion.logprobs[n_tokens:], strict=True):
+        for token, logprobs in zip(completion.new_ids[n_tokens:], completion.logprobs[n_tokens:], strict=True):
             top = [self.entry(*likely) for likely in logprobs.top]
             entries.append(self.entry(token, logprobs.token) | {"top_logprobs": top})
         if self.is_chat:

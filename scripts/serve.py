@@ -27,9 +27,9 @@ if __name__ == "__main__":
 from cli import options
 from cli.script import exit_with_error, run_script
 from converters.resolve import resolve_checkpoint
-from engine.completion import AsyncCompleter, CompletionError
 from engine.scheduler import Scheduler
 from loading import load
+from scripts.async_completer import AsyncCompleter, CompletionError
 from scripts.openai_api import Reply, require
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -113,10 +113,10 @@ class Server(uvicorn.Server):
         data, is_chat = await receive_body(request), request.scope["path"] == "/v1/chat/completions"
         # In a thread, since tokenizing megabytes of text takes seconds
         reply = await asyncio.to_thread(Reply, data, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
-        steps = self.completer.complete(reply.completions)
+        updates = self.completer.complete(reply.completions)
         if reply.is_stream:
-            return StreamingResponse(events(reply, steps), media_type="text/event-stream")
-        async for _ in steps:
+            return StreamingResponse(events(reply, updates), media_type="text/event-stream")
+        async for _ in updates:
             if await request.is_disconnected():
                 raise ClientDisconnect
         return JSONResponse(reply.response(reply.completions) | {"usage": reply.usage()})
@@ -137,10 +137,10 @@ async def receive_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def events(reply: Reply, steps: AsyncIterator[None]) -> AsyncIterator[str]:
-    """Yields server-sent events: after each of steps the new texts of reply, and at the end [DONE]."""
+async def events(reply: Reply, updates: AsyncIterator[None]) -> AsyncIterator[str]:
+    """Yields server-sent events: after each of updates the new texts of reply, and at the end [DONE]."""
     try:
-        async for _ in steps:
+        async for _ in updates:
             for response in reply.new_responses():
                 yield event(response)
         if reply.streams_usage:

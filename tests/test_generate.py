@@ -1,5 +1,7 @@
 """generate() and its steps: transformers' tokens, however the prompt is cut, batched, cached or compiled."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from engine import steps as steps_module
 from engine.sampling import SamplingParams
-from engine.steps import build_steps, choose_mode
+from engine.steps import ModelRunner, build_steps
 from generate import generate
 from kernels import cpu
 from model import KVCache
@@ -93,16 +95,35 @@ def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, pair):
     assert 2 * 7 * ours.kv_bytes_per_token() == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
 
 
-def test_modes_of_a_step():
-    """By device, and by whether the kernels fit: without compile and with it."""
-    for device, kernels_fit, expected in [
+def test_a_cache_that_nothing_uses_is_freed_at_once(pair):
+    """Recorded steps refer to the cache, so none may be part of a reference cycle."""
+    model = pair("llama3")[1]
+    kv_cache = KVCache(model, 1, 12)
+    steps = build_steps(model, kv_cache, SamplingParams())
+    new_tokens(steps, prompt_of(1, 5), 4)
+    is_alive = weakref.ref(kv_cache)
+    gc.disable()
+    try:
+        del kv_cache, steps
+        assert is_alive() is None
+    finally:
+        gc.enable()
+
+
+def test_modes_of_a_step(pair):
+    """By device, and by whether every op has a kernel: without compile and with it."""
+    model = pair("llama3")[1]
+    for device, can_record, expected in [
         ("cpu", True, ["recorded", "recorded"]),
         ("cpu", False, ["eager", "compiled"]),
         ("cuda", True, ["eager", "recorded"]),
         ("cuda", False, ["eager", "compiled"]),
         ("mps", False, ["eager", "compiled"]),
     ]:
-        assert [choose_mode(kernels_fit, torch.device(device), compile) for compile in (False, True)] == expected
+        for compile, mode in zip((False, True), expected, strict=True):
+            runner = ModelRunner(model, KVCache(model, 1, 2), lambda logits, *_: logits, compile)
+            runner.device, runner.can_record = torch.device(device), lambda *_, can_record=can_record: can_record
+            assert runner.choose_mode(1, 1).__name__ == mode
 
 
 @pytest.mark.parametrize("family", SOME)

@@ -7,7 +7,7 @@ from transformers.generation import logits_process as hf
 
 from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Request, Scheduler
-from engine.speculate import PromptLookup, build_speculative_decoder, speculate
+from engine.speculate import PromptLookup, build_speculative_decoder
 from generate import build_decode_loop, build_steps, make_kv_cache
 from utils.errors import UsageError
 
@@ -99,7 +99,7 @@ def test_repetition_penalty_equals_transformers(pair):
     assert [i for ((i,),) in rest] == expected[5:]
 
     lookup = build_speculative_decoder(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
-    steps_of_lookup = list(speculate(lookup, ids, 0, n))
+    steps_of_lookup = list(lookup(ids, 0, n))
     assert [i for (tokens,) in steps_of_lookup for i in tokens] == expected
 
     scheduler = Scheduler(ours, 3, 64, eos_ids=set())

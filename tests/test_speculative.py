@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -21,7 +21,6 @@ from engine.speculate import (
     draft_lengths,
     estimate_verify_cost,
     rejection_sample,
-    speculate,
 )
 from engine.steps import GenerationSteps, build_steps
 from model import KVCache
@@ -34,7 +33,7 @@ TEXT = torch.randint(3, 97, (20,), generator=torch.Generator().manual_seed(1)).t
 TEXT = TEXT + TEXT[:12]  # something to look up
 
 
-def speculation_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeDecoder:
+def decoder_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeDecoder:
     """As generate.py makes it, with caches of this length; but proposals cost nothing, so that there always is one."""
     kv_cache = KVCache(model, 1, length)
     steps = build_steps(model, kv_cache, GREEDY, compile)
@@ -82,9 +81,9 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     model, draft = pair(family)[1], drafts(family, name)
     expected = plain(model, TEXT, 40)
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
-        speculation = speculation_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
-        speculation = replace(speculation, verify_cost=0.1)
-        steps_tokens = list(speculate(speculation, TEXT, 0, 40))
+        decoder = decoder_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
+        decoder = replace(decoder, verify_cost=0.1)
+        steps_tokens = list(decoder(TEXT, 0, 40))
         assert flat(steps_tokens) == expected
         sizes = [len(tokens) for (tokens,) in steps_tokens]
         assert max(sizes) <= k + 1
@@ -96,7 +95,7 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
 def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
     """As in a conversation: the second text shares a beginning with the first one and its answer."""
     model, draft = pair("llama3")[1], drafts("llama3", name)
-    continuation = partial(speculate, speculation_of(model, draft, 160, 4))
+    continuation = decoder_of(model, draft, 160, 4)
     answer = flat(continuation(TEXT, 0, 21))
     for kept in (20, 7, 0):
         text = TEXT + answer[:kept] + TEXT[5:15]
@@ -108,8 +107,8 @@ def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
 def test_compiled(family, use_kernels, k, pair):
     """With kernels nothing is, except a verification of 11 tokens, which are too many for them."""
     model = pair(family, use_kernels)[1]
-    speculation = speculation_of(model, None, len(TEXT) + 20, k, compile=True)
-    assert flat(speculate(speculation, TEXT, 0, 20)) == plain(model, TEXT, 20)
+    decoder = decoder_of(model, None, len(TEXT) + 20, k, compile=True)
+    assert flat(decoder(TEXT, 0, 20)) == plain(model, TEXT, 20)
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
@@ -186,12 +185,12 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         proposer = PromptLookup(3, CPU)
     else:
         proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
-    speculation = SpeculativeDecoder(GenerationSteps(prefill, decode), verify, proposer, k=2, device=CPU)
+    decoder = SpeculativeDecoder(GenerationSteps(prefill, decode), verify, proposer, k=2, device=CPU)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
-        steps_tokens = list(speculate(speculation, text, 0, 3))
+        steps_tokens = list(decoder(text, 0, 3))
         n_speculated += len(steps_tokens) < 3
         counts[tuple(flat(steps_tokens))] += 1
     assert n_speculated > samples // 20  # speculation took part
