@@ -1,4 +1,4 @@
-"""The layers that hold the weights of a model. Each is data of kernels/params.py with a forward.
+"""The layers that hold the weights of a model. Each layer is a class of kernels/params.py with a forward.
 
     Linear         y = x W^T, with W in the format of the checkpoint (kernels/formats/)
     ExpertsGateUp, ExpertsDown    Linear with a W for each expert, for the experts that the router chose
@@ -6,7 +6,8 @@
     RMSNorm        x / rms(x) * weight
 
 A forward calls an operation of kernels/ops.py, which runs on the kernels of the layer's backend or in plain PyTorch.
-kernels/params.py says why the data are defined there. model.py composes the layers.
+The weights themselves are declared in kernels/params.py, because ops.py needs these classes, and forward calls ops.py.
+model.py composes the layers.
 """
 
 import torch

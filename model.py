@@ -275,7 +275,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
-            logits, self.moe.top_k, self.moe.norm_topk_prob, self.router.backend, self.moe.n_shared_experts
+            logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)

@@ -61,7 +61,7 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
     # A minimum makes a fractional zero, which is rounded to an integer. If codes have fewer bits than the format, codes
     # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
-    zeros = (groups.zeros * factor * format.zeros_per_step).round()
+    zeros = (groups.zeros * factor * format.zeros_denominator).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
     scales, zeros = (groups.scales / factor).to(format.scale_dtype), zeros.clamp(0, 255).to(torch.uint8)
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}

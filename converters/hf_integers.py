@@ -66,7 +66,7 @@ class IntegerWeight:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
-        tensors = {"scales": self.scales.to(format.scale_dtype), "zeros": self.read_zeros() * format.zeros_per_step}
+        tensors = {"scales": self.scales.to(format.scale_dtype), "zeros": self.read_zeros() * format.zeros_denominator}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
         return {"weight": format.elements_to_bytes(q)} | groups

@@ -47,7 +47,7 @@ def pack(format: WeightFormat, tensors: Tensors, dtype: torch.dtype) -> AtenInt8
             if n % MULTIPLE or k % format.group_size:
                 return None
             scales = tensors["scales"].float()  # [N, n_groups]
-            offsets = (8 - tensors["zeros"].float() / format.zeros_per_step) * scales
+            offsets = (8 - tensors["zeros"].float() / format.zeros_denominator) * scales
             scales_and_offsets = torch.stack([scales, offsets], dim=-1).transpose(0, 1).to(dtype).contiguous()
             packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 1) for rows in q.split(PACK_ROWS)]
             return AtenInt4(torch.cat(packed), format.group_size, scales_and_offsets)

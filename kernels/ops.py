@@ -28,6 +28,12 @@ Each function calls the kernel of a backend, or computes the same result in plai
     "torch"     none: plain PyTorch, for any device
 
 The tokens of all sequences of a step count together. A step with more tokens runs in plain PyTorch.
+
+Two rules for all operations:
+
+    backend        An operation with a weight takes the backend of its LinearParams, NormParams or WeightMatrix. Any
+                   other operation takes backend as its last argument.
+    contiguous     Kernels read contiguous activations, so every operation calls contiguous on its activations.
 """
 
 import math
@@ -45,8 +51,8 @@ MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds these in registers:
 MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
-# Kernels compute 16 outputs at a time. To fuse an activation, a kernel needs multiples of 16 gate outputs and up
-# outputs, so out_features must be a multiple of 32. Otherwise glu is a call of its own.
+# A kernel computes blocks of 16 outputs. A fused activation needs whole blocks of gate and whole blocks of up. So with
+# any other out_features, glu is a call of its own.
 FUSED_GLU_MULTIPLE = 32
 # The most tokens per call, by backend. SPECIAL_MAX_TOKENS has the exceptions; 0 means that the backend has no kernel.
 MAX_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
@@ -97,10 +103,10 @@ def fused_linear(
         return reference.fused_linear(x, linear, residual, out_dtype)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
-        x.contiguous(),
+        contiguous(x),
         *linear.kernel_arguments(),  # weight, scales, zeros, format_id, n, group_size
         linear.bias, norm_weight, eps,
-        residual=None if residual is None else residual.contiguous(),
+        residual=contiguous(residual),
         activation=ACTIVATION_IDS[activation],
         out_scale=linear.out_scale,
         softcap=linear.softcap,
@@ -114,7 +120,7 @@ def glu(gate_up: Tensor, activation: str, backend: str) -> Tensor:
     kernel = kernel_for("glu", backend, count_tokens(gate_up))
     if kernel is None:
         return reference.glu(gate_up, activation)
-    return kernel(gate_up, ACTIVATION_IDS[activation])
+    return kernel(contiguous(gate_up), ACTIVATION_IDS[activation])
 
 
 def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
@@ -122,7 +128,7 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
     kernel = kernel_for("add", backend, count_tokens(x))
     if kernel is None:
         return x + y
-    return kernel(x.contiguous(), y.contiguous())
+    return kernel(contiguous(x), contiguous(y))
 
 
 def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
@@ -130,7 +136,7 @@ def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Ten
     kernel = kernel_for("rms_norm", norm.backend, count_tokens(x))
     if kernel is None:
         return reference.rms_norm(x, norm, residual)
-    return kernel(x.contiguous(), norm.weight, norm.eps, None if residual is None else residual.contiguous())
+    return kernel(contiguous(x), norm.weight, norm.eps, contiguous(residual))
 
 
 def permute_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
@@ -139,7 +145,7 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
     kernel = kernel_for("permute_inputs", backend, count_tokens(x))
     if kernel is None:
         return reference.permute_inputs(x, input_order)
-    return kernel(x.contiguous(), input_order)
+    return kernel(contiguous(x), input_order)
 
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
@@ -149,7 +155,7 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
         kernel = kernel_namespace(table.backend).embed
     if kernel is None:
         return reference.embed(tokens, table, scale, dtype)
-    return kernel(tokens.contiguous(), *table.kernel_arguments(), table.in_features, dtype, scale)
+    return kernel(contiguous(tokens), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
 def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
@@ -161,9 +167,9 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
         q = rope_and_cache(qkv, params, cache, positions, backend)
         return reference.cached_attention(q, params, cache, positions)
     return kernel_namespace(backend).attend(
-        qkv, start_pos,
-        *cache,  # k, v, rope, alibi_slopes
-        *params.kernel_arguments(),  # n_heads, scale, window, softcap, q_norm_weight, k_norm_weight, eps, sinks
+        contiguous(qkv), contiguous(start_pos),
+        k_cache=cache.k, v_cache=cache.v, rope=cache.rope, alibi_slopes=cache.alibi_slopes,
+        **params.kernel_arguments(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
     )  # fmt: skip
 
 
@@ -173,11 +179,10 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, posi
     kernel = kernel_for("rope_and_cache", backend, count_tokens(qkv))
     if kernel is None:
         return reference.rope_and_cache(qkv, params, cache, positions)
-    arguments = params.kernel_arguments()
-    start_pos = positions[:, 0].contiguous()
+    options = params.kernel_arguments()
     return kernel(
-        qkv.contiguous(), start_pos, cache.k, cache.v, cache.rope, arguments.n_heads, arguments.q_norm_weight,
-        arguments.k_norm_weight, arguments.eps,
+        contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=cache.rope,
+        **{name: options[name] for name in ("n_heads", "q_norm_weight", "k_norm_weight", "eps")},
     )  # fmt: skip
 
 
@@ -189,7 +194,7 @@ def has_attention_kernel(backend: str, batch: int, n_new: int, heads_per_kv_head
 
 
 def route(
-    logits: Tensor, top_k: int, norm_topk_prob: bool, backend: str, n_shared_experts: int = 0
+    logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """float32 logits [..., E] of the router -> (topk_weights, topk_ids), both [..., top_k]. The weights are softmax
     probabilities.
@@ -200,7 +205,7 @@ def route(
     kernel = kernel_for("route", backend, count_tokens(logits))
     if kernel is None:
         return reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
-    return kernel(logits, top_k, norm_topk_prob, n_shared_experts)
+    return kernel(contiguous(logits), top_k, norm_topk_prob, n_shared_experts)
 
 
 def experts_gate_up(
@@ -217,7 +222,7 @@ def experts_gate_up(
         return reference.experts_gate_up(x, linear, topk_ids)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
-        x.contiguous(), *linear.kernel_arguments(), linear.bias, topk_ids, norm_weight, eps,
+        contiguous(x), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), norm_weight, eps,
         activation=ACTIVATION_IDS[activation],
     )  # fmt: skip
 
@@ -230,7 +235,10 @@ def experts_down(
     kernel = linear_kernel("experts_down", linear, count_tokens(topk_ids))
     if kernel is None:
         return reference.experts_down(hidden, linear, topk_ids, topk_weights, residual)
-    return kernel(hidden, *linear.kernel_arguments(), linear.bias, topk_ids, topk_weights, residual)
+    return kernel(
+        contiguous(hidden), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), contiguous(topk_weights),
+        contiguous(residual),
+    )  # fmt: skip
 
 
 def has_sample_kernel(backend: str, is_greedy: bool) -> bool:
@@ -242,12 +250,15 @@ def sample(logits: Tensor, temperature: float, backend: str) -> Tensor:
     """Draws a token [B] for every row of float32 logits [B, V], with probabilities softmax(logits / temperature). At
     temperature 0, the only one of backend "cpu", it is the likeliest token. A row with a logit that is not finite gives
     -1. engine/sampling.py does the same in PyTorch."""
-    if backend == "cpu":
-        return torch.ops.gptfast.sample(logits.contiguous(), None, temperature)
-    noise = None
+    logits, noise = contiguous(logits), None
     if temperature > 0:
         noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
-    return torch.ops.gptfast_triton.sample(logits.contiguous(), noise, temperature)
+    return kernel_namespace(backend).sample(logits, noise, temperature)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x, copied if it is not contiguous."""
+    return None if x is None else x.contiguous()
 
 
 def count_tokens(x: Tensor) -> int:

@@ -4,11 +4,11 @@
     LinearParams       W, and what is applied to the products with W
     NormParams         the weight of an RMSNorm
     AttentionParams    the options of attention
-    LayerCache         the keys and values of earlier tokens
-    WeightArguments, AttentionArguments    a weight and the options of attention, in the order of kernel arguments
+    LayerCache         what a layer of a KVCache holds: keys and values, and the tables of positions
+    WeightArguments    a weight, in the order of kernel arguments
 
-These classes hold data. A layer is a subclass that adds forward, in layers.py or model.py. Data and forward are in two
-files, since imports go one way: params.py (data) <- ops.py (operations on the data) <- layers.py (forward).
+layers.Linear(LinearParams), model.Attention(AttentionParams), ... add only forward, which calls an operation of ops.py.
+Parameters and forward are in two files, because ops.py must import the parameters, and forward must import ops.py.
 """
 
 from typing import NamedTuple
@@ -132,19 +132,6 @@ class NormParams(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
 
-class AttentionArguments(NamedTuple):
-    """The options of attention as a kernel takes them, in the order of kernels/schema.py: ATTENTION."""
-
-    n_heads: int
-    scale: float
-    window: int
-    softcap: float
-    q_norm_weight: Tensor | None
-    k_norm_weight: Tensor | None
-    eps: float
-    sinks: Tensor | None
-
-
 class AttentionParams(nn.Module):
     """The options of attention. The default of an option means that attention leaves it out.
 
@@ -163,19 +150,21 @@ class AttentionParams(nn.Module):
         self.n_heads, self.scale, self.window, self.softcap = n_heads, scale, window, softcap
         self.q_norm, self.k_norm, self.sinks = q_norm, k_norm, sinks
 
-    def kernel_arguments(self) -> AttentionArguments:
+    def kernel_arguments(self) -> dict[str, int | float | Tensor | None]:
+        """The options as a kernel takes them, by the names in kernels/schema.py: ATTENTION."""
         q_norm_weight = k_norm_weight = None
         eps = 0.0
         if self.q_norm is not None:
             q_norm_weight, k_norm_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        return AttentionArguments(
-            self.n_heads, self.scale, self.window, self.softcap, q_norm_weight, k_norm_weight, eps, self.sinks
-        )
+        return {
+            "n_heads": self.n_heads, "scale": self.scale, "window": self.window, "softcap": self.softcap,
+            "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight, "eps": eps, "sinks": self.sinks,
+        }  # fmt: skip
 
 
 class LayerCache(NamedTuple):
-    """What attention reads besides weights: the keys and values of a layer, and the tables of positions. The tables are
-    here, since they have the length and the device of the cache."""
+    """What attention reads besides weights: the keys and values of earlier tokens, and tables that depend on position
+    alone. The tables are computed once for all positions of the cache, as vLLM's cos_sin_cache is."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]

@@ -32,11 +32,11 @@ def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mma
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
         if cpu.library() is not None:
-            with_kernels = [m for m in matrices if m.format.fits_kernels("cpu", m.in_features)]
+            with_kernel = [m for m in matrices if m.format.has_kernel("cpu", m.in_features)]
         else:
-            with_kernels = [m for m in matrices if pack_for_aten(m, dtype)]
-        without_kernels = [m for m in matrices if m.format.is_quantized and m not in with_kernels]
-        dequantize_weights(without_kernels, dtype, is_mmapped)
+            with_kernel = [m for m in matrices if pack_for_aten(m, dtype)]
+        without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
+        dequantize_weights(without_kernel, dtype, is_mmapped)
         if cpu.library() is not None:
             pack_for_cpu(matrices, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
@@ -48,7 +48,7 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
     memory = cpu.HugePageArena()
     is_quantized = any(matrix.format.is_quantized for matrix in matrices)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not matrix.format.fits_kernels("cpu", matrix.in_features):
+        if not matrix.format.has_kernel("cpu", matrix.in_features):
             continue
         matrix.backend = "cpu"
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
@@ -105,15 +105,15 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
     """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations. Without matrix units
     the kernels take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
-    from kernels.triton.formats import supports
-    from kernels.triton.launch import MMA_TOKENS, min_block_m_of
+    from kernels.triton.formats import has_triton_kernel
+    from kernels.triton.launch import MMA_TOKENS, has_matrix_units
 
     for matrix in matrices:
-        if supports(matrix):
+        if has_triton_kernel(matrix):
             for name, packed in triton_layouts.pack(matrix.format, matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
-            has_matrix_units = min_block_m_of(matrix.weight.new_empty(0, dtype=dtype)) > 1
-            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if has_matrix_units else MMA_TOKENS
+            uses_matrix_units = has_matrix_units(matrix.weight.device, dtype)
+            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if uses_matrix_units else MMA_TOKENS
             matrix.backend = "triton"
 
 

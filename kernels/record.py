@@ -18,7 +18,7 @@ Who owns whom:
 How a CPUGraph records and replays:
 
     record    step runs once. Each kernel appends itself to the tape and computes nothing. A collective is no kernel, so
-              step passes it to graph_break, which ends the tape and begins another.
+              step passes it to call_between_tapes, which ends the tape and begins another.
 
               embed  fused_linear  attend  ...  fused_linear |   all_reduce   | add  fused_linear  attend  ...
               [------------------- Tape -------------------] |    function    | [----------- Tape -----------
@@ -68,9 +68,9 @@ def record(step: Callable) -> Callable:
     return replay
 
 
-def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Returns fn(*inputs). While a CPUGraph is recorded, splits the tape, so that every replay calls fn between the two
-    tapes. fn must always return the same shape."""
+def call_between_tapes(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns fn(*inputs). While a CPUGraph is recorded, ends the tape and begins another one, so that every replay
+    calls fn between the two tapes. fn must always return the same shape."""
     if recorded_graph is None:
         return fn(*inputs)
     return recorded_graph.split_tape(fn, inputs)

@@ -175,8 +175,8 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     kernels.pack_for_triton([capped])
     for activation in ("geglu", "geglu_tanh", "clamped_swiglu") if compiles_all else ("geglu",):
         kernels.fused_linear(x, capped, activation=activation)
-    kernels.route(torch.randn(1, 5, 5), 2, True, "triton", n_shared_experts=1)
-    topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, "triton")
+    kernels.route(torch.randn(1, 5, 5), 2, True, 1, "triton")
+    topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, 0, "triton")
     for format in (Dense(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
         gate_up = make_linear(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
         down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
@@ -199,7 +199,7 @@ def compile_for(gpu: Gpu):
     compiler = Compiler(gpu)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
     known = launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.can_overlap, {})
-    launch.gpu_of = attention.gpu_of = lambda device: known
+    launch.gpu_info = attention.gpu_info = lambda device: known
     linear.dot_dtype = attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
     expected = launch_products(gpu)
     if not gpu.has_larger_tiles:

@@ -244,7 +244,7 @@ def test_tune(tmp_path, monkeypatch):
         x = torch.zeros(1, 32, dtype=torch.bfloat16)
         assert launch.choose_tiles(x, Int4.format_id, 96, True, 64)._asdict() == gated
     finally:
-        launch.gpu_of(CPU).tuned.clear()
+        launch.gpu_info(CPU).tuned.clear()
 
 
 def few_checks(dtype, sizes):

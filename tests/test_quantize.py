@@ -94,7 +94,7 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
     else:
         steps, zeros = (tensors[n].float().repeat_interleave(format.group_size, -1)[:, :k] for n in ("scales", "zeros"))
         q = torch.arange(256 if isinstance(format, GroupedInt8) else 16)
-        levels = (q - zeros[..., None] / format.zeros_per_step) * steps[..., None]  # [N, K, len(q)]
+        levels = (q - zeros[..., None] / format.zeros_denominator) * steps[..., None]  # [N, K, len(q)]
     nearest = (levels - w[..., None]).abs().amin(-1)
     tolerance = FLOAT_ERROR * w.abs().amax(-1, keepdim=True)
     assert (error <= nearest + tolerance).all()
@@ -134,6 +134,11 @@ def test_a_header_names_its_format(format):
     parsed = parse_format(format.quantization)
     assert parsed.quantization == format.quantization and parsed.name == format.name
     assert parse_formats({"mode": "int8", "layers": {"a": format.quantization}}).of_layer("a") == parsed
+
+
+def test_a_mode_names_one_class():
+    assert len({format_class.mode for format_class in formats.FORMATS}) == len(formats.FORMATS)
+    assert parse_format({"mode": "int8", "groupsize": 16}) == GroupedInt8(16)  # as earlier versions wrote it
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def fast_interpreter():
 @pytest.fixture
 def small_gpu(monkeypatch):
     """As if there were two multiprocessors, so that even small products have programs of several tiles of W."""
-    monkeypatch.setattr(launch, "gpu_of", lambda device: launch.Gpu(2, 8, False, {}))
-    monkeypatch.setattr(attention, "gpu_of", lambda device: launch.Gpu(2, 8, False, {}))
+    monkeypatch.setattr(launch, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
+    monkeypatch.setattr(attention, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
 
 
 CHECKS = {  # one that does not depend on dtype is here once
@@ -213,7 +213,7 @@ def test_unknown_format():
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
     """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
-    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, "triton")
+    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, 0, "triton")
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
 
@@ -325,7 +325,7 @@ def test_many_sequences(small_gpu):
 def test_without_matrix_units(monkeypatch):
     """The kernels take few tokens in float32, and on a GPU whose matrix units Triton does not use."""
     for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
-        monkeypatch.setattr(launch, "gpu_of", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
+        monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
         kernels.pack_for_triton([w], dtype)
         assert w.max_kernel_tokens == most

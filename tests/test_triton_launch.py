@@ -18,7 +18,7 @@ FORMAT_IDS = {4: Int4.format_id, 8: Int8.format_id, 16: Dense.format_id}  # by b
 
 
 def choose(monkeypatch, gpu: launch.Gpu, format_id: int, n: int, k: int, gated: bool, group_size: int = 64):
-    monkeypatch.setattr(launch, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(launch, "gpu_info", lambda device: gpu)
     x = torch.empty(1, k, dtype=torch.bfloat16)
     return launch.choose_tiles(x, format_id, n, gated, group_size)
 
@@ -81,7 +81,7 @@ def test_guess_for_many_tokens_fits(n_tokens, gated):
     block_m = triton.next_power_of_2(n_tokens)
     sizes = itertools.product(formats, (64, 1536, 4096, 57344, 128256), (1, 16, 132, 300))
     for (format, bits, group_size), n, num_sms in sizes:
-        tiles = launch.guess_for_many(block_m, format.format_id, n, 576, gated, group_size, num_sms)
+        tiles = launch.guess_many_tokens(block_m, format.format_id, n, 576, gated, group_size, num_sms)
         block_n, num_warps, warp_k, num_stages = tiles
         bits_of_step = num_warps * warp_k * (block_n * bits + block_m * 16)
         assert num_stages >= 2 and (num_stages - 1) * bits_of_step <= 99 * 1024 * 8
@@ -94,7 +94,7 @@ def test_guess_for_many_tokens_fits(n_tokens, gated):
 def test_programs_share_what_they_read():
     """Programs have many outputs if there are enough for all multiprocessors. A program of few reads less."""
     for n, block_n in [(576, 16), (4096, 32), (57344, 64)]:
-        tiles = launch.guess_for_many(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
+        tiles = launch.guess_many_tokens(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
         assert tiles.block_n == block_n
 
 
@@ -108,7 +108,7 @@ def test_overlap_options(monkeypatch):
     """A kernel lets the next one begin at once if no multiprocessor has two of its programs."""
     for can_overlap, grid, at_once in [(True, (66, 2), True), (True, (67, 2), False), (False, (1,), False)]:
         gpu = launch.Gpu(N_PROCESSORS, 8, can_overlap, tuned={})
-        monkeypatch.setattr(launch, "gpu_of", lambda device, gpu=gpu: gpu)
+        monkeypatch.setattr(launch, "gpu_info", lambda device, gpu=gpu: gpu)
         options = launch.overlap_options(torch.device("cpu"), grid)
         assert options["USE_PDL"] == options.get("launch_pdl", False) == can_overlap
         assert options["TRIGGER_EARLY"] == at_once

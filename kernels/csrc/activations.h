@@ -6,7 +6,7 @@
 
 #include "weights.h"
 
-constexpr int64_t ACT_GROUP = 8;             // a quantized group: this many activations share a scale
+constexpr int64_t Q8_GROUP = 8;              // activations of a QuantizedGroup, which share a scale
 constexpr int64_t TILE_M = 16, TILE_K = 32;  // a tile of activations is [16 tokens, 32 inputs] (amx.h)
 constexpr int64_t TILE_BYTES = 1024;
 
@@ -38,7 +38,7 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// ACT_GROUP activations x as int8: x = scale * q, |q| <= 127.
+// Q8_GROUP activations x as int8: x = scale * q, |q| <= 127.
 //
 // The loops multiply x with weights w - zero. They compute the sum of w * x, and subtract the zero points afterwards:
 //
@@ -51,12 +51,12 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //     F::SHARED_ZERO    one for all weights               -zero * (sum of q in this group)
 //     other formats     one for each group of weights     a running sum of x, which each group of weights begins anew
 //
-// A group of weights spans several groups of activations. In the last one the running sum is complete, and the loops
-// read it there.
+// A group of weights spans several QuantizedGroups. The last of them has the complete sum, so dot_grouped reads the
+// compensation of the last one.
 struct QuantizedGroup {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
   float compensation;
-  int8_t q[ACT_GROUP];
+  int8_t q[Q8_GROUP];
 };
 
 // Whether activations of type T are quantized for a product with weights of format F. Float32 activations (--precision
@@ -68,7 +68,7 @@ template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Dense> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to groups [padded k / ACT_GROUP]. F is the format of w. A Vec holds two groups, one in each half.
+// Quantizes x [k] to groups [padded k / Q8_GROUP]. F is the format of w. A Vec holds two groups, one in each half.
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
   const auto add = [](IntVec a, IntVec b) { return a + b; };
@@ -82,14 +82,14 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
     const IntVec q = (IntVec)(v * (max > 1e-30f ? 127 / max : Vec{}) + to_int) - (IntVec)to_int;
     const ByteVec bytes = __builtin_convertvector(q, ByteVec);
     const IntVec sums = reduce_halves(q, add);
-    for (int i = 0; i < LANES; i += ACT_GROUP) {
+    for (int i = 0; i < LANES; i += Q8_GROUP) {
       const bool begins_weight_group = (k + i) % w.group_size == 0;
       running_sum = (begins_weight_group ? 0 : running_sum) + sums[i] * scale[i];
-      QuantizedGroup& group = groups[(k + i) / ACT_GROUP];
+      QuantizedGroup& group = groups[(k + i) / Q8_GROUP];
       group.scale = scale[i];
       if constexpr (F::SHARED_ZERO) group.compensation = -F::SHARED_ZERO * sums[i];
       else group.compensation = running_sum;
-      std::memcpy(group.q, reinterpret_cast<const int8_t*>(&bytes) + i, ACT_GROUP);
+      std::memcpy(group.q, reinterpret_cast<const int8_t*>(&bytes) + i, Q8_GROUP);
     }
   }
 }
@@ -97,13 +97,13 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 // ---- The input of a product -----------------------------------------------------------------------------------------
 
 // The element type of a prepared token, which dot.h multiplies with weights of format F. A prepared token is an array:
-// QuantizedGroup [k / ACT_GROUP], float [k] or T [k].
+// QuantizedGroup [k / Q8_GROUP], float [k] or T [k].
 template <typename F, typename T>
 using Prepared = std::conditional_t<ROUNDS_TO_INT8<F, T>, QuantizedGroup,
                                     std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
-// The address of a prepared token. Its type is unknown at compile time, since the format F is. dot_tokens (dot.h) casts
-// the address to const Prepared<F, T>*.
+// The address of a prepared token. The format F is unknown at compile time, and so is the type of the token.
+// multiply_by_format (dot.h) casts the address to const Prepared<F, T>*.
 using PreparedToken = const void*;
 
 // Prepares the activations x [m, k] of a product with w. If norm_weight [k] is not null, applies RMSNorm first.
@@ -126,7 +126,7 @@ template <typename T> struct InputPreparer {
 
   // Returns the bytes of a prepared token. 0 means that the product can read x itself.
   int64_t token_bytes() const {
-    if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(QuantizedGroup);
+    if (is_quantized()) return padded_k() / Q8_GROUP * sizeof(QuantizedGroup);
     if (is_widened()) return padded_k() * sizeof(float);
     return norm_weight || for_amx ? padded_k() * sizeof(T) : 0;
   }

@@ -250,7 +250,7 @@ static_assert(MAX_TOKENS == 4 * TILE_M);
 template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
-// Computes what dot in dot.h computes, from activations in tiles.
+// Computes what multiply in dot.h computes, from activations in tiles.
 inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* tiles,
                     BlockSums* out) {
   dispatch_format(w.format, [&]<typename F>(F) {

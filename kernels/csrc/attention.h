@@ -293,9 +293,9 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     else attend_to_split<0>(shared, task);
   }
 
-  // Loops over the tokens and over up to MAX_Q query heads at a time. The first iteration reads the split from memory;
-  // the others find it in the cache. So only the first iteration prefetches: score_keys prefetches the values of this
-  // split, and accumulate_pv the keys of the next split.
+  // For each new token, and for up to MAX_Q query heads at a time: scores, softmax, p v. Only the first iteration reads
+  // K and V from memory, so only the first iteration prefetches: the values of this split while it scores keys, and the
+  // keys of the next split while it sums values.
   template <int64_t D> void attend_to_split(const Shared& shared, const Task& task) const {
     const auto [b, kv_head, split, token_block] = task;
     const int64_t d = D ? D : head_dim;

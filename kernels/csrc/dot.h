@@ -11,7 +11,12 @@
 //     dot_float8         Float8                                        bf16 or float
 //     dot_dense          Dense                                         the type of the weights
 //
-// Start reading at the end: dot cuts the tokens into parts, dot_tokens dispatches by format, dot_blocks calls a loop.
+// Start reading at the end. Each function calls the next one:
+//
+//     multiply              cuts the tokens into parts of up to BLOCK_M
+//     multiply_by_format    finds the format F of the weights
+//     run_loop              calls the loop for F and for the type of the activations
+//
 // Some loops copy the addresses of the tokens to x [M], a local array, which the compiler can keep in registers.
 #pragma once
 
@@ -69,7 +74,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const QuantizedGroup* con
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   Vec total[BLOCKS][M] = {};
-  for (int64_t g = 0; g < w.k / ACT_GROUP; g++) {  // 8 inputs: two words of each output, 128 bytes
+  for (int64_t g = 0; g < w.k / Q8_GROUP; g++) {  // 8 inputs: two words of each output, 128 bytes
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
       const char* words = data[b] + g * 128;
@@ -91,7 +96,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const QuantizedGroup* con
   }
 }
 
-// The weights of a block for ACT_GROUP inputs, as bytes: elements 0-3 of each output, and elements 4-7.
+// The weights of a block for Q8_GROUP inputs, as bytes: elements 0-3 of each output, and elements 4-7.
 struct WeightBytes { IntVec first, second; };
 template <typename F> WeightBytes load_bytes(const char* words) {
   const IntVec v = load<IntVec>(words), low = IntVec{} + 0x0f0f0f0f;
@@ -103,14 +108,14 @@ template <typename F> WeightBytes load_bytes(const char* words) {
 // counts groups of weights.
 template <typename F, int M, int BLOCKS>
 void dot_grouped(const Weights& w, const int64_t* blocks, const QuantizedGroup* const* tokens, Vec* const* out) {
-  constexpr int64_t N_BYTES = 64 * ACT_GROUP / F::PER_WORD;  // bytes of a block's weights for ACT_GROUP inputs
+  constexpr int64_t N_BYTES = 64 * Q8_GROUP / F::PER_WORD;  // bytes of a block's weights for Q8_GROUP inputs
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   Vec total[BLOCKS][M] = {};
-  for (int64_t g = 0, end, group = 0; g < w.k / ACT_GROUP; g = end, group++) {
-    end = std::min(w.k, g * ACT_GROUP + w.group_size) / ACT_GROUP;
+  for (int64_t g = 0, end, group = 0; g < w.k / Q8_GROUP; g = end, group++) {
+    end = std::min(w.k, g * Q8_GROUP + w.group_size) / Q8_GROUP;
     Vec partial[BLOCKS][M] = {};
     for (; g < end; g++) {
       WeightBytes bytes[BLOCKS];
@@ -299,48 +304,48 @@ Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const
 // Multiplies M tokens with BLOCKS blocks of weights, by the loop for the format and the type X of the activations. The
 // first template is for all packed formats without an overload.
 template <int M, int BLOCKS, typename F, typename X>
-void dot_blocks(F, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+void run_loop(F, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
   if constexpr (std::is_same_v<X, QuantizedGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void dot_blocks(Dense, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+void run_loop(Dense, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
   for (int b = 0; b < BLOCKS; b++) dot_dense<M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void dot_blocks(Int8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+void run_loop(Int8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
   if constexpr (std::is_same_v<X, QuantizedGroup>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void dot_blocks(Float8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+void run_loop(Float8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
   for (int b = 0; b < BLOCKS; b++) dot_float8<M>(w, blocks[b], tokens, out[b]);
 }
 
-// Computes what dot computes, for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
+// multiply for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
 template <int M, typename T>
-void dot_tokens(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
-                Vec* const* out) {
+void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
+                        Vec* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
     const Prepared<F, T>* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const Prepared<F, T>*>(tokens[m]);
     // With more than 2 tokens, two blocks share the loads of the activations.
     if constexpr (M > 2 && HAS_WIDE_REGISTERS && ROUNDS_TO_INT8<F, T>)
-      if (n_blocks == 2) return dot_blocks<M, 2>(format, w, blocks, typed, out);
-    for (int64_t b = 0; b < n_blocks; b++) dot_blocks<M, 1>(format, w, blocks + b, typed, out + b);
+      if (n_blocks == 2) return run_loop<M, 2>(format, w, blocks, typed, out);
+    for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, typed, out + b);
   });
 }
 
-// Returns the addresses of dot_tokens for 1, 2, ... BLOCK_M tokens.
-template <typename T, int... I> constexpr auto dot_by_tokens(std::integer_sequence<int, I...>) {
-  return std::array{&dot_tokens<I + 1, T>...};
+// Returns the addresses of multiply_by_format for 1, 2, ... BLOCK_M tokens.
+template <typename T, int... I> constexpr auto functions_by_tokens(std::integer_sequence<int, I...>) {
+  return std::array{&multiply_by_format<I + 1, T>...};
 }
 
 // Computes out[b][i] = tokens[i] * (block blocks[b] of w)^T for tokens [m] and 1 or 2 blocks.
 template <typename T>
-void dot(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
-         BlockSums* out) {
-  static constexpr auto by_tokens = dot_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
+void multiply(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
+              BlockSums* out) {
+  static constexpr auto by_tokens = functions_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
   const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // parts of nearly equal numbers of tokens
   for (int64_t i = 0; i < n_parts; i++) {
     const int64_t first = m * i / n_parts, n_tokens = m * (i + 1) / n_parts - first;

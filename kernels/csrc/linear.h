@@ -38,7 +38,7 @@ template <typename T> struct FusedLinearOp {
       n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // blocks of outputs
       const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
       if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, sums);
-      else dot<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
+      else multiply<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
       for (int64_t token = 0; token < m; token++)
         for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, token, b, blocks, n_out);
     }
@@ -82,11 +82,11 @@ template <typename T> struct RMSNormOp {
   }
 };
 
-// Computes out [m, n] from x [m, k]: element i of a token becomes element order[i] of the same token.
+// Computes out [m, n] from x [m, k]: out[token, i] = x[token, input_order[i]].
 template <typename T> struct PermuteInputsOp {
   const T* x;
   int64_t m, k;
-  const int32_t* order;  // [n]
+  const int32_t* input_order;  // [n]
   int64_t n;
   T* out;
 
@@ -95,7 +95,7 @@ template <typename T> struct PermuteInputsOp {
     const Range range = thread_range((n + LANES - 1) / LANES);
     const int64_t begin = range.begin * LANES, end = std::min(n, range.end * LANES);
     for (int64_t token = 0; token < m; token++)
-      for (int64_t i = begin; i < end; i++) out[token * n + i] = x[token * k + order[i]];
+      for (int64_t i = begin; i < end; i++) out[token * n + i] = x[token * k + input_order[i]];
   }
 };
 

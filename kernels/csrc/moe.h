@@ -55,7 +55,7 @@ template <typename T> struct ExpertsGateUpOp {
       const int64_t block = task % n_blocks, n_pairs = pairs.size();
       const int64_t blocks[] = {block, block + n_blocks};  // gate, up
       for (int64_t i = 0; i < n_pairs; i++) batch_tokens[i] = tokens[pairs[i] / top_k];
-      dot<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, batch_tokens, sums);
+      multiply<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, batch_tokens, sums);
       const T* expert_bias = bias ? bias + expert * w.n : nullptr;
       for (int64_t i = 0; i < n_pairs; i++) {
         const Vec v = add_bias_and_activate(sums, i, 0, blocks, expert_bias, w.n, activation);
@@ -86,14 +86,14 @@ template <typename T> struct ExpertsDownOp {
     std::vector<PreparedToken> prepared(m * top_k);  // a row of hidden for each pair
     preparer().prepare(shared, barrier, prepared.data());
     PreparedToken batch_rows[MAX_TOKENS];
-    BlockSums sums[2], total;  // dot fills sums[0] alone
+    BlockSums sums[2], total;  // multiply fills sums[0] alone
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
       std::fill_n(total, m, Vec{});
       for (const auto& [expert, pairs] : batches) {
         const int64_t n_pairs = pairs.size();
         for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = prepared[pairs[i]];
-        dot<T>(n_pairs, w.expert(expert), &block, 1, batch_rows, sums);
+        multiply<T>(n_pairs, w.expert(expert), &block, 1, batch_rows, sums);
         const T* expert_bias = bias ? bias + expert * w.n : nullptr;
         for (int64_t i = 0; i < n_pairs; i++) {
           const int64_t pair = pairs[i];

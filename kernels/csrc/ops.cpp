@@ -176,7 +176,8 @@ Tensor permute_inputs(Tensor x, Tensor input_order) {
                   "input_order names an input that is not there");
   Tensor out = torch::stable::new_empty(x, resized(x, n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(PermuteInputsOp<T>{.x = ptr<T>(x), .m = m, .k = k, .order = order, .n = n, .out = mutable_ptr<T>(out)});
+    submit(PermuteInputsOp<T>{
+        .x = ptr<T>(x), .m = m, .k = k, .input_order = order, .n = n, .out = mutable_ptr<T>(out)});
   });
   return out;
 }

@@ -46,32 +46,32 @@ class Scratch {
 //     size_t shared_bytes() const                   (optional) The size of shared, scratch memory for all threads.
 //     const char* error() const                     (optional) Says what is wrong with the values of the inputs, or
 //                                                   returns null. Is called once, before the region.
-class Op {
+class AnyOp {
  public:
-  virtual ~Op() = default;
+  virtual ~AnyOp() = default;
   virtual void execute(char* shared, Barrier& barrier) const = 0;
   virtual size_t shared_bytes() const = 0;
   virtual const char* error() const = 0;
 };
 
-// Makes an Op of an operation's struct. Supplies the optional functions that the struct lacks.
-template <typename Operation> class OpOf : public Op {
-  const Operation operation;
+// Makes an AnyOp of a struct such as FusedLinearOp. Supplies the optional functions that the struct lacks.
+template <typename Op> class OpAdapter : public AnyOp {
+  const Op op;
 
  public:
-  explicit OpOf(const Operation& o) : operation(o) {}
-  void execute(char* shared, Barrier& barrier) const override { operation.execute(shared, barrier); }
+  explicit OpAdapter(const Op& o) : op(o) {}
+  void execute(char* shared, Barrier& barrier) const override { op.execute(shared, barrier); }
   size_t shared_bytes() const override {
-    if constexpr (requires { operation.shared_bytes(); }) return operation.shared_bytes();
+    if constexpr (requires { op.shared_bytes(); }) return op.shared_bytes();
     return 0;
   }
   const char* error() const override {
-    if constexpr (requires { operation.error(); }) return operation.error();
+    if constexpr (requires { op.error(); }) return op.error();
     return nullptr;
   }
 };
 
-using Ops = std::vector<std::unique_ptr<Op>>;
+using Ops = std::vector<std::unique_ptr<AnyOp>>;
 struct Tape {
   Ops ops;
   int n_replays = 0;
@@ -121,7 +121,7 @@ inline const char* replay(Tape& tape, bool adapt_threads) {
 inline thread_local Tape* recorded_tape = nullptr;  // the tape that is being recorded, or null
 
 // Appends an operation to recorded_tape. If that is null, executes the operation.
-inline void submit_op(std::unique_ptr<Op> op) {
+inline void submit_op(std::unique_ptr<AnyOp> op) {
   if (recorded_tape) {
     recorded_tape->ops.push_back(std::move(op));
     return;
@@ -132,8 +132,8 @@ inline void submit_op(std::unique_ptr<Op> op) {
   STD_TORCH_CHECK(!error, error ? error : "");
   execute(ops, torch::stable::get_num_threads());
 }
-template <typename Operation> void submit(const Operation& operation) {
-  submit_op(std::make_unique<OpOf<Operation>>(operation));
+template <typename Op> void submit(const Op& op) {
+  submit_op(std::make_unique<OpAdapter<Op>>(op));
 }
 
 // kernels/record.py calls these functions. tape_begin starts recording a new tape, and tape_end stops. tape_threads

@@ -68,29 +68,29 @@ struct Weights {
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
 // and an entry in Formats. Then the loops for any format can read the new format. To add faster loops for one format,
-// overload dot_blocks (dot.h) or specialize WordDecoder (amx.h).
+// overload run_loop (dot.h) or specialize WordDecoder (amx.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
 struct ScalesAndZeros { Vec scales, zeros; };
 
-// The defaults of a format.
-struct AnyFormat {
+// A format derives from these defaults.
+struct FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = false;  // whether the product rounds 16-bit activations to int8
   static constexpr bool BF16_ACTIVATIONS = false;  // whether the product takes bf16 activations without conversion
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from this number of tokens amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether each output has one more scale
-  static constexpr bool SCALE_AFTER_SUM = false;          // whether amx.h scales the sum of a group, not the weights
+  static constexpr bool SCALE_AFTER_SUM = false;          // amx.h: whether to scale sums of groups, not weights
   static constexpr int32_t SHARED_ZERO = 0;               // the zero point of all weights, or 0 if zero points differ
   static Vec output_scales(const Weights&, int64_t /* block */) { return Vec{} + 1; }
 };
 
-struct Dense : AnyFormat {
+struct Dense : FormatDefaults {
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M / 2 + 1;
 };
 
-struct Int8 : AnyFormat {
+struct Int8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
   static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int PER_WORD = 4, SCALE_BYTES = 4;
@@ -101,7 +101,7 @@ struct Int8 : AnyFormat {
   }
 };
 
-struct Int4 : AnyFormat {
+struct Int4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int PER_WORD = 8, SCALE_BYTES = 2;
   static IntVec element(IntVec words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
@@ -113,7 +113,7 @@ struct Int4 : AnyFormat {
   }
 };
 
-struct GroupedInt8 : AnyFormat {
+struct GroupedInt8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int PER_WORD = 4, SCALE_BYTES = 2;
   static IntVec element(IntVec words, int j) { return Int8::element(words, j); }
@@ -123,7 +123,7 @@ struct GroupedInt8 : AnyFormat {
 };
 
 // 8-bit floats, e4m3. float8.h converts the elements.
-struct Float8 : AnyFormat {
+struct Float8 : FormatDefaults {
   static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16, SCALE_AFTER_SUM = true;
   static constexpr int64_t MIN_AMX_TOKENS = 3;
   static constexpr int PER_WORD = 4, SCALE_BYTES = 4;
@@ -134,7 +134,7 @@ struct Float8 : AnyFormat {
 
 // 4-bit floats, e2m1. Twice an e2m1 number is an integer from -12 to 12. The products use the integer q = 12 + 2 * e2m1
 // from 0 to 24, with the zero point 12 and half the scale.
-struct MXFP4 : AnyFormat {
+struct MXFP4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int PER_WORD = 8, SCALE_BYTES = 1;
   // For the four bits of a number, TABLE has q, and VALUES has the number.

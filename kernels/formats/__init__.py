@@ -14,8 +14,7 @@ q is an element of weight. Experts have one more dimension in front: [E, N, K]. 
 group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16. They are float16 if the
 weights come from a checkpoint of another project with float16 scales, since bfloat16 has fewer bits.
 
-Only converters make GroupedInt8. In model.pth the mode of both Int8 and GroupedInt8 is "int8"; GroupedInt8 also has a
-"groupsize".
+Only converters make GroupedInt8, so --mode does not offer the mode "int8-grouped".
 
 Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low half and element j + 4 in the high half:
 

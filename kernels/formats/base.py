@@ -106,12 +106,10 @@ class WeightFormat:
         """How many inputs of an output share a scale: group_size, or all."""
         return self.group_size or in_features
 
-    def fits_kernels(self, backend: str, in_features: int) -> bool:
-        """Whether the kernels of backend ("cpu" or "triton") take a W with in_features inputs. This default is for
-        quantized formats, whose kernels read 8 elements at a time."""
+    def has_kernel(self, backend: str, in_features: int) -> bool:
+        """Whether backend ("cpu" or "triton") has a kernel for a W with in_features inputs. This default is for
+        quantized formats: their kernels read 8 elements at a time."""
         return in_features % 8 == 0
-
-
 
 
 @dataclass(frozen=True)
@@ -135,13 +133,11 @@ class Dense(WeightFormat):
     def fill_randomly(self, tensors, std):
         tensors["weight"].normal_(std=std)
 
-    def fits_kernels(self, backend, in_features):
+    def has_kernel(self, backend, in_features):
         return True
 
     def dequantize(self, tensors, dtype):
         return tensors["weight"]
-
-
 
 
 @dataclass(frozen=True)

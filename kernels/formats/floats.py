@@ -57,8 +57,6 @@ class Float8(WeightFormat):
         return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)
 
 
-
-
 @dataclass(frozen=True)
 class MXFP4(WeightFormat):
     """4-bit floats, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. 32 inputs of an output share a scale. The

@@ -19,7 +19,7 @@ class Int8(WeightFormat):
     """Symmetric, with one scale for each output. quantize.py makes q from -127 to 127."""
 
     format_id = 1
-    mode = "int8"  # with a "groupsize" the mode "int8" means GroupedInt8
+    mode = "int8"
     group_size = None
 
     @classmethod
@@ -47,8 +47,6 @@ class Int8(WeightFormat):
         tensors["scales"].fill_(std / 73)
 
 
-
-
 @dataclass(frozen=True)
 class GroupedFormat(WeightFormat):
     """What Int4 and GroupedInt8 have in common. Asymmetric, q >= 0. Every group_size inputs of an output share a scale
@@ -59,7 +57,7 @@ class GroupedFormat(WeightFormat):
 
     mode: ClassVar[str]
     group_sizes: ClassVar[tuple[int, ...]]  # valid values of "groupsize" in model.pth
-    zeros_per_step: ClassVar[int]  # the zero point is the stored number divided by zeros_per_step
+    zeros_denominator: ClassVar[int]  # the zero point is zeros / zeros_denominator, where zeros is the stored tensor
 
     @property
     def quantization(self):
@@ -92,7 +90,7 @@ class GroupedFormat(WeightFormat):
         q = self.bytes_to_elements(tensors["weight"])
         scales, zeros = (
             repeat_groups(t, self.group_size, q.shape[-1])
-            for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_per_step)
+            for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_denominator)
         )
         return ((q - zeros) * scales).to(dtype)
 
@@ -113,7 +111,7 @@ class Int4(GroupedFormat):
     group_sizes = group_size_options = GROUP_SIZES
     input_multiple = shard_multiple = 8
     elements_per_byte = 2
-    zeros_per_step = 16
+    zeros_denominator = 16
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -133,7 +131,7 @@ class Int4(GroupedFormat):
 
     def widen(self, tensors, wider, in_features):
         if isinstance(wider, GroupedInt8):
-            q, zeros = self.bytes_to_elements(tensors["weight"]), tensors["zeros"] // self.zeros_per_step
+            q, zeros = self.bytes_to_elements(tensors["weight"]), tensors["zeros"] // self.zeros_denominator
             tensors = tensors | {"weight": q, "zeros": zeros}
         return super().widen(tensors, wider, in_features)
 
@@ -144,16 +142,24 @@ class Int4(GroupedFormat):
         return bytes_to_nibbles(weight)
 
 
-
-
 class GroupedInt8(GroupedFormat):
     """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
     format_id = 3
-    mode = "int8"  # without a "groupsize" the mode "int8" means Int8
+    mode = "int8-grouped"
     is_cli_mode = False
     group_sizes = INT8_GROUP_SIZES
-    zeros_per_step = 1
+    zeros_denominator = 1
+
+    @property
+    def name(self):
+        return f"int8.g{self.group_size}"
+
+    @classmethod
+    def parse(cls, quantization):
+        if quantization.get("mode") == "int8":  # earlier versions wrote "int8" with a "groupsize"
+            quantization = quantization | {"mode": cls.mode}
+        return super().parse(quantization)
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -171,8 +177,6 @@ class GroupedInt8(GroupedFormat):
         tensors["weight"].random_(0, 256)  # the standard deviation of q is 74
         tensors["scales"].fill_(std / 74)
         tensors["zeros"].random_(127, 129)  # about the mean of q
-
-
 
 
 # ---- The arithmetic of groups, which quantize.py and gptq.py share --------------------------------------------------

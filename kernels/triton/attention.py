@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton.launch import done_counters, dot_dtype, gpu_of, overlap_options, wait_for_previous_kernel
+from kernels.triton.launch import done_counters, dot_dtype, gpu_info, overlap_options, wait_for_previous_kernel
 from kernels.triton.linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # kernels/ops.py: MAX_TRITON_NEW_TOKENS; tl.dot needs at least 16
@@ -362,7 +362,7 @@ def attend(
 
     The other arguments: see AttentionParams and LayerCache in kernels/params.py."""
     (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
-    n_splits = choose_splits(gpu_of(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
+    n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
     out = qkv.new_empty(batch, n_tokens, n_heads * head_dim)

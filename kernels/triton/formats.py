@@ -60,9 +60,7 @@ from kernels.triton.weights import (
 
 
 @triton.jit
-def multiply_rows(
-    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
-):
+def multiply_rows(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     elements = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
     return tl.dot(elements.to(x.dtype), x, acc, input_precision="ieee")
 
@@ -77,9 +75,7 @@ def dequantize_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
 
 
 @triton.jit
-def multiply_grouped_int8(
-    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
-):
+def multiply_grouped_int8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     q = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
     scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
     return acc + product_with_zeros(q.to(x.dtype), x, scale, zero - 128)
@@ -112,9 +108,7 @@ def product_with_zeros(q, x, scale, zero):
 
 
 @triton.jit
-def multiply_float8(
-    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
-):
+def multiply_float8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_rows(w, k_starts // 4, K // 4, x.shape[1] // 4)  # [K_SLICES, BLOCK_N, SLICE_K / 4]
     elements = e4m3_to_floats(words, x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
     if GROUP_SIZE >= K:
@@ -136,9 +130,7 @@ def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N
 
 
 @triton.jit
-def multiply_int4(
-    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
-):
+def multiply_int4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
@@ -164,9 +156,7 @@ def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
 
 
 @triton.jit
-def multiply_mxfp4(
-    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
-):
+def multiply_mxfp4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale = e8m0_to_float(load_slice_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, e2m1_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
@@ -180,13 +170,6 @@ def dequantize_mxfp4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N,
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
-
-
-class Layout(Enum):
-    """How packed elements are stored: see weights.py."""
-
-    ROWS = "rows"  # of elements, or of words of 4 e4m3
-    TILES = "tiles"  # of words of 8 elements
 
 
 class Scales(Enum):
@@ -205,7 +188,7 @@ class KernelFormat(NamedTuple):
         slice scale      any other scale: multiplies the sum of a slice, in multiply. A slice lies in one group"""
 
     format_class: type[WeightFormat]
-    layout: Layout
+    is_tiled: bool  # the layout of W: tiles of words of 8 elements, or rows of elements or words (weights.py)
     scales: Scales
     multiply: JITFunction
     dequantize: JITFunction | None  # None: W is not quantized
@@ -214,10 +197,6 @@ class KernelFormat(NamedTuple):
     def name(self) -> str:
         """The name in tuned.json."""
         return self.format_class.__name__.lower()
-
-    @property
-    def is_tiled(self) -> bool:
-        return self.layout is Layout.TILES
 
     def has_channel_scales(self, group_size: int, k: int) -> bool:
         """Returns whether fused_linear applies the scales after the loop over K."""
@@ -232,13 +211,13 @@ class KernelFormat(NamedTuple):
         return weight.stride(-3) // TILE_N.value if self.is_tiled else weight.stride(-2)
 
 
-KERNEL_FORMATS = [
-    KernelFormat(Dense, Layout.ROWS, Scales.NONE, multiply_rows, None),
-    KernelFormat(Int8, Layout.ROWS, Scales.FLOAT32, multiply_rows, dequantize_int8),
-    KernelFormat(Int4, Layout.TILES, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
-    KernelFormat(GroupedInt8, Layout.ROWS, Scales.WITH_ZEROS, multiply_grouped_int8, dequantize_grouped_int8),
-    KernelFormat(Float8, Layout.ROWS, Scales.FLOAT32, multiply_float8, dequantize_float8),
-    KernelFormat(MXFP4, Layout.TILES, Scales.E8M0, multiply_mxfp4, dequantize_mxfp4),
+KERNEL_FORMATS = [  # format_class, is_tiled, scales, multiply, dequantize
+    KernelFormat(Dense, False, Scales.NONE, multiply_rows, None),
+    KernelFormat(Int8, False, Scales.FLOAT32, multiply_rows, dequantize_int8),
+    KernelFormat(Int4, True, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
+    KernelFormat(GroupedInt8, False, Scales.WITH_ZEROS, multiply_grouped_int8, dequantize_grouped_int8),
+    KernelFormat(Float8, False, Scales.FLOAT32, multiply_float8, dequantize_float8),
+    KernelFormat(MXFP4, True, Scales.E8M0, multiply_mxfp4, dequantize_mxfp4),
 ]
 BY_ID = {format.format_class.format_id: format for format in KERNEL_FORMATS}
 
@@ -251,14 +230,14 @@ def kernel_format(format_id: int) -> KernelFormat:
     return BY_ID[format_id]
 
 
-def supports(matrix: WeightMatrix) -> bool:
+def has_triton_kernel(matrix: WeightMatrix) -> bool:
     """Returns whether the kernels can read the weight of matrix."""
     format = matrix.format
-    known = BY_ID.get(getattr(format, "format_id", None))
-    if known is None or not format.fits_kernels("triton", matrix.in_features):
+    known = BY_ID.get(format.format_id)
+    if known is None or not format.has_kernel("triton", matrix.in_features):
         return False
-    group_size, narrowest_slice = getattr(format, "group_size", None), 32 if known.is_tiled else 16
-    if group_size is not None and group_size % narrowest_slice:
+    narrowest_slice = 32 if known.is_tiled else 16
+    if format.group_size is not None and format.group_size % narrowest_slice:
         return False
     # The tiles of an expert begin where those of the previous expert end, so N must be whole tiles
     return not known.is_tiled or matrix.n_experts is None or matrix.out_features % TILE_N.value == 0
@@ -314,7 +293,5 @@ def embed(
     y = weight.new_empty(*tokens.shape, k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():
-        embed_kernel[grid](
-            tokens, weight, scales, y, scale, n, k, group_size, kernel_format(format_id).dequantize
-        )  # fmt: skip
+        embed_kernel[grid](tokens, weight, scales, y, scale, n, k, group_size, kernel_format(format_id).dequantize)
     return y

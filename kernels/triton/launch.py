@@ -1,13 +1,14 @@
 """How the Triton kernels are launched: what a GPU can do, the tile sizes of a product, kernels that overlap.
 
-    gpu_of, min_block_m_of, dot_dtype    what the GPU can do, by device and by type of x
+    gpu_info                    what the GPU can do
+    has_matrix_units, min_block_m, dot_dtype    what a product needs to know, by device and by type of x
     overlap_options             arguments for the launch of a kernel that may overlap with the previous kernel
     wait_for_previous_kernel    the first call in every kernel
     done_counters               counters by which a program knows that all other programs of the kernel are done
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product.
-scripts/benchmark.py --tune writes it. linear.py calls choose_tiles. All kernels use the other functions.
+scripts/benchmark.py --tune writes tuned.json. linear.py calls choose_tiles. All kernels use the other functions.
 
 Kernels that overlap. On NVIDIA's Hopper and later GPUs, a kernel may start while the previous kernel still runs. CUDA
 calls this programmatic dependent launch (PDL). Two instructions control it:
@@ -63,7 +64,7 @@ class Gpu(NamedTuple):
 
 
 @cache
-def gpu_of(device: torch.device) -> Gpu:
+def gpu_info(device: torch.device) -> Gpu:
     if device.type == "cpu":  # Triton's interpreter
         return Gpu(num_sms=16, min_block_m=8, can_overlap=False, tuned={})
     properties = torch.cuda.get_device_properties(device)
@@ -81,10 +82,15 @@ def gpu_of(device: torch.device) -> Gpu:
     )
 
 
-def min_block_m_of(x: Tensor) -> int:
-    """Returns the smallest BLOCK_M of a product with x. Float32 products do not use matrix units, which would round x
-    to fewer bits."""
-    return 1 if x.dtype == torch.float32 else gpu_of(x.device).min_block_m
+def has_matrix_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether products with x in dtype use matrix units. In float32 they do not, since matrix units would round
+    x to fewer bits."""
+    return dtype != torch.float32 and gpu_info(device).min_block_m > 1
+
+
+def min_block_m(x: Tensor) -> int:
+    """Returns the smallest BLOCK_M of a product with x."""
+    return gpu_info(x.device).min_block_m if has_matrix_units(x.device, x.dtype) else 1
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
@@ -98,7 +104,7 @@ def dot_dtype(x: Tensor) -> tl.dtype:
 def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
     """Returns arguments for the launch of a kernel. On a GPU with PDL the kernel may start before the previous kernel
     has ended, so it must call wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)."""
-    gpu = gpu_of(device)
+    gpu = gpu_info(device)
     if not gpu.can_overlap:
         return {"USE_PDL": False, "TRIGGER_EARLY": False}
     return {"USE_PDL": True, "TRIGGER_EARLY": math.prod(grid) <= gpu.num_sms, "launch_pdl": True}
@@ -158,16 +164,15 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.
     n_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
-    gpu, min_block_m = gpu_of(x.device), min_block_m_of(x)
-    k = x.shape[-1]
-    if n_tokens > MMA_TOKENS and min_block_m > 1:
-        tiles = guess_for_many(triton.next_power_of_2(n_tokens), format_id, n, k, gated, group_size, gpu.num_sms)
-        return tiles if min_block_m == 8 else tiles._replace(num_stages=2)
+    gpu, k, uses_matrix_units = gpu_info(x.device), x.shape[-1], has_matrix_units(x.device, x.dtype)
+    if n_tokens > MMA_TOKENS and uses_matrix_units:
+        tiles = guess_many_tokens(triton.next_power_of_2(n_tokens), format_id, n, k, gated, group_size, gpu.num_sms)
+        return tiles if gpu.min_block_m == 8 else tiles._replace(num_stages=2)
     key = table_key(format_id, n, k, gated, group_size)
-    if key in gpu.tuned and min_block_m > 1:
+    if key in gpu.tuned and uses_matrix_units:
         return TileConfig(**gpu.tuned[key])
     block_n = 32 if gated else 16
-    if min_block_m != 8:
+    if min_block_m(x) != 8:
         is_float32 = format_id == Dense.format_id and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
         return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
@@ -198,7 +203,7 @@ def guess_tiled(outputs_per_sm: float, gated: bool, group_size: int) -> TileConf
     return TileConfig(block_n=16, num_warps=4, warp_k=256, num_stages=3)
 
 
-def guess_for_many(
+def guess_many_tokens(
     block_m: int, format_id: int, n: int, k: int, gated: bool, group_size: int, num_sms: int
 ) -> TileConfig:
     """Guesses the tile sizes for more than MMA_TOKENS tokens.

@@ -25,7 +25,7 @@ from kernels.triton.launch import (
     MMA_TOKENS,
     choose_tiles,
     dot_dtype,
-    min_block_m_of,
+    min_block_m,
     overlap_options,
     wait_for_previous_kernel,
 )
@@ -57,8 +57,8 @@ PREFETCH_BYTES = 16384
 #
 # Each warp takes some of the slices (CUTLASS's sliced-K). The sums of the slices are added up after the loop.
 #
-# The norm needs no pass over x before the loop. The loop multiplies x with the weight of the norm, and sums the squares
-# of x. After the loop the outputs of each token are multiplied with 1 / rms of the token.
+# The norm is fused: norm(x) W^T = (x * norm_weight) W^T / rms(x). The loop also sums x^2, and the epilogue multiplies
+# with 1 / rms(x).
 #
 # With an activation W is a gate projection above an up projection. A program has rows of both, so that it can compute
 # activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (weights.py: program_outputs).
@@ -149,13 +149,13 @@ def fused_linear_kernel(
     if norm_weight_ptr is not None:
         squares = zero_squares(N_TOKENS, K_SLICES, SLICE_K)
     starts = slice_starts(IS_TILED, SLICE_K, K_SLICES)
+    w = ProgramWeights(w_ptr, scales_ptr, magic_number, offs_n, mask_n, N, N_OUT)
     for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
         k_starts = k + starts  # [K_SLICES]
         offs_k = slice_columns(k_starts, SLICE_K)  # [K_SLICES, SLICE_K]
         x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_TOKENS, K, DTYPE)
         if norm_weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, N_TOKENS, K)
-        w = ProgramWeights(w_ptr, scales_ptr, magic_number, offs_n, mask_n, N, N_OUT)
         acc = MULTIPLY(acc, x, w, k, k_starts, K, GROUP_SIZE, BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -310,7 +310,7 @@ def fused_linear(
         MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
         HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(weight),
         ACTIVATION=ACTIVATION_NAMES[activation], DTYPE=dot_dtype(x),
-        BLOCK_M=max(min_block_m_of(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
+        BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
         BLOCK_K=block_k, K_SLICES=block_k // slice_k,
         NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,
         num_warps=tiles.num_warps,
@@ -361,16 +361,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
 
 @triton.jit
 def permute_inputs_kernel(
-    x_ptr, perm_ptr, y_ptr,
+    x_ptr, input_order_ptr, y_ptr,
     K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Computes y[m, i] = x[m, perm[i]], for x [M, K] and y [M, N]. Grid: [M, N / BLOCK]. Program (m, j) has block j
-    of token m."""
+    """Computes y[m, i] = x[m, input_order[i]], for x [M, K] and y [M, N].
+
+    Grid: [M, N / BLOCK]. Program (m, j) has block j of token m."""
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_n < N
-    perm = tl.load(perm_ptr + offs_n, mask=mask, other=0)  # part of the weight: no kernel writes it, so before the wait
+    # input_order belongs to the weight: no kernel writes input_order, so this load need not wait
+    input_order = tl.load(input_order_ptr + offs_n, mask=mask, other=0)
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
-    x = tl.load(x_ptr + tl.program_id(0) * K + perm, mask=mask, other=0.0)
+    x = tl.load(x_ptr + tl.program_id(0) * K + input_order, mask=mask, other=0.0)
     tl.store(y_ptr + tl.program_id(0) * N + offs_n, x, mask=mask)
 
 

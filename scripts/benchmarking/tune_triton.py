@@ -16,7 +16,7 @@ from triton.testing import do_bench_cudagraph
 import kernels
 from config import ModelConfig
 from kernels.formats import WeightFormat
-from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_of, table_key
+from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers import Linear, RMSNorm
 from model import empty_model
 from scripts.benchmarking.speed import fill_randomly, random_linear
@@ -42,7 +42,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     count. gated: whether W stacks gate and up projection, and the product ends with the activation."""
     weights = make_weights(n, k, format, device)
     x = torch.randn(1, MMA_TOKENS, k, device=device, dtype=torch.bfloat16)
-    tuned = gpu_of(x.device).tuned  # where choose_tiles looks first
+    tuned = gpu_info(x.device).tuned  # where choose_tiles looks first
     group_size = format.inputs_per_scale(k)
     key = table_key(format.format_id, n, k, gated, group_size)
     tuned.pop(key, None)

@@ -329,7 +329,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
     kernels.pack_for_triton([w])
-    assert w.backend == ("triton" if format.fits_kernels("triton", ffn_dim) else "torch")
+    assert w.backend == ("triton" if format.has_kernel("triton", ffn_dim) else "torch")
     for n_tokens in token_counts:
         topk_weights, topk_ids = reference.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
         hidden = integers(1, n_tokens, TOP_K, ffn_dim, dtype=dtype)
@@ -352,7 +352,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
     topk_weights, topk_ids = reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
-    our_weights, our_ids = kernels.route(logits, top_k, norm_topk_prob, "triton", n_shared_experts)
+    our_weights, our_ids = kernels.route(logits, top_k, norm_topk_prob, n_shared_experts, "triton")
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
