@@ -104,7 +104,7 @@ class Transformer(nn.Module):
     def uses_kernels(self, batch: int, n_new: int) -> bool:
         """Whether a step with n_new new tokens in each of batch sequences can be recorded. On a CPU every operation of
         a recorded step is a kernel. On a GPU some are not: a CUDA graph also records PyTorch's operations, which look
-        up a dense embedding and compute an unfused glu or add."""
+        up a dense embedding and compute an unfused activation or add."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # a dense embedding can always be recorded
@@ -240,12 +240,13 @@ class Attention(AttentionParams):
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate x) * up x). One matrix holds gate and, below it, up."""
+    """down(activation(gate x) * up x). gate_up_proj stacks gate above up: 2 F outputs. If the activation is not gated:
+    down(activation(up x)). Then gate_up_proj is up alone: F outputs."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = config.activation
-        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, config.ffn_bias)
+        self.gate_up_proj = Linear(config.dim, sum(config.gate_up_dims), config.ffn_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, out_scale=config.residual_scale)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
@@ -265,7 +266,7 @@ class MoE(nn.Module):
         n_experts, bias = config.moe.n_experts + config.moe.n_shared_experts, config.moe.bias
         n_logits = config.moe.n_experts + (1 if config.moe.n_shared_experts else 0)
         self.router = Linear(config.dim, n_logits, bias)
-        self.gate_up_proj = ExpertsGateUp(config.dim, 2 * config.ffn_dim, bias, n_experts)
+        self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts)
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
