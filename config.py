@@ -76,6 +76,7 @@ class ModelConfig:
     qkv_bias: bool = False  # the projections to queries, keys and values have biases
     o_proj_bias: bool = False  # attention's output projection has a bias
     ffn_bias: bool = False  # the feed-forward's projections have biases
+    head_bias: bool = False  # the output head has a bias
     tie_embeddings: bool = False  # head and embedding share one weight
     moe: MoEConfig | None = None  # None means one feed-forward, without experts
 

@@ -39,17 +39,24 @@ def to_canonical_layout(
         tensors[rename(name)] = tensors.pop(name)
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
+    if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change
+        tensors.setdefault(HEAD, tensors[EMBEDDING])
     if adapter is not None:
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)
     merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     order = rope_order(config, family.interleaved_rope)
     normalizes_head = family.normalizes_head(config)
+    norm_biases = pop_norm_biases(tensors) if family.norm_bias else {}
+
+    def read_merged(name: str) -> Tensor | QuantizedWeight:
+        return tensors[name] if merge is None else merge(name, tensors[name])
 
     def read(name: str) -> Tensor | QuantizedWeight:
-        tensor = tensors[name]
-        if merge is not None:
-            tensor = merge(name, tensor)
+        tensor = read_merged(name)
+        if name in norm_biases:
+            weight = read_merged(name.replace(".bias", ".weight"))
+            tensor = add_norm_bias(tensor, weight, norm_biases[name])
         tensor = reorder_heads(name, tensor, order)
         if isinstance(tensor, QuantizedWeight):
             if family.layer_norm or normalizes_head and name == HEAD:
@@ -110,12 +117,44 @@ def undo_act_order(tensors: SourceTensors):
         tensors[name] = replace(down, input_order=None)
 
 
+# The linear layers after each LayerNorm
+LINEARS_AFTER_NORM = {
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "post_attention_layernorm": ["mlp.up_proj"],
+    "norm": ["lm_head"],
+}
+
+
+def pop_norm_biases(tensors: SourceTensors) -> dict[str, Tensor]:
+    """Removes the biases of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the norm
+    before the layer}. A linear layer without a bias gets a bias of zeros; so does down_proj, since model.py has biases
+    in both projections of the feed-forward or in none."""
+    norm_biases = {}
+    for norm_bias, (prefix, norm) in pop_matches(tensors, rf"(.*\.)({'|'.join(LINEARS_AFTER_NORM)})\.bias", min_dim=1):
+        for linear in LINEARS_AFTER_NORM[norm]:
+            norm_biases[f"{linear if norm == 'norm' else prefix + linear}.bias"] = norm_bias
+        if norm == "post_attention_layernorm":
+            tensors.setdefault(f"{prefix}mlp.down_proj.bias", torch.zeros_like(norm_bias))
+    for name, norm_bias in norm_biases.items():
+        weight = tensors.get(name.replace(".bias", ".weight"))
+        if weight is not None:
+            tensors.setdefault(name, torch.zeros(weight.shape[0], dtype=norm_bias.dtype))
+    return norm_biases
+
+
+def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Tensor) -> Tensor:
+    """Returns bias + weight norm_bias: W (norm(x) + norm_bias) + bias is W norm(x) + the result."""
+    if isinstance(weight, QuantizedWeight) or weight.shape[1:] != norm_bias.shape:
+        return bias  # convert refuses such a weight
+    return (bias.float() + weight.float() @ norm_bias.float()).to(bias.dtype)
+
+
 def center_outputs(name: str, tensor: Tensor) -> Tensor:
     """Makes the mean of the outputs zero, in tensors that write to the residual stream x: the embedding, o_proj and
     down_proj. Then x has mean zero, so LayerNorm(x) is RMSNorm(x). The model's output does not change, since every
     LayerNorm subtracts the mean of x anyway."""
     is_embedding = name == EMBEDDING
-    if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.weight$", name):
+    if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name):
         return tensor
     exact = tensor.float()
     return (exact - exact.mean(1 if is_embedding else 0, keepdim=True)).to(tensor.dtype)

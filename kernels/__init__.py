@@ -35,6 +35,6 @@ from kernels.prepare import load_triton_kernels, pack_for_triton, prepare_kernel
 
 __all__ = [
     "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "activate", "add", "attend", "embed",
-    "experts_down", "experts_gate_up", "fused_linear", "has_attention_kernel", "has_sample_kernel", "load_triton_kernels",
-    "pack_for_triton", "prepare_kernels", "permute_inputs", "rms_norm", "route", "sample",
+    "experts_down", "experts_gate_up", "fused_linear", "has_attention_kernel", "has_sample_kernel",
+    "load_triton_kernels", "pack_for_triton", "prepare_kernels", "permute_inputs", "rms_norm", "route", "sample",
 ]  # fmt: skip

@@ -17,8 +17,8 @@ from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
     DTYPES,
-    format_label,
     activate_with_error,
+    format_label,
     make_embedding,
     make_linear,
     make_norm,

@@ -251,8 +251,8 @@ def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constex
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
-    """Computes activation(gate) * up [F, M] of y [2 F, M], gate above up. If not IS_GATED, computes activation(y). A new
-    activation is one more branch."""
+    """Computes activation(gate) * up [F, M] of y [2 F, M], gate above up. If not IS_GATED, computes activation(y).
+    A new activation is one more branch."""
     if IS_GATED:
         halves = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])
         gate, up = tl.split(tl.permute(halves, [1, 2, 0]))

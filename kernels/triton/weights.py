@@ -38,9 +38,9 @@ class ProgramWeights(NamedTuple):
 def program_outputs(i, BLOCK_OUT: tl.constexpr, N_OUT):
     """Returns the row of W that is row i of this program, for i in [0, BLOCK_N).
 
-    The rows of a program are contiguous, with BLOCK_OUT = BLOCK_N and N_OUT = N, unless the activation is gated. Then W
-    is a gate projection of N_OUT rows above an up projection of N_OUT rows, BLOCK_OUT = BLOCK_N / 2, and program p takes the
-    same rows of both projections:
+    Without a gated activation the rows of a program are contiguous: BLOCK_OUT = BLOCK_N, N_OUT = N. With one, W is a
+    gate projection of N_OUT rows above an up projection of N_OUT rows. Then BLOCK_OUT = BLOCK_N / 2, and program p
+    takes the same rows of both projections:
 
         i                             row of W
         0 ... BLOCK_OUT - 1           p BLOCK_OUT ... (p + 1) BLOCK_OUT - 1        of the gate projection
