@@ -47,7 +47,7 @@ def to_canonical_layout(
     merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     order = rope_order(config, family.interleaved_rope)
     normalizes_head = family.normalizes_head(config)
-    norm_biases = pop_norm_biases(tensors) if family.norm_bias else {}
+    norm_biases = pop_norm_biases(tensors, config.dim) if family.norm_bias else {}
 
     def read_merged(name: str) -> Tensor | QuantizedWeight:
         return tensors[name] if merge is None else merge(name, tensors[name])
@@ -125,27 +125,35 @@ LINEARS_AFTER_NORM = {
 }
 
 
-def pop_norm_biases(tensors: SourceTensors) -> dict[str, Tensor]:
-    """Removes the biases of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the norm
-    before the layer}. A linear layer without a bias gets a bias of zeros; so does down_proj, since model.py has biases
-    in both projections of the feed-forward or in none."""
+def pop_norm_biases(tensors: SourceTensors, dim: int) -> dict[str, Tensor]:
+    """Removes the biases [dim] of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the
+    norm before the layer}. A linear layer without a bias gets a bias of zeros. down_proj gets one, too, since in
+    model.py both projections of a feed-forward have biases or none."""
     norm_biases = {}
-    for norm_bias, (prefix, norm) in pop_matches(tensors, rf"(.*\.)({'|'.join(LINEARS_AFTER_NORM)})\.bias", min_dim=1):
+    for name in list(tensors):
+        match = re.fullmatch(rf"(.*\.)({'|'.join(LINEARS_AFTER_NORM)})\.weight", name)
+        if match is None:
+            continue
+        prefix, norm = match.groups()
+        norm_bias = tensors.pop(f"{prefix}{norm}.bias", None)
+        if norm_bias is None or norm_bias.shape != (dim,):
+            what = "missing" if norm_bias is None else f"{list(norm_bias.shape)}; the config makes it [{dim}]"
+            raise UsageError(f"tensor {prefix}{norm}.bias is {what}")
         for linear in LINEARS_AFTER_NORM[norm]:
-            norm_biases[f"{linear if norm == 'norm' else prefix + linear}.bias"] = norm_bias
+            path = linear if norm == "norm" else prefix + linear
+            norm_biases[f"{path}.bias"] = norm_bias
+            if f"{path}.weight" in tensors:
+                outputs = tensors[f"{path}.weight"].shape[:1]
+                tensors.setdefault(f"{path}.bias", torch.zeros(outputs, dtype=norm_bias.dtype))
         if norm == "post_attention_layernorm":
             tensors.setdefault(f"{prefix}mlp.down_proj.bias", torch.zeros_like(norm_bias))
-    for name, norm_bias in norm_biases.items():
-        weight = tensors.get(name.replace(".bias", ".weight"))
-        if weight is not None:
-            tensors.setdefault(name, torch.zeros(weight.shape[0], dtype=norm_bias.dtype))
     return norm_biases
 
 
 def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Tensor) -> Tensor:
-    """Returns bias + weight norm_bias: W (norm(x) + norm_bias) + bias is W norm(x) + the result."""
-    if isinstance(weight, QuantizedWeight) or weight.shape[1:] != norm_bias.shape:
-        return bias  # convert refuses such a weight
+    """Returns the bias of a linear layer after LayerNorm: W (norm(x) + norm_bias) + bias = W norm(x) + the result."""
+    if isinstance(weight, QuantizedWeight):  # read refuses the weight
+        return bias
     return (bias.float() + weight.float() @ norm_bias.float()).to(bias.dtype)
 
 
