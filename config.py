@@ -10,8 +10,12 @@ from dataclasses import dataclass, replace
 
 from utils.errors import UsageError
 
-# The activations of a gated feed-forward, activation(gate) * up. The formulas are in kernels/reference.py: activate.
-ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
+# Activation -> whether the feed-forward is gated: down(activation(gate x) * up x), instead of down(activation(up x)).
+# The formulas are in kernels/reference.py: activate.
+ACTIVATIONS = {
+    "swiglu": True, "geglu": True, "geglu_tanh": True, "clamped_swiglu": True,
+    "gelu_pytorch_tanh": False, "relu2": False,
+}  # fmt: skip
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
 MAX_SIZE = 2**31
@@ -72,6 +76,7 @@ class ModelConfig:
     qkv_bias: bool = False  # the projections to queries, keys and values have biases
     o_proj_bias: bool = False  # attention's output projection has a bias
     ffn_bias: bool = False  # the feed-forward's projections have biases
+    head_bias: bool = False  # the output head has a bias
     tie_embeddings: bool = False  # head and embedding share one weight
     moe: MoEConfig | None = None  # None means one feed-forward, without experts
 
@@ -112,6 +117,11 @@ class ModelConfig:
     def kv_dim(self) -> int:
         """The width of the keys, and of the values, of a token: all heads together."""
         return self.n_kv_heads * self.head_dim
+
+    @property
+    def gate_up_dims(self) -> tuple[int, ...]:
+        """The outputs of each projection that gate_up_proj stacks: gate and up, or up alone."""
+        return (self.ffn_dim,) * (2 if ACTIVATIONS[self.activation] else 1)
 
     def window(self, layer_idx: int) -> int:
         """Returns how many tokens a token sees in a layer, itself included. 0 means all."""

@@ -24,7 +24,7 @@ class Linear(LinearParams):
         self, x: Tensor, norm: NormParams | None = None, residual: Tensor | None = None,
         activation: str | None = None, out_dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [..., K] -> [..., N], or [..., N / 2] with an activation. kernels/ops.py: fused_linear describes the
+        """x [..., K] -> [..., N], or [..., N / 2] with a gated activation. kernels/ops.py: fused_linear describes the
         arguments."""
         if self.input_order is not None:
             x = kernels.permute_inputs(x, self.input_order, self.backend)

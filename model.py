@@ -40,7 +40,8 @@ class Transformer(nn.Module):
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = Linear(config.dim, config.vocab_size, out_scale=config.logit_scale, softcap=config.logit_softcap)
+        scale, softcap = config.logit_scale, config.logit_softcap
+        self.lm_head = Linear(config.dim, config.vocab_size, config.head_bias, out_scale=scale, softcap=softcap)
 
     def forward(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
 
     def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
         """Whether every op of a step with n_new_tokens in each of batch_size sequences has a kernel, so that record()
-        can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, glu and add."""
+        can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, activate and add."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # a dense embedding can always be recorded
@@ -244,12 +245,13 @@ class Attention(AttentionParams):
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate x) * up x). One matrix holds gate and, below it, up."""
+    """down(activation(gate x) * up x). gate_up_proj stacks gate above up: 2 F outputs. If the activation is not gated:
+    down(activation(up x)). Then gate_up_proj is up alone: F outputs."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = config.activation
-        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, config.ffn_bias)
+        self.gate_up_proj = Linear(config.dim, sum(config.gate_up_dims), config.ffn_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, out_scale=config.residual_scale)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
@@ -269,7 +271,7 @@ class MoE(nn.Module):
         n_experts, bias = config.moe.n_experts + config.moe.n_shared_experts, config.moe.bias
         n_logits = config.moe.n_experts + (1 if config.moe.n_shared_experts else 0)
         self.router = Linear(config.dim, n_logits, bias)
-        self.gate_up_proj = ExpertsGateUp(config.dim, 2 * config.ffn_dim, bias, n_experts)
+        self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts)
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:

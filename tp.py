@@ -61,7 +61,7 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
     qkv_proj = {"qkv_proj": ShardSpec("colwise", qkv_dims, head_size=config.head_dim)} if shards_heads else {}
     return qkv_proj | {
         "o_proj": ShardSpec("rowwise", (config.q_dim,), head_size=config.head_dim),
-        "gate_up_proj": ShardSpec("colwise", (config.ffn_dim, config.ffn_dim)),
+        "gate_up_proj": ShardSpec("colwise", config.gate_up_dims),
         "down_proj": ShardSpec("rowwise", (config.ffn_dim,)),
         "lm_head": ShardSpec("colwise", (config.vocab_size,)),
     }

@@ -11,6 +11,7 @@ from functools import partial
 from config import ModelConfig
 from converters.family import Family
 from converters.family_fields import (
+    arcee,
     baichuan,
     dbrx,
     ernie,
@@ -20,12 +21,14 @@ from converters.family_fields import (
     gpt_oss,
     granite,
     grok,
+    nemotron,
     qwen2_moe,
     rename_dbrx,
     rename_phi3,
     seed_oss,
     smollm3,
     smollm3_layer_types,
+    starcoder2,
 )
 from converters.family_tensors import (
     BAICHUAN_TO_CANONICAL,
@@ -35,6 +38,7 @@ from converters.family_tensors import (
     GPT_OSS_TO_CANONICAL,
     GROK_TO_CANONICAL,
     MIXTRAL_TO_CANONICAL,
+    STARCODER2_TO_CANONICAL,
     is_baichuan2,
     split_dbrx_experts,
     split_stacked_experts,
@@ -100,6 +104,7 @@ GLM = dict(
 )  # fmt: skip
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+FOLDED_NORM_BIASES = dict(qkv_bias=True, ffn_bias=True, head_bias=True)  # see Family.norm_bias
 GPT_OSS_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
 )
@@ -307,6 +312,42 @@ FAMILIES = {
         renames=DBRX_TO_CANONICAL,
         split_experts=split_dbrx_experts,
         layer_norm=True,
+    ),
+    "ArceeForCausalLM": Family(
+        "arcee",
+        dict(
+            max_position_embeddings=4096, bos_token_id=128000, eos_token_id=128001, rms_norm_eps=1e-5,
+            hidden_act="relu2",
+        ),
+        handled_fields=("hidden_act",),
+        read_overrides=arcee,
+    ),
+    "NemotronForCausalLM": Family(
+        "nemotron",
+        dict(
+            max_position_embeddings=4096, bos_token_id=2, eos_token_id=3, norm_eps=1e-5, partial_rotary_factor=0.5,
+            hidden_act="relu2",
+        ),
+        handled_fields=("hidden_act", "partial_rotary_factor"),
+        config_overrides=FOLDED_NORM_BIASES,
+        read_overrides=nemotron,
+        norm_offset=1.0,
+        layer_norm=True,
+        norm_bias=True,
+    ),
+    "Starcoder2ForCausalLM": Family(
+        "starcoder2",
+        dict(
+            max_position_embeddings=4096, num_key_value_heads=2, bos_token_id=50256, eos_token_id=50256,
+            norm_epsilon=1e-5, use_bias=True, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
+        ),
+        sliding_layers="all",
+        handled_fields=("hidden_act",),
+        config_overrides=FOLDED_NORM_BIASES,
+        read_overrides=starcoder2,
+        renames=STARCODER2_TO_CANONICAL,
+        layer_norm=True,
+        norm_bias=True,
     ),
     "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 1, 7B
     "BaichuanForCausalLM": BAICHUAN,

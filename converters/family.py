@@ -44,4 +44,5 @@ class Family:
     normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
     norm_offset: float = 0.0  # added to the weights of norms: Gemma computes x * (1 + w)
     layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes the mean zero
+    norm_bias: bool = False  # whether these norms have biases; conversion adds them to the biases of the layers after
     interleaved_rope: bool = False  # whether RoPE pairs elements 2 i and 2 i + 1, instead of i and i + rotary_dim / 2

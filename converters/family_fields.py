@@ -37,6 +37,23 @@ def smollm3(hf_config: dict) -> dict:
     return {"layer_has_rope": tuple(bool(x) for x in has_rope)}
 
 
+def arcee(hf_config: dict) -> dict:
+    """Reads the activation of a feed-forward without a gate."""
+    activation = hf_config["hidden_act"]
+    if activation not in ("relu2", "gelu_pytorch_tanh"):
+        raise UsageError(f"config.json: hidden_act = {activation!r} is not supported")
+    return {"activation": activation}
+
+
+def nemotron(hf_config: dict) -> dict:
+    return arcee(hf_config) | {"norm_eps": hf_config["norm_eps"]}
+
+
+def starcoder2(hf_config: dict) -> dict:
+    has_bias = read_flag(hf_config, "use_bias")
+    return arcee(hf_config) | {"norm_eps": hf_config["norm_epsilon"], "o_proj_bias": has_bias}
+
+
 def granite(hf_config: dict) -> dict:
     return {
         "embed_scale": hf_config["embedding_multiplier"],

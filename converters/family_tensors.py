@@ -22,6 +22,7 @@ GLM4_NORMS_TO_CANONICAL = {
 META_FFN_TO_CANONICAL = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
 MIXTRAL_TO_CANONICAL = META_FFN_TO_CANONICAL | {".block_sparse_moe.": ".mlp."}
 GPT_OSS_TO_CANONICAL = {".mlp.router.": ".mlp.gate."}
+STARCODER2_TO_CANONICAL = {".c_fc.": ".up_proj.", ".c_proj.": ".down_proj."}
 BAICHUAN_TO_CANONICAL = {".W_pack.": ".qkv_proj."}
 GROK_TO_CANONICAL = {
     ".pre_attn_norm.scale": ".input_layernorm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",

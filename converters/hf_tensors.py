@@ -39,17 +39,24 @@ def to_canonical_layout(
         tensors[rename(name)] = tensors.pop(name)
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
+    if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change
+        tensors.setdefault(HEAD, tensors[EMBEDDING])
     if adapter is not None:
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)
     merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     order = rope_order(config, family.interleaved_rope)
     normalizes_head = family.normalizes_head(config)
+    norm_biases = pop_norm_biases(tensors, config.dim) if family.norm_bias else {}
+
+    def read_merged(name: str) -> Tensor | QuantizedWeight:
+        return tensors[name] if merge is None else merge(name, tensors[name])
 
     def read(name: str) -> Tensor | QuantizedWeight:
-        tensor = tensors[name]
-        if merge is not None:
-            tensor = merge(name, tensor)
+        tensor = read_merged(name)
+        if name in norm_biases:
+            weight = read_merged(name.replace(".bias", ".weight"))
+            tensor = add_norm_bias(tensor, weight, norm_biases[name])
         tensor = reorder_heads(name, tensor, order)
         if isinstance(tensor, QuantizedWeight):
             if family.layer_norm or normalizes_head and name == HEAD:
@@ -110,12 +117,52 @@ def undo_act_order(tensors: SourceTensors):
         tensors[name] = replace(down, input_order=None)
 
 
+# The linear layers after each LayerNorm
+LINEARS_AFTER_NORM = {
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "post_attention_layernorm": ["mlp.up_proj"],
+    "norm": ["lm_head"],
+}
+
+
+def pop_norm_biases(tensors: SourceTensors, dim: int) -> dict[str, Tensor]:
+    """Removes the biases [dim] of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the
+    norm before the layer}. A linear layer without a bias gets a bias of zeros. down_proj gets one, too, since in
+    model.py both projections of a feed-forward have biases or none."""
+    norm_biases = {}
+    for name in list(tensors):
+        match = re.fullmatch(rf"(.*\.)({'|'.join(LINEARS_AFTER_NORM)})\.weight", name)
+        if match is None:
+            continue
+        prefix, norm = match.groups()
+        norm_bias = tensors.pop(f"{prefix}{norm}.bias", None)
+        if norm_bias is None or norm_bias.shape != (dim,):
+            what = "missing" if norm_bias is None else f"{list(norm_bias.shape)}; the config makes it [{dim}]"
+            raise UsageError(f"tensor {prefix}{norm}.bias is {what}")
+        for linear in LINEARS_AFTER_NORM[norm]:
+            path = linear if norm == "norm" else prefix + linear
+            norm_biases[f"{path}.bias"] = norm_bias
+            if f"{path}.weight" in tensors:
+                outputs = tensors[f"{path}.weight"].shape[:1]
+                tensors.setdefault(f"{path}.bias", torch.zeros(outputs, dtype=norm_bias.dtype))
+        if norm == "post_attention_layernorm":
+            tensors.setdefault(f"{prefix}mlp.down_proj.bias", torch.zeros_like(norm_bias))
+    return norm_biases
+
+
+def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Tensor) -> Tensor:
+    """Returns the bias of a linear layer after LayerNorm: W (norm(x) + norm_bias) + bias = W norm(x) + the result."""
+    if isinstance(weight, QuantizedWeight):  # read refuses the weight
+        return bias
+    return (bias.float() + weight.float() @ norm_bias.float()).to(bias.dtype)
+
+
 def center_outputs(name: str, tensor: Tensor) -> Tensor:
     """Makes the mean of the outputs zero, in tensors that write to the residual stream x: the embedding, o_proj and
     down_proj. Then x has mean zero, so LayerNorm(x) is RMSNorm(x). The model's output does not change, since every
     LayerNorm subtracts the mean of x anyway."""
     is_embedding = name == EMBEDDING
-    if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.weight$", name):
+    if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name):
         return tensor
     exact = tensor.float()
     return (exact - exact.mean(1 if is_embedding else 0, keepdim=True)).to(tensor.dtype)

@@ -50,7 +50,7 @@ CANONICAL_SOURCES = {
     "post_attention_norm": ["post_attention_norm"],
     "pre_ffn_norm": ["post_attention_layernorm"],
     "post_ffn_norm": ["post_ffn_norm"],
-    "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],  # without a gate, up_proj alone
     "feed_forward.down_proj": ["mlp.down_proj"],
 }
 # The same for a mixture of experts. Our tensor stacks all experts; {e} is an expert's number.
@@ -240,6 +240,8 @@ def source_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str
     if "{e}" in modules[0]:
         n_experts, *shape = shape
     n_rows, *n_columns = shape
+    if module == "feed_forward.gate_up_proj":
+        modules = modules[-len(config.gate_up_dims) :]
     if module == "attention.qkv_proj":
         rows = [config.q_dim, config.kv_dim, config.kv_dim]
     elif module == "feed_forward.router" and config.moe.n_shared_experts:

@@ -18,13 +18,13 @@ from kernels.ops import (
     MAX_CPU_TOKENS,
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_TOKENS,
+    activate,
     add,
     attend,
     embed,
     experts_down,
     experts_gate_up,
     fused_linear,
-    glu,
     has_attention_kernel,
     has_sample_kernel,
     permute_inputs,
@@ -35,7 +35,7 @@ from kernels.ops import (
 from kernels.prepare import load_triton_kernels, pack_for_triton, prepare_kernels
 
 __all__ = [
-    "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "add", "attend", "embed", "experts_down",
-    "experts_gate_up", "fused_linear", "glu", "has_attention_kernel", "has_sample_kernel",
+    "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "activate", "add", "attend", "embed",
+    "experts_down", "experts_gate_up", "fused_linear", "has_attention_kernel", "has_sample_kernel",
     "load_triton_kernels", "pack_for_triton", "prepare_kernels", "permute_inputs", "rms_norm", "route", "sample",
 ]  # fmt: skip

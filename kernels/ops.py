@@ -1,11 +1,11 @@
 """The operations that a model is made of, called leaf operations. layers.py and model.py call kernels.attend(...), ...
 
     fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
-                       1. RMSNorm of x   2. x W^T   3. bias   4. activation(gate) * up   5. out_scale   6. softcap
+                       1. RMSNorm of x   2. x W^T   3. bias   4. activation   5. out_scale   6. softcap
                        7. clip   8. residual
     rms_norm           a norm that no matrix product follows, and the residual after the norm
     permute_inputs     puts x in the order of the columns of a weight
-    glu, add           an activation or a residual that fused_linear cannot fuse
+    activate, add      an activation or a residual that fused_linear cannot fuse
     embed              looks tokens up in the embedding
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
     route              the router's choice of experts
@@ -42,6 +42,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from config import ACTIVATIONS
 from kernels import reference
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 from kernels.schema import ACTIVATION_IDS, kernel_namespace
@@ -51,15 +52,15 @@ MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds these in registers:
 MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
-# A kernel computes blocks of 16 outputs. A fused activation needs whole blocks of gate and whole blocks of up. So with
-# any other out_features, glu is a call of its own.
+# A kernel computes blocks of 16 outputs. A fused gated activation needs whole blocks of gate and whole blocks of up. So
+# with any other out_features, activate is a call of its own.
 FUSED_GLU_MULTIPLE = 32
 # The most tokens per call, by backend. SPECIAL_MAX_TOKENS has the exceptions; 0 means that the backend has no kernel.
 MAX_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
 SPECIAL_MAX_TOKENS = {
     "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # for a dense table
     "rms_norm": {"cpu": math.inf, "triton": MAX_TRITON_TOKENS},
-    "glu": {"cpu": math.inf, "triton": 0},
+    "activate": {"cpu": math.inf, "triton": 0},
     "add": {"cpu": math.inf, "triton": 0},
     "rope_and_cache": {"cpu": math.inf, "triton": 0},
 }
@@ -85,17 +86,18 @@ def fused_linear(
     x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Multiplies x [..., K] with the weight of linear: [..., N], or [..., N / 2] with an activation.
+    """Multiplies x [..., K] with the weight of linear: [..., N], or [..., N / 2] with a gated activation.
 
     norm: applied to x first.
-    activation: W is a gate projection above an up projection, and the result is activation(gate) * up.
+    activation: if gated, W is a gate projection above an up projection, and the result is activation(gate) * up.
+    Otherwise the result is activation(x W^T).
     residual: added last, after linear.out_scale, linear.softcap and linear.clip.
     out_dtype: None, which means x.dtype, or torch.float32."""
     kernel = linear_kernel("fused_linear", linear, count_tokens(x))
-    if activation and (kernel is None or linear.out_features % FUSED_GLU_MULTIPLE):
-        # glu after fused_linear comes too late if fused_linear applies out_scale, softcap or clip
+    if activation and (kernel is None or not can_fuse(activation, linear)):
+        # activate after fused_linear comes too late if fused_linear applies out_scale, softcap or clip
         assert linear.out_scale == 1 and not linear.softcap and not linear.clip and out_dtype is None
-        y = glu(fused_linear(x, linear, norm), activation, linear.backend)
+        y = activate(fused_linear(x, linear, norm), activation, linear.backend)
         return y if residual is None else add(y, residual, linear.backend)
     if kernel is None:
         if norm is not None:
@@ -115,12 +117,19 @@ def fused_linear(
     )  # fmt: skip
 
 
-def glu(gate_up: Tensor, activation: str, backend: str) -> Tensor:
-    """[..., 2 F] -> [..., F]: activation(gate) * up."""
-    kernel = kernel_for("glu", backend, count_tokens(gate_up))
+def can_fuse(activation: str, linear: LinearParams) -> bool:
+    """Whether a kernel of linear can apply the activation."""
+    is_gated = ACTIVATIONS[activation]
+    return not is_gated or linear.out_features % FUSED_GLU_MULTIPLE == 0
+
+
+def activate(x: Tensor, activation: str, backend: str) -> Tensor:
+    """Applies an activation. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
+    Otherwise it is activation(x), in the shape of x."""
+    kernel = kernel_for("activate", backend, count_tokens(x))
     if kernel is None:
-        return reference.glu(gate_up, activation)
-    return kernel(contiguous(gate_up), ACTIVATION_IDS[activation])
+        return reference.activate(x, activation)
+    return kernel(contiguous(x), ACTIVATION_IDS[activation])
 
 
 def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
@@ -214,8 +223,8 @@ def experts_gate_up(
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
     kernel = linear_kernel("experts_gate_up", linear, count_tokens(x))
-    if activation and (kernel is None or linear.out_features % FUSED_GLU_MULTIPLE):
-        return glu(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
+    if activation and (kernel is None or not can_fuse(activation, linear)):
+        return activate(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)

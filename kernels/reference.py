@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import ACTIVATIONS
 from kernels import aten
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 
@@ -18,7 +19,7 @@ EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a
 def fused_linear(
     x: Tensor, linear: LinearParams, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """kernels/ops.py: fused_linear without norm and activation, for which ops.py calls rms_norm and glu."""
+    """kernels/ops.py: fused_linear without norm and activation, for which ops.py calls rms_norm and activate."""
     y = multiply_weight(x, linear)
     if linear.out_scale != 1:
         y = y * linear.out_scale
@@ -60,12 +61,8 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap)
 
 
-def glu(gate_up: Tensor, activation: str) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return activate(gate, up, activation)
-
-
-def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def activate(x: Tensor, activation: str) -> Tensor:
+    gate, up = x.chunk(2, dim=-1) if ACTIVATIONS[activation] else (None, x)
     match activation:
         case "swiglu":
             return F.silu(gate) * up
@@ -76,6 +73,10 @@ def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         case "clamped_swiglu":  # gpt-oss
             gate, up = gate.clamp(max=7), up.clamp(-7, 7)
             return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        case "gelu_pytorch_tanh":
+            return F.gelu(up, approximate="tanh")
+        case "relu2":
+            return F.relu(up).square()
     raise ValueError(f"activation {activation!r} has no formula")
 
 
@@ -206,7 +207,7 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
 
 
 def experts_gate_up(x: Tensor, linear: LinearParams, topk_ids: Tensor) -> Tensor:
-    """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and glu."""
+    """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and activate."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new=x.shape[-2])
     return y.view(*topk_ids.shape, linear.out_features)

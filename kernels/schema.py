@@ -20,6 +20,7 @@ from config import ACTIVATIONS
 CPU_ONLY = ("gptfast",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/simd.h: Activation
+GATED_IDS = {ACTIVATION_IDS[name] for name, is_gated in ACTIVATIONS.items() if is_gated}
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
 ATTENTION = (
     "int n_heads, float scale, int window, float softcap, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, "
@@ -73,12 +74,13 @@ def fused_linear(
     softcap, clip, float32_out,
 ):  # fmt: skip
     dtype = torch.float32 if float32_out else x.dtype
-    return x.new_empty(*x.shape[:-1], n // 2 if activation else n, dtype=dtype)
+    return x.new_empty(*x.shape[:-1], n // 2 if activation in GATED_IDS else n, dtype=dtype)
 
 
-@define("(Tensor gate_up, int activation) -> Tensor", namespaces=CPU_ONLY)
-def glu(gate_up, activation):
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+@define("(Tensor x, int activation) -> Tensor", namespaces=CPU_ONLY)
+def activate(x, activation):
+    n = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], n // 2 if activation in GATED_IDS else n)
 
 
 @define("(Tensor x, Tensor y) -> Tensor", namespaces=CPU_ONLY)
@@ -129,7 +131,7 @@ def route(logits, top_k, norm_topk_prob, n_shared_experts):
     f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, int activation) -> Tensor"
 )
 def experts_gate_up(x, weight, scales, zeros, format_id, n, group_size, bias, topk_ids, norm_weight, eps, activation):
-    return x.new_empty(*topk_ids.shape, n // 2 if activation else n)
+    return x.new_empty(*topk_ids.shape, n // 2 if activation in GATED_IDS else n)
 
 
 @define(f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor topk_weights, Tensor? residual) -> Tensor")

@@ -159,6 +159,8 @@ MISSING = [
     ("gpt-oss", "mlp.experts.gate_up_proj_bias", "mlp.experts.0.gate_proj.bias"),
     ("qwen2-moe", "mlp.shared_expert.up_proj", "mlp.experts.6.up_proj"),
     ("qwen2-moe", "mlp.shared_expert_gate", None),
+    ("arcee", "mlp.up_proj", None),
+    ("starcoder2", "mlp.c_fc", "mlp.up_proj"),
     ("dbrx", "norm_attn_norm.norm_2", None),
     ("dbrx", "norm_attn_norm.attn.Wqkv", "self_attn.q_proj"),
     ("dbrx", "ffn.experts.mlp.w2", "mlp.experts.0.down_proj"),
@@ -394,3 +396,15 @@ def test_tinyllamas(tmp_path):
     same_logits(path, theirs)
     config = read_checkpoint(path)[0]
     assert config.tie_embeddings and (config.bos_id, config.eos_ids) == (1, (1,))
+
+
+@pytest.mark.parametrize("family", ["nemotron", "starcoder2"])
+def test_the_bias_of_every_norm_is_needed(family, tmp_path):
+    make_hf(family).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for norm in ("layers.1.input_layernorm", "layers.0.post_attention_layernorm", "norm"):
+        name = f"model.{norm}.bias"
+        save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors")
+        refused(tmp_path, f"^tensor {name} is missing$")
+        save_file(tensors | {name: torch.ones(7)}, tmp_path / "model.safetensors")
+        refused(tmp_path, rf"tensor {name} is \[7\]; the config makes it \[48\]")

@@ -17,8 +17,8 @@ from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
     DTYPES,
+    activate_with_error,
     format_label,
-    glu_with_error,
     make_embedding,
     make_linear,
     make_norm,
@@ -57,7 +57,8 @@ def test_linear(format, dtype):
             if n % 2 == 0:
                 for activation in ACTIVATIONS:
                     ours = kernels.fused_linear(x, w, norm, activation=activation)
-                    check_glu(ours, activation, y, wide_bound, fused=n % 32 == 0)
+                    fused = n % 32 == 0 or not ACTIVATIONS[activation]
+                    check_activated(ours, activation, y, wide_bound, fused)
 
 
 @built
@@ -93,18 +94,18 @@ def test_linear_of_many_tokens(format, dtype):
                 bounds.check(ours[others], total[others], (bound + bounds.rounding_error(total, dtype))[others])
                 if n % 32 == 0:
                     ours = kernels.fused_linear(x, w, given_norm, activation="swiglu")
-                    check_glu(ours[others], "swiglu", y[others], bound[others], fused=True)
+                    check_activated(ours[others], "swiglu", y[others], bound[others], fused=True)
     with pytest.raises(RuntimeError, match="1 to 64"):
         arguments = w.kernel_arguments()
         x = torch.zeros(65, k, dtype=dtype)
         torch.ops.gptfast.fused_linear(x, *arguments, None, None, 0, None, 0, 1, 0, 0, False)
 
 
-def check_glu(ours: torch.Tensor, activation: str, gate_up: torch.Tensor, error: torch.Tensor, fused: bool):
-    """ours is activation(gate) * up of a gate_up that is off by no more than error."""
-    if not fused:  # then gate and up are rounded before
-        error = error + bounds.rounding_error(gate_up.abs() + error, ours.dtype)
-    y, bound = glu_with_error(gate_up, error, activation)
+def check_activated(ours: torch.Tensor, activation: str, x: torch.Tensor, error: torch.Tensor, fused: bool):
+    """ours is kernels.activate of an x that is off by no more than error."""
+    if not fused:  # then x is rounded before
+        error = error + bounds.rounding_error(x.abs() + error, ours.dtype)
+    y, bound = activate_with_error(x, error, activation)
     bounds.check(ours, y, bound + bounds.rounding_error(y.abs() + bound, ours.dtype))
 
 
@@ -134,7 +135,7 @@ def test_linear_scale_and_softcap(format, dtype):
             bound = bound + bounds.rounding_error(total, dtype)
             bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound)
             if n % 32 == 0:
-                y, bound = softcap_with_error(*glu_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
+                y, bound = softcap_with_error(*activate_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
                 ours = kernels.fused_linear(x, w, activation="geglu_tanh")
                 bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
 
@@ -262,7 +263,7 @@ def test_every_value_of_8_and_4_bits(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_operations(dtype):
-    """add and glu are their references to the last bit, or for glu's exponential nearly."""
+    """add and activate are their references to the last bit, or for the exponential nearly."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(kernels.add(x, y, "cpu"), x + y)
@@ -272,9 +273,9 @@ def test_small_operations(dtype):
     for t in (gate_up, torch.cat([gates, torch.ones_like(gates)])):
         no_error = torch.zeros(t.shape, dtype=torch.float64)
         for activation in ACTIVATIONS:
-            check_glu(kernels.glu(t, activation, "cpu"), activation, t.double(), no_error, fused=True)
+            check_activated(kernels.activate(t, activation, "cpu"), activation, t.double(), no_error, fused=True)
     for activation in ACTIVATIONS:
-        assert kernels.glu(gate_up * torch.nan, activation, "cpu").isnan().all()
+        assert kernels.activate(gate_up * torch.nan, activation, "cpu").isnan().all()
 
 
 @built

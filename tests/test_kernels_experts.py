@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from config import ModelConfig
+from config import ACTIVATIONS, ModelConfig
 from kernels import reference
 from layers import ExpertsDown, ExpertsGateUp
 from model import FeedForward
@@ -33,10 +33,14 @@ def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_feed_forward(format, dtype):
     torch.manual_seed(0)
-    for ffn_dim, bias in [(48, False), (48, True), (40, True)]:  # the last is not whole blocks of gate and up
-        config, norm = ModelConfig(64, 1, 4, 2, 16, ffn_dim, 64, 64, ffn_bias=bias), make_norm(64, dtype)
-        f = FeedForward(config)
-        f.gate_up_proj = make_linear(2 * ffn_dim, 64, format, dtype, bias=bias)
+    for ffn_dim, bias, activation in [
+        (48, False, "swiglu"), (48, True, "swiglu"),
+        (40, True, "swiglu"),  # not whole blocks of gate and up
+        (40, True, "relu2"),
+    ]:  # fmt: skip
+        config = ModelConfig(64, 1, 4, 2, 16, ffn_dim, 64, 64, activation=activation, ffn_bias=bias)
+        f, norm = FeedForward(config), make_norm(64, dtype)
+        f.gate_up_proj = make_linear(sum(config.gate_up_dims), 64, format, dtype, bias=bias)
         f.down_proj = make_linear(64, ffn_dim, format, dtype, bias=bias)
         xs = [torch.randn(1, rows, 64).to(dtype) for rows in (1, 3, 8)]
         expected = [f(x, norm, x) for x in xs]
@@ -52,9 +56,11 @@ def test_experts(format, dtype):
     torch.manual_seed(0)
     for ffn_dim, bias, activation in [
         (48, False, "swiglu"), (40, False, "swiglu"), (48, True, "clamped_swiglu"), (40, True, "geglu_tanh"),
+        (40, True, "relu2"),
     ]:  # fmt: skip
         norm = make_norm(64, dtype)
-        gate_up = make_linear(2 * ffn_dim, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
+        n = 2 * ffn_dim if ACTIVATIONS[activation] else ffn_dim
+        gate_up = make_linear(n, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
         down = make_linear(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
         cases = []
         for rows in (1, 3, 8, 33, 64, 65):  # the last goes to PyTorch, from packed weights

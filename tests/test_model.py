@@ -48,7 +48,7 @@ def test_rows_have_positions_of_their_own(family, use_kernels, pair):
             torch.testing.assert_close(torch.cat(logits, 1)[b], expected, atol=1e-4, rtol=1e-4)
 
 
-WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss"]
+WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss", "starcoder2"]
 
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
@@ -235,6 +235,9 @@ WRONG = [
     ("granite", {"logits_scaling": 0}, "wrong kind"),
     ("granite", {"residual_multiplier": "x"}, "residual_scale must be a positive number"),
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    ("arcee", {"hidden_act": "silu"}, "^config.json: hidden_act = 'silu' is not supported$"),
+    ("nemotron", {"norm_eps": 0}, "norm_eps must be a positive number, not 0"),
+    ("starcoder2", {"hidden_act": "gelu"}, "^config.json: hidden_act = 'gelu' is not supported$"),
     ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
     ("dbrx", {"attn_config": {"clip_qkv": -1}}, "clip_qkv must be a positive number"),
     ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn = {'name': 'gelu'} is not supported"),

@@ -21,6 +21,8 @@ FAMILIES = {
     "q and k norms": {"qk_norm": True, "tie_embeddings": True},
     "experts": {"moe": MoEConfig(6, 3)},
     "odd width": {"ffn_dim": 40},
+    "no gate": {"activation": "relu2", "ffn_dim": 40, "ffn_bias": True, "head_bias": True},
+    "experts without gates": {"activation": "relu2", "moe": MoEConfig(6, 3)},
     "act-order": {"act_order": True},
     "experts of odd width": {"moe": MoEConfig(6, 3, norm_topk_prob=False), "ffn_dim": 40},
 }

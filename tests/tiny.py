@@ -131,6 +131,9 @@ FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
     "ernie4.5": (hf.Ernie4_5Config, {"head_dim": 16, "use_bias": True}),
     "gpt-oss": (hf.GptOssConfig, GPT_OSS),
     "dbrx": (hf.DbrxConfig, DBRX),
+    "arcee": (hf.ArceeConfig, {"mlp_bias": True}),
+    "nemotron": (hf.NemotronConfig, {"head_dim": 16}),
+    "starcoder2": (hf.Starcoder2Config, {"sliding_window": 9}),
     "yarn": (hf.LlamaConfig, {"rope_parameters": YARN | {"rope_theta": 10000.0, "mscale": 0.7, "mscale_all_dim": 1.0}}),
     "dynamic": (hf.LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
 }

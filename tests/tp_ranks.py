@@ -53,6 +53,8 @@ CASES = {
     "gpt-oss": ("gpt-oss", {}, [], (2,)),
     "qwen2-moe": ("qwen2-moe", {}, [], (2,)),
     "dbrx": ("dbrx", {}, [], (2,)),
+    "no gate": ("starcoder2", {}, [], (2,)),
+    "int8 no gate": ("arcee", {}, ["int8"], (2, 4)),
     "alibi": ("baichuan 13B", {}, [], (2,)),
     "int8": ("llama3", {}, ["int8"], (2, 4)),
     "quantized embedding": ("qwen2", {"tie_word_embeddings": True}, ["int4", "--groupsize", "32"], (2,)),

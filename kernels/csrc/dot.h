@@ -293,12 +293,13 @@ template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t 
 }
 
 // The first steps of an epilogue. Adds the bias [n] to sums[b][token], the products with block blocks[b], and applies
-// the activation. With an activation b is 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
+// the activation. If it is gated, b is 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
 template <typename T>
 Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, const T* bias,
                           int64_t n, Activation activation) {
   const Vec v = add_bias(sums[b][token], bias, blocks[b], n);
-  return is_gated(activation) ? activate(v, add_bias(sums[1][token], bias, blocks[1], n), activation) : v;
+  const Vec up = is_gated(activation) ? add_bias(sums[1][token], bias, blocks[1], n) : Vec{};
+  return activate_vec(v, up, activation);
 }
 
 // Multiplies M tokens with BLOCKS blocks of weights, by the loop for the format and the type X of the activations. The

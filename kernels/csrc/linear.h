@@ -1,12 +1,12 @@
-// The operations fused_linear, rms_norm, permute_inputs, glu, add, embed and dequantize. ops.cpp submits them.
+// The operations fused_linear, rms_norm, permute_inputs, activate, add, embed and dequantize. ops.cpp submits them.
 #pragma once
 
 #include "amx.h"
 
 // Computes out [m, n_out] = epilogue(norm(x [m, k]) W^T). kernels/ops.py lists the steps of fused_linear in order.
 //
-// With an activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each projection
-// has n / 2 outputs, a multiple of BLOCK_N, so no block has outputs of both projections.
+// With a gated activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each
+// projection has n / 2 outputs, a multiple of BLOCK_N, so no block has outputs of both projections.
 template <typename T> struct FusedLinearOp {
   const T* x;
   int64_t m;
@@ -23,8 +23,8 @@ template <typename T> struct FusedLinearOp {
   InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
   size_t shared_bytes() const { return preparer().shared_bytes(); }
 
-  // The threads share the blocks of outputs. Each iteration multiplies up to two blocks of W. With an activation, the
-  // two are a block of the gate projection and a block of the up projection, for the same outputs.
+  // The threads share the blocks of outputs. Each iteration multiplies up to two blocks of W. With a gated activation,
+  // the two are a block of the gate projection and a block of the up projection, for the same outputs.
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
@@ -99,9 +99,10 @@ template <typename T> struct PermuteInputsOp {
   }
 };
 
-// out [m, f] = activation(gate) * up, for gate_up [m, 2 f]
-template <typename T> struct GluOp {
-  const T* gate_up;
+// out [m, f] = activation(gate) * up, for x [m, 2 f], which is gate and up. If the activation is not gated,
+// out [m, f] = activation(x [m, f]).
+template <typename T> struct ActivateOp {
+  const T* x;
   int64_t m, f;
   Activation activation;
   T* out;
@@ -111,8 +112,9 @@ template <typename T> struct GluOp {
     const Range range = thread_range(m * vecs_per_token);
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
-      const T *gate = gate_up + token * 2 * f, *up = gate + f;
-      store_partial(activate(load_partial(gate, i, f), load_partial(up, i, f), activation), out + token * f, i, f);
+      const T* gate = x + token * (is_gated(activation) ? 2 * f : f);
+      const Vec up = is_gated(activation) ? load_partial(gate + f, i, f) : Vec{};
+      store_partial(activate_vec(load_partial(gate, i, f), up, activation), out + token * f, i, f);
     }
   }
 };

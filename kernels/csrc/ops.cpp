@@ -131,15 +131,14 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
   return out;
 }
 
-Tensor glu(Tensor gate_up, int64_t activation_id) {
+Tensor activate(Tensor x, int64_t activation_id) {
   const Activation activation = check_activation(activation_id);
-  STD_TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0, "gate and up must be contiguous halves");
-  STD_TORCH_CHECK(is_gated(activation), "glu needs an activation");
-  const int64_t f = gate_up.size(-1) / 2;
-  Tensor out = torch::stable::new_empty(gate_up, resized(gate_up, f));
-  dispatch_type(gate_up.scalar_type(), [&]<typename T>(T) {
-    submit(GluOp<T>{.gate_up = ptr<T>(gate_up), .m = gate_up.numel() / (2 * f), .f = f,
-                    .activation = activation, .out = mutable_ptr<T>(out)});
+  const int64_t k = x.size(-1), f = is_gated(activation) ? k / 2 : k;
+  STD_TORCH_CHECK(x.is_contiguous() && (k == f || k == 2 * f), "gate and up must be contiguous halves");
+  Tensor out = torch::stable::new_empty(x, resized(x, f));
+  dispatch_type(x.scalar_type(), [&]<typename T>(T) {
+    submit(ActivateOp<T>{.x = ptr<T>(x), .m = x.numel() / k, .f = f, .activation = activation,
+                         .out = mutable_ptr<T>(out)});
   });
   return out;
 }
@@ -341,7 +340,7 @@ int has_amx_bf16() { return has_amx(); }
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
-  m.impl("glu", TORCH_BOX(&glu));
+  m.impl("activate", TORCH_BOX(&activate));
   m.impl("add", TORCH_BOX(&add));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("permute_inputs", TORCH_BOX(&permute_inputs));

@@ -272,22 +272,37 @@ inline Vec normal_cdf(Vec x) {
 
 // The activation of a feed-forward. The order is that of ACTIVATION_IDS in kernels/schema.py. COUNT is the number of
 // the others.
-enum class Activation : int64_t { NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, COUNT };
+enum class Activation : int64_t {
+  NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2, COUNT
+};
 
-// Whether the feed-forward has a gate projection beside its up projection. All activations but NONE are gated.
-inline bool is_gated(Activation activation) { return activation != Activation::NONE; }
-
-// Computes activation(gate) * up, as kernels/reference.py does. activation must be gated.
-inline Vec activate(Vec gate, Vec up, Activation activation) {
+// Whether the feed-forward has a gate projection beside its up projection, as config.py: ACTIVATIONS says.
+inline bool is_gated(Activation activation) {
   switch (activation) {
-    case Activation::NONE: case Activation::COUNT: break;
+    case Activation::SWIGLU: case Activation::GEGLU: case Activation::GEGLU_TANH: case Activation::CLAMPED_SWIGLU:
+      return true;
+    case Activation::NONE: case Activation::GELU_PYTORCH_TANH: case Activation::RELU2: case Activation::COUNT: break;
+  }
+  return false;
+}
+
+// x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
+inline Vec gelu_tanh(Vec x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
+
+// Computes activation(gate) * up, as kernels/reference.py does. If the activation is not gated, computes
+// activation(gate): then gate is the product with the up projection, and up is not used.
+inline Vec activate_vec(Vec gate, Vec up, Activation activation) {
+  switch (activation) {
+    case Activation::NONE: return gate;
+    case Activation::COUNT: break;
     case Activation::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
     case Activation::GEGLU: return gate * normal_cdf(gate) * up;
-    case Activation::GEGLU_TANH:  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + ...)
-      return gate / (1 + exp_vec(-1.59576912f * (gate + 0.044715f * gate * gate * gate))) * up;
+    case Activation::GEGLU_TANH: return gelu_tanh(gate) * up;
     case Activation::CLAMPED_SWIGLU:
       gate = gate > 7.0f ? Vec{} + 7 : gate;
       return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
+    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(gate);
+    case Activation::RELU2: return gate < 0.0f ? Vec{} : gate * gate;  // NaN stays NaN
   }
   __builtin_unreachable();  // ops.cpp refuses other ids
 }

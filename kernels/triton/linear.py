@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import ACTIVATION_IDS, triton_op
+from kernels.schema import ACTIVATION_IDS, GATED_IDS, triton_op
 from kernels.triton.elements import magic_number
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
@@ -60,7 +60,7 @@ PREFETCH_BYTES = 16384
 # The norm is fused: norm(x) W^T = (x * norm_weight) W^T / rms(x). The loop also sums x^2, and the epilogue multiplies
 # with 1 / rms(x).
 #
-# With an activation W is a gate projection above an up projection. A program has rows of both, so that it can compute
+# If IS_GATED, W is a gate projection above an up projection. A program has rows of both, so that it can compute
 # activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (weights.py: program_outputs).
 #
 # With experts, W is a stack of matrices, and topk_ids has TOP_K experts for each token. A pair is a token and one of
@@ -83,13 +83,14 @@ def fused_linear_kernel(
     K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # formats.py: KernelFormat
     W_STRIDE: tl.constexpr,  # elements or words that W stores for an output
-    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,  # DTYPE: the type of both factors of the products
+    ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
+    DTYPE: tl.constexpr,  # the type of both factors of the products
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):  # fmt: skip
-    """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 with an activation. None as an argument
-    means that the step is left out.
+    """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 if IS_GATED. None as an argument means
+    that the step is left out.
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens.
 
@@ -99,8 +100,8 @@ def fused_linear_kernel(
     Up to MMA_TOKENS tokens are N_TOKENS: Triton compiles a kernel for each number of tokens. More tokens are n_tokens:
     one kernel serves all numbers up to BLOCK_M."""
     SLICE_K: tl.constexpr = BLOCK_K // K_SLICES
-    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if ACTIVATION is not None else BLOCK_N
-    N_OUT = N // 2 if ACTIVATION is not None else N
+    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
+    N_OUT = N // 2 if IS_GATED else N
     offs_n = program_outputs(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
     if USE_PDL and topk_ids_ptr is None:
@@ -168,7 +169,7 @@ def fused_linear_kernel(
         y *= channel_scale
     if norm_weight_ptr is not None:
         y *= inverse_rms(squares, eps, N_TOKENS, K, BLOCK_M)[None, :]
-    y = epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION)  # [BLOCK_OUT, BLOCK_M]
+    y = epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
 
@@ -230,13 +231,13 @@ def inverse_rms(squares, eps, N_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constexpr):
+def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
     """Applies what follows the product, in the order that kernels/ops.py gives: y and bias [BLOCK_N, BLOCK_M or 1],
     residual [BLOCK_OUT, BLOCK_M] -> [BLOCK_OUT, BLOCK_M]."""
     if bias is not None:
         y += bias
     if ACTIVATION is not None:
-        y = glu(y, ACTIVATION)
+        y = activate(y, ACTIVATION, IS_GATED)
     if out_scale is not None:
         y *= out_scale
     if softcap is not None:
@@ -249,22 +250,32 @@ def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constex
 
 
 @triton.jit
-def glu(gate_up, ACTIVATION: tl.constexpr):
-    """Computes activation(gate) * up [F, M] of gate_up [2 F, M], gate above up. A new activation is one more branch."""
-    halves = tl.reshape(gate_up, [2, gate_up.shape[0] // 2, gate_up.shape[1]])
-    gate, up = tl.split(tl.permute(halves, [1, 2, 0]))
+def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
+    """Computes activation(gate) * up [F, M] of y [2 F, M], gate above up. If not IS_GATED, computes activation(y).
+    A new activation is one more branch."""
+    if IS_GATED:
+        halves = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])
+        gate, up = tl.split(tl.permute(halves, [1, 2, 0]))
+    else:
+        gate, up = y, None
     if ACTIVATION == "swiglu":
         gate *= tl.sigmoid(gate)
     elif ACTIVATION == "geglu":
         gate *= 0.5 * (1 + tl.erf(0.70710678 * gate))
-    elif ACTIVATION == "geglu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
+    elif ACTIVATION == "relu2":
+        gate = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        gate *= gate
+    elif ACTIVATION == "geglu_tanh" or ACTIVATION == "gelu_pytorch_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
         gate *= tl.sigmoid(1.5957691 * (gate + 0.044715 * gate * gate * gate))
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu", "no kernel for this activation")
         gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
         gate *= tl.sigmoid(1.702 * gate)
-    return gate * up
+    if IS_GATED:
+        gate *= up
+    return gate
 
 
 @triton.jit
@@ -281,7 +292,7 @@ def fused_linear(
     topk_ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
-    [..., n], with an activation [..., n / 2].
+    [..., n], with a gated activation [..., n / 2].
 
     topk_ids [..., top_k], which only moe.py passes: W [E, n, K] is a stack of experts, and the result is
     [..., top_k, n]. x has a vector for each token, or for each id."""
@@ -291,11 +302,12 @@ def fused_linear(
     if topk_ids is not None:
         n_pairs, top_k, y_shape = topk_ids.numel(), topk_ids.shape[-1], topk_ids.shape
         n_tokens = n_pairs // top_k
-    y = x.new_empty(*y_shape, n // 2 if activation else n, dtype=torch.float32 if float32_out else x.dtype)
+    is_gated = activation in GATED_IDS
+    y = x.new_empty(*y_shape, n // 2 if is_gated else n, dtype=torch.float32 if float32_out else x.dtype)
     has_few_tokens = n_tokens <= MMA_TOKENS
     if norm_weight is not None and not has_few_tokens:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
-    format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, activation > 0, group_size, n_tokens)
+    format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, is_gated, group_size, n_tokens)
     block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
     if format.has_slice_scales(group_size, k):
@@ -309,7 +321,7 @@ def fused_linear(
         TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens,
         MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
         HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(weight),
-        ACTIVATION=ACTIVATION_NAMES[activation], DTYPE=dot_dtype(x),
+        ACTIVATION=ACTIVATION_NAMES[activation], IS_GATED=is_gated, DTYPE=dot_dtype(x),
         BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
         BLOCK_K=block_k, K_SLICES=block_k // slice_k,
         NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,

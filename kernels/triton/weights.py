@@ -31,15 +31,15 @@ class ProgramWeights(NamedTuple):
     offs_n: tl.tensor  # [BLOCK_N], the rows: see program_outputs
     mask_n: tl.tensor  # [BLOCK_N], false for a row beyond the end of W
     N: tl.tensor
-    N_OUT: tl.tensor  # N, or N / 2 with an activation
+    N_OUT: tl.tensor  # N, or N / 2 with a gated activation
 
 
 @triton.jit
 def program_outputs(i, BLOCK_OUT: tl.constexpr, N_OUT):
     """Returns the row of W that is row i of this program, for i in [0, BLOCK_N).
 
-    Without an activation the rows of a program are contiguous: BLOCK_OUT = BLOCK_N, N_OUT = N. With an activation W is
-    a gate projection of N_OUT rows above an up projection of N_OUT rows. Then BLOCK_OUT = BLOCK_N / 2, and program p
+    Without a gated activation the rows of a program are contiguous: BLOCK_OUT = BLOCK_N, N_OUT = N. With one, W is a
+    gate projection of N_OUT rows above an up projection of N_OUT rows. Then BLOCK_OUT = BLOCK_N / 2, and program p
     takes the same rows of both projections:
 
         i                             row of W

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 import kernels
-from config import ModelConfig
+from config import ACTIVATIONS, ModelConfig
 from kernels.formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers import Linear, RMSNorm
@@ -33,7 +33,10 @@ CANDIDATES = [
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Tunes every matrix product of a model whose linear layers have format. This takes some minutes."""
     linears = empty_model(config.with_layers(1)).quantizable_linears()
-    for n, k, gated in {(w.out_features, w.in_features, name.endswith("gate_up_proj")) for name, w in linears}:
+    is_gated = ACTIVATIONS[config.activation]
+    for n, k, gated in {
+        (w.out_features, w.in_features, is_gated and name.endswith("gate_up_proj")) for name, w in linears
+    }:
         tune_product(n, k, gated, format, device)
 
 

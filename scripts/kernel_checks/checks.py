@@ -31,15 +31,15 @@ from scripts.kernel_checks.exact_results import (
     TRITON_FORMATS,
     U32,
     Comparison,
+    activate_with_error,
     exact_linear,
     exact_norm,
     exact_product,
     exact_rms_norm,
-    exact_stored_glu,
+    exact_stored_activation,
     exact_sums_error,
     factor_dtype,
     format_label,
-    glu_with_error,
     integers,
     make_linear,
     make_norm,
@@ -182,7 +182,7 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         ours = kernels.fused_linear(x, w, norm, residual)
         yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
 
-        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=n % FUSED_GLU_MULTIPLE == 0)
+        y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=n % FUSED_GLU_MULTIPLE == 0)
         yield Comparison("swiglu_linear", case, kernels.fused_linear(x, w, norm, activation="swiglu"), y, error)
 
 
@@ -242,7 +242,7 @@ def check_activation(dtype: torch.dtype, activation: str):
         x = integers(1, n_tokens, k, dtype=dtype)
         y, terms = exact_product(x, matrix, bias)
         assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
-        y, error = exact_stored_glu(y, exact_sums_error(terms, k, Dense()), activation, dtype, fused=True)
+        y, error = exact_stored_activation(y, exact_sums_error(terms, k, Dense()), activation, dtype, fused=True)
         ours = kernels.fused_linear(x, w, activation=activation)
         yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan
@@ -274,7 +274,7 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         total, error = with_residual(y, error, residual)
         ours = kernels.fused_linear(x, w, residual=residual)
         yield Comparison(operation, f"{case}, residual", ours, total, stored_error(total, error, dtype))
-        y, error = epilogue(*glu_with_error(products, sum_error))
+        y, error = epilogue(*activate_with_error(products, sum_error))
         ours = kernels.fused_linear(x, w, activation="swiglu")
         yield Comparison(operation, f"{case}, swiglu", ours, y, stored_error(y, error, dtype))
 
@@ -319,7 +319,7 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         by_kernel = n_tokens <= w.max_kernel_tokens
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
-        y, error = exact_stored_glu(y, error, "swiglu", dtype, fused=by_kernel and n % FUSED_GLU_MULTIPLE == 0)
+        y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=by_kernel and n % FUSED_GLU_MULTIPLE == 0)
         case = f"{format_label(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
         yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "swiglu"), y, error)
 

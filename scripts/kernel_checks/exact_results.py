@@ -179,16 +179,24 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
     return error + triton_rounding_error(y.abs() + error, dtype)
 
 
-def glu_with_error(
-    gate_up: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
+def activate_with_error(
+    x: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns activation(gate) * up, and the error of the product. error: of gate_up. The slope of every activation is
-    at most 1.13. The slope of the factor that is made of up is at most 1."""
-    (gate, up), (gate_error, up_error) = gate_up.chunk(2, -1), error.chunk(2, -1)
-    y, one = reference.glu(gate_up, activation), torch.ones_like(up)
+    """Returns kernels/ops.py: activate of x, and the error of the result. error: of x.
+
+    The slope of relu2 at x is 2 x, so an error e of x changes x^2 by at most 2 x e + e^2. The slope of every other
+    activation is at most 1.13. The slope of the factor that is made of up is at most 1."""
+    y = reference.activate(x, activation)
+    if activation == "relu2":
+        x = x.clamp(min=0)
+        return y, error * (2 * x + error) + U32 * (x + error) ** 2
+    if activation == "gelu_pytorch_tanh":
+        return y, 1.13 * error + 2**-20 * y.abs() + 2 * U32 * x.abs()
+    (gate, up), (gate_error, up_error) = x.chunk(2, -1), error.chunk(2, -1)
+    one = torch.ones_like(up)
     if activation == "clamped_swiglu":
         gate, up, one = gate.clamp(max=7), up.clamp(-7, 7) + 1, one - 1
-    activated = reference.activate(gate, one, activation).abs()
+    activated = reference.activate(torch.cat([gate, one], -1), activation).abs()
     bound = 1.13 * gate_error * (up.abs() + up_error) + activated * up_error
     # Relative errors of an activation, with u the unit roundoff of float32:
     #
@@ -201,14 +209,14 @@ def glu_with_error(
     return y, bound + relative * y.abs() + 2 * U32 * (gate * up).abs()
 
 
-def exact_stored_glu(
-    gate_up: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
+def exact_stored_activation(
+    x: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns activation(gate) * up, and the error after storing in dtype. If the activation is not fused with the
-    matrix product, PyTorch computes the activation of a stored gate_up, and stores intermediate results, too."""
+    """Returns kernels/ops.py: activate of x, and the error after storing in dtype. If the activation is not fused with
+    the matrix product x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
     if not fused:
-        error = stored_error(gate_up, error, dtype)
-    y, error = glu_with_error(gate_up, error, activation)
+        error = stored_error(x, error, dtype)
+    y, error = activate_with_error(x, error, activation)
     return y, error + triton_rounding_error(y.abs() + error, dtype) * (1 if fused else 4)
 
 
