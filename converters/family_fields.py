@@ -3,6 +3,7 @@
 A function for Family.read_overrides has the family's name, and returns fields of ModelConfig.
 """
 
+from config import ACTIVATIONS
 from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
 from utils.errors import UsageError
 
@@ -38,9 +39,9 @@ def smollm3(hf_config: dict) -> dict:
 
 
 def arcee(hf_config: dict) -> dict:
-    """Reads the activation of a feed-forward without a gate."""
+    """Reads the activation of a feed-forward without a gate. config.py has transformers' names for these."""
     activation = hf_config["hidden_act"]
-    if activation not in ("relu2", "gelu_pytorch_tanh"):
+    if activation not in [name for name, is_gated in ACTIVATIONS.items() if not is_gated]:
         raise UsageError(f"config.json: hidden_act = {activation!r} is not supported")
     return {"activation": activation}
 

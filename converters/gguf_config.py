@@ -134,6 +134,7 @@ ARCHITECTURES = {
     "olmo2": Architecture("Olmo2ForCausalLM", extra_fields=olmo2_fields),
     "smollm3": Architecture("SmolLM3ForCausalLM", interleaved_rope=True),
     "granite": Architecture("GraniteForCausalLM", extra_fields=granite_fields, interleaved_rope=True),
+    "arcee": Architecture("ArceeForCausalLM", interleaved_rope=True),
     "glm4": Architecture("Glm4ForCausalLM", ffn_up_has_gate=True),
     "gpt-oss": Architecture(
         "GptOssForCausalLM",

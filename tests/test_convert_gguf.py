@@ -67,6 +67,7 @@ QWEN3_YARN = {"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": 16.0, "
         ("olmo3", {}),
         ("smollm3", ONE_WITHOUT_ROPE),
         ("granite", {}),
+        ("arcee", {}),
         ("glm4", {}),
         ("gpt-oss", {}),
     ],

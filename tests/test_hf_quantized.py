@@ -83,6 +83,7 @@ def test_zero_points_of_zero_minus_one(tmp_path):
 ACT_ORDER_CASES = {
     ("llama-bias", 4, 32): ["qkv_proj", "o_proj", "gate_up_proj"],
     ("phi3", 4, 64): ["qkv_proj", "o_proj", "gate_up_proj"],
+    ("arcee", 4, 32): ["qkv_proj", "o_proj", "gate_up_proj"],
     ("gemma2", 8, 32): ["qkv_proj", "o_proj", "gate_up_proj"],
     ("olmo2", 4, 32): ["qkv_proj", "o_proj", "gate_up_proj", "lm_head"],
     ("qwen3", 4, 128): [],
@@ -160,6 +161,13 @@ def sort_feed_forward(folder: Path):
             if row_name == f"{prefix}gate_up_proj.weight":
                 dense[row_name] = dense[row_name].unflatten(0, (2, -1))[:, order].flatten(0, 1)
     save_file({name: t.contiguous() for name, t in dense.items()}, file, {"format": "pt"})
+
+
+def test_layer_norms_need_16_bits(tmp_path):
+    """Conversion centers outputs and computes with weights."""
+    _, _, config, quantize = gptq_case("nemotron", "", bits=4, group_size=32)
+    write_quantized(tmp_path / "m", "nemotron", config, quantize)
+    refused(tmp_path / "m", "is quantized, and this family's conversion changes it: take 16-bit weights")
 
 
 def test_groups_without_a_format(tmp_path, capsys):

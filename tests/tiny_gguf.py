@@ -15,7 +15,7 @@ ARCHITECTURES = {  # of transformers' models of other names
     "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "olmo3": "olmo2",
     "gpt_oss": "gpt-oss",
 }  # fmt: skip
-IN_META_ORDER = ("llama", "smollm3", "granite")
+IN_META_ORDER = ("llama", "smollm3", "granite", "arcee")
 BPE = {  # the smallest vocabulary
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",
