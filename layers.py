@@ -6,8 +6,8 @@
     RMSNorm        x / rms(x) * weight
 
 A forward calls an operation of kernels/ops.py, which runs on the kernels of the layer's backend or in plain PyTorch.
-The weights themselves are declared in kernels/params.py, because ops.py needs these classes, and forward calls ops.py.
-model.py composes the layers.
+The weights themselves are declared in kernels/params.py, because kernels/ops.py, which forward calls, needs these
+classes. model.py composes the layers.
 """
 
 import torch

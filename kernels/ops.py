@@ -195,11 +195,12 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, posi
     )  # fmt: skip
 
 
-def has_attention_kernel(backend: str, batch: int, n_new: int, heads_per_kv_head: int) -> bool:
-    """Whether attend calls a kernel of backend for n_new new tokens in each of batch sequences."""
-    if kernel_for("attend", backend, batch * n_new) is None:
+def has_attention_kernel(backend: str, batch: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
+    """Whether attend calls a kernel of backend for n_new_tokens tokens in each of batch sequences."""
+    if kernel_for("attend", backend, batch * n_new_tokens) is None:
         return False
-    return backend == "cpu" or n_new <= MAX_TRITON_NEW_TOKENS and n_new * heads_per_kv_head <= MAX_TRITON_QUERIES
+    n_queries = n_new_tokens * heads_per_kv_head
+    return backend == "cpu" or n_new_tokens <= MAX_TRITON_NEW_TOKENS and n_queries <= MAX_TRITON_QUERIES
 
 
 def route(

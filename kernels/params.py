@@ -164,7 +164,7 @@ class AttentionParams(nn.Module):
 
 class LayerCache(NamedTuple):
     """What attention reads besides weights: the keys and values of earlier tokens, and tables that depend on position
-    alone. The tables are computed once for all positions of the cache, as vLLM's cos_sin_cache is."""
+    alone. The tables are computed once, for all positions of the cache."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]

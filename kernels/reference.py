@@ -209,25 +209,25 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
 def experts_gate_up(x: Tensor, linear: LinearParams, topk_ids: Tensor) -> Tensor:
     """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and activate."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
-    y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new=x.shape[-2])
+    y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
     return y.view(*topk_ids.shape, linear.out_features)
 
 
 def experts_down(
     hidden: Tensor, linear: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    y = expert_products(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new=hidden.shape[-3])
+    y = expert_products(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new_tokens=hidden.shape[-3])
     y = y.view(*topk_ids.shape, linear.out_features) * topk_weights[..., None].to(y.dtype)
     y = y.sum(-2)
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, linear: LinearParams, expert_ids: Tensor, n_new: int) -> Tensor:
-    """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new: new tokens of each
+def expert_products(x: Tensor, linear: LinearParams, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
+    """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new_tokens: of each
     sequence."""
     if not torch.compiler.is_compiling():
         return loop_over_experts(x, linear, expert_ids)
-    if n_new == 1:
+    if n_new_tokens == 1:
         return gather_experts(x, linear, expert_ids)
     return torch.compiler.disable(loop_over_experts)(x, linear, expert_ids)
 

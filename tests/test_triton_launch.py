@@ -74,7 +74,7 @@ def test_guess_fits(format, bits, group_size, gated, monkeypatch):
 
 @pytest.mark.parametrize("n_tokens", [9, 16, 33, 64])
 @pytest.mark.parametrize("gated", [False, True])
-def test_guess_for_many_tokens_fits(n_tokens, gated):
+def test_guess_many_tokens_fits(n_tokens, gated):
     """The loads under way fit 99 KB, and the sums and the products of one step a warp's registers."""
     formats = [(Dense, 16, 576), (Int8, 8, 576), (Float8, 8, 576), (Float8, 8, 128), (GroupedInt8, 8, 16)]
     formats += [(Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32)]
