@@ -32,7 +32,7 @@ class Family:
     experts_bias: bool = False  # whether the router and the experts have biases
 
     # Everything else that changes the maths
-    handled_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES (hf_config.py) that may have any value
+    allowed_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES (hf_config.py) that may have any value
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 

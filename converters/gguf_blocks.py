@@ -133,7 +133,7 @@ BLOCK_TYPES = {
 
 
 @dataclass
-class QuantizedRows:
+class GroupedRows:
     """Rows of a GGUF's tensor: w = (q - zero) * scale, with q [N, K], scales and zeros [N, n_groups] in float32."""
 
     type: BlockType
@@ -149,11 +149,11 @@ class QuantizedRows:
         return (self.q - self.expand(self.zeros)) * self.expand(self.scales)
 
 
-def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
+def decode_rows(rows: Tensor, ggml_type: Type) -> GroupedRows:
     """Decodes rows [N, bytes] uint8 of a quantized type."""
     type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
     q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
-    groups, is_constant = QuantizedRows(type, q, scales, -offsets / scales), scales == 0
+    groups, is_constant = GroupedRows(type, q, scales, -offsets / scales), scales == 0
     # With a scale of 0, all weights of a group equal the offset. Store an offset above 0 as q 1, zero 0, scale offset,
     # and an offset below 0 as q 0, zero 1, scale -offset.
     if is_constant.any():

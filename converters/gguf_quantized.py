@@ -1,7 +1,7 @@
 """Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored codes stay
 where a format can hold them.
 
-    kept = KeptWeights(plans, sources, order)    # chooses the formats
+    kept = GGUFQuantizer(plans, sources, order)    # chooses the formats
     convert(path, SourceModel(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")              # how each type was converted
 
@@ -23,12 +23,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, QuantizedRows, decode_mxfp4, decode_rows
+from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, GroupedRows, decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor
 from converters.hf_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
-from converters.quantized_weight import QuantizedWeight
+from converters.quantized_weight import LazyWeight
 from kernels.formats import MXFP4, Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat
@@ -53,7 +53,7 @@ def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
 
 
-def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
+def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
     """Converts groups to format. Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the
     stored codes). A group that does not keep them is rounded again."""
     if not keeps_codes(groups.type, format):
@@ -80,7 +80,7 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
 
 
 @dataclass
-class StackedWeight:
+class TargetWeight:
     """One of our weights, and the GGUF's tensors (parts) whose rows it stacks.
 
     formats: the formats that the weight may have, from the largest to the smallest. The largest one loses nothing.
@@ -140,7 +140,7 @@ class StackedWeight:
         return price, prices.index(price) + 1
 
 
-def choose_formats(stacks: list[StackedWeight], n_bytes: float):
+def choose_formats(stacks: list[TargetWeight], n_bytes: float):
     """Chooses the format of every weight in stacks. If possible, all weights together take at most n_bytes."""
     n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
     stacks = middle_layers_first(stacks)  # at equal prices, layers in the middle come first
@@ -156,7 +156,7 @@ def choose_formats(stacks: list[StackedWeight], n_bytes: float):
             stack.formats = [stack.gentle_format]
 
 
-def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
+def middle_layers_first(stacks: list[TargetWeight]) -> list[TargetWeight]:
     """Sorts stacks by the distance of the layer from the middle layer, since the first and last layers matter most."""
     layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
     middle = max(layers.values(), default=0) / 2
@@ -177,7 +177,7 @@ class RoundingErrors:
     squared_errors: float = 0.0  # sum over the weights that are rounded again
     squared_steps: float = 0.0  # sum of squared scales over the same weights
 
-    def add(self, groups: QuantizedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
+    def add(self, groups: GroupedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
         errors = errors.unflatten(-1, (-1, groups.type.group_size))  # [N, n_groups, group_size]
         steps = groups.scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
@@ -199,7 +199,7 @@ class RoundingErrors:
         return f"{kept}, but {self.n_rounded} of {self.n_groups} groups are rounded again, {rounded_by}"
 
 
-class KeptWeights:
+class GGUFQuantizer:
     """Holds the weights of a GGUF that stay quantized: weights, by canonical names.
 
     plans: our tensors. sources: the GGUF's tensors by canonical names. order: see hf_tensors.py: reorder_heads."""
@@ -209,7 +209,7 @@ class KeptWeights:
         for plan in linears.values():
             for source in plan.sources:
                 check_type(source, sources[source].type)
-        stacks = [StackedWeight(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
+        stacks = [TargetWeight(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
         others = [plan for name, plan in plans.items() if name not in linears]
         other_bytes = sum(prod(plan.shape) * plan.dtype.itemsize for plan in others)
         self.stored_bytes = sum(source.data.nbytes for source in sources.values())
@@ -217,14 +217,14 @@ class KeptWeights:
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
         self.became_dense: Counter[str] = Counter()  # by type: tensors that are stacked with floats
-        self.weights: dict[str, QuantizedWeight] = {}
+        self.weights: dict[str, LazyWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Dense):
                 self.became_dense.update(part.type.name for part in stack.parts if part.type not in FLOATS)
                 continue
             for source in stack.plan.sources:
                 read = partial(self.read, source, sources[source], stack.format, order)
-                self.weights[source] = QuantizedWeight(stack.format, torch.Size(sources[source].shape()), read)
+                self.weights[source] = LazyWeight(stack.format, torch.Size(sources[source].shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
         """Returns a TensorReader that returns a weight of self.weights, if there is one by the name, and else calls

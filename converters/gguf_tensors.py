@@ -22,7 +22,7 @@ from converters.gguf_config import (
     read_gguf_config,
 )
 from converters.gguf_file import GGUFTensor, read_gguf
-from converters.gguf_quantized import KeptWeights
+from converters.gguf_quantized import GGUFQuantizer
 from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import Announcement, SourceModel, SourceTensors, TensorReader, plan_tensors, write_folder
@@ -119,10 +119,10 @@ def rename_gguf_tensors(
 
 def keep_quantized(
     stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
-) -> KeptWeights:
+) -> GGUFQuantizer:
     """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
     sources = split_gguf_tensors(stored, config, architecture)
-    return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
+    return GGUFQuantizer(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
 
 
 def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor | None:

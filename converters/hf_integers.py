@@ -1,4 +1,4 @@
-"""Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into QuantizedWeight, without rounding.
+"""Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into LazyWeight, without rounding.
 hf_quantized.py calls gptq_weight, awq_weight, packed_weight and int8_weight.
 
 In every format w = (q - zero) * scale, with a scale and a zero point for every output and group of inputs. The formats
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
+from converters.quantized_weight import LazyWeight, SourceLayer, stored_group_size
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
 from kernels.formats.integers import GroupedFormat
@@ -32,7 +32,7 @@ AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the places of outputs 0 to 7 in a
 
 
 @dataclass
-class IntegerWeight:
+class UnpackedWeight:
     """A weight [N, K] in any of the formats above: w = (q - zero) * scale, with q and zero unsigned."""
 
     shape: torch.Size
@@ -48,15 +48,15 @@ class IntegerWeight:
         """The zero point of symmetric weights."""
         return 1 << (self.bits - 1)
 
-    def to_weight(self) -> QuantizedWeight:
+    def to_weight(self) -> LazyWeight:
         """Returns the weight in one of our formats, with the same values."""
         if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
-            return QuantizedWeight(Int8(), self.shape, self.read_int8)
+            return LazyWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
         # Int4 lacks some group sizes, such as 16. Codes of 4 bits in such groups are stored in 8 bits.
         format_class = Int4 if self.bits == 4 and group_size in Int4.group_sizes else GroupedInt8
         format = format_class(group_size, stored_dtype(self.scales))
-        return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
+        return LazyWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
 
     def read_int8(self) -> Tensors:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
@@ -96,7 +96,7 @@ def unpack_numbers(words: Tensor, bits: int) -> Tensor:
     return octets if bits == 8 else unpack_nibbles_interleaved(octets)
 
 
-def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
+def infer_bits(layer: SourceLayer, n_words: int, n_numbers: int) -> int:
     """Returns how many bits a number has, 4 or 8, where n_words hold n_numbers."""
     for bits in (4, 8):
         if math.ceil(n_numbers * bits / 32) == n_words:
@@ -104,7 +104,7 @@ def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
     raise UsageError(f"the weight of {layer.name} has {32 * n_words / n_numbers:g} bits; 4 and 8 are supported")
 
 
-def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
+def check_group_size(layer: SourceLayer, stated: int | None, k: int, n_groups: int) -> int:
     """Returns the group size that config.json states, and checks that it fits n_groups. -1 means that all k inputs are
     one group."""
     group_size = stated if isinstance(stated, int) and stated > 0 else k
@@ -114,7 +114,7 @@ def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: i
 
 
 def read_input_order(
-    layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
+    layer: SourceLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
 ) -> Tensor | None:
     """Returns the order of the inputs in which every group is contiguous, or None if groups are contiguous already.
 
@@ -141,7 +141,7 @@ def read_input_order(
 # ---- GPTQ and AWQ ---------------------------------------------------------------------------------------------------
 
 
-def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+def gptq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of GPTQ.
 
     quantization: config.json's quantization_config. With "dynamic" in quantization, some layers may have other bits or
@@ -168,7 +168,7 @@ def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
     has_order = bool(quantization.get("desc_act"))
     order = read_input_order(layer, "g_idx", k, group_size, n_groups, is_required=has_order)
     shape = torch.Size([n, k])
-    return IntegerWeight(
+    return UnpackedWeight(
         shape, bits, group_size, scales.T, lambda: unpack_numbers(qweight.T, bits), read_zeros, order
     ).to_weight()
 
@@ -183,7 +183,7 @@ def has_v1_zeros(zeros: Tensor, bits: int, quantization: dict) -> bool:
     return bool((zeros == middle - 1).all()) or quantization.get("checkpoint_format") != "gptq_v2"
 
 
-def awq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+def awq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of AWQ. quantization: config.json's quantization_config."""
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
@@ -199,11 +199,11 @@ def awq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
         return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_UNPACK_ORDER].flatten(-2).T
 
     shape = torch.Size([n, k])
-    stored = IntegerWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
+    stored = UnpackedWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
     return stored.to_weight()
 
 
-def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
+def take_qweight(layer: SourceLayer) -> tuple[Tensor, Tensor, Tensor]:
     qweight, qzeros = layer.take("qweight", (torch.int32,), 2), layer.take("qzeros", (torch.int32,), 2)
     return qweight, qzeros, layer.take_scales("scales", 2)
 
@@ -211,7 +211,7 @@ def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 # ---- compressed-tensors ---------------------------------------------------------------------------------------------
 
 
-def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
+def packed_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
     """Reads a weight of pack-quantized. stated: the weight's scheme in config.json."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
@@ -222,15 +222,15 @@ def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
     return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_numbers(packed, bits)[:, :k])
 
 
-def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
+def int8_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
     """Reads a weight of int-quantized. stated: the weight's scheme in config.json."""
     weight = layer.take("weight", (torch.int8,), 2)
     return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
 
 
 def compressed_weight(
-    layer: StoredLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
-) -> QuantizedWeight:
+    layer: SourceLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
+) -> LazyWeight:
     n, k = shape
     layer.expect("num_bits", bits, stated.get("num_bits"))
     scales = layer.take_row_scales("weight_scale", n)
@@ -251,4 +251,4 @@ def compressed_weight(
 
     has_order = stated.get("actorder") == "group"
     order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)
-    return IntegerWeight(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()
+    return UnpackedWeight(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()

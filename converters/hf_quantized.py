@@ -2,7 +2,7 @@
 again.
 
     quantization = read_quantization(hf_config)         # hf_config: the contents of config.json
-    collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
+    collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a LazyWeight
 
 The tensors say which layers are quantized. If config.json says something else, that is an error. hf_integers.py and
 hf_floats.py read the formats; docs/quantized_checkpoints.md lists the formats.
@@ -17,7 +17,7 @@ from torch import Tensor
 from config import ModelConfig
 from converters.hf_floats import float8_weight, split_mxfp4
 from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
-from converters.quantized_weight import QuantizedWeight, StoredLayer
+from converters.quantized_weight import LazyWeight, SourceLayer
 from utils.errors import UsageError, convert_type_errors
 
 PLACE = "config.json: quantization_config"
@@ -65,8 +65,8 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
         raise UsageError(f"config.json: quantization_config's {field} {value!r} is not one of {', '.join(supported)}")
 
 
-def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization: dict, config: ModelConfig):
-    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Removes the scales of activations
+def collect_quantized(tensors: dict[str, Tensor | LazyWeight], quantization: dict, config: ModelConfig):
+    """Replaces the tensors of every quantized layer by one LazyWeight, in place. Removes the scales of activations
     and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)
     if quantization["quant_method"] == "mxfp4":
@@ -81,18 +81,18 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
             for kind in layer.tensors:
                 del tensors[f"{layer.name}.{kind}"]
             tensors[f"{layer.name}.weight"] = weight
-    if not any(isinstance(tensor, QuantizedWeight) for tensor in tensors.values()):
+    if not any(isinstance(tensor, LazyWeight) for tensor in tensors.values()):
         method = quantization["quant_method"]
         raise UsageError(f"config.json says quant_method {method}; none of the checkpoint's {n_before} tensors is that")
 
 
-def find_layers(tensors: dict[str, Tensor]) -> list[StoredLayer]:
+def find_layers(tensors: dict[str, Tensor]) -> list[SourceLayer]:
     """Finds the quantized layers, each with the tensors of its weight."""
-    layers: dict[str, StoredLayer] = {}
+    layers: dict[str, SourceLayer] = {}
     for name, tensor in tensors.items():
         layer_name, _, kind = name.rpartition(".")
         if OF_WEIGHT.fullmatch(kind):
-            layers.setdefault(layer_name, StoredLayer(layer_name, {})).tensors[kind] = tensor
+            layers.setdefault(layer_name, SourceLayer(layer_name, {})).tensors[kind] = tensor
     return [layer for layer in layers.values() if is_quantized(layer.tensors)]
 
 
@@ -102,11 +102,11 @@ def is_quantized(tensors: dict[str, Tensor]) -> bool:
     return "qweight" in tensors or "weight_packed" in tensors
 
 
-def read_float8(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+def read_float8(layer: SourceLayer, quantization: dict) -> LazyWeight:
     return float8_weight(layer, quantization.get("weight_block_size"))
 
 
-def read_compressed(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+def read_compressed(layer: SourceLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of compressed-tensors. quantization: config.json's quantization_config."""
     scheme = find_scheme(layer.name, quantization)
     is_float = "weight" in layer.tensors and layer.tensors["weight"].dtype != torch.int8
@@ -138,7 +138,7 @@ def matches_target(name: str, target: str) -> bool:
 
 
 # quant_method -> the function that reads a layer. mxfp4 is not here, since a tensor holds many layers: split_mxfp4.
-LAYER_READERS: dict[str, Callable[[StoredLayer, dict], QuantizedWeight]] = {
+LAYER_READERS: dict[str, Callable[[SourceLayer, dict], LazyWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,
     "fbgemm_fp8": read_float8,
