@@ -28,7 +28,7 @@ from converters.gguf_file import GGUFTensor
 from converters.hf_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
-from converters.quantized_weight import LazyWeight
+from converters.quantized_weight import LazyWeight, check_finite_scales
 from kernels.formats import MXFP4, Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat
@@ -237,16 +237,14 @@ class GGUFQuantizer:
         errors.n_tensors += 1
         if stored.type == Type.MXFP4:
             whole = decode_mxfp4(torch.tensor(stored.data))
-            if (whole["scales"] == E8M0_NAN).any():
-                raise UsageError(f"tensor {name} holds scales that are not finite")
+            check_finite_scales(name, whole["scales"] != E8M0_NAN)
             errors.n_groups += whole["scales"].numel()  # all groups are exact
             return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
             groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.type)
-            if not (groups.scales.isfinite().all() and groups.zeros.isfinite().all()):
-                raise UsageError(f"tensor {name} holds scales that are not finite")
+            check_finite_scales(name, groups.scales.isfinite() & groups.zeros.isfinite())
             tensors, is_kept = convert_groups(groups, format)
             if not tensors["scales"].isfinite().all():
                 raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")

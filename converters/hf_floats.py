@@ -15,7 +15,7 @@ import re
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import LazyWeight, SourceLayer, stored_group_size
+from converters.quantized_weight import LazyWeight, SourceLayer, check_finite_scales, stored_group_size
 from kernels.formats import MXFP4, Float8, Tensors
 from kernels.formats.base import nibbles_to_bytes, shard_groups, unpack_nibbles_interleaved
 from utils.errors import UsageError
@@ -79,8 +79,7 @@ def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> LazyWeight:
     """Makes a weight of blocks [N, K / 32, 16] and scales [N, K / 32]. name: the tensor's name, for error messages."""
 
     def read() -> Tensors:
-        if (scales == E8M0_NAN).any():
-            raise UsageError(f"tensor {name}_scales holds scales that are not finite")
+        check_finite_scales(f"{name}_scales", scales != E8M0_NAN)
         return {"weight": nibbles_to_bytes(unpack_nibbles_interleaved(blocks.flatten(-2))), "scales": scales}
 
     return LazyWeight(MXFP4(), torch.Size([len(blocks), blocks.shape[1] * 32]), read)

@@ -182,12 +182,16 @@ def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
 
 def split_fused(tensors: SourceTensors, config: ModelConfig):
     """Splits qkv_proj and gate_up_proj, as Phi-3 stores them."""
-    starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
-        for projection, part in zip("qkv", tensor.tensor_split(starts), strict=True):
+        for projection, part in zip("qkv", tensor.tensor_split(kv_starts(config)), strict=True):
             tensors[f"{prefix}.{projection}_proj.{kind}"] = part
     for tensor, (prefix,) in pop_matches(tensors, r"(.*\.mlp)\.gate_up_proj\.weight"):
         tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = tensor.tensor_split(2)
+
+
+def kv_starts(config: ModelConfig) -> list[int]:
+    """Returns the first rows of k and of v in a matrix that stacks q, k and v."""
+    return [config.q_dim, config.q_dim + config.kv_dim]
 
 
 def split_shared_expert(tensors: SourceTensors, config: ModelConfig):

@@ -1,4 +1,4 @@
-"""Defines LazyWeight: a weight that another project has quantized. Its values stay the same in our checkpoint.
+"""Defines LazyWeight: a weight that another project has quantized. Our checkpoint keeps the weight's values.
 
     weight = LazyWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
 
@@ -111,7 +111,7 @@ def stored_group_size(group_size: int, k: int) -> int:
 
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # dtypes of scales
 MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weights, but only packed weights need it
 
 
@@ -131,15 +131,15 @@ class SourceLayer:
             raise UsageError(f"the checkpoint has no tensor {self.name}.{kind}")
         if tensor.dtype not in dtypes or tensor.dim() not in dims or not tensor.numel():
             found = f"{list(tensor.shape)} {tensor.dtype}"
-            raise UsageError(f"tensor {self.name}.{kind} is {found}, which is no part of a weight quantized like this")
+            needed = f"{' or '.join(map(str, dtypes))}, with {' or '.join(map(str, dims))} dimensions"
+            raise UsageError(f"tensor {self.name}.{kind} is {found}; its format makes it {needed}")
         self.taken.add(kind)
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
         """Takes a tensor of scales, and checks that they are finite numbers of 16 or 32 bits."""
         scales = self.take(kind, FLOATS, *dims)
-        if not scales.isfinite().all():
-            raise UsageError(f"tensor {self.name}.{kind} holds scales that are not finite")
+        check_finite_scales(f"{self.name}.{kind}", scales.isfinite())
         return scales
 
     def take_row_scales(self, kind: str, n: int) -> Tensor:
@@ -155,7 +155,8 @@ class SourceLayer:
         """Checks that every tensor was taken. A tensor that nobody reads might change the weight's values."""
         left_over = self.tensors.keys() - self.taken - MAY_BE_LEFT_OVER
         if left_over:
-            raise UsageError(f"tensor {self.name}.{min(left_over)} is no part of a weight quantized like this")
+            read = ", ".join(sorted(self.taken))
+            raise UsageError(f"tensor {self.name}.{min(left_over)} has no place in this format, which has {read}")
 
     def expect_shape(self, kind: str, *shape: int):
         found = list(self.tensors[kind].shape)
@@ -169,3 +170,9 @@ class SourceLayer:
 
     def refuse(self, found: str, stated: str):
         raise UsageError(f"config.json says {stated}; the tensors of {self.name} have {found}")
+
+
+def check_finite_scales(name: str, is_finite: Tensor):
+    """Raises UsageError if is_finite has a False. name: the name of the tensor with the scales."""
+    if not is_finite.all():
+        raise UsageError(f"tensor {name} holds scales that are not finite")
