@@ -131,7 +131,7 @@ class SourceLayer:
             raise UsageError(f"the checkpoint has no tensor {self.name}.{kind}")
         if tensor.dtype not in dtypes or tensor.dim() not in dims or not tensor.numel():
             found = f"{list(tensor.shape)} {tensor.dtype}"
-            needed = f"{' or '.join(map(str, dtypes))}, with {' or '.join(map(str, dims))} dimensions"
+            needed = f"{' or '.join(map(str, dtypes))}, {' or '.join(f'{dim}-D' for dim in dims)}"
             raise UsageError(f"tensor {self.name}.{kind} is {found}; its format makes it {needed}")
         self.taken.add(kind)
         return tensor
