@@ -1,4 +1,5 @@
-"""Decides what Ctrl-C, SIGTERM and SIGHUP do in a script. Every script begins with these lines, before imports that take seconds:
+"""Decides what Ctrl-C, SIGTERM and SIGHUP do in a script. Every script begins with these lines, before imports that
+take seconds:
 
     if __name__ == "__main__":
         sys.path.insert(0, ...)  # the project's folder, which Python leaves out for scripts/*.py and with python -I
