@@ -1,12 +1,12 @@
-"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored codes stay
-where a format can hold them.
+"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values
+(q) stay where a format can hold them.
 
     kept = GGUFQuantizer(plans, sources, order)    # chooses the formats
     convert(path, SourceModel(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")              # how each type was converted
 
-A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
-minimum. Codes of 4 bits become Int4, all other codes GroupedInt8, with the GGUF's groups. Only scales and zeros are
+A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
+minimum. Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are
 rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format.
 
 The file may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to smaller
@@ -38,16 +38,16 @@ SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
 # How much accuracy one weight loses if it is rounded again, in units of our choice. Rounding to 4 bits loses more where
-# the code has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more
+# q has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more
 # where more inputs share a scale.
-LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}  # by the bits of the code
+LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}  # by the bits of q
 LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
 
 # ---- Converting groups ----------------------------------------------------------------------------------------------
 
 
-def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
+def keeps_q(type: BlockType, format: WeightFormat) -> bool:
     if not isinstance(format, GroupedFormat):
         return False
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
@@ -55,10 +55,10 @@ def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
 
 def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
     """Converts groups to format. Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the
-    stored codes). A group that does not keep them is rounded again."""
-    if not keeps_codes(groups.type, format):
+    stored q). A group that does not keep them is rounded again."""
+    if not keeps_q(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # A minimum makes a fractional zero, which is rounded to an integer. If codes have fewer bits than the format, codes
+    # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q
     # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
     zeros = (groups.zeros * factor * format.zeros_denominator).round()
@@ -84,7 +84,7 @@ class TargetWeight:
     """One of our weights, and the GGUF's tensors (parts) whose rows it stacks.
 
     formats: the formats that the weight may have, from the largest to the smallest. The largest one loses nothing.
-    gentle_format: the smallest format that neither rounds codes to fewer bits nor rounds codes of 4 bits again.
+    gentle_format: the smallest format that neither rounds q to fewer bits nor rounds q of 4 bits again.
     n_bytes: the weight's size in each format."""
 
     name: str
@@ -123,7 +123,7 @@ class TargetWeight:
         total = 0.0
         for part in self.parts:
             type = BLOCK_TYPES[part.type]
-            if not keeps_codes(type, format):
+            if not keeps_q(type, format):
                 loss = LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8[format]
                 total += loss * prod(part.shape())
         return total
@@ -171,7 +171,7 @@ class RoundingErrors:
     """Sums up how far the converted weights of one type are from the GGUF's weights."""
 
     n_tensors: int = 0
-    largest: float = 0.0  # error in groups that keep the stored codes, in steps of the codes
+    largest: float = 0.0  # error in groups that keep the stored q, in steps of q
     n_groups: int = 0
     n_rounded: int = 0  # groups that are rounded again
     squared_errors: float = 0.0  # sum over the weights that are rounded again

@@ -23,7 +23,7 @@ from converters.gguf_quantized import (
     TargetWeight,
     choose_formats,
     convert_groups,
-    keeps_codes,
+    keeps_q,
 )
 from converters.gguf_tensors import convert_gguf
 from converters.model_tensors import TensorPlan
@@ -66,7 +66,7 @@ def test_codes_are_kept(name):
     steps = groups.expand(groups.scales.abs()).clamp(min=1e-9)
     assert ((groups.dequantize() - expected).abs() <= FLOAT32 * steps).all()
     for format in (INT4, INT8_G32, INT8_G16):
-        if keeps_codes(groups.type, format):
+        if keeps_q(groups.type, format):
             tensors, is_kept = convert_groups(groups, format)
             ours = format.dequantize(tensors, torch.float32)
             deviation = RoundingErrors()
