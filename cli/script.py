@@ -32,6 +32,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
         out of memory                                          status 2, one line, which ends with oom_hint
         an error of the file system, also in torch.compile     status 2, one line
         Ctrl-C                                                 status 130
+        SIGTERM, SIGHUP                                        status 143, 129
         stdout is closed at the other end, as by `| head`      status 0
 
     Any other error is a bug and keeps its traceback. oom_hint: what the user can do to need less memory."""
@@ -55,6 +56,8 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
         # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds the file too short.
         if isinstance(e.__context__, KeyboardInterrupt):
             exit_interrupted()
+        if isinstance(e.__context__, SystemExit):  # SIGTERM or SIGHUP within torch.save
+            raise e.__context__ from None
         why = explain_out_of_memory(e, oom_hint) or explain_file_error(e)
         if why is None:
             raise

@@ -31,8 +31,10 @@ class Family:
     shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
     experts_bias: bool = False  # whether the router and the experts have biases
 
-    # Everything else that changes the maths
-    handled_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES (hf_config.py) that may have any value
+    # Everything else that changes the maths. The fields of ModelConfig are set in this order, and later ones win:
+    # config.json over defaults, both after rename_fields; then config_overrides; then read_overrides. A field of
+    # HF_NEUTRAL_VALUES (hf_config.py) with another value is refused, unless it is one of allowed_fields.
+    allowed_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES that may have any value
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 

@@ -84,10 +84,10 @@ def read_config(folder: Path, hf_config: dict) -> ModelConfig:
 
 
 def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTensors:
-    """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized weight. hf_config:
+    """Returns all tensors of the folder, memory-mapped, with a LazyWeight for each quantized weight. hf_config:
     the contents of config.json."""
-    quantization = read_quantization(hf_config)
     tensors = read_folder(folder)
+    quantization = read_quantization(folder, hf_config, tensors)
     if quantization is not None:
         collect_quantized(tensors, quantization, config)
     return tensors

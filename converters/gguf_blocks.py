@@ -1,4 +1,4 @@
-"""Decodes the quantized types of GGUF. A block of such a type holds codes (quantized numbers), scales and minima.
+"""Decodes the quantized types of GGUF. A block of such a type holds quantized values, scales and minima.
 gguf_quantized.py calls decode_rows and decode_mxfp4.
 
     groups = decode_rows(rows, Type.Q4_K)    # rows: [N, bytes] uint8
@@ -26,9 +26,9 @@ FLOATS = (Type.F32, Type.F16, Type.BF16)
 class BlockType:
     """A quantized type of GGUF. A weight is q * scale + offset.
 
-    decode: blocks [..., bytes] uint8 -> codes q [..., inputs] uint8, scales and offsets [..., n_groups] float32."""
+    decode: blocks [..., bytes] uint8 -> q [..., inputs] uint8, scales and offsets [..., n_groups] float32."""
 
-    bits: int  # of a code
+    bits: int  # of a quantized value
     group_size: int
     decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     has_minimum: bool = False  # whether blocks store minima, so that offset / scale need not be an integer
@@ -44,11 +44,11 @@ def select_bits(packed: Tensor, bit: int, n: int = 1) -> Tensor:
 
 
 def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
-    """Returns the 32 codes of a block of Q4_0, Q4_1, Q5_0 or Q5_1:
+    """Returns the 32 quantized values of a block of Q4_0, Q4_1, Q5_0 or Q5_1:
 
         n_header bytes    scale, and perhaps minimum
-        4 bytes           the fifth bit of every code, only in Q5_0 and Q5_1
-        16 bytes          the lower four bits of every code"""
+        4 bytes           the fifth bit of every value, only in Q5_0 and Q5_1
+        16 bytes          the lower four bits of every value"""
     start = n_header + (4 if fifth_bit else 0)
     q = unpack_nibbles_planar(blocks[..., start : start + 16])
     if fifth_bit:
@@ -74,7 +74,7 @@ def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q4_K. 32 bytes hold the codes of two groups: the first group in the low halves, the second group in the
+    """Decodes Q4_K. 32 bytes hold q of two groups: the first group in the low halves, the second group in the
     high halves."""
     scales, offsets = decode_k_scales(blocks)
     return unpack_nibbles_planar(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
@@ -133,7 +133,7 @@ BLOCK_TYPES = {
 
 
 @dataclass
-class QuantizedRows:
+class GroupedRows:
     """Rows of a GGUF's tensor: w = (q - zero) * scale, with q [N, K], scales and zeros [N, n_groups] in float32."""
 
     type: BlockType
@@ -149,11 +149,11 @@ class QuantizedRows:
         return (self.q - self.expand(self.zeros)) * self.expand(self.scales)
 
 
-def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
+def decode_rows(rows: Tensor, ggml_type: Type) -> GroupedRows:
     """Decodes rows [N, bytes] uint8 of a quantized type."""
     type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
     q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
-    groups, is_constant = QuantizedRows(type, q, scales, -offsets / scales), scales == 0
+    groups, is_constant = GroupedRows(type, q, scales, -offsets / scales), scales == 0
     # With a scale of 0, all weights of a group equal the offset. Store an offset above 0 as q 1, zero 0, scale offset,
     # and an offset below 0 as q 0, zero 1, scale -offset.
     if is_constant.any():
@@ -164,7 +164,7 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> QuantizedRows:
 
 
 def decode_mxfp4(rows: Tensor) -> Tensors:
-    """Returns the tensors of our MXFP4 for rows of GGUF's MXFP4. A block holds an exponent and 32 codes."""
+    """Returns the tensors of our MXFP4 for rows of GGUF's MXFP4. A block holds an exponent and 32 values."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
     weight = nibbles_to_bytes(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

@@ -1,12 +1,12 @@
-"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored codes stay
-where a format can hold them.
+"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values
+(q) stay where a format can hold them.
 
-    kept = KeptWeights(plans, sources, order)    # chooses the formats
+    kept = GGUFQuantizer(plans, sources, order)    # chooses the formats
     convert(path, SourceModel(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")              # how each type was converted
 
-A GGUF stores codes (quantized numbers) of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
-minimum. Codes of 4 bits become Int4, all other codes GroupedInt8, with the GGUF's groups. Only scales and zeros are
+A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
+minimum. Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are
 rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format.
 
 The file may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to smaller
@@ -23,12 +23,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, QuantizedRows, decode_mxfp4, decode_rows
+from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, GroupedRows, decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor
 from converters.hf_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
-from converters.quantized_weight import QuantizedWeight
+from converters.quantized_weight import LazyWeight, check_finite_scales
 from kernels.formats import MXFP4, Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat
@@ -38,27 +38,27 @@ SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
 # How much accuracy one weight loses if it is rounded again, in units of our choice. Rounding to 4 bits loses more where
-# the code has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more
+# q has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more
 # where more inputs share a scale.
-LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}  # by the bits of the code
+LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}  # by the bits of q
 LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
 
 
 # ---- Converting groups ----------------------------------------------------------------------------------------------
 
 
-def keeps_codes(type: BlockType, format: WeightFormat) -> bool:
+def keeps_q(type: BlockType, format: WeightFormat) -> bool:
     if not isinstance(format, GroupedFormat):
         return False
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
 
 
-def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
+def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
     """Converts groups to format. Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the
-    stored codes). A group that does not keep them is rounded again."""
-    if not keeps_codes(groups.type, format):
+    stored q). A group that does not keep them is rounded again."""
+    if not keeps_q(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # A minimum makes a fractional zero, which is rounded to an integer. If codes have fewer bits than the format, codes
+    # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q
     # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
     zeros = (groups.zeros * factor * format.zeros_denominator).round()
@@ -80,11 +80,11 @@ def convert_groups(groups: QuantizedRows, format: WeightFormat) -> tuple[Tensors
 
 
 @dataclass
-class StackedWeight:
+class TargetWeight:
     """One of our weights, and the GGUF's tensors (parts) whose rows it stacks.
 
     formats: the formats that the weight may have, from the largest to the smallest. The largest one loses nothing.
-    gentle_format: the smallest format that neither rounds codes to fewer bits nor rounds codes of 4 bits again.
+    gentle_format: the smallest format that neither rounds q to fewer bits nor rounds q of 4 bits again.
     n_bytes: the weight's size in each format."""
 
     name: str
@@ -123,7 +123,7 @@ class StackedWeight:
         total = 0.0
         for part in self.parts:
             type = BLOCK_TYPES[part.type]
-            if not keeps_codes(type, format):
+            if not keeps_q(type, format):
                 loss = LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8[format]
                 total += loss * prod(part.shape())
         return total
@@ -140,7 +140,7 @@ class StackedWeight:
         return price, prices.index(price) + 1
 
 
-def choose_formats(stacks: list[StackedWeight], n_bytes: float):
+def choose_formats(stacks: list[TargetWeight], n_bytes: float):
     """Chooses the format of every weight in stacks. If possible, all weights together take at most n_bytes."""
     n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
     stacks = middle_layers_first(stacks)  # at equal prices, layers in the middle come first
@@ -156,7 +156,7 @@ def choose_formats(stacks: list[StackedWeight], n_bytes: float):
             stack.formats = [stack.gentle_format]
 
 
-def middle_layers_first(stacks: list[StackedWeight]) -> list[StackedWeight]:
+def middle_layers_first(stacks: list[TargetWeight]) -> list[TargetWeight]:
     """Sorts stacks by the distance of the layer from the middle layer, since the first and last layers matter most."""
     layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
     middle = max(layers.values(), default=0) / 2
@@ -171,13 +171,13 @@ class RoundingErrors:
     """Sums up how far the converted weights of one type are from the GGUF's weights."""
 
     n_tensors: int = 0
-    largest: float = 0.0  # error in groups that keep the stored codes, in steps of the codes
+    largest: float = 0.0  # error in groups that keep the stored q, in steps of q
     n_groups: int = 0
     n_rounded: int = 0  # groups that are rounded again
     squared_errors: float = 0.0  # sum over the weights that are rounded again
     squared_steps: float = 0.0  # sum of squared scales over the same weights
 
-    def add(self, groups: QuantizedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
+    def add(self, groups: GroupedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
         errors = errors.unflatten(-1, (-1, groups.type.group_size))  # [N, n_groups, group_size]
         steps = groups.scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
@@ -199,7 +199,7 @@ class RoundingErrors:
         return f"{kept}, but {self.n_rounded} of {self.n_groups} groups are rounded again, {rounded_by}"
 
 
-class KeptWeights:
+class GGUFQuantizer:
     """Holds the weights of a GGUF that stay quantized: weights, by canonical names.
 
     plans: our tensors. sources: the GGUF's tensors by canonical names. order: see hf_tensors.py: reorder_heads."""
@@ -209,7 +209,7 @@ class KeptWeights:
         for plan in linears.values():
             for source in plan.sources:
                 check_type(source, sources[source].type)
-        stacks = [StackedWeight(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
+        stacks = [TargetWeight(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
         others = [plan for name, plan in plans.items() if name not in linears]
         other_bytes = sum(prod(plan.shape) * plan.dtype.itemsize for plan in others)
         self.stored_bytes = sum(source.data.nbytes for source in sources.values())
@@ -217,14 +217,14 @@ class KeptWeights:
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
         self.became_dense: Counter[str] = Counter()  # by type: tensors that are stacked with floats
-        self.weights: dict[str, QuantizedWeight] = {}
+        self.weights: dict[str, LazyWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Dense):
                 self.became_dense.update(part.type.name for part in stack.parts if part.type not in FLOATS)
                 continue
             for source in stack.plan.sources:
                 read = partial(self.read, source, sources[source], stack.format, order)
-                self.weights[source] = QuantizedWeight(stack.format, torch.Size(sources[source].shape()), read)
+                self.weights[source] = LazyWeight(stack.format, torch.Size(sources[source].shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
         """Returns a TensorReader that returns a weight of self.weights, if there is one by the name, and else calls
@@ -237,16 +237,14 @@ class KeptWeights:
         errors.n_tensors += 1
         if stored.type == Type.MXFP4:
             whole = decode_mxfp4(torch.tensor(stored.data))
-            if (whole["scales"] == E8M0_NAN).any():
-                raise UsageError(f"tensor {name} holds scales that are not finite")
+            check_finite_scales(name, whole["scales"] != E8M0_NAN)
             errors.n_groups += whole["scales"].numel()  # all groups are exact
             return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
             groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.type)
-            if not (groups.scales.isfinite().all() and groups.zeros.isfinite().all()):
-                raise UsageError(f"tensor {name} holds scales that are not finite")
+            check_finite_scales(name, groups.scales.isfinite() & groups.zeros.isfinite())
             tensors, is_kept = convert_groups(groups, format)
             if not tensors["scales"].isfinite().all():
                 raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")

@@ -22,13 +22,13 @@ from converters.gguf_config import (
     read_gguf_config,
 )
 from converters.gguf_file import GGUFTensor, read_gguf
-from converters.gguf_quantized import KeptWeights
+from converters.gguf_quantized import GGUFQuantizer
 from converters.gguf_tokenizer import make_tokenizer_files
-from converters.hf_tensors import reorder_heads, rope_order
+from converters.hf_tensors import kv_starts, reorder_heads, rope_order
 from converters.model_tensors import Announcement, SourceModel, SourceTensors, TensorReader, plan_tensors, write_folder
 from converters.sources import describe_sources, find_gguf_parts, record_sources
 from text.tokenizer_files import TOKENIZER_FILES
-from utils.errors import UsageError
+from utils.errors import UsageError, convert_type_errors
 
 GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (model_tensors.py)
     "token_embd": "model.embed_tokens",
@@ -71,17 +71,12 @@ def convert_gguf(
         raise UsageError(f"{file} does not exist")
     sources = describe_sources(find_gguf_parts(file))
     metadata, stored = read_gguf(file)
-    try:
+    with convert_type_errors(f"{file} lacks metadata, or", Exception):  # tokenizers raises bare Exception
         config = read_gguf_config(metadata, stored)
         architecture = find_architecture(metadata)
         tensors, read = rename_gguf_tensors(stored, config, dtype, architecture)
         kept = keep_quantized(stored, config, tensors, architecture) if keep else None
         tokenizer = make_tokenizer_files(metadata)
-    except UsageError:
-        raise
-    except Exception as e:  # broken metadata can cause any error; tokenizers raises bare Exception
-        why = f"{type(e).__name__} {e}".splitlines()[0]
-        raise UsageError(f"{file} lacks metadata or has it wrong: {why}") from None
     files = dict.fromkeys(TOKENIZER_FILES) | tokenizer
     model = SourceModel(config, tensors, read, files)
     if kept is not None:
@@ -119,10 +114,10 @@ def rename_gguf_tensors(
 
 def keep_quantized(
     stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
-) -> KeptWeights:
+) -> GGUFQuantizer:
     """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
     sources = split_gguf_tensors(stored, config, architecture)
-    return KeptWeights(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
+    return GGUFQuantizer(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
 
 
 def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor | None:
@@ -150,8 +145,7 @@ def split_tensor(
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_CANONICAL | architecture.names
     if module == "attn_qkv":
-        starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
-        parts = zip(QKV, np.split(tensor.data, starts), strict=True)
+        parts = zip(QKV, np.split(tensor.data, kv_starts(config)), strict=True)
     elif module == "ffn_up" and architecture.ffn_up_has_gate:
         parts = zip(GATE_UP, np.array_split(tensor.data, 2), strict=True)
     elif module in names:

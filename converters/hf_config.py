@@ -14,7 +14,7 @@ from utils.errors import UsageError
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
 # Fields that change the maths -> the neutral values, which change nothing. null and false are neutral, too. Any other
-# value is refused, unless the family has the field in handled_fields.
+# value is refused, unless the family has the field in allowed_fields.
 HF_NEUTRAL_VALUES = {
     "hidden_act": ("silu", "swish"),
     "attn_logit_softcapping": (),
@@ -51,10 +51,10 @@ UNSUPPORTED_PARTS = {
 
 
 def check_neutral_values(fields: dict, family: Family):
-    if "hidden_act" not in family.handled_fields and fields.get("hidden_act", "silu") is None:
+    if "hidden_act" not in family.allowed_fields and fields.get("hidden_act", "silu") is None:
         raise UsageError("config.json: hidden_act is null; it must name the activation, such as 'silu'")
     for name, neutral in HF_NEUTRAL_VALUES.items():
-        if name not in family.handled_fields and fields.get(name) not in (None, False, *neutral):
+        if name not in family.allowed_fields and fields.get(name) not in (None, False, *neutral):
             raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
 
 

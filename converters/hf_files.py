@@ -3,6 +3,7 @@
     tensors = read_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # memory-mapped: nothing is read yet
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,34 +16,37 @@ from utils.files import is_state_dict, load_torch_file, read_json
 
 def read_folder(folder: Path) -> SourceTensors:
     """Returns all tensors of a folder, memory-mapped."""
-    load, files = load_safetensors, list_files(folder, "model.safetensors")
-    if files is None:
-        load, files = load_bin, list_files(folder, "pytorch_model.bin")
-    if files is None:
-        raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
+    for load, whole in ((load_safetensors, "model.safetensors"), (load_bin, "pytorch_model.bin")):
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return load(folder / whole)
+        if index.is_file():
+            return read_shards(read_index(index), index, load)
+    raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
+
+
+def read_shards(file_of: dict[str, str], index: Path, load: Callable[[Path], SourceTensors]) -> SourceTensors:
+    """Returns the tensors of all files of an index. If two files have a tensor, file_of decides."""
     tensors = {}
-    for file in files:
-        tensors.update(load(folder / file))
+    for file in sorted(set(file_of.values())):
+        for name, tensor in load(index.parent / file).items():
+            if name in tensors and name not in file_of:
+                raise UsageError(f"{file} and another file both have the tensor {name}, which {index} does not name")
+            if name not in tensors or file_of[name] == file:
+                tensors[name] = tensor
     return tensors
 
 
-def list_files(folder: Path, whole: str) -> list[str] | None:
-    """Returns the names of a checkpoint's files: whole, the name of a checkpoint in one file, or else the files that
-    the index names. Returns None if the folder has neither."""
-    if (folder / whole).is_file():
-        return [whole]
-    index = folder / f"{whole}.index.json"
-    if not index.is_file():
-        return None
+def read_index(index: Path) -> dict[str, str]:
+    """Returns the index's weight_map: the file of each tensor."""
     content = read_json(index)
     file_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise UsageError(f"{index} has no weight_map of file names")
-    files = sorted(set(file_of.values()))
-    for file in files:
+    for file in file_of.values():
         if Path(file).name != file:
             raise UsageError(f"{index} names {file!r}, which is not a file of the folder itself")
-    return files
+    return file_of
 
 
 def load_safetensors(file: Path) -> SourceTensors:

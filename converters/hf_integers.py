@@ -1,8 +1,8 @@
-"""Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into QuantizedWeight, without rounding.
+"""Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into LazyWeight, without rounding.
 hf_quantized.py calls gptq_weight, awq_weight, packed_weight and int8_weight.
 
 In every format w = (q - zero) * scale, with a scale and a zero point for every output and group of inputs. The formats
-differ in the layout of the tensors. A word is an int32 and holds 8 numbers of 4 bits or 4 numbers of 8 bits, the lowest
+differ in the layout of the tensors. A word is an int32 and holds 8 values of 4 bits or 4 values of 8 bits, the lowest
 bits first. With 4 bits:
 
                           q                         scales         zero points
@@ -16,24 +16,28 @@ Version 1 of GPTQ's format stores zero - 1 in qzeros. A word of AWQ holds 8 outp
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import QuantizedWeight, StoredLayer, stored_group_size
+from converters.quantized_weight import LazyWeight, SourceLayer, stored_group_size
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
 from kernels.formats.integers import GroupedFormat
 from utils.errors import UsageError
 
+GPTQ_VERSIONS = ("gptq", "gptq_v2")  # by the names in config.json's checkpoint_format
+SAMPLED_OUTPUTS, MIN_SAMPLED_WEIGHTS = 256, 2048  # for infer_version
 AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the places of outputs 0 to 7 in a word
 
 
 @dataclass
-class IntegerWeight:
-    """A weight [N, K] in any of the formats above: w = (q - zero) * scale, with q and zero unsigned."""
+class UnpackedWeight:
+    """A weight [N, K] in any of the formats above, with its words unpacked: w = (q - zero) * scale, with q and zero
+    unsigned."""
 
     shape: torch.Size
     bits: int
@@ -48,15 +52,19 @@ class IntegerWeight:
         """The zero point of symmetric weights."""
         return 1 << (self.bits - 1)
 
-    def to_weight(self) -> QuantizedWeight:
+    @property
+    def is_symmetric(self) -> bool:
+        return bool((self.read_zeros() == self.middle).all())
+
+    def to_weight(self) -> LazyWeight:
         """Returns the weight in one of our formats, with the same values."""
-        if self.bits == 8 and self.scales.shape[1] == 1 and bool((self.read_zeros() == self.middle).all()):
-            return QuantizedWeight(Int8(), self.shape, self.read_int8)
+        if self.bits == 8 and self.scales.shape[1] == 1 and self.is_symmetric:
+            return LazyWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
-        # Int4 lacks some group sizes, such as 16. Codes of 4 bits in such groups are stored in 8 bits.
+        # Int4 lacks some group sizes, such as 16. Values of 4 bits in such groups are stored in 8 bits.
         format_class = Int4 if self.bits == 4 and group_size in Int4.group_sizes else GroupedInt8
         format = format_class(group_size, stored_dtype(self.scales))
-        return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
+        return LazyWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
 
     def read_int8(self) -> Tensors:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
@@ -90,31 +98,41 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
     return torch.float16 if is_normal.all() else torch.float32
 
 
-def unpack_numbers(words: Tensor, bits: int) -> Tensor:
+def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
-    octets = words.contiguous().view(torch.uint8)
-    return octets if bits == 8 else unpack_nibbles_interleaved(octets)
+    by_byte = words.contiguous().view(torch.uint8)
+    return by_byte if bits == 8 else unpack_nibbles_interleaved(by_byte)
 
 
-def infer_bits(layer: StoredLayer, n_words: int, n_numbers: int) -> int:
-    """Returns how many bits a number has, 4 or 8, where n_words hold n_numbers."""
+def infer_bits(layer: SourceLayer, n_words: int, n_values: int) -> int:
+    """Returns how many bits a value has, 4 or 8, where n_words hold n_values."""
     for bits in (4, 8):
-        if math.ceil(n_numbers * bits / 32) == n_words:
+        if math.ceil(n_values * bits / 32) == n_words:
             return bits
-    raise UsageError(f"the weight of {layer.name} has {32 * n_words / n_numbers:g} bits; 4 and 8 are supported")
+    raise UsageError(f"the weight of {layer.name} has {32 * n_words / n_values:g} bits; 4 and 8 are supported")
 
 
-def check_group_size(layer: StoredLayer, stated: int | None, k: int, n_groups: int) -> int:
-    """Returns the group size that config.json states, and checks that it fits n_groups. -1 means that all k inputs are
-    one group."""
-    group_size = stated if isinstance(stated, int) and stated > 0 else k
-    if math.ceil(k / group_size) != n_groups:
+def to_integer(field: str, value) -> int | None:
+    """Returns the integer in a field of quantization_config. Some programs write integers as strings."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        return int(value)
+    if not isinstance(value, int | None) or isinstance(value, bool):
+        raise UsageError(f"config.json: quantization_config's {field} must be an integer, not {value!r}")
+    return value
+
+
+def check_group_size(layer: SourceLayer, stated: int | None, k: int, n_groups: int) -> int:
+    """Returns the group size that config.json states, and checks that it fits n_groups. -1 and None mean that all k
+    inputs are one group."""
+    stated = to_integer("group_size", stated)
+    group_size = k if stated in (None, -1) else stated
+    if group_size < 1 or math.ceil(k / group_size) != n_groups:
         layer.refuse(f"{n_groups} scales for {k} inputs", f"group_size {stated}")
     return group_size
 
 
 def read_input_order(
-    layer: StoredLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
+    layer: SourceLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
 ) -> Tensor | None:
     """Returns the order of the inputs in which every group is contiguous, or None if groups are contiguous already.
 
@@ -141,54 +159,101 @@ def read_input_order(
 # ---- GPTQ and AWQ ---------------------------------------------------------------------------------------------------
 
 
-def gptq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
-    """Reads a weight of GPTQ.
-
-    quantization: config.json's quantization_config. With "dynamic" in quantization, some layers may have other bits or
-    another group_size than quantization states."""
+def gptq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
+    """Reads a weight of GPTQ. quantization: config.json's quantization_config."""
+    quantization = quantization | find_dynamic(layer, quantization.get("dynamic") or {})
     qweight, qzeros, scales = take_qweight(layer)
     n_groups, n = scales.shape
     bits = infer_bits(layer, qzeros.shape[1], n)
     k = qweight.shape[0] * 32 // bits
     layer.expect_shape("qweight", qweight.shape[0], n)
     layer.expect_shape("qzeros", n_groups, qzeros.shape[1])
-    group_size = math.ceil(k / n_groups)
-    if not quantization.get("dynamic"):
-        layer.expect("bits", bits, quantization.get("bits"))
-        group_size = check_group_size(layer, quantization.get("group_size"), k, n_groups)
+    layer.expect("bits", bits, to_integer("bits", quantization.get("bits")))
+    group_size = check_group_size(layer, quantization.get("group_size"), k, n_groups)
+    version = find_version(layer, qweight, qzeros, bits, n, quantization)
 
     def read_zeros() -> Tensor:
-        zeros = unpack_numbers(qzeros, bits)
-        if has_v1_zeros(zeros, bits, quantization):
-            # Add 1 to every number in a word, with carries: GPTQ subtracted 1 from every number, with borrows.
-            ones = 0x11111111 if bits == 4 else 0x01010101
-            zeros = unpack_numbers(qzeros + ones, bits)
-        return zeros.T[:n]
+        return unpack_zeros(qzeros, bits, version).T[:n]
 
     has_order = bool(quantization.get("desc_act"))
     order = read_input_order(layer, "g_idx", k, group_size, n_groups, is_required=has_order)
     shape = torch.Size([n, k])
-    return IntegerWeight(
-        shape, bits, group_size, scales.T, lambda: unpack_numbers(qweight.T, bits), read_zeros, order
-    ).to_weight()
+    weight = UnpackedWeight(
+        shape, bits, group_size, scales.T, lambda: unpack_words(qweight.T, bits), read_zeros, order
+    )  # fmt: skip
+    if quantization.get("sym") is True and not weight.is_symmetric:
+        layer.refuse(f"zero points other than {weight.middle}", "sym true")
+    return weight.to_weight()
 
 
-def has_v1_zeros(zeros: Tensor, bits: int, quantization: dict) -> bool:
-    """Returns whether zeros, as stored, are the zero points minus one, as in version 1 of GPTQ's format. In symmetric
-    weights all zero points are the middle, so zeros show the version. For other weights config.json states the
-    version."""
-    middle = 1 << (bits - 1)
-    if (zeros == middle).all():
-        return False
-    return bool((zeros == middle - 1).all()) or quantization.get("checkpoint_format") != "gptq_v2"
+def find_dynamic(layer: SourceLayer, dynamic: dict) -> dict:
+    """Returns what "dynamic" states for a layer in place of quantization_config's fields. The keys of dynamic are
+    regular expressions, after "+:" or nothing; the first that matches counts. "-:" means layers that are not
+    quantized."""
+    for pattern, fields in dynamic.items():
+        sign, expression = (pattern[:2], pattern[2:]) if pattern[:2] in ("+:", "-:") else ("+:", pattern)
+        if re.match(expression, layer.name):
+            if sign == "-:" or fields is False:
+                layer.refuse("a quantized weight", f"that {pattern!r} (dynamic) is not quantized")
+            return fields
+    return {}
 
 
-def awq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+def unpack_zeros(qzeros: Tensor, bits: int, version: str) -> Tensor:
+    """Returns GPTQ's zero points [n_groups, N] uint8. Version 1 stores them minus one."""
+    if version == "gptq":
+        # Add 1 to every value in a word, with carries: GPTQ subtracted 1 from every value, with borrows.
+        qzeros = qzeros + (0x11111111 if bits == 4 else 0x01010101)
+    return unpack_words(qzeros, bits)
+
+
+def find_version(layer: SourceLayer, qweight: Tensor, qzeros: Tensor, bits: int, n: int, quantization: dict) -> str:
+    """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values tell it if they can.
+    Else config.json does, and version 1 is the default.
+
+        all zero points                 version
+        the middle                      gptq_v2, since weights are symmetric
+        the middle minus one            gptq, since weights are symmetric
+        other, 4 bits                   the version in which the mean of q - zero is about 0; see infer_version"""
+    stated = stated_version(quantization)
+    stored, middle = unpack_zeros(qzeros, bits, "gptq_v2")[:, :n], 1 << (bits - 1)
+    if (stored == middle).all():
+        return "gptq_v2"
+    if (stored == middle - 1).all():
+        return "gptq"
+    inferred = infer_version(qweight, qzeros, n) if bits == 4 else None
+    if inferred is not None and stated is not None and inferred != stated:
+        layer.refuse(f"zero points of {inferred}", f"checkpoint_format {stated}")
+    return inferred or stated or "gptq"
+
+
+def stated_version(quantization: dict) -> str | None:
+    """Returns the version that config.json states. GPTQModel calls it checkpoint_format, and some files format."""
+    return quantization.get("checkpoint_format") or quantization.get("format")
+
+
+def infer_version(qweight: Tensor, qzeros: Tensor, n: int) -> str | None:
+    """Returns the version of GPTQ in which the weights' mean is about 0, or None if that is not clear.
+
+    The two versions differ by one step of the weight's 4 bits. The mean of a layer's weights is far below a step, so
+    the mean of q - zero is about 0 in the right version, and about 1 or -1 in the other one. Samples of outputs are
+    enough. Weights with another mean, such as weights that are all positive, do not tell the version."""
+    outputs = slice(0, min(n, SAMPLED_OUTPUTS))
+    q = unpack_words(qweight[:, outputs].T, 4)  # [outputs, K]
+    if q.numel() < MIN_SAMPLED_WEIGHTS:
+        return None
+    zeros = {version: unpack_zeros(qzeros, 4, version)[:, outputs] for version in GPTQ_VERSIONS}
+    means = {version: abs(q.float().mean() - zeros[version].float().mean()).item() for version in GPTQ_VERSIONS}
+    best, other = sorted(GPTQ_VERSIONS, key=means.__getitem__)
+    return best if means[best] < 0.25 and means[other] > 0.75 else None
+
+
+def awq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of AWQ. quantization: config.json's quantization_config."""
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
     bits = infer_bits(layer, n_words, n)
-    layer.expect("bits", bits, quantization.get("bits", quantization.get("w_bit")))
+    layer.expect("bits", bits, to_integer("bits", quantization.get("bits", quantization.get("w_bit"))))
     if bits != 4:
         raise UsageError(f"{layer.name} is AWQ of {bits} bits; 4 are supported")
     layer.expect_shape("qzeros", n_groups, n_words)
@@ -196,14 +261,14 @@ def awq_weight(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
     group_size = check_group_size(layer, stated, k, n_groups)
 
     def unpack_awq(words: Tensor) -> Tensor:
-        return unpack_numbers(words, 4).unflatten(-1, (-1, 8))[..., AWQ_UNPACK_ORDER].flatten(-2).T
+        return unpack_words(words, 4).unflatten(-1, (-1, 8))[..., AWQ_UNPACK_ORDER].flatten(-2).T
 
     shape = torch.Size([n, k])
-    stored = IntegerWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
-    return stored.to_weight()
+    weight = UnpackedWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
+    return weight.to_weight()  # GPTQModel states sym true beside zero_point true, so sym means nothing in AWQ
 
 
-def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
+def take_qweight(layer: SourceLayer) -> tuple[Tensor, Tensor, Tensor]:
     qweight, qzeros = layer.take("qweight", (torch.int32,), 2), layer.take("qzeros", (torch.int32,), 2)
     return qweight, qzeros, layer.take_scales("scales", 2)
 
@@ -211,7 +276,7 @@ def take_qweight(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 # ---- compressed-tensors ---------------------------------------------------------------------------------------------
 
 
-def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
+def packed_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
     """Reads a weight of pack-quantized. stated: the weight's scheme in config.json."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
@@ -219,20 +284,20 @@ def packed_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
         raise UsageError(f"tensor {layer.name}.weight_shape is {shape}, but weight_packed {list(packed.shape)}")
     n, k = shape
     bits = infer_bits(layer, packed.shape[1], k)
-    return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_numbers(packed, bits)[:, :k])
+    return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_words(packed, bits)[:, :k])
 
 
-def int8_weight(layer: StoredLayer, stated: dict) -> QuantizedWeight:
+def int8_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
     """Reads a weight of int-quantized. stated: the weight's scheme in config.json."""
     weight = layer.take("weight", (torch.int8,), 2)
     return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
 
 
 def compressed_weight(
-    layer: StoredLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
-) -> QuantizedWeight:
+    layer: SourceLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
+) -> LazyWeight:
     n, k = shape
-    layer.expect("num_bits", bits, stated.get("num_bits"))
+    layer.expect("num_bits", bits, to_integer("num_bits", stated.get("num_bits")))
     scales = layer.take_row_scales("weight_scale", n)
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") == "group"
@@ -247,8 +312,11 @@ def compressed_weight(
             return torch.full((n, n_groups), middle, dtype=torch.uint8)
         if zeros.dtype == torch.int8:
             return (zeros.short() + middle).to(torch.uint8)
-        return unpack_numbers(zeros.T, bits)[:, :n].T
+        return unpack_words(zeros.T, bits)[:, :n].T
 
     has_order = stated.get("actorder") == "group"
     order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)
-    return IntegerWeight(shape, bits, group_size, scales, read_q, read_zeros, order).to_weight()
+    weight = UnpackedWeight(shape, bits, group_size, scales, read_q, read_zeros, order)
+    if stated.get("symmetric") is True and not weight.is_symmetric:
+        layer.refuse(f"zero points other than {weight.middle}", "symmetric true")
+    return weight.to_weight()

@@ -1,45 +1,83 @@
 """Finds the quantized layers of a Hugging Face checkpoint, for folder.py. Weights keep their values: nothing is rounded
 again.
 
-    quantization = read_quantization(hf_config)         # hf_config: the contents of config.json
-    collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
+    quantization = read_quantization(folder, hf_config, tensors)    # hf_config: the contents of config.json
+    collect_quantized(tensors, quantization, config)                # X.qweight, X.scales, ... -> X.weight, a LazyWeight
 
-The tensors say which layers are quantized. If config.json says something else, that is an error. hf_integers.py and
-hf_floats.py read the formats; docs/quantized_checkpoints.md lists the formats.
+The tensors say which layers are quantized. docs/quantized_checkpoints.md says which contradictions of config.json are
+errors, and lists the formats. hf_integers.py and hf_floats.py read them.
 """
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from config import ModelConfig
 from converters.hf_floats import float8_weight, split_mxfp4
-from converters.hf_integers import awq_weight, gptq_weight, int8_weight, packed_weight
-from converters.quantized_weight import QuantizedWeight, StoredLayer
+from converters.hf_integers import GPTQ_VERSIONS, awq_weight, gptq_weight, int8_weight, packed_weight
+from converters.model_tensors import SourceTensors
+from converters.quantized_weight import LazyWeight, SourceLayer
 from utils.errors import UsageError, convert_type_errors
+from utils.files import read_json
 
 PLACE = "config.json: quantization_config"
 AWQ_VERSIONS = ("gemm",)
-GPTQ_FORMATS = ("gptq", "gptq_v2")
+# Files in which AutoGPTQ and AutoAWQ wrote quantization_config at first -> the default of quant_method
+OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Fields that name a version of the format -> the versions that are supported. Programs use different fields.
+VERSIONS = {
+    "gptq": {"checkpoint_format": GPTQ_VERSIONS, "format": GPTQ_VERSIONS},
+    "awq": {"version": AWQ_VERSIONS, "checkpoint_format": AWQ_VERSIONS, "format": AWQ_VERSIONS},
+}
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+TRANSFORMED_WEIGHTS = ("weight_input", "weight_output")  # locations of transform_config
 MIXED = "mixed-precision"  # each of config_groups has its own format
 # Names of scales for activations and for the KV cache. Here activations and the KV cache keep 16 bits.
 ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?(scale|zero_point|scale_ub)$")
 OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
 
 
-def read_quantization(hf_config: dict) -> dict | None:
-    """Returns quantization_config of config.json, or None if there is none. Checks that the method is supported."""
-    quantization = hf_config.get("quantization_config")
+def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> dict | None:
+    """Returns quantization_config of config.json, or None if no weight is quantized. Fields that quantization_config
+    lacks come from a file of OLDER_FILES. Checks that the method is supported."""
+    older, quantization = read_older_file(folder), hf_config.get("quantization_config")
     if quantization is None:
-        return None
+        layers = find_layers(tensors)
+        if not layers:
+            return None
+        quantization = older or refuse_unknown_format(folder, hf_config, layers[0])
     if not isinstance(quantization, dict):
         raise UsageError("config.json: quantization_config must be an object")
     with convert_type_errors(PLACE):
+        if quantization.get("quant_method") == older.get("quant_method"):
+            quantization = older | quantization
         check_supported(quantization)
     return quantization
+
+
+def read_older_file(folder: Path) -> dict:
+    """Returns the contents of the file of OLDER_FILES that folder has, with quant_method, or {} if it has none."""
+    for file, method in OLDER_FILES.items():
+        fields = read_json(folder / file, {})
+        if not isinstance(fields, dict):
+            raise UsageError(f"{folder / file} must hold an object")
+        if fields:
+            return {"quant_method": method} | fields
+    return {}
+
+
+def refuse_unknown_format(folder: Path, hf_config: dict, layer: SourceLayer) -> NoReturn:
+    """Raises UsageError for a checkpoint that does not state the format of its quantized weights, such as layer."""
+    what = f"{layer.name} is quantized, and config.json has no quantization_config"
+    if "compression_config" in hf_config:
+        raise UsageError(f"{what}; rename its compression_config, an older name of compressed-tensors")
+    if (folder / "hf_quant_config.json").is_file():
+        raise UsageError(f"{what}; formats of ModelOpt (hf_quant_config.json) are not supported")
+    raise UsageError(f"{what}, which names the format")
 
 
 def check_supported(quantization: dict):
@@ -49,15 +87,26 @@ def check_supported(quantization: dict):
         raise UsageError(f"config.json: quant_method bitsandbytes is not supported: {what}; take the 16-bit checkpoint")
     if method not in METHODS:
         raise UsageError(f"config.json: quant_method {method!r} is not supported; {', '.join(METHODS)} are")
-    if method == "gptq":
-        check_one_of("checkpoint_format", quantization.get("checkpoint_format", "gptq"), GPTQ_FORMATS)
-    if method == "awq":
-        check_one_of("version", str(quantization.get("version", "gemm")).lower(), AWQ_VERSIONS)
+    for field, versions in VERSIONS.get(method, {}).items():
+        if quantization.get(field) is not None:
+            check_one_of(field, str(quantization[field]).lower(), versions)
+    if quantization.get("is_marlin_format"):
+        raise UsageError("config.json: quantization_config's is_marlin_format is not supported; take the GPTQ weights")
     if method == "compressed-tensors":
         schemes = list(quantization.get("config_groups", {}).values())
         for format in [quantization.get("format"), *(scheme.get("format") for scheme in schemes)]:
             if format is not None:
                 check_one_of("format", format, (*COMPRESSED_FORMATS, MIXED))
+        check_transforms(quantization.get("transform_config") or {})
+
+
+def check_transforms(transforms: dict):
+    """Refuses rotations of activations. Rotations of weights are part of the stored weights."""
+    for scheme in (transforms.get("config_groups") or {}).values():
+        for place in scheme["apply"]:
+            if place["location"] not in TRANSFORMED_WEIGHTS:
+                what = f"transform_config rotates activations (location {place['location']!r})"
+                raise UsageError(f"config.json: {what}: not supported; rotations of weights alone are")
 
 
 def check_one_of(field: str, value, supported: tuple[str, ...]):
@@ -65,8 +114,8 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
         raise UsageError(f"config.json: quantization_config's {field} {value!r} is not one of {', '.join(supported)}")
 
 
-def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization: dict, config: ModelConfig):
-    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Removes the scales of activations
+def collect_quantized(tensors: SourceTensors, quantization: dict, config: ModelConfig):
+    """Replaces the tensors of every quantized layer by one LazyWeight, in place. Removes the scales of activations
     and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)
     if quantization["quant_method"] == "mxfp4":
@@ -81,18 +130,18 @@ def collect_quantized(tensors: dict[str, Tensor | QuantizedWeight], quantization
             for kind in layer.tensors:
                 del tensors[f"{layer.name}.{kind}"]
             tensors[f"{layer.name}.weight"] = weight
-    if not any(isinstance(tensor, QuantizedWeight) for tensor in tensors.values()):
+    if not any(isinstance(tensor, LazyWeight) for tensor in tensors.values()):
         method = quantization["quant_method"]
         raise UsageError(f"config.json says quant_method {method}; none of the checkpoint's {n_before} tensors is that")
 
 
-def find_layers(tensors: dict[str, Tensor]) -> list[StoredLayer]:
+def find_layers(tensors: dict[str, Tensor]) -> list[SourceLayer]:
     """Finds the quantized layers, each with the tensors of its weight."""
-    layers: dict[str, StoredLayer] = {}
+    layers: dict[str, SourceLayer] = {}
     for name, tensor in tensors.items():
         layer_name, _, kind = name.rpartition(".")
         if OF_WEIGHT.fullmatch(kind):
-            layers.setdefault(layer_name, StoredLayer(layer_name, {})).tensors[kind] = tensor
+            layers.setdefault(layer_name, SourceLayer(layer_name, {})).tensors[kind] = tensor
     return [layer for layer in layers.values() if is_quantized(layer.tensors)]
 
 
@@ -102,12 +151,15 @@ def is_quantized(tensors: dict[str, Tensor]) -> bool:
     return "qweight" in tensors or "weight_packed" in tensors
 
 
-def read_float8(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+def read_float8(layer: SourceLayer, quantization: dict) -> LazyWeight:
     return float8_weight(layer, quantization.get("weight_block_size"))
 
 
-def read_compressed(layer: StoredLayer, quantization: dict) -> QuantizedWeight:
+def read_compressed(layer: SourceLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of compressed-tensors. quantization: config.json's quantization_config."""
+    for ignored in quantization.get("ignore") or []:
+        if matches_target(layer.name, ignored):
+            layer.refuse("a quantized weight", f"that {ignored!r} (ignore) is not quantized")
     scheme = find_scheme(layer.name, quantization)
     is_float = "weight" in layer.tensors and layer.tensors["weight"].dtype != torch.int8
     layer.expect("type", "float" if is_float else "int", scheme.get("type"))
@@ -138,7 +190,7 @@ def matches_target(name: str, target: str) -> bool:
 
 
 # quant_method -> the function that reads a layer. mxfp4 is not here, since a tensor holds many layers: split_mxfp4.
-LAYER_READERS: dict[str, Callable[[StoredLayer, dict], QuantizedWeight]] = {
+LAYER_READERS: dict[str, Callable[[SourceLayer, dict], LazyWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,
     "fbgemm_fp8": read_float8,

@@ -19,7 +19,7 @@ from converters.family import Family
 from converters.family_tensors import pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
 from converters.model_tensors import EMBEDDING, HEAD, SourceTensors, TensorReader
-from converters.quantized_weight import QuantizedWeight
+from converters.quantized_weight import LazyWeight
 from utils.errors import UsageError
 
 
@@ -49,16 +49,16 @@ def to_canonical_layout(
     normalizes_head = family.normalizes_head(config)
     norm_biases = pop_norm_biases(tensors, config.dim) if family.norm_bias else {}
 
-    def read_merged(name: str) -> Tensor | QuantizedWeight:
+    def read_merged(name: str) -> Tensor | LazyWeight:
         return tensors[name] if merge is None else merge(name, tensors[name])
 
-    def read(name: str) -> Tensor | QuantizedWeight:
+    def read(name: str) -> Tensor | LazyWeight:
         tensor = read_merged(name)
         if name in norm_biases:
             weight = read_merged(name.replace(".bias", ".weight"))
             tensor = add_norm_bias(tensor, weight, norm_biases[name])
         tensor = reorder_heads(name, tensor, order)
-        if isinstance(tensor, QuantizedWeight):
+        if isinstance(tensor, LazyWeight):
             if family.layer_norm or normalizes_head and name == HEAD:
                 raise UsageError(f"{name} is quantized, and this family's conversion changes it: take 16-bit weights")
             return tensor
@@ -88,7 +88,7 @@ def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     return torch.cat([first, rest_first, second, rest_second])
 
 
-def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, order: Tensor | None) -> Tensor | QuantizedWeight:
+def reorder_heads(name: str, tensor: Tensor | LazyWeight, order: Tensor | None) -> Tensor | LazyWeight:
     """Puts the rows of each head in order (from rope_order), if name is the name of a tensor that makes queries or
     keys. Returns other tensors unchanged."""
     if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
@@ -96,8 +96,8 @@ def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, order: Tensor | N
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(order)))[:, order].flatten())
 
 
-def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | QuantizedWeight:
-    return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
+def select_rows(tensor: Tensor | LazyWeight, rows: Tensor) -> Tensor | LazyWeight:
+    return tensor.select_rows(rows) if isinstance(tensor, LazyWeight) else tensor[rows]
 
 
 def undo_act_order(tensors: SourceTensors):
@@ -106,7 +106,7 @@ def undo_act_order(tensors: SourceTensors):
     of down_proj contiguous, and leaves the model's output unchanged."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
-        if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
+        if not is_down or not isinstance(down, LazyWeight) or down.input_order is None:
             continue
         sources = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
         sources = [source for source in sources if source in tensors]
@@ -150,9 +150,9 @@ def pop_norm_biases(tensors: SourceTensors, dim: int) -> dict[str, Tensor]:
     return norm_biases
 
 
-def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Tensor) -> Tensor:
+def add_norm_bias(bias: Tensor, weight: Tensor | LazyWeight, norm_bias: Tensor) -> Tensor:
     """Returns the bias of a linear layer after LayerNorm: W (norm(x) + norm_bias) + bias = W norm(x) + the result."""
-    if isinstance(weight, QuantizedWeight):  # read refuses the weight
+    if isinstance(weight, LazyWeight):  # read refuses the weight
         return bias
     return (bias.float() + weight.float() @ norm_bias.float()).to(bias.dtype)
 
@@ -182,12 +182,16 @@ def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
 
 def split_fused(tensors: SourceTensors, config: ModelConfig):
     """Splits qkv_proj and gate_up_proj, as Phi-3 stores them."""
-    starts = [config.q_dim, config.q_dim + config.kv_dim]  # of k and v
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
-        for projection, part in zip("qkv", tensor.tensor_split(starts), strict=True):
+        for projection, part in zip("qkv", tensor.tensor_split(kv_starts(config)), strict=True):
             tensors[f"{prefix}.{projection}_proj.{kind}"] = part
     for tensor, (prefix,) in pop_matches(tensors, r"(.*\.mlp)\.gate_up_proj\.weight"):
         tensors[f"{prefix}.gate_proj.weight"], tensors[f"{prefix}.up_proj.weight"] = tensor.tensor_split(2)
+
+
+def kv_starts(config: ModelConfig) -> list[int]:
+    """Returns the first rows of k and of v in a matrix that stacks q, k and v."""
+    return [config.q_dim, config.q_dim + config.kv_dim]
 
 
 def split_shared_expert(tensors: SourceTensors, config: ModelConfig):

@@ -20,7 +20,7 @@ from torch import Tensor
 from config import ModelConfig
 from converters.hf_files import load_bin, load_safetensors
 from converters.model_tensors import EMBEDDING, HEAD, SourceTensors
-from converters.quantized_weight import QuantizedWeight
+from converters.quantized_weight import LazyWeight
 from converters.sources import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors
 from utils.files import read_json
@@ -224,7 +224,7 @@ def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor |
     if delta.shape != weight.shape:
         base = f"the base's are {list(weight.shape)}, not {list(delta.shape)}"
         raise UsageError(f"the adapter's {name} is {list(shape)}: {base}; it was made for another model")
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, LazyWeight):
         raise UsageError(f"the adapter changes {name}, which the base model stores in four bits")
     if is_changed:
         raise UsageError(f"the adapter changes {name} twice")

@@ -31,7 +31,7 @@ from converters.hf_tensors import reorder_heads, rope_order
 from converters.model_tensors import EMBEDDING, HEAD, SourceModel, SourceTensors
 from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
 from text.tokenizer_files import read_tokenizer_model
-from utils.errors import UsageError
+from utils.errors import UsageError, convert_type_errors
 from utils.files import is_state_dict, load_torch_file, read_json
 
 PARAMS = "params.json"
@@ -63,21 +63,17 @@ def read_meta(folder: Path) -> SourceModel:
     path = folder / PARAMS
     params, files = read_json(path), shard_files(folder)
     shards = collect_shards(files)
-    try:
+    with convert_type_errors(f"{path}, or a tensor that does not fit it,", RuntimeError):
         check_params(params)
         check_shard_count(folder, params, shards, len(files))
         dims = {name: shard_dim(name, shards[name][0], params["dim"]) for name in shards}
+        check_whole_tensors({name: shards[name] for name in shards if dims[name] is None})
         tensors = {name: concat_shards([t.to("meta") for t in shards[name]], dims[name]) for name in shards}
         has_tied_head = HEAD not in shards
         if not has_tied_head:
             head, embedding = (concat_shards(shards[name], dims[name]) for name in (HEAD, EMBEDDING))
             has_tied_head = torch.equal(head, embedding)
         config, note = meta_config(params, tensors, has_tied_head)
-    except UsageError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        why = f"{type(e).__name__} {e}".splitlines()[0]
-        raise UsageError(f"{path} has something of the wrong kind, or tensors do not fit it: {why}") from None
     config, tokenizer = read_meta_tokenizer(folder, config)
     order = rope_order(config, interleaved=True)
 
@@ -119,6 +115,13 @@ def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
     if name == EMBEDDING:
         return 0 if shard.shape[1] == dim else 1
     return 1 if re.search(r"\.(o_proj|down_proj)\.", name) else 0
+
+
+def check_whole_tensors(tensors: dict[str, list[Tensor]]):
+    """Checks that all files hold the same values of tensors that were not cut, such as norms."""
+    for name, copies in tensors.items():
+        if not all(torch.equal(copy.float(), copies[0].float()) for copy in copies):
+            raise UsageError(f"the files consolidated.* hold different values of the tensor {name}")
 
 
 def concat_shards(shards: list[Tensor], dim: int | None) -> Tensor:
@@ -229,7 +232,7 @@ def read_tinyllamas(folder: Path) -> SourceModel:
     if len(files) != 1:
         raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
     (file,) = files
-    try:
+    with convert_type_errors(f"{file} is not one of tinyllamas: it", RuntimeError):
         data = dict(load_torch_file(file, legacy=True))
         if not is_state_dict(data["model"]):
             raise UsageError(f"{file} is not a table of tensors")
@@ -238,11 +241,6 @@ def read_tinyllamas(folder: Path) -> SourceModel:
             name = name.removeprefix("_orig_mod.")  # torch.compile adds this prefix
             tensors[to_canonical_name(name)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
-    except UsageError:
-        raise
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
-        raise UsageError(f"{file} is not one of tinyllamas: {type(e).__name__} {e}") from None
-
     order = rope_order(config, interleaved=True)
     return SourceModel(config, tensors, read=lambda name: reorder_heads(name, tensors[name], order))
 

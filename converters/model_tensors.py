@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import save_checkpoint
 from config import ModelConfig
-from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
+from converters.quantized_weight import LazyWeight, common_format, have_one_order
 from kernels.formats import Dense, WeightFormat
 from model import empty_model
 from utils.errors import UsageError
@@ -69,9 +69,9 @@ BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|maske
 EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-SourceTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names or, after renaming, by canonical names
+SourceTensors = dict[str, Tensor | LazyWeight]  # by Hugging Face's names or, after renaming, by canonical names
 Announcement = Callable[[], None]
-TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a tensor -> the tensor with its data
+TensorReader = Callable[[str], Tensor | LazyWeight]  # canonical name of a tensor -> the tensor with its data
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TensorPlan:
     dtype: torch.dtype
     sources: list[str]
     linear_format: WeightFormat | None = None  # the format of the weight; None: the tensor cannot be quantized
-    input_order: Tensor | None = None  # of a linear layer: see QuantizedWeight
+    input_order: Tensor | None = None  # of a linear layer: see LazyWeight
     element_order: Tensor | None = None  # of a norm: the input_order of the layer after the norm
 
     @property
@@ -145,7 +145,7 @@ def check_left_over(tensors: SourceTensors, read: TensorReader):
         raise UsageError(f"{what} ({len(left_over)} left over)")
 
 
-def is_zero(tensor: Tensor | QuantizedWeight) -> bool:
+def is_zero(tensor: Tensor | LazyWeight) -> bool:
     return isinstance(tensor, Tensor) and not tensor.any()
 
 
@@ -211,7 +211,7 @@ def plan_tensors(config: ModelConfig, tensors: SourceTensors) -> dict[str, Tenso
     return plans
 
 
-def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | QuantizedWeight]):
+def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | LazyWeight]):
     """Chooses the format and the order of inputs for our weight called name, which stacks weights."""
     plan.linear_format = common_format(weights)
     if plan.format.quantization is None:
@@ -222,7 +222,7 @@ def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | QuantizedW
         plan.input_order = weights[0].input_order
 
 
-def loses_order(name: str, plan: TensorPlan, weights: list[QuantizedWeight]) -> bool:
+def loses_order(name: str, plan: TensorPlan, weights: list[LazyWeight]) -> bool:
     """Returns whether weights cannot stay quantized because of act-order. Linear layers can have an order of inputs,
     experts and the embedding cannot. Weights that are stacked must have the same order."""
     can_have_order = len(plan.shape) == 2 and name != "embed_tokens.weight"
@@ -266,7 +266,7 @@ def common_dtype(sources: dict[str, list[int]], tensors: SourceTensors) -> torch
         tensor = tensors[name]
         if list(tensor.shape) != shape:
             raise UsageError(f"tensor {name} is {list(tensor.shape)}; the config makes it {shape}")
-        if isinstance(tensor, QuantizedWeight):
+        if isinstance(tensor, LazyWeight):
             continue
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise UsageError(f"tensor {name} is {tensor.dtype}, not float32, float16 or bfloat16")
@@ -284,7 +284,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
             weight = read(source)
             if plan.element_order is not None:
                 weight = weight[plan.element_order]
-            is_quantized = isinstance(weight, QuantizedWeight)
+            is_quantized = isinstance(weight, LazyWeight)
             theirs = weight.read_as(plan.format, plan.dtype) if is_quantized else {"weight": weight.detach()}
             for tensor_name, t in theirs.items():
                 rows = ours[tensor_name]
@@ -336,14 +336,14 @@ def warn_dequantized(plans: dict[str, TensorPlan], tensors: SourceTensors):
     """Prints which of the checkpoint's quantized weights become dense, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, plan in plans.items():
-        quantized = {name: tensors[name] for name in plan.sources if isinstance(tensors[name], QuantizedWeight)}
+        quantized = {name: tensors[name] for name in plan.sources if isinstance(tensors[name], LazyWeight)}
         if plan.format.quantization is None and quantized:
             names_of.setdefault(why_dequantized(name, plan, list(quantized.values())), []).extend(quantized)
     for why, names in names_of.items():
         print(f"{len(names)} weights are not kept quantized, as {names[0]}: {why}", file=sys.stderr)
 
 
-def why_dequantized(name: str, plan: TensorPlan, weights: list[QuantizedWeight]) -> str:
+def why_dequantized(name: str, plan: TensorPlan, weights: list[LazyWeight]) -> str:
     """Returns why weights, which are stacked in our tensor called name, become dense."""
     if loses_order(name, plan, weights) or any(isinstance(weight.format, Dense) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"

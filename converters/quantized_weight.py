@@ -1,8 +1,8 @@
-"""Defines QuantizedWeight: a weight that another project has quantized. Its values stay the same in our checkpoint.
+"""Defines LazyWeight: a weight that another project has quantized. Our checkpoint keeps the weight's values.
 
-    weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
+    weight = LazyWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
 
-Converters rename, split and reorder a QuantizedWeight like a tensor, without reading the data.
+Converters rename, split and reorder a LazyWeight like a tensor, without reading the data.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class LazyWeight:
     """A quantized weight [N, K] that is not read yet.
 
     read: returns the tensors of format.
@@ -35,22 +35,22 @@ class QuantizedWeight:
     def dim(self) -> int:
         return len(self.shape)
 
-    def select_rows(self, rows: Tensor) -> "QuantizedWeight":
+    def select_rows(self, rows: Tensor) -> "LazyWeight":
         """Returns the weight with only the outputs in rows, in the order of rows."""
         n_rows = torch.Size([len(rows), self.shape[1]])
         return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
 
-    def select_inputs(self, start: int, length: int) -> "QuantizedWeight":
+    def select_inputs(self, start: int, length: int) -> "LazyWeight":
         if self.input_order is not None:
-            dense = QuantizedWeight(Dense(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
+            dense = LazyWeight(Dense(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
             return dense.select_inputs(start, length)
 
         def read() -> Tensors:
             return {name: self.format.shard_inputs(name, t, start, length) for name, t in self.read().items()}
 
-        return QuantizedWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
+        return LazyWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
 
-    def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
+    def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["LazyWeight"]:
         """Splits the weight as Tensor.tensor_split does."""
         parts = torch.arange(self.shape[dim]).tensor_split(sections)
         if dim == 0:
@@ -79,12 +79,12 @@ class QuantizedWeight:
         return is_known and self.shape[1] % self.format.input_multiple == 0
 
 
-def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
+def common_format(parts: list[Tensor | LazyWeight]) -> WeightFormat:
     """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or Dense
     if there is no such format. Ignores input_order."""
     common = None
     for part in parts:
-        if not isinstance(part, QuantizedWeight) or not part.is_storable():
+        if not isinstance(part, LazyWeight) or not part.is_storable():
             return Dense()
         common = part.format if common is None else common.common_format(part.format)
         if common is None:
@@ -92,7 +92,7 @@ def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
     return common
 
 
-def have_one_order(weights: list[QuantizedWeight]) -> bool:
+def have_one_order(weights: list[LazyWeight]) -> bool:
     """Returns whether the inputs of all weights are in the same order."""
     first, *others = (weight.input_order for weight in weights)
     if first is None:
@@ -111,12 +111,12 @@ def stored_group_size(group_size: int, k: int) -> int:
 
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # dtypes of scales
 MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weights, but only packed weights need it
 
 
 @dataclass
-class StoredLayer:
+class SourceLayer:
     """The tensors of a linear layer in another project's checkpoint, by the last part of a tensor's name (kind), such
     as "qweight"."""
 
@@ -131,15 +131,15 @@ class StoredLayer:
             raise UsageError(f"the checkpoint has no tensor {self.name}.{kind}")
         if tensor.dtype not in dtypes or tensor.dim() not in dims or not tensor.numel():
             found = f"{list(tensor.shape)} {tensor.dtype}"
-            raise UsageError(f"tensor {self.name}.{kind} is {found}, which is no part of a weight quantized like this")
+            needed = f"{' or '.join(map(str, dtypes))}, {' or '.join(f'{dim}-D' for dim in dims)}"
+            raise UsageError(f"tensor {self.name}.{kind} is {found}; its format makes it {needed}")
         self.taken.add(kind)
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
         """Takes a tensor of scales, and checks that they are finite numbers of 16 or 32 bits."""
         scales = self.take(kind, FLOATS, *dims)
-        if not scales.isfinite().all():
-            raise UsageError(f"tensor {self.name}.{kind} holds scales that are not finite")
+        check_finite_scales(f"{self.name}.{kind}", scales.isfinite())
         return scales
 
     def take_row_scales(self, kind: str, n: int) -> Tensor:
@@ -155,7 +155,8 @@ class StoredLayer:
         """Checks that every tensor was taken. A tensor that nobody reads might change the weight's values."""
         left_over = self.tensors.keys() - self.taken - MAY_BE_LEFT_OVER
         if left_over:
-            raise UsageError(f"tensor {self.name}.{min(left_over)} is no part of a weight quantized like this")
+            read = ", ".join(sorted(self.taken))
+            raise UsageError(f"tensor {self.name}.{min(left_over)} has no place in this format, which has {read}")
 
     def expect_shape(self, kind: str, *shape: int):
         found = list(self.tensors[kind].shape)
@@ -169,3 +170,9 @@ class StoredLayer:
 
     def refuse(self, found: str, stated: str):
         raise UsageError(f"config.json says {stated}; the tensors of {self.name} have {found}")
+
+
+def check_finite_scales(name: str, is_finite: Tensor):
+    """Raises UsageError if is_finite has a False. name: the name of the tensor with the scales."""
+    if not is_finite.all():
+        raise UsageError(f"tensor {name} holds scales that are not finite")

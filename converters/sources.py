@@ -17,14 +17,14 @@ import re
 from pathlib import Path
 
 from utils.errors import UsageError
-from utils.files import read_json
+from utils.files import read_json, replace_file
 
 SOURCES_FILE = "model.sources.json"
 STALE = "stale models"  # a key in SOURCES_FILE beside the sources: size and time of models made from earlier files
 MODELS = "model*.pth"
 GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, without .gguf
 # The files from which model.pth is made. Every format has WEIGHTS; which other files there are depends on the format.
-SETTINGS = ("config.json", "generation_config.json", "params.json")
+SETTINGS = ("config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json")
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # samples of a file, at equal distances
@@ -71,14 +71,15 @@ def hash_samples(file: Path) -> str:
 
 def record_sources(folder: Path, described: dict[str, dict], model: Path):
     """Writes SOURCES_FILE. described: what describe_sources returned for the files from which model was made. If
-    SOURCES_FILE had other sources, the folder's other models become stale."""
+    SOURCES_FILE had other sources, or is broken, the folder's other models become stale."""
     recorded = read_record(folder) or {}
     stale = dict(recorded.get(STALE, {}))
-    if recorded and any(recorded.get(name, {}).get("samples") != described[name]["samples"] for name in described):
+    has_record = (folder / SOURCES_FILE).exists()
+    if has_record and any(recorded.get(name, {}).get("samples") != described[name]["samples"] for name in described):
         stale = {file.name: size_and_time(file) for file in find_files(folder, [MODELS])}
     stale.pop(model.name, None)
     try:
-        (folder / SOURCES_FILE).write_text(json.dumps(described | {STALE: stale}, indent=2))
+        replace_file(folder / SOURCES_FILE, json.dumps(described | {STALE: stale}, indent=2).encode())
     except OSError as e:
         raise UsageError(f"cannot write {folder / SOURCES_FILE}: {e.strerror}") from None
 

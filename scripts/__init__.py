@@ -4,6 +4,7 @@
     download.py                 downloads a repository of the hub
     convert_hf_checkpoint.py    converts Hugging Face's or Meta's folder to model.pth
     convert_gguf.py             converts a GGUF to model.pth
+    tiny_model.py               makes a tiny random model, for prepare.sh with TINY_FAMILY
 
     serve.py                    serves OpenAI's API over HTTP; openai_api.py reads and writes the JSON, and
                                 async_completer.py completes the texts of all clients together

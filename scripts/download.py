@@ -26,7 +26,7 @@ from cli.script import run_script
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
 
-SETTINGS = {"config.json", "generation_config.json", *TOKENIZER_FILES}
+SETTINGS = {"config.json", "generation_config.json", "quantize_config.json", "quant_config.json", *TOKENIZER_FILES}
 # A file -> a pattern of the weights' files of a repository that has this file or its index.json. The first row that
 # applies counts. consolidated*.safetensors is left out: it holds a second copy of the weights, under other names.
 WEIGHTS = {

@@ -2,7 +2,7 @@
 # Makes a model of the Hugging Face hub ready to run: downloads, converts and quantizes to int8.
 #   ./scripts/prepare.sh OWNER/NAME      or      MODEL_REPO=OWNER/NAME ./scripts/prepare.sh
 # MODES="int8 int4" quantizes to both. A repository of quantized weights is not quantized again: it has no model.pth.
-# TINY_FAMILY=mixtral, or another name in tests/tiny.py, makes a tiny random model in checkpoints/OWNER/NAME instead.
+# TINY_FAMILY=mixtral, or another family of tiny_model.py, makes a tiny random model in checkpoints/OWNER/NAME instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=${1:-${MODEL_REPO:-}}
@@ -13,7 +13,7 @@ fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 if [ -n "${TINY_FAMILY:-}" ]; then
-    $python -m tests.tiny "$TINY_FAMILY" "checkpoints/$repo"
+    $python scripts/tiny_model.py "$TINY_FAMILY" "checkpoints/$repo"
 else
     $python scripts/download.py --repo_id "$repo"
 fi

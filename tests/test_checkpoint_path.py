@@ -93,6 +93,37 @@ def test_a_quantized_file_of_replaced_sources_is_stale(folder):
     assert resolve_checkpoint(folder) == quantized
 
 
+@pytest.mark.parametrize("broken", ["", "{}", "[]", '{"stale models": []}'])
+def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
+    """Nobody knows from which files it was made."""
+    model, quantized, record = resolve_checkpoint(folder), folder / "model_int8.pth", folder / "model.sources.json"
+    call(quantize.main, "--checkpoint_path", model)
+    record.write_text(broken)
+    assert resolve_checkpoint(folder) == model
+    model.unlink()
+    assert resolve_checkpoint(folder) == model and quantized.is_file()
+
+
+def test_a_record_that_cannot_be_written_is_as_it_was(folder, monkeypatch):
+    """Then the model is converted again at the next start."""
+    record, weights = folder / "model.sources.json", folder / "model.safetensors"
+    before = resolve_checkpoint(folder) and record.read_bytes()
+    save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
+
+    def write_a_part(path: Path, content: bytes):
+        with open(path, "wb") as file:
+            file.write(content[:9])
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(Path, "write_bytes", write_a_part)
+        with pytest.raises(UsageError, match="cannot write .*model.sources.json: No space left"):
+            resolve_checkpoint(folder)
+    assert record.read_bytes() == before and not [*folder.glob("*.tmp")]
+    first = (folder / "model.pth").stat().st_mtime_ns
+    assert resolve_checkpoint(folder).stat().st_mtime_ns > first
+
+
 def test_every_command_takes_a_folder(folder, capsys):
     call(quantize.main, "--checkpoint_path", folder)
     assert capsys.readouterr().out == f"wrote {folder / 'model_int8.pth'}\n"

@@ -230,6 +230,28 @@ def test_broken_safetensors_are_refused(llama):
         refused(folder, "weight_map|not readable JSON|no tensor")
 
 
+def test_a_tensor_in_two_files(llama):
+    """The index says which one counts. Without a word from the index nobody knows."""
+    folder, tensors = llama
+    right = read_checkpoint(convert(folder))[2]["norm.weight"]
+    (folder / "model.safetensors").unlink()
+    (folder / "model.pth").unlink()
+    write_shards(folder, "model.safetensors", tensors, save_file)
+    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    content, name = json.loads(index.read_text()), "model.norm.weight"
+    for file in files:
+        for k in range(2):
+            copies = {n: t for n, t in load_file(files[k]).items() if n != name}
+            save_file(copies | {name: tensors[name] + (file != files[k])}, files[k])
+        content["weight_map"][name] = file.name
+        index.write_text(json.dumps(content))
+        assert torch.equal(read_checkpoint(convert(folder))[2]["norm.weight"], right)
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    (folder / "model.pth").unlink()
+    refused(folder, f"both have the tensor {name}, which .*index.json does not name")
+
+
 class Bomb:
     def __init__(self, path: Path):
         self.path = path

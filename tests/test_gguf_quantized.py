@@ -20,10 +20,10 @@ from converters.gguf_quantized import (
     SMALLER_INT8,
     SMALLEST_INT8,
     RoundingErrors,
-    StackedWeight,
+    TargetWeight,
     choose_formats,
     convert_groups,
-    keeps_codes,
+    keeps_q,
 )
 from converters.gguf_tensors import convert_gguf
 from converters.model_tensors import TensorPlan
@@ -66,7 +66,7 @@ def test_codes_are_kept(name):
     steps = groups.expand(groups.scales.abs()).clamp(min=1e-9)
     assert ((groups.dequantize() - expected).abs() <= FLOAT32 * steps).all()
     for format in (INT4, INT8_G32, INT8_G16):
-        if keeps_codes(groups.type, format):
+        if keeps_q(groups.type, format):
             tensors, is_kept = convert_groups(groups, format)
             ours = format.dequantize(tensors, torch.float32)
             deviation = RoundingErrors()
@@ -121,15 +121,15 @@ def test_what_is_rounded_again_says_so(name, format, largest):
     assert 0.05 < (deviation.squared_errors / deviation.squared_steps) ** 0.5 < largest
 
 
-def make_stack(name: str, **parts: tuple[str, int, int]) -> StackedWeight:
+def make_stack(name: str, **parts: tuple[str, int, int]) -> TargetWeight:
     """parts: types, outputs and inputs of what it stacks. They have no numbers."""
     shapes = [(Type[kind], gguf.quant_shape_to_byte_shape((n, k), Type[kind])) for kind, n, k in parts.values()]
     stored = [GGUFTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
     shape = torch.Size([sum(part.shape()[0] for part in stored), stored[0].shape()[1]])
-    return StackedWeight(name, TensorPlan(shape, torch.bfloat16, []), stored)
+    return TargetWeight(name, TensorPlan(shape, torch.bfloat16, []), stored)
 
 
-def size_limit(stacks: list[StackedWeight]) -> float:
+def size_limit(stacks: list[TargetWeight]) -> float:
     return SIZE_LIMIT * sum(part.data.nbytes for stack in stacks for part in stack.parts)
 
 

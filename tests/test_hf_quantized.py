@@ -1,5 +1,6 @@
 """Quantized Hugging Face checkpoints keep their values."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,11 @@ from tests.quantized_folders import (
     gptq_case,
     packed,
     packed_case,
+    set_quantization,
     write_quantized,
 )
 from tests.tiny import convert, refused, same_logits
+from utils.errors import UsageError
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,6 +46,45 @@ def test_version_of_gptq(tmp_path):
             folder = tmp_path / f"{version}{label['checkpoint_format']}"
             write_quantized(folder, family, config | label, quantize)
             check_weights(convert(folder), folder / "reference", is_exact=True)
+
+
+def test_version_of_gptq_in_other_places(tmp_path):
+    """Asymmetric zero points of 4 bits tell the version, too. Those of 8 bits do not, so all labels are read."""
+    for bits in (4, 8):
+        family, _, config, quantize = gptq_case("llama2", "", version=2, bits=bits, symmetric=False)
+        version = {"checkpoint_format": config.pop("checkpoint_format")}
+        labels = {"format": ({"format": "gptq_v2"}, {}), "file": ({}, version)}
+        if bits == 4:
+            labels["none"] = ({}, {})
+        for label, (fields, in_file) in labels.items():
+            folder = tmp_path / f"{bits}{label}"
+            write_quantized(folder, family, config | fields, quantize)
+            (folder / "quantize_config.json").write_text(json.dumps(config | in_file))
+            check_weights(convert(folder), folder / "reference", is_exact=True)
+    set_quantization(tmp_path / "4none", config | {"bits": 4, "checkpoint_format": "gptq"})
+    refused(tmp_path / "4none", "says checkpoint_format gptq; the tensors of .* have zero points of gptq_v2")
+
+
+@pytest.mark.parametrize("case, file", [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_the_files_of_older_programs(case, file, tmp_path):
+    """AutoGPTQ and AutoAWQ left config.json as it was."""
+    folder = tmp_path / "m"
+    family, _, config, quantize = CASES[case]
+    write_quantized(folder, family, None, quantize)
+    refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
+    older = {"w_bit": 4, "q_group_size": "64", "version": "GEMM"} if case == "awq" else config | {"bits": "4"}
+    (folder / file).write_text(json.dumps({key: v for key, v in older.items() if key != "quant_method"}))
+    check_weights(convert(folder), folder / "reference", is_exact=True)
+    (folder / file).write_text("[3]")
+    with pytest.raises(UsageError, match=f"{file} must hold an object"):
+        convert(folder)
+    (folder / file).rename(folder / "hf_quant_config.json")
+    with pytest.raises(UsageError, match=r"formats of ModelOpt \(hf_quant_config.json\) are not supported"):
+        convert(folder)
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | {"compression_config": {}}))
+    with pytest.raises(UsageError, match="rename its compression_config, an older name"):
+        convert(folder)
 
 
 def test_biases_of_zeros(tmp_path):
@@ -99,9 +141,10 @@ def test_act_order(case, tmp_path, capsys):
     how = {"bits": bits, "group_size": group_size, "symmetric": family == "olmo2", "act_order": 1}
     if family == "olmo2":
         _, _, config, quantize = packed_case(family, "", **how)
+        config["ignore"] = []
         is_linear = re.compile(rf"{IS_LINEAR.pattern}|^lm_head")
     else:
-        _, _, config, _ = gptq_case(family, "", bits=bits, group_size=group_size)
+        _, _, config, _ = gptq_case(family, "", bits=bits, group_size=group_size, symmetric=False)
         quantize = partial(gptq, version=1, **how)
     theirs = write_quantized(tmp_path / "m", family, config, quantize, is_linear)
     capsys.readouterr()
@@ -122,7 +165,7 @@ def test_act_order(case, tmp_path, capsys):
 @pytest.mark.parametrize("family", ["llama-bias", "mixtral", "qwen2-moe"])
 def test_act_order_that_is_not_shared(family, tmp_path, capsys):
     """Layers that are one matrix here and have several orders become 16 bits, and so do gate and up of experts."""
-    _, _, config, _ = gptq_case(family, "", group_size=64)
+    _, _, config, _ = gptq_case(family, "", group_size=64, symmetric=False)
     how = {"bits": 4, "group_size": 64, "symmetric": False}
 
     def quantize(name: str, w: Tensor):
@@ -190,7 +233,8 @@ def test_layers_that_differ(tmp_path, capsys):
             return {f"{name}.weight": w}, w
         return gptq(name, w, 1, **how | changes.get(part, {}))
 
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {"+:.*v_proj": {"group_size": 32}}}
+    dynamic = {f"+:.*{part}": fields for part, fields in changes.items()} | {"-:.*o_proj": {}}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": dynamic}
     write_quantized(tmp_path / "m", "llama2", config, quantize)
     capsys.readouterr()
     path = convert(tmp_path / "m")
@@ -236,7 +280,7 @@ def test_config_groups_that_differ(tmp_path):
         "group_1": eight | {"targets": ["re:.*down_proj$"], "format": "pack-quantized"},
         "group_2": float8 | {"targets": ["lm_head"], "format": "float-quantized"},
     }
-    config = four_bits | {"format": "mixed-precision", "config_groups": groups}
+    config = four_bits | {"format": "mixed-precision", "config_groups": groups, "ignore": []}
     how = {"down_proj": quantize_8, "lm_head": quantize_float8}
 
     def quantize(name: str, w: Tensor):

@@ -22,6 +22,11 @@ def test_unsupported_methods_are_named(tmp_path):
         "quant_method None is not supported": {"bits": 4},
         "checkpoint_format .marlin. is not": {"quant_method": "gptq", "checkpoint_format": "marlin"},
         "version 'gemv' is not one of gemm": {"quant_method": "awq", "version": "GEMV"},
+        "checkpoint_format 'gemv' is not one of gemm": {"quant_method": "awq", "checkpoint_format": "gemv"},
+        "format 'gemv_fast' is not one of gemm": {"quant_method": "awq", "version": "gemm", "format": "gemv_fast"},
+        "is_marlin_format is not supported": {"quant_method": "gptq", "is_marlin_format": True},
+        "rotates activations .location 'input'.: not": compressed_as | transform_at("weight_input", "input"),
+        "says quant_method compressed-tensors; none": compressed_as | transform_at("weight_input", "weight_output"),
         "format 'nvfp4-pack-quantized' is not one of pack": compressed_as | {"format": "nvfp4-pack-quantized"},
         "says quant_method gptq; none of the checkpoint's 30 tensors": {"quant_method": "gptq", "bits": 4},
         "says quant_method mxfp4; none": {"quant_method": "mxfp4"},
@@ -31,6 +36,12 @@ def test_unsupported_methods_are_named(tmp_path):
     for match, config in wrong.items():
         set_quantization(tmp_path, config)
         refused(tmp_path, match)
+
+
+def transform_at(*locations: str) -> dict:
+    """The transform_config of compressed-tensors with Hadamard rotations at these locations."""
+    places = [{"targets": ["Linear"], "location": location, "inverse": False} for location in locations]
+    return {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": places}}}}
 
 
 def broken_checkpoint(folder: Path, case: str) -> Callable:
@@ -67,13 +78,24 @@ def test_broken_gptq(tmp_path):
     refuse("config.json says bits 8; the tensors of model.layers.0.* have bits 4", config_changes={"bits": 8})
     refuse("says group_size 64; .* have 6 scales for 192 inputs", config_changes={"group_size": 64})
     refuse("says group_size -1; .* have 6 scales for 192 inputs", config_changes={"group_size": -1})
-    refuse("says bits {}; ", config_changes={"bits": {}})
-    refuse("config.json says bits '4'; .* have bits 4", config_changes={"bits": "4"})
+    for field in ("bits", "group_size"):
+        for value in ({}, "4.0", 4.0, True):
+            refuse(f"quantization_config's {field} must be an integer, not {value!r}", config_changes={field: value})
+    for pattern, (fields, match) in {
+        ".*k_proj": ({"bits": 8}, "says bits 8; .*k_proj have bits 4"),
+        "+:.*mlp": ({"group_size": 64}, "says group_size 64; .*mlp"),
+        "-:.*q_proj": ({}, "says that '-:.*q_proj' .dynamic. is not quantized; .*q_proj have a quantized weight"),
+        "(": ({}, "something of the wrong kind .missing \\)"),
+        ".*v_proj": ([], "something of the wrong kind"),
+    }.items():
+        refuse(match, config_changes={"dynamic": {pattern: fields}})
+    refuse("something of the wrong kind", config_changes={"dynamic": [1]})
+    refuse("says sym true; .*k_proj have zero points other than 8", {"qzeros": with_first(0)})
     refuse(f"no tensor {k_proj}.scales", {"scales": None})
     refuse(f"no tensor {k_proj}.qzeros", {"qzeros": None})
     refuse(f"{k_proj}.scales holds scales that are not finite", {"scales": with_first(math.nan)})
     refuse(f"{k_proj}.scales holds scales that are not finite", {"scales": with_first(math.inf)})
-    refuse(f"{k_proj}.scales is .* torch.int32, which is no part", {"scales": lambda t: t.int()})
+    refuse(f"{k_proj}.scales is .* torch.int32; its format makes it .*float32, 2-D", {"scales": lambda t: t.int()})
     refuse(rf"{k_proj}.scales is \[0, 128\] ", {"scales": lambda t: t[:0]})
     refuse(rf"{k_proj}.qweight is \[16, 120\]; .* \[16, 128\]", {"qweight": lambda t: t[:, 8:]})
     refuse(rf"{k_proj}.qzeros is \[3, 16\]; .* \[4, 16\]", {"qzeros": lambda t: t[1:]})
@@ -97,15 +119,18 @@ def test_broken_awq_and_packed(tmp_path):
     refuse("have 3 scales for 192 inputs", config_changes={"group_size": 128})
     refuse(r"qzeros is \[1, 4\]; .* \[2, 4\]", {"qzeros": lambda t: t[1:]})
     refuse("is AWQ of 8 bits; 4 are", {"scales": lambda t: t[:, ::2]}, {"bits": None})
-    refuse("k_proj.g_idx is no part of a weight", {"g_idx": torch.arange(128)})
+    refuse("k_proj.g_idx has no place in this format, which has qweight, qzeros, scales", {"g_idx": torch.arange(128)})
     refuse = broken_checkpoint(tmp_path / "packed", "packed asymmetric")
-    refuse("k_proj.weight_global_scale is no part of a weight", {"weight_global_scale": torch.ones(1)})
+    refuse("k_proj.weight_global_scale has no place in this format", {"weight_global_scale": torch.ones(1)})
     refuse(r"weight_shape is \[64, 128\], but weight_packed", {"weight_shape": with_first(64)})
     refuse(r"weight_shape is \[-1, 128\]", {"weight_shape": with_first(-1)})
     refuse("says num_bits 4; .* have num_bits 8", {"weight_shape": lambda t: t // torch.tensor([1, 2])})
     refuse(r"weight_zero_point is \[\d, 3\]", {"weight_zero_point": lambda t: t[:, 1:]})
     refuse("scales that are not finite", {"weight_scale": with_first(-math.inf)})
     stated = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    refuse("says that 're:.*k_proj' .ignore. is not quantized", config_changes={"ignore": ["re:.*k_proj"]})
+    groups = {"group_0": {"targets": ["Linear"], "weights": stated | {"symmetric": True}}}
+    refuse("says symmetric true; .* have zero points other than 8", config_changes={"config_groups": groups})
     groups = {"group_0": {"targets": ["re:.*(mlp|o_proj).*"], "weights": stated}}
     refuse("no target of config_groups is model.layers.0.self_attn.", config_changes={"config_groups": groups})
     groups["group_0"] |= {"targets": ["Linear"], "weights": {"num_bits": 8}}
@@ -118,9 +143,9 @@ def test_broken_awq_and_packed(tmp_path):
 
 def test_broken_float8(tmp_path):
     refuse = broken_checkpoint(tmp_path / "channels", "float channel")
-    refuse("k_proj.weight_global_scale is no part of a weight", {"weight_global_scale": torch.ones(1)})
-    refuse("k_proj.weight_zero_point is no part of a weight", {"weight_zero_point": torch.ones(64, 1)})
-    refuse(r"k_proj.weight_scale(_inv)? is no part of a weight", {"weight_scale_inv": torch.ones(64, 1)})
+    refuse("k_proj.weight_global_scale has no place in this format", {"weight_global_scale": torch.ones(1)})
+    refuse("k_proj.weight_zero_point has no place in this format", {"weight_zero_point": torch.ones(64, 1)})
+    refuse(r"k_proj.weight_scale(_inv)? has no place in this format", {"weight_scale_inv": torch.ones(64, 1)})
     refuse = broken_checkpoint(tmp_path / "blocks", "fp8 blocks")
     refuse(r"weight_scale_inv is \[1, 1, 1\]", {"weight_scale_inv": lambda t: t[None]})
     refuse(r"blocks that make them \[2, 4\]; .* scales \[1, 1\]", config_changes={"weight_block_size": [64, 32]})
@@ -128,5 +153,5 @@ def test_broken_float8(tmp_path):
     refuse("wrong kind", config_changes={"weight_block_size": [0, 128]})
     refuse("no tensor model.layers.1.self_attn.k_proj.weight_scale", {"weight_scale_inv": None})
     refuse("weight holds numbers that are not finite", {"weight": lambda t: t.float().fill_(math.nan).to(t.dtype)})
-    refuse("float8_e5m2, which is no part", {"weight": lambda t: t.float().to(torch.float8_e5m2)})
+    refuse("float8_e5m2; its format makes it .*_e4m3fn", {"weight": lambda t: t.float().to(torch.float8_e5m2)})
     refuse("scales that are not finite", {"weight_scale_inv": with_first(math.nan)})

@@ -237,7 +237,9 @@ def test_wrong_shards(meta):
     torch.save({name: t for name, t in tensors.items() if name != "norm.weight"}, first)
     refused(meta, "consolidated.01.pth and consolidated.00.pth do not both have the tensor norm.weight")
     torch.save(tensors | {"layers.1.attention.wq.weight": torch.ones(3, 5)}, first)
-    refused(meta, "tensors do not fit")
+    refused(meta, "a tensor that does not fit it")
+    torch.save(tensors | {"norm.weight": tensors["norm.weight"] + 1}, first)
+    refused(meta, "hold different values of the tensor model.norm.weight")
     torch.save([tensors], first)
     refused(meta, "not a table of tensors")
     for file in (first, second):

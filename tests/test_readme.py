@@ -22,9 +22,8 @@ import torch
 import eval
 import generate
 import quantize
-import tests.tiny
 from kernels import cpu
-from scripts import benchmark, convert_hf_checkpoint, tables
+from scripts import benchmark, convert_hf_checkpoint, tables, tiny_model
 from tests.compiler import write_compiler
 from tests.tiny import PACKAGES, ROOT, call, convert, write_folder
 
@@ -44,6 +43,7 @@ MAINS = {
     "generate.py": generate.main,
     "eval.py": eval.main,
     "benchmark.py": benchmark.main,
+    "tiny_model.py": tiny_model.main,
 }
 LESS = {  # what is added to the commands, for a model with a context of 256 tokens and for a short test
     "generate.py": ["--max_new_tokens", "4"],
@@ -112,11 +112,6 @@ def calls_of_script(command: str, tree: Path) -> list[list[str]]:
 
 def run_python(arguments: list[str], less: dict[str, list[str]] = LESS):
     """What python with these arguments does, and with those that less adds."""
-    if arguments[:2] == ["-m", "tests.tiny"]:
-        family, folder = arguments[2:]
-        tests.tiny.write_folder(family, Path(folder))
-        print(folder)
-        return
     names = [Path(word).name for word in arguments]
     name = next(name for name in names if name in MAINS)  # a launcher may stand before it
     call(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))

@@ -99,6 +99,15 @@ def test_interrupt_exits_130(big, tmp_path, command):
     assert statuses.count(130) > 2
 
 
+def test_sigterm_leaves_no_temporary_file(big, tmp_path):
+    args, err, statuses = arguments("convert", big, tmp_path), tmp_path / "err", []
+    for status in stop(signal.SIGTERM, "convert", args, err):
+        statuses.append(status)
+        assert status in (0, -signal.SIGTERM, 143) and not err.read_text()  # -SIGTERM: before run_script, or after it
+        assert not list(tmp_path.glob("*.tmp"))
+    assert statuses.count(143) > 2
+
+
 SCRIPTS = ["generate.py", "quantize.py", "eval.py", *(f"scripts/{file.name}" for file in ROOT.glob("scripts/*.py"))]
 SCRIPTS = [script for script in SCRIPTS if "    exit_on_interrupt()" in (ROOT / script).read_text()]
 SLOW_IMPORT = "import time; print('loading', flush=True); time.sleep(60)"

@@ -1,7 +1,4 @@
-"""Tiny random checkpoints of every family, made with transformers.
-
-    python -m tests.tiny mixtral checkpoints/tiny    # a whole Hugging Face folder, tokenizer included
-"""
+"""Tiny random checkpoints of every family, made with transformers."""
 
 import re
 import sys
@@ -10,7 +7,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 
@@ -19,6 +15,7 @@ from converters.folder import convert_folder
 from generate import load_model
 from kernels.formats import parse_formats
 from model import KVCache, empty_model
+from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -249,21 +246,6 @@ def write_folder(family: str, folder: Path):
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 256, "eos_token_id": 257}
     make_hf(family, **sizes).save_pretrained(folder)
     write_tokenizer(folder)
-
-
-def write_tokenizer(folder: Path):
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tok = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tok.decoder = tokenizers.decoders.ByteLevel()
-    tok.add_special_tokens(["<s>", "</s>"])
-    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
-    tok = hf.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", chat_template=template)
-    tok.save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    write_folder(sys.argv[1], Path(sys.argv[2]))
 
 
 def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path:

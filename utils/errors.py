@@ -14,12 +14,13 @@ class OutOfMemoryError(UsageError):
 
 
 @contextlib.contextmanager
-def convert_type_errors(where: str) -> Iterator[None]:
+def convert_type_errors(where: str, *others: type[Exception]) -> Iterator[None]:
     """Turns the errors that a value of the wrong type or size causes within this context into UsageError. where: the
-    file that holds the value, for the message."""
+    file that holds the value, for the message. others: more types of errors."""
     try:
         yield
     except UsageError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
-        raise UsageError(f"{where} holds something of the wrong kind ({e})") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error, *others) as e:
+        what = f"no {e}" if isinstance(e, KeyError) else str(e).partition("\n")[0]
+        raise UsageError(f"{where} holds something of the wrong kind ({what})") from None

@@ -38,8 +38,11 @@ def replace_file(path: Path, content: bytes):
     """Writes content to a temporary file, and then renames that file to path. So other processes see the old content or
     the new one, never a part. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # after an error, such as a full disk
 
 
 def load_torch_file(path: Path, legacy: bool = False):
