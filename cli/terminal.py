@@ -25,7 +25,7 @@ HELP = (
     "them, /save FILE writes them, /load FILE reads them, /exit ends."
 )
 COMMANDS = {  # command -> whether a file's name follows
-    "/continue": False, "/drop": False, "/exit": False, "/reset": False, "/load": True, "/save": True,
+    "/continue": False, "/drop": False, "/exit": False, "/help": False, "/reset": False, "/load": True, "/save": True,
 }  # fmt: skip
 COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # "." matches no line break: several lines are a message
 LONGEST_LINE = 4095  # bytes; a terminal in canonical mode drops what exceeds them
@@ -73,6 +73,16 @@ def parse(line: str) -> tuple[str, str]:
     return "", line[1:] if is_escaped else line
 
 
+def check_command(command: str, argument: str, line: str):
+    """Raises UsageError if command does not exist, or does not go with argument."""
+    if command not in COMMANDS:
+        raise UsageError(f"{line} is none of the commands; to say it, write /{line}. {HELP}")
+    if COMMANDS[command] and not argument:
+        raise UsageError(f"{command} needs the name of a file; to say it, write /{line}.")
+    if argument and not COMMANDS[command]:
+        raise UsageError(f"{command} stands alone; to say it, write /{line}.")
+
+
 class ChatCommands:
     """Carries out the commands and messages that the user types."""
 
@@ -102,9 +112,10 @@ class ChatCommands:
                 return line
             path = Path(os.path.expanduser(argument))
             with self.print_errors():
-                if COMMANDS.get(command) is not bool(argument):
-                    shown = shorten(line)
-                    raise UsageError(f"{shown} is none of the commands; to say it, write /{shown}. {HELP}")
+                check_command(command, argument, shorten(line))
+                if command == "/help":
+                    print_note(HELP)
+                    continue
                 if command == "/load":
                     return f"/load {json.dumps(read_json(path))}"
                 if command != "/save":

@@ -208,7 +208,7 @@ def test_what_cannot_go_on(conversation):
 
 def test_notes(chatty, monkeypatch, capsys):
     """What is said beside the answers, of which there are four."""
-    said = f"/what\nHi\n/DROP\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
+    said = f"/what\n/help\nHi\n/DROP\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
     said += "/drop\n/drop it\n/save\n//drop it\n/drop\n/etc/motd\n"
     set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], said)
     with pytest.raises(SystemExit) as stopped:
@@ -219,13 +219,14 @@ def test_notes(chatty, monkeypatch, capsys):
     assert answers[:1] + answers[2:] == [hi, hi, drop, path] and len(answers[1]) <= 2
     notes = [note for note in err.splitlines() if not note.endswith("tokens/s")]
     unknown = "{0} is none of the commands; to say it, write /{0}. Type a message"
-    assert [note.split("; /")[0] for note in notes] == [
-        "Type a message", unknown.format("/what"), "Cut by --max_new_tokens",
+    assert [note.split("; /continue")[0] for note in notes] == [
+        "Type a message", unknown.format("/what"), "Type a message", "Cut by --max_new_tokens",
         '"Hi" and its answer are forgotten; 0 messages left.',
         "That takes 203 tokens, and the context has 160: shorten it.", "Cut, for the context is full",
         "The context is full: from now on the oldest messages are forgotten.", "Cut by --max_new_tokens",
-        "0 messages left.", "There is nothing to forget; 0 messages left.", unknown.format("/drop it"),
-        unknown.format("/save"), "Cut by --max_new_tokens",
+        "0 messages left.", "There is nothing to forget; 0 messages left.",
+        "/drop stands alone; to say it, write //drop it.",
+        "/save needs the name of a file; to say it, write //save.", "Cut by --max_new_tokens",
         '"/drop it" and its answer are forgotten; 0 messages left.', "Cut by --max_new_tokens",
         "generate.py: lines on standard input that could not be answered: 4",
     ]  # fmt: skip
