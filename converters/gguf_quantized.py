@@ -1,7 +1,7 @@
 """Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values
 (q) stay where a format can hold them.
 
-    kept = GGUFQuantizer(plans, sources, order)    # chooses the formats
+    kept = GGUFQuantizer(plans, sources, row_order)    # chooses the formats
     convert(path, SourceModel(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")              # how each type was converted
 
@@ -202,9 +202,9 @@ class RoundingErrors:
 class GGUFQuantizer:
     """Holds the weights of a GGUF that stay quantized: weights, by canonical names.
 
-    plans: our tensors. sources: the GGUF's tensors by canonical names. order: see hf_tensors.py: reorder_heads."""
+    plans: our tensors. sources: the GGUF's tensors by canonical names. row_order: see hf_tensors.py: reorder_heads."""
 
-    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], order: Tensor | None):
+    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], row_order: Tensor | None):
         linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
         for plan in linears.values():
             for source in plan.sources:
@@ -223,7 +223,7 @@ class GGUFQuantizer:
                 self.became_dense.update(part.type.name for part in stack.parts if part.type not in FLOATS)
                 continue
             for source in stack.plan.sources:
-                read = partial(self.read, source, sources[source], stack.format, order)
+                read = partial(self.read, source, sources[source], stack.format, row_order)
                 self.weights[source] = LazyWeight(stack.format, torch.Size(sources[source].shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
@@ -231,7 +231,7 @@ class GGUFQuantizer:
         read."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
-    def read(self, name: str, stored: GGUFTensor, format: WeightFormat, order: Tensor | None) -> Tensors:
+    def read(self, name: str, stored: GGUFTensor, format: WeightFormat, row_order: Tensor | None) -> Tensors:
         """Reads the GGUF's tensor called name, and converts it to the tensors of format."""
         errors = self.errors[stored.type.name, format.name]
         errors.n_tensors += 1
@@ -239,7 +239,7 @@ class GGUFQuantizer:
             whole = decode_mxfp4(torch.tensor(stored.data))
             check_finite_scales(name, whole["scales"] != E8M0_NAN)
             errors.n_groups += whole["scales"].numel()  # all groups are exact
-            return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
+            return {kind: reorder_heads(name, t, row_order) for kind, t in whole.items()}
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
@@ -251,7 +251,7 @@ class GGUFQuantizer:
             errors.add(groups, format, tensors, is_kept)
             parts.append(tensors)
         whole = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
-        return {kind: reorder_heads(name, t, order) for kind, t in whole.items()}
+        return {kind: reorder_heads(name, t, row_order) for kind, t in whole.items()}
 
     def report(self) -> list[str]:
         """Returns lines that say how each type was converted, and how large the result is. All weights must have been

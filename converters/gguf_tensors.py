@@ -24,7 +24,7 @@ from converters.gguf_config import (
 from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import GGUFQuantizer
 from converters.gguf_tokenizer import make_tokenizer_files
-from converters.hf_tensors import kv_starts, reorder_heads, rope_order
+from converters.hf_tensors import kv_starts, reorder_heads, rope_row_order
 from converters.model_tensors import Announcement, SourceModel, SourceTensors, TensorReader, plan_tensors, write_folder
 from converters.sources import describe_sources, find_gguf_parts, record_sources
 from text.tokenizer_files import TOKENIZER_FILES
@@ -98,7 +98,7 @@ def rename_gguf_tensors(
     returns a tensor with its rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w already."""
     sources = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
-    order = gguf_rope_order(config, architecture)
+    row_order = gguf_rope_row_order(config, architecture)
 
     def read(name: str) -> Tensor:
         source = sources[name]
@@ -107,7 +107,7 @@ def rename_gguf_tensors(
         except NotImplementedError:
             raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
-        return reorder_heads(name, tensor, order)
+        return reorder_heads(name, tensor, row_order)
 
     return tensors, read
 
@@ -117,12 +117,12 @@ def keep_quantized(
 ) -> GGUFQuantizer:
     """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
     sources = split_gguf_tensors(stored, config, architecture)
-    return GGUFQuantizer(plan_tensors(config, tensors), sources, gguf_rope_order(config, architecture))
+    return GGUFQuantizer(plan_tensors(config, tensors), sources, gguf_rope_row_order(config, architecture))
 
 
-def gguf_rope_order(config: ModelConfig, architecture: Architecture) -> Tensor | None:
+def gguf_rope_row_order(config: ModelConfig, architecture: Architecture) -> Tensor | None:
     is_interleaved = architecture.interleaved_rope or FAMILIES[architecture.family].interleaved_rope
-    return rope_order(config, is_interleaved)
+    return rope_row_order(config, is_interleaved)
 
 
 def split_gguf_tensors(

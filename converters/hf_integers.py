@@ -150,10 +150,10 @@ def read_input_order(
     groups = torch.arange(k) // group_size
     if torch.equal(g_idx.long(), groups):
         return None
-    order = g_idx.argsort(stable=True)
-    if not torch.equal(g_idx[order].long(), groups):
+    input_order = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[input_order].long(), groups):
         raise UsageError(f"tensor {layer.name}.{kind} does not make groups of {group_size} inputs")
-    return order
+    return input_order
 
 
 # ---- GPTQ and AWQ ---------------------------------------------------------------------------------------------------
@@ -176,10 +176,10 @@ def gptq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
         return unpack_zeros(qzeros, bits, version).T[:n]
 
     has_order = bool(quantization.get("desc_act"))
-    order = read_input_order(layer, "g_idx", k, group_size, n_groups, is_required=has_order)
+    input_order = read_input_order(layer, "g_idx", k, group_size, n_groups, is_required=has_order)
     shape = torch.Size([n, k])
     weight = UnpackedWeight(
-        shape, bits, group_size, scales.T, lambda: unpack_words(qweight.T, bits), read_zeros, order
+        shape, bits, group_size, scales.T, lambda: unpack_words(qweight.T, bits), read_zeros, input_order
     )  # fmt: skip
     if quantization.get("sym") is True and not weight.is_symmetric:
         layer.refuse(f"zero points other than {weight.middle}", "sym true")
@@ -315,8 +315,8 @@ def compressed_weight(
         return unpack_words(zeros.T, bits)[:, :n].T
 
     has_order = stated.get("actorder") == "group"
-    order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)
-    weight = UnpackedWeight(shape, bits, group_size, scales, read_q, read_zeros, order)
+    input_order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)
+    weight = UnpackedWeight(shape, bits, group_size, scales, read_q, read_zeros, input_order)
     if stated.get("symmetric") is True and not weight.is_symmetric:
         layer.refuse(f"zero points other than {weight.middle}", "symmetric true")
     return weight.to_weight()

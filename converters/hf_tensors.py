@@ -45,7 +45,7 @@ def to_canonical_layout(
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)
     merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
-    order = rope_order(config, family.interleaved_rope)
+    row_order = rope_row_order(config, family.interleaved_rope)
     normalizes_head = family.normalizes_head(config)
     norm_biases = pop_norm_biases(tensors, config.dim) if family.norm_bias else {}
 
@@ -57,7 +57,7 @@ def to_canonical_layout(
         if name in norm_biases:
             weight = read_merged(name.replace(".bias", ".weight"))
             tensor = add_norm_bias(tensor, weight, norm_biases[name])
-        tensor = reorder_heads(name, tensor, order)
+        tensor = reorder_heads(name, tensor, row_order)
         if isinstance(tensor, LazyWeight):
             if family.layer_norm or normalizes_head and name == HEAD:
                 raise UsageError(f"{name} is quantized, and this family's conversion changes it: take 16-bit weights")
@@ -73,7 +73,7 @@ def to_canonical_layout(
     return read
 
 
-def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     """Returns our order of a head's elements. In our order the two elements of a RoPE pair are half a head apart, and
     elements without RoPE come last in each half. Returns None if the elements are in our order already.
 
@@ -88,12 +88,12 @@ def rope_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     return torch.cat([first, rest_first, second, rest_second])
 
 
-def reorder_heads(name: str, tensor: Tensor | LazyWeight, order: Tensor | None) -> Tensor | LazyWeight:
-    """Puts the rows of each head in order (from rope_order), if name is the name of a tensor that makes queries or
-    keys. Returns other tensors unchanged."""
-    if order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
+def reorder_heads(name: str, tensor: Tensor | LazyWeight, row_order: Tensor | None) -> Tensor | LazyWeight:
+    """Puts the rows of each head in row_order, which the function rope_row_order returns, if name is the name of a
+    tensor that makes queries or keys. Returns other tensors unchanged."""
+    if row_order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
-    return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(order)))[:, order].flatten())
+    return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(row_order)))[:, row_order].flatten())
 
 
 def select_rows(tensor: Tensor | LazyWeight, rows: Tensor) -> Tensor | LazyWeight:

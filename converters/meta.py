@@ -27,7 +27,7 @@ from torch import Tensor
 from config import ModelConfig, RopeScaling
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_files import load_bin, load_safetensors
-from converters.hf_tensors import reorder_heads, rope_order
+from converters.hf_tensors import reorder_heads, rope_row_order
 from converters.model_tensors import EMBEDDING, HEAD, SourceModel, SourceTensors
 from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
 from text.tokenizer_files import read_tokenizer_model
@@ -75,10 +75,10 @@ def read_meta(folder: Path) -> SourceModel:
             has_tied_head = torch.equal(head, embedding)
         config, note = meta_config(params, tensors, has_tied_head)
     config, tokenizer = read_meta_tokenizer(folder, config)
-    order = rope_order(config, interleaved=True)
+    row_order = rope_row_order(config, interleaved=True)
 
     def read(name: str) -> Tensor:
-        return reorder_heads(name, concat_shards(shards[name], dims[name]), order)
+        return reorder_heads(name, concat_shards(shards[name], dims[name]), row_order)
 
     return SourceModel(config, tensors, read, tokenizer, note)
 
@@ -241,8 +241,8 @@ def read_tinyllamas(folder: Path) -> SourceModel:
             name = name.removeprefix("_orig_mod.")  # torch.compile adds this prefix
             tensors[to_canonical_name(name)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
-    order = rope_order(config, interleaved=True)
-    return SourceModel(config, tensors, read=lambda name: reorder_heads(name, tensors[name], order))
+    row_order = rope_row_order(config, interleaved=True)
+    return SourceModel(config, tensors, read=lambda name: reorder_heads(name, tensors[name], row_order))
 
 
 def tinyllamas_config(args: dict, tensors: SourceTensors) -> ModelConfig:
