@@ -98,7 +98,7 @@ def process_logits(
     always_store: bool = False,
 ) -> Tensor:  # fmt: skip
     """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. Stores tokens in
-    kv_cache. A new option of this kind goes here, and in SamplingParams.depends_on_text.
+    kv_cache. A new option of this kind goes here, and in SamplingParams.depends_on_text and filters_tokens.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
     kv_cache: holds the text before tokens, which earlier calls have stored.

@@ -4,8 +4,8 @@
     y = multiply(x, weight)                                           # [M, K] -> [M, N]
 
 A decode step then reads 8 or 4 bits for each weight, where plain PyTorch would read dequantized weights of 16 bits.
-PyTorch's kernels take as long for each token as for the first one. So for more than MAX_TOKENS tokens it is faster to
-dequantize the weight and multiply it then.
+PyTorch's kernels take as long for each token as for the first one. So with more than MAX_ATEN_TOKENS tokens, it is
+faster to dequantize the weight first.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.formats import Int4, Int8, Tensors, WeightFormat
 
-MAX_TOKENS = 128
+MAX_ATEN_TOKENS = 128
 MULTIPLE = 16  # PyTorch's int8 kernel reads this many inputs at a time, and the int4 kernel computes as many outputs
 PACK_ROWS = 1024  # are packed at a time, which bounds the memory of their int32 copy; a multiple of the kernel's blocks
 

@@ -27,7 +27,9 @@ Each function calls the kernel of a backend, or computes the same result in plai
     "triton"    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs           MAX_TRITON_TOKENS
     "torch"     none: plain PyTorch, for any device
 
-The tokens of all sequences of a step count together. A step with more tokens runs in plain PyTorch.
+The tokens of all sequences of a step count together. An operation with more tokens runs in plain PyTorch. On a CPU four
+small operations have no limit (SPECIAL_MAX_TOKENS), and a dense weight may have a lower one (max_kernel_tokens).
+Without a C++ compiler, plain PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
 
 Two rules for all operations:
 

@@ -163,8 +163,8 @@ class AttentionParams(nn.Module):
 
 
 class LayerCache(NamedTuple):
-    """What attention reads besides weights: the keys and values of earlier tokens, and tables that depend on position
-    alone. The tables are computed once, for all positions of the cache."""
+    """What attention reads besides weights: the keys and values of earlier tokens, and the tables of RoPE and ALiBi.
+    The tables are computed once, on the cache's device and for all its positions."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]

@@ -35,7 +35,7 @@ def fused_linear(
 def multiply_weight(x: Tensor, linear: LinearParams) -> Tensor:
     """x W^T [+ bias] for x [..., K]: [..., N]."""
     n_tokens = x.numel() // x.shape[-1]
-    if linear.aten_weight is not None and n_tokens <= aten.MAX_TOKENS:
+    if linear.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
         y = aten.multiply(x.flatten(0, -2), linear.aten_weight).view(*x.shape[:-1], -1)
         return y if linear.bias is None else y + linear.bias
     weight, bias = linear.dequantized_weight(x.dtype), linear.bias
