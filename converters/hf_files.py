@@ -57,7 +57,7 @@ def load_safetensors(file: Path) -> SourceTensors:
     except (SafetensorError, OSError) as e:
         raise UsageError(f"{file} is truncated or not safetensors: {e}") from None
     except ValueError as e:
-        if "UntypedStorage" in str(e):  # PyTorch makes this of about every second Ctrl-C in load_file
+        if "UntypedStorage" in str(e):  # PyTorch makes this of about every second Ctrl-C or SIGTERM in load_file
             raise KeyboardInterrupt from None
         raise
 

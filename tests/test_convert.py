@@ -136,7 +136,7 @@ def test_wrong_tensors_are_named(llama):
         f"tensor {beyond} has no place": tensors | {beyond: torch.ones(3)},
         rf"{k} is \[47, 48\]; the config makes it \[48, 48\]": tensors | {k: tensors[k][:47].clone()},
         rf"{q} is \[48\]": tensors | {q: tensors[q][0].clone()},
-        f"{k} is torch.float8_e4m3fn": tensors | {k: tensors[k].to(torch.float8_e4m3fn)},
+        "k_proj is quantized, and .* no quantization_config": tensors | {k: tensors[k].to(torch.float8_e4m3fn)},
         f"{k} is torch.int64": tensors | {k: tensors[k].long()},
     }
     for match, content in wrong.items():
