@@ -31,13 +31,14 @@ def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mma
     matrices = [matrix for matrix in matrices if matrix.backend == "torch"]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
-        if cpu.library() is not None:
+        has_kernels = cpu.library() is not None
+        if has_kernels:
             with_kernel = [m for m in matrices if m.format.has_kernel("cpu", m.in_features)]
         else:
-            with_kernel = [m for m in matrices if pack_for_aten(m, dtype)]
+            with_kernel = pack_for_aten(matrices, dtype)
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
         dequantize_weights(without_kernel, dtype, is_mmapped)
-        if cpu.library() is not None:
+        if has_kernels:
             pack_for_cpu(matrices, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
         pack_for_triton(matrices, dtype)
@@ -63,12 +64,12 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
         matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
 
 
-def pack_for_aten(matrix: WeightMatrix, dtype: torch.dtype) -> bool:
-    """Packs a linear layer's weight for PyTorch's own kernels. Returns whether PyTorch has a kernel for the weight."""
-    if not isinstance(matrix, LinearParams) or matrix.n_experts is not None:
-        return False
-    matrix.aten_weight = aten.pack(matrix.format, matrix.tensors(), dtype)
-    return matrix.aten_weight is not None
+def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[WeightMatrix]:
+    """Packs the weights of linear layers for PyTorch's own kernels. Returns the layers whose weights have a kernel."""
+    linears = [m for m in matrices if isinstance(m, LinearParams) and m.n_experts is None]
+    for linear in tqdm(linears, "load", disable=None, leave=False):
+        linear.aten_weight = aten.pack(linear.format, linear.tensors(), dtype)
+    return [linear for linear in linears if linear.aten_weight is not None]
 
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
