@@ -10,6 +10,7 @@ all-reduce of a small tensor, such as a decode step's, uses peer memory instead 
 
 import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, partial
@@ -23,6 +24,7 @@ from kernels.record import call_between_tapes
 from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
+cpu_seconds = 0.0  # the time so far that this process has spent in collectives between CPUs, except in compiled steps
 
 
 def world_size() -> int:
@@ -54,6 +56,16 @@ def broadcast(x: Tensor) -> Tensor:
 
 def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
     """Calls one of PyTorch's functional collectives, since torch.compile can trace them."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return functional_collective(name, argument, x)
+    global cpu_seconds
+    start = time.perf_counter()
+    result = functional_collective(name, argument, x)
+    cpu_seconds += time.perf_counter() - start
+    return result
+
+
+def functional_collective(name: str, argument: str | int, x: Tensor) -> Tensor:
     operation = getattr(torch.ops._c10d_functional, name)
     pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
     return torch.ops._c10d_functional.wait_tensor(pending)

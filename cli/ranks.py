@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import collectives
 from collectives import broadcast_json, world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if a rank dies, torchrun ends the other ranks at once
@@ -89,22 +90,26 @@ def rank_path(path: Path) -> Path:
 
 
 @torch.inference_mode()
-def communication_share(step: Callable[[], Tensor], n_steps: int = 8) -> float:
+def communication_share(step: Callable[[], Tensor]) -> float | None:
     """Returns the fraction of a step's time that this rank spends in collectives, including the wait for other ranks.
-    The profiler measures the time, since the profiler also sees collectives in compiled steps. On a CPU PyTorch's older
-    profiler (use_kineto=False) has less overhead."""
+    Returns None for a compiled step on a CPU, whose collectives nobody times."""
     device_type = step().device.type  # the first call may record or compile
-    on_cpu = device_type == "cpu"
-    with torch.autograd.profiler.profile(use_device=None if on_cpu else device_type, use_kineto=not on_cpu) as profile:
-        start = time.perf_counter()
-        for _ in range(n_steps):
-            step().tolist()
-        seconds = time.perf_counter() - start
-    collectives = [event for event in profile.key_averages() if re.search("c10d|nccl|one_shot", event.key)]
-    if on_cpu:
-        microseconds = sum(event.self_cpu_time_total for event in collectives)
-    else:
-        cpu = torch.autograd.DeviceType.CPU
-        on_device = [event for event in collectives if event.device_type != cpu]
-        microseconds = sum(event.self_device_time_total for event in on_device)
-    return microseconds / 1e6 / seconds
+    if device_type == "cpu":
+        before = collectives.cpu_seconds
+        seconds = time_steps(step)
+        return (collectives.cpu_seconds - before) / seconds if collectives.cpu_seconds > before else None
+    # The profiler also sees the collectives in a graph. On a CPU, the profiler would print lines of its own, and its
+    # thread calls getenv, which crashes if another thread sets an environment variable.
+    with torch.autograd.profiler.profile(use_device=device_type) as profile:
+        seconds = time_steps(step)
+    events = [event for event in profile.key_averages() if re.search("nccl|one_shot", event.key)]
+    on_device = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+    return sum(event.self_device_time_total for event in on_device) / 1e6 / seconds
+
+
+def time_steps(step: Callable[[], Tensor], n_steps: int = 8) -> float:
+    """Returns how many seconds n_steps steps take."""
+    start = time.perf_counter()
+    for _ in range(n_steps):
+        step().tolist()
+    return time.perf_counter() - start

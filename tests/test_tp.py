@@ -5,6 +5,7 @@ tp_ranks.py is what torchrun runs.
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -34,8 +35,9 @@ SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}  #
 FLOAT32_ERROR = 11 * math.sqrt(160) / 2**24
 
 
-def torchrun(n: int, *command, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(torchrun_command(n, *command), capture_output=True, text=True, timeout=300, **options)
+def torchrun(n: int, *command) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a rank that a signal ends says where
+    return subprocess.run(torchrun_command(n, *command), capture_output=True, text=True, timeout=300, env=env)
 
 
 def torchrun_command(n: int, *command) -> list[str]:
@@ -80,7 +82,7 @@ def jobs(files) -> dict[int, Job]:
     for n in (2, 4):
         out = files / f"{n}.json"
         done = torchrun(n, RANKS, "compare", files, out)
-        assert out.exists(), done.stderr[-3000:]
+        assert out.exists(), done.stderr
         results[n] = Job(json.loads(out.read_text()), done.returncode, done.stderr)
     return results
 
