@@ -38,7 +38,7 @@ from text.tokenizer import Tokenizer
 # The names that programs import from this file
 __all__ = [
     "LLM", "SamplingParams", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_decode_loop",
-]  # fmt: skip
+]
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -61,7 +61,7 @@ def main():
 def generate_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, draft: Transformer | None,
     prompts: list[Prompt], stats: dict,
-):  # fmt: skip
+):
     """Completes the prompts one after the other, or runs a conversation. stats: more fields for --json."""
     kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, prompts, model, draft))
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)

@@ -108,7 +108,7 @@ class LLM:
     def __init__(
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
         max_seq_len: int = 2048, compile: bool = False, **sampling,
-    ):  # fmt: skip
+    ):
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (converters/resolve.py).
         device: by default the machine's accelerator, or the CPU if there is none.
         dtype: of the activations, and of all weights that are not quantized.
@@ -151,7 +151,7 @@ class LLM:
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
         stop: tuple[str, ...] = (), seed: int = 0,
-    ) -> Iterator[tuple[int, str]]:  # fmt: skip
+    ) -> Iterator[tuple[int, str]]:
         """Yields (number, continuation) for each prompt: see engine/completion.py: generate_many."""
         options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
         return generate_many(self.model, self.tokenizer, prompts, *options)

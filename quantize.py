@@ -198,7 +198,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
 def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
-):  # fmt: skip
+):
     """Writes a checkpoint of tensors, but with quantized tensors in place of weights. quantized yields (name, tensors
     in format) for every one of weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}

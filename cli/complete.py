@@ -25,7 +25,7 @@ from utils.errors import OutOfMemoryError, UsageError
 def complete_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, decode_loop: DecodeLoop,
     kv_cache: KVCache, prompts: list[Prompt], stats: dict,
-):  # fmt: skip
+):
     """Completes each prompt --num_samples times, with --batch_size sequences each time, and prints the results. stats:
     more fields for --json."""
     for prompt_number, prompt in enumerate(prompts, start=1):
@@ -103,7 +103,7 @@ def make_scheduler(args: argparse.Namespace, model: Transformer, requests: list[
 def print_json(
     args: argparse.Namespace, model: Transformer, scheduler: Scheduler, prompt: Prompt, completion: Completion,
     stats: dict,
-):  # fmt: skip
+):
     if completion.error:
         print(json.dumps({"error": completion.error, "prompt": prompt.source}), flush=True)
         return

@@ -18,7 +18,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 def add_checkpoint_path(
     parser: argparse.ArgumentParser, default: Path | None = None, help: str = CHECKPOINT_HELP
-):  # fmt: skip
+):
     parser.add_argument("--checkpoint_path", type=Path, default=default, required=default is None, help=help)
 
 

@@ -91,7 +91,7 @@ def warn_about_size(k: int, model: Transformer):
 def warm_up(
     args: argparse.Namespace, steps: GenerationSteps, decoder: SpeculativeDecoder | None, prompts: list[Prompt],
     device: torch.device,
-):  # fmt: skip
+):
     """Runs steps once, so that they are compiled or recorded before the first prompt:
 
         --compile_prefill    prefill

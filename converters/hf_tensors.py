@@ -25,7 +25,7 @@ from utils.errors import UsageError
 
 def to_canonical_layout(
     tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
-) -> TensorReader:  # fmt: skip
+) -> TensorReader:
     """Renames and splits tensors, in place. Returns the function read, which returns a tensor by its canonical name.
     read makes all changes of a tensor's data, so that only one tensor is in memory at a time. adapter: a LoRA adapter,
     which read merges into the weights."""

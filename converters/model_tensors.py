@@ -62,7 +62,7 @@ MOE_SOURCES = CANONICAL_SOURCES | {
 # A linear layer -> the norm before the layer. The norm's elements have the order of the layer's inputs.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
-}  # fmt: skip
+}
 # Names of buffers that some checkpoints store, and that are computed here: tables of RoPE, constants of masks
 BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
 # Names of layers for multi-token prediction. Without these layers the model's output is the same.

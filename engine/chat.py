@@ -34,7 +34,7 @@ class Conversation:
     def __init__(
         self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Sequence[int],
         system: str | None = None,
-    ):  # fmt: skip
+    ):
         """Raises UsageError if the checkpoint has no chat template.
 
         max_seq_len: how many tokens the KV cache of decode_loop holds.

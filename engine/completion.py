@@ -34,7 +34,7 @@ class Completion:
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0, resumable: bool = False
-    ):  # fmt: skip
+    ):
         """eos_ids: the tokens that end the text.
         index: the caller's number for the request.
         resumable: what happens if max_new_tokens cuts the text within a character. If True, the text does not have the
@@ -145,7 +145,7 @@ def check_max_new_tokens(max_new_tokens: int):
 def build_request(
     prompt: str | list[dict], tokenizer: Tokenizer, context: int, max_new_tokens: int,
     sampling: SamplingParams, seed: int = 0, stop: tuple[str, ...] = (),
-) -> Request:  # fmt: skip
+) -> Request:
     """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError like encode_prompt."""
     ids = encode_prompt(prompt, tokenizer, context)
     return Request(ids, max_new_tokens, sampling, seed, stop, is_chat=not isinstance(prompt, str))
@@ -173,7 +173,7 @@ def generate_many(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str | list[dict]], parallel: int = 16,
     max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
     compile: bool = False,
-) -> Iterator[tuple[int, str]]:  # fmt: skip
+) -> Iterator[tuple[int, str]]:
     """Yields (number, continuation) for each prompt, in the order of prompts.
 
     prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].

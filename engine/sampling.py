@@ -96,7 +96,7 @@ class SamplingParams:
 def process_logits(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, samplings: Sequence[SamplingParams],
     always_store: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. Stores tokens in
     kv_cache. A new option of this kind goes here, and in SamplingParams.depends_on_text and filters_tokens.
 

@@ -57,7 +57,7 @@ class Request:
 
 def check_length(
     n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit: str = "the model's context of "
-):  # fmt: skip
+):
     """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len.
     limit: what max_seq_len is, for the error's text."""
     if n_prompt_tokens == 0:
@@ -104,7 +104,7 @@ class Scheduler:
     def __init__(
         self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
         compile: bool = False,
-    ):  # fmt: skip
+    ):
         """Raises OutOfMemoryError if memory is too small for the KV cache.
 
         n_slots: the most sequences that run at a time.

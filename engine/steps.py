@@ -62,7 +62,7 @@ def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCa
 def build_steps(
     model: Transformer, kv_cache: KVCache, sampling: SamplingParams, compile: bool = False,
     compile_prefill: bool = False,
-) -> GenerationSteps:  # fmt: skip
+) -> GenerationSteps:
     """Returns the steps of plain generation with model and kv_cache. compile and compile_prefill are the options of
     generate.py."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None

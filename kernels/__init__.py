@@ -38,4 +38,4 @@ __all__ = [
     "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "activate", "add", "attend", "embed",
     "experts_down", "experts_gate_up", "fused_linear", "has_attention_kernel", "has_sample_kernel",
     "load_triton_kernels", "pack_for_triton", "prepare_kernels", "permute_inputs", "rms_norm", "route", "sample",
-]  # fmt: skip
+]

@@ -33,11 +33,11 @@ SOURCES = Path(__file__).parent / "csrc"
 CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
     "vendor_id", "cpu family", "model", "model name", "flags",
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features", "isa",
-)  # fmt: skip
+)
 FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
     "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
-]  # fmt: skip
+]
 
 
 @cache
@@ -187,7 +187,7 @@ def run_compiler(command: list[str], env: dict[str, str]):
     all processes that command has started."""
     with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    ) as process:  # fmt: skip
+    ) as process:
         errors = None
         while errors is None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -87,7 +87,7 @@ def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | 
 def fused_linear(
     x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Multiplies x [..., K] with the weight of linear: [..., N], or [..., N / 2] with a gated activation.
 
     norm: applied to x first.
@@ -116,7 +116,7 @@ def fused_linear(
         softcap=linear.softcap,
         clip=linear.clip,
         float32_out=out_dtype == torch.float32,
-    )  # fmt: skip
+    )
 
 
 def can_fuse(activation: str, linear: LinearParams) -> bool:
@@ -181,7 +181,7 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
         contiguous(qkv), contiguous(start_pos),
         k_cache=cache.k, v_cache=cache.v, rope=cache.rope, alibi_slopes=cache.alibi_slopes,
         **params.kernel_arguments(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
-    )  # fmt: skip
+    )
 
 
 def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: str) -> Tensor:
@@ -194,7 +194,7 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, posi
     return kernel(
         contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=cache.rope,
         **{name: options[name] for name in ("n_heads", "q_norm_weight", "k_norm_weight", "eps")},
-    )  # fmt: skip
+    )
 
 
 def has_attention_kernel(backend: str, batch: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
@@ -236,7 +236,7 @@ def experts_gate_up(
     return kernel(
         contiguous(x), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), norm_weight, eps,
         activation=ACTIVATION_IDS[activation],
-    )  # fmt: skip
+    )
 
 
 def experts_down(
@@ -250,7 +250,7 @@ def experts_down(
     return kernel(
         contiguous(hidden), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), contiguous(topk_weights),
         contiguous(residual),
-    )  # fmt: skip
+    )
 
 
 def has_sample_kernel(backend: str, is_greedy: bool) -> bool:

@@ -58,7 +58,7 @@ OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
 # Options that the result of the command "speed" repeats
 REPORTED_OPTIONS = (
     "config", "compile", "device", "precision", "mode", "groupsize", "prompt_tokens", "max_new_tokens", "kernels",
-)  # fmt: skip
+)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ from utils.errors import UsageError
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
     Pair("int4.g32", "Q4_K_M"),
-]  # fmt: skip
+]
 MAX_SEQUENCES = PREFILL // PROMPT  # all prompts must fit one batch
 PARALLEL_PAIRS = PAIRS[:3]
 PAIRS_OF_FILE = [Pair("bf16", "file"), Pair("int8", "file"), Pair("int4.g32", "file")]  # with --gguf

@@ -25,7 +25,7 @@ SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 320, "max_position_embeddings": 256,
     "initializer_range": 0.2, "bos_token_id": 256, "eos_token_id": 257,
-}  # fmt: skip
+}
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
 
 

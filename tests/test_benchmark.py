@@ -47,7 +47,7 @@ PUBLISHED = {  # parameters; a tied head counts once
 DENSE = dict(
     architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=600, tie_word_embeddings=True,
-)  # fmt: skip
+)
 MOE = dict(architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
 
 

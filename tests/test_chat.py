@@ -229,7 +229,7 @@ def test_notes(chatty, monkeypatch, capsys):
         "/save needs the name of a file; to say it, write //save.", "Cut by --max_new_tokens",
         '"/drop it" and its answer are forgotten; 0 messages left.', "Cut by --max_new_tokens",
         "generate.py: lines on standard input that could not be answered: 4",
-    ]  # fmt: skip
+    ]
     assert stopped.value.code == 2
 
 

@@ -93,7 +93,7 @@ def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
     assert made == [
         ("m.gguf", "BF16.gguf", 32), ("BF16.gguf", "Q8_0.gguf", 7), ("BF16.gguf", "Q4_0.gguf", 2),
         ("BF16.gguf", "Q4_1.gguf", 3), ("BF16.gguf", "Q4_K_M.gguf", 15),
-    ]  # fmt: skip
+    ]
     sizes = compare_speed.bytes_per_token(files)
     assert sizes.keys() >= {name for pair in compare.PAIRS + compare.PAIRS_OF_FILE for name in pair}
     cache = 2 * 2 * 3 * 2 * 16 * tokens_read
@@ -172,7 +172,7 @@ def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
     ["name", "words"],
     [("TinyLlama", "neither a config.json"), ("x.json", "does not exist"), ("Mixtral-8x7B", "this model has moe"),
      ("Qwen3-8B", "this model has qk_norm")],
-)  # fmt: skip
+)
 def test_models_that_cannot_be_compared(name, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         compare_files.make_model(name, None, tmp_path / "bf16.pth")

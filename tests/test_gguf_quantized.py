@@ -42,7 +42,7 @@ F16 = 2.0**-11  # of a number, by which it may be rounded
 BOUNDS = {
     "Q4_0": 0, "Q5_0": 0, "Q8_0": 0, "Q4_1": 1 / 32, "Q5_1": 1 / 16, "Q4_K": 1 / 32 + 32 * F16,
     "Q5_K": 1 / 16 + 64 * F16, "Q6_K": 32 * F16,
-}  # fmt: skip
+}
 FLOAT32 = 1e-4  # of a step, for the float32 arithmetic of the comparison
 
 
@@ -233,7 +233,7 @@ MIXTURES = {
     "floats": ("llama", {}, "Q4_0", {"o_proj": "F16", "layers.0.self_attn.v": "BF16"},
                {INT4: 7, Dense(): 3},
                "Q4_0: .* exact\nQ4_0: 2 tensors to floats", 1e-3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MIXTURES)

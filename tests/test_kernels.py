@@ -119,7 +119,7 @@ def test_linear_scale_and_softcap(format, dtype):
     for n, k, scale, softcap, clip in [
         (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
         (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
-    ]:  # fmt: skip
+    ]:
         w = make_linear(n, k, format, dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         packed(w)

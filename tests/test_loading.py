@@ -200,7 +200,7 @@ def test_broken_orders_of_inputs(act_order, tmp_path):
     for layers, match in [
         (without, f"tensor {name} is missing, left over"), (["norm"], "gives norm an order of inputs, which it cannot"),
         ("lm_head", "act_order is 'lm_head', not a list of layers"), ([1], r"act_order is \[1\], not a list"),
-    ]:  # fmt: skip
+    ]:
         save_checkpoint(path, config, shapes, tensors.items(), quantization | {"act_order": layers})
         refused(match)
 

@@ -18,7 +18,7 @@ V2_FREE = {"memory.max": "max", "memory.current": "900", "memory.stat": STAT, "c
 V1 = {
     "memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "900", "memory/memory.stat": STAT,
     "cpu/cpu.cfs_quota_us": "75000", "cpu/cpu.cfs_period_us": "50000",
-}  # fmt: skip
+}
 V1_FREE = V1 | {"memory/memory.limit_in_bytes": str(2**63 - 4096), "cpu/cpu.cfs_quota_us": "-1"}
 
 

@@ -26,7 +26,7 @@ from utils.errors import UsageError
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),
     "mxfp4": MXFP4(),
-}  # fmt: skip
+}
 IMPORTED = {  # which converters write, but quantize.py does not
     "int4.g64 float16": Int4(64, torch.float16),
     "int8.g16": GroupedInt8(16),
@@ -152,7 +152,7 @@ def test_a_mode_names_one_class():
         {"mode": "int8", "groupsize": 32, "scale_dtype": "int8"}, {"mode": "int8", "scale_dtype": "float16"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_header_that_names_none(quantization):
     with pytest.raises(UsageError, match="the checkpoint is quantized as .*, which this version does not read"):
         parse_format(quantization)
@@ -367,6 +367,6 @@ def test_a_full_disk_leaves_the_old_file(folder, tmp_path):
     r = subprocess.run(
         [sys.executable, ROOT / "quantize.py", "--checkpoint_path", path, "--mode=int4", "--groupsize=128"],
         capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)),
-    )  # fmt: skip
+    )
     assert r.returncode == 2 and r.stderr.splitlines()[-1].startswith("quantize.py: cannot write"), r.stderr
     assert old.read_bytes() == b"old" and not list(path.parent.glob("*.tmp"))

@@ -177,7 +177,7 @@ def test_rows_that_are_not_finite(sampling):
     [{"temperature": -1.0}, {"temperature": torch.inf}, {"temperature": torch.nan}, {"top_k": 0}, {"top_p": 0.0},
      {"top_p": 1.1}, {"top_p": torch.nan}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0}],
     ids=str,
-)  # fmt: skip
+)
 def test_mistakes_are_named(fields):
     (name,) = fields
     with pytest.raises(UsageError, match=f"^{name} must be"):

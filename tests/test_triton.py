@@ -279,7 +279,7 @@ def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
     [("llama3", Dense()), ("llama-bias", Int4(32)), ("mistral-window", Int8()), ("qwen3", Int4(32)),
      ("mixtral", Int8()), ("mixtral", Int4(32)), ("qwen3-moe", Dense())],
     ids=format_label,
-)  # fmt: skip
+)
 def test_model(family, format, small_gpu):
     """The whole model: float32 logits as without kernels, so the same greedy tokens. Qwen3's inputs have orders."""
     model, prompt = tiny_model(family, n_layers=2), torch.arange(3, 27)

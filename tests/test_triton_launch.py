@@ -57,7 +57,7 @@ def test_measured_tiles_are_used(monkeypatch):
     "format, bits, group_size",
     [(Int4, 4, 32), (Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32), (Int8, 8, 576), (GroupedInt8, 8, 16),
      (GroupedInt8, 8, 32), (Float8, 8, 128), (Dense, 16, 576)],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_guess_fits(format, bits, group_size, gated, monkeypatch):
     """Whatever the size: the loads under way fit 99 KB, and a warp has no more than 8 sums of 16 rows by 8."""

@@ -41,7 +41,7 @@ from utils.errors import UsageError
 __all__ = [
     "Dense", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationScheme",
     "Tensors", "FORMATS", "MODES", "GROUP_SIZES", "parse_formats", "parse_format",
-]  # fmt: skip
+]
 
 FORMATS: tuple[type[WeightFormat], ...] = (Dense, Int8, Int4, GroupedInt8, Float8, MXFP4)
 MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_cli_mode}  # by --mode

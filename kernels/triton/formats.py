@@ -261,7 +261,7 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
 def dequantize(
     weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, TILE_N.value), triton.cdiv(k, TILE_K.value)
@@ -288,7 +288,7 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
 def embed(
     tokens: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, k: int, dtype: torch.dtype, scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
     y = weight.new_empty(*tokens.shape, k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)

@@ -38,7 +38,7 @@ RECORDED_MODELS = [  # options of a ModelConfig
         "attention_scale": 0.1, "attention_softcap": 20.0, "embed_scale": 4.0, "residual_scale": 0.5,
         "logit_scale": 0.5, "logit_softcap": 9.0, "clip_qkv": 2.0, "alibi": True,
     },
-]  # fmt: skip
+]
 
 
 class CheckResult:
