@@ -111,7 +111,7 @@ def undo_act_order(tensors: SourceTensors):
         sources = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
         sources = [source for source in sources if source in tensors]
         if any(isinstance(tensors[source], Tensor) and tensors[source].dim() > 1 for source in sources):
-            continue  # a sorted dense weight would be a copy in memory
+            continue  # a sorted unquantized weight would be a copy in memory
         for source in sources:
             tensors[source] = select_rows(tensors[source], down.input_order)
         tensors[name] = replace(down, input_order=None)

@@ -142,7 +142,7 @@ class ModelRunner:
     max_kernel_tokens. An eager step uses the kernels of the ops that are within their limit:
 
         64 tokens          quantized weights, and all weights on a GPU with matrix units
-        8 to 64 tokens     dense weights on a CPU, depending on the CPU's instructions
+        8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
         8 tokens           a GPU without matrix units
 
     runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,

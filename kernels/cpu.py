@@ -74,9 +74,10 @@ def use_one_thread():
     torch.set_num_threads(1)
 
 
-def max_dense_tokens(dtype: torch.dtype) -> int:
-    """Returns the most tokens for which the kernels multiply dense weights of dtype faster than PyTorch on this CPU."""
-    return library().max_dense_tokens(dtype == torch.bfloat16)
+def max_unquantized_tokens(dtype: torch.dtype) -> int:
+    """Returns the most tokens for which the kernels multiply unquantized weights of dtype faster than PyTorch does on
+    this CPU."""
+    return library().max_unquantized_tokens(dtype == torch.bfloat16)
 
 
 def find_compiler() -> list[str] | None:

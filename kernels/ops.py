@@ -28,7 +28,7 @@ Each function calls the kernel of a backend, or computes the same result in plai
     "torch"     none: plain PyTorch, for any device
 
 The tokens of all sequences of a step count together. An operation with more tokens runs in plain PyTorch. On a CPU four
-small operations have no limit (SPECIAL_MAX_TOKENS), and a dense weight may have a lower one (max_kernel_tokens).
+small operations have no limit (SPECIAL_MAX_TOKENS), and an unquantized weight may have a lower one (max_kernel_tokens).
 Without a C++ compiler, plain PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
 
 Two rules for all operations:
@@ -60,7 +60,7 @@ FUSED_GLU_MULTIPLE = 32
 # The most tokens per call, by backend. SPECIAL_MAX_TOKENS has the exceptions; 0 means that the backend has no kernel.
 MAX_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
 SPECIAL_MAX_TOKENS = {
-    "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # for a dense table
+    "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # for a table that is not quantized
     "rms_norm": {"cpu": math.inf, "triton": MAX_TRITON_TOKENS},
     "activate": {"cpu": math.inf, "triton": 0},
     "add": {"cpu": math.inf, "triton": 0},

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.aten import AtenInt4, AtenInt8
-from kernels.formats import Dense, Tensors, WeightFormat
+from kernels.formats import Tensors, Unquantized, WeightFormat
 from kernels.schema import kernel_namespace
 
 
@@ -45,7 +45,7 @@ class WeightMatrix(nn.Module):
     def __init__(self, in_features: int, out_features: int, n_experts: int | None = None):
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
-        self.format: WeightFormat = Dense()
+        self.format: WeightFormat = Unquantized()
         self.backend = "torch"
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)

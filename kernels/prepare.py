@@ -59,9 +59,9 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
             matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
-        # In a quantized model, dense matrices such as routers use the kernels for MAX_CPU_TOKENS, too, even where
+        # In a quantized model, unquantized matrices such as routers use the kernels for MAX_CPU_TOKENS, too, even where
         # PyTorch is faster: a step can be recorded only if all operations are kernels.
-        matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
+        matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_unquantized_tokens(matrix.weight.dtype)
 
 
 def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[WeightMatrix]:

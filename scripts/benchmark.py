@@ -45,7 +45,7 @@ from cli import options
 from cli.script import run_script
 from config import ModelConfig
 from engine.scheduler import check_length
-from kernels.formats import GROUP_SIZES, MODES, Dense, WeightFormat
+from kernels.formats import GROUP_SIZES, MODES, Unquantized, WeightFormat
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
@@ -156,7 +156,7 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
     device = pick_device(args.device)
     args.device = str(device)
-    format = MODES[args.mode].from_options(args.groupsize) if args.mode else Dense()
+    format = MODES[args.mode].from_options(args.groupsize) if args.mode else Unquantized()
     if args.tune:
         tune(config, format, device)
     torch.manual_seed(1234)

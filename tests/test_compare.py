@@ -17,7 +17,7 @@ from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.gguf_tensors import rename_gguf_tensors
 from converters.model_tensors import SourceModel, convert
-from kernels.formats import Dense
+from kernels.formats import Unquantized
 from scripts import compare_llama_cpp as compare
 from scripts import tables
 from scripts.benchmarking import compare_files, compare_speed
@@ -38,7 +38,7 @@ VARIANTS = {
 def model(request, tmp_path):
     """(config, weights) of a checkpoint bf16.pth in tmp_path, and BF16.gguf made of it."""
     config = replace(TINY, **VARIANTS[request.param])
-    meta = checkpoint_tensors(random_model(config, Dense(), torch.device("meta"), torch.bfloat16))
+    meta = checkpoint_tensors(random_model(config, Unquantized(), torch.device("meta"), torch.bfloat16))
     weights = {name: torch.randn(t.shape).bfloat16() for name, t in meta.items()}
     shapes = {name: (t.shape, t.dtype) for name, t in meta.items()}
     save_checkpoint(tmp_path / "bf16.pth", config, shapes, weights.items())

@@ -27,7 +27,7 @@ from converters.gguf_quantized import (
 )
 from converters.gguf_tensors import convert_gguf
 from converters.model_tensors import TensorPlan
-from kernels.formats import MXFP4, Dense, GroupedInt8
+from kernels.formats import MXFP4, GroupedInt8, Unquantized
 from loading import load_model
 from model import KVCache
 from tests.tiny import make_hf
@@ -231,7 +231,7 @@ MIXTURES = {
     "MXFP4": ("gpt-oss", SMALL, "MXFP4", dict.fromkeys(("self_attn", "embed", "lm_head"), "Q8_0"),
               {MXFP4(): 6, INT8_G32: 8}, r"MXFP4: \d+ tensors to mxfp4, exact\nQ8_0: \d+ .* exact", 0),
     "floats": ("llama", {}, "Q4_0", {"o_proj": "F16", "layers.0.self_attn.v": "BF16"},
-               {INT4: 7, Dense(): 3},
+               {INT4: 7, Unquantized(): 3},
                "Q4_0: .* exact\nQ4_0: 2 tensors to floats", 1e-3),
 }
 

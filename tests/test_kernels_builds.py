@@ -31,7 +31,7 @@ from tests.tiny import ROOT
 
 TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts")]  # of what the kernels compute
 CASES = "one_thread and not 4-4-8 and not 2-1-256"
-VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not dense and not fp8"
+VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not unquantized and not fp8"
 
 
 @built

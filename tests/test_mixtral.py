@@ -10,7 +10,7 @@ import torch
 
 import tp
 from config import ModelConfig, MoEConfig
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import Int4, Int8, Unquantized
 from model import Transformer
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import ROOT, convert, make_hf, write_folder
@@ -49,7 +49,7 @@ def test_flow(tmp_path, monkeypatch, capsys):
 
 
 FORMATS = {
-    "bfloat16": Dense(),
+    "bfloat16": Unquantized(),
     "int8": Int8(),
     "int4, groups of 32": Int4(32),
     "int4, groups of 128": Int4(128),

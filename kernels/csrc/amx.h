@@ -175,7 +175,7 @@ template <typename F> class WeightTiles {
   }
 };
 
-template <> class WeightTiles<Dense> {
+template <> class WeightTiles<Unquantized> {
   const int64_t output_bytes, n_outputs;
   const char* data;
 

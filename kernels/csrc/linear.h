@@ -178,7 +178,7 @@ template <typename T> struct EmbedOp {
       T* to = out + i * w.k;
       const T* from = to;
       dispatch_format(w.format, [&]<typename F>(F) {
-        if constexpr (std::is_same_v<F, Dense>) from = reinterpret_cast<const T*>(w.data) + tokens[i] * w.k;
+        if constexpr (std::is_same_v<F, Unquantized>) from = reinterpret_cast<const T*>(w.data) + tokens[i] * w.k;
         else dequantize_row<F>(w, tokens[i], to);
       });
       if (from == to && scale == 1) continue;

@@ -92,7 +92,7 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
                  .data_stride = stride(w), .scales_stride = scales ? stride(*scales) : 0,
                  .zeros_stride = zeros ? stride(*zeros) : 0, .n = n, .k = k, .group_size = group_size, .n_groups = 1};
   const bool is_packed_for_cpu = dispatch_format(format_id, [&]<typename F>(F) {
-    if constexpr (std::is_same_v<F, Dense>) {
+    if constexpr (std::is_same_v<F, Unquantized>) {
       result.bits = 8 * w.element_size();
       return w.scalar_type() == type;
     } else {
@@ -323,17 +323,19 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
   dispatch_type(type, [&]<typename T>(T) {
     dispatch_format(w.format, [&]<typename F>(F) {
-      if constexpr (!std::is_same_v<F, Dense>) dequantize_to<F>(w, mutable_ptr<T>(out));
-      else { STD_TORCH_CHECK(false, "dense weights are not quantized"); }
+      if constexpr (!std::is_same_v<F, Unquantized>) dequantize_to<F>(w, mutable_ptr<T>(out));
+      else { STD_TORCH_CHECK(false, "W is unquantized: nothing to dequantize"); }
     });
   });
   return out;
 }
 
 extern "C" {
-// Returns the most tokens for which these kernels multiply dense weights faster than PyTorch (docs/measurements.md).
-// kernels/cpu.py calls it.
-int max_dense_tokens(int is_bf16) { return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2; }
+// Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
+// docs/measurements.md. kernels/cpu.py calls it.
+int max_unquantized_tokens(int is_bf16) {
+  return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2;
+}
 // The tests call it.
 int has_amx_bf16() { return has_amx(); }
 }

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import JITFunction
 
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.params import WeightMatrix
 from kernels.schema import triton_op
 from kernels.triton.elements import (
@@ -53,7 +53,7 @@ from kernels.triton.weights import (
     load_tiles,
 )
 
-# ---- Dense and Int8 -------------------------------------------------------------------------------------------------
+# ---- Unquantized and Int8 --------------------------------------------------------------------------------------------
 #
 # All multiply_... have the same arguments, and all dequantize_... have the same arguments. A function ignores the
 # arguments that its format does not need.
@@ -212,7 +212,7 @@ class KernelFormat(NamedTuple):
 
 
 KERNEL_FORMATS = [  # format_class, is_tiled, scales, multiply, dequantize
-    KernelFormat(Dense, False, Scales.NONE, multiply_rows, None),
+    KernelFormat(Unquantized, False, Scales.NONE, multiply_rows, None),
     KernelFormat(Int8, False, Scales.FLOAT32, multiply_rows, dequantize_int8),
     KernelFormat(Int4, True, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
     KernelFormat(GroupedInt8, False, Scales.WITH_ZEROS, multiply_grouped_int8, dequantize_grouped_int8),

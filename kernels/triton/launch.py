@@ -47,7 +47,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import Dense
+from kernels.formats import Unquantized
 from kernels.triton.formats import kernel_format
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -173,7 +173,7 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
         return TileConfig(**gpu.tuned[key])
     block_n = 32 if gated else 16
     if min_block_m(x) != 8:
-        is_float32 = format_id == Dense.format_id and x.dtype == torch.float32
+        is_float32 = format_id == Unquantized.format_id and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
         return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
     if kernel_format(format_id).is_tiled:
@@ -182,7 +182,7 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
         return TileConfig(block_n, num_warps=4, warp_k=64 if gated else 128, num_stages=3)
     if k <= 1024 and not gated:  # the loop has one step
         return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)
-    warp_k = 64 if format_id != Dense.format_id and gated else 128
+    warp_k = 64 if format_id != Unquantized.format_id and gated else 128
     return TileConfig(block_n, num_warps=4, warp_k=warp_k, num_stages=3)
 
 
@@ -216,7 +216,7 @@ def guess_many_tokens(
     twice as many: a product is scaled before it is added to the sums. In a step a warp executes at most 64
     instructions of the matrix unit, 128 with zero points."""
     format = kernel_format(format_id)
-    bits = 16 if format_id == Dense.format_id else 8 // format.format_class.elements_per_byte
+    bits = 16 if format_id == Unquantized.format_id else 8 // format.format_class.elements_per_byte
     has_slice_scales = format.has_slice_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_slice_scales else (64, 4096)
 

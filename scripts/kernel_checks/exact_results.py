@@ -17,16 +17,16 @@ import torch
 
 import kernels
 from kernels import reference
-from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.params import AttentionParams, LayerCache
 from layers import Embedding, Linear, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
+FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
 CPU_FORMATS = [
-    Dense(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(8), GroupedInt8(64, torch.float16),
+    Unquantized(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(8), GroupedInt8(64, torch.float16),
     Float8(), Float8(32), MXFP4(),
 ]
 TRITON_FORMATS = [
@@ -62,7 +62,7 @@ def triton_rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def format_label(value) -> str:
     """Returns what the name of a test calls a format, or any other parameter."""
-    return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
+    return "unquantized" if isinstance(value, Unquantized) else getattr(value, "name", str(value))
 
 
 # ---- Layers of random weights ---------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
     """Makes a Linear whose products with integers have exact sums in float32. Only the last step, the product of a
     group's sum with the scale, is rounded."""
     w = make_linear(n, k, format, dtype, **options)
-    if isinstance(format, Dense):
+    if isinstance(format, Unquantized):
         w.weight.data = (w.weight.data * 16).round() / 16
     return w
 
