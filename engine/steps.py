@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import collectives
 from engine.sampling import SamplingParams, process_logits, sample
-from kernels.cpu import find_compiler
+from kernels.build import find_compiler
 from kernels.record import record, with_tape_threads
 from model import KVCache, Transformer
 from utils.errors import UsageError

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from cli import options
 from cli.script import run_script
-from kernels import cpu
+from kernels import build
 from scripts import tables
 from scripts.benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
 from scripts.benchmarking.compare_speed import (
@@ -91,7 +91,7 @@ def main():
 def compare(args: argparse.Namespace) -> dict:
     """Makes both sides' files and measures both sides. Returns what --json writes."""
     torch.set_num_threads(args.threads)
-    cpu.library()  # compiles before the first round, and prints a line if that fails
+    build.library()  # compiles before the first round, and prints a line if that fails
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(args.config, args.gguf, folder / "bf16.pth")

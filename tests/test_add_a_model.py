@@ -67,7 +67,7 @@ def test_nf4_at_random():
     assert abs(w.mean()) < 0.05 * 600**-0.5 and w.std().item() == pytest.approx(600**-0.5, rel=0.1)
 
 
-@pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nf4_on_a_cpu(dtype):
     """A sum of K products in float32, of weights that AMX rounds to bfloat16, and rounded to dtype."""

@@ -16,7 +16,7 @@ from engine.chat import ContextFull
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from generate import build_decode_loop, load
-from kernels import cpu
+from kernels import build
 from model import KVCache, Transformer
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
 from tests.tiny_tokenizers import TEMPLATES, train, write
@@ -102,7 +102,7 @@ def test_compiled_conversation(chatty, cli, monkeypatch):
     out = cli(chatty, "--chat", "--compile", "--compile_prefill", *GREEDY, stdin="\n".join(lines))
     assert out.splitlines() == [text for _, _, text in expected_conversation(chatty, lines)]
     # a block for prefill and, without kernels, one for decode and the head: nothing again in any turn
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if cpu.library() else 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if build.library() else 3)
 
 
 def test_conversation_reset_and_exit(chatty, cli):

@@ -68,7 +68,7 @@ def test_linear_of_many_tokens(format, dtype):
     """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but
     weights whose scales are those of groups are."""
     torch.manual_seed(0)
-    on_amx = dtype == torch.bfloat16 and kernels.cpu.library().has_amx_bf16()
+    on_amx = dtype == torch.bfloat16 and kernels.build.library().has_amx_bf16()
     odd = [(21, 37)] if isinstance(format, Unquantized) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
@@ -337,7 +337,7 @@ def test_rms_norm(dtype):
 @pytest.mark.parametrize("vocab_size", [1, 15, 17, 511, 513, 5000, 49152])
 def test_likeliest_token(vocab_size):
     """As PyTorch's argmax: of tied tokens the first, -1 where a logit is not finite, wherever these are."""
-    assert kernels.cpu.library()
+    assert kernels.build.library()
     logits = torch.randn(70, vocab_size, generator=torch.Generator().manual_seed(0))
     for i in range(10):
         logits[i, [i * vocab_size // 10, -1]] = 9.0  # ties, in two parts of the vocabulary
@@ -355,7 +355,7 @@ def test_likeliest_token(vocab_size):
 
 @built
 def test_logits_that_the_kernel_does_not_take():
-    assert kernels.cpu.library()
+    assert kernels.build.library()
     for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
         with pytest.raises(RuntimeError, match="logits must be float32"):
             kernels.sample(wrong, 0.0, "cpu")

@@ -1,5 +1,5 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast.NAME. Each function here checks its tensors, allocates the
-// output, and submits the operation (tape.h: submit). kernels/cpu.py compiles this file, which includes the headers.
+// output, and submits the operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
 //
 //     kernels/ops.py          describes the operations, and calls the functions
 //     kernels/schema.py       has the schemas of the functions
@@ -332,7 +332,7 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
 
 extern "C" {
 // Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
-// docs/measurements.md. kernels/cpu.py calls it.
+// docs/measurements.md. kernels/prepare.py calls it.
 int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2;
 }
