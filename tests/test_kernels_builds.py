@@ -208,7 +208,7 @@ def test_sizes_are_the_same_in_all_languages():
     """Numbers that Python, C++ and Triton each have to know."""
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
-    assert sizes["MAX_TOKENS"] == ops.MAX_CPU_TOKENS
+    assert sizes["MAX_CPU_TOKENS"] == ops.MAX_CPU_TOKENS
     assert f"activations must be of 1 to {ops.MAX_CPU_TOKENS} tokens" in (kernels.build.SOURCES / "ops.cpp").read_text()
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
     assert attention.BLOCK_T.value == ops.MAX_TRITON_NEW_TOKENS

@@ -1,4 +1,4 @@
-// Products of blocks of weights with the activations of 1 to MAX_TOKENS tokens, for every format of weights.
+// Products of blocks of weights with the activations of 1 to MAX_CPU_TOKENS tokens, for every format of weights.
 //
 // A decode step multiplies every weight with few activations, so memory bandwidth limits its speed. The loops here read
 // each weight once and in order, prefetch later weights, and keep the sums of up to BLOCK_M tokens in registers. For
@@ -32,7 +32,7 @@ constexpr bool HAS_WIDE_REGISTERS = true;
 constexpr bool HAS_WIDE_REGISTERS = false;
 #endif
 
-using BlockSums = Vec[MAX_TOKENS];  // the products of a block of weights with each token: [MAX_TOKENS, BLOCK_N]
+using BlockSums = Vec[MAX_CPU_TOKENS];  // the products of a block of weights with each token: [tokens, BLOCK_N]
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 

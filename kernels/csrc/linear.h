@@ -28,7 +28,7 @@ template <typename T> struct FusedLinearOp {
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
-    PreparedToken tokens[MAX_TOKENS];
+    PreparedToken tokens[MAX_CPU_TOKENS];
     const char* tiles = preparer().prepare(shared, barrier, tokens);
     const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
     BlockSums sums[2];

@@ -70,10 +70,10 @@ int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> 
   return m;
 }
 
-// Calls check_rows, and checks that there are at most MAX_TOKENS tokens.
+// Calls check_rows, and checks that there are at most MAX_CPU_TOKENS tokens.
 int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = check_rows(x, k, others);
-  STD_TORCH_CHECK(m <= MAX_TOKENS, "activations must be of 1 to 64 tokens");
+  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS, "activations must be of 1 to 64 tokens");
   return m;
 }
 
@@ -292,7 +292,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                     int64_t group_size, OptTensor bias, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
   const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
   check_ids(topk_ids, m);
-  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_TOKENS &&
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_CPU_TOKENS &&
                   topk_weights.scalar_type() == ScalarType::Float && topk_weights.is_contiguous() &&
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
@@ -334,7 +334,7 @@ extern "C" {
 // Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
 // docs/measurements.md. kernels/prepare.py calls it.
 int max_unquantized_tokens(int is_bf16) {
-  return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2;
+  return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }
 // The tests call it.
 int has_amx_bf16() { return has_amx(); }

@@ -9,9 +9,9 @@
 #include "float8.h"
 #include "tape.h"
 
-constexpr int64_t MAX_TOKENS = 64;  // the most tokens of an operation; equals MAX_CPU_TOKENS in kernels/ops.py
-constexpr int64_t BLOCK_M = 8;      // the most tokens whose sums fit in registers
-constexpr int64_t BLOCK_N = 16;     // the outputs of a block of weights: one output for each lane of a Vec
+constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; also in kernels/ops.py
+constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
+constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of a Vec
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Unquantized weights are stored output by
 // output. Quantized weights are packed in blocks of 16 outputs and in words of 4 bytes. The words of 16 outputs are
