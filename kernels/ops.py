@@ -29,7 +29,7 @@ Each function calls the kernel of a backend, or computes the same result in plai
 
 The tokens of all sequences of a step count together. An operation with more tokens runs in plain PyTorch. On a CPU four
 small operations have no limit (SPECIAL_MAX_KERNEL_TOKENS), and a weight that is not quantized may have a lower one
-(max_kernel_tokens). Without a C++ compiler, plain PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
+(max_kernel_tokens). Without a C++ compiler, PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
 
 Two rules for all operations:
 

@@ -198,6 +198,11 @@ class KernelFormat(NamedTuple):
         """The name in tuned.json."""
         return self.format_class.__name__.lower()
 
+    @property
+    def bits(self) -> int:
+        """The bits of an element. With matrix units, a weight that is not quantized has 16."""
+        return 16 if self.scales is Scales.NONE else 8 // self.format_class.elements_per_byte
+
     def has_channel_scales(self, group_size: int, k: int) -> bool:
         """Returns whether fused_linear applies the scales after the loop over K."""
         return self.scales is Scales.FLOAT32 and group_size >= k
