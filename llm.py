@@ -25,16 +25,9 @@ from torch import Tensor
 
 from converters.resolve import resolve_checkpoint
 from engine.chat import Conversation
-from engine.completion import (
-    Completion,
-    DecodeLoop,
-    build_request,
-    check_max_new_tokens,
-    generate_many,
-    stream_completions,
-)
+from engine.completion import Completion, DecodeLoop, generate_many, stream_completions
+from engine.request import build_request, check_length, check_max_new_tokens
 from engine.sampling import SamplingParams
-from engine.scheduler import check_length
 from engine.steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
 from loading import load
 from model import KVCache
@@ -137,7 +130,7 @@ class LLM:
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
         check_max_new_tokens(max_new_tokens)
         context = self.model.config.max_seq_len
-        request = build_request(prompt, self.tokenizer, context, max_new_tokens, self.sampling, stop=stop)
+        request = build_request(prompt, self.tokenizer, context, max_new_tokens, sampling=self.sampling, stop=stop)
         check_length(len(request.prompt_ids), max_new_tokens, self.max_seq_len, limit="max_seq_len, ")
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()

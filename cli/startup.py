@@ -12,7 +12,7 @@ from torch import Tensor
 import collectives
 from cli.prompts import Prompt
 from cli.ranks import communication_share
-from engine.scheduler import check_length
+from engine.request import check_length
 from engine.speculate import (
     PromptLookup,
     Proposer,
@@ -59,7 +59,7 @@ def required_seq_len(
         if name == "draft" and context <= CONVERSATION_LENGTH:
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
-    longest = max(len(prompt.ids) for prompt in prompts)
+    longest = max(len(prompt.request.prompt_ids) for prompt in prompts)
     try:
         check_length(longest, args.max_new_tokens, context, limit=f"the {name}'s context of ")
     except UsageError as e:
@@ -105,7 +105,7 @@ def warm_up(
 
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length that the kernels do not compute.
-        n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
+        n_prompt_tokens = len(prompts[0].request.prompt_ids) if prompts else MAX_CPU_TOKENS + 1
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
     if not args.compile:

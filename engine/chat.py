@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from engine.completion import Completion, DecodeLoop, stream_completions
-from engine.scheduler import Request
+from engine.request import Request
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError

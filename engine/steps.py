@@ -69,6 +69,8 @@ def build_steps(
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
+        if sampling.depends_on_text:
+            kv_cache.store_tokens(tokens, start_pos)
         logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from engine.request import Request
 from engine.sampling import SamplingParams, probabilities, sample
-from engine.scheduler import Request, Scheduler
+from engine.scheduler import Scheduler
 from engine.speculate import PromptLookup, build_speculative_decoder
 from generate import build_decode_loop, build_steps, make_kv_cache
 from utils.errors import UsageError

@@ -20,8 +20,9 @@ from torch.utils.benchmark import Timer
 from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.families import config_from_hf
+from engine.request import Request
 from engine.sampling import SamplingParams
-from engine.scheduler import Request, Scheduler
+from engine.scheduler import Scheduler
 from engine.steps import GenerationSteps, ModelRunner, build_steps
 from kernels.formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, RMSNorm
