@@ -19,9 +19,9 @@ if __name__ == "__main__":
 import torch
 
 import collectives
-from cli import options
-from cli.arguments import parse_args
+from cli import common_args
 from cli.complete import complete_in_parallel, complete_one_by_one
+from cli.generate_args import parse_args
 from cli.prompts import Prompt, read_prompts
 from cli.ranks import process_group
 from cli.script import run_script
@@ -45,8 +45,8 @@ OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --b
 
 def main():
     args = parse_args(__doc__)
-    options.set_threads(args.threads)
-    load_options = options.load_options(args)
+    common_args.set_threads(args.threads)
+    load_options = common_args.load_options(args)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}

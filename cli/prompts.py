@@ -38,7 +38,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelCo
     sources = [with_chat_options(source, args) for source in given]
     prompts = []
     for i, source in enumerate(sources):
-        seed = args.seed + i  # of --parallel, where a prompt's text does not depend on the other prompts
+        seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
         request = build_request(source, tokenizer, config.max_seq_len, args.max_new_tokens, seed=seed, **options)
         prompts.append(Prompt(source, request))
     if not prompts or not all(prompt.request.prompt_ids for prompt in prompts):

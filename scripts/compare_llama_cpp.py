@@ -47,7 +47,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from cli import options
+from cli import common_args
 from cli.script import run_script
 from kernels import build
 from scripts import tables
@@ -124,7 +124,7 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")

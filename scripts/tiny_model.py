@@ -17,7 +17,7 @@ import tokenizers
 import torch
 import transformers as hf
 
-from cli import options
+from cli import common_args
 from cli.script import run_script
 
 CONFIGS = {"llama2": hf.LlamaConfig, "mixtral": hf.MixtralConfig, "qwen3": hf.Qwen3Config}
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% e
 
 
 def main():
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     parser.add_argument("family", choices=CONFIGS)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

@@ -18,7 +18,7 @@ TOP_N_SIGMA_TESTS = '''
 import pytest
 import torch
 
-from cli.arguments import parse_args
+from cli.generate_args import parse_args
 from utils.errors import UsageError
 from engine.sampling import SamplingParams, probabilities
 from tests.tiny import call
