@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint. The loop is llm.py: generate; a step is engine/steps.py. This file is the command:
+"""Generate text from a checkpoint. This file is the command. The loop is llm.py: generate, and a step engine/steps.py.
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
@@ -28,17 +28,11 @@ from cli.script import run_script
 from cli.startup import build_decoder, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from engine.chat import Conversation
-from engine.sampling import SamplingParams
 from engine.steps import build_steps, make_kv_cache
-from llm import LLM, build_decode_loop, generate
-from loading import load, load_model
+from llm import LLM, build_decode_loop  # noqa: F401  (earlier READMEs import LLM from here)
+from loading import load
 from model import Transformer
 from text.tokenizer import Tokenizer
-
-# The names that programs import from this file
-__all__ = [
-    "LLM", "SamplingParams", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_decode_loop",
-]
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 

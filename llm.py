@@ -6,7 +6,7 @@
 
 LLM consists of these parts, which also take batches:
 
-    from generate import SamplingParams, build_steps, generate, load, make_kv_cache
+    from llm import SamplingParams, build_steps, generate, load, make_kv_cache
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])

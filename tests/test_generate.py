@@ -10,8 +10,8 @@ import torch
 from engine import steps as steps_module
 from engine.sampling import SamplingParams
 from engine.steps import ModelRunner, build_steps
-from generate import generate
 from kernels import build
+from llm import generate
 from model import KVCache
 from tests.tiny import FAMILIES
 

@@ -14,7 +14,7 @@ import quantize
 from converters.families import config_from_hf
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from generate import generate
+from llm import generate
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes

@@ -9,7 +9,8 @@ from engine.request import Request
 from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Scheduler
 from engine.speculate import PromptLookup, build_speculative_decoder
-from generate import build_decode_loop, build_steps, make_kv_cache
+from engine.steps import build_steps, make_kv_cache
+from llm import build_decode_loop
 from utils.errors import UsageError
 
 

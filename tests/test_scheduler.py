@@ -14,8 +14,10 @@ from engine.completion import Completion, complete_all, generate_many
 from engine.request import Request
 from engine.sampling import SamplingParams
 from engine.scheduler import RunningSequence, Scheduler, sample_each
-from generate import build_steps, generate, load, make_kv_cache
+from engine.steps import build_steps, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
+from llm import generate
+from loading import load
 from model import Transformer
 from scripts.async_completer import AsyncCompleter, CompletionError
 from tests.tiny import make_hf, to_ours

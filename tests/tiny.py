@@ -12,8 +12,8 @@ import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
 from converters.folder import convert_folder
-from generate import load_model
 from kernels.formats import parse_formats
+from loading import load_model
 from model import KVCache, empty_model
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
