@@ -18,7 +18,7 @@ ACTIVATIONS = {
 }
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
-MAX_SIZE = 2**31
+MAX_SIZE = 2**31  # of a dimension, in elements or tokens
 
 
 @dataclass(frozen=True)

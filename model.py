@@ -78,8 +78,8 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight is self.lm_head.weight
 
     def round_embed_scale(self):
-        """Rounds embed_scale to the activations' dtype, as transformers does. A step cannot round, since only ops of
-        kernels/schema.py can be recorded."""
+        """Rounds embed_scale to the activations' dtype, as transformers does. A step cannot round, since only
+        the operations of kernels/schema.py can be recorded."""
         self.embed_scale = torch.tensor(self.embed_scale).to(self.dtype).item()
 
     def tie_embedding(self):
@@ -108,8 +108,8 @@ class Transformer(nn.Module):
                 yield name, module
 
     def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
-        """Whether every op of a step with n_new_tokens in each of batch_size sequences has a kernel, so that record()
-        can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, activate and add."""
+        """Whether every operation of a step with n_new_tokens in each of batch_size sequences has a kernel, so that
+        record() can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, activate and add."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded

@@ -71,7 +71,7 @@ def build_decoder(
     args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
     """Returns a SpeculativeDecoder, which proposes tokens by the draft model, or by prompt lookup if draft is None."""
-    warn_about_size(args.speculate_k, model)
+    warn_without_kernels(args.speculate_k, model)
     if draft is None:
         proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
     else:
@@ -80,7 +80,7 @@ def build_decoder(
     return build_speculative_decoder(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
 
 
-def warn_about_size(k: int, model: Transformer):
+def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
     most = max((i for i in range(1, k + 1) if model.can_record(1, i + 1)), default=0)
     if model.lm_head.backend == "triton" and most < k:

@@ -140,8 +140,8 @@ class ModelRunner:
         no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
         no            any       no           eager
 
-    model.can_record(B, T) says whether every op has a kernel for B * T tokens. The limit of a linear layer is
-    max_kernel_tokens. An eager step uses the kernels of the ops that are within their limit:
+    model.can_record(B, T) says whether every operation has a kernel for B * T tokens. The limit of a linear layer is
+    max_kernel_tokens. An eager step uses the kernels of the operations that are within their limit:
 
         64 tokens          quantized weights, and all weights on a GPU with matrix units
         8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
@@ -174,7 +174,7 @@ class ModelRunner:
     def recorded(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         if self.device.type == "cuda":
             return self.cuda_graph(tokens, start_pos, *sampler_inputs)
-        # A tape holds only ops of kernels/schema.py, but a sampler has others.
+        # A tape holds only the operations of kernels/schema.py, and a sampler has others.
         logits = self.tape_of_model(tokens, start_pos)
         return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
 

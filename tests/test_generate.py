@@ -111,7 +111,7 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(pair):
 
 
 def test_modes_of_a_step(pair):
-    """By device, and by whether every op has a kernel: without compile and with it."""
+    """By device, and by whether every operation has a kernel: without compile and with it."""
     model = pair("llama3")[1]
     for device, can_record, expected in [
         ("cpu", True, ["recorded", "recorded"]),
