@@ -41,12 +41,12 @@ RENAMED_TENSORS = {
     ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
     ".w13.": ".gate_up_proj.", ".w2.": ".down_proj.",
     ".attention_norm.": ".pre_attention_norm.", ".ffn_norm.": ".pre_ffn_norm.",
-}  # fmt: skip
+}
 RENAMED_FIELDS = {
     "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
     "window_layers": "layer_has_window", "rope_layers": "layer_has_rope", "out_bias": "o_proj_bias",
     "qk_norm_all_heads": "qk_norm_across_heads", "window_rope_theta": "local_rope_theta",
-}  # fmt: skip
+}
 RENAMED_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu_tanh"}
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype

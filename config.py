@@ -15,10 +15,10 @@ from utils.errors import UsageError
 ACTIVATIONS = {
     "swiglu": True, "geglu": True, "geglu_tanh": True, "clamped_swiglu": True,
     "gelu_pytorch_tanh": False, "relu2": False,
-}  # fmt: skip
+}
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
-MAX_SIZE = 2**31
+MAX_SIZE = 2**31  # of a dimension, in elements or tokens
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
     exit_on_interrupt()
 
-from cli import options
+from cli import common_args
 from cli.ranks import process_group
 from cli.script import run_script
 from converters.resolve import resolve_checkpoint
@@ -33,9 +33,9 @@ TEXT_WINDOW = 1024  # tokens of a text's window, unless the model's context is s
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     add = parser.add_argument
-    options.add_checkpoint_path(parser)
+    common_args.add_checkpoint_path(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="lm_eval's tasks or groups by name, or their files")
     what.add_argument("--text_file", type=Path, help="measure the perplexity of this text")
@@ -46,10 +46,10 @@ def parse_args() -> argparse.Namespace:
     add("--max_seq_length", dest="max_seq_len", metavar="MAX_SEQ_LENGTH", type=int, help=help)
     add("--batch_size", type=int, default=1, help="sequences scored at a time (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model")
-    options.add_device(parser)
-    options.add_precision(parser)
-    options.add_kernels(parser)
-    options.add_threads(parser)
+    common_args.add_device(parser)
+    common_args.add_precision(parser)
+    common_args.add_kernels(parser)
+    common_args.add_threads(parser)
     add("--json", action="store_true", help="the results as one line of JSON")
     args = parser.parse_args()
     for name in ("limit", "batch_size"):
@@ -62,11 +62,11 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    options.set_threads(args.threads)
+    common_args.set_threads(args.threads)
     # Check everything else before loading the model, which takes long.
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
-    load_options = options.load_options(args)
+    load_options = common_args.load_options(args)
     model, tokenizer = load(resolve_checkpoint(args.checkpoint_path), **load_options)
     length = context = model.config.max_seq_len
     if args.max_seq_len is not None:

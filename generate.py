@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint. The loop is llm.py: generate; a step is engine/steps.py. This file is the command:
+"""Generate text from a checkpoint. This file is the command. The loop is llm.py: generate, and a step engine/steps.py.
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
@@ -19,34 +19,28 @@ if __name__ == "__main__":
 import torch
 
 import collectives
-from cli import options
-from cli.arguments import parse_args
+from cli import common_args
 from cli.complete import complete_in_parallel, complete_one_by_one
+from cli.generate_args import parse_args
 from cli.prompts import Prompt, read_prompts
 from cli.ranks import process_group
 from cli.script import run_script
 from cli.startup import build_decoder, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from engine.chat import Conversation
-from engine.sampling import SamplingParams
 from engine.steps import build_steps, make_kv_cache
-from llm import LLM, build_decode_loop, generate
-from loading import load, load_model
+from llm import LLM, build_decode_loop  # noqa: F401  (earlier READMEs import LLM from here)
+from loading import load
 from model import Transformer
 from text.tokenizer import Tokenizer
-
-# The names that programs import from this file
-__all__ = [
-    "LLM", "SamplingParams", "load", "load_model", "make_kv_cache", "build_steps", "generate", "build_decode_loop",
-]  # fmt: skip
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
 
 def main():
     args = parse_args(__doc__)
-    options.set_threads(args.threads)
-    load_options = options.load_options(args)
+    common_args.set_threads(args.threads)
+    load_options = common_args.load_options(args)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}
@@ -61,7 +55,7 @@ def main():
 def generate_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, draft: Transformer | None,
     prompts: list[Prompt], stats: dict,
-):  # fmt: skip
+):
     """Completes the prompts one after the other, or runs a conversation. stats: more fields for --json."""
     kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, prompts, model, draft))
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)

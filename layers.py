@@ -23,7 +23,7 @@ class Linear(LinearParams):
     def forward(
         self, x: Tensor, norm: NormParams | None = None, residual: Tensor | None = None,
         activation: str | None = None, out_dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """x [..., K] -> [..., N], or [..., N / 2] with a gated activation. kernels/ops.py: fused_linear describes the
         arguments."""
         if self.input_order is not None:

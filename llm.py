@@ -6,7 +6,7 @@
 
 LLM consists of these parts, which also take batches:
 
-    from generate import SamplingParams, build_steps, generate, load, make_kv_cache
+    from llm import SamplingParams, build_steps, generate, load, make_kv_cache
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
@@ -25,16 +25,9 @@ from torch import Tensor
 
 from converters.resolve import resolve_checkpoint
 from engine.chat import Conversation
-from engine.completion import (
-    Completion,
-    DecodeLoop,
-    build_request,
-    check_max_new_tokens,
-    generate_many,
-    stream_completions,
-)
+from engine.completion import Completion, DecodeLoop, generate_many, stream_completions
+from engine.request import build_request, check_length, check_max_new_tokens
 from engine.sampling import SamplingParams
-from engine.scheduler import check_length
 from engine.steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
 from loading import load
 from model import KVCache
@@ -108,7 +101,7 @@ class LLM:
     def __init__(
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
         max_seq_len: int = 2048, compile: bool = False, **sampling,
-    ):  # fmt: skip
+    ):
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (converters/resolve.py).
         device: by default the machine's accelerator, or the CPU if there is none.
         dtype: of the activations, and of all weights that are not quantized.
@@ -137,7 +130,7 @@ class LLM:
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
         check_max_new_tokens(max_new_tokens)
         context = self.model.config.max_seq_len
-        request = build_request(prompt, self.tokenizer, context, max_new_tokens, self.sampling, stop=stop)
+        request = build_request(prompt, self.tokenizer, context, max_new_tokens, sampling=self.sampling, stop=stop)
         check_length(len(request.prompt_ids), max_new_tokens, self.max_seq_len, limit="max_seq_len, ")
         completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
         decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()
@@ -151,7 +144,7 @@ class LLM:
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
         stop: tuple[str, ...] = (), seed: int = 0,
-    ) -> Iterator[tuple[int, str]]:  # fmt: skip
+    ) -> Iterator[tuple[int, str]]:
         """Yields (number, continuation) for each prompt: see engine/completion.py: generate_many."""
         options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
         return generate_many(self.model, self.tokenizer, prompts, *options)

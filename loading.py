@@ -133,7 +133,7 @@ def check_input_orders(path: Path, tensors: Tensors):
 def move_tensors(
     tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
     shard_tensor: Callable[[str, Tensor], Tensor] | None,
-) -> Tensors:  # fmt: skip
+) -> Tensors:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
 
     shard_tensor: (name, tensor) -> this rank's shard of the tensor; None: keep every tensor whole."""

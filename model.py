@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig
-from kernels.formats import Dense, QuantizationScheme, WeightFormat
+from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
 from kernels.params import AttentionParams, LayerCache, WeightMatrix
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm
 from rope import RopeTables, alibi_slopes
 from utils.errors import UsageError
 
-DENSE = Dense()
-ALL_DENSE = QuantizationScheme(DENSE)
+UNQUANTIZED = Unquantized()
+ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
 
 
 class Transformer(nn.Module):
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.format: WeightFormat = DENSE  # of most linear layers
+        self.format: WeightFormat = UNQUANTIZED  # of most linear layers
         self.embed_scale = config.embed_scale  # load_model calls round_embed_scale
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
@@ -78,8 +78,8 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight is self.lm_head.weight
 
     def round_embed_scale(self):
-        """Rounds embed_scale to the activations' dtype, as transformers does. A step cannot round, since only ops of
-        kernels/schema.py can be recorded."""
+        """Rounds embed_scale to the activations' dtype, as transformers does. A step cannot round, since only
+        the operations of kernels/schema.py can be recorded."""
         self.embed_scale = torch.tensor(self.embed_scale).to(self.dtype).item()
 
     def tie_embedding(self):
@@ -108,11 +108,11 @@ class Transformer(nn.Module):
                 yield name, module
 
     def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
-        """Whether every op of a step with n_new_tokens in each of batch_size sequences has a kernel, so that record()
-        can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, activate and add."""
+        """Whether every operation of a step with n_new_tokens in each of batch_size sequences has a kernel, so that
+        record() can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, activate and add."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
-        if self.embed_tokens.format.is_quantized:  # a dense embedding can always be recorded
+        if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
             backends.add(self.embed_tokens.backend)
         if len(backends) > 1:
             return False
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         return n_elements * self.dtype.itemsize
 
 
-def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_DENSE) -> Transformer:
+def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
     quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
     gives a layer an input_order that it cannot have."""
@@ -152,7 +152,7 @@ def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_DENSE) ->
     model.format = formats.default
     for name, linear in linears.items():
         linear.set_format(formats.of_layer(name))
-    model.embed_tokens.set_format(formats.overrides.get("embed_tokens", DENSE))
+    model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))
     for name in formats.act_order_layers:
         linear = linears.get(name)
         if linear is None or linear.n_experts is not None:

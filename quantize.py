@@ -33,7 +33,7 @@ from torch import Tensor
 
 import gptq
 from checkpoint import read_checkpoint, save_checkpoint
-from cli import options
+from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
 from converters.resolve import resolve_checkpoint
@@ -84,10 +84,10 @@ DEFAULT_GROUP_SIZE = 32
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     add = parser.add_argument
     help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
-    options.add_checkpoint_path(parser, help=help)
+    common_args.add_checkpoint_path(parser, help=help)
     add("--mode", default="int8", help=f"{', '.join(QUANTIZE_MODES)} (default: %(default)s)")
     help = f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})"
     add("--groupsize", dest="group_size", metavar="GROUPSIZE", type=int, help=help)
@@ -102,8 +102,8 @@ def parse_args() -> argparse.Namespace:
     add("--percdamp", type=float, default=0.1, help="part of the Hessian's mean added to it (default: %(default)s)")
     add("--blocksize", type=int, default=128, help="columns rounded between updates (default: %(default)s)")
     add("--act_order", action=argparse.BooleanOptionalAction, default=True, help="round the columns that matter first")
-    options.add_device(group)
-    options.add_threads(parser)
+    common_args.add_device(group)
+    common_args.add_threads(parser)
     args = parser.parse_args()
     check_args(args)
     if args.group_size is None:
@@ -134,7 +134,7 @@ def check_args(args: argparse.Namespace):
 
 def main():
     args = parse_args()
-    options.set_threads(args.threads)
+    common_args.set_threads(args.threads)
     path = args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
@@ -198,7 +198,7 @@ def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterato
 def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
-):  # fmt: skip
+):
     """Writes a checkpoint of tensors, but with quantized tensors in place of weights. quantized yields (name, tensors
     in format) for every one of weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}

@@ -109,7 +109,7 @@ def check_device(device: torch.device):
     local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
     if device.type != "cpu" and (local_rank >= n_devices or device.index not in (None, local_rank)):
         raise UsageError(f"every process needs a device of its own, and here are {n_devices}; "
-                         "start fewer, or give no number in --device")  # fmt: skip
+                         "start fewer, or give no number in --device")
 
 
 def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import build_result, print_result
 from engine.completion import Completion, DecodeLoop, complete_all, stream_completions
-from engine.scheduler import Request, Scheduler, build_scheduler, longest_seq_len, max_slots
+from engine.request import Request
+from engine.scheduler import Scheduler, build_scheduler, longest_seq_len, max_slots
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import OutOfMemoryError, UsageError
@@ -25,7 +27,7 @@ from utils.errors import OutOfMemoryError, UsageError
 def complete_one_by_one(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, decode_loop: DecodeLoop,
     kv_cache: KVCache, prompts: list[Prompt], stats: dict,
-):  # fmt: skip
+):
     """Completes each prompt --num_samples times, with --batch_size sequences each time, and prints the results. stats:
     more fields for --json."""
     for prompt_number, prompt in enumerate(prompts, start=1):
@@ -57,10 +59,9 @@ def complete_batch(
 ) -> list[Completion]:
     """Completes prompt in every sequence of a batch, until all sequences have ended. Without --json, prints the first
     sequence while it is generated."""
-    request, ends = make_request(args, prompt, args.seed), choose_eos_ids(args, model)
-    request.start_time = time.perf_counter()
-    completions = [Completion(request, tokenizer, ends) for _ in range(args.batch_size)]
-    for texts in stream_completions(completions, decode_loop(prompt.ids, 0, args.max_new_tokens)):
+    request, eos_ids = replace(prompt.request, start_time=time.perf_counter()), choose_eos_ids(args, model)
+    completions = [Completion(request, tokenizer, eos_ids) for _ in range(args.batch_size)]
+    for texts in stream_completions(completions, decode_loop(request.prompt_ids, 0, args.max_new_tokens)):
         if not args.json:
             print(texts[0], end="", flush=True)
     return completions
@@ -71,7 +72,7 @@ def complete_in_parallel(
 ):
     """Completes args.parallel prompts at a time, and prints the results in the order of prompts. If a prompt does not
     fit the model's context, the other prompts are completed, and UsageError is raised at the end."""
-    requests = [make_request(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
+    requests = [prompt.request for prompt in prompts]
     scheduler = make_scheduler(args, model, requests)
     start, n_new_tokens, n_refused = time.perf_counter(), 0, 0
     hide_bar = True if sys.stdout.isatty() else None  # texts on a terminal show the progress already
@@ -103,7 +104,7 @@ def make_scheduler(args: argparse.Namespace, model: Transformer, requests: list[
 def print_json(
     args: argparse.Namespace, model: Transformer, scheduler: Scheduler, prompt: Prompt, completion: Completion,
     stats: dict,
-):  # fmt: skip
+):
     if completion.error:
         print(json.dumps({"error": completion.error, "prompt": prompt.source}), flush=True)
         return
@@ -111,11 +112,6 @@ def print_json(
     if args.logprobs is not None:
         result["logprobs"] = [[logprobs._asdict() for logprobs in completion.logprobs]]
     print_result(args, result, model)
-
-
-def make_request(args: argparse.Namespace, prompt: Prompt, seed: int) -> Request:
-    stop = tuple(args.stop)
-    return Request(prompt.ids, args.max_new_tokens, args.sampling, seed, stop, prompt.is_chat, args.logprobs)
 
 
 def choose_eos_ids(args: argparse.Namespace, model: Transformer) -> set[int]:

@@ -1,4 +1,4 @@
-"""The prompts of generate.py's command line, as token ids. A --prompt_file has one prompt a line:
+"""The prompts of generate.py's command line, as requests. A --prompt_file has one prompt a line:
 
     prompts.txt      a line is a text
     prompts.jsonl    a line is {"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]};
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from config import ModelConfig
-from engine.completion import encode_prompt
+from engine.request import Request, build_request
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -23,32 +23,36 @@ from utils.files import read_text
 
 class Prompt(NamedTuple):
     source: str | list[dict]  # a text to continue, or a chat's messages
-    ids: list[int]  # the token ids of source
-    is_chat: bool = False  # whether source is a chat, so that the completion is an answer
+    request: Request
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
     """Returns the prompts of --prompt, --prompt_file or --prompt_tokens. Raises UsageError for a prompt that is empty,
     malformed or far too long."""
+    options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
-        return [Prompt(tokenizer.decode(ids), ids)]
-    sources = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
-    prompts = [encode(source, args, tokenizer, config.max_seq_len) for source in sources]
-    if not prompts or not all(prompt.ids for prompt in prompts):
+        return [Prompt(tokenizer.decode(ids), Request(ids, args.max_new_tokens, **options))]
+    given = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
+    sources = [with_chat_options(source, args) for source in given]
+    prompts = []
+    for i, source in enumerate(sources):
+        seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
+        request = build_request(source, tokenizer, config.max_seq_len, args.max_new_tokens, seed=seed, **options)
+        prompts.append(Prompt(source, request))
+    if not prompts or not all(prompt.request.prompt_ids for prompt in prompts):
         raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
     return prompts
 
 
-def encode(source: str | list[dict], args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> Prompt:
-    """Encodes source: a text, or the messages of a chat. context: the model's, in tokens."""
+def with_chat_options(source: str | list[dict], args: argparse.Namespace) -> str | list[dict]:
+    """Applies --chat and --system to source: a text, or the messages of a chat."""
     if isinstance(source, str) and args.chat and source:
         source = [{"role": "user", "content": source}]
-    is_chat = not isinstance(source, str)
-    if is_chat and args.system and source[0]["role"] != "system":
+    if not isinstance(source, str) and args.system and source[0]["role"] != "system":
         source = [{"role": "system", "content": args.system}, *source]
-    return Prompt(source, encode_prompt(source, tokenizer, context), is_chat)
+    return source
 
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:

@@ -24,7 +24,8 @@ def build_result(
     decoded = [one for one in longest if len(one.step_times) > 1]  # step 0 is prefill, all others are decode steps
     tokens_per_second = median([sum(one.step_sizes[1:]) / one.decode_seconds for one in decoded])
     steps_per_second = median([(len(one.step_times) - 1) / one.decode_seconds for one in decoded])
-    halfway = len(prompt.ids) + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
+    n_prompt_tokens = len(prompt.request.prompt_ids)
+    halfway = n_prompt_tokens + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
     bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
     accept_counts = None
     if args.speculative:  # a step that accepts n proposed tokens gives n + 1 tokens
@@ -34,7 +35,7 @@ def build_result(
         "samples": texts,
         "prompt": prompt.source,
         "seed": args.seed,
-        "prompt_tokens": len(prompt.ids),
+        "prompt_tokens": n_prompt_tokens,
         "generated_tokens": sum(len(completion.new_ids) for completion in last_batch),
         "prefill_seconds": last.step_times[0] - last.request.start_time,
         "decode_tokens_per_sec": tokens_per_second,

@@ -12,7 +12,7 @@ from torch import Tensor
 import collectives
 from cli.prompts import Prompt
 from cli.ranks import communication_share
-from engine.scheduler import check_length
+from engine.request import check_length
 from engine.speculate import (
     PromptLookup,
     Proposer,
@@ -59,7 +59,7 @@ def required_seq_len(
         if name == "draft" and context <= CONVERSATION_LENGTH:
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
-    longest = max(len(prompt.ids) for prompt in prompts)
+    longest = max(len(prompt.request.prompt_ids) for prompt in prompts)
     try:
         check_length(longest, args.max_new_tokens, context, limit=f"the {name}'s context of ")
     except UsageError as e:
@@ -71,7 +71,7 @@ def build_decoder(
     args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
 ) -> SpeculativeDecoder:
     """Returns a SpeculativeDecoder, which proposes tokens by the draft model, or by prompt lookup if draft is None."""
-    warn_about_size(args.speculate_k, model)
+    warn_without_kernels(args.speculate_k, model)
     if draft is None:
         proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
     else:
@@ -80,7 +80,7 @@ def build_decoder(
     return build_speculative_decoder(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
 
 
-def warn_about_size(k: int, model: Transformer):
+def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
     most = max((i for i in range(1, k + 1) if model.can_record(1, i + 1)), default=0)
     if model.lm_head.backend == "triton" and most < k:
@@ -91,7 +91,7 @@ def warn_about_size(k: int, model: Transformer):
 def warm_up(
     args: argparse.Namespace, steps: GenerationSteps, decoder: SpeculativeDecoder | None, prompts: list[Prompt],
     device: torch.device,
-):  # fmt: skip
+):
     """Runs steps once, so that they are compiled or recorded before the first prompt:
 
         --compile_prefill    prefill
@@ -105,7 +105,7 @@ def warm_up(
 
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length that the kernels do not compute.
-        n_prompt_tokens = len(prompts[0].ids) if prompts else MAX_CPU_TOKENS + 1
+        n_prompt_tokens = len(prompts[0].request.prompt_ids) if prompts else MAX_CPU_TOKENS + 1
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
     if not args.compile:

@@ -26,7 +26,7 @@ HELP = (
 )
 COMMANDS = {  # command -> whether a file's name follows
     "/continue": False, "/drop": False, "/exit": False, "/help": False, "/reset": False, "/load": True, "/save": True,
-}  # fmt: skip
+}
 COMMAND_PATTERN = re.compile(r"\s*(/\w+)(?:[ \t]+(.*?))?\s*")  # "." matches no line break: several lines are a message
 LONGEST_LINE = 4095  # bytes; a terminal in canonical mode drops what exceeds them
 BRACKETED_PASTE_ON, BRACKETED_PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # escape sequences

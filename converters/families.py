@@ -95,13 +95,13 @@ QWEN = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_windo
 GEMMA = dict(
     max_position_embeddings=8192, bos_token_id=2, eos_token_id=1, head_dim=256, tie_word_embeddings=True,
     hidden_act="gelu_pytorch_tanh",
-)  # fmt: skip
+)
 OLMO = dict(max_position_embeddings=2048, eos_token_id=50279, rms_norm_eps=1e-5)
 OLMO_NORMS = dict(pre_norm=False, post_norm=True, qk_norm=True, qk_norm_across_heads=True)
 GLM = dict(
     max_position_embeddings=131072, head_dim=128, num_key_value_heads=2, attention_bias=True, partial_rotary_factor=0.5,
     rms_norm_eps=1.5625e-7, eos_token_id=[151329, 151336, 151338],
-)  # fmt: skip
+)
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FOLDED_NORM_BIASES = dict(qkv_bias=True, ffn_bias=True, head_bias=True)  # see Family.norm_bias
@@ -111,7 +111,7 @@ GPT_OSS_ROPE = dict(
 BAICHUAN = Family(
     "baichuan", dict(bos_token_id=1, eos_token_id=2), read_overrides=baichuan, renames=BAICHUAN_TO_CANONICAL,
     normalizes_head=is_baichuan2,
-)  # fmt: skip
+)
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
     "MistralForCausalLM": Family(
@@ -351,5 +351,5 @@ FAMILIES = {
     ),
     "BaiChuanForCausalLM": BAICHUAN,  # Baichuan 1, 7B
     "BaichuanForCausalLM": BAICHUAN,
-}  # fmt: skip
+}
 MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}

@@ -137,7 +137,7 @@ def rename_phi3(hf_config: dict) -> dict:
 DBRX_FIELDS_TO_LLAMA = {
     "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
     "max_seq_len": "max_position_embeddings",
-}  # fmt: skip
+}
 
 
 def rename_dbrx(hf_config: dict) -> dict:

@@ -15,10 +15,10 @@ from converters.model_tensors import SourceTensors
 GEMMA_NORMS_TO_CANONICAL = {
     ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
     ".post_feedforward_layernorm.": ".post_ffn_norm.",
-}  # fmt: skip
+}
 GLM4_NORMS_TO_CANONICAL = {
     ".post_self_attn_layernorm.": ".post_attention_norm.", ".post_mlp_layernorm.": ".post_ffn_norm.",
-}  # fmt: skip
+}
 META_FFN_TO_CANONICAL = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
 MIXTRAL_TO_CANONICAL = META_FFN_TO_CANONICAL | {".block_sparse_moe.": ".mlp."}
 GPT_OSS_TO_CANONICAL = {".mlp.router.": ".mlp.gate."}
@@ -29,14 +29,14 @@ GROK_TO_CANONICAL = {
     ".pre_moe_norm.scale": ".post_attention_layernorm.weight", ".post_moe_norm.scale": ".post_ffn_norm.weight",
     "model.norm.scale": "model.norm.weight", ".attn.": ".self_attn.", ".moe_block.": ".mlp.",
     ".linear_v.": ".up_proj.", ".linear_1.": ".down_proj.", ".linear.": ".gate_proj.",
-}  # fmt: skip
+}
 DBRX_TO_CANONICAL = {
     "transformer.wte.": "model.embed_tokens.", "transformer.norm_f.": "model.norm.",
     "transformer.blocks.": "model.layers.", ".norm_attn_norm.norm_1.": ".input_layernorm.",
     ".norm_attn_norm.norm_2.": ".post_attention_layernorm.", ".norm_attn_norm.attn.": ".self_attn.",
     ".Wqkv.": ".qkv_proj.", ".out_proj.": ".o_proj.", ".ffn.router.layer.": ".mlp.gate.",
     ".ffn.experts.mlp.": ".mlp.experts.",
-}  # fmt: skip
+}
 
 
 def rename_tensor(name: str, new_names: dict[str, str]) -> str:

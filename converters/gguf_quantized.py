@@ -29,7 +29,7 @@ from converters.hf_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
 from converters.model_tensors import TensorPlan, TensorReader
 from converters.quantized_weight import LazyWeight, check_finite_scales
-from kernels.formats import MXFP4, Dense, GroupedInt8, Int4, Int8, Tensors, WeightFormat
+from kernels.formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.formats.integers import GroupedFormat
 from utils.errors import UsageError
@@ -99,7 +99,7 @@ class TargetWeight:
         if types == {Type.MXFP4}:
             formats = [MXFP4()]
         elif types & {Type.MXFP4, *FLOATS}:
-            formats = [Dense()]
+            formats = [Unquantized()]
         elif all(BLOCK_TYPES[part.type].bits == 4 for part in self.parts):
             formats = [INT4, SMALLER_INT4]
         else:
@@ -216,11 +216,11 @@ class GGUFQuantizer:
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
-        self.became_dense: Counter[str] = Counter()  # by type: tensors that are stacked with floats
+        self.became_unquantized: Counter[str] = Counter()  # by type: tensors that are stacked with floats
         self.weights: dict[str, LazyWeight] = {}
         for stack in stacks:
-            if isinstance(stack.format, Dense):
-                self.became_dense.update(part.type.name for part in stack.parts if part.type not in FLOATS)
+            if isinstance(stack.format, Unquantized):
+                self.became_unquantized.update(part.type.name for part in stack.parts if part.type not in FLOATS)
                 continue
             for source in stack.plan.sources:
                 read = partial(self.read, source, sources[source], stack.format, row_order)
@@ -259,7 +259,7 @@ class GGUFQuantizer:
         lines = []
         for (type_name, format_name), errors in sorted(self.errors.items()):
             lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")
-        for type_name, n in self.became_dense.items():
+        for type_name, n in self.became_unquantized.items():
             lines.append(f"{type_name}: {n} tensors to floats, as what they are stacked with")
         ratio = self.n_bytes / self.stored_bytes
         lines.append(f"{self.n_bytes / 1e6:.1f} MB, {ratio:.2f} times the GGUF's")

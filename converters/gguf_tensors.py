@@ -60,7 +60,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 def convert_gguf(
     file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, keep: bool = False,
     announce: Announcement | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes model.pth, with weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
 
     keep: whether quantized weights stay quantized. Then the file's name says how, and a report is printed.

@@ -31,7 +31,7 @@ SPLITS = {  # tokenizer.ggml.pre -> regular expressions, which split one after t
     "llama-bpe": [LLAMA3_WORDS], "llama3": [LLAMA3_WORDS], "smaug-bpe": [LLAMA3_WORDS], "dbrx": [LLAMA3_WORDS],
     "chatglm-bpe": [LLAMA3_WORDS], "glm4": [LLAMA3_WORDS],
     "qwen2": [QWEN2_SPLIT], "gpt-4o": [GPT4O],
-}  # fmt: skip
+}
 LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # a text begins with bos; a word in the vocabulary needs no merges
 LIKE_GLM4 = ("chatglm-bpe", "glm4")  # a text begins with GLM4_PREFIX
 GLM4_PREFIX = ("[gMASK]", "<sop>")

@@ -35,7 +35,7 @@ HF_NEUTRAL_VALUES = {
 OUR_NAMES_TO_HF = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-}  # fmt: skip
+}
 # Fields that only architectures with unsupported parts have -> the part
 UNSUPPORTED_PARTS = {
     "vision_config": "a model of images and text",

@@ -180,7 +180,7 @@ def gptq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
     shape = torch.Size([n, k])
     weight = UnpackedWeight(
         shape, bits, group_size, scales.T, lambda: unpack_words(qweight.T, bits), read_zeros, input_order
-    )  # fmt: skip
+    )
     if quantization.get("sym") is True and not weight.is_symmetric:
         layer.refuse(f"zero points other than {weight.middle}", "sym true")
     return weight.to_weight()

@@ -25,7 +25,7 @@ from utils.errors import UsageError
 
 def to_canonical_layout(
     tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
-) -> TensorReader:  # fmt: skip
+) -> TensorReader:
     """Renames and splits tensors, in place. Returns the function read, which returns a tensor by its canonical name.
     read makes all changes of a tensor's data, so that only one tensor is in memory at a time. adapter: a LoRA adapter,
     which read merges into the weights."""
@@ -111,7 +111,7 @@ def undo_act_order(tensors: SourceTensors):
         sources = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
         sources = [source for source in sources if source in tensors]
         if any(isinstance(tensors[source], Tensor) and tensors[source].dim() > 1 for source in sources):
-            continue  # a sorted dense weight would be a copy in memory
+            continue  # a sorted unquantized weight would be a copy in memory
         for source in sources:
             tensors[source] = select_rows(tensors[source], down.input_order)
         tensors[name] = replace(down, input_order=None)

@@ -34,7 +34,7 @@ UNSUPPORTED_FIELDS = {
     "trainable_token_indices": "single trained tokens", "alora_invocation_tokens": "LoRA that begins at a token",
     "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "monteclora_config": "MonteCLoRA", "ensure_weight_tying": "LoRA of an embedding and a head together",
-}  # fmt: skip
+}
 # Initializations of A and B that leave W unchanged. Other methods, such as PiSSA, train an adapter for a changed W.
 SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -188,7 +188,7 @@ class LoraMerger:
     def __init__(
         self, adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str],
         split: Callable[[SourceTensors], None],
-    ):  # fmt: skip
+    ):
         """tensors: the base model's, renamed and split."""
         self.rename, self.split = rename, split
         self.delta_of: dict[str, tuple[str, LoraDelta]] = {}  # tensor's name -> transformers' name, delta

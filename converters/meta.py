@@ -39,12 +39,12 @@ META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of 
     "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
-}  # fmt: skip
+}
 KNOWN_PARAMS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of",
     "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "sliding_window", "max_seq_len",
     "max_batch_size", "model_parallel_size",
-}  # fmt: skip
+}
 LLAMA31_CONTEXT, LLAMA31_TRAINED_CONTEXT = 131072, 8192
 LLAMA3_THETA = 500000
 
@@ -171,7 +171,7 @@ def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tu
         vocab_size=len(tensors[EMBEDDING]) if vocab_size == -1 else vocab_size, max_seq_len=context,
         norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta") or 10000.0, rope_scaling=scaling,
         sliding_window=params.get("sliding_window"), tie_embeddings=has_tied_head,
-    )  # fmt: skip
+    )
     return config, note
 
 
@@ -253,4 +253,4 @@ def tinyllamas_config(args: dict, tensors: SourceTensors) -> ModelConfig:
         vocab_size=args["vocab_size"], max_seq_len=args["max_seq_len"],
         tie_embeddings=torch.equal(tensors[HEAD], tensors[EMBEDDING]),
         bos_id=1, eos_ids=(1,),  # a story ends where the next would begin
-    )  # fmt: skip
+    )

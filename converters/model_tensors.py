@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoint import save_checkpoint
 from config import ModelConfig
 from converters.quantized_weight import LazyWeight, common_format, have_one_order
-from kernels.formats import Dense, WeightFormat
+from kernels.formats import Unquantized, WeightFormat
 from model import empty_model
 from utils.errors import UsageError
 from utils.files import replace_file
@@ -62,7 +62,7 @@ MOE_SOURCES = CANONICAL_SOURCES | {
 # A linear layer -> the norm before the layer. The norm's elements have the order of the layer's inputs.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
-}  # fmt: skip
+}
 # Names of buffers that some checkpoints store, and that are computed here: tables of RoPE, constants of masks
 BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
 # Names of layers for multi-token prediction. Without these layers the model's output is the same.
@@ -98,7 +98,7 @@ class TensorPlan:
 
     @property
     def format(self) -> WeightFormat:
-        return self.linear_format or Dense()
+        return self.linear_format or Unquantized()
 
 
 def convert(path: Path, model: SourceModel, announce: Announcement | None = None) -> Path:
@@ -217,7 +217,7 @@ def choose_format(name: str, plan: TensorPlan, weights: list[Tensor | LazyWeight
     if plan.format.quantization is None:
         return
     if loses_order(name, plan, weights):
-        plan.linear_format = Dense()
+        plan.linear_format = Unquantized()
     else:
         plan.input_order = weights[0].input_order
 
@@ -290,7 +290,7 @@ def stack_tensors(plans: dict[str, TensorPlan], read: TensorReader) -> Iterator[
                 rows = ours[tensor_name]
                 rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
                 rows[start : start + len(t)].copy_(t)
-                if plan.format == Dense():  # converters have checked the scales of quantized weights
+                if plan.format == Unquantized():  # converters have checked the scales of quantized weights
                     check_finite_tensor(source, rows[start : start + len(t)])
             start += weight.shape[0]
         for tensor_name, t in ours.items():
@@ -309,9 +309,9 @@ def check_finite_tensor(name: str, tensor: Tensor):
 
 
 def most_common_format(plans: dict[str, TensorPlan]) -> WeightFormat:
-    """Returns the format that most quantized weights have, or Dense if no weight is quantized."""
+    """Returns the format that most quantized weights have, or Unquantized if no weight is quantized."""
     counts = Counter(plan.format for plan in plans.values() if plan.format.quantization is not None)
-    return counts.most_common(1)[0][0] if counts else Dense()
+    return counts.most_common(1)[0][0] if counts else Unquantized()
 
 
 def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dict | None:
@@ -333,7 +333,7 @@ def describe_formats(plans: dict[str, TensorPlan], default: WeightFormat) -> dic
 
 
 def warn_dequantized(plans: dict[str, TensorPlan], tensors: SourceTensors):
-    """Prints which of the checkpoint's quantized weights become dense, and why."""
+    """Prints which of the checkpoint's quantized weights become unquantized, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, plan in plans.items():
         quantized = {name: tensors[name] for name in plan.sources if isinstance(tensors[name], LazyWeight)}
@@ -344,8 +344,8 @@ def warn_dequantized(plans: dict[str, TensorPlan], tensors: SourceTensors):
 
 
 def why_dequantized(name: str, plan: TensorPlan, weights: list[LazyWeight]) -> str:
-    """Returns why weights, which are stacked in our tensor called name, become dense."""
-    if loses_order(name, plan, weights) or any(isinstance(weight.format, Dense) for weight in weights):
+    """Returns why weights, which are stacked in our tensor called name, become unquantized."""
+    if loses_order(name, plan, weights) or any(isinstance(weight.format, Unquantized) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
         return f"{why}; a checkpoint without it becomes a smaller file"
     if not all(weight.is_storable() for weight in weights):

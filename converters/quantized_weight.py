@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kernels.formats import GROUP_SIZES, Dense, Tensors, WeightFormat
+from kernels.formats import GROUP_SIZES, Tensors, Unquantized, WeightFormat
 from utils.errors import UsageError
 
 CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale
@@ -42,8 +42,8 @@ class LazyWeight:
 
     def select_inputs(self, start: int, length: int) -> "LazyWeight":
         if self.input_order is not None:
-            dense = LazyWeight(Dense(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
-            return dense.select_inputs(start, length)
+            unquantized = LazyWeight(Unquantized(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
+            return unquantized.select_inputs(start, length)
 
         def read() -> Tensors:
             return {name: self.format.shard_inputs(name, t, start, length) for name, t in self.read().items()}
@@ -67,8 +67,8 @@ class LazyWeight:
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
         """Reads the weight in another format, which common_format has returned. The values stay the same. dtype: the
-        dtype of a Dense weight."""
-        if format == Dense():
+        dtype of an Unquantized weight."""
+        if format == Unquantized():
             return {"weight": self.dequantize(dtype)}
         return self.format.widen(self.read(), format, self.shape[1])
 
@@ -80,15 +80,15 @@ class LazyWeight:
 
 
 def common_format(parts: list[Tensor | LazyWeight]) -> WeightFormat:
-    """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or Dense
-    if there is no such format. Ignores input_order."""
+    """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or
+    Unquantized if there is no such format. Ignores input_order."""
     common = None
     for part in parts:
         if not isinstance(part, LazyWeight) or not part.is_storable():
-            return Dense()
+            return Unquantized()
         common = part.format if common is None else common.common_format(part.format)
         if common is None:
-            return Dense()
+            return Unquantized()
     return common
 
 

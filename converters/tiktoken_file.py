@@ -27,7 +27,7 @@ LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id
 LLAMA31_NAMES = [
     "begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id", "eom_id",
     "eot_id", "python_tag",
-]  # fmt: skip
+]
 # The template of the chat models. Base models were not trained on a template.
 LLAMA3_TEMPLATE = """
 {{- bos_token }}

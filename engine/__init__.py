@@ -3,6 +3,7 @@
     sampling.py      logits to a token: temperature, top_k, top_p, min_p, repetition penalty
     steps.py         prefill, decode and verification, as functions from token ids to the next token ids
     speculate.py     draft models, prompt lookup, verification
+    request.py       Request: a prompt and how to continue it; prompts to token ids
     scheduler.py     many sequences at once, each at its own position
     completion.py    tokens to text: end tokens, stop strings, several callers at once
     chat.py          Conversation: a chat's messages and answers in one KV cache

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from engine.completion import Completion, DecodeLoop, stream_completions
-from engine.scheduler import Request
+from engine.request import Request
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError
@@ -34,7 +34,7 @@ class Conversation:
     def __init__(
         self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Sequence[int],
         system: str | None = None,
-    ):  # fmt: skip
+    ):
         """Raises UsageError if the checkpoint has no chat template.
 
         max_seq_len: how many tokens the KV cache of decode_loop holds.

@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
+from engine.request import GREEDY, Request, build_request, check_length, check_max_new_tokens, find_finish_reason
 from engine.sampling import SamplingParams
-from engine.scheduler import GREEDY, Logprobs, Request, Scheduler, build_scheduler, check_length, find_finish_reason
+from engine.scheduler import Logprobs, Scheduler, build_scheduler
 from model import Transformer
-from text.chat_template import check_unicode, read_message
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError
 
@@ -34,7 +34,7 @@ class Completion:
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, eos_ids: set[int], index: int = 0, resumable: bool = False
-    ):  # fmt: skip
+    ):
         """eos_ids: the tokens that end the text.
         index: the caller's number for the request.
         resumable: what happens if max_new_tokens cuts the text within a character. If True, the text does not have the
@@ -137,43 +137,11 @@ def complete_all(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[
         raise
 
 
-def check_max_new_tokens(max_new_tokens: int):
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-
-
-def build_request(
-    prompt: str | list[dict], tokenizer: Tokenizer, context: int, max_new_tokens: int,
-    sampling: SamplingParams, seed: int = 0, stop: tuple[str, ...] = (),
-) -> Request:  # fmt: skip
-    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError like encode_prompt."""
-    ids = encode_prompt(prompt, tokenizer, context)
-    return Request(ids, max_new_tokens, sampling, seed, stop, is_chat=not isinstance(prompt, str))
-
-
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, context: int) -> list[int]:
-    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
-    UsageError if messages are malformed, if a text is not valid UTF-8, or if a text is so long that it must exceed
-    context, the model's in tokens (encoding would take long)."""
-    is_chat = not isinstance(prompt, str)
-    messages = [read_message(message) for message in prompt] if is_chat else []
-    for text in [message["content"] for message in messages] if is_chat else [prompt]:
-        try:
-            check_unicode(text)
-        except UnicodeEncodeError:
-            raise UsageError("the prompt is not valid UTF-8") from None
-        if tokenizer.exceeds(text, context):
-            raise UsageError(f"a prompt of {len(text)} characters exceeds the model's context of {context} tokens")
-    if not prompt:
-        return []
-    return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
-
-
 def generate_many(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str | list[dict]], parallel: int = 16,
     max_new_tokens: int = 200, sampling: SamplingParams = GREEDY, stop: tuple[str, ...] = (), seed: int = 0,
     compile: bool = False,
-) -> Iterator[tuple[int, str]]:  # fmt: skip
+) -> Iterator[tuple[int, str]]:
     """Yields (number, continuation) for each prompt, in the order of prompts.
 
     prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].
@@ -184,9 +152,10 @@ def generate_many(
     check_max_new_tokens(max_new_tokens)
     context, requests = model.config.max_seq_len, []
     for i, prompt in enumerate(prompts):
+        options = {"sampling": sampling, "seed": seed + i, "stop": stop}
         try:
-            request = build_request(prompt, tokenizer, context, max_new_tokens, sampling, seed + i, stop)
-            check_length(len(request.prompt_ids), max_new_tokens, context)
+            request = build_request(prompt, tokenizer, context, max_new_tokens, **options)
+            check_length(len(request.prompt_ids), max_new_tokens, context)  # before any prompt is computed
         except UsageError as e:
             raise UsageError(f"prompt {i}: {e}") from None
         requests.append(request)

@@ -94,20 +94,15 @@ class SamplingParams:
 
 
 def process_logits(
-    logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, samplings: Sequence[SamplingParams],
-    always_store: bool = False,
-) -> Tensor:  # fmt: skip
-    """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. Stores tokens in
-    kv_cache. A new option of this kind goes here, and in SamplingParams.depends_on_text and filters_tokens.
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, samplings: Sequence[SamplingParams]
+) -> Tensor:
+    """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. A new option of
+    this kind goes here, and in SamplingParams.depends_on_text and filters_tokens.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
-    kv_cache: holds the text before tokens, which earlier calls have stored.
-    samplings: one for each sequence, or one for all.
-    always_store: True: store tokens even if no option needs them now."""
-    depends_on_text = any(sampling.depends_on_text for sampling in samplings)
-    if depends_on_text or always_store:
-        kv_cache.store_tokens(tokens, start_pos)
-    if not depends_on_text:
+    kv_cache: if an option depends on the text, the ids of the text and of tokens are in it (KVCache.store_tokens).
+    samplings: one for each sequence, or one for all."""
+    if not any(sampling.depends_on_text for sampling in samplings):
         return logits
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]

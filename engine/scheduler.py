@@ -4,9 +4,9 @@
     scheduler.submit(Request(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
         for new in scheduler.step():
-            print(new.token, new.finish_reason)
+            print(new.token)
 
-completion.py makes texts of the tokens.
+completion.py makes texts of the tokens, and knows why a text has ended.
 
 A slot of the KV cache holds one sequence. Every sequence has its own position. When a sequence ends, the next prompt is
 prefilled into the free slot. Running sequences are always in the first slots, so that a step computes no padding. Keys
@@ -30,49 +30,13 @@ import torch
 from torch import Tensor
 
 import collectives
-from engine.sampling import SamplingParams, process_logits, sample
+from engine.request import Request, check_length, find_finish_reason
+from engine.sampling import process_logits, sample
 from engine.steps import ModelRunner, check_sampled_ids, make_kv_cache, prefill_logits
 from kernels.record import with_tape_threads
 from model import Transformer
 from text.tokenizer import common_prefix_length
-from utils.errors import UsageError
 from utils.machine import free_memory
-
-GREEDY = SamplingParams()
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt to continue."""
-
-    prompt_ids: list[int]
-    max_new_tokens: int
-    sampling: SamplingParams = GREEDY
-    seed: int = 0
-    stop: tuple[str, ...] = ()  # strings that end the new text; completion.py looks for them
-    is_chat: bool = False  # True: the new text is a chat's answer, which is detokenized without the prompt as context
-    n_logprobs: int | None = None  # report the log-probabilities of this many of the likeliest tokens; None: of none
-    start_time: float | None = None  # when prefill began
-
-
-def check_length(
-    n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit: str = "the model's context of "
-):  # fmt: skip
-    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len.
-    limit: what max_seq_len is, for the error's text."""
-    if n_prompt_tokens == 0:
-        raise UsageError("the prompt is empty; give some text")
-    if n_prompt_tokens + max_new_tokens > max_seq_len:
-        excess = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed"
-        raise UsageError(f"{excess} {limit}{max_seq_len}")
-
-
-def find_finish_reason(token: int, n_new_tokens: int, max_new_tokens: int, eos_ids: set[int]) -> str | None:
-    """Returns why a text ends at token, the last of n_new_tokens. "stop": token is an end token. "length": the text has
-    max_new_tokens. None: the text goes on. Stop strings are not found here, but in completion.py."""
-    if token in eos_ids:
-        return "stop"
-    return "length" if n_new_tokens == max_new_tokens else None
 
 
 class Logprobs(NamedTuple):
@@ -85,7 +49,6 @@ class Logprobs(NamedTuple):
 class NewToken(NamedTuple):
     request: Request
     token: int
-    finish_reason: str | None  # the result of find_finish_reason
     logprobs: Logprobs | None
 
 
@@ -104,7 +67,7 @@ class Scheduler:
     def __init__(
         self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
         compile: bool = False,
-    ):  # fmt: skip
+    ):
         """Raises OutOfMemoryError if memory is too small for the KV cache.
 
         n_slots: the most sequences that run at a time.
@@ -189,21 +152,21 @@ class Scheduler:
         sequences = self.running[slots.start : slots.stop]
         kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
         samplings = [sequence.request.sampling for sequence in sequences]
-        # A later request with a repetition penalty may copy this slot as its prefix, so always store tokens.
-        scores = process_logits(logits, tokens, start_pos, kv_cache, samplings, always_store=True)
+        # Even if no option needs the ids now: a later request that has such an option may copy this slot's prefix.
+        kv_cache.store_tokens(tokens, start_pos)
+        scores = process_logits(logits, tokens, start_pos, kv_cache, samplings)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         check_sampled_ids(ids)
         new_tokens = []
         for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):
             request = sequence.request
             sequence.new_ids.append(token)
-            reason = find_finish_reason(token, len(sequence.new_ids), request.max_new_tokens, self.eos_ids)
+            if find_finish_reason(token, len(sequence.new_ids), request.max_new_tokens, self.eos_ids):
+                self.running[slot] = None
             logprobs = None
             if request.n_logprobs is not None:
                 logprobs = compute_logprobs(logits[i, -1], token, request.n_logprobs)
-            new_tokens.append(NewToken(request, token, reason, logprobs))
-            if reason:
-                self.running[slot] = None
+            new_tokens.append(NewToken(request, token, logprobs))
         return new_tokens
 
     def copy_shared_prefix(self, prompt_ids: list[int], slot: int) -> int:

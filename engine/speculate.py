@@ -123,6 +123,8 @@ def build_speculative_decoder(
     def sampler(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
+        if sampling.depends_on_text:
+            kv_cache.store_tokens(tokens, start_pos)
         logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         backend = model.lm_head.backend
         return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))

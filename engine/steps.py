@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import collectives
 from engine.sampling import SamplingParams, process_logits, sample
-from kernels.cpu import find_compiler
+from kernels.build import find_compiler
 from kernels.record import record, with_tape_threads
 from model import KVCache, Transformer
 from utils.errors import UsageError
@@ -62,13 +62,15 @@ def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCa
 def build_steps(
     model: Transformer, kv_cache: KVCache, sampling: SamplingParams, compile: bool = False,
     compile_prefill: bool = False,
-) -> GenerationSteps:  # fmt: skip
+) -> GenerationSteps:
     """Returns the steps of plain generation with model and kv_cache. compile and compile_prefill are the options of
     generate.py."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
+        if sampling.depends_on_text:
+            kv_cache.store_tokens(tokens, start_pos)
         logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
@@ -138,11 +140,11 @@ class ModelRunner:
         no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
         no            any       no           eager
 
-    model.can_record(B, T) says whether every op has a kernel for B * T tokens. The limit of a linear layer is
-    max_kernel_tokens. An eager step uses the kernels of the ops that are within their limit:
+    model.can_record(B, T) says whether every operation has a kernel for B * T tokens. The limit of a linear layer is
+    max_kernel_tokens. An eager step uses the kernels of the operations that are within their limit:
 
         64 tokens          quantized weights, and all weights on a GPU with matrix units
-        8 to 64 tokens     dense weights on a CPU, depending on the CPU's instructions
+        8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
         8 tokens           a GPU without matrix units
 
     runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
@@ -172,7 +174,7 @@ class ModelRunner:
     def recorded(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         if self.device.type == "cuda":
             return self.cuda_graph(tokens, start_pos, *sampler_inputs)
-        # A tape holds only ops of kernels/schema.py, but a sampler has others.
+        # A tape holds only the operations of kernels/schema.py, and a sampler has others.
         logits = self.tape_of_model(tokens, start_pos)
         return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
 

@@ -8,13 +8,13 @@ lm_eval is imported at first use, so that this file can be imported without lm_e
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 from engine.completion import complete_all
+from engine.request import Request
 from engine.sampling import SamplingParams
-from engine.scheduler import Request, build_scheduler
+from engine.scheduler import build_scheduler
 from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
 from text.chat_template import render
@@ -154,27 +154,18 @@ class HarnessModel:
     def make_request(self, text: str, kwargs: dict, seed: int) -> Request:
         """Makes a Request of the prompt's text and the options of lm_eval's generation request."""
         options = read_options(kwargs)
-        return Request(self.prompt_ids(text, options), seed=seed, **options._asdict())
+        return Request(self.prompt_ids(text, options["max_new_tokens"]), seed=seed, **options)
 
-    def prompt_ids(self, text: str, options: "GenerationOptions") -> list[int]:
+    def prompt_ids(self, text: str, max_new_tokens: int) -> list[int]:
         """Encodes text. If the ids leave no room for an answer, drops the first ids."""
-        asked = options.max_new_tokens
-        n = self.max_length - asked
+        n = self.max_length - max_new_tokens
         if n < 1:
-            raise UsageError(f"a task asks for {asked} tokens, and --max_seq_length is {self.max_length}")
+            raise UsageError(f"a task asks for {max_new_tokens} tokens, and --max_seq_length is {self.max_length}")
         return self.tok_encode(text)[-n:] or [self.prefix_token_id]
 
 
-class GenerationOptions(NamedTuple):
-    """The options of a generation request."""
-
-    sampling: SamplingParams
-    max_new_tokens: int
-    stop: tuple[str, ...]  # stop strings, which end the answer
-
-
-def read_options(kwargs: dict) -> GenerationOptions:
-    """Reads the options in the keyword arguments of lm_eval's generation request."""
+def read_options(kwargs: dict) -> dict:
+    """Reads the keyword arguments of lm_eval's generation request. Returns fields of Request."""
     sampling = {name: value for name, value in kwargs.items() if value}  # None and 0 mean the default
     if kwargs.get("do_sample") is False:
         sampling["temperature"] = 0.0
@@ -184,4 +175,4 @@ def read_options(kwargs: dict) -> GenerationOptions:
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-    return GenerationOptions(SamplingParams.from_options(sampling), max_new_tokens, stop)
+    return {"sampling": SamplingParams.from_options(sampling), "max_new_tokens": max_new_tokens, "stop": stop}

@@ -7,7 +7,7 @@ Callers write kernels.attend(...). Each file imports only from the files above i
     aten.py        products with quantized weights by PyTorch's own kernels, without a C++ compiler
     params.py      the arguments of operations besides x: a weight, a norm, the options of attention, a KV cache
     reference.py   every operation in plain PyTorch, for any device
-    cpu.py         compiles and loads the C++ kernels (csrc/)
+    build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files
     ops.py         the operations: attend, fused_linear, ... Each calls a kernel or reference.py
     prepare.py     chooses the backend of a device, and packs the weights for the backend
@@ -38,4 +38,4 @@ __all__ = [
     "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "activate", "add", "attend", "embed",
     "experts_down", "experts_gate_up", "fused_linear", "has_attention_kernel", "has_sample_kernel",
     "load_triton_kernels", "pack_for_triton", "prepare_kernels", "permute_inputs", "rms_norm", "route", "sample",
-]  # fmt: skip
+]

@@ -28,8 +28,8 @@ Each function calls the kernel of a backend, or computes the same result in plai
     "torch"     none: plain PyTorch, for any device
 
 The tokens of all sequences of a step count together. An operation with more tokens runs in plain PyTorch. On a CPU four
-small operations have no limit (SPECIAL_MAX_TOKENS), and a dense weight may have a lower one (max_kernel_tokens).
-Without a C++ compiler, plain PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
+small operations have no limit (SPECIAL_MAX_KERNEL_TOKENS), and a weight that is not quantized may have a lower one
+(max_kernel_tokens). Without a C++ compiler, PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
 
 Two rules for all operations:
 
@@ -49,7 +49,7 @@ from kernels import reference
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 from kernels.schema import ACTIVATION_IDS, kernel_namespace
 
-MAX_CPU_TOKENS = 64  # also in csrc/weights.h
+MAX_CPU_TOKENS = 64  # of all sequences together; also in csrc/weights.h
 MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds these in registers:
 MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
@@ -57,10 +57,11 @@ MAX_TRITON_QUERIES = 64  # the queries of a key/value head
 # A kernel computes blocks of 16 outputs. A fused gated activation needs whole blocks of gate and whole blocks of up. So
 # with any other out_features, activate is a call of its own.
 FUSED_GLU_MULTIPLE = 32
-# The most tokens per call, by backend. SPECIAL_MAX_TOKENS has the exceptions; 0 means that the backend has no kernel.
-MAX_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
-SPECIAL_MAX_TOKENS = {
-    "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # for a dense table
+# The most tokens of all sequences together for which the kernel of an operation is called, by backend, and the
+# operations with limits of their own. 0 means that the backend has no kernel.
+MAX_KERNEL_TOKENS = {"cpu": MAX_CPU_TOKENS, "triton": MAX_TRITON_TOKENS}
+SPECIAL_MAX_KERNEL_TOKENS = {
+    "embed": {"cpu": MAX_CPU_TOKENS, "triton": 0},  # for a table that is not quantized
     "rms_norm": {"cpu": math.inf, "triton": MAX_TRITON_TOKENS},
     "activate": {"cpu": math.inf, "triton": 0},
     "add": {"cpu": math.inf, "triton": 0},
@@ -75,7 +76,7 @@ def kernel_for(name: str, backend: str, n_tokens: int, max_tokens: float | None 
     if backend == "torch":
         return None
     if max_tokens is None:
-        max_tokens = SPECIAL_MAX_TOKENS.get(name, MAX_TOKENS)[backend]
+        max_tokens = SPECIAL_MAX_KERNEL_TOKENS.get(name, MAX_KERNEL_TOKENS)[backend]
     return getattr(kernel_namespace(backend), name) if 0 < n_tokens <= max_tokens else None
 
 
@@ -87,7 +88,7 @@ def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | 
 def fused_linear(
     x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Multiplies x [..., K] with the weight of linear: [..., N], or [..., N / 2] with a gated activation.
 
     norm: applied to x first.
@@ -116,7 +117,7 @@ def fused_linear(
         softcap=linear.softcap,
         clip=linear.clip,
         float32_out=out_dtype == torch.float32,
-    )  # fmt: skip
+    )
 
 
 def can_fuse(activation: str, linear: LinearParams) -> bool:
@@ -181,7 +182,7 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
         contiguous(qkv), contiguous(start_pos),
         k_cache=cache.k, v_cache=cache.v, rope=cache.rope, alibi_slopes=cache.alibi_slopes,
         **params.kernel_arguments(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
-    )  # fmt: skip
+    )
 
 
 def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: str) -> Tensor:
@@ -194,7 +195,7 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, posi
     return kernel(
         contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=cache.rope,
         **{name: options[name] for name in ("n_heads", "q_norm_weight", "k_norm_weight", "eps")},
-    )  # fmt: skip
+    )
 
 
 def has_attention_kernel(backend: str, batch: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
@@ -236,7 +237,7 @@ def experts_gate_up(
     return kernel(
         contiguous(x), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), norm_weight, eps,
         activation=ACTIVATION_IDS[activation],
-    )  # fmt: skip
+    )
 
 
 def experts_down(
@@ -250,7 +251,7 @@ def experts_down(
     return kernel(
         contiguous(hidden), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), contiguous(topk_weights),
         contiguous(residual),
-    )  # fmt: skip
+    )
 
 
 def has_sample_kernel(backend: str, is_greedy: bool) -> bool:

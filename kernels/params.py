@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.aten import AtenInt4, AtenInt8
-from kernels.formats import Dense, Tensors, WeightFormat
+from kernels.formats import Tensors, Unquantized, WeightFormat
 from kernels.schema import kernel_namespace
 
 
@@ -45,7 +45,7 @@ class WeightMatrix(nn.Module):
     def __init__(self, in_features: int, out_features: int, n_experts: int | None = None):
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
-        self.format: WeightFormat = Dense()
+        self.format: WeightFormat = Unquantized()
         self.backend = "torch"
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
@@ -112,7 +112,7 @@ class LinearParams(WeightMatrix):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
         out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
-    ):  # fmt: skip
+    ):
         super().__init__(in_features, out_features, n_experts)
         self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
         self.max_kernel_tokens = 0
@@ -145,7 +145,7 @@ class AttentionParams(nn.Module):
     def __init__(
         self, n_heads: int, scale: float, window: int = 0, softcap: float = 0.0, q_norm: NormParams | None = None,
         k_norm: NormParams | None = None, sinks: Tensor | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.n_heads, self.scale, self.window, self.softcap = n_heads, scale, window, softcap
         self.q_norm, self.k_norm, self.sinks = q_norm, k_norm, sinks
@@ -159,7 +159,7 @@ class AttentionParams(nn.Module):
         return {
             "n_heads": self.n_heads, "scale": self.scale, "window": self.window, "softcap": self.softcap,
             "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight, "eps": eps, "sinks": self.sinks,
-        }  # fmt: skip
+        }
 
 
 class LayerCache(NamedTuple):

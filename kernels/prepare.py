@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import aten, cpu
+from kernels import aten, build
 from kernels.formats import Dequantized, Tensors, WeightFormat, cpu_layouts, triton_layouts
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
@@ -31,7 +31,7 @@ def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mma
     matrices = [matrix for matrix in matrices if matrix.backend == "torch"]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
-        has_kernels = cpu.library() is not None
+        has_kernels = build.library() is not None
         if has_kernels:
             with_kernel = [m for m in matrices if m.format.has_kernel("cpu", m.in_features)]
         else:
@@ -46,7 +46,7 @@ def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mma
 
 def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
     """Packs the weights of matrices into huge pages, one weight behind the other."""
-    memory = cpu.HugePageArena()
+    memory = HugePageArena()
     is_quantized = any(matrix.format.is_quantized for matrix in matrices)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
         if not matrix.format.has_kernel("cpu", matrix.in_features):
@@ -59,9 +59,36 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
             matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
-        # In a quantized model, dense matrices such as routers use the kernels for MAX_CPU_TOKENS, too, even where
+        # A quantized model has other matrices, too, such as routers. They use the kernels for MAX_CPU_TOKENS even where
         # PyTorch is faster: a step can be recorded only if all operations are kernels.
-        matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else cpu.max_dense_tokens(matrix.weight.dtype)
+        matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else max_unquantized_tokens(matrix.weight.dtype)
+
+
+def max_unquantized_tokens(dtype: torch.dtype) -> int:
+    """Returns the most tokens for which the C++ kernels multiply unquantized weights of dtype faster than PyTorch does
+    on this CPU."""
+    return build.library().max_unquantized_tokens(dtype == torch.bfloat16)
+
+
+class HugePageArena:
+    """Memory in huge pages for weights. Small pages would cost time by TLB misses."""
+
+    MIN_ALLOCATION = 2**26  # bytes of a chunk; a chunk for a larger tensor is larger
+    PAGE_BYTES = 2**21
+    ALIGNMENT = 64  # a cache line
+
+    def __init__(self):
+        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0  # the current chunk, and how many bytes are used
+
+    def copy(self, t: Tensor) -> Tensor:
+        """Copies t to the next free address. If the chunk is full, allocates a new one."""
+        if self.used + t.nbytes > self.memory.numel():
+            self.memory = torch.empty(max(t.nbytes, self.MIN_ALLOCATION) + 2 * self.PAGE_BYTES, dtype=torch.uint8)
+            self.used = -self.memory.data_ptr() % self.PAGE_BYTES  # begins at a page
+            use_huge_pages(self.memory[self.used :])
+        copy = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        return copy
 
 
 def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[WeightMatrix]:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cpu
+from kernels import build
 from kernels.schema import SCHEMAS
 
 # A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
@@ -153,13 +153,13 @@ class CPUGraph(TorchDispatchMode):
 
     def begin_tape(self):
         global recorded_graph, tape_functions
-        recorded_graph, tape_functions = self, cpu.library()
+        recorded_graph, tape_functions = self, build.library()
         self.segments.append(Tape(tape_functions))
 
     def end_tape(self):
         global recorded_graph
         recorded_graph = None
-        cpu.library().tape_end()
+        build.library().tape_end()
 
     def split_tape(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """Ends the tape, adds a segment that calls fn(*inputs), and begins another tape. Returns the tensor that will

@@ -72,7 +72,7 @@ def triton_op(function: Callable) -> Callable:
 def fused_linear_fake(
     x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps, residual, activation, out_scale,
     softcap, clip, float32_out,
-):  # fmt: skip
+):
     dtype = torch.float32 if float32_out else x.dtype
     return x.new_empty(*x.shape[:-1], n // 2 if activation in GATED_IDS else n, dtype=dtype)
 
@@ -108,7 +108,7 @@ def embed_fake(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype
     "(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rope, int n_heads, "
     "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
     recordable=False, namespaces=CPU_ONLY,
-)  # fmt: skip
+)
 def rope_and_cache_fake(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps):
     return qkv.new_empty(*qkv.shape[:-1], n_heads, k_cache.shape[-1])
 

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from engine.completion import Completion
-from engine.scheduler import Request, Scheduler
+from engine.request import Request
+from engine.scheduler import Scheduler
 from utils.machine import pick_device
 
 

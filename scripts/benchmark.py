@@ -41,11 +41,11 @@ import tokenizers
 import torch
 
 import kernels
-from cli import options
+from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
-from engine.scheduler import check_length
-from kernels.formats import GROUP_SIZES, MODES, Dense, WeightFormat
+from engine.request import check_length
+from kernels.formats import GROUP_SIZES, MODES, Unquantized, WeightFormat
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
@@ -58,7 +58,7 @@ OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
 # Options that the result of the command "speed" repeats
 REPORTED_OPTIONS = (
     "config", "compile", "device", "precision", "mode", "groupsize", "prompt_tokens", "max_new_tokens", "kernels",
-)  # fmt: skip
+)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -69,12 +69,12 @@ def main():
     if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
         arguments = ["speed", *arguments]
     args = make_parser().parse_args(arguments)
-    options.set_threads(args.threads)
+    common_args.set_threads(args.threads)
     args.command(args)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     add_speed(subparsers)
     add_gpu_commands(subparsers)
@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_command(subparsers, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
     parser.set_defaults(command=command)
-    options.add_threads(parser)
+    common_args.add_threads(parser)
     return parser
 
 
@@ -96,9 +96,9 @@ def add_speed(subparsers):
     add("--mode", choices=MODES, help="weights in this format (default: in --precision)")
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4 (default: %(default)s)")
     add("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
-    options.add_device(parser)
-    options.add_precision(parser)
-    options.add_kernels(parser)
+    common_args.add_device(parser)
+    common_args.add_precision(parser)
+    common_args.add_kernels(parser)
     add("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     add("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     add("--decode_only", action="store_true", help="no prefill, no verification")
@@ -115,7 +115,7 @@ def add_gpu_commands(subparsers):
     parser = add_command(subparsers, check)
     add = parser.add_argument
     add("--device", default="cuda", help="cpu: in Triton's interpreter (default: %(default)s)")
-    options.add_precision(parser)
+    common_args.add_precision(parser)
 
     parser = add_command(subparsers, gpu_jobs.gpu)
     add = parser.add_argument
@@ -132,19 +132,19 @@ def add_gpu_commands(subparsers):
 def add_checkpoint_commands(subparsers):
     parser = add_command(subparsers, real_models.quantization)
     add = parser.add_argument
-    options.add_checkpoint_path(parser, help="a model.pth, not quantized")
+    common_args.add_checkpoint_path(parser, help="a model.pth, not quantized")
     add("--text_file", type=Path, required=True, help="the text to predict")
     add("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
     add("--json_file", type=Path, help="where the result goes too")
 
     parser = add_command(subparsers, real_models.speculation)
     add = parser.add_argument
-    options.add_checkpoint_path(parser, help="a chat model")
+    common_args.add_checkpoint_path(parser, help="a chat model")
     add("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
     add("--speculate_k", type=int, metavar="K", help="tokens to propose at a time (default: generate.py's)")
     add("--compile", action="store_true", help="compile the steps")
-    options.add_device(parser)
-    options.add_precision(parser)
+    common_args.add_device(parser)
+    common_args.add_precision(parser)
     add("--json_file", type=Path, help="where the result goes too")
 
 
@@ -156,7 +156,7 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
     device = pick_device(args.device)
     args.device = str(device)
-    format = MODES[args.mode].from_options(args.groupsize) if args.mode else Dense()
+    format = MODES[args.mode].from_options(args.groupsize) if args.mode else Unquantized()
     if args.tune:
         tune(config, format, device)
     torch.manual_seed(1234)

@@ -47,9 +47,9 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from cli import options
+from cli import common_args
 from cli.script import run_script
-from kernels import cpu
+from kernels import build
 from scripts import tables
 from scripts.benchmarking.compare_files import files_in, make_model, make_ours, make_theirs, write_gguf
 from scripts.benchmarking.compare_speed import (
@@ -71,7 +71,7 @@ from utils.errors import UsageError
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
     Pair("int4.g32", "Q4_K_M"),
-]  # fmt: skip
+]
 MAX_SEQUENCES = PREFILL // PROMPT  # all prompts must fit one batch
 PARALLEL_PAIRS = PAIRS[:3]
 PAIRS_OF_FILE = [Pair("bf16", "file"), Pair("int8", "file"), Pair("int4.g32", "file")]  # with --gguf
@@ -91,7 +91,7 @@ def main():
 def compare(args: argparse.Namespace) -> dict:
     """Makes both sides' files and measures both sides. Returns what --json writes."""
     torch.set_num_threads(args.threads)
-    cpu.library()  # compiles before the first round, and prints a line if that fails
+    build.library()  # compiles before the first round, and prints a line if that fails
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(args.config, args.gguf, folder / "bf16.pth")
@@ -124,7 +124,7 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 
-from cli import options
+from cli import common_args
 from cli.script import exit_with_error, run_script
 
 try:
@@ -35,13 +35,13 @@ except ImportError as e:
 
 
 def main():
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     architectures = ", ".join(ARCHITECTURES)
     help = f"a .gguf of one of the architectures {architectures}; Mixtral is a llama, and Olmo 3 an olmo2"
     parser.add_argument("file", type=Path, help=help)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth and the tokenizer go there")
     help = "of the stored weights (default: %(default)s)"
-    parser.add_argument("--dtype", choices=options.PRECISIONS, default="bfloat16", help=help)
+    parser.add_argument("--dtype", choices=common_args.PRECISIONS, default="bfloat16", help=help)
     help = "leave quantized weights quantized, and name the file as most of them are stored: model_int4.g32.pth"
     parser.add_argument("--keep", action="store_true", help=help)
     args = parser.parse_args()

@@ -25,13 +25,13 @@ if __name__ == "__main__":
 
     exit_on_interrupt()
 
-from cli import options
+from cli import common_args
 from cli.script import run_script
 from converters.folder import convert_folder
 
 
 def main():
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
     help = "merge the LoRA adapter in this folder (adapter_config.json), and write model.pth there"
     parser.add_argument("--lora", type=Path, metavar="FOLDER", help=help)

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 
-from cli import options
+from cli import common_args
 from cli.interrupts import exit_on_interrupt
 from cli.script import run_script
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
@@ -36,7 +36,7 @@ WEIGHTS = {
 
 
 def main():
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     parser.add_argument("--repo_id", required=True, help="OWNER/NAME, or OWNER/NAME/STEM for its STEM.pt")
     parser.add_argument("--hf_token", help="for private and gated repositories (default: HF_TOKEN, or `hf auth login`)")
     args = parser.parse_args()

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from engine.completion import Completion
+from engine.request import Request
 from engine.sampling import SamplingParams
-from engine.scheduler import Request, Scheduler
+from engine.scheduler import Scheduler
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -57,10 +58,8 @@ def read_requests(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: 
     stop = [stop] if isinstance(stop, str) else stop
     is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
     require(is_valid and len(stop) <= MAX_STOPS, f"stop must be {MAX_STOPS} texts of {MAX_STOP_LENGTH} letters at most")
-    return [
-        Request(prompts[i // n], max_tokens, read_sampling(body), seed + i, tuple(stop), is_chat, n_logprobs)
-        for i in range(n * len(prompts))
-    ]
+    options = {"sampling": read_sampling(body), "stop": tuple(stop), "is_chat": is_chat, "n_logprobs": n_logprobs}
+    return [Request(prompts[i // n], max_tokens, seed=seed + i, **options) for i in range(n * len(prompts))]
 
 
 def read_sampling(body: dict) -> SamplingParams:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
     exit_on_interrupt()
 
-from cli import options
+from cli import common_args
 from cli.script import exit_with_error, run_script
 from converters.resolve import resolve_checkpoint
 from engine.scheduler import Scheduler
@@ -49,27 +49,27 @@ MAX_BODY = 4 * 2**20  # bytes of a request
 
 
 def main():
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     add = parser.add_argument
-    options.add_checkpoint_path(parser)
+    common_args.add_checkpoint_path(parser)
     add("--host", default="127.0.0.1", help="default: %(default)s, which only this machine can reach")
     add("--port", type=int, default=8000, help="default: %(default)s; 0: any that is free")
     add("--api_key", help="refuse requests without the header `Authorization: Bearer API_KEY`")
     add("--parallel", type=int, default=8, help="texts computed at a time (default: %(default)s)")
     add("--max_seq_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
     add("--compile", action="store_true", help="record the decode steps on a GPU, too")
-    options.add_device(parser)
-    options.add_precision(parser)
-    options.add_threads(parser)
+    common_args.add_device(parser)
+    common_args.add_precision(parser)
+    common_args.add_threads(parser)
     args = parser.parse_args()
     require(min(args.parallel, args.max_seq_length) > 0, "--parallel and --max_seq_length must be at least 1")
     require("" not in (args.host, args.api_key), "--host and --api_key must not be empty: it would let in everybody")
-    options.set_threads(args.threads)
+    common_args.set_threads(args.threads)
 
     listener = listen(args.host, args.port)
-    device, dtype = options.device_and_dtype(args)
+    load_options = common_args.load_options(args)
     checkpoint_path = resolve_checkpoint(args.checkpoint_path)
-    model, tokenizer = load(checkpoint_path, device=device, dtype=dtype)
+    model, tokenizer = load(checkpoint_path, **load_options)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
     scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
     model_name = checkpoint_path.absolute().parent.name

@@ -17,7 +17,7 @@ import tokenizers
 import torch
 import transformers as hf
 
-from cli import options
+from cli import common_args
 from cli.script import run_script
 
 CONFIGS = {"llama2": hf.LlamaConfig, "mixtral": hf.MixtralConfig, "qwen3": hf.Qwen3Config}
@@ -25,12 +25,12 @@ SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 320, "max_position_embeddings": 256,
     "initializer_range": 0.2, "bos_token_id": 256, "eos_token_id": 257,
-}  # fmt: skip
+}
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
 
 
 def main():
-    parser = options.make_parser(__doc__)
+    parser = common_args.make_parser(__doc__)
     parser.add_argument("family", choices=CONFIGS)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

@@ -26,7 +26,7 @@ from triton.runtime import JITFunction
 
 import kernels
 from config import ACTIVATIONS
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from layers import ExpertsDown, ExpertsGateUp
@@ -43,11 +43,11 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-FORMATS = [Dense(), Int8(), Int4(64), GroupedInt8(64), Float8(), MXFP4()]  # one of each class
+FORMATS = [Unquantized(), Int8(), Int4(64), GroupedInt8(64), Float8(), MXFP4()]  # one of each class
 OTHER_GROUP_SIZES = [Int4(32), GroupedInt8(16), Float8(128)]
 TILED_FORMATS = [Int4(32), Int4(64), MXFP4()]  # only of these do the tile sizes depend on num_sms
-PREFETCHED_FORMATS = [Dense(), Int4(64)]  # not tiled, and tiled
-MANY_TOKENS = [(16, Dense()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
+PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
+MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
 OTHERS.update(attend_kernel=2, sample_kernel=2, permute_inputs_kernel=1)
@@ -145,10 +145,10 @@ def launch_products(gpu: Gpu) -> Counter:
         kernels.pack_for_triton([w])
         kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="swiglu")
         launches.update(fused_linear_kernel=1)
-        if isinstance(format, Dense | Int8 | Int4):
+        if isinstance(format, Unquantized | Int8 | Int4):
             kernels.fused_linear(x, w, norm, out_dtype=torch.float32)
             launches.update(fused_linear_kernel=1)
-        if isinstance(format, Dense) or gpu.has_larger_tiles:
+        if isinstance(format, Unquantized) or gpu.has_larger_tiles:
             continue
         w.dequantized_weight(dtype)
         launches.update(dequantize_kernel=1)
@@ -172,13 +172,13 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     norm.backend = "triton"
     norm(x, x)
     kernels.permute_inputs(x, torch.arange(2048, dtype=torch.int32), "triton")
-    capped = make_linear(256, 2048, Dense(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
+    capped = make_linear(256, 2048, Unquantized(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
     for activation in [name for name in ACTIVATIONS if name != "swiglu"] if compiles_all else ("geglu",):
         kernels.fused_linear(x, capped, activation=activation)
     kernels.route(torch.randn(1, 5, 5), 2, True, 1, "triton")
     topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, 0, "triton")
-    for format in (Dense(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
+    for format in (Unquantized(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
         gate_up = make_linear(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
         down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
         kernels.pack_for_triton([gate_up, down])

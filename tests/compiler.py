@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from kernels import cpu
+from kernels import build
 
 SCRIPT = """#!/bin/sh
 while [ $# -gt 0 ]; do
@@ -18,9 +18,9 @@ done
 
 def write_compiler(script: Path) -> str:
     """Writes the compiler, a script for $CXX. Returns its path."""
-    assert cpu.library()
-    name = cpu.library_name(cpu.find_compiler())
-    library = next(folder / name for folder in cpu.cache_folders() if (folder / name).exists())
+    assert build.library()
+    name = build.library_name(build.find_compiler())
+    library = next(folder / name for folder in build.cache_folders() if (folder / name).exists())
     script.write_text(SCRIPT.format(library=library))
     os.chmod(script, 0o755)
     return str(script)

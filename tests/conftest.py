@@ -13,7 +13,7 @@ pytest.register_assert_rewrite("tests.serving")  # or it would be imported befor
 LONGEST = [
     "test_demo", "test_triton", "test_kernels_builds", "test_tp", "test_speculative", "test_robust", "test_kernels",
     "test_kernels_attention", "test_readme", "test_record", "test_benchmark", "test_mixtral", "test_fuzz",
-]  # fmt: skip
+]
 
 
 def pytest_configure(config: pytest.Config):

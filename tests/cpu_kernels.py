@@ -9,13 +9,13 @@ from kernels.formats.integers import GroupedFormat
 from kernels.params import WeightMatrix
 from layers import Linear
 
-built = pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
+built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="session")
 def library():
     """Loads the kernels, for tests that call an operation without a layer."""
-    return kernels.cpu.library()
+    return kernels.build.library()
 
 
 @pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])

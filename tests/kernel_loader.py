@@ -28,4 +28,4 @@ def load(env: dict[str, str], err: Path, sender):
     os.environ |= env
     tempfile.tempdir = None  # which TMPDIR determines, the next time
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sender.send(bool(kernels.cpu.library()))
+    sender.send(bool(kernels.build.library()))

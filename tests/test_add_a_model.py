@@ -18,7 +18,7 @@ TOP_N_SIGMA_TESTS = '''
 import pytest
 import torch
 
-from cli.arguments import parse_args
+from cli.generate_args import parse_args
 from utils.errors import UsageError
 from engine.sampling import SamplingParams, probabilities
 from tests.tiny import call
@@ -67,7 +67,7 @@ def test_nf4_at_random():
     assert abs(w.mean()) < 0.05 * 600**-0.5 and w.std().item() == pytest.approx(600**-0.5, rel=0.1)
 
 
-@pytest.mark.skipif(kernels.cpu.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nf4_on_a_cpu(dtype):
     """A sum of K products in float32, of weights that AMX rounds to bfloat16, and rounded to dtype."""

@@ -18,7 +18,7 @@ import torch
 import kernels
 from checkpoint import Checkpoint
 from converters.families import config_from_hf
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, QuantizationScheme
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized
 from loading import load_model, quantized_tensor_names
 from model import empty_model
 from scripts import benchmark
@@ -47,7 +47,7 @@ PUBLISHED = {  # parameters; a tied head counts once
 DENSE = dict(
     architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=600, tie_word_embeddings=True,
-)  # fmt: skip
+)
 MOE = dict(architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
 
 
@@ -73,12 +73,12 @@ def report(capsys, *arguments) -> dict:
 def test_shapes_have_the_published_number_of_parameters():
     counts = {}
     for name, config in benchmark_speed.CONFIGS.items():
-        model = benchmark_speed.random_model(config, Dense(), torch.device("meta"), torch.bfloat16)
+        model = benchmark_speed.random_model(config, Unquantized(), torch.device("meta"), torch.bfloat16)
         counts[name] = sum(t.numel() for t in benchmark_speed.checkpoint_tensors(model).values())
     assert counts == PUBLISHED
 
 
-@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32), GroupedInt8(32), Float8(), Float8(128), MXFP4()])
+@pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32), GroupedInt8(32), Float8(), Float8(128), MXFP4()])
 def test_random_weights_keep_the_size_of_activations(format):
     """Mean 0 and variance 1 / inputs, whatever they are stored as."""
     w = benchmark_speed.random_linear((200, 600), format, CPU, torch.bfloat16).dequantized_weight(torch.float32).float()
@@ -87,7 +87,7 @@ def test_random_weights_keep_the_size_of_activations(format):
     assert w.std().item() == pytest.approx(600**-0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)])
+@pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32)])
 @pytest.mark.parametrize("moe", [False, True])
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
@@ -98,7 +98,7 @@ def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}
     assert held == {name: (t.shape, dtypes[name]) for name, t in needed.items()}
     is_tied = model.lm_head.weight is model.embed_tokens.weight
-    assert is_tied == (not moe and format == Dense())
+    assert is_tied == (not moe and format == Unquantized())
     left_out = needed.keys() - benchmark_speed.checkpoint_tensors(model).keys()
     assert left_out == ({"lm_head.weight"} if is_tied else set())
     benchmark_speed.save_random_checkpoint(tmp_path / "model.pth", config, torch.float16)
@@ -251,8 +251,8 @@ def few_checks(dtype, sizes):
     """Of two operations, and one that has a mistake in its arguments."""
     all_checks = checks.all_checks(dtype, sizes)
     rms_norms = [check for check in all_checks if check.func is checks.check_rms_norm]
-    linear = partial(checks.check_linear, dtype, Dense(), (64, 72, True, (1,)))
-    return [*rms_norms, linear, partial(checks.check_linear, dtype, Dense(), (64, 72, True, ("one",)))]
+    linear = partial(checks.check_linear, dtype, Unquantized(), (64, 72, True, (1,)))
+    return [*rms_norms, linear, partial(checks.check_linear, dtype, Unquantized(), (64, 72, True, ("one",)))]
 
 
 def test_check(monkeypatch, capsys):
@@ -274,7 +274,7 @@ def test_check_that_fails(monkeypatch, capsys):
     assert exit.value.code == 1
     failed = json.loads(capsys.readouterr().out.splitlines()[-1])["failed"]
     assert failed.pop("rms_norm 8x64") == "error 1.0e-01"
-    assert "TypeError" in failed.pop("check_linear(torch.float32, Dense(), (64, 72, True, ('one',)))")
+    assert "TypeError" in failed.pop("check_linear(torch.float32, Unquantized(), (64, 72, True, ('one',)))")
     assert all(case.startswith("rms_norm") for case in failed)
 
 

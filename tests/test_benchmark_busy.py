@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import ModelConfig
-from kernels.formats import Dense
+from kernels.formats import Unquantized
 from scripts import benchmark
 from scripts.benchmarking import busy
 from scripts.benchmarking.speed import save_random_checkpoint
@@ -85,7 +85,7 @@ def test_second_decode():
     # Asked before each text and after each token: two texts of three tokens, and one token
     polls = chain([False] * 9, repeat(True))
     connection = SimpleNamespace(recv=recv, poll=lambda: next(polls), send=sent.append)
-    busy.serve_decode_requests(connection, 1, SECOND, TINY, Dense())
+    busy.serve_decode_requests(connection, 1, SECOND, TINY, Unquantized())
     started, times = sent
     assert started is None and len(times) == 7 and times == sorted(times)
 
@@ -94,7 +94,7 @@ def test_second_decode():
 def second():
     """The connection to serve_decode_requests, which a thread of this process does."""
     connection, their_end = multiprocessing.Pipe()
-    arguments = their_end, 1, SECOND, TINY, Dense()
+    arguments = their_end, 1, SECOND, TINY, Unquantized()
     thread = threading.Thread(target=busy.serve_decode_requests, args=arguments)
     thread.start()
     yield connection

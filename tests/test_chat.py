@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import generate
+import llm
 from cli.script import run_script
 from converters.families import config_from_hf
-from engine.chat import ContextFull
+from engine.chat import ContextFull, Conversation
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from generate import build_decode_loop, load
-from kernels import cpu
+from kernels import build
+from loading import load, load_model
 from model import KVCache, Transformer
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
 from tests.tiny_tokenizers import TEMPLATES, train, write
@@ -29,7 +30,7 @@ CONTEXT = 160  # of chatty
 
 @cache
 def model_of(path: Path) -> Transformer:
-    return generate.load_model(path, dtype=torch.float32)
+    return load_model(path, dtype=torch.float32)
 
 
 def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[int], list[int]]:
@@ -41,7 +42,7 @@ def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[
 def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
     model = model_of((folder / "model.pth").resolve())
     steps = build_steps(model, KVCache(model, 1, CONTEXT), SamplingParams())
-    new = [i for (i,) in generate.generate(steps, torch.tensor([ids]), 0, n)]
+    new = [i for (i,) in llm.generate(steps, torch.tensor([ids]), 0, n)]
     return new[: new.index(END)] if END in new else new
 
 
@@ -102,7 +103,7 @@ def test_compiled_conversation(chatty, cli, monkeypatch):
     out = cli(chatty, "--chat", "--compile", "--compile_prefill", *GREEDY, stdin="\n".join(lines))
     assert out.splitlines() == [text for _, _, text in expected_conversation(chatty, lines)]
     # a block for prefill and, without kernels, one for decode and the head: nothing again in any turn
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if cpu.library() else 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if build.library() else 3)
 
 
 def test_conversation_reset_and_exit(chatty, cli):
@@ -126,8 +127,8 @@ def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    decode_loop = build_decode_loop(build_steps(model, kv_cache, SamplingParams()), kv_cache)
-    conversation = generate.Conversation(tokenizer, decode_loop, CONTEXT, model.config.eos_ids)
+    decode_loop = llm.build_decode_loop(build_steps(model, kv_cache, SamplingParams()), kv_cache)
+    conversation = Conversation(tokenizer, decode_loop, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)
     pieces.close()
@@ -140,8 +141,8 @@ def test_an_interrupted_answer_stays(chatty):
 
 
 @pytest.fixture
-def conversation(chatty) -> generate.Conversation:
-    return generate.LLM(chatty / "model.pth", "cpu", torch.float32, CONTEXT, temperature=0).chat("Be brief")
+def conversation(chatty) -> Conversation:
+    return llm.LLM(chatty / "model.pth", "cpu", torch.float32, CONTEXT, temperature=0).chat("Be brief")
 
 
 def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
@@ -229,7 +230,7 @@ def test_notes(chatty, monkeypatch, capsys):
         "/save needs the name of a file; to say it, write //save.", "Cut by --max_new_tokens",
         '"/drop it" and its answer are forgotten; 0 messages left.', "Cut by --max_new_tokens",
         "generate.py: lines on standard input that could not be answered: 4",
-    ]  # fmt: skip
+    ]
     assert stopped.value.code == 2
 
 
@@ -297,7 +298,7 @@ def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
 def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
     """The template leaves them out of earlier answers."""
     assert cli(fine_tune, "--chat", *GREEDY, stdin="Hi\nHo\n") == "<think>a</think>B\n" * 2
-    conversation = generate.LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
+    conversation = llm.LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
     for message in ("Hi", "Ho"):
         ids = conversation.encode(message)
         assert "think" not in conversation.tokenizer.decode(ids)

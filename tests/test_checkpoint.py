@@ -11,7 +11,7 @@ import torch
 import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
-from generate import load_model
+from loading import load_model
 from model import KVCache
 from tests.tiny import call, convert, make_hf, write_earlier_format
 from utils.errors import UsageError

@@ -15,6 +15,7 @@ import quantize
 from cli.script import run_script
 from converters.folder import convert_folder
 from converters.resolve import resolve_checkpoint
+from llm import LLM
 from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter
 from tests.test_meta import PARAMS, SCALED, make_ranks, write_meta, write_tiktoken
@@ -130,10 +131,10 @@ def test_every_command_takes_a_folder(folder, capsys):
     call(eval.main, "--checkpoint_path", folder, "--text_file", folder / "config.json", "--device", "cpu", "--json")
     out, err = capsys.readouterr()
     assert "perplexity" in out and "Converting" not in err
-    text = "".join(generate.LLM(folder / "model.pth", "cpu").generate("Hi", max_new_tokens=3))
+    text = "".join(LLM(folder / "model.pth", "cpu").generate("Hi", max_new_tokens=3))
     (folder / "model.pth").unlink()
     (folder / "model_int8.pth").unlink()
-    assert "".join(generate.LLM(folder, "cpu").generate("Hi", max_new_tokens=3)) == text
+    assert "".join(LLM(folder, "cpu").generate("Hi", max_new_tokens=3)) == text
     assert (folder / "model.pth").is_file()
 
 

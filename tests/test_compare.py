@@ -17,7 +17,7 @@ from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.gguf_tensors import rename_gguf_tensors
 from converters.model_tensors import SourceModel, convert
-from kernels.formats import Dense
+from kernels.formats import Unquantized
 from scripts import compare_llama_cpp as compare
 from scripts import tables
 from scripts.benchmarking import compare_files, compare_speed
@@ -38,7 +38,7 @@ VARIANTS = {
 def model(request, tmp_path):
     """(config, weights) of a checkpoint bf16.pth in tmp_path, and BF16.gguf made of it."""
     config = replace(TINY, **VARIANTS[request.param])
-    meta = checkpoint_tensors(random_model(config, Dense(), torch.device("meta"), torch.bfloat16))
+    meta = checkpoint_tensors(random_model(config, Unquantized(), torch.device("meta"), torch.bfloat16))
     weights = {name: torch.randn(t.shape).bfloat16() for name, t in meta.items()}
     shapes = {name: (t.shape, t.dtype) for name, t in meta.items()}
     save_checkpoint(tmp_path / "bf16.pth", config, shapes, weights.items())
@@ -93,7 +93,7 @@ def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
     assert made == [
         ("m.gguf", "BF16.gguf", 32), ("BF16.gguf", "Q8_0.gguf", 7), ("BF16.gguf", "Q4_0.gguf", 2),
         ("BF16.gguf", "Q4_1.gguf", 3), ("BF16.gguf", "Q4_K_M.gguf", 15),
-    ]  # fmt: skip
+    ]
     sizes = compare_speed.bytes_per_token(files)
     assert sizes.keys() >= {name for pair in compare.PAIRS + compare.PAIRS_OF_FILE for name in pair}
     cache = 2 * 2 * 3 * 2 * 16 * tokens_read
@@ -172,7 +172,7 @@ def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
     ["name", "words"],
     [("TinyLlama", "neither a config.json"), ("x.json", "does not exist"), ("Mixtral-8x7B", "this model has moe"),
      ("Qwen3-8B", "this model has qk_norm")],
-)  # fmt: skip
+)
 def test_models_that_cannot_be_compared(name, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         compare_files.make_model(name, None, tmp_path / "bf16.pth")

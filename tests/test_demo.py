@@ -10,7 +10,9 @@ import transformers as hf
 
 from converters.gguf_tensors import convert_gguf
 from engine.sampling import SamplingParams
-from generate import build_steps, generate, load_model
+from engine.steps import build_steps
+from llm import generate
+from loading import load_model
 from model import KVCache
 from tests.tiny import ROOT
 from text.tokenizer import load_tokenizer

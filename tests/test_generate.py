@@ -10,8 +10,8 @@ import torch
 from engine import steps as steps_module
 from engine.sampling import SamplingParams
 from engine.steps import ModelRunner, build_steps
-from generate import generate
-from kernels import cpu
+from kernels import build
+from llm import generate
 from model import KVCache
 from tests.tiny import FAMILIES
 
@@ -111,7 +111,7 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(pair):
 
 
 def test_modes_of_a_step(pair):
-    """By device, and by whether every op has a kernel: without compile and with it."""
+    """By device, and by whether every operation has a kernel: without compile and with it."""
     model = pair("llama3")[1]
     for device, can_record, expected in [
         ("cpu", True, ["recorded", "recorded"]),
@@ -209,7 +209,7 @@ def test_compiled_decode(family, use_kernels, rows, pair, without_inductor):
     counters = check_compiled(pair(family, use_kernels)[1], rows, [(0, 3, 3)], cases, compile=True)
     assert not counters["graph_break"]
     # one block for all layers, and the head; nothing where the kernels do the work
-    assert counters["stats"]["unique_graphs"] == (0 if use_kernels and cpu.library() else 2)
+    assert counters["stats"]["unique_graphs"] == (0 if use_kernels and build.library() else 2)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral", "qwen3"])

@@ -27,7 +27,7 @@ from converters.gguf_quantized import (
 )
 from converters.gguf_tensors import convert_gguf
 from converters.model_tensors import TensorPlan
-from kernels.formats import MXFP4, Dense, GroupedInt8
+from kernels.formats import MXFP4, GroupedInt8, Unquantized
 from loading import load_model
 from model import KVCache
 from tests.tiny import make_hf
@@ -42,7 +42,7 @@ F16 = 2.0**-11  # of a number, by which it may be rounded
 BOUNDS = {
     "Q4_0": 0, "Q5_0": 0, "Q8_0": 0, "Q4_1": 1 / 32, "Q5_1": 1 / 16, "Q4_K": 1 / 32 + 32 * F16,
     "Q5_K": 1 / 16 + 64 * F16, "Q6_K": 32 * F16,
-}  # fmt: skip
+}
 FLOAT32 = 1e-4  # of a step, for the float32 arithmetic of the comparison
 
 
@@ -231,9 +231,9 @@ MIXTURES = {
     "MXFP4": ("gpt-oss", SMALL, "MXFP4", dict.fromkeys(("self_attn", "embed", "lm_head"), "Q8_0"),
               {MXFP4(): 6, INT8_G32: 8}, r"MXFP4: \d+ tensors to mxfp4, exact\nQ8_0: \d+ .* exact", 0),
     "floats": ("llama", {}, "Q4_0", {"o_proj": "F16", "layers.0.self_attn.v": "BF16"},
-               {INT4: 7, Dense(): 3},
+               {INT4: 7, Unquantized(): 3},
                "Q4_0: .* exact\nQ4_0: 2 tensors to floats", 1e-3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -14,7 +14,7 @@ import quantize
 from converters.families import config_from_hf
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from generate import generate
+from llm import generate
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes
@@ -25,12 +25,12 @@ DIM, N_LAYERS, H, G, D, FFN, V, E = 32, 2, 4, 2, 8, 48, 97, 4
 SIZES = {
     "hidden_size": DIM, "num_hidden_layers": N_LAYERS, "num_attention_heads": H, "intermediate_size": FFN,
     "vocab_size": V, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+}
 GROK = SIZES | {
     "architectures": ["Grok1ModelForCausalLM"], "model_type": "grok-1", "num_key_value_heads": G, "num_experts": E,
     "num_experts_per_tok": 2, "attn_output_multiplier": 0.4, "embedding_multiplier_scale": 7.0, "max_attn_value": 2.0,
     "output_multiplier_scale": 0.6, "hidden_act": "gelu",
-}  # fmt: skip
+}
 BAICHUAN = SIZES | {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "hidden_act": "silu"}
 BAICHUAN_13B = BAICHUAN | {"model_max_length": 64, "hidden_size": 6 * D, "num_attention_heads": 6}
 del BAICHUAN_13B["max_position_embeddings"]

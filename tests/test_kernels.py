@@ -10,7 +10,7 @@ import torch
 import kernels
 from config import ACTIVATIONS
 from kernels import reference
-from kernels.formats import MXFP4, Dense, Float8, Int4, Int8
+from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized
 from kernels.formats.integers import GroupedFormat
 from layers import ExpertsDown
 from scripts.kernel_checks import error_bounds as bounds
@@ -68,8 +68,8 @@ def test_linear_of_many_tokens(format, dtype):
     """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but
     weights whose scales are those of groups are."""
     torch.manual_seed(0)
-    on_amx = dtype == torch.bfloat16 and kernels.cpu.library().has_amx_bf16()
-    odd = [(21, 37)] if isinstance(format, Dense) else []  # quantized, K must be a multiple of 8
+    on_amx = dtype == torch.bfloat16 and kernels.build.library().has_amx_bf16()
+    odd = [(21, 37)] if isinstance(format, Unquantized) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
@@ -110,7 +110,7 @@ def check_activated(ours: torch.Tensor, activation: str, x: torch.Tensor, error:
 
 
 @built
-@pytest.mark.parametrize("format", [Dense(), Int4(32)], ids=format_label)
+@pytest.mark.parametrize("format", [Unquantized(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_scale_and_softcap(format, dtype):
     """After bias and activation, before the residual: of results that softcap leaves alone, bends, and cuts off; and
@@ -119,7 +119,7 @@ def test_linear_scale_and_softcap(format, dtype):
     for n, k, scale, softcap, clip in [
         (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
         (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
-    ]:  # fmt: skip
+    ]:
         w = make_linear(n, k, format, dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         packed(w)
@@ -156,7 +156,7 @@ def softcap_with_error(
 @built
 def test_softcap_of_extremes():
     """Close to zero, a cap or clip changes nothing; infinity it cuts off; and NaN stays NaN."""
-    w = packed(make_linear(16, 16, Dense(), torch.float32, softcap=30.0))
+    w = packed(make_linear(16, 16, Unquantized(), torch.float32, softcap=30.0))
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
     y = reference.apply_softcap(x.double(), 30.0)
@@ -236,7 +236,7 @@ def test_extremes(format):
             y = kernels.fused_linear(x, w)
             assert y[0].isfinite().all()
             finite = y[1].isfinite()
-            assert not finite.all() if isinstance(format, Dense) else not finite.any()
+            assert not finite.all() if isinstance(format, Unquantized) else not finite.any()
 
 
 @built
@@ -298,7 +298,7 @@ def test_embed(dtype):
     """To the last bit its reference, for any number of tokens, also where a row's last group is short."""
     torch.manual_seed(0)
     for format in CPU_FORMATS:
-        for k in (37,) if isinstance(format, Dense) else (64, 72):
+        for k in (37,) if isinstance(format, Unquantized) else (64, 72):
             table = make_embedding(50, k, format, dtype)
             (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
             assert on_kernels.backend == "cpu"
@@ -337,7 +337,7 @@ def test_rms_norm(dtype):
 @pytest.mark.parametrize("vocab_size", [1, 15, 17, 511, 513, 5000, 49152])
 def test_likeliest_token(vocab_size):
     """As PyTorch's argmax: of tied tokens the first, -1 where a logit is not finite, wherever these are."""
-    assert kernels.cpu.library()
+    assert kernels.build.library()
     logits = torch.randn(70, vocab_size, generator=torch.Generator().manual_seed(0))
     for i in range(10):
         logits[i, [i * vocab_size // 10, -1]] = 9.0  # ties, in two parts of the vocabulary
@@ -355,7 +355,7 @@ def test_likeliest_token(vocab_size):
 
 @built
 def test_logits_that_the_kernel_does_not_take():
-    assert kernels.cpu.library()
+    assert kernels.build.library()
     for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
         with pytest.raises(RuntimeError, match="logits must be float32"):
             kernels.sample(wrong, 0.0, "cpu")

@@ -66,7 +66,7 @@ def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1400)
     for window, tokens, starts in [
         (0, 9, [510]), (0, 64, [0]), (0, 33, [1340]), (300, 7, [0, 1390, 3, 600]), (0, 1, list(range(0, 1020, 60))),
-    ]:  # fmt: skip
+    ]:
         cache = make_cache(starts, n_kv_heads, d, dtype, rope[: max(starts) + tokens + 8])
         check_attention(starts, tokens, n_heads, cache, window, norms=(None, None))
 
@@ -87,7 +87,7 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
     for window, options, alibi in [
         (0, {"sinks": sinks}, None), (0, {"scale": 0.3}, None), (7, {"softcap": 2.0}, None), (0, {}, slopes),
         (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}, slopes),
-    ]:  # fmt: skip
+    ]:
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
             cache = make_cache(starts, n_kv_heads, d, dtype, rope, alibi)
             check_attention(starts, tokens, n_heads, cache, window, norms, **options)
@@ -139,7 +139,7 @@ def test_attention_reference_sinks_scale_softcap():
     slopes, everything = torch.tensor(alibi_slopes(6)), {"sinks": torch.randn(6), "scale": 0.3, "softcap": 2.0}
     for options, alibi in [
         ({"scale": 0.3}, None), ({"sinks": torch.randn(6)}, None), ({}, slopes), (everything, slopes),
-    ]:  # fmt: skip
+    ]:
         for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
             start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
@@ -163,13 +163,13 @@ def test_what_does_not_fit_is_refused():
         attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, "cpu")
     for norms, sinks, said in [
         ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
-    ]:  # fmt: skip
+    ]:
         q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
         with pytest.raises(RuntimeError, match=said):
             attend(
                 torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, "cpu", 0, q_norm, k_norm,
                 torch.zeros(sinks),
-            )  # fmt: skip
+            )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
             view = cache._replace(alibi_slopes=slopes)

@@ -31,7 +31,7 @@ from tests.tiny import ROOT
 
 TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts")]  # of what the kernels compute
 CASES = "one_thread and not 4-4-8 and not 2-1-256"
-VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not dense and not fp8"
+VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not unquantized and not fp8"
 
 
 @built
@@ -72,7 +72,7 @@ def test_builds(tmp_path, monkeypatch):
     env = {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0", "TMPDIR": str(tmp_path)}
     with monkeypatch.context() as context:
         context.setenv("CXXFLAGS", "-O0")
-        library = tmp_path / "gpt-fast" / kernels.cpu.library_name(cxx.split())
+        library = tmp_path / "gpt-fast" / kernels.build.library_name(cxx.split())
     library.parent.mkdir()
     library.touch()
     with ThreadPoolExecutor() as pool:
@@ -97,11 +97,11 @@ def test_builds(tmp_path, monkeypatch):
 
 
 def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
-    kernels.cpu.check_folder(tmp_path)
+    kernels.build.check_folder(tmp_path)
     mounted = SimpleNamespace(f_flag=getattr(os, "ST_NOEXEC", 0))
     monkeypatch.setattr(os, "statvfs", lambda folder: mounted)
     with pytest.raises(OSError, match="noexec"):
-        kernels.cpu.check_folder(tmp_path)
+        kernels.build.check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -112,7 +112,7 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
     script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 20 &\necho $! >{pid}\nwait\n')
     script.chmod(0o755)
     env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    code = "import signal, kernels; signal.signal(signal.SIGINT, signal.default_int_handler); kernels.cpu.library()"
+    code = "import signal, kernels; signal.signal(signal.SIGINT, signal.default_int_handler); kernels.build.library()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
         while not (pid.exists() and pid.read_text().endswith("\n")):
             assert process.poll() is None
@@ -142,7 +142,7 @@ def test_no_compiler(compiler, tmp_path):
 
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
-    monkeypatch.setattr(kernels.cpu, "library", lambda: None)
+    monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(prepare, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
 
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
     """They take 8- and 4-bit weights of linear layers with 16-bit activations. All other weights are dequantized."""
-    monkeypatch.setattr(kernels.cpu, "library", lambda: None)
+    monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(aten, "PACK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):
         for format in (Int8(), Int4(32), Int4(64)):
@@ -198,7 +198,7 @@ def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
 
 def test_every_check_says_what_is_wrong():
     """In C++, with four words or more; or with the message of find_error."""
-    code = "".join(path.read_text() for path in kernels.cpu.SOURCES.iterdir())
+    code = "".join(path.read_text() for path in kernels.build.SOURCES.iterdir())
     checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
     bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]
     assert len(checks) > 20 and bare == ['!error, error ? error : ""']
@@ -206,10 +206,10 @@ def test_every_check_says_what_is_wrong():
 
 def test_sizes_are_the_same_in_all_languages():
     """Numbers that Python, C++ and Triton each have to know."""
-    code = (kernels.cpu.SOURCES / "weights.h").read_text()
+    code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
-    assert sizes["MAX_TOKENS"] == ops.MAX_CPU_TOKENS
-    assert f"activations must be of 1 to {ops.MAX_CPU_TOKENS} tokens" in (kernels.cpu.SOURCES / "ops.cpp").read_text()
+    assert sizes["MAX_CPU_TOKENS"] == ops.MAX_CPU_TOKENS
+    assert f"activations must be of 1 to {ops.MAX_CPU_TOKENS} tokens" in (kernels.build.SOURCES / "ops.cpp").read_text()
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
     assert attention.BLOCK_T.value == ops.MAX_TRITON_NEW_TOKENS
     for dtype in (torch.bfloat16, torch.float16):

@@ -37,7 +37,7 @@ def test_feed_forward(format, dtype):
         (48, False, "swiglu"), (48, True, "swiglu"),
         (40, True, "swiglu"),  # not whole blocks of gate and up
         (40, True, "relu2"),
-    ]:  # fmt: skip
+    ]:
         config = ModelConfig(64, 1, 4, 2, 16, ffn_dim, 64, 64, activation=activation, ffn_bias=bias)
         f, norm = FeedForward(config), make_norm(64, dtype)
         f.gate_up_proj = make_linear(sum(config.gate_up_dims), 64, format, dtype, bias=bias)
@@ -57,7 +57,7 @@ def test_experts(format, dtype):
     for ffn_dim, bias, activation in [
         (48, False, "swiglu"), (40, False, "swiglu"), (48, True, "clamped_swiglu"), (40, True, "geglu_tanh"),
         (40, True, "relu2"),
-    ]:  # fmt: skip
+    ]:
         norm = make_norm(64, dtype)
         n = 2 * ffn_dim if ACTIVATIONS[activation] else ffn_dim
         gate_up = make_linear(n, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)

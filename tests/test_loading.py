@@ -9,8 +9,8 @@ import torch
 
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
-from generate import load, load_model
-from kernels.formats import Dense, GroupedInt8, Int4, Int8
+from kernels.formats import GroupedInt8, Int4, Int8, Unquantized
+from loading import load, load_model
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
 from tests.tiny import call, give_input_orders, quantize_embedding
@@ -81,11 +81,11 @@ def test_layers_in_other_formats(folder, tmp_path):
     plain = load_model(path, dtype=torch.float32, use_kernels=False)
     assert model.is_tied and model.format == Int8()
     assert all(plain.get_submodule(name).format == other for name, other in others.items())
-    dense = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
+    unquantized = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
     for layer, linear in plain.quantizable_linears():
-        dense.get_submodule(layer).set_tensor("weight", linear.dequantized_weight(torch.float32))
+        unquantized.get_submodule(layer).set_tensor("weight", linear.dequantized_weight(torch.float32))
     with torch.inference_mode():
-        logits = [m(tokens, torch.zeros(1, dtype=torch.long), KVCache(m, 1, 9)) for m in (model, plain, dense)]
+        logits = [m(tokens, torch.zeros(1, dtype=torch.long), KVCache(m, 1, 9)) for m in (model, plain, unquantized)]
     assert torch.equal(logits[1], logits[2])
     # The kernels add in another order. Sums of some 100 products in float32 are off by up to 100 * 2^-24 of their terms
     assert (logits[0] - logits[1]).norm() < 1e-5 * logits[1].norm()
@@ -100,27 +100,27 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
     models = {
         "kernels": load_model(path, dtype=torch.float32),
         "PyTorch": load_model(path, dtype=torch.float32, use_kernels=False),
-        "dense": load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False),
+        "unquantized": load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False),
     }
     with monkeypatch.context() as context:
-        context.setattr("kernels.cpu.library", lambda: None)
+        context.setattr("kernels.build.library", lambda: None)
         models["no compiler"] = load_model(path, dtype=torch.float32)
-    plain, dense = models["PyTorch"], models["dense"]
+    plain, unquantized = models["PyTorch"], models["unquantized"]
     for name, linear in plain.quantizable_linears():
-        dense.get_submodule(name).set_tensor("weight", linear.dequantized_weight(torch.float32))
-    dense.embed_tokens.set_tensor("weight", plain.embed_tokens.dequantized_weight(torch.float32))
+        unquantized.get_submodule(name).set_tensor("weight", linear.dequantized_weight(torch.float32))
+    unquantized.embed_tokens.set_tensor("weight", plain.embed_tokens.dequantized_weight(torch.float32))
     logits = {}
     for name, model in models.items():
-        assert name == "dense" or model.is_tied == is_tied
+        assert name == "unquantized" or model.is_tied == is_tied
         with torch.inference_mode():
             cache = KVCache(model, 2, 41)
             prompt = model(tokens, torch.tensor([0, 0]), cache)
             logits[name] = prompt, model(tokens[:, :1], torch.tensor([40, 40]), cache)
     assert plain.embed_tokens.format.is_quantized and models["kernels"].can_record(2, 1)
-    for ours, expected in zip(logits["kernels"], logits["dense"], strict=True):
+    for ours, expected in zip(logits["kernels"], logits["unquantized"], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     for name in ("PyTorch", "no compiler"):
-        assert all(map(torch.equal, logits[name], logits["dense"]))
+        assert all(map(torch.equal, logits[name], logits["unquantized"]))
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_orders_of_inputs(act_order, monkeypatch):
         "in order": load_model(act_order, dtype=torch.float32, use_kernels=False),
     }
     with monkeypatch.context() as context:
-        context.setattr("kernels.cpu.library", lambda: None)
+        context.setattr("kernels.build.library", lambda: None)
         models["no compiler"] = load_model(act_order, dtype=torch.float32)
     in_order = models["in order"]
     for _, linear in in_order.quantizable_linears():
         weight = linear.dequantized_weight(torch.float32)[:, linear.input_order.argsort()]
-        linear.set_format(Dense())
+        linear.set_format(Unquantized())
         linear.set_tensor("weight", weight)
     norms = [(layer.pre_attention_norm, layer.attention.qkv_proj) for layer in in_order.layers]
     norms += [(layer.pre_ffn_norm, layer.feed_forward.gate_up_proj) for layer in in_order.layers]
@@ -200,7 +200,7 @@ def test_broken_orders_of_inputs(act_order, tmp_path):
     for layers, match in [
         (without, f"tensor {name} is missing, left over"), (["norm"], "gives norm an order of inputs, which it cannot"),
         ("lm_head", "act_order is 'lm_head', not a list of layers"), ([1], r"act_order is \[1\], not a list"),
-    ]:  # fmt: skip
+    ]:
         save_checkpoint(path, config, shapes, tensors.items(), quantization | {"act_order": layers})
         refused(match)
 

@@ -167,7 +167,7 @@ def test_embedding_and_whole_tensors(tmp_path):
     embed, norm = "model.embed_tokens", torch.rand(48)
     old = model.model.embed_tokens.weight.detach().clone()
     others = {f"{embed}.lora_embedding_A": a, f"{embed}.lora_embedding_B": b, f"{embed}.base_layer.weight": old,
-              "model.norm.weight": norm}  # fmt: skip
+              "model.norm.weight": norm}
     write_adapter(lora, {}, others, target_modules=["embed_tokens"], modules_to_save=["norm"])
     config, _, tensors = read_checkpoint(convert_folder(base, lora))
     assert not config.tie_embeddings and torch.equal(tensors["lm_head.weight"], old)

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from cli import options
+from cli import common_args
 from cli.script import run_script
 from utils import machine
 from utils.errors import UsageError
@@ -18,7 +18,7 @@ V2_FREE = {"memory.max": "max", "memory.current": "900", "memory.stat": STAT, "c
 V1 = {
     "memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "900", "memory/memory.stat": STAT,
     "cpu/cpu.cfs_quota_us": "75000", "cpu/cpu.cfs_period_us": "50000",
-}  # fmt: skip
+}
 V1_FREE = V1 | {"memory/memory.limit_in_bytes": str(2**63 - 4096), "cpu/cpu.cfs_quota_us": "-1"}
 
 
@@ -84,13 +84,13 @@ def test_the_users_number_of_threads_wins(monkeypatch, two_threads):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     machine.limit_threads()
     assert torch.get_num_threads() == 2
-    options.set_threads(None)
+    common_args.set_threads(None)
     assert torch.get_num_threads() == 2
-    options.set_threads(3)  # of the command line, also for processes that this one starts
+    common_args.set_threads(3)  # of the command line, also for processes that this one starts
     assert torch.get_num_threads() == 3 and os.environ["OMP_NUM_THREADS"] == "3"
     for wrong in (0, -1, 10**9):
         with pytest.raises(UsageError, match="--threads must be 1 to 1024"):
-            options.set_threads(wrong)
+            common_args.set_threads(wrong)
 
 
 def test_bandwidth_is_measured_in_memory_that_is_there(monkeypatch):

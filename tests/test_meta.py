@@ -23,7 +23,7 @@ from text.tokenizer import byte_level_alphabet, load_tokenizer
 PARAMS = {
     "dim": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "multiple_of": 16,
     "ffn_dim_multiplier": 0.6, "norm_eps": 1e-5,
-}  # fmt: skip
+}
 CUT_COLUMNS = ("attention.wo", "feed_forward.w2")
 
 
@@ -181,7 +181,7 @@ def test_special_tokens_and_chat(llama3):
     assert names[4:12] == [
         "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
         "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|reserved_special_token_3|>",
-    ]  # fmt: skip
+    ]
     ids = tokenizer.encode_chat([{"role": "user", "content": " Hi<|eot_id|> "}])
     text = "user", "\n\nHi<|eot_id|>", "assistant", "\n\n"
     parts = [tokenizer.encode(part.replace("<|eot", "<\0|eot"), bos=False) for part in text]

@@ -10,7 +10,7 @@ import torch
 
 import tp
 from config import ModelConfig, MoEConfig
-from kernels.formats import Dense, Int4, Int8
+from kernels.formats import Int4, Int8, Unquantized
 from model import Transformer
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import ROOT, convert, make_hf, write_folder
@@ -18,7 +18,7 @@ from tests.tiny import ROOT, convert, make_hf, write_folder
 MIXTRAL = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=32000, max_seq_len=32768,
     moe=MoEConfig(n_experts=8, top_k=2),
-)  # fmt: skip
+)
 README = (ROOT / "mixtral-moe/README.md").read_text()
 
 
@@ -49,7 +49,7 @@ def test_flow(tmp_path, monkeypatch, capsys):
 
 
 FORMATS = {
-    "bfloat16": Dense(),
+    "bfloat16": Unquantized(),
     "int8": Int8(),
     "int4, groups of 32": Int4(32),
     "int4, groups of 128": Int4(128),
@@ -80,7 +80,7 @@ def test_prefill_memory_grows_with_the_tokens(tmp_path):
     path, peaks = convert(tmp_path), []
     for tokens in (512, 2560):
         command = [sys.executable, ROOT / "generate.py", "--checkpoint_path", path, "--device=cpu", "--json",
-                   f"--prompt_tokens={tokens}", "--max_new_tokens=2"]  # fmt: skip
+                   f"--prompt_tokens={tokens}", "--max_new_tokens=2"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, check=True, env=env)
         peaks.append(json.loads(done.stdout)["peak_memory_bytes"])

@@ -153,7 +153,7 @@ def test_dbrx_as_published():
         "architectures": ["DbrxForCausalLM"], "d_model": 6144, "n_heads": 48, "n_layers": 40, "max_seq_len": 32768,
         "vocab_size": 100352, "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
         "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4, "moe_jitter_eps": 0.01},
-    }  # fmt: skip
+    }
     config = config_from_hf(published)
     assert (config.dim, config.n_layers, config.ffn_dim) == (6144, 40, 10752)
     assert (config.n_heads, config.n_kv_heads, config.head_dim) == (48, 8, 128)

@@ -12,13 +12,14 @@ import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from kernels import formats
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, parse_format, parse_formats
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, parse_format, parse_formats
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
 from kernels.formats.integers import GroupedFormat, split_groups
 from loading import load_model
 from model import KVCache
 from quantize import Int4HQQ
 from scripts.kernel_checks import exact_results
+from scripts.kernel_checks.exact_results import format_label
 from tests.tiny import ROOT, convert, write_folder
 from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
@@ -26,7 +27,7 @@ from utils.errors import UsageError
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),
     "mxfp4": MXFP4(),
-}  # fmt: skip
+}
 IMPORTED = {  # which converters write, but quantize.py does not
     "int4.g64 float16": Int4(64, torch.float16),
     "int8.g16": GroupedInt8(16),
@@ -123,13 +124,13 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
 
 def test_every_format_is_tested():
     """Here and on a CPU's kernels. They have a number for each."""
-    for tested in ([Dense(), *EVERY.values()], exact_results.CPU_FORMATS):
+    for tested in ([Unquantized(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
     assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
     assert quantize.QUANTIZE_MODES.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
 
 
-@pytest.mark.parametrize("format", [Dense(), *FORMATS.values(), *IMPORTED.values()], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", [Unquantized(), *FORMATS.values(), *IMPORTED.values()], ids=format_label)
 def test_a_header_names_its_format(format):
     parsed = parse_format(format.quantization)
     assert parsed.quantization == format.quantization and parsed.name == format.name
@@ -152,7 +153,7 @@ def test_a_mode_names_one_class():
         {"mode": "int8", "groupsize": 32, "scale_dtype": "int8"}, {"mode": "int8", "scale_dtype": "float16"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_header_that_names_none(quantization):
     with pytest.raises(UsageError, match="the checkpoint is quantized as .*, which this version does not read"):
         parse_format(quantization)
@@ -367,6 +368,6 @@ def test_a_full_disk_leaves_the_old_file(folder, tmp_path):
     r = subprocess.run(
         [sys.executable, ROOT / "quantize.py", "--checkpoint_path", path, "--mode=int4", "--groupsize=128"],
         capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)),
-    )  # fmt: skip
+    )
     assert r.returncode == 2 and r.stderr.splitlines()[-1].startswith("quantize.py: cannot write"), r.stderr
     assert old.read_bytes() == b"old" and not list(path.parent.glob("*.tmp"))

@@ -22,7 +22,7 @@ import torch
 import eval
 import generate
 import quantize
-from kernels import cpu
+from kernels import build
 from scripts import benchmark, convert_hf_checkpoint, tables, tiny_model
 from tests.compiler import write_compiler
 from tests.tiny import PACKAGES, ROOT, call, convert, write_folder
@@ -79,7 +79,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ELSEWHERE)])
 def test_command(command, tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tree)
-    if "--cold_start" in command and cpu.library():  # it compiles the kernels anew, which takes no time so
+    if "--cold_start" in command and build.library():  # it compiles the kernels anew, which takes no time so
         monkeypatch.setenv("CXX", write_compiler(tmp_path / "compiler"))
     command = command.replace("meta-llama/Llama-3.2-1B", "M").replace("TinyLlama-1.1B", "checkpoints/M/config.json")
     if command.startswith("torchrun"):

@@ -5,13 +5,20 @@ import torch
 
 import kernels
 from config import ModelConfig, MoEConfig
-from kernels.formats import Dense, Float8, Int4, Int8
+from kernels.formats import Float8, Int4, Int8, Unquantized
 from kernels.params import LayerCache
 from kernels.record import MAX_CPU_GRAPHS, call_between_tapes, record, with_tape_threads
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table
-from scripts.kernel_checks.exact_results import attend, make_embedding, make_linear, make_norm, set_weight
+from scripts.kernel_checks.exact_results import (
+    attend,
+    format_label,
+    make_embedding,
+    make_linear,
+    make_norm,
+    set_weight,
+)
 from tests.cpu_kernels import built, packed
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -47,7 +54,7 @@ def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) ->
 @built
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32), Float8()], ids=["dense", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32), Float8()], ids=format_label)
 def test_replayed_is_computed(format, dtype, family):
     """With one thread or two, for steps of one token and of several, at any start_pos, one shape after the other."""
     model = make_model(format, dtype, **FAMILIES[family])
@@ -68,7 +75,7 @@ def test_replayed_is_computed(format, dtype, family):
 
 
 @built
-@pytest.mark.parametrize("format", [Dense(), Int8()], ids=["dense", "int8"])
+@pytest.mark.parametrize("format", [Unquantized(), Int8()], ids=format_label)
 def test_every_argument_is_recorded(format):
     """Those that no family above has: replayed on other inputs, they give what is computed."""
     torch.manual_seed(0)
@@ -80,7 +87,7 @@ def test_every_argument_is_recorded(format):
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
-    router = make_linear(n_experts - 1, dim, Dense(), torch.float32)  # three experts and the two shared ones' logit
+    router = make_linear(n_experts - 1, dim, Unquantized(), torch.float32)  # 3 experts and the 2 shared ones' logit
     gate_up = make_linear(96, dim, format, torch.float32, n_experts, bias=True, kind=ExpertsGateUp)
     down = make_linear(dim, 48, format, torch.float32, n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
@@ -108,7 +115,7 @@ def test_every_argument_is_recorded(format):
 
 @built
 def test_recording_computes_nothing_and_results_are_overwritten():
-    model = make_model(Dense(), torch.float32)
+    model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 8)
     calls = []
 
@@ -142,7 +149,7 @@ def test_recordings_are_bounded():
 @pytest.mark.parametrize("operation", [lambda x: x * 2, lambda x: x.clone(), torch.softmax, lambda x: x.sum().item()])
 def test_what_is_no_leaf_raises(operation):
     """And leaves nothing behind: the next recording works."""
-    model = make_model(Dense(), torch.float32)
+    model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
 
     def step(tokens, start_pos):
@@ -158,7 +165,7 @@ def test_what_is_no_leaf_raises(operation):
 
 @built
 def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
-    model = make_model(Dense(), torch.float32)
+    model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 4)
     recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     recorded(torch.tensor([[5]]), torch.tensor([3]))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cli.script import MATMUL_CACHES, run_script
-from kernels import cpu
+from kernels import build
 from tests.forks import finish, start, stop
 from tests.hub import Hub, serve, url_of, use_hub
 from tests.tiny import ROOT, convert, make_hf, write_folder
@@ -35,7 +35,7 @@ def big(tmp_path_factory):
     write_gguf(folder / "m.gguf", make_llama(**sizes))
     convert(folder)
     (folder / "text").write_text("It was the best of times, it was the worst of times. " * 5)
-    cpu.library()  # now, or it would be a part of the run by which stop() times the others
+    build.library()  # now, or it would be a part of the run by which stop() times the others
     return folder
 
 

@@ -5,10 +5,12 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from engine.request import Request
 from engine.sampling import SamplingParams, probabilities, sample
-from engine.scheduler import Request, Scheduler
+from engine.scheduler import Scheduler
 from engine.speculate import PromptLookup, build_speculative_decoder
-from generate import build_decode_loop, build_steps, make_kv_cache
+from engine.steps import build_steps, make_kv_cache
+from llm import build_decode_loop
 from utils.errors import UsageError
 
 
@@ -177,7 +179,7 @@ def test_rows_that_are_not_finite(sampling):
     [{"temperature": -1.0}, {"temperature": torch.inf}, {"temperature": torch.nan}, {"top_k": 0}, {"top_p": 0.0},
      {"top_p": 1.1}, {"top_p": torch.nan}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0}],
     ids=str,
-)  # fmt: skip
+)
 def test_mistakes_are_named(fields):
     (name,) = fields
     with pytest.raises(UsageError, match=f"^{name} must be"):

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-import generate
+import llm
 import quantize
 from engine import speculate as speculate_module
 from engine.sampling import SamplingParams, multinomial, probabilities, sample
@@ -23,6 +23,7 @@ from engine.speculate import (
     rejection_sample,
 )
 from engine.steps import GenerationSteps, build_steps
+from loading import load_model
 from model import KVCache
 from tests.tiny import FAMILIES, call, convert, make_hf, to_ours
 
@@ -48,7 +49,7 @@ def decoder_of(model, draft, length: int, k: int, compile: bool = False) -> Spec
 def plain(model, text: list[int], n: int) -> list[int]:
     """What the model says alone."""
     steps = build_steps(model, KVCache(model, 1, len(text) + n), GREEDY)
-    return [i for (i,) in generate.generate(steps, torch.tensor([text]), 0, n)]
+    return [i for (i,) in llm.generate(steps, torch.tensor([text]), 0, n)]
 
 
 def flat(steps_tokens) -> list[int]:
@@ -70,7 +71,7 @@ def drafts(pair, tmp_path_factory):
         folder = tmp_path_factory.mktemp(family)
         pair(family)[0].save_pretrained(folder)
         call(quantize.main, "--checkpoint_path", convert(folder), "--mode", "int4")
-        return generate.load_model(folder / "model_int4.g32.pth", CPU, torch.float32)
+        return load_model(folder / "model_int4.g32.pth", CPU, torch.float32)
 
     return make
 

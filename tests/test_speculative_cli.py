@@ -11,7 +11,7 @@ import pytest
 import generate
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
-from cli.startup import warn_about_size
+from cli.startup import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
 from model import empty_model
@@ -137,7 +137,7 @@ def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
     for backend, k, warns in [("triton", most, False), ("triton", most + 1, True), ("cpu", 32, False)]:
         for _, linear in model.quantizable_linears():
             linear.backend, linear.max_kernel_tokens = backend, 64
-        warn_about_size(k, model)
+        warn_without_kernels(k, model)
         said = f"More than {most} tokens at a time are verified without the kernels.\n"
         assert capsys.readouterr().err == said * warns
 

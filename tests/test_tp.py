@@ -20,7 +20,7 @@ import pytest
 import quantize
 import tp
 from config import ModelConfig
-from kernels.formats import Dense, Int4
+from kernels.formats import Int4, Unquantized
 from tests import test_grok_and_baichuan
 from tests.tiny import ROOT, convert, give_input_orders, make_hf, quantize_embedding, write_folder
 from tests.tp_ranks import CASES, COMMANDS, run_command, run_commands
@@ -178,9 +178,9 @@ def test_what_can_be_cut():
         config = ModelConfig(**vars(CONFIG) | changes)
         return [n for n in range(1, 13) if tp.can_shard(config, format, n)]
 
-    assert possible(Dense()) == [1, 3, 6, 12]  # 2 and 4 ranks can neither divide nor share 3 key/value heads
-    assert possible(Dense(), n_kv_heads=12) == [1, 2, 3, 4, 6, 12]
-    assert possible(Dense(), n_kv_heads=12, vocab_size=4) == [1, 2, 3, 4]
+    assert possible(Unquantized()) == [1, 3, 6, 12]  # 2 and 4 ranks can neither divide nor share 3 key/value heads
+    assert possible(Unquantized(), n_kv_heads=12) == [1, 2, 3, 4, 6, 12]
+    assert possible(Unquantized(), n_kv_heads=12, vocab_size=4) == [1, 2, 3, 4]
     assert possible(Int4(32), n_kv_heads=12) == [1, 3]  # of which each has a width of 24 or 8
     message = "of which int4.g32 keeps 8 together, cannot be cut into 2 equal parts, but into 3"
     with pytest.raises(UsageError, match=message):

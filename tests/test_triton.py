@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 import kernels
 from config import ModelConfig
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.formats.triton_layouts import pack_tiles
 from kernels.params import LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
@@ -97,7 +97,7 @@ def test_check(name, small_gpu):
 # ---- Products -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", [Dense(), Int8(), Int4(32)], ids=format_label)
+@pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("rows", [*range(10), 64, 65])
 def test_rows(format, rows):
     """0 to 64, and a 65th that goes to the matrix product."""
@@ -276,10 +276,10 @@ def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "family, format",
-    [("llama3", Dense()), ("llama-bias", Int4(32)), ("mistral-window", Int8()), ("qwen3", Int4(32)),
-     ("mixtral", Int8()), ("mixtral", Int4(32)), ("qwen3-moe", Dense())],
+    [("llama3", Unquantized()), ("llama-bias", Int4(32)), ("mistral-window", Int8()), ("qwen3", Int4(32)),
+     ("mixtral", Int8()), ("mixtral", Int4(32)), ("qwen3-moe", Unquantized())],
     ids=format_label,
-)  # fmt: skip
+)
 def test_model(family, format, small_gpu):
     """The whole model: float32 logits as without kernels, so the same greedy tokens. Qwen3's inputs have orders."""
     model, prompt = tiny_model(family, n_layers=2), torch.arange(3, 27)

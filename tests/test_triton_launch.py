@@ -7,14 +7,14 @@ import pytest
 import torch
 import triton
 
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.triton import launch
 from tests.tiny import ROOT
 
 MEASURED = json.loads((ROOT / "benchmarks/gpu_H100_80GB_products.json").read_text())
 PRODUCTS = MEASURED["products"]  # by "bits n k", then 2 for a gate and an up projection, else 1
 N_PROCESSORS = 132
-FORMAT_IDS = {4: Int4.format_id, 8: Int8.format_id, 16: Dense.format_id}  # by bits
+FORMAT_IDS = {4: Int4.format_id, 8: Int8.format_id, 16: Unquantized.format_id}  # by bits
 
 
 def choose(monkeypatch, gpu: launch.Gpu, format_id: int, n: int, k: int, gated: bool, group_size: int = 64):
@@ -56,8 +56,8 @@ def test_measured_tiles_are_used(monkeypatch):
 @pytest.mark.parametrize(
     "format, bits, group_size",
     [(Int4, 4, 32), (Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32), (Int8, 8, 576), (GroupedInt8, 8, 16),
-     (GroupedInt8, 8, 32), (Float8, 8, 128), (Dense, 16, 576)],
-)  # fmt: skip
+     (GroupedInt8, 8, 32), (Float8, 8, 128), (Unquantized, 16, 576)],
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_guess_fits(format, bits, group_size, gated, monkeypatch):
     """Whatever the size: the loads under way fit 99 KB, and a warp has no more than 8 sums of 16 rows by 8."""
@@ -76,7 +76,7 @@ def test_guess_fits(format, bits, group_size, gated, monkeypatch):
 @pytest.mark.parametrize("gated", [False, True])
 def test_guess_many_tokens_fits(n_tokens, gated):
     """The loads under way fit 99 KB, and the sums and the products of one step a warp's registers."""
-    formats = [(Dense, 16, 576), (Int8, 8, 576), (Float8, 8, 576), (Float8, 8, 128), (GroupedInt8, 8, 16)]
+    formats = [(Unquantized, 16, 576), (Int8, 8, 576), (Float8, 8, 576), (Float8, 8, 128), (GroupedInt8, 8, 16)]
     formats += [(Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32)]
     block_m = triton.next_power_of_2(n_tokens)
     sizes = itertools.product(formats, (64, 1536, 4096, 57344, 128256), (1, 16, 132, 300))

@@ -12,8 +12,8 @@ import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
 from converters.folder import convert_folder
-from generate import load_model
 from kernels.formats import parse_formats
+from loading import load_model
 from model import KVCache, empty_model
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
@@ -175,7 +175,7 @@ def call(main, *args):
 
 NAMES_OF_FORMAT_6 = {
     "o_proj_bias": "out_bias", "qk_norm_across_heads": "qk_norm_all_heads", "local_rope_theta": "window_rope_theta",
-}  # fmt: skip
+}
 NAMES_OF_FORMAT_2 = {"embed_tokens": "tok_embeddings", "lm_head": "output"}
 NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", "down_proj": "w2", "router": "gate"}
 

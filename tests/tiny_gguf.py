@@ -14,7 +14,7 @@ from tests.tiny import SIZES
 ARCHITECTURES = {  # of transformers' models of other names
     "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "olmo3": "olmo2",
     "gpt_oss": "gpt-oss",
-}  # fmt: skip
+}
 IN_META_ORDER = ("llama", "smollm3", "granite", "arcee")
 BPE = {  # the smallest vocabulary
     "tokenizer.ggml.model": "gpt2",
@@ -37,7 +37,7 @@ def make_llama(config_class=hf.LlamaConfig, **changes):
 def write_gguf(
     path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE, tensors_per_part: int = 0,
     others: dict[str, str] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """theirs, transformers' model, as a GGUF; its weights become what the stored ones stand for. tensors_per_part: if
     not 0, it is split into several files. others: the types of matrices whose names hold a key, instead of qtype."""
     writer = gguf.GGUFWriter(path, architecture(theirs), split_max_tensors=tensors_per_part)
@@ -162,7 +162,7 @@ def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng)
         "Q4_0": {0: 0.01}, "Q4_1": {0: 0.01, 2: -0.07}, "Q5_0": {0: 0.005}, "Q5_1": {0: 0.005, 2: -0.07},
         "Q8_0": {0: 0.001}, "Q2_K": {80: 0.003, 82: 0.003}, "Q3_K": {108: 0.001}, "Q4_K": {0: 2e-4, 2: 7e-4},
         "Q5_K": {0: 1e-4, 2: 7e-4}, "Q6_K": {208: 3e-5},
-    }  # fmt: skip
+    }
     for start, size in floats[qtype.name].items():
         values = size * rng.uniform(0.8, 1.2, (len(blocks), 1))
         blocks[:, start : start + 2] = values.astype(np.float16).view(np.uint8)

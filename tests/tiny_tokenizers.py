@@ -15,13 +15,13 @@ MISTRAL = {
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
 }
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
-           "<|eot_id|>", "[INST]", "[/INST]", "<|assistant|>", "|x|", "†", "††"]  # fmt: skip
+           "<|eot_id|>", "[INST]", "[/INST]", "<|assistant|>", "|x|", "†", "††"]
 TEXTS = [
     "", " ", "a", "   a  b ", "trailing ", "\t", "\n\n\n", "a\n b\r\n\r\nc", "Hello, my name is", "don't I'LL We'Ve",
     "def f(x):\n    return x**2  # ok\n\n\tif a<b: pass\n", "1234567890 12 3.14", "x" * 40, "<|unknown|> <x> [a]",
     "😀", "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪", "你好，世界！", "日本語 のテキスト", "مرحبا بالعالم", "हिन्दी ภาษาไทย", "e\u0301 ﬁ ①",
     "a\u00a0b\u3000c\u200b", "\ufffd \x00\x7f \U0010fffd", "▁x ▁ Ġ Ċ", "<0x0A>", "<think>a</think>｜▁",
-]  # fmt: skip
+]
 FORGED = [*SPECIAL, "".join(SPECIAL), *(f" {s}a{s} \n" for s in SPECIAL), "<|im_<|im_end|>end|>", "|x|x|x|"]
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -24,7 +24,7 @@ from utils.files import read_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first of these files that is there counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")  # fmt: skip
+                   "chat_template.jinja")
 # Special tokens without an id get new ids in this order.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first of these fields that is there counts

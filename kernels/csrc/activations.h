@@ -65,7 +65,7 @@ template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVA
 
 // Whether activations of type T become float for a product with weights of format F.
 template <typename F, typename T>
-constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Dense> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
+constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
 // Quantizes x [k] to groups [padded k / Q8_GROUP]. F is the format of w. A Vec holds two groups, one in each half.

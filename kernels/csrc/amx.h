@@ -175,7 +175,7 @@ template <typename F> class WeightTiles {
   }
 };
 
-template <> class WeightTiles<Dense> {
+template <> class WeightTiles<Unquantized> {
   const int64_t output_bytes, n_outputs;
   const char* data;
 
@@ -246,7 +246,7 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
 }
 
 // The addresses of dot_amx for 1, 2, 3 and 4 tiles of tokens.
-static_assert(MAX_TOKENS == 4 * TILE_M);
+static_assert(MAX_CPU_TOKENS == 4 * TILE_M);
 template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 

@@ -1,4 +1,4 @@
-// Products of blocks of weights with the activations of 1 to MAX_TOKENS tokens, for every format of weights.
+// Products of blocks of weights with the activations of 1 to MAX_CPU_TOKENS tokens, for every format of weights.
 //
 // A decode step multiplies every weight with few activations, so memory bandwidth limits its speed. The loops here read
 // each weight once and in order, prefetch later weights, and keep the sums of up to BLOCK_M tokens in registers. For
@@ -9,7 +9,7 @@
 //     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (QuantizedGroup)
 //     dot_weight_only    any packed format                             float
 //     dot_float8         Float8                                        bf16 or float
-//     dot_dense          Dense                                         the type of the weights
+//     dot_unquantized    Unquantized                                   the type of the weights
 //
 // Start reading at the end. Each function calls the next one:
 //
@@ -32,7 +32,7 @@ constexpr bool HAS_WIDE_REGISTERS = true;
 constexpr bool HAS_WIDE_REGISTERS = false;
 #endif
 
-using BlockSums = Vec[MAX_TOKENS];  // the products of a block of weights with each token: [MAX_TOKENS, BLOCK_N]
+using BlockSums = Vec[MAX_CPU_TOKENS];  // the products of a block of weights with each token: [tokens, BLOCK_N]
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ template <int M, typename X> void dot_float8(const Weights& w, int64_t block, co
   for (int m = 0; m < M; m++) out[m] = total[m];
 }
 
-// ---- Dense weights --------------------------------------------------------------------------------------------------
+// ---- Unquantized weights --------------------------------------------------------------------------------------------
 
 // Multiplies 64 bytes of a and b element by element, and adds the products to acc. The caller sums all lanes of acc, so
 // a product may go to any lane.
@@ -234,7 +234,7 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 #endif
 
 // Adds tokens [m, k] * w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k - 1, which are less than 64 bytes.
-// noinline leaves more registers to the loop in dot_dense.
+// noinline leaves more registers to the loop in dot_unquantized.
 template <typename T>
 [[gnu::noinline]]
 void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* const* tokens, int64_t m, Vec* out) {
@@ -243,8 +243,8 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* con
       for (int64_t j = begin; j < k; j++) out[i][r] += to_float(w[r * k + j]) * to_float(tokens[i][j]);
 }
 
-// Multiplies Dense weights with M tokens. T is the type of weights and activations.
-template <int M, typename T> void dot_dense(const Weights& w, int64_t block, const T* const* tokens, Vec* out) {
+// Multiplies Unquantized weights with M tokens. T is the type of weights and activations.
+template <int M, typename T> void dot_unquantized(const Weights& w, int64_t block, const T* const* tokens, Vec* out) {
   constexpr int R = M <= 2 ? 1 : 4;       // outputs at a time, which share the loads of the activations
   constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along k, which hide the latency of the additions
   constexpr int64_t WIDTH = 64 / sizeof(T);
@@ -310,8 +310,8 @@ void run_loop(F, const Weights& w, const int64_t* blocks, const X* const* tokens
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Dense, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
-  for (int b = 0; b < BLOCKS; b++) dot_dense<M>(w, blocks[b], tokens, out[b]);
+void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
+  for (int b = 0; b < BLOCKS; b++) dot_unquantized<M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
 void run_loop(Int8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {

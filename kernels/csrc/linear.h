@@ -28,7 +28,7 @@ template <typename T> struct FusedLinearOp {
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = gated ? w.n / 2 : w.n;
-    PreparedToken tokens[MAX_TOKENS];
+    PreparedToken tokens[MAX_CPU_TOKENS];
     const char* tiles = preparer().prepare(shared, barrier, tokens);
     const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
     BlockSums sums[2];
@@ -178,7 +178,7 @@ template <typename T> struct EmbedOp {
       T* to = out + i * w.k;
       const T* from = to;
       dispatch_format(w.format, [&]<typename F>(F) {
-        if constexpr (std::is_same_v<F, Dense>) from = reinterpret_cast<const T*>(w.data) + tokens[i] * w.k;
+        if constexpr (std::is_same_v<F, Unquantized>) from = reinterpret_cast<const T*>(w.data) + tokens[i] * w.k;
         else dequantize_row<F>(w, tokens[i], to);
       });
       if (from == to && scale == 1) continue;

@@ -5,7 +5,7 @@
 #include "dot.h"
 
 // A pair of a token and one of its experts is an index into topk_ids [m, top_k], flattened: topk_ids[pair] is the
-// expert, and pair / top_k is the token. A batch is 1 to MAX_TOKENS pairs with the same expert.
+// expert, and pair / top_k is the token. A batch is 1 to MAX_CPU_TOKENS pairs with the same expert.
 struct ExpertBatch {
   int64_t expert;
   std::vector<int64_t> pairs;
@@ -19,7 +19,7 @@ inline std::vector<ExpertBatch> group_by_expert(const int64_t* topk_ids, int64_t
     const int64_t expert = topk_ids[pair];
     const auto is_before = [](int64_t e, const ExpertBatch& batch) { return e < batch.expert; };
     auto next = std::upper_bound(batches.begin(), batches.end(), expert, is_before);  // after the expert's last batch
-    if (next == batches.begin() || next[-1].expert != expert || next[-1].pairs.size() == MAX_TOKENS)
+    if (next == batches.begin() || next[-1].expert != expert || next[-1].pairs.size() == MAX_CPU_TOKENS)
       next = batches.insert(next, ExpertBatch{expert, {}}) + 1;
     next[-1].pairs.push_back(pair);
   }
@@ -46,7 +46,7 @@ template <typename T> struct ExpertsGateUpOp {
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    PreparedToken tokens[MAX_TOKENS], batch_tokens[MAX_TOKENS];
+    PreparedToken tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
     preparer().prepare(shared, barrier, tokens);
     BlockSums sums[2];
     const Range range = thread_range(n_blocks * batches.size());
@@ -85,7 +85,7 @@ template <typename T> struct ExpertsDownOp {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
     std::vector<PreparedToken> prepared(m * top_k);  // a row of hidden for each pair
     preparer().prepare(shared, barrier, prepared.data());
-    PreparedToken batch_rows[MAX_TOKENS];
+    PreparedToken batch_rows[MAX_CPU_TOKENS];
     BlockSums sums[2], total;  // multiply fills sums[0] alone
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {

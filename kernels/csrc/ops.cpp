@@ -1,5 +1,5 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast.NAME. Each function here checks its tensors, allocates the
-// output, and submits the operation (tape.h: submit). kernels/cpu.py compiles this file, which includes the headers.
+// output, and submits the operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
 //
 //     kernels/ops.py          describes the operations, and calls the functions
 //     kernels/schema.py       has the schemas of the functions
@@ -70,10 +70,10 @@ int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> 
   return m;
 }
 
-// Calls check_rows, and checks that there are at most MAX_TOKENS tokens.
+// Calls check_rows, and checks that there are at most MAX_CPU_TOKENS tokens.
 int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = check_rows(x, k, others);
-  STD_TORCH_CHECK(m <= MAX_TOKENS, "activations must be of 1 to 64 tokens");
+  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS, "activations must be of 1 to 64 tokens");
   return m;
 }
 
@@ -92,7 +92,7 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
                  .data_stride = stride(w), .scales_stride = scales ? stride(*scales) : 0,
                  .zeros_stride = zeros ? stride(*zeros) : 0, .n = n, .k = k, .group_size = group_size, .n_groups = 1};
   const bool is_packed_for_cpu = dispatch_format(format_id, [&]<typename F>(F) {
-    if constexpr (std::is_same_v<F, Dense>) {
+    if constexpr (std::is_same_v<F, Unquantized>) {
       result.bits = 8 * w.element_size();
       return w.scalar_type() == type;
     } else {
@@ -292,7 +292,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                     int64_t group_size, OptTensor bias, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
   const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
   check_ids(topk_ids, m);
-  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_TOKENS &&
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_CPU_TOKENS &&
                   topk_weights.scalar_type() == ScalarType::Float && topk_weights.is_contiguous() &&
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
@@ -323,17 +323,19 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
   dispatch_type(type, [&]<typename T>(T) {
     dispatch_format(w.format, [&]<typename F>(F) {
-      if constexpr (!std::is_same_v<F, Dense>) dequantize_to<F>(w, mutable_ptr<T>(out));
-      else { STD_TORCH_CHECK(false, "dense weights are not quantized"); }
+      if constexpr (!std::is_same_v<F, Unquantized>) dequantize_to<F>(w, mutable_ptr<T>(out));
+      else { STD_TORCH_CHECK(false, "W is unquantized: nothing to dequantize"); }
     });
   });
   return out;
 }
 
 extern "C" {
-// Returns the most tokens for which these kernels multiply dense weights faster than PyTorch (docs/measurements.md).
-// kernels/cpu.py calls it.
-int max_dense_tokens(int is_bf16) { return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_TOKENS : MAX_TOKENS / 2; }
+// Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
+// docs/measurements.md. kernels/prepare.py calls it.
+int max_unquantized_tokens(int is_bf16) {
+  return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
+}
 // The tests call it.
 int has_amx_bf16() { return has_amx(); }
 }

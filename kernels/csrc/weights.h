@@ -9,12 +9,13 @@
 #include "float8.h"
 #include "tape.h"
 
-constexpr int64_t MAX_TOKENS = 64;  // the most tokens of an operation; equals MAX_CPU_TOKENS in kernels/ops.py
-constexpr int64_t BLOCK_M = 8;      // the most tokens whose sums fit in registers
-constexpr int64_t BLOCK_N = 16;     // the outputs of a block of weights: one output for each lane of a Vec
+constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; also in kernels/ops.py
+constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
+constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of a Vec
 
-// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Dense weights are stored output by output.
-// Quantized weights are packed in blocks of 16 outputs and in words of 4 bytes. The words of 16 outputs are adjacent:
+// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Unquantized weights are stored output by
+// output. Quantized weights are packed in blocks of 16 outputs and in words of 4 bytes. The words of 16 outputs are
+// adjacent:
 //
 //                64 bytes, one load
 //     word 0     output 0   output 1   output 2   ...   output 15      elements 0-3 (8 bits) or 0-7 (4 bits) of each
@@ -86,7 +87,7 @@ struct FormatDefaults {
   static Vec output_scales(const Weights&, int64_t /* block */) { return Vec{} + 1; }
 };
 
-struct Dense : FormatDefaults {
+struct Unquantized : FormatDefaults {
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M / 2 + 1;
 };
 
@@ -153,7 +154,7 @@ struct MXFP4 : FormatDefaults {
 };
 
 template <typename... F> struct FormatList { static constexpr int64_t SIZE = sizeof...(F); };
-using Formats = FormatList<Dense, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id, as in kernels/formats/
+using Formats = FormatList<Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id: kernels/formats/
 
 // Calls function(F{}) with the list's struct F at index.
 template <typename First, typename... Others, typename Function>

@@ -1,7 +1,7 @@
 """Weight formats: how a weight W [N, K] of N outputs and K inputs is stored. This is the one table of all formats:
 
     class         --mode   tensors of a checkpoint                              meaning
-    Dense                  weight [N, K], 16 or 32 bits
+    Unquantized            weight [N, K], 16 or 32 bits
     Int8          int8     weight [N, K] int8, scales [N] float32               w = q * scale
     Int4          int4     weight [N, K / 2] uint8,                             w = (q - zero / 16) * scale
                            scales [N, n_groups], zeros [N, n_groups] uint8
@@ -24,7 +24,7 @@ Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low ha
 
 The files, in the order in which to read them:
 
-    base.py             WeightFormat, the interface; Dense; packing of 4-bit elements
+    base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
     integers.py         Int8, Int4, GroupedInt8
     floats.py           Float8, MXFP4; float_bits.py has their numbers
     cpu_layouts.py      packs the tensors for the C++ kernels (csrc/weights.h has a struct for each format)
@@ -33,17 +33,17 @@ The files, in the order in which to read them:
 
 from dataclasses import dataclass, field
 
-from kernels.formats.base import Dense, Dequantized, Tensors, WeightFormat
+from kernels.formats.base import Dequantized, Tensors, Unquantized, WeightFormat
 from kernels.formats.floats import MXFP4, Float8
 from kernels.formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
 from utils.errors import UsageError
 
 __all__ = [
-    "Dense", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationScheme",
-    "Tensors", "FORMATS", "MODES", "GROUP_SIZES", "parse_formats", "parse_format",
-]  # fmt: skip
+    "Unquantized", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat",
+    "QuantizationScheme", "Tensors", "FORMATS", "MODES", "GROUP_SIZES", "parse_formats", "parse_format",
+]
 
-FORMATS: tuple[type[WeightFormat], ...] = (Dense, Int8, Int4, GroupedInt8, Float8, MXFP4)
+FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
 MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_cli_mode}  # by --mode
 
 
@@ -75,7 +75,7 @@ def parse_formats(quantization: dict | None) -> QuantizationScheme:
 def parse_format(quantization: dict | None) -> WeightFormat:
     """The format that one entry of "quantization" describes. Raises UsageError."""
     if quantization is None:
-        return Dense()
+        return Unquantized()
     if isinstance(quantization, dict):
         for format_class in FORMATS:
             format = format_class.parse(quantization)

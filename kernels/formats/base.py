@@ -1,4 +1,4 @@
-"""WeightFormat, the interface of the weight formats; Dense; and how two elements of 4 bits share a byte."""
+"""WeightFormat, the interface of the weight formats; Unquantized; and how two elements of 4 bits share a byte."""
 
 import math
 from collections.abc import Callable
@@ -113,7 +113,7 @@ class WeightFormat:
 
 
 @dataclass(frozen=True)
-class Dense(WeightFormat):
+class Unquantized(WeightFormat):
     """Not quantized: a tensor of 16 or 32 bits."""
 
     format_id = 0
@@ -122,7 +122,7 @@ class Dense(WeightFormat):
 
     @classmethod
     def parse(cls, quantization):
-        return None  # model.pth has no entry for Dense
+        return None  # model.pth has no entry for Unquantized
 
     def empty(self, shape, dtype, device):
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
@@ -141,7 +141,7 @@ class Dense(WeightFormat):
 
 
 @dataclass(frozen=True)
-class Dequantized(Dense):
+class Dequantized(Unquantized):
     """A weight that was dequantized while loading, since its format has no kernels on this device
     (kernels/prepare.py: dequantize_weights)."""
 

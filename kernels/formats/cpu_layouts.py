@@ -18,7 +18,7 @@ CPU_BLOCK_N = 16  # rows of a block
 
 
 def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
-    """Packs the tensors of a checkpoint. Dense weights stay the same. In most formats the results are words int32
+    """Packs the tensors of a checkpoint. Unquantized weights stay the same. In most formats the results are words int32
     [..., N / 16, bytes of a row / 4, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
     if not format.is_quantized:
         return tensors

@@ -39,14 +39,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats.base import Dense, Tensors, WeightFormat, bytes_to_nibbles
+from kernels.formats.base import Tensors, Unquantized, WeightFormat, bytes_to_nibbles
 from kernels.formats.floats import MXFP4, Float8
 from kernels.formats.integers import GroupedInt8, Int4, Int8
 
 
 def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
-    """Packs the tensors of a checkpoint. The tensors of Dense and Int8 stay the same. The layout of each format is
-    listed in kernels/triton/formats.py: KERNEL_FORMATS."""
+    """Packs the tensors of a checkpoint. The tensors of Unquantized and Int8 stay the same.
+    kernels/triton/formats.py: KERNEL_FORMATS lists the layout of each format."""
     weight, scales, zeros = (tensors.get(name) for name in ("weight", "scales", "zeros"))
     match format:
         case Int4():
@@ -59,7 +59,7 @@ def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
             return {"weight": pack_words(weight), "scales": by_column(scales)}
         case MXFP4():
             return {"weight": pack_tiles(bytes_to_nibbles(weight)), "scales": by_column(scales)}
-        case Dense() | Int8():
+        case Unquantized() | Int8():
             return tensors
     raise TypeError(f"there is no layout for {format}")
 

@@ -52,7 +52,7 @@ def attend_kernel(
     N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr,
     DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
-):  # fmt: skip
+):
     """Attends to one split. Grid: [N_SPLITS, G, B]. Program (i, g, b) has the T * H / G queries that use key/value head
     g, and split i of the cached tokens of sequence b. The last program also has the new tokens:
 
@@ -88,7 +88,7 @@ def attend_kernel(
     q_lo, q_hi = norm_and_rope(
         q_lo, q_hi, q_norm_weight_ptr, qkv_ptr, token, head, T, eps, rope_ptr, start + token,
         mask_m & is_inside(start + token, S), D, Q_NORM_HEADS, TOKEN_STRIDE, DTYPE,
-    )  # fmt: skip
+    )
     has_sink = mask_m & (split == N_SPLITS - 1)  # the sink counts once, in the last split
     m_i, l_i = initial_softmax(sinks_ptr, head, has_sink, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -102,7 +102,7 @@ def attend_kernel(
     m_i, l_i, acc = attend_to_split(
         q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, options,
         D, WINDOW, BLOCK_N,
-    )  # fmt: skip
+    )
 
     # Accumulate the new tokens, and write them into the cache
     if split == N_SPLITS - 1:
@@ -110,7 +110,7 @@ def attend_kernel(
         k_lo, k_hi = norm_and_rope(
             k_lo, k_hi, k_norm_weight_ptr, qkv_ptr + N_HEADS * D, new, kv_head, T, eps, rope_ptr, start + new,
             mask_new, D, K_NORM_HEADS, TOKEN_STRIDE, DTYPE,
-        )  # fmt: skip
+        )
         mask = mask_new[None, :] & mask_m[:, None] & (new[None, :] <= token[:, None])
         if WINDOW:
             mask &= new[None, :] > token[:, None] - WINDOW
@@ -128,7 +128,7 @@ def attend_kernel(
         store_and_combine(
             m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
             D, N_SPLITS, N_SPLITS_PADDED,
-        )  # fmt: skip
+        )
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
 def attend_to_split(
     q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, options,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """Adds the cached tokens [begin, end) to the softmax of the queries at position [BLOCK_M]."""
     for n in range(begin, end, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)
@@ -204,7 +204,7 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i,
 def store_and_combine(
     m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
-):  # fmt: skip
+):
     """Stores the result of one split, and adds one to n_done at index counter. The last program of the counter stores
     the output. query [BLOCK_M]: indices of the queries in [B, T, H]."""
     first_split = query * N_SPLITS  # index in [B, T, H, N_SPLITS]
@@ -222,7 +222,7 @@ def store_and_combine(
 def combine_splits(
     splits_ptr, stats_ptr, first_split, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """Combines the results of all splits into the output [BLOCK_M, BLOCK_D]. first_split [BLOCK_M]: indices of the
     first split of each query in [B, T, H, N_SPLITS]. Other programs have just written the results, so loads bypass the
     L1 cache (.cg)."""
@@ -250,7 +250,7 @@ def combine_splits(
 def norm_and_rope(
     lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, rope_ptr, position, mask,
     D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+):
     """Norms new queries or keys, if there is a weight, and rotates them. lo and hi [X, BLOCK_HALF] are the halves of
     the queries or keys, before and after."""
     lo, hi = lo.to(tl.float32), hi.to(tl.float32)
@@ -263,7 +263,7 @@ def norm_and_rope(
 def norm_halves(
     lo, hi, weight_ptr, heads_ptr, token, head, T, eps,
     D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
-):  # fmt: skip
+):
     """Computes RMSNorm of vectors of D elements, given and returned as halves lo and hi [X, BLOCK_HALF]. Vector x is
     head[x] of token[x].
 
@@ -351,7 +351,7 @@ def attend(
     qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, rope: Tensor, alibi_slopes: Tensor | None,
     n_heads: int, scale: float, window: int, softcap: float, q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None, eps: float, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attends from T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first new token is at
     start_pos [B]. T may be up to 16 and T H / G up to 64, since a program holds all queries of a key/value head.
 
@@ -385,7 +385,7 @@ def attend(
         BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         DTYPE=dot_dtype(qkv), num_stages=2,
         **overlap_options(qkv.device, grid),
-    )  # fmt: skip
+    )
     return out
 
 

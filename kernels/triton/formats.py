@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import JITFunction
 
-from kernels.formats import MXFP4, Dense, Float8, GroupedInt8, Int4, Int8, WeightFormat
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.params import WeightMatrix
 from kernels.schema import triton_op
 from kernels.triton.elements import (
@@ -53,7 +53,7 @@ from kernels.triton.weights import (
     load_tiles,
 )
 
-# ---- Dense and Int8 -------------------------------------------------------------------------------------------------
+# ---- Unquantized and Int8 --------------------------------------------------------------------------------------------
 #
 # All multiply_... have the same arguments, and all dequantize_... have the same arguments. A function ignores the
 # arguments that its format does not need.
@@ -198,6 +198,11 @@ class KernelFormat(NamedTuple):
         """The name in tuned.json."""
         return self.format_class.__name__.lower()
 
+    @property
+    def bits(self) -> int:
+        """The bits of an element. With matrix units, a weight that is not quantized has 16."""
+        return 16 if self.scales is Scales.NONE else 8 // self.format_class.elements_per_byte
+
     def has_channel_scales(self, group_size: int, k: int) -> bool:
         """Returns whether fused_linear applies the scales after the loop over K."""
         return self.scales is Scales.FLOAT32 and group_size >= k
@@ -212,7 +217,7 @@ class KernelFormat(NamedTuple):
 
 
 KERNEL_FORMATS = [  # format_class, is_tiled, scales, multiply, dequantize
-    KernelFormat(Dense, False, Scales.NONE, multiply_rows, None),
+    KernelFormat(Unquantized, False, Scales.NONE, multiply_rows, None),
     KernelFormat(Int8, False, Scales.FLOAT32, multiply_rows, dequantize_int8),
     KernelFormat(Int4, True, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
     KernelFormat(GroupedInt8, False, Scales.WITH_ZEROS, multiply_grouped_int8, dequantize_grouped_int8),
@@ -261,7 +266,7 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
 def dequantize(
     weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
     y = weight.new_empty(n, k, dtype=dtype)
     grid = triton.cdiv(n, TILE_N.value), triton.cdiv(k, TILE_K.value)
@@ -288,7 +293,7 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
 def embed(
     tokens: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, k: int, dtype: torch.dtype, scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
     y = weight.new_empty(*tokens.shape, k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)

@@ -47,7 +47,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import Dense
+from kernels.formats import Unquantized
 from kernels.triton.formats import kernel_format
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -173,34 +173,33 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
         return TileConfig(**gpu.tuned[key])
     block_n = 32 if gated else 16
     if min_block_m(x) != 8:
-        is_float32 = format_id == Dense.format_id and x.dtype == torch.float32
+        is_float32 = format_id == Unquantized.format_id and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
         return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
-    if kernel_format(format_id).is_tiled:
-        return guess_tiled(n / gpu.num_sms, gated, group_size)
+    format = kernel_format(format_id)
+    if format.is_tiled:
+        return guess_tiled(format.bits, n / gpu.num_sms, gated, group_size)
     if group_size <= 16:  # each slice has sums of its own, and the sums of all slices must fit in registers
         return TileConfig(block_n, num_warps=4, warp_k=64 if gated else 128, num_stages=3)
     if k <= 1024 and not gated:  # the loop has one step
         return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)
-    warp_k = 64 if format_id != Dense.format_id and gated else 128
+    warp_k = 64 if format_id != Unquantized.format_id and gated else 128
     return TileConfig(block_n, num_warps=4, warp_k=warp_k, num_stages=3)
 
 
-def guess_tiled(outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
-    """Guesses the tile sizes for weights of 4 bits. outputs_per_sm: n divided by the number of multiprocessors.
+def guess_tiled(bits: int, outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
+    """Guesses the tile sizes for weights that are stored in tiles.
 
-    A program reads 8 KB of W in a step. With many outputs it reads 16 KB: then a program has 64 rows, for which it
-    loads x once."""
-    has_two_tiles = gated or outputs_per_sm >= 32
-    if group_size == 32:  # twice as many slices as with 64, and the sums of all slices must fit in registers
-        if has_two_tiles:
-            return TileConfig(block_n=32, num_warps=4, warp_k=128, num_stages=3)
-        return TileConfig(block_n=16, num_warps=4, warp_k=256, num_stages=3)
-    if outputs_per_sm >= 128:
-        return TileConfig(block_n=64, num_warps=4, warp_k=128, num_stages=3)
-    if has_two_tiles:
-        return TileConfig(block_n=32, num_warps=2, warp_k=256, num_stages=3)
-    return TileConfig(block_n=16, num_warps=4, warp_k=256, num_stages=3)
+    bits: of an element.
+    outputs_per_sm: n divided by the number of multiprocessors."""
+    many_slices = group_size == 32  # twice as many as with 64, and the sums of all slices must fit in registers
+    block_n, num_warps, step_bytes = 16, 4, 8192  # step_bytes: of W, which a program reads in a step
+    if outputs_per_sm >= 128 and not many_slices:
+        block_n, step_bytes = 64, 16384  # the program loads x once for 64 rows
+    elif gated or outputs_per_sm >= 32:
+        block_n, num_warps = 32, 4 if many_slices else 2
+    warp_k = 8 * step_bytes // (bits * block_n * num_warps)
+    return TileConfig(block_n, num_warps, warp_k, num_stages=3)
 
 
 def guess_many_tokens(
@@ -216,13 +215,12 @@ def guess_many_tokens(
     twice as many: a product is scaled before it is added to the sums. In a step a warp executes at most 64
     instructions of the matrix unit, 128 with zero points."""
     format = kernel_format(format_id)
-    bits = 16 if format_id == Dense.format_id else 8 // format.format_class.elements_per_byte
     has_slice_scales = format.has_slice_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_slice_scales else (64, 4096)
 
     def bits_of_column(block_n: int) -> float:
         scale_bits = 32 / slice_k if has_slice_scales else 0
-        return block_n * (bits + scale_bits) + block_m * 16
+        return block_n * (format.bits + scale_bits) + block_m * 16
 
     def bits_of_busiest(block_n: int) -> float:
         return math.ceil(n / block_n / num_sms) * bits_of_column(block_n)

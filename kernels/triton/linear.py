@@ -88,7 +88,7 @@ def fused_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
     NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
-):  # fmt: skip
+):
     """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 if IS_GATED. None as an argument means
     that the step is left out.
 
@@ -290,7 +290,7 @@ def fused_linear(
     bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
     activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0, float32_out: bool = False,
     topk_ids: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
     [..., n], with a gated activation [..., n / 2].
 
@@ -327,7 +327,7 @@ def fused_linear(
         NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,
         num_warps=tiles.num_warps,
         **overlap_options(x.device, grid),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -338,7 +338,7 @@ def fused_linear(
 def rms_norm_kernel(
     x_ptr, weight_ptr, residual_ptr, y_ptr, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
-):  # fmt: skip
+):
     """Computes y [M, DIM] = [residual +] x / rms(x) * weight. Grid: [M]. Program m has token m. BLOCK is a power of 2,
     at least DIM."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
@@ -364,7 +364,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         BLOCK=triton.next_power_of_2(dim),
         num_warps=8,
         **overlap_options(x.device, grid),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -375,7 +375,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
 def permute_inputs_kernel(
     x_ptr, input_order_ptr, y_ptr,
     K: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
-):  # fmt: skip
+):
     """Computes y[m, i] = x[m, input_order[i]], for x [M, K] and y [M, N].
 
     Grid: [M, N / BLOCK]. Program (m, j) has block j of token m."""

@@ -23,7 +23,7 @@ def route_kernel(
     logits_ptr, topk_weights_ptr, topk_ids_ptr,
     E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, N_SHARED: tl.constexpr, BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
-):  # fmt: skip
+):
     """Chooses experts by logits [M, E], or [M, E + 1] if N_SHARED: topk_weights and topk_ids [M, TOP_K + N_SHARED].
     Grid: [M]. Program m has token m.
 
@@ -58,7 +58,7 @@ def route_kernel(
 def moe_combine_kernel(
     y_ptr, topk_weights_ptr, residual_ptr, out_ptr, N,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
-):  # fmt: skip
+):
     """Computes out [M, N] = [residual +] the sum over TOP_K of topk_weights [M, TOP_K] * y [M, TOP_K, N].
     Grid: [N / BLOCK, M]. Program (i, m) has outputs [i * BLOCK, (i + 1) * BLOCK) of token m."""
     wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
@@ -78,25 +78,25 @@ def moe_combine_kernel(
 def experts_gate_up(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
     bias: Tensor | None, topk_ids: Tensor, norm_weight: Tensor | None, eps: float, activation: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Multiplies x [..., dim] with the experts topk_ids [..., top_k] of W [E, n, dim]: [..., top_k, n or n / 2].
     bias is [E, n]. norm and activation are as in fused_linear. An expert that several tokens have is read once."""
     return fused_linear(
         x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps,
         activation=activation, topk_ids=topk_ids,
-    )  # fmt: skip
+    )
 
 
 @triton_op
 def experts_down(
     hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
     group_size: int, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], and adds bias [E, n].
     Sums the results over top_k, weighted with topk_weights [..., top_k]: [residual +] [..., n]."""
     y = fused_linear(
         hidden, weight, scales, zeros, format_id, n, group_size, bias, float32_out=True, topk_ids=topk_ids
-    )  # fmt: skip
+    )
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
     grid = triton.cdiv(n, 512), out.numel() // n
     moe_combine_kernel[grid](
@@ -117,5 +117,5 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
         n_shared_experts,
         BLOCK=triton.next_power_of_2(max(n_logits, top_k + n_shared_experts)),
         **overlap_options(logits.device, grid),
-    )  # fmt: skip
+    )
     return topk_weights, topk_ids

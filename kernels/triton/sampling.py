@@ -26,7 +26,7 @@ def sample_kernel(
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
     N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
-):  # fmt: skip
+):
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
     The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite gets the
     score infinity and the token -1, so -1 is the result of the sequence."""
@@ -76,5 +76,5 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     sample_kernel[grid](
         logits, noise, tokens, block_scores, block_tokens, done_counters(logits.device), temperature, vocab_size,
         BLOCK_V, n_blocks, triton.next_power_of_2(n_blocks), **overlap_options(logits.device, grid),
-    )  # fmt: skip
+    )
     return tokens

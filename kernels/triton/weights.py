@@ -55,7 +55,7 @@ def prefetch_weights(
     w_ptr, N, N_OUT,
     W_STRIDE: tl.constexpr, IS_TILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
     PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
-):  # fmt: skip
+):
     """Prefetches the first PREFETCH_BYTES of the weights of a program into the L2 cache. They are shared out equally
     among the units of the program: a unit is a row or, if IS_TILED, 16 rows, which are stored together. One thread
     requests all bytes of a unit, since many small requests are slow."""
@@ -72,7 +72,7 @@ def prefetch_weights(
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
             "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        )
 
 
 @triton.jit

@@ -31,7 +31,7 @@ THEIRS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # name -> 
 LLAMA_OPTIONS = (  # the options of ModelConfig that llama.cpp's architecture "llama" supports
     "norm_eps", "qkv_bias", "o_proj_bias", "ffn_bias", "tie_embeddings", "sliding_window", "rope_theta", "rope_scaling",
     "bos_id", "eos_ids",
-)  # fmt: skip
+)
 
 
 def files_in(folder: Path) -> dict[str, Path]:

@@ -49,7 +49,7 @@ class Pair(NamedTuple):
 def measure(
     files: dict[str, Path], pair: Pair, sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm,
     tasks: Sequence[str | int] = TASKS,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Measures the two files of a pair in turns. A number as a task means decoding so many sequences together. Returns
     for each round:
 

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from checkpoint import read_checkpoint
-from cli.arguments import DEFAULT_SPECULATE_K
+from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.resolve import resolve_checkpoint
 from model import empty_model

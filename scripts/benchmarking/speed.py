@@ -20,10 +20,11 @@ from torch.utils.benchmark import Timer
 from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.families import config_from_hf
+from engine.request import Request
 from engine.sampling import SamplingParams
-from engine.scheduler import Request, Scheduler
+from engine.scheduler import Scheduler
 from engine.steps import GenerationSteps, ModelRunner, build_steps
-from kernels.formats import Dense, Tensors, WeightFormat
+from kernels.formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, RMSNorm
 from llm import generate
 from model import KVCache, Transformer, empty_model
@@ -73,7 +74,7 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
     model = empty_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
-    is_tied = config.tie_embeddings and format == Dense()
+    is_tied = config.tie_embeddings and format == Unquantized()
     if is_tied:
         model.lm_head.weight = None  # otherwise to_empty allocates memory for the weight
     model.to_empty(device=device)
@@ -120,7 +121,7 @@ def checkpoint_tensors(model: Transformer) -> Tensors:
 
 def save_random_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype):
     torch.manual_seed(1234)
-    tensors = checkpoint_tensors(random_model(config, Dense(), torch.device("cpu"), dtype))
+    tensors = checkpoint_tensors(random_model(config, Unquantized(), torch.device("cpu"), dtype))
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     save_checkpoint(path, config, shapes, tensors.items())
 

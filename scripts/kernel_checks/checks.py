@@ -19,7 +19,7 @@ import kernels
 from config import ACTIVATIONS
 from engine.sampling import multinomial
 from kernels import reference
-from kernels.formats import MXFP4, Dense, Float8, Int4, Int8, WeightFormat
+from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
 from kernels.ops import FUSED_GLU_MULTIPLE
 from kernels.triton.launch import MMA_TOKENS
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
@@ -125,7 +125,7 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
         random_linears=[(38, 72, 2)],
         matrices=[(5, 8), (33, 136)],
         few_linears=few_linears,
-        expert_formats=[Float8(32), MXFP4()] if dtype == torch.float16 else [Dense(), Int8(), Int4(32)],
+        expert_formats=[Float8(32), MXFP4()] if dtype == torch.float16 else [Unquantized(), Int8(), Int4(32)],
         experts=experts,
         attention=attention,
         vocab_sizes=[5, 2048, 5000],
@@ -235,14 +235,14 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
 def check_activation(dtype: torch.dtype, activation: str):
     """Checks an activation near zero, where the activation bends, and beyond the clamp. NaN stays NaN."""
     n, k, operation = 96, 72, f"{activation}_linear"
-    w = exact_linear(n, k, Dense(), dtype, bias=True)
+    w = exact_linear(n, k, Unquantized(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
     for n_tokens in (1, 5):
         x = integers(1, n_tokens, k, dtype=dtype)
         y, terms = exact_product(x, matrix, bias)
         assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
-        y, error = exact_stored_activation(y, exact_sums_error(terms, k, Dense()), activation, dtype, fused=True)
+        y, error = exact_stored_activation(y, exact_sums_error(terms, k, Unquantized()), activation, dtype, fused=True)
         ours = kernels.fused_linear(x, w, activation=activation)
         yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan

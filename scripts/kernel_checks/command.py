@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 import kernels
-from cli import options
+from cli import common_args
 from config import ModelConfig, MoEConfig
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
@@ -38,7 +38,7 @@ RECORDED_MODELS = [  # options of a ModelConfig
         "attention_scale": 0.1, "attention_softcap": 20.0, "embed_scale": 4.0, "residual_scale": 0.5,
         "logit_scale": 0.5, "logit_softcap": 9.0, "clip_qkv": 2.0, "alibi": True,
     },
-]  # fmt: skip
+]
 
 
 class CheckResult:
@@ -69,7 +69,7 @@ class CheckResult:
 
 def check(args: argparse.Namespace):
     """Every Triton kernel against plain PyTorch, over odd and real sizes, in one type."""
-    device, dtype = options.device_and_dtype(args)
+    device, dtype = common_args.device_and_dtype(args)
     if not kernels.load_triton_kernels(device):
         raise UsageError("Triton does not run here, so there is nothing to check")
     sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)

@@ -17,21 +17,21 @@ import torch
 
 import kernels
 from kernels import reference
-from kernels.formats import GROUP_SIZES, MXFP4, Dense, Float8, GroupedInt8, Int4, Int8
+from kernels.formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.params import AttentionParams, LayerCache
 from layers import Embedding, Linear, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = [Dense(), Int8(), *map(Int4, GROUP_SIZES)]
+FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
 CPU_FORMATS = [
-    Dense(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(8), GroupedInt8(64, torch.float16),
+    Unquantized(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(8), GroupedInt8(64, torch.float16),
     Float8(), Float8(32), MXFP4(),
-]  # fmt: skip
+]
 TRITON_FORMATS = [
     *FORMATS, Int4(32, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16), Float8(), Float8(32), MXFP4(),
-]  # fmt: skip
+]
 U32 = bounds.U[torch.float32]
 MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: magic_bias
 
@@ -62,7 +62,7 @@ def triton_rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def format_label(value) -> str:
     """Returns what the name of a test calls a format, or any other parameter."""
-    return "dense" if isinstance(value, Dense) else getattr(value, "name", str(value))
+    return "unquantized" if isinstance(value, Unquantized) else getattr(value, "name", str(value))
 
 
 # ---- Layers of random weights ---------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
 def attend(
     qkv, cache: LayerCache, start_pos, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
     sinks=None, scale: float | None = None, **options,
-):  # fmt: skip
+):
     """Makes AttentionParams of the options, and calls kernels.attend."""
     scale = scale or cache.k.shape[-1] ** -0.5
     params = AttentionParams(n_heads, scale, window, q_norm=q_norm, k_norm=k_norm, sinks=sinks, **options)
@@ -129,7 +129,7 @@ def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
     """Makes a Linear whose products with integers have exact sums in float32. Only the last step, the product of a
     group's sum with the scale, is rounded."""
     w = make_linear(n, k, format, dtype, **options)
-    if isinstance(format, Dense):
+    if isinstance(format, Unquantized):
         w.weight.data = (w.weight.data * 16).round() / 16
     return w
 
@@ -250,7 +250,7 @@ def attention_factors(
 def exact_attention(
     qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0,
     factor: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the output of attention in float64, and the error of a kernel. cache: as before the call of the kernel.
     factor: the type in which the kernel multiplies (None: the Triton kernels' type)."""
     (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor or factor_dtype(qkv.dtype)

@@ -5,7 +5,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from cli import options
+from cli import common_args
 from converters.resolve import resolve_checkpoint
 from engine.sampling import SamplingParams
 from engine.speculate import MAX_DRAFT_TOKENS
@@ -54,8 +54,8 @@ def parse_args(doc: str) -> argparse.Namespace:
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    parser = options.make_parser(doc)
-    options.add_checkpoint_path(parser, DEMO, f"{options.CHECKPOINT_HELP} (default: the demo's)")
+    parser = common_args.make_parser(doc)
+    common_args.add_checkpoint_path(parser, DEMO, f"{common_args.CHECKPOINT_HELP} (default: the demo's)")
     add_prompt_options(parser)
     add_length_options(parser)
     add_sampling_options(parser)
@@ -65,10 +65,10 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help=help)
     add("--compile_prefill", action="store_true", help="compile prefill too")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")
-    options.add_device(parser)
-    options.add_precision(parser)
-    options.add_kernels(parser)
-    options.add_threads(parser)
+    common_args.add_device(parser)
+    common_args.add_precision(parser)
+    common_args.add_kernels(parser)
+    common_args.add_threads(parser)
     add("--logprobs", type=int, metavar="N", help="in --json, each token's log-probability and the N likeliest tokens")
     add("--json", action="store_true", help="one JSON object for each prompt on stdout instead of text")
     return parser

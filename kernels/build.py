@@ -1,5 +1,4 @@
-"""Compiles and loads the C++ kernels in kernels/csrc/ (library), and copies weights into huge pages (HugePageArena).
-kernels/prepare.py calls both.
+"""Builds and loads the C++ kernels in kernels/csrc/: library(), which kernels/prepare.py and kernels/record.py call.
 
 The first use compiles the kernels for this machine, which takes some fifteen seconds. The compiled library is cached in
 ~/.cache/gpt-fast, or in a temporary folder if that cache is not usable. The environment variable CXX chooses the
@@ -24,20 +23,18 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kernels import schema  # noqa: F401  (defines the schemas of the operations in the library)
-from utils.machine import use_huge_pages
 
 SOURCES = Path(__file__).parent / "csrc"
 CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
     "vendor_id", "cpu family", "model", "model name", "flags",
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features", "isa",
-)  # fmt: skip
+)
 FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
     "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
-]  # fmt: skip
+]
 
 
 @cache
@@ -72,11 +69,6 @@ def use_one_thread():
     """Makes the child of a fork use one thread. OpenMP's other threads exist only in the parent, so a child that used
     more threads would wait forever."""
     torch.set_num_threads(1)
-
-
-def max_dense_tokens(dtype: torch.dtype) -> int:
-    """Returns the most tokens for which the kernels multiply dense weights of dtype faster than PyTorch on this CPU."""
-    return library().max_dense_tokens(dtype == torch.bfloat16)
 
 
 def find_compiler() -> list[str] | None:
@@ -187,7 +179,7 @@ def run_compiler(command: list[str], env: dict[str, str]):
     all processes that command has started."""
     with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    ) as process:  # fmt: skip
+    ) as process:
         errors = None
         while errors is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -236,24 +228,3 @@ def load_library(library: Path) -> ctypes.CDLL:
     functions.tape_replay.restype = ctypes.c_char_p
     functions.tape_free.argtypes = [ctypes.c_void_p]
     return functions
-
-
-class HugePageArena:
-    """Memory in huge pages for weights. Small pages would cost time by TLB misses."""
-
-    MIN_ALLOCATION = 2**26  # bytes of a chunk; a chunk for a larger tensor is larger
-    PAGE_BYTES = 2**21
-    ALIGNMENT = 64  # a cache line
-
-    def __init__(self):
-        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0  # the current chunk, and how many bytes are used
-
-    def copy(self, t: Tensor) -> Tensor:
-        """Copies t to the next free address. If the chunk is full, allocates a new one."""
-        if self.used + t.nbytes > self.memory.numel():
-            self.memory = torch.empty(max(t.nbytes, self.MIN_ALLOCATION) + 2 * self.PAGE_BYTES, dtype=torch.uint8)
-            self.used = -self.memory.data_ptr() % self.PAGE_BYTES  # begins at a page
-            use_huge_pages(self.memory[self.used :])
-        copy = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
-        self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT
-        return copy

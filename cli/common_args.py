@@ -18,7 +18,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 def add_checkpoint_path(
     parser: argparse.ArgumentParser, default: Path | None = None, help: str = CHECKPOINT_HELP
-):  # fmt: skip
+):
     parser.add_argument("--checkpoint_path", type=Path, default=default, required=default is None, help=help)
 
 
@@ -50,9 +50,10 @@ def device_and_dtype(args: argparse.Namespace):
 
 
 def load_options(args: argparse.Namespace) -> dict:
-    """Returns the arguments of loading.load that --device, --precision and --kernels give."""
+    """Returns the arguments of loading.load that --device, --precision and --kernels give. Scripts without --kernels
+    use the kernels."""
     device, dtype = device_and_dtype(args)
-    return {"device": device, "dtype": dtype, "use_kernels": args.kernels == "auto"}
+    return {"device": device, "dtype": dtype, "use_kernels": getattr(args, "kernels", "auto") == "auto"}
 
 
 def set_threads(n: int | None):
