@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.async_completer import AsyncCompleter, CompletionError
 from engine.completion import Completion, complete_all, generate_many
 from engine.sampling import SamplingParams
 from engine.scheduler import Request, RunningSequence, Scheduler, sample_each
 from generate import build_steps, generate, load, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
 from model import Transformer
-from scripts.async_completer import AsyncCompleter, CompletionError
 from tests.tiny import make_hf, to_ours
 from text.tokenizer import StopStringFinder
 from utils.errors import UsageError
