@@ -19,7 +19,10 @@ from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
-UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
+# Fields that are not supported, and the value that asks for nothing. So do null, 0, false, and what is empty.
+UNSUPPORTED = {"best_of": 1, "response_format": {"type": "text"}} | dict.fromkeys(
+    ["echo", "frequency_penalty", "functions", "logit_bias", "presence_penalty", "suffix", "tools"]
+)
 
 
 def parse_request(data: bytes) -> dict:
@@ -29,8 +32,8 @@ def parse_request(data: bytes) -> dict:
     except (ValueError, RecursionError) as e:
         raise UsageError(f"the request is not JSON: {e}") from None
     require(isinstance(body, dict), "the request must be a JSON object")
-    for name in UNSUPPORTED:
-        require(not body.get(name), f"{name} is not supported")
+    for name, neutral in UNSUPPORTED.items():
+        require(body.get(name) in (None, 0, "", [], {}, neutral), f"{name} is not supported")
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -41,7 +44,7 @@ def read_requests(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Sc
         messages = body.get("messages")
         require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
         prompts = [encode_prompt(messages, tokenizer, context)]
-        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if body.get("logprobs") else None
+        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if read_boolean(body, "logprobs") else None
     else:
         prompts = encode_prompts(body.get("prompt"), tokenizer, context)
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
@@ -92,6 +95,11 @@ def read_integer(body: dict, name: str, default: int | None, low: int, high: int
     return value
 
 
+def read_boolean(body: dict, name: str) -> bool:
+    require(type(body.get(name, False)) is bool, f"{name} must be true or false")
+    return body.get(name, False)
+
+
 def require(condition, message: str):
     if not condition:
         raise UsageError(message)
@@ -106,7 +114,7 @@ class Reply:
         requests = read_requests(body, is_chat, tokenizer, scheduler)
         self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
         self.sent = [(0, 0)] * len(requests)  # how many characters and tokens of each completion were sent
-        self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, bool(body.get("stream"))
+        self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, read_boolean(body, "stream")
         options = body.get("stream_options")
         self.streams_usage = isinstance(options, dict) and bool(options.get("include_usage"))
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
