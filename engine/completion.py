@@ -12,7 +12,7 @@ What adds the tokens to Completions, and who calls it:
     stream_completions    one prompt, with a DecodeLoop         generate.py, chat.py, llm.py
     complete_all          many prompts, with a Scheduler        generate.py --parallel, eval.py
     generate_many         the same, from texts to texts         llm.py
-    AsyncCompleter        many callers, with one Scheduler      scripts/serve.py (in scripts/async_completer.py)
+    AsyncCompleter        many callers, with one Scheduler      scripts/serve.py (in async_completer.py)
 """
 
 import time

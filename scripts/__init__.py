@@ -6,8 +6,7 @@
     convert_gguf.py             converts a GGUF to model.pth
     tiny_model.py               makes a tiny random model, for prepare.sh with TINY_FAMILY
 
-    serve.py                    serves OpenAI's API over HTTP; openai_api.py reads and writes the JSON, and
-                                async_completer.py completes the texts of all clients together
+    serve.py                    serves OpenAI's API over HTTP; openai_api.py reads and writes the JSON
     speculate*.sh               speculates with large models, as in gpt-fast
 
     benchmark.py                measures speed, memory and quality, and checks the kernels

@@ -2,50 +2,52 @@
 
     reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
     reply.completions           # what to compute (engine/completion.py)
-    reply.response(reply.completions) | {"usage": reply.usage()}
-    reply.new_responses()       # in a stream, after every step
+    reply.response()            # after the completions have ended
+    reply.stream(updates)       # the chunks of a stream; updates: yields after every step
 """
 
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from itertools import accumulate
 
 from engine.completion import Completion
-from engine.request import Request
+from engine.request import Request, encode_prompt
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
-from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
-UNSUPPORTED = ["best_of", "echo", "frequency_penalty", "logit_bias", "presence_penalty", "response_format", "tools"]
+# Fields that are not supported, and the value that asks for nothing. So do null, 0, false, and what is empty.
+UNSUPPORTED = {"best_of": 1, "response_format": {"type": "text"}} | dict.fromkeys(
+    ["echo", "frequency_penalty", "functions", "logit_bias", "presence_penalty", "suffix", "tools"]
+)
 
 
 def parse_request(data: bytes) -> dict:
     """Returns the fields of a request that are not null."""
     try:
         body = json.loads(data)
-        json.dumps(body, ensure_ascii=False).encode()  # raises if a text is not Unicode
     except (ValueError, RecursionError) as e:
         raise UsageError(f"the request is not JSON: {e}") from None
     require(isinstance(body, dict), "the request must be a JSON object")
-    for name in UNSUPPORTED:
-        require(not body.get(name), f"{name} is not supported")
+    for name, neutral in UNSUPPORTED.items():
+        require(body.get(name) in (None, 0, "", [], {}, neutral), f"{name} is not supported")
     return {name: value for name, value in body.items() if value is not None}
 
 
-def read_requests(body: dict, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[Request]:
-    """Returns a Request for each text that body asks for. max_seq_len: the most tokens of a prompt and its text."""
+def read_requests(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Request]:
+    """Returns a Request for each text that body asks for."""
+    context, max_seq_len = scheduler.model.config.max_seq_len, scheduler.max_seq_len
     if is_chat:
         messages = body.get("messages")
         require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
-        prompts = [tokenizer.encode_chat([read_message(message) for message in messages])]
-        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if body.get("logprobs") else None
+        prompts = [encode_prompt(messages, tokenizer, context)]
+        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if read_boolean(body, "logprobs") else None
     else:
-        prompts = encode_prompts(body.get("prompt"), tokenizer)
+        prompts = encode_prompts(body.get("prompt"), tokenizer, context)
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
     n = read_integer(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
@@ -72,11 +74,13 @@ def read_sampling(body: dict) -> SamplingParams:
     return sampling
 
 
-def encode_prompts(prompts, tokenizer: Tokenizer) -> list[list[int]]:
-    """Encodes prompts: a text, a list of token ids, or a list of texts and lists of token ids."""
+def encode_prompts(prompts, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """Encodes prompts: a text, a list of token ids, or a list of texts and lists of token ids. context: the model's, in
+    tokens."""
     if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
         prompts = [prompts]
-    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts[: MAX_TEXTS + 1]]
+    prompts = prompts[: MAX_TEXTS + 1]
+    ids = [encode_prompt(prompt, tokenizer, context) if isinstance(prompt, str) else prompt for prompt in prompts]
     for prompt in ids:
         is_valid = isinstance(prompt, list) and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt)
         require(is_valid, "prompt must be a text, a list of token ids, or a list of these")
@@ -90,6 +94,11 @@ def read_integer(body: dict, name: str, default: int | None, low: int, high: int
     return value
 
 
+def read_boolean(body: dict, name: str) -> bool:
+    require(type(body.get(name, False)) is bool, f"{name} must be true or false")
+    return body.get(name, False)
+
+
 def require(condition, message: str):
     if not condition:
         raise UsageError(message)
@@ -101,10 +110,10 @@ class Reply:
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         """Parses data, the bytes of the request, and tokenizes the prompts. Megabytes of text take seconds."""
         body = parse_request(data)
-        requests = read_requests(body, is_chat, tokenizer, scheduler.max_seq_len)
+        requests = read_requests(body, is_chat, tokenizer, scheduler)
         self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
         self.sent = [(0, 0)] * len(requests)  # how many characters and tokens of each completion were sent
-        self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, bool(body.get("stream"))
+        self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, read_boolean(body, "stream")
         options = body.get("stream_options")
         self.streams_usage = isinstance(options, dict) and bool(options.get("include_usage"))
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
@@ -112,14 +121,18 @@ class Reply:
         object = chat_object if is_chat else "text_completion"
         self.header = {"id": secrets.token_hex(12), "object": object, "created": int(time.time()), "model": model_name}
 
-    def response(self, completions: list[Completion]) -> dict:
-        return self.header | {"choices": [self.new_choice(completion) for completion in completions]}
+    def response(self) -> dict:
+        return self.header | {"choices": list(map(self.new_choice, self.completions)), "usage": self.usage()}
 
-    def new_responses(self) -> Iterator[dict]:
-        """Yields the next responses of a stream, one for each completion that has grown."""
-        for completion in self.completions:
-            if len(completion.new_ids) > self.sent[completion.index][1]:
-                yield self.response([completion])
+    async def stream(self, updates: AsyncIterator[None]) -> AsyncIterator[dict]:
+        """Yields a chunk for each completion that has grown, after each of updates. If the request asks for the usage,
+        it comes at the end."""
+        async for _ in updates:
+            for completion in self.completions:
+                if len(completion.new_ids) > self.sent[completion.index][1]:
+                    yield self.header | {"choices": [self.new_choice(completion)]}
+        if self.streams_usage:
+            yield self.header | {"choices": [], "usage": self.usage()}
 
     def usage(self) -> dict:
         n_prompt = sum({id(c.request.prompt_ids): len(c.request.prompt_ids) for c in self.completions}.values())

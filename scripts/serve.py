@@ -27,9 +27,9 @@ if __name__ == "__main__":
 from cli import common_args
 from cli.script import exit_with_error, run_script
 from converters.resolve import resolve_checkpoint
+from engine.async_completer import AsyncCompleter, CompletionError
 from engine.scheduler import Scheduler
 from loading import load
-from scripts.async_completer import AsyncCompleter, CompletionError
 from scripts.openai_api import Reply, require
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -115,11 +115,11 @@ class Server(uvicorn.Server):
         reply = await asyncio.to_thread(Reply, data, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
         updates = self.completer.complete(reply.completions)
         if reply.is_stream:
-            return StreamingResponse(events(reply, updates), media_type="text/event-stream")
+            return StreamingResponse(events(reply.stream(updates)), media_type="text/event-stream")
         async for _ in updates:
             if await request.is_disconnected():
                 raise ClientDisconnect
-        return JSONResponse(reply.response(reply.completions) | {"usage": reply.usage()})
+        return JSONResponse(reply.response())
 
     def check_key(self, request: Request):
         given, expected = request.headers.get("authorization", ""), f"Bearer {self.api_key}"
@@ -137,21 +137,14 @@ async def receive_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def events(reply: Reply, updates: AsyncIterator[None]) -> AsyncIterator[str]:
-    """Yields server-sent events: after each of updates the new texts of reply, and at the end [DONE]."""
+async def events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
+    """Yields a server-sent event for each of chunks, and [DONE] at the end."""
     try:
-        async for _ in updates:
-            for response in reply.new_responses():
-                yield event(response)
-        if reply.streams_usage:
-            yield event(reply.response([]) | {"usage": reply.usage()})
+        async for chunk in chunks:
+            yield f"data: {json.dumps(chunk)}\n\n"
     except CompletionError as e:  # the status 200 is sent already, so the error is an event
-        yield event(describe_error(e, status=500))
+        yield f"data: {json.dumps(describe_error(e, status=500))}\n\n"
     yield "data: [DONE]\n\n"
-
-
-def event(data: dict) -> str:
-    return f"data: {json.dumps(data)}\n\n"
 
 
 def error_response(request: Request, e: Exception) -> Response:

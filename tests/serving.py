@@ -18,10 +18,10 @@ import openai
 import pytest
 import torch
 
+from engine.async_completer import AsyncCompleter
 from engine.scheduler import Scheduler
 from loading import load
 from scripts import serve
-from scripts.async_completer import AsyncCompleter
 
 N_ROWS, KEY = 4, "a key"
 USER = {"role": "user", "content": "Hello"}

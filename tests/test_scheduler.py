@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.async_completer import AsyncCompleter, CompletionError
 from engine.completion import Completion, complete_all, generate_many
 from engine.request import Request
 from engine.sampling import SamplingParams
@@ -19,7 +20,6 @@ from kernels.formats import MXFP4, Float8, Int4, Int8
 from llm import generate
 from loading import load
 from model import Transformer
-from scripts.async_completer import AsyncCompleter, CompletionError
 from tests.tiny import make_hf, to_ours
 from text.tokenizer import StopStringFinder
 from utils.errors import UsageError

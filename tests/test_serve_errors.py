@@ -25,6 +25,8 @@ WRONG = [
     ({"prompt": [5, 300]}, "prompt"),
     ({"prompt": [True]}, "prompt"),
     ({"prompt": "a" * 160}, "159 tokens"),
+    ({"prompt": "a" * 10**5}, "100000 characters exceeds"),  # is not encoded
+    ({"messages": [USER | {"content": "a" * 10**5}]}, "100000 characters exceeds"),
     ({"prompt": ["a"] * 65}, "64 texts"),
     ({"prompt": ["a"] * 33, "n": 2}, "64 texts"),
     ({"prompt": "a", "n": 0}, "n must be"),
@@ -46,6 +48,9 @@ WRONG = [
     ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ({"prompt": "a", "logprobs": True}, "logprobs"),
     ({"prompt": "a", "echo": True}, "echo"),
+    ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": "a", "best_of": 2}, "best_of"),
+    ({"prompt": "a", "stream": "false"}, "stream must be true or false"),
     ({"messages": []}, "messages"),
     ({"messages": "Hello"}, "messages"),
     ({"messages": ["Hello"]}, "message"),
@@ -55,6 +60,9 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]}, "content"),
     ({"messages": [{"role": "user", "content": ["a"]}]}, "content"),
     ({"messages": [USER], "tools": [{}]}, "tools"),
+    ({"messages": [USER], "functions": [{}]}, "functions"),
+    ({"messages": [USER], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": [USER], "logprobs": 5}, "logprobs must be true or false"),
     ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
 ]
 
@@ -67,6 +75,9 @@ def test_wrong_requests_are_named(chatty_server):
         check_error(ask_http(chatty_server, "completions", body), 400)
     nulls = dict.fromkeys(["n", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream", "tools"])
     assert ask_http(chatty_server, "completions", {"prompt": "a"} | nulls)[0] == 200
+    defaults = {"best_of": 1, "echo": False, "suffix": "", "logit_bias": {}, "presence_penalty": 0.0, "tools": []}
+    defaults |= {"response_format": {"type": "text"}, "model": "gpt-4", "a field of tomorrow": 5}
+    assert ask_http(chatty_server, "completions", {"prompt": "a"} | defaults)[0] == 200
 
 
 def test_errors_as_openais_client_sees_them(chatty_server, chain_server, complete, complete_chain):

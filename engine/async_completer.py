@@ -1,4 +1,4 @@
-"""Completes the texts of several callers at once, in asyncio, with one Scheduler. serve.py's callers are its clients.
+"""Completes the texts of several callers at once, in asyncio, with one Scheduler: those of the server's clients.
 
     completer = AsyncCompleter(scheduler)
     async for _ in completer.complete([completion]):
@@ -35,10 +35,9 @@ class AsyncCompleter:
         """Yields after each step, until all completions have ended. A step may add tokens to any of completions. If the
         caller stops early, the caller's slots become free. Raises CompletionError if a step fails. Later calls still
         work."""
-        for completion in completions:
-            self.scheduler.check(completion.request)
         try:
             for completion in completions:
+                self.scheduler.check(completion.request)
                 self.completions[completion.request] = completion
                 self.thread.submit(self.scheduler.submit, completion.request)
             have_ended = False
