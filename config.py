@@ -194,7 +194,8 @@ def check_rope(config: ModelConfig):
     n_pairs = rotary_dim // 2
     if scaling.rope_type == "longrope" and not len(scaling.short_factor) == len(scaling.long_factor) == n_pairs:
         raise UsageError(f"rope_scaling of type longrope needs {n_pairs} short and long factors")
-    if config.rope_theta <= 1 or rotary_dim == 2:  # yarn_ramp would divide by log(1) = 0, "dynamic" by rotary_dim - 2
+    # yarn_ramp would divide by log(theta) = 0, "dynamic" by rotary_dim - 2
+    if (scaling.rope_type == "yarn" and config.rope_theta <= 1) or (scaling.rope_type == "dynamic" and rotary_dim == 2):
         raise UsageError(f"RoPE with theta {config.rope_theta} and {rotary_dim} elements cannot be scaled")
 
 

@@ -27,6 +27,10 @@ def gemma2(hf_config: dict) -> dict:
     }
 
 
+def gemma3(hf_config: dict) -> dict:
+    return gemma2(hf_config) | {"attention_softcap": 0.0}  # transformers does not use attn_logit_softcapping
+
+
 def smollm3(hf_config: dict) -> dict:
     """Reads which layers have RoPE. A 0 in no_rope_layers is a layer without RoPE. If config.json lacks no_rope_layers,
     every no_rope_layer_interval-th layer has no RoPE."""
@@ -146,7 +150,7 @@ def rename_dbrx(hf_config: dict) -> dict:
     attention = hf_config.get("attn_config") or {}
     ffn = hf_config.get("ffn_config") or {}
     rope = hf_config.get("rope_parameters") or {}
-    if "rope_theta" in attention:  # overrides rope_parameters, into which transformers 5 writes a default
+    if rope.get("rope_theta", 10000.0) == 10000.0 and "rope_theta" in attention:  # transformers 5 writes this default
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
     if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:

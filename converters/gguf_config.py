@@ -11,12 +11,10 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
-import torch
 
 from config import ModelConfig, RopeScaling
 from converters.families import config_from_hf
 from converters.gguf_file import GGUFTensor
-from rope import rope_frequencies
 from utils.errors import UsageError
 
 # GGUF's name of a field, without the architecture's prefix ("llama.") -> config.json's name
@@ -58,7 +56,7 @@ GGUF_NEUTRAL_VALUES = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-# Tensors that belong to no module: divisors of RoPE's frequencies, for Llama 3.1's scaling and for LongRoPE
+# Tensors that belong to no module: divisors of RoPE's frequencies, in all contexts or in long and in short ones
 ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -169,7 +167,7 @@ def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelCon
         ffn_bias="blk.0.ffn_down.bias" in tensors,
     )
     if ROPE_FACTORS in tensors:
-        config = replace(config, rope_scaling=read_llama3_scaling(config, tensors[ROPE_FACTORS]))
+        config = replace(config, rope_scaling=read_divisors(tensors[ROPE_FACTORS]))
     return config
 
 
@@ -246,12 +244,7 @@ def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dic
     return None
 
 
-def read_llama3_scaling(config: ModelConfig, stored: GGUFTensor) -> RopeScaling:
-    """Returns Llama 3.1's scaling, whose factor is the largest of the stored divisors. A GGUF stores the divisor of
-    each of RoPE's frequencies, and nothing else."""
-    factors = torch.tensor(stored.data.view(np.float32))
-    scaling = RopeScaling("llama3", float(factors.max()))
-    scaled = replace(config, rope_scaling=scaling)
-    if not torch.allclose(rope_frequencies(config, length=1) / rope_frequencies(scaled, length=1), factors, rtol=1e-3):
-        raise UsageError(f"{ROPE_FACTORS} is not Llama 3.1's scaling, which is the only one supported")
-    return scaling
+def read_divisors(stored: GGUFTensor) -> RopeScaling:
+    """Returns the scaling that divides each of RoPE's frequencies by a stored divisor: Llama 3.1's, for example."""
+    divisors = tuple(stored.data.view(np.float32).tolist())
+    return RopeScaling("longrope", factor=1.0, short_factor=divisors, long_factor=divisors)

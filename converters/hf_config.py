@@ -288,7 +288,7 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
     rope_scaling. Both may have an object for each type of layer."""
     unscaled = {"rope_theta": hf_config.get("rope_theta", 10000.0), "rope_type": "default"}
     rope, sliding_rope = dict(unscaled), None
-    if hf_config.get("rope_local_base_freq") is not None:
+    if "rope_local_base_freq" in family.defaults:  # a field that other families ignore
         sliding_rope = unscaled | {"rope_theta": hf_config["rope_local_base_freq"]}
     elif not family.scales_sliding_rope:
         sliding_rope = dict(unscaled)

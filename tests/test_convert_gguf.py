@@ -25,14 +25,11 @@ def test_types(qtype, tmp_path):
     same_logits(tmp_path / "new/folder/model.pth", theirs)
 
 
-LLAMA3_8192 = LLAMA3 | {"original_max_position_embeddings": 8192}
-
-
 @pytest.mark.parametrize(
     ("config_class", "changes"),
     [
         (hf.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
-        (hf.LlamaConfig, {"rope_parameters": LLAMA3_8192}),
+        (hf.LlamaConfig, {"rope_parameters": LLAMA3}),
         (hf.LlamaConfig, {"rope_parameters": LINEAR}),
         (hf.LlamaConfig, {"attention_bias": True}),
     ],

@@ -231,6 +231,7 @@ WRONG = [
     ("llama-linear", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta must be a positive number"),
     ("llama2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
     ("yarn", {"rope_parameters": {"rope_theta": 1}}, "RoPE with theta 1 and 12 elements cannot be scaled"),
+    ("dynamic", {"head_dim": 2}, "RoPE with theta 10000.0 and 2 elements cannot be scaled"),
     ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "layers with a sliding window"),
     ("granite", {"logits_scaling": 0}, "wrong kind"),
     ("granite", {"residual_multiplier": "x"}, "residual_scale must be a positive number"),
