@@ -11,6 +11,7 @@ bits first. With 4 bits:
     compressed-tensors:
       pack-quantized      weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups], or 8
       int-quantized       weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8, or 0
+                          (int8 also if values have 4 bits)
 
 Version 1 of GPTQ's format stores zero - 1 in qzeros. A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7.
 """
@@ -19,6 +20,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,9 +58,11 @@ class UnpackedWeight:
     def is_symmetric(self) -> bool:
         return bool((self.read_zeros() == self.middle).all())
 
-    def to_weight(self) -> LazyWeight:
-        """Returns the weight in one of our formats, with the same values."""
-        if self.bits == 8 and self.scales.shape[1] == 1 and self.is_symmetric:
+    def to_weight(self, may_be_int8: bool = True) -> LazyWeight:
+        """Returns the weight in one of our formats, with the same values. may_be_int8: False if config.json says that
+        zero points are free. Then a zero point in the middle is an accident, and the layers that this one is stacked
+        with may have others, for which Int8 has no room."""
+        if may_be_int8 and self.bits == 8 and self.scales.shape[1] == 1 and self.is_symmetric:
             return LazyWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
         # Int4 lacks some group sizes, such as 16. Values of 4 bits in such groups are stored in 8 bits.
@@ -74,7 +78,8 @@ class UnpackedWeight:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
-        tensors = {"scales": self.scales.to(format.scale_dtype), "zeros": self.read_zeros() * format.zeros_denominator}
+        # Scales keep their dtype here, so that a weight that becomes dense is rounded only once
+        tensors = {"scales": self.scales, "zeros": self.read_zeros() * format.zeros_denominator}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
         return {"weight": format.elements_to_bytes(q)} | groups
@@ -144,6 +149,8 @@ def read_input_order(
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
     layer.expect_shape(kind, k)
+    if (g_idx == -1).all():  # how compressed-tensors says that there is no order
+        return None
     unknown = g_idx[(g_idx < 0) | (g_idx >= n_groups)]
     if len(unknown):
         raise UsageError(f"tensor {layer.name}.{kind} names group {int(unknown[0])}; there are {n_groups}")
@@ -183,7 +190,7 @@ def gptq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
     )
     if quantization.get("sym") is True and not weight.is_symmetric:
         layer.refuse(f"zero points other than {weight.middle}", "sym true")
-    return weight.to_weight()
+    return weight.to_weight(may_be_int8=quantization.get("sym") is not False)
 
 
 def find_dynamic(layer: SourceLayer, dynamic: dict) -> dict:
@@ -290,7 +297,9 @@ def packed_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
 def int8_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
     """Reads a weight of int-quantized. stated: the weight's scheme in config.json."""
     weight = layer.take("weight", (torch.int8,), 2)
-    return compressed_weight(layer, stated, 8, weight.shape, lambda: weight.view(torch.uint8) ^ 128)
+    bits = 4 if to_integer("num_bits", stated.get("num_bits")) == 4 else 8
+    read_q = partial(signed_to_unsigned, layer, "weight", weight, bits)
+    return compressed_weight(layer, stated, bits, weight.shape, read_q)
 
 
 def compressed_weight(
@@ -300,23 +309,36 @@ def compressed_weight(
     layer.expect("num_bits", bits, to_integer("num_bits", stated.get("num_bits")))
     scales = layer.take_row_scales("weight_scale", n)
     n_groups = scales.shape[1]
-    has_groups = stated.get("strategy") == "group"
+    has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
-    middle, zeros = 1 << (bits - 1), None
-    if "weight_zero_point" in layer.tensors:
-        zeros = layer.take("weight_zero_point", (torch.int32, torch.int8), 2)
-        layer.expect_shape("weight_zero_point", n if zeros.dtype == torch.int8 else math.ceil(n * bits / 32), n_groups)
-
-    def read_zeros() -> Tensor:
-        if zeros is None:
-            return torch.full((n, n_groups), middle, dtype=torch.uint8)
-        if zeros.dtype == torch.int8:
-            return (zeros.short() + middle).to(torch.uint8)
-        return unpack_words(zeros.T, bits)[:, :n].T
-
-    has_order = stated.get("actorder") == "group"
+    read_zeros = take_zeros(layer, bits, n, n_groups)
+    has_order = stated.get("actorder") in ("group", "dynamic", True)  # three names for the same
     input_order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)
     weight = UnpackedWeight(shape, bits, group_size, scales, read_q, read_zeros, input_order)
     if stated.get("symmetric") is True and not weight.is_symmetric:
         layer.refuse(f"zero points other than {weight.middle}", "symmetric true")
-    return weight.to_weight()
+    return weight.to_weight(may_be_int8=stated.get("symmetric") is not False)
+
+
+def take_zeros(layer: SourceLayer, bits: int, n: int, n_groups: int) -> Callable[[], Tensor]:
+    """Takes compressed-tensors' zero points, if there are any. Returns a function that returns them unsigned, [N,
+    n_groups] uint8."""
+    kind = "weight_zero_point"
+    if kind not in layer.tensors:
+        return lambda: torch.full((n, n_groups), 1 << (bits - 1), dtype=torch.uint8)
+    zeros = layer.take(kind, (torch.int32, torch.int8), 0, 1, 2)
+    if zeros.dtype == torch.int8:
+        zeros = layer.expand_rows(kind, zeros, n)
+        if zeros.shape[1] != n_groups:
+            layer.expect_shape(kind, n, n_groups)
+        return partial(signed_to_unsigned, layer, kind, zeros, bits)
+    layer.expect_shape(kind, math.ceil(n * bits / 32), n_groups)
+    return lambda: unpack_words(zeros.T, bits)[:, :n].T
+
+
+def signed_to_unsigned(layer: SourceLayer, kind: str, numbers: Tensor, bits: int) -> Tensor:
+    """Returns numbers of this many bits, stored as int8 in the tensor called kind, with the middle as their zero."""
+    middle = 1 << (bits - 1)
+    if bits == 4 and ((numbers < -middle) | (numbers >= middle)).any():
+        layer.refuse(f"numbers beyond {-middle} to {middle - 1} in {kind}", f"num_bits {bits}")
+    return numbers.view(torch.uint8) + middle

@@ -34,6 +34,7 @@ VERSIONS = {
     "awq": {"version": AWQ_VERSIONS, "checkpoint_format": AWQ_VERSIONS, "format": AWQ_VERSIONS},
 }
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+DENSE = "dense"  # no weight is quantized, but perhaps the KV cache
 TRANSFORMED_WEIGHTS = ("weight_input", "weight_output")  # locations of transform_config
 MIXED = "mixed-precision"  # each of config_groups has its own format
 # Names of scales for activations and for the KV cache. Here activations and the KV cache keep 16 bits.
@@ -96,7 +97,7 @@ def check_supported(quantization: dict):
         schemes = list(quantization.get("config_groups", {}).values())
         for format in [quantization.get("format"), *(scheme.get("format") for scheme in schemes)]:
             if format is not None:
-                check_one_of("format", format, (*COMPRESSED_FORMATS, MIXED))
+                check_one_of("format", format, (*COMPRESSED_FORMATS, MIXED, DENSE))
         check_transforms(quantization.get("transform_config") or {})
 
 
@@ -130,9 +131,15 @@ def collect_quantized(tensors: SourceTensors, quantization: dict, config: ModelC
             for kind in layer.tensors:
                 del tensors[f"{layer.name}.{kind}"]
             tensors[f"{layer.name}.weight"] = weight
-    if not any(isinstance(tensor, LazyWeight) for tensor in tensors.values()):
+    if not is_only_kv_cache(quantization) and not any(isinstance(t, LazyWeight) for t in tensors.values()):
         method = quantization["quant_method"]
         raise UsageError(f"config.json says quant_method {method}; none of the checkpoint's {n_before} tensors is that")
+
+
+def is_only_kv_cache(quantization: dict) -> bool:
+    """Returns whether quantization, of compressed-tensors, quantizes no weight, but the KV cache."""
+    is_compressed = quantization["quant_method"] == "compressed-tensors"
+    return is_compressed and not quantization.get("config_groups") and bool(quantization.get("kv_cache_scheme"))
 
 
 def find_layers(tensors: dict[str, Tensor]) -> list[SourceLayer]:
@@ -164,22 +171,24 @@ def read_compressed(layer: SourceLayer, quantization: dict) -> LazyWeight:
     is_float = "weight" in layer.tensors and layer.tensors["weight"].dtype != torch.int8
     layer.expect("type", "float" if is_float else "int", scheme.get("type"))
     if is_float:
-        has_blocks = scheme.get("strategy") == "block"
-        return float8_weight(layer, scheme["block_structure"] if has_blocks else None)
+        strategy = scheme.get("strategy")
+        block_shape = [1, scheme["group_size"]] if strategy == "group" else scheme.get("block_structure")
+        return float8_weight(layer, block_shape if strategy in ("block", "group") else None)
     return packed_weight(layer, scheme) if "weight_packed" in layer.tensors else int8_weight(layer, scheme)
 
 
 def find_scheme(name: str, quantization: dict) -> dict:
     """Returns the scheme that config_groups gives for the weight of the layer called name. A group's targets are names
-    of layers, regular expressions after "re:", and types of layers. A name or a regular expression takes precedence
-    over a type."""
+    of layers, regular expressions after "re:", and types of layers. As in compressed-tensors a name takes precedence
+    over regular expressions, the alphabetically first of these over the others, and all of them over a type."""
     schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
-    for scheme in schemes:
-        if any(matches_target(name, target) for target in scheme["targets"]):
-            return scheme["weights"]
-    for scheme in schemes:
-        if "Linear" in scheme["targets"]:
-            return scheme["weights"]
+    scheme_of = {target: scheme["weights"] for scheme in schemes for target in scheme["targets"]}
+    for target in sorted(scheme_of, key=lambda target: (target.startswith("re:"), target)):
+        if matches_target(name, target):
+            return scheme_of[target]
+    layer_type = "Embedding" if name.endswith(".embed_tokens") else "Linear"
+    if layer_type in scheme_of:
+        return scheme_of[layer_type]
     raise UsageError(f"config.json: no target of config_groups is {name}, whose weight is quantized")
 
 

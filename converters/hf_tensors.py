@@ -35,8 +35,10 @@ def to_canonical_layout(
         # transformers omits "model." if it saves a model without a head
         for name in [name for name in tensors if name != HEAD]:
             tensors[f"model.{name}"] = tensors.pop(name)
-    for name in list(tensors):
-        tensors[rename(name)] = tensors.pop(name)
+    # All at once, since a new name may be another tensor's old name, and tensors may be in any order
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    tensors.clear()
+    tensors |= renamed
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
     if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change

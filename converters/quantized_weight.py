@@ -21,7 +21,7 @@ CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale
 class LazyWeight:
     """A quantized weight [N, K] that is not read yet.
 
-    read: returns the tensors of format.
+    read: returns the tensors of format. Scales may have a wider dtype than format's.
     input_order: column i of the tensors multiplies x[..., input_order[i]]. None: column i multiplies x[..., i].
 
     GPTQ's act-order quantizes the inputs that matter most first. So the inputs of a group are not neighbours. With its
@@ -143,13 +143,15 @@ class SourceLayer:
         return scales
 
     def take_row_scales(self, kind: str, n: int) -> Tensor:
-        """Takes scales [N, n_groups]. The checkpoint may hold [N], or one scale for all outputs."""
-        scales = self.take_scales(kind, 0, 1, 2)
-        if scales.dim() < 2:
-            scales = scales.reshape(-1, 1)
-        if len(scales) not in (1, n):
-            raise UsageError(f"tensor {self.name}.{kind} is {list(self.tensors[kind].shape)} for {n} outputs")
-        return scales.expand(n, -1)
+        """Takes scales [N, n_groups]: see expand_rows."""
+        return self.expand_rows(kind, self.take_scales(kind, 0, 1, 2), n)
+
+    def expand_rows(self, kind: str, tensor: Tensor, n: int) -> Tensor:
+        """Returns tensor, which is called kind, as [N, n_groups]. It may be [N], or one number for all outputs."""
+        rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, 1)
+        if len(rows) not in (1, n):
+            raise UsageError(f"tensor {self.name}.{kind} is {list(tensor.shape)} for {n} outputs")
+        return rows.expand(n, -1)
 
     def check_all_taken(self):
         """Checks that every tensor was taken. A tensor that nobody reads might change the weight's values."""

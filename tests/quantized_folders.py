@@ -109,10 +109,21 @@ def packed(name: str, w: Tensor, zeros_dtype=torch.int32, **how) -> tuple[dict[s
     return {f"{name}.{kind}": t for kind, t in tensors.items()}, rounded.dequantize()
 
 
-def int_quantized(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    rounded = round_weight(w, 8, -1, symmetric=True, scale_dtype=torch.bfloat16)
-    tensors = {f"{name}.weight": (rounded.q - 128).to(torch.int8), f"{name}.weight_scale": rounded.scales}
-    return tensors | {f"{name}.input_scale": torch.ones(1)}, rounded.dequantize()
+def int_quantized(
+    name: str, w: Tensor, bits: int = 8, group_size: int = -1, symmetric: bool = True, has_one_scale: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """compressed-tensors' int-quantized: numbers of 8 bits or fewer as int8."""
+    rows = w.reshape(1, -1) if has_one_scale else w
+    rounded, middle = round_weight(rows, bits, group_size, symmetric, scale_dtype=torch.bfloat16), 2 ** (bits - 1)
+    tensors = {
+        "weight": (rounded.q - middle).to(torch.int8).reshape(w.shape),
+        "weight_scale": rounded.scales[0] if has_one_scale else rounded.scales,
+        "input_scale": torch.ones(1),
+    }
+    if not symmetric:
+        zeros = (rounded.zeros - middle).to(torch.int8)
+        tensors["weight_zero_point"] = zeros[0] if has_one_scale else zeros
+    return {f"{name}.{kind}": t for kind, t in tensors.items()}, rounded.dequantize().reshape(w.shape)
 
 
 def float8(name: str, w: Tensor, rows: int | None, columns: int | None, kind: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -233,6 +244,10 @@ def packed_case(family: str, name: str, bits: int, group_size: int, symmetric: b
     return family, name, compressed("pack-quantized", weights), lambda module, w: packed(module, w, **how)
 
 
+def int_case(family: str, name: str, weights: dict, **how):
+    return family, name, compressed("int-quantized", weights), lambda module, w: int_quantized(module, w, **how)
+
+
 def float_case(family: str, name: str, config: dict, rows: int | None, columns: int | None, kind: str = "weight_scale"):
     return family, name, config, lambda module, w: float8(module, w, rows, columns, kind)
 
@@ -241,7 +256,10 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_sc
 SMALL_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 32]}
 CHANNELS = {"num_bits": 8, "type": "float", "strategy": "channel"}
 TENSOR = CHANNELS | {"strategy": "tensor"}
+FLOAT_GROUPS = CHANNELS | {"strategy": "group", "group_size": 32}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+ONE_ZERO = INT8 | {"strategy": "tensor", "symmetric": False}
+INT4 = {"num_bits": 4, "type": "int", "group_size": 64}  # compressed-tensors infers the strategy
 CASES = {
     "gptq": gptq_case("llama2", "int4.g32"),
     "gptq v2": gptq_case("phi3", "int4.g64", version=2, group_size=64),
@@ -258,11 +276,14 @@ CASES = {
     "packed channel": packed_case("olmo2", "int4.g128", 4, -1, False),
     "packed 8 bits": packed_case("llama3", "int8.g64", 8, 64, False),
     "packed 8 bits channel": packed_case("qwen3", "int8", 8, -1, True, scale_dtype=torch.float32),
-    "int8": ("llama2", "int8", compressed("int-quantized", INT8), int_quantized),
+    "int8": int_case("llama2", "int8", INT8),
+    "int8 tensor asymmetric": int_case("qwen2", "int8.g128", ONE_ZERO, symmetric=False, has_one_scale=True),
+    "int8 of 4 bits": int_case("qwen3-moe", "int4.g64", INT4, bits=4, group_size=64),
     "fp8 blocks": float_case("qwen3-moe", "fp8.g128", BLOCKS, 128, 128, "weight_scale_inv"),
     "fp8 tensor": float_case("mixtral", "fp8", {"quant_method": "fp8"}, None, None),
     "float tensor": float_case("phi3", "fp8", compressed("float-quantized", TENSOR), None, None),
     "float channel": float_case("qwen2", "fp8", compressed("float-quantized", CHANNELS), 1, None),
+    "float groups": float_case("qwen3", "fp8.g32", compressed("float-quantized", FLOAT_GROUPS), 1, 32),
     "float blocks": float_case("llama2", "fp8.g32", compressed("float-quantized", SMALL_BLOCKS), 64, 32),
     "fbgemm": float_case("gemma2", "fp8", {"quant_method": "fbgemm_fp8"}, 1, None),
 }

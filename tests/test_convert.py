@@ -54,9 +54,9 @@ def hub_config(config: dict) -> dict:
 
 
 def write_shards(folder: Path, stem: str, tensors: dict, save):
-    """Two files and their index."""
+    """Two files and their index. The tensors are in reverse order, which must not matter."""
     name, kind = stem.rsplit(".", 1)
-    halves = [dict(list(tensors.items())[k::2]) for k in range(2)]
+    halves = [dict(list(tensors.items())[::-1][k::2]) for k in range(2)]
     files = [f"{name}-0000{k + 1}-of-00002.{kind}" for k in range(2)]
     for half, file in zip(halves, files, strict=True):
         save(half, folder / file)

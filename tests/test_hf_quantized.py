@@ -15,6 +15,7 @@ from tests.quantized_folders import (
     CASES,
     IS_LINEAR,
     check_weights,
+    float8,
     formats_of,
     gptq,
     gptq_case,
@@ -23,7 +24,7 @@ from tests.quantized_folders import (
     set_quantization,
     write_quantized,
 )
-from tests.tiny import convert, refused, same_logits
+from tests.tiny import convert, make_hf, refused, same_logits
 from utils.errors import UsageError
 
 
@@ -292,6 +293,68 @@ def test_config_groups_that_differ(tmp_path):
     assert formats_of(path) == of_others | {"down_proj": "int8", "lm_head": "fp8"}
     check_weights(path, tmp_path / "m/reference", is_exact=True)
     same_logits(path, theirs)
+
+
+def test_the_target_that_counts(tmp_path):
+    """compressed-tensors' order is: a name, the alphabetically first regular expression, a type. The bits of the other
+    schemes would contradict the tensors. weight_g_idx of -1 everywhere means no order of inputs."""
+    family, _, config, _ = packed_case("qwen3", "", 4, 32, False)
+    four = config["config_groups"]["group_0"]["weights"] | {"actorder": "dynamic"}
+    targets_of = {
+        2: ["Linear", "re:.*self_attn", "re:.*mlp"],
+        4: ["re:.*_proj$", "model.layers.1.mlp.up_proj", "Embedding"],
+        8: ["re:.*mlp.up_proj"],
+    }
+    config["config_groups"] = {
+        f"group_{bits}": {"targets": targets, "weights": four | {"num_bits": bits}}
+        for bits, targets in targets_of.items()
+    }
+    config["ignore"] = ["lm_head", "re:.*layers.0.mlp"]
+
+    def quantize_without_order(name: str, w: Tensor):
+        if "layers.0.mlp" in name:
+            return {f"{name}.weight": w}, w
+        has_zeros = "embed_tokens" not in name  # its 97 outputs fill no words
+        tensors, dense = packed(name, w, bits=4, group_size=32, symmetric=not has_zeros)
+        return tensors | {f"{name}.weight_g_idx": torch.full((w.shape[1],), -1)}, dense
+
+    is_linear = re.compile(rf"{IS_LINEAR.pattern}|embed_tokens.weight$")
+    theirs = write_quantized(tmp_path / "m", family, config, quantize_without_order, is_linear)
+    path = convert(tmp_path / "m")
+    assert read_checkpoint(path)[1]["layers"]["embed_tokens"]["mode"] == "int4"
+    same_logits(path, theirs)
+
+
+def test_only_the_kv_cache_is_quantized(tmp_path):
+    """compressed-tensors then says dense. The scales are left out: here the KV cache keeps 16 bits."""
+    make_hf("llama2").save_pretrained(tmp_path)
+    expected = read_checkpoint(convert(tmp_path))[2]
+    tensors = load_file(tmp_path / "model.safetensors")
+    scales = {f"model.layers.{i}.self_attn.{part}_scale": torch.ones(1) for i in range(3) for part in "kv"}
+    save_file(tensors | scales, tmp_path / "model.safetensors")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    config = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": scheme}
+    set_quantization(tmp_path, config)
+    ours = read_checkpoint(convert(tmp_path))[2]
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], t) for name, t in expected.items())
+
+
+def test_dense_weights_are_rounded_once(tmp_path):
+    """Float32 scales that become float16 in our formats are not rounded where a weight becomes dense."""
+    how = {"bits": 4, "symmetric": True, "scale_dtype": torch.float32}
+    family, _, config, _ = packed_case("llama2", "", group_size=32, **how)
+    eight = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    config["config_groups"]["group_1"] = {"targets": ["re:.*q_proj"], "weights": eight}
+
+    def quantize(name: str, w: Tensor):
+        if "q_proj" in name:
+            return float8(name, w, 1, None, "weight_scale")
+        return packed(name, w, group_size=32, **how)
+
+    write_quantized(tmp_path / "m", family, config, quantize)
+    ours, theirs = (read_checkpoint(convert(tmp_path / folder))[2] for folder in ("m", "m/reference"))
+    for name in [name for name in theirs if "qkv_proj" in name]:
+        assert torch.equal(ours[name], theirs[name].bfloat16())
 
 
 def test_scales_of_32_bits(tmp_path, capsys):

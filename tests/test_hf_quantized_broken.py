@@ -141,6 +141,16 @@ def test_broken_awq_and_packed(tmp_path):
     refuse("something of the wrong kind", config_changes={"config_groups": groups})
 
 
+def test_broken_int8(tmp_path):
+    refuse = broken_checkpoint(tmp_path / "int4", "int8 of 4 bits")
+    refuse("says num_bits 4; .*k_proj have numbers beyond -8 to 7 in weight", {"weight": with_first(8)})
+    refuse("says num_bits 4; .*k_proj have numbers beyond -8 to 7 in weight", {"weight": with_first(-9)})
+    zeros = torch.full((32, 2), -9, dtype=torch.int8)
+    refuse("k_proj have numbers beyond -8 to 7 in weight_zero_point", {"weight_zero_point": zeros})
+    refuse(r"weight_zero_point is \[32, 1\]; .* \[32, 2\]", {"weight_zero_point": zeros[:, 1:]})
+    refuse(r"weight_zero_point is \[3\] for 32 outputs", {"weight_zero_point": zeros[:3, 0]})
+
+
 def test_broken_float8(tmp_path):
     refuse = broken_checkpoint(tmp_path / "channels", "float channel")
     refuse("k_proj.weight_global_scale has no place in this format", {"weight_global_scale": torch.ones(1)})
