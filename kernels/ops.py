@@ -28,8 +28,9 @@ Each function calls the kernel of a backend, or computes the same result in plai
     "torch"     none: plain PyTorch, for any device
 
 The tokens of all sequences of a step count together. An operation with more tokens runs in plain PyTorch. On a CPU four
-small operations have no limit (SPECIAL_MAX_KERNEL_TOKENS), and a weight that is not quantized may have a lower one
-(max_kernel_tokens). Without a C++ compiler, PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
+small operations have no limit (SPECIAL_MAX_KERNEL_TOKENS), nor has attend where its kernel is faster than PyTorch
+(has_prefill_attention_kernel). A weight that is not quantized may have a lower limit (max_kernel_tokens). Without a C++
+compiler, PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
 
 Two rules for all operations:
 
@@ -45,7 +46,7 @@ import torch
 from torch import Tensor
 
 from config import ACTIVATIONS
-from kernels import reference
+from kernels import build, reference
 from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
 from kernels.schema import ACTIVATION_IDS, kernel_namespace
 
@@ -174,7 +175,8 @@ def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: T
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    if not has_attention_kernel(backend, B, T, params.n_heads // cache.k.shape[1]):
+    has_kernel = has_attention_kernel(backend, B, T, params.n_heads // cache.k.shape[1])
+    if not has_kernel and not has_prefill_attention_kernel(backend, B, T, qkv.dtype):
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
         q = rope_and_cache(qkv, params, cache, positions, backend)
         return reference.cached_attention(q, params, cache, positions)
@@ -204,6 +206,13 @@ def has_attention_kernel(backend: str, batch: int, n_new_tokens: int, heads_per_
         return False
     n_queries = n_new_tokens * heads_per_kv_head
     return backend == "cpu" or n_new_tokens <= MAX_TRITON_NEW_TOKENS and n_queries <= MAX_TRITON_QUERIES
+
+
+def has_prefill_attention_kernel(backend: str, batch: int, n_new_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether attend calls a kernel for more new tokens than a step can have (kernels/csrc/prefill.h)."""
+    if backend != "cpu" or batch * n_new_tokens <= MAX_CPU_TOKENS:
+        return False
+    return bool(build.library().has_prefill_attention(dtype == torch.bfloat16))
 
 
 def route(

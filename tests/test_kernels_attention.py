@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config import ModelConfig
-from kernels import reference
+from kernels import ops, reference
 from kernels.params import LayerCache
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
@@ -97,9 +97,10 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
 @pytest.mark.parametrize("n_heads, n_kv_heads, d", [(9, 3, 64), (6, 2, 40)])
 @pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_of_a_prompt(n_heads, n_kv_heads, d, norm, dtype, monkeypatch):
-    """Of more tokens than attend takes: the kernel rope_and_cache and PyTorch's attention together."""
+def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, monkeypatch):
+    """Of more tokens than a step has: the kernel rope_and_cache and PyTorch's attention together."""
     torch.manual_seed(0)
+    monkeypatch.setattr(ops, "has_prefill_attention_kernel", lambda *_: False)
     monkeypatch.setattr(reference, "EAGER_QUERIES", 30)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
@@ -116,6 +117,26 @@ def test_attention_of_a_prompt(n_heads, n_kv_heads, d, norm, dtype, monkeypatch)
             exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
             bounds.check(k, exact_k, k_error)
             assert torch.equal(v, exact_v)
+
+
+@built
+@pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (2, 1, 256), (6, 2, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype, monkeypatch):
+    """The kernel, also on CPUs where PyTorch may be faster."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(ops, "has_prefill_attention_kernel", lambda *_: True)
+    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 400)
+    slopes, sinks = torch.tensor(alibi_slopes(n_heads)), (torch.randn(n_heads) * 4 + 2).to(dtype)
+    sinks[:2] = torch.tensor([-200, 200])
+    everything = {"sinks": sinks, "scale": 0.3, "softcap": 5.0}
+    norms = [make_norm(n_heads * d, dtype), make_norm(n_kv_heads * d, dtype)]
+    for tokens, starts, window, alibi, options in [
+        (65, [0], 0, None, {}), (200, [131], 0, None, {}), (33, [0, 367], 0, None, {}), (130, [7], 1, None, {}),
+        (90, [200, 0, 3], 70, None, {}), (150, [0], 0, slopes, {}), (66, [64], 5, slopes, everything),
+    ]:
+        cache = make_cache(starts, n_kv_heads, d, dtype, rope, alibi)
+        check_attention(starts, tokens, n_heads, cache, window, norms, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,11 +171,12 @@ def test_attention_reference_sinks_scale_softcap():
 
 
 @built
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused(monkeypatch):
     """An error, not a write beyond the cache."""
     rope, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
     cache = LayerCache(weight, weight.clone(), rope)
-    for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1])]:
+    monkeypatch.setattr(ops, "has_prefill_attention_kernel", lambda *_: True)
+    for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1]), (1, 65, [0])]:
         with pytest.raises(RuntimeError, match="no room"):
             attend(torch.randn(rows, tokens, 128), cache, torch.tensor(start_pos), 4, "cpu")
     with pytest.raises(RuntimeError, match="int64"):

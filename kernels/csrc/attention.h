@@ -62,6 +62,15 @@ template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
 // Returns the larger of a and b in each lane. NaN in b stays NaN.
 inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
 
+// Returns the largest lane of v, or NaN if any lane is NaN.
+inline float largest_lane(Vec v) {
+  v = larger(v, (Vec)swap_lanes<8>((IntVec)v));
+  v = larger(v, (Vec)swap_lanes<4>((IntVec)v));
+  v = larger(v, (Vec)swap_lanes<2>((IntVec)v));
+  v = larger(v, (Vec)swap_lanes<1>((IntVec)v));
+  return v[0];
+}
+
 // Computes scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns 16 partial maxima of the scores.
 // If next is not null, also prefetches the values next [n / stride, d], one value for every stride keys.
 template <int64_t D, typename T>
@@ -115,8 +124,7 @@ struct Softmax { float m_i, l_i; };
 
 // Replaces scores [n] with p = exp(score - m_i). m_i is the maximum of the lanes of max, or NaN if any lane is NaN.
 inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
-  float m_i = NEGATIVE_INFINITY;
-  for (int r = 0; r < LANES; r++) m_i = max[r] > m_i || max[r] != max[r] ? max[r] : m_i;
+  const float m_i = largest_lane(max);
   Vec l_i = {};
   for (int64_t s = 0; s < n; s += LANES) {
     const Vec p = mask_lanes(exp_vec(load_vec(scores + s) - m_i), n - s, 0);

@@ -13,7 +13,7 @@
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
 //     activations.h    prepares the inputs of products
 //     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens
-//     linear.h, moe.h, attention.h, sampling.h    the operations
+//     linear.h, moe.h, attention.h, prefill.h, sampling.h    the operations
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,6 +25,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "moe.h"
+#include "prefill.h"
 #include "sampling.h"
 
 using torch::headeronly::ScalarType;
@@ -241,8 +242,8 @@ Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tens
               int64_t n_heads, double scale, int64_t window, double softcap, OptTensor q_norm_weight,
               OptTensor k_norm_weight, double eps, OptTensor sinks) {
   const int64_t batch = k_cache.size(0), d = k_cache.size(3);
-  const int64_t m = check_tokens(qkv, qkv_width(k_cache, n_heads),
-                                 {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
+  const int64_t m = check_rows(qkv, qkv_width(k_cache, n_heads),
+                               {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
   STD_TORCH_CHECK(!sinks || sinks->numel() == n_heads, "sinks must be [H]");
   STD_TORCH_CHECK(!alibi_slopes || (alibi_slopes->numel() == n_heads && alibi_slopes->is_contiguous() &&
                                     alibi_slopes->scalar_type() == ScalarType::Float), "slopes must be float32 [H]");
@@ -253,7 +254,8 @@ Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tens
     op.sinks = ptr<T>(sinks), op.alibi_slopes = ptr<float>(alibi_slopes);
     op.scale = float(scale), op.softcap = float(softcap), op.window = window;
     op.out = mutable_ptr<T>(out);
-    submit(op);
+    if (m <= MAX_CPU_TOKENS) submit(op);
+    else submit(PrefillAttendOp<T>{op});
   });
   return out;
 }
@@ -336,6 +338,9 @@ extern "C" {
 int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }
+// Returns whether attend computes more than MAX_CPU_TOKENS tokens faster than PyTorch does. Where bf16 has AMX, PyTorch
+// uses it, and the two were not compared.
+int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 // The tests call it.
 int has_amx_bf16() { return has_amx(); }
 }

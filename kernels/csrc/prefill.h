@@ -1,0 +1,271 @@
+// The operation attend for more than MAX_CPU_TOKENS new tokens, as in a prefill. The algorithm is FlashAttention-2:
+//
+//     task     a block of new tokens of a key/value head: its rows are (token, query head) pairs
+//     tile     KEY_TILE keys and values, which the thread packs once for all rows of the task
+//
+//     for each tile:                                            [rows, KEY_TILE]
+//         for each group of ROWS rows:
+//             scores  =  q k^T                                  [ROWS, KEY_TILE]
+//             p       =  exp(scores - m_i), and acc, l_i and m_i are rescaled if the maximum m_i has grown
+//             acc    +=  p v                                    [ROWS, head_dim]
+//     out = acc / l_i
+//
+// PyTorch computes the scores of all keys up to the last token, and then masks those that a token does not see, unless
+// the new tokens are the first ones. Here the time depends on the number of keys that the tokens see.
+//
+// With registers of 64 bytes this is 2 to 4 times as fast as PyTorch (docs/measurements.md). Other CPUs call PyTorch.
+#pragma once
+
+#include "attention.h"
+
+constexpr int64_t KEY_TILE = 64;
+constexpr int64_t ROWS = 6;         // with 4 Vecs in a row, so many sums fit in 32 registers
+constexpr int64_t TASK_ROWS = 192;  // a task has about so many rows
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// ---- Products of words ----------------------------------------------------------------------------------------------
+//
+// Both products sum over words of 32 bits: a float, or two bf16 that a CPU multiplies in one instruction.
+//
+//     product    a [ROWS, n words]              b [n, 64 words]
+//     q k^T      queries, words of head_dim     packed keys: word i of each key in row i
+//     p v        words of keys                  packed values: the words (v[2j], v[2j + 1]) of each column in row j
+
+using Word = uint32_t;
+constexpr int64_t COLUMNS = 64;  // of a product: 4 Vecs
+
+#if defined(__AVX512BF16__)
+template <typename T> constexpr int64_t PER_WORD = std::is_same_v<T, bf16> ? 2 : 1;
+#else
+template <typename T> constexpr int64_t PER_WORD = 1;
+#endif
+
+// acc[lane] += the product of word a and word b[lane].
+template <typename T> inline void add_product(Vec& acc, Word a, const Word* b) {
+#if defined(__AVX512BF16__)
+  if constexpr (PER_WORD<T> == 2) {
+    acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), load<__m512bh>(b));
+    return;
+  }
+#endif
+  acc += std::bit_cast<float>(a) * load<Vec>(b);
+}
+
+// c [ROWS, COLUMNS] = a [ROWS, n] b [n, COLUMNS], or += if accumulates. a, b and c are parts of wider matrices, whose
+// strides are a_stride, b_stride and c_stride.
+template <typename T, bool accumulates>
+inline void multiply_words(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride, int64_t n, float* c,
+                           int64_t c_stride) {
+  Vec acc[ROWS][4] = {};
+  if constexpr (accumulates)
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < 4; v++) acc[r][v] = load<Vec>(c + r * c_stride + v * LANES);
+  for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) add_product<T>(acc[r][v], a[r * a_stride + i], b + i * b_stride + v * LANES);
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < 4; v++) store_vec(acc[r][v], c + r * c_stride + v * LANES);
+}
+
+// Returns words i to i + 15 of x [d]. Words beyond the end are zeros.
+template <typename T> inline UIntVec load_words(const T* x, int64_t i, int64_t d) {
+  if constexpr (PER_WORD<T> == 1) return (UIntVec)load_partial(x, i, d);
+  UIntVec words = {};
+  std::memcpy(&words, x + 2 * i, std::clamp<int64_t>(d - 2 * i, 0, 32) * sizeof(T));
+  return words;
+}
+
+// Stores p [16] as words.
+template <typename T> inline void store_words(Vec p, Word* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (PER_WORD<T> == 2) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)p);
+    std::memcpy(out, &rounded, sizeof rounded);
+    return;
+  }
+#endif
+  store_vec(p, reinterpret_cast<float*>(out));
+}
+
+// Packs keys k [n, d], n <= KEY_TILE: out [n_words, KEY_TILE]. The other keys become zeros.
+template <typename T> void pack_keys(const T* k, int64_t n, int64_t d, int64_t n_words, Word* out) {
+  for (int64_t key = 0; key < KEY_TILE; key += LANES)
+    for (int64_t i = 0; i < n_words; i += LANES) {
+      UIntVec words[LANES] = {};
+      for (int64_t r = 0; r < std::min(LANES, n - key); r++) words[r] = load_words(k + (key + r) * d, i, d);
+      transpose(words);
+      for (int64_t r = 0; r < LANES; r++) std::memcpy(out + (i + r) * KEY_TILE + key, &words[r], sizeof words[r]);
+    }
+}
+
+// Packs values v [n, d], n <= KEY_TILE: out [KEY_TILE / PER_WORD, width]. The other values become zeros.
+template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t width, Word* out) {
+  const auto bits = [&](int64_t key, int64_t column) {
+    return key < n ? (UIntVec)load_partial(v + key * d, column, d) : UIntVec{};
+  };
+  for (int64_t key = 0; key < KEY_TILE; key += PER_WORD<T>, out += width)
+    for (int64_t column = 0; column < width; column += LANES) {
+      UIntVec words = bits(key, column);
+      if constexpr (PER_WORD<T> == 2) words = words >> 16 | bits(key + 1, column);  // a bf16 is a float's upper half
+      std::memcpy(out + column, &words, sizeof words);
+    }
+}
+
+// ---- The operation --------------------------------------------------------------------------------------------------
+
+template <typename T> struct PrefillAttendOp : AttendOp<T> {
+  using Base = AttendOp<T>;
+  using Base::batch, Base::n_tokens, Base::n_heads, Base::n_kv_heads, Base::head_dim, Base::start_pos, Base::cached;
+  using Base::window, Base::heads_per_kv;
+
+  int64_t block_tokens() const { return std::clamp<int64_t>(TASK_ROWS / heads_per_kv(), 8, 64); }
+  int64_t query_words() const { return round_up((head_dim + PER_WORD<T> - 1) / PER_WORD<T>, LANES); }
+  int64_t width() const { return round_up(head_dim, COLUMNS); }  // of acc and of packed values
+
+  // The memory that all threads share holds q [batch, n_tokens, n_heads, head_dim].
+  size_t shared_bytes() const { return batch * n_tokens * n_heads * head_dim * sizeof(T); }
+
+  void execute(char* memory, Barrier& barrier) const {
+    T* q = reinterpret_cast<T*>(memory);
+    RopeAndCacheOp<T> rope_and_cache = *this;
+    rope_and_cache.q = q;
+    rope_and_cache.execute(nullptr, barrier);
+    barrier.wait();
+    // The threads take the tasks in turns, since later blocks of tokens see more keys and take longer.
+    const int64_t n_blocks = (n_tokens + block_tokens() - 1) / block_tokens(), n_caches = batch * n_kv_heads;
+    for (int64_t i = omp_get_thread_num(); i < n_blocks * n_caches; i += omp_get_num_threads())
+      attend_block(q, i % n_caches / n_kv_heads, i % n_kv_heads, i / n_caches);
+  }
+
+  // The rows of a task: row is token * heads_per_kv + head, counted from the first token of the block and from the first
+  // query head of kv_head. Rows beyond n_rows complete the last group of ROWS.
+  struct Block {
+    int64_t b, kv_head, first_token, n_rows;
+  };
+  // Memory of a thread.
+  struct Buffers {
+    Word *q, *k, *v;   // [rows, query_words], [query_words, KEY_TILE], [KEY_TILE / PER_WORD, width]
+    float* acc;        // [rows, width]
+    Softmax* softmax;  // [rows]
+  };
+
+  void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
+    const int64_t first_token = block * block_tokens(), end_token = std::min(n_tokens, first_token + block_tokens());
+    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv()};
+    const Buffers buffers = allocate(round_up(rows.n_rows, ROWS));
+    for (int64_t row = 0; row < round_up(rows.n_rows, ROWS); row++) {
+      for (int64_t i = 0; i < query_words(); i += LANES) {
+        const UIntVec words = row < rows.n_rows ? load_words(q + offset(rows, row), i, head_dim) : UIntVec{};
+        std::memcpy(buffers.q + row * query_words() + i, &words, sizeof words);
+      }
+      std::fill_n(buffers.acc + row * width(), width(), 0.0f);
+      buffers.softmax[row] = {NEGATIVE_INFINITY, 0};
+    }
+    const int64_t first_key = window ? std::max<int64_t>(0, start_pos[b] + first_token - window + 1) : 0;
+    const int64_t end_key = start_pos[b] + end_token;
+    for (int64_t key = first_key; key < end_key; key += KEY_TILE) {
+      const int64_t n = std::min(KEY_TILE, end_key - key);
+      pack_keys(cached(this->k_cache, b, kv_head, key), n, head_dim, query_words(), buffers.k);
+      pack_values(cached(this->v_cache, b, kv_head, key), n, head_dim, width(), buffers.v);
+      for (int64_t row = 0; row < rows.n_rows; row += ROWS) attend_to_tile(rows, row, key, buffers);
+    }
+    for (int64_t row = 0; row < rows.n_rows; row++) write_output(rows, row, buffers);
+  }
+
+  Buffers allocate(int64_t n_rows) const {
+    static thread_local Scratch words, floats, softmax;
+    const int64_t q_size = n_rows * query_words(), k_size = query_words() * KEY_TILE;
+    Word* q = words.at_least<Word>(q_size + k_size + KEY_TILE / PER_WORD<T> * width());
+    return {q, q + q_size, q + q_size + k_size, floats.at_least<float>(n_rows * width()),
+            softmax.at_least<Softmax>(n_rows)};
+  }
+
+  // Returns where the query of row is in q, and the output in out.
+  int64_t offset(const Block& rows, int64_t row) const {
+    const int64_t t = rows.first_token + row / heads_per_kv(), head = rows.kv_head * heads_per_kv() + row % heads_per_kv();
+    return ((rows.b * n_tokens + t) * n_heads + head) * head_dim;
+  }
+
+  // The keys of a tile that a row sees, from begin to end. The tile starts at key.
+  Range visible_keys(const Block& rows, int64_t row, int64_t key) const {
+    if (row >= rows.n_rows) return {0, 0};
+    const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
+    return {window ? std::max<int64_t>(0, position - window + 1 - key) : 0, std::min(KEY_TILE, position + 1 - key)};
+  }
+
+  // Attends from ROWS rows to the tile of keys that starts at key.
+  void attend_to_tile(const Block& rows, int64_t row, int64_t key, const Buffers& buffers) const {
+    Range visible[ROWS];
+    bool any_visible = false;
+    for (int64_t r = 0; r < ROWS; r++) {
+      visible[r] = visible_keys(rows, row + r, key);
+      any_visible |= visible[r].begin < visible[r].end;
+    }
+    if (!any_visible) return;
+    alignas(64) float scores[ROWS][KEY_TILE];
+    alignas(64) Word p[ROWS][KEY_TILE / PER_WORD<T>] = {};
+    multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, query_words(),
+                             scores[0], KEY_TILE);
+    for (int64_t r = 0; r < ROWS; r++) {
+      if (visible[r].begin >= visible[r].end) continue;
+      finish_scores(rows, row + r, key, scores[r]);
+      exponentiate(scores[r], visible[r], buffers.softmax[row + r], buffers.acc + (row + r) * width(), p[r]);
+    }
+    for (int64_t column = 0; column < width(); column += COLUMNS)
+      multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), KEY_TILE / PER_WORD<T>,
+                              buffers.acc + row * width() + column, width());
+  }
+
+  // Applies scale, softcap and ALiBi to the scores of a row.
+  void finish_scores(const Block& rows, int64_t row, int64_t key, float* scores) const {
+    const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
+    const float* slopes = this->alibi_slopes;
+    const float slope = slopes ? slopes[rows.kv_head * heads_per_kv() + row % heads_per_kv()] : 0;
+    for (int64_t i = 0; i < KEY_TILE; i += LANES) {
+      Vec score = load_vec(scores + i) * this->scale;
+      if (this->softcap) score = apply_softcap(score, this->softcap);
+      if (slopes) score += slope * (LANE + float(key + i - position));
+      store_vec(score, scores + i);
+    }
+  }
+
+  // Computes p = exp(scores - m_i) of the visible keys; p of the others is zero. If the maximum m_i grows, rescales l_i
+  // and acc.
+  void exponentiate(const float* scores, Range visible, Softmax& softmax, float* acc, Word* p) const {
+    Vec values[KEY_TILE / LANES], max = Vec{} + softmax.m_i, l_i = {};
+    const bool all_visible = visible.begin == 0 && visible.end == KEY_TILE;
+    for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
+      values[i] = load_vec(scores + i * LANES);
+      const Vec key = LANE + float(i * LANES);
+      const auto is_visible = (key >= float(visible.begin)) & (key < float(visible.end));
+      if (!all_visible) values[i] = is_visible ? values[i] : Vec{} + NEGATIVE_INFINITY;
+      max = larger(max, values[i]);
+    }
+    const float m_i = largest_lane(max);
+    if (m_i != softmax.m_i) {  // also if m_i is NaN
+      const float alpha = exp_vec(Vec{} + (softmax.m_i - m_i))[0];
+      softmax = {m_i, softmax.l_i * alpha};
+      for (int64_t i = 0; i < width(); i += LANES) store_vec(load_vec(acc + i) * alpha, acc + i);
+    }
+    for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
+      const Vec e = values[i] == NEGATIVE_INFINITY ? Vec{} : exp_vec(values[i] - m_i);
+      l_i += e;
+      store_words<T>(e, p + i * LANES / PER_WORD<T>);
+    }
+    softmax.l_i += sum(l_i);
+  }
+
+  // A sink is the score of one more key, whose value is zero.
+  void write_output(const Block& rows, int64_t row, const Buffers& buffers) const {
+    const int64_t head = rows.kv_head * heads_per_kv() + row % heads_per_kv();
+    const auto [m_i, l_i] = buffers.softmax[row];
+    const float sink = this->sinks ? to_float(this->sinks[head]) : NEGATIVE_INFINITY, largest = std::max(m_i, sink);
+    const float alpha = std::exp(m_i - largest), scale = alpha / (alpha * l_i + std::exp(sink - largest));
+    T* out = this->out + offset(rows, row);
+    for (int64_t i = 0; i < head_dim; i += LANES)
+      store_partial(load_vec(buffers.acc + row * width() + i) * scale, out, i, head_dim);
+  }
+};
