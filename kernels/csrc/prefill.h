@@ -58,16 +58,19 @@ template <typename T, bool accumulates>
 inline void multiply_words(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride, int64_t n, float* c,
                            int64_t c_stride) {
   Vec acc[ROWS][4] = {};
-  if constexpr (accumulates)
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < 4; v++) acc[r][v] = load<Vec>(c + r * c_stride + v * LANES);
-  for (int64_t i = 0; i < n; i++)
+  const auto for_each_vec = [&](auto f) {  // unrolled, so that acc stays in registers
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) add_product<T>(acc[r][v], a[r * a_stride + i], b + i * b_stride + v * LANES);
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < 4; v++) store_vec(acc[r][v], c + r * c_stride + v * LANES);
+      for (int v = 0; v < 4; v++) f(acc[r][v], r, v);
+  };
+  if constexpr (accumulates)
+    for_each_vec([&](Vec& sum, int r, int v) { sum = load<Vec>(c + r * c_stride + v * LANES); });
+  for (int64_t i = 0; i < n; i++)
+    for_each_vec([&](Vec& sum, int r, int v) {
+      add_product<T>(sum, a[r * a_stride + i], b + i * b_stride + v * LANES);
+    });
+  for_each_vec([&](Vec& sum, int r, int v) { store_vec(sum, c + r * c_stride + v * LANES); });
 }
 
 // Returns words i to i + 15 of x [d]. Words beyond the end are zeros.
@@ -209,39 +212,32 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     alignas(64) Word p[ROWS][KEY_TILE / PER_WORD<T>] = {};
     multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, query_words(),
                              scores[0], KEY_TILE);
-    for (int64_t r = 0; r < ROWS; r++) {
-      if (visible[r].begin >= visible[r].end) continue;
-      finish_scores(rows, row + r, key, scores[r]);
-      exponentiate(scores[r], visible[r], buffers.softmax[row + r], buffers.acc + (row + r) * width(), p[r]);
-    }
+    for (int64_t r = 0; r < ROWS; r++)
+      if (visible[r].begin < visible[r].end)
+        exponentiate(rows, row + r, key, scores[r], visible[r], buffers.softmax[row + r],
+                     buffers.acc + (row + r) * width(), p[r]);
     for (int64_t column = 0; column < width(); column += COLUMNS)
       multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), KEY_TILE / PER_WORD<T>,
                               buffers.acc + row * width() + column, width());
   }
 
-  // Applies scale, softcap and ALiBi to the scores of a row.
-  void finish_scores(const Block& rows, int64_t row, int64_t key, float* scores) const {
+  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. scores are those of q k^T, which
+  // still lack scale, softcap and ALiBi. If the maximum m_i grows, rescales l_i and acc.
+  void exponentiate(const Block& rows, int64_t row, int64_t key, const float* scores, Range visible, Softmax& softmax,
+                    float* acc, Word* p) const {
     const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
     const float* slopes = this->alibi_slopes;
     const float slope = slopes ? slopes[rows.kv_head * heads_per_kv() + row % heads_per_kv()] : 0;
-    for (int64_t i = 0; i < KEY_TILE; i += LANES) {
-      Vec score = load_vec(scores + i) * this->scale;
-      if (this->softcap) score = apply_softcap(score, this->softcap);
-      if (slopes) score += slope * (LANE + float(key + i - position));
-      store_vec(score, scores + i);
-    }
-  }
-
-  // Computes p = exp(scores - m_i) of the visible keys; p of the others is zero. If the maximum m_i grows, rescales l_i
-  // and acc.
-  void exponentiate(const float* scores, Range visible, Softmax& softmax, float* acc, Word* p) const {
-    Vec values[KEY_TILE / LANES], max = Vec{} + softmax.m_i, l_i = {};
     const bool all_visible = visible.begin == 0 && visible.end == KEY_TILE;
+    Vec values[KEY_TILE / LANES], max = Vec{} + softmax.m_i, l_i = {};
+#pragma GCC unroll 4
     for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
-      values[i] = load_vec(scores + i * LANES);
-      const Vec key = LANE + float(i * LANES);
-      const auto is_visible = (key >= float(visible.begin)) & (key < float(visible.end));
-      if (!all_visible) values[i] = is_visible ? values[i] : Vec{} + NEGATIVE_INFINITY;
+      Vec score = load_vec(scores + i * LANES) * this->scale;
+      const Vec index = LANE + float(i * LANES);
+      if (this->softcap) score = apply_softcap(score, this->softcap);
+      if (slopes) score += slope * (index + float(key - position));
+      const auto is_visible = (index >= float(visible.begin)) & (index < float(visible.end));
+      values[i] = all_visible ? score : is_visible ? score : Vec{} + NEGATIVE_INFINITY;
       max = larger(max, values[i]);
     }
     const float m_i = largest_lane(max);
@@ -250,6 +246,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       softmax = {m_i, softmax.l_i * alpha};
       for (int64_t i = 0; i < width(); i += LANES) store_vec(load_vec(acc + i) * alpha, acc + i);
     }
+#pragma GCC unroll 4
     for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
       const Vec e = values[i] == NEGATIVE_INFINITY ? Vec{} : exp_vec(values[i] - m_i);
       l_i += e;
