@@ -27,16 +27,26 @@ class Prompt(NamedTuple):
     is_chat: bool = False  # whether source is a chat, so that the completion is an answer
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
-    """Returns the prompts of --prompt, --prompt_file or --prompt_tokens. Raises UsageError for a prompt that is empty,
-    malformed or far too long."""
+def read_sources(args: argparse.Namespace) -> list[str | list[dict]]:
+    """Returns the prompts of --prompt or --prompt_file as they are written. This needs no tokenizer, so a mistake in
+    the file is found before the model is loaded. Raises UsageError for a prompt that is empty or malformed."""
+    sources = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
+    if not sources or not all(sources):
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
+    return sources
+
+
+def encode_prompts(
+    sources: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
+) -> list[Prompt]:
+    """Returns the prompts of sources, the result of read_sources, or of --prompt_tokens. Raises UsageError for a prompt
+    that is empty or far too long."""
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
         return [Prompt(tokenizer.decode(ids), ids)]
-    sources = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
     prompts = [encode(source, args, tokenizer, config.max_seq_len) for source in sources]
-    if not prompts or not all(prompt.ids for prompt in prompts):
+    if not all(prompt.ids for prompt in prompts):
         raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
     return prompts
 

@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from engine.completion import Completion, DecodeLoop, stream_completions
+from engine.completion import Completion, DecodeLoop, check_max_new_tokens, stream_completions
 from engine.scheduler import Request
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
@@ -103,6 +103,7 @@ class Conversation:
         def is_enough(n_pairs: int) -> bool:
             return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * DROP_UNTIL
 
+        check_max_new_tokens(max_new_tokens)
         if self.tokenizer.exceeds(message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)

@@ -146,7 +146,10 @@ def build_request(
     prompt: str | list[dict], tokenizer: Tokenizer, context: int, max_new_tokens: int,
     sampling: SamplingParams, seed: int = 0, stop: tuple[str, ...] = (),
 ) -> Request:  # fmt: skip
-    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError like encode_prompt."""
+    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError like encode_prompt, and
+    if stop is a string: its letters would be stop strings."""
+    if isinstance(stop, str) or "" in stop:
+        raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
     ids = encode_prompt(prompt, tokenizer, context)
     return Request(ids, max_new_tokens, sampling, seed, stop, is_chat=not isinstance(prompt, str))
 
@@ -182,6 +185,8 @@ def generate_many(
     seed: prompt i samples with seed + i.
     compile: record the steps on a GPU, too."""
     check_max_new_tokens(max_new_tokens)
+    if isinstance(prompts, str):
+        raise UsageError("generate_many takes a list of prompts, not one text")
     context, requests = model.config.max_seq_len, []
     for i, prompt in enumerate(prompts):
         try:

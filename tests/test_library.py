@@ -70,6 +70,13 @@ def test_llm(chatty, cli):
         next(llm.generate("Hello", max_new_tokens=160))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
         next(llm.generate("Hello", max_new_tokens=-1))
+    with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not 0"):
+        conversation.answer("Hello", max_new_tokens=0)
+    for wrong in ("no", ("",)):
+        with pytest.raises(UsageError, match="stop must be a tuple of strings"):
+            next(llm.generate("Hello", max_new_tokens=12, stop=wrong))
+    with pytest.raises(UsageError, match="a list of prompts"):
+        next(llm.generate_many("Hello"))
     for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
         with pytest.raises(UsageError, match="message.* not "):
             next(llm.generate(wrong, max_new_tokens=12))
