@@ -124,6 +124,25 @@ def test_imports_change_nothing():
     assert json.loads(done.stdout) == {}
 
 
+WITHOUT = """
+import importlib, sys
+
+sys.modules |= dict.fromkeys(["gguf", "lm_eval", "starlette", "transformers", "triton"])  # None: not installed
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_requirements_are_enough():
+    """All commands begin without the packages of requirements-dev.txt, but those that need them by their nature."""
+    need_more = {"convert_gguf", "serve", "tiny_model"}
+    names = [path.stem for path in ROOT.glob("*.py")]
+    names += [f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py") if path.stem not in need_more]
+    assert "scripts.benchmark" in names
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *names], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 IN_A_NOTEBOOK = """
 import os, runpy, signal, sys
 sys.ps1 = "In : "
