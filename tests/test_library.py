@@ -159,6 +159,22 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+UNFINISHED = """
+import sys
+from generate import LLM
+
+text = LLM(sys.argv[1]).generate("Hello", max_new_tokens=12)
+print(next(text))
+"""
+
+
+def test_a_text_may_stay_unfinished(chatty):
+    """At the end of the program, too, where PyTorch's own functions are gone."""
+    command = [sys.executable, "-c", UNFINISHED, chatty / "model.pth"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
 def test_a_notebook_goes_on(chatty):
     """After %run generate.py Ctrl-C does what it did before, and a fork can generate, too."""
     flags = [f"--checkpoint_path={chatty / 'model.pth'}", "--prompt=Hello", "--temperature=0", "--max_new_tokens=12"]
