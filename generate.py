@@ -22,7 +22,7 @@ import collectives
 from cli import common_args
 from cli.complete import complete_in_parallel, complete_one_by_one
 from cli.generate_args import parse_args
-from cli.prompts import Prompt, read_prompts
+from cli.prompts import Prompt, encode_prompts, read_sources
 from cli.ranks import process_group
 from cli.script import run_script
 from cli.startup import build_decoder, load_draft, required_seq_len, tp_stats, warm_up
@@ -41,11 +41,12 @@ def main():
     args = parse_args(__doc__)
     common_args.set_threads(args.threads)
     load_options = common_args.load_options(args)
+    sources = [] if args.conversation else read_sources(args)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}
     draft = load_draft(args, tokenizer, **load_options) if args.draft_checkpoint_path else None
-    prompts = [] if args.conversation else read_prompts(args, tokenizer, model.config)
+    prompts = [] if args.conversation else encode_prompts(sources, args, tokenizer, model.config)
     if args.parallel:
         complete_in_parallel(args, model, tokenizer, prompts, stats)
     else:

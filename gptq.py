@@ -137,7 +137,8 @@ def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int
     """Returns at most limit windows of length tokens, spread evenly over text: [n, length]."""
     windows = [window for window in split_windows(tokenizer, text, length) if len(window) == length]
     if not windows:
-        raise UsageError(f"the calibration text is shorter than one window of --calibration_seq_length {length} tokens")
+        short = f"the calibration text is shorter than one window of {length} tokens"
+        raise UsageError(f"{short}; give a longer text, or a smaller --calibration_seq_length")
     step = max(1, len(windows) / limit)
     return torch.tensor([windows[int(i * step)] for i in range(min(limit, len(windows)))])
 

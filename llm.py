@@ -35,7 +35,6 @@ from utils.errors import UsageError
 from utils.machine import pick_device
 
 
-@torch.inference_mode()
 def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
     """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
     prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits

@@ -26,22 +26,31 @@ class Prompt(NamedTuple):
     request: Request
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Prompt]:
-    """Returns the prompts of --prompt, --prompt_file or --prompt_tokens. Raises UsageError for a prompt that is empty,
-    malformed or far too long."""
+def read_sources(args: argparse.Namespace) -> list[str | list[dict]]:
+    """Returns the prompts of --prompt or --prompt_file as they are written. This needs no tokenizer, so a mistake in
+    the file is found before the model is loaded. Raises UsageError for a prompt that is empty or malformed."""
+    sources = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
+    if not sources or not all(sources):
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
+    return sources
+
+
+def encode_prompts(
+    sources: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
+) -> list[Prompt]:
+    """Returns the prompts of sources, the result of read_sources, or of --prompt_tokens. Raises UsageError for a prompt
+    that is empty or far too long."""
     options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
         return [Prompt(tokenizer.decode(ids), Request(ids, args.max_new_tokens, **options))]
-    given = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
-    sources = [with_chat_options(source, args) for source in given]
     prompts = []
-    for i, source in enumerate(sources):
+    for i, source in enumerate(with_chat_options(source, args) for source in sources):
         seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
         request = build_request(source, tokenizer, config.max_seq_len, args.max_new_tokens, seed=seed, **options)
         prompts.append(Prompt(source, request))
-    if not prompts or not all(prompt.request.prompt_ids for prompt in prompts):
+    if not all(prompt.request.prompt_ids for prompt in prompts):
         raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
     return prompts
 

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from engine.completion import Completion, DecodeLoop, stream_completions
-from engine.request import Request
+from engine.request import Request, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError
@@ -103,6 +103,7 @@ class Conversation:
         def is_enough(n_pairs: int) -> bool:
             return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * DROP_UNTIL
 
+        check_max_new_tokens(max_new_tokens)
         if self.tokenizer.exceeds(message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)

@@ -150,6 +150,8 @@ def generate_many(
     seed: prompt i samples with seed + i.
     compile: record the steps on a GPU, too."""
     check_max_new_tokens(max_new_tokens)
+    if isinstance(prompts, str):
+        raise UsageError("generate_many takes a list of prompts, not one text")
     context, requests = model.config.max_seq_len, []
     for i, prompt in enumerate(prompts):
         options = {"sampling": sampling, "seed": seed + i, "stop": stop}

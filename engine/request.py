@@ -34,9 +34,13 @@ class Request:
 def build_request(
     prompt: str | list[dict], tokenizer: Tokenizer, context: int, max_new_tokens: int, **options
 ) -> Request:
-    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt does.
+    """Returns a Request that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt does,
+    and if stop is a string: its letters would be stop strings.
 
     options: further fields of Request."""
+    stop = options.get("stop", ())
+    if isinstance(stop, str) or "" in stop:
+        raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
     ids = encode_prompt(prompt, tokenizer, context)
     return Request(ids, max_new_tokens, is_chat=not isinstance(prompt, str), **options)
 

@@ -74,6 +74,7 @@ def build_steps(
         logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
+    @torch.inference_mode()
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
         logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
         return sampler(logits, tokens, start_pos)
@@ -162,6 +163,7 @@ class ModelRunner:
         self.cuda_graph = record(step.eager)
         self.compiled_cuda_graph = record(step.compiled)
 
+    @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         run = self.choose_mode(*tokens.shape)
         return run(tokens, start_pos, *sampler_inputs)

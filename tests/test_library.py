@@ -70,6 +70,13 @@ def test_llm(chatty, cli):
         next(llm.generate("Hello", max_new_tokens=160))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
         next(llm.generate("Hello", max_new_tokens=-1))
+    with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not 0"):
+        conversation.answer("Hello", max_new_tokens=0)
+    for wrong in ("no", ("",)):
+        with pytest.raises(UsageError, match="stop must be a tuple of strings"):
+            next(llm.generate("Hello", max_new_tokens=12, stop=wrong))
+    with pytest.raises(UsageError, match="a list of prompts"):
+        next(llm.generate_many("Hello"))
     for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
         with pytest.raises(UsageError, match="message.* not "):
             next(llm.generate(wrong, max_new_tokens=12))
@@ -117,6 +124,25 @@ def test_imports_change_nothing():
     assert json.loads(done.stdout) == {}
 
 
+WITHOUT = """
+import importlib, sys
+
+sys.modules |= dict.fromkeys(["gguf", "lm_eval", "starlette", "transformers", "triton"])  # None: not installed
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_requirements_are_enough():
+    """All commands begin without the packages of requirements-dev.txt, but those that need them by their nature."""
+    need_more = {"convert_gguf", "serve", "tiny_model"}
+    names = [path.stem for path in ROOT.glob("*.py")]
+    names += [f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py") if path.stem not in need_more]
+    assert "scripts.benchmark" in names
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *names], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 IN_A_NOTEBOOK = """
 import os, runpy, signal, sys
 sys.ps1 = "In : "
@@ -131,6 +157,22 @@ if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
+
+
+UNFINISHED = """
+import sys
+from generate import LLM
+
+text = LLM(sys.argv[1]).generate("Hello", max_new_tokens=12)
+print(next(text))
+"""
+
+
+def test_a_text_may_stay_unfinished(chatty):
+    """At the end of the program, too, where PyTorch's own functions are gone."""
+    command = [sys.executable, "-c", UNFINISHED, chatty / "model.pth"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
 def test_a_notebook_goes_on(chatty):

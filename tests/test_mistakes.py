@@ -57,6 +57,11 @@ def test_wrong_argument(chain, refused, tmp_path, args, word):
     refused(chain / "model.pth", [*args.format(tmp=tmp_path).split(" "), *prompt], word, stdin="Hi\n")
 
 
+def test_prompts_are_read_before_the_model(refused, tmp_path):
+    (tmp_path / "model.pth").write_text("this would be said second")
+    refused(tmp_path / "model.pth", [f"--prompt_file={tmp_path}/missing"], "cannot read")
+
+
 @pytest.mark.parametrize(
     "args", ["--nonsense", "--max_new_tokens=x", "--precision=int8", "--prompt=a --prompt_tokens=3", "stray"]
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,7 +160,8 @@ def test_script(setup, tree, monkeypatch, capsys):
     monkeypatch.chdir(tree)
     command = f"scripts/speculate.sh {setup} --max_new_tokens=8 --device=cpu --json --ignore_eos"
     if setup.startswith("tp"):
-        environment = os.environ | {"TINY": "1", "RANKS": "2", "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # torchrun and python of this environment
+        environment = os.environ | {"TINY": "1", "RANKS": "2", "PATH": path}
         done = subprocess.run(command.split(), capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         printed = done.stdout

@@ -143,8 +143,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       attend_block(q, i % n_caches / n_kv_heads, i % n_kv_heads, i / n_caches);
   }
 
-  // The rows of a task: row is token * heads_per_kv + head, counted from the first token of the block and from the first
-  // query head of kv_head. Rows beyond n_rows complete the last group of ROWS.
+  // The rows of a task. Row r has token r / heads_per_kv of the block, and query head r % heads_per_kv of kv_head. Rows
+  // beyond n_rows complete the last group of ROWS.
   struct Block {
     int64_t b, kv_head, first_token, n_rows;
   };
@@ -188,7 +188,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   // Returns where the query of row is in q, and the output in out.
   int64_t offset(const Block& rows, int64_t row) const {
-    const int64_t t = rows.first_token + row / heads_per_kv(), head = rows.kv_head * heads_per_kv() + row % heads_per_kv();
+    const int64_t t = rows.first_token + row / heads_per_kv();
+    const int64_t head = rows.kv_head * heads_per_kv() + row % heads_per_kv();
     return ((rows.b * n_tokens + t) * n_heads + head) * head_dim;
   }
 
@@ -221,8 +222,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
                               buffers.acc + row * width() + column, width());
   }
 
-  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. scores are those of q k^T, which
-  // still lack scale, softcap and ALiBi. If the maximum m_i grows, rescales l_i and acc.
+  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. scores are products of q and k,
+  // which still lack scale, softcap and ALiBi. If the maximum m_i grows, rescales l_i and acc.
   void exponentiate(const Block& rows, int64_t row, int64_t key, const float* scores, Range visible, Softmax& softmax,
                     float* acc, Word* p) const {
     const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
