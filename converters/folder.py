@@ -14,7 +14,7 @@ from config import ModelConfig
 from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
-from converters.hf_tensors import to_canonical_layout
+from converters.hf_tensors import to_canonical_layout, with_norm_biases
 from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import Announcement, SourceModel, SourceTensors, write_folder
@@ -65,8 +65,9 @@ def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
     if adapter is not None:
         check_not_quantized(folder, hf_config)
     config = read_config(folder, hf_config)
-    tensors = read_tensors(folder, hf_config, config)
-    return SourceModel(config, tensors, to_canonical_layout(tensors, config, find_family(hf_config), adapter))
+    tensors, family = read_tensors(folder, hf_config, config), find_family(hf_config)
+    read = to_canonical_layout(tensors, config, family, adapter)
+    return SourceModel(with_norm_biases(config) if family.norm_bias else config, tensors, read)
 
 
 def read_config(folder: Path, hf_config: dict) -> ModelConfig:
