@@ -230,6 +230,14 @@ def test_broken_safetensors_are_refused(llama):
         refused(folder, "weight_map|not readable JSON|no tensor")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_pointers_of_git_lfs_are_called_so(llama, name):
+    folder, _ = llama
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    refused(folder, f"{name} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
+
+
 def test_a_tensor_in_two_files(llama):
     """The index says which one counts. Without a word from the index nobody knows."""
     folder, tensors = llama
