@@ -35,5 +35,5 @@ Where to add something new:
     a quantized format of the hub       a row of hf_quantized.py: LAYER_READERS, with a function in hf_integers.py or
                                         hf_floats.py; hf_quantized.py: check_supported; for tensors with new names,
                                         OF_WEIGHT and is_quantized; a line of docs/quantized_checkpoints.md
-    another kind of folder              a branch of folder.py: convert_one
+    another kind of folder              a branch of folder.py: read_model
 """

@@ -105,7 +105,6 @@ GLM = dict(
 )
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-FOLDED_NORM_BIASES = dict(qkv_bias=True, ffn_bias=True, head_bias=True)  # see Family.norm_bias
 GPT_OSS_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
 )
@@ -232,7 +231,6 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=smollm3_layer_types,
-        needs_use_sliding_window=True,
         read_overrides=smollm3,
     ),
     "GraniteForCausalLM": Family(
@@ -330,7 +328,6 @@ FAMILIES = {
             hidden_act="relu2",
         ),
         allowed_fields=("hidden_act", "partial_rotary_factor"),
-        config_overrides=FOLDED_NORM_BIASES,
         read_overrides=nemotron,
         norm_offset=1.0,
         layer_norm=True,
@@ -344,7 +341,6 @@ FAMILIES = {
         ),
         sliding_layers="all",
         allowed_fields=("hidden_act",),
-        config_overrides=FOLDED_NORM_BIASES,
         read_overrides=starcoder2,
         renames=STARCODER2_TO_CANONICAL,
         layer_norm=True,

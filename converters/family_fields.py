@@ -11,9 +11,10 @@ from utils.errors import UsageError
 
 
 def gemma(hf_config: dict) -> dict:
-    activation = hf_config.get("hidden_activation") or hf_config["hidden_act"]
-    if activation not in ("gelu", "gelu_pytorch_tanh"):  # Gemma's first config.json calls the tanh form "gelu", too
-        raise UsageError(f"config.json: hidden_act or hidden_activation = {activation!r} is not supported")
+    for name in ("hidden_activation", "hidden_act"):
+        # null is the default. Gemma's first config.json calls the tanh form "gelu", too
+        if hf_config.get(name) not in (None, "gelu", "gelu_pytorch_tanh"):
+            raise UsageError(f"config.json: {name} = {hf_config[name]!r} is not supported")
     return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "geglu_tanh"}
 
 
@@ -55,8 +56,11 @@ def nemotron(hf_config: dict) -> dict:
 
 
 def starcoder2(hf_config: dict) -> dict:
-    has_bias = read_flag(hf_config, "use_bias")
-    return arcee(hf_config) | {"norm_eps": hf_config["norm_epsilon"], "o_proj_bias": has_bias}
+    return arcee(hf_config) | bias_everywhere(hf_config) | {"norm_eps": hf_config["norm_epsilon"]}
+
+
+def bias_everywhere(hf_config: dict) -> dict:
+    return dict.fromkeys(("qkv_bias", "o_proj_bias", "ffn_bias"), read_flag(hf_config, "use_bias"))
 
 
 def granite(hf_config: dict) -> dict:
@@ -73,8 +77,7 @@ def seed_oss(hf_config: dict) -> dict:
 
 
 def ernie(hf_config: dict) -> dict:
-    has_bias = read_flag(hf_config, "use_bias")
-    return {"qkv_bias": has_bias, "o_proj_bias": has_bias, "ffn_bias": has_bias}
+    return bias_everywhere(hf_config)
 
 
 def qwen2_moe(hf_config: dict) -> dict:
@@ -125,7 +128,9 @@ def gemma3_layer_types(hf_config: dict) -> list[str]:
 
 
 def smollm3_layer_types(hf_config: dict) -> list[str]:
-    """Returns a window for exactly the layers that have no RoPE."""
+    """Returns a window for exactly the layers that have no RoPE, if use_sliding_window is true."""
+    if not read_flag(hf_config, "use_sliding_window"):
+        return full_attention_every(1, hf_config)
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
 
 

@@ -91,5 +91,5 @@ def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Itera
 
 def is_baichuan2(config: ModelConfig) -> bool:
     """Returns whether this is Baichuan 2, which scales every row of the head to length one. Baichuan 1's vocabulary has
-    64000 tokens, Baichuan 2's has more."""
-    return config.vocab_size > 64000
+    64000 tokens, Baichuan 2's has another size."""
+    return config.vocab_size != 64000

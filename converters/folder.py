@@ -14,7 +14,7 @@ from config import ModelConfig
 from converters.families import config_from_hf, find_family
 from converters.hf_files import read_folder
 from converters.hf_quantized import collect_quantized, read_quantization
-from converters.hf_tensors import to_canonical_layout
+from converters.hf_tensors import to_canonical_layout, with_norm_biases
 from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.model_tensors import Announcement, SourceModel, SourceTensors, write_folder
@@ -32,25 +32,22 @@ def convert_folder(folder: Path, lora: Path | None = None, announce: Announcemen
         raise UsageError(f"{folder} is not a folder")
     target = folder if lora is None else lora
     sources = describe_sources([*find_weights(target), *find_files(target, SETTINGS)])
-    path = convert_one(folder, announce) if lora is None else merge_folders(folder, lora)
+    model = read_model(folder) if lora is None else merge_folders(folder, lora)
+    path = write_folder(target, model, announce)
+    if model.note:
+        print(model.note, file=sys.stderr)
     record_sources(target, sources, path)
     return path
 
 
-def convert_one(folder: Path, announce: Announcement | None) -> Path:
-    """Writes model.pth into folder."""
+def read_model(folder: Path) -> SourceModel:
     if (folder / "config.json").is_file():
-        model = read_hf(folder)
-    elif (folder / PARAMS).is_file():
-        model = read_meta(folder)
-    elif (folder / ADAPTER_CONFIG).is_file():
+        return read_hf(folder)
+    if (folder / PARAMS).is_file():
+        return read_meta(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
         raise UsageError(f"{folder} holds an adapter, not a model: {how_to_merge(folder)}")
-    else:
-        model = read_tinyllamas(folder)
-    path = write_folder(folder, model, announce)
-    if model.note:
-        print(model.note, file=sys.stderr)
-    return path
+    return read_tinyllamas(folder)
 
 
 def how_to_merge(lora: Path) -> str:
@@ -64,23 +61,24 @@ def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
     hf_config = read_json(folder / "config.json")
     if adapter is not None:
         check_not_quantized(folder, hf_config)
-    config = read_config(folder, hf_config)
-    tensors = read_tensors(folder, hf_config, config)
-    return SourceModel(config, tensors, to_canonical_layout(tensors, config, find_family(hf_config), adapter))
+    config, note = read_config(folder, hf_config)
+    tensors, family = read_tensors(folder, hf_config, config), find_family(hf_config)
+    read = to_canonical_layout(tensors, config, family, adapter)
+    return SourceModel(with_norm_biases(config) if family.norm_bias else config, tensors, read, note=note)
 
 
-def read_config(folder: Path, hf_config: dict) -> ModelConfig:
-    """Returns the model's config. Drops bos and end tokens that the vocabulary lacks, and prints their ids. hf_config:
-    the contents of config.json."""
+def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
+    """Returns the model's config, without bos and end tokens that the vocabulary lacks, and a note about these.
+    hf_config: the contents of config.json."""
     config = config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
     known = range(config.vocab_size)
-    unknown = [i for i in (config.bos_id, *config.eos_ids) if i is not None and i not in known]
+    note, unknown = "", [i for i in (config.bos_id, *config.eos_ids) if i is not None and i not in known]
     if unknown:
         numbers = ", ".join(map(str, unknown))
         what = f"{folder}: bos_token_id or eos_token_id {numbers} is ignored"
-        print(f"{what}, since the vocabulary has {config.vocab_size} tokens", file=sys.stderr)
+        note = f"{what}, since the vocabulary has {config.vocab_size} tokens"
     bos_id = config.bos_id if config.bos_id in known else None
-    return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known))
+    return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known)), note
 
 
 def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTensors:
@@ -93,8 +91,8 @@ def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTe
     return tensors
 
 
-def merge_folders(folder: Path, lora: Path) -> Path:
-    """Merges the adapter in lora into the model in folder, and writes model.pth into lora."""
+def merge_folders(folder: Path, lora: Path) -> SourceModel:
+    """Reads the model in folder, and merges the adapter in lora into it."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
     if lora.resolve() == folder.resolve():
@@ -103,7 +101,7 @@ def merge_folders(folder: Path, lora: Path) -> Path:
     if not any((lora / name).is_file() for name in TOKENIZERS):
         missing = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
         model.tokenizer_files = {name: (folder / name).read_bytes() for name in missing}
-    return write_folder(lora, model)
+    return model
 
 
 def check_not_quantized(folder: Path, hf_config: dict):

@@ -27,12 +27,16 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {  # tokenizer.ggml.pre -> regular expressions, which split one after the other
-    "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "refact": [r"\p{N}", GPT2], "tekken": [TEKKEN],
-    "llama-bpe": [LLAMA3_WORDS], "llama3": [LLAMA3_WORDS], "smaug-bpe": [LLAMA3_WORDS], "dbrx": [LLAMA3_WORDS],
-    "chatglm-bpe": [LLAMA3_WORDS], "glm4": [LLAMA3_WORDS],
-    "qwen2": [QWEN2_SPLIT], "gpt-4o": [GPT4O],
+    **dict.fromkeys(("gpt-2", "mellum"), [GPT2]),
+    **dict.fromkeys(("smollm", "refact", "starcoder", "minerva-7b"), [r"\p{N}", GPT2]),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"), [LLAMA3_WORDS]),
+    **dict.fromkeys(("chatglm-bpe", "glm4"), [LLAMA3_WORDS]),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), [QWEN2_SPLIT]),
+    "gpt-4o": [GPT4O],
+    "tekken": [TEKKEN],
 }
-LIKE_LLAMA3 = ("llama-bpe", "llama3", "tekken")  # a text begins with bos; a word in the vocabulary needs no merges
+# A text begins with bos; a word in the vocabulary needs no merges
+LIKE_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 LIKE_GLM4 = ("chatglm-bpe", "glm4")  # a text begins with GLM4_PREFIX
 GLM4_PREFIX = ("[gMASK]", "<sop>")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from converters.model_tensors import SourceTensors
 from utils.errors import UsageError
-from utils.files import is_state_dict, load_torch_file, read_json
+from utils.files import is_state_dict, load_torch_file, read_json, refuse_lfs_pointer
 
 
 def read_folder(folder: Path) -> SourceTensors:
@@ -52,6 +52,7 @@ def read_index(index: Path) -> dict[str, str]:
 def load_safetensors(file: Path) -> SourceTensors:
     if not file.is_file():
         raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
+    refuse_lfs_pointer(file)
     try:
         return load_file(file)
     except (SafetensorError, OSError) as e:

@@ -49,7 +49,7 @@ def to_canonical_layout(
     merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     row_order = rope_row_order(config, family.interleaved_rope)
     normalizes_head = family.normalizes_head(config)
-    norm_biases = pop_norm_biases(tensors, config.dim) if family.norm_bias else {}
+    norm_biases = pop_norm_biases(tensors, config) if family.norm_bias else {}
 
     def read_merged(name: str) -> Tensor | LazyWeight:
         return tensors[name] if merge is None else merge(name, tensors[name])
@@ -119,18 +119,23 @@ def undo_act_order(tensors: SourceTensors):
         tensors[name] = replace(down, input_order=None)
 
 
-# The linear layers after each LayerNorm
+# LayerNorm -> ModelConfig's name of the biases of the layers after the norm, and these layers
 LINEARS_AFTER_NORM = {
-    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "post_attention_layernorm": ["mlp.up_proj"],
-    "norm": ["lm_head"],
+    "input_layernorm": ("qkv_bias", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    "post_attention_layernorm": ("ffn_bias", ["mlp.up_proj"]),
+    "norm": ("head_bias", ["lm_head"]),
 }
 
 
-def pop_norm_biases(tensors: SourceTensors, dim: int) -> dict[str, Tensor]:
+def with_norm_biases(config: ModelConfig) -> ModelConfig:
+    """Returns the config after pop_norm_biases."""
+    return replace(config, **dict.fromkeys((bias for bias, _ in LINEARS_AFTER_NORM.values()), True))
+
+
+def pop_norm_biases(tensors: SourceTensors, config: ModelConfig) -> dict[str, Tensor]:
     """Removes the biases [dim] of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the
     norm before the layer}. A linear layer without a bias gets a bias of zeros. down_proj gets one, too, since in
-    model.py both projections of a feed-forward have biases or none."""
+    model.py both projections of a feed-forward have biases or none. config: before with_norm_biases."""
     norm_biases = {}
     for name in list(tensors):
         match = re.fullmatch(rf"(.*\.)({'|'.join(LINEARS_AFTER_NORM)})\.weight", name)
@@ -138,18 +143,26 @@ def pop_norm_biases(tensors: SourceTensors, dim: int) -> dict[str, Tensor]:
             continue
         prefix, norm = match.groups()
         norm_bias = tensors.pop(f"{prefix}{norm}.bias", None)
-        if norm_bias is None or norm_bias.shape != (dim,):
-            what = "missing" if norm_bias is None else f"{list(norm_bias.shape)}; the config makes it [{dim}]"
+        if norm_bias is None or norm_bias.shape != (config.dim,):
+            what = "missing" if norm_bias is None else f"{list(norm_bias.shape)}; the config makes it [{config.dim}]"
             raise UsageError(f"tensor {prefix}{norm}.bias is {what}")
-        for linear in LINEARS_AFTER_NORM[norm]:
-            path = linear if norm == "norm" else prefix + linear
-            norm_biases[f"{path}.bias"] = norm_bias
-            if f"{path}.weight" in tensors:
-                outputs = tensors[f"{path}.weight"].shape[:1]
-                tensors.setdefault(f"{path}.bias", torch.zeros(outputs, dtype=norm_bias.dtype))
+        option, linears = LINEARS_AFTER_NORM[norm]
+        paths = [linear if norm == "norm" else prefix + linear for linear in linears]
+        norm_biases |= {f"{path}.bias": norm_bias for path in paths}
         if norm == "post_attention_layernorm":
-            tensors.setdefault(f"{prefix}mlp.down_proj.bias", torch.zeros_like(norm_bias))
+            paths.append(f"{prefix}mlp.down_proj")
+        if not getattr(config, option):
+            add_zero_biases(tensors, paths, norm_bias.dtype)
     return norm_biases
+
+
+def add_zero_biases(tensors: SourceTensors, paths: list[str], dtype: torch.dtype):
+    """Adds a bias of zeros to each linear layer of paths. Raises UsageError if the layer has a bias already."""
+    for path in paths:
+        if f"{path}.bias" in tensors:
+            raise UsageError(f"the checkpoint's tensor {path}.bias has no place in this model")
+        if f"{path}.weight" in tensors:
+            tensors[f"{path}.bias"] = torch.zeros(tensors[f"{path}.weight"].shape[:1], dtype=dtype)
 
 
 def add_norm_bias(bias: Tensor, weight: Tensor | LazyWeight, norm_bias: Tensor) -> Tensor:

@@ -230,6 +230,14 @@ def test_broken_safetensors_are_refused(llama):
         refused(folder, "weight_map|not readable JSON|no tensor")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_pointers_of_git_lfs_are_called_so(llama, name):
+    folder, _ = llama
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    refused(folder, f"{name} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
+
+
 def test_a_tensor_in_two_files(llama):
     """The index says which one counts. Without a word from the index nobody knows."""
     folder, tensors = llama
@@ -430,3 +438,25 @@ def test_the_bias_of_every_norm_is_needed(family, tmp_path):
         refused(tmp_path, f"^tensor {name} is missing$")
         save_file(tensors | {name: torch.ones(7)}, tmp_path / "model.safetensors")
         refused(tmp_path, rf"tensor {name} is \[7\]; the config makes it \[48\]")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("nemotron", {"mlp_bias": True, "attention_bias": True}), ("starcoder2", {})]
+)
+def test_biases_are_those_of_the_config(family, changes, tmp_path):
+    """Beside the biases of norms: none is made up, and none is taken that config.json denies."""
+    make_hf(family, **changes).save_pretrained(tmp_path)
+    tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+    theirs = {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"} if family == "starcoder2" else {}
+    for name in names:
+        bias = f"model.layers.1.{theirs.get(name, name)}.bias"
+        save_file({n: t for n, t in tensors.items() if n != bias}, tmp_path / "model.safetensors")
+        refused(tmp_path, f"no tensor model.layers.1.{name}.bias")
+    denied = dict.fromkeys(("attention_bias", "mlp_bias", "use_bias"), False)
+    (tmp_path / "config.json").write_text(json.dumps(config | denied))
+    for name in names:
+        bias = f"model.layers.1.{theirs.get(name, name)}.bias"
+        kept = {n: t for n, t in tensors.items() if not n.endswith("_proj.bias") and "c_fc.bias" not in n}
+        save_file(kept | {bias: tensors[bias]}, tmp_path / "model.safetensors")
+        refused(tmp_path, f"tensor model.layers.1.{name}.bias has no place")

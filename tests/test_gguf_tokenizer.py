@@ -133,9 +133,9 @@ def test_texts_are_cut_as_published():
 def pre_tokenizer(pre: str):
     """As the tokenizer.json of a model with this tokenizer.ggml.pre has it."""
     byte_level = tk.pre_tokenizers.ByteLevel
-    if pre == "gpt-2":
+    if pre in ("gpt-2", "mellum"):
         return byte_level(False)
-    if pre in ("smollm", "refact"):
+    if pre in ("smollm", "refact", "starcoder", "minerva-7b"):
         return tk.pre_tokenizers.Sequence([tk.pre_tokenizers.Digits(individual_digits=True), byte_level(False)])
     split = tk.pre_tokenizers.Split(tk.Regex(SPLITS[pre][0]), "isolated")
     return tk.pre_tokenizers.Sequence([split, byte_level(False, use_regex=False)])
@@ -143,7 +143,7 @@ def pre_tokenizer(pre: str):
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_byte_level_bpe(pre, tmp_path):
-    like_llama3 = pre in ("llama-bpe", "llama3", "tekken")
+    like_llama3 = pre in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
     tok = tk.Tokenizer(tk.models.BPE(ignore_merges=like_llama3))
     tok.pre_tokenizer, tok.decoder = pre_tokenizer(pre), tk.decoders.ByteLevel()
     alphabet = tk.pre_tokenizers.ByteLevel.alphabet()

@@ -142,7 +142,7 @@ def baichuan_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor, alibi: boo
         gate, up, down = (w[f"{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
     head = w["lm_head.weight"]
-    if len(head) > 64000:  # Baichuan 2
+    if len(head) != 64000:  # Baichuan 2
         head = head / head.norm(dim=1, keepdim=True)
     return norm(x, w["model.norm.weight"]) @ head.T
 

@@ -49,6 +49,9 @@ AS_TRANSFORMERS = {  # what config.json says otherwise, which transformers reads
     "Gemma 3's capped scores": ("gemma3", {"attn_logit_softcapping": 5.0}),
     "a field of Gemma 3": ("qwen2", {"rope_local_base_freq": 55.0}),
     "both places of DBRX's theta": ("dbrx", {"rope_parameters": {"rope_type": "default", "rope_theta": 3000.0}}),
+    "a window that is switched off": (
+        "smollm3", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 5, "use_sliding_window": False}
+    ),
     "exact GELU": ("gemma2", {"hidden_activation": "gelu"}),
     "both names of RoPE's fields": ("llama2", ROPES),
     "both, for each type of layer": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),

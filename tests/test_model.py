@@ -236,6 +236,7 @@ WRONG = [
     ("granite", {"logits_scaling": 0}, "wrong kind"),
     ("granite", {"residual_multiplier": "x"}, "residual_scale must be a positive number"),
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    ("gemma", {"hidden_activation": "gelu", "hidden_act": "silu"}, "^config.json: hidden_act = 'silu' is not support"),
     ("arcee", {"hidden_act": "silu"}, "^config.json: hidden_act = 'silu' is not supported$"),
     ("nemotron", {"norm_eps": 0}, "norm_eps must be a positive number, not 0"),
     ("starcoder2", {"hidden_act": "gelu"}, "^config.json: hidden_act = 'gelu' is not supported$"),

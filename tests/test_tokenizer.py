@@ -382,6 +382,8 @@ def test_end_of_turn(byte_level, template, expected):
     ours = replace(byte_level, chat_template=template, special_tokens_map=names, special_token_ids=special)
     assert ours.end_of_turn() == ours.special_token_ids.get(expected)
     assert set(ours.eos_ids()) == {ours.special_token_ids["</s>"], ours.special_token_ids.get(expected)} - {None}
+    added = replace(ours, chat_template="{% for m in messages %}{{ m.content + ' </think>' }}{% endfor %}")
+    assert added.end_of_turn() == added.library.token_to_id("</think>")  # which is not special
     without_special_tokens = replace(ours, special_token_ids={})
     assert without_special_tokens.end_of_turn() is None and without_special_tokens.eos_ids() == []
 

@@ -102,17 +102,21 @@ class Tokenizer:
         return [i for i in ends if i is not None]
 
     def end_of_turn(self) -> int | None:
-        """Returns the special token that the chat template puts right after an assistant's message, white space aside.
-        Returns None if the template puts none, or if the template fails."""
+        """Returns the special or added token that the chat template puts right after an assistant's message, white
+        space aside. Returns None if the template puts none, or if the template fails."""
         answer = "An answer."
         messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
         try:
             _, found, rest = self.render_chat(messages, add_generation_prompt=False).rpartition(answer)
         except UsageError:
             return None
-        parts = self.split_at_special_tokens(rest)
+        parts = split_at(rest, self.special_token_ids | self.plain_added_tokens())
         follows_directly = found and len(parts) > 1 and not parts[0].strip()
         return parts[1] if follows_directly else None
+
+    def plain_added_tokens(self) -> dict[str, int]:
+        """Returns text -> id of the added tokens that are not special."""
+        return self.added_token_ids
 
     def drop_special_tokens(self, n_tokens: int):
         """Drops special and added tokens whose ids are n_tokens or more: their texts become plain text. Does nothing if
@@ -280,6 +284,10 @@ class JsonTokenizer(Tokenizer):
             placeholders.append(token)
         self.library.add_tokens(placeholders)
         self.real_id = {self.library.token_to_id(piece): i for i, piece in self.placeholder.items()}
+
+    def plain_added_tokens(self) -> dict[str, int]:
+        added = {t.content: i for i, t in self.library.get_added_tokens_decoder().items() if not t.special}
+        return {piece: i for piece, i in added.items() if piece.strip() and i < self.vocab_size}
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
         text = "".join(self.placeholder[part] if isinstance(part, int) else part for part in parts)

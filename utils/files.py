@@ -13,6 +13,8 @@ from torch import Tensor
 from utils.errors import UsageError
 from utils.machine import is_out_of_memory
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def read_text(path: Path) -> str:
     """Reads the UTF-8 text in path."""
@@ -52,6 +54,7 @@ def load_torch_file(path: Path, legacy: bool = False):
     legacy: also reads files of PyTorch versions before 1.6, whose tensors cannot be mapped."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
+    refuse_lfs_pointer(path)
     mmap = not legacy or zipfile.is_zipfile(path)
     try:
         with warnings.catch_warnings():  # torch.load warns of unusual kinds of tensors, which the callers refuse
@@ -61,6 +64,17 @@ def load_torch_file(path: Path, legacy: bool = False):
         if is_out_of_memory(e):
             raise
         raise UsageError(explain_load_error(path, e)) from None
+
+
+def refuse_lfs_pointer(path: Path):
+    """Raises UsageError if path holds the few lines that `git clone`, without Git LFS, writes for a large file."""
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as e:
+        raise UsageError(f"cannot read {path}: {e.strerror}") from None
+    if is_pointer:
+        raise UsageError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
 
 
 def explain_load_error(path: Path, e: Exception) -> str:

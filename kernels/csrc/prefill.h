@@ -222,8 +222,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
                               buffers.acc + row * width() + column, width());
   }
 
-  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. scores are products of q and k,
-  // which still lack scale, softcap and ALiBi. If the maximum m_i grows, rescales l_i and acc.
+  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. scores still lack scale, softcap
+  // and ALiBi. If the maximum m_i grows, rescales l_i and acc.
   void exponentiate(const Block& rows, int64_t row, int64_t key, const float* scores, Range visible, Softmax& softmax,
                     float* acc, Word* p) const {
     const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
