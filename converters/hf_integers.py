@@ -149,7 +149,7 @@ def read_input_order(
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
     layer.expect_shape(kind, k)
-    if (g_idx == -1).all():  # how compressed-tensors says that there is no order
+    if kind == "weight_g_idx" and (g_idx == -1).all():  # how compressed-tensors says that there is no order
         return None
     unknown = g_idx[(g_idx < 0) | (g_idx >= n_groups)]
     if len(unknown):
@@ -311,6 +311,9 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
+    # Early versions of compressed-tensors left out zero points that are all 0. One for a whole weight often is
+    if stated.get("symmetric") is False and layer.tensors["weight_scale"].numel() > 1:
+        layer.require("weight_zero_point")
     read_zeros = take_zeros(layer, bits, n, n_groups)
     has_order = stated.get("actorder") in ("group", "dynamic", True)  # three names for the same
     input_order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)

@@ -302,13 +302,14 @@ def test_the_target_that_counts(tmp_path):
     four = config["config_groups"]["group_0"]["weights"] | {"actorder": "dynamic"}
     targets_of = {
         2: ["Linear", "re:.*self_attn", "re:.*mlp"],
-        4: ["re:.*_proj$", "model.layers.1.mlp.up_proj", "Embedding"],
+        4: ["re:.*_proj$", "model.layers.1.mlp.up_proj"],
         8: ["re:.*mlp.up_proj"],
     }
     config["config_groups"] = {
         f"group_{bits}": {"targets": targets, "weights": four | {"num_bits": bits}}
         for bits, targets in targets_of.items()
     }
+    config["config_groups"]["of_embedding"] = {"targets": ["Embedding"], "weights": four | {"symmetric": True}}
     config["ignore"] = ["lm_head", "re:.*layers.0.mlp"]
 
     def quantize_without_order(name: str, w: Tensor):
