@@ -105,7 +105,8 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
-    by_byte = words.contiguous().view(torch.uint8)
+    # flatten, since a single word in a row may have any stride, and PyTorch's view does not take all of them
+    by_byte = words.contiguous().flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], -1))
     return by_byte if bits == 8 else unpack_nibbles_interleaved(by_byte)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import read_checkpoint
+from converters.hf_integers import unpack_words
 from tests.quantized_folders import (
     CASES,
     IS_LINEAR,
@@ -324,6 +325,23 @@ def test_the_target_that_counts(tmp_path):
     path = convert(tmp_path / "m")
     assert read_checkpoint(path)[1]["layers"]["embed_tokens"]["mode"] == "int4"
     same_logits(path, theirs)
+
+
+def test_a_quantized_router(tmp_path, capsys):
+    _, _, config, quantize = CASES["float channel"]
+    is_linear = re.compile(rf"{IS_LINEAR.pattern}|mlp.*gate.weight")
+    write_quantized(tmp_path / "m", "qwen2-moe", config, quantize, is_linear)
+    capsys.readouterr()
+    path = convert(tmp_path / "m")
+    what = "4 weights are not kept quantized, as model.layers.0.mlp.gate.weight"
+    assert capsys.readouterr().err == f"{what}: routers have 16 bits here\n"
+    check_weights(path, tmp_path / "m/reference", is_exact=False)
+
+
+def test_a_single_word_in_a_row():
+    """As zero points of up to 8 outputs are. PyTorch calls them contiguous whatever their stride."""
+    words = torch.tensor([[0x76543210, 1]], dtype=torch.int32).T
+    assert unpack_words(words, 4).tolist() == [list(range(8)), [1, *[0] * 7]]
 
 
 def test_only_the_kv_cache_is_quantized(tmp_path):
