@@ -76,6 +76,8 @@ def test_the_files_of_older_programs(case, file, tmp_path):
     refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
     older = {"w_bit": 4, "q_group_size": "64", "version": "GEMM"} if case == "awq" else config | {"bits": "4"}
     (folder / file).write_text(json.dumps({key: v for key, v in older.items() if key != "quant_method"}))
+    if case == "gptq":
+        (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
     check_weights(convert(folder), folder / "reference", is_exact=True)
     (folder / file).write_text("[3]")
     with pytest.raises(UsageError, match=f"{file} must hold an object"):
