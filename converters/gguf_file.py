@@ -22,7 +22,13 @@ SCALARS = {  # type -> letter in a format of the module struct
     GGUFValueType.UINT8: "B", GGUFValueType.UINT16: "H", GGUFValueType.UINT32: "I", GGUFValueType.UINT64: "Q",
     GGUFValueType.INT8: "b", GGUFValueType.INT16: "h", GGUFValueType.INT32: "i", GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
+<<<<<<< HEAD
 }
+=======
+}
+KNOWN_TYPES = {type.value for type in GGMLQuantizationType}
+MAX_TYPE = 256  # more than there will be; a larger number means that the file is broken
+>>>>>>> formats
 MAX_COUNT = 2**24  # the most tensors, fields, elements or characters; more means that the header is broken
 
 
@@ -70,7 +76,7 @@ def part_names(file: Path, n_parts: int) -> list[Path]:
 def read_part(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
     try:
         return parse(np.memmap(file, mode="r"))
-    except (MemoryError, OSError):
+    except (MemoryError, OSError, UsageError):
         raise
     except Exception as e:  # struct, numpy and gguf raise many types on broken input
         raise UsageError(f"{file} is truncated or not GGUF ({type(e).__name__})") from None
@@ -95,6 +101,8 @@ def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
     start = -(-header.offset // alignment) * alignment  # rounded up
     tensors = {}
     for name, shape, type_id, offset in infos:
+        if type_id not in KNOWN_TYPES and type_id < MAX_TYPE:
+            raise UsageError(f"{name} has type {type_id}, which the gguf package does not know")
         tensor_type = GGMLQuantizationType(type_id)
         byte_shape = gguf.quant_shape_to_byte_shape(shape, tensor_type)
         tensor = data[start + offset :][: math.prod(byte_shape)]

@@ -7,7 +7,7 @@
 
 A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
 minimum. Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are
-rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format.
+rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
 
 The file may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to smaller
 formats: first the weights that lose the least accuracy for each byte that they save.
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, prod, sqrt
 
+import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
@@ -27,7 +28,7 @@ from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, GroupedRows, 
 from converters.gguf_file import GGUFTensor
 from converters.hf_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
-from converters.model_tensors import TensorPlan, TensorReader
+from converters.model_tensors import TensorPlan, TensorReader, check_finite_tensor
 from converters.quantized_weight import LazyWeight, check_finite_scales
 from kernels.formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
@@ -40,8 +41,8 @@ SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
 # How much accuracy one weight loses if it is rounded again, in units of our choice. Rounding to 4 bits loses more where
 # q has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more
 # where more inputs share a scale.
-LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0}  # by the bits of q
-LOSS_OF_INT8 = {SMALLER_INT8: 0.01, SMALLEST_INT8: 0.03}
+LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0, 16: 16.0}  # by the bits of q; 16: floats
+LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group size
 
 
 # ---- Converting groups ----------------------------------------------------------------------------------------------
@@ -98,13 +99,21 @@ class TargetWeight:
         types = {part.type for part in self.parts}
         if types == {Type.MXFP4}:
             formats = [MXFP4()]
+<<<<<<< HEAD
         elif types & {Type.MXFP4, *FLOATS}:
             formats = [Unquantized()]
         elif all(BLOCK_TYPES[part.type].bits == 4 for part in self.parts):
+=======
+        elif types <= {*FLOATS}:
+            formats = [Dense()]
+        elif all(type in BLOCK_TYPES and BLOCK_TYPES[type].bits == 4 for type in types):
+>>>>>>> formats
             formats = [INT4, SMALLER_INT4]
         else:
-            exact = GroupedInt8(min(BLOCK_TYPES[part.type].group_size for part in self.parts), torch.float16)
-            formats = [exact, SMALLER_INT8, SMALLEST_INT8, INT4]
+            group_size = min(BLOCK_TYPES[type].group_size if type in BLOCK_TYPES else 32 for type in types)
+            formats = [GroupedInt8(group_size, torch.float16), SMALLER_INT8, SMALLEST_INT8, INT4]
+            if types & {Type.MXFP4, *FLOATS}:
+                formats.insert(0, Dense())
         empty = {format: format.empty(self.plan.shape, self.plan.dtype, "meta") for format in formats}
         self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
         self.formats = formats[:1]
@@ -122,10 +131,12 @@ class TargetWeight:
     def loss(self, format: WeightFormat) -> float:
         total = 0.0
         for part in self.parts:
-            type = BLOCK_TYPES[part.type]
-            if not keeps_q(type, format):
-                loss = LOSS_OF_INT4[type.bits] if isinstance(format, Int4) else LOSS_OF_INT8[format]
-                total += loss * prod(part.shape())
+            type = BLOCK_TYPES.get(part.type)  # None: floats or MXFP4
+            if isinstance(format, Dense | MXFP4) or type is not None and keeps_q(type, format):
+                continue
+            bits = 16 if type is None else type.bits
+            loss = LOSS_OF_INT4[bits] if isinstance(format, Int4) else LOSS_OF_INT8[format.group_size]
+            total += loss * prod(part.shape())
         return total
 
     def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
@@ -216,7 +227,12 @@ class GGUFQuantizer:
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
+<<<<<<< HEAD
         self.became_unquantized: Counter[str] = Counter()  # by type: tensors that are stacked with floats
+=======
+        self.became_dense: Counter[str] = Counter()  # by type: tensors that are stacked with floats
+        self.n_rounded: Counter[tuple[str, str]] = Counter()  # by type and format: floats that are quantized
+>>>>>>> formats
         self.weights: dict[str, LazyWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Unquantized):
@@ -233,6 +249,13 @@ class GGUFQuantizer:
 
     def read(self, name: str, stored: GGUFTensor, format: WeightFormat, row_order: Tensor | None) -> Tensors:
         """Reads the GGUF's tensor called name, and converts it to the tensors of format."""
+        if stored.type not in BLOCK_TYPES and format != MXFP4():
+            self.n_rounded[stored.type.name, format.name] += 1
+            weight = torch.from_numpy(gguf.dequantize(stored.data, stored.type))
+            check_finite_tensor(name, weight)
+            tensors = format.quantize(weight)
+            check_scales_fit(name, tensors)
+            return {kind: reorder_heads(name, t, row_order) for kind, t in tensors.items()}
         errors = self.errors[stored.type.name, format.name]
         errors.n_tensors += 1
         if stored.type == Type.MXFP4:
@@ -246,8 +269,7 @@ class GGUFQuantizer:
             groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.type)
             check_finite_scales(name, groups.scales.isfinite() & groups.zeros.isfinite())
             tensors, is_kept = convert_groups(groups, format)
-            if not tensors["scales"].isfinite().all():
-                raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")
+            check_scales_fit(name, tensors)
             errors.add(groups, format, tensors, is_kept)
             parts.append(tensors)
         whole = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
@@ -259,13 +281,26 @@ class GGUFQuantizer:
         lines = []
         for (type_name, format_name), errors in sorted(self.errors.items()):
             lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")
+<<<<<<< HEAD
         for type_name, n in self.became_unquantized.items():
+=======
+        for (type_name, format_name), n in sorted(self.n_rounded.items()):
+            lines.append(f"{type_name}: {n} tensors to {format_name}, rounded")
+        for type_name, n in self.became_dense.items():
+>>>>>>> formats
             lines.append(f"{type_name}: {n} tensors to floats, as what they are stacked with")
         ratio = self.n_bytes / self.stored_bytes
         lines.append(f"{self.n_bytes / 1e6:.1f} MB, {ratio:.2f} times the GGUF's")
-        if any(errors.n_rounded == errors.n_groups for errors in self.errors.values()):
+        if ratio > SIZE_LIMIT:
+            lines[-1] += f": smaller formats would not make it {SIZE_LIMIT} times either"
+        elif self.n_rounded or any(errors.n_rounded == errors.n_groups for errors in self.errors.values()):
             lines[-1] += f": what is rounded again would make it larger than {SIZE_LIMIT} times"
         return lines
+
+
+def check_scales_fit(name: str, tensors: Tensors):
+    if not tensors["scales"].isfinite().all():
+        raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")
 
 
 def check_type(name: str, type: Type):

@@ -13,6 +13,8 @@ from converters.model_tensors import SourceTensors
 from utils.errors import UsageError
 from utils.files import is_state_dict, load_torch_file, read_json, refuse_lfs_pointer
 
+AUTO_GPTQ_FILE = "gptq_model-*.safetensors"  # early versions put bits and group size into the name
+
 
 def read_folder(folder: Path) -> SourceTensors:
     """Returns all tensors of a folder, memory-mapped."""
@@ -22,6 +24,9 @@ def read_folder(folder: Path) -> SourceTensors:
             return load(folder / whole)
         if index.is_file():
             return read_shards(read_index(index), index, load)
+    older = list(folder.glob(AUTO_GPTQ_FILE))
+    if len(older) == 1:
+        return load_safetensors(older[0])
     raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
 
 

@@ -58,6 +58,8 @@ def split_mxfp4(tensors: dict[str, Tensor | LazyWeight]):
         name, prefix, projection = match.groups()
         if f"{name}_scales" not in tensors:
             raise UsageError(f"the checkpoint has no tensor {name}_scales")
+        if name in tensors:
+            raise UsageError(f"the checkpoint has {name} twice: in 16 bits, and as {name}_blocks")
         blocks, scales = tensors.pop(blocks_name), tensors.pop(f"{name}_scales")
         check_mxfp4(name, blocks, scales)
         rows_of = {"down_proj": slice(None)}

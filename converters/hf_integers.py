@@ -105,7 +105,8 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
-    by_byte = words.contiguous().view(torch.uint8)
+    # flatten, since a single word in a row may have any stride, and PyTorch's view does not take all of them
+    by_byte = words.contiguous().flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], -1))
     return by_byte if bits == 8 else unpack_nibbles_interleaved(by_byte)
 
 
@@ -149,7 +150,7 @@ def read_input_order(
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
     layer.expect_shape(kind, k)
-    if (g_idx == -1).all():  # how compressed-tensors says that there is no order
+    if kind == "weight_g_idx" and (g_idx == -1).all():  # how compressed-tensors says that there is no order
         return None
     unknown = g_idx[(g_idx < 0) | (g_idx >= n_groups)]
     if len(unknown):
@@ -311,6 +312,9 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
+    # Early versions of compressed-tensors left out zero points that are all 0. One for a whole weight often is
+    if stated.get("symmetric") is False and layer.tensors["weight_scale"].numel() > 1:
+        layer.require("weight_zero_point")
     read_zeros = take_zeros(layer, bits, n, n_groups)
     has_order = stated.get("actorder") in ("group", "dynamic", True)  # three names for the same
     input_order = read_input_order(layer, "weight_g_idx", k, group_size, n_groups, is_required=has_order)

@@ -36,7 +36,11 @@ def to_canonical_layout(
         for name in [name for name in tensors if name != HEAD]:
             tensors[f"model.{name}"] = tensors.pop(name)
     # All at once, since a new name may be another tensor's old name, and tensors may be in any order
-    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    old_name = {rename(name): name for name in tensors}
+    if len(old_name) < len(tensors):
+        name = min(tensors.keys() - old_name.values())
+        raise UsageError(f"the checkpoint's tensors {name} and {old_name[rename(name)]} are the same weight")
+    renamed = {name: tensors[old] for name, old in old_name.items()}
     tensors.clear()
     tensors |= renamed
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:

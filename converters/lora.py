@@ -225,7 +225,7 @@ def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor |
         base = f"the base's are {list(weight.shape)}, not {list(delta.shape)}"
         raise UsageError(f"the adapter's {name} is {list(shape)}: {base}; it was made for another model")
     if isinstance(weight, LazyWeight):
-        raise UsageError(f"the adapter changes {name}, which the base model stores in four bits")
+        raise UsageError(f"the adapter changes {name}, which is quantized: give the model that the base was made from")
     if is_changed:
         raise UsageError(f"the adapter changes {name} twice")
 

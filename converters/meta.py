@@ -16,6 +16,7 @@ params.json does not state the length of the context. infer_llama_version takes 
     Llama 2      none of these                                  4096
 """
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -141,7 +142,8 @@ def check_params(params: dict):
 
 
 def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]], n_files: int):
-    """Checks that no shards are missing: the columns of all shards of o_proj must add up to n_heads * head_dim."""
+    """Checks that no shards are missing: the columns of all shards of o_proj must add up to n_heads * head_dim. Also
+    checks that no shard is there twice."""
     name = "model.layers.0.self_attn.o_proj.weight"
     if name not in shards or shards[name][0].dim() != 2:
         return
@@ -149,6 +151,9 @@ def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]
     n_needed, rest = divmod(params["n_heads"] * meta_head_dim(params), n_columns)
     if n_rows == params["dim"] and rest == 0 and n_needed != n_files:
         raise UsageError(f"{folder}: the model is in {n_needed} files consolidated.*; {n_files} are there")
+    for i, j in itertools.combinations(range(n_files), 2):
+        if torch.equal(shards[name][i], shards[name][j]):
+            raise UsageError(f"{folder}: consolidated.{i:02d}.pth and consolidated.{j:02d}.pth hold the same shard")
 
 
 def meta_head_dim(params: dict) -> int:

@@ -124,11 +124,14 @@ class SourceLayer:
     tensors: Tensors
     taken: set[str] = field(default_factory=set)
 
+    def require(self, kind: str) -> Tensor:
+        if kind not in self.tensors:
+            raise UsageError(f"the checkpoint has no tensor {self.name}.{kind}")
+        return self.tensors[kind]
+
     def take(self, kind: str, dtypes: tuple[torch.dtype, ...], *dims: int) -> Tensor:
         """Returns the tensor called kind, and checks its dtype and number of dimensions."""
-        tensor = self.tensors.get(kind)
-        if tensor is None:
-            raise UsageError(f"the checkpoint has no tensor {self.name}.{kind}")
+        tensor = self.require(kind)
         if tensor.dtype not in dtypes or tensor.dim() not in dims or not tensor.numel():
             found = f"{list(tensor.shape)} {tensor.dtype}"
             needed = f"{' or '.join(map(str, dtypes))}, {' or '.join(f'{dim}-D' for dim in dims)}"

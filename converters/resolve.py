@@ -12,7 +12,6 @@ from pathlib import Path
 
 from collectives import call_on_rank_0
 from converters.sources import (
-    ADAPTER_CONFIG,
     GGUF_PART,
     MODELS,
     SETTINGS,
@@ -45,7 +44,7 @@ def model_of_folder(folder: Path) -> str:
     ggufs = [file for file in find_files(folder, ["*.gguf"]) if file == find_gguf_parts(file)[0]]
     if ggufs and not weights:
         return model_of_gguf(require_single(ggufs))
-    if not weights and not any((folder / name).is_file() for name in (*SETTINGS, ADAPTER_CONFIG)):
+    if not weights and not any((folder / name).is_file() for name in SETTINGS):
         what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
         raise UsageError(f"{folder} holds no model: it needs {what}")
     from converters.folder import convert_folder  # here, since few calls convert

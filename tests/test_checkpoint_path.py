@@ -1,5 +1,6 @@
 """--checkpoint_path may be a model's folder or a .gguf: it is converted at the first start, and found at the next."""
 
+import json
 import os
 import re
 import shutil
@@ -228,6 +229,22 @@ def test_an_adapters_folder(folder, tmp_path, capsys):
         resolve_checkpoint(lora)
     call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
     assert resolve_checkpoint(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
+
+    def must_be_merged_again(file: Path):
+        """After file was replaced, whatever its time."""
+        make_older(file, 3600)
+        with pytest.raises(UsageError, match="holds an adapter, not a model"):
+            resolve_checkpoint(lora)
+        call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
+        assert resolve_checkpoint(lora) == lora / "model.pth"
+
+    config, weights = lora / "adapter_config.json", load_file(lora / "adapter_model.safetensors")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 7}))
+    must_be_merged_again(config)
+    (lora / "adapter_model.safetensors").unlink()
+    for factor in (1, 2):
+        torch.save({name: factor * t for name, t in weights.items()}, lora / "adapter_model.bin")
+        must_be_merged_again(lora / "adapter_model.bin")
 
 
 def test_mistakes(folder, tmp_path, monkeypatch, capsys):

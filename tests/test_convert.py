@@ -147,6 +147,14 @@ def test_wrong_tensors_are_named(llama):
     assert read_checkpoint(convert(folder))[2]["layers.1.attention.qkv_proj.weight"].dtype == torch.float32
 
 
+def test_a_tensor_under_two_names(tmp_path):
+    make_hf("starcoder2").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    up_proj = {"model.layers.1.mlp.up_proj.weight": tensors["model.layers.1.mlp.c_fc.weight"].clone()}
+    save_file(tensors | up_proj, tmp_path / "model.safetensors")
+    refused(tmp_path, "tensors model.layers.1.mlp.* and model.layers.1.mlp.* are the same weight")
+
+
 MISSING = [
     ("gemma3", "pre_feedforward_layernorm", None),
     ("gemma3", "post_feedforward_layernorm", None),

@@ -174,6 +174,9 @@ def test_broken_headers_are_refused(llama, refused, tmp_path):
     for content in broken:
         file.write_bytes(content)
         refused(file, "is truncated or not GGUF")
+    tensor_type = shape + 16
+    file.write_bytes(good[:tensor_type] + (31).to_bytes(4, "little") + good[tensor_type + 4 :])  # Q4_0_4_4, withdrawn
+    refused(file, "token_embd.weight has type 31, which the gguf package does not know")
     kind = shape + 16
     file.write_bytes(good[:kind] + (26).to_bytes(4, "little") + good[kind + 4 :])
     refused(file, "model.embed_tokens.weight is I32, which")

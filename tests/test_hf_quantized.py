@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import read_checkpoint
+from converters.hf_integers import unpack_words
 from tests.quantized_folders import (
     CASES,
     IS_LINEAR,
@@ -75,6 +76,8 @@ def test_the_files_of_older_programs(case, file, tmp_path):
     refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
     older = {"w_bit": 4, "q_group_size": "64", "version": "GEMM"} if case == "awq" else config | {"bits": "4"}
     (folder / file).write_text(json.dumps({key: v for key, v in older.items() if key != "quant_method"}))
+    if case == "gptq":
+        (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
     check_weights(convert(folder), folder / "reference", is_exact=True)
     (folder / file).write_text("[3]")
     with pytest.raises(UsageError, match=f"{file} must hold an object"):
@@ -302,13 +305,14 @@ def test_the_target_that_counts(tmp_path):
     four = config["config_groups"]["group_0"]["weights"] | {"actorder": "dynamic"}
     targets_of = {
         2: ["Linear", "re:.*self_attn", "re:.*mlp"],
-        4: ["re:.*_proj$", "model.layers.1.mlp.up_proj", "Embedding"],
+        4: ["re:.*_proj$", "model.layers.1.mlp.up_proj"],
         8: ["re:.*mlp.up_proj"],
     }
     config["config_groups"] = {
         f"group_{bits}": {"targets": targets, "weights": four | {"num_bits": bits}}
         for bits, targets in targets_of.items()
     }
+    config["config_groups"]["of_embedding"] = {"targets": ["Embedding"], "weights": four | {"symmetric": True}}
     config["ignore"] = ["lm_head", "re:.*layers.0.mlp"]
 
     def quantize_without_order(name: str, w: Tensor):
@@ -323,6 +327,23 @@ def test_the_target_that_counts(tmp_path):
     path = convert(tmp_path / "m")
     assert read_checkpoint(path)[1]["layers"]["embed_tokens"]["mode"] == "int4"
     same_logits(path, theirs)
+
+
+def test_a_quantized_router(tmp_path, capsys):
+    _, _, config, quantize = CASES["float channel"]
+    is_linear = re.compile(rf"{IS_LINEAR.pattern}|mlp.*gate.weight")
+    write_quantized(tmp_path / "m", "qwen2-moe", config, quantize, is_linear)
+    capsys.readouterr()
+    path = convert(tmp_path / "m")
+    what = "4 weights are not kept quantized, as model.layers.0.mlp.gate.weight"
+    assert capsys.readouterr().err == f"{what}: routers have 16 bits here\n"
+    check_weights(path, tmp_path / "m/reference", is_exact=False)
+
+
+def test_a_single_word_in_a_row():
+    """As zero points of up to 8 outputs are. PyTorch calls them contiguous whatever their stride."""
+    words = torch.tensor([[0x76543210, 1]], dtype=torch.int32).T
+    assert unpack_words(words, 4).tolist() == [list(range(8)), [1, *[0] * 7]]
 
 
 def test_only_the_kv_cache_is_quantized(tmp_path):

@@ -106,6 +106,7 @@ def test_broken_gptq(tmp_path):
     refuse(f"{k_proj} has 3 bits; 4 and 8 are supported", {"qzeros": lambda t: t[:, 4:]})
     refuse(f"{k_proj}.g_idx names group 4; there are 4", {"g_idx": with_first(4)})
     refuse(f"{k_proj}.g_idx names group -1", {"g_idx": with_first(-1)})
+    refuse(f"{k_proj}.g_idx names group -1", {"g_idx": lambda t: t.fill_(-1)})
     refuse(f"{k_proj}.g_idx does not make groups of 32", {"g_idx": with_first(1)})
     refuse(rf"{k_proj}.g_idx is \[127\]", {"g_idx": lambda t: t[1:]})
     refuse(f"{k_proj}.g_idx is missing, although", {"g_idx": None}, config_changes={"desc_act": True})
@@ -125,6 +126,8 @@ def test_broken_awq_and_packed(tmp_path):
     refuse(r"weight_shape is \[64, 128\], but weight_packed", {"weight_shape": with_first(64)})
     refuse(r"weight_shape is \[-1, 128\]", {"weight_shape": with_first(-1)})
     refuse("says num_bits 4; .* have num_bits 8", {"weight_shape": lambda t: t // torch.tensor([1, 2])})
+    refuse("no tensor model.layers.1.self_attn.k_proj.weight_zero_point", {"weight_zero_point": None})
+    refuse("k_proj.weight_g_idx names group -1", {"weight_g_idx": torch.arange(128) // 32 - 1})
     refuse(r"weight_zero_point is \[\d, 3\]", {"weight_zero_point": lambda t: t[:, 1:]})
     refuse("scales that are not finite", {"weight_scale": with_first(-math.inf)})
     stated = {"num_bits": 4, "strategy": "group", "group_size": 32}

@@ -229,6 +229,8 @@ def test_wrong_shards(meta):
     refused(meta, "consolidated.01.pth is truncated")
     second.unlink()
     refused(meta, "the model is in 2 files consolidated.*; 1 are there")
+    second.write_bytes(first.read_bytes())
+    refused(meta, "consolidated.00.pth and consolidated.01.pth hold the same shard")
     second.write_bytes(data)
     first.rename(meta / "consolidated.02.pth")
     refused(meta, "holds consolidated.01.pth, but no consolidated.00.pth")

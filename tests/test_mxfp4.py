@@ -63,6 +63,7 @@ def test_wrong_mxfp4_is_named(mxfp4):
     wrong = {
         f"no tensor {name}_scales": {n: t for n, t in tensors.items() if n != f"{name}_scales"},
         "no tensor model.layers.1.mlp.experts.0.down_proj": {n: t for n, t in tensors.items() if n != f"{name}_blocks"},
+        f"the checkpoint has {name} twice": tensors | {name: torch.ones(6, 48, 48)},
         f"{name}_blocks and {name}_scales are not MXFP4": tensors | {f"{name}_scales": scales[:, 1:].clone()},
         f"{name}_blocks and .* are not MXFP4": tensors | {f"{name}_blocks": blocks.float()},
         f"tensors {name}_blocks .* are not MXFP4": tensors | {f"{name}_blocks": blocks[0].clone()},
