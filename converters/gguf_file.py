@@ -22,13 +22,9 @@ SCALARS = {  # type -> letter in a format of the module struct
     GGUFValueType.UINT8: "B", GGUFValueType.UINT16: "H", GGUFValueType.UINT32: "I", GGUFValueType.UINT64: "Q",
     GGUFValueType.INT8: "b", GGUFValueType.INT16: "h", GGUFValueType.INT32: "i", GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
-<<<<<<< HEAD
-}
-=======
 }
 KNOWN_TYPES = {type.value for type in GGMLQuantizationType}
 MAX_TYPE = 256  # more than there will be; a larger number means that the file is broken
->>>>>>> formats
 MAX_COUNT = 2**24  # the most tensors, fields, elements or characters; more means that the header is broken
 
 

@@ -99,21 +99,15 @@ class TargetWeight:
         types = {part.type for part in self.parts}
         if types == {Type.MXFP4}:
             formats = [MXFP4()]
-<<<<<<< HEAD
-        elif types & {Type.MXFP4, *FLOATS}:
-            formats = [Unquantized()]
-        elif all(BLOCK_TYPES[part.type].bits == 4 for part in self.parts):
-=======
         elif types <= {*FLOATS}:
-            formats = [Dense()]
+            formats = [Unquantized()]
         elif all(type in BLOCK_TYPES and BLOCK_TYPES[type].bits == 4 for type in types):
->>>>>>> formats
             formats = [INT4, SMALLER_INT4]
         else:
             group_size = min(BLOCK_TYPES[type].group_size if type in BLOCK_TYPES else 32 for type in types)
             formats = [GroupedInt8(group_size, torch.float16), SMALLER_INT8, SMALLEST_INT8, INT4]
             if types & {Type.MXFP4, *FLOATS}:
-                formats.insert(0, Dense())
+                formats.insert(0, Unquantized())
         empty = {format: format.empty(self.plan.shape, self.plan.dtype, "meta") for format in formats}
         self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
         self.formats = formats[:1]
@@ -132,7 +126,7 @@ class TargetWeight:
         total = 0.0
         for part in self.parts:
             type = BLOCK_TYPES.get(part.type)  # None: floats or MXFP4
-            if isinstance(format, Dense | MXFP4) or type is not None and keeps_q(type, format):
+            if isinstance(format, Unquantized | MXFP4) or type is not None and keeps_q(type, format):
                 continue
             bits = 16 if type is None else type.bits
             loss = LOSS_OF_INT4[bits] if isinstance(format, Int4) else LOSS_OF_INT8[format.group_size]
@@ -227,12 +221,8 @@ class GGUFQuantizer:
         choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
-<<<<<<< HEAD
         self.became_unquantized: Counter[str] = Counter()  # by type: tensors that are stacked with floats
-=======
-        self.became_dense: Counter[str] = Counter()  # by type: tensors that are stacked with floats
         self.n_rounded: Counter[tuple[str, str]] = Counter()  # by type and format: floats that are quantized
->>>>>>> formats
         self.weights: dict[str, LazyWeight] = {}
         for stack in stacks:
             if isinstance(stack.format, Unquantized):
@@ -281,13 +271,9 @@ class GGUFQuantizer:
         lines = []
         for (type_name, format_name), errors in sorted(self.errors.items()):
             lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")
-<<<<<<< HEAD
-        for type_name, n in self.became_unquantized.items():
-=======
         for (type_name, format_name), n in sorted(self.n_rounded.items()):
             lines.append(f"{type_name}: {n} tensors to {format_name}, rounded")
-        for type_name, n in self.became_dense.items():
->>>>>>> formats
+        for type_name, n in self.became_unquantized.items():
             lines.append(f"{type_name}: {n} tensors to floats, as what they are stacked with")
         ratio = self.n_bytes / self.stored_bytes
         lines.append(f"{self.n_bytes / 1e6:.1f} MB, {ratio:.2f} times the GGUF's")

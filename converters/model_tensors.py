@@ -344,15 +344,10 @@ def warn_dequantized(plans: dict[str, TensorPlan], tensors: SourceTensors):
 
 
 def why_dequantized(name: str, plan: TensorPlan, weights: list[LazyWeight]) -> str:
-<<<<<<< HEAD
     """Returns why weights, which are stacked in our tensor called name, become unquantized."""
-    if loses_order(name, plan, weights) or any(isinstance(weight.format, Unquantized) for weight in weights):
-=======
-    """Returns why weights, which are stacked in our tensor called name, become dense."""
     if plan.linear_format is None:
         return "routers have 16 bits here"
-    if loses_order(name, plan, weights) or any(isinstance(weight.format, Dense) for weight in weights):
->>>>>>> formats
+    if loses_order(name, plan, weights) or any(isinstance(weight.format, Unquantized) for weight in weights):
         why = "act-order (desc_act) has scattered the inputs of their groups"
         return f"{why}; a checkpoint without it becomes a smaller file"
     if not all(weight.is_storable() for weight in weights):

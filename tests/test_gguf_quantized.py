@@ -233,15 +233,11 @@ MIXTURES = {
     "floats": ("llama", {}, "Q4_0", {"o_proj": "F16", "layers.0.self_attn.v": "BF16"},
                {INT4: 7, Unquantized(): 3},
                "Q4_0: .* exact\nQ4_0: 2 tensors to floats", 1e-3),
-<<<<<<< HEAD
-}
-=======
     "q and k of 4 bits, v of 16": ("llama", FOUR_LAYERS, "Q4_0", {"self_attn.v": "BF16"},
                                    {INT4: 14, INT8_G32: 2, SMALLER_INT8: 2},
                                    r"to int8.g32, exact\nBF16: 2 .* int8.g128, rounded\nBF16: 2 .* int8.g32, rounded\n",
                                    0.01),
 }
->>>>>>> formats
 
 
 @pytest.mark.parametrize("name", MIXTURES)
