@@ -137,7 +137,7 @@ def test_many_requests_leave_memory_flat(processes):
         pytest.skip("no /proc")
 
     def request(i: int) -> int:
-        body = {"prompt": "a" * (1 + i % 100), "max_tokens": 3, "logprobs": 3, "user": "x" * size, "stream": i % 2}
+        body = {"prompt": "a" * (1 + i % 100), "max_tokens": 3, "logprobs": 3, "user": "x" * size, "stream": i % 2 == 1}
         return ask_http(server, "completions", body)[0]
 
     def resident_after(numbers: range) -> int:
