@@ -7,6 +7,7 @@ conversion splits fused matrices, reorders heads, and adds constants.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -27,8 +28,8 @@ def to_canonical_layout(
     tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:
     """Renames and splits tensors, in place. Returns the function read, which returns a tensor by its canonical name.
-    read makes all changes of a tensor's data, so that only one tensor is in memory at a time. adapter: a LoRA adapter,
-    which read merges into the weights."""
+    read makes all changes of a tensor's data, so that only one tensor is in memory at a time. What read computes is
+    float32, since 16 bits would round it. adapter: a LoRA adapter, which read merges into the weights."""
     rename = partial(rename_tensor, new_names=family.renames)
     split = partial(split_tensors, config=config, family=family)
     if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
@@ -52,31 +53,44 @@ def to_canonical_layout(
     split(tensors)
     merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     row_order = rope_row_order(config, family.interleaved_rope)
-    normalizes_head = family.normalizes_head(config)
+    find_change = partial(find_change_of_numbers, config=config, family=family)
     norm_biases = pop_norm_biases(tensors, config) if family.norm_bias else {}
+    stored = dict(tensors)
+    widen(tensors, [name for name in tensors if name in norm_biases or find_change(name) is not None])
 
     def read_merged(name: str) -> Tensor | LazyWeight:
-        return tensors[name] if merge is None else merge(name, tensors[name])
+        return stored[name] if merge is None else merge(name, stored[name])
 
     def read(name: str) -> Tensor | LazyWeight:
-        tensor = read_merged(name)
+        tensor, change = read_merged(name), find_change(name)
         if name in norm_biases:
             weight = read_merged(name.replace(".bias", ".weight"))
             tensor = add_norm_bias(tensor, weight, norm_biases[name])
         tensor = reorder_heads(name, tensor, row_order)
-        if isinstance(tensor, LazyWeight):
-            if family.layer_norm or normalizes_head and name == HEAD:
-                raise UsageError(f"{name} is quantized, and this family's conversion changes it: take 16-bit weights")
-            return tensor
-        if normalizes_head and name == HEAD:
-            tensor = F.normalize(tensor.float()).to(tensor.dtype)
-        if family.norm_offset and re.search(r"norm\.weight$", name):
-            tensor = (tensor.float() + family.norm_offset).to(tensor.dtype)
-        if family.layer_norm:
-            tensor = center_outputs(name, tensor)
-        return tensor
+        if isinstance(tensor, LazyWeight) and (family.layer_norm or change is not None):
+            raise UsageError(f"{name} is quantized, and this family's conversion changes it: take 16-bit weights")
+        return tensor if change is None else change(tensor.float())
 
     return read
+
+
+def widen(tensors: SourceTensors, names: list[str]):
+    """Replaces 16-bit tensors by what stands for tensors of float32."""
+    for name in names:
+        if isinstance(tensors[name], Tensor) and tensors[name].dtype in (torch.float16, torch.bfloat16):
+            tensors[name] = torch.empty_like(tensors[name], dtype=torch.float32, device="meta")
+
+
+def find_change_of_numbers(name: str, config: ModelConfig, family: Family) -> Callable[[Tensor], Tensor] | None:
+    """Returns the function that changes the numbers of a tensor at conversion, or None. It takes float32."""
+    if name == HEAD and family.normalizes_head(config):
+        return F.normalize
+    if name.endswith("norm.weight") and family.norm_offset:
+        return partial(torch.add, other=family.norm_offset)
+    writes_to_residual = name == EMBEDDING or re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name)
+    if writes_to_residual and family.layer_norm:
+        return partial(center_outputs, dim=1 if name == EMBEDDING else 0)
+    return None
 
 
 def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
@@ -173,18 +187,14 @@ def add_norm_bias(bias: Tensor, weight: Tensor | LazyWeight, norm_bias: Tensor) 
     """Returns the bias of a linear layer after LayerNorm: W (norm(x) + norm_bias) + bias = W norm(x) + the result."""
     if isinstance(weight, LazyWeight):  # read refuses the weight
         return bias
-    return (bias.float() + weight.float() @ norm_bias.float()).to(bias.dtype)
+    return bias.float() + weight.float() @ norm_bias.float()
 
 
-def center_outputs(name: str, tensor: Tensor) -> Tensor:
+def center_outputs(tensor: Tensor, dim: int) -> Tensor:
     """Makes the mean of the outputs zero, in tensors that write to the residual stream x: the embedding, o_proj and
     down_proj. Then x has mean zero, so LayerNorm(x) is RMSNorm(x). The model's output does not change, since every
-    LayerNorm subtracts the mean of x anyway."""
-    is_embedding = name == EMBEDDING
-    if not is_embedding and not re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name):
-        return tensor
-    exact = tensor.float()
-    return (exact - exact.mean(1 if is_embedding else 0, keepdim=True)).to(tensor.dtype)
+    LayerNorm subtracts the mean of x anyway. dim: the dimension of the outputs."""
+    return tensor - tensor.mean(dim, keepdim=True)
 
 
 # ---- Splitting: views, without reading ------------------------------------------------------------------------------
