@@ -34,21 +34,27 @@ compiler, PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
 
 Two rules for all operations:
 
-    backend        An operation with a weight takes the backend of its LinearParams, NormParams or WeightMatrix. Any
-                   other operation takes backend as its last argument.
+    backend        An operation with a weight takes the backend of its layer, as in layers.py. Any other operation takes
+                   backend as its last argument.
     contiguous     Kernels read contiguous activations, so every operation calls contiguous on its activations.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from config import ACTIVATIONS
 from kernels import build, reference
-from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
+from kernels.arguments import AttentionOptions, LayerCache
 from kernels.schema import ACTIVATION_IDS, kernel_namespace
+
+if TYPE_CHECKING:  # layers.py imports this file
+    from layers import Embedding, Linear, RMSNorm
 
 MAX_CPU_TOKENS = 64  # of all sequences together; also in csrc/weights.h
 MAX_TRITON_TOKENS = 64
@@ -81,13 +87,13 @@ def kernel_for(name: str, backend: str, n_tokens: int, max_tokens: float | None 
     return getattr(kernel_namespace(backend), name) if 0 < n_tokens <= max_tokens else None
 
 
-def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | None:
+def linear_kernel(name: str, linear: Linear, n_tokens: int) -> Callable | None:
     """kernel_for, with the backend and the most tokens of linear."""
     return kernel_for(name, linear.backend, n_tokens, linear.max_kernel_tokens)
 
 
 def fused_linear(
-    x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
+    x: Tensor, linear: Linear, norm: RMSNorm | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Multiplies x [..., K] with the weight of linear: [..., N], or [..., N / 2] with a gated activation.
@@ -121,7 +127,7 @@ def fused_linear(
     )
 
 
-def can_fuse(activation: str, linear: LinearParams) -> bool:
+def can_fuse(activation: str, linear: Linear) -> bool:
     """Whether a kernel of linear can apply the activation."""
     is_gated = ACTIVATIONS[activation]
     return not is_gated or linear.out_features % FUSED_GLU_MULTIPLE == 0
@@ -144,11 +150,11 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
     return kernel(contiguous(x), contiguous(y))
 
 
-def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor:
     """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
     kernel = kernel_for("rms_norm", norm.backend, count_tokens(x))
     if kernel is None:
-        return reference.rms_norm(x, norm, residual)
+        return reference.rms_norm(x, norm.weight, norm.eps, residual)
     return kernel(contiguous(x), norm.weight, norm.eps, contiguous(residual))
 
 
@@ -161,7 +167,7 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
     return kernel(contiguous(x), input_order)
 
 
-def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
     kernel = kernel_for("embed", table.backend, tokens.numel())
     if table.format.is_quantized and table.backend != "torch":  # only the kernel can read a packed table
@@ -171,32 +177,34 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
     return kernel(contiguous(tokens), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
-def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
+def attend(qkv: Tensor, options: AttentionOptions, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    has_kernel = has_attention_kernel(backend, B, T, params.n_heads // cache.k.shape[1])
+    has_kernel = has_attention_kernel(backend, B, T, options.n_heads // cache.k.shape[1])
     if not has_kernel and not has_prefill_attention_kernel(backend, B, T, qkv.dtype):
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-        q = rope_and_cache(qkv, params, cache, positions, backend)
-        return reference.cached_attention(q, params, cache, positions)
+        q = rope_and_cache(qkv, options, cache, positions, backend)
+        return reference.cached_attention(q, options, cache, positions)
     return kernel_namespace(backend).attend(
         contiguous(qkv), contiguous(start_pos),
         k_cache=cache.k, v_cache=cache.v, rope=cache.rope, alibi_slopes=cache.alibi_slopes,
-        **params.kernel_arguments(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
+        **options._asdict(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
     )
 
 
-def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: str) -> Tensor:
+def rope_and_cache(
+    qkv: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor, backend: str
+) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
     contiguous in each sequence. Returns the queries [B, T, H, D]."""
     kernel = kernel_for("rope_and_cache", backend, count_tokens(qkv))
     if kernel is None:
-        return reference.rope_and_cache(qkv, params, cache, positions)
-    options = params.kernel_arguments()
+        return reference.rope_and_cache(qkv, options, cache, positions)
     return kernel(
         contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=cache.rope,
-        **{name: options[name] for name in ("n_heads", "q_norm_weight", "k_norm_weight", "eps")},
+        n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
+        eps=options.eps,
     )
 
 
@@ -231,7 +239,7 @@ def route(
 
 
 def experts_gate_up(
-    x: Tensor, linear: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
+    x: Tensor, linear: Linear, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
 ) -> Tensor:
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
@@ -250,7 +258,7 @@ def experts_gate_up(
 
 
 def experts_down(
-    hidden: Tensor, linear: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: Linear, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
@@ -288,6 +296,6 @@ def count_tokens(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def norm_arguments(norm: NormParams | None) -> tuple[Tensor | None, float]:
+def norm_arguments(norm: RMSNorm | None) -> tuple[Tensor | None, float]:
     """(norm_weight, eps), as kernels take them."""
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)

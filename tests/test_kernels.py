@@ -44,7 +44,7 @@ def test_linear(format, dtype):
         norm = make_norm(k, dtype)
         for rows in (1, 2, 5, 8):
             x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
-            normed = reference.rms_norm(x, norm)
+            normed = reference.rms_norm(x, norm.weight, norm.eps)
             seen = as_seen(normed, format)
             y = seen.double() @ matrix.T + bias
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
@@ -79,7 +79,7 @@ def test_linear_of_many_tokens(format, dtype):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
             x[2], x[4, 1] = 0, torch.nan  # neither changes another token's result
             for given_norm in (None, norm):
-                normed = reference.rms_norm(x, norm) if given_norm else x
+                normed = reference.rms_norm(x, norm.weight, norm.eps) if given_norm else x
                 seen = normed if on_amx and tokens > 8 else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)

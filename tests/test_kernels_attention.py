@@ -5,7 +5,7 @@ import torch
 
 from config import ModelConfig
 from kernels import ops, reference
-from kernels.params import LayerCache
+from kernels.arguments import LayerCache
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
