@@ -7,10 +7,10 @@ package, there are types alone, for annotations.)
     schema.py      the arguments of the kernels, one list for C++ and Triton
     aten.py        products with quantized weights by PyTorch's own kernels, without a C++ compiler
     arguments.py   arguments that belong together: a weight, the options of attention, the KV cache of a layer
-    reference.py   every operation in plain PyTorch, for any device
+    torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files
-    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or reference.py
+    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or torch_ops.py
     prepare.py     chooses the backend of a device, and packs the weights for the backend
     record.py      records a decode step once, and replays the recording
 """

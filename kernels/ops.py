@@ -20,7 +20,7 @@ leaf operations:
     has_attention_kernel    whether attend calls a kernel
     has_sample_kernel       whether sample can be called
 
-Each function calls the kernel of a backend, or computes the same result in plain PyTorch (reference.py):
+Each function calls the kernel of a backend, or computes the same result in plain PyTorch (torch_ops.py):
 
     backend     kernels                                                        most tokens of a step
     "cpu"       C++, kernels/csrc/                                             MAX_CPU_TOKENS
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from config import ACTIVATIONS
-from kernels import build, reference
+from kernels import build, torch_ops
 from kernels.arguments import AttentionOptions, LayerCache
 from kernels.schema import ACTIVATION_IDS, kernel_namespace
 
@@ -112,7 +112,7 @@ def fused_linear(
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)
-        return reference.fused_linear(x, linear, residual, out_dtype)
+        return torch_ops.fused_linear(x, linear, residual, out_dtype)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         contiguous(x),
@@ -138,7 +138,7 @@ def activate(x: Tensor, activation: str, backend: str) -> Tensor:
     Otherwise it is activation(x), in the shape of x."""
     kernel = kernel_for("activate", backend, count_tokens(x))
     if kernel is None:
-        return reference.activate(x, activation)
+        return torch_ops.activate(x, activation)
     return kernel(contiguous(x), ACTIVATION_IDS[activation])
 
 
@@ -154,7 +154,7 @@ def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor
     """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
     kernel = kernel_for("rms_norm", norm.backend, count_tokens(x))
     if kernel is None:
-        return reference.rms_norm(x, norm.weight, norm.eps, residual)
+        return torch_ops.rms_norm(x, norm.weight, norm.eps, residual)
     return kernel(contiguous(x), norm.weight, norm.eps, contiguous(residual))
 
 
@@ -163,7 +163,7 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
     rank takes only the inputs of its own columns."""
     kernel = kernel_for("permute_inputs", backend, count_tokens(x))
     if kernel is None:
-        return reference.permute_inputs(x, input_order)
+        return torch_ops.permute_inputs(x, input_order)
     return kernel(contiguous(x), input_order)
 
 
@@ -173,7 +173,7 @@ def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) ->
     if table.format.is_quantized and table.backend != "torch":  # only the kernel can read a packed table
         kernel = kernel_namespace(table.backend).embed
     if kernel is None:
-        return reference.embed(tokens, table, scale, dtype)
+        return torch_ops.embed(tokens, table, scale, dtype)
     return kernel(contiguous(tokens), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
@@ -185,7 +185,7 @@ def attend(qkv: Tensor, options: AttentionOptions, cache: LayerCache, start_pos:
     if not has_kernel and not has_prefill_attention_kernel(backend, B, T, qkv.dtype):
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
         q = rope_and_cache(qkv, options, cache, positions, backend)
-        return reference.cached_attention(q, options, cache, positions)
+        return torch_ops.cached_attention(q, options, cache, positions)
     return kernel_namespace(backend).attend(
         contiguous(qkv), contiguous(start_pos),
         k_cache=cache.k, v_cache=cache.v, rope=cache.rope, alibi_slopes=cache.alibi_slopes,
@@ -200,7 +200,7 @@ def rope_and_cache(
     contiguous in each sequence. Returns the queries [B, T, H, D]."""
     kernel = kernel_for("rope_and_cache", backend, count_tokens(qkv))
     if kernel is None:
-        return reference.rope_and_cache(qkv, options, cache, positions)
+        return torch_ops.rope_and_cache(qkv, options, cache, positions)
     return kernel(
         contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=cache.rope,
         n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
@@ -234,7 +234,7 @@ def route(
     of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
     kernel = kernel_for("route", backend, count_tokens(logits))
     if kernel is None:
-        return reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
+        return torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
     return kernel(contiguous(logits), top_k, norm_topk_prob, n_shared_experts)
 
 
@@ -249,7 +249,7 @@ def experts_gate_up(
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)
-        return reference.experts_gate_up(x, linear, topk_ids)
+        return torch_ops.experts_gate_up(x, linear, topk_ids)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         contiguous(x), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), norm_weight, eps,
@@ -264,7 +264,7 @@ def experts_down(
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
     kernel = linear_kernel("experts_down", linear, count_tokens(topk_ids))
     if kernel is None:
-        return reference.experts_down(hidden, linear, topk_ids, topk_weights, residual)
+        return torch_ops.experts_down(hidden, linear, topk_ids, topk_weights, residual)
     return kernel(
         contiguous(hidden), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), contiguous(topk_weights),
         contiguous(residual),

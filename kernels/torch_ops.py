@@ -1,4 +1,5 @@
-"""The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
+"""The operations in plain PyTorch, for any device and any number of tokens: prefill, devices without kernels, and
+--kernels off. They also are what the kernels are tested against.
 
 kernels/ops.py describes the operations, and calls these functions for steps without a kernel. A weight of any format is
 read through linear.dequantized_weight(dtype). If the weight is packed for a backend, a kernel of this backend
