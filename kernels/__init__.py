@@ -10,7 +10,7 @@ package, there are types alone, for annotations.)
     torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files
-    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or torch_ops.py
+    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or torch_ops.py; rounding differs
     prepare.py     chooses the backend of a device, and packs the weights for the backend
     record.py      records a decode step once, and replays the recording
 """

@@ -20,7 +20,8 @@ leaf operations:
     has_attention_kernel    whether attend calls a kernel
     has_sample_kernel       whether sample can be called
 
-Each function calls the kernel of a backend, or computes the same result in plain PyTorch (torch_ops.py):
+Each function calls the kernel of a backend, or computes the same function in plain PyTorch (torch_ops.py). Rounding
+differs: see below.
 
     backend     kernels                                                        most tokens of a step
     "cpu"       C++, kernels/csrc/                                             MAX_CPU_TOKENS
@@ -31,6 +32,20 @@ The tokens of all sequences of a step count together. An operation with more tok
 small operations have no limit (SPECIAL_MAX_KERNEL_TOKENS), nor has attend where its kernel is faster than PyTorch
 (has_prefill_attention_kernel). A weight that is not quantized may have a lower limit (max_kernel_tokens). Without a C++
 compiler, PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
+
+How rounding differs, with activations of 16 bits:
+
+    "torch"     A quantized weight is rounded to 16 bits before the product (but see aten.py), and the result of every
+                step of an operation is rounded.
+    kernels     Most results within an operation stay float32, and the last one is rounded. Exceptions:
+    "cpu"       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 8 with a
+                scale each (csrc/activations.h: quantize_token). AMX, for many tokens, does not round x, but weights to
+                bfloat16 (csrc/amx.h). A norm rounds x / rms(x) before its weight multiplies that, as PyTorch does.
+    "triton"    A fused norm multiplies x with its weight, rounds that, and divides by rms(x) after the product
+                (triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
+
+With activations of 32 bits only the order of sums, the place of the division by rms(x), and the last bits of functions
+such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
 
 Two rules for all operations:
 

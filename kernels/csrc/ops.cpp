@@ -3,7 +3,7 @@
 //
 //     kernels/ops.py          describes the operations, and calls the functions
 //     kernels/schema.py       has the schemas of the functions
-//     kernels/torch_ops.py    computes the same operations in PyTorch
+//     kernels/torch_ops.py    computes the same functions in PyTorch; rounding differs, as ops.py says
 //
 // The headers, in the order in which to read them:
 //

@@ -4,8 +4,8 @@
     experts_gate_up    multiplies every token with the gate and up projections of the token's experts
     experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
-They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/torch_ops.py computes the same results in
-plain PyTorch. Both products are the kernel of linear.py, with topk_ids.
+They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/torch_ops.py computes the same functions
+in plain PyTorch, rounded differently (kernels/ops.py). Both products are the kernel of linear.py, with topk_ids.
 """
 
 import triton
