@@ -1,31 +1,133 @@
-"""The layers that hold the weights of a model. Each layer is a class of kernels/params.py with a forward.
+"""The layers that hold the weights of a model.
 
-    Linear         y = x W^T, with W in the format of the checkpoint (kernels/formats/)
+    RMSNorm        x / rms(x) * weight
+    WeightMatrix   what the layers below share: W in some format (kernels/formats/), packed for some backend
+    Linear         y = x W^T, and what is applied to y
     ExpertsGateUp, ExpertsDown    Linear with a W for each expert, for the experts that the router chose
     Embedding      a row of W for every token
-    RMSNorm        x / rms(x) * weight
 
-A forward calls an operation of kernels/ops.py, which runs on the kernels of the layer's backend or in plain PyTorch.
-The weights themselves are declared in kernels/params.py, because kernels/ops.py, which forward calls, needs these
-classes. model.py composes the layers.
+A forward calls an operation of kernels/ops.py with the layer itself. The operation runs on the kernels of the layer's
+backend or in plain PyTorch. model.py composes the layers.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
-from kernels.params import LinearParams, NormParams, WeightMatrix
+from kernels.arguments import WeightArguments
+from kernels.aten import AtenInt4, AtenInt8
+from kernels.formats import Tensors, Unquantized, WeightFormat
+from kernels.schema import kernel_namespace
 
 
-class Linear(LinearParams):
-    """y = x W^T [+ bias]. norm, activation and residual are arguments of forward, since kernels fuse them."""
+class RMSNorm(nn.Module):
+    """weight [dim]; eps, which is added to the mean square; and backend, as in WeightMatrix."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.backend = "torch"
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[residual +] x / rms(x) * weight."""
+        return kernels.rms_norm(x, self, residual)
+
+
+class WeightMatrix(nn.Module):
+    """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
+
+    format: how W is stored (kernels/formats/).
+    backend: "cpu" or "triton" means that W is packed for the kernels of this backend. "torch" means that W is stored as
+    in the checkpoint, for plain PyTorch.
+    is_embedding: whether a step reads only some rows of W."""
+
+    is_embedding = False
+
+    def __init__(self, in_features: int, out_features: int, n_experts: int | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
+        self.format: WeightFormat = Unquantized()
+        self.backend = "torch"
+        shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.register_buffer("scales", None)
+        self.register_buffer("zeros", None)
+
+    def tensors(self) -> Tensors:
+        """The tensors that store W, by name: weight and, if the format has them, scales and zeros."""
+        named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def set_tensor(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """Replaces the tensor called name. Returns the new tensor; weight and bias become Parameters."""
+        if name in ("weight", "bias"):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(self, name, tensor)
+        return tensor
+
+    def set_format(self, format: WeightFormat):
+        """Changes the format of W, and replaces the tensors by uninitialized tensors of the new format."""
+        for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
+            self.set_tensor(name, tensor)
+        self.format = format
+
+    def kernel_arguments(self) -> WeightArguments:
+        group_size = self.format.inputs_per_scale(self.in_features)
+        return WeightArguments(
+            self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
+        )
+
+    def dequantized_weight(self, dtype: torch.dtype, experts: int | slice | Tensor = slice(None)) -> Tensor:
+        """W [N, K] in dtype. With a W for each expert, experts selects: an index gives [N, K], a slice or a tensor
+        of indices gives [X, N, K]."""
+        tensors = self.tensors()
+        if self.n_experts is not None:
+            tensors = {name: t[experts] for name, t in tensors.items()}
+        if self.backend == "torch" or not self.format.is_quantized:
+            return self.format.dequantize(tensors, dtype)
+        if self.n_experts is None or isinstance(experts, int):
+            return self.dequantize_packed(tensors, dtype)
+        matrices = [{name: t[i] for name, t in tensors.items()} for i in range(len(tensors["weight"]))]
+        return torch.stack([self.dequantize_packed(matrix, dtype) for matrix in matrices])
+
+    def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
+        arguments = self.kernel_arguments()._replace(**tensors)
+        return kernel_namespace(self.backend).dequantize(*arguments, self.in_features, dtype)
+
+
+class Linear(WeightMatrix):
+    """y = x W^T. The layer applies to y, in this order:
+
+        bias         y + bias                          bias [N], of experts [E, N], or None
+        out_scale    y * out_scale
+        softcap      softcap * tanh(y / softcap)       if softcap is not 0
+        clip         y, clamped to [-clip, clip]       if clip is not 0
+
+    input_order: int32 [K], or None; GPTQ and Marlin call it perm. Column i of W multiplies x[..., input_order[i]]. With
+    act-order the inputs of a quantization group are scattered; sorting the columns makes each group contiguous.
+    forward permutes x before the fused norm, so conversion permutes the weight of this norm, too.
+    max_kernel_tokens: the most tokens for which the kernels of the backend compute y. Plain PyTorch takes more.
+    aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
+        out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+    ):
+        super().__init__(in_features, out_features, n_experts)
+        self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
+        self.max_kernel_tokens = 0
+        self.aten_weight: AtenInt8 | AtenInt4 | None = None
+        self.register_buffer("input_order", None)
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
     def forward(
-        self, x: Tensor, norm: NormParams | None = None, residual: Tensor | None = None,
+        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None,
         activation: str | None = None, out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """x [..., K] -> [..., N], or [..., N / 2] with a gated activation. kernels/ops.py: fused_linear describes the
-        arguments."""
+        """x [..., K] -> [..., N], or [..., N / 2] with a gated activation. norm, activation and residual are arguments,
+        since kernels fuse them. kernels/ops.py: fused_linear describes the arguments."""
         if self.input_order is not None:
             x = kernels.permute_inputs(x, self.input_order, self.backend)
         return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
@@ -35,7 +137,7 @@ class ExpertsGateUp(Linear):
     """The gate and up projections of all experts."""
 
     def forward(
-        self, x: Tensor, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
+        self, x: Tensor, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
     ) -> Tensor:
         """x [B, T, dim], topk_ids [B, T, top_k] -> the product of every token with each of its experts:
         [B, T, top_k, F]."""
@@ -60,9 +162,3 @@ class Embedding(WeightMatrix):
     def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """tokens [B, T] -> the rows of tokens, times scale: [B, T, dim] in dtype."""
         return kernels.embed(tokens, self, scale, dtype)
-
-
-class RMSNorm(NormParams):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[residual +] x / rms(x) * weight."""
-        return kernels.rms_norm(x, self, residual)

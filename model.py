@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig
+from kernels.arguments import AttentionOptions, LayerCache
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
-from kernels.params import AttentionParams, LayerCache, WeightMatrix
-from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm
+from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
 from rope import RopeTables, alibi_slopes
 from utils.errors import UsageError
 
@@ -197,7 +197,7 @@ class TransformerBlock(nn.Module):
         return x
 
 
-class Attention(AttentionParams):
+class Attention(nn.Module):
     """Grouped-query attention with RoPE or ALiBi. forward computes:
 
         q, k, v = split(qkv_proj(norm(x)))
@@ -207,28 +207,22 @@ class Attention(AttentionParams):
         y = residual + o_proj(p v)
 
     A model has only some of the norms, softcap, slopes, window and sinks. Everything between the products qkv_proj and
-    o_proj is one operation, kernels/ops.py: attend. This module is its AttentionParams."""
+    o_proj is one operation, kernels/ops.py: attend."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
-        n_heads, n_kv_heads, head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        q_norm = k_norm = sinks = None
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.window = config.window(layer_idx)
+        self.softcap = config.attention_softcap
+        self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
-            q_heads, k_heads = (n_heads, n_kv_heads) if config.qk_norm_across_heads else (1, 1)
-            q_norm = RMSNorm(q_heads * head_dim, config.norm_eps)
-            k_norm = RMSNorm(k_heads * head_dim, config.norm_eps)
+            q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
+            self.q_norm = RMSNorm(q_heads * self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(k_heads * self.head_dim, config.norm_eps)
         if config.sinks:
-            sinks = nn.Parameter(torch.empty(n_heads), requires_grad=False)
-        super().__init__(
-            n_heads,
-            scale=config.attention_scale or head_dim**-0.5,
-            window=config.window(layer_idx),
-            softcap=config.attention_softcap,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            sinks=sinks,
-        )
-        self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
-        self.alibi_slopes = alibi_slopes(n_heads) if config.alibi else None
+            self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
+        self.alibi_slopes = alibi_slopes(self.n_heads) if config.alibi else None
         self.qkv_proj = Linear(config.dim, config.q_dim + 2 * config.kv_dim, config.qkv_bias, clip=config.clip_qkv)
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
@@ -236,8 +230,17 @@ class Attention(AttentionParams):
         self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self, cache, start_pos, self.backend)  # [B, T, H D]
+        y = kernels.attend(qkv, self.options(), cache, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
+
+    def options(self) -> AttentionOptions:
+        """What attend does besides plain attention. The tensors are this module's current ones: loading and tensor
+        parallelism replace them."""
+        options = AttentionOptions(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
+        if self.q_norm is None:
+            return options
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return options._replace(q_norm_weight=q_norm.weight, k_norm_weight=k_norm.weight, eps=q_norm.eps)
 
     @property
     def backend(self) -> str:

@@ -1,15 +1,16 @@
 """The operations of a model, on the kernels of a device or in plain PyTorch; weight formats; recording of steps.
 
-Callers write kernels.attend(...). Each file imports only from the files above it:
+Callers write kernels.attend(...). Each file imports only from the files above it. (From layers.py, which imports this
+package, there are types alone, for annotations.)
 
     formats/       how weights are stored: int8, int4, ...
     schema.py      the arguments of the kernels, one list for C++ and Triton
     aten.py        products with quantized weights by PyTorch's own kernels, without a C++ compiler
-    params.py      the arguments of operations besides x: a weight, a norm, the options of attention, a KV cache
-    reference.py   every operation in plain PyTorch, for any device
+    arguments.py   arguments that belong together: a weight, the options of attention, the KV cache of a layer
+    torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files
-    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or reference.py
+    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or torch_ops.py
     prepare.py     chooses the backend of a device, and packs the weights for the backend
     record.py      records a decode step once, and replays the recording
 """

@@ -20,7 +20,7 @@ leaf operations:
     has_attention_kernel    whether attend calls a kernel
     has_sample_kernel       whether sample can be called
 
-Each function calls the kernel of a backend, or computes the same result in plain PyTorch (reference.py):
+Each function calls the kernel of a backend, or computes the same result in plain PyTorch (torch_ops.py):
 
     backend     kernels                                                        most tokens of a step
     "cpu"       C++, kernels/csrc/                                             MAX_CPU_TOKENS
@@ -34,21 +34,27 @@ compiler, PyTorch multiplies int8 and int4 weights by its own kernels (aten.py).
 
 Two rules for all operations:
 
-    backend        An operation with a weight takes the backend of its LinearParams, NormParams or WeightMatrix. Any
-                   other operation takes backend as its last argument.
+    backend        An operation with a weight takes the backend of its layer, as in layers.py. Any other operation takes
+                   backend as its last argument.
     contiguous     Kernels read contiguous activations, so every operation calls contiguous on its activations.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from config import ACTIVATIONS
-from kernels import build, reference
-from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
+from kernels import build, torch_ops
+from kernels.arguments import AttentionOptions, LayerCache
 from kernels.schema import ACTIVATION_IDS, kernel_namespace
+
+if TYPE_CHECKING:  # layers.py imports this file
+    from layers import Embedding, Linear, RMSNorm
 
 MAX_CPU_TOKENS = 64  # of all sequences together; also in csrc/weights.h
 MAX_TRITON_TOKENS = 64
@@ -81,13 +87,13 @@ def kernel_for(name: str, backend: str, n_tokens: int, max_tokens: float | None 
     return getattr(kernel_namespace(backend), name) if 0 < n_tokens <= max_tokens else None
 
 
-def linear_kernel(name: str, linear: LinearParams, n_tokens: int) -> Callable | None:
+def linear_kernel(name: str, linear: Linear, n_tokens: int) -> Callable | None:
     """kernel_for, with the backend and the most tokens of linear."""
     return kernel_for(name, linear.backend, n_tokens, linear.max_kernel_tokens)
 
 
 def fused_linear(
-    x: Tensor, linear: LinearParams, norm: NormParams | None = None, residual: Tensor | None = None,
+    x: Tensor, linear: Linear, norm: RMSNorm | None = None, residual: Tensor | None = None,
     activation: str | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Multiplies x [..., K] with the weight of linear: [..., N], or [..., N / 2] with a gated activation.
@@ -106,7 +112,7 @@ def fused_linear(
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)
-        return reference.fused_linear(x, linear, residual, out_dtype)
+        return torch_ops.fused_linear(x, linear, residual, out_dtype)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         contiguous(x),
@@ -121,7 +127,7 @@ def fused_linear(
     )
 
 
-def can_fuse(activation: str, linear: LinearParams) -> bool:
+def can_fuse(activation: str, linear: Linear) -> bool:
     """Whether a kernel of linear can apply the activation."""
     is_gated = ACTIVATIONS[activation]
     return not is_gated or linear.out_features % FUSED_GLU_MULTIPLE == 0
@@ -132,7 +138,7 @@ def activate(x: Tensor, activation: str, backend: str) -> Tensor:
     Otherwise it is activation(x), in the shape of x."""
     kernel = kernel_for("activate", backend, count_tokens(x))
     if kernel is None:
-        return reference.activate(x, activation)
+        return torch_ops.activate(x, activation)
     return kernel(contiguous(x), ACTIVATION_IDS[activation])
 
 
@@ -144,11 +150,11 @@ def add(x: Tensor, y: Tensor, backend: str) -> Tensor:
     return kernel(contiguous(x), contiguous(y))
 
 
-def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor:
     """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
     kernel = kernel_for("rms_norm", norm.backend, count_tokens(x))
     if kernel is None:
-        return reference.rms_norm(x, norm, residual)
+        return torch_ops.rms_norm(x, norm.weight, norm.eps, residual)
     return kernel(contiguous(x), norm.weight, norm.eps, contiguous(residual))
 
 
@@ -157,46 +163,48 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: str) -> Tensor:
     rank takes only the inputs of its own columns."""
     kernel = kernel_for("permute_inputs", backend, count_tokens(x))
     if kernel is None:
-        return reference.permute_inputs(x, input_order)
+        return torch_ops.permute_inputs(x, input_order)
     return kernel(contiguous(x), input_order)
 
 
-def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
     kernel = kernel_for("embed", table.backend, tokens.numel())
     if table.format.is_quantized and table.backend != "torch":  # only the kernel can read a packed table
         kernel = kernel_namespace(table.backend).embed
     if kernel is None:
-        return reference.embed(tokens, table, scale, dtype)
+        return torch_ops.embed(tokens, table, scale, dtype)
     return kernel(contiguous(tokens), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
-def attend(qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
+def attend(qkv: Tensor, options: AttentionOptions, cache: LayerCache, start_pos: Tensor, backend: str) -> Tensor:
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    has_kernel = has_attention_kernel(backend, B, T, params.n_heads // cache.k.shape[1])
+    has_kernel = has_attention_kernel(backend, B, T, options.n_heads // cache.k.shape[1])
     if not has_kernel and not has_prefill_attention_kernel(backend, B, T, qkv.dtype):
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-        q = rope_and_cache(qkv, params, cache, positions, backend)
-        return reference.cached_attention(q, params, cache, positions)
+        q = rope_and_cache(qkv, options, cache, positions, backend)
+        return torch_ops.cached_attention(q, options, cache, positions)
     return kernel_namespace(backend).attend(
         contiguous(qkv), contiguous(start_pos),
         k_cache=cache.k, v_cache=cache.v, rope=cache.rope, alibi_slopes=cache.alibi_slopes,
-        **params.kernel_arguments(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
+        **options._asdict(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
     )
 
 
-def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: str) -> Tensor:
+def rope_and_cache(
+    qkv: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor, backend: str
+) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
     contiguous in each sequence. Returns the queries [B, T, H, D]."""
     kernel = kernel_for("rope_and_cache", backend, count_tokens(qkv))
     if kernel is None:
-        return reference.rope_and_cache(qkv, params, cache, positions)
-    options = params.kernel_arguments()
+        return torch_ops.rope_and_cache(qkv, options, cache, positions)
     return kernel(
         contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=cache.rope,
-        **{name: options[name] for name in ("n_heads", "q_norm_weight", "k_norm_weight", "eps")},
+        n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
+        eps=options.eps,
     )
 
 
@@ -227,12 +235,12 @@ def route(
     of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
     kernel = kernel_for("route", backend, count_tokens(logits))
     if kernel is None:
-        return reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
+        return torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
     return kernel(contiguous(logits), top_k, norm_topk_prob, n_shared_experts)
 
 
 def experts_gate_up(
-    x: Tensor, linear: LinearParams, topk_ids: Tensor, norm: NormParams | None = None, activation: str | None = None
+    x: Tensor, linear: Linear, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
 ) -> Tensor:
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
@@ -242,7 +250,7 @@ def experts_gate_up(
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)
-        return reference.experts_gate_up(x, linear, topk_ids)
+        return torch_ops.experts_gate_up(x, linear, topk_ids)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         contiguous(x), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), norm_weight, eps,
@@ -251,13 +259,13 @@ def experts_gate_up(
 
 
 def experts_down(
-    hidden: Tensor, linear: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: Linear, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
     kernel = linear_kernel("experts_down", linear, count_tokens(topk_ids))
     if kernel is None:
-        return reference.experts_down(hidden, linear, topk_ids, topk_weights, residual)
+        return torch_ops.experts_down(hidden, linear, topk_ids, topk_weights, residual)
     return kernel(
         contiguous(hidden), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), contiguous(topk_weights),
         contiguous(residual),
@@ -289,6 +297,6 @@ def count_tokens(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def norm_arguments(norm: NormParams | None) -> tuple[Tensor | None, float]:
+def norm_arguments(norm: RMSNorm | None) -> tuple[Tensor | None, float]:
     """(norm_weight, eps), as kernels take them."""
     return (None, 0.0) if norm is None else (norm.weight, norm.eps)

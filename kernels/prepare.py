@@ -4,9 +4,12 @@ model.py: Transformer.prepare_kernels calls prepare_kernels. The backend of a ma
 packed. It stays "torch" if there are no kernels for the matrix or for the device.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +19,10 @@ from kernels import aten, build
 from kernels.formats import Dequantized, Tensors, WeightFormat, cpu_layouts, triton_layouts
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
-from kernels.params import LinearParams, WeightMatrix
 from utils.machine import drop_pages, free_memory, use_huge_pages
+
+if TYPE_CHECKING:  # layers.py imports this package
+    from layers import WeightMatrix
 
 
 def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
@@ -93,7 +98,7 @@ class HugePageArena:
 
 def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[WeightMatrix]:
     """Packs the weights of linear layers for PyTorch's own kernels. Returns the layers whose weights have a kernel."""
-    linears = [m for m in matrices if isinstance(m, LinearParams) and m.n_experts is None]
+    linears = [m for m in matrices if not m.is_embedding and m.n_experts is None]
     for linear in tqdm(linears, "load", disable=None, leave=False):
         linear.aten_weight = aten.pack(linear.format, linear.tensors(), dtype)
     return [linear for linear in linears if linear.aten_weight is not None]

@@ -5,9 +5,9 @@ implement the same schema, so a changed schema changes both. kernels/ops.py desc
 
 Arguments that several schemas share:
 
-    WEIGHT        a weight W [N, K], in the order of WeightArguments in params.py: the tensors as packed for the
+    WEIGHT        a weight W [N, K], in the order of WeightArguments in arguments.py: the tensors as packed for the
                   backend, WeightFormat.format_id, n = N, and group_size, the number of inputs that share a scale
-    ATTENTION     the options of AttentionParams in params.py, which ops.py passes by name
+    ATTENTION     AttentionOptions in arguments.py, which ops.py passes by name
     activation    a value of ACTIVATION_IDS
 """
 

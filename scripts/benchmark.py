@@ -9,7 +9,7 @@
 
 These lines name no command, which means the command "speed". Two commands are for GPUs:
 
-    python scripts/benchmark.py check --precision bfloat16      # every kernel against its reference
+    python scripts/benchmark.py check --precision bfloat16      # every kernel against PyTorch
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
 
 Two commands need a real model:

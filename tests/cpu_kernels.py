@@ -6,8 +6,7 @@ import torch
 import kernels
 from kernels.formats import MXFP4, Int8
 from kernels.formats.integers import GroupedFormat
-from kernels.params import WeightMatrix
-from layers import Linear
+from layers import Linear, WeightMatrix
 
 built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
 

@@ -1,4 +1,4 @@
-"""kernels/csrc/ against its PyTorch references: odd shapes, every format. Here are products, norms, embeddings and the
+"""kernels/csrc/ against kernels/torch_ops.py: odd shapes, every format. Here are products, norms, embeddings and the
 likeliest token; test_kernels_attention.py and test_kernels_experts.py have the rest. test_kernels_builds.py runs all of
 them on the code for other CPUs."""
 
@@ -9,7 +9,7 @@ import torch
 
 import kernels
 from config import ACTIVATIONS
-from kernels import reference
+from kernels import torch_ops
 from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized
 from kernels.formats.integers import GroupedFormat
 from layers import ExpertsDown
@@ -44,7 +44,7 @@ def test_linear(format, dtype):
         norm = make_norm(k, dtype)
         for rows in (1, 2, 5, 8):
             x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
-            normed = reference.rms_norm(x, norm)
+            normed = torch_ops.rms_norm(x, norm.weight, norm.eps)
             seen = as_seen(normed, format)
             y = seen.double() @ matrix.T + bias
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
@@ -79,7 +79,7 @@ def test_linear_of_many_tokens(format, dtype):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
             x[2], x[4, 1] = 0, torch.nan  # neither changes another token's result
             for given_norm in (None, norm):
-                normed = reference.rms_norm(x, norm) if given_norm else x
+                normed = torch_ops.rms_norm(x, norm.weight, norm.eps) if given_norm else x
                 seen = normed if on_amx and tokens > 8 else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
@@ -147,7 +147,7 @@ def softcap_with_error(
     above 1."""
     y = y * scale
     if softcap:
-        y = reference.apply_softcap(y, softcap)
+        y = torch_ops.apply_softcap(y, softcap)
     if clip:
         y = y.clamp(-clip, clip)
     return y, error * scale + 2**-20 * y.abs()  # exp is good to 2^-21 or so
@@ -159,7 +159,7 @@ def test_softcap_of_extremes():
     w = packed(make_linear(16, 16, Unquantized(), torch.float32, softcap=30.0))
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
-    y = reference.apply_softcap(x.double(), 30.0)
+    y = torch_ops.apply_softcap(x.double(), 30.0)
     bounds.check(kernels.fused_linear(x, w), y, 2**-20 * y.abs())
     assert kernels.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
     w.softcap, w.clip = 0.0, 10.0
@@ -263,7 +263,7 @@ def test_every_value_of_8_and_4_bits(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_operations(dtype):
-    """add and activate are their references to the last bit, or for the exponential nearly."""
+    """add and activate are PyTorch's to the last bit, or for the exponential nearly."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(kernels.add(x, y, "cpu"), x + y)
@@ -295,7 +295,7 @@ def test_permute_inputs(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embed(dtype):
-    """To the last bit its reference, for any number of tokens, also where a row's last group is short."""
+    """To the last bit PyTorch's, for any number of tokens, also where a row's last group is short."""
     torch.manual_seed(0)
     for format in CPU_FORMATS:
         for k in (37,) if isinstance(format, Unquantized) else (64, 72):
@@ -304,7 +304,7 @@ def test_embed(dtype):
             assert on_kernels.backend == "cpu"
             for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
                 tokens = torch.randint(50, (2, n_tokens))
-                expected = reference.embed(tokens, table, scale, dtype)
+                expected = torch_ops.embed(tokens, table, scale, dtype)
                 assert torch.equal(kernels.embed(tokens, on_kernels, scale, dtype), expected)
             with pytest.raises(RuntimeError, match="vocabulary"):
                 kernels.embed(torch.tensor([[50]]), on_kernels, 1.0, dtype)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from config import ModelConfig
-from kernels import ops, reference
-from kernels.params import LayerCache
+from kernels import ops, torch_ops
+from kernels.arguments import LayerCache
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
@@ -101,7 +101,7 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
     """Of more tokens than a step has: the kernel rope_and_cache and PyTorch's attention together."""
     torch.manual_seed(0)
     monkeypatch.setattr(ops, "has_prefill_attention_kernel", lambda *_: False)
-    monkeypatch.setattr(reference, "EAGER_QUERIES", 30)
+    monkeypatch.setattr(torch_ops, "EAGER_QUERIES", 30)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
     norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]

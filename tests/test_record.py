@@ -5,8 +5,8 @@ import torch
 
 import kernels
 from config import ModelConfig, MoEConfig
+from kernels.arguments import LayerCache
 from kernels.formats import Float8, Int4, Int8, Unquantized
-from kernels.params import LayerCache
 from kernels.record import MAX_CPU_GRAPHS, call_between_tapes, record, with_tape_threads
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer

@@ -3,7 +3,7 @@
 //
 //     kernels/ops.py          describes the operations, and calls the functions
 //     kernels/schema.py       has the schemas of the functions
-//     kernels/reference.py    computes the same operations in PyTorch
+//     kernels/torch_ops.py    computes the same operations in PyTorch
 //
 // The headers, in the order in which to read them:
 //

@@ -10,7 +10,7 @@
     sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
-imported (kernels/schema.py). kernels/ops.py calls the operations. kernels/reference.py computes the same results in
+imported (kernels/schema.py). kernels/ops.py calls the operations. kernels/torch_ops.py computes the same results in
 plain PyTorch. In these files `import triton` is the library.
 
 A weight of int4 takes this way. It is packed once, when the model is loaded:

@@ -5,7 +5,7 @@
 This is Flash-Decoding. The cache is cut into splits. Each program goes over one split with FlashAttention's online
 softmax (arXiv:2205.14135). The last program to finish combines the results of all splits. Programs read on the device
 how many tokens the cache holds, so one CUDA graph serves every position. kernels/ops.py calls attend, and
-kernels/reference.py computes the same result in plain PyTorch.
+kernels/torch_ops.py computes the same result in plain PyTorch.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
 heads, D head_dim. In a program M is queries and N keys. X is whatever a function is called with: queries or keys.
@@ -360,7 +360,7 @@ def attend(
     rope: [S, D / 2, 2], cosine and sine of the angles of every position.
     q_norm_weight, k_norm_weight: [D] to norm each head; [H D] and [G D] to norm all heads of a token together.
 
-    The other arguments: see AttentionParams and LayerCache in kernels/params.py."""
+    The other arguments: see AttentionOptions and LayerCache in kernels/arguments.py."""
     (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))

@@ -22,7 +22,7 @@ In shape comments a row of W is an output, and a column an input.
 """
 
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -31,7 +31,6 @@ from torch import Tensor
 from triton import JITFunction
 
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.params import WeightMatrix
 from kernels.schema import triton_op
 from kernels.triton.elements import (
     e2m1_bias_factor,
@@ -52,6 +51,9 @@ from kernels.triton.weights import (
     load_slice_scales,
     load_tiles,
 )
+
+if TYPE_CHECKING:  # layers.py imports kernels
+    from layers import WeightMatrix
 
 # ---- Unquantized and Int8 --------------------------------------------------------------------------------------------
 #
@@ -235,7 +237,7 @@ def kernel_format(format_id: int) -> KernelFormat:
     return BY_ID[format_id]
 
 
-def has_triton_kernel(matrix: WeightMatrix) -> bool:
+def has_triton_kernel(matrix: "WeightMatrix") -> bool:
     """Returns whether the kernels can read the weight of matrix."""
     format = matrix.format
     known = BY_ID.get(format.format_id)

@@ -5,7 +5,7 @@
     permute_inputs  puts x in the order of the columns of W
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). moe.py calls fused_linear for the products of experts.
-formats.py has what depends on the format of W. kernels/reference.py computes the same results in plain PyTorch.
+formats.py has what depends on the format of W. kernels/torch_ops.py computes the same results in plain PyTorch.
 
 Instructions that only NVIDIA's GPUs have are left out on other GPUs. With TRITON_INTERPRET=1 the kernels run on CPU
 tensors: so tests/test_triton.py checks them.

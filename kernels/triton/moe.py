@@ -4,7 +4,7 @@
     experts_gate_up    multiplies every token with the gate and up projections of the token's experts
     experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
-They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/reference.py computes the same results in
+They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/torch_ops.py computes the same results in
 plain PyTorch. Both products are the kernel of linear.py, with topk_ids.
 """
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from kernels.params import LayerCache
+from kernels.arguments import LayerCache
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import kernels
 from config import ACTIVATIONS
 from engine.sampling import multinomial
-from kernels import reference
+from kernels import torch_ops
 from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
 from kernels.ops import FUSED_GLU_MULTIPLE
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
@@ -262,7 +262,7 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
     def epilogue(y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         y, error = y * scale, error * scale + 2 * U32 * abs(y * scale)
         if softcap:
-            y, error = reference.apply_softcap(y, softcap), error + softcap_error(softcap)
+            y, error = torch_ops.apply_softcap(y, softcap), error + softcap_error(softcap)
         return y.clamp(-clip, clip) if clip else y, error
 
     for n_tokens in (1, 5):
@@ -312,7 +312,7 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
     for n_tokens in token_counts:
-        _, topk_ids = reference.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
+        _, topk_ids = torch_ops.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
         x = integers(1, n_tokens, dim, dtype=dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
@@ -332,7 +332,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     kernels.pack_for_triton([w])
     assert w.backend == ("triton" if format.has_kernel("triton", ffn_dim) else "torch")
     for n_tokens in token_counts:
-        topk_weights, topk_ids = reference.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
+        topk_weights, topk_ids = torch_ops.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
         hidden = integers(1, n_tokens, TOP_K, ffn_dim, dtype=dtype)
         residual = torch.randn(1, n_tokens, dim).to(dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
@@ -352,7 +352,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
-    topk_weights, topk_ids = reference.route(logits, top_k, norm_topk_prob, n_shared_experts)
+    topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
     our_weights, our_ids = kernels.route(logits, top_k, norm_topk_prob, n_shared_experts, "triton")
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))

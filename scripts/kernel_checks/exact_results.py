@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from kernels import reference
+from kernels import torch_ops
+from kernels.arguments import AttentionOptions, LayerCache
 from kernels.formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
-from kernels.params import AttentionParams, LayerCache
 from layers import Embedding, Linear, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 
@@ -116,10 +116,12 @@ def attend(
     qkv, cache: LayerCache, start_pos, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
     sinks=None, scale: float | None = None, **options,
 ):
-    """Makes AttentionParams of the options, and calls kernels.attend."""
+    """Makes AttentionOptions of the norms and options, and calls kernels.attend."""
     scale = scale or cache.k.shape[-1] ** -0.5
-    params = AttentionParams(n_heads, scale, window, q_norm=q_norm, k_norm=k_norm, sinks=sinks, **options)
-    return kernels.attend(qkv, params, cache, start_pos, backend)
+    if q_norm is not None:
+        options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.eps}
+    options = AttentionOptions(n_heads, scale, window, sinks=sinks, **options)
+    return kernels.attend(qkv, options, cache, start_pos, backend)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def activate_with_error(
 
     The slope of relu2 at x is 2 x, so an error e of x changes x^2 by at most 2 x e + e^2. The slope of every other
     activation is at most 1.13. The slope of the factor that is made of up is at most 1."""
-    y = reference.activate(x, activation)
+    y = torch_ops.activate(x, activation)
     if activation == "relu2":
         x = x.clamp(min=0)
         return y, error * (2 * x + error) + U32 * (x + error) ** 2
@@ -196,7 +198,7 @@ def activate_with_error(
     one = torch.ones_like(up)
     if activation == "clamped_swiglu":
         gate, up, one = gate.clamp(max=7), up.clamp(-7, 7) + 1, one - 1
-    activated = reference.activate(torch.cat([gate, one], -1), activation).abs()
+    activated = torch_ops.activate(torch.cat([gate, one], -1), activation).abs()
     bound = 1.13 * gate_error * (up.abs() + up_error) + activated * up_error
     # Relative errors of an activation, with u the unit roundoff of float32:
     #
@@ -239,8 +241,8 @@ def attention_factors(
     positions = start_pos[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
-        q, k = (reference.norm_heads(t, norm) for t, norm in zip((q, k), norms, strict=True))
-    q, k = (reference.apply_rope(t, cache.rope[positions]).to(factor) for t in (q, k))
+        q, k = (torch_ops.norm_heads(t, norm.weight, norm.eps) for t, norm in zip((q, k), norms, strict=True))
+    q, k = (torch_ops.apply_rope(t, cache.rope[positions]).to(factor) for t in (q, k))
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where nothing is written yet
     sequences = torch.arange(B)[:, None]
     k_all[sequences, :, positions], v_all[sequences, :, positions] = k.double(), v.double()
@@ -263,7 +265,7 @@ def exact_attention(
         sees &= keys > positions[..., None] - window
     scores = torch.einsum("btghd,bgsd->btghs", q, k_all) * scale
     if softcap:
-        scores = reference.apply_softcap(scores, softcap)
+        scores = torch_ops.apply_softcap(scores, softcap)
     farthest = 0
     if cache.alibi_slopes is not None:
         distances = (positions[..., None] - keys).where(sees, 0)  # [B, T, S]
@@ -297,8 +299,8 @@ def exact_cache(
     new = torch.arange(B)[:, None], slice(None), start_pos[:, None] + torch.arange(T)
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
     if norms[1] is not None:
-        new_k = reference.norm_heads(new_k, norms[1])
-    new_k = reference.apply_rope(new_k, before.rope[new[2]])
+        new_k = torch_ops.norm_heads(new_k, norms[1].weight, norms[1].eps)
+    new_k = torch_ops.apply_rope(new_k, before.rope[new[2]])
     k, v, k_error = before.k.clone(), before.v.clone(), torch.zeros(before.k.shape, dtype=torch.float64)
     k[new], v[new] = new_k, new_v
     relative = (G * D + 8) * U32 + 4 * bounds.U[qkv.dtype]

@@ -1,9 +1,14 @@
-"""The operations in plain PyTorch, for any device and any number of tokens. The kernels are tested against them.
+"""The operations in plain PyTorch, for any device and any number of tokens: prefill, devices without kernels, and
+--kernels off. They also are what the kernels are tested against.
 
 kernels/ops.py describes the operations, and calls these functions for steps without a kernel. A weight of any format is
 read through linear.dequantized_weight(dtype). If the weight is packed for a backend, a kernel of this backend
 dequantizes it.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +16,16 @@ from torch import Tensor
 
 from config import ACTIVATIONS
 from kernels import aten
-from kernels.params import AttentionParams, LayerCache, LinearParams, NormParams, WeightMatrix
+from kernels.arguments import AttentionOptions, LayerCache
+
+if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
+    from layers import Embedding, Linear
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
 
 
 def fused_linear(
-    x: Tensor, linear: LinearParams, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor, linear: Linear, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """kernels/ops.py: fused_linear without norm and activation, for which ops.py calls rms_norm and activate."""
     y = multiply_weight(x, linear)
@@ -32,7 +40,7 @@ def fused_linear(
     return y if residual is None else residual + y
 
 
-def multiply_weight(x: Tensor, linear: LinearParams) -> Tensor:
+def multiply_weight(x: Tensor, linear: Linear) -> Tensor:
     """x W^T [+ bias] for x [..., K]: [..., N]."""
     n_tokens = x.numel() // x.shape[-1]
     if linear.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
@@ -45,10 +53,10 @@ def multiply_weight(x: Tensor, linear: LinearParams) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def rms_norm(x: Tensor, norm: NormParams, residual: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds it to x.dtype. The product with
     the weight comes after the rounding, as in transformers."""
-    y = F.rms_norm(x, x.shape[-1:], eps=norm.eps) * norm.weight
+    y = F.rms_norm(x, x.shape[-1:], eps=eps) * weight
     return y if residual is None else residual + y
 
 
@@ -80,7 +88,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation {activation!r} has no formula")
 
 
-def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
     if table.format.is_quantized:
         x = table.format.dequantize({name: t[tokens] for name, t in table.tensors().items()}, dtype)
     else:
@@ -91,15 +99,17 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+def rope_and_cache(qkv: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. Returns the
     queries [B, T, H, D]."""
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
-    H = params.n_heads
+    H = options.n_heads
     qk, v = qkv.view(B, T, -1, D).split([H + G, G], dim=2)  # [B, T, heads, D]
-    if params.q_norm is not None:
+    if options.q_norm_weight is not None:
         q, k = qk.split([H, G], dim=2)
-        qk = torch.cat([norm_heads(q, params.q_norm), norm_heads(k, params.k_norm)], dim=2)
+        q = norm_heads(q, options.q_norm_weight, options.eps)
+        k = norm_heads(k, options.k_norm_weight, options.eps)
+        qk = torch.cat([q, k], dim=2)
     q, k = apply_rope(qk, cache.rope[positions]).split([H, G], dim=2)
     if fills_cache(T, S):
         cache.k.copy_(k.transpose(1, 2))
@@ -111,19 +121,19 @@ def rope_and_cache(qkv: Tensor, params: AttentionParams, cache: LayerCache, posi
     return q
 
 
-def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+def cached_attention(q: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
     B, T, _, _ = q.shape
     if q.device.type == "cpu" and not torch.compiler.is_compiling():  # cut the part of the cache that has no tokens yet
         n_keys = int(positions.max()) + 1
         cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if params.sinks is not None or params.softcap or cache.alibi_slopes is not None:
+    if options.sinks is not None or options.softcap or cache.alibi_slopes is not None:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
         parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
+        y = torch.cat([eager_attention(q, options, cache, positions) for q, positions in parts], dim=2)
     else:
-        y = sdpa_attention(q, params, cache, positions)
+        y = sdpa_attention(q, options, cache, positions)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
@@ -133,47 +143,47 @@ def fills_cache(T: int, S: int) -> bool:
     return not torch.compiler.is_compiling() and S == T
 
 
-def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attends by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # fold the query heads of a key/value head into the dimension T: SDPA is then several times faster
-        mask = causal_mask(positions, S, params.window)
-        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
+        mask = causal_mask(positions, S, options.window)
+        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=options.scale)
         return y.view(B, H, 1, D)
     k, v = cache.k, cache.v
     if q.is_cuda:  # with enable_gqa SDPA uses its slowest kernel, if there is a mask or in float32
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
-    if fills_cache(T, S) and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale, enable_gqa=True)
-    mask = causal_mask(positions, S, params.window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=params.scale, enable_gqa=True)
+    if fills_cache(T, S) and not 0 < options.window < T:  # is_causal lets SDPA choose flash attention
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=True)
+    mask = causal_mask(positions, S, options.window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale, enable_gqa=True)
 
 
-def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+def eager_attention(q: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
-    scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
-    if params.softcap:
-        scores = apply_softcap(scores, params.softcap)
+    scores = (grouped @ cache.k[:, :, None].mT).float() * options.scale  # [B, G, H/G, T, S]
+    if options.softcap:
+        scores = apply_softcap(scores, options.softcap)
     if cache.alibi_slopes is not None:
         distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
         bias = cache.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
-    mask = causal_mask(positions, S, params.window)
+    mask = causal_mask(positions, S, options.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if params.sinks is not None:  # the scores of one more key
-        sinks = params.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
+    if options.sinks is not None:  # the scores of one more key
+        sinks = options.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
     return (p @ cache.v[:, :, None]).view(B, H, T, D)
 
 
-def norm_heads(x: Tensor, norm: NormParams) -> Tensor:
-    """Norms x [B, T, H, D] over each head or, if the weight of norm is [H D], over all heads together."""
-    if norm.weight.numel() == x.shape[-1]:
-        return rms_norm(x, norm)
-    return rms_norm(x.flatten(2), norm).view_as(x)
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norms x [B, T, H, D] over each head or, if weight is [H D], over all heads together."""
+    if weight.numel() == x.shape[-1]:
+        return rms_norm(x, weight, eps)
+    return rms_norm(x.flatten(2), weight, eps).view_as(x)
 
 
 def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
@@ -209,7 +219,7 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
     return topk_weights, topk_ids
 
 
-def experts_gate_up(x: Tensor, linear: LinearParams, topk_ids: Tensor) -> Tensor:
+def experts_gate_up(x: Tensor, linear: Linear, topk_ids: Tensor) -> Tensor:
     """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and activate."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
@@ -217,7 +227,7 @@ def experts_gate_up(x: Tensor, linear: LinearParams, topk_ids: Tensor) -> Tensor
 
 
 def experts_down(
-    hidden: Tensor, linear: LinearParams, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: Linear, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     y = expert_products(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new_tokens=hidden.shape[-3])
     y = y.view(*topk_ids.shape, linear.out_features) * topk_weights[..., None].to(y.dtype)
@@ -225,7 +235,7 @@ def experts_down(
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, linear: LinearParams, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
+def expert_products(x: Tensor, linear: Linear, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
     """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new_tokens: of each
     sequence."""
     if not torch.compiler.is_compiling():
@@ -235,7 +245,7 @@ def expert_products(x: Tensor, linear: LinearParams, expert_ids: Tensor, n_new_t
     return torch.compiler.disable(loop_over_experts)(x, linear, expert_ids)
 
 
-def loop_over_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
     """One product for each expert that occurs in expert_ids. The host waits for the device to read expert_ids."""
     y = x.new_empty(len(x), linear.out_features)
     for e in expert_ids.unique().tolist():
@@ -245,7 +255,7 @@ def loop_over_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Te
     return y
 
 
-def gather_experts(x: Tensor, linear: LinearParams, expert_ids: Tensor) -> Tensor:
+def gather_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
     """One matrix for each row, for a compiled decode step, which has few rows. torch.compile fuses look-up,
     dequantization, product and sum into one loop. Without torch.compile this would copy the weights of the experts."""
     y = (linear.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)

@@ -1,0 +1,45 @@
+"""Arguments of operations that belong together.
+
+    WeightArguments    a weight, in the order of kernel arguments
+    AttentionOptions   the options of attention, by the names of kernel arguments
+    LayerCache         what a layer of a KVCache holds: keys and values, and the tables of positions
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class WeightArguments(NamedTuple):
+    """A weight as a kernel takes it, in the order of kernels/schema.py: WEIGHT, which describes each argument."""
+
+    weight: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    format_id: int
+    n: int
+    group_size: int
+
+
+class AttentionOptions(NamedTuple):
+    """The options of attention, by the names in kernels/schema.py: ATTENTION. The default of an option means that
+    attention leaves it out."""
+
+    n_heads: int  # H, the heads of queries
+    scale: float  # multiplies the scores
+    window: int = 0  # how many tokens a token sees, including itself; 0 means all
+    softcap: float = 0.0  # scores, after scale, become softcap * tanh(score / softcap)
+    q_norm_weight: Tensor | None = None  # of norms before RoPE: [D] norms each head, [H D] all heads together
+    k_norm_weight: Tensor | None = None  # [D] or [G D]
+    eps: float = 0.0  # of both norms
+    sinks: Tensor | None = None  # [H], the scores of one more key, whose value is zero
+
+
+class LayerCache(NamedTuple):
+    """What attention reads besides weights: the keys and values of earlier tokens, and the tables of RoPE and ALiBi.
+    The tables are computed once, on the cache's device and for all its positions."""
+
+    k: Tensor  # [B, G, S, D]
+    v: Tensor  # [B, G, S, D]
+    rope: Tensor  # [S, D/2, 2] float32: cos and sin of the angles of every position
+    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
