@@ -2,6 +2,7 @@
 
     sampling.py           logits to a token: temperature, top_k, top_p, min_p, repetition penalty
     steps.py              prefill, decode and verification, as functions from token ids to the next token ids
+    generation.py         the loop: a prompt to new tokens, with one decode step per token
     speculate.py          draft models, prompt lookup, verification
     request.py            Request: a prompt and how to continue it; prompts to token ids
     scheduler.py          many sequences at once, each at its own position

@@ -11,8 +11,8 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     PromptLookup    searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModel      proposes the tokens that a smaller model samples
 
-Read SpeculativeDecoder first: a call is the loop, in place of llm.py: generate. rejection_sample decides which tokens
-are accepted. Costs are times, as fractions of the time of a decode step of the model.
+Read SpeculativeDecoder first: a call is the loop, in place of generation.py: generate. rejection_sample decides which
+tokens are accepted. Costs are times, as fractions of the time of a decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
@@ -58,7 +58,7 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class SpeculativeDecoder:
-    """A DecodeLoop (completion.py) that verifies what proposer proposes. Made by build_speculative_decoder."""
+    """A DecodeLoop (generation.py) that verifies what proposer proposes. Made by build_speculative_decoder."""
 
     steps: GenerationSteps
     # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V]) -> the result of rejection_sample.
