@@ -79,7 +79,6 @@ def load_model(
     model.load_state_dict(moved, assign=True)
     if tied:
         model.tie_embedding()
-    model.round_embed_scale()
     model.eval().requires_grad_(False)
     if use_kernels:
         model.prepare_kernels(is_mmapped=True)

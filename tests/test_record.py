@@ -23,7 +23,7 @@ from tests.cpu_kernels import built, packed
 
 pytestmark = pytest.mark.usefixtures("library")
 FAMILIES = {
-    "plain": {},
+    "plain": {"embed_scale": 48**0.5},
     "window and biases": {"qkv_bias": True, "o_proj_bias": True, "ffn_bias": True, "sliding_window": 5},
     "q and k norms": {"qk_norm": True, "tie_embeddings": True},
     "experts": {"moe": MoEConfig(6, 3)},
