@@ -111,8 +111,9 @@ class Transformer(nn.Module):
                 yield name, module
 
     def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
-        """Whether every operation of a step with n_new_tokens in each of batch_size sequences has a kernel, so that
-        record() can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, activate and add."""
+        """Whether a step with n_new_tokens in each of batch_size sequences can be recorded. On a CPU every operation
+        needs a C++ kernel. On a GPU embedding, activate and add may be PyTorch's, since a CUDA graph captures any
+        kernel."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
