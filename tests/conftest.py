@@ -2,6 +2,9 @@
 
 import os
 
+# Read when torch is loaded. Where a test uses two threads, one that has nothing to do sleeps. It would spin for
+# milliseconds after every operation, on a core that the other process of test.sh needs.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch and transformers do
 
 import pytest
@@ -11,8 +14,9 @@ pytest.register_assert_rewrite("tests.serving")  # or it would be imported befor
 # Files that take longest for their tests, in this order. The two processes of test.sh take file after file, and should
 # end together, so the last files must be short. The demo compiles the kernels while Triton's interpreter needs none.
 LONGEST = [
-    "test_demo", "test_triton", "test_kernels_builds", "test_tp", "test_speculative", "test_robust", "test_kernels",
-    "test_kernels_attention", "test_readme", "test_record", "test_benchmark", "test_mixtral", "test_fuzz",
+    "test_demo", "test_triton", "test_tp", "test_kernels_builds", "test_robust", "test_add_a_model", "test_speculative",
+    "test_generate", "test_readme", "test_kernels_attention", "test_kernels", "test_benchmark", "test_convert",
+    "test_mixtral", "test_record", "test_fuzz", "test_speculative_cli", "test_serve_clients", "test_kernels_experts",
 ]
 
 

@@ -71,48 +71,41 @@ inline float largest_lane(Vec v) {
   return v[0];
 }
 
-// Computes scores [n] = scale * q [d] . k [n, d], 16 keys at a time. Returns 16 partial maxima of the scores.
-// If next is not null, also prefetches the values next [n / stride, d], one value for every stride keys.
+// How a product q . k becomes a score: softcap(scale * product) + slope * distance. A softcap of 0 changes nothing. The
+// slope is ALiBi's or 0. The distance is the position of the key minus that of the query.
+struct ScoreOptions { float scale, softcap, slope; };
+inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
+  Vec scores = products * options.scale;
+  if (options.softcap) scores = apply_softcap(scores, options.softcap);
+  return scores + options.slope * distance;
+}
+
+// Computes the scores [n] of q [d] and k [n, d], 16 keys at a time. Returns 16 partial maxima of the scores.
+// distance is that of the first key. If next is not null, also prefetches the values next [n / stride, d]: one value
+// for every stride keys.
 template <int64_t D, typename T>
-Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, float scale, float* scores, const T* next,
-               int64_t stride) {
+Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions& options, int64_t distance,
+               float* scores, const T* next, int64_t stride) {
   Vec max = Vec{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     for (int64_t r = (s + stride - 1) / stride; next && r * stride < std::min(s + LANES, n); r++)
       prefetch_vector(next + r * d, d);
-    Vec score = {};
+    Vec products = {};
     if constexpr (D > 0) {
       Vec sums[LANES];
       for (int64_t r = 0; r < LANES; r++) sums[r] = dot_head<D>(q, k + std::min(s + r, n - 1) * D);
-      score = transpose_reduce_add(sums) * scale;
+      products = transpose_reduce_add(sums);
     } else {
       for (int64_t r = 0; r < std::min(LANES, n - s); r++) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < d; i++) sum += to_float(q[i]) * to_float(k[(s + r) * d + i]);
-        score[r] = sum * scale;
+        products[r] = sum;
       }
     }
+    Vec score = finish_scores(products, options, LANE + float(distance + s));
     score = mask_lanes(score, n - s, NEGATIVE_INFINITY);
     max = larger(max, score);
-    store_vec(score, scores + s);
-  }
-  return max;
-}
-
-// Applies softcap to scores [n]. Softcap is monotonic, so the new maximum is the old one, max, with softcap applied.
-inline Vec cap_scores(float* scores, int64_t n, Vec max, float softcap) {
-  for (int64_t s = 0; s < n; s += LANES) store_vec(apply_softcap(load_vec(scores + s), softcap), scores + s);
-  return apply_softcap(max, softcap);
-}
-
-// Adds ALiBi's slope * distance to scores [n]. distance is the position of the key minus that of the query, and
-// first is the distance of the first key. Returns the new maximum.
-inline Vec add_alibi(float* scores, int64_t n, float slope, int64_t first) {
-  Vec max = Vec{} + NEGATIVE_INFINITY;
-  for (int64_t s = 0; s < n; s += LANES) {
-    const Vec score = load_vec(scores + s) + slope * (LANE + float(first + s));
-    max = larger(max, mask_lanes(score, n - s, NEGATIVE_INFINITY));
     store_vec(score, scores + s);
   }
   return max;
@@ -238,6 +231,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   T* out;                     // [batch, n_tokens, n_heads, head_dim]
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
+  ScoreOptions score_options(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
   // The number of keys in a split. Grows with the number of tokens, so that the memory of partial outputs does not.
   int64_t split_len() const { return SPLIT_LEN * ((batch * n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK); }
@@ -328,9 +322,8 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
         for (int64_t i = 0; i < count; i++) {
           float* s = scores + i * split_len();
           const T* next = prefetches ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches n / count
-          Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, scale, s, next, count);
-          if (softcap) max = cap_scores(s, n, max, softcap);
-          if (alibi_slopes) max = add_alibi(s, n, alibi_slopes[kv_head * heads_per_kv() + h + i], begin - position);
+          const ScoreOptions options = score_options(kv_head * heads_per_kv() + h + i);
+          const Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, options, begin - position, s, next, count);
           *softmax++ = exponentiate(s, n, max);
         }
         const T* next = prefetches ? k + (begin + split_len()) * d : nullptr;

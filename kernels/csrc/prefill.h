@@ -209,34 +209,31 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       any_visible |= visible[r].begin < visible[r].end;
     }
     if (!any_visible) return;
-    alignas(64) float scores[ROWS][KEY_TILE];
+    alignas(64) float products[ROWS][KEY_TILE];
     alignas(64) Word p[ROWS][KEY_TILE / PER_WORD<T>] = {};
     multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, query_words(),
-                             scores[0], KEY_TILE);
+                             products[0], KEY_TILE);
     for (int64_t r = 0; r < ROWS; r++)
       if (visible[r].begin < visible[r].end)
-        exponentiate(rows, row + r, key, scores[r], visible[r], buffers.softmax[row + r],
+        exponentiate(rows, row + r, key, products[r], visible[r], buffers.softmax[row + r],
                      buffers.acc + (row + r) * width(), p[r]);
     for (int64_t column = 0; column < width(); column += COLUMNS)
       multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), KEY_TILE / PER_WORD<T>,
                               buffers.acc + row * width() + column, width());
   }
 
-  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. scores still lack scale, softcap
-  // and ALiBi. If the maximum m_i grows, rescales l_i and acc.
-  void exponentiate(const Block& rows, int64_t row, int64_t key, const float* scores, Range visible, Softmax& softmax,
+  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. products are q k^T. If the
+  // maximum m_i grows, rescales l_i and acc.
+  void exponentiate(const Block& rows, int64_t row, int64_t key, const float* products, Range visible, Softmax& softmax,
                     float* acc, Word* p) const {
     const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
-    const float* slopes = this->alibi_slopes;
-    const float slope = slopes ? slopes[rows.kv_head * heads_per_kv() + row % heads_per_kv()] : 0;
+    const ScoreOptions options = this->score_options(rows.kv_head * heads_per_kv() + row % heads_per_kv());
     const bool all_visible = visible.begin == 0 && visible.end == KEY_TILE;
     Vec values[KEY_TILE / LANES], max = Vec{} + softmax.m_i, l_i = {};
 #pragma GCC unroll 4
     for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
-      Vec score = load_vec(scores + i * LANES) * this->scale;
       const Vec index = LANE + float(i * LANES);
-      if (this->softcap) score = apply_softcap(score, this->softcap);
-      if (slopes) score += slope * (index + float(key - position));
+      const Vec score = finish_scores(load_vec(products + i * LANES), options, index + float(key - position));
       const auto is_visible = (index >= float(visible.begin)) & (index < float(visible.end));
       values[i] = all_visible ? score : is_visible ? score : Vec{} + NEGATIVE_INFINITY;
       max = larger(max, values[i]);
