@@ -85,8 +85,8 @@ def save_checkpoint(
 
 
 def replace_checkpoint(temporary: Path, path: Path):
-    """Renames temporary to path. A missing temporary means that another process has begun to write path. That process
-    took temporary for the file of a killed process, and deleted it."""
+    """Renames temporary to path. If temporary is gone, a later writer of path has deleted it as a leftover. Then that
+    writer wins."""
     try:
         os.replace(temporary, path)
     except FileNotFoundError:

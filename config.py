@@ -95,7 +95,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None  # None means frequencies as rope_theta gives them
     rotary_dim: int | None = None  # how many elements of a head RoPE rotates; None means all
     layer_has_rope: tuple[bool, ...] | None = None  # whether each layer has RoPE; None means all have
-    local_rope_theta: float | None = None  # in layers with the window, in place of rope_theta and rope_scaling
+    # Gemma 3, OLMo 3: the base in layers with the window, which ignore rope_scaling. None: all layers are the same.
+    local_rope_theta: float | None = None
     alibi: bool = False  # scores fall with the distance, with a slope for each head (rope.py: alibi_slopes)
 
     # Multipliers

@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint. This file is the command. The loop is llm.py: generate, and a step engine/steps.py.
+"""Generate text from a checkpoint. This file is the command. The loop over tokens is engine/generation.py: generate.
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
@@ -28,8 +28,9 @@ from cli.script import run_script
 from cli.startup import build_decoder, load_draft, required_seq_len, tp_stats, warm_up
 from cli.terminal import converse
 from engine.chat import Conversation
+from engine.generation import build_decode_loop
 from engine.steps import build_steps, make_kv_cache
-from llm import LLM, build_decode_loop  # noqa: F401  (earlier READMEs import LLM from here)
+from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
 from loading import load
 from model import Transformer
 from text.tokenizer import Tokenizer

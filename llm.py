@@ -1,10 +1,10 @@
-"""Generation from Python: generate, which is the loop, and LLM, which takes and returns text.
+"""Generation from Python: LLM, a model that takes and returns text.
 
     llm = LLM("checkpoints/SmolLM2-135M-Instruct/model.pth", temperature=0.8)
     for piece in llm.generate("Hello", max_new_tokens=50):
         print(piece, end="", flush=True)
 
-LLM consists of these parts, which also take batches:
+LLM consists of these parts, which also take batches. generate is the loop (engine/generation.py):
 
     from llm import SamplingParams, build_steps, generate, load, make_kv_cache
 
@@ -16,82 +16,24 @@ LLM consists of these parts, which also take batches:
         print(tokenizer.decode(ids))
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from converters.resolve import resolve_checkpoint
 from engine.chat import Conversation
-from engine.completion import Completion, DecodeLoop, generate_many, stream_completions
+from engine.completion import Completion, generate_many, stream_completions
+from engine.generation import DecodeLoop, build_decode_loop, generate
 from engine.request import build_request, check_length, check_max_new_tokens
 from engine.sampling import SamplingParams
-from engine.steps import GenerationSteps, build_steps, check_sampled_ids, make_kv_cache
+from engine.steps import build_steps, make_kv_cache
 from loading import load
-from model import KVCache
 from utils.errors import UsageError
 from utils.machine import pick_device
 
-
-def generate(steps: GenerationSteps, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
-    prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits
-    are not finite."""
-    start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
-    tokens = steps.prefill(prompt, start_pos)
-    start_pos = start_pos + prompt.shape[1]
-    for n_left in reversed(range(max_new_tokens)):
-        read_ids = copy_to_host_async(tokens)
-        # On a GPU, queue the next step before the host waits for the tokens of this step. Then the GPU computes while
-        # the host handles the tokens. The next step may overwrite tokens, since tokens may be a recording's static
-        # buffer. But the copy to the host comes first in the stream.
-        # A CPU would compute the next step at once, and in vain if the caller stops after this step.
-        next_is_queued = tokens.is_cuda and n_left > 0
-        if next_is_queued:
-            tokens, start_pos = decode_next(steps, tokens, start_pos)
-        ids = read_ids()
-        check_sampled_ids(ids)
-        yield ids
-        if n_left > 0 and not next_is_queued:
-            tokens, start_pos = decode_next(steps, tokens, start_pos)
-
-
-def decode_next(steps: GenerationSteps, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs one decode step: tokens [B], start_pos [B] -> the next tokens [B] and their positions [B]."""
-    # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the tokens,
-    # and the embedding has no row -1, so clamp the tokens.
-    inputs = tokens[:, None].clamp(min=0)
-    return steps.decode(inputs, start_pos), start_pos + 1
-
-
-def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. The
-    function does not wait for steps that are queued after the copy."""
-    if not tokens.is_cuda:
-        return tokens.tolist
-    copy = tokens.to("cpu", non_blocking=True)
-    is_done = torch.cuda.Event()
-    is_done.record()
-
-    def read() -> list[int]:
-        is_done.synchronize()
-        return copy.tolist()
-
-    return read
-
-
-def build_decode_loop(steps: GenerationSteps, kv_cache: KVCache) -> DecodeLoop:
-    """Returns a DecodeLoop that adds one token per step to every sequence of kv_cache. The other DecodeLoop,
-    engine/speculate.py: SpeculativeDecoder, adds several tokens per step."""
-
-    def decode_loop(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        prompt = torch.tensor([token_ids[n_cached:]] * kv_cache.batch_size, device=kv_cache.device)
-        for ids in generate(steps, prompt, n_cached, max_new_tokens):
-            yield [[token] for token in ids]
-
-    return decode_loop
+__all__ = ["LLM", "SamplingParams", "build_steps", "generate", "load", "make_kv_cache"]
 
 
 class LLM:

@@ -70,7 +70,8 @@ def load_model(
         check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
 
     shard_tensor = None
-    if n_ranks > 1:  # not tied: a rank has the whole embedding, but only a shard of the head
+    if n_ranks > 1:
+        # Ranks cannot tie: each keeps the whole embedding, but only its rows of the head.
         tensors |= {name: tensors[source] for name, source in tied.items()}
         tied = {}
         shard_tensor = tp.shard(model, device)
@@ -79,7 +80,6 @@ def load_model(
     model.load_state_dict(moved, assign=True)
     if tied:
         model.tie_embedding()
-    model.round_embed_scale()
     model.eval().requires_grad_(False)
     if use_kernels:
         model.prepare_kernels(is_mmapped=True)

@@ -12,6 +12,7 @@ heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K
 """
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -36,7 +37,6 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = UNQUANTIZED  # of most linear layers
-        self.embed_scale = config.embed_scale  # load_model calls round_embed_scale
         self.embed_tokens = Embedding(config.dim, config.vocab_size)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -73,14 +73,17 @@ class Transformer(nn.Module):
         return self.norm.weight.device
 
     @property
+    def embed_scale(self) -> float:
+        """config.embed_scale rounded to dtype, as in transformers. Computed without a tensor, since a step that is
+        recorded may call only the operations of kernels/schema.py."""
+        _, exponent = math.frexp(self.config.embed_scale)
+        spacing = math.ldexp(torch.finfo(self.dtype).eps, exponent - 1)  # of the numbers that dtype has here
+        return round(self.config.embed_scale / spacing) * spacing
+
+    @property
     def is_tied(self) -> bool:
         """Whether embedding and head share one weight, which is then in memory once."""
         return self.embed_tokens.weight is self.lm_head.weight
-
-    def round_embed_scale(self):
-        """Rounds embed_scale to the activations' dtype, as transformers does. A step cannot round, since only
-        the operations of kernels/schema.py can be recorded."""
-        self.embed_scale = torch.tensor(self.embed_scale).to(self.dtype).item()
 
     def tie_embedding(self):
         """Makes the embedding share the head's weight."""
@@ -108,8 +111,9 @@ class Transformer(nn.Module):
                 yield name, module
 
     def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
-        """Whether every operation of a step with n_new_tokens in each of batch_size sequences has a kernel, so that
-        record() can record the step. Exception: a CUDA graph may also contain PyTorch's embedding, activate and add."""
+        """Whether a step with n_new_tokens in each of batch_size sequences can be recorded. On a CPU every operation
+        needs a C++ kernel. On a GPU embedding, activate and add may be PyTorch's, since a CUDA graph captures any
+        kernel."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         backends = {linear.backend for linear in linears}
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from cli.prompts import Prompt
 from cli.ranks import rank_path
 from cli.report import build_result, print_result
-from engine.completion import Completion, DecodeLoop, complete_all, stream_completions
+from engine.completion import Completion, complete_all, stream_completions
+from engine.generation import DecodeLoop
 from engine.request import Request
 from engine.scheduler import Scheduler, build_scheduler, longest_seq_len, max_slots
 from model import KVCache, Transformer

@@ -8,7 +8,7 @@ conversion splits fused matrices, reorders heads, and adds constants.
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,11 +27,25 @@ from utils.errors import UsageError
 def to_canonical_layout(
     tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:
-    """Renames and splits tensors, in place. Returns the function read, which returns a tensor by its canonical name.
-    read makes all changes of a tensor's data, so that only one tensor is in memory at a time. What read computes is
-    float32, since 16 bits would round it. adapter: a LoRA adapter, which read merges into the weights."""
+    """Renames and splits tensors, in place. Returns a function that reads a tensor by its canonical name. adapter: a
+    LoRA adapter, which the function merges into the weights."""
     rename = partial(rename_tensor, new_names=family.renames)
     split = partial(split_tensors, config=config, family=family)
+    rename_all(tensors, rename)
+    add_tied_tensors(tensors, config, family)
+    if adapter is not None:
+        replace_tensors(adapter, tensors, config, rename)
+    split(tensors)
+    merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
+    norm_biases = pop_norm_biases(tensors, config) if family.norm_bias else {}
+    row_order = rope_row_order(config, family.interleaved_rope)
+    read = CanonicalReader(dict(tensors), config, family, merge, norm_biases, row_order)
+    widen(tensors, [name for name in tensors if read.computes(name)])
+    return read
+
+
+def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
+    """Renames tensors, in place. Raises UsageError if two tensors get the same name."""
     if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
         # transformers omits "model." if it saves a model without a head
         for name in [name for name in tensors if name != HEAD]:
@@ -44,34 +58,57 @@ def to_canonical_layout(
     renamed = {name: tensors[old] for name, old in old_name.items()}
     tensors.clear()
     tensors |= renamed
+
+
+def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
+    """Adds the embedding if a checkpoint with tied embeddings has only the head. Adds the head if it must differ from
+    the embedding after conversion."""
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
     if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change
         tensors.setdefault(HEAD, tensors[EMBEDDING])
-    if adapter is not None:
-        replace_tensors(adapter, tensors, config, rename)
-    split(tensors)
-    merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
-    row_order = rope_row_order(config, family.interleaved_rope)
-    find_change = partial(find_change_of_numbers, config=config, family=family)
-    norm_biases = pop_norm_biases(tensors, config) if family.norm_bias else {}
-    stored = dict(tensors)
-    widen(tensors, [name for name in tensors if name in norm_biases or find_change(name) is not None])
 
-    def read_merged(name: str) -> Tensor | LazyWeight:
-        return stored[name] if merge is None else merge(name, stored[name])
 
-    def read(name: str) -> Tensor | LazyWeight:
-        tensor, change = read_merged(name), find_change(name)
-        if name in norm_biases:
-            weight = read_merged(name.replace(".bias", ".weight"))
-            tensor = add_norm_bias(tensor, weight, norm_biases[name])
-        tensor = reorder_heads(name, tensor, row_order)
-        if isinstance(tensor, LazyWeight) and (family.layer_norm or change is not None):
+@dataclass(frozen=True)
+class CanonicalReader:
+    """read(name) returns a tensor by its canonical name, with all changes of its data. Reading makes these changes, so
+    that only one tensor is in memory at a time. What reading computes is float32, since 16 bits would round it."""
+
+    stored: SourceTensors  # renamed and split, but with the checkpoint's data
+    config: ModelConfig
+    family: Family
+    merge: LoraMerger | None  # None: there is no adapter
+    norm_biases: dict[str, Tensor]  # the result of pop_norm_biases
+    row_order: Tensor | None  # the result of rope_row_order
+
+    def __call__(self, name: str) -> Tensor | LazyWeight:
+        tensor, change = self.read_merged(name), self.find_change(name)
+        if name in self.norm_biases:
+            weight = self.read_merged(name.replace(".bias", ".weight"))
+            tensor = add_norm_bias(tensor, weight, self.norm_biases[name])
+        tensor = reorder_heads(name, tensor, self.row_order)
+        if isinstance(tensor, LazyWeight) and (self.family.layer_norm or change is not None):
             raise UsageError(f"{name} is quantized, and this family's conversion changes it: take 16-bit weights")
         return tensor if change is None else change(tensor.float())
 
-    return read
+    def read_merged(self, name: str) -> Tensor | LazyWeight:
+        tensor = self.stored[name]
+        return tensor if self.merge is None else self.merge(name, tensor)
+
+    def computes(self, name: str) -> bool:
+        """Whether reading changes the numbers of the tensor, apart from an adapter."""
+        return name in self.norm_biases or self.find_change(name) is not None
+
+    def find_change(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """Returns the function that changes the numbers of a tensor, or None. It takes float32."""
+        if name == HEAD and self.family.normalizes_head(self.config):
+            return F.normalize
+        if name.endswith("norm.weight") and self.family.norm_offset:
+            return partial(torch.add, other=self.family.norm_offset)
+        writes_to_residual = name == EMBEDDING or re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name)
+        if writes_to_residual and self.family.layer_norm:
+            return partial(center_outputs, dim=1 if name == EMBEDDING else 0)
+        return None
 
 
 def widen(tensors: SourceTensors, names: list[str]):
@@ -79,18 +116,6 @@ def widen(tensors: SourceTensors, names: list[str]):
     for name in names:
         if isinstance(tensors[name], Tensor) and tensors[name].dtype in (torch.float16, torch.bfloat16):
             tensors[name] = torch.empty_like(tensors[name], dtype=torch.float32, device="meta")
-
-
-def find_change_of_numbers(name: str, config: ModelConfig, family: Family) -> Callable[[Tensor], Tensor] | None:
-    """Returns the function that changes the numbers of a tensor at conversion, or None. It takes float32."""
-    if name == HEAD and family.normalizes_head(config):
-        return F.normalize
-    if name.endswith("norm.weight") and family.norm_offset:
-        return partial(torch.add, other=family.norm_offset)
-    writes_to_residual = name == EMBEDDING or re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name)
-    if writes_to_residual and family.layer_norm:
-        return partial(center_outputs, dim=1 if name == EMBEDDING else 0)
-    return None
 
 
 def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:

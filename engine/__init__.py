@@ -2,10 +2,15 @@
 
     sampling.py           logits to a token: temperature, top_k, top_p, min_p, repetition penalty
     steps.py              prefill, decode and verification, as functions from token ids to the next token ids
+    generation.py         the loop: a prompt to new tokens, with one decode step per token
     speculate.py          draft models, prompt lookup, verification
     request.py            Request: a prompt and how to continue it; prompts to token ids
     scheduler.py          many sequences at once, each at its own position
     completion.py         tokens to text: end tokens, stop strings, many prompts
     async_completer.py    many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
+
+There are two loops. One text, DecodeLoop: a GPU's recorded step contains the sampler, the next step is queued before
+the host has seen the token, and speculation may add several tokens per step. Many texts, Scheduler: each text has its
+own sampling options, and ends at any step, when another one begins. So the host waits for the tokens and then decides.
 """

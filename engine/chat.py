@@ -13,7 +13,8 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from engine.completion import Completion, DecodeLoop, stream_completions
+from engine.completion import Completion, stream_completions
+from engine.generation import DecodeLoop
 from engine.request import Request, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length

@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol
 
 from engine.request import GREEDY, Request, build_request, check_length, check_max_new_tokens, find_finish_reason
 from engine.sampling import SamplingParams
@@ -86,15 +85,6 @@ class Completion:
     @property
     def decode_seconds(self) -> float:
         return self.step_times[-1] - self.step_times[0]
-
-
-class DecodeLoop(Protocol):
-    """A function that continues a text. There are two: the result of llm.py: build_decode_loop, and speculate.py:
-    SpeculativeDecoder."""
-
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues the text token_ids in each of B sequences. Yields the new ids of each step: [B][n], n ids per
-        sequence. The first n_cached of token_ids are in the KV cache."""
 
 
 def stream_completions(

@@ -59,7 +59,7 @@ class SamplingParams:
             raise UsageError(f"min_p must be 0 to 1, not {self.min_p}")
         if not 0 < self.repetition_penalty < math.inf:
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        # These values exclude no token. None in their place keeps filters_tokens False, so that a kernel can sample.
+        # top_p 1 and min_p 0 filter nothing. Store None, or filters_tokens would turn the GPU's kernel off.
         if self.top_p == 1:
             object.__setattr__(self, "top_p", None)
         if self.min_p == 0:

@@ -11,8 +11,8 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     PromptLookup    searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModel      proposes the tokens that a smaller model samples
 
-Read SpeculativeDecoder first: a call is the loop, in place of llm.py: generate. rejection_sample decides which tokens
-are accepted. Costs are times, as fractions of the time of a decode step of the model.
+Read SpeculativeDecoder first: a call is the loop, in place of generation.py: generate. rejection_sample decides which
+tokens are accepted. Costs are times, as fractions of the time of a decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
@@ -58,7 +58,7 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class SpeculativeDecoder:
-    """A DecodeLoop (completion.py) that verifies what proposer proposes. Made by build_speculative_decoder."""
+    """A DecodeLoop (generation.py) that verifies what proposer proposes. Made by build_speculative_decoder."""
 
     steps: GenerationSteps
     # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V]) -> the result of rejection_sample.
@@ -85,7 +85,7 @@ class SpeculativeDecoder:
             n_left -= len(new_ids)
             if n_left == 0:
                 return
-            # The model sampled the last token. The proposer may have proposed a different token at that position.
+            # The draft's cache may hold the draft's own, rejected guess at the last position. Forget it.
             self.proposer.rewind(len(token_ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
             lengths = [length for length in draft_lengths(self.k) if length < n_left]

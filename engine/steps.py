@@ -11,8 +11,8 @@ There are three kinds of steps:
     decode          takes one token of every sequence (ModelRunner)
     verification    takes several tokens of a draft (ModelRunner, which speculate.py calls)
 
-llm.py, scheduler.py and speculate.py call the steps. Read build_steps first, then ModelRunner, whose table says when a
-step is recorded, compiled or eager.
+generation.py, scheduler.py and speculate.py call the steps. Read build_steps first, then ModelRunner, whose table says
+when a step is recorded, compiled or eager.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -45,7 +45,7 @@ NextTokenFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_
 
 
 class GenerationSteps(NamedTuple):
-    """The two functions that llm.generate calls."""
+    """The two functions that generation.py: generate calls."""
 
     prefill: NextTokenFunction  # any T
     decode: NextTokenFunction  # T = 1

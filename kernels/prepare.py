@@ -64,8 +64,8 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
             matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
-        # A quantized model has other matrices, too, such as routers. They use the kernels for MAX_CPU_TOKENS even where
-        # PyTorch is faster: a step can be recorded only if all operations are kernels.
+        # Unquantized matrices of a quantized model, such as routers, also stay on the kernels up to MAX_CPU_TOKENS.
+        # PyTorch would be faster, but one PyTorch operation would make the whole step unrecordable.
         matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else max_unquantized_tokens(matrix.weight.dtype)
 
 

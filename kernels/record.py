@@ -31,6 +31,7 @@ recording, and never again. So a CPUGraph raises an error for it.
 """
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -44,8 +45,16 @@ from kernels.schema import SCHEMAS
 # A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
 # Recording again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
-recorded_graph: "CPUGraph | None" = None  # the graph that is being recorded
-tape_functions: ctypes.CDLL | None = None  # the C++ library, once a tape has been recorded
+tape_functions: ctypes.CDLL | None = None  # the C++ library, once a thread has recorded a tape
+
+
+class Recording(threading.local):
+    """What a thread records. The tape in C++ and TorchDispatchMode belong to one thread, too."""
+
+    graph: "CPUGraph | None" = None
+
+
+recording = Recording()
 
 
 def record(step: Callable) -> Callable:
@@ -71,9 +80,9 @@ def record(step: Callable) -> Callable:
 def call_between_tapes(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Returns fn(*inputs). While a CPUGraph is recorded, ends the tape and begins another one, so that every replay
     calls fn between the two tapes. fn must always return the same shape."""
-    if recorded_graph is None:
+    if recording.graph is None:
         return fn(*inputs)
-    return recorded_graph.split_tape(fn, inputs)
+    return recording.graph.split_tape(fn, inputs)
 
 
 def with_tape_threads(fn: Callable, *args):
@@ -147,18 +156,16 @@ class CPUGraph(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch asks whether Dynamo should skip this mode. If so, PyTorch imports Dynamo, which takes a second and
-        150 MB."""
+        """Returning True would make PyTorch import Dynamo (1 s, 150 MB), only to skip it."""
         return False
 
     def begin_tape(self):
-        global recorded_graph, tape_functions
-        recorded_graph, tape_functions = self, build.library()
+        global tape_functions
+        recording.graph, tape_functions = self, build.library()
         self.segments.append(Tape(tape_functions))
 
     def end_tape(self):
-        global recorded_graph
-        recorded_graph = None
+        recording.graph = None
         build.library().tape_end()
 
     def split_tape(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:

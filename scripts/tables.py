@@ -117,7 +117,8 @@ def rows(name: str, result: dict) -> list[dict]:
             return [result | {"weights": weights_name(result)}]
         case "llama_cpp":
             model = result["model"].removesuffix(".Q4_1.gguf")  # the file of demo.sh
-            return [pair | {"name": model} for pair in result["pairs"]]
+            same_bits = [pair for pair in result["pairs"] if pair["theirs"]["file"] != "file"]
+            return [pair | {"name": model} for pair in same_bits]
         case "parallel":
             pairs = dict(zip(("bf16", "int8", "int4"), result["pairs"], strict=True))
             sizes = [key for key in result["pairs"][0]["ours"] if key not in ("file", "bytes_per_token")]

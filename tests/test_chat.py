@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import generate
-import llm
 from cli.script import run_script
 from converters.families import config_from_hf
+from engine import generation
 from engine.chat import ContextFull, Conversation
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from kernels import build
+from llm import LLM
 from loading import load, load_model
 from model import KVCache, Transformer
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
@@ -42,7 +43,7 @@ def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[
 def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
     model = model_of((folder / "model.pth").resolve())
     steps = build_steps(model, KVCache(model, 1, CONTEXT), SamplingParams())
-    new = [i for (i,) in llm.generate(steps, torch.tensor([ids]), 0, n)]
+    new = [i for (i,) in generation.generate(steps, torch.tensor([ids]), 0, n)]
     return new[: new.index(END)] if END in new else new
 
 
@@ -127,7 +128,7 @@ def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    decode_loop = llm.build_decode_loop(build_steps(model, kv_cache, SamplingParams()), kv_cache)
+    decode_loop = generation.build_decode_loop(build_steps(model, kv_cache, SamplingParams()), kv_cache)
     conversation = Conversation(tokenizer, decode_loop, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)
@@ -142,7 +143,7 @@ def test_an_interrupted_answer_stays(chatty):
 
 @pytest.fixture
 def conversation(chatty) -> Conversation:
-    return llm.LLM(chatty / "model.pth", "cpu", torch.float32, CONTEXT, temperature=0).chat("Be brief")
+    return LLM(chatty / "model.pth", "cpu", torch.float32, CONTEXT, temperature=0).chat("Be brief")
 
 
 def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
@@ -298,7 +299,7 @@ def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
 def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
     """The template leaves them out of earlier answers."""
     assert cli(fine_tune, "--chat", *GREEDY, stdin="Hi\nHo\n") == "<think>a</think>B\n" * 2
-    conversation = llm.LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
+    conversation = LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
     for message in ("Hi", "Ho"):
         ids = conversation.encode(message)
         assert "think" not in conversation.tokenizer.decode(ids)

@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 
 from converters.gguf_tensors import convert_gguf
+from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from llm import generate
 from loading import load_model
 from model import KVCache
 from tests.tiny import ROOT

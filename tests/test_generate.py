@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from engine import steps as steps_module
+from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.steps import ModelRunner, build_steps
 from kernels import build
-from llm import generate
 from model import KVCache
 from tests.tiny import FAMILIES
 

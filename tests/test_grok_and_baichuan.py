@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 import quantize
 from converters.families import config_from_hf
+from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from llm import generate
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes

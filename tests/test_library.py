@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from engine.chat import Conversation
+from engine.generation import build_decode_loop
 from engine.sampling import SamplingParams
-from llm import LLM, build_decode_loop, build_steps, generate, load, make_kv_cache
+from llm import LLM, build_steps, generate, load, make_kv_cache
 from tests.tiny import PACKAGES, ROOT
 from text.tokenizer import detokenize
 from utils.errors import UsageError

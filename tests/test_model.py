@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES, config_from_hf
-from model import KVCache
+from model import KVCache, empty_model
 from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 from utils.errors import UsageError
@@ -46,6 +46,17 @@ def test_rows_have_positions_of_their_own(family, use_kernels, pair):
             alone = KVCache(ours, 1, 64)
             expected = ours(tokens[b : b + 1, : first + 30], torch.zeros(1, dtype=torch.long), alone)[0, first:]
             torch.testing.assert_close(torch.cat(logits, 1)[b], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embedding_scale_is_rounded(dtype):
+    """To the dtype of the activations, half to even, in every model, however it was made."""
+    ties = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2 - 2**-9]  # halfway between neighbours
+    scales = [1.0, 0.5, 12.0, 0.022, 78.38367176906169, *ties, *(dim**0.5 for dim in range(60, 6000, 77))]
+    for scale in scales:
+        config = ModelConfig(16, 1, 1, 1, 16, 16, 97, 64, embed_scale=scale)
+        rounded = torch.tensor(scale, dtype=dtype).item()
+        assert empty_model(config).to(dtype).embed_scale == rounded
 
 
 WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss", "starcoder2"]

@@ -1,5 +1,7 @@
 """kernels/record.py: a recorded step gives what the step gives, to the last bit, and nothing is frozen silently."""
 
+import threading
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ from tests.cpu_kernels import built, packed
 
 pytestmark = pytest.mark.usefixtures("library")
 FAMILIES = {
-    "plain": {},
+    "plain": {"embed_scale": 48**0.5},
     "window and biases": {"qkv_bias": True, "o_proj_bias": True, "ffn_bias": True, "sliding_window": 5},
     "q and k norms": {"qk_norm": True, "tie_embeddings": True},
     "experts": {"moe": MoEConfig(6, 3)},
@@ -128,6 +130,26 @@ def test_recording_computes_nothing_and_results_are_overwritten():
     before = first.clone()
     assert recorded(torch.tensor([[6]]), position) is first and not torch.equal(first, before)
     assert torch.equal(recorded(torch.tensor([[5]]), position), before) and len(calls) == 1
+
+
+@built
+def test_threads_record_at_the_same_time():
+    """A thread records a step of two tapes while another thread records one of two tapes."""
+
+    def add_thrice(x):
+        twice = call_between_tapes(lambda t: t + 0, kernels.add(x, x, "cpu"))
+        return kernels.add(twice, x, "cpu")
+
+    def step(x):
+        twice = kernels.add(x, x, "cpu")
+        thread = threading.Thread(target=lambda: others.append(record(add_thrice)(y)))
+        thread.start()
+        thread.join()
+        return kernels.add(call_between_tapes(lambda t: t * 2, twice), x, "cpu")
+
+    x, y, others = torch.randn(2, 37), torch.randn(5), []
+    assert torch.equal(record(step)(x), x * 4 + x)
+    assert torch.equal(others[0], y * 2 + y)
 
 
 @built

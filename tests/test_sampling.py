@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from engine.generation import build_decode_loop
 from engine.request import Request
 from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Scheduler
 from engine.speculate import PromptLookup, build_speculative_decoder
 from engine.steps import build_steps, make_kv_cache
-from llm import build_decode_loop
 from utils.errors import UsageError
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from engine.async_completer import AsyncCompleter, CompletionError
 from engine.completion import Completion, complete_all, generate_many
+from engine.generation import generate
 from engine.request import Request
 from engine.sampling import SamplingParams
 from engine.scheduler import RunningSequence, Scheduler, sample_each
 from engine.steps import build_steps, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
-from llm import generate
 from loading import load
 from model import Transformer
 from tests.tiny import make_hf, to_ours

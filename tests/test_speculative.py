@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-import llm
 import quantize
 from engine import speculate as speculate_module
+from engine.generation import generate
 from engine.sampling import SamplingParams, multinomial, probabilities, sample
 from engine.speculate import (
     DraftModel,
@@ -49,7 +49,7 @@ def decoder_of(model, draft, length: int, k: int, compile: bool = False) -> Spec
 def plain(model, text: list[int], n: int) -> list[int]:
     """What the model says alone."""
     steps = build_steps(model, KVCache(model, 1, len(text) + n), GREEDY)
-    return [i for (i,) in llm.generate(steps, torch.tensor([text]), 0, n)]
+    return [i for (i,) in generate(steps, torch.tensor([text]), 0, n)]
 
 
 def flat(steps_tokens) -> list[int]:

@@ -24,11 +24,11 @@ sys.path[:0] = [str(ROOT)]
 import collectives  # noqa: E402
 import eval as evaluation  # noqa: E402
 import generate  # noqa: E402
-import llm  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
 from checkpoint import read_checkpoint  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
+from engine import generation  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
 from engine.steps import build_steps  # noqa: E402
 from kernels.formats import parse_formats  # noqa: E402
@@ -168,7 +168,7 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
 
 def tokens_of(model: Transformer, prompt: Tensor, sampling=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
     steps = build_steps(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), sampling, compile)
-    return list(llm.generate(steps, prompt, 0, N_NEW))
+    return list(generation.generate(steps, prompt, 0, N_NEW))
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:

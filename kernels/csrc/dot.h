@@ -74,19 +74,19 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const QuantizedGroup* con
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   Vec total[BLOCKS][M] = {};
-  for (int64_t g = 0; g < w.k / Q8_GROUP; g++) {  // 8 inputs: two words of each output, 128 bytes
+  for (int64_t i = 0; i < w.k / Q8_GROUP; i++) {  // 8 inputs: two words of each output, 128 bytes
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      const char* words = data[b] + g * 128;
+      const char* words = data[b] + i * 128;
       for (int offset = 0; offset < 128; offset += 64) prefetch_ahead(words + offset);
       first[b] = load<IntVec>(words), second[b] = load<IntVec>(words + 64);
     }
     for (int m = 0; m < M; m++) {
-      const IntVec q0 = broadcast4(x[m][g].q), q4 = broadcast4(x[m][g].q + 4);
+      const IntVec q0 = broadcast4(x[m][i].q), q4 = broadcast4(x[m][i].q + 4);
       for (int b = 0; b < BLOCKS; b++) {
         IntVec acc = {};
         dot4(acc, first[b], q0), dot4(acc, second[b], q4);
-        total[b][m] += (as_float(acc) + x[m][g].compensation) * x[m][g].scale;
+        total[b][m] += (as_float(acc) + x[m][i].compensation) * x[m][i].scale;
       }
     }
   }
@@ -104,8 +104,8 @@ template <typename F> WeightBytes load_bytes(const char* words) {
   else return {F::unsigned_bytes(v & low), F::unsigned_bytes((v >> 4) & low)};
 }
 
-// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. g counts groups of activations; group
-// counts groups of weights.
+// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts runs of Q8_GROUP inputs,
+// whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
 void dot_grouped(const Weights& w, const int64_t* blocks, const QuantizedGroup* const* tokens, Vec* const* out) {
   constexpr int64_t N_BYTES = 64 * Q8_GROUP / F::PER_WORD;  // bytes of a block's weights for Q8_GROUP inputs
@@ -114,22 +114,22 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const QuantizedGroup* 
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   Vec total[BLOCKS][M] = {};
-  for (int64_t g = 0, end, group = 0; g < w.k / Q8_GROUP; g = end, group++) {
-    end = std::min(w.k, g * Q8_GROUP + w.group_size) / Q8_GROUP;
+  for (int64_t i = 0, end, group = 0; i < w.k / Q8_GROUP; i = end, group++) {
+    end = std::min(w.k, i * Q8_GROUP + w.group_size) / Q8_GROUP;
     Vec partial[BLOCKS][M] = {};
-    for (; g < end; g++) {
+    for (; i < end; i++) {
       WeightBytes bytes[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
-        const char* words = data[b] + g * N_BYTES;
+        const char* words = data[b] + i * N_BYTES;
         for (int offset = 0; offset < N_BYTES; offset += 64) prefetch_ahead(words + offset);
         bytes[b] = load_bytes<F>(words);
       }
       for (int m = 0; m < M; m++) {
-        const IntVec q0 = broadcast4(x[m][g].q), q4 = broadcast4(x[m][g].q + 4);
+        const IntVec q0 = broadcast4(x[m][i].q), q4 = broadcast4(x[m][i].q + 4);
         for (int b = 0; b < BLOCKS; b++) {
           IntVec acc = {};
           dot4(acc, bytes[b].first, q0), dot4(acc, bytes[b].second, q4);
-          partial[b][m] += as_float(acc) * x[m][g].scale;
+          partial[b][m] += as_float(acc) * x[m][i].scale;
         }
       }
     }

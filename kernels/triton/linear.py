@@ -95,8 +95,8 @@ def fused_linear_kernel(
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens.
 
-    Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Program (i, pair) computes these outputs for all pairs that have the
-    expert of pair, so the expert is read once. The program ends at once if an earlier pair has this expert.
+    Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Axis 1 is the (token, expert) pairs. The first pair of an expert
+    computes all pairs of that expert, so the expert is read once. The programs of its other pairs return at once.
 
     Up to MMA_TOKENS tokens are N_TOKENS: Triton compiles a kernel for each number of tokens. More tokens are n_tokens:
     one kernel serves all numbers up to BLOCK_M."""

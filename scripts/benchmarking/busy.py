@@ -33,9 +33,9 @@ import torch
 from tqdm import tqdm
 
 from config import ModelConfig
+from engine.generation import generate
 from engine.steps import GenerationSteps, build_steps
 from kernels.formats import WeightFormat
-from llm import generate
 from model import KVCache
 from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, time_tokens
 from utils.errors import OutOfMemoryError, UsageError

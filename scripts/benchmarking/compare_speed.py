@@ -24,9 +24,9 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
+from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
-from llm import generate
 from loading import load_model
 from model import KVCache, Transformer
 from utils.errors import UsageError

@@ -20,13 +20,13 @@ from torch.utils.benchmark import Timer
 from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.families import config_from_hf
+from engine.generation import generate
 from engine.request import Request
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.steps import GenerationSteps, ModelRunner, build_steps
 from kernels.formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, RMSNorm
-from llm import generate
 from model import KVCache, Transformer, empty_model
 from utils.errors import UsageError
 from utils.files import read_json

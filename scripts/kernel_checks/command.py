@@ -20,10 +20,10 @@ import torch
 import kernels
 from cli import common_args
 from config import ModelConfig, MoEConfig
+from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from kernels.formats import Int8
-from llm import generate
 from model import KVCache
 from scripts.benchmarking.speed import random_model
 from scripts.kernel_checks import error_bounds as bounds
