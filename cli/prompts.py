@@ -8,6 +8,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +31,7 @@ def read_sources(args: argparse.Namespace) -> list[str | list[dict]]:
     """Returns the prompts of --prompt or --prompt_file as they are written. This needs no tokenizer, so a mistake in
     the file is found before the model is loaded. Raises UsageError for a prompt that is empty or malformed."""
     sources = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
-    if not sources or not all(sources):
-        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
+    check_not_empty(sources, args)
     return sources
 
 
@@ -50,9 +50,14 @@ def encode_prompts(
         seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
         request = build_request(source, tokenizer, config.max_seq_len, args.max_new_tokens, seed=seed, **options)
         prompts.append(Prompt(source, request))
-    if not all(prompt.request.prompt_ids for prompt in prompts):
-        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
+    check_not_empty([prompt.request.prompt_ids for prompt in prompts], args)  # a tokenizer may drop all of a text
     return prompts
+
+
+def check_not_empty(prompts: Sequence[str | list], args: argparse.Namespace):
+    """Raises UsageError if there is no prompt, or if one of them is empty."""
+    if not prompts or not all(prompts):
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
 
 
 def with_chat_options(source: str | list[dict], args: argparse.Namespace) -> str | list[dict]:

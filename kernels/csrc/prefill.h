@@ -186,18 +186,19 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
             softmax.at_least<Softmax>(n_rows)};
   }
 
+  int64_t token(const Block& rows, int64_t row) const { return rows.first_token + row / heads_per_kv(); }
+  int64_t head(const Block& rows, int64_t row) const { return rows.kv_head * heads_per_kv() + row % heads_per_kv(); }
+  int64_t position(const Block& rows, int64_t row) const { return start_pos[rows.b] + token(rows, row); }
   // Returns where the query of row is in q, and the output in out.
   int64_t offset(const Block& rows, int64_t row) const {
-    const int64_t t = rows.first_token + row / heads_per_kv();
-    const int64_t head = rows.kv_head * heads_per_kv() + row % heads_per_kv();
-    return ((rows.b * n_tokens + t) * n_heads + head) * head_dim;
+    return ((rows.b * n_tokens + token(rows, row)) * n_heads + head(rows, row)) * head_dim;
   }
 
   // The keys of a tile that a row sees, from begin to end. The tile starts at key.
   Range visible_keys(const Block& rows, int64_t row, int64_t key) const {
     if (row >= rows.n_rows) return {0, 0};
-    const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
-    return {window ? std::max<int64_t>(0, position - window + 1 - key) : 0, std::min(KEY_TILE, position + 1 - key)};
+    const int64_t n_seen = position(rows, row) + 1 - key;  // keys from the tile's first to the row's own
+    return {window ? std::max<int64_t>(0, n_seen - window) : 0, std::min(KEY_TILE, n_seen)};
   }
 
   // Attends from ROWS rows to the tile of keys that starts at key.
@@ -226,14 +227,14 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   // maximum m_i grows, rescales l_i and acc.
   void exponentiate(const Block& rows, int64_t row, int64_t key, const float* products, Range visible, Softmax& softmax,
                     float* acc, Word* p) const {
-    const int64_t position = start_pos[rows.b] + rows.first_token + row / heads_per_kv();
-    const ScoreOptions options = this->score_options(rows.kv_head * heads_per_kv() + row % heads_per_kv());
+    const ScoreOptions options = this->score_options(head(rows, row));
+    const int64_t distance = key - position(rows, row);  // of the tile's first key
     const bool all_visible = visible.begin == 0 && visible.end == KEY_TILE;
     Vec values[KEY_TILE / LANES], max = Vec{} + softmax.m_i, l_i = {};
 #pragma GCC unroll 4
     for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
       const Vec index = LANE + float(i * LANES);
-      const Vec score = finish_scores(load_vec(products + i * LANES), options, index + float(key - position));
+      const Vec score = finish_scores(load_vec(products + i * LANES), options, index + float(distance));
       const auto is_visible = (index >= float(visible.begin)) & (index < float(visible.end));
       values[i] = all_visible ? score : is_visible ? score : Vec{} + NEGATIVE_INFINITY;
       max = larger(max, values[i]);
@@ -255,9 +256,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   // A sink is the score of one more key, whose value is zero.
   void write_output(const Block& rows, int64_t row, const Buffers& buffers) const {
-    const int64_t head = rows.kv_head * heads_per_kv() + row % heads_per_kv();
     const auto [m_i, l_i] = buffers.softmax[row];
-    const float sink = this->sinks ? to_float(this->sinks[head]) : NEGATIVE_INFINITY, largest = std::max(m_i, sink);
+    const float sink = this->sinks ? to_float(this->sinks[head(rows, row)]) : NEGATIVE_INFINITY;
+    const float largest = std::max(m_i, sink);
     const float alpha = std::exp(m_i - largest), scale = alpha / (alpha * l_i + std::exp(sink - largest));
     T* out = this->out + offset(rows, row);
     for (int64_t i = 0; i < head_dim; i += LANES)
