@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint. This file is the command. The loop over tokens is engine/generation.py: generate.
+"""Generate text from a checkpoint.
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
@@ -8,6 +8,7 @@ Text goes to stdout, a summary to stderr. With --json, stdout has one JSON objec
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -18,22 +19,20 @@ if __name__ == "__main__":
 
 import torch
 
-import collectives
 from cli import common_args
-from cli.complete import complete_in_parallel, complete_one_by_one
-from cli.generate_args import parse_args
-from cli.prompts import Prompt, encode_prompts, read_sources
+from cli.generate_args import encode_prompts, parse_args, read_prompts
+from cli.parallel import complete_in_parallel
 from cli.ranks import process_group
+from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_decoder, load_draft, required_seq_len, tp_stats, warm_up
+from cli.startup import build_decoder, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
 from engine.chat import Conversation
-from engine.generation import build_decode_loop
+from engine.generation import DecodeLoop, build_decode_loop
+from engine.sequence import Sequence
 from engine.steps import build_steps, make_kv_cache
 from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
 from loading import load
-from model import Transformer
-from text.tokenizer import Tokenizer
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -41,41 +40,56 @@ OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --b
 def main():
     args = parse_args(__doc__)
     common_args.set_threads(args.threads)
-    load_options = common_args.load_options(args)
-    sources = [] if args.conversation else read_sources(args)
+    load_options, prompts = common_args.load_options(args), read_prompts(args)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **load_options)
-    stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}
+    stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}  # more fields for --json
     draft = load_draft(args, tokenizer, **load_options) if args.draft_checkpoint_path else None
-    prompts = [] if args.conversation else encode_prompts(sources, args, tokenizer, model.config)
+    sequences = encode_prompts(prompts, args, tokenizer, model.config)
     if args.parallel:
-        complete_in_parallel(args, model, tokenizer, prompts, stats)
-    else:
-        generate_one_by_one(args, model, tokenizer, draft, prompts, stats)
+        complete_in_parallel(args, model, sequences, stats)
+        return
 
-
-def generate_one_by_one(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, draft: Transformer | None,
-    prompts: list[Prompt], stats: dict,
-):
-    """Completes the prompts one after the other, or runs a conversation. stats: more fields for --json."""
-    kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, prompts, model, draft))
+    kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
     steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
-    decoder = build_decoder(args, model, draft, kv_cache, steps) if args.speculative else None
-    start = time.perf_counter()
-    warm_up(args, steps, decoder, prompts, model.device)
-    stats["compile_seconds"] = time.perf_counter() - start
-    if args.json and collectives.world_size() > 1:
-        stats |= tp_stats(args, steps, model.device)
-
+    decode_loop = build_decode_loop(steps, kv_cache)
+    if args.speculative:
+        decode_loop = build_decoder(args, model, draft, kv_cache, steps)
+    stats |= warm_up(args, model, steps, decode_loop, sequences)
     torch.manual_seed(args.seed)
-    decode_loop = decoder or build_decode_loop(steps, kv_cache)
     if args.conversation:
         eos_ids = model.config.eos_ids
-        conversation = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, eos_ids, args.system)
-        converse(conversation, args.max_new_tokens)
-    else:
-        complete_one_by_one(args, model, tokenizer, decode_loop, kv_cache, prompts, stats)
+        converse(Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, eos_ids, args.system), args.max_new_tokens)
+        return
+    for i, sequence in enumerate(sequences, start=1):
+        samples = []
+        for j in range(1, args.num_samples + 1):
+            labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]
+            with profiled(args.profile if j == args.num_samples else None):
+                samples.append(generate_text(args, sequence, decode_loop, labels))
+        accept_counts = decode_loop.accept_counts() if args.speculative else None
+        print_result(args, build_result(args, model, kv_cache, samples, accept_counts) | stats, model)
+
+
+def generate_text(args: argparse.Namespace, prompt: Sequence, decode_loop: DecodeLoop, labels: list) -> list[Sequence]:
+    """Completes a batch of args.batch_size sequences of prompt. Without --json, prints the first text while it is
+    generated, and then the others. labels: as for print_label."""
+    batch = [replace(prompt) for _ in range(args.batch_size)]
+    if not args.json:
+        print_label([*labels, ("sequence", 1, len(batch))])
+    # The first ids come from prefill, and the others from a decode step each.
+    for ids in decode_loop(prompt.prompt_ids, n_cached=0, max_new_tokens=args.max_new_tokens):
+        texts = [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
+        if not args.json:
+            print(texts[0], end="", flush=True)
+        if all(sequence.finish_reason for sequence in batch):
+            break
+    if not args.json:
+        print()
+        for k, sequence in enumerate(batch[1:], start=2):
+            print_label([*labels, ("sequence", k, len(batch))])
+            print(sequence.text)
+    return batch
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ import torch
 
 from converters.resolve import resolve_checkpoint
 from engine.chat import Conversation
-from engine.completion import Completion, generate_many, stream_completions
 from engine.generation import DecodeLoop, build_decode_loop, generate
-from engine.request import build_request, check_length, check_max_new_tokens
 from engine.sampling import SamplingParams
+from engine.scheduler import build_scheduler
+from engine.sequence import Sequence, build_sequence, check_length, check_max_new_tokens
 from engine.steps import build_steps, make_kv_cache
 from loading import load
 from utils.errors import UsageError
@@ -69,16 +69,14 @@ class LLM:
         call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
-        check_max_new_tokens(max_new_tokens)
-        context = self.model.config.max_seq_len
-        request = build_request(prompt, self.tokenizer, context, max_new_tokens, sampling=self.sampling, stop=stop)
-        check_length(len(request.prompt_ids), max_new_tokens, self.max_seq_len, limit="max_seq_len, ")
-        completion = Completion(request, self.tokenizer, set(self.model.config.eos_ids))
+        sequence = self.new_sequence(prompt, max_new_tokens, self.max_seq_len, "max_seq_len, ", stop=stop)
         decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()
         try:
-            for (text,) in stream_completions([completion], decode_loop(request.prompt_ids, 0, max_new_tokens)):
-                if text:
+            for (token,) in decode_loop(sequence.prompt_ids, 0, max_new_tokens):
+                if text := sequence.append(token):
                     yield text
+                if sequence.finish_reason:
+                    break
         finally:
             self.free_decode_loops.append(decode_loop)
 
@@ -86,9 +84,35 @@ class LLM:
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
         stop: tuple[str, ...] = (), seed: int = 0,
     ) -> Iterator[tuple[int, str]]:
-        """Yields (number, continuation) for each prompt: see engine/completion.py: generate_many."""
-        options = (parallel, max_new_tokens, self.sampling, stop, seed, self.compile)
-        return generate_many(self.model, self.tokenizer, prompts, *options)
+        """Yields (number, continuation) for each prompt, in the order of prompts, at most parallel of them at a time.
+
+        prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].
+        parallel: the most prompts that are computed at a time.
+        stop: strings that end a continuation. The continuation does not contain them.
+        seed: prompt i samples with seed + i."""
+        if isinstance(prompts, str):
+            raise UsageError("generate_many takes a list of prompts, not one text")
+        sequences, context = [], self.model.config.max_seq_len
+        for i, prompt in enumerate(prompts):
+            try:  # find a mistake before any prompt is computed
+                sequences.append(self.new_sequence(prompt, max_new_tokens, context, stop=stop, seed=seed + i))
+            except UsageError as e:
+                raise UsageError(f"prompt {i}: {e}") from None
+        scheduler = build_scheduler(self.model, sequences, parallel, self.compile)
+        for i, sequence in scheduler.complete(sequences):
+            if sequence.error:
+                raise UsageError(f"prompt {i}: {sequence.error}")
+            yield i, sequence.text
+
+    def new_sequence(
+        self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int,
+        limit: str = "the model's context of ", **options,
+    ) -> Sequence:
+        check_max_new_tokens(max_new_tokens)
+        options = {"sampling": self.sampling} | options
+        sequence = build_sequence(prompt, self.tokenizer, self.model.config, max_new_tokens, **options)
+        check_length(len(sequence.prompt_ids), max_new_tokens, max_seq_len, limit)
+        return sequence
 
     def chat(self, system: str | None = None) -> Conversation:
         """Returns a new conversation: see Conversation.answer. system: the system message."""

@@ -355,3 +355,15 @@ class KVCache:
         for cache in self.layers:
             cache.k[target, :, :n] = cache.k[source, :, :n]
             cache.v[target, :, :n] = cache.v[source, :, :n]
+
+    def swap_sequences(self, i: int, j: int, n: int):
+        """Exchanges the first n tokens of sequences i and j."""
+        for tensor in (self.tokens, *(tensor for cache in self.layers for tensor in (cache.k, cache.v))):
+            positions = tensor[..., :n] if tensor is self.tokens else tensor[:, :, :n]
+            positions[[i, j]] = positions[[j, i]]
+
+    def clear_sequence(self, i: int):
+        """Sets keys and values of sequence i to 0."""
+        for cache in self.layers:
+            cache.k[i].zero_()
+            cache.v[i].zero_()

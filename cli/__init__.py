@@ -7,10 +7,9 @@
 
 generate.py also uses these, in this order:
 
-    generate_args.py       the options of generate.py, and the checks of their values
-    prompts.py             --prompt and --prompt_file as token ids
-    startup.py             before the first token: the draft model, the KV cache's size, compilation
-    complete.py            completes the prompts and prints the texts
-    report.py              --json, and the summary on stderr
-    terminal.py            --chat: a conversation, in place of complete.py and report.py
+    generate_args.py       the options of generate.py, the checks of their values, and the prompts
+    startup.py             before the first token: the KV cache's size, speculation, compilation
+    report.py              --json, the summary on stderr, --profile
+    parallel.py            --parallel: many prompts at a time
+    terminal.py            --chat: a conversation
 """

@@ -1,16 +1,30 @@
-"""The options of generate.py, and the checks of their values."""
+"""The command line of generate.py: the options, the checks of their values, and the prompts. A --prompt_file has one
+prompt a line:
+
+    prompts.txt      a line is a text
+    prompts.jsonl    a line is {"prompt": "..."} or, for a chat, {"messages": [{"role": "user", "content": "..."}]};
+                     texts in JSON may contain line breaks
+"""
 
 import argparse
+import json
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from cli import common_args
+from config import ModelConfig
 from converters.resolve import resolve_checkpoint
 from engine.sampling import SamplingParams
+from engine.sequence import Sequence, build_sequence
 from engine.speculate import MAX_DRAFT_TOKENS
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
+from text.chat_template import read_message
+from text.tokenizer import Tokenizer
 from utils.errors import UsageError
+from utils.files import read_text
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
@@ -192,3 +206,84 @@ def make_sampling(args: argparse.Namespace) -> SamplingParams:
         return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:
         raise UsageError(f"--{e}") from None  # the message begins with the field's name; the option has that name, too
+
+
+# ---- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
+    """Returns the prompts of --prompt or --prompt_file, each a text or a chat's messages. A conversation has none yet.
+    This needs no tokenizer, so a mistake in the file is found before the model is loaded. Raises UsageError for a
+    prompt that is empty or malformed."""
+    if args.conversation:
+        return []
+    prompts = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
+    check_not_empty(prompts, args)
+    return [with_chat_options(prompt, args) for prompt in prompts]
+
+
+def encode_prompts(
+    prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
+) -> list[Sequence]:
+    """Returns a Sequence for each of prompts, the result of read_prompts, or one of --prompt_tokens. Raises UsageError
+    for a prompt that is empty or far too long."""
+    eos_ids = () if args.ignore_eos else config.eos_ids
+    options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs, "eos_ids": eos_ids}
+    if args.prompt_tokens:
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
+        return [Sequence(ids, args.max_new_tokens, prompt=tokenizer.decode(ids), tokenizer=tokenizer, **options)]
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
+        sequences.append(build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options))
+    if prompts:  # a tokenizer may drop all of a text
+        check_not_empty([sequence.prompt_ids for sequence in sequences], args)
+    return sequences
+
+
+def check_not_empty(prompts: list, args: argparse.Namespace):
+    """Raises UsageError if there is no prompt, or if one of them is empty."""
+    if not prompts or not all(prompts):
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
+
+
+def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str | list[dict]:
+    """Applies --chat and --system to prompt: a text, or the messages of a chat."""
+    if isinstance(prompt, str) and args.chat:
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, str) and args.system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": args.system}, *prompt]
+    return prompt
+
+
+def read_prompt_file(path: Path) -> list[str | list[dict]]:
+    """Reads a text, or the messages of a chat, from each line. Skips empty lines, and names them on stderr."""
+    text, prompts = read_text(path).rstrip(), []
+    for number, line in enumerate(text.split("\n") if text else [], start=1):
+        if not line.strip():
+            print(f"{path}: line {number} is empty and is skipped", file=sys.stderr)
+        elif path.suffix == ".jsonl":
+            prompts.append(parse_json_line(line, f"{path}, line {number}"))
+        else:
+            prompts.append(line)
+    return prompts
+
+
+def parse_json_line(line: str, place: str) -> str | list[dict]:
+    """Reads a prompt from a line of a .jsonl file. place: the file and the line's number, for the error."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{place} is not JSON: {e}") from None
+    prompt = None
+    if isinstance(entry, dict) and len(entry.keys() & {"prompt", "messages"}) == 1:
+        prompt = entry.get("prompt", entry.get("messages"))
+    if isinstance(prompt, str) and "prompt" in entry and prompt:
+        return prompt
+    if isinstance(prompt, list) and "messages" in entry and prompt:
+        try:
+            return [read_message(message) for message in prompt]
+        except UsageError as e:
+            raise UsageError(f"{place}: {e}") from None
+    raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')

@@ -1,43 +1,53 @@
-"""What generate.py reports about a prompt: the object that --json prints, and the summary on stderr. complete.py calls
-build_result and print_result."""
+"""What generate.py reports about a prompt: the object that --json prints, the summary on stderr, labels between texts,
+and the trace of --profile."""
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
+
+import torch
 
 import collectives
-from cli.prompts import Prompt
-from engine.completion import Completion
+from cli.ranks import rank_path
+from engine.sequence import Sequence
 from model import KVCache, Transformer
+from utils.errors import UsageError
 from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 
 
 def build_result(
-    args: argparse.Namespace, model: Transformer, kv_cache: KVCache, prompt: Prompt, samples: list[list[Completion]]
+    args: argparse.Namespace, model: Transformer, kv_cache: KVCache, samples: list[list[Sequence]],
+    accept_counts: list[int] | None = None,
 ) -> dict:
-    """Returns the fields of --json's object that differ between prompts. samples: each sample is a batch of
-    completions. The bandwidth does not count what a draft model reads."""
-    longest = [max(batch, key=lambda completion: len(completion.step_times)) for batch in samples]
+    """Returns the fields of --json's object that differ between prompts. The bandwidth does not count what a draft
+    model reads.
+
+    samples: each sample is a batch of sequences of the same prompt.
+    accept_counts: how many steps accepted 0, 1 ... proposed tokens; None: without speculation."""
+    longest = [max(batch, key=lambda sequence: len(sequence.new_ids)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
-    decoded = [one for one in longest if len(one.step_times) > 1]  # step 0 is prefill, all others are decode steps
-    tokens_per_second = median([sum(one.step_sizes[1:]) / one.decode_seconds for one in decoded])
-    steps_per_second = median([(len(one.step_times) - 1) / one.decode_seconds for one in decoded])
-    n_prompt_tokens = len(prompt.request.prompt_ids)
+    # Token 0 comes from prefill, all others from decode steps.
+    decoded = [one for one in longest if len(one.new_ids) > 1]
+    tokens_per_second = median([(len(one.new_ids) - 1) / decode_seconds(one) for one in decoded])
+    steps_per_second = tokens_per_second
+    if accept_counts is not None:
+        steps_per_second /= tokens_per_step(accept_counts) or 1
+    n_prompt_tokens = len(last.prompt_ids)
     halfway = n_prompt_tokens + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
     bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
-    accept_counts = None
-    if args.speculative:  # a step that accepts n proposed tokens gives n + 1 tokens
-        accept_counts = [last.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(args.speculate_k + 1)]
     texts = [describe_batch(batch) for batch in samples]
     return texts[-1] | {
         "samples": texts,
-        "prompt": prompt.source,
+        "prompt": last.prompt,
         "seed": args.seed,
         "prompt_tokens": n_prompt_tokens,
-        "generated_tokens": sum(len(completion.new_ids) for completion in last_batch),
-        "prefill_seconds": last.step_times[0] - last.request.start_time,
+        "generated_tokens": sum(len(sequence.new_ids) for sequence in last_batch),
+        "prefill_seconds": last.token_times[0] - last.start_time,
         "decode_tokens_per_sec": tokens_per_second,
         "total_tokens_per_sec": tokens_per_second * len(last_batch),
         "model_bytes": model.active_weight_bytes(),
@@ -50,12 +60,16 @@ def build_result(
     }
 
 
-def describe_batch(batch: list[Completion]) -> dict:
+def describe_batch(batch: list[Sequence]) -> dict:
     return {
-        "text": [completion.text for completion in batch],
-        "tokens": [completion.new_ids for completion in batch],
-        "finish_reason": [completion.finish_reason for completion in batch],
+        "text": [sequence.text for sequence in batch],
+        "tokens": [sequence.new_ids for sequence in batch],
+        "finish_reason": [sequence.finish_reason for sequence in batch],
     }
+
+
+def decode_seconds(sequence: Sequence) -> float:
+    return sequence.token_times[-1] - sequence.token_times[0]
 
 
 def median(values: list[float]) -> float:
@@ -121,3 +135,28 @@ def print_summary(result: dict, model: Transformer):
         f"(load {result['load_seconds']:.1f} s, compile {result['compile_seconds']:.1f} s)",
         file=sys.stderr,
     )
+
+
+def print_label(numbers: list[tuple[str, int, int]]):
+    """Prints which prompt, sample and sequence the next text belongs to. numbers: ("prompt", 2, 3) is prompt 2 of 3.
+    ("sample", 1, 1) is not printed, since there is only one sample."""
+    several = [f"{what} {number}" for what, number, n in numbers if n > 1]
+    if several:
+        print(f"--- {', '.join(several)}", flush=True)
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None) -> Iterator[None]:
+    """Writes a Chrome trace of what runs within this context to path, or with several ranks to rank_path(path). Does
+    nothing if path is None."""
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    path = rank_path(path)
+    path.unlink(missing_ok=True)
+    profile.export_chrome_trace(str(path))  # raises no error if path cannot be written
+    if not path.is_file():
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+        raise UsageError(f"cannot write --profile {path}")

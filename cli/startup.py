@@ -1,18 +1,19 @@
-"""What generate.py does before the first token: loads the draft model, sizes the KV cache, builds the speculative
-decoder, and compiles or records the steps.
+"""What generate.py does before the first token, besides loading the model: sizes the KV cache, loads the draft model,
+builds the speculative decoder, and compiles or records the steps.
 """
 
 import argparse
 import sys
+import time
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import collectives
-from cli.prompts import Prompt
 from cli.ranks import communication_share
-from engine.request import check_length
+from engine.generation import DecodeLoop
+from engine.sequence import Sequence, check_length
 from engine.speculate import (
     PromptLookup,
     Proposer,
@@ -21,7 +22,7 @@ from engine.speculate import (
     build_speculative_decoder,
     draft_lengths,
 )
-from engine.steps import GenerationSteps, make_kv_cache
+from engine.steps import Steps, make_kv_cache
 from kernels import MAX_CPU_TOKENS
 from loading import load
 from model import KVCache, Transformer
@@ -49,7 +50,7 @@ def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, **load_options) -
 
 
 def required_seq_len(
-    args: argparse.Namespace, prompts: list[Prompt], model: Transformer, draft: Transformer | None
+    args: argparse.Namespace, sequences: list[Sequence], model: Transformer, draft: Transformer | None
 ) -> int:
     """Returns how many tokens the KV caches must hold. Raises UsageError if a model's context is shorter."""
     name, context = "model", model.config.max_seq_len
@@ -59,7 +60,7 @@ def required_seq_len(
         if name == "draft" and context <= CONVERSATION_LENGTH:
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
-    longest = max(len(prompt.request.prompt_ids) for prompt in prompts)
+    longest = max(len(sequence.prompt_ids) for sequence in sequences)
     try:
         check_length(longest, args.max_new_tokens, context, limit=f"the {name}'s context of ")
     except UsageError as e:
@@ -68,7 +69,7 @@ def required_seq_len(
 
 
 def build_decoder(
-    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: GenerationSteps
+    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: Steps
 ) -> SpeculativeDecoder:
     """Returns a SpeculativeDecoder, which proposes tokens by the draft model, or by prompt lookup if draft is None."""
     warn_without_kernels(args.speculate_k, model)
@@ -87,10 +88,23 @@ def warn_without_kernels(k: int, model: Transformer):
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
-@torch.inference_mode()
 def warm_up(
-    args: argparse.Namespace, steps: GenerationSteps, decoder: SpeculativeDecoder | None, prompts: list[Prompt],
-    device: torch.device,
+    args: argparse.Namespace, model: Transformer, steps: Steps, decode_loop: DecodeLoop, sequences: list[Sequence]
+) -> dict:
+    """Calls run_steps_once. Returns fields of --json: the seconds that it took, and what only several ranks have."""
+    start = time.perf_counter()
+    run_steps_once(args, model.device, steps, decode_loop, sequences)
+    stats = {"compile_seconds": time.perf_counter() - start}
+    if args.json and collectives.world_size() > 1:
+        tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=model.device)
+        share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
+        stats |= {"world_size": collectives.world_size(), "communication_share": share}
+    return stats
+
+
+@torch.inference_mode()
+def run_steps_once(
+    args: argparse.Namespace, device: torch.device, steps: Steps, decode_loop: DecodeLoop, sequences: list[Sequence]
 ):
     """Runs steps once, so that they are compiled or recorded before the first prompt:
 
@@ -105,21 +119,14 @@ def warm_up(
 
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length that the kernels do not compute.
-        n_prompt_tokens = len(prompts[0].request.prompt_ids) if prompts else MAX_CPU_TOKENS + 1
+        n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
     if not args.compile:
         return
     steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
-    if decoder is not None:
+    if args.speculative:
         for k in draft_lengths(args.speculate_k):
             if k < args.max_new_tokens:
-                proposal = decoder.proposer.propose([0, 0, 0], k)
-                decoder.verify(zeros(1, 1), zeros(1), proposal)
-
-
-def tp_stats(args: argparse.Namespace, steps: GenerationSteps, device: torch.device) -> dict:
-    """Returns the fields of --json that only a run on several ranks has."""
-    tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
-    share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
-    return {"world_size": collectives.world_size(), "communication_share": share}
+                proposal = decode_loop.proposer.propose([0, 0, 0], k)
+                decode_loop.verify(zeros(1, 1), zeros(1), proposal)

@@ -11,11 +11,10 @@ nearly full, the oldest messages are dropped. cli/terminal.py runs a conversatio
 
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 
-from engine.completion import Completion, stream_completions
 from engine.generation import DecodeLoop
-from engine.request import Request, check_max_new_tokens
+from engine.sequence import Sequence, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError
@@ -33,7 +32,7 @@ class ContextFull(UsageError):
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Sequence[int],
+        self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
         system: str | None = None,
     ):
         """Raises UsageError if the checkpoint has no chat template.
@@ -41,31 +40,31 @@ class Conversation:
         max_seq_len: how many tokens the KV cache of decode_loop holds.
         system: the system message."""
         self.tokenizer, self.decode_loop = tokenizer, decode_loop
-        self.max_seq_len, self.eos_ids = max_seq_len, set(eos_ids)
+        self.max_seq_len, self.eos_ids = max_seq_len, eos_ids
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # messages of the user and of the model, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
-        self.completion = self.new_completion()  # the last answer
+        self.sequence = self.new_sequence()  # the last answer
         self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
         self.encode("Hello", [])  # raises UsageError without a chat template
 
-    def new_completion(self) -> Completion:
+    def new_sequence(self) -> Sequence:
         """Returns an answer without tokens. The method stream sets how many tokens the answer may have."""
-        request = Request([], max_new_tokens=0, is_chat=True)
-        return Completion(request, self.tokenizer, self.eos_ids, resumable=True)
+        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "is_resumable": True}
+        return Sequence(prompt_ids=[], max_new_tokens=0, prompt=[], **options)
 
     @property
     def answer_ids(self) -> list[int]:
         """The tokens of the last answer, without the end token."""
-        ids = self.completion.new_ids
-        return ids[:-1] if self.completion.finish_reason == "stop" else ids
+        ids = self.sequence.new_ids
+        return ids[:-1] if self.sequence.finish_reason == "stop" else ids
 
     @property
     def token_times(self) -> list[float]:
         """The times at which the tokens of the last answer arrived, end token included. After continue_answer, only the
         times of the new tokens."""
-        return self.completion.step_times
+        return self.sequence.token_times
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
         """Returns the token ids of the conversation with one more message. earlier: the messages before message; None
@@ -78,7 +77,7 @@ class Conversation:
         does not fit. If the caller stops early, the conversation keeps the part of the answer that has been generated.
         Without any part of an answer, the conversation drops the message."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
-        self.completion = self.new_completion()
+        self.sequence = self.new_sequence()
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, new_messages)
 
@@ -125,35 +124,36 @@ class Conversation:
         continue_answer."""
         n_free = self.max_seq_len - len(ids)
         max_new_tokens = min(max_new_tokens, n_free)
-        completion = self.completion
-        completion.resume(max_new_tokens)
+        sequence = self.sequence
+        sequence.resume(max_new_tokens)
         self.messages += new_messages
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
-            for (piece,) in stream_completions([completion], self.new_ids_by_step(ids, max_new_tokens)):
+            for token in self.new_tokens(ids, max_new_tokens):
+                piece = sequence.append(token)
                 self.messages[-1]["content"] += piece
                 if piece:
                     yield piece
-            is_full = max_new_tokens == n_free and completion.finish_reason != "stop"
-            self.finish_reason = "context" if is_full else completion.finish_reason
+                if sequence.finish_reason:
+                    break
+            is_full = max_new_tokens == n_free and sequence.finish_reason != "stop"
+            self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]
 
-    def new_ids_by_step(self, ids: list[int], max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Yields up to max_new_tokens tokens that follow ids, one by one, each as a step [1][1]. Updates
-        self.cached_ids. The newest token is not in cached_ids, since the model takes that token as input only in the
-        next step."""
+    def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
+        """Yields up to max_new_tokens tokens that follow ids. Updates self.cached_ids. The newest token is not in
+        cached_ids, since the model takes that token as input only in the next step."""
         # Compute at least the last token, since only a token that is computed gives logits.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
-        for (new_ids,) in self.decode_loop(ids, n_cached, max_new_tokens):
-            for token in new_ids:
-                self.cached_ids += not_cached
-                not_cached = [token]
-                yield [[token]]
+        for (token,) in self.decode_loop(ids, n_cached, max_new_tokens):
+            self.cached_ids += not_cached
+            not_cached = [token]
+            yield token
 
     def drop_oldest(self) -> list[dict]:
         """Drops the oldest message and the answer to it. Returns both."""

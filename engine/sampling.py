@@ -59,7 +59,7 @@ class SamplingParams:
             raise UsageError(f"min_p must be 0 to 1, not {self.min_p}")
         if not 0 < self.repetition_penalty < math.inf:
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        # top_p 1 and min_p 0 filter nothing. Store None, or filters_tokens would turn the GPU's kernel off.
+        # Normalise no-ops to None, so that the fast sampling kernel stays enabled.
         if self.top_p == 1:
             object.__setattr__(self, "top_p", None)
         if self.min_p == 0:
@@ -83,12 +83,12 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def filters_tokens(self) -> bool:
-        """Whether an option is set that excludes tokens: any field but temperature and repetition_penalty."""
+    def has_truncation(self) -> bool:
+        """Whether an option excludes tokens: any field is set but temperature and repetition_penalty."""
         return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
 
     @property
-    def depends_on_text(self) -> bool:
+    def needs_history(self) -> bool:
         """Whether an option of process_logits is set."""
         return self.repetition_penalty != 1
 
@@ -97,12 +97,12 @@ def process_logits(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, samplings: Sequence[SamplingParams]
 ) -> Tensor:
     """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. A new option of
-    this kind goes here, and in SamplingParams.depends_on_text and filters_tokens.
+    this kind goes here, and in SamplingParams.needs_history and has_truncation.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
     kv_cache: if an option depends on the text, the ids of the text and of tokens are in it (KVCache.store_tokens).
     samplings: one for each sequence, or one for all."""
-    if not any(sampling.depends_on_text for sampling in samplings):
+    if not any(sampling.needs_history for sampling in samplings):
         return logits
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
@@ -115,14 +115,18 @@ def process_logits(
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
+def sample(
+    logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None,
+    temperatures: Tensor | None = None,
+) -> Tensor:
     """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
 
     backend: the model's; one of its kernels samples if it can.
-    uniform: the random numbers of multinomial; None: PyTorch's generator makes them."""
+    uniform: the random numbers of multinomial; None: PyTorch's generator makes them.
+    temperatures: those of the sequences, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
     kernel_can_sample = (
         kernels.has_sample_kernel(backend, sampling.is_greedy)  # a CPU's only finds the likeliest token
-        and (sampling.is_greedy or not sampling.filters_tokens)  # a kernel draws from the whole vocabulary
+        and (sampling.is_greedy or not sampling.has_truncation)  # a kernel draws from the whole vocabulary
         and (sampling.is_greedy or uniform is None)  # a kernel does not take uniform
     )
     if kernel_can_sample:
@@ -130,7 +134,7 @@ def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uni
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = filtered_probs(logits, sampling)
+        probs, ids = filtered_probs(logits, sampling, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
@@ -144,12 +148,17 @@ def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def filtered_probs(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor | None]:
+def filtered_probs(
+    logits: Tensor, sampling: SamplingParams, temperatures: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
     sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
+    temperature: float | Tensor = max(sampling.temperature, SMALLEST_TEMPERATURE)
+    if temperatures is not None:
+        temperature = temperatures.clamp(min=SMALLEST_TEMPERATURE)
     # Subtracting the maximum makes the largest score 0 and all others negative. So with a small temperature no score
     # overflows to +inf, and the probabilities of the negative scores underflow to 0.
-    scores = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, SMALLEST_TEMPERATURE)
+    scores = (logits - logits.amax(-1, keepdim=True)) / temperature
     has_top_k = sampling.top_k is not None and sampling.top_k < scores.shape[-1]
     ids = None
     if has_top_k:

@@ -1,214 +1,268 @@
-"""Many prompts at once: continuous batching over a static KV cache.
+"""Many sequences at once: continuous batching over a static KV cache.
 
     scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
-    scheduler.submit(Request(prompt_ids, max_new_tokens=100))  # at any time
+    scheduler.submit(Sequence(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
         for new in scheduler.step():
             print(new.token)
 
-completion.py makes texts of the tokens, and knows why a text has ended.
+    for i, sequence in scheduler.complete(sequences):  # or all of a list, in its order
+        print(i, sequence.text)
 
 A slot of the KV cache holds one sequence. Every sequence has its own position. When a sequence ends, the next prompt is
-prefilled into the free slot. Running sequences are always in the first slots, so that a step computes no padding. Keys
+prefilled into a free slot. Decoding sequences are always in the first slots, so that a step computes no padding. Keys
 and values stay in a slot after the sequence has ended. A new prompt copies the longest prefix that it shares with any
 slot (prefix caching):
 
-    slot 0   Question: 2 + 2?  Answer: 4       runs
+    slot 0   Question: 2 + 2?  Answer: 4       decodes
     slot 1   Question: 3 + 5?  Answer:         has copied "Question: " from slot 0
     slot 2   (has ended)                       is free for the next prompt
 
-Each sequence has its own random numbers, so that the text of a prompt does not depend on the other prompts. With RoPE
-of type dynamic or longrope the text depends on max_seq_len, as with every KV cache.
+While sequences decode, a prompt is computed in chunks, so that a long prompt does not stall them (chunked prefill).
+
+Each sequence has its own random numbers, so that its text does not depend on the other sequences. With RoPE of type
+dynamic or longrope the text depends on max_seq_len, as with every KV cache.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import collectives
-from engine.request import Request, check_length, find_finish_reason
-from engine.sampling import process_logits, sample
-from engine.steps import ModelRunner, check_sampled_ids, make_kv_cache, prefill_logits
+from engine.sampling import SamplingParams, process_logits, sample
+from engine.sequence import GREEDY, Logprobs, Sequence, check_length
+from engine.steps import NOT_FINITE, build_model_step, fill_kv_cache, make_kv_cache, prefill_logits
 from kernels.record import with_tape_threads
 from model import Transformer
 from text.tokenizer import common_prefix_length
+from utils.errors import UsageError
 from utils.machine import free_memory
 
-
-class Logprobs(NamedTuple):
-    """Natural logarithms of the model's probabilities, before any sampling option is applied."""
-
-    token: float  # the new token's
-    top: list[tuple[int, float]]  # (token, log-probability) of each of the likeliest tokens
+# With small chunks prefill is slow: every chunk reads all weights, and dequantizes them.
+PREFILL_CHUNK_TOKENS = 512
 
 
 class NewToken(NamedTuple):
-    request: Request
-    token: int
+    """What a step has added to a sequence. In contrast to the sequence, it does not change in later steps."""
+
+    sequence: Sequence
+    token: int  # -1 if the sequence has failed
+    text: str  # what the token adds to the sequence's text
     logprobs: Logprobs | None
+    finish_reason: str | None  # None: the sequence goes on
 
 
-@dataclass(eq=False)
-class RunningSequence:
-    """A sequence in a slot of the KV cache."""
+@dataclass
+class Slot:
+    """A slot of the KV cache."""
 
-    request: Request
-    generator: torch.Generator  # draws the random numbers for sampling
-    new_ids: list[int] = field(default_factory=list)  # the sampled tokens; the next step takes the last one as input
+    sequence: Sequence | None = None  # None: the slot is free
+    # The tokens whose keys and values are in the slot. The ids stay after the sequence has ended, for a later prompt
+    # that begins with the same tokens.
+    cached_ids: list[int] = field(default_factory=list)
+    ended_at: int = 0  # the number of the step in which the slot became free; 0: the slot was never used
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.sequence is not None and not self.sequence.new_ids
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.sequence is not None and bool(self.sequence.new_ids)
 
 
 class Scheduler:
-    """Runs the requests that submit receives. A request ends with an end token, after max_new_tokens, or by cancel."""
+    """Runs the sequences that submit receives. A sequence ends as Sequence.append decides, by cancel, or with an error
+    if its logits are not finite."""
 
     def __init__(
-        self, model: Transformer, n_slots: int, max_seq_len: int, eos_ids: set[int] | None = None,
-        compile: bool = False,
+        self, model: Transformer, n_slots: int, max_seq_len: int, compile: bool = False,
+        chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     ):
         """Raises OutOfMemoryError if memory is too small for the KV cache.
 
         n_slots: the most sequences that run at a time.
         max_seq_len: the most tokens of a sequence, prompt included.
-        eos_ids: the tokens that end a sequence; None: those of the model.
-        compile: record the steps on a GPU, too."""
-        self.model, self.n_slots, self.max_seq_len = model, n_slots, max_seq_len
-        self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
+        compile: record the steps on a GPU, too.
+        chunk_tokens: while sequences decode, compute so many tokens of prompts between two decode steps: one chunk of a
+            long prompt, or several short prompts."""
+        self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
-        # Without kernels the step would use torch.compile, which compiles anew for every number of running sequences.
+        # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
         compile = compile and model.can_record(n_slots, 1)
-        self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
-        self.waiting: deque[Request] = deque()
-        self.running: list[RunningSequence | None] = []  # running[slot]; None: the slot is free
-        # cached_ids[slot]: the tokens whose keys and values are in the slot. The ids stay after the sequence has ended,
-        # for a later prompt that begins with the same tokens.
-        self.cached_ids: list[list[int]] = [[] for _ in range(n_slots)]
+        self.decode_step = build_model_step(model, self.kv_cache, return_logits, compile)
+        self.waiting: deque[Sequence] = deque()
+        self.slots = [Slot() for _ in range(n_slots)]
+        self.n_steps = 0
+        self.n_prefilled = 0  # how many tokens of prompts were computed since the last decode step
 
-    def submit(self, request: Request):
-        """Appends request to the queue. Raises UsageError as check does."""
-        self.check(request)
-        self.waiting.append(request)
+    def submit(self, sequence: Sequence):
+        """Appends sequence to the queue. Raises UsageError as check does."""
+        self.check(sequence)
+        self.waiting.append(sequence)
 
-    def check(self, request: Request):
-        """Raises UsageError if the prompt is empty, or if request does not fit into a slot."""
-        check_length(len(request.prompt_ids), request.max_new_tokens, self.max_seq_len, limit="")
+    def check(self, sequence: Sequence):
+        """Raises UsageError if the prompt is empty, or if sequence does not fit into a slot."""
+        check_length(len(sequence.prompt_ids), sequence.max_new_tokens, self.max_seq_len, limit="")
 
-    def cancel(self, request: Request):
-        """Ends a waiting or running request. Does nothing if request has ended."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        for slot, sequence in enumerate(self.running):
-            if sequence is not None and sequence.request is request:
-                self.running[slot] = None
+    def cancel(self, sequence: Sequence):
+        """Ends a waiting or running sequence. Does nothing if sequence has ended."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        for slot in self.slots:
+            if slot.sequence is sequence:
+                self.free(slot)
+
+    def free(self, slot: Slot):
+        slot.sequence, slot.ended_at = None, self.n_steps
 
     def has_work(self) -> bool:
-        return bool(self.waiting) or any(self.running)
+        return bool(self.waiting) or any(slot.sequence for slot in self.slots)
+
+    def complete(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
+        """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
+        refuses has an error, and the others are still completed. After Ctrl-C, yields the sequences that have ended,
+        and raises KeyboardInterrupt again."""
+        left = deque(enumerate(sequences))
+        for _, sequence in left:
+            try:
+                self.submit(sequence)
+            except UsageError as e:
+                sequence.fail(str(e))
+        try:
+            while left:
+                while left and left[0][1].finish_reason:
+                    yield left.popleft()
+                self.step()
+        except KeyboardInterrupt:
+            yield from ((i, sequence) for i, sequence in left if sequence.finish_reason)
+            raise
+
+    # ---- Steps ----
 
     @torch.inference_mode()
     def step(self) -> list[NewToken]:
-        """Prefills one whole prompt if a prompt waits and a slot is free. Otherwise decodes one token of every running
-        sequence."""
-        if self.waiting and (slot := self.reserve_slot()) is not None:
-            return self.prefill(self.waiting.popleft(), slot)
-        self.compact()
-        return self.decode() if self.running else []
+        """Computes one token of every decoding sequence, or a chunk of a prompt. Returns the new tokens, of which there
+        are none if a prompt needs more chunks."""
+        self.n_steps += 1
+        n_decoding = sum(slot.is_decoding for slot in self.slots)
+        if not n_decoding or self.n_prefilled < self.chunk_tokens:
+            self.admit()
+            for i, slot in enumerate(self.slots):
+                if slot.is_prefilling:
+                    return self.prefill(i, self.chunk_tokens if n_decoding else self.max_seq_len)
+        self.n_prefilled = 0
+        return self.decode(n_decoding) if n_decoding else []
 
-    def reserve_slot(self) -> int | None:
-        """Returns the number of a free slot, or None if all slots are in use."""
-        if None in self.running:
-            return self.running.index(None)
-        if len(self.running) == self.n_slots:
-            return None
-        self.running.append(None)
-        return len(self.running) - 1
+    def admit(self):
+        """Moves the next sequence from the queue into a free slot, unless there is none or another prompt is being
+        computed. Copies the longest prefix that the prompt shares with any slot. The prefix never contains the prompt's
+        last token, since only a token that is computed gives logits.
 
-    def prefill(self, request: Request, slot: int) -> list[NewToken]:
-        """Computes the prompt of request in slot, and samples the first new token."""
-        request.start_time = time.perf_counter()
-        n_cached = self.copy_shared_prefix(request.prompt_ids, slot)
-        tokens = torch.tensor([request.prompt_ids[n_cached:]], device=self.kv_cache.device)
-        start_pos = torch.tensor([n_cached], device=self.kv_cache.device)
-        logits = prefill_logits(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1))
-        self.cached_ids[slot] = list(request.prompt_ids)
-        self.running[slot] = RunningSequence(request, torch.Generator().manual_seed(request.seed))
-        return self.sample_next(range(slot, slot + 1), logits, tokens, start_pos)
+        The best free slot is one whose whole text is such a prefix, as in a conversation that goes on: nothing is lost.
+        Otherwise the new sequence takes the slot that has been free for the longest time."""
+        free = [i for i, slot in enumerate(self.slots) if slot.sequence is None]
+        if not self.waiting or not free or any(slot.is_prefilling for slot in self.slots):
+            return
+        sequence = self.waiting.popleft()
+        shared = [common_prefix_length(slot.cached_ids, sequence.prompt_ids[:-1]) for slot in self.slots]
+        lossless = [i for i in free if shared[i] == len(self.slots[i].cached_ids)]
+        target = max(lossless, key=lambda i: shared[i]) if lossless else min(free, key=lambda i: self.slots[i].ended_at)
+        n = max(shared)
+        if shared[target] < n:
+            self.kv_cache.copy_sequence(shared.index(n), target, n)
+        self.slots[target].cached_ids = sequence.prompt_ids[:n]
+        self.slots[target].sequence = sequence
+        sequence.start_time = time.perf_counter()
 
-    def decode(self) -> list[NewToken]:
-        """Computes the next token of every sequence. self.running must have no gaps: see compact."""
-        device = self.kv_cache.device
-        slots = range(len(self.running))
-        last_tokens = torch.tensor([sequence.new_ids[-1:] for sequence in self.running], device=device)
-        start_pos = torch.tensor([len(self.cached_ids[slot]) for slot in slots], device=device)
-        logits = self.decode_step(last_tokens, start_pos)
-        for slot in slots:
-            self.cached_ids[slot].append(self.running[slot].new_ids[-1])
-        return with_tape_threads(self.sample_next, slots, logits, last_tokens, start_pos)
+    def prefill(self, i: int, n: int) -> list[NewToken]:
+        """Computes the next n tokens of the prompt in slot i. After the last one, samples the first new token."""
+        slot, kv_cache = self.slots[i], self.kv_cache.narrow_batch(i, 1)
+        prompt_ids, n_cached = slot.sequence.prompt_ids, len(slot.cached_ids)
+        chunk = prompt_ids[n_cached : n_cached + n]
+        tokens = torch.tensor([chunk], device=kv_cache.device)
+        start_pos = torch.tensor([n_cached], device=kv_cache.device)
+        self.n_prefilled += len(chunk)
+        if n_cached + n < len(prompt_ids):
+            fill_kv_cache(self.model, tokens, start_pos, kv_cache)
+            kv_cache.store_tokens(tokens, start_pos)
+            slot.cached_ids += chunk
+            return []
+        logits = prefill_logits(self.model, tokens, start_pos, kv_cache)
+        slot.cached_ids += chunk
+        return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
+
+    def decode(self, n: int) -> list[NewToken]:
+        """Computes the next token of the n decoding sequences."""
+        self.compact(n)
+        slots, device = self.slots[:n], self.kv_cache.device
+        last_ids = [slot.sequence.new_ids[-1] for slot in slots]
+        tokens = torch.tensor(last_ids, device=device)[:, None]
+        start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
+        logits = self.decode_step(tokens, start_pos)
+        for slot, token in zip(slots, last_ids, strict=True):
+            slot.cached_ids.append(token)
+        return with_tape_threads(self.sample_next, range(n), logits, tokens, start_pos)
+
+    def compact(self, n: int):
+        """Moves the n decoding sequences into the first n slots. What these held changes places with them, so nothing
+        is lost for later prompts."""
+        gaps = [i for i in range(n) if not self.slots[i].is_decoding]
+        sources = [i for i in range(n, len(self.slots)) if self.slots[i].is_decoding]
+        for i, j in zip(gaps, sources, strict=True):
+            length = max(len(self.slots[i].cached_ids), len(self.slots[j].cached_ids))
+            self.kv_cache.swap_sequences(i, j, length)
+            self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
-        """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. Frees the
-        slots of sequences that end."""
-        sequences = self.running[slots.start : slots.stop]
+        """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
+        sequences = [self.slots[i].sequence for i in slots]
         kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
-        samplings = [sequence.request.sampling for sequence in sequences]
-        # Even if no option needs the ids now: a later request that has such an option may copy this slot's prefix.
+        # Even if no option needs the ids now: a later prompt that has such an option may copy this slot's prefix.
         kv_cache.store_tokens(tokens, start_pos)
-        scores = process_logits(logits, tokens, start_pos, kv_cache, samplings)
+        scores = process_logits(logits, tokens, start_pos, kv_cache, [sequence.sampling for sequence in sequences])
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
-        check_sampled_ids(ids)
-        new_tokens = []
-        for i, (slot, sequence, token) in enumerate(zip(slots, sequences, ids, strict=True)):
-            request = sequence.request
-            sequence.new_ids.append(token)
-            if find_finish_reason(token, len(sequence.new_ids), request.max_new_tokens, self.eos_ids):
-                self.running[slot] = None
-            logprobs = None
-            if request.n_logprobs is not None:
-                logprobs = compute_logprobs(logits[i, -1], token, request.n_logprobs)
-            new_tokens.append(NewToken(request, token, logprobs))
-        return new_tokens
+        return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
-    def copy_shared_prefix(self, prompt_ids: list[int], slot: int) -> int:
-        """Finds the longest prefix of prompt_ids that any slot holds, and copies the prefix to slot. Returns the length
-        of the prefix. The prefix never contains the last token, since only a token that is computed gives logits."""
-        shared = [common_prefix_length(ids, prompt_ids[:-1]) for ids in self.cached_ids]
-        n = max(shared)
-        source = slot if shared[slot] == n else shared.index(n)
-        if source != slot:
-            self.kv_cache.copy_sequence(source, slot, n)
-        self.cached_ids[slot] = prompt_ids[:n]
-        return n
-
-    def compact(self):
-        """Moves the last sequences into free slots before them, until no gap is left. A slot that a sequence has left
-        still holds keys and values, for later prompts."""
-        while None in self.running:
-            sequence = self.running.pop()
-            if sequence is None:
-                continue
-            source, target = len(self.running), self.running.index(None)
-            self.kv_cache.copy_sequence(source, target, len(self.cached_ids[source]))
-            self.running[target], self.cached_ids[target] = sequence, list(self.cached_ids[source])
+    def add_token(self, i: int, token: int, logits: Tensor) -> NewToken:
+        """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if the sequence ends."""
+        slot, text, logprobs = self.slots[i], "", None
+        sequence = slot.sequence
+        if token < 0:  # logits that are not finite end this sequence, and no other
+            sequence.fail(NOT_FINITE)
+            # Attention multiplies the values of positions that it hides with 0. But 0 * NaN is NaN.
+            self.kv_cache.clear_sequence(i)
+            slot.cached_ids = []
+        else:
+            if sequence.n_logprobs is not None:
+                logprobs = compute_logprobs(logits, token, sequence.n_logprobs)
+            text = sequence.append(token, logprobs)
+        if sequence.finish_reason:
+            self.free(slot)
+        return NewToken(sequence, token, text, logprobs, sequence.finish_reason)
 
 
-def build_scheduler(
-    model: Transformer, requests: list[Request], parallel: int, eos_ids: set[int] | None = None, compile: bool = False
-) -> Scheduler:
-    """Returns a Scheduler with slots that fit requests. The Scheduler runs up to parallel requests at a time."""
-    n_slots = max(1, min(parallel, len(requests)))
-    return Scheduler(model, n_slots, longest_seq_len(model, requests), eos_ids, compile)
+def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:
+    """Returns a Scheduler with slots that fit sequences. The Scheduler runs up to parallel sequences at a time."""
+    n_slots = max(1, min(parallel, len(sequences)))
+    return Scheduler(model, n_slots, longest_seq_len(model, sequences), compile)
 
 
-def longest_seq_len(model: Transformer, requests: list[Request]) -> int:
-    """Returns the length of the longest request, new tokens included, but at most the model's context. Scheduler.submit
-    refuses longer requests."""
-    longest = max((len(request.prompt_ids) + request.max_new_tokens for request in requests), default=1)
+def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
+    """Returns the length of the longest sequence, new tokens included, but at most the model's context.
+    Scheduler.submit refuses longer sequences."""
+    longest = max((len(sequence.prompt_ids) + sequence.max_new_tokens for sequence in sequences), default=1)
     return min(longest, model.config.max_seq_len)
 
 
 def return_logits(logits: Tensor, *_) -> Tensor:
-    """A sampler for ModelRunner that does not sample. The scheduler samples, as every sequence has its own options."""
+    """A sampler for build_model_step that does not sample. The scheduler samples, as every sequence has its own
+    options."""
     return logits
 
 
@@ -217,17 +271,25 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[RunningSequence], backend: str = "torch") -> Tensor:
+def sample_each(logits: Tensor, sequences: list[Sequence], backend: str = "torch") -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
-    ids [n]. backend: as for sampling.py: sample."""
-    options = {sequence.request.sampling for sequence in sequences}
-    if len(options) > 1:
-        return torch.cat([sample_each(logits[i : i + 1], [sequence], backend) for i, sequence in enumerate(sequences)])
-    (sampling,) = options
-    if sampling.is_greedy:
-        return sample(logits, sampling, backend)
-    uniform = [torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in sequences]
-    return sample(logits, sampling, uniform=torch.stack(uniform).to(logits.device))
+    ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
+    sample."""
+    groups: dict[SamplingParams, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        sampling = sequence.sampling
+        options = GREEDY if sampling.is_greedy else replace(sampling, temperature=1.0, repetition_penalty=1.0)
+        groups.setdefault(options, []).append(i)
+    ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
+    for options, indices in groups.items():
+        group, rows = [sequences[i] for i in indices], logits if len(groups) == 1 else logits[indices]
+        if options.is_greedy:
+            ids[indices] = sample(rows, options, backend)
+            continue
+        uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=one.generator) for one in group])
+        temperatures = logits.new_tensor([[one.sampling.temperature] for one in group])
+        ids[indices] = sample(rows, options, uniform=uniform.to(logits.device), temperatures=temperatures)
+    return ids
 
 
 def compute_logprobs(logits: Tensor, token: int, n: int) -> Logprobs:

@@ -2,7 +2,7 @@
 
     proposer = PromptLookup(max_ngram=3, device=device)
     decoder = build_speculative_decoder(model, kv_cache, steps, sampling, proposer, k=5)
-    for (new_ids,) in decoder(token_ids, n_cached=0, max_new_tokens=100): ...
+    for (token,) in decoder(token_ids, n_cached=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
@@ -18,7 +18,7 @@ Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import collectives
 from engine.sampling import SamplingParams, multinomial, probabilities, process_logits, sample
-from engine.steps import GenerationSteps, ModelRunner, check_sampled_ids, fill_kv_cache
+from engine.steps import Steps, build_model_step, check_sampled_ids, fill_kv_cache
 from model import KVCache, Transformer
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
@@ -60,7 +60,7 @@ class Proposer(Protocol):
 class SpeculativeDecoder:
     """A DecodeLoop (generation.py) that verifies what proposer proposes. Made by build_speculative_decoder."""
 
-    steps: GenerationSteps
+    steps: Steps
     # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V]) -> the result of rejection_sample.
     # tokens are the last token of the text and draft_tokens. Without draft_probs, the proposer did not sample.
     verify_step: Callable[..., Tensor]
@@ -68,19 +68,25 @@ class SpeculativeDecoder:
     k: int  # the most tokens to propose at a time
     device: torch.device
     verify_cost: float = VERIFY_COST  # of one proposed token
+    # How many tokens each step of the last text gave, the first of them prefill. A step gives at least one token, and
+    # the last step only as many as the caller took.
+    step_sizes: list[int] = field(default_factory=list, init=False)
 
     @torch.inference_mode()
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Continues the text token_ids by max_new_tokens tokens. Yields the new ids of each step: [1][n], n ids of the
-        only sequence. The first n_cached of token_ids are in the KV cache."""
+    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+        """Continues the text token_ids by max_new_tokens tokens. Yields them one by one, each as [1]. The first
+        n_cached of token_ids are in the KV cache."""
+        self.step_sizes.clear()
         token_ids, n_left = list(token_ids), max_new_tokens
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
         prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
         new_ids = self.steps.prefill(prompt, torch.tensor([n_cached], device=self.device)).tolist()
         while True:
-            check_sampled_ids(new_ids)
-            yield [new_ids]
+            self.step_sizes.append(0)
+            for token in check_sampled_ids(new_ids):
+                self.step_sizes[-1] += 1
+                yield [token]
             token_ids += new_ids
             n_left -= len(new_ids)
             if n_left == 0:
@@ -108,11 +114,15 @@ class SpeculativeDecoder:
         n_accepted, *next_ids = self.verify_step(tokens, start_pos, *inputs).tolist()
         return n_accepted, next_ids[: n_accepted + 1]
 
+    def accept_counts(self) -> list[int]:
+        """Returns how many steps of the last text accepted 0, 1 ... k tokens. A step gives one token more."""
+        return [self.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(self.k + 1)]
+
 
 def build_speculative_decoder(
     model: Transformer,
     kv_cache: KVCache,
-    steps: GenerationSteps,
+    steps: Steps,
     sampling: SamplingParams,
     proposer: Proposer,
     k: int,
@@ -123,13 +133,13 @@ def build_speculative_decoder(
     def sampler(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        if sampling.depends_on_text:
+        if sampling.needs_history:
             kv_cache.store_tokens(tokens, start_pos)
         logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         backend = model.lm_head.backend
         return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))
 
-    verify_step = ModelRunner(model, kv_cache, sampler, compile)
+    verify_step = build_model_step(model, kv_cache, sampler, compile)
     return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, estimate_verify_cost(model))
 
 
@@ -266,9 +276,8 @@ class DraftModel:
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
-        # No step of the draft has taken the last proposed token as input. If the model accepted that token, the draft's
-        # cache lacks two tokens of the text, otherwise one. The first step takes two tokens in both cases, so that only
-        # one shape is recorded or compiled.
+        # The draft's cache lags by 1 token, or by 2 if all proposals were accepted. Always feed 2, so there is one
+        # shape.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
         tokens = torch.tensor([token_ids[n_cached:]], device=self.device).clamp(max=self.vocab_size - 1)
@@ -298,6 +307,8 @@ def build_draft_model(
     vocab_size = model.config.vocab_size
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+        # No process_logits here. The output stays exact, since verification applies it. But with a repetition penalty
+        # fewer of the draft's tokens are accepted.
         # The draft may pad the same vocabulary to a larger size. Drop the logits of tokens that only the draft has.
         logits = logits[:, -1, :vocab_size]
         if sampling.is_greedy:
@@ -308,6 +319,6 @@ def build_draft_model(
     def prefill(tokens: Tensor, start_pos: Tensor):
         fill_kv_cache(draft, tokens, start_pos, kv_cache)
 
-    step = ModelRunner(draft, kv_cache, sampler, compile)
+    step = build_model_step(draft, kv_cache, sampler, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, model.device, cost)

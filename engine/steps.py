@@ -8,11 +8,11 @@
 There are three kinds of steps:
 
     prefill         takes a prompt of any length, in chunks (chunked_prefill)
-    decode          takes one token of every sequence (ModelRunner)
-    verification    takes several tokens of a draft (ModelRunner, which speculate.py calls)
+    decode          takes one token of every sequence (build_model_step)
+    verification    takes several tokens of a draft (build_model_step, which speculate.py calls)
 
-generation.py, scheduler.py and speculate.py call the steps. Read build_steps first, then ModelRunner, whose table says
-when a step is recorded, compiled or eager.
+generation.py, scheduler.py and speculate.py call the steps. Read build_steps first, then build_model_step, whose table
+says when a step is recorded, compiled or eager.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -20,7 +20,7 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,14 +41,13 @@ GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
-NextTokenFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_pos [B]) -> next tokens [B]
 
 
-class GenerationSteps(NamedTuple):
-    """The two functions that generation.py: generate calls."""
+class Steps(NamedTuple):
+    """The two functions that generation.py: generate calls: tokens [B, T], start_pos [B] -> the next tokens [B]."""
 
-    prefill: NextTokenFunction  # any T
-    decode: NextTokenFunction  # T = 1
+    prefill: Callable[[Tensor, Tensor], Tensor]  # any T
+    decode: Callable[[Tensor, Tensor], Tensor]  # T = 1
 
 
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
@@ -62,14 +61,14 @@ def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCa
 def build_steps(
     model: Transformer, kv_cache: KVCache, sampling: SamplingParams, compile: bool = False,
     compile_prefill: bool = False,
-) -> GenerationSteps:
+) -> Steps:
     """Returns the steps of plain generation with model and kv_cache. compile and compile_prefill are the options of
     generate.py."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
-        if sampling.depends_on_text:
+        if sampling.needs_history:
             kv_cache.store_tokens(tokens, start_pos)
         logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
@@ -79,13 +78,14 @@ def build_steps(
         logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
         return sampler(logits, tokens, start_pos)
 
-    return GenerationSteps(prefill, ModelRunner(model, kv_cache, sampler, compile))
+    return Steps(prefill, build_model_step(model, kv_cache, sampler, compile))
 
 
-def check_sampled_ids(ids: list[int]):
-    """Raises UsageError if sample returned -1, which stands for logits that are not finite."""
+def check_sampled_ids(ids: list[int]) -> list[int]:
+    """Returns ids. Raises UsageError if one is -1, which sample returns for logits that are not finite."""
     if min(ids) < 0:
         raise UsageError(NOT_FINITE)
+    return ids
 
 
 # ---- Prefill --------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def chunked_prefill(
     model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
 ) -> Iterator[Tensor]:
     """Runs the blocks on tokens [B, T], one chunk after the other. Yields the hidden states of each chunk:
-    [B, chunk, dim]. Attention gets only the used part of the cache. No decode step runs between two chunks.
+    [B, chunk, dim]. Attention gets only the used part of the cache.
 
     compiled_model: the result of compile_blocks, for chunks with more tokens than the kernels take. With None, model
     computes all chunks."""
@@ -131,8 +131,15 @@ def chunked_prefill(
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
-class ModelRunner:
-    """Runs decode and verification steps: the model, then sampler on the logits. A step has one of three modes:
+def build_model_step(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False) -> Callable:
+    """Returns the function of decode and verification steps: the model, then sampler on the logits.
+
+        step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
+
+    All arguments are tensors. The step uses the first B sequences of kv_cache. The next call may overwrite the result
+    and the logits that sampler gets, since both may be static buffers of a recording. Clone what must last.
+
+    A step has one of three modes (choose_mode):
 
         can_record    device    --compile    mode
         yes           CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
@@ -146,85 +153,70 @@ class ModelRunner:
 
         64 tokens          quantized weights, and all weights on a GPU with matrix units
         8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
-        8 tokens           a GPU without matrix units
+        8 tokens           a GPU without matrix units"""
+    can_record = cache(model.can_record)  # model.can_record goes through all modules
 
-    runner(tokens [B, T], start_pos [B], *sampler_inputs) returns sampler(logits [B, T, V], tokens, start_pos,
-    *sampler_inputs). All arguments are tensors. The step uses the first B sequences of kv_cache.
-
-    The next call may overwrite the result and the logits that sampler gets, since both may be static buffers of a
-    recording. Clone what must last."""
-
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
-        self.step = step = ModelStep(model, kv_cache, sampler)
-        self.sampler, self.compile, self.device = sampler, compile, model.device
-        self.can_record = step.can_record
-        # The first call of each records. Of a runner's three, only one or two are ever called.
-        self.tape_of_model = record(step.compute_logits)
-        self.cuda_graph = record(step.eager)
-        self.compiled_cuda_graph = record(step.compiled)
-
-    @torch.inference_mode()
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        run = self.choose_mode(*tokens.shape)
-        return run(tokens, start_pos, *sampler_inputs)
-
-    def choose_mode(self, batch_size: int, n_new_tokens: int) -> Callable:
-        if self.can_record(batch_size, n_new_tokens) and (self.compile or self.device.type == "cpu"):
-            return self.recorded
-        return self.compiled if self.compile else self.step.eager
-
-    def recorded(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        if self.device.type == "cuda":
-            return self.cuda_graph(tokens, start_pos, *sampler_inputs)
-        # A tape holds only the operations of kernels/schema.py, and a sampler has others.
-        logits = self.tape_of_model(tokens, start_pos)
-        return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
-
-    def compiled(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        has_cuda_graph = self.device.type == "cuda" and can_be_one_graph(self.step.model)
-        run = self.compiled_cuda_graph if has_cuda_graph else self.step.compiled
-        return run(tokens, start_pos, *sampler_inputs)
-
-
-class ModelStep:
-    """What a ModelRunner calls or records. The recordings are in the other class: a recording refers to the function
-    that it records, so both in one object would be a reference cycle. A cycle would keep an unused KV cache in memory
-    until Python's next garbage collection."""
-
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
-        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
-        self.can_record = cache(model.can_record)  # model.can_record goes through all modules
-
-    def eager(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *sampler_inputs)
-
-    def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        kv_cache = self.kv_cache.narrow_batch(0, len(tokens))
-        if not self.can_record(*tokens.shape):
+    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        used_cache = kv_cache.narrow_batch(0, len(tokens))
+        if not can_record(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
-            kv_cache = kv_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return self.model(tokens, start_pos, kv_cache)
+            used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
+        return model(tokens, start_pos, used_cache)
 
-    def compiled(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
-        model, head = self.compiled_pieces
-        hidden = model.compute_hidden(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
-        return head(hidden, tokens, start_pos, *sampler_inputs)
+    def eager(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
-    @cached_property
-    def compiled_pieces(self) -> tuple[Transformer, Callable]:
-        """Returns two pieces that torch.compile compiles: model, of which one compiled block serves all layers, and
-        the output head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the
-        time. The first step makes the pieces, since importing the compiler takes a second and 150 MB."""
-        model, sampler = self.model, self.sampler
+    tape = record(compute_logits)
 
-        def head(hidden: Tensor, *inputs: Tensor):
-            return sampler(model.compute_logits(hidden), *inputs)
+    def tape_and_sampler(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        # A tape holds only the operations of kernels/schema.py, and a sampler has others.
+        return with_tape_threads(sampler, tape(tokens, start_pos), tokens, start_pos, *inputs)
 
-        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
-        return compile_blocks(model, **options), torch.compile(head, **options)
+    compiled = compile_step(model, kv_cache, sampler)
+    modes = {"recorded": tape_and_sampler, "compiled": compiled, "eager": eager}
+    if model.device.type == "cuda":
+        modes["recorded"] = record(eager)
+        if can_be_one_graph(model):
+            modes["compiled"] = record(compiled)
+
+    # No function refers to step, so there is no reference cycle. A cycle would keep an unused KV cache in memory until
+    # Python's next garbage collection.
+    @torch.inference_mode()
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        mode = choose_mode(can_record(*tokens.shape), model.device.type, compile)
+        return modes[mode](tokens, start_pos, *inputs)
+
+    return step
+
+
+def choose_mode(can_record: bool, device_type: str, compile: bool) -> str:
+    if can_record and (compile or device_type == "cpu"):
+        return "recorded"
+    return "compiled" if compile else "eager"
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+    """Returns the function of build_model_step, compiled by torch.compile in two pieces: the blocks, of which one
+    compiled block serves all layers, and the output head with the sampler. The pieces run as fast as one compiled step,
+    and compile in a third of the time."""
+
+    def head(hidden: Tensor, *inputs: Tensor):
+        return sampler(model.compute_logits(hidden), *inputs)
+
+    @cache  # the first step makes the pieces, since importing the compiler takes a second and 150 MB
+    def compiled_pieces() -> tuple[Transformer, Callable]:
+        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
+        return compile_blocks(model, **options), torch.compile(head, **options)
+
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        compiled_model, compiled_head = compiled_pieces()
+        hidden = compiled_model.compute_hidden(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
+        return compiled_head(hidden, tokens, start_pos, *inputs)
+
+    return step
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:

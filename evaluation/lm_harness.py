@@ -11,10 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.completion import complete_all
-from engine.request import Request
 from engine.sampling import SamplingParams
 from engine.scheduler import build_scheduler
+from engine.sequence import Sequence
 from evaluation.scoring import ScoredSequence, compute_scores
 from model import Transformer
 from text.chat_template import render
@@ -145,16 +144,18 @@ class HarnessModel:
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Generates the answers to requests, max_batch_size answers at a time."""
-        answers = [self.make_request(*request.args, seed=i) for i, request in enumerate(requests)]
-        scheduler = build_scheduler(self.model, answers, self.max_batch_size, compile=self.compile)
-        completions = complete_all(scheduler, self.tokenizer, answers)
-        bar = tqdm(completions, "generations", len(answers), disable=disable_tqdm or None)
-        return [completion.text for completion in bar]
+        answers = [self.make_sequence(*request.args, seed=i) for i, request in enumerate(requests)]
+        scheduler = build_scheduler(self.model, answers, self.max_batch_size, self.compile)
+        bar = tqdm(scheduler.complete(answers), "generations", len(answers), disable=disable_tqdm or None)
+        for _, answer in bar:
+            if answer.error:
+                raise UsageError(answer.error)
+        return [answer.text for answer in answers]
 
-    def make_request(self, text: str, kwargs: dict, seed: int) -> Request:
-        """Makes a Request of the prompt's text and the options of lm_eval's generation request."""
-        options = read_options(kwargs)
-        return Request(self.prompt_ids(text, options["max_new_tokens"]), seed=seed, **options)
+    def make_sequence(self, text: str, kwargs: dict, seed: int) -> Sequence:
+        """Makes a Sequence of the prompt's text and the options of lm_eval's generation request."""
+        options = read_options(kwargs) | {"tokenizer": self.tokenizer, "eos_ids": self.model.config.eos_ids}
+        return Sequence(self.prompt_ids(text, options["max_new_tokens"]), seed=seed, **options)
 
     def prompt_ids(self, text: str, max_new_tokens: int) -> list[int]:
         """Encodes text. If the ids leave no room for an answer, drops the first ids."""
@@ -165,7 +166,7 @@ class HarnessModel:
 
 
 def read_options(kwargs: dict) -> dict:
-    """Reads the keyword arguments of lm_eval's generation request. Returns fields of Request."""
+    """Reads the keyword arguments of lm_eval's generation request. Returns fields of Sequence."""
     sampling = {name: value for name, value in kwargs.items() if value}  # None and 0 mean the default
     if kwargs.get("do_sample") is False:
         sampling["temperature"] = 0.0

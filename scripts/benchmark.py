@@ -44,7 +44,7 @@ import kernels
 from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
-from engine.request import check_length
+from engine.sequence import check_length
 from kernels.formats import GROUP_SIZES, MODES, Unquantized, WeightFormat
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models

@@ -1,9 +1,9 @@
 """Reads the requests of OpenAI's API, and writes the responses. serve.py sends them over HTTP.
 
     reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
-    reply.completions           # what to compute (engine/completion.py)
-    reply.response()            # after the completions have ended
-    reply.stream(updates)       # the chunks of a stream; updates: yields after every step
+    reply.sequences             # what to compute (engine/sequence.py)
+    reply.response()            # after the sequences have ended
+    reply.stream(updates)       # the chunks of a stream; updates: yields the new tokens of every step
 """
 
 import json
@@ -12,10 +12,9 @@ import time
 from collections.abc import AsyncIterator
 from itertools import accumulate
 
-from engine.completion import Completion
-from engine.request import Request, encode_prompt
 from engine.sampling import SamplingParams
-from engine.scheduler import Scheduler
+from engine.scheduler import NewToken, Scheduler
+from engine.sequence import Logprobs, Sequence, encode_prompt
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -38,16 +37,16 @@ def parse_request(data: bytes) -> dict:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def read_requests(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Request]:
-    """Returns a Request for each text that body asks for."""
-    context, max_seq_len = scheduler.model.config.max_seq_len, scheduler.max_seq_len
+def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Sequence]:
+    """Returns a Sequence for each text that body asks for."""
+    config, max_seq_len = scheduler.model.config, scheduler.max_seq_len
     if is_chat:
         messages = body.get("messages")
         require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
-        prompts = [encode_prompt(messages, tokenizer, context)]
+        prompts = [encode_prompt(messages, tokenizer, config.max_seq_len)]
         n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if read_boolean(body, "logprobs") else None
     else:
-        prompts = encode_prompts(body.get("prompt"), tokenizer, context)
+        prompts = encode_prompts(body.get("prompt"), tokenizer, config.max_seq_len)
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
     n = read_integer(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
@@ -60,8 +59,9 @@ def read_requests(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Sc
     stop = [stop] if isinstance(stop, str) else stop
     is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
     require(is_valid and len(stop) <= MAX_STOPS, f"stop must be {MAX_STOPS} texts of {MAX_STOP_LENGTH} letters at most")
-    options = {"sampling": read_sampling(body), "stop": tuple(stop), "is_chat": is_chat, "n_logprobs": n_logprobs}
-    return [Request(prompts[i // n], max_tokens, seed=seed + i, **options) for i in range(n * len(prompts))]
+    options = {"tokenizer": tokenizer, "eos_ids": config.eos_ids, "stop": tuple(stop), "n_logprobs": n_logprobs}
+    options |= {"sampling": read_sampling(body), "prompt": messages if is_chat else None}
+    return [Sequence(prompts[i // n], max_tokens, seed=seed + i, **options) for i in range(n * len(prompts))]
 
 
 def read_sampling(body: dict) -> SamplingParams:
@@ -69,7 +69,7 @@ def read_sampling(body: dict) -> SamplingParams:
     SamplingParams are vLLM's."""
     sampling = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
     require(sampling.temperature <= 2, "temperature must be at most 2")
-    # A penalty beyond these bounds could make logits infinite. An infinite logit ends the texts of all clients.
+    # A penalty beyond these bounds could make logits infinite. An infinite logit ends the text.
     require(0.01 <= sampling.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100")
     return sampling
 
@@ -105,14 +105,13 @@ def require(condition, message: str):
 
 
 class Reply:
-    """The reply to a request: one response or, in a stream, a response with the new text after every step."""
+    """The reply to a request: one response or, in a stream, a chunk for every new token."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         """Parses data, the bytes of the request, and tokenizes the prompts. Megabytes of text take seconds."""
         body = parse_request(data)
-        requests = read_requests(body, is_chat, tokenizer, scheduler)
-        self.completions = [Completion(request, tokenizer, scheduler.eos_ids, i) for i, request in enumerate(requests)]
-        self.sent = [(0, 0)] * len(requests)  # how many characters and tokens of each completion were sent
+        self.sequences = read_sequences(body, is_chat, tokenizer, scheduler)
+        self.n_sent: dict[Sequence, int] = {}  # how many characters of each text were sent in a stream
         self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, read_boolean(body, "stream")
         options = body.get("stream_options")
         self.streams_usage = isinstance(options, dict) and bool(options.get("include_usage"))
@@ -122,40 +121,41 @@ class Reply:
         self.header = {"id": secrets.token_hex(12), "object": object, "created": int(time.time()), "model": model_name}
 
     def response(self) -> dict:
-        return self.header | {"choices": list(map(self.new_choice, self.completions)), "usage": self.usage()}
+        parts = [(one, one.text, one.finish_reason, one.new_ids, one.logprobs) for one in self.sequences]
+        return self.header | {"choices": [self.choice(*part) for part in parts], "usage": self.usage()}
 
-    async def stream(self, updates: AsyncIterator[None]) -> AsyncIterator[dict]:
-        """Yields a chunk for each completion that has grown, after each of updates. If the request asks for the usage,
-        it comes at the end."""
-        async for _ in updates:
-            for completion in self.completions:
-                if len(completion.new_ids) > self.sent[completion.index][1]:
-                    yield self.header | {"choices": [self.new_choice(completion)]}
+    async def stream(self, updates: AsyncIterator[list[NewToken]]) -> AsyncIterator[dict]:
+        """Yields a chunk for each new token. If the request asks for the usage, it comes at the end."""
+        async for new_tokens in updates:
+            for new in new_tokens:
+                logprobs = [] if new.logprobs is None else [new.logprobs]
+                choice = self.choice(new.sequence, new.text, new.finish_reason, [new.token], logprobs)
+                yield self.header | {"choices": [choice]}
         if self.streams_usage:
             yield self.header | {"choices": [], "usage": self.usage()}
 
     def usage(self) -> dict:
-        n_prompt = sum({id(c.request.prompt_ids): len(c.request.prompt_ids) for c in self.completions}.values())
-        n_new = sum(len(completion.new_ids) for completion in self.completions)
+        n_prompt = sum(map(len, {id(one.prompt_ids): one.prompt_ids for one in self.sequences}.values()))
+        n_new = sum(len(one.new_ids) for one in self.sequences)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
-    def new_choice(self, completion: Completion) -> dict:
-        """Returns the part of completion that was not sent yet."""
-        n_characters, n_tokens = self.sent[completion.index]
-        self.sent[completion.index] = len(completion.text), len(completion.new_ids)
-        logprobs = self.logprobs(completion, n_characters, n_tokens) if completion.logprobs else None
-        choice = {"index": completion.index, "logprobs": logprobs, "finish_reason": completion.finish_reason}
-        text = completion.text[n_characters:]
+    def choice(
+        self, sequence: Sequence, text: str, finish_reason: str | None, ids: list[int], logprobs: list[Logprobs]
+    ) -> dict:
+        """Returns what a response or a chunk says of sequence: some of its text, and the tokens ids."""
+        role, n_sent = {} if sequence in self.n_sent else {"role": "assistant"}, self.n_sent.get(sequence, 0)
+        self.n_sent[sequence] = n_sent + len(text)
+        choice = {"index": self.sequences.index(sequence), "finish_reason": finish_reason}
+        choice["logprobs"] = self.describe_logprobs(ids, logprobs, n_sent) if logprobs else None
         if not self.is_chat:
             return choice | {"text": text}
-        role = {} if n_tokens else {"role": "assistant"}
         return choice | {"delta" if self.is_stream else "message": role | {"content": text}}
 
-    def logprobs(self, completion: Completion, n_characters: int, n_tokens: int) -> dict:
+    def describe_logprobs(self, ids: list[int], logprobs: list[Logprobs], n_sent: int) -> dict:
         entries = []
-        for token, logprobs in zip(completion.new_ids[n_tokens:], completion.logprobs[n_tokens:], strict=True):
-            top = [self.entry(*likely) for likely in logprobs.top]
-            entries.append(self.entry(token, logprobs.token) | {"top_logprobs": top})
+        for token, one in zip(ids, logprobs, strict=True):
+            top = [self.entry(*likely) for likely in one.top]
+            entries.append(self.entry(token, one.token) | {"top_logprobs": top})
         if self.is_chat:
             return {"content": entries}
         tokens = [entry["token"] for entry in entries]
@@ -163,7 +163,7 @@ class Reply:
             "tokens": tokens,
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [{e["token"]: e["logprob"] for e in (*entry["top_logprobs"], entry)} for entry in entries],
-            "text_offset": list(accumulate(map(len, tokens[:-1]), initial=n_characters)),
+            "text_offset": list(accumulate(map(len, tokens[:-1]), initial=n_sent)),
         }
 
     def entry(self, token: int, logprob: float) -> dict:

@@ -113,7 +113,7 @@ class Server(uvicorn.Server):
         data, is_chat = await receive_body(request), request.scope["path"] == "/v1/chat/completions"
         # In a thread, since tokenizing megabytes of text takes seconds
         reply = await asyncio.to_thread(Reply, data, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
-        updates = self.completer.complete(reply.completions)
+        updates = self.completer.complete(reply.sequences)
         if reply.is_stream:
             return StreamingResponse(events(reply.stream(updates)), media_type="text/event-stream")
         async for _ in updates:

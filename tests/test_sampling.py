@@ -6,9 +6,9 @@ import torch
 from transformers.generation import logits_process as hf
 
 from engine.generation import build_decode_loop
-from engine.request import Request
 from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Scheduler
+from engine.sequence import Sequence
 from engine.speculate import PromptLookup, build_speculative_decoder
 from engine.steps import build_steps, make_kv_cache
 from utils.errors import UsageError
@@ -96,22 +96,21 @@ def test_repetition_penalty_equals_transformers(pair):
     kv_cache, ids = make_kv_cache(ours, 1, 64), prompt[0].tolist()
     steps = build_steps(ours, kv_cache, sampling)
     decode_loop = build_decode_loop(steps, kv_cache)
-    assert [i for ((i,),) in decode_loop(ids, 0, n)] == expected
+    assert [i for (i,) in decode_loop(ids, 0, n)] == expected
     rest = decode_loop(ids + expected[:5], 44, n - 5)  # as a conversation goes on
-    assert [i for ((i,),) in rest] == expected[5:]
+    assert [i for (i,) in rest] == expected[5:]
 
     lookup = build_speculative_decoder(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
-    steps_of_lookup = list(lookup(ids, 0, n))
-    assert [i for (tokens,) in steps_of_lookup for i in tokens] == expected
+    assert [i for (i,) in lookup(ids, 0, n)] == expected
 
-    scheduler = Scheduler(ours, 3, 64, eos_ids=set())
-    plain, penalized = Request(ids, n), Request(ids, n, sampling)
-    for request in (plain, penalized, Request(ids[:7], 3, sampling)):
-        scheduler.submit(request)
+    scheduler = Scheduler(ours, 3, 64)
+    plain, penalized = Sequence(ids, n), Sequence(ids, n, sampling)
+    for sequence in (plain, penalized, Sequence(ids[:7], 3, sampling)):
+        scheduler.submit(sequence)
     found = {plain: [], penalized: []}
     while scheduler.has_work():
         for new in scheduler.step():
-            found.setdefault(new.request, []).append(new.token)
+            found.setdefault(new.sequence, []).append(new.token)
     assert found[penalized] == expected and found[plain] != expected
 
 
@@ -145,9 +144,9 @@ def test_top_p_compiled():
 def test_options_that_change_nothing_are_off():
     """So sample may use the GPU's kernel, and the scheduler samples such requests together."""
     sampling = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
-    assert sampling == SamplingParams(0.8, repetition_penalty=1.1) and not sampling.filters_tokens
+    assert sampling == SamplingParams(0.8, repetition_penalty=1.1) and not sampling.has_truncation
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(0.8, **options).filters_tokens
+        assert SamplingParams(0.8, **options).has_truncation
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

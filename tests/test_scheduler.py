@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.async_completer import AsyncCompleter, CompletionError
-from engine.completion import Completion, complete_all, generate_many
 from engine.generation import generate
-from engine.request import Request
 from engine.sampling import SamplingParams
-from engine.scheduler import RunningSequence, Scheduler, sample_each
+from engine.scheduler import Scheduler, sample_each
+from engine.sequence import Sequence, build_sequence
 from engine.steps import build_steps, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
+from llm import LLM
 from loading import load
 from model import Transformer
 from tests.tiny import make_hf, to_ours
@@ -43,14 +43,15 @@ def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
     return [ids[0] for ids in generate(steps, torch.tensor([prompt]), 0, n)]
 
 
-def run(scheduler: Scheduler, requests: list[Request]) -> list[list[int]]:
-    """The new tokens of each request."""
-    tokens = {request: [] for request in requests}
-    for request in requests:
-        scheduler.submit(request)
+def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
+    """The new tokens of each sequence."""
+    tokens = {sequence: [] for sequence in sequences}
+    for sequence in sequences:
+        scheduler.submit(sequence)
     while scheduler.has_work():
         for new in scheduler.step():
-            tokens[new.request].append(new.token)
+            tokens[new.sequence].append(new.token)
+    assert list(tokens.values()) == [sequence.new_ids for sequence in sequences]
     return list(tokens.values())
 
 
@@ -62,9 +63,9 @@ def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, pair):
     lengths = [random.Random(i).randrange(1, 9) for i in range(len(prompts))]
     expected = [run_alone(model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
     for n_rows in (1, 3, 20):
-        scheduler = Scheduler(model, n_rows, 48, eos_ids=set())
+        scheduler = Scheduler(model, n_rows, 48)
         for order in (range(9), (4, 8, 0, 2, 6, 1, 7, 3, 5)):  # the second time, rows hold other prompts' tokens
-            found = run(scheduler, [Request(prompts[i], lengths[i]) for i in order])
+            found = run(scheduler, [Sequence(prompts[i], lengths[i]) for i in order])
             assert found == [expected[i] for i in order]
 
 
@@ -73,10 +74,10 @@ def test_a_conversation_that_has_moved_goes_on(pair):
     what it had when it moved."""
     _, model = pair("llama3", True)
     short, moving, other = [1, 2, 3], [4, 5, 6, 7], [9, 8, 7, 6]
-    scheduler = Scheduler(model, 2, 48, eos_ids=set())
-    _, new = run(scheduler, [Request(short, 2), Request(moving, 12)])
+    scheduler = Scheduler(model, 2, 48)
+    _, new = run(scheduler, [Sequence(short, 2), Sequence(moving, 12)])
     prompts = [other, [*moving, *new, 5]]  # the first takes the slot where the sequence ended
-    found = run(scheduler, [Request(prompt, 8) for prompt in prompts])
+    found = run(scheduler, [Sequence(prompt, 8) for prompt in prompts])
     assert found == [run_alone(model, prompt, 8) for prompt in prompts]
 
 
@@ -89,30 +90,30 @@ def test_quantized(format):
             linear.set_tensor(name, tensor)
     model.prepare_kernels()
     prompts = make_prompts(4)
-    found = run(Scheduler(model, 4, 48, eos_ids=set()), [Request(prompt, 8) for prompt in prompts])
+    found = run(Scheduler(model, 4, 48), [Sequence(prompt, 8) for prompt in prompts])
     assert found == [run_alone(model, prompt, 8) for prompt in prompts]
 
 
-def test_end_tokens_and_cancelled_requests_leave_the_others_alone(pair):
+def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(pair):
     _, model = pair("llama3", True)
     prompts = make_prompts(6)
     expected = [run_alone(model, prompt, 8) for prompt in prompts]
     end = expected[2][3]
     expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
-    scheduler = Scheduler(model, 3, 48, eos_ids={end})
-    requests = [Request(prompt, 8) for prompt in prompts]
-    for request in requests:
-        scheduler.submit(request)
-    found = {request: [] for request in requests}
+    scheduler = Scheduler(model, 3, 48)
+    sequences = [Sequence(prompt, 8, eos_ids={end}) for prompt in prompts]
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    found = {sequence: [] for sequence in sequences}
     while scheduler.has_work():
         for new in scheduler.step():
-            found[new.request].append(new.token)
-        if len(found[requests[0]]) == 2:
-            scheduler.cancel(requests[0])  # it runs
-            scheduler.cancel(requests[7])  # it waits
-    assert found[requests[0]] == expected[0][:2] and found[requests[7]] == []
+            found[new.sequence].append(new.token)
+        if len(found[sequences[0]]) == 2:
+            scheduler.cancel(sequences[0])  # it runs
+            scheduler.cancel(sequences[7])  # it waits
+    assert found[sequences[0]] == expected[0][:2] and found[sequences[7]] == []
     for i in (1, 2, 3, 4, 5, 6):
-        assert found[requests[i]] == expected[i]
+        assert found[sequences[i]] == expected[i]
 
 
 def test_random_numbers_are_a_prompts_own(pair):
@@ -121,26 +122,23 @@ def test_random_numbers_are_a_prompts_own(pair):
     prompts, sampling = make_prompts(6), SamplingParams(temperature=1.0, top_p=0.9)
 
     def sample(n_rows: int, order: list[int]) -> dict[int, list[int]]:
-        requests = [Request(prompts[i], 8, sampling, seed=i) for i in order]
-        return dict(zip(order, run(Scheduler(model, n_rows, 48, eos_ids=set()), requests), strict=True))
+        sequences = [Sequence(prompts[i], 8, sampling, seed=i) for i in order]
+        return dict(zip(order, run(Scheduler(model, n_rows, 48), sequences), strict=True))
 
     first = sample(3, [0, 1, 2, 3, 4, 5, 6, 7])
     assert first == sample(8, [5, 4, 7, 6, 0, 1, 3, 2]) and first[0] != first[6]  # the same prompt, another seed
     (greedy, sampled) = run(
-        Scheduler(model, 2, 48, eos_ids=set()),
-        [Request(prompts[1], 8), Request(prompts[1], 8, sampling, seed=1)],  # each with options of its own
+        Scheduler(model, 2, 48),
+        [Sequence(prompts[1], 8), Sequence(prompts[1], 8, sampling, seed=1)],  # each with options of its own
     )
     assert sampled == first[1] and greedy == run_alone(model, prompts[1], 8)
 
 
 def test_the_likeliest_token_takes_no_random_numbers():
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    samplings = SamplingParams(), SamplingParams(1.0)
-    states = [generator.get_state() for generator in generators]
-    pairs = zip(samplings, generators, strict=True)
-    sequences = [RunningSequence(Request([1], 1, s), generator) for s, generator in pairs]
+    sequences = [Sequence([1], 1, sampling) for sampling in (SamplingParams(), SamplingParams(1.0))]
+    states = [sequence.generator.get_state() for sequence in sequences]
     sample_each(torch.randn(2, 50), sequences)
-    is_same = [torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)]
+    is_same = [torch.equal(s.generator.get_state(), state) for s, state in zip(sequences, states, strict=True)]
     assert is_same == [True, False]
 
 
@@ -150,7 +148,7 @@ def test_nothing_is_computed_twice_or_in_vain(pair):
     hook = model.layers[0].register_forward_hook(lambda layer, args, y: n_computed.append(y.shape[0] * y.shape[1]))
     try:
         shared = list(range(20, 50))
-        run(Scheduler(model, 4, 64, eos_ids=set()), [Request([*shared, 50 + i, 3], 1 + i) for i in range(6)])
+        run(Scheduler(model, 4, 64), [Sequence([*shared, 50 + i, 3], 1 + i) for i in range(6)])
     finally:
         hook.remove()
     prefilled = len(shared) + 6 * 2
@@ -162,13 +160,13 @@ def test_logprobs(pair):
     """Those of one forward over prompt and answer, whatever the sampling."""
     _, model = pair("llama3", True)
     prompts = make_prompts(2)
-    scheduler = Scheduler(model, 2, 48, eos_ids=set())
+    scheduler = Scheduler(model, 2, 48)
     for prompt, sampling in zip(prompts, (SamplingParams(), SamplingParams(1.5, top_k=3)), strict=False):
-        scheduler.submit(Request(prompt, 5, sampling, n_logprobs=4))
+        scheduler.submit(Sequence(prompt, 5, sampling, n_logprobs=4))
     found = [[], []]
     while scheduler.has_work():
         for new in scheduler.step():
-            found[prompts.index(new.request.prompt_ids)].append(new)
+            found[prompts.index(new.sequence.prompt_ids)].append(new)
     for prompt, answer in zip(prompts, found, strict=False):
         ids = [*prompt, *(new.token for new in answer)]
         with torch.inference_mode():
@@ -181,13 +179,13 @@ def test_logprobs(pair):
             assert [value for _, value in new.logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_requests_that_do_not_fit_are_refused(pair):
+def test_sequences_that_do_not_fit_are_refused(pair):
     _, model = pair("llama3", True)
     scheduler = Scheduler(model, 2, 16)
     with pytest.raises(UsageError, match="12 prompt tokens and 5 new ones exceed 16"):
-        scheduler.submit(Request([5] * 12, 5))
+        scheduler.submit(Sequence([5] * 12, 5))
     with pytest.raises(UsageError, match="empty"):
-        scheduler.submit(Request([], 5))
+        scheduler.submit(Sequence([], 5))
     assert not scheduler.has_work() and scheduler.step() == []
 
 
@@ -195,24 +193,24 @@ def test_requests_that_do_not_fit_are_refused(pair):
 
 
 def test_generate_many(chain):
-    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    generate_many = LLM(chain / "model.pth", "cpu", torch.float32).generate_many
     prompts = ["S", "0", "W", "0123", "P"]
-    found = list(generate_many(model, tokenizer, prompts, parallel=2, max_new_tokens=6, stop=("78", "X")))
+    found = list(generate_many(prompts, parallel=2, max_new_tokens=6, stop=("78", "X")))
     assert found == [(0, "🙂E"), (1, "123456"), (2, " "), (3, "456"), (4, "")]
     with pytest.raises(UsageError, match="context"):
-        list(generate_many(model, tokenizer, ["0" * 300], max_new_tokens=6))
+        list(generate_many(["0" * 300], max_new_tokens=6))
     with pytest.raises(UsageError, match="prompt 1: a prompt of 9000 characters exceeds the model's context of"):
-        list(generate_many(model, tokenizer, ["S", "0" * 9000], max_new_tokens=6))
+        list(generate_many(["S", "0" * 9000], max_new_tokens=6))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not 0"):
-        list(generate_many(model, tokenizer, ["S"], max_new_tokens=0))
+        list(generate_many(["S"], max_new_tokens=0))
     for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
         with pytest.raises(UsageError, match="prompt 1: .*message.* not "):
-            list(generate_many(model, tokenizer, ["S", wrong], max_new_tokens=6))
+            list(generate_many(["S", wrong], max_new_tokens=6))
     with pytest.raises(UsageError, match="prompt 0: the prompt is empty"):
-        list(generate_many(model, tokenizer, [""], max_new_tokens=6))
+        list(generate_many([""], max_new_tokens=6))
     with pytest.raises(UsageError, match="prompt 0: the prompt is not valid UTF-8"):
-        list(generate_many(model, tokenizer, ["\ud800"], max_new_tokens=6))
-    assert list(generate_many(model, tokenizer, [])) == []
+        list(generate_many(["\ud800"], max_new_tokens=6))
+    assert list(generate_many([])) == []
 
 
 def test_callers_in_asyncio(chain):
@@ -220,17 +218,19 @@ def test_callers_in_asyncio(chain):
     model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
     completer = AsyncCompleter(scheduler := Scheduler(model, 2, 64))
 
-    def start(text: str, n: int = 6) -> Completion:
-        return Completion(Request(tokenizer.encode(text), n), tokenizer, scheduler.eos_ids)
+    def start(text: str, n: int = 6) -> Sequence:
+        return build_sequence(text, tokenizer, model.config, n)
 
     async def text_of(text: str, n_steps: int = 100) -> str:
-        completion = start(text)
-        async with contextlib.aclosing(completer.complete([completion])) as steps:
-            async for _ in steps:
+        found, sequence = "", start(text)
+        async with contextlib.aclosing(completer.complete([sequence])) as steps:
+            async for new_tokens in steps:
+                found += "".join(new.text for new in new_tokens)
                 n_steps -= 1
                 if n_steps == 0:
-                    break
-        return completion.text
+                    return found
+        assert found == sequence.text
+        return found
 
     async def check():
         assert await asyncio.gather(*map(text_of, ["S", "0", "W", "5"])) == ["🙂E", "123456", " X", "678901"]
@@ -244,7 +244,7 @@ def test_callers_in_asyncio(chain):
         scheduler.step = step
         assert await text_of("0") == "123456"
         completer.thread.shutdown()
-        assert not completer.completions and not scheduler.has_work()
+        assert not completer.inboxes and not scheduler.has_work()
 
     asyncio.run(check())
 
@@ -253,7 +253,7 @@ def test_interrupt_keeps_what_is_complete(chain):
     """Prompts that end while an earlier one is running come after Ctrl-C, which still ends the program."""
     model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
     scheduler = Scheduler(model, 3, 64)
-    requests = [Request(tokenizer.encode(text), 50) for text in ("0", "S", "P")]
+    sequences = [build_sequence(text, tokenizer, model.config, 50) for text in ("0", "S", "P")]
     step, n_steps = scheduler.step, iter(range(100))
 
     def interrupted_step():
@@ -264,8 +264,8 @@ def test_interrupt_keeps_what_is_complete(chain):
     scheduler.step = interrupted_step
     found = []
     with pytest.raises(KeyboardInterrupt):
-        for completion in complete_all(scheduler, tokenizer, requests):
-            found.append((completion.index, completion.text))
+        for i, sequence in scheduler.complete(sequences):
+            found.append((i, sequence.text))
     assert found == [(1, "🙂E"), (2, "")]
 
 

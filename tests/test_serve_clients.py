@@ -49,13 +49,13 @@ def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, 
         if stream:
             read_until(gone, b"data: ")
         next_answer = pool.submit(answer)
-        wait_for(lambda: len(completer.completions) == n + 1)
+        wait_for(lambda: len(completer.inboxes) == n + 1)
         gone.close()
         if stream:
-            wait_for(lambda: len(completer.completions) == 1)  # without any further step
+            wait_for(lambda: len(completer.inboxes) == 1)  # without any further step
         wait_for(lambda: gate.permits.release() or next_answer.done())
     assert next_answer.result().choices == expected
-    assert gate.n_steps < n + 10 and not completer.completions
+    assert gate.n_steps < n + 10 and not completer.inboxes
     gate.permits.release(10)  # for a step that may have begun
     wait_for(lambda: completer.step.done())
 
@@ -73,7 +73,7 @@ def test_a_client_that_does_not_read(complete, chatty_server):
     for reads in (True, False):
         with connect(chatty_server, UNREAD, buffer=4096) as connection:
             wait_for(lambda: any(c.flow.write_paused for c in connections))
-            assert completer.completions
+            assert completer.inboxes
             if reads:
                 assert answer().choices == expected
                 found = [""] * len(texts)
@@ -82,7 +82,7 @@ def test_a_client_that_does_not_read(complete, chatty_server):
                         (choice,) = json.loads(line[6:])["choices"]
                         found[choice["index"]] += choice["text"]
                 assert found == texts
-        wait_for(lambda: not any(c.flow.write_paused for c in connections) and not completer.completions)
+        wait_for(lambda: not any(c.flow.write_paused for c in connections) and not completer.inboxes)
         assert answer().choices == expected
 
 

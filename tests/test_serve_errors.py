@@ -169,7 +169,7 @@ def test_whatever_is_sent_gets_an_answer(path, body, chatty_server):
         assert content.endswith(b"data: [DONE]\n\n") and b'"error"' not in content
     else:
         assert all(choice["finish_reason"] in ("stop", "length") for choice in json.loads(content)["choices"])
-    assert not chatty_server.completer.completions
+    assert not chatty_server.completer.inboxes
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)

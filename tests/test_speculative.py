@@ -22,7 +22,7 @@ from engine.speculate import (
     estimate_verify_cost,
     rejection_sample,
 )
-from engine.steps import GenerationSteps, build_steps
+from engine.steps import Steps, build_steps
 from loading import load_model
 from model import KVCache
 from tests.tiny import FAMILIES, call, convert, make_hf, to_ours
@@ -52,8 +52,8 @@ def plain(model, text: list[int], n: int) -> list[int]:
     return [i for (i,) in generate(steps, torch.tensor([text]), 0, n)]
 
 
-def flat(steps_tokens) -> list[int]:
-    return [i for (tokens,) in steps_tokens for i in tokens]
+def flat(tokens) -> list[int]:
+    return [i for (i,) in tokens]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
         decoder = decoder_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
         decoder = replace(decoder, verify_cost=0.1)
-        steps_tokens = list(decoder(TEXT, 0, 40))
-        assert flat(steps_tokens) == expected
-        sizes = [len(tokens) for (tokens,) in steps_tokens]
-        assert max(sizes) <= k + 1
+        assert flat(decoder(TEXT, 0, 40)) == expected
+        sizes = decoder.step_sizes
+        assert sum(sizes) == 40 and max(sizes) <= k + 1
+        assert decoder.accept_counts() == [sizes[1:].count(n + 1) for n in range(k + 1)]
         if name == "itself":
             assert sizes[1:-1].count(k + 1) >= (39 // (k + 1)) - 1
 
@@ -186,14 +186,13 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         proposer = PromptLookup(3, CPU)
     else:
         proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
-    decoder = SpeculativeDecoder(GenerationSteps(prefill, decode), verify, proposer, k=2, device=CPU)
+    decoder = SpeculativeDecoder(Steps(prefill, decode), verify, proposer, k=2, device=CPU)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
-        steps_tokens = list(decoder(text, 0, 3))
-        n_speculated += len(steps_tokens) < 3
-        counts[tuple(flat(steps_tokens))] += 1
+        counts[tuple(flat(decoder(text, 0, 3)))] += 1
+        n_speculated += len(decoder.step_sizes) < 3
     assert n_speculated > samples // 20  # speculation took part
 
     probs = toy_probs(table, sampling)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from engine.generation import generate
-from engine.steps import GenerationSteps, build_steps
+from engine.steps import Steps, build_steps
 from kernels.formats import WeightFormat
 from model import KVCache
 from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, time_tokens
@@ -95,14 +95,14 @@ class Decoder:
         self.n_prompt, self.n_new = args.prompt_tokens, args.max_new_tokens
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 
-    def new_steps(self, n_threads: int) -> GenerationSteps:
+    def new_steps(self, n_threads: int) -> Steps:
         """Returns steps that have just been recorded."""
         torch.set_num_threads(n_threads)
         steps = build_steps(self.model, self.kv_cache, SAMPLING)
         time_tokens(self.model, steps, 0, 1, 2)  # records
         return steps
 
-    def token_times(self, steps: GenerationSteps) -> Iterator[float]:
+    def token_times(self, steps: Steps) -> Iterator[float]:
         """Decodes a text. Yields the time after prefill and after every decode step, by a clock that all processes
         share."""
         prompt = torch.randint(self.model.config.vocab_size, (1, self.n_prompt))

@@ -21,10 +21,10 @@ from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.families import config_from_hf
 from engine.generation import generate
-from engine.request import Request
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
-from engine.steps import GenerationSteps, ModelRunner, build_steps
+from engine.sequence import Sequence
+from engine.steps import Steps, build_model_step, build_steps
 from kernels.formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, RMSNorm
 from model import KVCache, Transformer, empty_model
@@ -202,7 +202,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     }
 
 
-def time_tokens(model: Transformer, steps: GenerationSteps, start: int, n_prompt: int, n_new: int) -> list[float]:
+def time_tokens(model: Transformer, steps: Steps, start: int, n_prompt: int, n_new: int) -> list[float]:
     """Returns the seconds of prefill, and of every decode step after it, for a random prompt at position start. Prefill
     makes the first of n_new tokens."""
     prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=model.device)
@@ -214,13 +214,14 @@ def time_tokens(model: Transformer, steps: GenerationSteps, start: int, n_prompt
 
 def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new: int, compile: bool) -> dict:
     """Measures tokens per second of n sequences together, for each n in sizes. The measurements of all n take turns."""
-    schedulers = {n: Scheduler(model, n, n_prompt + n_new, eos_ids=set(), compile=compile) for n in sizes}
+    # The chunk holds all prompts, so that no sequence decodes before all do.
+    schedulers = {n: Scheduler(model, n, n_prompt + n_new, compile, chunk_tokens=n * n_prompt) for n in sizes}
     speeds = {n: [] for n in sizes}
     for i in range(SAMPLES + 1):  # round 0 records and compiles
         for n, scheduler in schedulers.items():
             for _ in range(n):
                 prompt = torch.randint(model.config.vocab_size, (n_prompt,)).tolist()
-                scheduler.submit(Request(prompt, n_new))
+                scheduler.submit(Sequence(prompt, n_new))
             for _ in range(n):
                 scheduler.step()  # a prefill
             began = time.perf_counter()
@@ -244,7 +245,7 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 def measure_verify(model: Transformer, compile: bool) -> float:
     """Returns the time of a step of 5 tokens, as in a verification, over the time of a step of one token. The two kinds
     of steps take turns."""
-    step = ModelRunner(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
+    step = build_model_step(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
     position = torch.zeros(1, dtype=torch.long, device=model.device)
     seconds = {1: [], 5: []}

@@ -1,0 +1,149 @@
+"""Sequence: a prompt, how to continue it, and the tokens and the text that follow it.
+
+    sequence = build_sequence("Hello", tokenizer, model.config, max_new_tokens=100)    # a text, or a chat's messages
+    sequence = Sequence(prompt_ids, max_new_tokens=100)                                # token ids only
+    text = sequence.append(token)     # adds a new token, and returns the new text
+    sequence.finish_reason            # None until the sequence ends
+
+generation.py and scheduler.py compute the tokens. Where a sequence ends is decided here, in append, and nowhere else.
+"""
+
+import time
+from collections.abc import Collection
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from config import ModelConfig
+from engine.sampling import SamplingParams
+from text.chat_template import check_unicode, read_message
+from text.tokenizer import IncrementalDetokenizer, Tokenizer
+from utils.errors import UsageError
+
+GREEDY = SamplingParams()
+
+
+class Logprobs(NamedTuple):
+    """Natural logarithms of the model's probabilities, before any sampling option is applied."""
+
+    token: float  # the new token's
+    top: list[tuple[int, float]]  # (token, log-probability) of each of the likeliest tokens
+
+
+@dataclass(eq=False)
+class Sequence:
+    """dataclasses.replace(sequence) returns a sequence of the same prompt and options, without new tokens."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams = GREEDY
+    _: KW_ONLY
+    prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages
+    tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
+    eos_ids: Collection[int] = ()  # tokens that end the sequence
+    stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
+    seed: int = 0  # of the random numbers with which a Scheduler samples
+    n_logprobs: int | None = None  # report the log-probabilities of this many of the likeliest tokens; None: of none
+    # What happens if max_new_tokens cuts the text within a character. If True, the text does not have the character
+    # until more tokens follow: see resume. If False, the text ends with U+FFFD in place of the character.
+    is_resumable: bool = False
+
+    new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
+    text: str = field(default="", init=False)  # of the new tokens
+    finish_reason: str | None = field(default=None, init=False)  # "stop": end token or stop string; "length"; "error"
+    error: str | None = field(default=None, init=False)
+    logprobs: list[Logprobs] = field(default_factory=list, init=False)  # of each new token, if n_logprobs is not None
+    start_time: float = field(default_factory=time.perf_counter, init=False)  # when prefill began
+    token_times: list[float] = field(default_factory=list, init=False)  # when each new token arrived
+
+    def __post_init__(self):
+        self.detokenizer = None
+        if self.tokenizer is not None:
+            # A chat's answer is a text of its own: it does not depend on the prompt whether it begins with a space.
+            prefix_ids = () if isinstance(self.prompt, list) else self.prompt_ids
+            self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def append(self, token: int, logprobs: Logprobs | None = None) -> str:
+        """Adds a new token, and returns the new text. Decides whether the sequence ends. A sequence that has ended
+        takes no more tokens."""
+        if self.finish_reason is not None:
+            return ""
+        self.new_ids.append(token)
+        self.token_times.append(time.perf_counter())
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        text, is_stopped = "", token in self.eos_ids
+        if self.detokenizer is not None and not is_stopped:  # an end token has no text
+            text = self.detokenizer.push(token)
+            is_stopped = self.detokenizer.found_stop
+        if is_stopped:
+            self.finish_reason = "stop"
+        elif len(self.new_ids) == self.max_new_tokens:
+            self.finish_reason = "length"
+        if self.detokenizer is not None and (is_stopped or (self.finish_reason and not self.is_resumable)):
+            text += self.detokenizer.end()
+        self.text += text
+        return text
+
+    def resume(self, max_new_tokens: int):
+        """Allows max_new_tokens more tokens. The sequence must not have ended with "stop". Clears token_times."""
+        self.max_new_tokens = len(self.new_ids) + max_new_tokens
+        self.finish_reason, self.token_times = None, []
+
+    def fail(self, error: str):
+        self.finish_reason, self.error = "error", error
+
+
+def build_sequence(
+    prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int, **options
+) -> Sequence:
+    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt does,
+    and if stop is a string: its letters would be stop strings.
+
+    config: the model's.
+    options: further fields of Sequence. The default of eos_ids is the model's."""
+    stop = options.get("stop", ())
+    if isinstance(stop, str) or "" in stop:
+        raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
+    ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
+    options = {"eos_ids": config.eos_ids} | options
+    return Sequence(ids, max_new_tokens, prompt=prompt, tokenizer=tokenizer, **options)
+
+
+def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, context: int) -> list[int]:
+    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
+    UsageError if messages are malformed, if a text is not valid UTF-8, or if a text is so long that it must exceed
+    context, the model's in tokens (encoding would take long)."""
+    is_chat = not isinstance(prompt, str)
+    messages = [read_message(message) for message in prompt] if is_chat else []
+    for text in [message["content"] for message in messages] if is_chat else [prompt]:
+        try:
+            check_unicode(text)
+        except UnicodeEncodeError:
+            raise UsageError("the prompt is not valid UTF-8") from None
+        if tokenizer.exceeds(text, context):
+            raise UsageError(f"a prompt of {len(text)} characters exceeds the model's context of {context} tokens")
+    if not prompt:
+        return []
+    return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
+
+
+def check_max_new_tokens(max_new_tokens: int):
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+
+
+def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit: str = "the model's context of "):
+    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len.
+    limit: what max_seq_len is, for the error's text."""
+    if n_prompt_tokens == 0:
+        raise UsageError("the prompt is empty; give some text")
+    if n_prompt_tokens + max_new_tokens > max_seq_len:
+        excess = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed"
+        raise UsageError(f"{excess} {limit}{max_seq_len}")
