@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import json
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.async_completer import AsyncCompleter, CompletionError
 from engine.generation import generate
@@ -55,6 +57,17 @@ def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
     return list(tokens.values())
 
 
+@contextlib.contextmanager
+def count_computed(model: Transformer) -> Iterator[list[int]]:
+    """How many tokens each forward has computed."""
+    n_computed = []
+    hook = model.layers[0].register_forward_hook(lambda layer, args, y: n_computed.append(y.shape[0] * y.shape[1]))
+    try:
+        yield n_computed
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, pair):
@@ -62,8 +75,8 @@ def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, pair):
     prompts = make_prompts(7)
     lengths = [random.Random(i).randrange(1, 9) for i in range(len(prompts))]
     expected = [run_alone(model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
-    for n_rows in (1, 3, 20):
-        scheduler = Scheduler(model, n_rows, 48)
+    for n_rows, chunk_tokens in ((1, 512), (3, 512), (20, 512), (3, 5), (20, 1)):
+        scheduler = Scheduler(model, n_rows, 48, chunk_tokens=chunk_tokens)
         for order in (range(9), (4, 8, 0, 2, 6, 1, 7, 3, 5)):  # the second time, rows hold other prompts' tokens
             found = run(scheduler, [Sequence(prompts[i], lengths[i]) for i in order])
             assert found == [expected[i] for i in order]
@@ -144,16 +157,105 @@ def test_the_likeliest_token_takes_no_random_numbers():
 
 def test_nothing_is_computed_twice_or_in_vain(pair):
     _, model = pair("llama3", False)
-    n_computed = []
-    hook = model.layers[0].register_forward_hook(lambda layer, args, y: n_computed.append(y.shape[0] * y.shape[1]))
-    try:
-        shared = list(range(20, 50))
+    shared = list(range(20, 50))
+    with count_computed(model) as n_computed:
         run(Scheduler(model, 4, 64), [Sequence([*shared, 50 + i, 3], 1 + i) for i in range(6)])
-    finally:
-        hook.remove()
     prefilled = len(shared) + 6 * 2
     decoded = sum(range(6))  # the first new token of each comes from prefill
     assert sum(n_computed) == prefilled + decoded
+
+
+def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(pair):
+    _, model = pair("llama3", False)
+    scheduler = Scheduler(model, 3, 64)
+    texts = [list(range(start, start + 20)) for start in (0, 20, 40, 60)]
+
+    def n_prefilled(*prompts: list[int], n: int = 1) -> int:
+        """Of each prompt, n new tokens are computed: the first one by its prefill."""
+        with count_computed(model) as n_computed:
+            run(scheduler, [Sequence(prompt, n) for prompt in prompts])
+        return sum(n_computed) - len(prompts) * (n - 1)
+
+    assert n_prefilled(texts[0]) == n_prefilled(texts[1]) == 20  # one after the other, each in a slot of its own
+    assert n_prefilled([*texts[0], 90], n=4) == 1  # takes the slot of what it continues
+    assert n_prefilled(texts[2]) == 20  # the third slot
+    assert n_prefilled(texts[3]) == 20  # in place of the oldest text, which is texts[1]
+    assert n_prefilled([*texts[0], 91]) == n_prefilled([*texts[2], 92]) == n_prefilled([*texts[3], 93]) == 1
+    assert n_prefilled(texts[1]) == 20
+
+
+def test_moving_a_sequence_loses_no_text(pair):
+    """A sequence that moves to the slot of one that has ended changes places with that one's text."""
+    _, model = pair("llama3", False)
+    scheduler = Scheduler(model, 2, 64)
+    first, second = list(range(20)), list(range(30, 50))
+    run(scheduler, [Sequence(first, 2), Sequence(second, 9)])  # the second one moves
+    with count_computed(model) as n_computed:
+        found = run(scheduler, [Sequence([*first, 60], 3), Sequence([*second, 61], 3)])
+    assert n_computed[:2] == [1, 1]  # the last token of each prompt
+    assert found == [run_alone(model, [*first, 60], 3), run_alone(model, [*second, 61], 3)]
+
+
+def test_a_long_prompt_does_not_stall_the_others(pair):
+    _, model = pair("llama3", False)
+    scheduler = Scheduler(model, 3, 64, chunk_tokens=8)
+    running, long, short = Sequence([1, 2, 3], 30), Sequence(list(range(50)), 2), Sequence([4, 5], 2)
+    scheduler.submit(running)
+    scheduler.step()
+    scheduler.submit(long)
+    scheduler.submit(short)
+    with count_computed(model) as n_computed:
+        while scheduler.has_work():
+            scheduler.step()
+    # Between two decode steps, which compute one token of each sequence, there is one chunk of 8 or fewer. The short
+    # prompt follows the last 2 of the long one.
+    assert n_computed[:15] == [8, 1, 8, 1, 8, 1, 8, 1, 8, 1, 8, 1, 2, 2, 3]
+    for sequence in (running, long, short):
+        assert sequence.new_ids == run_alone(model, sequence.prompt_ids, sequence.max_new_tokens)
+
+
+class CountSoftmax(TorchDispatchMode):
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.name() == "aten::_softmax"
+        return func(*args, **kwargs or {})
+
+
+def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
+    """As each alone. Other options make groups."""
+    logits = torch.randn(16, 300, generator=torch.Generator().manual_seed(0))
+    samplings = [SamplingParams(0.1 * i, top_k=20 if i > 8 else None, repetition_penalty=1 + i / 9) for i in range(16)]
+
+    def sample(rows: list[int]) -> tuple[list[int], int]:
+        with CountSoftmax() as count:
+            ids = sample_each(logits[rows], [Sequence([1], 1, samplings[i], seed=i) for i in rows])
+        return ids.tolist(), count.n
+
+    alone = [sample([i])[0][0] for i in range(16)]
+    assert sample(list(range(16))) == (alone, 2)  # greedy without a softmax; with top_k, without
+    assert sample([15, 0, 3, 12]) == ([alone[i] for i in (15, 0, 3, 12)], 2)
+    assert sample([5, 4]) == ([alone[5], alone[4]], 1)
+
+
+@pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
+def test_logits_that_are_not_finite_end_one_sequence(use_kernels):
+    """The others, and those that follow in its slot, get what they get alone."""
+    model = to_ours(make_hf("llama3", tie_word_embeddings=False), use_kernels)
+    prompts = make_prompts(6)
+    expected = [run_alone(model, prompt, 8) for prompt in prompts]
+    rest = {*range(97)}.difference(*prompts, *expected)
+    model.embed_tokens.weight[max(rest)] = torch.nan
+    bad = [Sequence([*range(30), max(rest)], 8), Sequence([max(rest)], 8)]
+    good = [Sequence(prompt, 8) for prompt in prompts]
+    scheduler = Scheduler(model, 3, 48)
+    for sequence in (bad[0], *good[:3], bad[1], *good[3:]):
+        scheduler.submit(sequence)
+    while scheduler.has_work():
+        scheduler.step()
+    assert [sequence.new_ids for sequence in good] == expected
+    for sequence in bad:
+        assert sequence.new_ids == [] and sequence.finish_reason == "error" and "not finite" in sequence.error
 
 
 def test_logprobs(pair):
@@ -245,6 +347,29 @@ def test_callers_in_asyncio(chain):
         assert await text_of("0") == "123456"
         completer.thread.shutdown()
         assert not completer.inboxes and not scheduler.has_work()
+
+    asyncio.run(check())
+
+
+def test_logits_that_are_not_finite_are_one_callers_error(chain):
+    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    weight = model.embed_tokens.weight.clone()
+    weight[ord("7")] = torch.nan
+    model.embed_tokens.weight = torch.nn.Parameter(weight, requires_grad=False)
+    completer = AsyncCompleter(Scheduler(model, 2, 64))
+
+    async def text_of(text: str) -> str:
+        found = ""
+        async for new_tokens in completer.complete([build_sequence(text, tokenizer, model.config, 12)]):
+            found += "".join(new.text for new in new_tokens)
+        return found
+
+    async def check():
+        texts = await asyncio.gather(*map(text_of, ["5", "S", "0", "7", "W"]), return_exceptions=True)
+        assert [texts[1], texts[4]] == ["🙂E", " X"]
+        for error in (texts[0], texts[2], texts[3]):
+            assert isinstance(error, CompletionError) and "not finite" in str(error)
+        completer.thread.shutdown()
 
     asyncio.run(check())
 
