@@ -1,9 +1,9 @@
 """Completes the sequences of several callers at once, in asyncio, with one Scheduler: those of the server's clients.
 
     completer = AsyncCompleter(scheduler)
-    async for new_tokens in completer.complete([sequence]):
-        for new in new_tokens:
-            print(new.text)
+    async for outputs in completer.complete([sequence]):
+        for output in outputs:
+            print(output.text)
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from engine.scheduler import NewToken, Scheduler
+from engine.scheduler import Output, Scheduler
 from engine.sequence import Sequence
 from utils.machine import pick_device
 
@@ -22,57 +22,48 @@ class CompletionError(RuntimeError):
 
 class AsyncCompleter:
     """Computes the sequences of several callers together. Only self.thread uses the scheduler, and it changes sequences
-    in every step. So a caller reads a sequence only when it has ended, and until then the NewTokens."""
+    in every step. So a caller reads a sequence only when it has ended, and until then the Outputs."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        device = str(scheduler.kv_cache.device)  # PyTorch has a current device per thread
-        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,))
-        # The sequences of all callers that have not ended, each with the list in which its caller receives new tokens
-        self.inboxes: dict[Sequence, list[NewToken]] = {}
+        # PyTorch has a current device per thread
+        self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(scheduler.kv_cache.device),))
+        self.inboxes: dict[Sequence, list[Output]] = {}  # where the caller of a sequence receives Outputs
         self.step: asyncio.Task | None = None  # the newest step; all callers wait for the same one
 
-    async def complete(self, sequences: list[Sequence]) -> AsyncIterator[list[NewToken]]:
-        """Yields the new tokens after each step, until all sequences have ended. If the caller stops early, its slots
+    async def complete(self, sequences: list[Sequence]) -> AsyncIterator[list[Output]]:
+        """Yields the Outputs after each step, until all sequences have ended. If the caller stops early, its slots
         become free. Raises CompletionError if one of sequences fails. Later calls still work."""
-        inbox: list[NewToken] = []
+        inbox, n_left = [], len(sequences)
         try:
             for sequence in sequences:
                 self.scheduler.check(sequence)
                 self.inboxes[sequence] = inbox
                 self.thread.submit(self.scheduler.submit, sequence)
-            n_left = len(sequences)
             while n_left:
-                if not inbox:  # otherwise a step of another caller has added tokens
+                if not inbox:  # otherwise another caller's step has added Outputs
                     if self.step is None or self.step.done():  # the first caller that waits starts the step
                         self.step = asyncio.create_task(self.run_step())
                     await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
-                new_tokens = inbox.copy()
+                outputs = inbox.copy()
                 inbox.clear()
-                for new in new_tokens:
-                    n_left -= new.finish_reason is not None
-                    if new.finish_reason == "error":
-                        raise CompletionError(new.sequence.error)
-                yield new_tokens
+                if errors := [output.sequence.error for output in outputs if output.sequence.error]:
+                    raise CompletionError(errors[0])
+                n_left -= sum(output.finish_reason is not None for output in outputs)
+                yield outputs
         finally:
             for sequence in sequences:
-                self.end(sequence)
+                self.inboxes.pop(sequence, None)
+                self.thread.submit(self.scheduler.cancel, sequence)
 
     async def run_step(self):
         try:
-            new_tokens = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
+            outputs = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
         except Exception as e:
             traceback.print_exc()
             for sequence in self.inboxes:
                 sequence.fail(str(e))
-            new_tokens = [NewToken(sequence, -1, "", None, "error") for sequence in self.inboxes]
-        for new in new_tokens:
-            if new.sequence in self.inboxes:
-                self.inboxes[new.sequence].append(new)
-                if new.finish_reason:
-                    self.end(new.sequence)
-
-    def end(self, sequence: Sequence):
-        if sequence in self.inboxes:
-            del self.inboxes[sequence]
-            self.thread.submit(self.scheduler.cancel, sequence)
+            outputs = [Output(sequence, [], "", [], "error") for sequence in self.inboxes]
+        for output in outputs:
+            if output.sequence in self.inboxes:  # its caller has not stopped
+                self.inboxes[output.sequence].append(output)

@@ -3,8 +3,8 @@
     scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
     scheduler.submit(Sequence(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
-        for new in scheduler.step():
-            print(new.token)
+        for output in scheduler.step():
+            print(output.new_ids)
 
     for i, sequence in scheduler.complete(sequences):  # or all of a list, in its order
         print(i, sequence.text)
@@ -47,14 +47,15 @@ from utils.machine import free_memory
 PREFILL_CHUNK_TOKENS = 512
 
 
-class NewToken(NamedTuple):
-    """What a step has added to a sequence. In contrast to the sequence, it does not change in later steps."""
+class Output(NamedTuple):
+    """What a step has added to a sequence: the fields of Sequence, but only what is new. In contrast to a sequence, an
+    Output does not change in later steps."""
 
     sequence: Sequence
-    token: int  # -1 if the sequence has failed
-    text: str  # what the token adds to the sequence's text
-    logprobs: Logprobs | None
-    finish_reason: str | None  # None: the sequence goes on
+    new_ids: list[int]  # one token, or none if the sequence has failed
+    text: str
+    logprobs: list[Logprobs]
+    finish_reason: str | None
 
 
 @dataclass
@@ -146,9 +147,9 @@ class Scheduler:
     # ---- Steps ----
 
     @torch.inference_mode()
-    def step(self) -> list[NewToken]:
-        """Computes one token of every decoding sequence, or a chunk of a prompt. Returns the new tokens, of which there
-        are none if a prompt needs more chunks."""
+    def step(self) -> list[Output]:
+        """Computes one token of every decoding sequence, or a chunk of a prompt. Returns an Output for each new token.
+        There is none while a prompt needs more chunks."""
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
         if not n_decoding or self.n_prefilled < self.chunk_tokens:
@@ -180,7 +181,7 @@ class Scheduler:
         self.slots[target].sequence = sequence
         sequence.start_time = time.perf_counter()
 
-    def prefill(self, i: int, n: int) -> list[NewToken]:
+    def prefill(self, i: int, n: int) -> list[Output]:
         """Computes the next n tokens of the prompt in slot i. After the last one, samples the first new token."""
         slot, kv_cache = self.slots[i], self.kv_cache.narrow_batch(i, 1)
         prompt_ids, n_cached = slot.sequence.prompt_ids, len(slot.cached_ids)
@@ -197,7 +198,7 @@ class Scheduler:
         slot.cached_ids += chunk
         return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
 
-    def decode(self, n: int) -> list[NewToken]:
+    def decode(self, n: int) -> list[Output]:
         """Computes the next token of the n decoding sequences."""
         self.compact(n)
         slots, device = self.slots[:n], self.kv_cache.device
@@ -219,7 +220,7 @@ class Scheduler:
             self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
+    def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[Output]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
         kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
@@ -229,22 +230,22 @@ class Scheduler:
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
-    def add_token(self, i: int, token: int, logits: Tensor) -> NewToken:
+    def add_token(self, i: int, token: int, logits: Tensor) -> Output:
         """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if the sequence ends."""
-        slot, text, logprobs = self.slots[i], "", None
-        sequence = slot.sequence
+        slot, n_before = self.slots[i], len(self.slots[i].sequence.new_ids)
+        sequence, text = slot.sequence, ""
         if token < 0:  # logits that are not finite end this sequence, and no other
             sequence.fail(NOT_FINITE)
             # Attention multiplies the values of positions that it hides with 0. But 0 * NaN is NaN.
             self.kv_cache.clear_sequence(i)
             slot.cached_ids = []
         else:
-            if sequence.n_logprobs is not None:
-                logprobs = compute_logprobs(logits, token, sequence.n_logprobs)
-            text = sequence.append(token, logprobs)
+            n_top = sequence.n_logprobs
+            text = sequence.append(token, None if n_top is None else compute_logprobs(logits, token, n_top))
         if sequence.finish_reason:
             self.free(slot)
-        return NewToken(sequence, token, text, logprobs, sequence.finish_reason)
+        new_ids, logprobs = sequence.new_ids[n_before:], sequence.logprobs[n_before:]
+        return Output(sequence, new_ids, text, logprobs, sequence.finish_reason)
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:

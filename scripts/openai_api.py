@@ -3,7 +3,7 @@
     reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
     reply.sequences             # what to compute (engine/sequence.py)
     reply.response()            # after the sequences have ended
-    reply.stream(updates)       # the chunks of a stream; updates: yields the new tokens of every step
+    reply.stream(updates)       # the chunks of a stream; updates: yields the Outputs of every step
 """
 
 import json
@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from itertools import accumulate
 
 from engine.sampling import SamplingParams
-from engine.scheduler import NewToken, Scheduler
-from engine.sequence import Logprobs, Sequence, encode_prompt
+from engine.scheduler import Output, Scheduler
+from engine.sequence import Sequence, encode_prompt
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -40,14 +40,8 @@ def parse_request(data: bytes) -> dict:
 def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Sequence]:
     """Returns a Sequence for each text that body asks for."""
     config, max_seq_len = scheduler.model.config, scheduler.max_seq_len
-    if is_chat:
-        messages = body.get("messages")
-        require(isinstance(messages, list) and messages, "messages must be a list that is not empty")
-        prompts = [encode_prompt(messages, tokenizer, config.max_seq_len)]
-        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if read_boolean(body, "logprobs") else None
-    else:
-        prompts = encode_prompts(body.get("prompt"), tokenizer, config.max_seq_len)
-        n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
+    messages = body.get("messages") if is_chat else None
+    prompts = encode_prompts(messages if is_chat else body.get("prompt"), is_chat, tokenizer, config.max_seq_len)
     n = read_integer(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
     room = max_seq_len - max(map(len, prompts))
@@ -55,13 +49,29 @@ def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: S
     max_tokens = read_integer(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
     max_tokens = read_integer(body, "max_completion_tokens", max_tokens, 1, room)
     seed = read_integer(body, "seed", secrets.randbits(31), -(2**62), 2**62)
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
-    require(is_valid and len(stop) <= MAX_STOPS, f"stop must be {MAX_STOPS} texts of {MAX_STOP_LENGTH} letters at most")
-    options = {"tokenizer": tokenizer, "eos_ids": config.eos_ids, "stop": tuple(stop), "n_logprobs": n_logprobs}
-    options |= {"sampling": read_sampling(body), "prompt": messages if is_chat else None}
-    return [Sequence(prompts[i // n], max_tokens, seed=seed + i, **options) for i in range(n * len(prompts))]
+    if is_chat:
+        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if read_boolean(body, "logprobs") else None
+    else:
+        n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
+    sampling, stop = read_sampling(body), read_stop(body)
+    options = {"tokenizer": tokenizer, "eos_ids": config.eos_ids, "prompt": messages, "n_logprobs": n_logprobs}
+    ids = [prompt for prompt in prompts for _ in range(n)]
+    return [Sequence(ids[i], max_tokens, sampling, stop=stop, seed=seed + i, **options) for i in range(len(ids))]
+
+
+def encode_prompts(prompts, is_chat: bool, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """Encodes prompts: a chat's messages; or a text, a list of token ids, or a list of texts and lists of token ids.
+    context: the model's, in tokens."""
+    if is_chat:
+        require(isinstance(prompts, list) and prompts, "messages must be a list that is not empty")
+        return [encode_prompt(prompts, tokenizer, context)]
+    if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
+        prompts = [prompts]
+    ids = [encode_prompt(p, tokenizer, context) if isinstance(p, str) else p for p in prompts[: MAX_TEXTS + 1]]
+    tokens = range(tokenizer.vocab_size)
+    is_valid = all(isinstance(prompt, list) and all(type(i) is int and i in tokens for i in prompt) for prompt in ids)
+    require(is_valid, "prompt must be a text, a list of token ids, or a list of these")
+    return ids
 
 
 def read_sampling(body: dict) -> SamplingParams:
@@ -69,22 +79,17 @@ def read_sampling(body: dict) -> SamplingParams:
     SamplingParams are vLLM's."""
     sampling = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
     require(sampling.temperature <= 2, "temperature must be at most 2")
-    # A penalty beyond these bounds could make logits infinite. An infinite logit ends the text.
+    # A penalty beyond these bounds could make logits infinite, which would be an error of the server.
     require(0.01 <= sampling.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100")
     return sampling
 
 
-def encode_prompts(prompts, tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Encodes prompts: a text, a list of token ids, or a list of texts and lists of token ids. context: the model's, in
-    tokens."""
-    if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
-        prompts = [prompts]
-    prompts = prompts[: MAX_TEXTS + 1]
-    ids = [encode_prompt(prompt, tokenizer, context) if isinstance(prompt, str) else prompt for prompt in prompts]
-    for prompt in ids:
-        is_valid = isinstance(prompt, list) and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt)
-        require(is_valid, "prompt must be a text, a list of token ids, or a list of these")
-    return ids
+def read_stop(body: dict) -> tuple[str, ...]:
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
+    require(is_valid and len(stop) <= MAX_STOPS, f"stop must be {MAX_STOPS} texts of {MAX_STOP_LENGTH} letters at most")
+    return tuple(stop)
 
 
 def read_integer(body: dict, name: str, default: int | None, low: int, high: int) -> int | None:
@@ -105,7 +110,7 @@ def require(condition, message: str):
 
 
 class Reply:
-    """The reply to a request: one response or, in a stream, a chunk for every new token."""
+    """The reply to a request: one response or, in a stream, a chunk for every Output."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         """Parses data, the bytes of the request, and tokenizes the prompts. Megabytes of text take seconds."""
@@ -116,21 +121,17 @@ class Reply:
         options = body.get("stream_options")
         self.streams_usage = isinstance(options, dict) and bool(options.get("include_usage"))
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
-        chat_object = "chat.completion.chunk" if self.is_stream else "chat.completion"
-        object = chat_object if is_chat else "text_completion"
+        object = f"chat.completion{'.chunk' if self.is_stream else ''}" if is_chat else "text_completion"
         self.header = {"id": secrets.token_hex(12), "object": object, "created": int(time.time()), "model": model_name}
 
     def response(self) -> dict:
-        parts = [(one, one.text, one.finish_reason, one.new_ids, one.logprobs) for one in self.sequences]
-        return self.header | {"choices": [self.choice(*part) for part in parts], "usage": self.usage()}
+        return self.header | {"choices": [self.choice(one, one) for one in self.sequences], "usage": self.usage()}
 
-    async def stream(self, updates: AsyncIterator[list[NewToken]]) -> AsyncIterator[dict]:
-        """Yields a chunk for each new token. If the request asks for the usage, it comes at the end."""
-        async for new_tokens in updates:
-            for new in new_tokens:
-                logprobs = [] if new.logprobs is None else [new.logprobs]
-                choice = self.choice(new.sequence, new.text, new.finish_reason, [new.token], logprobs)
-                yield self.header | {"choices": [choice]}
+    async def stream(self, updates: AsyncIterator[list[Output]]) -> AsyncIterator[dict]:
+        """Yields a chunk for each Output. If the request asks for the usage, it comes at the end."""
+        async for outputs in updates:
+            for output in outputs:
+                yield self.header | {"choices": [self.choice(output.sequence, output)]}
         if self.streams_usage:
             yield self.header | {"choices": [], "usage": self.usage()}
 
@@ -139,23 +140,21 @@ class Reply:
         n_new = sum(len(one.new_ids) for one in self.sequences)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
-    def choice(
-        self, sequence: Sequence, text: str, finish_reason: str | None, ids: list[int], logprobs: list[Logprobs]
-    ) -> dict:
-        """Returns what a response or a chunk says of sequence: some of its text, and the tokens ids."""
+    def choice(self, sequence: Sequence, part: Sequence | Output) -> dict:
+        """Returns what a response or a chunk says of sequence. part: all of sequence, or what a step has added."""
         role, n_sent = {} if sequence in self.n_sent else {"role": "assistant"}, self.n_sent.get(sequence, 0)
-        self.n_sent[sequence] = n_sent + len(text)
-        choice = {"index": self.sequences.index(sequence), "finish_reason": finish_reason}
-        choice["logprobs"] = self.describe_logprobs(ids, logprobs, n_sent) if logprobs else None
+        self.n_sent[sequence] = n_sent + len(part.text)
+        logprobs = self.describe_logprobs(part, n_sent) if part.logprobs else None
+        choice = {"index": self.sequences.index(sequence), "logprobs": logprobs, "finish_reason": part.finish_reason}
         if not self.is_chat:
-            return choice | {"text": text}
-        return choice | {"delta" if self.is_stream else "message": role | {"content": text}}
+            return choice | {"text": part.text}
+        return choice | {"delta" if self.is_stream else "message": role | {"content": part.text}}
 
-    def describe_logprobs(self, ids: list[int], logprobs: list[Logprobs], n_sent: int) -> dict:
+    def describe_logprobs(self, part: Sequence | Output, n_sent: int) -> dict:
         entries = []
-        for token, one in zip(ids, logprobs, strict=True):
-            top = [self.entry(*likely) for likely in one.top]
-            entries.append(self.entry(token, one.token) | {"top_logprobs": top})
+        for token, logprobs in zip(part.new_ids, part.logprobs, strict=True):
+            top = [self.entry(*likely) for likely in logprobs.top]
+            entries.append(self.entry(token, logprobs.token) | {"top_logprobs": top})
         if self.is_chat:
             return {"content": entries}
         tokens = [entry["token"] for entry in entries]

@@ -46,6 +46,7 @@ except ImportError as e:
 
 OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_seq_length"
 MAX_BODY = 4 * 2**20  # bytes of a request
+CHAT_PATH = "/v1/chat/completions"
 
 
 def main():
@@ -65,15 +66,13 @@ def main():
     require(min(args.parallel, args.max_seq_length) > 0, "--parallel and --max_seq_length must be at least 1")
     require("" not in (args.host, args.api_key), "--host and --api_key must not be empty: it would let in everybody")
     common_args.set_threads(args.threads)
-
     listener = listen(args.host, args.port)
     load_options = common_args.load_options(args)
     checkpoint_path = resolve_checkpoint(args.checkpoint_path)
     model, tokenizer = load(checkpoint_path, **load_options)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
-    scheduler = Scheduler(model, args.parallel, max_seq_len, compile=args.compile)
-    model_name = checkpoint_path.absolute().parent.name
-    server = Server(AsyncCompleter(scheduler), tokenizer, model_name, args.api_key)
+    completer = AsyncCompleter(Scheduler(model, args.parallel, max_seq_len, args.compile))
+    server = Server(completer, tokenizer, checkpoint_path.absolute().parent.name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
     server.run([listener])
@@ -89,11 +88,8 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     def __init__(self, completer: AsyncCompleter, tokenizer: Tokenizer, model_name: str, api_key: str | None = None):
         self.completer, self.tokenizer, self.model_name, self.api_key = completer, tokenizer, model_name, api_key
-        routes = [
-            Route("/v1/models", self.models),
-            Route("/v1/completions", self.complete, methods=["POST"]),
-            Route("/v1/chat/completions", self.complete, methods=["POST"]),
-        ]
+        routes = [Route(path, self.complete, methods=["POST"]) for path in ("/v1/completions", CHAT_PATH)]
+        routes.append(Route("/v1/models", self.models))
         errors = (HTTPException, UsageError, CompletionError, ClientDisconnect, Exception)
         app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
         super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
@@ -110,9 +106,9 @@ class Server(uvicorn.Server):
 
     async def complete(self, request: Request) -> Response:
         self.check_key(request)
-        data, is_chat = await receive_body(request), request.scope["path"] == "/v1/chat/completions"
+        body, is_chat = await receive_body(request), request.scope["path"] == CHAT_PATH
         # In a thread, since tokenizing megabytes of text takes seconds
-        reply = await asyncio.to_thread(Reply, data, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
+        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
         updates = self.completer.complete(reply.sequences)
         if reply.is_stream:
             return StreamingResponse(events(reply.stream(updates)), media_type="text/event-stream")

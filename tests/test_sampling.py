@@ -109,8 +109,8 @@ def test_repetition_penalty_equals_transformers(pair):
         scheduler.submit(sequence)
     found = {plain: [], penalized: []}
     while scheduler.has_work():
-        for new in scheduler.step():
-            found.setdefault(new.sequence, []).append(new.token)
+        for output in scheduler.step():
+            found.setdefault(output.sequence, []).extend(output.new_ids)
     assert found[penalized] == expected and found[plain] != expected
 
 

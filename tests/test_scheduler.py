@@ -51,8 +51,8 @@ def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
     for sequence in sequences:
         scheduler.submit(sequence)
     while scheduler.has_work():
-        for new in scheduler.step():
-            tokens[new.sequence].append(new.token)
+        for output in scheduler.step():
+            tokens[output.sequence] += output.new_ids
     assert list(tokens.values()) == [sequence.new_ids for sequence in sequences]
     return list(tokens.values())
 
@@ -119,8 +119,8 @@ def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(pair):
         scheduler.submit(sequence)
     found = {sequence: [] for sequence in sequences}
     while scheduler.has_work():
-        for new in scheduler.step():
-            found[new.sequence].append(new.token)
+        for output in scheduler.step():
+            found[output.sequence] += output.new_ids
         if len(found[sequences[0]]) == 2:
             scheduler.cancel(sequences[0])  # it runs
             scheduler.cancel(sequences[7])  # it waits
@@ -267,18 +267,19 @@ def test_logprobs(pair):
         scheduler.submit(Sequence(prompt, 5, sampling, n_logprobs=4))
     found = [[], []]
     while scheduler.has_work():
-        for new in scheduler.step():
-            found[prompts.index(new.sequence.prompt_ids)].append(new)
+        for output in scheduler.step():
+            found[prompts.index(output.sequence.prompt_ids)].append(output)
     for prompt, answer in zip(prompts, found, strict=False):
-        ids = [*prompt, *(new.token for new in answer)]
+        ids = [*prompt, *(output.new_ids[0] for output in answer)]
         with torch.inference_mode():
             logits = model(torch.tensor([ids[:-1]]), torch.tensor([0]), make_kv_cache(model, 1, len(ids)))[0]
         expected = logits[len(prompt) - 1 :].log_softmax(-1)
-        for new, logprobs in zip(answer, expected, strict=True):
+        for output, logprobs in zip(answer, expected, strict=True):
+            (found_logprobs,), (token,) = output.logprobs, output.new_ids
             values, tokens = logprobs.topk(4)
-            assert new.logprobs.token == pytest.approx(logprobs[new.token].item(), abs=1e-4)
-            assert [token for token, _ in new.logprobs.top] == tokens.tolist()
-            assert [value for _, value in new.logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
+            assert found_logprobs.token == pytest.approx(logprobs[token].item(), abs=1e-4)
+            assert [token for token, _ in found_logprobs.top] == tokens.tolist()
+            assert [value for _, value in found_logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
 def test_sequences_that_do_not_fit_are_refused(pair):
@@ -326,8 +327,8 @@ def test_callers_in_asyncio(chain):
     async def text_of(text: str, n_steps: int = 100) -> str:
         found, sequence = "", start(text)
         async with contextlib.aclosing(completer.complete([sequence])) as steps:
-            async for new_tokens in steps:
-                found += "".join(new.text for new in new_tokens)
+            async for outputs in steps:
+                found += "".join(output.text for output in outputs)
                 n_steps -= 1
                 if n_steps == 0:
                     return found
@@ -360,8 +361,8 @@ def test_logits_that_are_not_finite_are_one_callers_error(chain):
 
     async def text_of(text: str) -> str:
         found = ""
-        async for new_tokens in completer.complete([build_sequence(text, tokenizer, model.config, 12)]):
-            found += "".join(new.text for new in new_tokens)
+        async for outputs in completer.complete([build_sequence(text, tokenizer, model.config, 12)]):
+            found += "".join(output.text for output in outputs)
         return found
 
     async def check():
