@@ -95,7 +95,7 @@ TORCH = Backend("torch")
 CPU = Backend(
     "cpu",
     "gptfast",
-    # The last four go over their data once, and PyTorch several times: they are faster for any number of tokens
+    # The last four have no arrays of tokens, and go over their data once: they serve any number of tokens
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
 )

@@ -10,6 +10,7 @@ from config import ModelConfig, MoEConfig
 from kernels.arguments import LayerCache
 from kernels.formats import Float8, Int4, Int8, Unquantized
 from kernels.record import MAX_CPU_GRAPHS, call_at_graph_break, call_with_tape_threads, record
+from kernels.schema import SCHEMAS
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table
@@ -183,6 +184,12 @@ def test_what_is_no_operation_raises(operation):
     with torch.inference_mode():
         recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache)[:, -1].view(-1))  # views may
         assert torch.equal(recorded(token, position), model(token, position, kv_cache).flatten())
+
+
+def test_a_tape_can_hold_every_operation_of_a_short_step():
+    """Backend.can_record relies on it: each operation of a tape is in the table of its kernels."""
+    assert SCHEMAS.keys() <= kernels.CPU.max_tokens.keys()
+    assert all(kernels.CPU.kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
 
 
 @built

@@ -8,6 +8,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from triton.runtime import interpreter
 import kernels
 from config import ModelConfig
 from kernels.arguments import LayerCache
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.formats.triton_layouts import pack_tiles
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
@@ -203,6 +204,23 @@ def test_unknown_format():
     for call in (lambda: kernels.fused_linear(torch.zeros(1, 64), w), lambda: w.dequantized_weight(torch.float32)):
         with pytest.raises(ValueError, match="not 99"):
             call()
+
+
+def test_a_format_without_a_layout():
+    """An error that names what is missing. The formats of the kernels have what it names."""
+
+    @dataclass(frozen=True)
+    class NoLayout(WeightFormat):
+        group_size: int = 32
+        format_id = Int4.format_id
+        mode = "no-layout"
+
+    w = make_linear(16, 64, Int4(32), torch.float32)
+    w.format = NoLayout()
+    with pytest.raises(NotImplementedError, match="no-layout.g32 is .* no method pack_for_triton"):
+        kernels.pack_for_triton([w])
+    for format in KERNEL_FORMATS:
+        assert format.format_class.pack_for_triton is not WeightFormat.pack_for_triton
 
 
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
