@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
+from kernels.backend import TORCH, Backend
 from model import KVCache
 from utils.errors import UsageError
 
@@ -116,7 +117,7 @@ def process_logits(
 
 
 def sample(
-    logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None,
+    logits: Tensor, sampling: SamplingParams, backend: Backend = TORCH, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
     """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
@@ -125,7 +126,7 @@ def sample(
     uniform: the random numbers of multinomial; None: PyTorch's generator makes them.
     temperatures: those of the sequences, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
     kernel_can_sample = (
-        kernels.has_sample_kernel(backend, sampling.is_greedy)  # a CPU's only finds the likeliest token
+        backend.can_sample(sampling.is_greedy)
         and (sampling.is_greedy or not sampling.has_truncation)  # a kernel draws from the whole vocabulary
         and (sampling.is_greedy or uniform is None)  # a kernel does not take uniform
     )

@@ -37,7 +37,8 @@ import collectives
 from engine.sampling import SamplingParams, process_logits, sample
 from engine.sequence import GREEDY, Logprobs, Sequence, check_length
 from engine.steps import NOT_FINITE, build_model_step, fill_kv_cache, make_kv_cache, prefill_logits
-from kernels.record import with_tape_threads
+from kernels.backend import TORCH, Backend
+from kernels.record import call_with_tape_threads
 from model import Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
@@ -208,7 +209,7 @@ class Scheduler:
         logits = self.decode_step(tokens, start_pos)
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
-        return with_tape_threads(self.sample_next, range(n), logits, tokens, start_pos)
+        return call_with_tape_threads(self.sample_next, range(n), logits, tokens, start_pos)
 
     def compact(self, n: int):
         """Moves the n decoding sequences into the first n slots. What these held changes places with them, so nothing
@@ -272,7 +273,7 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[Sequence], backend: str = "torch") -> Tensor:
+def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
     ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
     sample."""
