@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint.
+"""Generate text from a checkpoint: main loads the model and encodes the prompts, generate_text prints one text.
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
@@ -72,7 +72,7 @@ def main():
 
 
 def generate_text(args: argparse.Namespace, prompt: Sequence, decode_loop: DecodeLoop, labels: list) -> list[Sequence]:
-    """Completes a batch of args.batch_size sequences of prompt. Without --json, prints the first text while it is
+    """Completes prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
     generated, and then the others. labels: as for print_label."""
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:

@@ -168,13 +168,16 @@ class Scheduler:
 
         The best free slot is one whose whole text is such a prefix, as in a conversation that goes on: nothing is lost.
         Otherwise the new sequence takes the slot that has been free for the longest time."""
-        free = [i for i, slot in enumerate(self.slots) if slot.sequence is None]
-        if not self.waiting or not free or any(slot.is_prefilling for slot in self.slots):
+        free_slots = [i for i, slot in enumerate(self.slots) if slot.sequence is None]
+        if not self.waiting or not free_slots or any(slot.is_prefilling for slot in self.slots):
             return
         sequence = self.waiting.popleft()
         shared = [common_prefix_length(slot.cached_ids, sequence.prompt_ids[:-1]) for slot in self.slots]
-        lossless = [i for i in free if shared[i] == len(self.slots[i].cached_ids)]
-        target = max(lossless, key=lambda i: shared[i]) if lossless else min(free, key=lambda i: self.slots[i].ended_at)
+        lossless = [i for i in free_slots if shared[i] == len(self.slots[i].cached_ids)]
+        if lossless:
+            target = max(lossless, key=lambda i: shared[i])
+        else:
+            target = min(free_slots, key=lambda i: self.slots[i].ended_at)
         n = max(shared)
         if shared[target] < n:
             self.kv_cache.copy_sequence(shared.index(n), target, n)
@@ -284,7 +287,8 @@ def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TO
         groups.setdefault(options, []).append(i)
     ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
     for options, indices in groups.items():
-        group, rows = [sequences[i] for i in indices], logits if len(groups) == 1 else logits[indices]
+        group = [sequences[i] for i in indices]
+        rows = logits if len(groups) == 1 else logits[indices]
         if options.is_greedy:
             ids[indices] = sample(rows, options, backend)
             continue

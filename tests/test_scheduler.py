@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.async_completer import AsyncCompleter, CompletionError
 from engine.generation import generate
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, sample
 from engine.scheduler import Scheduler, sample_each
 from engine.sequence import Sequence, build_sequence
 from engine.steps import build_steps, make_kv_cache
@@ -227,15 +227,18 @@ def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
     logits = torch.randn(16, 300, generator=torch.Generator().manual_seed(0))
     samplings = [SamplingParams(0.1 * i, top_k=20 if i > 8 else None, repetition_penalty=1 + i / 9) for i in range(16)]
 
-    def sample(rows: list[int]) -> tuple[list[int], int]:
+    def sample_together(rows: list[int]) -> tuple[list[int], int]:
         with CountSoftmax() as count:
             ids = sample_each(logits[rows], [Sequence([1], 1, samplings[i], seed=i) for i in rows])
         return ids.tolist(), count.n
 
-    alone = [sample([i])[0][0] for i in range(16)]
-    assert sample(list(range(16))) == (alone, 2)  # greedy without a softmax; with top_k, without
-    assert sample([15, 0, 3, 12]) == ([alone[i] for i in (15, 0, 3, 12)], 2)
-    assert sample([5, 4]) == ([alone[5], alone[4]], 1)
+    alone = []
+    for i, sampling in enumerate(samplings):
+        uniform = torch.rand(1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        alone += sample(logits[i : i + 1], sampling, uniform=uniform).tolist()
+    assert sample_together(list(range(16))) == (alone, 2)  # greedy without a softmax; with top_k; without
+    assert sample_together([15, 0, 3, 12]) == ([alone[i] for i in (15, 0, 3, 12)], 2)
+    assert sample_together([5, 4]) == ([alone[5], alone[4]], 1)
 
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
