@@ -11,8 +11,8 @@ There are three kinds of steps:
     decode          takes one token of every sequence (build_model_step)
     verification    takes several tokens of a draft (build_model_step, which speculate.py calls)
 
-generation.py, scheduler.py and speculate.py call the steps. Read build_steps first, then build_model_step, whose table
-says when a step is recorded, compiled or eager.
+generation.py, scheduler.py and speculate.py call the steps. Read build_steps first, then build_model_step and
+choose_mode, whose table says when a step is recorded, compiled or eager.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -137,24 +137,9 @@ def build_model_step(model: Transformer, kv_cache: KVCache, sampler: Callable, c
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
     All arguments are tensors. The step uses the first B sequences of kv_cache. The next call may overwrite the result
-    and the logits that sampler gets, since both may be static buffers of a recording. Clone what must last.
-
-    A step has one of three modes (choose_mode):
-
-        can_record    device    --compile    mode
-        yes           CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
-        yes           GPU       yes          recorded: a CUDA graph of model and sampler
-        yes           GPU       no           eager
-        no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
-        no            any       no           eager
-
-    model.can_record(B, T) says whether every operation has a kernel for B * T tokens. An eager step uses the kernels of
-    the operations that are within their limit (kernels/backend.py). The limits of matrix products:
-
-        64 tokens          quantized weights, and all weights on a GPU with matrix units
-        8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
-        8 tokens           a GPU without matrix units"""
+    and the logits that sampler gets, since both may be static buffers of a recording. Clone what must last."""
     can_record = cache(model.can_record)  # model.can_record goes through all modules
+    device_type = model.device.type
 
     def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
         used_cache = kv_cache.narrow_batch(0, len(tokens))
@@ -174,7 +159,7 @@ def build_model_step(model: Transformer, kv_cache: KVCache, sampler: Callable, c
 
     compiled = compile_step(model, kv_cache, sampler)
     modes = {"recorded": tape_and_sampler, "compiled": compiled, "eager": eager}
-    if model.device.type == "cuda":
+    if device_type == "cuda":
         modes["recorded"] = record(eager)
         if can_be_one_graph(model):
             modes["compiled"] = record(compiled)
@@ -183,13 +168,28 @@ def build_model_step(model: Transformer, kv_cache: KVCache, sampler: Callable, c
     # Python's next garbage collection.
     @torch.inference_mode()
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        mode = choose_mode(can_record(*tokens.shape), model.device.type, compile)
+        mode = choose_mode(can_record(*tokens.shape), device_type, compile)
         return modes[mode](tokens, start_pos, *inputs)
 
     return step
 
 
 def choose_mode(can_record: bool, device_type: str, compile: bool) -> str:
+    """Returns how a step runs. A step has one of three modes:
+
+        can_record    device    --compile    mode
+        yes           CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
+        yes           GPU       yes          recorded: a CUDA graph of model and sampler
+        yes           GPU       no           eager
+        no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
+        no            any       no           eager
+
+    model.can_record(B, T) says whether every operation has a kernel for B * T tokens. An eager step uses the kernels of
+    the operations that are within their limit (kernels/backend.py). The limits of matrix products:
+
+        64 tokens          quantized weights, and all weights on a GPU with matrix units
+        8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
+        8 tokens           a GPU without matrix units"""
     if can_record and (compile or device_type == "cpu"):
         return "recorded"
     return "compiled" if compile else "eager"
