@@ -139,18 +139,15 @@ async def events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
         async for chunk in chunks:
             yield f"data: {json.dumps(chunk)}\n\n"
     except CompletionError as e:  # the status 200 is sent already, so the error is an event
-        yield f"data: {json.dumps(describe_error(e, status=500))}\n\n"
+        yield f"data: {error_response(None, e).body.decode()}\n\n"
     yield "data: [DONE]\n\n"
 
 
-def error_response(request: Request, e: Exception) -> Response:
+def error_response(request: Request | None, e: Exception) -> Response:
     status = getattr(e, "status_code", 400 if isinstance(e, UsageError) else 500)
-    return JSONResponse(describe_error(e, status), status)
-
-
-def describe_error(e: Exception, status: int) -> dict:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": getattr(e, "detail", str(e)), "type": kind, "param": None, "code": None}}
+    error = {"message": getattr(e, "detail", str(e)), "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status)
 
 
 if __name__ == "__main__":
