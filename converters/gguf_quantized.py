@@ -32,7 +32,7 @@ from converters.model_tensors import TensorPlan, TensorReader, check_finite_tens
 from converters.quantized_weight import LazyWeight, check_finite_scales
 from kernels.formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
-from kernels.formats.integers import GroupedFormat
+from kernels.formats.integers import AffineFormat
 from utils.errors import UsageError
 
 SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors
@@ -49,7 +49,7 @@ LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group siz
 
 
 def keeps_q(type: BlockType, format: WeightFormat) -> bool:
-    if not isinstance(format, GroupedFormat):
+    if not isinstance(format, AffineFormat):
         return False
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
 
@@ -62,7 +62,7 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
     # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q
     # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
-    zeros = (groups.zeros * factor * format.zeros_denominator).round()
+    zeros = (groups.zeros * factor * 2**format.zero_fraction_bits).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
     scales, zeros = (groups.scales / factor).to(format.scale_dtype), zeros.clamp(0, 255).to(torch.uint8)
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
@@ -70,10 +70,10 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
     if not is_kept.all():  # some groups' zeros are beyond 0 ... 255
         rounded = format.quantize(groups.dequantize())
-        rounded["q"] = format.bytes_to_elements(rounded["weight"])
+        rounded["q"] = format.unpack_q(rounded["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
         tensors = {name: torch.where(kept, tensors[name], rounded[name]) for name, kept in where.items()}
-    weight = format.elements_to_bytes(tensors["q"])
+    weight = format.pack_q(tensors["q"])
     return {"weight": weight, "scales": tensors["scales"], "zeros": tensors["zeros"]}, is_kept
 
 

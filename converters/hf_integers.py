@@ -28,7 +28,7 @@ from torch import Tensor
 from converters.quantized_weight import LazyWeight, SourceLayer, stored_group_size
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
-from kernels.formats.integers import GroupedFormat
+from kernels.formats.integers import AffineFormat
 from utils.errors import UsageError
 
 GPTQ_VERSIONS = ("gptq", "gptq_v2")  # by the names in config.json's checkpoint_format
@@ -74,15 +74,15 @@ class UnpackedWeight:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
         return {"weight": signed, "scales": self.scales[:, 0].float()}
 
-    def read_groups(self, format: GroupedFormat) -> Tensors:
+    def read_groups(self, format: AffineFormat) -> Tensors:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
         # Scales keep their dtype here, so that a weight that becomes dense is rounded only once
-        tensors = {"scales": self.scales, "zeros": self.read_zeros() * format.zeros_denominator}
+        tensors = {"scales": self.scales, "zeros": self.read_zeros() << format.zero_fraction_bits}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
-        return {"weight": format.elements_to_bytes(q)} | groups
+        return {"weight": format.pack_q(q)} | groups
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:

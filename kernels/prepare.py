@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import aten, build
-from kernels.formats import Dequantized, Tensors, WeightFormat, cpu_layouts, triton_layouts
+from kernels.formats import Tensors, Unquantized, WeightFormat, cpu_layouts, triton_layouts
 from kernels.formats.base import QUANTIZE_CHUNK
 from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
 from utils.machine import drop_pages, free_memory, use_huge_pages
@@ -118,7 +118,7 @@ def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmap
         quantized = matrix.tensors()
         matrix.set_tensor("weight", dequantize_rows(matrix.format, quantized, matrix.in_features, dtype))
         matrix.scales = matrix.zeros = None
-        matrix.format = Dequantized(matrix.format.name)
+        matrix.format = Unquantized(dequantized_from=matrix.format.name)
         for tensor in quantized.values() if is_mmapped else ():
             drop_pages(tensor)
 

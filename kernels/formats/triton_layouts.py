@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats.base import Tensors, Unquantized, WeightFormat, bytes_to_nibbles
+from kernels.formats.base import Tensors, Unquantized, WeightFormat, unpack_nibbles
 from kernels.formats.floats import MXFP4, Float8
 from kernels.formats.integers import GroupedInt8, Int4, Int8
 
@@ -50,7 +50,7 @@ def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
     weight, scales, zeros = (tensors.get(name) for name in ("weight", "scales", "zeros"))
     match format:
         case Int4():
-            tiles = pack_tiles(bytes_to_nibbles(weight))
+            tiles = pack_tiles(unpack_nibbles(weight))
             return {"weight": tiles, "scales": pack_scales(scales, zeros), "zeros": None}
         case GroupedInt8():
             rows = (weight ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128
@@ -58,7 +58,7 @@ def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
         case Float8():
             return {"weight": pack_words(weight), "scales": by_column(scales)}
         case MXFP4():
-            return {"weight": pack_tiles(bytes_to_nibbles(weight)), "scales": by_column(scales)}
+            return {"weight": pack_tiles(unpack_nibbles(weight)), "scales": by_column(scales)}
         case Unquantized() | Int8():
             return tensors
     raise TypeError(f"there is no layout for {format}")
