@@ -10,7 +10,7 @@ Unlike the paper's, the groups are static: every group gets a scale and a zero b
 candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
 of rounding, and static groups do not depend on that order.
 
-quantize.py calls quantize_model. converters/hf_integers.py reads GPTQ checkpoints of other projects.
+quantize.py calls quantize_model. converters/hf_quantized_integers.py reads GPTQ checkpoints of other projects.
 """
 
 import sys

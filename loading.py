@@ -72,11 +72,11 @@ def load_model(
     shard_tensor = None
     if n_ranks > 1:
         # Ranks cannot tie: each keeps the whole embedding, but only its rows of the head.
-        tensors |= {name: tensors[source] for name, source in tied.items()}
+        tensors |= {head: tensors[embedding] for head, embedding in tied.items()}
         tied = {}
         shard_tensor = tp.shard(model, device)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
-    moved |= {name: moved[source] for name, source in tied.items()}
+    moved |= {head: moved[embedding] for head, embedding in tied.items()}
     model.load_state_dict(moved, assign=True)
     if tied:
         model.tie_embedding()

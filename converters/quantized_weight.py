@@ -116,7 +116,7 @@ MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weig
 
 
 @dataclass
-class SourceLayer:
+class QuantizedLayer:
     """The tensors of a linear layer in another project's checkpoint, by the last part of a tensor's name (kind), such
     as "qweight"."""
 

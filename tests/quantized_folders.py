@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import read_checkpoint
-from converters.model_tensors import NORM_BEFORE
+from converters.write_model import NORM_BEFORE
 from kernels.formats import QuantizationScheme
 from model import empty_model
 from tests.tiny import FAMILIES, convert, make_hf

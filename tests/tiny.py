@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
-from converters.folder import convert_folder
+from converters.convert_folder import convert_folder
 from kernels.formats import QuantizationScheme
 from loading import load_model
 from model import KVCache, empty_model

@@ -43,7 +43,7 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# In the order of csrc/weights.h: Formats, which kernels/build.py: check_formats compares
+# csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
 for i, format_class in enumerate(FORMATS):
     format_class.format_id = i

@@ -15,7 +15,7 @@ import re
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import LazyWeight, SourceLayer, check_finite_scales, stored_group_size
+from converters.quantized_weight import LazyWeight, QuantizedLayer, check_finite_scales, stored_group_size
 from kernels.formats import MXFP4, Float8, Tensors
 from kernels.formats.base import pack_nibbles, shard_groups, unpack_nibbles_interleaved
 from utils.errors import UsageError
@@ -24,7 +24,7 @@ E4M3_NAN = 0x7F  # without the sign bit
 E8M0_NAN = 0xFF
 
 
-def float8_weight(layer: SourceLayer, block_shape: list[int] | None) -> LazyWeight:
+def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> LazyWeight:
     """Reads a weight of FP8. block_shape: how many outputs and inputs share a scale. None: a scale for each output, or
     one scale for the whole weight."""
     weight = layer.take("weight", (torch.float8_e4m3fn,), 2)
