@@ -35,7 +35,7 @@ from utils.errors import UsageError
 from utils.files import replace_file
 
 # A linear layer -> the norm before the layer. If the layer has an input_order (quantized_weight.py: LazyWeight),
-# layers.py: Linear puts x in this order before the fused norm, so conversion puts the norm's weight in this order, too.
+# layers.py: Linear permutes x before the fused norm. So conversion permutes the norm's weight; rms(x) stays the same.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
 }

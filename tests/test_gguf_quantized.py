@@ -150,7 +150,7 @@ def test_which_weights_are_rounded_again():
         limit = size_limit(stacks)
         choose_formats(stacks, limit)
         assert 0.95 * limit < sum(stack.n_bytes[stack.format] for stack in stacks) <= limit
-        with_loss = [stack for stack in stacks if stack.loss(stack.format) > 0.1 * prod(stack.plan.shape)]
+        with_loss = [stack for stack in stacks if stack.loss(stack.format) > 0.1 * prod(stack.stacked.shape)]
         if default == "Q4_K":
             assert 0 < len(with_loss) <= 16 and all(stack.name.endswith("qkv_proj") for stack in with_loss)
         else:
@@ -184,7 +184,7 @@ def test_a_tied_head_keeps_its_bits(name):
     assert sum(stack.n_bytes[stack.format] for stack in [head, *layers]) <= limit
     assert head.format == head_format
     rounded = [stack for stack in layers if stack.format != INT4]
-    n_rounded, n_weights = (sum(prod(stack.plan.shape) for stack in some) for some in (rounded, layers))
+    n_rounded, n_weights = (sum(prod(stack.stacked.shape) for stack in some) for some in (rounded, layers))
     assert n_rounded <= most_rounded * n_weights
     assert all(stack.format == SMALLER_INT4 for stack in rounded)
 
