@@ -22,7 +22,7 @@ from converters.source_files import ADAPTER_CONFIG, SETTINGS, describe_sources, 
 from converters.write_model import Announcement, write_folder
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
-from utils.files import load_safetensors, load_state_dict, read_json
+from utils.files import load_safetensors, load_torch_state_dict, read_json
 
 AUTO_GPTQ_FILE = "gptq_model-*.safetensors"  # early versions put bits and group size into the name
 
@@ -121,7 +121,7 @@ def check_not_quantized(folder: Path, hf_config: dict):
 
 def read_state_dict(folder: Path) -> StateDict:
     """Returns all tensors of a folder, memory-mapped."""
-    for load, whole in ((load_safetensors, "model.safetensors"), (load_state_dict, "pytorch_model.bin")):
+    for load, whole in ((load_safetensors, "model.safetensors"), (load_torch_state_dict, "pytorch_model.bin")):
         index = folder / f"{whole}.index.json"
         if (folder / whole).is_file():
             return load(folder / whole)

@@ -10,7 +10,7 @@ from converters.canonical import StateDict
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
-# For the names that a family does not rename
+# For every family, except the names that its own renames have
 LLAMA_NORMS_TO_CANONICAL = {
     ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
 }

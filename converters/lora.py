@@ -22,7 +22,7 @@ from converters.canonical import EMBEDDING, HEAD, StateDict
 from converters.quantized_weight import LazyWeight
 from converters.source_files import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors
-from utils.files import load_safetensors, load_state_dict, read_json
+from utils.files import load_safetensors, load_torch_state_dict, read_json
 
 PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
 
@@ -99,7 +99,7 @@ def read_adapter_tensors(folder: Path) -> StateDict:
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")
     elif (folder / "adapter_model.bin").is_file():
-        tensors = load_state_dict(folder / "adapter_model.bin")
+        tensors = load_torch_state_dict(folder / "adapter_model.bin")
     else:
         raise UsageError("neither adapter_model.safetensors nor adapter_model.bin is there")
     if not tensors:

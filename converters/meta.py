@@ -30,7 +30,7 @@ from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_tensors import reorder_heads, rope_row_order
 from converters.meta_tokenizer import read_meta_tokenizer
 from utils.errors import UsageError, convert_type_errors
-from utils.files import is_state_dict, load_safetensors, load_state_dict, load_torch_file, read_json
+from utils.files import is_state_dict, load_safetensors, load_torch_file, load_torch_state_dict, read_json
 
 PARAMS = "params.json"
 META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name (canonical.py)
@@ -97,7 +97,8 @@ def shard_files(folder: Path) -> list[Path]:
 
 def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
     """Returns {canonical name of a tensor: the tensor's shard in each file, memory-mapped}."""
-    contents = [load_safetensors(file) if file.suffix == ".safetensors" else load_state_dict(file) for file in files]
+    load = load_safetensors if files[0].suffix == ".safetensors" else load_torch_state_dict
+    contents = [load(file) for file in files]
     for file, tensors in zip(files, contents, strict=True):
         if difference := tensors.keys() ^ contents[0].keys():
             raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")

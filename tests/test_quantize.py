@@ -361,8 +361,17 @@ def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
 
 
 def test_what_a_checkpoint_says_of_its_format_is_read():
-    for format in (Int8(), Int4(64), Float8(), Float8(128), MXFP4()):
-        assert format_from_dict(format.quantization) == format
+    """These are the words of files that exist, so they must not change."""
+    for format, quantization in [
+        (Int8(), {"mode": "int8"}),
+        (Int4(64), {"mode": "int4", "groupsize": 64}),
+        (Int4(64, torch.float16), {"mode": "int4", "groupsize": 64, "scale_dtype": "float16"}),
+        (GroupedInt8(16), {"mode": "int8-grouped", "groupsize": 16}),
+        (Float8(), {"mode": "fp8"}),
+        (Float8(128), {"mode": "fp8", "groupsize": 128}),
+        (MXFP4(), {"mode": "mxfp4"}),
+    ]:
+        assert format_from_dict(quantization) == format and format.quantization == quantization
     for wrong in ({"mode": "fp8", "groupsize": 48}, {"mode": "fp4"}, {"mode": "mxfp4", "groupsize": 64}):
         with pytest.raises(UsageError, match="which this version does not read"):
             format_from_dict(wrong)

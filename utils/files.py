@@ -69,7 +69,7 @@ def load_torch_file(path: Path, legacy: bool = False):
         raise UsageError(explain_load_error(path, e)) from None
 
 
-def load_state_dict(file: Path) -> dict[str, Tensor]:
+def load_torch_state_dict(file: Path) -> dict[str, Tensor]:
     tensors = load_torch_file(file, legacy=True)
     if not is_state_dict(tensors):
         raise UsageError(f"{file} is not a table of tensors")

@@ -209,9 +209,9 @@ def round_int4(w: Tensor, scale: Tensor | float, zero: Tensor) -> Tensor:
 
 def encode_zeros(zero: Tensor) -> Tensor:
     """Converts zero points to the stored numbers of int4: 16 * zero, rounded, uint8."""
-    return (zero * 16).round().clamp(0, 255).to(torch.uint8)
+    return (zero * 2**Int4.zero_fraction_bits).round().clamp(0, 255).to(torch.uint8)
 
 
 def decode_zeros(zeros: Tensor) -> Tensor:
     """The inverse of encode_zeros, float32."""
-    return zeros.float() / 16
+    return zeros.float() / 2**Int4.zero_fraction_bits

@@ -141,8 +141,8 @@ def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, T
     for name, tensor in tensors.items():
         shapes = part_shapes(name, tensor.shape, config)
         parts = tensor.split([n_rows for n_rows, *_ in shapes.values()])
-        for source, part in zip(shapes, parts, strict=True):
-            layer, module, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", source).groups()
+        for part_name, part in zip(shapes, parts, strict=True):
+            layer, module, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", part_name).groups()
             if module in ("self_attn.q_proj", "self_attn.k_proj"):
                 halves = part.unflatten(0, (-1, 2, config.head_dim // 2))  # [heads, 2, D/2, ...]
                 part = halves.transpose(1, 2).reshape(part.shape)
