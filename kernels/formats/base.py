@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class Unquantized(WeightFormat):
     dequantized_from: the name of the checkpoint's format, if the weight was dequantized while loading, since that
     format has no kernels on this device (kernels/prepare.py: dequantize_weights)."""
 
-    dequantized_from: str | None = None
+    dequantized_from: str | None = field(default=None, repr=False)
     is_cli_mode = False
     group_size = None
 
