@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.record import call_between_tapes
+from kernels.record import call_at_graph_break
 from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
@@ -32,13 +32,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot contain them, so
-# kernels/record.py: call_between_tapes calls each collective.
+# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot contain them, so each one is a graph
+# break (kernels/record.py: call_at_graph_break).
 
 
 def all_reduce(x: Tensor) -> Tensor:
     """Returns the sum of x over all ranks."""
-    return call_between_tapes(partial(collective, "all_reduce", "sum"), x)
+    return call_at_graph_break(partial(collective, "all_reduce", "sum"), x)
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def all_gather(x: Tensor) -> Tensor:
 def broadcast(x: Tensor) -> Tensor:
     """Returns rank 0's x on every rank. Samplers broadcast the tokens, so that all ranks continue with the same tokens
     even if a program has not seeded all ranks alike."""
-    return x if world_size() == 1 else call_between_tapes(partial(collective, "broadcast", 0), x)
+    return x if world_size() == 1 else call_at_graph_break(partial(collective, "broadcast", 0), x)
 
 
 def collective(name: str, argument: str | int, x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import kernels
 from kernels.arguments import WeightArguments
 from kernels.aten import AtenInt4, AtenInt8
+from kernels.backend import TORCH, Backend
 from kernels.formats import Tensors, Unquantized, WeightFormat
-from kernels.schema import kernel_namespace
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.backend = "torch"
+        self.backend: Backend = TORCH
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -38,8 +38,8 @@ class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (kernels/formats/).
-    backend: "cpu" or "triton" means that W is packed for the kernels of this backend. "torch" means that W is stored as
-    in the checkpoint, for plain PyTorch.
+    backend: what computes with W (kernels/backend.py). W is packed for its kernels. TORCH means that W is stored as in
+    the checkpoint, for plain PyTorch.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
@@ -48,11 +48,16 @@ class WeightMatrix(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
         self.format: WeightFormat = Unquantized()
-        self.backend = "torch"
+        self.backend: Backend = TORCH
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.register_buffer("scales", None)
         self.register_buffer("zeros", None)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the tensors are in the order of the backend's kernels, so that only these can read W."""
+        return self.format.is_quantized and self.backend != TORCH
 
     def tensors(self) -> Tensors:
         """The tensors that store W, by name: weight and, if the format has them, scales and zeros."""
@@ -84,7 +89,7 @@ class WeightMatrix(nn.Module):
         tensors = self.tensors()
         if self.n_experts is not None:
             tensors = {name: t[experts] for name, t in tensors.items()}
-        if self.backend == "torch" or not self.format.is_quantized:
+        if not self.is_packed:
             return self.format.dequantize(tensors, dtype)
         if self.n_experts is None or isinstance(experts, int):
             return self.dequantize_packed(tensors, dtype)
@@ -94,7 +99,7 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments()._replace(**tensors)
-        return kernel_namespace(self.backend).dequantize(*arguments, self.in_features, dtype)
+        return self.backend.kernels.dequantize(*arguments, self.in_features, dtype)
 
 
 class Linear(WeightMatrix):
@@ -108,7 +113,6 @@ class Linear(WeightMatrix):
     input_order: int32 [K], or None; GPTQ and Marlin call it perm. Column i of W multiplies x[..., input_order[i]]. With
     act-order the inputs of a quantization group are scattered; sorting the columns makes each group contiguous.
     forward permutes x before the fused norm, so conversion permutes the weight of this norm, too.
-    max_kernel_tokens: the most tokens for which the kernels of the backend compute y. Plain PyTorch takes more.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
     def __init__(
@@ -117,7 +121,6 @@ class Linear(WeightMatrix):
     ):
         super().__init__(in_features, out_features, n_experts)
         self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
-        self.max_kernel_tokens = 0
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
         self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None

@@ -82,7 +82,7 @@ def load_model(
         model.tie_embedding()
     model.eval().requires_grad_(False)
     if use_kernels:
-        model.prepare_kernels(is_mmapped=True)
+        model.pack_weights(is_mmapped=True)
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import kernels
 from config import ModelConfig
 from kernels.arguments import AttentionOptions, LayerCache
+from kernels.backend import Backend
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
 from rope import RopeTables, alibi_slopes
@@ -91,13 +92,13 @@ class Transformer(nn.Module):
         embedding.weight, embedding.scales, embedding.zeros = head.weight, head.scales, head.zeros
         embedding.format, embedding.backend = head.format, head.backend
 
-    def prepare_kernels(self, is_mmapped: bool = False):
-        """Switches to the kernels for the model's device: see kernels.prepare_kernels."""
+    def pack_weights(self, is_mmapped: bool = False):
+        """Switches to the kernels for the model's device: see kernels.pack_weights."""
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
         is_tied = self.is_tied
         if is_tied:
             matrices.remove(self.embed_tokens)
-        kernels.prepare_kernels(matrices, self.dtype, is_mmapped)
+        kernels.pack_weights(matrices, self.dtype, is_mmapped)
         if is_tied:  # the head's weight may have been packed
             self.tie_embedding()
         for module in self.modules():
@@ -111,21 +112,16 @@ class Transformer(nn.Module):
                 yield name, module
 
     def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
-        """Whether a step with n_new_tokens in each of batch_size sequences can be recorded. On a CPU every operation
-        needs a C++ kernel. On a GPU embedding, activate and add may be PyTorch's, since a CUDA graph captures any
-        kernel."""
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
-        backends = {linear.backend for linear in linears}
+        """Whether a step with n_new_tokens in each of batch_size sequences can be recorded: whether all weights are on
+        one backend, and the backend can record the step."""
+        matrices = [module for module in self.modules() if isinstance(module, Linear)]
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
-            backends.add(self.embed_tokens.backend)
-        if len(backends) > 1:
-            return False
-        if batch_size * n_new_tokens > min(linear.max_kernel_tokens for linear in linears):
-            return False
-        (backend,) = backends
+            matrices.append(self.embed_tokens)
+        backend = self.lm_head.backend
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
-        return kernels.has_attention_kernel(backend, batch_size, n_new_tokens, heads_per_kv_head)
+        is_on_one = all(matrix.backend == backend for matrix in matrices)
+        return is_on_one and backend.can_record(batch_size, n_new_tokens, heads_per_kv_head)
 
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
@@ -247,7 +243,7 @@ class Attention(nn.Module):
         return options._replace(q_norm_weight=q_norm.weight, k_norm_weight=k_norm.weight, eps=q_norm.eps)
 
     @property
-    def backend(self) -> str:
+    def backend(self) -> Backend:
         return self.qkv_proj.backend
 
 

@@ -37,7 +37,7 @@ import kernels
 from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from kernels.formats import WeightFormat
-from kernels.record import call_between_tapes
+from kernels.record import call_at_graph_break
 from model import Attention, Transformer
 from utils.errors import UsageError
 
@@ -233,7 +233,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.get_inputs is not None:
-            x = call_between_tapes(self.get_inputs, x)
+            x = call_at_graph_break(self.get_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
 
@@ -250,7 +250,7 @@ class ParallelHead(nn.Module):
         self.linear, self.vocab_size, self.backend = linear, vocab_size, linear.backend
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        return call_between_tapes(self.all_gather, self.linear(x, **kwargs))
+        return call_at_graph_break(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
         """Returns the logits of all ranks, without the padding of the last ranks."""

@@ -22,7 +22,7 @@ from engine.speculate import (
     draft_lengths,
 )
 from engine.steps import GenerationSteps, make_kv_cache
-from kernels import MAX_CPU_TOKENS
+from kernels import MAX_CPU_TOKENS, TRITON
 from loading import load
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def build_decoder(
 def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
     most = max((i for i in range(1, k + 1) if model.can_record(1, i + 1)), default=0)
-    if model.lm_head.backend == "triton" and most < k:
+    if model.lm_head.backend == TRITON and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 

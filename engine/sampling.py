@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
+from kernels.backend import TORCH, Backend
 from model import KVCache
 from utils.errors import UsageError
 
@@ -115,13 +116,13 @@ def process_logits(
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits: Tensor, sampling: SamplingParams, backend: str = "torch", uniform: Tensor | None = None) -> Tensor:
+def sample(logits: Tensor, sampling: SamplingParams, backend: Backend = TORCH, uniform: Tensor | None = None) -> Tensor:
     """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
 
     backend: the model's; one of its kernels samples if it can.
     uniform: the random numbers of multinomial; None: PyTorch's generator makes them."""
     kernel_can_sample = (
-        kernels.has_sample_kernel(backend, sampling.is_greedy)  # a CPU's only finds the likeliest token
+        backend.can_sample(sampling.is_greedy)
         and (sampling.is_greedy or not sampling.filters_tokens)  # a kernel draws from the whole vocabulary
         and (sampling.is_greedy or uniform is None)  # a kernel does not take uniform
     )

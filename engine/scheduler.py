@@ -33,7 +33,8 @@ import collectives
 from engine.request import Request, check_length, find_finish_reason
 from engine.sampling import process_logits, sample
 from engine.steps import ModelRunner, check_sampled_ids, make_kv_cache, prefill_logits
-from kernels.record import with_tape_threads
+from kernels.backend import TORCH, Backend
+from kernels.record import call_with_tape_threads
 from model import Transformer
 from text.tokenizer import common_prefix_length
 from utils.machine import free_memory
@@ -144,7 +145,7 @@ class Scheduler:
         logits = self.decode_step(last_tokens, start_pos)
         for slot in slots:
             self.cached_ids[slot].append(self.running[slot].new_ids[-1])
-        return with_tape_threads(self.sample_next, slots, logits, last_tokens, start_pos)
+        return call_with_tape_threads(self.sample_next, slots, logits, last_tokens, start_pos)
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[NewToken]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. Frees the
@@ -217,7 +218,7 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[RunningSequence], backend: str = "torch") -> Tensor:
+def sample_each(logits: Tensor, sequences: list[RunningSequence], backend: Backend = TORCH) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
     ids [n]. backend: as for sampling.py: sample."""
     options = {sequence.request.sampling for sequence in sequences}

@@ -28,6 +28,7 @@ from torch import Tensor
 import collectives
 from engine.sampling import SamplingParams, multinomial, probabilities, process_logits, sample
 from engine.steps import GenerationSteps, ModelRunner, check_sampled_ids, fill_kv_cache
+from kernels.backend import TORCH, Backend
 from model import KVCache, Transformer
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
@@ -134,7 +135,7 @@ def build_speculative_decoder(
 
 
 def rejection_sample(
-    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams, backend: str = "torch"
+    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams, backend: Backend = TORCH
 ) -> Tensor:
     """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One tensor
     needs only one copy to the host.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import collectives
 from engine.sampling import SamplingParams, process_logits, sample
 from kernels.build import find_compiler
-from kernels.record import record, with_tape_threads
+from kernels.record import call_with_tape_threads, record
 from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.machine import check_memory
@@ -141,8 +141,8 @@ class ModelRunner:
         no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
         no            any       no           eager
 
-    model.can_record(B, T) says whether every operation has a kernel for B * T tokens. The limit of a linear layer is
-    max_kernel_tokens. An eager step uses the kernels of the operations that are within their limit:
+    model.can_record(B, T) says whether every operation has a kernel for B * T tokens. An eager step uses the kernels of
+    the operations that are within their limit (kernels/backend.py). The limits of matrix products:
 
         64 tokens          quantized weights, and all weights on a GPU with matrix units
         8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
@@ -178,7 +178,7 @@ class ModelRunner:
             return self.cuda_graph(tokens, start_pos, *sampler_inputs)
         # A tape holds only the operations of kernels/schema.py, and a sampler has others.
         logits = self.tape_of_model(tokens, start_pos)
-        return with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
+        return call_with_tape_threads(self.sampler, logits, tokens, start_pos, *sampler_inputs)
 
     def compiled(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         has_cuda_graph = self.device.type == "cuda" and can_be_one_graph(self.step.model)

@@ -10,15 +10,14 @@ package, there are types alone, for annotations.)
     torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files
-    ops.py         the operations: attend, fused_linear, ... Each calls a kernel or torch_ops.py; rounding differs
-    prepare.py     chooses the backend of a device, and packs the weights for the backend
+    backend.py     the backends: which operations have kernels, and for how many tokens; how rounding differs
+    ops.py         the operations: attend, fused_linear, ... Each calls a kernel of a backend, or torch_ops.py
+    packing.py     chooses the backend of a model, and packs the weights for the backend
     record.py      records a decode step once, and replays the recording
 """
 
+from kernels.backend import CPU, MAX_CPU_TOKENS, MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS, TORCH, TRITON
 from kernels.ops import (
-    MAX_CPU_TOKENS,
-    MAX_TRITON_NEW_TOKENS,
-    MAX_TRITON_TOKENS,
     activate,
     add,
     attend,
@@ -26,17 +25,15 @@ from kernels.ops import (
     experts_down,
     experts_gate_up,
     fused_linear,
-    has_attention_kernel,
-    has_sample_kernel,
     permute_inputs,
     rms_norm,
     route,
     sample,
 )
-from kernels.prepare import load_triton_kernels, pack_for_triton, prepare_kernels
+from kernels.packing import load_triton_kernels, pack_for_triton, pack_weights
 
 __all__ = [
-    "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "activate", "add", "attend", "embed",
-    "experts_down", "experts_gate_up", "fused_linear", "has_attention_kernel", "has_sample_kernel",
-    "load_triton_kernels", "pack_for_triton", "prepare_kernels", "permute_inputs", "rms_norm", "route", "sample",
+    "CPU", "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "TORCH", "TRITON", "activate", "add",
+    "attend", "embed", "experts_down", "experts_gate_up", "fused_linear", "load_triton_kernels", "pack_for_triton",
+    "pack_weights", "permute_inputs", "rms_norm", "route", "sample",
 ]

@@ -13,12 +13,12 @@ Who owns whom:
      +- CUDAGraph (CUDA, ROCm)     inputs, outputs, and PyTorch's CUDA graph of everything that step does on the GPU
      +- CPUGraph                   inputs, outputs, the activations between them, and the segments:
          +- Tape                   a C++ list of kernel calls, with the addresses of tensors (kernels/csrc/tape.h)
-         +- function               Python to call between two tapes
+         +- function               Python to call at a graph break, between two tapes
 
 How a CPUGraph records and replays:
 
     record    step runs once. Each kernel appends itself to the tape and computes nothing. A collective is no kernel, so
-              step passes it to call_between_tapes, which ends the tape and begins another.
+              step passes it to call_at_graph_break, which ends the tape and begins another.
 
               embed  fused_linear  attend  ...  fused_linear |   all_reduce   | add  fused_linear  attend  ...
               [------------------- Tape -------------------] |    function    | [----------- Tape -----------
@@ -26,8 +26,8 @@ How a CPUGraph records and replays:
     replay    copy the arguments to inputs, call the segments one by one, return outputs. A Tape executes all of its
               kernels in one parallel region.
 
-A tape can hold only leaf operations: those of kernels/schema.py: SCHEMAS. Any other operation would run once, during
-recording, and never again. So a CPUGraph raises an error for it.
+A tape can hold the operations of kernels/schema.py: SCHEMAS. Anything else would be computed once, during recording,
+and never again. So a CPUGraph raises an error for it.
 """
 
 import ctypes
@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import build
+from kernels.backend import CPU
 from kernels.schema import SCHEMAS
 
 # A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
@@ -77,15 +78,15 @@ def record(step: Callable) -> Callable:
     return replay
 
 
-def call_between_tapes(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def call_at_graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Returns fn(*inputs). While a CPUGraph is recorded, ends the tape and begins another one, so that every replay
     calls fn between the two tapes. fn must always return the same shape."""
     if recording.graph is None:
         return fn(*inputs)
-    return recording.graph.split_tape(fn, inputs)
+    return recording.graph.break_graph(fn, inputs)
 
 
-def with_tape_threads(fn: Callable, *args):
+def call_with_tape_threads(fn: Callable, *args):
     """Returns fn(*args), computed with as many threads as tapes use. On a busy machine tapes use fewer threads. Further
     threads of PyTorch would spin for cores that other programs hold."""
     n_threads = torch.get_num_threads()
@@ -121,7 +122,7 @@ class CUDAGraph:
 
 
 class CPUGraph(TorchDispatchMode):
-    """What a step does on a CPU: tapes, and functions to call between two tapes. The constructor records, and a call
+    """What a step does on a CPU: tapes, and functions to call at graph breaks. The constructor records, and a call
     replays. As a TorchDispatchMode, the graph intercepts every PyTorch operation during recording."""
 
     def __init__(self, step: Callable, args: tuple):
@@ -145,10 +146,11 @@ class CPUGraph(TorchDispatchMode):
         return self.outputs
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Lets only leaf operations and views pass. A leaf operation appends itself to the tape."""
-        is_leaf = func.namespace == "gptfast" and func._schema.name.removeprefix("gptfast::") in SCHEMAS
-        if not is_leaf and not func.is_view:
-            raise RuntimeError(f"{func} is no leaf operation: it cannot be recorded (see kernels/record.py)")
+        """Lets only the operations of SCHEMAS and views pass. An operation appends itself to the tape."""
+        namespace, _, name = func._schema.name.partition("::")
+        is_recordable = namespace == CPU.namespace and name in SCHEMAS
+        if not is_recordable and not func.is_view:
+            raise RuntimeError(f"{func} is no operation of kernels/ops.py: it cannot be recorded (kernels/record.py)")
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.keepalive += [args, kwargs, result]
@@ -168,7 +170,7 @@ class CPUGraph(TorchDispatchMode):
         recording.graph = None
         build.library().tape_end()
 
-    def split_tape(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
+    def break_graph(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """Ends the tape, adds a segment that calls fn(*inputs), and begins another tape. Returns the tensor that will
         hold the result of fn."""
         self.end_tape()

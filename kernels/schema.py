@@ -26,7 +26,7 @@ ATTENTION = (
     "int n_heads, float scale, int window, float softcap, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, "
     "Tensor? sinks"
 )
-SCHEMAS: dict[str, str] = {}  # name -> schema of each leaf operation: a tape can hold these operations alone
+SCHEMAS: dict[str, str] = {}  # name -> schema of each operation that a tape can hold
 
 
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
@@ -46,15 +46,6 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
         return fake
 
     return register
-
-
-def kernel_namespace(backend: str):
-    """The torch.ops namespace of backend's kernels; None if backend is "torch"."""
-    if backend == "cpu":
-        return torch.ops.gptfast
-    if backend == "triton":
-        return torch.ops.gptfast_triton
-    return None
 
 
 def triton_op(function: Callable) -> Callable:

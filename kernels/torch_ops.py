@@ -1,6 +1,6 @@
 """The operations in plain PyTorch, for any device and any number of tokens: prefill, devices without kernels, and
 --kernels off. They also are what the kernels are tested against. The kernels compute the same functions, but round
-differently: kernels/ops.py says how.
+differently: kernels/backend.py says how.
 
 kernels/ops.py describes the operations, and calls these functions for steps without a kernel. A weight of any format is
 read through linear.dequantized_weight(dtype). If the weight is packed for a backend, a kernel of this backend

@@ -169,15 +169,15 @@ def launch_many(dtype: torch.dtype):
 
 def launch_others(dtype: torch.dtype, compiles_all: bool):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
-    norm.backend = "triton"
+    norm.backend = kernels.TRITON
     norm(x, x)
-    kernels.permute_inputs(x, torch.arange(2048, dtype=torch.int32), "triton")
+    kernels.permute_inputs(x, torch.arange(2048, dtype=torch.int32), kernels.TRITON)
     capped = make_linear(256, 2048, Unquantized(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
     kernels.pack_for_triton([capped])
     for activation in [name for name in ACTIVATIONS if name != "swiglu"] if compiles_all else ("geglu",):
         kernels.fused_linear(x, capped, activation=activation)
-    kernels.route(torch.randn(1, 5, 5), 2, True, 1, "triton")
-    topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, 0, "triton")
+    kernels.route(torch.randn(1, 5, 5), 2, True, 1, kernels.TRITON)
+    topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, 0, kernels.TRITON)
     for format in (Unquantized(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
         gate_up = make_linear(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
         down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
@@ -185,15 +185,15 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "swiglu")
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
-        kernels.sample(torch.randn(1, 5000), temperature, "triton")
+        kernels.sample(torch.randn(1, 5000), temperature, kernels.TRITON)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache, start_pos = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
-    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, "triton")
+    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, kernels.TRITON)
     # 64 queries of a key/value head, which is the most. With all options, for each adds to the shared memory or nothing
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
     cache = cache._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, start_pos, 16, "triton", 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, start_pos, 16, kernels.TRITON, 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

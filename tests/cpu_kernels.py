@@ -28,11 +28,12 @@ def threads(request, library):
 def packed(module):
     """module on the kernels, for as many tokens as these can take."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
-    kernels.prepare_kernels(layers, torch.float32)
+    kernels.pack_weights(layers, torch.float32)
     for layer in layers:
         if isinstance(layer, Linear):
-            assert layer.backend == "cpu" and 8 <= layer.max_kernel_tokens <= kernels.MAX_CPU_TOKENS
-            layer.max_kernel_tokens = kernels.MAX_CPU_TOKENS
+            assert layer.backend == kernels.CPU
+            assert 8 <= layer.backend.max_tokens["fused_linear"] <= kernels.MAX_CPU_TOKENS
+            layer.backend = kernels.CPU
     return module
 
 

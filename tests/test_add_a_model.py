@@ -86,9 +86,9 @@ def test_nf4_on_a_cpu(dtype):
     for n, k, n_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
         exact = w.dequantized_weight(torch.float32)
-        kernels.prepare_kernels([w], dtype)
-        assert w.backend == "cpu"
-        w.max_kernel_tokens = kernels.MAX_CPU_TOKENS
+        kernels.pack_weights([w], dtype)
+        assert w.backend == kernels.CPU
+        w.backend = kernels.CPU
         u = torch.finfo(dtype).eps / 2
         check_products(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
 

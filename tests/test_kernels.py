@@ -266,16 +266,16 @@ def test_small_operations(dtype):
     """add and activate are PyTorch's to the last bit, or for the exponential nearly."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
-    assert torch.equal(kernels.add(x, y, "cpu"), x + y)
+    assert torch.equal(kernels.add(x, y, kernels.CPU), x + y)
     gate_up = torch.randn(2, 3, 74).to(dtype) * 5
     gate_up[..., :4] = torch.tensor([0, -7, 200, -200])  # of gate
     gates = torch.linspace(-20, 20, 20_001).to(dtype)  # where every activation bends, and far beyond
     for t in (gate_up, torch.cat([gates, torch.ones_like(gates)])):
         no_error = torch.zeros(t.shape, dtype=torch.float64)
         for activation in ACTIVATIONS:
-            check_activated(kernels.activate(t, activation, "cpu"), activation, t.double(), no_error, fused=True)
+            check_activated(kernels.activate(t, activation, kernels.CPU), activation, t.double(), no_error, fused=True)
     for activation in ACTIVATIONS:
-        assert kernels.activate(gate_up * torch.nan, activation, "cpu").isnan().all()
+        assert kernels.activate(gate_up * torch.nan, activation, kernels.CPU).isnan().all()
 
 
 @built
@@ -285,11 +285,11 @@ def test_permute_inputs(dtype):
     torch.manual_seed(0)
     for n_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        assert torch.equal(kernels.permute_inputs(x, order.int(), "cpu"), x[..., order])
+        assert torch.equal(kernels.permute_inputs(x, order.int(), kernels.CPU), x[..., order])
     x = torch.zeros(1, 2, 8).to(dtype)
     for order in (torch.tensor([0, 8]).int(), torch.tensor([-1]).int(), torch.tensor([0, 1]), torch.zeros(1, 2).int()):
         with pytest.raises(RuntimeError, match="input_order"):
-            kernels.permute_inputs(x, order, "cpu")
+            kernels.permute_inputs(x, order, kernels.CPU)
 
 
 @built
@@ -301,7 +301,7 @@ def test_embed(dtype):
         for k in (37,) if isinstance(format, Unquantized) else (64, 72):
             table = make_embedding(50, k, format, dtype)
             (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
-            assert on_kernels.backend == "cpu"
+            assert on_kernels.backend == kernels.CPU
             for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
                 tokens = torch.randint(50, (2, n_tokens))
                 expected = torch_ops.embed(tokens, table, scale, dtype)
@@ -316,7 +316,7 @@ def test_rms_norm(dtype):
     torch.manual_seed(0)
     for k in (5, 37, 576):
         norm = make_norm(k, dtype)
-        norm.backend = "cpu"
+        norm.backend = kernels.CPU
         for rows in (1, 3, 8, 17, 65):  # any number
             x, residual = (torch.randn(1, rows, k) * 3).to(dtype), torch.randn(1, rows, k).to(dtype)
             exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
@@ -347,10 +347,10 @@ def test_likeliest_token(vocab_size):
         logits[20 + i, [0, vocab_size // 2, -1][i // 3]] = value
     expected = logits.argmax(-1)
     expected[20:29] = -1
-    assert torch.equal(kernels.sample(logits, 0.0, "cpu"), expected)
-    assert torch.equal(kernels.sample(logits[:, None].expand(70, 2, vocab_size)[:, -1], 0.0, "cpu"), expected)
+    assert torch.equal(kernels.sample(logits, 0.0, kernels.CPU), expected)
+    assert torch.equal(kernels.sample(logits[:, None].expand(70, 2, vocab_size)[:, -1], 0.0, kernels.CPU), expected)
     for i in (0, 25):
-        assert kernels.sample(logits[i : i + 1], 0.0, "cpu") == expected[i]
+        assert kernels.sample(logits[i : i + 1], 0.0, kernels.CPU) == expected[i]
 
 
 @built
@@ -358,6 +358,6 @@ def test_logits_that_the_kernel_does_not_take():
     assert kernels.build.library()
     for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
         with pytest.raises(RuntimeError, match="logits must be float32"):
-            kernels.sample(wrong, 0.0, "cpu")
+            kernels.sample(wrong, 0.0, kernels.CPU)
     with pytest.raises(RuntimeError, match="only finds the likeliest"):
-        kernels.sample(torch.zeros(2, 3), 0.5, "cpu")
+        kernels.sample(torch.zeros(2, 3), 0.5, kernels.CPU)

@@ -1,10 +1,13 @@
 """Attention of kernels/csrc/ and of PyTorch against the exact result."""
 
+import math
+
 import pytest
 import torch
 
+import kernels
 from config import ModelConfig
-from kernels import ops, torch_ops
+from kernels import torch_ops
 from kernels.arguments import LayerCache
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
@@ -18,6 +21,7 @@ from scripts.kernel_checks.exact_results import (
 from tests.cpu_kernels import built
 
 pytestmark = pytest.mark.usefixtures("threads")
+ANY_TOKENS = kernels.CPU.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
 
 
 def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms, **options):
@@ -27,7 +31,7 @@ def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms,
     start_pos = torch.tensor(starts)
     qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
     before = cache._replace(k=cache.k.clone(), v=cache.v.clone())
-    ours = attend(qkv, cache, start_pos, n_heads, "cpu", window, *norms, **options)
+    ours = attend(qkv, cache, start_pos, n_heads, ANY_TOKENS, window, *norms, **options)
     bounds.check(ours, *exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options))
     k, v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
     bounds.check(cache.k.nan_to_num(9), k.nan_to_num(9), k_error)
@@ -100,7 +104,6 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
 def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, monkeypatch):
     """Of more tokens than a step has: the kernel rope_and_cache and PyTorch's attention together."""
     torch.manual_seed(0)
-    monkeypatch.setattr(ops, "has_prefill_attention_kernel", lambda *_: False)
     monkeypatch.setattr(torch_ops, "EAGER_QUERIES", 30)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
@@ -111,7 +114,7 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
             cache, start_pos = LayerCache(k, v, rope), torch.tensor(starts)
             before = cache._replace(k=k.clone(), v=v.clone())
             qkv = torch.randn(2, 70, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-            ours = attend(qkv, cache, start_pos, n_heads, "cpu", window, *norms, **options)
+            ours = attend(qkv, cache, start_pos, n_heads, kernels.CPU, window, *norms, **options)
             y, bound = exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # PyTorch rounds weights too
             exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
@@ -122,10 +125,9 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
 @built
 @pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (2, 1, 256), (6, 2, 40)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype, monkeypatch):
-    """The kernel, also on CPUs where PyTorch may be faster."""
+def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
+    """Of more tokens than a step has."""
     torch.manual_seed(0)
-    monkeypatch.setattr(ops, "has_prefill_attention_kernel", lambda *_: True)
     rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 400)
     slopes, sinks = torch.tensor(alibi_slopes(n_heads)), (torch.randn(n_heads) * 4 + 2).to(dtype)
     sinks[:2] = torch.tensor([-200, 200])
@@ -149,7 +151,7 @@ def test_attention_reference(dtype):
         k, v = torch.randn(2, len(starts), 2, 64, 16).to(dtype).unbind()
         cache = LayerCache(k, v, rope)
         y, bound = exact_attention(qkv, cache, start_pos, 6, window, (None, None), factor=dtype)
-        ours = attend(qkv, cache, start_pos, 6, "torch", window)
+        ours = attend(qkv, cache, start_pos, 6, kernels.TORCH, window)
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
 
@@ -166,33 +168,32 @@ def test_attention_reference_sinks_scale_softcap():
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
             cache = LayerCache(k, v, rope, alibi)
             y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, factor=torch.float32, **options)
-            ours = attend(qkv, cache, start_pos, 6, "torch", window, *norms, **options)
+            ours = attend(qkv, cache, start_pos, 6, kernels.TORCH, window, *norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
 
 
 @built
-def test_what_does_not_fit_is_refused(monkeypatch):
+def test_what_does_not_fit_is_refused():
     """An error, not a write beyond the cache."""
     rope, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
     cache = LayerCache(weight, weight.clone(), rope)
-    monkeypatch.setattr(ops, "has_prefill_attention_kernel", lambda *_: True)
     for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1]), (1, 65, [0])]:
         with pytest.raises(RuntimeError, match="no room"):
-            attend(torch.randn(rows, tokens, 128), cache, torch.tensor(start_pos), 4, "cpu")
+            attend(torch.randn(rows, tokens, 128), cache, torch.tensor(start_pos), 4, ANY_TOKENS)
     with pytest.raises(RuntimeError, match="int64"):
-        attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, "cpu")
+        attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, kernels.CPU)
     with pytest.raises(RuntimeError, match="type"):
-        attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, "cpu")
+        attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, kernels.CPU)
     for norms, sinks, said in [
         ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
     ]:
         q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
         with pytest.raises(RuntimeError, match=said):
             attend(
-                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, "cpu", 0, q_norm, k_norm,
+                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, kernels.CPU, 0, q_norm, k_norm,
                 torch.zeros(sinks),
             )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
             view = cache._replace(alibi_slopes=slopes)
-            attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, "cpu")
+            attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, kernels.CPU)

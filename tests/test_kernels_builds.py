@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import aten, ops, prepare
+from kernels import aten, backend, ops, packing
 from kernels.formats import Int4, Int8
 from kernels.formats.cpu_layouts import CPU_BLOCK_N
 from kernels.formats.integers import split_groups
@@ -151,22 +151,22 @@ def test_no_compiler(compiler, tmp_path):
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
-    monkeypatch.setattr(prepare, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
+    monkeypatch.setattr(packing, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
         linear = make_linear(33, 72, format, torch.float32, bias=True)
         experts = make_linear(10, 72, format, torch.float32, n_experts=3, kind=ExpertsDown)
         expected = [w.dequantized_weight(torch.float32) for w in (linear, experts)]
         with monkeypatch.context() as context:
-            context.setattr(prepare, "free_memory", lambda: 4 * (33 * 72 + 3 * 10 * 72) - 1)
-            kernels.prepare_kernels([linear, experts], torch.float32)
+            context.setattr(packing, "free_memory", lambda: 4 * (33 * 72 + 3 * 10 * 72) - 1)
+            kernels.pack_weights([linear, experts], torch.float32)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
-        kernels.prepare_kernels([linear, experts], torch.float32)
+        kernels.pack_weights([linear, experts], torch.float32)
         for w, matrix in zip((linear, experts), expected, strict=True):
             assert w.format.name == format.name and w.scales is w.zeros is None
             assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.float32), matrix)
-            assert w.backend == "torch" and capsys.readouterr().err == ""
+            assert w.backend == kernels.TORCH and capsys.readouterr().err == ""
 
 
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
@@ -180,7 +180,7 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
                 linear = make_linear(n, k, format, dtype, bias=True)
                 experts = make_linear(16, 64, format, dtype, n_experts=2, kind=ExpertsDown)
                 exact, bias = linear.dequantized_weight(torch.float64), linear.bias.double()
-                kernels.prepare_kernels([linear, experts], dtype)
+                kernels.pack_weights([linear, experts], dtype)
                 has_kernel = k % 16 == 0 if isinstance(format, Int8) else n % 16 == 0 and k % format.group_size == 0
                 assert (linear.aten_weight is not None) == has_kernel and linear.format.is_quantized == has_kernel
                 assert experts.aten_weight is None and not experts.format.is_quantized
@@ -216,10 +216,11 @@ def test_sizes_are_the_same_in_all_languages():
     """Numbers that Python, C++ and Triton each have to know."""
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
-    assert sizes["MAX_CPU_TOKENS"] == ops.MAX_CPU_TOKENS
-    assert f"activations must be of 1 to {ops.MAX_CPU_TOKENS} tokens" in (kernels.build.SOURCES / "ops.cpp").read_text()
+    assert sizes["MAX_CPU_TOKENS"] == backend.MAX_CPU_TOKENS
+    said = f"activations must be of 1 to {backend.MAX_CPU_TOKENS} tokens"
+    assert said in (kernels.build.SOURCES / "ops.cpp").read_text()
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
-    assert attention.BLOCK_T.value == ops.MAX_TRITON_NEW_TOKENS
+    assert attention.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number(dtype)], dtype=torch.int32).view(dtype).tolist()
         assert halves == 2 * [MAGIC_BIASES[dtype]]

@@ -9,7 +9,8 @@ import kernels
 from config import ModelConfig, MoEConfig
 from kernels.arguments import LayerCache
 from kernels.formats import Float8, Int4, Int8, Unquantized
-from kernels.record import MAX_CPU_GRAPHS, call_between_tapes, record, with_tape_threads
+from kernels.record import MAX_CPU_GRAPHS, call_at_graph_break, call_with_tape_threads, record
+from kernels.schema import SCHEMAS
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table
@@ -49,7 +50,7 @@ def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) ->
             w.set_tensor("input_order", torch.randperm(w.in_features).int())
     if model.config.tie_embeddings:
         model.tie_embedding()
-    model.prepare_kernels()
+    model.pack_weights()
     return packed(model)
 
 
@@ -85,7 +86,7 @@ def test_every_argument_is_recorded(format):
     embedding = make_embedding(97, dim, format, torch.float32)
     norm, sinks = make_norm(dim, torch.float32), torch.randn(n_heads)
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
-    norm.backend = "cpu"
+    norm.backend = kernels.CPU
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
@@ -99,10 +100,10 @@ def test_every_argument_is_recorded(format):
     def step(tokens, start_pos, cache):
         x = embedding(tokens, 8.0, torch.float32)
         y = attend(
-            qkv_proj(x), cache, start_pos, n_heads, "cpu", 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
+            qkv_proj(x), cache, start_pos, n_heads, kernels.CPU, 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
         )
         x = norm(y, residual=x)
-        topk_weights, topk_ids = kernels.route(router(x), 2, True, 2, "cpu")
+        topk_weights, topk_ids = kernels.route(router(x), 2, True, 2, kernels.CPU)
         hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
         return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
 
@@ -137,15 +138,15 @@ def test_threads_record_at_the_same_time():
     """A thread records a step of two tapes while another thread records one of two tapes."""
 
     def add_thrice(x):
-        twice = call_between_tapes(lambda t: t + 0, kernels.add(x, x, "cpu"))
-        return kernels.add(twice, x, "cpu")
+        twice = call_at_graph_break(lambda t: t + 0, kernels.add(x, x, kernels.CPU))
+        return kernels.add(twice, x, kernels.CPU)
 
     def step(x):
-        twice = kernels.add(x, x, "cpu")
+        twice = kernels.add(x, x, kernels.CPU)
         thread = threading.Thread(target=lambda: others.append(record(add_thrice)(y)))
         thread.start()
         thread.join()
-        return kernels.add(call_between_tapes(lambda t: t * 2, twice), x, "cpu")
+        return kernels.add(call_at_graph_break(lambda t: t * 2, twice), x, kernels.CPU)
 
     x, y, others = torch.randn(2, 37), torch.randn(5), []
     assert torch.equal(record(step)(x), x * 4 + x)
@@ -159,7 +160,7 @@ def test_recordings_are_bounded():
 
     def step(x):
         shapes.append(len(x))
-        return kernels.add(x, x, "cpu")
+        return kernels.add(x, x, kernels.CPU)
 
     recorded, n = record(step), MAX_CPU_GRAPHS
     for length in [*range(1, n + 1), 1, n + 1, 1, 2]:
@@ -169,7 +170,7 @@ def test_recordings_are_bounded():
 
 @built
 @pytest.mark.parametrize("operation", [lambda x: x * 2, lambda x: x.clone(), torch.softmax, lambda x: x.sum().item()])
-def test_what_is_no_leaf_raises(operation):
+def test_what_is_no_operation_raises(operation):
     """And leaves nothing behind: the next recording works."""
     model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
@@ -178,11 +179,17 @@ def test_what_is_no_leaf_raises(operation):
         logits = model(tokens, start_pos, kv_cache)
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
-    with pytest.raises(RuntimeError, match="is no leaf operation"):
+    with pytest.raises(RuntimeError, match="is no operation of kernels/ops.py"):
         record(step)(token, position)
     with torch.inference_mode():
         recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache)[:, -1].view(-1))  # views may
         assert torch.equal(recorded(token, position), model(token, position, kv_cache).flatten())
+
+
+def test_a_tape_can_hold_every_operation_of_a_short_step():
+    """Backend.can_record relies on it: each operation of a tape is in the table of its kernels."""
+    assert SCHEMAS.keys() <= kernels.CPU.max_tokens.keys()
+    assert all(kernels.CPU.kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
 
 
 @built
@@ -207,9 +214,10 @@ def test_between_replays_pytorch_takes_the_tapes_threads(monkeypatch):
     monkeypatch.setattr(kernels.record, "tape_functions", Functions)
     torch.set_num_threads(3)
     try:
-        assert with_tape_threads(lambda x: (x, torch.get_num_threads()), 5) == (5, 2) and torch.get_num_threads() == 3
+        assert call_with_tape_threads(lambda x: (x, torch.get_num_threads()), 5) == (5, 2)
+        assert torch.get_num_threads() == 3
         with pytest.raises(ZeroDivisionError):
-            with_tape_threads(lambda x: 1 / x, 0)
+            call_with_tape_threads(lambda x: 1 / x, 0)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -223,10 +231,10 @@ def test_a_function_runs_between_two_tapes():
         total.append(float(t.sum()))
         return t * 2
 
-    step = record(lambda t: kernels.add(call_between_tapes(double, kernels.add(t, t, "cpu")), t, "cpu"))
+    step = record(lambda t: kernels.add(call_at_graph_break(double, kernels.add(t, t, kernels.CPU)), t, kernels.CPU))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
     assert total[-2:] == [148.0, 444.0]  # of what the first tape had just computed
-    assert torch.equal(call_between_tapes(double, x + 1), x + 2)
+    assert torch.equal(call_at_graph_break(double, x + 1), x + 2)
 
 

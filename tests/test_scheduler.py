@@ -87,7 +87,7 @@ def test_quantized(format):
         linear.format = format
         for name, tensor in format.quantize(linear.weight).items():
             linear.set_tensor(name, tensor)
-    model.prepare_kernels()
+    model.pack_weights()
     prompts = make_prompts(4)
     found = run(Scheduler(model, 4, 48, eos_ids=set()), [Request(prompt, 8) for prompt in prompts])
     assert found == [run_alone(model, prompt, 8) for prompt in prompts]

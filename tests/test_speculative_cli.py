@@ -15,6 +15,7 @@ from checkpoint import read_checkpoint, save_checkpoint
 from cli.startup import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
+from kernels import CPU, TRITON
 from model import empty_model
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
@@ -135,9 +136,9 @@ def test_mistakes(folders, capsys, monkeypatch):
 @pytest.mark.parametrize("heads_per_kv_head, most", [(1, 15), (4, 15), (7, 8), (16, 3)])
 def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
     model = empty_model(ModelConfig(64, 1, 16 * heads_per_kv_head, 16, 4, 64, 64, 64))
-    for backend, k, warns in [("triton", most, False), ("triton", most + 1, True), ("cpu", 32, False)]:
+    for backend, k, warns in [(TRITON, most, False), (TRITON, most + 1, True), (CPU, 32, False)]:
         for _, linear in model.quantizable_linears():
-            linear.backend, linear.max_kernel_tokens = backend, 64
+            linear.backend = backend
         warn_without_kernels(k, model)
         said = f"More than {most} tokens at a time are verified without the kernels.\n"
         assert capsys.readouterr().err == said * warns

@@ -8,6 +8,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from triton.runtime import interpreter
 import kernels
 from config import ModelConfig
 from kernels.arguments import LayerCache
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.formats.triton_layouts import pack_tiles
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
@@ -197,12 +198,29 @@ def test_unknown_format():
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = Unknown(32)
     kernels.pack_for_triton([w])
-    assert w.backend == "torch"
+    assert w.backend == kernels.TORCH
     w.format = Int4(32)
     use_triton(w).format = Unknown(32)
     for call in (lambda: kernels.fused_linear(torch.zeros(1, 64), w), lambda: w.dequantized_weight(torch.float32)):
         with pytest.raises(ValueError, match="not 99"):
             call()
+
+
+def test_a_format_without_a_layout():
+    """An error that names what is missing. The formats of the kernels have what it names."""
+
+    @dataclass(frozen=True)
+    class NoLayout(WeightFormat):
+        group_size: int = 32
+        format_id = Int4.format_id
+        mode = "no-layout"
+
+    w = make_linear(16, 64, Int4(32), torch.float32)
+    w.format = NoLayout()
+    with pytest.raises(NotImplementedError, match="no-layout.g32 is .* no method pack_for_triton"):
+        kernels.pack_for_triton([w])
+    for format in KERNEL_FORMATS:
+        assert format.format_class.pack_for_triton is not WeightFormat.pack_for_triton
 
 
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
@@ -212,7 +230,7 @@ def test_unknown_format():
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
     """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
-    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, 0, "triton")
+    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, 0, kernels.TRITON)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
 
@@ -224,7 +242,7 @@ def test_sample_of_what_is_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
     for temperature in (0.0, 1.0):
-        tokens = kernels.sample(logits, temperature, "triton")
+        tokens = kernels.sample(logits, temperature, kernels.TRITON)
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
@@ -240,7 +258,7 @@ def test_attention_stays_in_the_cache():
         cache[:, :, :4], cache[:, :, 20:] = torch.nan, torch.nan
     before, inside = LayerCache(k.clone(), v.clone(), rope), slice(4, 20)
     start_pos, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
-    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside], rope), start_pos, 4, "triton")
+    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside], rope), start_pos, 4, kernels.TRITON)
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
     cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside], rope)
@@ -327,7 +345,7 @@ def test_without_matrix_units(monkeypatch):
         monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
         kernels.pack_for_triton([w], dtype)
-        assert w.max_kernel_tokens == most
+        assert w.backend.max_tokens["fused_linear"] == most
 
 
 def test_torch_compile(small_gpu):

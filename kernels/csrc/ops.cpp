@@ -3,7 +3,7 @@
 //
 //     kernels/ops.py          describes the operations, and calls the functions
 //     kernels/schema.py       has the schemas of the functions
-//     kernels/torch_ops.py    computes the same functions in PyTorch; rounding differs, as ops.py says
+//     kernels/torch_ops.py    computes the same functions in PyTorch; rounding differs, as backend.py says
 //
 // The headers, in the order in which to read them:
 //
@@ -334,7 +334,7 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
 
 extern "C" {
 // Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
-// docs/measurements.md. kernels/prepare.py calls it.
+// docs/measurements.md. kernels/backend.py: cpu_backend calls it, and the next function.
 int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }

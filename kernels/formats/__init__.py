@@ -27,8 +27,8 @@ The files, in the order in which to read them:
     base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
     integers.py         Int8, Int4, GroupedInt8
     floats.py           Float8, MXFP4; float_bits.py has their numbers
-    cpu_layouts.py      packs the tensors for the C++ kernels (csrc/weights.h has a struct for each format)
-    triton_layouts.py   packs the tensors for the Triton kernels (triton/formats.py has two functions for each format)
+    cpu_layouts.py      the layout for the C++ kernels (csrc/weights.h has a struct for each format)
+    triton_layouts.py   the layouts for the Triton kernels (triton/formats.py has two functions for each format)
 """
 
 from dataclasses import dataclass, field

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kernels.formats.cpu_layouts import to_blocks
+
 Tensors = dict[str, Tensor]  # by name: "weight" and, if the format has them, "scales" and "zeros"
 QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit into the processor's cache
 
@@ -109,9 +111,20 @@ class WeightFormat:
         """group_size, or in_features if all inputs of an output share a scale."""
         return self.group_size or in_features
 
+    def pack_for_cpu(self, tensors: Tensors) -> Tensors:
+        """The tensors as the C++ kernels read them, from those of a checkpoint. In most formats these are words int32
+        [..., N / 16, bytes of a row / 4, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
+        words = {"weight": tensors["weight"].view(torch.int32)}
+        return {name: to_blocks(t) for name, t in (tensors | words).items()}
+
+    def pack_for_triton(self, tensors: Tensors) -> Tensors:
+        """The tensors as the Triton kernels read them, from those of a checkpoint, in the layout that
+        kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
+        raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
+
     def has_kernel(self, backend: str, in_features: int) -> bool:
-        """Whether backend ("cpu" or "triton") has a kernel for a W with in_features inputs. This default is for
-        quantized formats: their kernels read 8 elements at a time."""
+        """Whether the backend called backend ("cpu" or "triton") has a kernel for a W with in_features inputs. This
+        default is for quantized formats: their kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -120,7 +133,7 @@ class Unquantized(WeightFormat):
     """A tensor of 16 or 32 bits.
 
     dequantized_from: the name of the checkpoint's format, if the weight was dequantized while loading, since that
-    format has no kernels on this device (kernels/prepare.py: dequantize_weights)."""
+    format has no kernels on this device (kernels/packing.py: dequantize_weights)."""
 
     dequantized_from: str | None = field(default=None, repr=False)
     is_cli_mode = False
@@ -142,6 +155,12 @@ class Unquantized(WeightFormat):
 
     def fill_randomly(self, tensors, std):
         tensors["weight"].normal_(std=std)
+
+    def pack_for_cpu(self, tensors):
+        return tensors
+
+    def pack_for_triton(self, tensors):
+        return tensors
 
     def has_kernel(self, backend, in_features):
         return True

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
+from kernels.formats.cpu_layouts import pair_rows, to_blocks
 from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from kernels.formats.integers import GROUP_SIZES, split_groups
+from kernels.formats.triton_layouts import by_column, pack_tiles, pack_words
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Float8(WeightFormat):
         tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; standard deviation 68.5
         tensors["scales"].fill_(std / 68.5)
 
+    def pack_for_cpu(self, tensors):
+        words = pair_rows(to_blocks(tensors["weight"].view(torch.int32)))
+        return {"weight": words, "scales": to_blocks(tensors["scales"])}
+
+    def pack_for_triton(self, tensors):
+        return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
+
     def common_format(self, other):
         if not isinstance(other, Float8):
             return None
@@ -92,3 +101,7 @@ class MXFP4(WeightFormat):
         # variance: 1 + 3 p is the wanted variance, relative to that of all scales with the first exponent
         relative_variance = (std / 2.93 / 2**exponent) ** 2  # 1 to 4
         tensors["scales"].bernoulli_((relative_variance - 1) / 3).add_(exponent + E8M0_BIAS)
+
+    def pack_for_triton(self, tensors):
+        tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
+        return {"weight": tiles, "scales": by_column(tensors["scales"])}

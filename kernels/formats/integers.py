@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
+from kernels.formats.cpu_layouts import to_blocks
+from kernels.formats.triton_layouts import pack_scales, pack_tiles
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4 and Float8; GroupedInt8 may have 16, too
 SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
@@ -43,6 +45,14 @@ class Int8(WeightFormat):
     def fill_randomly(self, tensors, std):
         tensors["weight"].random_(-127, 128)  # the standard deviation of q is 73
         tensors["scales"].fill_(std / 73)
+
+    def pack_for_cpu(self, tensors):
+        # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed before to_blocks copies
+        words = to_blocks((tensors["weight"].view(torch.uint8) ^ 128).view(torch.int32))
+        return {"weight": words, "scales": tensors["scales"]}
+
+    def pack_for_triton(self, tensors):
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,10 @@ class Int4(AffineFormat):
         tensors["scales"].uniform_(std / 5, std / 4)
         tensors["zeros"].random_(100, 141)  # about 16 * 7.5, and 7.5 is the mean of q
 
+    def pack_for_triton(self, tensors):
+        tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
+        return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
+
     def to_common_format(self, tensors, common, in_features):
         if isinstance(common, GroupedInt8):
             q, zeros = self.unpack_q(tensors["weight"]), tensors["zeros"] >> self.zero_fraction_bits
@@ -173,6 +187,10 @@ class GroupedInt8(AffineFormat):
         tensors["weight"].random_(0, 256)  # the standard deviation of q is 74
         tensors["scales"].fill_(std / 74)
         tensors["zeros"].random_(127, 129)  # about the mean of q
+
+    def pack_for_triton(self, tensors):
+        rows = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128
+        return {"weight": rows, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
 
 # ---- The arithmetic of groups, which quantize.py and gptq.py share --------------------------------------------------

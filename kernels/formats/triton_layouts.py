@@ -1,9 +1,9 @@
-"""Packs the tensors of a checkpoint for the Triton kernels. kernels/prepare.py calls pack, which calls the others:
+"""The layouts of weights for the Triton kernels. WeightFormat.pack_for_triton of each format calls some of these:
 
-    pack_tiles     Int4 and MXFP4: tiles of 4-bit elements, in the order of a matrix unit (drawn below)
-    pack_words     Float8: four elements in a word
-    pack_scales    Int4 and GroupedInt8: a scale and a zero point in one word
-    by_column      other scales
+    pack_tiles     tiles of 4-bit elements, in the order of a matrix unit (drawn below)
+    pack_words     four elements of 8 bits in a word
+    pack_scales    a scale and a zero point in one word
+    by_column      scales without zero points
 
 kernels/triton/elements.py decodes the words in the kernels. Packing itself is plain PyTorch and does not need Triton.
 
@@ -38,30 +38,6 @@ floats, fill one register of the instruction.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from kernels.formats.base import Tensors, Unquantized, WeightFormat, unpack_nibbles
-from kernels.formats.floats import MXFP4, Float8
-from kernels.formats.integers import GroupedInt8, Int4, Int8
-
-
-def pack(format: WeightFormat, tensors: Tensors) -> Tensors:
-    """Packs the tensors of a checkpoint. The tensors of Unquantized and Int8 stay the same.
-    kernels/triton/formats.py: KERNEL_FORMATS lists the layout of each format."""
-    weight, scales, zeros = (tensors.get(name) for name in ("weight", "scales", "zeros"))
-    match format:
-        case Int4():
-            tiles = pack_tiles(unpack_nibbles(weight))
-            return {"weight": tiles, "scales": pack_scales(scales, zeros), "zeros": None}
-        case GroupedInt8():
-            rows = (weight ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128
-            return {"weight": rows, "scales": pack_scales(scales, zeros), "zeros": None}
-        case Float8():
-            return {"weight": pack_words(weight), "scales": by_column(scales)}
-        case MXFP4():
-            return {"weight": pack_tiles(unpack_nibbles(weight)), "scales": by_column(scales)}
-        case Unquantized() | Int8():
-            return tensors
-    raise TypeError(f"there is no layout for {format}")
 
 
 def pack_tiles(q: Tensor) -> Tensor:

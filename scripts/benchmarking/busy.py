@@ -91,7 +91,7 @@ class Decoder:
     def __init__(self, args: argparse.Namespace, config: ModelConfig, format: WeightFormat):
         self.model = random_model(config, format, CPU, getattr(torch, args.precision))
         if args.kernels == "auto":
-            self.model.prepare_kernels()
+            self.model.pack_weights()
         self.n_prompt, self.n_new = args.prompt_tokens, args.max_new_tokens
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 

@@ -136,7 +136,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     model = random_model(config, format, device, getattr(torch, args.precision))
     weights_bytes = sum(t.nbytes for t in checkpoint_tensors(model).values())
     if args.kernels == "auto":
-        model.prepare_kernels()
+        model.pack_weights()
     synchronize(device)
     result = {
         "make_weights_seconds": time.perf_counter() - began,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+import kernels
 from config import ModelConfig
 from kernels.arguments import LayerCache
 from rope import alibi_slopes, rope_table
@@ -28,7 +29,7 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
             k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
         before = LayerCache(k.clone(), v.clone(), rope, slopes)
         view = LayerCache(k[:, :, :length], v[:, :, :length], rope, slopes)
-        ours = attend(qkv, view, start_pos, n_heads, "triton", window, *norms, **arguments)
+        ours = attend(qkv, view, start_pos, n_heads, kernels.TRITON, window, *norms, **arguments)
         case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
         y, error = exact_attention(qkv, before, start_pos, n_heads, window, norms, **arguments)
         yield Comparison("attend", case, ours, y, error)

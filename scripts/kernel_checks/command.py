@@ -121,7 +121,7 @@ def check_recorded_steps(device: torch.device, options: dict) -> Iterator[Compar
         torch.manual_seed(0)
         model = random_model(config, Int8(), device, torch.float32)
         if use_kernels:
-            model.prepare_kernels()
+            model.pack_weights()
         steps = build_steps(model, KVCache(model, 1, 64), SamplingParams(), compile=use_kernels)
         prompt = torch.arange(1, 12, device=device)[None]
         tokens.append(torch.tensor(list(generate(steps, prompt, 0, 40))))

@@ -18,6 +18,7 @@ import torch
 import kernels
 from kernels import torch_ops
 from kernels.arguments import AttentionOptions, LayerCache
+from kernels.backend import Backend
 from kernels.formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from layers import Embedding, Linear, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
@@ -96,7 +97,7 @@ def use_triton(module: torch.nn.Module) -> torch.nn.Module:
     """Switches all linear layers of module to the Triton kernels."""
     linears = [m for m in module.modules() if isinstance(m, Linear)]
     kernels.pack_for_triton(linears)
-    assert all(w.backend == "triton" for w in linears)
+    assert all(w.backend == kernels.TRITON for w in linears)
     return module
 
 
@@ -113,7 +114,7 @@ def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
 
 
 def attend(
-    qkv, cache: LayerCache, start_pos, n_heads: int, backend: str, window: int = 0, q_norm=None, k_norm=None,
+    qkv, cache: LayerCache, start_pos, n_heads: int, backend: Backend, window: int = 0, q_norm=None, k_norm=None,
     sinks=None, scale: float | None = None, **options,
 ):
     """Makes AttentionOptions of the norms and options, and calls kernels.attend."""

@@ -1,7 +1,7 @@
-"""Prepares a model for the kernels of its device: chooses the backend, and packs the weights for the backend.
+"""Chooses the backend of a model by its device, and packs the weights for the kernels of the backend.
 
-model.py: Transformer.prepare_kernels calls prepare_kernels. The backend of a matrix is "torch" until the matrix is
-packed. It stays "torch" if there are no kernels for the matrix or for the device.
+model.py: Transformer.pack_weights calls pack_weights. The backend of a matrix is TORCH until the matrix is packed. It
+stays TORCH if there are no kernels for the matrix or for the device.
 """
 
 from __future__ import annotations
@@ -16,63 +16,54 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import aten, build
-from kernels.formats import Tensors, Unquantized, WeightFormat, cpu_layouts, triton_layouts
+from kernels.backend import CPU, TORCH, cpu_backend, triton_backend
+from kernels.formats import Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
-from kernels.ops import MAX_CPU_TOKENS, MAX_TRITON_TOKENS
 from utils.machine import drop_pages, free_memory, use_huge_pages
 
 if TYPE_CHECKING:  # layers.py imports this package
     from layers import WeightMatrix
 
 
-def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
-    """Switches matrices, which are all of a model, to the kernels of their device, if the kernels work here. Packed
-    copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler, PyTorch's own
-    kernels take some quantized weights (aten.py). Quantized weights without any kernel are dequantized to dtype.
+def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
+    """Packs the weights of matrices, which are all of a model, for the kernels of their device, if these work here.
+    Packed copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler, PyTorch's
+    own kernels take some quantized weights (aten.py). Quantized weights without any kernel are dequantized to dtype.
 
     dtype: the type of the activations.
     is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
     weight is packed, so that no weight is in memory twice."""
-    matrices = [matrix for matrix in matrices if matrix.backend == "torch"]
+    matrices = [matrix for matrix in matrices if matrix.backend == TORCH]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
         has_kernels = build.library() is not None
         if has_kernels:
-            with_kernel = [m for m in matrices if m.format.has_kernel("cpu", m.in_features)]
+            with_kernel = [m for m in matrices if m.format.has_kernel(CPU.name, m.in_features)]
         else:
             with_kernel = pack_for_aten(matrices, dtype)
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
         dequantize_weights(without_kernel, dtype, is_mmapped)
         if has_kernels:
-            pack_for_cpu(matrices, is_mmapped)
+            pack_for_cpu(matrices, dtype, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
         pack_for_triton(matrices, dtype)
 
 
-def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
+def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
-    is_quantized = any(matrix.format.is_quantized for matrix in matrices)
+    backend = cpu_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not matrix.format.has_kernel("cpu", matrix.in_features):
+        if not matrix.format.has_kernel(CPU.name, matrix.in_features):
             continue
-        matrix.backend = "cpu"
+        matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
             continue
         unpacked = matrix.tensors()
-        for name, packed in cpu_layouts.pack(matrix.format, unpacked).items():
+        for name, packed in matrix.format.pack_for_cpu(unpacked).items():
             matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
-        # Unquantized matrices of a quantized model, such as routers, also stay on the kernels up to MAX_CPU_TOKENS.
-        # PyTorch would be faster, but one PyTorch operation would make the whole step unrecordable.
-        matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else max_unquantized_tokens(matrix.weight.dtype)
-
-
-def max_unquantized_tokens(dtype: torch.dtype) -> int:
-    """Returns the most tokens for which the C++ kernels multiply unquantized weights of dtype faster than PyTorch does
-    on this CPU."""
-    return build.library().max_unquantized_tokens(dtype == torch.bfloat16)
 
 
 class HugePageArena:
@@ -136,18 +127,14 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 
 
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
-    """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations. Without matrix units
-    the kernels take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
+    """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations."""
     from kernels.triton.formats import has_triton_kernel
-    from kernels.triton.launch import MMA_TOKENS, has_matrix_units
 
     for matrix in matrices:
         if has_triton_kernel(matrix):
-            for name, packed in triton_layouts.pack(matrix.format, matrix.tensors()).items():
+            for name, packed in matrix.format.pack_for_triton(matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
-            uses_matrix_units = has_matrix_units(matrix.weight.device, dtype)
-            matrix.max_kernel_tokens = MAX_TRITON_TOKENS if uses_matrix_units else MMA_TOKENS
-            matrix.backend = "triton"
+            matrix.backend = triton_backend(dtype, matrix.weight.device)
 
 
 def load_triton_kernels(device: torch.device) -> bool:

@@ -1,0 +1,131 @@
+"""The backends. A backend is what computes an operation, and knows for which steps it has kernels.
+
+    CPU       C++, kernels/csrc/
+    TRITON    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
+    TORCH     no kernels: plain PyTorch (torch_ops.py), for any device
+
+Every layer holds a backend: TORCH, until packing.py packs the weights for another backend. This object answers all
+questions: an operation asks for its kernel (ops.py), a model asks whether a step can be recorded (model.py).
+
+The backends compute the same functions, but round differently. With activations of 16 bits:
+
+    TORCH     A quantized weight is rounded to 16 bits before the product (but see aten.py), and the result of every
+              step of an operation is rounded.
+    kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
+    CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 8 with a
+              scale each (csrc/activations.h: quantize_token). AMX, for many tokens, does not round x, but weights to
+              bfloat16 (csrc/amx.h). A norm rounds x / rms(x) before its weight multiplies that, as PyTorch does.
+    TRITON    A fused norm multiplies x with its weight, rounds that, and divides by rms(x) after the product
+              (triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
+
+With activations of 32 bits only the order of sums, the place of the division by rms(x), and the last bits of functions
+such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kernels import build
+
+# The most tokens that a kernel takes. The tokens of all sequences of a step count together.
+MAX_CPU_TOKENS = 64  # the C++ code has arrays of this size (csrc/weights.h)
+MAX_TRITON_TOKENS = 64  # a program of a product holds the sums of all tokens in registers
+# A program of Triton's attention holds these in registers:
+MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
+MAX_TRITON_QUERIES = 64  # the queries of a key/value head
+PRODUCTS = ("fused_linear", "experts_gate_up", "experts_down")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """CPU, TRITON or TORCH. == ignores max_tokens, which depends on a model's weights and on the machine (cpu_backend,
+    triton_backend).
+
+    namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
+    max_tokens: by operation, the most tokens of a step for which its kernel is called. Plain PyTorch computes a step of
+    more tokens, and an operation that is not in the table.
+    max_new_tokens, max_queries: further limits of the operation attend: of the new tokens of a sequence, and of these
+    times the query heads of a key/value head.
+    draws_samples: whether the kernel of sample draws random tokens. Otherwise it only finds the likeliest one."""
+
+    name: str
+    namespace: str | None = None
+    max_tokens: dict[str, float] = field(default_factory=dict, compare=False)
+    max_new_tokens: float = math.inf
+    max_queries: float = math.inf
+    draws_samples: bool = False
+
+    @property
+    def kernels(self):
+        """The namespace of all kernels, for the operations that PyTorch cannot compute instead."""
+        return getattr(torch.ops, self.namespace)
+
+    def kernel(self, name: str, n_tokens: int) -> Callable | None:
+        """The kernel of the operation called name, for a step of n_tokens tokens. None: plain PyTorch computes it."""
+        if 0 < n_tokens <= self.max_tokens.get(name, 0):
+            return getattr(self.kernels, name)
+        return None
+
+    def attention_kernel(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> Callable | None:
+        """kernel("attend"), for n_new_tokens tokens in each of batch_size sequences."""
+        if n_new_tokens > self.max_new_tokens or n_new_tokens * heads_per_kv_head > self.max_queries:
+            return None
+        return self.kernel("attend", batch_size * n_new_tokens)
+
+    def can_record(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
+        """Whether a step of a model on this backend can be recorded: whether kernels compute every operation in the
+        table. CPU has all operations there, since a tape holds nothing else. A CUDA graph holds any computation, so
+        TRITON leaves some operations to PyTorch."""
+        has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
+        return has_kernels and self.attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
+
+    def can_sample(self, is_greedy: bool) -> bool:
+        """Whether there is a kernel of sample. is_greedy: for the likeliest token, not for a random one."""
+        return self.namespace is not None and (is_greedy or self.draws_samples)
+
+    def with_limits(self, **max_tokens: float) -> "Backend":
+        """This backend with other limits, by operation."""
+        return replace(self, max_tokens=self.max_tokens | max_tokens)
+
+
+TORCH = Backend("torch")
+CPU = Backend(
+    "cpu",
+    "gptfast",
+    # The last four have no arrays of tokens, and go over their data once: they serve any number of tokens
+    dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
+    | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
+)
+TRITON = Backend(
+    "triton",
+    "gptfast_triton",
+    dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *PRODUCTS], MAX_TRITON_TOKENS),
+    MAX_TRITON_NEW_TOKENS,
+    MAX_TRITON_QUERIES,
+    draws_samples=True,
+)
+
+
+def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
+    """CPU with the limits of a model on this machine.
+
+    dtype: of the activations.
+    is_quantized: whether any weight is quantized. Then the unquantized ones, such as routers, also stay on the kernels
+    up to MAX_CPU_TOKENS. PyTorch would be faster, but one PyTorch operation would make the whole step unrecordable."""
+    library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
+    if not is_quantized:  # with more tokens PyTorch multiplies faster
+        limits |= dict.fromkeys(PRODUCTS, library.max_unquantized_tokens(is_bf16))
+    if library.has_prefill_attention(is_bf16):  # another kernel, which is faster than PyTorch (csrc/prefill.h)
+        limits["attend"] = math.inf
+    return CPU.with_limits(**limits)
+
+
+def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
+    """TRITON with the limits of a model whose activations have type dtype, on this device. Without matrix units the
+    products take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
+    from kernels.triton.launch import MMA_TOKENS, has_matrix_units  # here, since not every machine has Triton
+
+    return TRITON if has_matrix_units(device, dtype) else TRITON.with_limits(**dict.fromkeys(PRODUCTS, MMA_TOKENS))
